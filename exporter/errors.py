@@ -1,0 +1,52 @@
+"""Every error that a user can cause, in one place; `cli.py` turns them into messages and exit codes."""
+
+
+class MmqError(Exception):
+    """A problem that the user can act on: `message` says what and where, `hint` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(MmqError):
+    """The recipe is wrong: unknown key, unknown name, impossible value."""
+
+
+class PlanError(MmqError):
+    """Recipe, checkpoint and device do not fit together."""
+
+
+class CheckpointError(MmqError):
+    """A source checkpoint is missing, truncated or damaged."""
+
+
+class DataError(MmqError):
+    """Calibration or evaluation data is missing, unreadable or overlaps."""
+
+
+class CalibrationError(MmqError):
+    """The numbers went wrong while calibrating or quantizing."""
+
+
+class WorkdirError(MmqError):
+    """A work folder belongs to another job or holds a damaged unit."""
+
+
+class ArtifactError(MmqError):
+    """An artifact cannot be written, or does not hold what its plan says."""
+
+
+class GateFailed(MmqError):
+    """The artifact lost more of its task than the recipe allows."""
+
+    exit_code = 3
+
+
+class Interrupted(MmqError):
+    """The user stopped the job; the work folder can be resumed."""
+
+    exit_code = 130

@@ -1,0 +1,140 @@
+"""The one numeric type: what a quantized linear is, before any file format.
+
+Shapes are `[out, in]`; `groups = ceil(in / group_size)`. Integers are computed once, by a method; a format
+only translates them. Scales are rounded to the dtype they are stored in *before* codes are computed, so the
+reference `dequantize` sees exactly what a runtime sees.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GroupSize = int | Literal["row", "tensor"]
+Activations = Literal["int8", "fp8"]
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear is stored.
+
+    bits: 2 to 8, bits of one code.
+    group_size: columns that share a scale; "row" is one scale an output row, "tensor" one for all.
+    symmetric: the zero point is fixed at the middle code, `2**(bits-1)`.
+    number: "int" (uniform integers) or "fp8" (float8 e4m3; 8 bits, symmetric, no zero point).
+    activations: None (weight only), or the dynamic per-token quantization the runtime applies to the input.
+    """
+
+    bits: int
+    group_size: GroupSize
+    symmetric: bool = True
+    number: Literal["int", "fp8"] = "int"
+    activations: Activations | None = None
+
+    @property
+    def levels(self) -> int:
+        """Largest code, `2**bits - 1`."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric scheme, `2**(bits-1)`."""
+        return int(2 ** (self.bits - 1))
+
+    def columns_per_group(self, columns: int) -> int:
+        """Columns sharing one scale in a linear of `columns` inputs."""
+        return min(self.group_size, columns) if isinstance(self.group_size, int) else columns
+
+    def groups(self, columns: int) -> int:
+        """Number of scales along one row, `ceil(in / group_size)`."""
+        return -(-columns // self.columns_per_group(columns))
+
+    def label(self) -> str:
+        """Short name used in tables: `W4 g128`, `W8 row A8`, `FP8 row`."""
+        name = "FP8" if self.number == "fp8" else f"W{self.bits}"
+        group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
+        extra = "" if self.symmetric else " asym"
+        acts = {None: "", "int8": " A8", "fp8": " A-FP8"}[self.activations]
+        return f"{name} {group}{extra}{acts}"
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Codes, scales and zero points of one linear.
+
+    codes: uint8 `[out, in]`, values `0..2**bits-1` (for fp8: the byte of each float8 e4m3 value).
+    scale: floating, `[out, groups]`, in the dtype the artifact stores ("tensor" schemes repeat one value).
+    zero: uint8 `[out, groups]`; `2**(bits-1)` everywhere when symmetric; all 0 for fp8.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`(codes - zero) * scale` in float32, `[out, in]`, then cast to `dtype`."""
+        return dequantize(self.codes, self.scale, self.zero, self.scheme).to(dtype)
+
+    def to(self, device: torch.device | str) -> "QuantizedLinear":
+        """The same linear on another device."""
+        return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
+
+
+def spread(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    """Repeat a per-group tensor `[out, groups]` to its columns, `[out, in]`; the last group may be short."""
+    return per_group.repeat_interleave(scheme.columns_per_group(columns), dim=1)[:, :columns]
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Nearest codes (ties to even) of `weight` f32 `[out, in]` under `scale`, `zero` `[out, groups]`.
+
+    Returns uint8 `[out, in]`. A zero scale (an all-zero group) gives the zero point.
+    """
+    columns = weight.shape[1]
+    steps = spread(scale.float(), columns, scheme)
+    ratio = torch.where(steps == 0, torch.zeros_like(weight), weight / torch.where(steps == 0, 1.0, steps))
+    if scheme.number == "fp8":
+        return ratio.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+    codes = torch.round(ratio) + spread(zero.float(), columns, scheme)
+    return codes.clamp(0, scheme.levels).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """The float32 weight `[out, in]` that `codes` stand for."""
+    columns = codes.shape[1]
+    steps = spread(scale.float(), columns, scheme)
+    if scheme.number == "fp8":
+        return codes.view(FP8).float() * steps
+    return (codes.float() - spread(zero.float(), columns, scheme)) * steps
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes uint8 `[rows, n]` into a dense little-endian bit stream along the last axis.
+
+    Element i of a row occupies bits `i*bits .. i*bits+bits-1` of the stream, least significant first; 32 stream
+    bits make one int32. Returns int32 `[rows, ceil(n*bits/32)]`, unused high bits zero.
+    """
+    rows, n = codes.shape
+    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, n * bits)  # [rows, n*bits]
+    words = -(-n * bits // 32)
+    padded = torch.zeros(rows, words * 32, dtype=torch.uint8, device=codes.device)
+    padded[:, : n * bits] = stream
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    octets = (padded.view(rows, words * 4, 8) * weights).sum(-1, dtype=torch.uint8)  # [rows, words*4]
+    return octets.contiguous().view(torch.int32)
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of `pack_bits`: int32 `[rows, words]` to uint8 `[rows, n]`."""
+    rows = packed.shape[0]
+    octets = packed.contiguous().view(torch.uint8)  # [rows, words*4]
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((octets.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)[:, : n * bits]
+    weights = (1 << torch.arange(bits, device=packed.device)).to(torch.uint8)
+    return (stream.reshape(rows, n, bits) * weights).sum(-1, dtype=torch.uint8)
