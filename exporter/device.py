@@ -1,0 +1,107 @@
+"""Where the numbers are computed: the only file that may name `torch.cuda`."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from exporter.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A chosen device. free_bytes: memory that was free when it was chosen (host memory for the CPU)."""
+
+    torch_device: torch.device
+    name: str
+    free_bytes: int
+
+    @property
+    def is_cuda(self) -> bool:
+        """True on an NVIDIA (or ROCm) GPU."""
+        return self.torch_device.type == "cuda"
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Dtype of the forward passes: the checkpoint's own on a GPU, float32 on a CPU (16 bit is slow there)."""
+        return stored if self.is_cuda and stored.itemsize == 2 else torch.float32
+
+
+def choose(request: str = "auto") -> Device:
+    """`auto` takes the CUDA device with the most free memory, else the CPU; a named device must exist (PlanError)."""
+    if request == "auto":
+        found = [(torch.cuda.mem_get_info(i)[0], i) for i in range(torch.cuda.device_count())]
+        request = f"cuda:{max(found)[1]}" if found else "cpu"
+    if request == "cpu":
+        return Device(torch.device("cpu"), "CPU", free_host_bytes())
+    kind, _, index = request.partition(":")
+    if kind != "cuda" or not (index == "" or index.isdigit()):
+        raise PlanError(f"unknown device '{request}'", "use auto, cpu, cuda or cuda:N")
+    number, count = int(index or 0), torch.cuda.device_count()
+    if number >= count:
+        raise PlanError(f"device '{request}' is not here: torch sees {count} CUDA devices", "use --device auto or cpu")
+    return Device(
+        torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0]
+    )
+
+
+def free_host_bytes() -> int:
+    """Host memory that programs can still take, in bytes (MemAvailable, bounded by a container's limit)."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    return min(free, _container_room())
+
+
+def _container_room() -> int:
+    """Bytes left under a cgroup v2 memory limit; a very large number when there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            most = int(limit.read())
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as current:
+            return max(0, most - int(current.read()))
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+@contextmanager
+def exact_math(seed: int) -> Iterator[None]:
+    """Seed torch and switch TF32 off for the duration, so that results do not depend on what ran before."""
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def reset_peak(device: Device) -> None:
+    """Start a new measurement of the device's peak memory."""
+    if device.is_cuda:
+        torch.cuda.reset_peak_memory_stats(device.torch_device)
+
+
+def peak_bytes(device: Device) -> tuple[int, int]:
+    """(peak device memory since `reset_peak`, peak resident host memory of this process), in bytes."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated(device.torch_device) if device.is_cuda else 0), host
+
+
+def release(device: Device) -> None:
+    """Give cached device memory back to the system."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: Device) -> None:
+    """Wait until the device has done its work, for honest timings."""
+    if device.is_cuda:
+        torch.cuda.synchronize(device.torch_device)
