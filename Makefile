@@ -1,0 +1,50 @@
+# GNU make. Every target sets up what it needs; `make` alone lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.ready ## make .venv and install mmq into it
+
+demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, check the artifact and measure it (no GPU, no network)
+	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
+
+test: $(VENV)/.ready-dev ## run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+format: $(VENV)/.ready-dev ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches, work folders and built artifacts
+	rm -rf $(VENV) build dist artifacts .mmq-work .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "mmq needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mmq into $(VENV) (the first time takes some minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mmq and its development tools into $(VENV) (the first time takes some minutes)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.ready
