@@ -1,0 +1,300 @@
+"""Recipes: a YAML file becomes a frozen `Recipe`, or one error that lists every problem.
+
+A recipe says which component gets which method and bits, how to calibrate, which format to write and how much
+of each task may be lost. Rules are tried in order; the first that matches a linear wins.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from exporter.errors import RecipeError
+from exporter.families import FAMILIES
+from exporter.formats import FORMATS
+from exporter.methods import METHODS
+from exporter.quantized import Activations, GroupSize, Scheme
+from exporter.tasks import TASKS
+
+Third = Literal["front", "middle", "end"]
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _known(value: str, registry: Any, what: str) -> str:
+    if value not in registry:
+        close = difflib.get_close_matches(value, list(registry), n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown {what} '{value}'.{meant} ({', '.join(sorted(registry))})")
+    return value
+
+
+class Model(Strict):
+    """Which checkpoint: a hub id, a local folder or the name of an embedded model."""
+
+    repo: str
+    revision: str | None = None
+    family: str
+
+    @field_validator("family")
+    @classmethod
+    def _family(cls, value: str) -> str:
+        return _known(value, FAMILIES, "family")
+
+
+class Rule(Strict):
+    """How the linears of one component, or of some of its blocks or one role, are quantized. bits 16 keeps them."""
+
+    component: str
+    bits: int
+    method: str = "rtn"
+    group_size: GroupSize = "row"
+    symmetric: bool = True
+    number: Literal["int", "fp8"] = "int"
+    activations: Activations | None = None
+    blocks: str | None = None
+    role: Literal["attention", "mlp"] | None = None
+    store: Literal["packed", "dequantized"] = "packed"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return _known(value, METHODS, "method")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"bits must be 2 to 8, or 16 to keep the component, not {value}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group(cls, value: GroupSize) -> GroupSize:
+        if isinstance(value, int) and (value < 8 or value % 8):
+            raise ValueError(f"group_size must be a multiple of 8 (usually 128), 'row' or 'tensor', not {value}")
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("front", "middle", "end"):
+            low, colon, high = value.partition(":")
+            if not (colon and (low + high).isdigit() and int(low or 0) < int(high or 10**6)):
+                raise ValueError(f"blocks must be front, middle, end or 'FIRST:LAST' like '0:8', not '{value}'")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
+            raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
+        if self.activations and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
+            raise ValueError("activations need bits: 8, symmetric: true and group_size: row or tensor")
+        if self.activations and (self.activations == "fp8") != (self.number == "fp8"):
+            raise ValueError("activations: fp8 goes with number: fp8, and int8 with int")
+        self.parsed_options()
+        return self
+
+    def parsed_options(self) -> Any:
+        """The method's own options, validated by the method."""
+        try:
+            return METHODS[self.method].Options(**self.options)
+        except ValidationError as error:
+            allowed = ", ".join(METHODS[self.method].Options.model_fields)
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"options.{where}: {first['msg']} (method {self.method} takes: {allowed})") from None
+
+    def scheme(self) -> Scheme | None:
+        """The scheme of this rule; None when it keeps 16 bits."""
+        if self.bits == 16:
+            return None
+        return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+
+    def matches_block(self, index: int, count: int) -> bool:
+        """Whether block `index` of `count` is in this rule's range; thirds split as evenly as they can."""
+        if self.blocks is None:
+            return True
+        if self.blocks in ("front", "middle", "end"):
+            return ("front", "middle", "end")[index * 3 // count] == self.blocks
+        low, _, high = self.blocks.partition(":")
+        return int(low or 0) <= index < int(high or count)
+
+
+class Calibration(Strict):
+    """What the statistics are measured on. data: "demo" (the built-in drawings) or "folder" (with --data)."""
+
+    data: Literal["demo", "folder"] = "demo"
+    tasks: tuple[str, ...] = ("captioning", "vqa")
+    samples: int = Field(128, ge=1)
+    batch: int = Field(8, ge=1)
+    seed: int = 0
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one task")
+        return tuple(_known(task, TASKS, "task") for task in value)
+
+
+class Evaluation(Strict):
+    """How many test samples of each task decide; more samples, narrower intervals."""
+
+    samples: int = Field(500, ge=2)
+    batch: int = Field(32, ge=1)
+    seed: int = 0
+
+
+class Gate(Strict):
+    """The artifact may lose at most `max_drop` (a share: 0.02 is 2 %) of the full-precision score.
+
+    decide: "point" compares the measured drop, "upper" the upper end of its 95 % interval.
+    """
+
+    task: str
+    metric: str
+    max_drop: float = Field(ge=0, lt=1)
+    decide: Literal["point", "upper"] = "point"
+
+    @model_validator(mode="after")
+    def _metric(self) -> Self:
+        _known(self.task, TASKS, "task")
+        _known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
+        return self
+
+
+class Evidence(Strict):
+    """Why this recipe: the finding, the figures, and where they come from."""
+
+    finding: str
+    figures: str
+    source: str
+
+
+class Publish(Strict):
+    """Where `mmq publish` puts the artifact."""
+
+    repo: str | None = None
+    private: bool = True
+
+
+class Recipe(Strict):
+    """A whole recipe; see `recipes/*.yaml` for documented examples."""
+
+    name: str
+    summary: str
+    model: Model
+    quantize: tuple[Rule, ...] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    format: str = "compressed_tensors"
+    evaluation: Evaluation = Evaluation()
+    gates: tuple[Gate, ...]
+    evidence: tuple[Evidence, ...] = Field(min_length=1)
+    publish: Publish = Publish()
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value: str) -> str:
+        return _known(value, FORMATS, "format")
+
+    @model_validator(mode="after")
+    def _components(self) -> Self:
+        names = [component.name for component in FAMILIES[self.model.family].components]
+        problems = []
+        for i, rule in enumerate(self.quantize):
+            try:
+                _known(rule.component, names, f"component of family {self.model.family}")
+            except ValueError as error:
+                problems.append(f"quantize[{i}].component: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def digest(self) -> str:
+        """sha256 of the recipe's content, independent of comments and key order."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def recipe_folder() -> Path:
+    """Where the built-in recipes are: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with mmq."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
+    names = built_in()
+    path = names.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        close = difflib.get_close_matches(name_or_path, list(names), n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}'.{meant}",
+            f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
+        )
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
+    data.setdefault("name", Path(where).stem)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = _problems(error)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Every problem as `path: what is wrong`, with the nearest known key for unknown ones."""
+    lines = []
+    for problem in error.errors():
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            key, known = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = f" Did you mean '{close[0]}'?" if close else ""
+            message = f"unknown key.{meant} ({', '.join(known)})"
+        elif problem["type"] == "missing":
+            message = "this key is required"
+        lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
+    return lines
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `location` knows."""
+    sections: dict[str, type[Strict]] = {
+        "model": Model,
+        "quantize": Rule,
+        "calibration": Calibration,
+        "evaluation": Evaluation,
+        "gates": Gate,
+        "evidence": Evidence,
+        "publish": Publish,
+    }
+    section = sections.get(str(location[0]), Recipe) if location else Recipe
+    return list(section.model_fields)
