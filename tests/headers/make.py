@@ -1,0 +1,267 @@
+"""Write names, shapes and dtypes of the real checkpoints into this folder, without any weights.
+
+Everything follows from the published architectures: the names are those of the files on the hub, the shapes those of
+the configuration. `python tests/headers/make.py` rewrites the JSON files; `tests/test_headers.py` checks that they are
+fresh and that the parameter counts are the published ones.
+
+Format: `config` is config.json, `shard_bytes` the size at which a new shard starts, `tensors` maps a name to
+`[dtype, shape]`, or a name with `{i}` to `[dtype, shape, "start:stop:step"]`, the blocks that have it. Tensors come in
+the order of the file: patterns that follow each other and share the text before `{i}` belong to one stack of blocks.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Entry = list[Any]  # [dtype, shape] or [dtype, shape, "start:stop:step"]
+Tensors = dict[str, Entry]
+
+OPT_27B = "Salesforce--blip2-opt-2.7b"
+ITM_COCO = "Salesforce--blip2-itm-vit-g-coco"
+LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
+
+
+def affine(name: str, rows: int, columns: int) -> dict[str, list[int]]:
+    """A linear with a bias: weight `[out, in]`, bias `[out]`."""
+    return {f"{name}.weight": [rows, columns], f"{name}.bias": [rows]}
+
+
+def norm(name: str, width: int) -> dict[str, list[int]]:
+    """A layer norm: weight and bias `[width]`."""
+    return {f"{name}.weight": [width], f"{name}.bias": [width]}
+
+
+def at(prefix: str, dtype: str, shapes: dict[str, list[int]], blocks: str | None = None) -> Tensors:
+    """The entries of `shapes` below `prefix`."""
+    return {f"{prefix}{name}": [dtype, shape, *([blocks] if blocks else [])] for name, shape in shapes.items()}
+
+
+def clip_tower(prefix: str, dtype: str, width: int, inner: int, blocks: int, patch: int, image: int) -> Tensors:
+    """CLIP's vision transformer; one position for the class token."""
+    positions = (image // patch) ** 2 + 1
+    outside = {
+        "embeddings.class_embedding": [width],
+        "embeddings.patch_embedding.weight": [width, 3, patch, patch],
+        "embeddings.position_embedding.weight": [positions, width],
+        **norm("pre_layrnorm", width),
+    }
+    block: dict[str, list[int]] = {}
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        block |= affine(f"self_attn.{name}", width, width)
+    block |= norm("layer_norm1", width) | affine("mlp.fc1", inner, width)
+    block |= affine("mlp.fc2", width, inner) | norm("layer_norm2", width)
+    return {
+        **at(prefix, dtype, outside),
+        **at(f"{prefix}encoder.layers.{{i}}.", dtype, block, f"0:{blocks}:1"),
+        **at(prefix, dtype, norm("post_layernorm", width)),
+    }
+
+
+def llama(prefix: str, dtype: str, width: int, inner: int, blocks: int, vocabulary: int) -> Tensors:
+    """Llama with multi-head attention (key and value as wide as query) and an untied output matrix."""
+    block = {f"self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+    block |= {f"mlp.{name}_proj.weight": [inner, width] for name in ("gate", "up")}
+    block |= {"mlp.down_proj.weight": [width, inner]}
+    block |= {f"{name}.weight": [width] for name in ("input_layernorm", "post_attention_layernorm")}
+    return {
+        **at(prefix, dtype, {"model.embed_tokens.weight": [vocabulary, width]}),
+        **at(f"{prefix}model.layers.{{i}}.", dtype, block, f"0:{blocks}:1"),
+        **at(prefix, dtype, {"model.norm.weight": [width], "lm_head.weight": [vocabulary, width]}),
+    }
+
+
+def eva_tower(prefix: str, dtype: str, width: int, inner: int, blocks: int, patch: int, image: int) -> Tensors:
+    """BLIP-2's vision transformer (EVA ViT-g): query, key and value are one linear."""
+    positions = (image // patch) ** 2 + 1
+    outside = {
+        "embeddings.class_embedding": [1, 1, width],
+        "embeddings.position_embedding": [1, positions, width],
+        "embeddings.patch_embedding.weight": [width, 3, patch, patch],
+        "embeddings.patch_embedding.bias": [width],
+    }
+    block = affine("self_attn.qkv", 3 * width, width) | affine("self_attn.projection", width, width)
+    block |= norm("layer_norm1", width) | affine("mlp.fc1", inner, width)
+    block |= affine("mlp.fc2", width, inner) | norm("layer_norm2", width)
+    return {
+        **at(prefix, dtype, outside),
+        **at(f"{prefix}encoder.layers.{{i}}.", dtype, block, f"0:{blocks}:1"),
+        **at(prefix, dtype, norm("post_layernorm", width)),
+    }
+
+
+def attention(name: str, width: int, source: int) -> dict[str, list[int]]:
+    """BERT attention whose keys and values read a source of `source` features."""
+    shapes = affine(f"{name}.attention.query", width, width)
+    shapes |= affine(f"{name}.attention.key", width, source) | affine(f"{name}.attention.value", width, source)
+    return shapes | affine(f"{name}.output.dense", width, width) | norm(f"{name}.output.LayerNorm", width)
+
+
+def feed_forward(suffix: str, width: int, inner: int) -> dict[str, list[int]]:
+    """BERT feed-forward; `suffix` is "_query" for the query tokens, "" for text."""
+    shapes = affine(f"intermediate{suffix}.dense", inner, width)
+    return shapes | affine(f"output{suffix}.dense", width, inner) | norm(f"output{suffix}.LayerNorm", width)
+
+
+def q_former(prefix: str, dtype: str, blocks: int, text: bool) -> Tensors:
+    """The Q-Former, 768 wide: every second block attends to the image; the text feed-forward only for retrieval."""
+    every = f"0:{blocks}:1"
+    stack = f"{prefix}encoder.layer.{{i}}."
+    return {
+        **at(prefix, dtype, norm("layernorm", 768)),
+        **at(stack, dtype, attention("attention", 768, 768), every),
+        **at(stack, dtype, attention("crossattention", 768, 1408), f"0:{blocks}:2"),
+        **(at(stack, dtype, feed_forward("", 768, 3072), every) if text else {}),
+        **at(stack, dtype, feed_forward("_query", 768, 3072), every),
+    }
+
+
+def opt(prefix: str, dtype: str, width: int, inner: int, blocks: int, vocabulary: int) -> Tensors:
+    """OPT; its output matrix is the embedding and is not stored twice. Positions start at 2."""
+    block: dict[str, list[int]] = {}
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        block |= affine(f"self_attn.{name}", width, width)
+    block |= norm("self_attn_layer_norm", width) | affine("fc1", inner, width)
+    block |= affine("fc2", width, inner) | norm("final_layer_norm", width)
+    outside = {"embed_tokens.weight": [vocabulary, width], "embed_positions.weight": [2050, width]}
+    return {
+        **at(prefix, dtype, outside | norm("final_layer_norm", width)),
+        **at(f"{prefix}layers.{{i}}.", dtype, block, f"0:{blocks}:1"),
+    }
+
+
+def llava_7b() -> dict[str, Any]:
+    """LLaVA-1.5 7B: CLIP-L/336, a two-linear projector, Vicuna 7B."""
+    text = {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    }
+    vision = {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    }
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_seq_length": 576,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": vision,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    projector = affine("linear_1", 4096, 1024) | affine("linear_2", 4096, 4096)
+    tensors = {
+        **clip_tower("vision_tower.vision_model.", "F16", 1024, 4096, 24, 14, 336),
+        **at("multi_modal_projector.", "F16", projector),
+        **llama("language_model.", "F16", 4096, 11008, 32, 32064),
+    }
+    return {"config": config, "shard_bytes": 5 * 10**9, "tensors": tensors}
+
+
+def blip2_config(architecture: str) -> dict[str, Any]:
+    """What the two BLIP-2 configurations share."""
+    vision = {
+        "hidden_size": 1408,
+        "image_size": 224,
+        "intermediate_size": 6144,
+        "model_type": "blip_2_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 39,
+        "patch_size": 14,
+        "qkv_bias": True,
+    }
+    former = {
+        "cross_attention_frequency": 2,
+        "encoder_hidden_size": 1408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "model_type": "blip_2_qformer",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "vocab_size": 30523,
+    }
+    return {
+        "architectures": [architecture],
+        "model_type": "blip-2",
+        "num_query_tokens": 32,
+        "qformer_config": former,
+        "torch_dtype": "float32",
+        "vision_config": vision,
+    }
+
+
+def blip2_opt() -> dict[str, Any]:
+    """BLIP-2 with OPT-2.7b; 32 embedding rows more than OPT's own 50,272 hold the image token."""
+    text = {
+        "activation_function": "relu",
+        "architectures": ["OPTForCausalLM"],
+        "do_layer_norm_before": True,
+        "ffn_dim": 10240,
+        "hidden_size": 2560,
+        "max_position_embeddings": 2048,
+        "model_type": "opt",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 50304,
+        "word_embed_proj_dim": 2560,
+    }
+    config = blip2_config("Blip2ForConditionalGeneration")
+    config |= {"image_token_index": 50265, "text_config": text, "use_decoder_only_language_model": True}
+    tensors = {
+        "query_tokens": ["F32", [1, 32, 768]],
+        **eva_tower("vision_model.", "F32", 1408, 6144, 39, 14, 224),
+        **q_former("qformer.", "F32", 12, text=False),
+        **at("", "F32", affine("language_projection", 2560, 768)),
+        **opt("language_model.model.decoder.", "F32", 2560, 10240, 32, 50304),
+    }
+    return {"config": config, "shard_bytes": 10**10, "tensors": tensors}
+
+
+def blip2_itm() -> dict[str, Any]:
+    """BLIP-2's retrieval model, ViT-g fine-tuned on COCO; no language model."""
+    config = blip2_config("Blip2ForImageTextRetrieval")
+    config["vision_config"]["image_size"] = 364
+    config["qformer_config"]["use_qformer_text_input"] = True
+    config |= {"image_text_hidden_size": 256, "image_token_index": None}
+    words = {"word_embeddings.weight": [30523, 768], "position_embeddings.weight": [512, 768]}
+    heads = affine("vision_projection", 256, 768) | affine("text_projection", 256, 768) | affine("itm_head", 2, 768)
+    tensors = {
+        "query_tokens": ["F32", [1, 32, 768]],
+        **eva_tower("vision_model.", "F32", 1408, 6144, 39, 14, 364),
+        **at("embeddings.", "F32", words),
+        **q_former("qformer.", "F32", 12, text=True),
+        **at("", "F32", heads),
+    }
+    return {"config": config, "shard_bytes": 10**10, "tensors": tensors}
+
+
+HEADERS = {LLAVA_7B: llava_7b, OPT_27B: blip2_opt, ITM_COCO: blip2_itm}
+
+
+def render(header: dict[str, Any]) -> str:
+    """The JSON text of one file: one tensor a line."""
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in header["tensors"].items())
+    config = json.dumps(header["config"], indent=2).replace("\n", "\n  ")
+    return f'{{\n  "config": {config},\n  "shard_bytes": {header["shard_bytes"]},\n  "tensors": {{\n{lines}\n  }}\n}}\n'
+
+
+if __name__ == "__main__":
+    for stem, make in HEADERS.items():
+        Path(__file__).with_name(f"{stem}.json").write_text(render(make()), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""The stored headers are those of the real checkpoints: published counts, and the modules transformers builds."""
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.conftest import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file
+from tests.headers import make
+
+LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
+NOT_QUANTIZED = ("lm_head", "embed", "_projection.weight", "projector", "itm_head")  # linears and tables left at 16 bit
+
+
+def parameters(name: str, prefix: str = "") -> int:
+    """All parameters below `prefix`."""
+    return sum(prod(shape) for tensor, (_, shape) in header(name).items() if tensor.startswith(prefix))
+
+
+def quantizable(name: str, prefix: str) -> int:
+    """Parameters of the block linears below `prefix`."""
+    return sum(
+        prod(shape)
+        for tensor, (_, shape) in header(name).items()
+        if tensor.startswith(prefix) and len(shape) == 2 and not any(word in tensor for word in NOT_QUANTIZED)
+    )
+
+
+def test_every_header_is_the_one_that_make_writes():
+    assert set(HEADER_NAMES) == set(make.HEADERS) and len(HEADER_NAMES) == 3
+    for name, build in make.HEADERS.items():
+        assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "total"),
+    [(LLAVA, 686, 7_063_427_072), (OPT, 1_247, 3_744_761_856), (ITM, 809, 1_172_623_618)],
+)
+def test_published_totals(name, count, total):
+    assert len(header(name)) == count
+    assert parameters(name) == total
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "total"),
+    [
+        (LLAVA, "vision_tower.", 301_989_888),
+        (LLAVA, "language_model.", 6_476_005_376),
+        (OPT, "vision_model.", 984_023_040),
+        (OPT, "qformer.", 104_988_672),
+        (OPT, "language_model.", 2_516_582_400),
+        (ITM, "vision_model.", 984_023_040),
+        (ITM, "qformer.", 161_611_776),
+    ],
+)
+def test_published_quantizable_totals(name, prefix, total):
+    assert quantizable(name, prefix) == total
+
+
+def to_live(name: str) -> Callable[[str], str]:
+    """The name transformers gives a tensor of the file; written out here, not taken from the families."""
+    if name in (OPT, ITM):
+        return lambda tensor: tensor
+    pairs = [
+        ("vision_tower.vision_model.", "model.vision_tower."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ]
+    return lambda tensor: next(live + tensor[len(stored) :] for stored, live in pairs if tensor.startswith(stored))
+
+
+@pytest.mark.parametrize("name", HEADER_NAMES)
+def test_transformers_builds_these_names_and_shapes(name):
+    import transformers
+
+    values = header_config(name)
+    architecture = getattr(transformers, values["architectures"][0])
+    with torch.device("meta"):
+        model = architecture(architecture.config_class(**values))
+    built = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    assert {to_live(name)(tensor): shape for tensor, (_, shape) in header(name).items()} == built
+
+
+@pytest.mark.parametrize("name", HEADER_NAMES)
+def test_sparse_checkpoint_reads_back_at_its_real_size(name, sparse_checkpoint):
+    folder: Path = sparse_checkpoint(name)
+    seen = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(tensor)
+                seen[tensor] = (part.get_dtype(), tuple(part.get_shape()))
+    assert seen == header(name)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors"))
+    assert size > sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in seen.values())
+    assert on_disk < 2**20
+    assert json.loads((folder / "config.json").read_text()) == header_file(name)["config"]
+
+
+def test_sparse_index_lists_every_tensor_of_every_shard(sparse_checkpoint):
+    folder: Path = sparse_checkpoint(LLAVA)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * 7_063_427_072
+    assert list(index["weight_map"]) == list(header(LLAVA))
+    assert sorted(set(index["weight_map"].values())) == sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(set(index["weight_map"].values())) == 3
+    for file in set(index["weight_map"].values()):
+        with safe_open(folder / file, framework="pt") as shard:
+            assert set(shard.keys()) == {tensor for tensor, where in index["weight_map"].items() if where == file}
