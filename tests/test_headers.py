@@ -31,7 +31,8 @@ def quantizable(name: str, prefix: str) -> int:
 
 
 def test_every_header_is_the_one_that_make_writes():
-    assert set(HEADER_NAMES) == set(make.HEADERS) and len(HEADER_NAMES) == 3
+    assert set(HEADER_NAMES) == set(make.HEADERS)
+    assert len(HEADER_NAMES) == 3
     for name, build in make.HEADERS.items():
         assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
 
