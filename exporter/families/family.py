@@ -33,6 +33,8 @@ class Component:
     blocks: checkpoint prefix of block `{i}`; a component of one block has no `{i}`.
     used: blocks that run at inference; stored: blocks the checkpoint holds (the rest is kept, with `unused`).
     phases: linears of a block in the order the data meets them; members of one phase share their input.
+    target: pattern that finds block `{i}` under its runtime name and its live name alike (what configs are made of).
+    tokens: rows of its input that one sample makes, to predict memory.
     padded: its activations are `[batch, tokens, in]` with padding that the attention mask marks.
     fused: runtime module -> the linears the serving engine fuses into it; these must share one scheme.
     packable: None, or why the serving engine cannot load this component packed.
@@ -44,6 +46,8 @@ class Component:
     stored: Callable[[Config], int]
     phases: tuple[tuple[str, ...], ...]
     roles: Mapping[str, Role]
+    target: str
+    tokens: Callable[[Config], int]
     unused: str = ""
     padded: bool = False
     smoothings: tuple[Smoothing, ...] = ()

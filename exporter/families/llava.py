@@ -65,6 +65,11 @@ def _blocks_used(config: Config) -> int:
     return max(stored + layer + 1 if layer < 0 else layer for layer in layers)
 
 
+def _patches(config: Config) -> int:
+    vision = config["vision_config"]
+    return int((vision.get("image_size", 336) // vision.get("patch_size", 14)) ** 2)
+
+
 def _text_blocks(config: Config) -> int:
     return int(config["text_config"].get("num_hidden_layers", 32))  # the hub's 7B config leaves the default out
 
@@ -94,6 +99,8 @@ VISION = Component(
     blocks="vision_tower.vision_model.encoder.layers.{i}",
     used=_blocks_used,
     stored=_blocks_stored,
+    target=r".*vision_tower\.(?:vision_model\.)?encoder\.layers\.{i}",
+    tokens=lambda config: _patches(config) + 1,
     unused="this block never runs: vision_feature_layer takes the features before it",
     phases=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -124,6 +131,8 @@ PROJECTOR = Component(
     stored=lambda config: 1,
     phases=(("linear_1",), ("linear_2",)),
     roles={"linear_1": "mlp", "linear_2": "mlp"},
+    target=r".*multi_modal_projector",
+    tokens=_patches,
 )
 
 LANGUAGE = Component(
@@ -146,6 +155,8 @@ LANGUAGE = Component(
         "mlp.up_proj": "mlp",
         "mlp.down_proj": "mlp",
     },
+    target=r".*language_model\.(?:model\.)?layers\.{i}",
+    tokens=lambda config: _patches(config) + 64,  # prompt and reply are short beside the image
     padded=True,
     smoothings=(
         Smoothing("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

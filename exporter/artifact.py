@@ -1,0 +1,240 @@
+"""The artifact: packed units and untouched source tensors in one folder that an engine opens; and its check.
+
+Everything is written into a temporary folder beside the destination and renamed when it is complete.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from exporter.checkpoint import Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
+from exporter.errors import ArtifactError, CheckpointError
+from exporter.events import Event
+from exporter.families import FAMILIES
+from exporter.formats import FORMATS
+from exporter.formats.group import Group
+from exporter.plan import Plan
+from exporter.quantized import QuantizedLinear, Scheme, pack_bits
+from exporter.targets import groups, kept_modules
+from exporter.workdir import UnitResult, Workdir
+
+MANIFEST = "mmq_manifest.json"
+REPORT = "mmq_report.json"
+SHARD_BYTES = 4 * 2**30
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT}
+PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+def write(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    workdir: Workdir,
+    out: Path,
+    provenance: Mapping[str, Any],
+    on_event: Callable[[Event], None],
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the artifact to `out` (ArtifactError when the folder is in use, CheckpointError when a source is bad).
+
+    provenance: what the manifest says of calibration data (ids, seed) and device.
+    """
+    refuse_occupied(out, overwrite)
+    temporary = out.with_name(f".{out.name}.mmq-tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(lambda name: (name, sha256(checkpoint.folder / name)), checkpoint.files())
+            shards, digests = _write_tensors(plan, checkpoint, workdir, temporary, shard_bytes, on_event)
+            source = {"model": plan.origin, "shards": dict(hashes)}
+        _write_texts(plan, checkpoint, temporary)
+        manifest = _manifest(plan, source, shards, digests, workdir, provenance, temporary)
+        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    except OSError as error:
+        raise disk_error(out, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """ArtifactError unless `out` is absent, empty, or an mmq artifact that may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise ArtifactError(f"{out} is a file", "give another --out")
+    if not overwrite:
+        raise ArtifactError(f"{out} is not empty", "give another --out, or --overwrite to replace it")
+    if not (out / MANIFEST).exists():
+        raise ArtifactError(f"{out} holds something that mmq did not write; it is not replaced", "give another --out")
+
+
+def _write_tensors(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    workdir: Workdir,
+    folder: Path,
+    shard_bytes: int,
+    on_event: Callable[[Event], None],
+) -> tuple[list[str], dict[str, str]]:
+    """Every tensor of the source, packed or as it was; returns shard names and the digests of the packed linears."""
+    writer, digests = ShardWriter(folder, shard_bytes), {}
+    format_module = FORMATS[plan.recipe.format]
+    unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
+    loaded: tuple[int, UnitResult] | None = None
+    ordered = sorted(plan.rows, key=lambda row: (unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1))
+    for i, row in enumerate(ordered):
+        if row.decision == "kept":
+            writer.add(row.tensor.name, _finite(row.tensor.name, checkpoint.read(row.tensor.name)))
+            continue
+        unit = unit_of[row.tensor.name]
+        if loaded is None or loaded[0] != unit.index:
+            loaded = (unit.index, workdir.read(unit))
+            on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
+        linear = loaded[1].linears[row.module]
+        if row.decision == "packed":
+            digests[row.module] = digest(linear)
+            for name, tensor in format_module.pack(row.module, linear).items():
+                writer.add(name, tensor)
+        else:
+            writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype))
+        del i
+    return writer.finish(), digests
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{name} holds values that are not finite", "the checkpoint is damaged")
+    return tensor
+
+
+def digest(linear: QuantizedLinear) -> str:
+    """sha256 over codes, scales and zero points: the identity of a quantized linear in any format."""
+    hasher = hashlib.sha256()
+    for tensor in (pack_bits(linear.codes, linear.scheme.bits), linear.scale, linear.zero):
+        hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
+    config = dict(checkpoint.config)
+    config["quantization_config"] = FORMATS[plan.recipe.format].quantization_config(groups(plan), kept_modules(plan))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for pattern in COPIED:
+        for path in sorted(checkpoint.folder.glob(pattern)):
+            if path.name not in NOT_COPIED and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _manifest(
+    plan: Plan,
+    source: dict[str, Any],
+    shards: list[str],
+    digests: dict[str, str],
+    workdir: Workdir,
+    provenance: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    results = [workdir.read_notes(unit) for unit in plan.units]
+    return {
+        "format_version": 1,
+        "family": plan.family.name,
+        "format": plan.recipe.format,
+        "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.digest()},
+        "source": source,
+        "fingerprint": workdir.fingerprint,
+        "provenance": dict(provenance),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
+        "shards": shards,
+        "linears": digests,
+        "errors": {name: error for errors, _ in results for name, error in errors.items()},
+        "notes": [note for _, notes in results for note in notes],
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact, read back: its tensors by checkpoint name, quantized ones dequantized."""
+
+    checkpoint: Checkpoint
+    manifest: dict[str, Any]
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Artifact":
+        """Headers, config and manifest; ArtifactError when the folder is no mmq artifact."""
+        if not (folder / MANIFEST).exists():
+            raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
+        manifest = read_json(folder / MANIFEST)
+        checkpoint = Checkpoint.open(folder, origin=folder.name)
+        found = FORMATS[manifest["format"]].read_config(checkpoint.config.get("quantization_config") or {})
+        return cls(checkpoint, manifest, tuple(found))
+
+    @property
+    def family(self) -> Any:
+        """The model family."""
+        return FAMILIES[self.manifest["family"]]
+
+    def names(self) -> list[str]:
+        """Checkpoint names of all tensors, as if nothing were packed."""
+        packed = {module: self._stored(module) for module in self.manifest["linears"]}
+        inside = {name for names in packed.values() for name in names}
+        whole = [name for name in self.checkpoint.tensors if name not in inside]
+        return whole + [f"{module}.weight" for module in packed]
+
+    def scheme_of(self, module: str) -> Scheme:
+        """The scheme that the config's patterns give to a module, as the engine will match it."""
+        name = self.family.runtime_name(module)
+        matches = {g.scheme for g in self.groups if any(target_matches(target, name) for target in g.targets)}
+        if len(matches) != 1:
+            raise ArtifactError(f"config.json gives {name} {len(matches)} schemes, expected one")
+        return matches.pop()
+
+    def _stored(self, module: str) -> tuple[str, ...]:
+        names: tuple[str, ...] = FORMATS[self.manifest["format"]].tensor_names(module, self.scheme_of(module))
+        return names
+
+    def linear(self, module: str) -> QuantizedLinear:
+        """One packed linear, unpacked."""
+        scheme = self.scheme_of(module)
+        tensors = {name: self.checkpoint.read(name) for name in self._stored(module)}
+        linear: QuantizedLinear = FORMATS[self.manifest["format"]].unpack(module, tensors, scheme)
+        return linear
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its checkpoint name, dequantized where it is packed."""
+        module = name.removesuffix(".weight")
+        if module in self.manifest["linears"]:
+            return self.linear(module).dequantize()
+        return self.checkpoint.read(name)
+
+
+def target_matches(target: str, name: str) -> bool:
+    """vLLM's and compressed-tensors' rule: `re:` patterns match from the start, other targets are whole names."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name

@@ -1,0 +1,278 @@
+"""Stream the blocks: capture inputs, gather statistics, quantize, store the unit, go on with quantized outputs.
+
+Components follow the data (vision, projector, language), so every block sees the error of everything before it,
+as it will when the artifact runs. Inside a block the phases do the same (GPTQ's "true sequential" order).
+A finished unit is never computed again: its block runs with the weights from its file.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device
+from exporter.errors import CalibrationError, CheckpointError
+from exporter.events import Event
+from exporter.families import Component
+from exporter.methods import METHODS
+from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
+from exporter.quantized import QuantizedLinear
+from exporter.stream import Stream, run_until_reached, watch_inputs
+from exporter.workdir import UnitResult, Workdir
+
+VERSION = 1  # part of a job's fingerprint: raise it when this file changes the numbers
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Flow:
+    """What one batch looks like at the door of the next block.
+
+    hidden: `[batch, tokens, width]`. args, kwargs: everything else the block receives, the same for all blocks.
+    mask: `[batch, tokens]`, true where a token is real; None when nothing is padded.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+
+    def run(self, block: torch.nn.Module, device: torch.device) -> Tensor | None:
+        """The block's output, or None when a hook stopped it."""
+        hidden = self.hidden.to(device)
+        if "hidden_states" in self.kwargs:
+            output = run_until_reached(block, **{**self.kwargs, "hidden_states": hidden})
+        else:
+            output = run_until_reached(block, hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Job:
+    """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    workdir: Workdir
+    device: Device
+    on_event: Callable[[Event], None]
+    stream: Stream
+    finished: int
+    _cached: tuple[int, UnitResult] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._unit_of = {row.tensor.name: unit for unit in self.plan.units for row in unit.rows}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
+        unit = self._unit_of.get(name)
+        if unit is None or unit.index >= self.finished:
+            return self.checkpoint.read(name)
+        if self._cached is None or self._cached[0] != unit.index:
+            self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
+        return self._cached[1].linears[name.removesuffix(".weight")].dequantize()
+
+    def commit(self, unit: Unit, result: UnitResult) -> None:
+        """Store a unit and tell about it."""
+        self.workdir.commit(unit, result)
+        self.finished = unit.index + 1
+        worst = max(result.errors.values(), default=0.0)
+        total = len(self.plan.units)
+        self.on_event(Event("quantize", self.finished, total, unit.block, {"error": worst}))
+        for note in result.notes:
+            self.on_event(Event("note", self.finished, total, note))
+
+
+def run(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    workdir: Workdir,
+    batches: Sequence[Batch],
+    device: Device,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Quantize every unit of the plan that the work folder does not hold yet.
+
+    batches: model inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) on the CPU; may be empty when no unit
+    needs statistics. Raises CheckpointError (bad weights), CalibrationError (bad activations).
+    """
+    dtype = device.compute_dtype(_stored_dtype(plan))
+    finished = workdir.done(plan.units)
+    if finished:
+        on_event(Event("quantize", finished, len(plan.units), "resumed", {}))
+    stream = Stream(plan.family, checkpoint.config, device.torch_device, dtype)
+    job = Job(plan, checkpoint, workdir, device, on_event, stream, finished)
+    for component in plan.family.components:
+        units = [unit for unit in plan.units if unit.component == component.name]
+        todo = [unit for unit in units if unit.index >= job.finished]
+        if any(unit.needs_statistics for unit in todo):
+            _walk(job, component, units, batches)
+        else:
+            for unit in todo:
+                job.commit(unit, _quantize_unit(job, component, unit, flows=()))
+
+
+def _stored_dtype(plan: Plan) -> torch.dtype:
+    return next(row.tensor.dtype for row in plan.rows if row.linear)
+
+
+def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[Batch]) -> None:
+    """The blocks of one component, from its first to the last that needs statistics."""
+    last = max(unit.index for unit in units if unit.needs_statistics)
+    by_block = {unit.block: unit for unit in units}
+    flows = _arrive(job, component, batches)
+    for i in range(component.used(job.checkpoint.config)):
+        unit = by_block.get(component.block(i))
+        names = _tensors_under(job.checkpoint, component.block(i))
+        job.stream.load(names, job.read)
+        if unit and unit.index >= job.finished:
+            job.commit(unit, _quantize_unit(job, component, unit, flows))
+        block = job.stream.module(component.block(i))
+        if unit is None or unit.index < last:
+            for flow in flows:
+                output = flow.run(block, job.device.torch_device)
+                assert output is not None
+                if not torch.isfinite(output).all():
+                    raise CalibrationError(
+                        f"{component.block(i)}: its output is not finite on the calibration data",
+                        "check the checkpoint's values; float16 models may overflow: try --device cpu",
+                    )
+                flow.hidden = output.to(flow.hidden.device)
+        job.stream.unload(names)
+
+
+def _arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Flow]:
+    """Run everything upstream of the component on all batches; what its first block receives."""
+    if not batches:
+        raise CalibrationError("the recipe's methods need calibration data and there is none")
+    config, family = job.checkpoint.config, job.plan.family
+    later = family.components[family.components.index(component) :]
+    behind = tuple(other.blocks.partition("{i}")[0] for other in later)
+    heads = {f"{module}.weight" for module in _kept_modules(job)}
+    names = [name for name in job.checkpoint.tensors if not name.startswith(behind) and name not in heads]
+    job.stream.load(names, job.read)
+    block = job.stream.module(component.block(0))
+    store = job.device.torch_device if _fits(job) else torch.device("cpu")
+    flows = []
+    for batch, (args, kwargs) in zip(batches, job.stream.capture(block, batches), strict=True):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = batch["attention_mask"].bool() if component.padded else None
+        flows.append(Flow(hidden.to(store), args[1:], kwargs, None if mask is None or mask.all() else mask))
+        job.on_event(Event("calibrate", len(flows), len(batches), f"inputs of {component.name}"))
+    job.stream.unload(names)
+    assert component.used(config) > 0
+    return flows
+
+
+def _fits(job: Job) -> bool:
+    """Keep activations on the device when they take less than a quarter of what was free there."""
+    return job.plan.memory.activation_bytes < job.device.free_bytes / 4
+
+
+def _kept_modules(job: Job) -> list[str]:
+    names = [name.removesuffix(".weight") for name in job.checkpoint.tensors if name.endswith(".weight")]
+    return [name for name in names if job.plan.family.reason_kept(name)]
+
+
+def _tensors_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
+    return [name for name in checkpoint.tensors if name.startswith(prefix + ".")]
+
+
+def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
+    """All linears of one block, phase by phase; leaves the quantized weights in the live block when it is loaded."""
+    linears: dict[str, QuantizedLinear] = {}
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    for phase in component.phases:
+        rows = [row for row in unit.rows if row.linear in phase]
+        for stack in _stacks(rows):
+            statistics = _gather(job, unit, stack[0], flows)
+            for row, linear, error in _quantize_stack(job, stack, statistics, notes):
+                linears[row.module] = linear
+                errors[row.module] = error
+                if flows:
+                    job.stream.load([row.tensor.name], lambda _, linear=linear: linear.dequantize())
+    return UnitResult(linears, errors, tuple(notes))
+
+
+def _stacks(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
+    """Rows that one call may quantize: same input, same rule. Rows of a weight do not influence each other, except
+    through the one scale of a "tensor" scheme."""
+    stacks: list[list[PlanRow]] = []
+    for row in rows:
+        shared = stacks and stacks[-1][0].rule == row.rule and row.rule and row.rule.group_size != "tensor"
+        if shared:
+            stacks[-1].append(row)
+        else:
+            stacks.append([row])
+    return stacks
+
+
+def _gather(job: Job, unit: Unit, row: PlanRow, flows: Sequence[Flow]) -> Any:
+    """Statistics of the input of `row`'s linear over all batches; None when its method wants none."""
+    assert row.rule is not None
+    kind = METHODS[row.rule.method].Statistics
+    if kind is None:
+        return None
+    device = job.device.torch_device
+    statistics = kind(row.tensor.shape[1], device)
+    block = job.stream.module(unit.block)
+    for flow in flows:
+
+        def see(_: str, x: Tensor, flow: Flow = flow) -> None:
+            statistics.update(_real_rows(x, flow.mask))
+
+        with watch_inputs({row.linear: block.get_submodule(row.linear)}, see, stop=True):
+            flow.run(block, device)
+    return statistics
+
+
+def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`[batch, tokens, in]` -> `[rows, in]` without padding."""
+    return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
+
+
+def _quantize_stack(
+    job: Job, stack: Sequence[PlanRow], statistics: Any, notes: list[str]
+) -> list[tuple[PlanRow, QuantizedLinear, float]]:
+    weights = [_finite_weight(job, row) for row in stack]
+    rule = stack[0].rule
+    assert rule is not None
+    method, scheme = METHODS[rule.method], rule.scheme()
+    whole, said = method.quantize_linear(
+        torch.cat(weights), statistics, scheme, rule.parsed_options(), stored_scale_dtype(stack[0].tensor.dtype)
+    )
+    notes += [f"{stack[0].block}: {', '.join(row.linear for row in stack)}: {note}" for note in said]
+    results, start = [], 0
+    for row, weight in zip(stack, weights, strict=True):
+        end = start + weight.shape[0]
+        part = QuantizedLinear(whole.scheme, whole.codes[start:end], whole.scale[start:end], whole.zero[start:end])
+        results.append((row, part, relative_error(weight, part.dequantize(), statistics)))
+        start = end
+    return results
+
+
+def _finite_weight(job: Job, row: PlanRow) -> Tensor:
+    weight = job.checkpoint.read(row.tensor.name).to(job.device.torch_device, torch.float32)
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{row.tensor.name} holds {bad} values that are not finite ({row.tensor.file})",
+            "the checkpoint is damaged, or its training diverged; download it again",
+        )
+    return weight
+
+
+def relative_error(weight: Tensor, approximation: Tensor, statistics: Any) -> float:
+    """Size of the output's error over the size of the output on the calibration rows; without statistics, of weights.
+
+    weight, approximation: f32 `[out, in]`.
+    """
+    if statistics is None:
+        return float(torch.linalg.norm(weight - approximation) / torch.linalg.norm(weight).clamp_min(1e-30))
+    lost, whole = statistics.energy(weight - approximation), statistics.energy(weight)
+    return float((lost / max(whole, 1e-30)) ** 0.5)

@@ -1,0 +1,295 @@
+"""Recipe + family + checkpoint headers + device -> an explicit decision for every tensor, in seconds.
+
+Every mistake a user can make in choosing is found here, before the first tensor is read.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from exporter.checkpoint import Checkpoint, TensorInfo
+from exporter.device import Device
+from exporter.errors import PlanError
+from exporter.families import Component, Family
+from exporter.formats import FORMATS
+from exporter.memory import Memory, predict_memory
+from exporter.methods import METHODS
+from exporter.quantized import QuantizedLinear, Scheme
+from exporter.recipe import Recipe, Rule
+from exporter.runtime.kernels import serving
+
+Decision = Literal["packed", "dequantized", "kept"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of the checkpoint and what becomes of it.
+
+    component: the part of the model it belongs to ("" for embeddings, norms of the whole model, heads).
+    block: checkpoint prefix of its block. reason: why it is kept. bytes_after: what it takes in the artifact.
+    """
+
+    tensor: TensorInfo
+    decision: Decision
+    reason: str = ""
+    component: str = ""
+    block: str = ""
+    linear: str = ""
+    rule: Rule | None = None
+    bytes_after: int = 0
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How it is quantized, None when kept."""
+        return self.rule.scheme() if self.rule else None
+
+    @property
+    def module(self) -> str:
+        """Checkpoint name of the linear, without `.weight`."""
+        return self.tensor.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One block's worth of work: quantized together, stored in one file."""
+
+    index: int
+    component: str
+    block: str
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of its file in the work folder."""
+        return f"{self.index:03d}-{self.block}.safetensors"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a method in it wants calibration data."""
+        return any(row.rule and METHODS[row.rule.method].Statistics is not None for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. rows: one for every tensor of the checkpoint, in header order."""
+
+    recipe: Recipe
+    family: Family
+    origin: str
+    rows: tuple[PlanRow, ...]
+    units: tuple[Unit, ...]
+    memory: Memory
+    warnings: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole checkpoint."""
+        return sum(row.tensor.size for row in self.rows)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of tensors in the source."""
+        return sum(row.tensor.bytes for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of tensors in the artifact, scales and zero points counted."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Artifact bits over all parameters, kept tensors and scales counted."""
+        return 8 * self.bytes_after / self.parameters
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any unit wants calibration data."""
+        return any(unit.needs_statistics for unit in self.units)
+
+    def of(self, component: str) -> tuple[PlanRow, ...]:
+        """The rows of one component."""
+        return tuple(row for row in self.rows if row.component == component)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
+    """Decide every tensor; PlanError lists all problems at once."""
+    if family.name != recipe.model.family:
+        raise PlanError(
+            f"recipe '{recipe.name}' is for family {recipe.model.family}, the model is {family.name}",
+            "`mmq recipes` lists the recipes of each family",
+        )
+    problems: list[str] = []
+    rows, used = _decide(recipe, checkpoint, family, problems)
+    problems += [
+        f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters leave none"
+        for i, rule in enumerate(recipe.quantize)
+        if i not in used
+    ]
+    problems += _fused_problems(rows, family)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
+        raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
+    units = _units(rows, family, checkpoint)
+    statistics = {unit.component for unit in units if unit.needs_statistics}
+    memory = predict_memory(checkpoint, family, recipe.calibration, statistics, device)
+    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, _warnings(recipe, rows, memory, device))
+
+
+def _decide(
+    recipe: Recipe, checkpoint: Checkpoint, family: Family, problems: list[str]
+) -> tuple[list[PlanRow], set[int]]:
+    """A row for every tensor, and the indices of the rules that matched something."""
+    places = _places(checkpoint, family, problems)
+    rows, used = [], set()
+    for tensor in checkpoint.tensors.values():
+        module = tensor.name.removesuffix(".weight")
+        place = places.get(module) if tensor.name.endswith(".weight") else None
+        if place is None:
+            reason = family.reason_kept(module) or _reason_not_linear(tensor, family, checkpoint.config)
+            rows.append(PlanRow(tensor, "kept", reason, _component_of(tensor.name, family), bytes_after=tensor.bytes))
+            continue
+        component, index, linear = place
+        number, rule = _first_match(recipe, component, index, linear, checkpoint.config)
+        if number is not None:
+            used.add(number)
+        rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, problems))
+    return rows, used
+
+
+def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
+    """Module -> (component, block index, relative name) of every linear that runs; all must be in the header."""
+    places = {}
+    for component in family.components:
+        for i in range(component.used(checkpoint.config)):
+            for linear in component.linears:
+                module = f"{component.block(i)}.{linear}"
+                info = checkpoint.tensors.get(f"{module}.weight")
+                if info is None or len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+                    found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
+                    problems.append(f"{module}.weight: expected a 16 or 32 bit matrix, the checkpoint has {found}")
+                places[module] = (component, i, linear)
+    return places
+
+
+def _first_match(
+    recipe: Recipe, component: Component, index: int, linear: str, config: Any
+) -> tuple[int | None, Rule | None]:
+    for number, rule in enumerate(recipe.quantize):
+        role_fits = rule.role is None or rule.role == component.roles[linear]
+        if rule.component == component.name and role_fits and rule.matches_block(index, component.used(config)):
+            return number, rule
+    return None, None
+
+
+def _linear_row(
+    tensor: TensorInfo,
+    component: Component,
+    index: int,
+    linear: str,
+    rule: Rule | None,
+    format_name: str,
+    problems: list[str],
+) -> PlanRow:
+    place = {"component": component.name, "block": component.block(index), "linear": linear}
+    if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
+        reason = "the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it"
+        return PlanRow(tensor, "kept", reason, bytes_after=tensor.bytes, **place)
+    if rule.store == "dequantized":
+        return PlanRow(tensor, "dequantized", "stored in 16 bit, on request", rule=rule, bytes_after=tensor.bytes, **place)
+    scheme = rule.scheme()
+    assert scheme is not None
+    if component.packable:
+        problems.append(
+            f"component '{component.name}': {component.packable}; remove the rule or add `store: dequantized`"
+        )
+    refused = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
+    if refused:
+        problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refused}")
+        return PlanRow(tensor, "packed", rule=rule, **place)
+    size = packed_bytes(scheme, tensor.shape, format_name, stored_scale_dtype(tensor.dtype))
+    return PlanRow(tensor, "packed", rule=rule, bytes_after=size, **place)
+
+
+def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
+    """Scales are stored in the checkpoint's 16-bit dtype (float32 checkpoints get bfloat16 scales)."""
+    return weight if weight.itemsize == 2 else torch.bfloat16
+
+
+def packed_bytes(scheme: Scheme, shape: tuple[int, ...], format_name: str, scale_dtype: torch.dtype) -> int:
+    """Bytes of one packed linear, from a run of the real packer on shapes alone."""
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    with torch.device("meta"):
+        shell = QuantizedLinear(
+            scheme,
+            torch.empty(rows, columns, dtype=torch.uint8),
+            torch.empty(rows, groups, dtype=scale_dtype),
+            torch.empty(rows, groups, dtype=torch.uint8),
+        )
+        tensors = FORMATS[format_name].pack("", shell)
+    return sum(t.numel() * t.itemsize for t in tensors.values())
+
+
+def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:
+    for component in family.components:
+        for i in range(component.used(config), component.stored(config)):
+            if tensor.name.startswith(component.block(i) + "."):
+                return component.unused
+    if tensor.name.endswith(".bias"):
+        return "bias"
+    if "embed" in tensor.name:
+        return "embedding"
+    return "norm" if len(tensor.shape) == 1 else "not a linear that mmq quantizes"
+
+
+def _component_of(name: str, family: Family) -> str:
+    """The component whose blocks `name` lies in, also for its norms and biases."""
+    for component in family.components:
+        if name.startswith(component.blocks.partition("{i}")[0].rstrip(".") + "."):
+            return component.name
+    return ""
+
+
+def _fused_problems(rows: list[PlanRow], family: Family) -> list[str]:
+    """vLLM fuses q/k/v and gate/up: their members must share one scheme, or loading fails."""
+    found = {row.module: row.scheme if row.decision == "packed" else None for row in rows if row.linear}
+    problems = []
+    for component in family.components:
+        blocks = {row.block for row in rows if row.component == component.name and row.block}
+        for fused, members in component.fused.items():
+            for block in sorted(blocks):
+                if len({found[f"{block}.{member}"] for member in members}) > 1:
+                    problems.append(f"rule fused-scheme: {block}: vLLM fuses {', '.join(members)} into {fused}")
+    return problems
+
+
+def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple[Unit, ...]:
+    """Blocks with something to quantize, in data order (a header may list its tensors in any order)."""
+    blocks: dict[str, dict[str, PlanRow]] = {}
+    for row in rows:
+        if row.decision != "kept":
+            blocks.setdefault(row.block, {})[row.linear] = row
+    units = []
+    for component in family.components:
+        for i in range(component.used(checkpoint.config)):
+            found = blocks.get(component.block(i))
+            if found:
+                ordered = tuple(found[linear] for linear in component.linears if linear in found)
+                units.append(Unit(len(units), component.name, component.block(i), ordered))
+    return tuple(units)
+
+
+def _warnings(recipe: Recipe, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:
+    found = []
+    schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
+    for component, scheme in sorted(schemes, key=str):
+        assert scheme is not None
+        kernel = serving(scheme, recipe.format)
+        if kernel.cuda is None:
+            found.append(f"{component} {scheme.label()}: vLLM has no kernel for it: {kernel.note}")
+        elif scheme.bits not in (4, 8):
+            found.append(f"{component} {scheme.label()}: {kernel.note} to be served")
+    if memory.device_bytes > device.free_bytes:
+        found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")
+    return tuple(found)

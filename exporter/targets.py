@@ -1,0 +1,63 @@
+"""From a plan to a quantization config: which patterns name the linears of each scheme.
+
+vLLM matches `re:` patterns against its own (fused, sometimes unprefixed) module names and transformers against
+live names, so every pattern is made from `Component.target`, which finds both.
+"""
+
+from exporter.families import Component
+from exporter.formats.group import Group
+from exporter.plan import Plan, PlanRow
+from exporter.quantized import Scheme
+
+
+def groups(plan: Plan) -> list[Group]:
+    """One group for every scheme among the packed linears, in plan order."""
+    packed = [row for row in plan.rows if row.decision == "packed"]
+    schemes: dict[Scheme, list[PlanRow]] = {}
+    for row in packed:
+        assert row.scheme is not None
+        schemes.setdefault(row.scheme, []).append(row)
+    return [Group(scheme, tuple(_patterns(plan, rows))) for scheme, rows in schemes.items()]
+
+
+def kept_modules(plan: Plan) -> list[str]:
+    """Runtime names of the linears that stay in 16 bits."""
+    modules = [row for row in plan.rows if row.decision != "packed" and _is_linear(plan, row)]
+    return [plan.family.runtime_name(row.module) for row in modules]
+
+
+def _is_linear(plan: Plan, row: PlanRow) -> bool:
+    """Planned linears, heads the family keeps, and the linears of blocks that never run."""
+    if row.linear or plan.family.reason_kept(row.module):
+        return True
+    return any(
+        row.component == component.name and row.module.endswith(tuple(f".{linear}" for linear in component.linears))
+        for component in plan.family.components
+    )
+
+
+def _patterns(plan: Plan, rows: list[PlanRow]) -> list[str]:
+    """`re:` patterns that name exactly `rows`: one for each component and set of blocks."""
+    found: list[str] = []
+    for component in plan.family.components:
+        blocks: dict[str, set[int]] = {}
+        for row in rows:
+            if row.component == component.name:
+                blocks.setdefault(row.linear, set()).add(_index(component, row.block))
+        together: dict[tuple[int, ...], list[str]] = {}
+        for linear, indices in blocks.items():
+            together.setdefault(tuple(sorted(indices)), []).append(linear)
+        found += [_pattern(component, indices, linears) for indices, linears in together.items()]
+    return found
+
+
+def _index(component: Component, block: str) -> int:
+    before, placeholder, after = component.blocks.partition("{i}")
+    return int(block.removeprefix(before).removesuffix(after)) if placeholder else 0
+
+
+def _pattern(component: Component, indices: tuple[int, ...], linears: list[str]) -> str:
+    fused = [name for name, members in component.fused.items() if set(members) <= set(linears)]
+    names = "|".join(name.replace(".", r"\.") for name in [*linears, *fused])
+    number = f"({'|'.join(map(str, indices))})" if len(indices) > 1 else str(indices[0])
+    return "re:" + component.target.replace("{i}", number) + rf"\.({names})$"
