@@ -1,0 +1,212 @@
+"""The whole job on one page: plan, calibrate and quantize, write, verify, evaluate."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter import artifact, calibrate, data, evaluate
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
+from exporter.errors import DataError, PlanError
+from exporter.events import Event
+from exporter.families import Family
+from exporter.methods import METHODS
+from exporter.plan import Plan, make_plan
+from exporter.predict import Predictor, batches
+from exporter.recipe import Recipe
+from exporter.source import open_source
+from exporter.stream import load_whole
+from exporter.tasks.sample import Sample
+from exporter.verify import Verified, verify
+from exporter.workdir import Workdir
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export did. report: None when evaluation was skipped. seconds: wall time of each step."""
+
+    plan: Plan
+    out: Path
+    verified: Verified
+    report: evaluate.Report | None
+    seconds: Mapping[str, float]
+    device_peak: int
+    host_peak: int
+
+
+def prepare(recipe: Recipe, device: Device) -> tuple[Plan, Checkpoint]:
+    """Open the model's headers and plan; every user error in recipe, model and device is raised here."""
+    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision)
+    return make_plan(recipe, checkpoint, family, device), checkpoint
+
+
+def export(
+    recipe: Recipe,
+    *,
+    out: Path,
+    device: Device,
+    on_event: Listener,
+    work: Path | None = None,
+    data_folder: Path | None = None,
+    overwrite: bool = False,
+    skip_evaluation: bool = False,
+) -> Export:
+    """Run a recipe to a verified, evaluated artifact in `out`.
+
+    work: where finished blocks are kept; by default beside `out`, and removed at the end.
+    data_folder: images and texts to calibrate and evaluate on instead of the built-in drawings.
+    The report is written but gates are not enforced here: call `evaluate.raise_if_failed`.
+    """
+    clock = Clock(device)
+    artifact.refuse_occupied(out, overwrite)
+    plan, checkpoint = prepare(recipe, device)
+    if plan.memory.device_bytes > device.free_bytes:
+        raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
+    evaluation = {} if skip_evaluation else evaluation_samples(plan, data_folder)
+    calibration = calibration_samples(plan, data_folder)
+    data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
+    clock.lap("plan")
+
+    provenance = _provenance(plan, calibration, device, data_folder)
+    workdir = Workdir.open(work or default_work(out), _inputs(plan, checkpoint, provenance))
+    reset_peak(device)
+    with exact_math(recipe.calibration.seed):
+        inputs = _inputs_for(plan, checkpoint, calibration, workdir)
+        clock.lap("read data")
+        calibrate.run(plan, checkpoint, workdir, inputs, device, on_event)
+    synchronize(device)
+    clock.lap("quantize")
+    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, overwrite)
+    clock.lap("write")
+    peak, _ = peak_bytes(device)
+    verified = verify(out, device, on_event)
+    clock.lap("verify")
+    report = None
+    if not skip_evaluation:
+        report = measure(checkpoint, out, evaluation, recipe, device, on_event)
+        evaluate.write_report(out, report)
+        clock.lap("evaluate")
+    if work is None:
+        shutil.rmtree(workdir.path)
+    return Export(plan, out, verified, report, clock.laps, peak, peak_bytes(device)[1])
+
+
+class Clock:
+    """Wall time of named steps."""
+
+    def __init__(self, device: Device) -> None:
+        self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def default_work(out: Path) -> Path:
+    """Where finished blocks are kept when the user names no folder: beside the artifact."""
+    return out.with_name(f"{out.name}.work")
+
+
+def calibration_samples(plan: Plan, folder: Path | None) -> list[Sample]:
+    """The recipe's calibration set, its tasks in turn; empty when no method needs data."""
+    if not plan.needs_calibration:
+        return []
+    wanted = plan.recipe.calibration
+    share = -(-wanted.samples // len(wanted.tasks))
+    lists = [data.samples(wanted.data, folder, task, "train", share, wanted.seed) for task in wanted.tasks]
+    mixed = [sample for group in zip(*lists, strict=False) for sample in group][: wanted.samples]
+    if not mixed:
+        raise DataError(f"no calibration samples for {', '.join(wanted.tasks)}")
+    return mixed
+
+
+def evaluation_samples(plan: Plan, folder: Path | None) -> dict[str, list[Sample]]:
+    """Test samples of every task that a gate names, else of every task the family can do."""
+    wanted = plan.recipe.evaluation
+    tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
+    name = plan.recipe.calibration.data
+    return {task: data.samples(name, folder, task, "test", wanted.samples, wanted.seed) for task in tasks}
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's own processor, from local files only."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _inputs_for(
+    plan: Plan, checkpoint: Checkpoint, samples: Sequence[Sample], workdir: Workdir
+) -> list[dict[str, torch.Tensor]]:
+    """Calibration batches; none when every unit that needs them is finished."""
+    rest = plan.units[workdir.done(plan.units) :]
+    if not any(unit.needs_statistics for unit in rest):
+        return []
+    processor = load_processor(checkpoint.folder)
+    return batches(processor, plan.family, samples, plan.recipe.calibration.batch)
+
+
+def _inputs(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that changes the numbers; format, gates, device and paths are not in it."""
+    methods = sorted({row.rule.method for row in plan.rows if row.rule})
+    return {
+        "model weights": checkpoint.digest(),
+        "quantize": [rule.model_dump(mode="json", exclude={"store"}) for rule in plan.recipe.quantize],
+        "calibration": provenance["calibration"],
+        "method versions": {name: METHODS[name].VERSION for name in methods} | {"calibrate": calibrate.VERSION},
+    }
+
+
+def _provenance(
+    plan: Plan, samples: Sequence[Sample], device: Device, folder: Path | None
+) -> dict[str, Any]:
+    wanted = plan.recipe.calibration
+    return {
+        "calibration": {
+            "data": wanted.data if folder is None else f"folder {folder.name}",
+            "seed": wanted.seed,
+            "batch": wanted.batch,
+            "samples": [{"id": sample.identity, "image": data.image_key(sample.image())} for sample in samples],
+        },
+        "device": device.name,
+    }
+
+
+def measure(
+    checkpoint: Checkpoint,
+    out: Path,
+    samples: Mapping[str, Sequence[Sample]],
+    recipe: Recipe,
+    device: Device,
+    on_event: Listener,
+) -> evaluate.Report:
+    """Answer all samples with the source model, then with the artifact, and compare."""
+    finished = artifact.Artifact.open(out)
+    family: Family = finished.family
+    found = []
+    for label, names, read in (
+        ("full precision", list(checkpoint.tensors), checkpoint.read),
+        ("artifact", finished.names(), finished.read),
+    ):
+        dtype = device.compute_dtype(next(t.dtype for t in checkpoint.tensors.values() if len(t.shape) == 2))
+        model = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
+        processor = load_processor(checkpoint.folder)
+        predictor = Predictor(model, processor, family, device.torch_device, recipe.evaluation.batch)
+        found.append(evaluate.answers(predictor, samples, _labelled(on_event, label)))
+        del model, predictor
+        release(device)
+    return evaluate.compare(found[0], found[1], samples, recipe.gates, recipe.evaluation.seed)
+
+
+def _labelled(on_event: Listener, label: str) -> Listener:
+    return lambda event: on_event(Event(event.stage, event.done, event.total, f"{label}: {event.message}", event.numbers))
