@@ -1,0 +1,353 @@
+"""The command line: the only file that prints. Errors become a message, a hint and an exit code."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from exporter.errors import MmqError
+from exporter.recipe import Recipe, built_in, load_recipe
+
+EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
+
+model_option = click.option("--model", metavar="MODEL", help="Hub id, local folder or demo-llava [the recipe's model].")
+revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr.")
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of images with metadata.jsonl to calibrate and evaluate on, instead of the built-in drawings.",
+)
+
+
+def main() -> None:
+    """Entry point of the `mmq` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    cli()
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an MmqError into a message and its exit code; MMQ_DEBUG=1 shows the traceback too."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MmqError as error:
+            if os.environ.get("MMQ_DEBUG"):
+                raise
+            fail(error, bool(kwargs.get("as_json")))
+
+    return run
+
+
+def fail(error: MmqError, as_json: bool) -> NoReturn:
+    """Say what went wrong and what to do next, and end with the error's exit code."""
+    if as_json:
+        said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
+        click.echo(json.dumps(said))
+    else:
+        click.echo(f"Error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"Hint: {error.hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(package_name="mmq", prog_name="mmq")
+def cli() -> None:
+    """Quantize LLaVA checkpoints, component by component, into artifacts that vLLM serves.
+
+    \b
+    Examples:
+      mmq export --recipe llava-w4-vit8 --model demo-llava   try it: no GPU, no network
+      mmq export --recipe llava-w4-vit8                      LLaVA-1.5-7B on a GPU
+      mmq plan --recipe llava-w4-vit8 --model ./my-llava     what would happen, in seconds
+    """
+
+
+@cli.command()
+@click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name (see `mmq recipes`) or a YAML file.")
+@model_option
+@revision_option
+@click.option("--out", type=click.Path(path_type=Path), help="Artifact folder [artifacts/MODEL-RECIPE].")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for finished blocks [OUT.work, removed at the end].")
+@device_option
+@data_option
+@click.option("--seed", type=int, help="Seed of the calibration choice [the recipe's].")
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
+@click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
+@click.option("--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--dry-run", is_flag=True, help="Only plan: the same as `mmq plan`.")
+@json_option
+@reports_errors
+def export(
+    recipe: str,
+    model: str | None,
+    revision: str | None,
+    out: Path | None,
+    work: Path | None,
+    device: str,
+    data: Path | None,
+    seed: int | None,
+    samples: int | None,
+    eval_samples: int | None,
+    skip_evaluation: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize a model by a recipe, verify the artifact and measure what it lost.
+
+    A run that was stopped (Ctrl-C, kill, power) goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      mmq export --recipe llava-w4-vit8 --model demo-llava
+      mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
+      mmq export --recipe ./mine.yaml --model ./my-llava --data ./images
+    """
+    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data)
+    if dry_run:
+        return show_plan(chosen, device, every_tensor=False, as_json=as_json)
+    from exporter.device import choose
+    from exporter.evaluate import raise_if_failed
+    from exporter.export import default_work
+    from exporter.export import export as run
+    from exporter.progress import Listener
+
+    target = out or Path("artifacts") / f"{Path(chosen.model.repo).name}-{chosen.name}"
+    try:
+        with Listener(as_json) as listen:
+            result = run(
+                chosen,
+                out=target,
+                device=choose(device),
+                on_event=listen,
+                work=work,
+                data_folder=data,
+                overwrite=overwrite,
+                skip_evaluation=skip_evaluation,
+            )
+    except KeyboardInterrupt:
+        kept = work or default_work(target)
+        raise_interrupted(kept)
+    show_export(result, as_json)
+    if result.report:
+        raise_if_failed(result.report, target)
+
+
+def raise_interrupted(kept: Path) -> NoReturn:
+    """Ctrl-C: say where the finished blocks are and how to go on."""
+    from exporter.errors import Interrupted
+
+    raise Interrupted(f"stopped; finished blocks are kept in {kept}", "give the same command again to go on")
+
+
+def adjusted(
+    recipe: Recipe,
+    model: str | None,
+    revision: str | None,
+    seed: int | None = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    data: Path | None = None,
+) -> Recipe:
+    """The recipe with what the command line overrides; its name stays."""
+    calibration: dict[str, Any] = {"seed": seed, "samples": samples, "data": "folder" if data else None}
+    sections: dict[str, Any] = {
+        "model": {"repo": model, "revision": revision if model is None or revision else ""},
+        "calibration": calibration,
+        "evaluation": {"samples": eval_samples},
+    }
+    for section, changes in sections.items():
+        given = {key: value for key, value in changes.items() if value is not None}
+        if section == "model":
+            given["revision"] = revision if (model or revision) else recipe.model.revision
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=given)})
+    return recipe
+
+
+@cli.command()
+@click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name (see `mmq recipes`) or a YAML file.")
+@model_option
+@revision_option
+@device_option
+@click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
+@json_option
+@reports_errors
+def plan(
+    recipe: str, model: str | None, revision: str | None, device: str, every_tensor: bool, as_json: bool
+) -> None:
+    """Show what an export would do, from file headers alone: decisions, sizes, memory, serving kernels.
+
+    \b
+    Examples:
+      mmq plan --recipe llava-w4-vit8 --model demo-llava
+      mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
+    """
+    show_plan(adjusted(load_recipe(recipe), model, revision), device, every_tensor, as_json)
+
+
+def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool) -> None:
+    """Plan and print."""
+    from exporter import show
+    from exporter.device import choose
+    from exporter.export import prepare
+
+    chosen = choose(device)
+    found, _ = prepare(recipe, chosen)
+    if as_json:
+        return click.echo(json.dumps(show.plan_json(found, every_tensor)))
+    console = Console(highlight=False)
+    console.print(show.plan_table(found))
+    if every_tensor:
+        console.print(show.tensor_table(found))
+    need = found.memory
+    console.print(
+        f"peak memory on {chosen.name}: about {show.memory(need.device_bytes)} ({need.largest}); "
+        f"host about {show.memory(need.host_bytes)} beside the page cache"
+    )
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def show_export(result: Any, as_json: bool) -> None:
+    """Print what an export did."""
+    from exporter import show
+
+    if as_json:
+        said = {"out": str(result.out), "seconds": dict(result.seconds), "verified": asdict(result.verified)}
+        said |= {"peak_device_bytes": result.device_peak, "peak_host_bytes": result.host_peak}
+        said |= {"plan": show.plan_json(result.plan, every_tensor=False)}
+        said |= {"report": result.report.as_json() if result.report else None}
+        return click.echo(json.dumps(said))
+    console = Console(highlight=False)
+    console.print(show.plan_table(result.plan))
+    console.print(verified_line(result.verified))
+    if result.report:
+        console.print(show.report_table(result.report))
+    else:
+        console.print("evaluation skipped: the artifact is unproven")
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    console.print(f"{times}; peak memory: host {show.memory(result.host_peak)}", end="")
+    console.print(f", device {show.memory(result.device_peak)}" if result.device_peak else "")
+    console.print(f"artifact: {result.out}\nserve it:  vllm serve {result.out} --limit-mm-per-prompt '{{\"image\": 1}}'")
+
+
+def verified_line(verified: Any) -> str:
+    """What `verify` checked, in one line."""
+    said = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
+    if verified.logit_difference is None:
+        return f"{said}; not loaded in transformers ({verified.skipped})"
+    return f"{said}; transformers' logits differ by at most {verified.logit_difference:.1e}"
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@device_option
+@click.option("--no-load", is_flag=True, help="Check files and integers only; do not open it in transformers.")
+@json_option
+@reports_errors
+def verify(artifact: Path, device: str, no_load: bool, as_json: bool) -> None:
+    """Check an artifact: hashes, integers, config patterns, and its logits in transformers.
+
+    \b
+    Example:
+      mmq verify artifacts/demo-llava-w4-vit8
+    """
+    from exporter.device import choose
+    from exporter.progress import Listener
+    from exporter.verify import verify as run
+
+    with Listener(as_json) as listen:
+        found = run(artifact, choose(device), listen, load=not no_load)
+    click.echo(json.dumps(asdict(found)) if as_json else verified_line(found))
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--baseline", metavar="MODEL", help="Full-precision model to compare with [the artifact's source].")
+@device_option
+@data_option
+@click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
+@json_option
+@reports_errors
+def evaluate(
+    artifact: Path, baseline: str | None, device: str, data: Path | None, eval_samples: int | None, as_json: bool
+) -> None:
+    """Measure an artifact again beside its full-precision model and decide its gates.
+
+    \b
+    Example:
+      mmq evaluate artifacts/demo-llava-w4-vit8 --eval-samples 1000
+    """
+    from exporter import show
+    from exporter.device import choose
+    from exporter.evaluate import raise_if_failed, write_report
+    from exporter.export import evaluation_samples, measure, prepare
+    from exporter.progress import Listener
+
+    own = load_recipe(str(artifact / "recipe.yaml"))
+    recipe = adjusted(own, baseline, None, eval_samples=eval_samples, data=data)
+    chosen = choose(device)
+    plan, checkpoint = prepare(recipe, chosen)
+    with Listener(as_json) as listen:
+        found = measure(checkpoint, artifact, evaluation_samples(plan, data), recipe, chosen, listen)
+    write_report(artifact, found)
+    if as_json:
+        click.echo(json.dumps(found.as_json()))
+    else:
+        Console(highlight=False).print(show.report_table(found))
+    raise_if_failed(found, artifact)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+@reports_errors
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the built-in recipes, or print one to copy and change.
+
+    \b
+    Examples:
+      mmq recipes
+      mmq recipes llava-w4-vit8 > mine.yaml
+    """
+    from exporter import show
+
+    if name:
+        load_recipe(name)  # the same errors as everywhere
+        path = built_in().get(name, Path(name))
+        return click.echo(path.read_text(encoding="utf-8"), nl=False)
+    found = [load_recipe(known) for known in built_in()]
+    if as_json:
+        return click.echo(json.dumps([recipe.model_dump(mode="json") for recipe in found]))
+    Console(highlight=False).print(show.recipes_table(found))
+
+
+@cli.command()
+@json_option
+@reports_errors
+def doctor(as_json: bool) -> None:
+    """Show the machine as mmq sees it: versions, devices, memory, hub cache, optional packages."""
+    from exporter.doctor import examine
+
+    found = examine()
+    if as_json:
+        return click.echo(json.dumps(found))
+    for key, value in found.items():
+        click.echo(f"{key:24} {value}")

@@ -1,0 +1,152 @@
+"""Plans, reports and recipes as tables for people; `cli.py` prints them."""
+
+from typing import Any
+
+from rich.table import Table
+
+from exporter.evaluate import Report
+from exporter.plan import Plan, PlanRow
+from exporter.recipe import Recipe
+from exporter.runtime.kernels import serving
+
+
+def size(count: float) -> str:
+    """Bytes for people: powers of 1000, as disks and hubs count."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def memory(count: float) -> str:
+    """Memory in GiB."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def plan_summary(plan: Plan) -> list[dict[str, Any]]:
+    """One line for every component and decision: linears, scheme, method, bytes, kernel."""
+    groups: dict[tuple[str, str, str, str], list[PlanRow]] = {}
+    for row in plan.rows:
+        scheme = row.scheme.label() if row.scheme else ""
+        method = row.rule.method if row.rule else ""
+        groups.setdefault((row.component or "(rest)", row.decision, scheme, method), []).append(row)
+    lines = []
+    for (component, decision, scheme, method), rows in groups.items():
+        kernel = serving(rows[0].scheme, plan.recipe.format).label() if decision == "packed" and rows[0].scheme else ""
+        lines.append(
+            {
+                "component": component,
+                "decision": decision,
+                "scheme": scheme,
+                "method": method,
+                "tensors": len(rows),
+                "parameters": sum(row.tensor.size for row in rows),
+                "bytes_before": sum(row.tensor.bytes for row in rows),
+                "bytes_after": sum(row.bytes_after for row in rows),
+                "why": _reasons(rows) if decision == "kept" else kernel,
+            }
+        )
+    order = {component.name: i for i, component in enumerate(plan.family.components)}
+    return sorted(lines, key=lambda line: (order.get(line["component"], 99), line["decision"] == "kept"))
+
+
+def _reasons(rows: list[PlanRow]) -> str:
+    found = sorted({row.reason for row in rows}, key=lambda reason: reason in ("bias", "norm", "embedding"))
+    return "; ".join(found)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan by component."""
+    table = Table(title=f"{plan.origin} with {plan.recipe.name}", title_justify="left", box=None, pad_edge=False)
+    for name, justify in (
+        ("component", "left"),
+        ("decision", "left"),
+        ("scheme", "left"),
+        ("tensors", "right"),
+        ("before", "right"),
+        ("after", "right"),
+        ("served by, or why kept", "left"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=name != "served by, or why kept")  # type: ignore[arg-type]
+    for line in plan_summary(plan):
+        scheme = f"{line['scheme']} {line['method']}".strip()
+        cells = [line["component"], line["decision"], scheme, str(line["tensors"])]
+        table.add_row(*cells, size(line["bytes_before"]), size(line["bytes_after"]), line["why"])
+    total = [size(plan.bytes_before), size(plan.bytes_after), f"{plan.bits_per_weight:.2f} bits a weight, all counted"]
+    table.add_row("total", "", "", str(len(plan.rows)), *total)
+    return table
+
+
+def plan_json(plan: Plan, every_tensor: bool) -> dict[str, Any]:
+    """The plan as plain data."""
+    data: dict[str, Any] = {
+        "model": plan.origin,
+        "recipe": plan.recipe.name,
+        "components": plan_summary(plan),
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "parameters": plan.parameters,
+        "bits_per_weight": plan.bits_per_weight,
+        "units": len(plan.units),
+        "peak_device_bytes": plan.memory.device_bytes,
+        "peak_host_bytes": plan.memory.host_bytes,
+        "warnings": list(plan.warnings),
+    }
+    if every_tensor:
+        data["tensors"] = [tensor_line(row) for row in plan.rows]
+    return data
+
+
+def tensor_line(row: PlanRow) -> dict[str, Any]:
+    """One tensor's decision."""
+    return {
+        "name": row.tensor.name,
+        "shape": list(row.tensor.shape),
+        "decision": row.decision,
+        "scheme": row.scheme.label() if row.scheme else None,
+        "method": row.rule.method if row.rule else None,
+        "reason": row.reason,
+        "bytes_before": row.tensor.bytes,
+        "bytes_after": row.bytes_after,
+    }
+
+
+def tensor_table(plan: Plan) -> Table:
+    """Every tensor's decision."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("tensor", "shape", "decision", "scheme", "why"):
+        table.add_column(name, no_wrap=name != "why")
+    for line in map(tensor_line, plan.rows):
+        scheme = f"{line['scheme']} {line['method']}" if line["scheme"] else ""
+        table.add_row(line["name"], "x".join(map(str, line["shape"])), line["decision"], scheme, line["reason"])
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """Metrics with intervals, then gates."""
+    table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
+    for name in ("task", "metric", "samples", "full precision", "artifact", "change", "95 % interval", "gate"):
+        table.add_column(name, justify="left" if name in ("task", "metric", "gate") else "right", no_wrap=True)
+    verdicts = {(v.gate.task, v.gate.metric): v for v in report.verdicts}
+    for m in report.measures:
+        verdict = verdicts.get((m.task, m.metric))
+        d = m.difference
+        said = ""
+        if verdict:
+            said = f"{'passed' if verdict.passed else 'FAILED'}: lost {verdict.lost:.1%}, allowed {verdict.gate.max_drop:.1%}"
+        interval = f"{-d.high:+.4f} to {-d.low:+.4f}"
+        table.add_row(
+            m.task, m.metric, str(m.samples), f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+.4f}", interval, said
+        )
+    return table
+
+
+def recipes_table(recipes: list[Recipe]) -> Table:
+    """Built-in recipes, one a line."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("recipe", "family", "what it does"):
+        table.add_column(name, no_wrap=name != "what it does")
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.model.family, recipe.summary)
+    return table
