@@ -167,16 +167,15 @@ def adjusted(
     data: Path | None = None,
 ) -> Recipe:
     """The recipe with what the command line overrides; its name stays."""
-    calibration: dict[str, Any] = {"seed": seed, "samples": samples, "data": "folder" if data else None}
-    sections: dict[str, Any] = {
-        "model": {"repo": model, "revision": revision if model is None or revision else ""},
-        "calibration": calibration,
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"repo": model, "revision": revision},
+        "calibration": {"seed": seed, "samples": samples, "data": "folder" if data else None},
         "evaluation": {"samples": eval_samples},
     }
-    for section, changes in sections.items():
-        given = {key: value for key, value in changes.items() if value is not None}
-        if section == "model":
-            given["revision"] = revision if (model or revision) else recipe.model.revision
+    if model and not revision:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
+    for section, wanted in changes.items():
+        given = {key: value for key, value in wanted.items() if value is not None}
         recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=given)})
     return recipe
 
