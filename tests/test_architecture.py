@@ -1,0 +1,103 @@
+"""The rules of docs/architecture.md, enforced."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+FILES = sorted((ROOT / "exporter").rglob("*.py"))
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "base", "common", "misc"}
+MAX_LINES = 300
+MAX_FUNCTION_LINES = 40  # of body: a command's options and a docstring's shapes do not count
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def module_name(path: Path) -> str:
+    """`exporter/methods/rtn.py` -> `methods.rtn`; a package is called by its folder; "" is exporter itself."""
+    parts = path.relative_to(ROOT / "exporter").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_on_page() -> list[str]:
+    """First column of the module table: the rows between the heading "Modules" and the next heading."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Modules\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`([a-z0-9_.]+)`", row)]
+
+
+def test_the_page_names_every_module_once_and_no_other():
+    named = modules_on_page()
+    assert len(named) > 20
+    assert sorted(named) == sorted(filter(None, map(module_name, FILES)))
+
+
+def test_import_rules_hold():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+def test_the_page_shows_the_import_rule_of_pyproject():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    rows = [" ".join(sorted(re.findall(r"\w+", row))) for row in contracts[0]["layers"]]
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Who may import whom\n")[2].partition("\n## ")[0]
+    shown = section.partition("```\n")[2].partition("\n```")[0].splitlines()
+    assert [" ".join(sorted(re.findall(r"\w+", row))) for row in shown] == rows
+
+
+@every_file
+def test_file_is_short_and_well_named(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES
+    assert path.stem not in BANNED_NAMES
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the last."""
+    rest = function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
+    return function.end_lineno - rest[0].lineno + 1 if rest else 0
+
+
+@every_file
+def test_functions_are_short(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f"{node.name}: {body_lines(node)}" for node in functions if body_lines(node) > MAX_FUNCTION_LINES] == []
+
+
+@every_file
+def test_only_device_asks_for_cuda(path):
+    """The linter bans the name `torch.cuda`; it cannot see `.cuda()` of a tensor, nor a name built from text."""
+    text = path.read_text(encoding="utf-8")
+    if module_name(path) == "device" or module_name(path).startswith("demo.train"):
+        return
+    assert not re.search(r"\.cuda\s*\(|torch\.cuda\b|[\"']cuda[\"':]", text)
+
+
+@every_file
+def test_only_the_command_line_prints(path):
+    if module_name(path) in ("cli", "progress", "demo.train"):
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    """`mmq --help` must answer at once: transformers is imported by the functions that need it."""
+    modules = [f"exporter.{module_name(path)}" for path in FILES if module_name(path)]
+    light = [name for name in modules if name != "exporter.demo.train"]
+    code = f"import importlib, sys\nfor m in {light}: importlib.import_module(m)\nprint('transformers' in sys.modules)"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
