@@ -92,19 +92,26 @@ class Stream:
 def build_skeleton(family: Family, config: Config, device: torch.device) -> nn.Module:
     """The model with meta parameters and real buffers (rotary frequencies, position ids), in evaluation mode.
 
-    Non-persistent buffers are in no checkpoint, so the model's own initializer makes them.
+    Non-persistent buffers are in no checkpoint, so the initializer of the model that owns them makes them.
     """
     with torch.device("meta"):
-        model: Any = family.skeleton(config)
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if names:
-            with torch.no_grad():
-                model._init_weights(module)  # writes buffers; on meta parameters it does nothing
-    ready: nn.Module = model.eval()
-    return ready
+        model: nn.Module = family.skeleton(config)
+    _fill_buffers(model, model, device)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill_buffers(module: nn.Module, owner: Any, device: torch.device) -> None:
+    """owner: the nearest enclosing transformers model; only its own `_init_weights` knows the module."""
+    if hasattr(module, "_init_weights"):
+        owner = module
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    for name in names:
+        setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+    if names:
+        owner._init_weights(module)  # writes the buffers; does nothing to meta parameters
+    for child in module.children():
+        _fill_buffers(child, owner, device)
 
 
 @torch.no_grad()

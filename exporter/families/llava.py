@@ -16,7 +16,7 @@ _CANONICAL = (  # what newer savers write -> the hub's names (transformers 4.52 
 )
 _LIVE = (
     ("vision_tower.vision_model.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("multi_modal_projector", "model.multi_modal_projector"),
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head", "lm_head"),
 )

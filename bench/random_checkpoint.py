@@ -1,0 +1,75 @@
+"""Write a checkpoint of random weights at a real model's true shapes, in hub-style shards.
+
+    python bench/random_checkpoint.py llava-hf--llava-1.5-7b-hf OUT [--device cuda]
+
+For measuring time and memory where no real weights can be had: shapes, names and dtypes come from
+`tests/headers/`, the tokenizer and chat template from the embedded demo model, the image size from the config.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from exporter.checkpoint import DTYPES, ShardWriter  # noqa: E402
+from exporter.demo import MODELS  # noqa: E402
+from tests.headers.make import load_header  # noqa: E402
+
+
+def write(header_name: str, out: Path, device: str, shard_bytes: int = 5 * 10**9) -> int:
+    """Write the folder; returns the number of parameters."""
+    config, tensors = load_header(header_name)
+    out.mkdir(parents=True)
+    generator = torch.Generator(device).manual_seed(0)
+    writer, parameters = ShardWriter(out, shard_bytes), 0
+    for name, (dtype, shape) in tensors.items():
+        if len(shape) == 1 and name.endswith("weight"):
+            tensor = torch.ones(shape, device=device)
+        else:
+            tensor = torch.randn(shape, generator=generator, device=device) * 0.02
+        writer.add(name, tensor.to(DTYPES[dtype]).cpu())
+        parameters += tensor.numel()
+    writer.finish()
+    _write_processor(out, config)
+    return parameters
+
+
+def _write_processor(out: Path, config: dict) -> None:
+    """The demo's processor with this model's image size; its token ids are valid in any larger vocabulary."""
+    demo = MODELS["demo-llava"]
+    for path in demo.iterdir():
+        if path.suffix in (".json", ".jinja") and not path.name.startswith("model"):
+            shutil.copyfile(path, out / path.name)
+    side, patch = config["vision_config"]["image_size"], config["vision_config"]["patch_size"]
+    preprocessor = json.loads((demo / "preprocessor_config.json").read_text())
+    preprocessor["size"], preprocessor["crop_size"] = {"shortest_edge": side}, {"height": side, "width": side}
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    processor = json.loads((demo / "processor_config.json").read_text())
+    processor |= {"patch_size": patch, "vision_feature_select_strategy": "default"}
+    if "image_processor" in processor:
+        processor["image_processor"] |= {"size": preprocessor["size"], "crop_size": preprocessor["crop_size"]}
+    (out / "processor_config.json").write_text(json.dumps(processor))
+    demo_config = json.loads((demo / "config.json").read_text())
+    config = config | {"image_token_index": demo_config["image_token_index"]}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("header")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    count = write(arguments.header, arguments.out, arguments.device)
+    print(json.dumps({"parameters": count, "folder": str(arguments.out)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Rewrite the generated parts of the documentation: the recipe table and the command line reference.
+
+    python docs/generate.py            rewrite them
+    python docs/generate.py --check    exit 1 when they are stale
+
+Sizes come from `make_plan` on the true header of LLaVA-1.5-7B, so they are what an export writes.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from exporter.checkpoint import Checkpoint
+from exporter.cli import cli
+from exporter.device import Device
+from exporter.families import FAMILIES
+from exporter.plan import make_plan
+from exporter.recipe import built_in, load_recipe
+from exporter.show import size
+from tests.headers.read import write_sparse_checkpoint
+
+LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
+ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
+
+
+def recipe_table() -> str:
+    """Markdown: every built-in recipe with its size for LLaVA-1.5-7B."""
+    lines = ["| recipe | what it does | LLaVA-1.5-7B | bits a weight |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        family = FAMILIES["llava"]
+        checkpoint = Checkpoint.open(write_sparse_checkpoint(Path(folder) / "7b", LLAVA_7B), family.canonical_name)
+        for name in built_in():
+            recipe = load_recipe(name)
+            plan = make_plan(recipe, checkpoint, family, ROOMY)
+            lines.append(f"| `{name}` | {recipe.summary} | {size(plan.bytes_after)} | {plan.bits_per_weight:.2f} |")
+        lines.insert(2, f"| (none) | the source, 16 bits | {size(plan.bytes_before)} | 16.00 |")
+    return "\n".join(lines)
+
+
+def command_reference() -> str:
+    """Markdown: `--help` of the program and of every command."""
+    parts = ["# Command line", "", "Generated from `--help` by `docs/generate.py`.", ""]
+    root = click.Context(cli, info_name="mmq", terminal_width=100, max_content_width=100)
+    for context in (root, *(click.Context(cmd, info_name=name, parent=root) for name, cmd in cli.commands.items())):
+        text = context.command.get_help(context).rstrip()
+        parts += [f"## {context.command_path}", "", "```", text, "```", ""]
+    return "\n".join(parts)
+
+
+def between(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+    return f"{before}{begin}\n{new}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """File -> the text it should have."""
+    readme = ROOT / "README.md"
+    return {
+        readme: between(readme.read_text(encoding="utf-8"), "recipes", recipe_table()),
+        ROOT / "docs" / "cli.md": command_reference(),
+    }
+
+
+def main() -> None:
+    """Write, or check with `--check`."""
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run python docs/generate.py")
+        raise SystemExit(1 if stale else 0)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

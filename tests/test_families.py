@@ -1,0 +1,142 @@
+"""Family conformance: the registry writes these tests, a new family is covered without a new one."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from exporter.families import FAMILIES, Family
+from exporter.stream import Stream, build_skeleton, run_until_reached, watch_inputs
+from tests.conftest import header, header_config
+
+HEADERS_OF = {"llava": ["llava-hf--llava-1.5-7b-hf"]}
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def live_model(family: Family, seed: int = 0) -> nn.Module:
+    """The tiny model with random weights large enough that every part matters."""
+    torch.manual_seed(seed)
+    model = family.skeleton(family.tiny_config()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
+    return model
+
+
+def checkpoint_names(family: Family, model: nn.Module) -> list[str]:
+    """The hub's names of the live model's parameters."""
+    return [family.canonical_name(name) for name, _ in model.named_parameters()]
+
+
+def tiny_inputs(family: Family, batch: int = 2, words: int = 6) -> dict[str, torch.Tensor]:
+    """Images and tokens for the tiny model; the last row is padded on the left by two."""
+    config = family.tiny_config()
+    vision = config["vision_config"]
+    torch.manual_seed(1)
+    images = torch.full((batch, (vision["image_size"] // vision["patch_size"]) ** 2), config["image_token_index"])
+    tokens = torch.cat([torch.full((batch, 2), 1), images, torch.randint(3, 100, (batch, words))], dim=1)
+    mask = torch.ones_like(tokens)
+    mask[-1, :2] = 0
+    pixels = torch.randn(batch, 3, vision["image_size"], vision["image_size"])
+    return {"input_ids": tokens, "attention_mask": mask, "pixel_values": pixels}
+
+
+@families
+def test_every_linear_is_planned_or_kept_with_a_reason(family: Family) -> None:
+    config = family.tiny_config()
+    model = live_model(family)
+    planned = {
+        f"{component.block(i)}.{linear}"
+        for component in family.components
+        for i in range(component.stored(config))
+        for linear in component.linears
+    }
+    linears = [family.canonical_name(f"{n}.weight")[:-7] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert len(linears) > 10
+    for name in linears:
+        assert (name in planned) != (family.reason_kept(name) is not None), name
+    assert planned <= set(linears)
+    for component in family.components:
+        assert set(component.roles) == set(component.linears)
+
+
+@families
+def test_names_are_total_and_injective_on_real_headers(family: Family) -> None:
+    for name in HEADERS_OF[family.name]:
+        tensors = header(name)
+        model = build_skeleton(family, header_config(name), torch.device("meta"))
+        live = {family.live_name(tensor) for tensor in tensors}
+        assert live == {n for n, _ in model.named_parameters()}
+        assert len({family.runtime_name(tensor) for tensor in tensors}) == len(tensors)
+        assert [family.canonical_name(tensor) for tensor in tensors] == list(tensors)
+        assert {family.canonical_name(tensor) for tensor in live} == set(tensors)  # what transformers 5 saves
+
+
+@families
+def test_skeleton_has_the_buffers_of_an_eager_model(family: Family) -> None:
+    skeleton = build_skeleton(family, family.tiny_config(), torch.device("cpu"))
+    eager = dict(family.skeleton(family.tiny_config()).named_buffers())
+    assert eager
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    for name, buffer in skeleton.named_buffers():
+        assert torch.equal(buffer, eager[name]), name
+
+
+@families
+def test_members_of_a_phase_receive_the_same_tensor(family: Family) -> None:
+    model, inputs = live_model(family), tiny_inputs(family)
+    for component in family.components:
+        block = model.get_submodule(family.live_name(component.block(0)))
+        seen: dict[str, torch.Tensor] = {}
+        order: list[str] = []
+
+        def see(name: str, x: torch.Tensor, seen: dict = seen, order: list = order) -> None:
+            seen.setdefault(name, x.clone())
+            order.append(name)
+
+        with watch_inputs({name: block.get_submodule(name) for name in component.linears}, see, stop=False):
+            run_until_reached(model, **inputs)
+        for phase in component.phases:
+            for name in phase[1:]:
+                assert torch.equal(seen[name], seen[phase[0]]), name
+        position = {name: i for i, name in enumerate(order)}
+        for earlier, later in zip(component.phases, component.phases[1:], strict=False):
+            assert max(position[n] for n in earlier) < min(position[n] for n in later), component.name
+
+
+@families
+def test_streamed_blocks_equal_the_whole_model(family: Family) -> None:
+    model, inputs = live_model(family), tiny_inputs(family)
+    config = family.tiny_config()
+    weights = {family.canonical_name(name): p.detach() for name, p in model.named_parameters()}
+    for component in family.components:
+        stream = Stream(family, config, torch.device("cpu"), torch.float32)
+        stream.load(weights, weights.__getitem__)
+        block = stream.module(component.block(0))
+        ((args, kwargs),) = stream.capture(block, [inputs])
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        for i in range(component.used(config)):
+            block = stream.module(component.block(i))
+            with torch.no_grad():
+                output = block(hidden, *args[1:], **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
+        expected: list[torch.Tensor] = []
+        handle = last.register_forward_hook(lambda m, a, o, e=expected: e.append(o[0] if isinstance(o, tuple) else o))
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+        handle.remove()
+        assert torch.equal(hidden, expected[0]), component.name
+
+
+@families
+def test_targets_find_their_linears_under_both_names_and_nothing_else(family: Family) -> None:
+    for name in HEADERS_OF[family.name]:
+        config, modules = header_config(name), [t[:-7] for t in header(name) if t.endswith(".weight")]
+        for component in family.components:
+            for i in {0, component.used(config) - 1}:
+                pattern = component.target.replace("{i}", str(i)) + r"\."
+                wanted = {m for m in modules if m.startswith(component.block(i) + ".")}
+                for rename in (family.runtime_name, family.live_name):
+                    assert {m for m in modules if re.match(pattern, rename(m))} == wanted
