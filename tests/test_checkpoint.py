@@ -1,0 +1,122 @@
+"""Checkpoints: damage is found from headers, writes are whole or absent."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.checkpoint import Checkpoint, ShardWriter, write_tensors, write_text
+from exporter.errors import CheckpointError
+
+
+def small_checkpoint(folder: Path, shard_bytes: int = 600) -> dict[str, torch.Tensor]:
+    """Three shards of random tensors."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    tensors = {f"block.{i}.weight": torch.randn(8, 16) for i in range(3)} | {"norm.bias": torch.randn(4)}
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    (folder / "config.json").write_text("{}")
+    return tensors
+
+
+def test_shards_and_index_read_back(tmp_path: Path) -> None:
+    tensors = small_checkpoint(tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert checkpoint.files() == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in tensors.values())
+    assert load_file(tmp_path / "m" / index["weight_map"]["norm.bias"])["norm.bias"].shape == (4,)
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m", shard_bytes=10**9)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, 0.5, 0.99])
+def test_truncated_shard_is_refused_from_its_header(tmp_path: Path, keep: float) -> None:
+    small_checkpoint(tmp_path / "m")
+    shard = tmp_path / "m" / "model-00002-of-00003.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[: int(keep if keep >= 1 or keep == 0 else len(data) * keep)])
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        Checkpoint.open(tmp_path / "m")
+
+
+def test_missing_shard_tensor_and_config_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    small_checkpoint(folder)
+    index = folder / "model.safetensors.index.json"
+    listing = json.loads(index.read_text())
+    listing["weight_map"]["ghost.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match=r"ghost\.weight"):
+        Checkpoint.open(folder)
+    (folder / "model-00003-of-00003.safetensors").unlink()
+    del listing["weight_map"]["ghost.weight"]
+    index.write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match="missing"):
+        Checkpoint.open(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"])
+def test_index_may_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+    small_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="leaves the folder"):
+        Checkpoint.open(tmp_path / "m")
+
+
+def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path)
+    assert "never pickles" in (caught.value.hint or "")
+
+
+def test_two_stored_names_may_not_become_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a.x": torch.ones(1), "b.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="stored twice"):
+        Checkpoint.open(tmp_path, rename=lambda name: name[2:])
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "unit.safetensors"
+    write_tensors(target, {"a": torch.ones(3)}, {})
+    before = target.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        write_tensors(target, {"a": torch.zeros(3)}, {})
+    with pytest.raises(CheckpointError):
+        write_text(tmp_path / "new.json", "{}")
+    assert target.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["unit.safetensors"]
+
+
+def test_digest_sees_weights_and_config(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m", shard_bytes=10**9)
+    first = Checkpoint.open(tmp_path / "m").digest()
+    assert Checkpoint.open(tmp_path / "m").digest() == first
+    path = tmp_path / "m" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert Checkpoint.open(tmp_path / "m").digest() != first

@@ -1,0 +1,87 @@
+"""Recipes: every shipped one loads and plans; every mistake is named, all at once."""
+
+from pathlib import Path
+
+import pytest
+
+from exporter.errors import RecipeError
+from exporter.recipe import Rule, built_in, load_recipe, parse_recipe
+
+WRONG = """
+summary: wrong
+model: {repo: org/name, family: lava}
+quantize:
+  - {component: language, method: gptq, bits: 9, group_size: 128}
+  - {component: language, method: gtpq, bits: 4}
+  - {component: language, metod: gptq, bits: 4}
+gates: [{task: vqa, metric: acuracy, max_drop: 0.01}]
+evidence: [{finding: a, figures: b, source: c}]
+"""
+
+
+def test_shipped_recipes_load_with_evidence_and_gates() -> None:
+    names = built_in()
+    assert {"llava-w4-vit8", "llava-w4-vit4", "llava-w4", "llava-w8", "llava-w3-vit4"} <= names.keys()
+    for name, path in names.items():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.gates
+        assert all(len(e.finding) > 20 and any(c.isdigit() for c in e.figures) for e in recipe.evidence)
+        assert f"mmq export --recipe {name}" in path.read_text()
+
+
+def test_all_problems_are_listed_at_once_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(WRONG, "wrong.yaml")
+    message = caught.value.message
+    assert "wrong.yaml has 5 problems" in message
+    assert "model.family: unknown family 'lava'. Did you mean 'llava'?" in message
+    assert "quantize[0].bits: bits must be 2 to 8, or 16" in message
+    assert "quantize[1].method: unknown method 'gtpq'. Did you mean 'gptq'?" in message
+    assert "quantize[2].metod: unknown key. Did you mean 'method'?" in message
+    assert "gates[0]: unknown metric of task vqa 'acuracy'. Did you mean 'accuracy'?" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blocks": "8:4"}, "blocks must be"),
+        ({"blocks": "first"}, "blocks must be"),
+        ({"group_size": 100}, "multiple of 8"),
+        ({"number": "fp8"}, "fp8 needs bits: 8"),
+        ({"activations": "int8"}, "activations need bits: 8"),
+        ({"options": {"damp": 1}}, "options.damp"),
+        ({"options": {"damping": "much"}}, "options.damping"),
+    ],
+)
+def test_impossible_rules_are_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        Rule(**{"component": "language", "method": "gptq", "bits": 4, "group_size": 128, **change})
+
+
+def test_thirds_cover_every_block_once() -> None:
+    for count in (1, 2, 3, 23, 32):
+        thirds = [Rule(component="language", bits=4, blocks=third) for third in ("front", "middle", "end")]
+        assert all(sum(rule.matches_block(i, count) for rule in thirds) == 1 for i in range(count))
+    first = Rule(component="language", bits=4, blocks="0:8")
+    assert [i for i in range(32) if first.matches_block(i, 32)] == list(range(8))
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'llava-w4-vit8'") as caught:
+        load_recipe("llava-w4-vit9")
+    assert "llava-w8" in (caught.value.hint or "")
+
+
+def test_digest_ignores_comments_and_order(tmp_path: Path) -> None:
+    text = built_in()["llava-w8"].read_text()
+    changed = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    assert parse_recipe(changed, "llava-w8.yaml").digest() == load_recipe("llava-w8").digest()
+    other = parse_recipe(changed.replace("bits: 8", "bits: 7", 1), "llava-w8.yaml")
+    assert other.digest() != load_recipe("llava-w8").digest()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "quantize: [", "just text"])
+def test_what_is_no_recipe_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_recipe(text, "bad.yaml")
