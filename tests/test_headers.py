@@ -87,6 +87,13 @@ def test_transformers_builds_these_names_and_shapes(name):
     assert {to_live(name)(tensor): shape for tensor, (_, shape) in header(name).items()} == built
 
 
+def test_tensors_come_block_by_block():
+    names = [name for name in header(OPT) if name.startswith("qformer.encoder.layer.")]
+    blocks = [int(name.split(".")[3]) for name in names]
+    assert blocks == sorted(blocks)
+    assert {int(name.split(".")[3]) for name in names if "crossattention" in name} == {0, 2, 4, 6, 8, 10}
+
+
 @pytest.mark.parametrize("name", HEADER_NAMES)
 def test_sparse_checkpoint_reads_back_at_its_real_size(name, sparse_checkpoint):
     folder: Path = sparse_checkpoint(name)
