@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.conftest import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file
+from tests.conftest import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
 from tests.headers import make
 
 LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
@@ -118,6 +118,7 @@ def test_sparse_index_lists_every_tensor_of_every_shard(sparse_checkpoint):
     assert list(index["weight_map"]) == list(header(LLAVA))
     assert sorted(set(index["weight_map"].values())) == sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(set(index["weight_map"].values())) == 3
+    assert max(sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in part.values()) for part in shards(LLAVA)) <= 5e9
     for file in set(index["weight_map"].values()):
         with safe_open(folder / file, framework="pt") as shard:
             assert set(shard.keys()) == {tensor for tensor, where in index["weight_map"].items() if where == file}
