@@ -1,0 +1,151 @@
+"""What is said about a scene: its caption, paraphrases, and questions with one right answer of one or two words."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from exporter.demo.scenes import CELLS, COLORS, SHAPES, SIZES, Thing, lexicon
+
+_MASK = (1 << 64) - 1
+NUMBERS = ("one", "two", "three", "four")
+
+
+class Dice:
+    """A tiny counter-based generator (splitmix64), the same in every Python version."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = seed & _MASK
+
+    def roll(self, sides: int) -> int:
+        """The next number, uniform in `0 .. sides-1`."""
+        self.state = (self.state + 0x9E3779B97F4A7C15) & _MASK
+        x = self.state
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        return ((x ^ (x >> 31)) >> 33) % sides
+
+    def pick(self, options: Sequence[str]) -> str:
+        """One of `options`."""
+        return options[self.roll(len(options))]
+
+    def thing(self, options: Sequence[Thing]) -> Thing | None:
+        """One of `options`, None when there is none."""
+        return options[self.roll(len(options))] if options else None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene and its only right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def caption(objects: Sequence[Thing]) -> str:
+    """The exact caption that the model learns: every object by its name and place, in reading order."""
+    return _enumerate([f"a {thing.name} at the {thing.cell}" for thing in objects]) + "."
+
+
+def captions(objects: Sequence[Thing]) -> tuple[str, ...]:
+    """The exact caption, then three paraphrases of it."""
+    exact = caption(objects)
+    described = _enumerate([f"a {t.name} at the {t.cell}" for t in reversed(objects)])
+    return exact, f"there is {exact}", f"an image with {exact}", f"an image with {described}."
+
+
+def _unique(objects: Sequence[Thing], key: Callable[[Thing], object]) -> list[Thing]:
+    keys = [key(thing) for thing in objects]
+    return [thing for thing, k in zip(objects, keys, strict=True) if keys.count(k) == 1]
+
+
+def _color(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: (t.size, t.shape)))
+    if thing is None or dice.roll(3) == 0:
+        thing = objects[dice.roll(len(objects))]
+        return Question("color", f"what color is the object at the {thing.cell}?", thing.color)
+    return Question("color", f"what color is the {thing.size} {thing.shape}?", thing.color)
+
+
+def _shape(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: (t.size, t.color)))
+    if thing is None or dice.roll(3) == 0:
+        thing = objects[dice.roll(len(objects))]
+        return Question("shape", f"what shape is the object at the {thing.cell}?", thing.shape)
+    return Question("shape", f"what shape is the {thing.size} {thing.color} object?", thing.shape)
+
+
+def _size(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
+    if thing is None or dice.roll(3) == 0:
+        thing = objects[dice.roll(len(objects))]
+        return Question("size", f"what size is the object at the {thing.cell}?", thing.size)
+    return Question("size", f"what size is the {thing.color} {thing.shape}?", thing.size)
+
+
+def _place(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
+    return thing and Question("place", f"where is the {thing.color} {thing.shape}?", thing.cell)
+
+
+def _find(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: t.name))
+    return thing and Question("find", f"where is the {thing.name}?", thing.cell)
+
+
+def _name(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = objects[dice.roll(len(objects))]
+    return Question("name", f"what is the object at the {thing.cell} called?", thing.name)
+
+
+def _exists(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    """Half are there; the absent ones share their color or their shape with an object that is there."""
+    thing = objects[dice.roll(len(objects))]
+    if dice.roll(2) == 0:
+        return Question("exists", f"is there {_article(thing.color)} {thing.shape}?", "yes")
+    color, shape = thing.color, thing.shape
+    if dice.roll(2) == 0:
+        color = dice.pick(tuple(COLORS))
+    else:
+        shape = dice.pick(SHAPES)
+    there = any(t.color == color and t.shape == shape for t in objects)
+    return None if there else Question("exists", f"is there {_article(color)} {shape}?", "no")
+
+
+def _count(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    return Question("count", "how many objects are there?", NUMBERS[len(objects) - 1])
+
+
+QUESTIONS: dict[str, Callable[[Sequence[Thing], Dice], Question | None]] = {
+    "color": _color,
+    "shape": _shape,
+    "size": _size,
+    "place": _place,
+    "find": _find,
+    "name": _name,
+    "exists": _exists,
+    "count": _count,
+}
+
+
+def question(kind: str, objects: Sequence[Thing], seed: int) -> Question | None:
+    """One question of a kind, None when the scene allows none; a pure function of its arguments."""
+    return QUESTIONS[kind](objects, Dice(seed * 16 + tuple(QUESTIONS).index(kind)))
+
+
+def vocabulary() -> list[str]:
+    """Every word that captions, questions, answers and prompts use, lower case, sorted; punctuation excluded."""
+    fixed = (
+        "a an and the at there is image with what color shape size object called where how many objects are yes no "
+        "user assistant answer question using single word or phrase provide one-sentence caption for provided "
+        "does not contain present in of rectangle"
+    ).split()
+    drawn = [*COLORS, *SIZES, *SHAPES, *NUMBERS, *" ".join(CELLS).split(), *" ".join(lexicon().values()).split()]
+    return sorted({*fixed, *drawn})

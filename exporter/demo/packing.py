@@ -1,0 +1,142 @@
+"""Several questions about one picture in one sequence, and the forward pass that training and scoring share.
+
+A row is `<s> USER: [image]` followed by slots; every slot holds the rest of one conversation, starts at the same
+position after the picture, and sees the picture and itself only. So each slot is exactly the sequence that a user
+would send alone (a test compares with transformers), and the picture is computed once for all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.demo.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, tokenizer
+from exporter.demo.scenes import SIDE
+from exporter.families.llava import FAMILY
+
+CAPTION_SLOT, QUESTION_SLOT = 46, 26  # tokens
+IMAGE_TOKENS = (SIDE // PATCH) ** 2
+PREFIX = 3 + IMAGE_TOKENS  # <s> user : <image> * 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """tokens, labels: int16 `[n, slots' tokens]`; a label is the token that must follow, -100 where none is asked."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+def slot_lengths(captions: int, questions: int) -> tuple[int, ...]:
+    """Lengths of a row's slots, captions first."""
+    return (CAPTION_SLOT,) * captions + (QUESTION_SLOT,) * questions
+
+
+def _prompt(question: str | None) -> str:
+    return FAMILY.caption_prompt if question is None else FAMILY.question_prompt.format(question=question)
+
+
+def _slot(ids: list[int], asked: int, length: int) -> tuple[list[int], list[int]]:
+    if len(ids) > length:
+        raise ValueError(f"a conversation of {len(ids)} tokens does not fit a slot of {length}")
+    labels = [ids[i + 1] if i + 1 >= asked and i + 1 < len(ids) else -100 for i in range(len(ids))]
+    short = length - len(ids)
+    return ids + [PAD] * short, labels + [-100] * short
+
+
+def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int]) -> Rows:
+    """Tokenize rows of (question or None for a caption, answer); a None entry leaves its slot empty."""
+    coder = tokenizer()
+    coder.post_processor = None  # type: ignore[assignment]
+    flat = [entry for row in rows for entry in row if entry is not None]
+    prompts = coder.encode_batch([f"{_prompt(question)} ASSISTANT:" for question, _ in flat])
+    answers = coder.encode_batch([f" {answer}</s>" for _, answer in flat])
+    pairs = iter(zip(prompts, answers, strict=True))
+    tokens, labels = [], []
+    for row in rows:
+        slots = []
+        for entry, length in zip(row, lengths, strict=True):
+            prompt, answer = next(pairs) if entry is not None else (None, None)
+            before = prompt.ids if prompt else []
+            slots.append(_slot(before + (answer.ids if answer else []), len(before), length))
+        tokens.append([t for slot in slots for t in slot[0]])
+        labels.append([t for slot in slots for t in slot[1]])
+    return Rows(torch.tensor(tokens, dtype=torch.int16), torch.tensor(labels, dtype=torch.int16))
+
+
+def mask_and_positions(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Who sees whom, bool `[t, t]`, and positions int64 `[t]` for the picture followed by slots."""
+    slot = torch.cat([torch.zeros(PREFIX)] + [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)])
+    order = torch.arange(slot.numel())
+    sees = (order[:, None] >= order) & ((slot[:, None] == slot) | (slot == 0))
+    offsets = torch.cat([torch.arange(PREFIX)] + [PREFIX + torch.arange(n) for n in lengths])
+    return sees.to(device), offsets.to(device)
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 `[n, 3, 64, 64]` to what CLIP's processor gives, float32."""
+    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # [n, heads, t, d]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _see(model: Any, pixels: Tensor) -> Tensor:
+    """Image tokens `[n, 64, 128]` of normalized pixels."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    heads = model.config.vision_config.num_attention_heads
+    x = tower.pre_layrnorm(tower.embeddings(pixels))
+    for block in tower.encoder.layers:
+        normed, attention = block.layer_norm1(x), block.self_attn
+        q, k, v = (_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + attention.out_proj(mixed)
+        hidden = block.mlp.fc1(block.layer_norm2(x))
+        x = x + block.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))
+    projector = model.model.multi_modal_projector
+    result: Tensor = projector.linear_2(F.gelu(projector.linear_1(x[:, 1:])))
+    return result
+
+
+def logits(model: Any, pixels: Tensor, tokens: Tensor, sees: Tensor, positions: Tensor, user: Tensor) -> Tensor:
+    """Next-token logits `[n, slots' tokens, vocabulary]`; pixels normalized, user = the ids of `USER:`, int64 [2]."""
+    language, heads = model.model.language_model, model.config.text_config.num_attention_heads
+    n, width = tokens.shape[0], HIDDEN // heads
+    image = _see(model, pixels)
+    start = torch.cat([torch.full_like(user[:1], BOS), user])
+    words = language.embed_tokens(torch.cat([start.expand(n, -1), tokens], dim=1))
+    x = torch.cat([words[:, :3], image.to(words.dtype), words[:, 3:]], dim=1)
+    rates = 10000.0 ** (-torch.arange(0, width, 2, device=x.device).float() / width)
+    angles = torch.cat([positions[:, None] * rates] * 2, dim=-1)  # [t, d]
+    cos, sin = angles.cos().to(image.dtype), angles.sin().to(image.dtype)
+    for block in language.layers:
+        normed, attention = block.input_layernorm(x), block.self_attn
+        q, k, v = (_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(2)
+        x = x + attention.o_proj(mixed)
+        normed = block.post_attention_layernorm(x)
+        x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed))
+    result: Tensor = model.lm_head(language.norm(x[:, PREFIX:]))
+    return result
+
+
+def user_ids() -> Tensor:
+    """The ids of `USER:`, int64 `[2]`."""
+    coder = tokenizer()
+    ids = coder.encode("USER:", add_special_tokens=False).ids
+    if IMAGE in ids or len(ids) != PREFIX - IMAGE_TOKENS - 1:
+        raise ValueError("the prefix does not tokenize as expected")
+    return torch.tensor(ids)
