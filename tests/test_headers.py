@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.conftest import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
 from tests.headers import make
+from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
 
 LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
 NOT_QUANTIZED = ("lm_head", "embed", "_projection.weight", "projector", "itm_head")  # linears and tables left at 16 bit
