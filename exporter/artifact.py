@@ -98,7 +98,7 @@ def _write_tensors(
     unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
     loaded: tuple[int, UnitResult] | None = None
     ordered = sorted(plan.rows, key=lambda row: (unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1))
-    for i, row in enumerate(ordered):
+    for row in ordered:
         if row.decision == "kept":
             writer.add(row.tensor.name, _finite(row.tensor.name, checkpoint.read(row.tensor.name)))
             continue
@@ -113,7 +113,6 @@ def _write_tensors(
                 writer.add(name, tensor)
         else:
             writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype))
-        del i
     return writer.finish(), digests
 
 
@@ -163,6 +162,7 @@ def _manifest(
         "versions": {name: _version(name) for name in PACKAGES},
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
         "shards": shards,
+        "units": [unit.block for unit in plan.units],
         "linears": digests,
         "errors": {name: error for errors, _ in results for name, error in errors.items()},
         "notes": [note for _, notes in results for note in notes],

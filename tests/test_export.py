@@ -1,0 +1,272 @@
+"""The whole job on the embedded model: byte-identical, killed and resumed, and every kind of bad input."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.checkpoint import Checkpoint
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
+from exporter.events import Event
+from exporter.export import Export, export
+from exporter.recipe import Recipe, load_recipe
+from exporter.source import open_source
+from exporter.verify import verify
+
+DEMO = MODELS["demo-llava"]
+
+
+def quick_recipe(model: str | Path = "demo-llava", name: str = "llava-w4-vit4", samples: int = 6) -> Recipe:
+    """A shipped recipe on few samples; GPTQ in both parts, so that every unit needs statistics."""
+    data = load_recipe(name).model_dump()
+    data["model"] |= {"repo": str(model), "revision": None}
+    data["calibration"] |= {"samples": samples, "batch": 3}
+    data["evaluation"] |= {"samples": 4}
+    return Recipe.model_validate(data)
+
+
+def quick_export(out: Path, on_event: Callable[[Event], None] = lambda event: None, **options: object) -> Export:
+    """Export the demo model without evaluating it."""
+    settings = {"recipe": quick_recipe(), "device": choose("cpu"), "skip_evaluation": True} | options
+    recipe = settings.pop("recipe")
+    return export(recipe, out=out, on_event=on_event, **settings)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """File name -> bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted export."""
+    out = tmp_path_factory.mktemp("export") / "whole"
+    quick_export(out)
+    return out
+
+
+def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path) -> None:
+    quick_export(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(finished)
+
+
+def test_another_seed_gives_another_artifact(finished: Path, tmp_path: Path) -> None:
+    recipe = quick_recipe()
+    other = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"seed": 1})})
+    quick_export(tmp_path / "other", recipe=other)
+    assert contents(tmp_path / "other")["model.safetensors"] != contents(finished)["model.safetensors"]
+
+
+def killed_after(unit: int, out: Path, work: Path) -> None:
+    """Run an export in a child process that SIGKILLs itself once `unit` blocks are finished."""
+
+    def die(event: Event) -> None:
+        if event.stage == "quantize" and event.done == unit and event.message != "resumed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            quick_export(out, die, work=work)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_killed_after_every_unit_and_resumed_is_byte_identical(finished: Path, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "resumed"
+    units = len(json.loads((finished / "mmq_manifest.json").read_text())["units"])
+    assert units >= 4
+    for unit in range(1, units + 1):
+        killed_after(unit, out, work)
+        assert len(list(work.glob("*.safetensors"))) == unit
+        assert not out.exists()
+    seen: list[Event] = []
+    quick_export(out, seen.append, work=work)
+    assert [event.message for event in seen if event.stage == "quantize"] == ["resumed"]
+    assert contents(out) == contents(finished)
+
+
+def test_resumes_from_every_single_unit(finished: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    quick_export(tmp_path / "first", work=work)
+    files = sorted(work.glob("*.safetensors"))
+    for keep in range(len(files)):
+        for path in sorted(work.glob("*.safetensors"))[keep:]:
+            path.unlink()
+        quick_export(tmp_path / f"from-{keep}", work=work)
+        assert contents(tmp_path / f"from-{keep}") == contents(finished), keep
+
+
+def test_half_written_unit_is_redone(finished: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    quick_export(tmp_path / "first", work=work)
+    last = sorted(work.glob("*.safetensors"))[-1]
+    last.rename(work / f".{last.name}.123.tmp")  # what a kill in the middle of a write leaves
+    quick_export(tmp_path / "second", work=work)
+    assert contents(tmp_path / "second") == contents(finished)
+    assert not list(work.glob(".*.tmp"))
+
+
+def test_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    quick_export(tmp_path / "first", work=work)
+    with pytest.raises(WorkdirError, match="calibration differ"):
+        quick_export(tmp_path / "second", work=work, recipe=quick_recipe(samples=5))
+    with pytest.raises(WorkdirError, match="quantize"):
+        quick_export(tmp_path / "second", work=work, recipe=quick_recipe(name="llava-w3-vit4"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(WorkdirError, match="no mmq work folder"):
+        quick_export(tmp_path / "second", work=tmp_path / "mine")
+    assert not (tmp_path / "second").exists()
+
+
+def test_artifact_keeps_names_files_and_untouched_tensors(finished: Path) -> None:
+    source, _ = open_source("demo-llava")
+    artifact = Checkpoint.open(finished)
+    packed = json.loads((finished / "mmq_manifest.json").read_text())["linears"]
+    for name in source.tensors:
+        module = name.removesuffix(".weight")
+        if module in packed:
+            assert f"{module}.weight_packed" in artifact.tensors
+        else:
+            assert torch.equal(artifact.read(name), source.read(name)), name
+    texts = {path.name for path in DEMO.iterdir() if path.suffix in (".json", ".jinja")} - {"config.json"}
+    assert texts <= {path.name for path in finished.iterdir()}
+    config = json.loads((finished / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert {k: v for k, v in config.items() if k != "quantization_config"} == source.config
+
+
+def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished: Path, tmp_path: Path) -> None:
+    assert verify(finished, choose("cpu"), lambda event: None).logit_difference == pytest.approx(0, abs=1e-4)
+
+    def broken(change: Callable[[Path], None]) -> str:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(finished, copy)
+        change(copy)
+        with pytest.raises(ArtifactError) as caught:
+            verify(copy, choose("cpu"), lambda event: None)
+        return caught.value.message
+
+    def flip(copy: Path) -> None:
+        path = copy / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+
+    def flip_and_rehash(copy: Path) -> None:
+        path = copy / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("weight_packed"))
+        tensors[name][0, 0] ^= 1
+        save_file(tensors, path, {"format": "pt"})
+        forge(copy)
+
+    def retarget(copy: Path) -> None:
+        config = json.loads((copy / "config.json").read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            group["targets"] = [target.replace("q_proj", "x_proj") for target in group["targets"]]
+        (copy / "config.json").write_text(json.dumps(config))
+        forge(copy)
+
+    def forge(copy: Path) -> None:
+        """Make the file hashes right again, so that only deeper checks can object."""
+        from exporter.checkpoint import sha256
+
+        manifest = json.loads((copy / "mmq_manifest.json").read_text())
+        manifest["files"] = {name: sha256(copy / name) for name in manifest["files"]}
+        (copy / "mmq_manifest.json").write_text(json.dumps(manifest))
+
+    assert "content has changed" in broken(flip)
+    assert "not those that were computed" in broken(flip_and_rehash)
+    assert "schemes, expected one" in broken(retarget)
+    assert "missing" in broken(lambda copy: (copy / "tokenizer.json").unlink())
+
+
+def damaged_model(folder: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of the demo model with something wrong."""
+    shutil.copytree(DEMO, folder)
+    change(folder)
+    return folder
+
+
+def poison(name: str) -> Callable[[Path], None]:
+    """Put one NaN into a tensor."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[7] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def truncate(folder: Path) -> None:
+    """Cut the only shard short."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def rename_architecture(folder: Path) -> None:
+    """Claim to be a model that mmq does not know."""
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["MysteryForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def misfit_config(folder: Path) -> None:
+    """A config of another size than the weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 128
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        (truncate, CheckpointError, "truncated"),
+        (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "no model.safetensors"),
+        (poison("language_model.model.layers.0.mlp.up_proj.weight"), CheckpointError, "up_proj.*not finite"),
+        (poison("language_model.model.norm.weight"), MmqError, "not finite"),
+        (rename_architecture, PlanError, "does not know MysteryForCausalLM"),
+        (misfit_config, CheckpointError, "has the shape"),
+    ],
+    ids=["truncated", "missing", "nan-linear", "nan-kept", "architecture", "config"],
+)
+def test_bad_models_end_in_a_clear_error_and_leave_nothing(
+    change: Callable[[Path], None], kind: type[MmqError], said: str, tmp_path: Path
+) -> None:
+    model = damaged_model(tmp_path / "model", change)
+    with pytest.raises(kind, match=said):
+        quick_export(tmp_path / "out", recipe=quick_recipe(model))
+    left = {path.name for path in tmp_path.iterdir()} - {"model", "out.work"}
+    assert not left
+
+
+def test_occupied_output_is_never_touched_without_overwrite(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = contents(out)
+    with pytest.raises(ArtifactError, match="not empty"):
+        quick_export(out)
+    assert contents(out) == before
+    quick_export(out, overwrite=True, recipe=quick_recipe(name="llava-w8"))
+    assert contents(out) != before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="did not write"):
+        quick_export(foreign, overwrite=True)
+    assert contents(foreign) == {"photo.jpg": b"x"}

@@ -1,0 +1,125 @@
+"""Plans: a decision for every tensor of the true 7B model, from headers alone; impossible recipes are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device
+from exporter.errors import PlanError
+from exporter.families import FAMILIES
+from exporter.plan import Plan, make_plan, packed_bytes
+from exporter.quantized import Scheme
+from exporter.recipe import Recipe, Rule, built_in, load_recipe
+
+LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
+H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+CPU = Device(torch.device("cpu"), "CPU", 64 * 2**30)
+
+
+@pytest.fixture
+def big(sparse_checkpoint: Callable[[str], Path]) -> Checkpoint:
+    """The 7B model at true size; its weights are holes that would take 14 GB to read."""
+    return Checkpoint.open(sparse_checkpoint(LLAVA_7B), FAMILIES["llava"].canonical_name)
+
+
+def plan_of(name: str, checkpoint: Checkpoint, *rules: Rule) -> Plan:
+    """The plan of a shipped recipe, optionally with other rules."""
+    recipe = load_recipe(name)
+    if rules:
+        recipe = Recipe.model_validate(recipe.model_dump() | {"quantize": [rule.model_dump() for rule in rules]})
+    return make_plan(recipe, checkpoint, FAMILIES["llava"], H100)
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("llava")])
+def test_every_tensor_of_the_true_7b_gets_one_decision(name: str, big: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "read", None)  # a plan reads no tensor
+    plan = plan_of(name, big)
+    assert [row.tensor.name for row in plan.rows] == list(big.tensors)
+    assert plan.parameters == 7_063_427_072
+    assert all(row.reason or row.decision == "packed" for row in plan.rows)
+    packed = {row.module for row in plan.rows if row.decision == "packed"}
+    assert packed == {row.module for unit in plan.units for row in unit.rows}
+    assert len([m for m in packed if m.startswith("language_model.model.layers.")]) == 224
+    if name != "llava-w4":
+        assert len([m for m in packed if m.startswith("vision_tower.")]) == 23 * 6  # the 24th block never runs
+    assert "language_model.lm_head" not in packed
+
+
+def test_sizes_count_scales_and_match_arithmetic(big: Checkpoint) -> None:
+    plan = plan_of("llava-w4-vit8", big)
+    language = [row for row in plan.of("language") if row.decision == "packed"]
+    weights = sum(row.tensor.size for row in language)
+    assert weights == 6_476_005_376
+    shapes = 16 * len(language)  # weight_shape, two int64
+    assert sum(row.bytes_after for row in language) == weights // 2 + weights // 128 * 2 + shapes
+    assert packed_bytes(Scheme(8, "row"), (1024, 4096), "compressed_tensors", torch.float16) == 4096 * 1024 + 2048 + 16
+    assert plan.bytes_before == 2 * plan.parameters
+    assert 4.6 < plan.bits_per_weight < 4.9  # the paper counts 4.656 without scales
+
+
+def test_units_come_in_data_order(big: Checkpoint) -> None:
+    plan = plan_of("llava-w4-vit8", big)
+    assert [unit.index for unit in plan.units] == list(range(23 + 32))
+    assert [unit.block for unit in plan.units[:2]] == [f"vision_tower.vision_model.encoder.layers.{i}" for i in (0, 1)]
+    assert plan.units[23 + 10].block == "language_model.model.layers.10"
+    assert plan.units[23].rows[0].linear == "self_attn.q_proj"
+
+
+def test_predicted_memory_holds_one_block_not_the_model(big: Checkpoint) -> None:
+    memory = plan_of("llava-w4-vit8", big).memory
+    assert 10**9 < memory.device_bytes < 4 * 10**9
+    on_cpu = make_plan(load_recipe("llava-w4-vit8"), big, FAMILIES["llava"], CPU).memory
+    assert on_cpu.device_bytes > memory.device_bytes  # float32
+
+
+def test_later_rules_that_match_nothing_are_an_error(big: Checkpoint) -> None:
+    everything = Rule(component="language", bits=4, group_size=128)
+    shadowed = Rule(component="language", bits=8, blocks="0:4")
+    with pytest.raises(PlanError, match=r"quantize\[1\] .*matches no linear"):
+        plan_of("llava-w4", big, everything, shadowed)
+    beyond = Rule(component="vision", bits=8, blocks="23:24")
+    with pytest.raises(PlanError, match=r"quantize\[0\] .*matches no linear"):
+        plan_of("llava-w4", big, beyond)
+
+
+def test_blocks_and_roles_are_decided_by_the_first_match(big: Checkpoint) -> None:
+    plan = plan_of(
+        "llava-w4",
+        big,
+        Rule(component="language", bits=8, blocks="front", role="mlp"),
+        Rule(component="language", bits=16, blocks="end"),
+        Rule(component="language", bits=4, group_size=128),
+    )
+    bits = {row.module: row.scheme.bits if row.scheme else 16 for row in plan.of("language") if row.linear}
+    layer = "language_model.model.layers."
+    assert bits[f"{layer}0.mlp.up_proj"] == 8
+    assert bits[f"{layer}0.self_attn.q_proj"] == 4
+    assert bits[f"{layer}31.mlp.up_proj"] == 16
+    assert bits[f"{layer}16.mlp.up_proj"] == 4
+
+
+def test_a_group_that_does_not_divide_is_refused_with_its_shape(big: Checkpoint) -> None:
+    with pytest.raises(PlanError, match=r"11008.*") as caught:
+        plan_of("llava-w4", big, Rule(component="language", bits=4, group_size=96))
+    assert "group" in caught.value.message
+
+
+def test_stored_dequantized_takes_16_bits(big: Checkpoint) -> None:
+    plan = plan_of("llava-w4", big, Rule(component="projector", bits=4, store="dequantized"))
+    rows = [row for row in plan.of("projector") if row.linear]
+    assert [row.decision for row in rows] == ["dequantized"] * 2
+    assert all(row.bytes_after == row.tensor.bytes for row in rows)
+
+
+def test_incomplete_checkpoint_is_refused(big: Checkpoint) -> None:
+    del big.tensors["language_model.model.layers.3.mlp.up_proj.weight"]
+    with pytest.raises(PlanError, match=r"layers\.3\.mlp\.up_proj\.weight: expected .* has nothing"):
+        plan_of("llava-w4", big)
+
+
+def test_wide_bits_warn_of_the_kernel_they_need(big: Checkpoint) -> None:
+    assert any("humming-kernels" in warning for warning in plan_of("llava-w3-vit4", big).warnings)
+    assert not plan_of("llava-w4-vit8", big).warnings
