@@ -23,7 +23,7 @@ check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated do
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m docs.generate --check
 
 format: $(VENV)/.ready-dev ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

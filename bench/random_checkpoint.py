@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from exporter.checkpoint import DTYPES, ShardWriter  # noqa: E402
 from exporter.demo import MODELS  # noqa: E402
-from tests.headers.make import load_header  # noqa: E402
+from tests.headers.read import load_header  # noqa: E402
 
 
 def write(header_name: str, out: Path, device: str, shard_bytes: int = 5 * 10**9) -> int:
@@ -40,7 +41,7 @@ def write(header_name: str, out: Path, device: str, shard_bytes: int = 5 * 10**9
     return parameters
 
 
-def _write_processor(out: Path, config: dict) -> None:
+def _write_processor(out: Path, config: dict[str, Any]) -> None:
     """The demo's processor with this model's image size; its token ids are valid in any larger vocabulary."""
     demo = MODELS["demo-llava"]
     for path in demo.iterdir():

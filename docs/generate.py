@@ -1,7 +1,7 @@
 """Rewrite the generated parts of the documentation: the recipe table and the command line reference.
 
-    python docs/generate.py            rewrite them
-    python docs/generate.py --check    exit 1 when they are stale
+    python -m docs.generate            rewrite them
+    python -m docs.generate --check    exit 1 when they are stale
 
 Sizes come from `make_plan` on the true header of LLaVA-1.5-7B, so they are what an export writes.
 """
@@ -13,18 +13,16 @@ from pathlib import Path
 import click
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from exporter.checkpoint import Checkpoint
 from exporter.cli import cli
 from exporter.device import Device
 from exporter.families import FAMILIES
 from exporter.plan import make_plan
-from exporter.recipe import built_in, load_recipe
+from exporter.recipe_file import built_in, load_recipe
 from exporter.show import size
 from tests.headers.read import write_sparse_checkpoint
 
+ROOT = Path(__file__).parent.parent
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
 ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
@@ -77,7 +75,7 @@ def main() -> None:
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
-            print(f"{path.relative_to(ROOT)} is stale: run python docs/generate.py")
+            print(f"{path.relative_to(ROOT)} is stale: run python -m docs.generate")
         raise SystemExit(1 if stale else 0)
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ __all__ = ["choose", "export", "load_recipe", "make_plan", "open_source", "verif
 _HOMES = {
     "choose": "exporter.device",
     "export": "exporter.export",
-    "load_recipe": "exporter.recipe",
+    "load_recipe": "exporter.recipe_file",
     "make_plan": "exporter.plan",
     "open_source": "exporter.source",
     "verify": "exporter.verify",

@@ -21,7 +21,7 @@ from torch import Tensor
 from exporter.checkpoint import Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
-from exporter.families import FAMILIES
+from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.plan import Plan
@@ -97,7 +97,7 @@ def _write_tensors(
     format_module = FORMATS[plan.recipe.format]
     unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
     loaded: tuple[int, UnitResult] | None = None
-    ordered = sorted(plan.rows, key=lambda row: (unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1))
+    ordered = sorted(plan.rows, key=lambda row: unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1)
     for row in ordered:
         if row.decision == "kept":
             writer.add(row.tensor.name, _finite(row.tensor.name, checkpoint.read(row.tensor.name)))
@@ -197,7 +197,7 @@ class Artifact:
         return cls(checkpoint, manifest, tuple(found))
 
     @property
-    def family(self) -> Any:
+    def family(self) -> Family:
         """The model family."""
         return FAMILIES[self.manifest["family"]]
 
@@ -211,7 +211,9 @@ class Artifact:
     def scheme_of(self, module: str) -> Scheme:
         """The scheme that the config's patterns give to a module, as the engine will match it."""
         name = self.family.runtime_name(module)
-        matches = {g.scheme for g in self.groups if any(target_matches(target, name) for target in g.targets)}
+        matches: set[Scheme] = {
+            g.scheme for g in self.groups if any(target_matches(target, name) for target in g.targets)
+        }
         if len(matches) != 1:
             raise ArtifactError(f"config.json gives {name} {len(matches)} schemes, expected one")
         return matches.pop()

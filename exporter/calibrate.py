@@ -48,7 +48,8 @@ class Flow:
             output = run_until_reached(block, **{**self.kwargs, "hidden_states": hidden})
         else:
             output = run_until_reached(block, hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor | None = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 @dataclass
@@ -195,7 +196,7 @@ def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[F
                 linears[row.module] = linear
                 errors[row.module] = error
                 if flows:
-                    job.stream.load([row.tensor.name], lambda _, linear=linear: linear.dequantize())
+                    job.stream.put(row.tensor.name, linear.dequantize())
     return UnitResult(linears, errors, tuple(notes))
 
 

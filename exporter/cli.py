@@ -13,15 +13,19 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from exporter.errors import MmqError
-from exporter.recipe import Recipe, built_in, load_recipe
+from exporter.errors import Interrupted, MmqError
+from exporter.recipe import Recipe
+from exporter.recipe_file import built_in, load_recipe
 
 EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
 
+recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option("--model", metavar="MODEL", help="Hub id, local folder or demo-llava [the recipe's model].")
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
+)
 data_option = click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
@@ -79,11 +83,11 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name (see `mmq recipes`) or a YAML file.")
+@recipe_option
 @model_option
 @revision_option
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact folder [artifacts/MODEL-RECIPE].")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for finished blocks [OUT.work, removed at the end].")
+@click.option("--work", type=click.Path(path_type=Path), help="Finished blocks [OUT.work, removed at the end].")
 @device_option
 @data_option
 @click.option("--seed", type=int, help="Seed of the calibration choice [the recipe's].")
@@ -123,6 +127,7 @@ def export(
     chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data)
     if dry_run:
         return show_plan(chosen, device, every_tensor=False, as_json=as_json)
+    from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed
     from exporter.export import default_work
@@ -143,54 +148,41 @@ def export(
                 skip_evaluation=skip_evaluation,
             )
     except KeyboardInterrupt:
-        kept = work or default_work(target)
-        raise_interrupted(kept)
-    show_export(result, as_json)
+        kept = f"stopped; finished blocks are kept in {work or default_work(target)}"
+        raise Interrupted(kept, "give the same command again to go on") from None
+    say(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
         raise_if_failed(result.report, target)
 
 
-def raise_interrupted(kept: Path) -> NoReturn:
-    """Ctrl-C: say where the finished blocks are and how to go on."""
-    from exporter.errors import Interrupted
-
-    raise Interrupted(f"stopped; finished blocks are kept in {kept}", "give the same command again to go on")
-
-
 def adjusted(
     recipe: Recipe,
-    model: str | None,
-    revision: str | None,
+    model: str | None = None,
+    revision: str | None = None,
     seed: int | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
     data: Path | None = None,
 ) -> Recipe:
-    """The recipe with what the command line overrides; its name stays."""
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"repo": model, "revision": revision},
-        "calibration": {"seed": seed, "samples": samples, "data": "folder" if data else None},
-        "evaluation": {"samples": eval_samples},
-    }
-    if model and not revision:
+    """The recipe with what the command line overrides; another model drops the recipe's revision."""
+    if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
-    for section, wanted in changes.items():
-        given = {key: value for key, value in wanted.items() if value is not None}
-        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=given)})
-    return recipe
+    return recipe.adjusted(
+        model={"repo": model, "revision": revision},
+        calibration={"seed": seed, "samples": samples, "data": "folder" if data else None},
+        evaluation={"samples": eval_samples},
+    )
 
 
 @cli.command()
-@click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name (see `mmq recipes`) or a YAML file.")
+@recipe_option
 @model_option
 @revision_option
 @device_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
 @json_option
 @reports_errors
-def plan(
-    recipe: str, model: str | None, revision: str | None, device: str, every_tensor: bool, as_json: bool
-) -> None:
+def plan(recipe: str, model: str | None, revision: str | None, device: str, every_tensor: bool, as_json: bool) -> None:
     """Show what an export would do, from file headers alone: decisions, sizes, memory, serving kernels.
 
     \b
@@ -209,50 +201,15 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool) ->
 
     chosen = choose(device)
     found, _ = prepare(recipe, chosen)
-    if as_json:
-        return click.echo(json.dumps(show.plan_json(found, every_tensor)))
-    console = Console(highlight=False)
-    console.print(show.plan_table(found))
-    if every_tensor:
-        console.print(show.tensor_table(found))
-    need = found.memory
-    console.print(
-        f"peak memory on {chosen.name}: about {show.memory(need.device_bytes)} ({need.largest}); "
-        f"host about {show.memory(need.host_bytes)} beside the page cache"
-    )
-    for warning in found.warnings:
-        console.print(f"warning: {warning}", markup=False)
+    say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
 
 
-def show_export(result: Any, as_json: bool) -> None:
-    """Print what an export did."""
-    from exporter import show
-
-    if as_json:
-        said = {"out": str(result.out), "seconds": dict(result.seconds), "verified": asdict(result.verified)}
-        said |= {"peak_device_bytes": result.device_peak, "peak_host_bytes": result.host_peak}
-        said |= {"plan": show.plan_json(result.plan, every_tensor=False)}
-        said |= {"report": result.report.as_json() if result.report else None}
-        return click.echo(json.dumps(said))
-    console = Console(highlight=False)
-    console.print(show.plan_table(result.plan))
-    console.print(verified_line(result.verified))
-    if result.report:
-        console.print(show.report_table(result.report))
+def say(result: Any) -> None:
+    """Print a result: plain data as one JSON line, anything else as rich renders it."""
+    if isinstance(result, dict | list):
+        click.echo(json.dumps(result))
     else:
-        console.print("evaluation skipped: the artifact is unproven")
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-    console.print(f"{times}; peak memory: host {show.memory(result.host_peak)}", end="")
-    console.print(f", device {show.memory(result.device_peak)}" if result.device_peak else "")
-    console.print(f"artifact: {result.out}\nserve it:  vllm serve {result.out} --limit-mm-per-prompt '{{\"image\": 1}}'")
-
-
-def verified_line(verified: Any) -> str:
-    """What `verify` checked, in one line."""
-    said = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
-    if verified.logit_difference is None:
-        return f"{said}; not loaded in transformers ({verified.skipped})"
-    return f"{said}; transformers' logits differ by at most {verified.logit_difference:.1e}"
+        Console(highlight=False, markup=False, soft_wrap=isinstance(result, str)).print(result)
 
 
 @cli.command()
@@ -268,13 +225,14 @@ def verify(artifact: Path, device: str, no_load: bool, as_json: bool) -> None:
     Example:
       mmq verify artifacts/demo-llava-w4-vit8
     """
+    from exporter import show
     from exporter.device import choose
     from exporter.progress import Listener
     from exporter.verify import verify as run
 
     with Listener(as_json) as listen:
         found = run(artifact, choose(device), listen, load=not no_load)
-    click.echo(json.dumps(asdict(found)) if as_json else verified_line(found))
+    say(asdict(found) if as_json else show.verified_line(found))
 
 
 @cli.command()
@@ -307,10 +265,7 @@ def evaluate(
     with Listener(as_json) as listen:
         found = measure(checkpoint, artifact, evaluation_samples(plan, data), recipe, chosen, listen)
     write_report(artifact, found)
-    if as_json:
-        click.echo(json.dumps(found.as_json()))
-    else:
-        Console(highlight=False).print(show.report_table(found))
+    say(found.as_json() if as_json else show.report_table(found))
     raise_if_failed(found, artifact)
 
 
@@ -333,9 +288,7 @@ def recipes(name: str | None, as_json: bool) -> None:
         path = built_in().get(name, Path(name))
         return click.echo(path.read_text(encoding="utf-8"), nl=False)
     found = [load_recipe(known) for known in built_in()]
-    if as_json:
-        return click.echo(json.dumps([recipe.model_dump(mode="json") for recipe in found]))
-    Console(highlight=False).print(show.recipes_table(found))
+    say([recipe.model_dump(mode="json") for recipe in found] if as_json else show.recipes_table(found))
 
 
 @cli.command()
@@ -346,7 +299,4 @@ def doctor(as_json: bool) -> None:
     from exporter.doctor import examine
 
     found = examine()
-    if as_json:
-        return click.echo(json.dumps(found))
-    for key, value in found.items():
-        click.echo(f"{key:24} {value}")
+    say(found if as_json else "\n".join(f"{key:24} {value}" for key, value in found.items()))

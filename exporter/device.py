@@ -43,9 +43,7 @@ def choose(request: str = "auto") -> Device:
     number, count = int(index or 0), torch.cuda.device_count()
     if number >= count:
         raise PlanError(f"device '{request}' is not here: torch sees {count} CUDA devices", "use --device auto or cpu")
-    return Device(
-        torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0]
-    )
+    return Device(torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0])
 
 
 def free_host_bytes() -> int:

@@ -100,12 +100,17 @@ def _by_kind(
     }
 
 
-def _changed(
-    task: str, samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]
-) -> list[dict[str, Any]]:
+def _changed(task: str, samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
     """Samples whose answer is another one than at full precision."""
     return [
-        {"task": task, "id": s.identity, "question": s.question, "references": list(s.references), "before": b, "after": a}
+        {
+            "task": task,
+            "id": s.identity,
+            "question": s.question,
+            "references": list(s.references),
+            "before": b,
+            "after": a,
+        }
         for s, b, a in zip(samples, before, after, strict=True)
         if b != a
     ]

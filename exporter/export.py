@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,7 @@ def _inputs(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -
     }
 
 
-def _provenance(
-    plan: Plan, samples: Sequence[Sample], device: Device, folder: Path | None
-) -> dict[str, Any]:
+def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, folder: Path | None) -> dict[str, Any]:
     wanted = plan.recipe.calibration
     return {
         "calibration": {
@@ -209,4 +207,4 @@ def measure(
 
 
 def _labelled(on_event: Listener, label: str) -> Listener:
-    return lambda event: on_event(Event(event.stage, event.done, event.total, f"{label}: {event.message}", event.numbers))
+    return lambda event: on_event(replace(event, message=f"{label}: {event.message}"))

@@ -50,7 +50,9 @@ def predict_memory(
         batch = calibration.batch * tokens * (6 * hidden + 3 * width) * itemsize
         solve = 4 * 4 * width * width + 16 * _widest(checkpoint, component)
         peaks[f"{component.name}: statistics of one block"] = kept + batch + solve + block * itemsize
-        peaks[f"{component.name}: upstream forward"] = _upstream(checkpoint, family, component) * itemsize + kept + batch
+        peaks[f"{component.name}: upstream forward"] = (
+            _upstream(checkpoint, family, component) * itemsize + kept + batch
+        )
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
     on_device = peaks[largest]

@@ -3,7 +3,7 @@
 Every mistake a user can make in choosing is found here, before the first tensor is read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -191,12 +191,11 @@ def _linear_row(
     format_name: str,
     problems: list[str],
 ) -> PlanRow:
-    place = {"component": component.name, "block": component.block(index), "linear": linear}
+    row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
-        reason = "the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it"
-        return PlanRow(tensor, "kept", reason, bytes_after=tensor.bytes, **place)
+        return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
     if rule.store == "dequantized":
-        return PlanRow(tensor, "dequantized", "stored in 16 bit, on request", rule=rule, bytes_after=tensor.bytes, **place)
+        return replace(row, decision="dequantized", reason="stored in 16 bit, on request", rule=rule)
     scheme = rule.scheme()
     assert scheme is not None
     if component.packable:
@@ -206,9 +205,9 @@ def _linear_row(
     refused = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
     if refused:
         problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refused}")
-        return PlanRow(tensor, "packed", rule=rule, **place)
+        return replace(row, decision="packed", rule=rule)
     size = packed_bytes(scheme, tensor.shape, format_name, stored_scale_dtype(tensor.dtype))
-    return PlanRow(tensor, "packed", rule=rule, bytes_after=size, **place)
+    return replace(row, decision="packed", rule=rule, bytes_after=size)
 
 
 def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
@@ -270,7 +269,7 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
     for row in rows:
         if row.decision != "kept":
             blocks.setdefault(row.block, {})[row.linear] = row
-    units = []
+    units: list[Unit] = []
     for component in family.components:
         for i in range(component.used(checkpoint.config)):
             found = blocks.get(component.block(i))

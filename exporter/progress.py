@@ -33,7 +33,11 @@ class Listener:
 
     def __enter__(self) -> Self:
         if not self._json and self._console.is_terminal:
-            columns = (TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+            columns = (
+                TextColumn("{task.description:26}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            )
             self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
             self._progress.start()
         return self

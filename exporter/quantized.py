@@ -38,12 +38,12 @@ class Scheme:
     @property
     def levels(self) -> int:
         """Largest code, `2**bits - 1`."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric scheme, `2**(bits-1)`."""
-        return int(2 ** (self.bits - 1))
+        return 1 << (self.bits - 1)
 
     def columns_per_group(self, columns: int) -> int:
         """Columns sharing one scale in a linear of `columns` inputs."""

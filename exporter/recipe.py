@@ -1,19 +1,15 @@
-"""Recipes: a YAML file becomes a frozen `Recipe`, or one error that lists every problem.
+"""Recipes as data: which component gets which method and bits, how to calibrate, which format, which gates.
 
-A recipe says which component gets which method and bits, how to calibrate, which format to write and how much
-of each task may be lost. Rules are tried in order; the first that matches a linear wins.
+Rules are tried in order; the first that matches a linear wins. `recipe_file.py` reads them from YAML.
 """
 
 import difflib
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from exporter.errors import RecipeError
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
@@ -29,7 +25,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _known(value: str, registry: Any, what: str) -> str:
+def known(value: str, registry: Any, what: str) -> str:
     if value not in registry:
         close = difflib.get_close_matches(value, list(registry), n=1)
         meant = f" Did you mean '{close[0]}'?" if close else ""
@@ -47,7 +43,7 @@ class Model(Strict):
     @field_validator("family")
     @classmethod
     def _family(cls, value: str) -> str:
-        return _known(value, FAMILIES, "family")
+        return known(value, FAMILIES, "family")
 
 
 class Rule(Strict):
@@ -68,7 +64,7 @@ class Rule(Strict):
     @field_validator("method")
     @classmethod
     def _method(cls, value: str) -> str:
-        return _known(value, METHODS, "method")
+        return known(value, METHODS, "method")
 
     @field_validator("bits")
     @classmethod
@@ -144,7 +140,7 @@ class Calibration(Strict):
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one task")
-        return tuple(_known(task, TASKS, "task") for task in value)
+        return tuple(known(task, TASKS, "task") for task in value)
 
 
 class Evaluation(Strict):
@@ -168,8 +164,8 @@ class Gate(Strict):
 
     @model_validator(mode="after")
     def _metric(self) -> Self:
-        _known(self.task, TASKS, "task")
-        _known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
+        known(self.task, TASKS, "task")
+        known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
         return self
 
 
@@ -205,7 +201,7 @@ class Recipe(Strict):
     @field_validator("format")
     @classmethod
     def _format(cls, value: str) -> str:
-        return _known(value, FORMATS, "format")
+        return known(value, FORMATS, "format")
 
     @model_validator(mode="after")
     def _components(self) -> Self:
@@ -213,7 +209,7 @@ class Recipe(Strict):
         problems = []
         for i, rule in enumerate(self.quantize):
             try:
-                _known(rule.component, names, f"component of family {self.model.family}")
+                known(rule.component, names, f"component of family {self.model.family}")
             except ValueError as error:
                 problems.append(f"quantize[{i}].component: {error}")
         if problems:
@@ -224,77 +220,11 @@ class Recipe(Strict):
         """sha256 of the recipe's content, independent of comments and key order."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
-
-def recipe_folder() -> Path:
-    """Where the built-in recipes are: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def built_in() -> dict[str, Path]:
-    """Name -> file of every recipe that ships with mmq."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
-
-
-def load_recipe(name_or_path: str) -> Recipe:
-    """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
-    names = built_in()
-    path = names.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        close = difflib.get_close_matches(name_or_path, list(names), n=1)
-        meant = f" Did you mean '{close[0]}'?" if close else ""
-        raise RecipeError(
-            f"unknown recipe '{name_or_path}'.{meant}",
-            f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
-        )
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
-
-
-def parse_recipe(text: str, where: str) -> Recipe:
-    """A recipe from YAML text; `where` names it in errors."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
-    data.setdefault("name", Path(where).stem)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        problems = _problems(error)
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """Every problem as `path: what is wrong`, with the nearest known key for unknown ones."""
-    lines = []
-    for problem in error.errors():
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            key, known = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
-            close = difflib.get_close_matches(key, known, n=1)
-            meant = f" Did you mean '{close[0]}'?" if close else ""
-            message = f"unknown key.{meant} ({', '.join(known)})"
-        elif problem["type"] == "missing":
-            message = "this key is required"
-        lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
-    return lines
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `location` knows."""
-    sections: dict[str, type[Strict]] = {
-        "model": Model,
-        "quantize": Rule,
-        "calibration": Calibration,
-        "evaluation": Evaluation,
-        "gates": Gate,
-        "evidence": Evidence,
-        "publish": Publish,
-    }
-    section = sections.get(str(location[0]), Recipe) if location else Recipe
-    return list(section.model_fields)
+    def adjusted(self, **sections: dict[str, Any]) -> "Recipe":
+        """The recipe with some values of its sections replaced; None leaves a value as it is."""
+        changed = {}
+        for name, values in sections.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            section = getattr(self, name)
+            changed[name] = type(section).model_validate(section.model_dump() | given)
+        return self.model_copy(update=changed)

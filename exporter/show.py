@@ -1,13 +1,17 @@
 """Plans, reports and recipes as tables for people; `cli.py` prints them."""
 
+from dataclasses import asdict
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.evaluate import Report
+from exporter.export import Export
 from exporter.plan import Plan, PlanRow
 from exporter.recipe import Recipe
 from exporter.runtime.kernels import serving
+from exporter.verify import Verified
 
 
 def size(count: float) -> str:
@@ -78,6 +82,19 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def plan_page(plan: Plan, device: str, every_tensor: bool) -> RenderableType:
+    """The plan with its memory and warnings, and every tensor on request."""
+    need = plan.memory
+    parts: list[RenderableType] = [plan_table(plan)]
+    if every_tensor:
+        parts.append(tensor_table(plan))
+    parts.append(
+        f"peak memory on {device}: about {memory(need.device_bytes)} ({need.largest}); "
+        f"host about {memory(need.host_bytes)} beside the page cache"
+    )
+    return Group(*parts, *(f"warning: {warning}" for warning in plan.warnings))
+
+
 def plan_json(plan: Plan, every_tensor: bool) -> dict[str, Any]:
     """The plan as plain data."""
     data: dict[str, Any] = {
@@ -123,6 +140,41 @@ def tensor_table(plan: Plan) -> Table:
     return table
 
 
+def export_page(result: Export) -> RenderableType:
+    """What an export did: plan, checks, scores, times and how to serve."""
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    device = f", device {memory(result.device_peak)}" if result.device_peak else ""
+    return Group(
+        plan_table(result.plan),
+        verified_line(result.verified),
+        report_table(result.report) if result.report else "evaluation skipped: the artifact is unproven",
+        f"{times}; peak memory: host {memory(result.host_peak)}{device}",
+        f"artifact: {result.out}",
+        f"serve it: vllm serve {result.out} --limit-mm-per-prompt '{{\"image\": 1}}'",
+    )
+
+
+def export_json(result: Export) -> dict[str, Any]:
+    """What an export did, as plain data."""
+    return {
+        "out": str(result.out),
+        "seconds": dict(result.seconds),
+        "verified": asdict(result.verified),
+        "peak_device_bytes": result.device_peak,
+        "peak_host_bytes": result.host_peak,
+        "plan": plan_json(result.plan, every_tensor=False),
+        "report": result.report.as_json() if result.report else None,
+    }
+
+
+def verified_line(verified: Verified) -> str:
+    """What `verify` checked, in one line."""
+    said = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
+    if verified.logit_difference is None:
+        return f"{said}; not loaded in transformers ({verified.skipped})"
+    return f"{said}; transformers' logits differ by at most {verified.logit_difference:.1e}"
+
+
 def report_table(report: Report) -> Table:
     """Metrics with intervals, then gates."""
     table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
@@ -134,7 +186,8 @@ def report_table(report: Report) -> Table:
         d = m.difference
         said = ""
         if verdict:
-            said = f"{'passed' if verdict.passed else 'FAILED'}: lost {verdict.lost:.1%}, allowed {verdict.gate.max_drop:.1%}"
+            word = "passed" if verdict.passed else "FAILED"
+            said = f"{word}: lost {verdict.lost:.1%}, allowed {verdict.gate.max_drop:.1%}"
         interval = f"{-d.high:+.4f} to {-d.low:+.4f}"
         table.add_row(
             m.task, m.metric, str(m.samples), f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+.4f}", interval, said

@@ -34,13 +34,16 @@ class Stream:
     def load(self, names: Iterable[str], read: Read) -> None:
         """Put tensors into the skeleton, by checkpoint name."""
         for name in names:
-            module, attribute = self._place(name)
-            tensor = read(name)
-            expected = getattr(module, attribute).shape
-            if tensor.shape != expected:
-                shapes = f"{list(tensor.shape)}, its config.json asks for {list(expected)}"
-                raise CheckpointError(f"{name} has the shape {shapes}")
-            self._set(module, attribute, tensor.to(self.device, self.dtype))
+            self.put(name, read(name))
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor into the skeleton (CheckpointError when its shape is not what the config asks for)."""
+        module, attribute = self._place(name)
+        expected = getattr(module, attribute).shape
+        if tensor.shape != expected:
+            shapes = f"{list(tensor.shape)}, its config.json asks for {list(expected)}"
+            raise CheckpointError(f"{name} has the shape {shapes}")
+        self._set(module, attribute, tensor.to(self.device, self.dtype))
 
     def unload(self, names: Iterable[str]) -> None:
         """Free the memory of tensors, by checkpoint name."""
@@ -153,7 +156,9 @@ def watch_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
         yield
 
 
-def load_whole(family: Family, config: Config, names: Iterable[str], read: Read, device: torch.device, dtype: torch.dtype) -> Any:
+def load_whole(
+    family: Family, config: Config, names: Iterable[str], read: Read, device: torch.device, dtype: torch.dtype
+) -> Any:
     """A complete model on `device`, every parameter read through `read` (quantized ones dequantized)."""
     stream = Stream(family, config, device, dtype)
     stream.load(names, read)

@@ -124,8 +124,7 @@ def _probe(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     image_tokens = (side // patch) ** 2
     words = torch.randint(3, 64, (1, 8), generator=generator)
-    image = torch.full((1, image_tokens), config.get("image_token_index", config.get("image_token_id")))
+    image = torch.full((1, image_tokens), int(config["image_token_index"]))
     tokens = torch.cat([image, words], dim=1)
     pixels = torch.randn(1, 3, side, side, generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": pixels}
-

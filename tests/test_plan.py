@@ -12,7 +12,8 @@ from exporter.errors import PlanError
 from exporter.families import FAMILIES
 from exporter.plan import Plan, make_plan, packed_bytes
 from exporter.quantized import Scheme
-from exporter.recipe import Recipe, Rule, built_in, load_recipe
+from exporter.recipe import Recipe, Rule
+from exporter.recipe_file import built_in, load_recipe
 
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
@@ -34,7 +35,9 @@ def plan_of(name: str, checkpoint: Checkpoint, *rules: Rule) -> Plan:
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("llava")])
-def test_every_tensor_of_the_true_7b_gets_one_decision(name: str, big: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tensor_of_the_true_7b_gets_one_decision(
+    name: str, big: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Checkpoint, "read", None)  # a plan reads no tensor
     plan = plan_of(name, big)
     assert [row.tensor.name for row in plan.rows] == list(big.tensors)

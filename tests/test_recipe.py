@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import RecipeError
-from exporter.recipe import Rule, built_in, load_recipe, parse_recipe
+from exporter.recipe import Rule
+from exporter.recipe_file import built_in, load_recipe, parse_recipe
 
 WRONG = """
 summary: wrong

@@ -1,0 +1,85 @@
+"""Recipe files: YAML becomes a `Recipe`, or one error that lists every problem with the nearest known name."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from exporter.errors import RecipeError
+from exporter.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule, Strict
+
+
+def recipe_folder() -> Path:
+    """Where the built-in recipes are: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with mmq."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
+    names = built_in()
+    path = names.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        close = difflib.get_close_matches(name_or_path, list(names), n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}'.{meant}",
+            f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
+        )
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
+    data.setdefault("name", Path(where).stem)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = _problems(error)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Every problem as `path: what is wrong`, with the nearest known key for unknown ones."""
+    lines = []
+    for problem in error.errors():
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            key, known = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = f" Did you mean '{close[0]}'?" if close else ""
+            message = f"unknown key.{meant} ({', '.join(known)})"
+        elif problem["type"] == "missing":
+            message = "this key is required"
+        lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
+    return lines
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `location` knows."""
+    sections: dict[str, type[Strict]] = {
+        "model": Model,
+        "quantize": Rule,
+        "calibration": Calibration,
+        "evaluation": Evaluation,
+        "gates": Gate,
+        "evidence": Evidence,
+        "publish": Publish,
+    }
+    section = sections.get(str(location[0]), Recipe) if location else Recipe
+    return list(section.model_fields)
