@@ -1,0 +1,153 @@
+"""Prompts, batches, answers and log-likelihoods, by transformers in this process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.events import Event, ignore
+from exporter.families import Family
+from exporter.tasks.sample import Sample
+
+Inputs = dict[str, Tensor]
+
+
+def render(processor: Any, family: Family, sample: Sample, reply: str | None) -> str:
+    """The text that the processor turns into tokens: the prompt, and with `reply` the whole conversation to its end.
+
+    The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
+    LLaVA's conversations, and ends with the end-of-sequence token.
+    """
+    question = sample.question
+    text = family.caption_prompt if question is None else family.question_prompt.format(question=question)
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        prompt = family.fallback_prompt.format(text=text)
+    if reply is None:
+        return str(prompt)
+    gap = " " if prompt and not prompt[-1].isspace() else ""
+    return f"{prompt}{gap}{reply}{processor.tokenizer.eos_token or ''}"
+
+
+def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Inputs]:
+    """Model inputs to calibrate on, in order, on the CPU: prompt, first reference, end of sequence.
+
+    `input_ids` and `attention_mask` int64 `[batch, tokens]` padded on the right (no row of a causal mask is then
+    empty), `pixel_values` f32 `[batch, 3, height, width]`, and whatever else the processor makes.
+    """
+    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    return [_encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
+
+
+def _reply(sample: Sample) -> str | None:
+    return sample.references[0] if sample.references else None
+
+
+def _encode(
+    processor: Any, family: Family, samples: Sequence[Sample], replies: Sequence[str | None], side: str
+) -> Inputs:
+    texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
+    start = processor.tokenizer.bos_token
+    # A chat template may write the start token itself; the tokenizer must not add a second one.
+    special = not (start and texts[0].startswith(start))
+    images = [sample.image() for sample in samples]
+    options = {"padding": True, "padding_side": side, "add_special_tokens": special, "return_tensors": "pt"}
+    encoded = processor(images=images, text=texts, **options)
+    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+
+
+def task_of(sample: Sample) -> str:
+    """`vqa` for a sample with a question, `captioning` without."""
+    return "captioning" if sample.question is None else "vqa"
+
+
+class Predictor:
+    """A transformers model with its processor, ready to answer.
+
+    model: on `device`, in evaluation mode. Answers are greedy, so they depend on nothing but weights and inputs.
+    """
+
+    def __init__(self, model: Any, processor: Any, family: Family, device: torch.device, batch_size: int) -> None:
+        self._model = model
+        self._processor = processor
+        self._family = family
+        self._device = device
+        self._batch_size = batch_size
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample], on_event: Callable[[Event], None] = ignore) -> list[str]:
+        """One answer a sample, without surrounding spaces. Padding is on the left; one event a batch."""
+        answers = [""] * len(samples)
+        done = 0
+        for task, chosen in self._grouped(samples):
+            inputs = self._inputs([samples[i] for i in chosen], [None] * len(chosen), "left")
+            made = self._model.generate(**inputs, generation_config=self._greedy(task))
+            new = made[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(chosen, self._decode(new), strict=True):
+                answers[i] = text.strip()
+            done += len(chosen)
+            on_event(Event("evaluate", done, len(samples), task))
+        return answers
+
+    @torch.inference_mode()
+    def log_likelihood(self, samples: Sequence[Sample]) -> list[float]:
+        """Mean natural log-probability a token of the first reference and its end token, given picture and prompt.
+
+        Every sample needs a reference (ValueError).
+        """
+        bare = [sample.identity for sample in samples if not sample.references]
+        if bare:
+            raise ValueError(f"{bare[0]} has no reference")
+        found = [0.0] * len(samples)
+        for _, chosen in self._grouped(samples):
+            group = [samples[i] for i in chosen]
+            prompts = self._inputs(group, [None] * len(group), "right")
+            whole = self._inputs(group, [s.references[0] for s in group], "right")
+            logits = self._model(**whole, use_cache=False).logits  # [batch, tokens, vocabulary]
+            for row, i in enumerate(chosen):
+                found[i] = _reply_likelihood(logits[row], _tokens(prompts, row), _tokens(whole, row))
+        return found
+
+    def _grouped(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
+        """Batches of sample numbers, each of one task."""
+        for task in sorted({task_of(sample) for sample in samples}):
+            numbers = [i for i, sample in enumerate(samples) if task_of(sample) == task]
+            for start in range(0, len(numbers), self._batch_size):
+                yield task, numbers[start : start + self._batch_size]
+
+    def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Inputs:
+        encoded = _encode(self._processor, self._family, samples, replies, side)
+        dtype = next(self._model.parameters()).dtype
+        return {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in encoded.items()}
+
+    def _decode(self, tokens: Tensor) -> list[str]:
+        return [str(text) for text in self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _greedy(self, task: str) -> Any:
+        """All that decides how tokens are chosen, whatever the checkpoint's own generation settings say."""
+        from transformers import GenerationConfig
+
+        tokenizer = self._processor.tokenizer
+        end = tokenizer.eos_token_id
+        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        longest = self._family.max_new_tokens[task]
+        return GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=end, pad_token_id=pad, use_cache=True
+        )
+
+
+def _tokens(inputs: Inputs, row: int) -> Tensor:
+    """Token ids `[tokens]` of one row without padding."""
+    return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+
+
+def _reply_likelihood(logits: Tensor, prompt: Tensor, whole: Tensor) -> float:
+    """logits `[tokens, vocabulary]` of a row padded on the right; what `whole` has beyond `prompt` is the reply."""
+    shared = min(len(prompt), len(whole))
+    differs = (prompt[:shared] != whole[:shared]).nonzero()
+    start = int(differs[0]) if len(differs) else shared
+    log_probabilities = logits[start - 1 : len(whole) - 1].float().log_softmax(-1)
+    return float(log_probabilities.gather(1, whole[start:, None]).mean())

@@ -1,0 +1,74 @@
+"""Visual question answering, scored as on VQAv2.
+
+Normalization and consensus follow the evaluation page of the VQA challenge (Antol et al., arXiv 1505.00468;
+visualqa.org/evaluation.html): lower case, punctuation, articles, number words and missing apostrophes do not count,
+and one of ten people's answers is right by min(1, matches / 3), averaged over leaving each person out.
+"""
+
+import re
+from collections.abc import Sequence
+
+from exporter.errors import DataError
+from exporter.tasks.sample import Sample
+
+NAME = "vqa"
+METRICS = ("accuracy",)
+
+PEOPLE = 10  # so many answers are a vote; fewer or more are alternatives
+AGREEING = 3
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"\.(?!\d)")  # 2.5 keeps its point
+_DIGIT_COMMA = re.compile(r"\d,\d")
+_ARTICLES = {"a", "an", "the"}
+_COUNTS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_COUNTS.split())}
+# Words that people write without their apostrophes. Real words (its, were, hell, wed, lets) are left out.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_APOSTROPHES = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
+
+
+def normalize(answer: str) -> str:
+    """The form in which answers are compared, e.g. `The two dogs.` -> `2 dogs`."""
+    words = [_NUMBERS.get(word, word) for word in _strip_punctuation(" ".join(answer.split())).lower().split()]
+    return " ".join(_APOSTROPHES.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES)
+
+
+def _strip_punctuation(text: str) -> str:
+    """A mark beside a space, or any mark once a number has a comma in it, goes; between letters it parts two words."""
+    number = bool(_DIGIT_COMMA.search(text))
+    result = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if number or beside_space else " ")
+    return _PERIOD.sub("", result)
+
+
+def accuracy(answer: str, references: Sequence[str]) -> float:
+    """Share of the point that `answer` earns, 0 to 1.
+
+    Ten references are ten people's votes. Any other number is a list of accepted answers: one match earns it all.
+    """
+    found = normalize(answer)
+    if not found:
+        return 0.0
+    matches = [normalize(reference) == found for reference in references]
+    if len(matches) != PEOPLE:
+        return float(any(matches))
+    return sum(min(1.0, (sum(matches) - own) / AGREEING) for own in matches) / PEOPLE
+
+
+def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """`accuracy` of each answer; see `exporter.tasks.Task`."""
+    bare = [sample.identity for sample in samples if not sample.references]
+    if bare:
+        raise DataError(f"{len(bare)} samples have no answer to compare with, first {bare[0]}")
+    return {"accuracy": [accuracy(a, s.references) for a, s in zip(answers, samples, strict=True)]}
