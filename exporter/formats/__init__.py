@@ -1,0 +1,41 @@
+"""Artifact formats: translations of `QuantizedLinear` into named tensors. To add one, write `formats/NAME.py`
+with what `Format` asks for and add a line to `FORMATS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from exporter.formats import compressed_tensors
+from exporter.formats.group import Group
+from exporter.quantized import QuantizedLinear, Scheme
+
+
+class Format(Protocol):
+    """A module that packs linears and describes them."""
+
+    @property
+    def NAME(self) -> str:
+        """The key in `FORMATS`."""
+
+    def supports(self, scheme: Scheme, columns: int, rows: int) -> str | None:
+        """Why a linear `[rows, columns]` cannot be stored under `scheme`, or None."""
+
+    def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        """Names of the tensors that stand for the linear `name` (its checkpoint name without `.weight`)."""
+
+    def pack(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of one linear; on meta tensors too, for their sizes."""
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+        """The inverse of `pack`."""
+
+    def quantization_config(self, groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` of config.json. kept: names of linears in 16 bit."""
+
+    def read_config(self, config: Mapping[str, Any]) -> list[Group]:
+        """The groups of a `quantization_config`."""
+
+
+FORMATS: dict[str, Format] = {"compressed_tensors": compressed_tensors}

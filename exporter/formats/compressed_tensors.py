@@ -1,0 +1,129 @@
+"""compressed-tensors: signed codes as a dense little-endian bit stream along `in`, one config with several groups.
+
+Weight-only integers are `pack-quantized`: `weight_packed` int32 `[out, ceil(in*bits/32)]` holds `code` itself, which
+is the signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`; `weight_shape` int64 `[2]`; asymmetric schemes
+add `weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same stream along `out`. Read by vLLM's
+`CompressedTensorsWNA16` and by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape).
+8 bits with int8 activations are `int-quantized` (`weight` int8), float8 is `float-quantized` (`weight` float8 e4m3).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.formats.group import Group
+from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, unpack_bits
+
+NAME = "compressed_tensors"
+
+
+def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
+    """Why a linear `[rows, columns]` cannot be stored, or None."""
+    if isinstance(scheme.group_size, int) and columns % scheme.group_size:
+        return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
+    return None
+
+
+def _layout(scheme: Scheme) -> str:
+    """The format's own name for how a scheme is stored."""
+    if scheme.number == "fp8":
+        return "float-quantized"
+    return "int-quantized" if scheme.activations else "pack-quantized"
+
+
+def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
+    """Names of the tensors that stand for the linear `name`."""
+    if _layout(scheme) != "pack-quantized":
+        return f"{name}.weight", f"{name}.weight_scale"
+    zero = () if scheme.symmetric else (f"{name}.weight_zero_point",)
+    return f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero
+
+
+def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of one linear; works on meta tensors, for sizes alone."""
+    scheme, scale = linear.scheme, linear.scale
+    if scheme.number == "fp8":
+        return {f"{name}.weight": linear.codes.view(FP8), f"{name}.weight_scale": scale}
+    if scheme.activations:
+        signed = (linear.codes ^ scheme.middle).view(torch.int8)  # code - 128 is the code with its top bit flipped
+        return {f"{name}.weight": signed, f"{name}.weight_scale": scale}
+    tensors = {
+        f"{name}.weight_packed": pack_bits(linear.codes, scheme.bits),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
+    }
+    if not scheme.symmetric:
+        tensors[f"{name}.weight_zero_point"] = pack_bits(linear.zero.T.contiguous(), scheme.bits).T.contiguous()
+    return tensors
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+    """The inverse of `pack`."""
+    scale = tensors[f"{name}.weight_scale"]
+    zero = torch.full(scale.shape, 0 if scheme.number == "fp8" else scheme.middle, dtype=torch.uint8)
+    if scheme.number == "fp8":
+        return QuantizedLinear(scheme, tensors[f"{name}.weight"].view(torch.uint8), scale, zero)
+    if scheme.activations:
+        codes = tensors[f"{name}.weight"].view(torch.uint8) ^ scheme.middle
+        return QuantizedLinear(scheme, codes, scale, zero)
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    codes = unpack_bits(tensors[f"{name}.weight_packed"], scheme.bits, columns)
+    if not scheme.symmetric:
+        packed = tensors[f"{name}.weight_zero_point"].T.contiguous()
+        zero = unpack_bits(packed, scheme.bits, rows).T.contiguous()
+    return QuantizedLinear(scheme, codes, scale, zero)
+
+
+def quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. kept: names of linears in 16 bit."""
+    layouts = {_layout(group.scheme) for group in groups}
+    mixed = layouts != {"pack-quantized"}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "mixed-precision" if len(layouts) > 1 else next(iter(layouts), "pack-quantized"),
+        "kv_cache_scheme": None,
+        "ignore": list(kept),
+        "config_groups": {f"group_{i}": _group_config(group, mixed) for i, group in enumerate(groups)},
+    }
+
+
+def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
+    scheme = group.scheme
+    grouped = isinstance(scheme.group_size, int)
+    number = "float" if scheme.number == "fp8" else "int"
+    config: dict[str, Any] = {
+        "targets": list(group.targets),
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": number,
+            "symmetric": scheme.symmetric,
+            # One scale a tensor is stored as equal scales a row: kernels know channels and groups only.
+            "strategy": "group" if grouped else "channel",
+            "group_size": scheme.group_size if grouped else None,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }
+    if scheme.activations:
+        token = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
+        config["input_activations"] = token
+    if with_format:
+        config["format"] = _layout(scheme)
+    return config
+
+
+def read_config(config: Mapping[str, Any]) -> list[Group]:
+    """The groups of a `quantization_config` (a "tensor" scheme comes back as "row", which it is stored as)."""
+    return [Group(_scheme(group), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    weights, inputs = group["weights"], group.get("input_activations")
+    number = "fp8" if weights["type"] == "float" else "int"
+    activations = None if not inputs else ("fp8" if inputs["type"] == "float" else "int8")
+    size = weights["group_size"] if weights["strategy"] == "group" else "row"
+    return Scheme(weights["num_bits"], size, weights["symmetric"], number, activations)  # type: ignore[arg-type]
