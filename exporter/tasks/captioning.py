@@ -10,7 +10,7 @@ from exporter.tasks.sample import Sample
 NAME = "captioning"
 METRICS = ("cider", "exact")
 
-_WORD = re.compile(r"\d+(?:[.,:/]\d+)+|\w+(?:[-&']\w+)*|'\w+")
+_WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:[-&'/]\w+)*|[&$%#]")
 _CLITIC = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))")
 
 
@@ -18,7 +18,7 @@ def tokens(caption: str) -> list[str]:
     """Words of a caption, in the spirit of the Penn Treebank tokenizer that COCO's evaluation uses.
 
     Lower case; punctuation is dropped; hyphenated words stay whole; `don't` is `do n't` and `dog's` is `dog 's`.
-    Unlike the original, abbreviations lose their periods and `cannot` stays one word.
+    Unlike the original, abbreviations lose their periods, `cannot` stays one word and brackets leave no token.
     """
     words = _WORD.findall(caption.lower().replace("\u2019", "'"))
     return [part for word in words for part in _parts(word)]

@@ -1,0 +1,230 @@
+"""Data folders: what is read, what is chosen, and every problem in one message."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from exporter import data
+from exporter.data import check_disjoint, folder, image_key
+from exporter.errors import DataError
+from exporter.tasks.sample import Sample
+
+
+def picture(path: Path, shade: int = 0, size: tuple[int, int] = (5, 3)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 255 - shade, 7)).save(path)
+    return path
+
+
+def metadata(path: Path, *lines: dict[str, Any] | str) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (path / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
+
+
+def read(path: Path, task: str = "captioning", split: str = "train", limit: int = 99, seed: int = 0) -> list[Sample]:
+    return folder.samples(path, task, split, limit, seed)
+
+
+def split_folder(path: Path, count: int = 6) -> Path:
+    """A train folder whose lines carry a caption and a question each."""
+    for i in range(count):
+        picture(path / "train" / f"{i}.png", i)
+    lines = [
+        {"file_name": f"{i}.png", "caption": f"c{i}", "question": f"q{i}", "answers": ["a", f"b{i}"], "kind": "k"}
+        for i in range(count)
+    ]
+    metadata(path / "train", *lines)
+    return path
+
+
+def test_a_line_serves_both_tasks(tmp_path: Path) -> None:
+    split_folder(tmp_path)
+    captions = {s.identity: s for s in read(tmp_path)}
+    questions = {s.identity: s for s in read(tmp_path, "vqa")}
+    assert len(captions) == len(questions) == 6
+    assert captions["train/2.png"].references == ("c2",)
+    assert captions["train/2.png"].question is None
+    found = questions["train/2.png: q2"]
+    assert (found.question, found.references, found.kind) == ("q2", ("a", "b2"), "k")
+    assert found.image().getpixel((0, 0)) == (2, 253, 7)
+
+
+def test_choice_depends_on_the_seed_and_not_on_the_order_of_lines(tmp_path: Path) -> None:
+    split_folder(tmp_path, 30)
+    chosen = [s.identity for s in read(tmp_path, limit=8)]
+    assert len(chosen) == 8
+    assert [s.identity for s in read(tmp_path, limit=5)] == chosen[:5]
+    assert [s.identity for s in read(tmp_path, limit=8, seed=1)] != chosen
+    file = tmp_path / "train" / "metadata.jsonl"
+    file.write_text("\n".join(reversed(file.read_text().splitlines())) + "\n\n")
+    assert [s.identity for s in read(tmp_path, limit=8)] == chosen
+
+
+def test_own_ids_and_several_lines_for_a_picture(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "in" / "a.png")
+    ask = {"file_name": "in/a.png", "answer": "x"}
+    metadata(tmp_path / "train", ask | {"question": "q"}, ask | {"question": "r"}, ask | {"question": "q", "id": 7})
+    assert {s.identity for s in read(tmp_path, "vqa")} == {"train/in/a.png: q", "train/in/a.png: r", "7"}
+
+
+def test_a_folder_without_splits_is_halved_by_picture(tmp_path: Path) -> None:
+    for i in range(9):
+        picture(tmp_path / f"{i}.png", i)
+    metadata(tmp_path, *({"file_name": f"{i % 9}.png", "captions": ["c"], "id": str(i)} for i in range(18)))
+    train, test = read(tmp_path), read(tmp_path, split="test")
+    assert (len(train), len(test)) == (10, 8)
+    check_disjoint(train, test)
+    with pytest.raises(DataError, match="no validation split"):
+        read(tmp_path, split="validation")
+
+
+def test_pictures_alone_can_be_calibrated_on_and_nothing_else(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / "deep" / f"{i}.jpg", i)
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = read(tmp_path)
+    assert sorted(s.identity for s in found) == ["deep/0.jpg", "deep/1.jpg", "deep/2.jpg"]
+    assert {s.references for s in found} == {()}
+    assert data.notes(found)[0].startswith("3 of 3 calibration samples have no text")
+    for task, split in (("vqa", "train"), ("captioning", "test")):
+        with pytest.raises(DataError, match=r"no metadata\.jsonl") as caught:
+            read(tmp_path, task, split)
+        assert "calibration.tasks" in str(caught.value.hint)
+
+
+def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    picture(train / "good.png")
+    picture(tmp_path.parent / "outside.png")
+    (train / "link.png").symlink_to(tmp_path.parent / "outside.png")
+    (train / "torn.png").write_bytes((train / "good.png").read_bytes()[:40])
+    ok = {"file_name": "good.png", "caption": "c"}
+    lines: list[tuple[dict[str, Any] | str, str | None]] = [
+        (ok, None),
+        ("{broken", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({"caption": "c"}, "`file_name` is missing"),
+        (ok | {"file_name": "../../outside.png"}, "must stay in the folder"),
+        (ok | {"file_name": str(tmp_path.parent / "outside.png")}, "must stay in the folder"),
+        (ok | {"file_name": "link.png"}, "is a link out of the folder"),
+        (ok | {"file_name": "gone.png"}, "no picture 'gone.png'"),
+        (ok, "is also on line 1"),
+        ({"file_name": "good.png", "question": "q"}, "goes with `answer`"),
+        ({"file_name": "good.png", "answer": "a"}, "goes with `answer`"),
+        (ok | {"captions": ["d"], "id": "both"}, "`caption` or `captions`, not both"),
+        (ok | {"caption": 3}, "`caption` must be a text"),
+        ({"file_name": "good.png", "captions": []}, "must be a list of texts"),
+        ({"file_name": "torn.png", "caption": "c"}, "cannot be read"),
+    ]
+    metadata(train, *(line for line, _ in lines))
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    head, *told = caught.value.message.splitlines()
+    expected = {number: text for number, (_, text) in enumerate(lines, start=1) if text}
+    assert head.endswith(f"has {len(expected)} problems")
+    assert len(told) == len(expected)
+    for number, text in expected.items():
+        line = next(entry for entry in told if f"metadata.jsonl:{number}:" in entry)
+        assert text in line
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
+    metadata(tmp_path / "train", *(["{"] * 50))
+    with pytest.raises(DataError, match="50 problems") as caught:
+        read(tmp_path)
+    assert caught.value.message.splitlines()[-1].strip() == "and 30 more"
+
+
+def test_bytes_that_are_not_utf8_are_a_problem_of_their_line(tmp_path: Path) -> None:
+    split_folder(tmp_path, 2)
+    file = tmp_path / "train" / "metadata.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b'\n{"file_name": "\xff"}')  # a mark at the start is fine
+    with pytest.raises(DataError, match=r"metadata\.jsonl:3: not UTF-8"):
+        read(tmp_path)
+
+
+def test_a_picture_with_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_folder(tmp_path, 2)
+    picture(tmp_path / "train" / "1.png", size=(40, 40))
+    for limit in (1000, 500):  # Pillow warns above its limit and raises above twice as much
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=rf"1 problem\n.*:2: 'train/1\.png' has more than {limit} pixels"):
+            read(tmp_path)
+
+
+def test_only_chosen_pictures_are_opened(tmp_path: Path) -> None:
+    split_folder(tmp_path, 8)
+    spare = read(tmp_path)[-1].identity
+    (tmp_path / spare).write_bytes(b"junk")
+    assert len(read(tmp_path, limit=7)) == 7
+    with pytest.raises(DataError, match="cannot be read"):
+        read(tmp_path, limit=8)
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 2), "white")
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read(tmp_path)[0].image().size == (2, 4)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data folder"):
+        read(tmp_path / "absent")
+    with pytest.raises(DataError, match="neither"):
+        read(tmp_path)
+    split_folder(tmp_path)
+    with pytest.raises(DataError, match=r"no folder 'test' \(it has train\)"):
+        read(tmp_path, split="test")
+    metadata(tmp_path / "train", {"file_name": "0.png", "caption": "c"})
+    with pytest.raises(DataError, match="no line for task vqa, split train"):
+        read(tmp_path, "vqa")
+
+
+def test_sources_by_name(tmp_path: Path) -> None:
+    split_folder(tmp_path)
+    for name in data.DATA:
+        assert len(data.samples(name, tmp_path, "captioning", "train", 3, 0)) == 3
+    with pytest.raises(DataError, match="none is given"):
+        data.samples("folder", None, "captioning", "train", 3, 0)
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_the_built_in_source_has_disjoint_splits(task: str) -> None:
+    train, test = (data.samples("demo", None, task, split, 12, 0) for split in ("train", "test"))
+    assert len(train) == len(test) == 12
+    assert all(s.references and (s.question is None) == (task == "captioning") for s in train + test)
+    assert [s.identity for s in data.samples("demo", None, task, "test", 12, 0)] == [s.identity for s in test]
+    check_disjoint(train, test)
+
+
+def test_key_is_of_pixels_and_size(tmp_path: Path) -> None:
+    image = Image.frombytes("RGB", (2, 3), bytes(range(18)))
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.bmp")
+    keys = {image_key(folder.open_picture(tmp_path / name)) for name in ("a.png", "a.bmp")}
+    assert keys == {image_key(image)}
+    assert image_key(image) != image_key(Image.frombytes("RGB", (3, 2), bytes(range(18))))
+    assert image_key(image) != image_key(Image.frombytes("RGB", (2, 3), struct.pack("18B", *range(17), 0)))
+
+
+def flat(shade: int, identity: str) -> Sample:
+    return Sample(identity, lambda: Image.new("RGB", (4, 4), (shade, 0, 0)), None, ("x",))
+
+
+def test_shared_pictures_are_named_and_counted() -> None:
+    calibration = [flat(i, f"train/{i}") for i in range(9)]
+    check_disjoint(calibration, [flat(i, f"test/{i}") for i in range(9, 30)])
+    check_disjoint([], [])
+    with pytest.raises(DataError, match="7 evaluation samples") as caught:
+        check_disjoint(calibration, [flat(i, f"test/{i}") for i in range(2, 30)])
+    assert "test/2 (calibrated on as train/2)" in caught.value.message
+    assert "test/6" in caught.value.message
+    assert "test/7" not in caught.value.message
+    assert caught.value.message.endswith("and 2 more")
