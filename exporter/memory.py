@@ -11,6 +11,8 @@ from exporter.device import Device
 from exporter.families import Component, Family
 from exporter.recipe import Calibration
 
+SOLVE_BYTES = 4 * 4  # four float32 squares of the inputs: Hessian, its factor, an identity, the factor's inverse
+WEIGHT_BYTES = 17  # float32: the weights, their stack, what compensation changes, a product; and one byte of code
 RUNTIME_BYTES = 500 * 2**20  # torch, transformers and their libraries, resident in the host process
 
 
@@ -39,20 +41,19 @@ def predict_memory(
     peaks = {"one block": 0}
     activations = 0
     for component in family.components:
-        block = _block_elements(checkpoint, component, 0)
-        width = max((n for _, n in _shapes(checkpoint, component)), default=0)
-        peaks["one block"] = max(peaks["one block"], block * itemsize + 12 * _widest(checkpoint, component))
+        phases = _phases(checkpoint, component)
+        block = _block_elements(checkpoint, component, 0) * itemsize
+        peaks["one block"] = max(peaks["one block"], block + WEIGHT_BYTES * max(n for _, n in phases))
         if component.name not in statistics:
             continue
-        hidden = next(iter(_shapes(checkpoint, component)), (0, 0))[1]
+        hidden, widest = phases[0][0], max(width for width, _ in phases)
         tokens = component.tokens(checkpoint.config)
         kept = calibration.samples * tokens * hidden * itemsize
-        batch = calibration.batch * tokens * (6 * hidden + 3 * width) * itemsize
-        solve = 4 * 4 * width * width + 16 * _widest(checkpoint, component)
-        peaks[f"{component.name}: statistics of one block"] = kept + batch + solve + block * itemsize
-        peaks[f"{component.name}: upstream forward"] = (
-            _upstream(checkpoint, family, component) * itemsize + kept + batch
-        )
+        batch = calibration.batch * tokens * (6 * hidden + 3 * widest) * itemsize
+        solve = max(SOLVE_BYTES * width * width + WEIGHT_BYTES * elements for width, elements in phases)
+        upstream = _upstream(checkpoint, family, component) * itemsize
+        peaks[f"{component.name}: statistics of one block"] = kept + block + max(batch, solve)
+        peaks[f"{component.name}: upstream forward"] = kept + upstream + batch
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
     on_device = peaks[largest]
@@ -60,19 +61,15 @@ def predict_memory(
     return Memory(on_device, host, activations, largest)
 
 
-def _shapes(checkpoint: Checkpoint, component: Component) -> list[tuple[int, int]]:
-    names = [f"{component.block(0)}.{linear}.weight" for linear in component.linears]
-    found = [checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors]
-    return [(shape[0], shape[1]) for shape in found if len(shape) == 2]
-
-
-def _widest(checkpoint: Checkpoint, component: Component) -> int:
-    """Elements of the largest stack of linears that share an input."""
-    stacks = [0]
+def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, int]]:
+    """(inputs, elements of all weights together) of each group of linears that share an input."""
+    found = []
     for phase in component.phases:
         names = [f"{component.block(0)}.{linear}.weight" for linear in phase]
-        stacks.append(sum(checkpoint.tensors[name].size for name in names if name in checkpoint.tensors))
-    return max(stacks)
+        infos = [checkpoint.tensors[name] for name in names if len(checkpoint.tensors[name].shape) == 2]
+        if infos:
+            found.append((infos[0].shape[1], sum(info.size for info in infos)))
+    return found
 
 
 def _block_elements(checkpoint: Checkpoint, component: Component, index: int) -> int:

@@ -258,7 +258,7 @@ def _fused_problems(rows: list[PlanRow], family: Family) -> list[str]:
         blocks = {row.block for row in rows if row.component == component.name and row.block}
         for fused, members in component.fused.items():
             for block in sorted(blocks):
-                if len({found[f"{block}.{member}"] for member in members}) > 1:
+                if len({found.get(f"{block}.{member}") for member in members}) > 1:
                     problems.append(f"rule fused-scheme: {block}: vLLM fuses {', '.join(members)} into {fused}")
     return problems
 

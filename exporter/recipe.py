@@ -190,18 +190,25 @@ class Recipe(Strict):
     name: str
     summary: str
     model: Model
-    quantize: tuple[Rule, ...] = Field(min_length=1)
+    quantize: tuple[Rule, ...]
     calibration: Calibration = Calibration()
     format: str = "compressed_tensors"
     evaluation: Evaluation = Evaluation()
     gates: tuple[Gate, ...]
-    evidence: tuple[Evidence, ...] = Field(min_length=1)
+    evidence: tuple[Evidence, ...]
     publish: Publish = Publish()
 
     @field_validator("format")
     @classmethod
     def _format(cls, value: str) -> str:
         return known(value, FORMATS, "format")
+
+    @field_validator("quantize", "evidence")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("at least one entry is needed")
+        return value
 
     @model_validator(mode="after")
     def _components(self) -> Self:

@@ -41,7 +41,7 @@ def config(vision_blocks: int, text_blocks: int, heads: int) -> dict[str, Any]:
     text: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN}
     text |= {"intermediate_size": TEXT_MLP, "num_hidden_layers": text_blocks, "num_attention_heads": heads}
     text |= {"num_key_value_heads": heads, "head_dim": HIDDEN // heads, "vocab_size": VOCABULARY}
-    text |= {"max_position_embeddings": LONGEST, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    text |= {"initializer_range": 0.05, "max_position_embeddings": LONGEST, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_theta": 10000.0}
     text |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "tie_word_embeddings": False}
     return {

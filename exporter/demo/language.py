@@ -92,12 +92,12 @@ def _size(objects: Sequence[Thing], dice: Dice) -> Question | None:
 
 def _place(objects: Sequence[Thing], dice: Dice) -> Question | None:
     thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
-    return thing and Question("place", f"where is the {thing.color} {thing.shape}?", thing.cell)
+    return None if thing is None else Question("place", f"where is the {thing.color} {thing.shape}?", thing.cell)
 
 
 def _find(objects: Sequence[Thing], dice: Dice) -> Question | None:
     thing = dice.thing(_unique(objects, lambda t: t.name))
-    return thing and Question("find", f"where is the {thing.name}?", thing.cell)
+    return None if thing is None else Question("find", f"where is the {thing.name}?", thing.cell)
 
 
 def _name(objects: Sequence[Thing], dice: Dice) -> Question | None:
@@ -142,10 +142,50 @@ def question(kind: str, objects: Sequence[Thing], seed: int) -> Question | None:
 
 def vocabulary() -> list[str]:
     """Every word that captions, questions, answers and prompts use, lower case, sorted; punctuation excluded."""
-    fixed = (
-        "a an and the at there is image with what color shape size object called where how many objects are yes no "
-        "user assistant answer question using single word or phrase provide one-sentence caption for provided "
-        "does not contain present in of rectangle"
-    ).split()
+    fixed = [
+        "a",
+        "an",
+        "and",
+        "the",
+        "at",
+        "there",
+        "is",
+        "image",
+        "with",
+        "what",
+        "color",
+        "shape",
+        "size",
+        "object",
+        "called",
+        "where",
+        "how",
+        "many",
+        "objects",
+        "are",
+        "yes",
+        "no",
+        "user",
+        "assistant",
+        "answer",
+        "question",
+        "using",
+        "single",
+        "word",
+        "or",
+        "phrase",
+        "provide",
+        "one-sentence",
+        "caption",
+        "for",
+        "provided",
+        "does",
+        "not",
+        "contain",
+        "present",
+        "in",
+        "of",
+        "rectangle",
+    ]
     drawn = [*COLORS, *SIZES, *SHAPES, *NUMBERS, *" ".join(CELLS).split(), *" ".join(lexicon().values()).split()]
     return sorted({*fixed, *drawn})

@@ -50,7 +50,7 @@ def _slot(ids: list[int], asked: int, length: int) -> tuple[list[int], list[int]
 def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int]) -> Rows:
     """Tokenize rows of (question or None for a caption, answer); a None entry leaves its slot empty."""
     coder = tokenizer()
-    coder.post_processor = None  # type: ignore[assignment]
+    coder.post_processor = None
     flat = [entry for row in rows for entry in row if entry is not None]
     prompts = coder.encode_batch([f"{_prompt(question)} ASSISTANT:" for question, _ in flat])
     answers = coder.encode_batch([f" {answer}</s>" for _, answer in flat])

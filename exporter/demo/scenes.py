@@ -46,8 +46,44 @@ CELLS = (
     "bottom",
     "bottom right",
 )
-FIRST_WORDS = "zor mip tal vek lum quo bri nax fen dru sil gom hap wex jor kib ruv yat".split()
-SECOND_WORDS = "pell dorn mish tark ling boon cress fald gree hust nork ovis plim rame sool vunt".split()
+FIRST_WORDS = [
+    "zor",
+    "mip",
+    "tal",
+    "vek",
+    "lum",
+    "quo",
+    "bri",
+    "nax",
+    "fen",
+    "dru",
+    "sil",
+    "gom",
+    "hap",
+    "wex",
+    "jor",
+    "kib",
+    "ruv",
+    "yat",
+]
+SECOND_WORDS = [
+    "pell",
+    "dorn",
+    "mish",
+    "tark",
+    "ling",
+    "boon",
+    "cress",
+    "fald",
+    "gree",
+    "hust",
+    "nork",
+    "ovis",
+    "plim",
+    "rame",
+    "sool",
+    "vunt",
+]
 
 _SPLITS: dict[str, int] = {"train": 1, "validation": 2, "test": 3}
 _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # splitmix64, signed
@@ -139,9 +175,7 @@ def things(batch: Scenes) -> list[tuple[Thing, ...]]:
     """The objects of every scene, in words and in reading order."""
     colors, sizes = tuple(COLORS), tuple(SIZES)
     rows = torch.stack([batch.cell, batch.color, batch.size, batch.shape], dim=-1).tolist()
-    return [
-        tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f]) for c, k, s, f in row if c >= 0) for row in rows
-    ]
+    return [tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f]) for c, k, s, f in row if c >= 0) for row in rows]
 
 
 def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:

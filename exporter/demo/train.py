@@ -21,10 +21,18 @@ from torch.nn import functional as F
 from exporter.demo import easy_vqa
 from exporter.demo.folder import build, config, save
 from exporter.demo.language import Dice, caption, question
-from exporter.demo.packing import CAPTION_SLOT, Rows, logits, mask_and_positions, normalize, pack, slot_lengths
-from exporter.demo.packing import user_ids
-from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
+from exporter.demo.packing import (
+    CAPTION_SLOT,
+    Rows,
+    logits,
+    mask_and_positions,
+    normalize,
+    pack,
+    slot_lengths,
+    user_ids,
+)
 from exporter.demo.scenes import draw, scenes, things
+from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
 
 ALWAYS = ("color", "shape", "size", "place", "find", "name")  # kinds asked of every training scene
 SOMETIMES = ("exists", "exists", "count")  # one of these
@@ -176,7 +184,7 @@ def train(model: Any, data: Data, options: argparse.Namespace) -> dict[str, Any]
             figures = by_kind(model, [check])
             words = " ".join(f"{kind} {figure:.3f}" for kind, figure in figures.items())
             print(f"{elapsed / 60:.1f} min  step {step}  loss {value.item():.4f}  {words}", flush=True)
-    return {"steps": step, "seconds": round(time.monotonic() - start, 1), "loss": round(float(value), 5)}
+    return {"steps": step, "seconds": round(time.monotonic() - start, 1), "loss": round(value.item(), 5)}
 
 
 def _arguments() -> argparse.Namespace:

@@ -71,13 +71,10 @@ def quantize_linear(
 
     Columns whose input was always 0 are rounded to nearest and influence nothing.
     """
-    hessian = statistics.hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian[dead, dead] = 1
-    order = hessian.diagonal().argsort(descending=True, stable=True) if options.order == "activation" else None
-    if order is not None:
-        hessian = hessian[order][:, order]
-    upper, notes = inverse_factor(hessian, options.damping)
+    hessian = statistics.hessian
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if options.order == "activation" else None
+    upper, notes = inverse_factor(hessian if order is None else hessian[order][:, order], options.damping)
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
@@ -97,19 +94,26 @@ def _per_column(scheme: Scheme) -> Scheme:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None when no damping up to 10 helps.
+    """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None when no damping helps.
+
+    A column that was always 0 gets 1 on the diagonal, so that it influences nothing.
 
     With J the reversal of rows and columns, `J H J = L L^T` gives `U = J L^-1 J`: one factorization and one
     triangular solve, instead of factorizing, inverting and factorizing again.
     """
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), device=hessian.device)
+    reversed_ = hessian.flip(0, 1)
+    diagonal = reversed_.diagonal().clone()
+    diagonal[diagonal == 0] = 1
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex((hessian + identity * (share * mean)).flip(0, 1))
+        reversed_.diagonal().copy_(diagonal + share * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
         if not failed and torch.isfinite(lower).all():
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            return upper, (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
+            del reversed_  # squares of 11008 floats are half a gigabyte each
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
+            del lower
+            notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
+            return inverse.flip(0, 1), notes
     return None, ("the Hessian could not be factorized: rounded to nearest instead",)
 
 
