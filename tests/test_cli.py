@@ -1,0 +1,132 @@
+"""The command line: exit codes, JSON, errors without tracebacks, interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from exporter.cli import cli
+
+
+def mmq(*arguments: str) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli, arguments)
+
+
+@pytest.mark.parametrize("command", ["", *cli.commands])
+def test_every_help_has_an_example_or_says_what_it_shows(command: str) -> None:
+    result = mmq(*([command] if command else []), "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output or command == "doctor"
+
+
+def test_plan_of_the_demo_as_text_and_json() -> None:
+    text = mmq("plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava")
+    assert text.exit_code == 0, text.output
+    assert "W8 row rtn" in text.output
+    assert "W4 g128 gptq" in text.output
+    found = json.loads(mmq("plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--all", "--json").stdout)
+    assert found["bytes_after"] < found["bytes_before"]
+    assert sum(line["tensors"] for line in found["components"]) == len(found["tensors"])
+    assert sum(tensor["bytes_after"] for tensor in found["tensors"]) == found["bytes_after"]
+    dry = mmq("export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--dry-run")
+    assert dry.output == text.output
+
+
+def test_errors_are_messages_with_a_hint_and_no_traceback() -> None:
+    result = mmq("plan", "--recipe", "llava-w4-vit9", "--model", "demo-llava")
+    assert result.exit_code == 1
+    assert "Did you mean 'llava-w4-vit8'?" in result.stderr
+    assert "Hint:" in result.stderr
+    assert "Traceback" not in result.output
+    said = json.loads(mmq("plan", "--recipe", "no-such", "--json").stdout)
+    assert said["kind"] == "RecipeError"
+    assert said["exit"] == 1
+
+
+def test_unreachable_hub_names_the_two_ways_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    result = mmq("plan", "--recipe", "llava-w4-vit8")
+    assert result.exit_code == 1
+    assert "'llava-hf/llava-1.5-7b-hf' is not in the hub cache and the hub cannot be reached" in result.stderr
+    assert "--model ./llava-1.5-7b-hf" in result.stderr
+    assert "--model demo-llava" in result.stderr
+
+
+def test_unknown_device_and_model() -> None:
+    missing = mmq("plan", "--recipe", "llava-w8", "--model", "demo-llava", "--device", "cuda:7")
+    assert missing.exit_code == 1
+    assert "cuda:7" in missing.stderr
+    assert mmq("plan", "--recipe", "llava-w8", "--model", "./nowhere").exit_code == 1
+    assert mmq("plan", "--recipe", "llava-w8", "--banana").exit_code == 2
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    listed = mmq("recipes")
+    assert "llava-w3-vit4" in listed.output
+    printed = mmq("recipes", "llava-w8")
+    assert printed.output.startswith("#")
+    assert len(json.loads(mmq("recipes", "--json").stdout)) >= 5
+    assert mmq("recipes", "nonsense").exit_code == 1
+
+
+def test_doctor_names_versions_and_device() -> None:
+    found = json.loads(mmq("doctor", "--json").stdout)
+    assert {"python", "torch", "transformers", "device", "hub cache"} <= found.keys()
+
+
+def quick(out: Path, *more: str) -> list[str]:
+    """A short export command."""
+    fixed = ["export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--out", str(out)]
+    return [*fixed, "--samples", "4", "--eval-samples", "4", "--device", "cpu", *more]
+
+
+def test_export_then_verify_then_evaluate(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    result = mmq(*quick(out, "--json"))
+    assert result.exit_code in (0, 3), result.output
+    said = json.loads(result.stdout.splitlines()[0])
+    assert said["verified"]["linears"] > 10
+    events = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    assert {"quantize", "write", "verify", "evaluate"} <= {event["stage"] for event in events}
+    assert not (tmp_path / "artifact.work").exists()
+    assert "verified" in mmq("verify", str(out)).output
+    again = mmq("evaluate", str(out), "--eval-samples", "4", "--json")
+    assert json.loads(again.stdout.splitlines()[0])["measures"] == said["report"]["measures"]
+
+
+def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) -> None:
+    recipe = tmp_path / "ruin.yaml"
+    text = mmq("recipes", "llava-w4-vit8").output
+    recipe.write_text(text.replace("bits: 4, group_size: 128", "bits: 2, group_size: row").replace("gptq", "rtn"))
+    result = mmq(*quick(tmp_path / "out", "--eval-samples", "40", "--recipe", str(recipe)))
+    assert result.exit_code == 3, result.output
+    assert "gates failed" in result.stderr
+    assert "allowed 5.0%" in result.stderr
+    assert (tmp_path / "out" / "mmq_report.json").exists()
+    assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from exporter.cli import main; main()", *quick(out, "--json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if '"quantize"' in line:
+                break
+        run.send_signal(how)
+        said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "same command again" in json.loads(said)["hint"]
+    assert not out.exists()
+    assert list((tmp_path / "out.work").glob("*.safetensors"))
+    assert mmq(*quick(out)).exit_code in (0, 3)
+    assert out.exists()
