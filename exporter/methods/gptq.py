@@ -4,13 +4,15 @@ For inputs x the output error of a linear is `tr(D H D^T)` with `D = W - Q` and 
 influence each other, so linears that share an input may be stacked along `out` in one call.
 """
 
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
+from exporter.columns import quantize_columns
+from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 VERSION = 1
@@ -25,15 +27,16 @@ class Options(BaseModel):
     order: "activation" starts with the columns whose inputs are largest. Groups keep their columns and scales come from
     the original weight, so no index has to be stored and vLLM accepts it.
     scales: "in_loop" takes a group's scale from its weights as they are when it is reached, "static" from the start.
+    range: as in `ranges.fit_scale`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     damping: float = Field(0.01, gt=0, le=1)
     block: int = Field(128, ge=1)
-    order: Literal["none", "activation"] = "none"
-    scales: Literal["static", "in_loop"] = "in_loop"
-    range_: Range = Field("minmax", alias="range")
+    order: Literal["none", "activation"] = "activation"
+    scales: Literal["static", "in_loop"] = "static"
+    range_: Range = Field("mse", alias="range")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -53,15 +56,24 @@ class Statistics:
         """Add input rows `[rows, in]`, each counted `weights` `[rows]` times."""
         if not len(rows):
             return
-        x = rows.float()
-        scaled = x if weights is None else x * weights.float().unsqueeze(1)
         total = self.rows + len(rows)
-        self.hessian.mul_(self.rows / total).addmm_(scaled.T, x, alpha=1 / total)
+        weighted = rows if weights is None else (rows * weights.unsqueeze(1)).to(rows.dtype)
+        self.hessian.mul_(self.rows / total).add_(_product(weighted, rows), alpha=1 / total)
         self.rows = total
 
     def energy(self, matrix: Tensor) -> float:
-        """Mean squared size of `matrix` `[out, in]` times an input row."""
+        """Mean squared size of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
+        if matrix.is_cuda:
+            half = torch.bfloat16
+            return float((torch.mm(matrix.to(half), self.hessian.to(half), out_dtype=torch.float32) * matrix).sum())
         return float(((matrix @ self.hessian) * matrix).sum())
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right in float32, `[in, in]`; 16-bit rows go to the matrix units as they are, with float32 sums."""
+    if left.is_cuda and left.itemsize == 2:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()
 
 
 def quantize_linear(
@@ -71,26 +83,21 @@ def quantize_linear(
 
     Columns whose input was always 0 are rounded to nearest and influence nothing.
     """
-    hessian = statistics.hessian
-    diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if options.order == "activation" else None
-    upper, notes = inverse_factor(hessian if order is None else hessian[order][:, order], options.damping)
+    hessian, order = statistics.hessian, None
+    if options.order == "activation":
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    upper, notes = inverse_factor(hessian, options.damping)
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
+    group = torch.arange(weight.shape[1], device=weight.device) // scheme.columns_per_group(weight.shape[1])
     if order is None:
-        codes = _walk(weight, upper, scheme, options, scale, zero)
+        codes = _walk(weight.clone(), upper, scheme, options, scale, zero, group)
     else:
-        group = order // scheme.columns_per_group(weight.shape[1])
-        columns = scale[:, group], zero[:, group]
         codes = torch.empty_like(weight, dtype=torch.uint8)
-        codes[:, order] = _walk(weight[:, order], upper, _per_column(scheme), options, *columns)
+        codes[:, order] = _walk(weight[:, order], upper, scheme, options, scale, zero, group[order])
     return QuantizedLinear(scheme, codes, scale, zero), notes
-
-
-def _per_column(scheme: Scheme) -> Scheme:
-    """The same codes with one scale a column, for columns out of order."""
-    return Scheme(scheme.bits, 1, scheme.symmetric, scheme.number)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -118,46 +125,26 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, tupl
 
 
 def _walk(
-    weight: Tensor, upper: Tensor, scheme: Scheme, options: Options, scale: Tensor, zero: Tensor
+    rest: Tensor, upper: Tensor, scheme: Scheme, options: Options, scale: Tensor, zero: Tensor, group: Tensor
 ) -> Tensor:
-    """Codes of all columns. scale, zero: `[out, groups]`, rewritten group by group when scales are "in_loop"."""
-    columns = weight.shape[1]
+    """Codes of all columns, in the order given; `rest` f32 `[out, in]` is used up.
+
+    scale, zero: `[out, groups]`, rewritten group by group when scales are "in_loop". group: `[in]`, of each column.
+    """
+    columns = rest.shape[1]
     width = scheme.columns_per_group(columns)
-    in_loop = options.scales == "in_loop" and scheme.group_size != "tensor" and scheme.groups(columns) > 1
+    in_loop = options.scales == "in_loop" and scheme.groups(columns) > 1
     cuts = sorted({*range(0, columns, options.block), *(range(0, columns, width) if in_loop else ()), columns})
-    rest = weight.clone()
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    for start, end in pairwise(cuts):
         if in_loop and start % width == 0:
-            group = start // width
-            fitted = fit_scale(rest[:, start : start + width], scheme, scale.dtype, options.range_)
-            scale[:, group : group + 1], zero[:, group : group + 1] = fitted
-        groups = torch.arange(start, end, device=weight.device) // width
-        found, errors = quantize_columns(
-            rest[:, start:end], upper[start:end, start:end], scale[:, groups], zero[:, groups], scheme
+            here = slice(start // width, start // width + 1)
+            scale[:, here], zero[:, here] = fit_scale(
+                rest[:, start : start + width], scheme, scale.dtype, options.range_
+            )
+        own = group[start:end]
+        codes[:, start:end], errors = quantize_columns(
+            rest[:, start:end], upper[start:end, start:end], scale[:, own], zero[:, own], scheme
         )
-        codes[:, start:end] = found
         rest[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
     return codes
-
-
-def quantize_columns(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme
-) -> tuple[Tensor, Tensor]:
-    """The columns of one block, each compensating for those before it.
-
-    weight f32 `[out, b]`, upper f32 `[b, b]`, scale and zero `[out, b]`, one a column. Returns codes uint8
-    `[out, b]` and the scaled errors f32 `[out, b]` that later blocks must make up for.
-    """
-    scheme = _per_column(scheme)
-    rest = weight.clone()
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    errors = torch.empty_like(weight)
-    for i in range(weight.shape[1]):
-        column = rest[:, i : i + 1]
-        scales, zeros = scale[:, i : i + 1], zero[:, i : i + 1]
-        codes[:, i : i + 1] = found = quantize(column, scales, zeros, scheme)
-        error = (column - dequantize(found, scales, zeros, scheme)) / upper[i, i]
-        rest[:, i + 1 :].addmm_(error, upper[i : i + 1, i + 1 :], alpha=-1)
-        errors[:, i : i + 1] = error
-    return codes, errors

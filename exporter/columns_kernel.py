@@ -1,0 +1,49 @@
+"""Triton kernel of the GPTQ column loop. Imported only where there is a CUDA device, since Triton comes with it."""
+
+# mypy: ignore-errors
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 rows
+
+
+@triton.jit
+def _columns(weight, upper, scale, zero, codes, errors, rows, columns, levels, R: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.arange(0, B)
+    at = row[:, None] * columns + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    rest = tl.load(weight + at, mask=inside, other=0.0)
+    scales = tl.load(scale + at, mask=inside, other=1.0)
+    zeros = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
+    all_codes = tl.zeros((R, B), tl.float32)
+    all_errors = tl.zeros((R, B), tl.float32)
+    for i in range(columns):
+        here = column[None, :] == i
+        value = tl.sum(tl.where(here, rest, 0.0), axis=1)
+        step = tl.sum(tl.where(here, scales, 0.0), axis=1)
+        offset = tl.sum(tl.where(here, zeros, 0.0), axis=1)
+        code = libdevice.rint(tl.div_rn(value, step)) + offset
+        code = tl.minimum(tl.maximum(code, 0.0), levels)
+        error = tl.div_rn(value - (code - offset) * step, tl.load(upper + i * columns + i))
+        later = tl.load(upper + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
+        rest -= error[:, None] * later[None, :]
+        all_codes = tl.where(here, code[:, None], all_codes)
+        all_errors = tl.where(here, error[:, None], all_errors)
+    tl.store(codes + at, all_codes.to(tl.uint8), mask=inside)
+    tl.store(errors + at, all_errors, mask=inside)
+
+
+def launch(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """See `columns.quantize_columns`."""
+    rows, columns = weight.shape
+    inputs = (weight.contiguous(), upper.contiguous(), scale.float().contiguous(), zero.contiguous())
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
+    width = triton.next_power_of_2(columns)
+    grid = (triton.cdiv(rows, ROWS),)
+    _columns[grid](*inputs, codes, errors, rows, columns, float(levels), R=ROWS, B=width, num_warps=4)
+    return codes, errors
