@@ -31,3 +31,44 @@ def naive_log_likelihood(model: Any, inputs: Mapping[str, Tensor], first: int) -
             scores = model(input_ids=tokens[:, :position], **rest).logits[0, -1].double()
         total += float(scores[tokens[0, position]] - torch.logsumexp(scores, 0))
     return total / (tokens.shape[1] - first)
+
+
+def gptq_by_inversion(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: Scheme,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    damping: float,
+    order: list[int],
+    fit: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """GPTQ as the paper derives it: invert what is left of the Hessian again at every column, in float64.
+
+    fit: when given, the scale of a group is taken from its weights as they are when its first column is reached.
+    Returns the codes; `scale` and `zero` `[out, groups]` are rewritten when `fit` is given.
+    """
+    rest, single = weight.double().clone(), Scheme(scheme.bits, 1, scheme.symmetric, scheme.number)
+    width = scheme.columns_per_group(weight.shape[1])
+    damped = hessian.double() + torch.eye(len(hessian)) * damping * hessian.diagonal().double().mean()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for step, column in enumerate(order):
+        left = order[step:]
+        group = slice(column // width, column // width + 1)
+        if fit and column % width == 0:
+            scale[:, group], zero[:, group] = fit(rest[:, column : column + width].float())
+        now = rest[:, column : column + 1]
+        code = quantize(now.float(), scale[:, group], zero[:, group], single)
+        codes[:, column : column + 1] = code
+        inverse = torch.linalg.inv(damped[left][:, left])
+        error = (now - dequantize(code, scale[:, group], zero[:, group], single).double()) / inverse[0, 0]
+        rest[:, left] -= error @ inverse[:1]
+    return codes
+
+
+def pack_bits_by_integers(row: list[int], bits: int) -> list[int]:
+    """One row of codes as one large integer, cut into signed 32-bit words."""
+    stream = sum(code << (i * bits) for i, code in enumerate(row))
+    words = -(-len(row) * bits // 32)
+    unsigned = [stream >> (32 * i) & 0xFFFFFFFF for i in range(words)]
+    return [word - 2**32 if word >= 2**31 else word for word in unsigned]

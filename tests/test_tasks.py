@@ -42,6 +42,7 @@ def test_captions_of_a_set_are_scored_together() -> None:
     assert scores["exact"] == [1.0, 1.0, 0.0]
     assert scores["cider"][0] == pytest.approx(7.5)  # equal, but three words have no 4-gram
     assert 0 < scores["cider"][1] < scores["cider"][0]
+    assert TASKS["captioning"].score(["", "?"], [sample("!"), sample("?")])["exact"] == [0.0, 0.0]  # no words at all
     alone = TASKS["captioning"].score(["a red circle"], samples[:1])
     assert alone["cider"] == [0.0]  # every word is in every document
 
@@ -96,7 +97,7 @@ def test_perfect_answers_score_full_and_empty_answers_score_nothing(name: str) -
     samples = [sample(f"one two three four five number{i}") for i in range(6)]
     perfect = task.score([s.references[0] for s in samples], samples)
     empty = task.score([""] * 6, samples)
-    assert task.NAME == name
+    assert name == task.NAME
     assert tuple(perfect) == task.METRICS
     assert perfect[task.METRICS[0]] == pytest.approx([10.0 if name == "captioning" else 1.0] * 6)
     assert all(scores == [0.0] * 6 for scores in empty.values())
@@ -104,7 +105,7 @@ def test_perfect_answers_score_full_and_empty_answers_score_nothing(name: str) -
 
 @pytest.mark.parametrize("name", TASKS)
 def test_wrong_input_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="1 samples have no .* first b"):
+    with pytest.raises(DataError, match=r"1 samples have no .* first b"):
         TASKS[name].score(["x", "y"], [sample("x", identity="a"), sample(identity="b")])
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         TASKS[name].score(["x"], [sample("x"), sample("y")])

@@ -1,7 +1,7 @@
 """CIDEr-D (Vedantam et al., arXiv 1411.5726): agreement of n-grams, weighed by how rare they are.
 
 Every constant and detail is that of the COCO caption evaluation (pycocoevalcap): n = 1..4, sigma 6 over the
-difference in length (counted in bigrams, as there), document frequencies from the references, times 10.
+difference in length, document frequencies from the references, times 10.
 """
 
 import math
@@ -19,7 +19,7 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """Weights (count times log inverse document frequency) of one sentence's n-grams, per order, and their norms."""
+    """Weights (count times log inverse document frequency) of one sentence's n-grams, per order, and their norms; length in words."""
 
     weights: tuple[dict[Gram, float], ...]
     norms: tuple[float, ...]
@@ -53,7 +53,7 @@ def _weigh(counts: Counter[Gram], inverse: dict[Gram, float], unseen: float) -> 
     for gram, count in counts.items():
         weights[len(gram) - 1][gram] = count * inverse.get(gram, unseen)
     norms = tuple(math.sqrt(sum(w * w for w in order.values())) for order in weights)
-    return _Vector(weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2))
+    return _Vector(weights, norms, sum(count for gram, count in counts.items() if len(gram) == 1))
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
