@@ -19,7 +19,10 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """Weights (count times log inverse document frequency) of one sentence's n-grams, per order, and their norms; length in words."""
+    """One sentence, per order: weights (count times log inverse document frequency) of its n-grams, and their norm.
+
+    length: in words.
+    """
 
     weights: tuple[dict[Gram, float], ...]
     norms: tuple[float, ...]
