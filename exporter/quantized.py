@@ -6,6 +6,7 @@ reference `dequantize` sees exactly what a runtime sees.
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import torch
@@ -114,27 +115,44 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Te
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes uint8 `[rows, n]` into a dense little-endian bit stream along the last axis.
+    """Pack codes uint8 `[rows, n]`, all below `2**bits`, into a dense little-endian bit stream along the last axis.
 
     Element i of a row occupies bits `i*bits .. i*bits+bits-1` of the stream, least significant first; 32 stream
     bits make one int32. Returns int32 `[rows, ceil(n*bits/32)]`, unused high bits zero.
     """
     rows, n = codes.shape
-    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, n * bits)  # [rows, n*bits]
-    words = -(-n * bits // 32)
-    padded = torch.zeros(rows, words * 32, dtype=torch.uint8, device=codes.device)
-    padded[:, : n * bits] = stream
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    octets = (padded.view(rows, words * 4, 8) * weights).sum(-1, dtype=torch.uint8)  # [rows, words*4]
-    return octets.contiguous().view(torch.int32)
+    period, octets, parts = _overlaps(bits)
+    padded = -n % 32  # 32 codes fill `bits` whole words
+    codes = torch.nn.functional.pad(codes, (0, padded)) if padded else codes
+    stream = torch.zeros(rows, (n + padded) * bits // 8, dtype=torch.uint8, device=codes.device)
+    for code, octet, shift in parts:
+        stream[:, octet::octets] |= _shifted(codes[:, code::period], shift)
+    return stream.view(torch.int32)[:, : -(-n * bits // 32)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """Inverse of `pack_bits`: int32 `[rows, words]` to uint8 `[rows, n]`."""
-    rows = packed.shape[0]
-    octets = packed.contiguous().view(torch.uint8)  # [rows, words*4]
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((octets.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)[:, : n * bits]
-    weights = (1 << torch.arange(bits, device=packed.device)).to(torch.uint8)
-    return (stream.reshape(rows, n, bits) * weights).sum(-1, dtype=torch.uint8)
+    rows, words = packed.shape
+    period, octets, parts = _overlaps(bits)
+    padded = -words % bits
+    packed = torch.nn.functional.pad(packed, (0, padded)) if padded else packed.contiguous()
+    stream = packed.view(torch.uint8)  # [rows, whole multiple of 4*bits]
+    codes = torch.zeros(rows, stream.shape[1] * 8 // bits, dtype=torch.uint8, device=packed.device)
+    for code, octet, shift in parts:
+        codes[:, code::period] |= _shifted(stream[:, octet::octets], -shift)
+    return codes[:, :n].bitwise_and_((1 << bits) - 1).contiguous()
+
+
+def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """How codes lie across bytes: `period` codes fill `octets` bytes exactly, and then the pattern repeats.
+
+    Returns period, octets and every `(code, octet, left shift of the code)` of the pair that shares bits.
+    """
+    period, octets = 8 // gcd(8, bits), bits // gcd(8, bits)
+    pairs = [(code, octet, code * bits - octet * 8) for code in range(period) for octet in range(octets)]
+    return period, octets, [pair for pair in pairs if -bits < pair[2] < 8]
+
+
+def _shifted(octets: Tensor, left: int) -> Tensor:
+    """Bytes shifted left, or right when negative; bits that leave the byte are lost."""
+    return octets << left if left >= 0 else octets >> -left
