@@ -72,6 +72,8 @@ def export(
     evaluation = {} if skip_evaluation else evaluation_samples(plan, data_folder)
     calibration = calibration_samples(plan, data_folder)
     data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
+    for note in data.notes(calibration):
+        on_event(Event("note", 0, 0, note))
     clock.lap("plan")
 
     provenance = _provenance(plan, calibration, device, data_folder)

@@ -1,11 +1,13 @@
 """Naive twins of optimized code: slow, short, and easy to believe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from exporter.quantized import Scheme, dequantize, quantize
 
 
 def naive_paired_bootstrap(
@@ -72,3 +74,14 @@ def pack_bits_by_integers(row: list[int], bits: int) -> list[int]:
     words = -(-len(row) * bits // 32)
     unsigned = [stream >> (32 * i) & 0xFFFFFFFF for i in range(words)]
     return [word - 2**32 if word >= 2**31 else word for word in unsigned]
+
+
+def naive_pack_bits(rows: Sequence[Sequence[int]], bits: int) -> list[list[int]]:
+    """Each row as one big integer, code i at bit `i*bits`, cut into signed 32-bit words."""
+    packed = []
+    for row in rows:
+        stream = sum(code << (i * bits) for i, code in enumerate(row))
+        count = -(-len(row) * bits // 32)
+        words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
+        packed.append([word - (1 << 32) if word >> 31 else word for word in words])
+    return packed

@@ -1,0 +1,157 @@
+"""GPTQ against the paper's own derivation, and at its edges."""
+
+import itertools
+
+import pytest
+import torch
+
+from exporter.columns import quantize_columns, quantize_columns_plain
+from exporter.methods import gptq, rtn
+from exporter.methods.gptq import Options, Statistics, inverse_factor
+from exporter.quantized import Scheme
+from exporter.ranges import fit_scale
+from tests.oracles import gptq_by_inversion
+
+CPU = torch.device("cpu")
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, Statistics]:
+    """A random weight `[24, columns]` and statistics of correlated inputs, gathered in two uneven batches."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator) * 0.3
+    statistics = Statistics(columns, CPU)
+    statistics.update(x[: rows // 3])
+    statistics.update(x[rows // 3 :])
+    return torch.randn(24, columns, generator=generator), statistics
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "scales", "order", "size"),
+    [
+        (symmetric, scales, order, size)
+        for symmetric, (scales, order), size in itertools.product(
+            (True, False),
+            (("static", "none"), ("in_loop", "none"), ("static", "activation")),
+            ((4, 32), (3, 16), (2, 40), (4, "row")),
+        )
+    ],
+    ids=str,
+)
+def test_equals_inverting_again_at_every_column(
+    symmetric: bool, scales: str, order: str, size: tuple[int, int | str]
+) -> None:
+    weight, statistics = correlated(300, 100)  # 100 columns: every group size leaves a ragged last group
+    scheme = Scheme(size[0], size[1], symmetric)  # type: ignore[arg-type]
+    options = Options(block=24, scales=scales, order=order, range="minmax")  # type: ignore[arg-type]
+    found, notes = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
+    scale, zero = fit_scale(weight, scheme, torch.float16)
+    by_size = statistics.hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    columns = by_size if order == "activation" else list(range(100))
+    fit = (lambda part: fit_scale(part, scheme, torch.float16)) if scales == "in_loop" else None
+    codes = gptq_by_inversion(weight, statistics.hessian, scheme, scale, zero, 0.01, columns, fit)
+    assert notes == ()
+    assert torch.equal(found.scale, scale)
+    assert torch.equal(found.zero, zero)
+    different = int((found.codes != codes).sum())
+    assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 512])
+def test_block_size_does_not_change_the_result(block: int) -> None:
+    weight, statistics = correlated(300, 100)
+    scheme = Scheme(4, 32)
+    codes = [
+        gptq.quantize_linear(weight, statistics, scheme, Options(block=b), torch.float16)[0].codes for b in (block, 24)
+    ]
+    assert int((codes[0] != codes[1]).sum()) <= 2
+
+
+def test_stacked_linears_equal_separate_ones() -> None:
+    weight, statistics = correlated(300, 96)
+    scheme, options = Scheme(4, 32), Options()
+    whole, _ = gptq.quantize_linear(weight, statistics, scheme, options, torch.bfloat16)
+    parts = [gptq.quantize_linear(part, statistics, scheme, options, torch.bfloat16)[0] for part in weight.split(8)]
+    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
+    assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
+
+
+def test_statistics_are_the_mean_outer_product_however_batched() -> None:
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
+    weights = torch.rand(50)
+    one, many, weighted = Statistics(12, CPU), Statistics(12, CPU), Statistics(12, CPU)
+    one.update(x)
+    for part in x.split(7):
+        many.update(part)
+    many.update(x[:0])
+    weighted.update(x, weights)
+    torch.testing.assert_close(one.hessian, x.T @ x / 50)
+    torch.testing.assert_close(many.hessian, one.hessian)
+    torch.testing.assert_close(weighted.hessian, (x * weights[:, None]).T @ x / 50)
+    matrix = torch.randn(5, 12)
+    assert one.energy(matrix) == pytest.approx(float((x @ matrix.T).square().sum() / 50), rel=1e-5)
+
+
+def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
+    _, statistics = correlated(300, 40)
+    upper, notes = inverse_factor(statistics.hessian, 0.01)
+    assert upper is not None
+    assert notes == ()
+    assert torch.equal(upper, upper.triu())
+    damped = statistics.hessian + torch.eye(40) * 0.01 * statistics.hessian.diagonal().mean()
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40), atol=2e-4, rtol=0)
+
+
+def test_damping_grows_until_it_helps_and_says_so() -> None:
+    weight, statistics = correlated(300, 40)
+    statistics.hessian -= torch.eye(40) * 0.2 * statistics.hessian.diagonal().mean()  # indefinite
+    linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, "row"), Options(), torch.float16)
+    assert len(notes) == 1
+    assert "damping grew to" in notes[0]
+    assert int(linear.codes.max()) <= 15
+
+
+def test_hopeless_hessian_falls_back_to_rounding_and_says_so() -> None:
+    weight, statistics = correlated(300, 40)
+    statistics.hessian.fill_(float("nan"))
+    linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, "row"), Options(), torch.float16)
+    rounded, _ = rtn.quantize_linear(weight, None, Scheme(4, "row"), rtn.Options(range="mse"), torch.float16)
+    assert "rounded to nearest" in notes[0]
+    assert torch.equal(linear.codes, rounded.codes)
+
+
+def test_dead_columns_are_rounded_and_change_nothing_else() -> None:
+    weight, _ = correlated(300, 40)
+    x = torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
+    x[:, 5] = 0
+    dead, alive = Statistics(40, CPU), Statistics(39, CPU)
+    dead.update(x)
+    keep = [i for i in range(40) if i != 5]
+    alive.update(x[:, keep])
+    scheme, options = Scheme(4, "row"), Options(order="none", range="minmax", damping=1e-6)
+    weight[:, 5] *= 0.1  # so that it does not decide a scale
+    with_dead, _ = gptq.quantize_linear(weight, dead, scheme, options, torch.float16)
+    without, _ = gptq.quantize_linear(weight[:, keep], alive, scheme, options, torch.float16)
+    assert torch.equal(with_dead.codes[:, keep], without.codes)
+    rounded, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.float16)
+    assert torch.equal(with_dead.codes[:, 5], rounded.codes[:, 5])
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs scales: static"):
+        Options(order="activation", scales="in_loop")
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("columns", [128, 100])
+def test_kernel_equals_the_plain_loop(columns: int) -> None:
+    device = torch.accelerator.current_accelerator()
+    weight, statistics = correlated(400, columns)
+    upper, _ = inverse_factor(statistics.hessian, 0.01)
+    assert upper is not None
+    scale, zero = fit_scale(weight, Scheme(4, 1, False), torch.float16)
+    arguments = [tensor.to(device) for tensor in (weight, upper, scale, zero)]
+    fast, fast_errors = quantize_columns(*arguments, Scheme(4, 1, False))
+    plain, plain_errors = quantize_columns_plain(*arguments, Scheme(4, 1, False))
+    assert int((fast != plain).sum()) <= 3
+    same = (fast == plain).all(1)
+    torch.testing.assert_close(fast_errors[same], plain_errors[same], atol=1e-4, rtol=1e-4)

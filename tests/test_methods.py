@@ -1,0 +1,74 @@
+"""Method conformance: every entry of `METHODS` is held to the same rules."""
+
+import pytest
+import torch
+
+from exporter.methods import METHODS, rtn
+from exporter.methods.gptq import Statistics as Hessian
+from exporter.quantized import QuantizedLinear, Scheme
+
+CASES = [
+    (Scheme(4, 32), (24, 96)),
+    (Scheme(3, 32, False), (7, 100)),  # a ragged last group
+    (Scheme(2, "row"), (17, 33)),
+    (Scheme(8, "tensor"), (24, 40)),
+    (Scheme(8, "row", number="fp8"), (24, 40)),
+    (Scheme(8, "row", activations="int8"), (24, 40)),
+]
+every_method = pytest.mark.parametrize("name", METHODS)
+every_case = pytest.mark.parametrize(("scheme", "shape"), CASES, ids=lambda value: str(value))
+
+
+def inputs(columns: int) -> torch.Tensor:
+    """Correlated rows, some of them much larger than others."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return x * torch.logspace(-1, 1, columns)
+
+
+def run(name: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[torch.Tensor, QuantizedLinear]:
+    """A method on a random weight, with statistics when it wants them."""
+    method = METHODS[name]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    statistics = None
+    if method.Statistics is not None:
+        statistics = method.Statistics(shape[1], torch.device("cpu"))
+        statistics.update(inputs(shape[1]))
+    linear, _ = method.quantize_linear(weight, statistics, scheme, method.Options(), torch.float16)
+    return weight, linear
+
+
+@every_method
+@every_case
+def test_codes_and_scales_have_their_types_shapes_and_ranges(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    _, linear = run(name, scheme, shape)
+    groups = scheme.groups(shape[1])
+    assert linear.codes.shape == shape
+    assert linear.scale.shape == linear.zero.shape == (shape[0], groups)
+    assert linear.codes.dtype == linear.zero.dtype == torch.uint8
+    assert linear.scale.dtype == torch.float16
+    if scheme.number == "int":
+        assert int(linear.codes.max()) <= scheme.levels
+        assert not scheme.symmetric or (linear.zero == scheme.middle).all()
+    assert torch.isfinite(linear.dequantize()).all()
+
+
+@every_method
+@every_case
+def test_runs_are_deterministic_and_leave_their_inputs_alone(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    first, second = run(name, scheme, shape)[1], run(name, scheme, shape)[1]
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.scale, second.scale)
+    weight, _ = run(name, scheme, shape)
+    assert torch.equal(weight, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+@every_method
+@every_case
+def test_output_error_is_never_above_rounding(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    weight, linear = run(name, scheme, shape)
+    truth = Hessian(shape[1], torch.device("cpu"))
+    truth.update(inputs(shape[1]))
+    plain, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.float16)
+    assert truth.energy(weight - linear.dequantize()) <= truth.energy(weight - plain.dequantize()) * 1.0001
+    assert METHODS[name].VERSION >= 1

@@ -1,0 +1,97 @@
+"""Scales and zero points: exact where arithmetic says so, safe at the edges of the stored dtype."""
+
+import itertools
+
+import pytest
+import torch
+
+from exporter.methods import rtn
+from exporter.quantized import Scheme, quantize
+from exporter.ranges import fit_scale
+
+SCHEMES = [
+    Scheme(bits, group, symmetric)
+    for bits, group, symmetric in itertools.product((2, 3, 4, 8), (16, "row", "tensor"), (True, False))
+]
+
+
+def weights(columns: int = 50, seed: int = 0) -> torch.Tensor:
+    """Random `[6, columns]` with rows of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, columns, generator=generator) * torch.tensor([[1.0], [0.1], [3.0], [1e-3], [1.0], [20.0]])
+
+
+def error(weight: torch.Tensor, scheme: Scheme, range_: str) -> torch.Tensor:
+    """Squared error of each row."""
+    linear, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(range=range_), torch.float16)
+    return (linear.dequantize() - weight).square().sum(1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label())
+def test_error_is_within_a_step_and_searching_never_hurts(scheme: Scheme) -> None:
+    weight = weights()
+    linear, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.float16)
+    steps = linear.scale.float().repeat_interleave(scheme.columns_per_group(50), 1)[:, :50]
+    bound = 1.01 * steps / 2 if scheme.bits < 8 else 1.2 * steps  # rounding a scale to 11 bits moves the last codes
+    assert ((linear.dequantize() - weight).abs() <= bound + 1e-9).all()
+    searched, plain = error(weight, scheme, "mse"), error(weight, scheme, "minmax")
+    assert searched.sum() <= plain.sum() * 1.0001
+    if scheme.bits <= 3 and scheme.group_size != "tensor":
+        assert searched.sum() < plain.sum()
+
+
+def test_search_equals_trying_every_range_by_hand() -> None:
+    weight, scheme = weights(16), Scheme(3, 16)
+    scale, _ = fit_scale(weight, scheme, torch.float16, "mse")
+    for row in range(6):
+        tried = [(1 - 0.8 * step / 40) * 2 * float(weight[row].abs().max()) / 7 for step in range(40)]
+        errors = []
+        for candidate in tried:
+            s = torch.tensor([[candidate]]).half()
+            codes = torch.round(weight[row] / s.float()).clamp(-4, 3)
+            errors.append((float((codes * s.float() - weight[row]).square().sum()), float(s)))
+        assert float(scale[row, 0]) == pytest.approx(min(errors)[1], rel=2e-3)
+
+
+def test_groups_are_independent_and_the_last_may_be_short() -> None:
+    weight, scheme = weights(50), Scheme(4, 16, False)
+    scale, zero = fit_scale(weight, scheme, torch.float16)
+    assert scale.shape == (6, 4)
+    for group in range(4):
+        part = weight[:, group * 16 : group * 16 + 16]
+        alone, alone_zero = fit_scale(part, Scheme(4, "row", False), torch.float16)
+        assert torch.equal(alone[:, 0], scale[:, group])
+        assert torch.equal(alone_zero[:, 0], zero[:, group])
+
+
+def test_tensor_schemes_repeat_one_scale() -> None:
+    scale, zero = fit_scale(weights(), Scheme(8, "tensor", False), torch.bfloat16)
+    assert scale.shape == (6, 1)
+    assert len(scale.unique()) == len(zero.unique()) == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_weights_give_finite_normal_scales(size: float, symmetric: bool, dtype: torch.dtype) -> None:
+    weight, scheme = torch.tensor([[1.0, -0.5, 0.25, 0.0]]) * size, Scheme(4, "row", symmetric)
+    scale, zero = fit_scale(weight, scheme, dtype, "mse")
+    assert torch.isfinite(scale).all()
+    assert (scale >= torch.finfo(dtype).smallest_normal).all()
+    codes = quantize(weight, scale, zero, scheme)
+    if size < torch.finfo(dtype).smallest_normal / 2:
+        assert (codes == zero).all()
+
+
+def test_zero_is_always_exact() -> None:
+    weight = torch.tensor([[0.0, 3.0, 5.0, 4.0], [0.0, -3.0, -5.0, -4.0]])  # one sign only
+    linear, _ = rtn.quantize_linear(weight, None, Scheme(4, "row", False), rtn.Options(), torch.float16)
+    assert (linear.dequantize()[:, 0] == 0).all()
+
+
+def test_float8_scale_maps_the_peak_to_448() -> None:
+    weight = weights()
+    linear, _ = rtn.quantize_linear(weight, None, Scheme(8, "row", number="fp8"), rtn.Options(), torch.float32)
+    peak = linear.codes.view(torch.float8_e4m3fn).float().abs().amax(1)
+    assert (peak == 448).all()
+    assert ((linear.dequantize() - weight).abs() <= weight.abs() / 16 + linear.scale * 2**-9).all()
