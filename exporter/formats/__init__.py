@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from exporter.formats import compressed_tensors
+from exporter.formats import autoawq, autogptq, compressed_tensors
 from exporter.formats.group import Group
 from exporter.quantized import QuantizedLinear, Scheme
 
@@ -21,6 +21,9 @@ class Format(Protocol):
 
     def supports(self, scheme: Scheme, columns: int, rows: int) -> str | None:
         """Why a linear `[rows, columns]` cannot be stored under `scheme`, or None."""
+
+    def conflict(self, schemes: Sequence[Scheme]) -> str | None:
+        """Why linears of these schemes, each supported, cannot lie in one artifact, or None."""
 
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors that stand for the linear `name` (its checkpoint name without `.weight`)."""
@@ -38,4 +41,8 @@ class Format(Protocol):
         """The groups of a `quantization_config`."""
 
 
-FORMATS: dict[str, Format] = {"compressed_tensors": compressed_tensors}
+FORMATS: dict[str, Format] = {
+    "compressed_tensors": compressed_tensors,
+    "gptq": autogptq,
+    "awq": autoawq,
+}

@@ -21,8 +21,20 @@ NAME = "compressed_tensors"
 
 def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     """Why a linear `[rows, columns]` cannot be stored, or None."""
+    whole = scheme.bits == 8 and scheme.symmetric and not isinstance(scheme.group_size, int)
+    if scheme.number == "fp8" and (not whole or scheme.activations == "int8"):
+        return "float8 weights are 8 bits, symmetric, with group_size row or tensor, and activations fp8 or none"
+    if scheme.number == "int" and (scheme.activations == "fp8" or (scheme.activations and not whole)):
+        return "integers with activations are 8 bits, symmetric, with group_size row or tensor, and activations int8"
+    if not 2 <= scheme.bits <= 8:
+        return f"it holds 2 to 8 bits, not {scheme.bits}"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
+    return None
+
+
+def conflict(schemes: Sequence[Scheme]) -> str | None:
+    """Why these schemes cannot share one config: they always can."""
     return None
 
 
@@ -62,7 +74,8 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     """The inverse of `pack`."""
     scale = tensors[f"{name}.weight_scale"]
-    zero = torch.full(scale.shape, 0 if scheme.number == "fp8" else scheme.middle, dtype=torch.uint8)
+    middle = 0 if scheme.number == "fp8" else scheme.middle
+    zero = torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
     if scheme.number == "fp8":
         return QuantizedLinear(scheme, tensors[f"{name}.weight"].view(torch.uint8), scale, zero)
     if scheme.activations:
@@ -117,7 +130,7 @@ def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any]) -> list[Group]:
-    """The groups of a `quantization_config` (a "tensor" scheme comes back as "row", which it is stored as)."""
+    """The groups of a `quantization_config`; a "tensor" scheme comes back as "row", which it is stored as."""
     return [Group(_scheme(group), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
 
 
