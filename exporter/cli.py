@@ -36,8 +36,6 @@ data_option = click.option(
 def main() -> None:
     """Entry point of the `mmq` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
-        os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
 
