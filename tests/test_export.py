@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -271,3 +272,36 @@ def test_occupied_output_is_never_touched_without_overwrite(finished: Path, tmp_
     with pytest.raises(ArtifactError, match="did not write"):
         quick_export(foreign, overwrite=True)
     assert contents(foreign) == {"photo.jpg": b"x"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte; needs the right to mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_while_writing_the_artifact_leaves_nothing_there(small_disk: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        quick_export(small_disk / "out", work=tmp_path / "work")
+    assert list(small_disk.iterdir()) == []
+    quick_export(tmp_path / "out", work=tmp_path / "work")  # the finished blocks are still good
+
+
+def test_full_disk_while_storing_a_block_can_be_resumed(finished: Path, small_disk: Path, tmp_path: Path) -> None:
+    work = small_disk / "work"
+    work.mkdir()
+    (small_disk / "filler").write_bytes(bytes(900_000))
+    with pytest.raises(WorkdirError, match="the disk is full") as caught:
+        quick_export(tmp_path / "out", work=work)
+    assert "it resumes" in (caught.value.hint or "")
+    assert not list(work.glob(".*.tmp"))
+    assert not (tmp_path / "out").exists()
+    (small_disk / "filler").unlink()
+    quick_export(tmp_path / "out", work=work)
+    assert contents(tmp_path / "out") == contents(finished)
