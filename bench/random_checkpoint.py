@@ -1,6 +1,6 @@
 """Write a checkpoint of random weights at a real model's true shapes, in hub-style shards.
 
-    python bench/random_checkpoint.py llava-hf--llava-1.5-7b-hf OUT [--device cuda]
+    python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf OUT [--device cuda]
 
 For measuring time and memory where no real weights can be had: shapes, names and dtypes come from
 `tests/headers/`, the tokenizer and chat template from the embedded demo model, the image size from the config.
@@ -9,18 +9,14 @@ For measuring time and memory where no real weights can be had: shapes, names an
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from exporter.checkpoint import DTYPES, ShardWriter  # noqa: E402
-from exporter.demo import MODELS  # noqa: E402
-from tests.headers.read import load_header  # noqa: E402
+from exporter.checkpoint import DTYPES, ShardWriter
+from exporter.demo import MODELS
+from tests.headers.read import load_header
 
 
 def write(header_name: str, out: Path, device: str, shard_bytes: int = 5 * 10**9) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporter.events import Event
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
+from exporter.events import Event
 from exporter.export import Export, export
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe

@@ -1,0 +1,90 @@
+"""Time and memory of a whole export at a real model's true shapes, on random weights.
+
+    python -m bench.export --recipe llava-w4-vit8 --device cuda [--model FOLDER] [--json]
+
+Without --model a random LLaVA-1.5-7B is written first (14 GB). The export runs as its own process, through the same
+command that users run; its anonymous memory (what it holds beside the page cache) is sampled while it runs.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HEADER = "llava-hf--llava-1.5-7b-hf"
+
+
+def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
+    """Largest anonymous memory of a running process, in bytes, into `peak`."""
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return
+        for line in status.splitlines():
+            if line.startswith("RssAnon"):
+                peak["anonymous"] = max(peak.get("anonymous", 0), int(line.split()[1]) * 1024)
+        time.sleep(0.1)
+
+
+def run_export(model: Path, recipe: str, device: str, out: Path, more: list[str]) -> dict[str, Any]:
+    """One export; its own JSON result, wall time and memory."""
+    command = [sys.executable, "-c", "from exporter.cli import main; main()", "export", "--recipe", recipe]
+    command += ["--model", str(model), "--device", device, "--out", str(out), "--skip-evaluation", "--json", *more]
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak: dict[str, int] = {}
+    watcher = threading.Thread(target=watch_memory, args=(process, peak))
+    watcher.start()
+    said, events = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"export failed ({process.returncode}): {said[-2000:]}{events[-4000:]}")
+    result: dict[str, Any] = json.loads(said)
+    return {
+        "recipe": recipe,
+        "wall_s": round(time.monotonic() - start, 1),
+        "seconds": {name: round(value, 1) for name, value in result["seconds"].items()},
+        "device_peak_gib": round(result["peak_device_bytes"] / 2**30, 2),
+        "device_predicted_gib": round(result["plan"]["peak_device_bytes"] / 2**30, 2),
+        "host_peak_gib": round(peak.get("anonymous", 0) / 2**30, 2),
+        "host_predicted_gib": round(result["plan"]["peak_host_bytes"] / 2**30, 2),
+        "artifact_gb": round(result["plan"]["bytes_after"] / 1e9, 2),
+        "verified_linears": result["verified"]["linears"],
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", action="append", default=[])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    more = ["--samples", str(arguments.samples)] if arguments.samples else []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model or Path(scratch) / "llava-1.5-7b-random"
+        if not arguments.model:
+            device = "cuda" if arguments.device in ("auto", "cuda") and shutil.which("nvidia-smi") else "cpu"
+            command = [sys.executable, "-m", "bench.random_checkpoint", HEADER, str(model), "--device", device]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for i, recipe in enumerate(arguments.recipe or ["llava-w4-vit8"]):
+            out = Path(scratch) / f"out{i}"
+            found = run_export(model, recipe, arguments.device, out, more)
+            shutil.rmtree(out)
+            if arguments.json:
+                print(json.dumps(found), flush=True)
+            else:
+                print("\n".join(f"{key:22} {value}" for key, value in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
