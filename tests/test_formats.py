@@ -1,0 +1,359 @@
+"""Artifact formats: what is packed comes back, the bytes are those of the formats' own libraries, configs are read."""
+
+import re
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+from exporter.errors import ArtifactError
+from exporter.formats import FORMATS
+from exporter.formats.group import Group
+from exporter.quantized import FP8, GroupSize, QuantizedLinear, Scheme, quantize
+from tests.oracles import naive_pack_bits
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_FORMATS = {
+    "compressed-tensors": "compressed_tensors",
+    "auto-gptq": "gptq",
+    "gptqmodel": "gptq",
+    "autoawq": "awq",
+}
+INTEGERS = [Scheme(b, g, s) for b in range(2, 9) for g in (8, 32, "row", "tensor") for s in (True, False)]
+INT8 = [Scheme(8, g, activations="int8") for g in ("row", "tensor")]
+FLOATS = [Scheme(8, g, number="fp8", activations=a) for g in ("row", "tensor") for a in (None, "fp8")]
+SCHEMES = INTEGERS + INT8 + FLOATS
+CARRIED = {
+    "compressed_tensors": set(SCHEMES),
+    "gptq": {s for s in INTEGERS if s.bits in (2, 3, 4, 8) and s.symmetric},
+    "awq": {s for s in INTEGERS if s.bits == 4},
+}
+
+WHOLE = {"compressed_tensors": 1, "gptq": 32, "awq": 8}  # both sizes of a linear are multiples of it
+
+
+def random_linear(
+    scheme: Scheme, rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float16
+) -> QuantizedLinear:
+    """Any codes and zero points that the scheme allows."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = scheme.groups(columns)
+    scale = torch.rand(rows, groups, generator=generator) + 0.5
+    scale = scale[:1, :1].expand(rows, groups).contiguous() if scheme.group_size == "tensor" else scale
+    if scheme.number == "fp8":
+        weight, zero = torch.randn(rows, columns, generator=generator), torch.zeros(rows, groups, dtype=torch.uint8)
+        return QuantizedLinear(scheme, quantize(weight, scale.to(dtype), zero, scheme), scale.to(dtype), zero)
+    codes, zero = (
+        torch.randint(0, scheme.levels + 1, shape, generator=generator, dtype=torch.uint8)
+        for shape in ((rows, columns), (rows, groups))
+    )
+    zero = torch.full_like(zero, scheme.middle) if scheme.symmetric else zero
+    return QuantizedLinear(scheme, codes, scale.to(dtype), zero)
+
+
+def assert_equal(found: QuantizedLinear, expected: QuantizedLinear) -> None:
+    """Same scheme and, bit for bit, the same tensors."""
+    assert found.scheme == expected.scheme
+    for name in ("codes", "scale", "zero"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_name_is_the_key(name: str) -> None:
+    assert name == FORMATS[name].NAME
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exactly_the_schemes_of_the_format_are_supported(name: str) -> None:
+    reasons = {scheme: FORMATS[name].supports(scheme, 64, 32) for scheme in SCHEMES}
+    assert {scheme for scheme, reason in reasons.items() if reason is None} == CARRIED[name]
+    assert all(reason is None or len(reason) > 20 for reason in reasons.values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_unpack_inverts_pack(name: str, data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(sorted(CARRIED[name], key=str)))
+    group = scheme.group_size if isinstance(scheme.group_size, int) else 1
+    rows = WHOLE[name] * data.draw(st.integers(1, 70 // WHOLE[name]))
+    columns = lcm(WHOLE[name], group) * data.draw(st.integers(1, max(1, 70 // lcm(WHOLE[name], group))))
+    assert FORMATS[name].supports(scheme, columns, rows) is None
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    linear = random_linear(scheme, rows, columns, data.draw(st.integers(0, 1000)), dtype)
+    tensors = FORMATS[name].pack("a.b", linear)
+    assert tuple(tensors) == FORMATS[name].tensor_names("a.b", scheme)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert_equal(FORMATS[name].unpack("a.b", load(save(tensors)), scheme), linear)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packing_leaves_the_linear_alone(name: str) -> None:
+    for scheme in CARRIED[name]:
+        linear, before = random_linear(scheme, 32, 64), random_linear(scheme, 32, 64)
+        FORMATS[name].unpack("x", FORMATS[name].pack("x", linear), scheme)
+        assert_equal(linear, before)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_on_meta_are_the_real_sizes(name: str) -> None:
+    for scheme in CARRIED[name]:
+        linear = random_linear(scheme, 32, 64)
+        real = FORMATS[name].pack("x", linear)
+        with torch.device("meta"):
+            shell = FORMATS[name].pack("x", linear.to("meta"))
+        assert {k: (t.dtype, t.shape) for k, t in shell.items()} == {k: (t.dtype, t.shape) for k, t in real.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "shape", "words"),
+    [
+        ("compressed_tensors", Scheme(4, 48), (32, 64), "groups of 48"),
+        ("compressed_tensors", Scheme(4, 128), (32, 64), "groups of 128"),
+        ("compressed_tensors", Scheme(9, "row"), (32, 64), "9"),
+        ("compressed_tensors", Scheme(4, "row", activations="int8"), (32, 64), "8 bits"),
+        ("compressed_tensors", Scheme(8, 32, activations="int8"), (32, 64), "group_size row"),
+        ("compressed_tensors", Scheme(8, "row", activations="fp8"), (32, 64), "int8"),
+        ("compressed_tensors", Scheme(8, "row", number="fp8", activations="int8"), (32, 64), "fp8"),
+        ("compressed_tensors", Scheme(8, 32, number="fp8"), (32, 64), "group_size row"),
+        ("gptq", Scheme(4, 48), (32, 64), "groups of 48"),
+        ("gptq", Scheme(4, "row"), (40, 64), "40"),
+        ("gptq", Scheme(4, "row"), (32, 40), "40"),
+        ("gptq", Scheme(4, "row", symmetric=False), (32, 64), "zero point of 0"),
+        ("gptq", Scheme(5, "row"), (32, 64), "not 5"),
+        ("awq", Scheme(4, 48), (32, 64), "groups of 48"),
+        ("awq", Scheme(4, "row"), (12, 64), "12"),
+        ("awq", Scheme(4, "row"), (16, 60), "60"),
+        ("awq", Scheme(8, "row"), (32, 64), "not 8"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_with_a_reason(
+    name: str, scheme: Scheme, shape: tuple[int, int], words: str
+) -> None:
+    rows, columns = shape
+    assert words in (FORMATS[name].supports(scheme, columns, rows) or "")
+
+
+def golden_cases() -> list[tuple[str, str]]:
+    """Library and case of every golden tensor group."""
+    found = []
+    for library in GOLDEN_FORMATS:
+        with safe_open(GOLDEN / f"{library}.safetensors", "pt") as file:
+            found += [(library, case) for case in sorted({key.split("/")[0] for key in file.keys()})]  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize(("library", "case"), golden_cases())
+def test_tensors_equal_those_of_the_formats_own_library(library: str, case: str) -> None:
+    with safe_open(GOLDEN / f"{library}.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if key.startswith(f"{case}/")]  # noqa: SIM118
+        stored = {key.split("/")[1]: file.get_tensor(key) for key in keys}
+    inputs = {name: stored.pop(f"in.{name}") for name in ("codes", "scale", "zero")}
+    bits, size, symmetry, _ = case.split("-")
+    group_size: GroupSize = "row" if size == "row" else int(size)
+    scheme = Scheme(int(bits), group_size, symmetric=symmetry == "sym")
+    linear = QuantizedLinear(scheme, inputs["codes"], inputs["scale"], inputs["zero"])
+    module = FORMATS[GOLDEN_FORMATS[library]]
+    packed = module.pack("x", linear)
+    assert packed.keys() == {f"x.{name}" for name in stored}
+    for name, tensor in stored.items():
+        assert packed[f"x.{name}"].dtype == tensor.dtype, name
+        assert torch.equal(packed[f"x.{name}"], tensor), name
+    assert_equal(module.unpack("x", {f"x.{name}": tensor for name, tensor in stored.items()}, scheme), linear)
+
+
+def test_golden_cases_cover_every_width() -> None:
+    seen = {(GOLDEN_FORMATS[library], int(case.split("-")[0]), case.split("-")[2]) for library, case in golden_cases()}
+    for name, schemes in CARRIED.items():
+        packed = {s for s in schemes if s.number == "int" and not s.activations}
+        assert {(name, s.bits, "sym" if s.symmetric else "asym") for s in packed} <= seen
+
+
+def test_awq_stores_eight_for_symmetric_and_interleaves_nibbles() -> None:
+    codes = torch.arange(8, dtype=torch.uint8).view(8, 1).expand(8, 8).contiguous()
+    linear = QuantizedLinear(Scheme(4, "row"), codes, torch.ones(8, 1).half(), torch.full((8, 1), 8, dtype=torch.uint8))
+    tensors = FORMATS["awq"].pack("x", linear)
+    assert tensors["x.qweight"].tolist() == [[0x75316420]] * 8
+    assert tensors["x.qzeros"].tolist() == [[0x88888888 - (1 << 32)]]
+
+
+def test_gptq_stores_zero_points_minus_one() -> None:
+    tensors = FORMATS["gptq"].pack("x", random_linear(Scheme(4, 32), 32, 64))
+    assert tensors["x.qzeros"].tolist() == [[0x77777777] * 4] * 2
+    assert tensors["x.g_idx"].tolist() == [0] * 32 + [1] * 32
+
+
+def test_gptq_refuses_reordered_columns() -> None:
+    scheme = Scheme(4, 32)
+    tensors = FORMATS["gptq"].pack("x", random_linear(scheme, 32, 64))
+    tensors["x.g_idx"] = tensors["x.g_idx"].flip(0)
+    with pytest.raises(ArtifactError, match="g_idx"):
+        FORMATS["gptq"].unpack("x", tensors, scheme)
+
+
+def test_compressed_int8_and_float8_tensors_hold_the_values_themselves() -> None:
+    module = FORMATS["compressed_tensors"]
+    linear = random_linear(Scheme(8, "row", activations="int8"), 4, 10)
+    weight = module.pack("x", linear)["x.weight"]
+    assert weight.dtype == torch.int8
+    assert torch.equal(weight.float() * linear.scale.float(), linear.dequantize())
+    linear = random_linear(Scheme(8, "row", number="fp8", activations="fp8"), 4, 10)
+    weight = module.pack("x", linear)["x.weight"]
+    assert weight.dtype == FP8
+    assert torch.equal(weight.float() * linear.scale.float(), linear.dequantize())
+
+
+def test_compressed_zero_points_are_packed_along_outputs() -> None:
+    linear = random_linear(Scheme(3, 8, symmetric=False), 21, 24)
+    packed = FORMATS["compressed_tensors"].pack("x", linear)["x.weight_zero_point"]
+    assert packed.shape == (2, 3)
+    assert packed.T.tolist() == naive_pack_bits(linear.zero.T.tolist(), 3)
+
+
+MIXED = [
+    Group(Scheme(4, 128), (r"re:.*language_model.*\.(q_proj|qkv_proj)$",)),
+    Group(Scheme(3, "row", symmetric=False), (r"re:.*mlp\.down_proj$", r"re:.*mlp\.up_proj$")),
+    Group(Scheme(8, "row", activations="int8"), (r"re:.*vision_tower.*\.fc1$",)),
+    Group(Scheme(8, "row", number="fp8", activations="fp8"), (r"re:.*vision_tower.*\.fc2$",)),
+    Group(Scheme(8, "row", number="fp8"), ("multi_modal_projector.linear_1",)),
+]
+KEPT = ["language_model.lm_head", "multi_modal_projector.linear_2"]
+
+
+def test_compressed_config_round_trips() -> None:
+    module = FORMATS["compressed_tensors"]
+    for count in range(len(MIXED) + 1):
+        config = module.quantization_config(MIXED[:count], KEPT)
+        assert module.read_config(config) == MIXED[:count]
+        assert config["ignore"] == KEPT
+
+
+def test_compressed_config_names_each_layout() -> None:
+    module = FORMATS["compressed_tensors"]
+    assert module.quantization_config(MIXED[:2], [])["format"] == "pack-quantized"
+    config = module.quantization_config(MIXED, [])
+    assert config["format"] == "mixed-precision"
+    layouts = [group["format"] for group in config["config_groups"].values()]
+    assert layouts == ["pack-quantized"] * 2 + ["int-quantized"] + ["float-quantized"] * 2
+    assert module.quantization_config(MIXED[2:3], [])["format"] == "int-quantized"
+    assert "actorder" not in str(config)
+
+
+def test_a_scale_a_tensor_is_stored_as_equal_scales_a_row() -> None:
+    module = FORMATS["compressed_tensors"]
+    config = module.quantization_config([Group(Scheme(4, "tensor"), ("re:x",))], [])
+    assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
+    assert module.read_config(config) == [Group(Scheme(4, "row"), ("re:x",))]
+
+
+def gptq_override(config: dict[str, Any], module: str) -> dict[str, Any] | None:
+    """What a reader finds for a module: the first rule that matches wins; None is left in 16 bit."""
+    for rule, changes in config["dynamic"].items():
+        if re.match(rule[2:], module):
+            return None if rule.startswith("-:") else {**config, **changes}
+    return config
+
+
+def test_gptq_config_gives_each_module_its_scheme() -> None:
+    groups = [
+        Group(Scheme(4, 128), (r"re:language.*\.q_proj$", r"re:language.*\.o_proj$")),
+        Group(Scheme(8, "row"), (r"re:vision.*\.fc1$", "projector.linear_1")),
+    ]
+    config = FORMATS["gptq"].quantization_config(groups, KEPT)
+    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 128, True, False)
+    assert config["checkpoint_format"] == "gptq"
+    for module, bits, size in (
+        ("language.3.q_proj", 4, 128),
+        ("vision.1.fc1", 8, -1),
+        ("projector.linear_1", 8, -1),
+    ):
+        found = gptq_override(config, module)
+        assert found is not None
+        assert (found["bits"], found["group_size"], found["sym"]) == (bits, size, True)
+    assert all(gptq_override(config, module) is None for module in KEPT)
+    assert gptq_override(config, "projectorXlinear_1") is config  # a name is not a pattern
+    patterns = [Group(groups[1].scheme, (r"re:vision.*\.fc1$", r"re:projector\.linear_1$"))]
+    assert FORMATS["gptq"].read_config(config) == groups[:1] + patterns
+
+
+def test_gptq_config_without_rules_is_one_group() -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False}
+    assert FORMATS["gptq"].read_config(config) == [Group(Scheme(4, "row"), ("re:.*",))]
+
+
+def test_awq_config() -> None:
+    module = FORMATS["awq"]
+    groups = [Group(Scheme(4, 64), ("re:a",)), Group(Scheme(4, 64, symmetric=False), ("re:b",))]
+    config = module.quantization_config(groups, KEPT)
+    assert config == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": KEPT,
+    }
+    assert module.read_config(config) == [Group(Scheme(4, 64, symmetric=False), ("re:.*",))]
+    row = module.quantization_config([Group(Scheme(4, "tensor"), ("re:a",))], [])
+    assert row["group_size"] == -1
+    assert module.read_config(row)[0].scheme.group_size == "row"
+
+
+def test_only_awq_wants_one_group_size_for_all() -> None:
+    schemes = [Scheme(4, 64), Scheme(4, 128)]
+    assert "W4 g128, W4 g64" in (FORMATS["awq"].conflict(schemes) or "")
+    assert FORMATS["awq"].conflict([Scheme(4, 64), Scheme(4, 64, symmetric=False)]) is None
+    assert FORMATS["gptq"].conflict(schemes) is None
+    assert FORMATS["compressed_tensors"].conflict(schemes) is None
+    with pytest.raises(ArtifactError, match="one group size"):
+        FORMATS["awq"].quantization_config([Group(s, ("re:x",)) for s in schemes], [])
+
+
+def compressed_tensors_scheme(scheme: Scheme) -> Any:
+    """The library's own reading of our config for one scheme; skips when the library is absent or too old."""
+    library = pytest.importorskip("compressed_tensors")
+    if tuple(int(part) for part in library.__version__.split(".")[:2]) < (0, 18):
+        pytest.skip("compressed-tensors before 0.18 packs 3, 5, 6 and 7 bits in another shape than vLLM reads")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = FORMATS["compressed_tensors"].quantization_config([Group(scheme, ("Linear",))], [])
+    return QuantizationConfig.model_validate(config).config_groups["group_0"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
+def test_compressed_tensors_decompresses_to_our_values(scheme: Scheme) -> None:
+    theirs = compressed_tensors_scheme(scheme)
+    from compressed_tensors.compressors import BaseCompressor
+
+    layout = (
+        "float-quantized" if scheme.number == "fp8" else "int-quantized" if scheme.activations else "pack-quantized"
+    )
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = random_linear(scheme, 20, 64, dtype=dtype)
+        tensors = FORMATS["compressed_tensors"].pack("x", linear)
+        weight = compressor.decompress({key[2:]: t for key, t in tensors.items()}, theirs)["weight"]
+        assert torch.equal(weight, linear.dequantize(weight.dtype))
+
+
+def test_compressed_tensors_accepts_a_mixed_config() -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = FORMATS["compressed_tensors"].quantization_config(MIXED, KEPT)
+    found = QuantizationConfig.model_validate(config)
+    assert found.ignore == KEPT
+    assert [group.format for group in found.config_groups.values()] == [
+        group["format"] for group in config["config_groups"].values()
+    ]
+    for group, ours in zip(found.config_groups.values(), MIXED, strict=True):
+        assert (group.weights.num_bits, group.weights.symmetric) == (ours.scheme.bits, ours.scheme.symmetric)
+        assert (group.input_activations is not None) == bool(ours.scheme.activations)
