@@ -44,12 +44,13 @@ def write(
     out: Path,
     provenance: Mapping[str, Any],
     on_event: Callable[[Event], None],
+    device: torch.device,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the artifact to `out` (ArtifactError when the folder is in use, CheckpointError when a source is bad).
 
-    provenance: what the manifest says of calibration data (ids, seed) and device.
+    provenance: what the manifest says of calibration data (ids, seed) and device. device: where codes are packed.
     """
     refuse_occupied(out, overwrite)
     temporary = out.with_name(f".{out.name}.mmq-tmp")
@@ -58,10 +59,17 @@ def write(
         temporary.mkdir(parents=True)
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(lambda name: (name, sha256(checkpoint.folder / name)), checkpoint.files())
-            shards, digests = _write_tensors(plan, checkpoint, workdir, temporary, shard_bytes, on_event)
-            source = {"model": plan.origin, "shards": dict(hashes)}
-        _write_texts(plan, checkpoint, temporary)
-        manifest = _manifest(plan, source, shards, digests, workdir, provenance, temporary)
+            writer = ShardWriter(temporary, shard_bytes)
+            digests = _write_tensors(plan, checkpoint, workdir, writer, device, on_event)
+            shards = writer.finish()
+            _write_texts(plan, checkpoint, temporary)
+            names = sorted(path.name for path in temporary.iterdir())
+            files = dict(zip(names, pool.map(lambda name: sha256(temporary / name), names), strict=True))
+            manifest = _manifest(plan, digests, workdir) | {
+                "source": {"model": plan.origin, "shards": dict(hashes)},
+                "files": files,
+                "shards": shards,
+            }
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if out.exists():
             shutil.rmtree(out)
@@ -88,12 +96,12 @@ def _write_tensors(
     plan: Plan,
     checkpoint: Checkpoint,
     workdir: Workdir,
-    folder: Path,
-    shard_bytes: int,
+    writer: ShardWriter,
+    device: torch.device,
     on_event: Callable[[Event], None],
-) -> tuple[list[str], dict[str, str]]:
-    """Every tensor of the source, packed or as it was; returns shard names and the digests of the packed linears."""
-    writer, digests = ShardWriter(folder, shard_bytes), {}
+) -> dict[str, str]:
+    """Every tensor of the source, packed or as it was; returns the digests of the packed linears."""
+    digests: dict[str, str] = {}
     format_module = FORMATS[plan.recipe.format]
     unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
     loaded: tuple[int, UnitResult] | None = None
@@ -104,16 +112,16 @@ def _write_tensors(
             continue
         unit = unit_of[row.tensor.name]
         if loaded is None or loaded[0] != unit.index:
-            loaded = (unit.index, workdir.read(unit))
+            loaded = (unit.index, workdir.read(unit, device))
             on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
         linear = loaded[1].linears[row.module]
         if row.decision == "packed":
             digests[row.module] = digest(linear)
             for name, tensor in format_module.pack(row.module, linear).items():
-                writer.add(name, tensor)
+                writer.add(name, tensor.cpu())
         else:
-            writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype))
-    return writer.finish(), digests
+            writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype).cpu())
+    return digests
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
@@ -141,27 +149,15 @@ def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _manifest(
-    plan: Plan,
-    source: dict[str, Any],
-    shards: list[str],
-    digests: dict[str, str],
-    workdir: Workdir,
-    provenance: Mapping[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
+def _manifest(plan: Plan, digests: dict[str, str], workdir: Workdir) -> dict[str, Any]:
     results = [workdir.read_notes(unit) for unit in plan.units]
     return {
         "format_version": 1,
         "family": plan.family.name,
         "format": plan.recipe.format,
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.digest()},
-        "source": source,
         "fingerprint": workdir.fingerprint,
-        "provenance": dict(provenance),
         "versions": {name: _version(name) for name in PACKAGES},
-        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
-        "shards": shards,
         "units": [unit.block for unit in plan.units],
         "linears": digests,
         "errors": {name: error for errors, _ in results for name, error in errors.items()},
@@ -180,21 +176,22 @@ def _version(package: str) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact, read back: its tensors by checkpoint name, quantized ones dequantized."""
+    """A finished artifact, read back: its tensors by checkpoint name, quantized ones unpacked on `device`."""
 
     checkpoint: Checkpoint
     manifest: dict[str, Any]
     groups: tuple[Group, ...]
+    device: torch.device
 
     @classmethod
-    def open(cls, folder: Path) -> "Artifact":
+    def open(cls, folder: Path, device: torch.device | None = None) -> "Artifact":
         """Headers, config and manifest; ArtifactError when the folder is no mmq artifact."""
         if not (folder / MANIFEST).exists():
             raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
         manifest = read_json(folder / MANIFEST)
         checkpoint = Checkpoint.open(folder, origin=folder.name)
         found = FORMATS[manifest["format"]].read_config(checkpoint.config.get("quantization_config") or {})
-        return cls(checkpoint, manifest, tuple(found))
+        return cls(checkpoint, manifest, tuple(found), device or torch.device("cpu"))
 
     @property
     def family(self) -> Family:
@@ -225,7 +222,7 @@ class Artifact:
     def linear(self, module: str) -> QuantizedLinear:
         """One packed linear, unpacked."""
         scheme = self.scheme_of(module)
-        tensors = {name: self.checkpoint.read(name) for name in self._stored(module)}
+        tensors = {name: self.checkpoint.read(name).to(self.device) for name in self._stored(module)}
         linear: QuantizedLinear = FORMATS[self.manifest["format"]].unpack(module, tensors, scheme)
         return linear
 

@@ -6,7 +6,8 @@ A finished unit is never computed again: its block runs with the weights from it
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,21 +53,31 @@ class Flow:
         return result
 
 
-@dataclass
 class Job:
     """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
 
-    plan: Plan
-    checkpoint: Checkpoint
-    workdir: Workdir
-    device: Device
-    on_event: Callable[[Event], None]
-    stream: Stream
-    finished: int
-    _cached: tuple[int, UnitResult] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        self._unit_of = {row.tensor.name: unit for unit in self.plan.units for row in unit.rows}
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        workdir: Workdir,
+        device: Device,
+        on_event: Callable[[Event], None],
+        writer: Executor,
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.workdir = workdir
+        self.device = device
+        self.on_event = on_event
+        self.stream = Stream(
+            plan.family, checkpoint.config, device.torch_device, device.compute_dtype(_stored_dtype(plan))
+        )
+        self.finished = workdir.done(plan.units)
+        self._unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
+        self._cached: tuple[int, UnitResult] | None = None
+        self._writer = writer
+        self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
 
     def read(self, name: str) -> Tensor:
         """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
@@ -74,18 +85,26 @@ class Job:
         if unit is None or unit.index >= self.finished:
             return self.checkpoint.read(name)
         if self._cached is None or self._cached[0] != unit.index:
+            self.settle()
             self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
         return self._cached[1].linears[name.removesuffix(".weight")].dequantize()
 
     def commit(self, unit: Unit, result: UnitResult) -> None:
-        """Store a unit and tell about it."""
-        self.workdir.commit(unit, result)
+        """Store a unit while the next one is computed."""
+        self.settle()
+        self._writing = (unit, result, self._writer.submit(self.workdir.commit, unit, result))
         self.finished = unit.index + 1
-        worst = max(result.errors.values(), default=0.0)
-        total = len(self.plan.units)
-        self.on_event(Event("quantize", self.finished, total, unit.block, {"error": worst}))
+
+    def settle(self) -> None:
+        """Wait until the last unit is safely on disk, and only then tell about it."""
+        if self._writing is None:
+            return
+        (unit, result, writing), self._writing = self._writing, None
+        writing.result()
+        total, worst = len(self.plan.units), max(result.errors.values(), default=0.0)
+        self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
         for note in result.notes:
-            self.on_event(Event("note", self.finished, total, note))
+            self.on_event(Event("note", unit.index + 1, total, note))
 
 
 def run(
@@ -101,20 +120,19 @@ def run(
     batches: model inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) on the CPU; may be empty when no unit
     needs statistics. Raises CheckpointError (bad weights), CalibrationError (bad activations).
     """
-    dtype = device.compute_dtype(_stored_dtype(plan))
-    finished = workdir.done(plan.units)
-    if finished:
-        on_event(Event("quantize", finished, len(plan.units), "resumed", {}))
-    stream = Stream(plan.family, checkpoint.config, device.torch_device, dtype)
-    job = Job(plan, checkpoint, workdir, device, on_event, stream, finished)
-    for component in plan.family.components:
-        units = [unit for unit in plan.units if unit.component == component.name]
-        todo = [unit for unit in units if unit.index >= job.finished]
-        if any(unit.needs_statistics for unit in todo):
-            _walk(job, component, units, batches)
-        else:
-            for unit in todo:
-                job.commit(unit, _quantize_unit(job, component, unit, flows=()))
+    with ThreadPoolExecutor(1) as writer:
+        job = Job(plan, checkpoint, workdir, device, on_event, writer)
+        if job.finished:
+            on_event(Event("quantize", job.finished, len(plan.units), "resumed"))
+        for component in plan.family.components:
+            units = [unit for unit in plan.units if unit.component == component.name]
+            todo = [unit for unit in units if unit.index >= job.finished]
+            if any(unit.needs_statistics for unit in todo):
+                _walk(job, component, units, batches)
+            else:
+                for unit in todo:
+                    job.commit(unit, _quantize_unit(job, component, unit, flows=()))
+        job.settle()
 
 
 def _stored_dtype(plan: Plan) -> torch.dtype:
@@ -240,7 +258,7 @@ def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 def _quantize_stack(
     job: Job, stack: Sequence[PlanRow], statistics: Any, notes: list[str]
 ) -> list[tuple[PlanRow, QuantizedLinear, float]]:
-    weights = [_finite_weight(job, row) for row in stack]
+    weights = [_finite_weight(job, row, loaded=statistics is not None) for row in stack]
     rule = stack[0].rule
     assert rule is not None
     method, scheme = METHODS[rule.method], rule.scheme()
@@ -257,8 +275,10 @@ def _quantize_stack(
     return results
 
 
-def _finite_weight(job: Job, row: PlanRow) -> Tensor:
-    weight = job.checkpoint.read(row.tensor.name).to(job.device.torch_device, torch.float32)
+def _finite_weight(job: Job, row: PlanRow, loaded: bool) -> Tensor:
+    """The weight f32 `[out, in]`, from the live block when it is loaded."""
+    read = job.stream.parameter if loaded else job.checkpoint.read
+    weight = read(row.tensor.name).to(job.device.torch_device, torch.float32)
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise CheckpointError(

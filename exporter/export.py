@@ -85,7 +85,7 @@ def export(
         calibrate.run(plan, checkpoint, workdir, inputs, device, on_event)
     synchronize(device)
     clock.lap("quantize")
-    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, overwrite)
+    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, device.torch_device, overwrite)
     clock.lap("write")
     peak, _ = peak_bytes(device)
     verified = verify(out, device, on_event)
@@ -191,7 +191,7 @@ def measure(
     on_event: Listener,
 ) -> evaluate.Report:
     """Answer all samples with the source model, then with the artifact, and compare."""
-    finished = artifact.Artifact.open(out)
+    finished = artifact.Artifact.open(out, device.torch_device)
     family: Family = finished.family
     found = []
     for label, names, read in (

@@ -55,6 +55,12 @@ class Stream:
         """The live module of a checkpoint name without `.weight`."""
         return self.model.get_submodule(self.family.live_name(name))
 
+    def parameter(self, name: str) -> Tensor:
+        """A loaded tensor, by checkpoint name."""
+        module, attribute = self._place(name)
+        tensor: Tensor = getattr(module, attribute)
+        return tensor.detach()
+
     def _place(self, name: str) -> tuple[nn.Module, str]:
         path, _, attribute = self.family.live_name(name).rpartition(".")
         try:

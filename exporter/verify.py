@@ -35,7 +35,7 @@ def verify(folder: Path, device: Device, on_event: Callable[[Event], None], load
 
     load: also open it in transformers through compressed-tensors (when that is installed) and compare logits.
     """
-    artifact = Artifact.open(folder)
+    artifact = Artifact.open(folder, device.torch_device)
     problems = _wrong_files(folder, artifact.manifest, on_event)
     if not problems:
         problems = _wrong_linears(artifact, on_event)
@@ -43,7 +43,7 @@ def verify(folder: Path, device: Device, on_event: Callable[[Event], None], load
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ArtifactError(f"{folder} does not hold what its manifest says:\n{lines}", "export it again")
     skipped = _why_not_load(artifact, device) if load else "not asked for"
-    difference = None if skipped else logit_difference(artifact, folder)
+    difference = None if skipped else logit_difference(Artifact.open(folder), folder)
     if difference is not None and not difference <= LOGIT_TOLERANCE:
         raise ArtifactError(f"{folder}: transformers computes other logits from it (difference {difference:.2e})")
     return Verified(len(artifact.manifest["files"]), len(artifact.manifest["linears"]), difference, skipped)

@@ -1,0 +1,166 @@
+"""Streaming calibration against a naive twin that keeps the whole model and runs it from the start every time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from exporter import calibrate
+from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.device import choose
+from exporter.errors import CalibrationError
+from exporter.events import Event
+from exporter.families import FAMILIES, Family
+from exporter.methods import METHODS
+from exporter.plan import Plan, make_plan
+from exporter.quantized import QuantizedLinear
+from exporter.recipe import Recipe, Rule
+from exporter.recipe_file import load_recipe
+from exporter.workdir import Workdir
+from tests.test_families import live_model, tiny_inputs
+
+LLAVA = FAMILIES["llava"]
+RULES = (
+    Rule(component="vision", method="gptq", bits=4, group_size=16),
+    Rule(component="projector", method="gptq", bits=4, group_size="row"),
+    Rule(component="language", method="rtn", bits=3, group_size="row", blocks="0:1", role="attention"),
+    Rule(component="language", method="gptq", bits=3, group_size=32, symmetric=False),
+)
+
+
+def tiny_checkpoint(folder: Path, family: Family = LLAVA) -> Checkpoint:
+    """The tiny model of the family as a hub-style folder in float32, so that nothing is rounded on the way."""
+    folder.mkdir()
+    writer = ShardWriter(folder, 10**9)
+    for name, parameter in live_model(family).named_parameters():
+        writer.add(family.canonical_name(name), parameter.detach().clone())
+    writer.finish()
+    (folder / "config.json").write_text(json.dumps(family.tiny_config()))
+    return Checkpoint.open(folder, family.canonical_name)
+
+
+def plan_for(checkpoint: Checkpoint, rules: tuple[Rule, ...] = RULES) -> Plan:
+    """A plan with the given rules on the tiny model."""
+    recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule.model_dump() for rule in rules]}
+    return make_plan(Recipe.model_validate(recipe), checkpoint, LLAVA, choose("cpu"))
+
+
+def streamed(plan: Plan, checkpoint: Checkpoint, work: Path, batches: list[dict[str, torch.Tensor]]) -> Workdir:
+    """Run the calibration; the work folder holds the result."""
+    workdir = Workdir.open(work, {"test": 1})
+    calibrate.run(plan, checkpoint, workdir, batches, choose("cpu"), lambda event: None)
+    return workdir
+
+
+def whole_model_twin(plan: Plan, batches: list[dict[str, torch.Tensor]]) -> dict[str, QuantizedLinear]:
+    """The same walk without streaming: for every phase, run the whole model on all batches and watch one linear."""
+    model, results = live_model(LLAVA), {}
+    for unit in plan.units:
+        component = LLAVA.component(unit.component)
+        for phase in component.phases:
+            rows = [row for row in unit.rows if row.linear in phase]
+            if not rows:
+                continue
+            statistics = watch_one(model, rows[0].module, component.padded, batches)
+            for row in rows:
+                linear = model.get_submodule(LLAVA.live_name(row.module))
+                method = METHODS[row.rule.method]
+                arguments = (row.scheme, row.rule.parsed_options(), torch.bfloat16)
+                results[row.module], _ = method.quantize_linear(linear.weight.detach(), statistics, *arguments)
+            for row in rows:
+                linear = model.get_submodule(LLAVA.live_name(row.module))
+                linear.weight.data = results[row.module].dequantize()
+    return results
+
+
+def watch_one(model: nn.Module, module: str, padded: bool, batches: list[dict[str, torch.Tensor]]) -> object:
+    """GPTQ statistics of one linear's input over whole forward passes, padding left out."""
+    linear = model.get_submodule(LLAVA.live_name(module))
+    statistics = METHODS["gptq"].Statistics(linear.in_features, torch.device("cpu"))
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+
+        def see(_: nn.Module, args: tuple[torch.Tensor, ...], mask: torch.Tensor = mask) -> None:
+            x = args[0]
+            statistics.update(x[mask] if padded else x.reshape(-1, x.shape[-1]))
+
+        handle = linear.register_forward_pre_hook(see)
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        handle.remove()
+    return statistics
+
+
+def test_streaming_equals_running_the_whole_model(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan, batches = plan_for(checkpoint), [tiny_inputs(LLAVA, 2, 6), tiny_inputs(LLAVA, 3, 9)]
+    assert [unit.component for unit in plan.units] == ["vision"] * 2 + ["projector"] + ["language"] * 2
+    workdir = streamed(plan, checkpoint, tmp_path / "work", batches)
+    expected = whole_model_twin(plan, batches)
+    found = {name: q for unit in plan.units for name, q in workdir.read(unit).linears.items()}
+    assert found.keys() == expected.keys()
+    for name, linear in found.items():
+        same = (linear.codes == expected[name].codes).float().mean()
+        assert same > 0.995, f"{name}: {same:.4f} of the codes agree; float sums in another order move a few"
+        assert torch.equal(linear.scale, expected[name].scale), name
+
+
+def test_padding_does_not_change_the_result(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, RULES[3:])
+    batch = tiny_inputs(LLAVA, 2, 6)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][-1, :2] = 77  # only tokens that the mask hides
+    first = streamed(plan, checkpoint, tmp_path / "a", [batch])
+    second = streamed(plan, checkpoint, tmp_path / "b", [other])
+    for unit in plan.units:
+        for name, linear in first.read(unit).linears.items():
+            assert torch.equal(linear.codes, second.read(unit).linears[name].codes), name
+
+
+def test_rounding_needs_no_data_and_reads_weights_only(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (Rule(component="language", method="rtn", bits=4, group_size=32),))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", [])
+    row = plan.units[1].rows[3]
+    expected, _ = METHODS["rtn"].quantize_linear(
+        checkpoint.read(row.tensor.name), None, row.scheme, row.rule.parsed_options(), torch.bfloat16
+    )
+    assert torch.equal(workdir.read(plan.units[1]).linears[row.module].codes, expected.codes)
+
+
+def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan, batches = plan_for(checkpoint, RULES[:1]), [tiny_inputs(LLAVA)]
+    result = streamed(plan, checkpoint, tmp_path / "work", batches).read(plan.units[0])
+    module = f"{plan.units[0].block}.self_attn.q_proj"
+    statistics = watch_one(live_model(LLAVA), module, False, batches)
+    weight = checkpoint.read(f"{module}.weight")
+    lost = statistics.energy(weight - result.linears[module].dequantize()) / statistics.energy(weight)
+    assert result.errors[module] == pytest.approx(lost**0.5, rel=1e-3)
+    assert 0 < result.errors[module] < 0.2
+
+
+def test_missing_data_and_infinite_activations_are_errors(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint)
+    with pytest.raises(CalibrationError, match="need calibration data"):
+        streamed(plan, checkpoint, tmp_path / "a", [])
+    batch = tiny_inputs(LLAVA)
+    batch["pixel_values"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(CalibrationError, match="not finite"):
+        streamed(plan, checkpoint, tmp_path / "b", [batch])
+
+
+def test_events_count_units_that_are_on_disk(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan, workdir, counts = plan_for(checkpoint), Workdir.open(tmp_path / "work", {}), []
+
+    def listen(event: Event) -> None:
+        if event.stage == "quantize":
+            counts.append((event.done, len(list((tmp_path / "work").glob("[0-9]*.safetensors")))))
+
+    calibrate.run(plan, checkpoint, workdir, [tiny_inputs(LLAVA)], choose("cpu"), listen)
+    assert counts == [(i, i) for i in range(1, len(plan.units) + 1)]
