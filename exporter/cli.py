@@ -1,36 +1,30 @@
-"""The command line: the only file that prints. Errors become a message, a hint and an exit code."""
+"""The `mmq` command and its first subcommands; `cli_NAME.py` hold the others, `cli_options.py` what they share."""
 
-import json
 import os
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
 
 import click
-from rich.console import Console
 
-from exporter.errors import Interrupted, MmqError
+from exporter.cli_evaluate import evaluate
+from exporter.cli_options import (
+    adjusted,
+    artifact_argument,
+    data_option,
+    device_option,
+    json_option,
+    model_option,
+    recipe_option,
+    reports_errors,
+    revision_option,
+    say,
+)
+from exporter.errors import Interrupted
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 
 EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
-
-recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
-model_option = click.option("--model", metavar="MODEL", help="Hub id, local folder or demo-llava [the recipe's model].")
-revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
-)
-data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of images with metadata.jsonl to calibrate and evaluate on, instead of the built-in drawings.",
-)
 
 
 def main() -> None:
@@ -38,33 +32,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an MmqError into a message and its exit code; MMQ_DEBUG=1 shows the traceback too."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except MmqError as error:
-            if os.environ.get("MMQ_DEBUG"):
-                raise
-            fail(error, bool(kwargs.get("as_json")))
-
-    return run
-
-
-def fail(error: MmqError, as_json: bool) -> NoReturn:
-    """Say what went wrong and what to do next, and end with the error's exit code."""
-    if as_json:
-        said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
-        click.echo(json.dumps(said))
-    else:
-        click.echo(f"Error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"Hint: {error.hint}", err=True)
-    sys.exit(error.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
@@ -153,25 +120,6 @@ def export(
         raise_if_failed(result.report, target)
 
 
-def adjusted(
-    recipe: Recipe,
-    model: str | None = None,
-    revision: str | None = None,
-    seed: int | None = None,
-    samples: int | None = None,
-    eval_samples: int | None = None,
-    data: Path | None = None,
-) -> Recipe:
-    """The recipe with what the command line overrides; another model drops the recipe's revision."""
-    if model:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
-    return recipe.adjusted(
-        model={"repo": model, "revision": revision},
-        calibration={"seed": seed, "samples": samples, "data": "folder" if data else None},
-        evaluation={"samples": eval_samples},
-    )
-
-
 @cli.command()
 @recipe_option
 @model_option
@@ -202,16 +150,8 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool) ->
     say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
 
 
-def say(result: Any) -> None:
-    """Print a result: plain data as one JSON line, anything else as rich renders it."""
-    if isinstance(result, dict | list):
-        click.echo(json.dumps(result))
-    else:
-        Console(highlight=False, markup=False, soft_wrap=isinstance(result, str)).print(result)
-
-
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@artifact_argument
 @device_option
 @click.option("--no-load", is_flag=True, help="Check files and integers only; do not open it in transformers.")
 @json_option
@@ -231,40 +171,6 @@ def verify(artifact: Path, device: str, no_load: bool, as_json: bool) -> None:
     with Listener(as_json) as listen:
         found = run(artifact, choose(device), listen, load=not no_load)
     say(asdict(found) if as_json else show.verified_line(found))
-
-
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--baseline", metavar="MODEL", help="Full-precision model to compare with [the artifact's source].")
-@device_option
-@data_option
-@click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
-@json_option
-@reports_errors
-def evaluate(
-    artifact: Path, baseline: str | None, device: str, data: Path | None, eval_samples: int | None, as_json: bool
-) -> None:
-    """Measure an artifact again beside its full-precision model and decide its gates.
-
-    \b
-    Example:
-      mmq evaluate artifacts/demo-llava-w4-vit8 --eval-samples 1000
-    """
-    from exporter import show
-    from exporter.device import choose
-    from exporter.evaluate import raise_if_failed, write_report
-    from exporter.export import evaluation_samples, measure, prepare
-    from exporter.progress import Listener
-
-    own = load_recipe(str(artifact / "recipe.yaml"))
-    recipe = adjusted(own, baseline, None, eval_samples=eval_samples, data=data)
-    chosen = choose(device)
-    plan, checkpoint = prepare(recipe, chosen)
-    with Listener(as_json) as listen:
-        found = measure(checkpoint, artifact, evaluation_samples(plan, data), recipe, chosen, listen)
-    write_report(artifact, found)
-    say(found.as_json() if as_json else show.report_table(found))
-    raise_if_failed(found, artifact)
 
 
 @cli.command()
@@ -298,3 +204,6 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     say(found if as_json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
+
+
+cli.add_command(evaluate)

@@ -1,0 +1,83 @@
+"""What commands share: options, errors as messages with exit codes, and printing a result."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from exporter.errors import MmqError
+from exporter.recipe import Recipe
+
+recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
+model_option = click.option("--model", metavar="MODEL", help="Hub id, local folder or demo-llava [the recipe's model].")
+revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
+)
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of images with metadata.jsonl to calibrate and evaluate on, instead of the built-in drawings.",
+)
+artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an MmqError into a message and its exit code; MMQ_DEBUG=1 shows the traceback too."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MmqError as error:
+            if os.environ.get("MMQ_DEBUG"):
+                raise
+            fail(error, bool(kwargs.get("as_json")))
+
+    return run
+
+
+def fail(error: MmqError, as_json: bool) -> NoReturn:
+    """Say what went wrong and what to do next, and end with the error's exit code."""
+    if as_json:
+        said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
+        click.echo(json.dumps(said))
+    else:
+        click.echo(f"Error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"Hint: {error.hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+def say(result: Any) -> None:
+    """Print a result: plain data as one JSON line, anything else as rich renders it."""
+    if isinstance(result, dict | list):
+        click.echo(json.dumps(result))
+    else:
+        Console(highlight=False, markup=False, soft_wrap=isinstance(result, str)).print(result)
+
+
+def adjusted(
+    recipe: Recipe,
+    model: str | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    data: Path | None = None,
+) -> Recipe:
+    """The recipe with what the command line overrides; another model drops the recipe's revision."""
+    if model:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
+    return recipe.adjusted(
+        model={"repo": model, "revision": revision},
+        calibration={"seed": seed, "samples": samples, "data": "folder" if data else None},
+        evaluation={"samples": eval_samples},
+    )
