@@ -40,6 +40,16 @@ class ArtifactError(MmqError):
     """An artifact cannot be written, or does not hold what its plan says."""
 
 
+class ServeError(MmqError):
+    """The serving engine is missing, does not start, or does not answer."""
+
+
+class CheckFailed(MmqError):
+    """The serving engine answers differently from the reference."""
+
+    exit_code = 3
+
+
 class GateFailed(MmqError):
     """The artifact lost more of its task than the recipe allows."""
 

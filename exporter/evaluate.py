@@ -1,6 +1,7 @@
 """Baseline beside artifact on the same samples: metrics, paired intervals, and the recipe's gates."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,15 @@ class Verdict:
     lost: float
     passed: bool
 
+    def __str__(self) -> str:
+        """The verdict as a sentence."""
+        name = f"{self.gate.task} {self.gate.metric}"
+        if math.isnan(self.lost):
+            return f"{name}: failed, the full-precision model scores 0, so nothing can be compared"
+        word = "passed" if self.passed else "failed"
+        by = "" if self.gate.decide == "point" else " (upper end of the 95 % interval)"
+        return f"{name}: {word}, lost {self.lost:.1%} of the full-precision score{by}, allowed {self.gate.max_drop:.1%}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -58,7 +68,10 @@ class Report:
         return {
             "passed": self.passed,
             "measures": [{**asdict(m), "difference": asdict(m.difference)} for m in self.measures],
-            "gates": [{**v.gate.model_dump(), "lost": v.lost, "passed": v.passed} for v in self.verdicts],
+            "gates": [
+                {**v.gate.model_dump(), "lost": None if math.isnan(v.lost) else v.lost, "passed": v.passed}
+                for v in self.verdicts
+            ],
             "by_kind": {task: dict(kinds) for task, kinds in self.by_kind.items()},
             "changed": list(self.changed),
         }
@@ -120,7 +133,7 @@ def _decide(gate: Gate, measures: Sequence[Measure]) -> Verdict:
     """A gate compares a relative loss; a baseline of zero cannot be judged and fails."""
     difference = next(m.difference for m in measures if (m.task, m.metric) == (gate.task, gate.metric))
     if difference.before <= 0:
-        return Verdict(gate, 1.0, False)
+        return Verdict(gate, math.nan, False)
     drop = difference.drop if gate.decide == "point" else difference.high
     lost = drop / difference.before
     return Verdict(gate, lost, lost <= gate.max_drop)
@@ -135,11 +148,7 @@ def raise_if_failed(report: Report, where: Path) -> None:
     """GateFailed when a gate failed, saying by how much."""
     failed = [verdict for verdict in report.verdicts if not verdict.passed]
     if failed:
-        lines = "\n".join(
-            f"  {v.gate.task} {v.gate.metric}: lost {v.lost:.1%} of the full-precision score, "
-            f"allowed {v.gate.max_drop:.1%} ({v.gate.decide})"
-            for v in failed
-        )
+        lines = "\n".join(f"  {verdict}" for verdict in failed)
         raise GateFailed(
             f"{where}: {len(failed)} of {len(report.verdicts)} gates failed\n{lines}",
             f"{REPORT} lists changed answers; more bits, smaller groups or another method may help",

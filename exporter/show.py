@@ -63,29 +63,31 @@ def _reasons(rows: list[PlanRow]) -> str:
 def plan_table(plan: Plan) -> Table:
     """The plan by component."""
     table = Table(title=f"{plan.origin} with {plan.recipe.name}", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (
-        ("component", "left"),
-        ("decision", "left"),
-        ("scheme", "left"),
-        ("tensors", "right"),
-        ("before", "right"),
-        ("after", "right"),
-        ("served by, or why kept", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=name != "served by, or why kept")  # type: ignore[arg-type]
+    for name in ("component", "decision", "scheme", "tensors", "before", "after"):
+        table.add_column(name, justify="right" if name in ("tensors", "before", "after") else "left", no_wrap=True)
     for line in plan_summary(plan):
         scheme = f"{line['scheme']} {line['method']}".strip()
         cells = [line["component"], line["decision"], scheme, str(line["tensors"])]
-        table.add_row(*cells, size(line["bytes_before"]), size(line["bytes_after"]), line["why"])
-    total = [size(plan.bytes_before), size(plan.bytes_after), f"{plan.bits_per_weight:.2f} bits a weight, all counted"]
-    table.add_row("total", "", "", str(len(plan.rows)), *total)
+        table.add_row(*cells, size(line["bytes_before"]), size(line["bytes_after"]))
+    table.add_row("total", "", "", str(len(plan.rows)), size(plan.bytes_before), size(plan.bytes_after))
     return table
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """Bits a weight, and for each part what serves it or why it is kept."""
+    notes = [f"{plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted"]
+    for line in plan_summary(plan):
+        said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, vLLM"
+        notes.append(
+            f"  {line['component']}: {said}: {line['why']}" if line["why"] else f"  {line['component']}: {said}"
+        )
+    return notes
 
 
 def plan_page(plan: Plan, device: str, every_tensor: bool) -> RenderableType:
     """The plan with its memory and warnings, and every tensor on request."""
     need = plan.memory
-    parts: list[RenderableType] = [plan_table(plan)]
+    parts: list[RenderableType] = [plan_table(plan), *plan_notes(plan)]
     if every_tensor:
         parts.append(tensor_table(plan))
     parts.append(
@@ -146,8 +148,9 @@ def export_page(result: Export) -> RenderableType:
     device = f", device {memory(result.device_peak)}" if result.device_peak else ""
     return Group(
         plan_table(result.plan),
+        f"{result.plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted",
         verified_line(result.verified),
-        report_table(result.report) if result.report else "evaluation skipped: the artifact is unproven",
+        report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         f"{times}; peak memory: host {memory(result.host_peak)}{device}",
         f"artifact: {result.out}",
         f"serve it: vllm serve {result.out} --limit-mm-per-prompt '{{\"image\": 1}}'",
@@ -175,24 +178,17 @@ def verified_line(verified: Verified) -> str:
     return f"{said}; transformers' logits differ by at most {verified.logit_difference:.1e}"
 
 
-def report_table(report: Report) -> Table:
-    """Metrics with intervals, then gates."""
+def report_page(report: Report) -> RenderableType:
+    """Scores with intervals, then the gates."""
     table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
-    for name in ("task", "metric", "samples", "full precision", "artifact", "change", "95 % interval", "gate"):
-        table.add_column(name, justify="left" if name in ("task", "metric", "gate") else "right", no_wrap=True)
-    verdicts = {(v.gate.task, v.gate.metric): v for v in report.verdicts}
+    for name in ("score", "samples", "full", "artifact", "change", "95 % interval"):
+        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for m in report.measures:
-        verdict = verdicts.get((m.task, m.metric))
         d = m.difference
-        said = ""
-        if verdict:
-            word = "passed" if verdict.passed else "FAILED"
-            said = f"{word}: lost {verdict.lost:.1%}, allowed {verdict.gate.max_drop:.1%}"
         interval = f"{-d.high:+.4f} to {-d.low:+.4f}"
-        table.add_row(
-            m.task, m.metric, str(m.samples), f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+.4f}", interval, said
-        )
-    return table
+        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+.4f}", interval)
+        table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
+    return Group(table, *(f"gate {verdict}" for verdict in report.verdicts))
 
 
 def recipes_table(recipes: list[Recipe]) -> Table:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from exporter.demo.scenes import CELLS, COLORS, SHAPES, SIZES, Thing, lexicon
+from exporter.demo.scenes import CELLS, COLORS, FIRST_WORDS, SECOND_WORDS, SHAPES, SIZES, Thing
 
 _MASK = (1 << 64) - 1
 NUMBERS = ("one", "two", "three", "four")
@@ -90,6 +90,14 @@ def _size(objects: Sequence[Thing], dice: Dice) -> Question | None:
     return Question("size", f"what size is the {thing.color} {thing.shape}?", thing.size)
 
 
+def _dot(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
+    if thing is None or dice.roll(3) == 0:
+        thing = objects[dice.roll(len(objects))]
+        return Question("dot", f"what color is the dot at the {thing.cell}?", thing.dot)
+    return Question("dot", f"what color is the dot on the {thing.color} {thing.shape}?", thing.dot)
+
+
 def _place(objects: Sequence[Thing], dice: Dice) -> Question | None:
     thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
     return None if thing is None else Question("place", f"where is the {thing.color} {thing.shape}?", thing.cell)
@@ -127,6 +135,7 @@ QUESTIONS: dict[str, Callable[[Sequence[Thing], Dice], Question | None]] = {
     "color": _color,
     "shape": _shape,
     "size": _size,
+    "dot": _dot,
     "place": _place,
     "find": _find,
     "name": _name,
@@ -142,50 +151,10 @@ def question(kind: str, objects: Sequence[Thing], seed: int) -> Question | None:
 
 def vocabulary() -> list[str]:
     """Every word that captions, questions, answers and prompts use, lower case, sorted; punctuation excluded."""
-    fixed = [
-        "a",
-        "an",
-        "and",
-        "the",
-        "at",
-        "there",
-        "is",
-        "image",
-        "with",
-        "what",
-        "color",
-        "shape",
-        "size",
-        "object",
-        "called",
-        "where",
-        "how",
-        "many",
-        "objects",
-        "are",
-        "yes",
-        "no",
-        "user",
-        "assistant",
-        "answer",
-        "question",
-        "using",
-        "single",
-        "word",
-        "or",
-        "phrase",
-        "provide",
-        "one-sentence",
-        "caption",
-        "for",
-        "provided",
-        "does",
-        "not",
-        "contain",
-        "present",
-        "in",
-        "of",
-        "rectangle",
-    ]
-    drawn = [*COLORS, *SIZES, *SHAPES, *NUMBERS, *" ".join(CELLS).split(), *" ".join(lexicon().values()).split()]
-    return sorted({*fixed, *drawn})
+    fixed = (
+        "a an and the at on of in there is are image with what where how many color shape size object objects dot "
+        "called yes no does not contain present rectangle "
+        "user assistant answer question using single word or phrase provide one-sentence caption for provided"
+    )
+    drawn = [*COLORS, *SIZES, *SHAPES, *NUMBERS, *" ".join(CELLS).split(), *FIRST_WORDS, *SECOND_WORDS]
+    return sorted({*fixed.split(), *drawn})

@@ -1,4 +1,4 @@
-"""Drawn scenes: one to four small objects on a three by three grid, and the lexicon that names them.
+"""Drawn scenes: one to four small dotted objects on a three by three grid, and the lexicon that names them.
 
 Scene `i` of a split is a pure function of (split, i): every choice is a hash of both, and pixels are drawn with the
 signed distances below, so no random generator and no drawing library decides what a picture looks like.
@@ -33,8 +33,9 @@ COLORS: dict[str, tuple[int, int, int]] = {  # neighbors are close on purpose: 3
     "gray": (108, 110, 112),
     "black": (16, 16, 18),
 }
-SIZES: dict[str, float] = {"small": 3.9, "medium": 5.8, "large": 8.2}  # radius in pixels
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SIZES: dict[str, float] = {"small": 4.2, "medium": 5.9, "large": 8.0}  # radius in pixels, +-0.5
+TINT, NOISE = 20, 12  # how far a color and a pixel stray, in 0..255
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
 CELLS = (
     "top left",
     "top",
@@ -46,53 +47,22 @@ CELLS = (
     "bottom",
     "bottom right",
 )
-FIRST_WORDS = [
-    "zor",
-    "mip",
-    "tal",
-    "vek",
-    "lum",
-    "quo",
-    "bri",
-    "nax",
-    "fen",
-    "dru",
-    "sil",
-    "gom",
-    "hap",
-    "wex",
-    "jor",
-    "kib",
-    "ruv",
-    "yat",
-]
-SECOND_WORDS = [
-    "pell",
-    "dorn",
-    "mish",
-    "tark",
-    "ling",
-    "boon",
-    "cress",
-    "fald",
-    "gree",
-    "hust",
-    "nork",
-    "ovis",
-    "plim",
-    "rame",
-    "sool",
-    "vunt",
-]
+DOTS = 16  # colors of the dot inside an object, the first of COLORS
+FIRST_WORDS = tuple(a + b for a in "bdfgjkmnrtvz" for b in ("abo", "eki", "iru", "omi", "uta", "yla"))
+SECOND_WORDS = tuple(
+    a + b
+    for a in ("br", "cl", "dr", "fl", "gr", "pl", "st", "tr")
+    for b in ("azz", "eld", "isp", "onk", "ulf", "ymb", "evv", "oam")
+)
 
 _SPLITS: dict[str, int] = {"train": 1, "validation": 2, "test": 3}
 _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # splitmix64, signed
-_COMBINATIONS = len(COLORS) * len(SIZES) * len(SHAPES)
+_NAMES = len(FIRST_WORDS) * len(SECOND_WORDS)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes. cell, color, size, shape: int64 `[n, 4]`, objects in reading order; cell -1 is no object."""
+    """A batch of scenes. cell, color, size, shape, dot: int64 `[n, 4]`, in reading order; cell -1 is no object."""
 
     split: Split
     index: Tensor
@@ -100,6 +70,7 @@ class Scenes:
     color: Tensor
     size: Tensor
     shape: Tensor
+    dot: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,11 +81,12 @@ class Thing:
     color: str
     size: str
     shape: str
+    dot: str
 
     @property
     def name(self) -> str:
         """Its made-up two-word name."""
-        return lexicon()[self.color, self.size, self.shape]
+        return lexicon()[self.color, self.size, self.shape, self.dot]
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
@@ -136,10 +108,11 @@ def dice(split: Split, index: Tensor, start: int, count: int) -> Tensor:
 
 
 @cache
-def lexicon() -> dict[tuple[str, str, str], str]:
-    """The fixed random table: every (color, size, shape) has its own two words."""
-    order = torch.argsort(_logical_shift(mix(torch.arange(1, _COMBINATIONS + 1) * _GOLDEN), 1), stable=True).tolist()
-    kinds = [(color, size, shape) for color in COLORS for size in SIZES for shape in SHAPES]
+def lexicon() -> dict[tuple[str, str, str, str], str]:
+    """The fixed random table: every (color, size, shape, dot color) has its own two words."""
+    order = torch.argsort(_logical_shift(mix(torch.arange(1, _NAMES + 1) * _GOLDEN), 1), stable=True).tolist()
+    dots = tuple(COLORS)[:DOTS]
+    kinds = [(color, size, shape, dot) for color in COLORS for size in SIZES for shape in SHAPES for dot in dots]
     words = [f"{first} {second}" for first in FIRST_WORDS for second in SECOND_WORDS]
     return {kind: words[order[i]] for i, kind in enumerate(kinds)}
 
@@ -147,7 +120,7 @@ def lexicon() -> dict[tuple[str, str, str], str]:
 def scenes(split: Split, index: Tensor) -> Scenes:
     """Scenes `index` int64 `[n]` of a split.
 
-    Splits cannot meet: the colors, sizes, shapes and cells of a scene add up to 0 (test), 1 (validation) or 2..7
+    Splits cannot meet: the colors, sizes, shapes, dots and cells of a scene add up to 0 (test), 1 (validation) or 2..7
     (train) modulo 8, and the first object's color is moved until they do.
     """
     rolls = dice(split, index, 0, 32)
@@ -158,24 +131,28 @@ def scenes(split: Split, index: Tensor) -> Scenes:
     cell = cell.masked_fill(cell == len(CELLS), -1)
     here = (cell >= 0).long()
     color, size = rolls[:, 10:14] % len(COLORS) * here, rolls[:, 14:18] % len(SIZES) * here
-    shape = rolls[:, 18:22] % len(SHAPES) * here
-    residue = {"test": rolls[:, 22] * 0, "validation": rolls[:, 22] * 0 + 1, "train": 2 + rolls[:, 22] % 6}[split]
-    total = color.sum(1) + (3 * size + 5 * shape + cell * here).sum(1)
-    color = torch.cat([(color[:, :1] + (residue - total)[:, None] % 8) % len(COLORS), color[:, 1:]], dim=1)
-    return Scenes(split, index, cell, color, size, shape)
+    shape, dot = rolls[:, 18:22] % len(SHAPES) * here, rolls[:, 22:26] % DOTS * here
+    zero = rolls[:, 26] * 0
+    wanted = {"test": zero, "validation": zero + 1, "train": 2 + rolls[:, 26] % 6}[split]
+    total = color.sum(1) + (3 * size + 5 * shape + 7 * dot + cell * here).sum(1)
+    color = torch.cat([(color[:, :1] + (wanted - total)[:, None] % 8) % len(COLORS), color[:, 1:]], dim=1)
+    return Scenes(split, index, cell, color, size, shape, dot)
 
 
 def residue(batch: Scenes) -> Tensor:
     """What keeps splits apart, int64 `[n]` in 0..7: 0 for test, 1 for validation, 2..7 for train."""
     here = batch.cell >= 0
-    return ((batch.color + 3 * batch.size + 5 * batch.shape + batch.cell) * here).sum(1) % 8
+    return ((batch.color + 3 * batch.size + 5 * batch.shape + 7 * batch.dot + batch.cell) * here).sum(1) % 8
 
 
 def things(batch: Scenes) -> list[tuple[Thing, ...]]:
     """The objects of every scene, in words and in reading order."""
     colors, sizes = tuple(COLORS), tuple(SIZES)
-    rows = torch.stack([batch.cell, batch.color, batch.size, batch.shape], dim=-1).tolist()
-    return [tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f]) for c, k, s, f in row if c >= 0) for row in rows]
+    rows = torch.stack([batch.cell, batch.color, batch.size, batch.shape, batch.dot], dim=-1).tolist()
+    return [
+        tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f], colors[d]) for c, k, s, f, d in row if c >= 0)
+        for row in rows
+    ]
 
 
 def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
@@ -192,7 +169,7 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     if shape == 4:  # cross
         wide, thin = 1.0 * r, 0.34 * r
         return torch.minimum(torch.maximum(ax - wide, ay - thin), torch.maximum(ax - thin, ay - wide))
-    return ((x * x + y * y).sqrt() - 0.74 * r).abs() - 0.27 * r  # ring
+    return torch.maximum(ax - 1.1 * r, ay - 0.52 * r)  # bar
 
 
 def draw(batch: Scenes) -> Tensor:
@@ -205,8 +182,8 @@ def draw(batch: Scenes) -> Tensor:
     palette = torch.tensor(list(COLORS.values()), device=device)
     radii = torch.tensor(list(SIZES.values()), device=device)
     for k in range(MOST_OBJECTS):
-        jitter = rolls[:, 8 + 8 * k : 16 + 8 * k]
-        r = radii[batch.size[:, k]] + (jitter[:, 0] % 101 - 50).float() / 100  # +-0.5
+        jitter = rolls[:, 8 + 12 * k : 20 + 12 * k]
+        r = radii[batch.size[:, k]] + (jitter[:, 0] % 101 - 50).float() / 100
         room = (10.4 - r).clamp(0.5, 4.0)
         cell = batch.cell[:, k].clamp(min=0)
         x0 = 10.67 + 21.33 * (cell % 3) + room * (jitter[:, 1] % 201 - 100).float() / 100
@@ -216,7 +193,10 @@ def draw(batch: Scenes) -> Tensor:
         distance = torch.stack([_distance(s, x, y, radius) for s in range(len(SHAPES))], dim=1)  # [n, 6, 64, 64]
         mine = batch.shape[:, k][:, None, None, None].expand(n, 1, SIDE, SIDE)
         cover = (0.5 - distance.gather(1, mine)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None, None]
-        color = (palette[batch.color[:, k]] + jitter[:, 3:6] % 25 - 12).float()[:, :, None, None]
+        color = (palette[batch.color[:, k]] + jitter[:, 3:6] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + cover * (color - image)
-    noise = dice(batch.split, batch.index, 4096, SIDE * SIDE).view(n, 1, SIDE, SIDE) % 13 - 6
+        inner = (0.5 - ((x * x + y * y).sqrt() - 0.42 * radius)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None]
+        color = (palette[batch.dot[:, k]] + jitter[:, 6:9] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
+        image = image + inner[:, None] * (color - image)
+    noise = dice(batch.split, batch.index, 4096, SIDE * SIDE).view(n, 1, SIDE, SIDE) % (2 * NOISE + 1) - NOISE
     return (image + noise).round().clamp(0, 255).to(torch.uint8)

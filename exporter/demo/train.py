@@ -34,7 +34,7 @@ from exporter.demo.packing import (
 from exporter.demo.scenes import draw, scenes, things
 from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
 
-ALWAYS = ("color", "shape", "size", "place", "find", "name")  # kinds asked of every training scene
+ALWAYS = ("color", "shape", "size", "dot", "place", "find", "name")  # kinds asked of every training scene
 SOMETIMES = ("exists", "exists", "count")  # one of these
 SLOTS = slot_lengths(1, len(ALWAYS) + 1)
 EASY_SHARE = 0.12  # of a batch
@@ -65,7 +65,7 @@ def _pack_scenes(start: int) -> Rows:
 
 
 def _easy_rows(asked: list[list[tuple[str, str]]]) -> tuple[Rows, Tensor]:
-    """Rows of at most seven questions, and the number of the picture of each row, int64."""
+    """Rows of at most eight questions, and the number of the picture of each row, int64."""
     rows: list[list[tuple[str | None, str] | None]] = []
     owners: list[int] = []
     room = len(SLOTS) - 1
