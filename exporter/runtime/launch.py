@@ -1,0 +1,148 @@
+"""The `vllm serve` command for an artifact: which flags and environment, and why. Nothing is started here."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import ServeError
+
+# Of `config.json`, in files of a processor: any of them gives the engine the model's own prompt.
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CPU_LENGTH = 4096  # the cache of a CPU engine is host memory
+CPU_CACHE_GIB = "1"
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """An installed vLLM. cpu: it is the CPU build, which needs settings of its own."""
+
+    path: str
+    version: str
+    cpu: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start. environment: what is added to ours. url: where it listens; model: the name clients use."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    url: str
+    model: str
+
+    def shell(self) -> str:
+        """The command as a shell takes it, environment first."""
+        from shlex import quote
+
+        return " ".join([f"{k}={quote(v)}" for k, v in self.environment.items()] + [quote(w) for w in self.command])
+
+
+def find_program(request: str | None = None) -> Program:
+    """The vLLM at `request`, in MMQ_VLLM or on PATH (ServeError when it is missing or does not run)."""
+    wanted = request or os.environ.get("MMQ_VLLM") or "vllm"
+    path = shutil.which(wanted)
+    hint = "install vllm in an environment of its own (on a CPU: serving/cpu/install.sh DIR), then --vllm DIR/bin/vllm"
+    if path is None:
+        raise ServeError(f"no program '{wanted}'", hint)
+    found = _version(path)
+    if found is None:
+        raise ServeError(f"{path} does not say which version of vllm it is", hint)
+    return Program(path, found, "+cpu" in found)
+
+
+def _version(path: str) -> str | None:
+    """Version of a vllm program: asked of the interpreter in its first line, which is quick, else of itself."""
+    with open(path, "rb") as file:
+        first = file.readline(4096)
+    python = first[2:].strip().decode(errors="replace") if first.startswith(b"#!") and b"python" in first else None
+    ask = [python, "-c", "import importlib.metadata as m; print(m.version('vllm'))"] if python else [path, "--version"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = re.findall(r"^v?\d+\.\d+\S*$", done.stdout, re.MULTILINE)
+    return words[-1] if done.returncode == 0 and words else None
+
+
+def launch(
+    folder: Path,
+    config: Mapping[str, Any],
+    program: Program,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    fallback_prompt: str = "",
+    tensor_parallel: int = 1,
+    extra: Sequence[str] = (),
+) -> Launch:
+    """The command that serves `folder`. config: its config.json. extra: flags that win over ours.
+
+    fallback_prompt: the family's prompt with `{text}`, for a model that brings no chat template.
+    """
+    name = folder.resolve().name
+    flags = {
+        "--host": host,
+        "--port": str(port),
+        "--served-model-name": name,
+        "--dtype": dtype(config, program.cpu),
+        "--limit-mm-per-prompt": json.dumps({"image": 1}),  # the families we quantize answer about one image
+    }
+    length = max_length(config, program.cpu)
+    if length:
+        flags["--max-model-len"] = str(length)
+    if tensor_parallel > 1:
+        flags["--tensor-parallel-size"] = str(tensor_parallel)
+    if fallback_prompt and not has_template(folder):
+        flags |= {"--chat-template": inline_template(fallback_prompt), "--chat-template-content-format": "string"}
+    given = {word.partition("=")[0] for word in extra}
+    chosen = [word for flag, value in flags.items() if flag not in given for word in (flag, value)]
+    environment = dict(QUIET)
+    if program.cpu:
+        chosen += [] if "--enforce-eager" in given or "--no-enforce-eager" in given else ["--enforce-eager"]
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = (program.path, "serve", str(folder.resolve()), *chosen, *extra)
+    return Launch(command, environment, f"http://{_reachable(host)}:{port}", name)
+
+
+def _reachable(host: str) -> str:
+    """The address a client on this machine uses for a server that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def dtype(config: Mapping[str, Any], cpu: bool) -> str:
+    """The 16-bit type to compute in: the checkpoint's own, but bfloat16 on a CPU and for float32 checkpoints."""
+    stored = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    return "float16" if stored == "float16" and not cpu else "bfloat16"
+
+
+def max_length(config: Mapping[str, Any], cpu: bool) -> int | None:
+    """Tokens of image, question and answer: what the language model was made for (None: the engine decides)."""
+    length = (config.get("text_config") or {}).get("max_position_embeddings")
+    return None if length is None else min(int(length), CPU_LENGTH) if cpu else int(length)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether the model brings its own chat template, in a file of its own or in its tokenizer's or processor's."""
+    if any((folder / name).is_file() for name in TEMPLATES):
+        return True
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("chat_template"):
+            return True
+    return False
+
+
+def inline_template(prompt: str) -> str:
+    """A chat template from a prompt with `{text}`; the engine itself puts the image's place before the text."""
+    before, _, after = prompt.replace("<image>\n", "").partition("{text}")
+    quoted = [f"{{{{ {json.dumps(part)} }}}}" if part else "" for part in (before, after)]
+    return f"{{% for message in messages %}}{quoted[0]}{{{{ message['content'] }}}}{quoted[1]}{{% endfor %}}"
