@@ -50,6 +50,14 @@ class CheckFailed(MmqError):
     exit_code = 3
 
 
+class HubError(MmqError):
+    """The model hub refused, failed or cannot be reached."""
+
+
+class PublishError(MmqError):
+    """An artifact is not fit to be published, or the repository is not a place for it."""
+
+
 class GateFailed(MmqError):
     """The artifact lost more of its task than the recipe allows."""
 

@@ -1,0 +1,185 @@
+"""The model hub through its own client library: what a repository holds, parts of its files, errors in our words.
+
+The token is found by the library (`hf auth login`, HF_TOKEN) and never touched here, except to keep it out of messages.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import HubError
+
+PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
+AGAIN = "give the same command again: what has arrived is not sent a second time"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository. sha256: known for large files only; git's own hash says nothing to us."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One commit of a repository: `files` by path."""
+
+    repo: str
+    commit: str
+    private: bool
+    files: Mapping[str, RemoteFile]
+
+    @property
+    def name(self) -> str:
+        """`ORG/NAME@COMMIT`."""
+        return f"{self.repo}@{self.commit}"
+
+    def read(self, path: str) -> bytes | None:
+        """One small file (kept in the hub library's cache), None when the commit has no such file."""
+        from huggingface_hub import hf_hub_download
+
+        if path not in self.files:
+            return None
+        with speaking(self.repo, f"reading {path}"):
+            return Path(hf_hub_download(self.repo, path, revision=self.commit)).read_bytes()
+
+    def headers(self) -> dict[str, dict[str, Any]]:
+        """The header of every safetensors file, fetched by range requests: no weights are downloaded.
+
+        file -> tensor name -> `dtype`, `shape`, `data_offsets`, as the format stores them.
+        """
+        from huggingface_hub import HfApi
+
+        found = {}
+        for file in sorted(path for path in self.files if path.endswith(".safetensors") and "/" not in path):
+            with speaking(self.repo, f"reading the header of {file}"):
+                parsed = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.commit)
+            found[file] = {
+                name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+                for name, info in parsed.tensors.items()
+            }
+        return found
+
+
+def open_remote(repo: str, revision: str | None = None) -> Remote:
+    """Resolve a branch, tag or commit and list its files; HubError when the hub does not show them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with speaking(repo, "looking it up"):
+        info = HfApi().model_info(repo, revision=revision)
+        tree = HfApi().list_repo_tree(repo, recursive=True, revision=info.sha)
+        files = {f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None) for f in tree if isinstance(f, RepoFile)}
+    return Remote(repo, str(info.sha), bool(info.private), files)
+
+
+def split(place: str) -> tuple[str, str | None]:
+    """`hub:ORG/NAME@REVISION` -> repository and revision; HubError when it is not of this form."""
+    repo, _, revision = place.removeprefix(PREFIX).partition("@")
+    check_name(repo)
+    return repo, revision or None
+
+
+def check_name(repo: str) -> None:
+    """HubError unless `repo` is ORG/NAME as the hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        repo_is_fine = False
+    else:
+        repo_is_fine = repo.count("/") == 1
+    if not repo_is_fine:
+        raise HubError(f"'{repo}' is not a repository name", "ORG/NAME: letters, digits, '-', '_' and '.'")
+
+
+def need_token() -> None:
+    """HubError when the library finds no token: said before anything is hashed or sent."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise HubError("no hub token: nothing can be uploaded without one", "run `hf auth login`, or set HF_TOKEN")
+
+
+@contextmanager
+def speaking(repo: str, doing: str) -> Iterator[None]:
+    """Turn what the client library raises inside into a HubError: what failed, why, and what to do next."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain(error, repo, doing)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def explain(error: Exception, repo: str, doing: str) -> HubError | None:
+    """The error in our words, None when it is not the hub's."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    where = f"{repo}: {doing}"
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, repo, where)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"{where}: HF_HUB_OFFLINE is set", "unset it to reach the hub")
+    if is_network(error):
+        return HubError(f"{where}: the connection failed ({type(error).__name__})", AGAIN)
+    if isinstance(error, ValueError | OSError) and "huggingface_hub" in _raised_in(error):
+        return HubError(f"{where}: {clean(str(error))}")
+    return None
+
+
+def is_network(error: Exception) -> bool:
+    """Whether the HTTP library (its name changes between versions) or the operating system lost the connection."""
+    return type(error).__module__.partition(".")[0].startswith("httpx") or isinstance(error, ConnectionError)
+
+
+def _raised_in(error: Exception) -> str:
+    """File names of the traceback, to tell the hub library's own errors from ours."""
+    names, frame = [], error.__traceback__
+    while frame:
+        names.append(frame.tb_frame.f_code.co_filename)
+        frame = frame.tb_next
+    return "\n".join(names)
+
+
+def _refusal(error: Any, repo: str, where: str) -> HubError:
+    """An HTTP status as a sentence and a way on."""
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status = error.response.status_code
+    said = f" ({clean(error.server_message)})" if getattr(error, "server_message", None) else ""
+    if isinstance(error, GatedRepoError):
+        return HubError(f"{where}: access must be asked for on its page{said}", f"open the page of {repo} and ask")
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"{where}: there is no such revision{said}", "give a branch, tag or commit that exists")
+    if isinstance(error, EntryNotFoundError):
+        return HubError(f"{where}: there is no such file{said}")
+    if isinstance(error, RepositoryNotFoundError):
+        return HubError(f"{where}: no such repository, or your token may not see it", "check the name and `hf auth whoami`")
+    if status == 401:
+        return HubError(f"{where}: the hub does not accept your token{said}", "run `hf auth login`, or renew HF_TOKEN")
+    if status == 403:
+        hint = f"the token needs write access to '{repo.partition('/')[0]}': `hf auth whoami` shows whose it is"
+        return HubError(f"{where}: your token may not do this{said}", hint)
+    if status in (409, 412):
+        return HubError(f"{where}: somebody else changed it at the same time{said}", AGAIN)
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        return HubError(f"{where}: too many requests{said}", f"wait {wait or 'some'} seconds; {AGAIN}")
+    if status >= 500:
+        return HubError(f"{where}: the hub has a problem of its own (HTTP {status}){said}", f"later {AGAIN}")
+    return HubError(f"{where}: the hub refused (HTTP {status}){said}")
+
+
+def clean(text: str) -> str:
+    """`text` without the token, should somebody have put it there."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "[token]") if token else text
