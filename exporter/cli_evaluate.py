@@ -46,5 +46,5 @@ def evaluate(
     with Listener(as_json) as listen:
         found = measure(checkpoint, artifact, evaluation_samples(plan, data), recipe, chosen, listen)
     write_report(artifact, found)
-    say(found.as_json() if as_json else show.report_table(found))
+    say(found.as_json() if as_json else show.report_page(found))
     raise_if_failed(found, artifact)

@@ -61,7 +61,7 @@ def say(result: Any) -> None:
     if isinstance(result, dict | list):
         click.echo(json.dumps(result))
     else:
-        Console(highlight=False, markup=False, soft_wrap=isinstance(result, str)).print(result)
+        Console(highlight=False, markup=False, soft_wrap=True).print(result)
 
 
 def adjusted(

@@ -46,7 +46,7 @@ class Verdict:
             return f"{name}: failed, the full-precision model scores 0, so nothing can be compared"
         word = "passed" if self.passed else "failed"
         by = "" if self.gate.decide == "point" else " (upper end of the 95 % interval)"
-        return f"{name}: {word}, lost {self.lost:.1%} of the full-precision score{by}, allowed {self.gate.max_drop:.1%}"
+        return f"{name}: {word}, lost {self.lost:.1%} of the full score{by}, allowed {self.gate.max_drop:.1%}"
 
 
 @dataclass(frozen=True)

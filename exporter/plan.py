@@ -19,6 +19,7 @@ from exporter.quantized import QuantizedLinear, Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.runtime.kernels import serving
 
+LISTED = 5  # problems of one kind that are written out
 Decision = Literal["packed", "dequantized", "kept"]
 
 
@@ -119,6 +120,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
             f"recipe '{recipe.name}' is for family {recipe.model.family}, the model is {family.name}",
             "`mmq recipes` lists the recipes of each family",
         )
+    if "quantization_config" in checkpoint.config:
+        raise PlanError(f"{checkpoint.origin} is quantized already", "start from the full-precision model")
     problems: list[str] = []
     rows, used = _decide(recipe, checkpoint, family, problems)
     problems += [
@@ -160,6 +163,7 @@ def _decide(
 def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
     """Module -> (component, block index, relative name) of every linear that runs; all must be in the header."""
     places = {}
+    wrong = []
     for component in family.components:
         for i in range(component.used(checkpoint.config)):
             for linear in component.linears:
@@ -167,8 +171,11 @@ def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict
                 info = checkpoint.tensors.get(f"{module}.weight")
                 if info is None or len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
                     found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
-                    problems.append(f"{module}.weight: expected a 16 or 32 bit matrix, the checkpoint has {found}")
+                    wrong.append(f"{module}.weight: expected a 16 or 32 bit matrix, the checkpoint has {found}")
                 places[module] = (component, i, linear)
+    problems += wrong[:LISTED]
+    if len(wrong) > LISTED:
+        problems.append(f"and {len(wrong) - LISTED} more of the same kind")
     return places
 
 

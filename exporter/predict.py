@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exporter.events import Event, ignore
 from exporter.families import Family
-from exporter.tasks.sample import Sample
+from exporter.tasks.sample import Sample, task_of
 
 Inputs = dict[str, Tensor]
 
@@ -19,8 +19,7 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
     LLaVA's conversations, and ends with the end-of-sequence token.
     """
-    question = sample.question
-    text = family.caption_prompt if question is None else family.question_prompt.format(question=question)
+    text = family.text(sample.question)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -59,11 +58,6 @@ def _encode(
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
 
-def task_of(sample: Sample) -> str:
-    """`vqa` for a sample with a question, `captioning` without."""
-    return "captioning" if sample.question is None else "vqa"
-
-
 class Predictor:
     """A transformers model with its processor, ready to answer.
 
@@ -77,20 +71,25 @@ class Predictor:
         self._device = device
         self._batch_size = batch_size
 
-    @torch.inference_mode()
-    def answer(self, samples: Sequence[Sample], on_event: Callable[[Event], None] = ignore) -> list[str]:
-        """One answer a sample, without surrounding spaces. Padding is on the left; one event a batch."""
-        answers = [""] * len(samples)
-        done = 0
+    def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
+        """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left."""
         for task, chosen in self._grouped(samples):
-            inputs = self._inputs([samples[i] for i in chosen], [None] * len(chosen), "left")
-            made = self._model.generate(**inputs, generation_config=self._greedy(task))
-            new = made[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(chosen, self._decode(new), strict=True):
-                answers[i] = text.strip()
-            done += len(chosen)
-            on_event(Event("evaluate", done, len(samples), task))
-        return answers
+            yield self._batch(task, samples, chosen)
+
+    @torch.inference_mode()
+    def _batch(self, task: str, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, str]:
+        inputs = self._inputs([samples[i] for i in chosen], [None] * len(chosen), "left")
+        made = self._model.generate(**inputs, generation_config=self._greedy(task))
+        new = made[:, inputs["input_ids"].shape[1] :]
+        return {i: text.strip() for i, text in zip(chosen, self._decode(new), strict=True)}
+
+    def answer(self, samples: Sequence[Sample], on_event: Callable[[Event], None] = ignore) -> list[str]:
+        """One answer a sample; one event a batch."""
+        answers: dict[int, str] = {}
+        for piece in self.pieces(samples):
+            answers |= piece
+            on_event(Event("evaluate", len(answers), len(samples), task_of(samples[min(piece)])))
+        return [answers[i] for i in range(len(samples))]
 
     @torch.inference_mode()
     def log_likelihood(self, samples: Sequence[Sample]) -> list[float]:

@@ -78,9 +78,8 @@ def plan_notes(plan: Plan) -> list[str]:
     notes = [f"{plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted"]
     for line in plan_summary(plan):
         said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, vLLM"
-        notes.append(
-            f"  {line['component']}: {said}: {line['why']}" if line["why"] else f"  {line['component']}: {said}"
-        )
+        why = f": {line['why']}" if line["why"] else ""
+        notes.append(f"  {line['component']}: {said}{why}")
     return notes
 
 
@@ -185,8 +184,8 @@ def report_page(report: Report) -> RenderableType:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for m in report.measures:
         d = m.difference
-        interval = f"{-d.high:+.4f} to {-d.low:+.4f}"
-        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+.4f}", interval)
+        interval = f"{0 - d.high:+.4f} to {0 - d.low:+.4f}"
+        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{0 - d.drop:+.4f}", interval)
         table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
     return Group(table, *(f"gate {verdict}" for verdict in report.verdicts))
 

@@ -97,6 +97,10 @@ class Family:
         """The component called `name` (KeyError when there is none)."""
         return {component.name: component for component in self.components}[name]
 
+    def text(self, question: str | None) -> str:
+        """What a user says beside the picture: the question in the family's wording, or the request for a caption."""
+        return self.caption_prompt if question is None else self.question_prompt.format(question=question)
+
     def reason_kept(self, module: str) -> str | None:
         """Why the linear `module` (a checkpoint name without `.weight`) is never quantized, or None."""
         return next((reason for pattern, reason in self.kept if re.fullmatch(pattern, module)), None)

@@ -22,3 +22,8 @@ class Sample:
     question: str | None
     references: tuple[str, ...]
     kind: str = ""
+
+
+def task_of(sample: Sample) -> str:
+    """How a sample is asked: `vqa` with a question, `captioning` without."""
+    return "captioning" if sample.question is None else "vqa"
