@@ -1,0 +1,257 @@
+"""The model card: what a stranger needs to know of an artifact, from its manifest and report and nothing else.
+
+Metadata: https://github.com/huggingface/hub-docs/blob/main/modelcard.md; results of benchmarks:
+https://huggingface.co/docs/hub/eval-results.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exporter.facts import Facts
+from exporter.families import FAMILIES
+
+CARD = "README.md"
+RESULTS = ".eval_results/mmq.yaml"
+VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"  # the release the rules in `runtime` were read from
+HUB_TASKS = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
+DRAWINGS = "mmq's built-in drawings"
+BEGIN, END = "<!-- changelog:begin -->", "<!-- changelog:end -->"
+CITATION = """```bibtex
+@article{das2026towards,
+  title   = {Towards Understanding Best Practices for Quantization of Vision-Language Models},
+  author  = {Das, Gautom and La, Vincent and Lau, Ethan and Shrivastava, Abhinav and Gwilliam, Matthew},
+  journal = {arXiv preprint arXiv:2601.15287},
+  year    = {2026}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the artifact cannot know of itself and its publisher says.
+
+    base_model: hub id when the source was a local folder. license: card keys (`license`, `license_name`,
+    `license_link`). benchmarks: task -> (benchmark data set on the hub, its task id), when the test samples are its.
+    """
+
+    base_model: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def base_model(facts: Facts, declared: Declared) -> str | None:
+    """Hub id of the full-precision model, None when nobody knows one."""
+    repo, at, _ = facts.source.partition("@")
+    return declared.base_model or (repo if at and repo.count("/") == 1 else None)
+
+
+def render(repo: str, facts: Facts, declared: Declared, problems: Sequence[str], changelog: str) -> str:
+    """The whole README.md. problems: why it should not have been published (with `--force`), said at the top."""
+    sections = [
+        f"# {repo.partition('/')[2]}",
+        _introduction(facts, declared),
+        _warning(problems),
+        "## What was quantized\n\n" + _parts(facts),
+        "## Quality\n\n" + _quality(facts),
+        "## Serving\n\n" + _serving(repo, facts),
+        "## Calibration\n\n" + _calibration(facts),
+        "## Provenance\n\n" + _provenance(repo, facts),
+        "## Limits\n\n" + _limits(facts),
+        f"## Changelog\n\n{BEGIN}\n{changelog}\n{END}" if changelog else "",
+        "## Citation\n\nThe recipe rests on the findings of this paper:\n\n" + CITATION,
+    ]
+    return f"---\n{metadata(repo, facts, declared, problems)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str]) -> str:
+    """The card's YAML, written by the hub library's own classes."""
+    from huggingface_hub import ModelCardData
+
+    widths = sorted({part.scheme.partition(" ")[0].lower() + "a16" for part in facts.parts if part.packed})
+    methods = sorted({method for part in facts.parts for method in part.methods})
+    tags = ["vllm", str(facts.manifest["format"]).replace("_", "-"), *widths, *methods, "vision", "mmq"]
+    base = base_model(facts, declared)
+    results = eval_results(facts)
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[*tags, "unproven"] if problems else tags,
+        datasets=list(declared.datasets) or None,
+        language=list(declared.language) or None,
+        model_name=repo.partition("/")[2],
+        eval_results=results or None,
+        base_model_relation="quantized" if base else None,
+        quantized_by="mmq",
+        **dict(declared.license),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def eval_results(facts: Facts) -> list[Any]:
+    """The artifact's scores as entries of the card's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    name = data_name(facts)
+    kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return [
+        EvalResult(
+            task_type=HUB_TASKS.get(m["task"], m["task"]),
+            dataset_type=kind,
+            dataset_name=f"{name} ({m['samples']} samples)",
+            dataset_split="test",
+            metric_type=m["metric"],
+            metric_name=f"{m['metric']} (full precision: {m['difference']['before']:.4f})",
+            metric_value=round(m["difference"]["after"], 6),
+        )
+        for m in (facts.report or {}).get("measures", [])
+    ]
+
+
+def benchmark_results(facts: Facts, declared: Declared) -> str:
+    """The `.eval_results` file for tasks whose test samples are a hub benchmark's; empty when there are none."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries, seen = [], set()
+    for m in (facts.report or {}).get("measures", []):
+        if m["task"] in declared.benchmarks and m["task"] not in seen:  # a task's first metric is its main one
+            dataset, task = declared.benchmarks[m["task"]]
+            note = f"{m['metric']}, {m['samples']} samples, full precision {m['difference']['before']:.4f}"
+            value = round(m["difference"]["after"], 6)
+            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=note))
+            seen.add(m["task"])
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
+
+
+def data_name(facts: Facts) -> str:
+    """The samples' origin in words."""
+    name = str(facts.manifest["provenance"]["calibration"]["data"])
+    return DRAWINGS if name == "demo" else name
+
+
+def _introduction(facts: Facts, declared: Declared) -> str:
+    base = base_model(facts, declared)
+    source = f"[{base}](https://huggingface.co/{base})" if base else f"a local model (`{facts.source}`)"
+    size = facts.manifest["bytes"]
+    return (
+        f"{source}, quantized by mmq with the recipe `{facts.recipe['name']}` into an artifact that vLLM serves: "
+        f"{gigabytes(size['after'])} instead of {gigabytes(size['before'])}, "
+        f"{facts.manifest['bits_per_weight']:.2f} bits a weight with scales and everything else counted."
+    )
+
+
+def _warning(problems: Sequence[str]) -> str:
+    if not problems:
+        return ""
+    lines = "\n".join(f"> - {line}" for problem in problems for line in problem.splitlines())
+    return f"> [!WARNING]\n> **Published by force.** mmq refused to publish this artifact:\n{lines}"
+
+
+def _parts(facts: Facts) -> str:
+    rows = [
+        [part.component, str(part.linears), part.scheme, "/".join(part.methods), "packed" if part.packed else "16 bits"]
+        for part in facts.parts
+    ]
+    named = {part.component for part in facts.parts}
+    components = [c.name for c in FAMILIES[facts.manifest["family"]].components]
+    rows += [[name, "", "16 bits, not quantized", "", "as in the source"] for name in components if name not in named]
+    rows.append(["everything else", "", "16 bits, not quantized", "", "as in the source"])
+    return (
+        table(["component", "linears", "scheme", "method", "stored"], rows)
+        + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
+        "Activations stay in 16 bits unless the scheme says `A8`."
+    )
+
+
+def _quality(facts: Facts) -> str:
+    if facts.report is None:
+        return "It was never measured."
+    rows = []
+    for m in facts.report["measures"]:
+        d = m["difference"]
+        interval = f"{-d['high']:+.4f} to {-d['low']:+.4f}"
+        scores = [f"{d['before']:.4f}", f"{d['after']:.4f}", f"{-d['drop']:+.4f}", interval]
+        rows.append([m["task"], m["metric"], str(m["samples"]), *scores])
+    head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
+    gates = [
+        [g["task"], g["metric"], f"{g['lost']:.1%}", f"{g['max_drop']:.1%}", "passed" if g["passed"] else "**failed**"]
+        for g in facts.report["gates"]
+    ]
+    said = (
+        f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.\n\n"
+        + table(head, rows)
+    )
+    if not gates:
+        return said + "\n\nThe recipe has no gates."
+    return said + "\n\n" + table(["gate", "metric", "lost", "allowed", "verdict"], gates)
+
+
+def _serving(repo: str, facts: Facts) -> str:
+    limit = "--limit-mm-per-prompt '{\"image\": 1}'"
+    odd = sorted({part.bits for part in facts.parts if part.packed and part.bits not in (4, 8)})
+    note = ""
+    if odd:
+        widths = " and ".join(map(str, odd))
+        note = f"\n\n{widths}-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU."
+    return (
+        f"```\nvllm serve {repo} {limit}\n```\n\n"
+        "or in a container:\n\n"
+        "```\ndocker run --gpus all --ipc host -p 127.0.0.1:8000:8000 -e HF_TOKEN \\\n"
+        "  -v ~/.cache/huggingface:/root/.cache/huggingface \\\n"
+        f"  {VLLM_IMAGE} --model {repo} \\\n  {limit}\n```\n\n"
+        "and ask about a picture:\n\n"
+        "```\ncurl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
+        f'  "model": "{repo}",\n'
+        '  "messages": [{"role": "user", "content": [\n'
+        '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
+        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note
+    )
+
+
+def _calibration(facts: Facts) -> str:
+    wanted = facts.manifest["provenance"]["calibration"]
+    if not wanted["samples"]:
+        return "None: no method of this recipe looks at data."
+    return (
+        f"{len(wanted['samples'])} training samples of {data_name(facts)}, chosen with seed {wanted['seed']}. "
+        "`mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares them by their pixels with "
+        "the test samples and stops when a picture is in both."
+    )
+
+
+def _provenance(repo: str, facts: Facts) -> str:
+    versions = facts.manifest["versions"]
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("mmq", "torch", "transformers") if name in versions)
+    return (
+        f"- source: `{facts.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
+        f"- recipe: `recipe.yaml` (sha256 `{facts.manifest['recipe']['sha256']}`)\n"
+        f"- made with {shown} on {facts.manifest['provenance']['device']}\n"
+        f"- check this repository against its manifest: `mmq verify hub:{repo}`"
+    )
+
+
+def _limits(facts: Facts) -> str:
+    lines = []
+    if data_name(facts) == DRAWINGS:
+        lines.append("- It was measured on drawings of colored shapes. They show that it works, not how good it is.")
+    notes = [str(note) for note in facts.manifest.get("notes", [])]
+    lines += [f"- while quantizing: {note}" for note in notes]
+    lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")
+    lines.append("- It answers no better than the source: that model's limits and license hold here too.")
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in GB, or MB below one."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

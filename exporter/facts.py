@@ -1,0 +1,125 @@
+"""What an artifact says of itself, from its small files alone: in a folder or in a repository of the hub.
+
+Read tolerantly, because an older mmq may have written it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exporter.artifact import MANIFEST, REPORT, target_matches
+from exporter.errors import ArtifactError
+from exporter.families import FAMILIES
+from exporter.formats import FORMATS
+from exporter.hub import PREFIX, open_remote, split
+from exporter.quantized import Scheme
+
+Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
+
+
+@dataclass(frozen=True)
+class Part:
+    """The linears of one component that share a scheme. packed: stored as integers, else only rounded in value."""
+
+    component: str
+    scheme: str
+    bits: int
+    methods: tuple[str, ...]
+    linears: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One artifact. report: None when it was never evaluated."""
+
+    name: str
+    manifest: Mapping[str, Any]
+    report: Mapping[str, Any] | None
+    recipe: Mapping[str, Any]
+    parts: tuple[Part, ...]
+
+    @property
+    def source(self) -> str:
+        """The full-precision model: `org/name@commit`, or a local name."""
+        return str(self.manifest["source"]["model"])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self.manifest["bytes"]["after"])
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """`task metric` -> full precision, artifact; empty without a report."""
+        measures = (self.report or {}).get("measures", [])
+        return {
+            f"{m['task']} {m['metric']}": (m["difference"]["before"], m["difference"]["after"]) for m in measures
+        }
+
+
+def read_place(place: str) -> Facts:
+    """The facts of an artifact in a folder, or of `hub:ORG/NAME[@REVISION]` (a few small files are fetched)."""
+    if place.startswith(PREFIX):
+        remote = open_remote(*split(place))
+        return read_facts(remote.name, remote.read)
+    return read_facts(Path(place).name, folder_reader(Path(place)))
+
+
+def folder_reader(folder: Path) -> Read:
+    """Files of a folder by name."""
+    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
+
+
+def read_facts(name: str, read: Read) -> Facts:
+    """ArtifactError when manifest, recipe or configuration are missing or damaged."""
+    try:
+        manifest = json.loads(_needed(name, read, MANIFEST))
+        config = json.loads(_needed(name, read, "config.json"))
+        recipe = yaml.safe_load(_needed(name, read, "recipe.yaml"))
+        stored = read(REPORT)
+        report = json.loads(stored) if stored is not None else None
+        parts = _parts(manifest, config, recipe)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ArtifactError(f"{name}: its manifest, recipe or report is damaged ({error})", "export it again") from None
+    return Facts(name, manifest, report, recipe, parts)
+
+
+def _needed(name: str, read: Read, file: str) -> bytes:
+    found = read(file)
+    if found is None:
+        raise ArtifactError(f"{name} has no {file}: not an artifact of mmq", "`mmq export` writes one")
+    return found
+
+
+def _parts(manifest: Mapping[str, Any], config: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Count the quantized linears by component and scheme, in the order of the data through the model."""
+    family = FAMILIES[manifest["family"]]
+    groups = FORMATS[manifest["format"]].read_config(config.get("quantization_config") or {})
+    counts: dict[tuple[str, Scheme | None, bool], int] = {}
+    for module in {**manifest["linears"], **manifest["errors"]}:
+        packed = module in manifest["linears"]
+        name = family.runtime_name(module)
+        schemes = (g.scheme for g in groups if any(target_matches(target, name) for target in g.targets))
+        key = (component_of(module, manifest["family"]), next(schemes, None) if packed else None, packed)
+        counts[key] = counts.get(key, 0) + 1
+    order = [component.name for component in family.components]
+    parts = []
+    for (component, scheme, packed), count in sorted(counts.items(), key=lambda item: order.index(item[0][0])):
+        rules = [rule for rule in recipe["quantize"] if rule["component"] == component and rule["bits"] != 16]
+        bits = scheme.bits if scheme else max((rule["bits"] for rule in rules), default=16)
+        methods = {rule.get("method", "rtn") for rule in rules if rule["bits"] == bits}
+        label = scheme.label() if scheme else f"W{bits} in value, stored in 16 bits"
+        parts.append(Part(component, label, bits, tuple(sorted(methods)), count, packed))
+    return tuple(parts)
+
+
+def component_of(module: str, family: str) -> str:
+    """The component that a linear belongs to (its checkpoint name begins like the component's blocks)."""
+    for component in FAMILIES[family].components:
+        if module.startswith(component.blocks.partition("{i}")[0]):
+            return component.name
+    raise KeyError(f"{module} is in no component of {family}")
