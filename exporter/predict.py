@@ -31,6 +31,16 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     return f"{prompt}{gap}{reply}{processor.tokenizer.eos_token or ''}"
 
 
+def prompt_text(family: Family, sample: Sample) -> str:
+    """What the user says beside the image, without any template."""
+    return family.text(sample.question)
+
+
+def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Inputs:
+    """Model inputs of one sample's picture and prompt, a batch of one on the CPU."""
+    return _encode(processor, family, [sample], [None], "right")
+
+
 def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Inputs]:
     """Model inputs to calibrate on, in order, on the CPU: prompt, first reference, end of sequence.
 

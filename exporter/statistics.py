@@ -34,7 +34,12 @@ class Difference:
 
 
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], *, seed: int, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> Difference:
     """The drop from `before` to `after` (one score a sample, same order) with its interval.
 

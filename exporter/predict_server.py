@@ -1,0 +1,213 @@
+"""Answers by a server that speaks OpenAI's chat completions, such as `vllm serve`, over plain HTTP.
+
+Decoding is greedy. Several questions are in flight at a time, never more than a bound; what a server cannot do right
+now (no connection, 429, 5xx) is tried again after a growing pause, and what it refuses (4xx) is an error at once.
+"""
+
+import base64
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from http.client import HTTPException
+from io import BytesIO
+from itertools import islice
+from threading import Event
+from typing import Any
+from urllib.parse import urlsplit
+
+from exporter.errors import DataError
+from exporter.families import Family
+from exporter.tasks.sample import Sample, task_of
+
+KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key; it is sent, never shown or stored
+BUSY = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
+LONGEST_PAUSE = 60.0  # seconds, also when the server asks for more
+PIECE = 32  # answers handed on together
+SHOWN = 500  # characters of a server's own message
+
+
+class _Busy(Exception):
+    """The server cannot answer now. pause: seconds it asks to wait, or None."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host; it is reported like any other refusal."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Server:
+    """One OpenAI-compatible server.
+
+    url: with or without the closing /v1. model: the name it serves under, None when it serves one model only.
+    concurrent: questions in flight. tries: attempts at one question. timeout: seconds for one answer.
+    pause: waits so many seconds before another try; None really does.
+    """
+
+    url: str
+    model: str | None = None
+    concurrent: int = 16
+    tries: int = 6
+    timeout: float = 300.0
+    pause: Callable[[float], object] | None = None
+
+    @property
+    def base(self) -> str:
+        """The address up to and without /v1 (DataError when it is no HTTP address, or carries a password)."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DataError(f"'{self.url}' is no server address", "give one like http://127.0.0.1:8000")
+        if parts.username or parts.password:
+            raise DataError("a server address must not hold a password", f"set {KEY} instead")
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    def served(self) -> dict[str, Any]:
+        """The entry of /v1/models that will answer (DataError when the server has no such model)."""
+        listed = self.fetch("/v1/models").get("data")
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        names = [str(entry.get("id")) for entry in entries]
+        if self.model is None and len(entries) == 1:
+            return dict(entries[0])
+        if self.model in names:
+            return dict(entries[names.index(self.model)])
+        said = f"'{self.model}'" if self.model else "one model"
+        raise DataError(
+            f"{self.base} does not serve {said}; it serves: {', '.join(names) or 'nothing'}", "pass its name, as listed"
+        )
+
+    def fetch(self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None) -> dict[str, Any]:
+        """The JSON object that GET (or POST of `body`) answers, with retries. DataError says what the server said.
+
+        stopped: once set, nothing is tried again and no pause goes on.
+        """
+        stopped = stopped or Event()
+        for attempt in range(self.tries):
+            try:
+                return self._once(path, body)
+            except _Busy as busy:
+                if attempt + 1 == self.tries or stopped.is_set():
+                    raise DataError(
+                        f"{self.base}{path}: {busy} (tried {attempt + 1} times)",
+                        "is the server up, and not overloaded? Answers so far are kept: give the same command again",
+                    ) from None
+                wanted = 0.5 * 2**attempt if busy.pause is None else busy.pause
+                (self.pause or stopped.wait)(min(wanted, LONGEST_PAUSE))
+        raise ValueError(f"tries must be at least 1, not {self.tries}")
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"{self.base}{path}", data, headers)
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
+                content = reply.read()
+        except urllib.error.HTTPError as error:
+            said = _message(error.read(4 * SHOWN))
+            if error.code in BUSY:
+                raise _Busy(f"{error.code} {said}", _seconds(error.headers.get("Retry-After"))) from None
+            hint = f"set {KEY} to its API key" if error.code in (401, 403) else None
+            raise DataError(f"{self.base}{path} refused with {error.code}: {said}", hint) from None
+        except (urllib.error.URLError, OSError, HTTPException) as error:
+            raise _Busy(f"no answer ({getattr(error, 'reason', error)})") from None
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise DataError(f"{self.base}{path} did not answer in JSON", "is this an OpenAI-compatible server?")
+        return answer
+
+
+def _message(content: bytes) -> str:
+    """A server's own words, cut short; OpenAI's and FastAPI's forms are unwrapped."""
+    text = content.decode(errors="replace")
+    try:
+        found = json.loads(text)
+        inner = found.get("error", found)
+        text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:SHOWN]
+
+
+def _seconds(header: str | None) -> float | None:
+    """Retry-After in seconds; a date is ignored."""
+    return float(header) if header and header.strip().isdigit() else None
+
+
+class ServedPredictor:
+    """A model behind a server, ready to answer; the same interface as `predict.Predictor`."""
+
+    def __init__(self, server: Server, family: Family, name: str) -> None:
+        self._server = server
+        self._family = family
+        self._name = name
+        self._stopped = Event()
+
+    def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
+        """Sample number -> answer without surrounding spaces, as the server finishes them.
+
+        Questions are handed out one by one, so a bounded number of pictures is in memory. The first error stops all,
+        and answers not yet handed on are lost with it.
+        """
+        rest = iter(enumerate(samples))
+        with ThreadPoolExecutor(self._server.concurrent) as pool:
+            flying: dict[Future[str], int] = {}
+            piece: dict[int, str] = {}
+            try:
+                while True:
+                    for i, sample in islice(rest, self._server.concurrent - len(flying)):
+                        flying[pool.submit(self._answer, sample)] = i
+                    if not flying:
+                        break
+                    for future in wait(flying, return_when=FIRST_COMPLETED)[0]:
+                        piece[flying.pop(future)] = future.result()
+                    if len(piece) >= PIECE:
+                        yield piece
+                        piece = {}
+            finally:
+                self._stopped.set()
+            if piece:
+                yield piece
+
+    def body(self, sample: Sample) -> dict[str, Any]:
+        """The request: picture, then text, as the family asks; the server applies the chat template."""
+        content = [
+            {"type": "image_url", "image_url": {"url": picture_url(sample)}},
+            {"type": "text", "text": self._family.text(sample.question)},
+        ]
+        return {"model": self._name, "messages": [{"role": "user", "content": content}]} | generation(
+            self._family, task_of(sample)
+        )
+
+    def _answer(self, sample: Sample) -> str:
+        reply = self._server.fetch("/v1/chat/completions", self.body(sample), self._stopped)
+        try:
+            text = reply["choices"][0]["message"]["content"]
+        except (LookupError, TypeError):
+            raise DataError(f"{self._server.base} answered {sample.identity} without a message") from None
+        return str(text or "").strip()
+
+
+def generation(family: Family, task: str) -> dict[str, Any]:
+    """Greedy decoding, whatever the served model's own generation settings say."""
+    return {"max_tokens": family.max_new_tokens[task], "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 0}
+
+
+def picture_url(sample: Sample) -> str:
+    """The picture as a data URL: PNG, so that its pixels arrive as they are."""
+    buffer = BytesIO()
+    sample.image().convert("RGB").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
