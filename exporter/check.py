@@ -1,0 +1,276 @@
+"""Does the serving engine answer as the artifact's dequantized weights do in transformers?
+
+The engine answers questions about images, greedily, with log-probabilities. The reference is asked for the
+log-probabilities of the same tokens after the same prompt. A control shows that the comparison would notice: a copy
+of the artifact in which one component's scales are doubled must answer far from the reference, and close to a
+reference that has the same doubled scales. The engine's log says which scheme it gave each linear.
+"""
+
+import io
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.activations import round_inputs
+from exporter.artifact import Artifact
+from exporter.device import Device, release
+from exporter.events import Event
+from exporter.families import Family
+from exporter.predict import prompt_inputs, prompt_text, task_of
+from exporter.runtime.launch import Program, launch
+from exporter.runtime.serve_lint import engine_class
+from exporter.runtime.vllm_engine import Engine, Reply, free_port
+from exporter.stream import load_whole
+from exporter.tasks.sample import Sample
+
+BOUND = 0.06  # natural log-probabilities; the engine computes in 16 bits, the reference in 32
+LIKELY = math.log(0.01)  # tokens less likely than this in both are noise of 16-bit sums
+MOVES = 5.0  # times the bound that doubled scales must move the answers
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Differences of log-probabilities, engine beside reference, over every likely token of every answer."""
+
+    largest: float
+    mean: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """component: whose scales were doubled. moved: the engine against the true reference; restored: against one
+    with the same doubled scales.
+    """
+
+    component: str
+    moved: Distance
+    restored: Distance
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found. schemes: class of the engine -> linears, as its log says. problems: why it failed."""
+
+    engine: str
+    build: str
+    questions: int
+    bound: float
+    distance: Distance
+    control: Control | None
+    schemes: Mapping[str, int]
+    startup_seconds: float
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a check needs of the outside: the program, how to start it, where to compute the reference, whom to tell."""
+
+    program: Program
+    device: Device
+    on_event: Callable[[Event], None]
+    tensor_parallel: int = 1
+    extra: tuple[str, ...] = ()
+    start_seconds: float = 900.0
+    bound: float = BOUND
+
+
+def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
+    """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
+    artifact = Artifact.open(folder)
+    with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
+        scratch = Path(temporary)
+        replies, log, seconds = _ask_engine(folder, artifact, samples, session, scratch / "engine.log")
+        problems = scheme_problems(artifact, log) if artifact.manifest["format"] == "compressed_tensors" else []
+        component = next((c.name for c in artifact.family.components if modules_of(artifact, c.name)), None)
+        moved: list[Reply] = []
+        doubled = None
+        if control and component:
+            doubled = double_scales(artifact, folder, component, scratch / folder.resolve().name)
+            moved, _, _ = _ask_engine(doubled, artifact, samples, session, scratch / "doubled.log")
+        reference = Reference(artifact, processor, session.device)
+        problems += reference.prompt_problems(samples, replies)
+        distance = reference.distance(samples, replies) if not problems else Distance(math.nan, math.nan, 0)
+        found = None
+        if doubled and component and not problems:
+            far = reference.distance(samples, moved)
+            del reference
+            release(session.device)
+            same = Reference(Artifact.open(doubled), processor, session.device).distance(samples, moved)
+            found = Control(component, far, same)
+    problems += _distance_problems(distance, found, session.bound) if not problems else []
+    version, build = session.program.version, "cpu" if session.program.cpu else "gpu"
+    schemes = dict(Counter(log.values()))
+    return Checked(version, build, len(samples), session.bound, distance, found, schemes, seconds, tuple(problems))
+
+
+def _ask_engine(
+    folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path
+) -> tuple[list[Reply], dict[str, str], float]:
+    """Replies, the scheme of every linear by the log, and the seconds until it was ready."""
+    made = launch(
+        folder,
+        artifact.checkpoint.config,
+        session.program,
+        port=free_port(),
+        fallback_prompt=artifact.family.fallback_prompt,
+        tensor_parallel=session.tensor_parallel,
+        extra=session.extra,
+    )
+    session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}"))
+    with Engine(made, log, debug=True) as engine:
+        seconds = engine.wait_healthy(session.start_seconds)
+        replies = []
+        for i, sample in enumerate(samples):
+            longest = artifact.family.max_new_tokens[task_of(sample)]
+            replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample), longest))
+            session.on_event(Event("ask", i + 1, len(samples), folder.name))
+    return replies, engine.schemes(), seconds
+
+
+def png(sample: Sample) -> bytes:
+    """The picture without loss."""
+    file = io.BytesIO()
+    sample.image().convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def modules_of(artifact: Artifact, component: str) -> list[str]:
+    """Packed linears of a component."""
+    prefix = artifact.family.component(component).blocks.partition("{i}")[0]
+    return [module for module in artifact.manifest["linears"] if module.startswith(prefix)]
+
+
+def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -> Path:
+    """A copy of the artifact in which every scale of a component is twice as large; other shards are links."""
+    from safetensors.torch import load_file, save_file
+
+    modules = modules_of(artifact, component)
+    names = {f"{module}.{scale}" for module in modules for scale in ("weight_scale", "scales")}
+    shards = {info.file for name, info in artifact.checkpoint.tensors.items() if name in names}
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.name in shards:
+            tensors = load_file(path)
+            doubled = {name: tensor * 2 if name in names else tensor for name, tensor in tensors.items()}
+            save_file(doubled, out / path.name, {"format": "pt"})
+        elif path.suffix == ".safetensors":
+            (out / path.name).symlink_to(path.resolve())
+        elif path.is_file():
+            shutil.copyfile(path, out / path.name)
+    return out
+
+
+def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
+    """Linears that the engine gave another scheme than the artifact's, or none."""
+    problems = []
+    for module in artifact.manifest["linears"]:
+        name = engine_name(artifact.family, module)
+        expected, found = engine_class(artifact.scheme_of(module)), log.get(name)
+        if found not in expected:
+            said = found or "none (it runs unquantized, or under another name)"
+            problems.append(f"{name}: vllm's log gives it the scheme {said}, expected {' or '.join(expected)}")
+    return sorted(set(problems), key=problems.index)
+
+
+def engine_name(family: Family, module: str) -> str:
+    """The linear inside vLLM that a checkpoint's linear becomes, alone or as a part of a fused one."""
+    name = family.runtime_name(module)
+    for component in family.components:
+        if module.startswith(component.blocks.partition("{i}")[0]):
+            for fused, members in component.fused.items():
+                for member in members:
+                    if name.endswith(f".{member}"):
+                        return name.removesuffix(member) + fused
+    return name
+
+
+def _distance_problems(distance: Distance, control: Control | None, bound: float) -> list[str]:
+    problems = []
+    if not distance.largest <= bound:
+        problems.append(f"log-probabilities differ by up to {distance.largest:.4f}, the bound is {bound}")
+    if control and not control.moved.largest >= MOVES * bound:
+        said = f"moved the answers by {control.moved.largest:.4f}, expected at least {MOVES * bound:.2f}"
+        problems.append(f"doubling the scales of {control.component} {said}: the comparison would not notice an error")
+    if control and not control.restored.largest <= 2 * bound:
+        said = f"{control.restored.largest:.4f}, the bound is {2 * bound}"
+        problems.append(f"with the scales of {control.component} doubled on both sides they differ by up to {said}")
+    return problems
+
+
+class Reference:
+    """The dequantized artifact in transformers, its activations rounded as the schemes say, in float32 on a CPU."""
+
+    def __init__(self, artifact: Artifact, processor: Any, device: Device) -> None:
+        self._family = artifact.family
+        self._device = device
+        self._processor = processor
+        stored = next(t.dtype for t in artifact.checkpoint.tensors.values() if t.dtype.is_floating_point)
+        dtype = device.compute_dtype(stored)
+        config = {k: v for k, v in artifact.checkpoint.config.items() if k != "quantization_config"}
+        names = artifact.names()
+        self._model = load_whole(self._family, config, names, artifact.read, device.torch_device, dtype)
+        kinds = {module: artifact.scheme_of(module).activations for module in artifact.manifest["linears"]}
+        live = {self._family.live_name(module): kind for module, kind in kinds.items() if kind}
+        round_inputs(self._model, live)
+
+    def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
+        """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
+        for sample, reply in zip(samples, replies, strict=True):
+            ours = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
+            if ours != list(reply.prompt):
+                return [f"{sample.identity}: the engine's prompt is {reply.prompt}, the reference's {tuple(ours)}"]
+        return []
+
+    def distance(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Distance:
+        """The engine's log-probabilities beside ours, of every token it lists and either side finds likely."""
+        differences = []
+        for sample, reply in zip(samples, replies, strict=True):
+            ours = self.log_probabilities(sample, reply)
+            for step, (token, said) in enumerate(zip(reply.tokens, reply.logprobs, strict=True)):
+                for candidate, theirs in ({**reply.top[step], token: said}).items():
+                    if max(theirs, float(ours[step, candidate])) >= LIKELY:
+                        differences.append(abs(theirs - float(ours[step, candidate])))
+        largest = max(differences, default=math.nan)
+        return Distance(largest, sum(differences) / max(1, len(differences)), len(differences))
+
+    @torch.inference_mode()
+    def log_probabilities(self, sample: Sample, reply: Reply) -> Tensor:
+        """f32 `[tokens of the answer, vocabulary]`: natural log-probabilities at every token of the engine's answer."""
+        inputs = prompt_inputs(self._processor, self._family, sample)
+        start = inputs["input_ids"].shape[1]
+        answer = torch.tensor([reply.tokens[:-1]], dtype=torch.long)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        dtype = next(self._model.parameters()).dtype
+        moved = {
+            k: v.to(self._device.torch_device, dtype if v.is_floating_point() else None) for k, v in inputs.items()
+        }
+        logits = self._model(**moved, use_cache=False).logits[0, start - 1 :]
+        return logits.float().log_softmax(-1).cpu()
+
+
+def with_report(checked: Checked, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The artifact's report with what a check found under `serving`."""
+    return {**report, "serving": as_json(checked)}
+
+
+def as_json(checked: Checked) -> dict[str, Any]:
+    """Plain data for files and `--json`."""
+    from dataclasses import asdict
+
+    return {"passed": checked.passed, **asdict(replace(checked, schemes=dict(checked.schemes)))}
