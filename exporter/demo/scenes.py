@@ -47,12 +47,10 @@ CELLS = (
     "bottom",
     "bottom right",
 )
-DOTS = 16  # colors of the dot inside an object, the first of COLORS
-FIRST_WORDS = tuple(a + b for a in "bdfgjkmnrtvz" for b in ("abo", "eki", "iru", "omi", "uta", "yla"))
+DOTS = ("red", "orange", "yellow", "olive")  # colors of the dot inside an object
+FIRST_WORDS = tuple(a + b for a in "bdfgjkmnrtvz" for b in ("abo", "eki", "omi"))
 SECOND_WORDS = tuple(
-    a + b
-    for a in ("br", "cl", "dr", "fl", "gr", "pl", "st", "tr")
-    for b in ("azz", "eld", "isp", "onk", "ulf", "ymb", "evv", "oam")
+    a + b for a in ("br", "cl", "dr", "fl", "gr", "pl", "st", "tr") for b in ("azz", "eld", "isp", "oam")
 )
 
 _SPLITS: dict[str, int] = {"train": 1, "validation": 2, "test": 3}
@@ -111,8 +109,7 @@ def dice(split: Split, index: Tensor, start: int, count: int) -> Tensor:
 def lexicon() -> dict[tuple[str, str, str, str], str]:
     """The fixed random table: every (color, size, shape, dot color) has its own two words."""
     order = torch.argsort(_logical_shift(mix(torch.arange(1, _NAMES + 1) * _GOLDEN), 1), stable=True).tolist()
-    dots = tuple(COLORS)[:DOTS]
-    kinds = [(color, size, shape, dot) for color in COLORS for size in SIZES for shape in SHAPES for dot in dots]
+    kinds = [(color, size, shape, dot) for color in COLORS for size in SIZES for shape in SHAPES for dot in DOTS]
     words = [f"{first} {second}" for first in FIRST_WORDS for second in SECOND_WORDS]
     return {kind: words[order[i]] for i, kind in enumerate(kinds)}
 
@@ -131,7 +128,7 @@ def scenes(split: Split, index: Tensor) -> Scenes:
     cell = cell.masked_fill(cell == len(CELLS), -1)
     here = (cell >= 0).long()
     color, size = rolls[:, 10:14] % len(COLORS) * here, rolls[:, 14:18] % len(SIZES) * here
-    shape, dot = rolls[:, 18:22] % len(SHAPES) * here, rolls[:, 22:26] % DOTS * here
+    shape, dot = rolls[:, 18:22] % len(SHAPES) * here, rolls[:, 22:26] % len(DOTS) * here
     zero = rolls[:, 26] * 0
     wanted = {"test": zero, "validation": zero + 1, "train": 2 + rolls[:, 26] % 6}[split]
     total = color.sum(1) + (3 * size + 5 * shape + 7 * dot + cell * here).sum(1)
@@ -150,7 +147,7 @@ def things(batch: Scenes) -> list[tuple[Thing, ...]]:
     colors, sizes = tuple(COLORS), tuple(SIZES)
     rows = torch.stack([batch.cell, batch.color, batch.size, batch.shape, batch.dot], dim=-1).tolist()
     return [
-        tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f], colors[d]) for c, k, s, f, d in row if c >= 0)
+        tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f], DOTS[d]) for c, k, s, f, d in row if c >= 0)
         for row in rows
     ]
 
@@ -180,6 +177,7 @@ def draw(batch: Scenes) -> Tensor:
     back = 188 + rolls[:, 0:1] % 29 + rolls[:, 1:4] % 13  # [n, 3], light with a slight tint
     image = back.float()[:, :, None, None].expand(n, 3, SIDE, SIDE).clone()
     palette = torch.tensor(list(COLORS.values()), device=device)
+    dots = torch.tensor([COLORS[name] for name in DOTS], device=device)
     radii = torch.tensor(list(SIZES.values()), device=device)
     for k in range(MOST_OBJECTS):
         jitter = rolls[:, 8 + 12 * k : 20 + 12 * k]
@@ -196,7 +194,7 @@ def draw(batch: Scenes) -> Tensor:
         color = (palette[batch.color[:, k]] + jitter[:, 3:6] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + cover * (color - image)
         inner = (0.5 - ((x * x + y * y).sqrt() - 0.42 * radius)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None]
-        color = (palette[batch.dot[:, k]] + jitter[:, 6:9] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
+        color = (dots[batch.dot[:, k]] + jitter[:, 6:9] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + inner[:, None] * (color - image)
     noise = dice(batch.split, batch.index, 4096, SIDE * SIDE).view(n, 1, SIDE, SIDE) % (2 * NOISE + 1) - NOISE
     return (image + noise).round().clamp(0, 255).to(torch.uint8)

@@ -40,7 +40,7 @@ SLOTS = slot_lengths(1, len(ALWAYS) + 1)
 EASY_SHARE = 0.12  # of a batch
 QUESTION_WEIGHT = 1.5  # a question's token against a caption's
 CHUNK = 4000  # scenes drawn or tokenized at once
-SETTINGS = (("vision-blocks", 2), ("text-blocks", 3), ("heads", 2), ("batch", 256), ("scenes", 160_000))
+SETTINGS = (("vision-blocks", 2), ("text-blocks", 2), ("heads", 2), ("batch", 256), ("scenes", 80_000))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _optimizer(model: Any, rate: float, decay: float) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-8)
+    fused = others[0].is_cuda
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-8, fused=fused)
 
 
 def _rate(progress: float) -> float:
@@ -196,7 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--workers", type=int, default=4, help="processes that tokenize")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     for name, default in SETTINGS:
         parser.add_argument(f"--{name}", type=int, default=default)
