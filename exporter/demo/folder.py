@@ -68,6 +68,8 @@ def tokenizer() -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = [*SPECIAL, "\u2581", ".", ",", "?", ":", *("\u2581" + word for word in vocabulary())]
+    # Every id the head can give has a token: vLLM 0.32 dies of a log-probability for one that has none.
+    pieces += [f"<unused{i}>" for i in range(VOCABULARY - len(pieces))]
     made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     made.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
