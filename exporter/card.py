@@ -21,7 +21,7 @@ BEGIN, END = "<!-- changelog:begin -->", "<!-- changelog:end -->"
 CITATION = """```bibtex
 @article{das2026towards,
   title   = {Towards Understanding Best Practices for Quantization of Vision-Language Models},
-  author  = {Das, Gautom and La, Vincent and Lau, Ethan and Shrivastava, Abhinav and Gwilliam, Matthew},
+  author  = {Das and La and Lau and Shrivastava and Gwilliam},
   journal = {arXiv preprint arXiv:2601.15287},
   year    = {2026}
 }
