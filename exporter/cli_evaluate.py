@@ -1,6 +1,8 @@
 """`mmq evaluate`: measure an artifact beside its full-precision model."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +15,17 @@ from exporter.cli_options import (
     reports_errors,
     say,
 )
+from exporter.errors import Interrupted
+from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from exporter.answers import Store
+    from exporter.backends import Servers
+    from exporter.checkpoint import Checkpoint
+    from exporter.device import Device
+    from exporter.progress import Listener
+    from exporter.tasks.sample import Sample
 
 
 @click.command()
@@ -22,16 +34,27 @@ from exporter.recipe_file import load_recipe
 @device_option
 @data_option
 @click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
+@click.option("--server", metavar="URL", help="OpenAI-compatible server that serves the artifact.")
+@click.option("--served-model", metavar="NAME", help="The artifact's name there [the only one].")
+@click.option("--baseline-server", metavar="URL", help="Server of the full-precision model.")
+@click.option("--baseline-served-model", metavar="NAME", help="Its name there [the only one].")
+@click.option(
+    "--concurrent", type=click.IntRange(min=1, max=1024), default=16, show_default=True, help="Open requests."
+)
+@click.option("--answers", type=click.Path(path_type=Path, file_okay=False), help="Kept answers [beside ARTIFACT].")
+@click.option("--fresh", is_flag=True, help="Ask everything again and keep no answers.")
 @json_option
 @reports_errors
-def evaluate(
-    artifact: Path, baseline: str | None, device: str, data: Path | None, eval_samples: int | None, as_json: bool
-) -> None:
+def evaluate(artifact: Path, device: str, data: Path | None, as_json: bool, **options: Any) -> None:
     """Measure an artifact again beside its full-precision model and decide its gates.
 
+    Answers are kept, so a stopped evaluation goes on when the same command is given again. With one GPU, serve one
+    model after the other: --baseline-server alone asks and keeps the baseline's answers, --server then compares.
+
     \b
-    Example:
+    Examples:
       mmq evaluate artifacts/demo-llava-w4-vit8 --eval-samples 1000
+      mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
     from exporter import show
     from exporter.device import choose
@@ -40,11 +63,71 @@ def evaluate(
     from exporter.progress import Listener
 
     own = load_recipe(str(artifact / "recipe.yaml"))
-    recipe = adjusted(own, baseline, None, eval_samples=eval_samples, data=data)
+    recipe = adjusted(own, options["baseline"], None, eval_samples=options["eval_samples"], data=data)
     chosen = choose(device)
     plan, checkpoint = prepare(recipe, chosen)
-    with Listener(as_json) as listen:
-        found = measure(checkpoint, artifact, evaluation_samples(plan, data), recipe, chosen, listen)
+    samples, store, servers = evaluation_samples(plan, data), _store(artifact, options), _servers(options)
+    try:
+        with Listener(as_json) as listen:
+            if servers and not servers.artifact:
+                return say(_keep_source(checkpoint, artifact, samples, recipe, chosen, listen, store, servers))
+            found = measure(
+                checkpoint, artifact, samples, recipe, chosen, listen, store=store, servers=servers, data_folder=data
+            )
+    except KeyboardInterrupt:
+        kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
+        raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
     write_report(artifact, found)
     say(found.as_json() if as_json else show.report_page(found))
     raise_if_failed(found, artifact)
+
+
+def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":
+    """Where answers are kept; None with --fresh."""
+    from exporter.answers import Store
+    from exporter.export import default_store
+
+    if options["fresh"]:
+        return None
+    return Store(options["answers"]) if options["answers"] else default_store(artifact)
+
+
+def _servers(options: Mapping[str, Any]) -> "Servers | None":
+    """The servers to ask; None when transformers answers in this process."""
+    from exporter.backends import Servers
+    from exporter.predict_server import Server
+
+    pairs = (("baseline_server", "baseline_served_model"), ("server", "served_model"))
+    for server, name in pairs:
+        if options[name] and not options[server]:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --{server.replace('_', '-')}")
+    found = [
+        Server(options[server], options[name], options["concurrent"]) if options[server] else None
+        for server, name in pairs
+    ]
+    if not any(found):
+        return None
+    if options["fresh"] and not all(found):
+        raise click.UsageError("--fresh with a server needs both --server and --baseline-server")
+    return Servers(*found)
+
+
+def _keep_source(
+    checkpoint: "Checkpoint",
+    artifact: Path,
+    samples: "Mapping[str, Sequence[Sample]]",
+    recipe: Recipe,
+    device: "Device",
+    listen: "Listener",
+    store: "Store | None",
+    servers: "Servers",
+) -> str:
+    """Ask the full-precision model alone, for a comparison once the artifact is served."""
+    from exporter.answers import ask
+    from exporter.evaluate import picture_keys
+    from exporter.export import models
+
+    source, _ = models(checkpoint, artifact, recipe, device, servers)
+    ask(source, samples, picture_keys(samples), store, listen)
+    folder = store.folder if store else ""
+    return f"answers of the full-precision model are kept in {folder}; now serve the artifact and give --server"

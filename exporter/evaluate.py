@@ -3,22 +3,24 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exporter.answers import Answers, Model, Store, ask
 from exporter.artifact import REPORT
-from exporter.checkpoint import write_text
+from exporter.checkpoint import read_json, write_text
+from exporter.data import image_key
 from exporter.errors import GateFailed
 from exporter.events import Event
-from exporter.predict import Predictor
-from exporter.recipe import Gate
-from exporter.statistics import Difference, paired_bootstrap
+from exporter.recipe import Gate, Recipe
+from exporter.statistics import CONFIDENCE, POINT, RESAMPLES, Difference, paired_bootstrap, samples_to_resolve
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 
-Answers = dict[str, list[str]]  # task -> one answer a sample
-CHANGED_SHOWN = 20
+CHANGED_KEPT = 200  # answers that changed in one report, the worst first; `counts` counts all
+EXAMPLES = 4  # samples of each task that are kept whatever became of them
+KEPT_KEYS = ("serving",)  # what other commands wrote into a report and a new evaluation leaves there
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found. by_kind: task -> question type -> (before, after, samples) of the first metric."""
+    """What an evaluation found.
+
+    by_kind: task -> question type -> (before, after, samples) of the first metric.
+    changed: samples whose answer changed, the largest loss first; examples: the first samples of each task.
+    counts: task -> how many answers `changed`, and how many samples `lost` or `gained` score.
+    about: how it was measured: data, seeds, and what identifies both models' answers.
+    """
 
     measures: tuple[Measure, ...]
     verdicts: tuple[Verdict, ...]
     by_kind: Mapping[str, Mapping[str, tuple[float, float, int]]]
     changed: tuple[Mapping[str, Any], ...]
+    examples: tuple[Mapping[str, Any], ...]
+    counts: Mapping[str, Mapping[str, int]]
+    about: Mapping[str, Any]
 
     @property
     def passed(self) -> bool:
@@ -67,28 +78,52 @@ class Report:
         """Plain data for files and `--json`."""
         return {
             "passed": self.passed,
-            "measures": [{**asdict(m), "difference": asdict(m.difference)} for m in self.measures],
+            "measures": [
+                {**asdict(m), "samples_to_resolve_a_point": samples_to_resolve(POINT, m.difference.sd)}
+                for m in self.measures
+            ],
             "gates": [
                 {**v.gate.model_dump(), "lost": None if math.isnan(v.lost) else v.lost, "passed": v.passed}
                 for v in self.verdicts
             ],
             "by_kind": {task: dict(kinds) for task, kinds in self.by_kind.items()},
             "changed": list(self.changed),
+            "examples": list(self.examples),
+            "counts": {task: dict(counts) for task, counts in self.counts.items()},
+            "evaluation": dict(self.about),
         }
 
 
-def answers(
-    predictor: Predictor, samples: Mapping[str, Sequence[Sample]], on_event: Callable[[Event], None]
-) -> Answers:
-    """One model's answers to every task's samples."""
-    return {task: predictor.answer(found, on_event) for task, found in samples.items()}
+def measure(
+    before: Model,
+    after: Model,
+    samples: Mapping[str, Sequence[Sample]],
+    recipe: Recipe,
+    store: Store | None,
+    on_event: Callable[[Event], None],
+    about: Mapping[str, Any],
+) -> Report:
+    """Ask both models every task's samples and compare. about: what the caller knows of the data, for the report."""
+    pictures = picture_keys(samples)
+    answers = [ask(model, samples, pictures, store, on_event) for model in (before, after)]
+    report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed)
+    bootstrap = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": recipe.evaluation.seed}
+    models = {model.label: dict(model.identity) for model in (before, after)}
+    return replace(report, about={**about, "bootstrap": bootstrap, "models": models})
+
+
+def picture_keys(samples: Mapping[str, Sequence[Sample]]) -> dict[str, list[str]]:
+    """Content hash of every sample's picture."""
+    return {task: [image_key(sample.image()) for sample in found] for task, found in samples.items()}
 
 
 def compare(
     before: Answers, after: Answers, samples: Mapping[str, Sequence[Sample]], gates: Sequence[Gate], seed: int
 ) -> Report:
     """Score both sets of answers and decide the gates."""
-    measures, kinds, changed = [], {}, []
+    measures, kinds, counts = [], {}, {}
+    changed: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     for task, found in samples.items():
         scores = TASKS[task].score(before[task], found), TASKS[task].score(after[task], found)
         for metric in TASKS[task].METRICS:
@@ -96,9 +131,25 @@ def compare(
             measures.append(Measure(task, metric, len(found), difference))
         first = TASKS[task].METRICS[0]
         kinds[task] = _by_kind(found, scores[0][first], scores[1][first])
-        changed += _changed(task, found, before[task], after[task])
+        rows = _rows(task, found, (before[task], after[task]), (scores[0][first], scores[1][first]))
+        examples += rows[:EXAMPLES]
+        changed += [row for row in rows if row["before"] != row["after"]]
+        counts[task] = _counts(rows)
+    changed.sort(key=_loss, reverse=True)
     verdicts = [_decide(gate, measures) for gate in gates]
-    return Report(tuple(measures), tuple(verdicts), kinds, tuple(changed[:CHANGED_SHOWN]))
+    kept = tuple(changed[:CHANGED_KEPT])
+    return Report(tuple(measures), tuple(verdicts), kinds, kept, tuple(examples), counts, {})
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    """By how much the artifact scores less on one sample."""
+    return float(row["scores"][0] - row["scores"][1])
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    losses = [_loss(row) for row in rows]
+    changed = sum(row["before"] != row["after"] for row in rows)
+    return {"changed": changed, "lost": sum(loss > 0 for loss in losses), "gained": sum(loss < 0 for loss in losses)}
 
 
 def _by_kind(
@@ -113,19 +164,25 @@ def _by_kind(
     }
 
 
-def _changed(task: str, samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
-    """Samples whose answer is another one than at full precision."""
+def _rows(
+    task: str,
+    samples: Sequence[Sample],
+    answers: tuple[Sequence[str], Sequence[str]],
+    scores: tuple[Sequence[float], Sequence[float]],
+) -> list[dict[str, Any]]:
+    """Every sample with both answers and what they scored."""
     return [
         {
             "task": task,
             "id": s.identity,
+            "kind": s.kind,
             "question": s.question,
             "references": list(s.references),
             "before": b,
             "after": a,
+            "scores": [before, after],
         }
-        for s, b, a in zip(samples, before, after, strict=True)
-        if b != a
+        for s, b, a, before, after in zip(samples, *answers, *scores, strict=True)
     ]
 
 
@@ -140,8 +197,11 @@ def _decide(gate: Gate, measures: Sequence[Measure]) -> Verdict:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Put the report beside the weights it judges."""
-    write_text(folder / REPORT, json.dumps(report.as_json(), indent=1, sort_keys=True) + "\n")
+    """Put the report beside the weights it judges; what `mmq check` found in the engine stays."""
+    path = folder / REPORT
+    old = read_json(path) if path.exists() else {}
+    kept = {key: old[key] for key in KEPT_KEYS if key in old}
+    write_text(path, json.dumps(report.as_json() | kept, indent=1, sort_keys=True) + "\n")
 
 
 def raise_if_failed(report: Report, where: Path) -> None:

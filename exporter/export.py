@@ -3,24 +3,24 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exporter import artifact, calibrate, data, evaluate
+from exporter.answers import Model, Store
+from exporter.backends import Servers, here, load_processor, served
 from exporter.checkpoint import Checkpoint
-from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
+from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
 from exporter.errors import DataError, PlanError
 from exporter.events import Event
-from exporter.families import Family
 from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
-from exporter.predict import Predictor, batches
+from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import open_source
-from exporter.stream import load_whole
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import Workdir
@@ -92,7 +92,9 @@ def export(
     clock.lap("verify")
     report = None
     if not skip_evaluation:
-        report = measure(checkpoint, out, evaluation, recipe, device, on_event)
+        report = measure(
+            checkpoint, out, evaluation, recipe, device, on_event, store=default_store(out), data_folder=data_folder
+        )
         evaluate.write_report(out, report)
         clock.lap("evaluate")
     if work is None:
@@ -140,13 +142,6 @@ def evaluation_samples(plan: Plan, folder: Path | None) -> dict[str, list[Sample
     return {task: data.samples(name, folder, task, "test", wanted.samples, wanted.seed) for task in tasks}
 
 
-def load_processor(folder: Path) -> Any:
-    """The model's own processor, from local files only."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
-
-
 def _inputs_for(
     plan: Plan, checkpoint: Checkpoint, samples: Sequence[Sample], workdir: Workdir
 ) -> list[dict[str, torch.Tensor]]:
@@ -189,24 +184,28 @@ def measure(
     recipe: Recipe,
     device: Device,
     on_event: Listener,
+    *,
+    store: Store | None = None,
+    servers: Servers | None = None,
+    data_folder: Path | None = None,
 ) -> evaluate.Report:
-    """Answer all samples with the source model, then with the artifact, and compare."""
+    """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
+    before, after = models(checkpoint, out, recipe, device, servers)
+    name = recipe.calibration.data if data_folder is None else f"folder {data_folder.name}"
+    about = {"data": name, "samples": recipe.evaluation.samples, "seed": recipe.evaluation.seed}
+    return evaluate.measure(before, after, samples, recipe, store, on_event, about)
+
+
+def models(
+    checkpoint: Checkpoint, out: Path, recipe: Recipe, device: Device, servers: Servers | None
+) -> tuple[Model, Model]:
+    """Source and artifact, ready to be asked by the same back end."""
     finished = artifact.Artifact.open(out, device.torch_device)
-    family: Family = finished.family
-    found = []
-    for label, names, read in (
-        ("full precision", list(checkpoint.tensors), checkpoint.read),
-        ("artifact", finished.names(), finished.read),
-    ):
-        dtype = device.compute_dtype(next(t.dtype for t in checkpoint.tensors.values() if len(t.shape) == 2))
-        model = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
-        processor = load_processor(checkpoint.folder)
-        predictor = Predictor(model, processor, family, device.torch_device, recipe.evaluation.batch)
-        found.append(evaluate.answers(predictor, samples, _labelled(on_event, label)))
-        del model, predictor
-        release(device)
-    return evaluate.compare(found[0], found[1], samples, recipe.gates, recipe.evaluation.seed)
+    if servers:
+        return served(checkpoint, finished, servers)
+    return here(checkpoint, finished, device, recipe.evaluation.batch)
 
 
-def _labelled(on_event: Listener, label: str) -> Listener:
-    return lambda event: on_event(replace(event, message=f"{label}: {event.message}"))
+def default_store(out: Path) -> Store:
+    """Where answers are kept when the user names no folder: beside the artifact, shared by its neighbors."""
+    return Store(out.absolute().parent / ".mmq-answers")

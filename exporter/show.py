@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from exporter.advice import ASSUMPTION, advise
 from exporter.evaluate import Report
 from exporter.export import Export
 from exporter.plan import Plan, PlanRow
@@ -93,6 +94,9 @@ def plan_page(plan: Plan, device: str, every_tensor: bool) -> RenderableType:
         f"peak memory on {device}: about {memory(need.device_bytes)} ({need.largest}); "
         f"host about {memory(need.host_bytes)} beside the page cache"
     )
+    advice = advise(plan.recipe)
+    if advice:
+        parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
     return Group(*parts, *(f"warning: {warning}" for warning in plan.warnings))
 
 
@@ -109,6 +113,7 @@ def plan_json(plan: Plan, every_tensor: bool) -> dict[str, Any]:
         "units": len(plan.units),
         "peak_device_bytes": plan.memory.device_bytes,
         "peak_host_bytes": plan.memory.host_bytes,
+        "evaluation": [asdict(advice) for advice in advise(plan.recipe)],
         "warnings": list(plan.warnings),
     }
     if every_tensor:

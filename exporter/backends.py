@@ -1,0 +1,132 @@
+"""The models an evaluation asks: the source or an artifact, by transformers in this process or behind a server."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from exporter.answers import Backend, Model, digest
+from exporter.artifact import Artifact
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device, release
+from exporter.errors import DataError
+from exporter.families import Family
+from exporter.predict import Predictor, render
+from exporter.predict_server import ServedPredictor, Server, generation
+from exporter.stream import Read, load_whole
+
+SOURCE, ARTIFACT = "full precision", "artifact"
+PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges*")
+    "*processor*.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where both models are served. None: the answers must be on disk already."""
+
+    source: Server | None
+    artifact: Server | None
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's own processor, from local files only."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int) -> tuple[Model, Model]:
+    """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor."""
+    dtype = device.compute_dtype(next(t.dtype for t in checkpoint.tensors.values() if len(t.shape) == 2))
+    how = {"backend": "transformers", "device": device.torch_device.type, "dtype": str(dtype).removeprefix("torch.")}
+    how |= {"versions": {name: version(name) for name in ("mmq", "torch", "transformers")}}
+    family = artifact.family
+
+    @cache
+    def processor() -> Any:
+        return load_processor(checkpoint.folder)
+
+    def model(label: str, weights: str, names: Sequence[str], read: Read) -> Model:
+        @contextmanager
+        def opened() -> Iterator[Backend]:
+            loaded = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
+            try:
+                yield Predictor(loaded, processor(), family, device.torch_device, batch)
+            finally:
+                del loaded
+                release(device)
+
+        identity = _identity(family, weights, checkpoint) | how
+        return Model(label, identity, lambda sample: render(processor(), family, sample, None), opened)
+
+    return (
+        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read),
+        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read),
+    )
+
+
+def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Model, Model]:
+    """Source and artifact behind servers. A server's word is taken for which weights it holds.
+
+    Where it says from which folder it serves (vLLM's `root`), another folder than the artifact's is an error.
+    """
+    family = artifact.family
+
+    def model(label: str, weights: str, server: Server | None, folder: Path | None) -> Model:
+        @contextmanager
+        def opened() -> Iterator[Backend]:
+            if server is None:
+                raise DataError(f"no server for the {label} model, and its answers are not all kept", _STEPS)
+            entry = server.served()
+            _check_root(server, entry, folder)
+            yield ServedPredictor(server, family, str(entry["id"]))
+
+        identity = _identity(family, weights, checkpoint) | {"backend": "openai"}
+        return Model(label, identity, lambda sample: family.text(sample.question), opened)
+
+    return (
+        model(SOURCE, checkpoint.digest(), servers.source, None),
+        model(ARTIFACT, weights_digest(artifact), servers.artifact, artifact.checkpoint.folder),
+    )
+
+
+_STEPS = (
+    "both models are asked the same way: give --baseline-server beside --server; with one GPU, serve the source and "
+    "run with --baseline-server alone first, then serve the artifact and run with --server"
+)
+
+
+def _check_root(server: Server, entry: dict[str, Any], folder: Path | None) -> None:
+    root = entry.get("root")
+    if folder is None or not isinstance(root, str) or not Path(root).is_dir():
+        return
+    if Path(root).resolve() != folder.resolve():
+        raise DataError(f"{server.base} serves {root}, not {folder}", "serve the artifact, or name another server")
+
+
+def weights_digest(artifact: Artifact) -> str:
+    """Identity of an artifact's weights: the manifest's hashes and a sample of what is on disk now."""
+    return digest([artifact.manifest["files"], artifact.checkpoint.digest()])
+
+
+def _identity(family: Family, weights: str, texts: Checkpoint) -> dict[str, Any]:
+    tasks: dict[str, Any] = {task: generation(family, task) for task in family.max_new_tokens}
+    return {"weights": weights, "processor": _texts_digest(texts.folder), "generation": tasks}
+
+
+def _texts_digest(folder: Path) -> str:
+    """sha256 over the files that turn pictures and words into numbers."""
+    hasher = hashlib.sha256()
+    for path in sorted({path for pattern in PROCESSOR_FILES for path in folder.glob(pattern)}):
+        hasher.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
+    return hasher.hexdigest()
