@@ -100,14 +100,29 @@ class Checkpoint:
     def open(cls, folder: Path, rename: Callable[[str], str] = str, origin: str = "") -> "Checkpoint":
         """Read config.json and every shard's header; no tensor data is touched."""
         config = read_json(folder / "config.json")
+        promised = shard_files(folder)
+        headers = {file: read_header(folder / file) for file in promised}
+        return cls.from_headers(folder, config, headers, promised, rename, origin)
+
+    @classmethod
+    def from_headers(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        headers: Mapping[str, dict[str, Any]],
+        promised: Mapping[str, set[str]],
+        rename: Callable[[str], str] = str,
+        origin: str = "",
+    ) -> "Checkpoint":
+        """From headers that are already read. promised: shard -> the tensors that its index names."""
         tensors: dict[str, TensorInfo] = {}
-        for file, expected in shard_files(folder).items():
-            header = read_header(folder / file)
-            header.pop("__metadata__", None)
-            absent = sorted(expected - header.keys())
+        for file, header in headers.items():
+            absent = sorted(promised[file] - header.keys())
             if absent:
                 raise CheckpointError(f"{folder / file}: the index promises {absent[0]} ({len(absent)} missing)")
             for stored, entry in header.items():
+                if stored == "__metadata__":
+                    continue
                 if entry["dtype"] not in DTYPES:
                     raise CheckpointError(f"{folder / file}: {stored} has the unknown dtype {entry['dtype']}")
                 name = rename(stored)

@@ -1,0 +1,82 @@
+"""An artifact in a repository of the hub, checked by its manifest without downloading its weights.
+
+The hub knows the sha256 of every large file, so weights are compared without a byte of them; small files are fetched
+and hashed; the names of packed tensors come from the headers, by range requests.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.artifact import Artifact
+from exporter.checkpoint import Checkpoint
+from exporter.errors import ArtifactError
+from exporter.events import Event
+from exporter.facts import read_facts
+from exporter.formats import FORMATS
+from exporter.hub import Remote
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was checked. files: compared by hash; fetched: bytes of small files that were downloaded for it."""
+
+    name: str
+    files: int
+    linears: int
+    fetched: int
+
+
+def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Published:
+    """ArtifactError naming everything in which the repository is not what its manifest says."""
+    facts = read_facts(remote.name, remote.read)
+    expected = dict(facts.manifest["files"])
+    problems, fetched = [], 0
+    for i, (name, digest) in enumerate(sorted(expected.items())):
+        found = remote.files.get(name)
+        if found is None:
+            problems.append(f"{name}: missing")
+        elif found.sha256 is None:
+            content = remote.read(name) or b""
+            fetched += len(content)
+            if hashlib.sha256(content).hexdigest() != digest:
+                problems.append(f"{name}: its content is not the one that was written")
+        elif found.sha256 != digest:
+            problems.append(f"{name}: its content is not the one that was written")
+        on_event(Event("verify", i + 1, len(expected), name))
+    shards = {name for name in remote.files if name.endswith(".safetensors")}
+    problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
+    if not problems:
+        problems = _missing_tensors(remote, dict(facts.manifest))
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
+    return Published(remote.name, len(expected), len(facts.manifest["linears"]), fetched)
+
+
+def _missing_tensors(remote: Remote, manifest: dict[str, Any]) -> list[str]:
+    """Every packed linear must be found through the config's patterns, under the names that the format gives it."""
+    artifact = open_headers(remote, manifest)
+    problems = []
+    for module in manifest["linears"]:
+        try:
+            names = FORMATS[manifest["format"]].tensor_names(module, artifact.scheme_of(module))
+            problems += [f"{name}: missing" for name in names if name not in artifact.checkpoint.tensors]
+        except ArtifactError as error:
+            problems.append(f"{module}: {error}")
+    return problems
+
+
+def open_headers(remote: Remote, manifest: dict[str, Any]) -> Artifact:
+    """The artifact as its headers show it; its tensors cannot be read."""
+    config = json.loads(remote.read("config.json") or b"{}")
+    headers = remote.headers()
+    nothing: dict[str, set[str]] = {file: set() for file in headers}
+    checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
+    groups = FORMATS[manifest["format"]].read_config(config.get("quantization_config") or {})
+    return Artifact(checkpoint, manifest, tuple(groups), torch.device("cpu"))
