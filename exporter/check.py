@@ -7,12 +7,13 @@ reference that has the same doubled scales. The engine's log says which scheme i
 """
 
 import io
+import json
 import math
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from exporter.activations import round_inputs
-from exporter.artifact import Artifact
+from exporter.artifact import REPORT, Artifact
+from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.events import Event
 from exporter.families import Family
@@ -264,13 +266,13 @@ class Reference:
         return logits.float().log_softmax(-1).cpu()
 
 
-def with_report(checked: Checked, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The artifact's report with what a check found under `serving`."""
-    return {**report, "serving": as_json(checked)}
+def keep(folder: Path, checked: Checked) -> None:
+    """Put what a check found into the artifact's report, under `serving`."""
+    path = folder / REPORT
+    report = read_json(path) if path.exists() else {}
+    write_text(path, json.dumps({**report, "serving": as_plain(checked)}, indent=1, sort_keys=True) + "\n")
 
 
-def as_json(checked: Checked) -> dict[str, Any]:
+def as_plain(checked: Checked) -> dict[str, Any]:
     """Plain data for files and `--json`."""
-    from dataclasses import asdict
-
-    return {"passed": checked.passed, **asdict(replace(checked, schemes=dict(checked.schemes)))}
+    return {"passed": checked.passed, **asdict(checked)}

@@ -20,6 +20,7 @@ from exporter.cli_options import (
     revision_option,
     say,
 )
+from exporter.cli_serve import check, serve
 from exporter.errors import Interrupted
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
@@ -207,3 +208,5 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(evaluate)
+cli.add_command(serve)
+cli.add_command(check)

@@ -12,8 +12,6 @@ from typing import Any
 
 from exporter.errors import ServeError
 
-# Of `config.json`, in files of a processor: any of them gives the engine the model's own prompt.
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
 CPU_LENGTH = 4096  # the cache of a CPU engine is host memory
 CPU_CACHE_GIB = "1"
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -99,8 +97,11 @@ def launch(
         flags["--max-model-len"] = str(length)
     if tensor_parallel > 1:
         flags["--tensor-parallel-size"] = str(tensor_parallel)
-    if fallback_prompt and not has_template(folder):
-        flags |= {"--chat-template": inline_template(fallback_prompt), "--chat-template-content-format": "string"}
+    template = prompt_template(folder, fallback_prompt)
+    if template:
+        flags["--chat-template"] = template
+    if template and not own_template(folder):
+        flags["--chat-template-content-format"] = "string"
     given = {word.partition("=")[0] for word in extra}
     chosen = [word for flag, value in flags.items() if flag not in given for word in (flag, value)]
     environment = dict(QUIET)
@@ -130,15 +131,43 @@ def max_length(config: Mapping[str, Any], cpu: bool) -> int | None:
     return None if length is None else min(int(length), CPU_LENGTH) if cpu else int(length)
 
 
-def has_template(folder: Path) -> bool:
-    """Whether the model brings its own chat template, in a file of its own or in its tokenizer's or processor's."""
-    if any((folder / name).is_file() for name in TEMPLATES):
-        return True
-    for name in ("tokenizer_config.json", "processor_config.json"):
+def prompt_template(folder: Path, fallback_prompt: str) -> str | None:
+    """The chat template to hand to the engine, None when the model's own does.
+
+    The engine tokenizes what a template renders without special tokens. A tokenizer that starts every text with one
+    (Llama's `<s>`) then needs a template that writes it; LLaVA-1.5's does not, so it is put in front.
+    """
+    own, start = own_template(folder), start_token(folder)
+    template = own or (inline_template(fallback_prompt) if fallback_prompt else None)
+    if template is None:
+        return None
+    if start and start not in template and "bos_token" not in template:
+        return f"{{{{ {json.dumps(start)} }}}}{template}"
+    return None if own else template
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that the model brings, in a file of its own or in its processor's or tokenizer's."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("chat_template"):
-            return True
-    return False
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def start_token(folder: Path) -> str | None:
+    """The special token that the tokenizer puts before every text, None when it puts none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(path)).encode("a")
+    return str(made.tokens[0]) if made.special_tokens_mask[:1] == [1] else None
 
 
 def inline_template(prompt: str) -> str:

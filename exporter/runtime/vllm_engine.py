@@ -149,7 +149,10 @@ class Engine:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        return read_reply(post(f"{self.launch.url}/v1/chat/completions", body))
+        try:
+            return read_reply(post(f"{self.launch.url}/v1/chat/completions", body))
+        except ServeError as error:
+            raise ServeError(f"{error.message}{self._last_words()}") from None
 
     def schemes(self) -> dict[str, str]:
         """Which class of vLLM each linear was given, by its runtime name, as the log tells (needs debug and log)."""

@@ -1,0 +1,140 @@
+"""`mmq serve` and `mmq check`: start vLLM on an artifact, and prove its answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
+from exporter.errors import CheckFailed, Interrupted
+from exporter.runtime.vllm_engine import START_SECONDS
+
+vllm_option = click.option("--vllm", metavar="PROGRAM", help="The vllm program [MMQ_VLLM, or `vllm` on PATH].")
+parallel_option = click.option(
+    "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that share each linear."
+)
+wait_option = click.option(
+    "--wait", type=click.FloatRange(min=1), default=START_SECONDS, show_default=True, help="Seconds to become healthy."
+)
+flags_argument = click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+
+
+@click.command()
+@artifact_argument
+@flags_argument
+@vllm_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; vLLM checks nobody's identity.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@parallel_option
+@wait_option
+@click.option("--print", "only_print", is_flag=True, help="Show the command and start nothing.")
+@json_option
+@reports_errors
+def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: bool, **options: Any) -> None:
+    """Serve an artifact with vLLM until Ctrl-C, and say how to ask it as soon as it is healthy.
+
+    Flags behind `--` go to `vllm serve` and win over mmq's. The server's log goes to stderr.
+
+    \b
+    Examples:
+      mmq serve artifacts/demo-llava-w4-vit8
+      mmq serve artifacts/mine --tensor-parallel 2 --port 9000 -- --gpu-memory-utilization 0.5
+      mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
+    """
+    from exporter.runtime.launch import find_program, launch
+    from exporter.runtime.vllm_engine import Engine, free_port
+    from exporter.show_serving import python_line, shell_line
+    from exporter.source import open_source
+
+    checkpoint, family = open_source(str(artifact))
+    made = launch(
+        artifact,
+        checkpoint.config,
+        find_program(options["vllm"]),
+        host=options["host"],
+        port=options["port"] or free_port(),
+        fallback_prompt=family.fallback_prompt,
+        tensor_parallel=options["tensor_parallel"],
+        extra=flags,
+    )
+    if only_print:
+        return say({"command": list(made.command), "environment": dict(made.environment)} if as_json else made.shell())
+    try:
+        with Engine(made) as engine:
+            seconds = engine.wait_healthy(options["wait"])
+            lines = {"curl": shell_line(made), "python": python_line(made)}
+            if as_json:
+                said = {"url": made.url, "model": made.model, "pid": engine.pid, "startup_seconds": seconds, **lines}
+                click.echo(json.dumps(said))
+            else:
+                click.echo(f"{made.model} is served at {made.url}/v1 (Ctrl-C stops it); ask it:")
+                click.echo(f"\n{lines['curl']}\n\n{lines['python']}\n")
+            sys.stdout.flush()
+            code = engine.wait()
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the server has ended") from None
+    sys.exit(1 if code else 0)
+
+
+@click.command()
+@artifact_argument
+@flags_argument
+@vllm_option
+@click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="Images to ask about.")
+@click.option("--bound", type=click.FloatRange(min=0), help="Largest difference of a log-probability [0.06].")
+@click.option("--no-control", is_flag=True, help="Skip the second start, on doubled scales, that must answer wrongly.")
+@parallel_option
+@wait_option
+@device_option
+@data_option
+@json_option
+@reports_errors
+def check(
+    artifact: Path, flags: tuple[str, ...], device: str, data: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Start vLLM on an artifact and compare its log-probabilities with the dequantized weights in transformers.
+
+    Also proves that the comparison would notice an error, and reads from vLLM's log which scheme every linear got.
+    The result goes into the artifact's mmq_report.json. Exit code 3 when it fails.
+
+    \b
+    Examples:
+      mmq check artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm
+      mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
+    """
+    from exporter.check import BOUND, Session, as_plain, check, keep
+    from exporter.device import choose
+    from exporter.export import load_processor
+    from exporter.progress import Listener
+    from exporter.runtime.launch import find_program
+    from exporter.show_serving import checked_page
+
+    program = find_program(options["vllm"])
+    bound = BOUND if options["bound"] is None else options["bound"]
+    samples = questions(artifact, data, options["questions"])
+    with Listener(as_json) as listen:
+        session = Session(
+            program, choose(device), listen, options["tensor_parallel"], flags, options["wait"], bound=bound
+        )
+        found = check(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
+    keep(artifact, found)
+    say(as_plain(found) if as_json else checked_page(found))
+    if not found.passed:
+        lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
+        raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
+
+
+def questions(artifact: Path, data: Path | None, count: int) -> list[Any]:
+    """Test samples of every task of the family, in turn, chosen by the artifact's own recipe."""
+    from exporter.data import samples
+    from exporter.families import FAMILIES
+    from exporter.recipe_file import load_recipe
+
+    recipe = load_recipe(str(artifact / "recipe.yaml"))
+    tasks = FAMILIES[recipe.model.family].tasks
+    share = -(-count // len(tasks))
+    seed = recipe.evaluation.seed
+    lists = [samples(recipe.calibration.data, data, task, "test", share, seed) for task in tasks]
+    return [sample for group in zip(*lists, strict=False) for sample in group][:count]

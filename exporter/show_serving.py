@@ -1,0 +1,61 @@
+"""What `mmq serve` and `mmq check` show: lines to copy, and what a check found."""
+
+import base64
+import io
+import json
+import shlex
+
+from exporter.check import Checked
+from exporter.runtime.launch import Launch
+
+QUESTION = "What color is the picture?"
+
+
+def red_square() -> str:
+    """A small red picture as a data URL."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _messages() -> list[dict[str, object]]:
+    image = {"type": "image_url", "image_url": {"url": red_square()}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
+
+
+def shell_line(launch: Launch) -> str:
+    """A curl command that asks the server about a picture."""
+    body = json.dumps({"model": launch.model, "messages": _messages(), "max_tokens": 16, "temperature": 0})
+    url = f"{launch.url}/v1/chat/completions"
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def python_line(launch: Launch) -> str:
+    """The same with the openai package, as a shell takes it."""
+    code = (
+        "from openai import OpenAI; "
+        f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
+        f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, messages={_messages()!r}); "
+        "print(answer.choices[0].message.content)"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
+def checked_page(found: Checked) -> str:
+    """What a check found, in a few lines."""
+    d = found.distance
+    lines = [
+        f"vllm {found.engine}, ready after {found.startup_seconds:.0f} s, answered {found.questions} questions",
+        f"log-probabilities beside the dequantized reference: largest difference {d.largest:.4f}, mean {d.mean:.5f} "
+        f"over {d.tokens} tokens; bound {found.bound}",
+    ]
+    if found.control:
+        c = found.control
+        lines.append(
+            f"control, scales of {c.component} doubled: largest difference {c.moved.largest:.4f}; "
+            f"{c.restored.largest:.4f} beside a reference with the same scales"
+        )
+    lines += [f"{count} linears run as {name}, says vllm's log" for name, count in sorted(found.schemes.items())]
+    return "\n".join([*lines, "passed" if found.passed else "FAILED"])
