@@ -21,13 +21,6 @@ from exporter.stream import Read, load_whole
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges*")
-    "*processor*.json",
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
