@@ -31,7 +31,7 @@ from exporter.workdir import UnitResult, Workdir
 
 MANIFEST = "mmq_manifest.json"
 REPORT = "mmq_report.json"
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 10**9  # a shard is held in memory until it is complete
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT}
 PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")

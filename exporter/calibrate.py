@@ -6,7 +6,7 @@ A finished unit is never computed again: its block runs with the weights from it
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from exporter.device import Device
 from exporter.errors import CalibrationError, CheckpointError
 from exporter.events import Event
 from exporter.families import Component
+from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear
-from exporter.stream import Stream, run_until_reached, watch_inputs
+from exporter.stream import run_until_reached, watch_inputs
 from exporter.workdir import UnitResult, Workdir
 
 VERSION = 1  # part of a job's fingerprint: raise it when this file changes the numbers
@@ -53,60 +54,6 @@ class Flow:
         return result
 
 
-class Job:
-    """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        workdir: Workdir,
-        device: Device,
-        on_event: Callable[[Event], None],
-        writer: Executor,
-    ) -> None:
-        self.plan = plan
-        self.checkpoint = checkpoint
-        self.workdir = workdir
-        self.device = device
-        self.on_event = on_event
-        self.stream = Stream(
-            plan.family, checkpoint.config, device.torch_device, device.compute_dtype(_stored_dtype(plan))
-        )
-        self.finished = workdir.done(plan.units)
-        self._unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
-        self._cached: tuple[int, UnitResult] | None = None
-        self._writer = writer
-        self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
-
-    def read(self, name: str) -> Tensor:
-        """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
-        unit = self._unit_of.get(name)
-        if unit is None or unit.index >= self.finished:
-            return self.checkpoint.read(name)
-        if self._cached is None or self._cached[0] != unit.index:
-            self.settle()
-            self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
-        return self._cached[1].linears[name.removesuffix(".weight")].dequantize()
-
-    def commit(self, unit: Unit, result: UnitResult) -> None:
-        """Store a unit while the next one is computed."""
-        self.settle()
-        self._writing = (unit, result, self._writer.submit(self.workdir.commit, unit, result))
-        self.finished = unit.index + 1
-
-    def settle(self) -> None:
-        """Wait until the last unit is safely on disk, and only then tell about it."""
-        if self._writing is None:
-            return
-        (unit, result, writing), self._writing = self._writing, None
-        writing.result()
-        total, worst = len(self.plan.units), max(result.errors.values(), default=0.0)
-        self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
-        for note in result.notes:
-            self.on_event(Event("note", unit.index + 1, total, note))
-
-
 def run(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -120,8 +67,8 @@ def run(
     batches: model inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) on the CPU; may be empty when no unit
     needs statistics. Raises CheckpointError (bad weights), CalibrationError (bad activations).
     """
-    with ThreadPoolExecutor(1) as writer:
-        job = Job(plan, checkpoint, workdir, device, on_event, writer)
+    with ThreadPoolExecutor(2) as pool:
+        job = Job(plan, checkpoint, workdir, device, on_event, pool)
         if job.finished:
             on_event(Event("quantize", job.finished, len(plan.units), "resumed"))
         for component in plan.family.components:
@@ -135,10 +82,6 @@ def run(
         job.settle()
 
 
-def _stored_dtype(plan: Plan) -> torch.dtype:
-    return next(row.tensor.dtype for row in plan.rows if row.linear)
-
-
 def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[Batch]) -> None:
     """The blocks of one component, from its first to the last that needs statistics."""
     last = max(unit.index for unit in units if unit.needs_statistics)
@@ -148,6 +91,8 @@ def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[B
         unit = by_block.get(component.block(i))
         names = _tensors_under(job.checkpoint, component.block(i))
         job.stream.load(names, job.read)
+        if i + 1 < component.used(job.checkpoint.config):
+            job.read_ahead(_tensors_under(job.checkpoint, component.block(i + 1)))
         if unit and unit.index >= job.finished:
             job.commit(unit, _quantize_unit(job, component, unit, flows))
         block = job.stream.module(component.block(i))

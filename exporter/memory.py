@@ -11,7 +11,7 @@ from exporter.device import Device
 from exporter.families import Component, Family
 from exporter.recipe import Calibration
 
-SOLVE_BYTES = 4 * 4  # four float32 squares of the inputs: Hessian, its factor, an identity, the factor's inverse
+SOLVE_BYTES = 3 * 4  # three float32 squares of the inputs: Hessian, its factor, the factor's inverse
 WEIGHT_BYTES = 17  # float32: the weights, their stack, what compensation changes, a product; and one byte of code
 RUNTIME_BYTES = 500 * 2**20  # torch, transformers and their libraries, resident in the host process
 

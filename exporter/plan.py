@@ -130,6 +130,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         if i not in used
     ]
     problems += _fused_problems(rows, family)
+    together = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
+    problems += [f"format {recipe.format}: {together}"] if together else []
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")

@@ -15,6 +15,7 @@ from exporter.quantized import FP8_MAX, Scheme, dequantize, quantize
 Range = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 40
+KERNEL_WIDTH = 1024  # the widest group that one Triton program holds in registers
 SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
 
 
@@ -26,6 +27,8 @@ def fit_scale(
     range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps, group by group, the one whose rounding
     has the smallest squared error. "tensor" schemes repeat one value.
     """
+    if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme):
+        return _search_fast(weight, scheme, scale_dtype)
     low, high = _extremes(weight, scheme)
     scale, zero = _scale_of(low, high, scheme, scale_dtype)
     if range_ == "minmax":
@@ -40,6 +43,19 @@ def fit_scale(
         scale = torch.where(better, tried[0], scale)
         zero = torch.where(better, tried[1], zero)
     return scale, zero
+
+
+def _fits_kernel(scheme: Scheme) -> bool:
+    return scheme.number == "int" and isinstance(scheme.group_size, int) and scheme.group_size <= KERNEL_WIDTH
+
+
+def _search_fast(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same search in one pass over the weights."""
+    from exporter.ranges_kernel import launch
+
+    width, shrink = scheme.columns_per_group(weight.shape[1]), SHRINK_MOST / SHRINK_STEPS
+    sizes = (width, scheme.levels, scheme.middle, scheme.symmetric)
+    return launch(weight, *sizes, scale_dtype, shrink, SHRINK_STEPS)
 
 
 def _extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

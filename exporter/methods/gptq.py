@@ -83,11 +83,10 @@ def quantize_linear(
 
     Columns whose input was always 0 are rounded to nearest and influence nothing.
     """
-    hessian, order = statistics.hessian, None
+    order = None
     if options.order == "activation":
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    upper, notes = inverse_factor(hessian, options.damping)
+        order = statistics.hessian.diagonal().argsort(descending=True, stable=True)
+    upper, notes = inverse_factor(statistics.hessian, options.damping, order)
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
@@ -100,24 +99,30 @@ def quantize_linear(
     return QuantizedLinear(scheme, codes, scale, zero), notes
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
+def inverse_factor(
+    hessian: Tensor, damping: float, order: Tensor | None = None
+) -> tuple[Tensor | None, tuple[str, ...]]:
     """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None when no damping helps.
 
-    A column that was always 0 gets 1 on the diagonal, so that it influences nothing.
-
+    order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 gets 1 on the
+    diagonal, so that it influences nothing.
     With J the reversal of rows and columns, `J H J = L L^T` gives `U = J L^-1 J`: one factorization and one
-    triangular solve, instead of factorizing, inverting and factorizing again.
+    triangular solve, instead of factorizing, inverting and factorizing again. Everything happens in two buffers: the
+    square of 11,008 floats is half a gigabyte.
     """
-    reversed_ = hessian.flip(0, 1)
-    diagonal = reversed_.diagonal().clone()
+    columns = len(hessian)
+    backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
+    diagonal = hessian.diagonal()[backwards]
     diagonal[diagonal == 0] = 1
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        reversed_.diagonal().copy_(diagonal + share * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        if not failed and torch.isfinite(lower).all():
-            del reversed_  # squares of 11008 floats are half a gigabyte each
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
+        lower = hessian[backwards.unsqueeze(1), backwards]
+        lower.diagonal().copy_(diagonal + share * diagonal.mean())
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not failed and torch.isfinite(lower.sum()):
+            inverse = torch.eye(columns, device=hessian.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
             return inverse.flip(0, 1), notes

@@ -1,0 +1,84 @@
+"""What a calibration works with: tensors in, units out, both while the device computes something else."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device
+from exporter.events import Event
+from exporter.plan import Plan, Unit
+from exporter.stream import Stream
+from exporter.workdir import UnitResult, Workdir
+
+
+class Job:
+    """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        workdir: Workdir,
+        device: Device,
+        on_event: Callable[[Event], None],
+        pool: Executor,
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.workdir = workdir
+        self.device = device
+        self.on_event = on_event
+        self.stream = Stream(
+            plan.family, checkpoint.config, device.torch_device, device.compute_dtype(stored_dtype(plan))
+        )
+        self.finished = workdir.done(plan.units)
+        self._unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
+        self._cached: tuple[int, UnitResult] | None = None
+        self._pool = pool
+        self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
+        self._ahead: dict[str, Future[Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
+        unit = self._unit_of.get(name)
+        if unit is None or unit.index >= self.finished:
+            waiting = self._ahead.pop(name, None)
+            return waiting.result() if waiting else self.checkpoint.read(name)
+        if self._cached is None or self._cached[0] != unit.index:
+            self.settle()
+            self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
+        return self._cached[1].linears[name.removesuffix(".weight")].dequantize()
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Start to bring tensors that will be read soon from disk into memory that the GPU can fetch from."""
+        if not self.device.is_cuda:
+            return
+        for name in names:
+            unit = self._unit_of.get(name)
+            if unit is None or unit.index >= self.finished:
+                self._ahead[name] = self._pool.submit(lambda name=name: self.checkpoint.read(name).pin_memory())
+
+    def commit(self, unit: Unit, result: UnitResult) -> None:
+        """Store a unit while the next one is computed."""
+        self.settle()
+        self._writing = (unit, result, self._pool.submit(self.workdir.commit, unit, result))
+        self.finished = unit.index + 1
+
+    def settle(self) -> None:
+        """Wait until the last unit is safely on disk, and only then tell about it."""
+        if self._writing is None:
+            return
+        (unit, result, writing), self._writing = self._writing, None
+        writing.result()
+        total, worst = len(self.plan.units), max(result.errors.values(), default=0.0)
+        self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
+        for note in result.notes:
+            self.on_event(Event("note", unit.index + 1, total, note))
+
+
+def stored_dtype(plan: Plan) -> torch.dtype:
+    """The dtype of the checkpoint's linears."""
+    return next(row.tensor.dtype for row in plan.rows if row.linear)

@@ -1,0 +1,86 @@
+"""Triton kernel of the range search: a group's weights are read once and every range is tried in registers.
+
+Imported only where there is a CUDA device, since Triton comes with it.
+"""
+
+# mypy: ignore-errors
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+ROWS = 16  # rows of one program
+
+
+@triton.jit
+def _search(
+    weight,
+    scale,
+    zero,
+    rows,
+    columns,
+    groups,
+    levels,
+    middle,
+    smallest,
+    largest,
+    shrink,
+    steps,
+    G: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    group = tl.program_id(1)
+    offset = tl.arange(0, W)
+    column = group * G + offset
+    inside = (row[:, None] < rows) & ((offset < G) & (column < columns))[None, :]
+    value = tl.load(weight + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
+    low = tl.minimum(tl.min(value, axis=1), 0.0)
+    high = tl.maximum(tl.max(value, axis=1), 0.0)
+    best = tl.full((R,), float("inf"), tl.float32)
+    best_scale = tl.zeros((R,), tl.float32)
+    best_zero = tl.zeros((R,), tl.float32)
+    for step in range(steps):
+        part = 1.0 - shrink * step
+        if SYMMETRIC:
+            size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
+        else:
+            size = tl.div_rn((high - low) * part, levels)
+        size = tl.minimum(tl.maximum(size, smallest), largest).to(scale.dtype.element_ty).to(tl.float32)
+        if SYMMETRIC:
+            point = tl.zeros((R,), tl.float32) + middle
+        else:
+            point = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(-low * part, size)), 0.0), levels)
+        code = libdevice.rint(tl.div_rn(value, size[:, None] + tl.zeros((R, W), tl.float32))) + point[:, None]
+        code = tl.minimum(tl.maximum(code, 0.0), levels)
+        difference = (code - point[:, None]) * size[:, None] - value
+        error = tl.sum(difference * difference, axis=1)
+        better = error < best
+        best = tl.where(better, error, best)
+        best_scale = tl.where(better, size, best_scale)
+        best_zero = tl.where(better, point, best_zero)
+    at = row.to(tl.int64) * groups + group
+    tl.store(scale + at, best_scale.to(scale.dtype.element_ty), mask=row < rows)
+    tl.store(zero + at, best_zero.to(tl.uint8), mask=row < rows)
+
+
+def launch(
+    weight: Tensor, width: int, levels: int, middle: int, symmetric: bool, dtype: torch.dtype, shrink: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
+
+    shrink: how much narrower each of the `steps` ranges is than the one before, as a share of the first.
+    """
+    rows, columns = weight.shape
+    groups = triton.cdiv(columns, width)
+    scale = torch.empty(rows, groups, dtype=dtype, device=weight.device)
+    zero = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
+    info = torch.finfo(dtype)
+    sizes = (rows, columns, groups, float(levels), float(middle), info.smallest_normal, info.max, shrink, steps)
+    grid = (triton.cdiv(rows, ROWS), groups)
+    options = {"G": width, "SYMMETRIC": symmetric, "R": ROWS, "W": triton.next_power_of_2(width)}
+    _search[grid](weight.contiguous(), scale, zero, *sizes, **options, num_warps=4)
+    return scale, zero
