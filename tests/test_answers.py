@@ -1,0 +1,270 @@
+"""Answers are kept batch by batch and never mixed up; a server's troubles end in answers or in a clear error."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from exporter.answers import ABOUT, Backend, Model, Store, ask
+from exporter.data import image_key
+from exporter.errors import DataError
+from exporter.events import Event, ignore
+from exporter.families import FAMILIES
+from exporter.predict_server import KEY, ServedPredictor, Server, picture_url
+from exporter.tasks.sample import Sample
+from tests.chat_server import ChatServer, chat_server
+
+FAMILY = FAMILIES["llava"]
+
+
+def sample(i: int, question: str | None = "what?") -> Sample:
+    return Sample(f"s{i}", partial(Image.new, "RGB", (4, 4), (i, 2 * i % 256, 9)), question, ("yes",))
+
+
+class Counting:
+    """Answers with the sample's identity, `size` at a time, and notes what it was asked."""
+
+    def __init__(self, size: int = 3, dies_at: int | None = None, skips: str = "") -> None:
+        self.size, self.dies_at, self.skips = size, dies_at, skips
+        self.asked: list[str] = []
+        self.opened = 0
+
+    def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
+        for start in range(0, len(samples), self.size):
+            chosen = range(start, min(start + self.size, len(samples)))
+            if self.dies_at is not None and len(self.asked) >= self.dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.asked += [samples[i].identity for i in chosen]
+            yield {i: f"I am {samples[i].identity}" for i in chosen if samples[i].identity != self.skips}
+
+    def model(self, **identity: Any) -> Model:
+        @contextmanager
+        def opened() -> Iterator[Backend]:
+            self.opened += 1
+            yield self
+
+        return Model("artifact", {"weights": "w", **identity}, lambda s: str(s.question), opened)
+
+
+def run(
+    backend: Counting, samples: Mapping[str, Sequence[Sample]], store: Store | None, **identity: Any
+) -> dict[str, list[str]]:
+    pictures = {task: [image_key(s.image()) for s in found] for task, found in samples.items()}
+    return ask(backend.model(**identity), samples, pictures, store, ignore)
+
+
+def test_a_second_evaluation_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = Counting()
+    tasks = {"vqa": [sample(i) for i in range(7)], "captioning": [sample(i, None) for i in range(2)]}
+    found = run(first, tasks, store)
+    assert found == {"vqa": [f"I am s{i}" for i in range(7)], "captioning": ["I am s0", "I am s1"]}
+    assert len(first.asked) == 9
+    again = Counting()
+    assert run(again, tasks, Store(tmp_path)) == found
+    assert (again.asked, again.opened) == ([], 0)
+    larger = Counting()
+    run(larger, {"vqa": [sample(i) for i in range(9)]}, store)
+    assert larger.asked == ["s7", "s8"]
+
+
+def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run(Counting(), {"vqa": [sample(1)]}, store, dtype="float32")
+    for other, identity in (
+        (sample(1), {"dtype": "bfloat16"}),
+        (sample(2), {"dtype": "float32"}),
+        (sample(1, "why?"), {"dtype": "float32"}),
+    ):
+        backend = Counting()
+        run(backend, {"vqa": [other]}, store, **identity)
+        assert len(backend.asked) == 1
+    assert sorted(json.loads(p.read_text())["dtype"] for p in tmp_path.glob(f"*/{ABOUT}")) == ["bfloat16", "float32"]
+    renamed = Counting()
+    one = sample(1)
+    run(renamed, {"vqa": [Sample("other name", one.image, one.question, ("no",))]}, store, dtype="float32")
+    assert renamed.asked == []
+
+
+def test_equal_samples_are_asked_once_and_all_answered() -> None:
+    backend = Counting()
+    assert run(backend, {"vqa": [sample(1), sample(2), sample(1)]}, None) == {"vqa": ["I am s1", "I am s2", "I am s1"]}
+    assert backend.asked == ["s1", "s2"]
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    samples = {"vqa": [sample(i) for i in range(10)]}
+    whole = run(Counting(), samples, None)
+    child = os.fork()
+    if child == 0:
+        try:
+            run(Counting(dies_at=6), samples, Store(tmp_path))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    rest = Counting()
+    assert run(rest, samples, Store(tmp_path)) == whole
+    assert rest.asked == ["s6", "s7", "s8", "s9"]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", '{"k": 3}', "\x00"])
+def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> None:
+    samples = {"vqa": [sample(i) for i in range(6)]}
+    whole = run(Counting(), samples, Store(tmp_path))
+    kept = sorted(p for p in tmp_path.glob("*/*.json") if p.name != ABOUT)
+    assert len(kept) == 2
+    kept[0].write_text(content)
+    rest = Counting()
+    assert run(rest, samples, Store(tmp_path)) == whole
+    assert len(rest.asked) == 3
+
+
+def test_a_sample_without_an_answer_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no answer to 1 of 4 samples, first s2"):
+        run(Counting(skips="s2"), {"vqa": [sample(i) for i in range(4)]}, Store(tmp_path))
+
+
+def test_progress_counts_what_was_kept(tmp_path: Path) -> None:
+    samples = {"vqa": [sample(i) for i in range(5)]}
+    pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
+    run(Counting(), {"vqa": samples["vqa"][:2]}, Store(tmp_path))
+    seen: list[Event] = []
+    ask(Counting(size=2).model(), samples, pictures, Store(tmp_path), seen.append)
+    assert [(e.done, e.total) for e in seen] == [(2, 5), (4, 5), (5, 5)]
+    assert {e.message for e in seen} == {"artifact: vqa"}
+
+
+def color(text: str, image: Image.Image) -> str:
+    return f" {image.getpixel((0, 0))[0]} {text.split()[0]} "
+
+
+def served(server: ChatServer, samples: Sequence[Sample], **options: Any) -> tuple[list[str], list[float]]:
+    """Answers in order, and the pauses between tries."""
+    pauses: list[float] = []
+    where = Server(server.url, pause=pauses.append, **options)
+    found: dict[int, str] = {}
+    for piece in ServedPredictor(where, FAMILY, str(where.served()["id"])).pieces(samples):
+        assert not found.keys() & piece.keys()
+        found |= piece
+    return [found[i] for i in range(len(samples))], pauses
+
+
+def test_a_server_gets_pictures_and_the_familys_words_and_greedy_settings() -> None:
+    with chat_server(color) as server:
+        samples = [sample(i, f"w{i} here?" if i % 3 else None) for i in range(80)]
+        answers, _ = served(server, samples, concurrent=8)
+    assert answers == [f"{i} w{i}" if i % 3 else f"{i} Provide" for i in range(80)]
+    for body in server.bodies:
+        assert (body["model"], body["temperature"], body["n"]) == ("tiny", 0, 1)
+        caption = body["messages"][0]["content"][1]["text"] == FAMILY.caption_prompt
+        assert body["max_tokens"] == FAMILY.max_new_tokens["captioning" if caption else "vqa"]
+    assert all("Authorization" not in headers for headers in server.headers)
+
+
+def test_requests_in_flight_reach_the_bound_and_never_pass_it() -> None:
+    with chat_server(color) as server:
+        server.gate = threading.Barrier(4)  # answers only when four are open
+        served(server, [sample(i) for i in range(12)], concurrent=4)
+    assert server.most_at_once == 4
+
+
+def test_pictures_arrive_pixel_by_pixel() -> None:
+    noise = Image.effect_noise((9, 5), 80).convert("RGB")
+    seen: list[bytes] = []
+
+    def keep(text: str, image: Image.Image) -> str:
+        seen.append(image.convert("RGB").tobytes())
+        return "ok"
+
+    with chat_server(keep) as server:
+        served(server, [Sample("n", lambda: noise, "q?", ())])
+    assert seen == [noise.tobytes()]
+    assert picture_url(Sample("n", lambda: noise, None, ())).startswith("data:image/png;base64,")
+
+
+def test_a_busy_server_is_asked_again_after_growing_pauses() -> None:
+    with chat_server(color) as server:
+        server.faults = [(503, {}, "loading"), (500, {}, "oops"), (429, {"Retry-After": "7"}, "slow"), (502, {}, "")]
+        answers, pauses = served(server, [sample(3)], concurrent=1)
+    assert answers == ["3 what?"]
+    assert pauses == [0.5, 1.0, 7.0, 4.0]
+
+
+def test_a_server_that_stays_busy_is_named_with_what_it_said() -> None:
+    with chat_server(color) as server:
+        server.faults = [(503, {"Retry-After": "9999"}, '{"error": {"message": "no room\\nat all"}}')] * 9
+        with pytest.raises(DataError, match=r"503 no room at all \(tried 3 times\)") as caught:
+            served(server, [sample(3)], concurrent=1, tries=3)
+    assert "same command again" in str(caught.value.hint)
+    assert len(server.faults) == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (400, '{"error": {"message": "image too large"}}', "400: image too large"),
+        (404, '{"detail": "Not Found"}', "404: .*Not Found"),
+        (401, "{}", "401"),
+        (307, "", "307"),
+    ],
+)
+def test_a_refusal_is_an_error_at_once(status: int, body: str, said: str) -> None:
+    with chat_server(color) as server:
+        server.faults = [(status, {"Location": "http://127.0.0.1:1/"}, body)]
+        with pytest.raises(DataError, match=said):
+            served(server, [sample(3)], concurrent=1)
+    assert len(server.headers) == 1
+
+
+def test_nobody_listens() -> None:
+    with chat_server(color) as server:
+        url = server.url
+    pauses: list[float] = []
+    with pytest.raises(DataError, match=r"no answer .*tried 2 times"):
+        Server(url, tries=2, pause=pauses.append).served()
+    assert pauses == [0.5]
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", '{"choices": []}', '{"choices": [{"message": null}]}'])
+def test_an_answer_that_is_none(body: str) -> None:
+    with chat_server(color) as server:
+        server.faults = [(200, {}, body)]
+        with pytest.raises(DataError, match=r"did not answer in JSON|without a message"):
+            served(server, [sample(3)])
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "s3cret")
+    with chat_server(color) as server:
+        server.faults = [(403, {}, "no")]
+        with pytest.raises(DataError) as caught:
+            served(server, [sample(1)])
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in f"{caught.value.message} {caught.value.hint} {Server(server.url)!r}"
+
+
+def test_the_served_name() -> None:
+    with chat_server(color, "one") as server:
+        assert Server(f"{server.url}/v1/").served()["id"] == "one"
+        with pytest.raises(DataError, match=r"does not serve 'two'; it serves: one"):
+            Server(server.url, "two").served()
+    with chat_server(color, "one", "two") as server:
+        assert Server(server.url, "two").served()["id"] == "two"
+        with pytest.raises(DataError, match="does not serve one model; it serves: one, two"):
+            Server(server.url).served()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://user:pw@127.0.0.1"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(DataError, match="address") as caught:
+        Server(url).served()
+    assert ":pw" not in caught.value.message
