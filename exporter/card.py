@@ -179,7 +179,7 @@ def _quality(facts: Facts) -> str:
         rows.append([m["task"], m["metric"], str(m["samples"]), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
     gates = [
-        [g["task"], g["metric"], f"{g['lost']:.1%}", f"{g['max_drop']:.1%}", "passed" if g["passed"] else "**failed**"]
+        [g["task"], g["metric"], lost(g), f"{g['decide']}", "passed" if g["passed"] else "**failed**"]
         for g in facts.report["gates"]
     ]
     said = (
@@ -188,7 +188,13 @@ def _quality(facts: Facts) -> str:
     )
     if not gates:
         return said + "\n\nThe recipe has no gates."
-    return said + "\n\n" + table(["gate", "metric", "lost", "allowed", "verdict"], gates)
+    return said + "\n\n" + table(["gate", "metric", "loss", "decided by", "verdict"], gates)
+
+
+def lost(gate: Mapping[str, Any]) -> str:
+    """What a gate found and allows, as shares of the full-precision score (which may be zero: then nothing fits)."""
+    share = "not measurable" if gate["lost"] is None else f"{gate['lost']:.1%}"
+    return f"lost {share} of the full-precision score, allowed {gate['max_drop']:.1%}"
 
 
 def _serving(repo: str, facts: Facts) -> str:

@@ -10,7 +10,6 @@ import click
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import (
     adjusted,
-    artifact_argument,
     data_option,
     device_option,
     json_option,
@@ -20,8 +19,11 @@ from exporter.cli_options import (
     revision_option,
     say,
 )
+from exporter.cli_publish import diff, publish, verify_published
 from exporter.cli_serve import check, serve
+from exporter.data import places
 from exporter.errors import Interrupted
+from exporter.hub import PREFIX
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 
@@ -71,7 +73,7 @@ def export(
     out: Path | None,
     work: Path | None,
     device: str,
-    data: Path | None,
+    data: tuple[str, ...],
     seed: int | None,
     samples: int | None,
     eval_samples: int | None,
@@ -88,7 +90,7 @@ def export(
     Examples:
       mmq export --recipe llava-w4-vit8 --model demo-llava
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
-      mmq export --recipe ./mine.yaml --model ./my-llava --data ./images
+      mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
     chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data)
     if dry_run:
@@ -109,7 +111,7 @@ def export(
                 device=choose(device),
                 on_event=listen,
                 work=work,
-                data_folder=data,
+                sources=places(data),
                 overwrite=overwrite,
                 skip_evaluation=skip_evaluation,
             )
@@ -147,30 +149,36 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool) ->
     from exporter.export import prepare
 
     chosen = choose(device)
-    found, _ = prepare(recipe, chosen)
+    found, _ = prepare(recipe, chosen, headers_only=True)
     say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
 
 
 @cli.command()
-@artifact_argument
+@click.argument("artifact")
 @device_option
 @click.option("--no-load", is_flag=True, help="Check files and integers only; do not open it in transformers.")
 @json_option
 @reports_errors
-def verify(artifact: Path, device: str, no_load: bool, as_json: bool) -> None:
+def verify(artifact: str, device: str, no_load: bool, as_json: bool) -> None:
     """Check an artifact: hashes, integers, config patterns, and its logits in transformers.
 
+    ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
+    manifest, and no weights are downloaded.
+
     \b
-    Example:
+    Examples:
       mmq verify artifacts/demo-llava-w4-vit8
+      mmq verify hub:me/llava-1.5-7b-w4
     """
     from exporter import show
     from exporter.device import choose
     from exporter.progress import Listener
     from exporter.verify import verify as run
 
+    if artifact.startswith(PREFIX):
+        return verify_published(artifact, as_json)
     with Listener(as_json) as listen:
-        found = run(artifact, choose(device), listen, load=not no_load)
+        found = run(Path(artifact), choose(device), listen, load=not no_load)
     say(asdict(found) if as_json else show.verified_line(found))
 
 
@@ -210,3 +218,5 @@ def doctor(as_json: bool) -> None:
 cli.add_command(evaluate)
 cli.add_command(serve)
 cli.add_command(check)
+cli.add_command(publish)
+cli.add_command(diff)

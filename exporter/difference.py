@@ -81,8 +81,8 @@ def _metrics(first: Facts, second: Facts) -> list[Change]:
     changes = []
     for name in dict.fromkeys([*before, *after]):
         if name not in before or name not in after:
-            sides = [f"{found[name][1]:.4f}" if name in found else "not measured" for found in (before, after)]
-            changes.append(Change(name, *sides))
+            one, two = (f"{m[name][1]:.4f}" if name in m else "not measured" for m in (before, after))
+            changes.append(Change(name, one, two))
         else:
             changes += _numbers(name, before[name][1], after[name][1], "{:.4f}")
             changes += _numbers(f"{name} at full precision", before[name][0], after[name][0], "{:.4f}")

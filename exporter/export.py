@@ -41,9 +41,12 @@ class Export:
     host_peak: int
 
 
-def prepare(recipe: Recipe, device: Device) -> tuple[Plan, Checkpoint]:
-    """Open the model's headers and plan; every user error in recipe, model and device is raised here."""
-    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision)
+def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple[Plan, Checkpoint]:
+    """Open the model's headers and plan; every user error in recipe, model and device is raised here.
+
+    headers_only: enough to plan; the weights of a hub model are not downloaded.
+    """
+    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, headers_only)
     return make_plan(recipe, checkpoint, family, device), checkpoint
 
 
@@ -54,14 +57,14 @@ def export(
     device: Device,
     on_event: Listener,
     work: Path | None = None,
-    data_folder: Path | None = None,
+    sources: Sequence[data.Place] = (),
     overwrite: bool = False,
     skip_evaluation: bool = False,
 ) -> Export:
     """Run a recipe to a verified, evaluated artifact in `out`.
 
     work: where finished blocks are kept; by default beside `out`, and removed at the end.
-    data_folder: images and texts to calibrate and evaluate on instead of the built-in drawings.
+    sources: where samples come from, instead of what the recipe says.
     The report is written but gates are not enforced here: call `evaluate.raise_if_failed`.
     """
     clock = Clock(device)
@@ -69,14 +72,14 @@ def export(
     plan, checkpoint = prepare(recipe, device)
     if plan.memory.device_bytes > device.free_bytes:
         raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
-    evaluation = {} if skip_evaluation else evaluation_samples(plan, data_folder)
-    calibration = calibration_samples(plan, data_folder)
+    evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
+    calibration = calibration_samples(plan, sources)
     data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
     for note in data.notes(calibration):
         on_event(Event("note", 0, 0, note))
     clock.lap("plan")
 
-    provenance = _provenance(plan, calibration, device, data_folder)
+    provenance = _provenance(plan, calibration, device, sources)
     workdir = Workdir.open(work or default_work(out), _inputs(plan, checkpoint, provenance))
     reset_peak(device)
     with exact_math(recipe.calibration.seed):
@@ -93,7 +96,7 @@ def export(
     report = None
     if not skip_evaluation:
         report = measure(
-            checkpoint, out, evaluation, recipe, device, on_event, store=default_store(out), data_folder=data_folder
+            checkpoint, out, evaluation, recipe, device, on_event, store=default_store(out), sources=sources
         )
         evaluate.write_report(out, report)
         clock.lap("evaluate")
@@ -121,25 +124,31 @@ def default_work(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def calibration_samples(plan: Plan, folder: Path | None) -> list[Sample]:
+def calibration_samples(plan: Plan, sources: Sequence[data.Place]) -> list[Sample]:
     """The recipe's calibration set, its tasks in turn; empty when no method needs data."""
     if not plan.needs_calibration:
         return []
     wanted = plan.recipe.calibration
     share = -(-wanted.samples // len(wanted.tasks))
-    lists = [data.samples(wanted.data, folder, task, "train", share, wanted.seed) for task in wanted.tasks]
+    chosen = sources or data.places(wanted.data)
+    lists = [data.samples_from(chosen, task, "train", share, wanted.seed) for task in wanted.tasks]
     mixed = [sample for group in zip(*lists, strict=False) for sample in group][: wanted.samples]
     if not mixed:
         raise DataError(f"no calibration samples for {', '.join(wanted.tasks)}")
     return mixed
 
 
-def evaluation_samples(plan: Plan, folder: Path | None) -> dict[str, list[Sample]]:
+def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, list[Sample]]:
     """Test samples of every task that a gate names, else of every task the family can do."""
     wanted = plan.recipe.evaluation
     tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
-    name = plan.recipe.calibration.data
-    return {task: data.samples(name, folder, task, "test", wanted.samples, wanted.seed) for task in tasks}
+    chosen = sources or tested_on(plan.recipe)
+    return {task: data.samples_from(chosen, task, "test", wanted.samples, wanted.seed) for task in tasks}
+
+
+def tested_on(recipe: Recipe) -> tuple[data.Place, ...]:
+    """The recipe's sources of test samples: those of calibration when it names no others."""
+    return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)
 
 
 def _inputs_for(
@@ -164,11 +173,11 @@ def _inputs(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -
     }
 
 
-def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, folder: Path | None) -> dict[str, Any]:
+def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, sources: Sequence[data.Place]) -> dict[str, Any]:
     wanted = plan.recipe.calibration
     return {
         "calibration": {
-            "data": wanted.data if folder is None else f"folder {folder.name}",
+            "data": ", ".join(map(str, sources or data.places(wanted.data))),
             "seed": wanted.seed,
             "batch": wanted.batch,
             "samples": [{"id": sample.identity, "image": data.image_key(sample.image())} for sample in samples],
@@ -187,11 +196,11 @@ def measure(
     *,
     store: Store | None = None,
     servers: Servers | None = None,
-    data_folder: Path | None = None,
+    sources: Sequence[data.Place] = (),
 ) -> evaluate.Report:
     """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
     before, after = models(checkpoint, out, recipe, device, servers)
-    name = recipe.calibration.data if data_folder is None else f"folder {data_folder.name}"
+    name = ", ".join(map(str, sources or tested_on(recipe)))
     about = {"data": name, "samples": recipe.evaluation.samples, "seed": recipe.evaluation.seed}
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
 

@@ -56,9 +56,7 @@ class Facts:
     def metrics(self) -> dict[str, tuple[float, float]]:
         """`task metric` -> full precision, artifact; empty without a report."""
         measures = (self.report or {}).get("measures", [])
-        return {
-            f"{m['task']} {m['metric']}": (m["difference"]["before"], m["difference"]["after"]) for m in measures
-        }
+        return {f"{m['task']} {m['metric']}": (m["difference"]["before"], m["difference"]["after"]) for m in measures}
 
 
 def read_place(place: str) -> Facts:

@@ -12,7 +12,7 @@ from typing import Any
 from exporter.errors import HubError
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
-AGAIN = "give the same command again: what has arrived is not sent a second time"
+AGAIN = "give the same command again; large files that have arrived are not sent a second time"
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,25 @@ def _raised_in(error: Exception) -> str:
 
 def _refusal(error: Any, repo: str, where: str) -> HubError:
     """An HTTP status as a sentence and a way on."""
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     status = error.response.status_code
     said = f" ({clean(error.server_message)})" if getattr(error, "server_message", None) else ""
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return HubError(f"{where}: access must be asked for on its page{said}", f"open the page of {repo} and ask")
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{where}: there is no such revision{said}", "give a branch, tag or commit that exists")
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{where}: there is no such file{said}")
-    if isinstance(error, RepositoryNotFoundError):
-        return HubError(f"{where}: no such repository, or your token may not see it", "check the name and `hf auth whoami`")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"{where}: no such repository, or your token may not see it", "check the name and `hf auth whoami`"
+        )
     if status == 401:
         return HubError(f"{where}: the hub does not accept your token{said}", "run `hf auth login`, or renew HF_TOKEN")
     if status == 403:

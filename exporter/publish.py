@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import MANIFEST, REPORT
-from exporter.card import BEGIN, CARD, END, RESULTS, Declared, base_model, benchmark_results, data_name, render
+from exporter.artifact import MANIFEST, REPORT, Artifact
+from exporter.backends import weights_digest
+from exporter.card import BEGIN, CARD, END, RESULTS, Declared, base_model, benchmark_results, data_name, lost, render
 from exporter.checkpoint import sha256
 from exporter.device import Device
 from exporter.difference import difference
@@ -84,15 +85,15 @@ def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tupl
     if facts.report is None:
         problems.append("it was never evaluated")
         return facts, tuple(problems)
-    if facts.report.get("manifest") not in (None, sha256(folder / MANIFEST)):
-        problems.append("its report was measured on another artifact")
+    measured = facts.report.get("evaluation", {}).get("models", {}).get("artifact", {}).get("weights")
+    if not problems and measured != weights_digest(Artifact.open(folder)):
+        problems.append("its report was measured on other weights")
     gates = facts.report["gates"]
     if not gates:
         problems.append("its recipe has no gates, so nothing says what it may lose")
     for gate in gates:
         if not gate["passed"]:
-            lost = f"lost {gate['lost']:.1%} of the full-precision score, allowed {gate['max_drop']:.1%}"
-            problems.append(f"the gate on {gate['task']} {gate['metric']} failed: {lost}")
+            problems.append(f"the gate on {gate['task']} {gate['metric']} failed: {lost(gate)}")
     return facts, tuple(problems)
 
 

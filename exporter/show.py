@@ -1,5 +1,6 @@
 """Plans, reports and recipes as tables for people; `cli.py` prints them."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.advice import ASSUMPTION, advise
+from exporter.difference import Change
 from exporter.evaluate import Report
 from exporter.export import Export
 from exporter.plan import Plan, PlanRow
@@ -202,4 +204,14 @@ def recipes_table(recipes: list[Recipe]) -> Table:
         table.add_column(name, no_wrap=name != "what it does")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.model.family, recipe.summary)
+    return table
+
+
+def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
+    """What two artifacts have not in common, one a line."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("what", "left"), (first, "left"), (second, "left"), ("change", "right")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for c in changes:
+        table.add_row(c.what, c.first, c.second, "" if c.change is None else f"{c.change:+,.4g}")
     return table

@@ -1,11 +1,14 @@
 """Where a model comes from: an embedded one, a local folder, the hub cache or the hub."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from exporter.checkpoint import Checkpoint, read_json
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, PlanError
+from exporter.errors import CheckpointError, HubError, PlanError
 from exporter.families import FAMILIES, Family
+from exporter.hub import open_remote
 
 # Weights come as safetensors only; everything else a processor or an engine reads is small text.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -46,14 +49,53 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     return path, f"{repo}@{path.name}"
 
 
-def open_source(repo: str, revision: str | None = None) -> tuple[Checkpoint, Family]:
-    """Open a model's headers and find its family (PlanError when mmq does not know its architecture)."""
+def open_source(repo: str, revision: str | None = None, headers_only: bool = False) -> tuple[Checkpoint, Family]:
+    """Open a model's headers and find its family (PlanError when mmq does not know its architecture).
+
+    headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
+    """
+    if headers_only and repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1:
+        found = _headers_of(repo, revision)
+        if found:
+            return found
     folder, origin = locate(repo, revision)
-    config = read_json(folder / "config.json")
+    family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
+    return Checkpoint.open(folder, family.canonical_name, origin), family
+
+
+def _headers_of(repo: str, revision: str | None) -> tuple[Checkpoint, Family] | None:
+    """A hub model by range requests; None when its files are here already, or the hub is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        remote = open_remote(repo, revision)
+        snapshot_download(repo, revision=remote.commit, allow_patterns=PATTERNS, local_files_only=True)
+    except HubError:
+        return None  # the cache may have it; if not, `locate` says what is wrong
+    except LocalEntryNotFoundError:
+        pass
+    else:
+        return None
+    config = json.loads(remote.read("config.json") or b"{}")
+    family = _family(config, f"{repo}: config.json")
+    index = json.loads(remote.read("model.safetensors.index.json") or b"{}").get("weight_map", {})
+    headers = remote.headers()
+    promised: dict[str, set[str]] = {file: set() for file in headers}
+    for name, file in index.items():
+        promised.setdefault(file, set()).add(name)
+    absent = sorted(promised.keys() - headers.keys())
+    if absent or not headers:
+        raise CheckpointError(f"{remote.name}: no {absent[0] if absent else 'safetensors file'} in the repository")
+    rename = family.canonical_name
+    return Checkpoint.from_headers(Path(repo), config, headers, promised, rename, remote.name), family
+
+
+def _family(config: dict[str, Any], where: str) -> Family:
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
-            return Checkpoint.open(folder, family.canonical_name, origin), family
+            return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     found = ", ".join(architectures) or "no architectures at all"
-    raise PlanError(f"{folder / 'config.json'}: mmq does not know {found}", f"it knows {known}")
+    raise PlanError(f"{where}: mmq does not know {found}", f"it knows {known}")
