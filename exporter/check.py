@@ -25,13 +25,12 @@ from exporter.artifact import REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.events import Event
-from exporter.families import Family
-from exporter.predict import prompt_inputs, prompt_text, task_of
+from exporter.predict import prompt_inputs, prompt_text
 from exporter.runtime.launch import Program, launch
 from exporter.runtime.serve_lint import engine_class
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.stream import load_whole
-from exporter.tasks.sample import Sample
+from exporter.tasks.sample import Sample, task_of
 
 BOUND = 0.06  # natural log-probabilities; the engine computes in 16 bits, the reference in 32
 LIKELY = math.log(0.01)  # tokens less likely than this in both are noise of 16-bit sums
@@ -181,24 +180,12 @@ def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
     """Linears that the engine gave another scheme than the artifact's, or none."""
     problems = []
     for module in artifact.manifest["linears"]:
-        name = engine_name(artifact.family, module)
+        name = artifact.family.engine_name(module)
         expected, found = engine_class(artifact.scheme_of(module)), log.get(name)
         if found not in expected:
             said = found or "none (it runs unquantized, or under another name)"
             problems.append(f"{name}: vllm's log gives it the scheme {said}, expected {' or '.join(expected)}")
     return sorted(set(problems), key=problems.index)
-
-
-def engine_name(family: Family, module: str) -> str:
-    """The linear inside vLLM that a checkpoint's linear becomes, alone or as a part of a fused one."""
-    name = family.runtime_name(module)
-    for component in family.components:
-        if module.startswith(component.blocks.partition("{i}")[0]):
-            for fused, members in component.fused.items():
-                for member in members:
-                    if name.endswith(f".{member}"):
-                        return name.removesuffix(member) + fused
-    return name
 
 
 def _distance_problems(distance: Distance, control: Control | None, bound: float) -> list[str]:
@@ -262,7 +249,7 @@ class Reference:
         moved = {
             k: v.to(self._device.torch_device, dtype if v.is_floating_point() else None) for k, v in inputs.items()
         }
-        logits = self._model(**moved, use_cache=False).logits[0, start - 1 :]
+        logits: Tensor = self._model(**moved, use_cache=False).logits[0, start - 1 :]
         return logits.float().log_softmax(-1).cpu()
 
 

