@@ -15,6 +15,7 @@ from exporter.cli_options import (
     reports_errors,
     say,
 )
+from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--fresh", is_flag=True, help="Ask everything again and keep no answers.")
 @json_option
 @reports_errors
-def evaluate(artifact: Path, device: str, data: Path | None, as_json: bool, **options: Any) -> None:
+def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure an artifact again beside its full-precision model and decide its gates.
 
     Answers are kept, so a stopped evaluation goes on when the same command is given again. With one GPU, serve one
@@ -54,6 +55,7 @@ def evaluate(artifact: Path, device: str, data: Path | None, as_json: bool, **op
     \b
     Examples:
       mmq evaluate artifacts/demo-llava-w4-vit8 --eval-samples 1000
+      mmq evaluate artifacts/mine --data coco:/data/coco --data gqa:/data/gqa
       mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
     from exporter import show
@@ -66,13 +68,14 @@ def evaluate(artifact: Path, device: str, data: Path | None, as_json: bool, **op
     recipe = adjusted(own, options["baseline"], None, eval_samples=options["eval_samples"], data=data)
     chosen = choose(device)
     plan, checkpoint = prepare(recipe, chosen)
-    samples, store, servers = evaluation_samples(plan, data), _store(artifact, options), _servers(options)
+    sources = places(data)
+    samples, store, servers = evaluation_samples(plan, sources), _store(artifact, options), _servers(options)
     try:
         with Listener(as_json) as listen:
             if servers and not servers.artifact:
                 return say(_keep_source(checkpoint, artifact, samples, recipe, chosen, listen, store, servers))
             found = measure(
-                checkpoint, artifact, samples, recipe, chosen, listen, store=store, servers=servers, data_folder=data
+                checkpoint, artifact, samples, recipe, chosen, listen, store=store, servers=servers, sources=sources
             )
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"

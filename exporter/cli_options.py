@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
+from exporter.data import places
 from exporter.errors import MmqError
 from exporter.recipe import Recipe
 
@@ -23,8 +24,10 @@ json_option = click.option(
 )
 data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of images with metadata.jsonl to calibrate and evaluate on, instead of the built-in drawings.",
+    metavar="SOURCE",
+    multiple=True,
+    help="Calibrate and evaluate on: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, gqa, "
+    "hub); repeat for a source each task. [the recipe's]",
 )
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
@@ -71,13 +74,13 @@ def adjusted(
     seed: int | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
-    data: Path | None = None,
+    data: Sequence[str] = (),
 ) -> Recipe:
     """The recipe with what the command line overrides; another model drops the recipe's revision."""
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
     return recipe.adjusted(
         model={"repo": model, "revision": revision},
-        calibration={"seed": seed, "samples": samples, "data": "folder" if data else None},
-        evaluation={"samples": eval_samples},
+        calibration={"seed": seed, "samples": samples, "data": [one.name for one in places(data)] or None},
+        evaluation={"samples": eval_samples, "data": [one.name for one in places(data)] or None},
     )

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from exporter.data import place
+from exporter.errors import DataError
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
@@ -126,10 +128,24 @@ class Rule(Strict):
         return int(low or 0) <= index < int(high or count)
 
 
-class Calibration(Strict):
-    """What the statistics are measured on. data: "demo" (the built-in drawings) or "folder" (with --data)."""
+def sources(value: Any) -> Any:
+    """Data sources as recipes write them: one text or a list of them, each `demo`, `NAME:PATH` or a folder."""
+    listed = (value,) if isinstance(value, str) else value
+    for text in listed if isinstance(listed, list | tuple) else ():
+        try:
+            place(str(text))
+        except DataError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from None
+    return listed
 
-    data: Literal["demo", "folder"] = "demo"
+
+class Calibration(Strict):
+    """What the statistics are measured on. data: "demo" (the built-in drawings), or sources like `coco:/data/coco`.
+
+    A source that is only named (`folder`, `coco`) gets its path from --data.
+    """
+
+    data: tuple[str, ...] = ("demo",)
     tasks: tuple[str, ...] = ("captioning", "vqa")
     samples: int = Field(128, ge=1)
     batch: int = Field(8, ge=1)
@@ -142,13 +158,18 @@ class Calibration(Strict):
             raise ValueError("name at least one task")
         return tuple(known(task, TASKS, "task") for task in value)
 
+    _data = field_validator("data", mode="before")(sources)
+
 
 class Evaluation(Strict):
-    """How many test samples of each task decide; more samples, narrower intervals."""
+    """How many test samples of each task decide; more samples, narrower intervals. data: None is calibration's."""
 
+    data: tuple[str, ...] | None = None
     samples: int = Field(500, ge=2)
     batch: int = Field(32, ge=1)
     seed: int = 0
+
+    _data = field_validator("data", mode="before")(sources)
 
 
 class Gate(Strict):

@@ -1,40 +1,112 @@
 """Where samples come from. To add a source, write `data/NAME.py` and add a line to `DATA`.
 
-A source's `samples` takes the user's folder (None without `--data`), a task, a split, a limit and a seed.
+A source's `samples` takes the user's folder (None when none was given), a task, a split, a limit and a seed. In recipes
+and on the command line a source is written `NAME:PATH` (`coco:/data/coco`), `demo`, or as a bare folder.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast, get_args
 
-from exporter.data import folder
+from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
+from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import check_disjoint, image_key
-from exporter.demo import data as demo
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
+ANY_TASK = ("captioning", "vqa", "retrieval")
 
 
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    return demo.samples(task, split, limit, seed)
+    from exporter.demo import data as demo
+
+    if task not in get_args(demo.Task):
+        raise DataError(f"demo has nothing for task {task}", f"it has {', '.join(get_args(demo.Task))}")
+    return demo.samples(cast(demo.Task, task), cast(Any, split), limit, seed)
 
 
-def _folder(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    if path is None:
-        raise DataError("the recipe calibrates on a folder and none is given", "pass --data DIR, or data: demo")
-    return folder.samples(path, task, split, limit, seed)
+def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) -> Source:
+    """A source that cannot do without a path."""
+
+    def samples(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
+        if path is None:
+            raise DataError(f"data source {name} needs a folder and none is given", f"pass --data {name}:PATH")
+        return read(path, task, split, limit, seed)
+
+    return samples
 
 
-DATA: dict[str, Source] = {"demo": _demo, "folder": _folder}
+DATA: dict[str, Source] = {
+    "demo": _demo,
+    "folder": _local("folder", folder.samples),
+    "coco": _local("coco", coco.samples),
+    "flickr30k": _local("flickr30k", flickr30k.samples),
+    "vqav2": _local("vqav2", vqav2.samples),
+    "gqa": _local("gqa", gqa.samples),
+    "hub": _local("hub", hub.samples),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One source as the user named it. name: a key of `DATA`."""
+
+    name: str
+    path: Path | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it can be asked."""
+        if self.name in CONVENTIONS:
+            return CONVENTIONS[self.name].tasks
+        return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK[: 2 if self.name == "demo" else 3]
+
+    def __str__(self) -> str:
+        """For manifests: the source, and of its path the last part alone."""
+        return self.name if self.path is None else f"{self.name} {self.path.name}"
+
+
+def place(written: str | Path) -> Place:
+    """`coco:/data/coco`, `demo`, or a bare folder. DataError for an unknown name."""
+    text = str(written)
+    name, colon, path = text.partition(":")
+    if name in DATA and (path or not colon):
+        return Place(name, Path(path).expanduser() if path else None)
+    if colon and not Path(text).exists():
+        close = difflib.get_close_matches(name, list(DATA), n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
+        raise DataError(f"unknown data source '{text}'.{meant}", f"write NAME:PATH; names are {', '.join(DATA)}")
+    return Place("folder", Path(text).expanduser())
+
+
+def places(written: str | Path | Sequence[str | Path] | None) -> tuple[Place, ...]:
+    """One source or several, for instance one for each task."""
+    listed = () if written is None else (written,) if isinstance(written, str | Path) else written
+    return tuple(place(one) for one in listed)
 
 
 def samples(name: str, path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
     """At most `limit` samples of a task; the same ones for the same seed.
 
-    name: a key of `DATA`; a folder that is given stands in for any of them. split: train, validation or test.
-    Raises DataError when there are none, listing every problem found.
+    name: a key of `DATA`. split: train, validation or test. Raises DataError when there are none, listing every
+    problem found.
     """
-    return DATA["folder" if path else name](path, task, split, limit, seed)
+    return DATA[name](path, task, split, limit, seed)
+
+
+def samples_from(chosen: Sequence[Place], task: str, split: str, limit: int, seed: int) -> list[Sample]:
+    """Samples of a task from the one place of `chosen` that has it. DataError when none or several have."""
+    able = [one for one in chosen if task in one.tasks]
+    if len(able) == 1:
+        return samples(able[0].name, able[0].path, task, split, limit, seed)
+    named = ", ".join(one.name for one in able or chosen)
+    if able:
+        raise DataError(f"{named} all have task {task}", "name one source for each task")
+    having = ", ".join(name for name, known in CONVENTIONS.items() if task in known.tasks)
+    raise DataError(f"{named} has nothing for task {task}", f"add a source that has it: {having}, folder")
 
 
 def notes(chosen: Sequence[Sample]) -> tuple[str, ...]:
@@ -45,4 +117,15 @@ def notes(chosen: Sequence[Sample]) -> tuple[str, ...]:
     return (f"{bare} of {len(chosen)} calibration samples have no text: the model sees picture and prompt, no reply",)
 
 
-__all__ = ["DATA", "check_disjoint", "image_key", "notes", "samples"]
+__all__ = [
+    "CONVENTIONS",
+    "DATA",
+    "Place",
+    "check_disjoint",
+    "image_key",
+    "notes",
+    "place",
+    "places",
+    "samples",
+    "samples_from",
+]

@@ -1,0 +1,97 @@
+"""What people mean by "COCO", "Flickr30k", "VQAv2" and "GQA" when they report a number: splits, prompts, metrics.
+
+Prompts and generation are those of the paper (Das et al., arXiv 2601.15287, section 3 and its code), by family; the
+family's own table (`families`) is what a job uses. License notes are what the data sets' own pages say; mmq ships no
+picture of any of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from exporter.errors import DataError
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one data set is used.
+
+    splits: mmq's split -> the data set's own. tasks: what it can be asked. prompts, generation: by family.
+    metrics: what is reported, by task. kinds: what a sample's `kind` is. layout: what to unpack where.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    splits: Mapping[str, str]
+    test_size: str
+    metrics: Mapping[str, str]
+    layout: str
+    license: str
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, str] = field(default_factory=dict)
+    kinds: str = ""
+
+    def require(self, task: str, split: str) -> None:
+        """DataError when the data set has no such task or split."""
+        if task not in self.tasks:
+            raise DataError(f"{self.name} has nothing for task {task}", f"it has {', '.join(self.tasks)}")
+        if split not in self.splits:
+            raise DataError(f"{self.name} has no split '{split}'", f"it has {', '.join(self.splits)}")
+
+
+_SHORT_ANSWER = {
+    "llava": "{question}\nAnswer the question using a single word or phrase.",
+    "blip2": "Question: {question} Short answer:",
+}
+_ANSWERING = {
+    "llava": "greedy, left padding",
+    "blip2": "5 beams, 1 to 10 new tokens, length penalty 0, left padding",
+}
+
+CONVENTIONS: dict[str, Convention] = {
+    "coco": Convention(
+        name="coco",
+        tasks=("captioning",),
+        splits={"train": "train2017", "test": "val2017"},
+        test_size="5,000 pictures, 25,014 captions",
+        metrics={"captioning": "CIDEr-D, METEOR, BLEU-4 after the Penn Treebank tokenizer"},
+        layout="annotations_trainval2017.zip and val2017.zip (train2017.zip) of cocodataset.org into one folder",
+        license="annotations CC BY 4.0; pictures are their Flickr authors', under the license listed with each",
+        prompts={"llava": "Provide a one-sentence caption for the provided image.", "blip2": ""},
+        generation={"llava": "greedy, up to 64 new tokens", "blip2": "greedy, no prompt, up to 20 tokens"},
+    ),
+    "flickr30k": Convention(
+        name="flickr30k",
+        tasks=("captioning", "retrieval"),
+        splits={"train": "train", "validation": "val", "test": "test"},
+        test_size="1,000 pictures, 5,000 captions (Karpathy's 1K test)",
+        metrics={"retrieval": "recall at 1, 5 and 10, picture to text and text to picture", "captioning": "CIDEr-D"},
+        layout="dataset_flickr30k.json (Karpathy's splits) beside the folder flickr30k-images",
+        license="pictures are their Flickr authors'; released for non-commercial research and education only",
+        prompts={"llava": "Provide a one-sentence caption for the provided image."},
+        generation={"blip2": "none: contrastive scores choose 128 candidates, which the matching head scores again"},
+    ),
+    "vqav2": Convention(
+        name="vqav2",
+        tasks=("vqa",),
+        splits={"train": "train2014", "test": "val2014"},
+        test_size="214,354 questions, ten answers each, 40,504 pictures",
+        metrics={"vqa": "accuracy of the VQA challenge: min(1, matches / 3) over leaving each person out"},
+        layout="questions and annotations v2_*_val2014_*.json of visualqa.org beside COCO's val2014 pictures",
+        license="annotations CC BY 4.0; pictures are COCO's: their Flickr authors'",
+        prompts=_SHORT_ANSWER,
+        generation=_ANSWERING,
+        kinds="answer type: yes/no, number, other",
+    ),
+    "gqa": Convention(
+        name="gqa",
+        tasks=("vqa",),
+        splits={"train": "train_balanced", "validation": "val_balanced", "test": "testdev_balanced"},
+        test_size="12,578 questions, 398 pictures",
+        metrics={"vqa": "exact match after the normalization of VQAv2"},
+        layout="questions1.2.zip (into questions1.2/) and images.zip (into images/), both into one folder",
+        license="annotations CC BY 4.0; pictures are Visual Genome's (CC BY 4.0) and their Flickr authors'",
+        prompts=_SHORT_ANSWER,
+        generation=_ANSWERING,
+        kinds="structural type: verify, query, choose, logical, compare",
+    ),
+}

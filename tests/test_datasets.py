@@ -1,0 +1,303 @@
+"""Readers of official layouts: what they read, and that nothing that is wrong with a file goes unsaid."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter import data
+from exporter.data import CONVENTIONS, DATA, Place, hub, place, places, samples_from
+from exporter.errors import DataError
+from exporter.families import FAMILIES
+from exporter.tasks.sample import Sample
+from tests import layouts
+
+
+def read(name: str, path: Path, task: str = "captioning", split: str = "test", limit: int = 99) -> list[Sample]:
+    return data.samples(name, path, task, split, limit, 0)
+
+
+def problems(name: str, path: Path, task: str = "captioning") -> list[str]:
+    """The lines of the error, each one problem."""
+    with pytest.raises(DataError) as caught:
+        read(name, path, task)
+    head, *told = caught.value.message.splitlines()
+    assert f"has {len(told)} problem" in head
+    return [line.strip() for line in told]
+
+
+def test_coco(tmp_path: Path) -> None:
+    layouts.coco(tmp_path)
+    layouts.coco(tmp_path, 2, "train2017")
+    found = {s.identity: s for s in read("coco", tmp_path)}
+    assert found.keys() == {"1", "2", "3", "4"}
+    assert found["3"].references == tuple(f"Caption {k} of picture 3.\n" for k in range(5))
+    assert found["3"].question is None
+    assert found["3"].image().size == (12, 9)
+    assert len(read("coco", tmp_path, split="train")) == 2
+
+
+def test_coco_of_2014_is_read_when_it_is_all_there_is(tmp_path: Path) -> None:
+    layouts.coco(tmp_path, 3, "val2014")
+    assert len(read("coco", tmp_path)) == 3
+    layouts.coco(tmp_path, 2, "val2017")
+    assert len(read("coco", tmp_path)) == 2
+
+
+def test_flickr30k(tmp_path: Path) -> None:
+    layouts.flickr30k(tmp_path)
+    for split, numbers in (("train", "01"), ("validation", "23"), ("test", "45")):
+        assert {s.identity for s in read("flickr30k", tmp_path, split=split)} == {f"100{i}.jpg" for i in numbers}
+    found = read("flickr30k", tmp_path, "retrieval")
+    assert sorted(found, key=lambda s: s.identity)[0].references == tuple(f"A dog, {k} of 4." for k in range(5))
+
+
+def test_vqav2_keeps_ten_answers_and_puts_the_most_common_first(tmp_path: Path) -> None:
+    layouts.vqav2(tmp_path)
+    found = {s.identity: s for s in read("vqav2", tmp_path, "vqa")}
+    assert found.keys() == {"42000", "42001", "73002"}
+    assert found["42001"].references == ("2",) * 7 + ("3",) * 3
+    assert (found["42001"].question, found["42001"].kind) == ("Question 1?", "number")
+
+
+def test_vqav2_also_as_its_own_tools_lay_it_out(tmp_path: Path) -> None:
+    layouts.vqav2(tmp_path)
+    for old, new in (
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "Questions"),
+        ("v2_mscoco_val2014_annotations.json", "Annotations"),
+        ("val2014", "Images/mscoco"),
+    ):
+        (tmp_path / new).mkdir(parents=True)
+        (tmp_path / old).rename(tmp_path / new / old)
+    assert len(read("vqav2", tmp_path, "vqa")) == 3
+
+
+def test_gqa(tmp_path: Path) -> None:
+    layouts.gqa(tmp_path)
+    found = {s.identity: s for s in read("gqa", tmp_path, "vqa")}
+    assert found.keys() == {"200", "201", "202"}
+    assert (found["201"].question, found["201"].references, found["201"].kind) == ("Is it 1?", ("left",), "choose")
+
+
+# Damage: layout, file to change, change of its content, the task, what must be said.
+def _drop(key: str, index: int, field: str) -> Callable[[Any], None]:
+    return lambda content: content[key][index].pop(field)
+
+
+def _set(key: str, index: int, field: str, value: Any) -> Callable[[Any], None]:
+    return lambda content: content[key][index].update({field: value})
+
+
+COCO = "annotations/captions_val2017.json"
+FLICKR = "dataset_flickr30k.json"
+ASKED, ANSWERED = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+GQA = "questions1.2/testdev_balanced_questions.json"
+DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
+    ("coco", COCO, _set("images", 0, "id", 2), ["image id 2 is there 2 times", *["image_id 1 is not among"] * 5]),
+    ("coco", COCO, _set("annotations", 0, "id", 200), ["annotation id 200 is there 2 times"]),
+    ("coco", COCO, _drop("images", 3, "file_name"), ["images[3]: `file_name` must", *["image_id 4 is not among"] * 5]),
+    ("coco", COCO, _set("images", 0, "file_name", "../x.jpg"), ["must stay in the folder"]),
+    ("coco", COCO, _set("annotations", 1, "caption", 3), ["image 2: captions must be texts"]),
+    ("coco", COCO, lambda c: c["annotations"].__delitem__(slice(0, None, 4)), ["image 1: no caption"]),
+    ("flickr30k", FLICKR, _set("images", 5, "filename", "1004.jpg"), ["filename 1004.jpg is there 2 times"]),
+    ("flickr30k", FLICKR, _set("images", 0, "split", "tset"), ["images[0]: split 'tset' is none of"]),
+    ("flickr30k", FLICKR, _set("images", 4, "sentences", []), ["images[4]: `sentences` must be"]),
+    ("vqav2", ASKED, _set("questions", 1, "question_id", 42000), ["42000 is there 2 times", "42001 is not in"]),
+    ("vqav2", ANSWERED, _set("annotations", 0, "image_id", 9), ["42000: image_id 9, but the question is about 42"]),
+    ("vqav2", ANSWERED, lambda c: c["annotations"][2]["answers"].pop(), ["73002: `answers` must be a list of 10"]),
+    ("vqav2", ANSWERED, lambda c: c["annotations"].pop(), ["73002: no answers in"]),
+    ("vqav2", ASKED, _set("questions", 0, "question", " "), ["42000: `question` must be a text"]),
+    ("gqa", GQA, lambda c: c["200"].pop("answer"), ["200: `answer` must be a text"]),
+    ("gqa", GQA, lambda c: c["200"].update(types={}), ["200: `structural` must be a text"]),
+    ("gqa", GQA, lambda c: c.update({"200": 4}), ["200: not an object"]),
+    ("gqa", GQA, lambda c: c["202"].update(imageId="../../x"), ["must stay in the folder"]),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "change", "said"), DAMAGE, ids=[f"{d[0]}: {d[3][0]}" for d in DAMAGE])
+def test_damage_is_told_with_its_place(
+    tmp_path: Path, name: str, file: str, change: Callable[[Any], None], said: list[str]
+) -> None:
+    getattr(layouts, name)(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    change(content)
+    layouts.write(tmp_path / file, content)
+    told = problems(name, tmp_path, CONVENTIONS[name].tasks[0])
+    assert len(told) == len(said)
+    for line, text in zip(sorted(told), sorted(said, key=lambda t: next(x for x in told if t in x)), strict=True):
+        assert text in line
+        assert Path(file).name in line or "is not in" in line
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_every_missing_picture_is_told_once(tmp_path: Path, name: str) -> None:
+    getattr(layouts, name)(tmp_path)
+    task = CONVENTIONS[name].tasks[0]
+    pictures = sorted(tmp_path.rglob("*.jpg"))[-2:]
+    for file in pictures:
+        file.unlink()
+    told = problems(name, tmp_path, task)
+    assert len(told) == 2
+    assert all(any(f"no picture '{file.relative_to(tmp_path)}'" in line for line in told) for file in pictures)
+    outside = layouts.picture(tmp_path.parent / "outside.jpg")
+    for file in pictures:
+        file.symlink_to(outside)
+    assert ["is a link out of the folder" in line for line in problems(name, tmp_path, task)] == [True, True]
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_a_file_that_is_cut_or_another_or_absent_is_said(tmp_path: Path, name: str) -> None:
+    getattr(layouts, name)(tmp_path)
+    task = CONVENTIONS[name].tasks[0]
+    file = max(tmp_path.rglob("*.json"), key=lambda f: "annotations" in f.name)
+    whole = file.read_text()
+    for content, said in ((whole[: len(whole) // 2], "is not JSON"), ("[1]", "official file")):
+        file.write_text(content)
+        with pytest.raises(DataError) as caught:
+            read(name, tmp_path, task)
+        assert said in f"{caught.value.message} {caught.value.hint}"
+        assert str(file) in caught.value.message
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(DataError, match="not UTF-8"):
+        read(name, tmp_path, task)
+    file.unlink()
+    with pytest.raises(DataError, match=f"looked for .*{file.name}") as caught:
+        read(name, tmp_path, task)
+    assert CONVENTIONS[name].layout in str(caught.value.hint)
+
+
+def test_two_equal_ids_of_gqa_are_not_one(tmp_path: Path) -> None:
+    layouts.gqa(tmp_path)
+    file = tmp_path / GQA
+    file.write_text(file.read_text().replace('"201": {', '"200": {'))
+    assert any("key 200 is there 2 times" in line for line in problems("gqa", tmp_path, "vqa"))
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_tasks_and_splits_are_those_of_the_convention(tmp_path: Path, name: str) -> None:
+    getattr(layouts, name)(tmp_path)
+    convention = CONVENTIONS[name]
+    other = next(task for task in ("captioning", "vqa") if task not in convention.tasks)
+    with pytest.raises(DataError, match=f"{name} has nothing for task {other}"):
+        read(name, tmp_path, other)
+    with pytest.raises(DataError, match="has no split 'tes'"):
+        read(name, tmp_path, convention.tasks[0], "tes")
+    with pytest.raises(DataError, match="needs a folder") as caught:
+        data.samples(name, None, convention.tasks[0], "test", 5, 0)
+    assert f"--data {name}:PATH" in str(caught.value.hint)
+    assert name in DATA
+    assert convention.name == name
+    assert {"train", "test"} <= set(convention.splits)
+    assert len(convention.license) > 20
+    assert set(convention.metrics) == set(convention.tasks)
+
+
+def test_prompts_of_the_conventions_are_those_of_the_families() -> None:
+    for family in FAMILIES.values():
+        for convention in CONVENTIONS.values():
+            if family.name in convention.prompts:
+                asked = family.caption_prompt if "vqa" not in convention.tasks else family.question_prompt
+                assert convention.prompts[family.name] == asked
+
+
+def test_places_are_written_with_a_name_a_path_or_both(tmp_path: Path) -> None:
+    assert place("coco:/data/coco") == Place("coco", Path("/data/coco"))
+    assert place("demo") == Place("demo")
+    assert place("./images") == place(Path("images")) == Place("folder", Path("images"))
+    assert place("folder:/data/a:b") == Place("folder", Path("/data/a:b"))
+    assert place("hub:org/name@abc").path == Path("org/name@abc")
+    assert str(place("coco:/secret/place/coco")) == "coco coco"
+    assert places(None) == ()
+    assert places("demo") == places(["demo"]) == (Place("demo"),)
+    with pytest.raises(DataError, match="Did you mean 'coco'"):
+        place("cocoo:/data")
+    (tmp_path / "odd:name").mkdir()
+    assert place(tmp_path / "odd:name") == Place("folder", tmp_path / "odd:name")
+
+
+def test_each_task_takes_the_source_that_has_it(tmp_path: Path) -> None:
+    layouts.coco(tmp_path / "c")
+    layouts.vqav2(tmp_path / "v")
+    layouts.gqa(tmp_path / "g")
+    both = places([f"coco:{tmp_path / 'c'}", f"vqav2:{tmp_path / 'v'}"])
+    assert len(samples_from(both, "captioning", "test", 9, 0)) == 4
+    assert len(samples_from(both, "vqa", "test", 9, 0)) == 3
+    with pytest.raises(DataError, match="coco has nothing for task vqa"):
+        samples_from(both[:1], "vqa", "test", 9, 0)
+    with pytest.raises(DataError, match="vqav2, gqa all have task vqa"):
+        samples_from([*both, place(f"gqa:{tmp_path / 'g'}")], "vqa", "test", 9, 0)
+
+
+def parquet(root: Path, name: str, rows: list[dict[str, Any]], split: str = "test") -> Path:
+    """A data set as the hub stores it: `data/test-00000-of-00001.parquet` with a column of pictures."""
+    datasets = pytest.importorskip("datasets")
+    (root / name / "data").mkdir(parents=True)
+    made = datasets.Dataset.from_list(rows)
+    if "image" in rows[0]:
+        made = made.cast_column("image", datasets.Image())
+    made.to_parquet(root / name / "data" / f"{split}-00000-of-00001.parquet")
+    return root / name
+
+
+def rows_of(root: Path, count: int, **columns: Callable[[int], Any]) -> list[dict[str, Any]]:
+    files = [layouts.picture(root / "files" / f"{i}.png", i) for i in range(count)]
+    return [
+        {"image": {"bytes": f.read_bytes(), "path": None}, **{key: make(i) for key, make in columns.items()}}
+        for i, f in enumerate(files)
+    ]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every stream
+    monkeypatch.setenv("MMQ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_hub_rows_are_streamed_once_kept_and_checked(tmp_path: Path, own_cache: Path) -> None:
+    answers = [{"answer": "yes", "answer_id": n} for n in range(10)]
+    columns: dict[str, Callable[[int], Any]] = {
+        "question_id": lambda i: i,
+        "question": lambda i: f"q{i}",
+        "answers": lambda i: answers,
+        "answer_type": lambda i: "yes/no",
+    }
+    made = parquet(tmp_path, "set", rows_of(tmp_path, 8, **columns))
+    found = read("hub", made, "vqa", limit=5)
+    assert len(found) == 5
+    assert all(s.question == f"q{s.identity}" and s.references == ("yes",) * 10 and s.kind == "yes/no" for s in found)
+    assert found[0].image().getpixel((0, 0)) == (int(found[0].identity) * 7, 255 - int(found[0].identity), 7)
+    (made / "data" / "test-00000-of-00001.parquet").unlink()  # from here on only what was kept
+    assert [s.identity for s in read("hub", made, "vqa", limit=5)] == [s.identity for s in found]
+    kept = next(own_cache.rglob("*.png"))
+    kept.write_bytes(kept.read_bytes() + b"x")
+    with pytest.raises(DataError, match="not as they were downloaded"):
+        read("hub", made, "vqa", limit=5)
+
+
+def test_hub_captions_and_what_is_missing(tmp_path: Path, own_cache: Path) -> None:
+    made = parquet(tmp_path, "captions", rows_of(tmp_path, 3, caption=lambda i: [f"c{i}", "d"]), "val")
+    found = read("hub", made, limit=9)
+    assert sorted(s.references for s in found) == [(f"c{i}", "d") for i in range(3)]
+    with pytest.raises(DataError, match="has no column for question"):
+        read("hub", made, "vqa")
+    with pytest.raises(DataError, match="none of the splits train"):
+        read("hub", made, split="train")
+    bare = parquet(tmp_path, "bare", [{"caption": "c"}])
+    with pytest.raises(DataError, match="has no column for image"):
+        read("hub", bare)
+    with pytest.raises(DataError, match="no folder"):
+        read("hub", tmp_path / "absent")
+    with pytest.raises(DataError, match="org/none cannot be read"):  # no test reaches the network
+        read("hub", Path("org/none"))
+    assert not list(own_cache.rglob("part-*"))
+
+
+def test_known_copies_have_the_splits_they_say() -> None:
+    assert set(hub.COPIES) == set(CONVENTIONS)
+    with pytest.raises(DataError, match="hub:vqav2 has no split 'train'"):
+        hub.samples(Path("vqav2"), "vqa", "train", 5, 0)
+    assert place("hub:vqav2").tasks == ("vqa",)
