@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
 @json_option
 @reports_errors
 def check(
-    artifact: Path, flags: tuple[str, ...], device: str, data: Path | None, as_json: bool, **options: Any
+    artifact: Path, flags: tuple[str, ...], device: str, data: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Start vLLM on an artifact and compare its log-probabilities with the dequantized weights in transformers.
 
@@ -126,9 +127,10 @@ def check(
         raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
 
 
-def questions(artifact: Path, data: Path | None, count: int) -> list[Any]:
+def questions(artifact: Path, data: Sequence[str], count: int) -> list[Any]:
     """Test samples of every task of the family, in turn, chosen by the artifact's own recipe."""
-    from exporter.data import samples
+    from exporter.data import places, samples_from
+    from exporter.export import tested_on
     from exporter.families import FAMILIES
     from exporter.recipe_file import load_recipe
 
@@ -136,5 +138,6 @@ def questions(artifact: Path, data: Path | None, count: int) -> list[Any]:
     tasks = FAMILIES[recipe.model.family].tasks
     share = -(-count // len(tasks))
     seed = recipe.evaluation.seed
-    lists = [samples(recipe.calibration.data, data, task, "test", share, seed) for task in tasks]
+    sources = places(data) or tested_on(recipe)
+    lists = [samples_from(sources, task, "test", share, seed) for task in tasks]
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]
