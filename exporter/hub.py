@@ -150,12 +150,6 @@ def _raised_in(error: Exception) -> str:
 
 def _refusal(error: Any, repo: str, where: str) -> HubError:
     """An HTTP status as a sentence and a way on."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     status = error.response.status_code
     said = f" ({clean(error.server_message)})" if getattr(error, "server_message", None) else ""
