@@ -150,6 +150,7 @@ def _raised_in(error: Exception) -> str:
 
 def _refusal(error: Any, repo: str, where: str) -> HubError:
     """An HTTP status as a sentence and a way on."""
+    from huggingface_hub import errors
 
     status = error.response.status_code
     said = f" ({clean(error.server_message)})" if getattr(error, "server_message", None) else ""
@@ -160,9 +161,8 @@ def _refusal(error: Any, repo: str, where: str) -> HubError:
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{where}: there is no such file{said}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError(
-            f"{where}: no such repository, or your token may not see it", "check the name and `hf auth whoami`"
-        )
+        hint = "check the name; `hf auth whoami` shows whose token it is"
+        return HubError(f"{where}: no such repository, or your token may not see it", hint)
     if status == 401:
         return HubError(f"{where}: the hub does not accept your token{said}", "run `hf auth login`, or renew HF_TOKEN")
     if status == 403:
