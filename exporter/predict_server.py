@@ -104,6 +104,11 @@ class Server:
                 (self.pause or stopped.wait)(min(wanted, LONGEST_PAUSE))
         raise ValueError(f"tries must be at least 1, not {self.tries}")
 
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """Follows no redirect; the environment's proxies are for other hosts, not for this one."""
+        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        return urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({} if local else None))
+
     def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
@@ -111,7 +116,7 @@ class Server:
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(f"{self.base}{path}", data, headers)
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
+            with self._opener().open(request, timeout=self.timeout) as reply:
                 content = reply.read()
         except urllib.error.HTTPError as error:
             said = _message(error.read(4 * SHOWN))

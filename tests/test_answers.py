@@ -225,6 +225,13 @@ def test_a_refusal_is_an_error_at_once(status: int, body: str, said: str) -> Non
     assert len(server.headers) == 1
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with chat_server(color) as server:
+        assert served(server, [sample(3)]) == (["3 what?"], [])
+
+
 def test_nobody_listens() -> None:
     with chat_server(color) as server:
         url = server.url
