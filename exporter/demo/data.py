@@ -1,0 +1,104 @@
+"""Samples of the demo tasks: drawn scenes for captions and questions; the test split mixes in easy-VQA."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from PIL.Image import Image, fromarray
+
+from exporter.demo import easy_vqa
+from exporter.demo.language import QUESTIONS, Dice, captions, question
+from exporter.demo.scenes import Split, Thing, draw, scenes, things
+from exporter.errors import DataError
+from exporter.tasks.sample import Sample
+
+Task = Literal["vqa", "captioning"]
+SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes; train is what training drew
+EASY_EVERY = 3  # in the test split, every third question is one of easy-VQA's, as long as there are any
+
+
+def picture(split: Split, index: int) -> Image:
+    """Scene `index` of a split as an RGB picture of 64 x 64 pixels."""
+    pixels = draw(scenes(split, torch.tensor([index])))[0]
+    return fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    """A permutation of `0 .. count-1` that depends on the seed alone; seed 0 keeps the order."""
+    order = list(range(count))
+    dice = Dice(seed)
+    for i in range(count - 1, 0, -1) if seed else ():
+        j = dice.roll(i + 1)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _words(split: Split, indices: Sequence[int]) -> list[tuple[Thing, ...]]:
+    return things(scenes(split, torch.tensor(indices, dtype=torch.int64)))
+
+
+def _captioning(split: Split, indices: Sequence[int]) -> list[Sample]:
+    return [
+        Sample(f"scenes/{split}/{i:06d}/caption", partial(picture, split, i), None, captions(objects), "caption")
+        for i, objects in zip(indices, _words(split, indices), strict=True)
+    ]
+
+
+def _scene_questions(split: Split, indices: Sequence[int]) -> list[Sample]:
+    """One question a scene, the kinds in turn (the next kind when a scene allows none of its own)."""
+    kinds, samples = tuple(QUESTIONS), []
+    for i, objects in zip(indices, _words(split, indices), strict=True):
+        turns = [kinds[(i + step) % len(kinds)] for step in range(len(kinds))]
+        asked = next(q for q in (question(kind, objects, i) for kind in turns) if q is not None)
+        name = f"scenes/{split}/{i:06d}/{asked.kind}"
+        samples.append(Sample(name, partial(picture, split, i), asked.text, (asked.answer,), asked.kind))
+    return samples
+
+
+def _easy_questions(seed: int) -> list[Sample]:
+    """The embedded easy-VQA questions, shuffled (each picture's list begins with the harder kinds)."""
+    found = [
+        Sample(
+            f"easy-vqa/test/{number}/{turn}",
+            partial(easy_vqa.test_picture, sheet),
+            text,
+            (answer,),
+            easy_vqa.kind(answer),
+        )
+        for sheet, (number, questions) in enumerate(easy_vqa.test_questions())
+        for turn, (text, answer) in enumerate(questions)
+    ]
+    return [found[i] for i in _shuffled(len(found), seed + 1)]
+
+
+def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
+    drawn, known = list(scene), list(easy)
+    mixed: list[Sample] = []
+    while drawn:
+        take_known = known and len(mixed) % EASY_EVERY == EASY_EVERY - 1
+        mixed.append(known.pop(0) if take_known else drawn.pop(0))
+    return mixed
+
+
+def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
+    """The first `limit` samples of a task (all when None) in an order that the seed decides.
+
+    captioning: one sample a scene, the exact caption and three paraphrases as references. vqa: one question a scene;
+    in the test split every third sample is an easy-VQA question. The splits never share a scene: see `scenes`.
+    Raises DataError for an unknown task or split, or more samples than there are.
+    """
+    if task not in ("vqa", "captioning") or split not in SIZES:
+        raise DataError(
+            f"no demo data for task '{task}', split '{split}'", "vqa or captioning; train, validation, test"
+        )
+    size = SIZES[split]
+    easy = _easy_questions(seed) if task == "vqa" and split == "test" else []
+    available = size + min(len(easy), size // (EASY_EVERY - 1))
+    if limit is not None and not 0 < limit <= available:
+        raise DataError(f"asked for {limit} samples of {task}, split '{split}'", f"1 to {available} are there")
+    count = size if limit is None else min(limit, size)
+    indices = _shuffled(size, seed)[:count]
+    if task == "captioning":
+        return _captioning(split, indices)
+    return _mixed(_scene_questions(split, indices), easy)[:limit]
