@@ -67,6 +67,7 @@ def write(
             files = dict(zip(names, pool.map(lambda name: sha256(temporary / name), names), strict=True))
             manifest = _manifest(plan, digests, workdir) | {
                 "source": {"model": plan.origin, "shards": dict(hashes)},
+                "provenance": dict(provenance),
                 "files": files,
                 "shards": shards,
             }
