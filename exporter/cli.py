@@ -20,6 +20,7 @@ from exporter.cli_options import (
     say,
 )
 from exporter.cli_publish import diff, publish, verify_published
+from exporter.cli_report import report
 from exporter.cli_serve import check, serve
 from exporter.data import places
 from exporter.errors import Interrupted
@@ -216,6 +217,7 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(evaluate)
+cli.add_command(report)
 cli.add_command(serve)
 cli.add_command(check)
 cli.add_command(publish)

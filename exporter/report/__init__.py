@@ -1,0 +1,60 @@
+"""An artifact's report for people: one HTML page that needs nothing else, its content as JSON, and plots as PNG."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import write_text
+from exporter.report import charts
+from exporter.report.content import collect
+from exporter.report.pictures import find_pictures, pictures_of, thumbnail
+from exporter.report.plots import write_plots
+
+TEMPLATE = "page.html.jinja"
+
+Content = Mapping[str, Any]  # what `content.collect` returns
+
+
+def html(content: Content) -> str:
+    """The page: styles, charts and pictures are inside it, it holds no script and asks the network for nothing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from exporter.show import size
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "score": "{:.4f}".format, "signed": "{:+.4f}".format, "percent": percent}
+    drawn = {
+        "sizes": charts.sizes(content["bytes"]["before"], content["bytes"]["after"]),
+        "changes": [charts.change(row, charts.reach(content["scores"])) for row in content["scores"]],
+        "blocks": {name: charts.blocks(rows) for name, rows in content["blocks"].items()},
+    }
+    return environment.get_template(TEMPLATE).render(c=content, charts=drawn)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal; `nothing to compare` for None."""
+    return "nothing to compare" if share is None else f"{share:.1%}"
+
+
+def write(content: Content, out: Path) -> tuple[Path, Path]:
+    """`out` and beside it the content as JSON (pictures left out); returns both paths."""
+    beside = out.with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, html(content))
+    plain = {**content, "changed": _bare(content["changed"]), "examples": _bare(content["examples"])}
+    write_text(beside, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    return out, beside
+
+
+def _bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "picture"} for row in rows]
+
+
+__all__ = ["Content", "collect", "find_pictures", "html", "percent", "pictures_of", "thumbnail", "write", "write_plots"]

@@ -1,0 +1,71 @@
+"""Charts as inline SVG. Text stays in HTML around them, so that it is read at any width and by any reader.
+
+Shapes stretch with the page (`preserveAspectRatio="none"`); colors are the page's, by class.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+LEAST_REACH = 0.02  # an axis reaches at least 2 % to each side, so that noise looks like noise
+
+
+def _svg(width: float, height: float, kind: str, label: str, shapes: Sequence[str]) -> Markup:
+    start = '<svg class="{}" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">'
+    return Markup(start).format(kind, width, height, label) + Markup("".join(shapes)) + Markup("</svg>")
+
+
+def _bar(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
+    said = Markup("<title>{}</title>").format(title) if title else ""
+    return f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}">{said}</rect>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"/>'
+
+
+def sizes(before: int, after: int) -> Markup:
+    """Two bars, the source above the artifact, in proportion."""
+    most = max(before, after, 1)
+    shapes = [_bar(0, 1, 100 * before / most, 8, "quiet"), _bar(0, 11, 100 * after / most, 8, "strong")]
+    return _svg(100, 20, "sizes", f"the artifact takes {after / max(before, 1):.0%} of the source's bytes", shapes)
+
+
+def reach(rows: Sequence[Mapping[str, Any]]) -> float:
+    """How far the common axis of `change` goes to each side of zero, as a share of the full-precision score."""
+    ends = [abs(row["relative"][key]) for row in rows if row["relative"] for key in ("low", "high")]
+    allowed = [abs(row["allowed"]) for row in rows if row["allowed"] is not None]
+    return 1.1 * max([LEAST_REACH, *ends, *allowed])
+
+
+def change(row: Mapping[str, Any], span: float) -> Markup:
+    """One metric: zero, its interval, the measured change, and how much the gate allows. Empty without a baseline."""
+    found = row["relative"]
+    if not found:
+        return Markup("")
+
+    def place(share: float) -> float:
+        return 50 + 50 * share / span
+
+    shapes = [_line(50, 0, 50, 20, "zero")]
+    if row["allowed"] is not None:
+        shapes.insert(0, _bar(0, 0, place(row["allowed"]), 20, "forbidden"))
+    low, high = place(found["low"]), place(found["high"])
+    middle = place(found["change"])
+    shapes += [_bar(low, 7, max(high - low, 0.4), 6, "interval"), _line(middle, 3, middle, 17, "mark")]
+    label = f"{row['name']}: change {found['change']:+.1%}, interval {found['low']:+.1%} to {found['high']:+.1%}"
+    return _svg(100, 20, "change", label, shapes)
+
+
+def blocks(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """A bar a block: the mean relative error of its linears, the largest one as a paler bar behind."""
+    most = max(max(row["largest"] for row in rows), 1e-12)
+    shapes = []
+    for i, row in enumerate(rows):
+        title = f"{row['block']}: mean {row['mean']:.4f}, largest {row['largest']:.4f}"
+        for key, kind in (("largest", "quiet"), ("mean", "strong")):
+            height = 100 * row[key] / most
+            shapes.append(_bar(10 * i + 1, 100 - height, 8, height, kind, title))
+    label = f"relative error of {len(rows)} blocks, largest {most:.4f}"
+    return _svg(10 * len(rows), 100, "blocks", label, shapes)

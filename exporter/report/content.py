@@ -1,0 +1,111 @@
+"""What a report says, as plain data: from the artifact's manifest, recipe and evaluation alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from exporter.facts import Facts, component_of
+
+CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
+
+
+def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    """Everything the page shows, ready for JSON.
+
+    pictures: (task, sample id) -> data URL of a small picture; samples without one are shown without.
+    """
+    report = facts.report or {}
+    manifest = facts.manifest
+    return {
+        "name": facts.name,
+        "source": facts.source,
+        "recipe": {"name": str(facts.recipe.get("name", "")), "summary": str(facts.recipe.get("summary", ""))},
+        "verdict": verdict(facts.report),
+        "gates": report.get("gates", []),
+        "bytes": dict(manifest["bytes"]),
+        "bits_per_weight": float(manifest["bits_per_weight"]),
+        "parts": [asdict(part) | {"methods": list(part.methods)} for part in facts.parts],
+        "scores": scores(report),
+        "by_kind": report.get("by_kind", {}),
+        "counts": report.get("counts", {}),
+        "blocks": blocks(manifest),
+        "changed": _with_pictures(report.get("changed", [])[:CHANGED_SHOWN], pictures),
+        "changed_total": sum(counts["changed"] for counts in report.get("counts", {}).values()),
+        "examples": _with_pictures(report.get("examples", []), pictures),
+        "evaluation": report.get("evaluation", {}),
+        "serving": report.get("serving"),
+        "plan": yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True),
+        "provenance": _provenance(manifest),
+    }
+
+
+def verdict(report: Mapping[str, Any] | None) -> str:
+    """`passed`, `failed`, or `unproven` when nothing was measured or no gate was named."""
+    if not report or not report.get("gates"):
+        return "unproven"
+    return "passed" if report["passed"] else "failed"
+
+
+def scores(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a metric; `change`, `low`, `high` and `allowed` are shares of the full-precision score, as in gates."""
+    gates = {(gate["task"], gate["metric"]): gate for gate in report.get("gates", [])}
+    rows = []
+    for measure in report.get("measures", []):
+        found = measure["difference"]
+        base = found["before"]
+        gate = gates.get((measure["task"], measure["metric"]))
+        share = {"change": -found["drop"], "low": -found["high"], "high": -found["low"]}
+        rows.append(
+            {
+                "name": f"{measure['task']} {measure['metric']}",
+                "samples": measure["samples"],
+                "before": base,
+                "after": found["after"],
+                "absolute": share,
+                "relative": {key: value / base for key, value in share.items()} if base > 0 else None,
+                "allowed": -gate["max_drop"] if gate else None,
+                "needed": measure.get("samples_to_resolve_a_point"),
+            }
+        )
+    return rows
+
+
+def blocks(manifest: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Component -> its blocks in order: every linear's relative error, their mean and the largest."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for unit in manifest["units"]:
+        inside = {name: error for name, error in manifest["errors"].items() if name.startswith(f"{unit}.")}
+        if inside:
+            component = component_of(next(iter(inside)), manifest["family"])
+            short = {name.removeprefix(f"{unit}."): float(error) for name, error in sorted(inside.items())}
+            found.setdefault(component, {})[unit] = short
+    return {
+        component: [
+            {"block": unit, "mean": sum(e.values()) / len(e), "largest": max(e.values()), "linears": e}
+            for unit, e in units.items()
+        ]
+        for component, units in found.items()
+    }
+
+
+def _with_pictures(rows: list[Mapping[str, Any]], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+    empty = {"kind": "", "scores": None}  # an older report has neither
+    return [{**empty, **row, "picture": pictures.get((row["task"], row["id"]))} for row in rows]
+
+
+def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Where it came from, without the long list of calibration samples."""
+    kept = manifest.get("provenance", {})
+    calibration = dict(kept.get("calibration", {}))
+    samples = calibration.pop("samples", [])
+    return {
+        "source": dict(manifest["source"]),
+        "calibration": {**calibration, "number of samples": len(samples)},
+        "device": kept.get("device", ""),
+        "versions": dict(manifest.get("versions", {})),
+        "recipe sha256": manifest["recipe"]["sha256"],
+        "fingerprint": manifest.get("fingerprint", {}),
+        "notes": list(manifest.get("notes", [])),
+    }

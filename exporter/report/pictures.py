@@ -1,0 +1,73 @@
+"""Small pictures of the samples that a report shows, as data URLs."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL.Image import Image
+
+from exporter import data
+from exporter.errors import DataError
+from exporter.facts import Facts
+from exporter.report.content import CHANGED_SHOWN
+from exporter.tasks.sample import Sample
+
+LONGEST = 288  # pixels of the longer side: sharp at 144 CSS pixels on a dense screen
+SMALL = 96  # up to here a picture is kept pixel by pixel
+
+
+def pictures_of(facts: Facts, sources: Sequence[data.Place]) -> tuple[dict[tuple[str, str], str], str]:
+    """(task, sample id) -> small picture of what the report lists, and what the user should know, or nothing.
+
+    sources: the data that was evaluated on; without any, the recipe's own when it can still be read. Raises DataError
+    when named sources cannot be read.
+    """
+    report = facts.report or {}
+    rows = [*report.get("changed", [])[:CHANGED_SHOWN], *report.get("examples", [])]
+    about = report.get("evaluation")
+    if not rows or not about:
+        return {}, "" if report else "the artifact was never evaluated; `mmq evaluate` measures it"
+    chosen = sources or data.places(_recipes_own(facts.recipe))
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    try:
+        samples = {task: data.samples_from(chosen, task, "test", about["samples"], about["seed"]) for task in tasks}
+    except DataError as error:
+        if sources:
+            raise
+        return {}, f"no pictures: {error.message}; name the data by --data"
+    found = find_pictures(rows, samples)
+    lost = len({(row["task"], row["id"]) for row in rows} - found.keys())
+    return found, f"{lost} of the listed samples are not in the data that was read: other data?" if lost else ""
+
+
+def _recipes_own(recipe: Mapping[str, Any]) -> Any:
+    calibration, evaluation = recipe.get("calibration", {}), recipe.get("evaluation", {})
+    return evaluation.get("data") or calibration.get("data") or "demo"
+
+
+def thumbnail(picture: Image) -> str:
+    """A data URL: PNG for tiny pictures, else JPEG of at most `LONGEST` pixels a side (without EXIF data)."""
+    image, buffer = picture.convert("RGB"), BytesIO()
+    if max(image.size) <= SMALL:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((LONGEST, LONGEST))
+        image.save(buffer, "JPEG", quality=82, optimize=True)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def find_pictures(
+    rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Sample]]
+) -> dict[tuple[str, str], str]:
+    """(task, id) -> picture of every row whose sample is among `samples` and asks the same question."""
+    known = {(task, sample.identity): sample for task, found in samples.items() for sample in found}
+    pictures = {}
+    for row in rows:
+        key = (row["task"], row["id"])
+        sample = known.get(key)
+        if sample is not None and sample.question == row["question"] and key not in pictures:
+            pictures[key] = thumbnail(sample.image())
+    return pictures
