@@ -24,7 +24,7 @@ from exporter.events import Event
 from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
-from exporter.plan import Plan
+from exporter.plan import Plan, Unit
 from exporter.quantized import QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
 from exporter.workdir import UnitResult, Workdir
@@ -104,17 +104,20 @@ def _write_tensors(
     """Every tensor of the source, packed or as it was; returns the digests of the packed linears."""
     digests: dict[str, str] = {}
     format_module = FORMATS[plan.recipe.format]
-    unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
+    by_block = {unit.block: unit for unit in plan.units}
+    unit_of = {row.tensor.name: unit for row in plan.rows for unit in _unit_around(row.tensor.name, by_block)}
     loaded: tuple[int, UnitResult] | None = None
     ordered = sorted(plan.rows, key=lambda row: unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1)
     for row in ordered:
-        if row.decision == "kept":
-            writer.add(row.tensor.name, _finite(row.tensor.name, checkpoint.read(row.tensor.name)))
-            continue
-        unit = unit_of[row.tensor.name]
-        if loaded is None or loaded[0] != unit.index:
+        unit = unit_of.get(row.tensor.name)
+        if unit and (loaded is None or loaded[0] != unit.index):
             loaded = (unit.index, workdir.read(unit, device))
             on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
+        if unit is None or loaded is None or row.decision == "kept":
+            altered = loaded[1].altered.get(row.tensor.name) if unit and loaded else None
+            tensor = checkpoint.read(row.tensor.name) if altered is None else altered.cpu()
+            writer.add(row.tensor.name, _finite(row.tensor.name, tensor))
+            continue
         linear = loaded[1].linears[row.module]
         if row.decision == "packed":
             digests[row.module] = digest(linear)
@@ -123,6 +126,13 @@ def _write_tensors(
         else:
             writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype).cpu())
     return digests
+
+
+def _unit_around(name: str, by_block: Mapping[str, Unit]) -> list[Unit]:
+    """The unit in whose block a tensor lies, if any."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return [by_block[prefix] for prefix in prefixes if prefix in by_block]
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

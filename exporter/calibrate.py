@@ -22,6 +22,7 @@ from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear
+from exporter.smooth import CHECKED, quantize_smoothed, smooths
 from exporter.stream import run_until_reached, watch_inputs
 from exporter.workdir import UnitResult, Workdir
 
@@ -89,10 +90,10 @@ def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[B
     flows = _arrive(job, component, batches)
     for i in range(component.used(job.checkpoint.config)):
         unit = by_block.get(component.block(i))
-        names = _tensors_under(job.checkpoint, component.block(i))
+        names = job.tensors_under(component.block(i))
         job.stream.load(names, job.read)
         if i + 1 < component.used(job.checkpoint.config):
-            job.read_ahead(_tensors_under(job.checkpoint, component.block(i + 1)))
+            job.read_ahead(job.tensors_under(component.block(i + 1)))
         if unit and unit.index >= job.finished:
             job.commit(unit, _quantize_unit(job, component, unit, flows))
         block = job.stream.module(component.block(i))
@@ -142,19 +143,34 @@ def _kept_modules(job: Job) -> list[str]:
     return [name for name in names if job.plan.family.reason_kept(name)]
 
 
-def _tensors_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
-    return [name for name in checkpoint.tensors if name.startswith(prefix + ".")]
-
-
 def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
-    """All linears of one block, phase by phase; leaves the quantized weights in the live block when it is loaded."""
+    """All linears of one block; leaves the quantized weights in the live block when it is loaded."""
+    if not (flows and smooths(unit)):
+        return _quantize_phases(job, component, unit, flows)
+    block, device = job.stream.module(unit.block), job.device.torch_device
+
+    def outputs() -> list[Tensor]:
+        return [output for flow in flows[:CHECKED] if (output := flow.run(block, device)) is not None]
+
+    return quantize_smoothed(
+        job,
+        component,
+        unit,
+        gather=lambda rows: _gather(job, unit, rows, flows),
+        quantize=lambda: _quantize_phases(job, component, unit, flows),
+        outputs=outputs,
+    )
+
+
+def _quantize_phases(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
+    """The linears of one block, phase by phase: each sees the errors of those before it."""
     linears: dict[str, QuantizedLinear] = {}
     errors: dict[str, float] = {}
     notes: list[str] = []
     for phase in component.phases:
         rows = [row for row in unit.rows if row.linear in phase]
         for stack in _stacks(rows):
-            statistics = _gather(job, unit, stack[0], flows)
+            statistics = _gather(job, unit, stack[:1], flows).get(stack[0].linear)
             for row, linear, error in _quantize_stack(job, stack, statistics, notes):
                 linears[row.module] = linear
                 errors[row.module] = error
@@ -176,21 +192,24 @@ def _stacks(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
     return stacks
 
 
-def _gather(job: Job, unit: Unit, row: PlanRow, flows: Sequence[Flow]) -> Any:
-    """Statistics of the input of `row`'s linear over all batches; None when its method wants none."""
-    assert row.rule is not None
-    kind = METHODS[row.rule.method].Statistics
-    if kind is None:
-        return None
+def _gather(job: Job, unit: Unit, rows: Sequence[PlanRow], flows: Sequence[Flow]) -> dict[str, Any]:
+    """Statistics of the inputs of linears over all batches, in one pass; none for methods that want none."""
     device = job.device.torch_device
-    statistics = kind(row.tensor.shape[1], device)
+    statistics: dict[str, Any] = {}
+    for row in rows:
+        kind = METHODS[row.rule.method].Statistics if row.rule else None
+        if kind is not None:
+            statistics[row.linear] = kind(row.tensor.shape[1], device)
+    if not statistics:
+        return {}
     block = job.stream.module(unit.block)
+    linears = {name: block.get_submodule(name) for name in statistics}
     for flow in flows:
 
-        def see(_: str, x: Tensor, flow: Flow = flow) -> None:
-            statistics.update(_real_rows(x, flow.mask))
+        def see(name: str, x: Tensor, flow: Flow = flow) -> None:
+            statistics[name].update(_real_rows(x, flow.mask))
 
-        with watch_inputs({row.linear: block.get_submodule(row.linear)}, see, stop=True):
+        with watch_inputs(linears, see, stop=True):
             flow.run(block, device)
     return statistics
 

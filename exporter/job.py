@@ -35,7 +35,7 @@ class Job:
             plan.family, checkpoint.config, device.torch_device, device.compute_dtype(stored_dtype(plan))
         )
         self.finished = workdir.done(plan.units)
-        self._unit_of = {row.tensor.name: unit for unit in plan.units for row in unit.rows}
+        self._unit_of = {name: unit for unit in plan.units for name in self.tensors_under(unit.block)}
         self._cached: tuple[int, UnitResult] | None = None
         self._pool = pool
         self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
@@ -50,7 +50,14 @@ class Job:
         if self._cached is None or self._cached[0] != unit.index:
             self.settle()
             self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
-        return self._cached[1].linears[name.removesuffix(".weight")].dequantize()
+        result, module = self._cached[1], name.removesuffix(".weight")
+        if module in result.linears and name.endswith(".weight"):
+            return result.linears[module].dequantize()
+        return result.altered[name] if name in result.altered else self.checkpoint.read(name)
+
+    def tensors_under(self, prefix: str) -> list[str]:
+        """Names of the checkpoint's tensors below a block's prefix."""
+        return [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Start to bring tensors that will be read soon from disk into memory that the GPU can fetch from."""
@@ -59,7 +66,10 @@ class Job:
         for name in names:
             unit = self._unit_of.get(name)
             if unit is None or unit.index >= self.finished:
-                self._ahead[name] = self._pool.submit(lambda name=name: self.checkpoint.read(name).pin_memory())
+                self._ahead[name] = self._pool.submit(self._read_pinned, name)
+
+    def _read_pinned(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).pin_memory()
 
     def commit(self, unit: Unit, result: UnitResult) -> None:
         """Store a unit while the next one is computed."""

@@ -45,6 +45,12 @@ def fit_scale(
     return scale, zero
 
 
+def scale_within(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero for `share` of each group's full range; weights beyond it will be clipped."""
+    low, high = _extremes(weight, scheme)
+    return _scale_of(low * share, high * share, scheme, scale_dtype)
+
+
 def _fits_kernel(scheme: Scheme) -> bool:
     return scheme.number == "int" and isinstance(scheme.group_size, int) and scheme.group_size <= KERNEL_WIDTH
 

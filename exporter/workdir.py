@@ -1,13 +1,14 @@
 """The work folder: one file for each finished block. The set of files is the progress; there is no other state.
 
 A unit file holds, for every quantized linear NAME of its block, `NAME.codes` (dense bit stream, int32), `NAME.scale`,
-`NAME.zero` (asymmetric only), and in its header the job's fingerprint, the notes and the errors.
+`NAME.zero` (asymmetric only), `altered.TENSOR` for every tensor that a fold changed, and in its header the job's
+fingerprint, the notes and the errors.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ class UnitResult:
 
     linears: module name -> quantized linear. errors: module name -> relative error of its output on the calibration
     data (of its weight, for methods without data). notes: what the user should read.
+    altered: tensors of the block that are kept in 16 bits but not as they were (folded norms and biases).
     """
 
     linears: Mapping[str, QuantizedLinear]
     errors: Mapping[str, float]
     notes: tuple[str, ...]
+    altered: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Workdir:
@@ -79,6 +82,7 @@ class Workdir:
             tensors[f"{name}.scale"] = linear.scale
             if not linear.scheme.symmetric:
                 tensors[f"{name}.zero"] = linear.zero
+        tensors |= {f"altered.{name}": tensor for name, tensor in result.altered.items()}
         said = {"errors": dict(result.errors), "notes": list(result.notes)}
         metadata = {"fingerprint": self.fingerprint, "result": json.dumps(said, sort_keys=True)}
         try:
@@ -103,9 +107,11 @@ class Workdir:
                     raise WorkdirError(f"{path} belongs to another job", "delete the file and run again")
                 said = json.loads(metadata["result"])
                 linears = {row.module: _read_linear(file, row) for row in unit.rows}
+                names = [name for name in file.keys() if name.startswith("altered.")]  # noqa: SIM118 (no mapping)
+                altered = {name.removeprefix("altered."): file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise WorkdirError(f"{path} is damaged ({error})", "delete the file and run again: it resumes") from None
-        return UnitResult(linears, said["errors"], tuple(said["notes"]))
+        return UnitResult(linears, said["errors"], tuple(said["notes"]), altered)
 
     def read_notes(self, unit: Unit) -> tuple[dict[str, float], list[str]]:
         """The errors and notes of a finished block, without its tensors."""

@@ -8,25 +8,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from exporter.methods import gptq, rtn
+from exporter.methods import awq, gptq, rtn
 from exporter.quantized import QuantizedLinear, Scheme
-
-
-class Statistics(Protocol):
-    """What a method wants to know about the input of a linear; it grows batch by batch."""
-
-    def __init__(self, columns: int, device: torch.device) -> None: ...
-
-    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add input rows `[rows, in]` (any float dtype, padding already removed), optionally weighted `[rows]`."""
 
 
 class Method(Protocol):
     """A module that turns one weight into a `QuantizedLinear`."""
 
     Options: ClassVar[type]  # frozen pydantic model of the recipe's `options:`
-    Statistics: ClassVar[type | None]  # None: the method needs no calibration data
+    Statistics: ClassVar[type | None]  # `moments.Statistics`, or None: the method needs no calibration data
     VERSION: ClassVar[int]  # raised whenever results change; part of the job's fingerprint
+    SMOOTHS: ClassVar[bool]  # whether `find_scales` moves scales between linears before they are quantized
 
     def quantize_linear(
         self, weight: Tensor, statistics: Any, scheme: Scheme, options: Any, scale_dtype: torch.dtype
@@ -34,4 +26,4 @@ class Method(Protocol):
         """Quantize `weight` f32 `[out, in]`; also returns notes the user should read (empty when all went well)."""
 
 
-METHODS: dict[str, Any] = {"rtn": rtn, "gptq": gptq}
+METHODS: dict[str, Any] = {"rtn": rtn, "gptq": gptq, "awq": awq}

@@ -12,11 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from exporter.columns import quantize_columns
+from exporter.moments import Statistics
 from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
+__all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
+
 VERSION = 1
 DAMPING_TRIES = 6
+SMOOTHS = False
 
 
 class Options(BaseModel):
@@ -43,37 +47,6 @@ class Options(BaseModel):
         if self.order == "activation" and self.scales == "in_loop":
             raise ValueError("order: activation needs scales: static")
         return self
-
-
-class Statistics:
-    """The mean of x x^T over the rows seen so far, f32 `[in, in]`."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.hessian = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.rows = 0
-
-    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add input rows `[rows, in]`, each counted `weights` `[rows]` times."""
-        if not len(rows):
-            return
-        total = self.rows + len(rows)
-        weighted = rows if weights is None else (rows * weights.unsqueeze(1)).to(rows.dtype)
-        self.hessian.mul_(self.rows / total).add_(_product(weighted, rows), alpha=1 / total)
-        self.rows = total
-
-    def energy(self, matrix: Tensor) -> float:
-        """Mean squared size of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
-        if matrix.is_cuda:
-            half = torch.bfloat16
-            return float((torch.mm(matrix.to(half), self.hessian.to(half), out_dtype=torch.float32) * matrix).sum())
-        return float(((matrix @ self.hessian) * matrix).sum())
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right in float32, `[in, in]`; 16-bit rows go to the matrix units as they are, with float32 sums."""
-    if left.is_cuda and left.itemsize == 2:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
 
 
 def quantize_linear(

@@ -10,6 +10,7 @@ from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 VERSION = 1
+SMOOTHS = False
 Statistics = None
 
 

@@ -1,0 +1,123 @@
+"""AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
+
+The scales are folded into what comes before (a norm, or another linear; `exporter/folds.py`), so nothing is divided at
+run time. Candidates are compared by the exact error of the linears' outputs over all calibration rows, which the second
+moments give without running the block again; the paper's own search runs it on a sample.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from exporter.moments import Statistics
+from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
+from exporter.ranges import fit_scale, scale_within
+
+__all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quantize_linear"]
+
+VERSION = 1
+SMOOTHS = True
+
+
+class Options(BaseModel):
+    """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    points: int = Field(20, ge=1, le=100)
+    clip: bool = True
+    clip_steps: int = Field(10, ge=1, le=100)
+
+
+def find_scales(
+    weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
+) -> tuple[Tensor, float, float]:
+    """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
+
+    Candidates are `x^r / w^(1-r)`, r from 0 to 1 ("duo scaling"): x is the root mean square of each input, w how large
+    its weights are in their groups. All ones is a candidate too, so the error never grows.
+    """
+    size = statistics.hessian.diagonal().sqrt()
+    reach = _reach(torch.cat(list(weights)), scheme)
+    alive = (size > 0) & (reach > 0)
+    best = torch.ones_like(size)
+    plain = least = _output_error(weights, best, statistics, scheme, scale_dtype)
+    for point in range(options.points):
+        ratio = point / options.points
+        scales = torch.where(alive, size.clamp_min(1e-12) ** ratio / reach.clamp_min(1e-12) ** (1 - ratio), 1.0)
+        scales = scales.clamp_min(1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        error = _output_error(weights, scales, statistics, scheme, scale_dtype)
+        if error < least:
+            best, least = scales, error
+    return best, plain, least
+
+
+def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Mean over rows of |w| as a share of the largest in its group, `[in]`."""
+    rows, columns = weight.shape
+    width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
+    magnitude = torch.nn.functional.pad(weight.abs(), (0, groups * width - columns)).view(rows, groups, width)
+    share = magnitude / magnitude.amax(-1, keepdim=True).clamp_min(1e-12)
+    return share.view(rows, -1)[:, :columns].mean(0)
+
+
+def _output_error(
+    weights: Sequence[Tensor], scales: Tensor, statistics: Statistics, scheme: Scheme, scale_dtype: torch.dtype
+) -> float:
+    """`tr(D H D^T)` summed over the linears, with `D = Q(W s) / s - W`."""
+    total = 0.0
+    for weight in weights:
+        scaled = weight * scales
+        scale, zero = fit_scale(scaled, scheme, scale_dtype)
+        rounded = dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme)
+        total += statistics.energy(rounded / scales - weight)
+    return total
+
+
+def quantize_linear(
+    weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
+) -> tuple[QuantizedLinear, tuple[str, ...]]:
+    """Rounding of `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
+    scale, zero = fit_scale(weight, scheme, scale_dtype)
+    if options.clip and scheme.group_size != "tensor":
+        scale, zero = _clip(weight, statistics.hessian, scheme, options.clip_steps, scale, zero)
+    return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
+
+
+def _clip(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The range of each group, down to half, with the least error of that group's own contribution to the output."""
+    blocks = _diagonal_blocks(hessian, scheme)
+    error = _group_output_error(weight, blocks, scale, zero, scheme)
+    for step in range(1, steps + 1):
+        tried = scale_within(weight, scheme, scale.dtype, 1 - 0.5 * step / steps)
+        found = _group_output_error(weight, blocks, *tried, scheme)
+        better = found < error
+        error = torch.where(better, found, error)
+        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    return scale, zero
+
+
+def _diagonal_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
+    """The part of the Hessian inside each group, `[groups, width, width]`, zero where the last group is short."""
+    columns = len(hessian)
+    width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
+    blocks = torch.zeros(groups, width, width, device=hessian.device)
+    for group in range(groups):
+        part = slice(group * width, min(columns, (group + 1) * width))
+        count = part.stop - part.start
+        blocks[group, :count, :count] = hessian[part, part]
+    return blocks
+
+
+def _group_output_error(weight: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """`d H_gg d^T` of each row and group, `[out, groups]`."""
+    rows, columns = weight.shape
+    groups, width, _ = blocks.shape
+    difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
+    parts = torch.nn.functional.pad(difference, (0, groups * width - columns)).view(rows, groups, width).transpose(0, 1)
+    return ((parts @ blocks) * parts).sum(-1).T
