@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exporter.quantized import Scheme, dequantize, quantize
+from exporter.ranges import fit_scale
 
 
 def naive_paired_bootstrap(
@@ -85,3 +86,56 @@ def naive_pack_bits(rows: Sequence[Sequence[int]], bits: int) -> list[list[int]]
         words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
         packed.append([word - (1 << 32) if word >> 31 else word for word in words])
     return packed
+
+
+def awq_scales_by_hand(
+    mean_abs: Tensor, weights: Sequence[Tensor], x: Tensor, width: int, fit: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """AWQ's search for scales, weight by weight, with inputs really divided. fit: weight -> (scale, zero)."""
+    columns, scheme = len(mean_abs), Scheme(3, width)
+    size = []
+    for j in range(columns):
+        group = slice(j // width * width, j // width * width + width)
+        shares = [float(row[j].abs() / row[group].abs().max()) for weight in weights for row in weight]
+        size.append(sum(shares) / len(shares))
+    candidates = [[1.0] * columns]
+    for ratio in (i / 20 for i in range(1, 20)):
+        raw = [float(mean_abs[j]) ** ratio / size[j] ** (1 - ratio) for j in range(columns)]
+        candidates.append([s / (max(raw) * min(raw)) ** 0.5 for s in raw])
+    errors = []
+    for scales in map(torch.tensor, candidates):
+        error = 0.0
+        for weight in weights:
+            scale, zero = fit(weight * scales)
+            stored = dequantize(quantize(weight * scales, scale, zero, scheme), scale, zero, scheme)
+            error += float(((x / scales) @ stored.T - x @ weight.T).double().square().sum())
+        errors.append(error)
+    return torch.tensor(candidates[errors.index(min(errors))])
+
+
+def awq_clip_by_hand(weight: Tensor, x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """AWQ's search for ranges, one group of one row at a time, by its part of the output of every input."""
+    width = scheme.columns_per_group(weight.shape[1])
+    alone = Scheme(scheme.bits, "row", scheme.symmetric, scheme.number)
+
+    def lost(part: Tensor, peak: float) -> Tensor:
+        scale, zero = fit_scale(part.clamp(-peak, peak), alone, scale_dtype)
+        return dequantize(quantize(part, scale, zero, alone), scale, zero, alone) - part
+
+    peaks = torch.zeros(weight.shape[0], scheme.groups(weight.shape[1]))
+    for o, row in enumerate(weight):
+        parts = row[None].split(width, dim=1)
+        for g, (part, inputs) in enumerate(zip(parts, x.split(width, dim=1), strict=True)):
+            tried = [float(part.abs().max() * (1 - 0.05 * step)) for step in range(10)]
+            errors = [float((inputs.double() @ lost(part, peak)[0].double()).square().sum()) for peak in tried]
+            peaks[o, g] = tried[errors.index(min(errors))]
+        full = [float(part.abs().max()) for part in parts]
+        whole = [
+            float(
+                (x @ torch.cat([lost(part, peak) for part, peak in zip(parts, some, strict=True)], 1)[0]).square().sum()
+            )
+            for some in (peaks[o].tolist(), full)
+        ]
+        if whole[1] <= whole[0]:
+            peaks[o] = torch.tensor(full)
+    return peaks
