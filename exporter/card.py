@@ -129,9 +129,14 @@ def benchmark_results(facts: Facts, declared: Declared) -> str:
 
 
 def data_name(facts: Facts) -> str:
-    """The samples' origin in words."""
-    name = str(facts.manifest["provenance"]["calibration"]["data"])
-    return DRAWINGS if name == "demo" else name
+    """Where the test samples come from, in words."""
+    calibration = facts.manifest["provenance"]["calibration"]["data"]
+    return in_words((facts.report or {}).get("evaluation", {}).get("data", calibration))
+
+
+def in_words(data: str) -> str:
+    """A data source as a manifest names it, for strangers."""
+    return ", ".join(DRAWINGS if name == "demo" else name for name in str(data).split(", "))
 
 
 def _introduction(facts: Facts, declared: Declared) -> str:
@@ -215,7 +220,19 @@ def _serving(repo: str, facts: Facts) -> str:
         f'  "model": "{repo}",\n'
         '  "messages": [{"role": "user", "content": [\n'
         '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
-        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note
+        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(facts)
+    )
+
+
+def _checked(facts: Facts) -> str:
+    """What `mmq check` found in the engine, when it ran."""
+    found = (facts.report or {}).get("serving")
+    if not found:
+        return ""
+    verdict = "agreed with" if not found["problems"] else "**differed from**"
+    return (
+        f"\n\nvLLM {found['engine']} ({found['build']}) served it and answered {found['questions']} questions about "
+        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found['bound']})."
     )
 
 
@@ -224,7 +241,7 @@ def _calibration(facts: Facts) -> str:
     if not wanted["samples"]:
         return "None: no method of this recipe looks at data."
     return (
-        f"{len(wanted['samples'])} training samples of {data_name(facts)}, chosen with seed {wanted['seed']}. "
+        f"{len(wanted['samples'])} training samples of {in_words(wanted['data'])}, chosen with seed {wanted['seed']}. "
         "`mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares them by their pixels with "
         "the test samples and stops when a picture is in both."
     )
@@ -243,8 +260,8 @@ def _provenance(repo: str, facts: Facts) -> str:
 
 def _limits(facts: Facts) -> str:
     lines = []
-    if data_name(facts) == DRAWINGS:
-        lines.append("- It was measured on drawings of colored shapes. They show that it works, not how good it is.")
+    if DRAWINGS in data_name(facts):
+        lines.append("- The drawings are of colored shapes. They show that it works, not how good it is.")
     notes = [str(note) for note in facts.manifest.get("notes", [])]
     lines += [f"- while quantizing: {note}" for note in notes]
     lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")

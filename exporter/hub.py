@@ -122,7 +122,7 @@ def explain(error: Exception, repo: str, doing: str) -> HubError | None:
     """The error in our words, None when it is not the hub's."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    where = f"{repo}: {doing}"
+    where, error = f"{repo}: {doing}", root(error)
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, repo, where)
     if isinstance(error, OfflineModeIsEnabled):
@@ -132,6 +132,13 @@ def explain(error: Exception, repo: str, doing: str) -> HubError | None:
     if isinstance(error, ValueError | OSError) and "huggingface_hub" in _raised_in(error):
         return HubError(f"{where}: {clean(str(error))}")
     return None
+
+
+def root(error: Exception) -> Exception:
+    """What really happened: the library wraps a failed upload of one file into a RuntimeError."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def is_network(error: Exception) -> bool:

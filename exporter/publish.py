@@ -13,14 +13,26 @@ from typing import Any
 
 from exporter.artifact import MANIFEST, REPORT, Artifact
 from exporter.backends import weights_digest
-from exporter.card import BEGIN, CARD, END, RESULTS, Declared, base_model, benchmark_results, data_name, lost, render
+from exporter.card import (
+    BEGIN,
+    CARD,
+    DRAWINGS,
+    END,
+    RESULTS,
+    Declared,
+    base_model,
+    benchmark_results,
+    data_name,
+    lost,
+    render,
+)
 from exporter.checkpoint import sha256
 from exporter.device import Device
 from exporter.difference import difference
 from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.events import Event
 from exporter.facts import Facts, folder_reader, read_facts
-from exporter.hub import Remote, check_name, explain, is_network, need_token, open_remote, speaking
+from exporter.hub import Remote, check_name, explain, is_network, need_token, open_remote, root, speaking
 from exporter.published import verify_remote
 from exporter.verify import verify
 
@@ -91,6 +103,8 @@ def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tupl
     gates = facts.report["gates"]
     if not gates:
         problems.append("its recipe has no gates, so nothing says what it may lose")
+    if (facts.report.get("serving") or {}).get("problems"):
+        problems.append("`mmq check` found that the engine answers otherwise")
     for gate in gates:
         if not gate["passed"]:
             problems.append(f"the gate on {gate['task']} {gate['metric']} failed: {lost(gate)}")
@@ -135,7 +149,7 @@ def package(
     for task in declared.benchmarks:
         if not any(m["task"] == task for m in (facts.report or {}).get("measures", [])):
             raise PublishError(f"--benchmark {task}: the artifact was not measured on this task")
-        if facts.manifest["provenance"]["calibration"]["data"] == "demo":
+        if DRAWINGS in data_name(facts):
             raise PublishError(f"--benchmark {task}: it was measured on {data_name(facts)}, which are no benchmark")
     files: dict[str, Path | bytes] = {name: folder / name for name in facts.manifest["files"]}
     files[MANIFEST] = folder / MANIFEST
@@ -235,7 +249,7 @@ def _commit(api: Any, found: Package, target: Target, parent: Remote) -> tuple[s
             arrived = None if target.create_pr else _arrived(found, target, parent)
             if arrived:
                 return arrived, f"{api.endpoint}/{target.repo}/commit/{arrived}"
-            wait = _wait(error, attempt)
+            wait = _wait(root(error), attempt)
             if wait is None or target.create_pr or attempt == TRIES - 1:
                 raise explained from None
             time.sleep(wait)

@@ -274,7 +274,9 @@ class Routes:
         if not re.fullmatch(r"[a-z0-9.-]+", str(data.get("license", "mit"))):
             errors.append('"license" must be one of the known identifiers')
         for model in data.get("model-index", []):
-            errors += ['"model-index" entries need results'] if not model.get("name") or not model.get("results") else []
+            errors += (
+                ['"model-index" entries need results'] if not model.get("name") or not model.get("results") else []
+            )
         status = 400 if errors else 200
         return status, {}, json.dumps({"errors": [{"message": e} for e in errors], "warnings": []}).encode()
 

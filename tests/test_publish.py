@@ -1,0 +1,415 @@
+"""Publishing by the real hub client against a hub on loopback: refusals, faults, resuming, and reading back."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from exporter.artifact import MANIFEST, REPORT
+from exporter.cli import cli
+from exporter.errors import ArtifactError, CheckpointError, HubError, PublishError
+from exporter.events import ignore
+from exporter.hub import open_remote
+from exporter.published import verify_remote
+from exporter.source import locate, open_source
+from exporter.verify import verify
+from tests.hub_server import READER, WRITER, Fault, Hub, running
+from tests.published_artifact import tiny_artifact, tiny_model, write_scores
+
+REPO = "me/tiny-w4"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model, w4, w3: a source and two artifacts of it."""
+    place = tmp_path_factory.mktemp("made")
+    model = tiny_model(place / "model")
+    tiny_artifact(place / "w4", model)
+    tiny_artifact(place / "w3", model, bits=3)
+    return place
+
+
+@pytest.fixture
+def artifact(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(made / "w4", tmp_path / "w4")
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    """Seconds that were waited for, without waiting."""
+    return []
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> Iterator[Hub]:
+    """A hub, and the client library pointed at it with a writer's token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http, close_session
+
+    with running() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in (
+            ("ENDPOINT", hub.url),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", template),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(tmp_path / "cache")),
+        ):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(_http.time, "sleep", waits.append)
+        monkeypatch.setattr("exporter.publish.verify", partial(verify, load=False))  # its own tests load models
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield hub
+        close_session()
+
+
+def mmq(*arguments: str | Path) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def published(artifact: Path, *arguments: str) -> Result:
+    result = mmq("publish", artifact, "--repo", REPO, "--device", "cpu", *arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(artifact: Path, *arguments: str) -> str:
+    """What a failing publish says; it must say so without a traceback."""
+    result = mmq("publish", artifact, "--repo", REPO, "--device", "cpu", *arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def commits(hub: Hub, repo: str = REPO) -> int:
+    """Commits beyond the empty one that a new repository begins with."""
+    return len(hub.repos[repo].commits) - 1 if repo in hub.repos else 0
+
+
+def test_one_commit_holds_everything_and_is_private(hub: Hub, artifact: Path) -> None:
+    said = published(artifact, "--license", "mit", "--base-model", "org/llava")
+    files = hub.files(REPO)
+    local = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    assert {name: files[name] for name in local} == local
+    assert files.keys() - local.keys() == {"README.md", ".gitattributes"}
+    assert hub.repos[REPO].private
+    assert commits(hub) == 1
+    assert f"{hub.url}/{REPO}/commit/" in said.output
+    assert "base_model: org/llava\n" in files["README.md"].decode()
+    assert len(hub.sent("PUT /upload/")) == -(-len(local["model.safetensors"]) // (64 * 1024)) > 1
+
+
+def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path) -> None:
+    text = published(artifact, "--dry-run").output
+    for path in artifact.iterdir():
+        assert f"{path.stat().st_size:,}  {path.name}" in text
+    assert "## What was quantized" in text
+    assert not hub.sent("^(POST|PUT)")
+    found = json.loads(published(artifact, "--dry-run", "--json").stdout)
+    assert found["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
+
+
+def spoil(path: Path) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: Hub, artifact: Path) -> None:
+    write_scores(artifact, after=0.5, passed=False)
+    assert "the gate on vqa accuracy failed: lost 44.4% of the full-precision score" in refused(artifact)
+    foreign = json.loads((artifact / REPORT).read_text())
+    foreign["evaluation"]["models"]["artifact"]["weights"] = "0" * 64
+    (artifact / REPORT).write_text(json.dumps(foreign))
+    assert "measured on other weights" in refused(artifact)
+    (artifact / REPORT).unlink()
+    assert "it was never evaluated" in refused(artifact)
+    spoil(artifact / "model.safetensors")
+    text = refused(artifact)
+    assert "model.safetensors: its content has changed" in text
+    assert "never evaluated" in text
+    assert not hub.log
+    published(artifact, "--force")
+    card = hub.files(REPO)["README.md"].decode()
+    assert "Published by force" in card
+    assert "> - it was never evaluated" in card
+    assert "- unproven\n" in card
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        (None, REPO, "no hub token"),
+        ("hf_nobodynobodynobodynobody", REPO, "does not accept your token"),
+        (READER, REPO, "your token may not do this"),
+        (WRITER, "them/tiny", "needs write access to 'them'"),
+        (WRITER, "tiny", "not a repository name"),
+    ],
+)
+def test_tokens_and_names_that_do_not_do(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
+    text = refused(artifact, "--repo", repo)
+    assert said in text
+    assert not token or token not in text
+    assert not hub.repos
+
+
+FAULTS = [
+    # what breaks, how often, what comes of it: None when publishing goes on by itself, else what is said
+    (Fault(r"PUT /upload/.*part=3", cut=20_000), None),
+    (Fault(r"PUT /upload/.*part=3", 503, times=2), None),
+    (Fault(r"PUT /upload/.*part=3", 429, headers={"Retry-After": "7"}), None),
+    (Fault(r"PUT /upload/.*part=3", cut=20_000, times=99), "the connection failed"),
+    (Fault(r"PUT /upload/.*part=3", 500, times=99), "problem of its own (HTTP 500)"),
+    (Fault(r"PUT /upload/.*part=3", corrupt=True), "does not have the announced sha256"),
+    (Fault(r"POST .*/commit/", 0), None),
+    (Fault(r"POST .*/commit/", 0, after=True), None),
+    (Fault(r"POST .*/commit/", 502, after=True), None),
+    (Fault(r"POST .*/commit/", 503), None),
+    (Fault(r"POST .*/commit/", 429, headers={"Retry-After": "7"}), None),
+    (Fault(r"POST .*/commit/", 429, times=99, headers={"Retry-After": "3600"}), "wait 3600 seconds"),
+    (Fault(r"POST .*/commit/", 500, times=99), "problem of its own (HTTP 500)"),
+    (Fault(r"POST .*/commit/", 412, times=99), "somebody else changed it"),
+    (Fault(r"POST .*/preupload/", 403, times=99), "your token may not do this"),
+    (Fault(r"POST /api/repos/create", 409), None),
+    (Fault(r"POST /api/repos/create", 500, times=99), "problem of its own (HTTP 500)"),
+]
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
+def test_every_fault_ends_in_a_message_or_a_whole_revision(
+    hub: Hub, artifact: Path, waits: list[float], fault: Fault, said: str | None
+) -> None:
+    if fault.status == 409:  # somebody made it between our look and our request
+        hub.add(REPO, {}, private=True)
+        hub.faults.append(Fault(rf"GET /api/models/{REPO}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
+    fault = Fault(**vars(fault))  # faults count down
+    hub.faults.append(fault)
+    if said is None:
+        published(artifact)
+        assert commits(hub) == 1
+    else:
+        assert said in refused(artifact)
+        assert commits(hub) == 0, "half a revision is visible"
+        hub.faults.clear()
+        published(artifact)
+        assert commits(hub) == 1
+    assert (fault.headers.get("Retry-After") != "7") or waits[0] >= 7
+    assert max(waits, default=0) <= 120
+    open_artifact(hub)
+
+
+def open_artifact(hub: Hub) -> None:
+    """What is visible is whole."""
+    verify_remote(open_remote(REPO), ignore)
+
+
+def test_what_has_arrived_is_not_sent_again(hub: Hub, made: Path) -> None:
+    hub.faults.append(Fault(r"POST .*/commit/", 403))
+    refused(made / "w4")
+    sent = len(hub.sent("PUT /upload/"))
+    assert sent > 1
+    published(made / "w4")
+    assert len(hub.sent("PUT /upload/")) == sent
+    hub.log.clear()
+    published(made / "w4")  # nothing has changed but the card's changelog
+    assert not hub.sent("PUT /upload/")
+
+
+def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(made / "w4", tmp_path / "old")
+    (old / "notes.txt").write_text("gone later")
+    manifest = json.loads((old / MANIFEST).read_text())
+    from exporter.checkpoint import sha256
+
+    manifest["files"]["notes.txt"] = sha256(old / "notes.txt")
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    write_scores(old, after=0.88)
+    published(old)
+    first = hub.repos[REPO].branches["main"]
+    assert "## Changelog" not in hub.files(REPO)["README.md"].decode()
+    published(made / "w3")
+    card = hub.files(REPO)["README.md"].decode()
+    assert "notes.txt" not in hub.files(REPO)
+    assert f"since `{first[:12]}`" in card
+    assert "- language: W4 g16 rtn → W3 g16 rtn" in card
+    published(made / "w4")
+    card = hub.files(REPO)["README.md"].decode()
+    assert card.index("W3 g16 rtn → W4 g16 rtn") < card.index("W4 g16 rtn → W3 g16 rtn")
+    open_artifact(hub)
+
+
+def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> None:
+    hub.add(REPO, {"model.safetensors": b"precious"}, private=True)
+    assert "something that mmq did not put there (model.safetensors, 1 files)" in refused(artifact)
+    assert hub.files(REPO) == {"model.safetensors": b"precious"}
+    published(artifact, "--replace")
+    hub.repos[REPO].private = False
+    assert "there already, and public" in refused(artifact)
+    published(artifact, "--public")
+
+
+def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
+    published(made / "w4")
+    main = hub.repos[REPO].branches["main"]
+    published(made / "w3", "--revision", "three-bits")
+    assert hub.repos[REPO].branches["main"] == main
+    assert json.loads(hub.files(REPO, "three-bits")[MANIFEST])["recipe"]["name"] == "rtn-3"
+    said = published(made / "w3", "--create-pr")
+    assert "/discussions/1" in said.output
+    assert hub.repos[REPO].branches["main"] == main
+
+
+def test_a_concurrent_commit_is_not_overwritten(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(made / "w4")
+    from huggingface_hub import HfApi
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        repo = hub.repos[REPO]
+        if len(repo.commits) == 2:
+            repo.commit("main", dict(repo.commits[repo.branches["main"]]))
+        return original(*arguments, **options)
+
+    original = HfApi.create_commit
+    monkeypatch.setattr(HfApi, "create_commit", meanwhile)
+    assert "somebody else changed it at the same time" in refused(made / "w3")
+
+
+def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    hub.log.clear()
+    result = mmq("verify", f"hub:{REPO}")
+    assert result.exit_code == 0, result.output
+    assert "14 packed linears found by name" in result.output
+    weights = hub.sent("(GET|HEAD) /(large|.*model.safetensors)")
+    assert weights
+    assert all(request.range == "bytes=0-100000" for request in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model.safetensors", lambda data: data[:-1] + b"\x01", "not the one that was written"),
+        ("config.json", lambda data: data + b" ", "not the one that was written"),
+        ("tokenizer_config.json", None, "missing"),
+        ("extra.safetensors", lambda data: b"x" * 20_000, "not in the manifest"),
+    ],
+)
+def test_verify_names_what_is_wrong_with_a_published_artifact(
+    hub: Hub, artifact: Path, name: str, change: Any, said: str
+) -> None:
+    published(artifact)
+    files = hub.files(REPO)
+    if change is None:
+        del files[name]
+    else:
+        files[name] = change(files.get(name, b""))
+    hub.add(REPO, files)
+    result = mmq("verify", f"hub:{REPO}")
+    assert result.exit_code == 1
+    assert f"{name}: " in result.output
+    assert said in result.output
+
+
+def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    old = hub.add("org/llava", source)
+    hub.add("org/llava", source | {"config.json": b"{}"})
+    folder, origin = locate("org/llava", old)
+    assert origin == f"org/llava@{old}"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == source
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        locate("org/llava", "no-such-branch")
+    artifact = tmp_path / "out"
+    arguments = ["--recipe", made / "w4" / "recipe.yaml", "--model", "org/llava", "--revision", old, "--out", artifact]
+    result = mmq("export", *arguments, "--skip-evaluation", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    assert manifest["source"]["model"] == f"org/llava@{old}"
+    assert json.loads((made / "w4" / MANIFEST).read_text())["linears"] == manifest["linears"]
+
+
+def test_a_download_that_is_cut_goes_on(hub: Hub, made: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    commit = hub.add("org/llava", source)
+    hub.faults.append(Fault(r"GET /large/", cut=100_000))
+    folder, _ = locate("org/llava", commit)
+    assert (folder / "model.safetensors").read_bytes() == source["model.safetensors"]
+    assert any(request.range == "bytes=100000-" for request in hub.sent("GET /large/"))
+
+
+def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    hub.add("org/llava", source)
+    arguments = ["plan", "--recipe", str(made / "w4" / "recipe.yaml"), "--device", "cpu", "--json", "--model"]
+    by_headers = json.loads(mmq(*arguments, "org/llava").stdout)
+    weights = hub.sent("(GET|HEAD) /(large|.*model.safetensors)")
+    assert weights
+    assert all(request.range == "bytes=0-100000" for request in weights)
+    local = json.loads(mmq(*arguments, str(made / "model")).stdout)
+    assert by_headers.pop("model").startswith("org/llava@")
+    local.pop("model")
+    assert by_headers == local
+
+
+def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    source["a.safetensors"] = source.pop("model.safetensors")
+    for file, said in (("b.safetensors", r"no b\.safetensors in"), ("a.safetensors", r"index promises gone\.weight")):
+        index = {"weight_map": {"language_model.lm_head.weight": "a.safetensors", "gone.weight": file}}
+        hub.add("org/llava", source | {"model.safetensors.index.json": json.dumps(index).encode()})
+        with pytest.raises(CheckpointError, match=said):
+            open_source("org/llava", headers_only=True)
+
+
+def test_the_token_is_nowhere(hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.DEBUG):
+        hub.faults.append(Fault(r"PUT /upload/", 503))
+        text = published(artifact).output + mmq("verify", f"hub:{REPO}").output
+        hub.faults.append(Fault(r"POST .*/preupload/", 400, headers={"X-Error-Message": f"bad token {WRITER}"}))
+        text += refused(artifact)
+    assert "[token]" in text
+    assert WRITER not in text
+    assert WRITER not in caplog.text
+    for path in [*artifact.rglob("*"), *(tmp_path / "cache").rglob("*")]:
+        assert not path.is_file() or WRITER.encode() not in path.read_bytes(), path
+    assert not any(WRITER.encode() in data for data in hub.files(REPO).values())
+    assert {request.token for request in hub.sent("POST .*/commit/")} == {WRITER}
+    assert {request.token for request in hub.sent("PUT /upload/")} == {None}  # the storage is somebody else's
+
+
+def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    """Nothing is patched here: the environment alone points the library at the hub."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from exporter.cli import main; main()", "publish", str(artifact), "--repo", REPO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert commits(hub) == 1
+    assert WRITER not in done.stdout + done.stderr
+
+
+def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -> None:
+    write_scores(artifact, after=0.5, passed=False)
+    result = mmq("publish", artifact, "--repo", REPO, "--json")
+    assert json.loads(result.stdout)["kind"] == PublishError.__name__
+    assert json.loads(mmq("verify", "hub:me/nothing", "--json").stdout)["kind"] == HubError.__name__
+    hub.add("me/foreign", {"config.json": b"{}"})
+    assert json.loads(mmq("verify", "hub:me/foreign", "--json").stdout)["kind"] == ArtifactError.__name__
