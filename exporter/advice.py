@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from exporter.recipe import Recipe
 from exporter.statistics import ASSUMED_SD, POINT, half_width, samples_to_resolve
 
-ASSUMPTION = "assuming that one answer in ten changes its score by 1"
+ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
+RIGHT_OR_WRONG = ("accuracy", "exact")  # of other scores nothing can be assumed before a first evaluation
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What a recipe's number of samples can show of one metric, in points (hundredths of a score's 1).
+    """What a recipe's number of samples can show of one metric.
 
-    half_width: how far the 95 % interval of the drop reaches to each side. needed: samples that make it one point.
+    half_width: how far the 95 % interval of the drop reaches to each side, in points (hundredths of a score's 1).
+    needed: samples that make it one point.
     """
 
     task: str
@@ -30,8 +32,9 @@ class Advice:
 
 
 def advise(recipe: Recipe) -> tuple[Advice, ...]:
-    """Advice for every metric that a gate names, each once."""
+    """Advice for every metric that a gate names, each once, and of which something can be assumed."""
     samples = recipe.evaluation.samples
     reach, needed = half_width(ASSUMED_SD, samples) / POINT, samples_to_resolve(POINT)
-    named = dict.fromkeys((gate.task, gate.metric) for gate in recipe.gates)
+    gates = [gate for gate in recipe.gates if gate.metric in RIGHT_OR_WRONG or gate.metric.startswith("r@")]
+    named = dict.fromkeys((gate.task, gate.metric) for gate in gates)
     return tuple(Advice(task, metric, samples, reach, needed) for task, metric in named)

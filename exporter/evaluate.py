@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from exporter.data import image_key
 from exporter.errors import GateFailed
 from exporter.events import Event
 from exporter.recipe import Gate, Recipe
-from exporter.statistics import CONFIDENCE, POINT, RESAMPLES, Difference, paired_bootstrap, samples_to_resolve
+from exporter.statistics import CONFIDENCE, RESAMPLES, Difference, paired_bootstrap, samples_to_resolve
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 
 CHANGED_KEPT = 200  # answers that changed in one report, the worst first; `counts` counts all
+PERCENT = 0.01
 EXAMPLES = 4  # samples of each task that are kept whatever became of them
 KEPT_KEYS = ("serving",)  # what other commands wrote into a report and a new evaluation leaves there
 
@@ -31,6 +33,12 @@ class Measure:
     metric: str
     samples: int
     difference: Difference
+
+    @property
+    def needed(self) -> int | None:
+        """Samples that would narrow the interval to +- 1 % of the full-precision score; None when that is 0."""
+        base, sd = self.difference.before, self.difference.sd
+        return samples_to_resolve(PERCENT * base, sd) if base > 0 else None
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Report:
     """What an evaluation found.
 
     by_kind: task -> question type -> (before, after, samples) of the first metric.
-    changed: samples whose answer changed, the largest loss first; examples: the first samples of each task.
+    changed: samples whose answer changed, the tasks in turn, each with its largest loss first.
+    examples: the first samples of each task.
     counts: task -> how many answers `changed`, and how many samples `lost` or `gained` score.
     about: how it was measured: data, seeds, and what identifies both models' answers.
     """
@@ -78,10 +87,7 @@ class Report:
         """Plain data for files and `--json`."""
         return {
             "passed": self.passed,
-            "measures": [
-                {**asdict(m), "samples_to_resolve_a_point": samples_to_resolve(POINT, m.difference.sd)}
-                for m in self.measures
-            ],
+            "measures": [{**asdict(m), "samples_to_resolve_one_percent": m.needed} for m in self.measures],
             "gates": [
                 {**v.gate.model_dump(), "lost": None if math.isnan(v.lost) else v.lost, "passed": v.passed}
                 for v in self.verdicts
@@ -122,7 +128,7 @@ def compare(
 ) -> Report:
     """Score both sets of answers and decide the gates."""
     measures, kinds, counts = [], {}, {}
-    changed: list[dict[str, Any]] = []
+    changed: list[list[dict[str, Any]]] = []
     examples: list[dict[str, Any]] = []
     for task, found in samples.items():
         scores = TASKS[task].score(before[task], found), TASKS[task].score(after[task], found)
@@ -133,12 +139,11 @@ def compare(
         kinds[task] = _by_kind(found, scores[0][first], scores[1][first])
         rows = _rows(task, found, (before[task], after[task]), (scores[0][first], scores[1][first]))
         examples += rows[:EXAMPLES]
-        changed += [row for row in rows if row["before"] != row["after"]]
+        changed.append(sorted((r for r in rows if r["before"] != r["after"]), key=_loss, reverse=True))
         counts[task] = _counts(rows)
-    changed.sort(key=_loss, reverse=True)
     verdicts = [_decide(gate, measures) for gate in gates]
-    kept = tuple(changed[:CHANGED_KEPT])
-    return Report(tuple(measures), tuple(verdicts), kinds, kept, tuple(examples), counts, {})
+    in_turn = [row for turn in zip_longest(*changed) for row in turn if row]  # scores of two tasks do not compare
+    return Report(tuple(measures), tuple(verdicts), kinds, tuple(in_turn[:CHANGED_KEPT]), tuple(examples), counts, {})
 
 
 def _loss(row: Mapping[str, Any]) -> float:

@@ -194,7 +194,9 @@ def report_page(report: Report) -> RenderableType:
         interval = f"{0 - d.high:+.4f} to {0 - d.low:+.4f}"
         scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{0 - d.drop:+.4f}", interval)
         table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
-    return Group(table, *(f"gate {verdict}" for verdict in report.verdicts))
+    needed = [f"{m.needed} for {m.task} {m.metric}" for m in report.measures if m.needed]
+    more = [f"samples that would resolve 1 % of the full score: {', '.join(needed)}"] if needed else []
+    return Group(table, *(f"gate {verdict}" for verdict in report.verdicts), *more)
 
 
 def recipes_table(recipes: list[Recipe]) -> Table:

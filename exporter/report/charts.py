@@ -8,7 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-LEAST_REACH = 0.02  # an axis reaches at least 2 % to each side, so that noise looks like noise
+LEAST_REACH = 0.02  # the axis reaches at least 2 % to each side, so that noise looks like noise
+LEAST_BLOCKS = 8  # room for so many bars, so that two blocks do not fill a page
 
 
 def _svg(width: float, height: float, kind: str, label: str, shapes: Sequence[str]) -> Markup:
@@ -32,23 +33,24 @@ def sizes(before: int, after: int) -> Markup:
     return _svg(100, 20, "sizes", f"the artifact takes {after / max(before, 1):.0%} of the source's bytes", shapes)
 
 
-def reach(rows: Sequence[Mapping[str, Any]]) -> float:
-    """How far the common axis of `change` goes to each side of zero, as a share of the full-precision score."""
-    ends = [abs(row["relative"][key]) for row in rows if row["relative"] for key in ("low", "high")]
-    allowed = [abs(row["allowed"]) for row in rows if row["allowed"] is not None]
-    return 1.1 * max([LEAST_REACH, *ends, *allowed])
+def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Both ends of the common axis of `change`, as shares of the full-precision score."""
+    ends = [row["relative"][key] for row in rows if row["relative"] for key in ("low", "high")]
+    allowed = [row["allowed"] for row in rows if row["allowed"] is not None]
+    low, high = min([-LEAST_REACH, *ends, *allowed]), max([LEAST_REACH, *ends])
+    return low - 0.1 * (high - low), high + 0.05 * (high - low)
 
 
-def change(row: Mapping[str, Any], span: float) -> Markup:
+def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
     """One metric: zero, its interval, the measured change, and how much the gate allows. Empty without a baseline."""
     found = row["relative"]
     if not found:
         return Markup("")
 
     def place(share: float) -> float:
-        return 50 + 50 * share / span
+        return 100 * (share - axis[0]) / (axis[1] - axis[0])
 
-    shapes = [_line(50, 0, 50, 20, "zero")]
+    shapes = [_line(place(0), 0, place(0), 20, "zero")]
     if row["allowed"] is not None:
         shapes.insert(0, _bar(0, 0, place(row["allowed"]), 20, "forbidden"))
     low, high = place(found["low"]), place(found["high"])
@@ -68,4 +70,4 @@ def blocks(rows: Sequence[Mapping[str, Any]]) -> Markup:
             height = 100 * row[key] / most
             shapes.append(_bar(10 * i + 1, 100 - height, 8, height, kind, title))
     label = f"relative error of {len(rows)} blocks, largest {most:.4f}"
-    return _svg(10 * len(rows), 100, "blocks", label, shapes)
+    return _svg(10 * max(len(rows), LEAST_BLOCKS), 100, "blocks", label, shapes)

@@ -35,6 +35,7 @@ def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, 
         "changed_total": sum(counts["changed"] for counts in report.get("counts", {}).values()),
         "examples": _with_pictures(report.get("examples", []), pictures),
         "evaluation": report.get("evaluation", {}),
+        "asked_by": _asked_by(report.get("evaluation", {})),
         "serving": report.get("serving"),
         "plan": yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
@@ -66,7 +67,7 @@ def scores(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "absolute": share,
                 "relative": {key: value / base for key, value in share.items()} if base > 0 else None,
                 "allowed": -gate["max_drop"] if gate else None,
-                "needed": measure.get("samples_to_resolve_a_point"),
+                "needed": measure.get("samples_to_resolve_one_percent"),
             }
         )
     return rows
@@ -88,6 +89,16 @@ def blocks(manifest: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         ]
         for component, units in found.items()
     }
+
+
+def _asked_by(about: Mapping[str, Any]) -> str:
+    """Which back end both models answered through."""
+    models = about.get("models", {}).values()
+    named = {
+        f"{m['backend']} in {m['dtype']} on {m['device']}" if "device" in m else f"an {m['backend']} server"
+        for m in models
+    }
+    return ", ".join(sorted(named))
 
 
 def _with_pictures(rows: list[Mapping[str, Any]], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:

@@ -80,5 +80,7 @@ def _errors(figure_class: Any, content: Mapping[str, Any]) -> Any:
         axes.set_xlabel("block")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize="small"
+    )
     return figure
