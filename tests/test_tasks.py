@@ -9,8 +9,8 @@ from PIL import Image
 
 from exporter.errors import DataError
 from exporter.tasks import TASKS
-from exporter.tasks.captioning import tokens
 from exporter.tasks.cider import cider
+from exporter.tasks.ptb import tokens
 from exporter.tasks.sample import Sample
 from exporter.tasks.vqa import accuracy, normalize
 
@@ -77,7 +77,7 @@ def test_normalization(answer: str, expected: str) -> None:
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0), (10, 1.0)],
 )
 def test_ten_references_are_a_vote(right: int, expected: float) -> None:
-    votes = ["Red"] * right + [f"other {i}" for i in range(10 - right)]
+    votes = ["red"] * right + [f"other {i}" for i in range(10 - right)]
     assert accuracy("red.", votes) == pytest.approx(expected)
 
 

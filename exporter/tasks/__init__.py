@@ -3,7 +3,7 @@
 Prompts belong to the family, samples to the data source; a task only scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from exporter.tasks import captioning, vqa
@@ -19,13 +19,26 @@ class Task(Protocol):
 
     @property
     def METRICS(self) -> tuple[str, ...]:
-        """Names of its metrics, the most important first; higher is better, and an empty answer scores 0."""
+        """Names of the metrics it can compute here, the most important first; an empty answer scores 0 in each."""
+
+    @property
+    def ALL_METRICS(self) -> tuple[str, ...]:
+        """METRICS and those that need more than this machine has; higher is better."""
+
+    def require(self, metric: str) -> None:
+        """DataError, with what to install, when a metric of ALL_METRICS cannot be computed here."""
+
+    def method(self) -> Mapping[str, str]:
+        """What scores depend on besides answers and samples, for the report."""
 
     def score(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
         """Metric -> one score a sample, in order. The mean is the metric, so two models can be compared in pairs.
 
         Raises DataError when a sample has no reference, ValueError when the lengths differ.
         """
+
+    def corpus(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+        """The figures that papers report for a whole set; where they are no means, `score` cannot give them."""
 
 
 TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning}

@@ -1,43 +1,75 @@
-"""Image captioning: CIDEr-D against all references, and exact matches."""
+"""Image captioning: CIDEr-D, BLEU-4 and METEOR against all references, and exact matches.
 
-import re
-from collections.abc import Sequence
+METEOR is there when Java and pycocoevalcap are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from exporter.errors import DataError
+from exporter.tasks import meteor, ptb
+from exporter.tasks.bleu import bleu, corpus_bleu
 from exporter.tasks.cider import cider
+from exporter.tasks.java import HINT
 from exporter.tasks.sample import Sample
 
 NAME = "captioning"
-METRICS = ("cider", "exact")
+ALL_METRICS = ("cider", "bleu", "meteor", "exact")
 
-_WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:[-&'/]\w+)*|[&$%#]")
-_CLITIC = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))")
-
-
-def tokens(caption: str) -> list[str]:
-    """Words of a caption, in the spirit of the Penn Treebank tokenizer that COCO's evaluation uses.
-
-    Lower case; punctuation is dropped; hyphenated words stay whole; `don't` is `do n't` and `dog's` is `dog 's`.
-    Unlike the original, abbreviations lose their periods, `cannot` stays one word and brackets leave no token.
-    """
-    words = _WORD.findall(caption.lower().replace("\u2019", "'"))
-    return [part for word in words for part in _parts(word)]
+if TYPE_CHECKING:
+    METRICS: tuple[str, ...]
 
 
-def _parts(word: str) -> tuple[str, ...]:
-    split = _CLITIC.fullmatch(word)
-    return (split[1], split[2]) if split else (word,)
+def __getattr__(name: str) -> tuple[str, ...]:
+    """METRICS: those that this machine can compute, asked for anew each time."""
+    if name == "METRICS":
+        return tuple(metric for metric in ALL_METRICS if metric != "meteor" or meteor.available())
+    raise AttributeError(name)
+
+
+def require(metric: str) -> None:
+    """DataError when this machine cannot compute a metric."""
+    if metric == "meteor" and not meteor.available():
+        raise DataError("the metric meteor of task captioning needs Java and the package pycocoevalcap", HINT)
+
+
+def method() -> Mapping[str, str]:
+    """What scores depend on besides answers and samples."""
+    return {"tokenizer": ptb.name()}
 
 
 def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """`cider` (0 to 10) and `exact` (any reference, word for word) of each caption; see `exporter.tasks.Task`.
+    """`cider` (0 to 10), `bleu`, `meteor` and `exact` (0 to 1) of each caption; see `exporter.tasks.Task`.
 
-    CIDEr weighs words by how rare they are among the references of `samples`, so its value depends on the set.
+    CIDEr weighs words by how rare they are among the references of `samples`, so its value depends on the set. `exact`
+    is 1 when a caption is one of its references, word for word.
     """
+    candidates, references = _split(answers, samples)
+    scores = {
+        "cider": cider(candidates, references),
+        "bleu": bleu(candidates, references),
+        "exact": [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)],
+    }
+    if meteor.available():
+        scores["meteor"] = meteor.meteor(candidates, references)[0]
+    return {metric: scores[metric] for metric in ALL_METRICS if metric in scores}
+
+
+def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """The figures of the whole set as papers report them: not means of captions, except CIDEr's."""
+    candidates, references = _split(answers, samples)
+    found = {"cider": sum(cider(candidates, references)) / max(1, len(candidates))}
+    found |= {f"bleu{n}": value for n, value in enumerate(corpus_bleu(candidates, references), start=1)}
+    return found | ({"meteor": meteor.meteor(candidates, references)[1]} if meteor.available() else {})
+
+
+def _split(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Words of every answer, and of every reference."""
     bare = [sample.identity for sample in samples if not sample.references]
     if bare:
         raise DataError(f"{len(bare)} samples have no caption to compare with, first {bare[0]}")
-    candidates = [tokens(answer) for answer in answers]
-    references = [[tokens(text) for text in sample.references] for sample in samples]
-    exact = [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)]
-    return {"cider": cider(candidates, references), "exact": exact}
+    if len(answers) != len(samples):
+        raise ValueError(f"{len(answers)} answers are shorter or longer than {len(samples)} samples")
+    split = iter(ptb.words([*answers, *(text for sample in samples for text in sample.references)]))
+    candidates = [next(split) for _ in answers]
+    return candidates, [[next(split) for _ in sample.references] for sample in samples]

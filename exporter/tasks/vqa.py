@@ -6,13 +6,13 @@ and one of ten people's answers is right by min(1, matches / 3), averaged over l
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 NAME = "vqa"
-METRICS = ("accuracy",)
+METRICS = ALL_METRICS = ("accuracy",)
 
 PEOPLE = 10  # so many answers are a vote; fewer or more are alternatives
 AGREEING = 3
@@ -23,23 +23,28 @@ _DIGIT_COMMA = re.compile(r"\d,\d")
 _ARTICLES = {"a", "an", "the"}
 _COUNTS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_COUNTS.split())}
-# Words that people write without their apostrophes. Real words (its, were, hell, wed, lets) are left out.
+# Words that people write without one of their apostrophes, as the evaluator lists them. "I'm" is not in it: its
+# entry has a capital and is compared with lower case.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-_APOSTROPHES = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
+_APOSTROPHES = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the evaluator has this one the wrong way round
+_MOST_PERIODS = 32  # the evaluator passes a flag of that value where the count belongs
 
 
 def normalize(answer: str) -> str:
-    """The form in which answers are compared, e.g. `The two dogs.` -> `2 dogs`."""
-    words = [_NUMBERS.get(word, word) for word in _strip_punctuation(" ".join(answer.split())).lower().split()]
-    return " ".join(_APOSTROPHES.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES)
+    """The form in which a model's answer is compared, e.g. `The two dogs.` -> `2 dogs`."""
+    line = answer.replace("\n", " ").replace("\t", " ").strip()
+    words = [_NUMBERS.get(word, word) for word in _strip_punctuation(line).lower().split()]
+    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _strip_punctuation(text: str) -> str:
@@ -49,20 +54,23 @@ def _strip_punctuation(text: str) -> str:
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if number or beside_space else " ")
-    return _PERIOD.sub("", result)
+    return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
     """Share of the point that `answer` earns, 0 to 1.
 
-    Ten references are ten people's votes. Any other number is a list of accepted answers: one match earns it all.
+    Ten references are ten people's votes, counted as the evaluator of the challenge does: it normalizes the answer, of
+    the votes it strips punctuation alone, and that only when they are not all the same. VQAv2's votes are in lower case
+    already. Any other number is a list of accepted answers, normalized like the answer: one match earns it all.
     """
     found = normalize(answer)
     if not found:
         return 0.0
-    matches = [normalize(reference) == found for reference in references]
-    if len(matches) != PEOPLE:
-        return float(any(matches))
+    if len(references) != PEOPLE:
+        return float(any(normalize(reference) == found for reference in references))
+    agreed = len(set(references)) == 1
+    matches = [(vote if agreed else _strip_punctuation(vote)) == found for vote in references]
     return sum(min(1.0, (sum(matches) - own) / AGREEING) for own in matches) / PEOPLE
 
 
@@ -72,3 +80,22 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[f
     if bare:
         raise DataError(f"{len(bare)} samples have no answer to compare with, first {bare[0]}")
     return {"accuracy": [accuracy(a, s.references) for a, s in zip(answers, samples, strict=True)]}
+
+
+def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """`accuracy` over all samples, and by kind as `accuracy KIND` when samples have kinds."""
+    scores = score(answers, samples)["accuracy"]
+    groups: dict[str, list[float]] = {"accuracy": scores}
+    for value, sample in zip(scores, samples, strict=True):
+        if sample.kind:
+            groups.setdefault(f"accuracy {sample.kind}", []).append(value)
+    return {name: sum(values) / max(1, len(values)) for name, values in groups.items()}
+
+
+def require(metric: str) -> None:
+    """Every metric can be computed everywhere."""
+
+
+def method() -> Mapping[str, str]:
+    """What scores depend on besides answers and samples."""
+    return {"normalization": "VQAEval"}

@@ -1,0 +1,68 @@
+"""BLEU (Papineni et al., 2002): how many n-grams of a caption its references have, with a penalty for short ones.
+
+Every constant is that of the COCO caption evaluation (pycocoevalcap): n = 1..4, the reference closest in length (the
+shorter of two), products of precisions with 1e-15 and 1e-9 where zero would stand. The value of a set is not the mean
+of its captions' values.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ORDERS = 4
+TINY, SMALL = 1e-15, 1e-9
+
+Words = Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Per order, n-grams that a reference has and n-grams in all; lengths of candidate and reference in words."""
+
+    correct: tuple[int, ...]
+    guessed: tuple[int, ...]
+    length: int
+    reference: int
+
+
+def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """BLEU-4 of each caption, 0 to 1. references: at least one a candidate."""
+    return [_scores(_count(c, group))[-1] for c, group in zip(candidates, references, strict=True)]
+
+
+def corpus_bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[float, ...]:
+    """BLEU-1 to BLEU-4 of the whole set, 0 to 1: the figures that papers report."""
+    counts = [_count(c, group) for c, group in zip(candidates, references, strict=True)]
+    correct = tuple(sum(column) for column in zip(*(count.correct for count in counts), strict=True))
+    guessed = tuple(sum(column) for column in zip(*(count.guessed for count in counts), strict=True))
+    lengths = sum(count.length for count in counts), sum(count.reference for count in counts)
+    return _scores(_Counts(correct or (0,) * ORDERS, guessed or (0,) * ORDERS, *lengths))
+
+
+def _count(candidate: Words, references: Sequence[Words]) -> _Counts:
+    """An n-gram counts as often as the reference that has it most often."""
+    most: Counter[tuple[str, ...]] = Counter()
+    for reference in references:
+        most |= _grams(reference)
+    correct = [0] * ORDERS
+    for gram, count in _grams(candidate).items():
+        correct[len(gram) - 1] += min(count, most[gram])
+    guessed = tuple(max(0, len(candidate) - n) for n in range(ORDERS))
+    closest = min((abs(len(reference) - len(candidate)), len(reference)) for reference in references)[1]
+    return _Counts(tuple(correct), guessed, len(candidate), closest)
+
+
+def _grams(words: Words) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(words) - n + 1))
+
+
+def _scores(counts: _Counts) -> tuple[float, ...]:
+    """BLEU-1 to BLEU-4."""
+    ratio = (counts.length + TINY) / (counts.reference + SMALL)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n, (correct, guessed) in enumerate(zip(counts.correct, counts.guessed, strict=True), start=1):
+        product *= (correct + TINY) / (guessed + SMALL)
+        scores.append(product ** (1 / n) * penalty)
+    return tuple(scores)

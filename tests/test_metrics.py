@@ -1,0 +1,264 @@
+"""Metrics against what the reference programs themselves said, and against twins that a reader can believe."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from exporter.errors import DataError
+from exporter.tasks import TASKS, captioning, java, meteor, ptb, vqa
+from exporter.tasks.bleu import bleu, corpus_bleu
+from exporter.tasks.cider import cider
+from exporter.tasks.retrieval import RANKS, prepare, recalls
+from exporter.tasks.sample import Sample
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
+WORDS = ["a", "red", "large", "circle", "is", "left", "of", "the", "small", "blue", "square"]
+
+captions = st.lists(st.sampled_from(WORDS), max_size=12)
+groups = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), min_size=1, max_size=4)
+needs_java = pytest.mark.skipif(not meteor.available(), reason="needs Java and pycocoevalcap")
+
+
+def split(name: str) -> tuple[list[list[str]], list[list[list[str]]]]:
+    pairs = GOLDEN["captions"][name]["pairs"]
+    return [c.split() for c, _ in pairs], [[text.split() for text in group] for _, group in pairs]
+
+
+@pytest.mark.parametrize("name", GOLDEN["captions"])
+def test_bleu_is_that_of_pycocoevalcap(name: str) -> None:
+    candidates, references = split(name)
+    golden = GOLDEN["captions"][name]
+    assert bleu(candidates, references) == pytest.approx(golden["bleu4"], rel=1e-12, abs=1e-15)
+    assert corpus_bleu(candidates, references) == pytest.approx(golden["bleus"], rel=1e-12, abs=1e-15)
+
+
+@needs_java
+@pytest.mark.parametrize("name", GOLDEN["captions"])
+def test_meteor_is_that_of_pycocoevalcap(name: str) -> None:
+    candidates, references = split(name)
+    golden = GOLDEN["captions"][name]
+    scores, whole = meteor.meteor(candidates, references)
+    assert scores == pytest.approx(golden["meteors"], abs=1e-9)
+    assert whole == pytest.approx(golden["meteor"], abs=1e-9)
+
+
+@given(candidate=captions, references=groups)
+def test_bleu_of_one_caption_is_that_of_a_set_of_one(candidate: list[str], references: list[list[str]]) -> None:
+    score = bleu([candidate], [references])[0]
+    assert score == corpus_bleu([candidate], [references])[3]
+    assert 0 <= score <= 1
+    assert bleu([candidate], [[*references, candidate]])[0] >= score * (1 - 1e-9) or len(candidate) == 0
+    assert score == bleu([candidate], [references[::-1]])[0]
+
+
+@given(references=st.lists(st.lists(st.sampled_from(WORDS), min_size=4, max_size=9), min_size=2, max_size=5))
+def test_a_caption_is_worth_most_among_its_own_references(references: list[list[str]]) -> None:
+    assert bleu(references, [[r] for r in references]) == pytest.approx([1.0] * len(references), abs=1e-6)
+    scores = cider(references, [[r] for r in references])
+    for wrong in cider(references[1:] + references[:1], [[r] for r in references]):
+        assert 0 <= wrong <= 10 + 1e-9
+    assert all(0 <= score <= 10 + 1e-9 for score in scores)
+
+
+@pytest.mark.parametrize(("answer", "expected"), GOLDEN["vqa"]["normalized"].items())
+def test_answers_are_normalized_as_by_the_evaluator(answer: str, expected: str) -> None:
+    assert vqa.normalize(answer) == expected
+
+
+def test_accuracy_is_that_of_the_evaluator() -> None:
+    cases = GOLDEN["vqa"]["cases"]
+    assert len(cases) == 400
+    kept = [case for case in cases if vqa.normalize(case[0])]
+    assert [vqa.accuracy(a, votes) for a, votes, _ in kept] == pytest.approx([score for *_, score in kept], abs=1e-9)
+    assert len({score for *_, score in kept}) > 4
+    # An answer without content is ours to call wrong: the evaluator lets it match an empty vote.
+    assert {vqa.accuracy(a, votes) for a, votes, _ in cases if not vqa.normalize(a)} == {0.0}
+
+
+@given(st.text(alphabet="abt .,'!?-/1230\n", max_size=20))
+def test_punctuation_alone_never_makes_two_answers_of_one(text: str) -> None:
+    once = vqa.normalize(text)
+    assert once == " ".join(once.split())
+    assert not {"a", "an", "the"} & set(once.split())
+    assert vqa.accuracy(text, [text]) == float(bool(once))
+
+
+@given(st.integers(0, 10), st.permutations(range(10)))
+def test_votes_have_no_order(right: int, order: list[int]) -> None:
+    votes = ["yes"] * right + [f"no {i}" for i in range(10 - right)]
+    assert vqa.accuracy("yes", [votes[i] for i in order]) == pytest.approx(min(1.0, right * 0.3) if right < 4 else 1.0)
+
+
+def sample(*references: str, kind: str = "") -> Sample:
+    return Sample("x", lambda: Image.new("RGB", (2, 2)), None, references, kind)
+
+
+def test_figures_of_a_set_by_kind() -> None:
+    samples = [sample("yes", kind="verify"), sample("no", kind="verify"), sample("dog", kind="query")]
+    found = TASKS["vqa"].corpus(["yes", "yes", "dog"], samples)
+    assert found == {"accuracy": pytest.approx(2 / 3), "accuracy verify": 0.5, "accuracy query": 1.0}
+
+
+def test_figures_of_a_set_of_captions() -> None:
+    samples = [sample("a red circle on the left"), sample("two blue rings", "blue rings in the center")]
+    answers = ["a red circle on the right", "two blue rings"]
+    found = TASKS["captioning"].corpus(answers, samples)
+    scores = TASKS["captioning"].score(answers, samples)
+    assert found["cider"] == pytest.approx(sum(scores["cider"]) / 2)
+    words = [[a.split() for a in answers], [[r.split() for r in s.references] for s in samples]]
+    assert tuple(found[f"bleu{n}"] for n in (1, 2, 3, 4)) == pytest.approx(corpus_bleu(*words))
+    assert ("meteor" in found) == ("meteor" in scores) == ("meteor" in captioning.METRICS) == meteor.available()
+
+
+# Without Java, and with a program in its place that does not behave.
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_java_meteor_is_asked_for_and_not_there() -> None:
+    assert captioning.METRICS == ("cider", "bleu", "exact")
+    assert captioning.ALL_METRICS == ("cider", "bleu", "meteor", "exact")
+    assert ptb.name() == captioning.method()["tokenizer"] == "Penn Treebank (Python)"
+    captioning.require("cider")
+    for ask in (lambda: captioning.require("meteor"), lambda: meteor.meteor([["a"]], [[["a"]]])):
+        with pytest.raises(DataError, match="needs Java") as caught:
+            ask()
+        assert "mmq[coco]" in str(caught.value.hint)
+    assert meteor.meteor([], []) == ([], 0.0)
+
+
+@pytest.fixture
+def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A program called java that the test writes, and an archive for it."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "java"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for module in (meteor, ptb):
+        monkeypatch.setattr(module, "archive", lambda name: tmp_path / "some.jar")
+    return program
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "ended early"),
+        ("read line; echo; sleep 9", "ended early"),
+        ("read line; echo 1 2; read line; echo many", "said 'many' instead of a score"),
+    ],
+)
+def test_a_meteor_that_fails_is_an_error(fake_java: Path, script: str, said: str) -> None:
+    fake_java.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(DataError, match=said):
+        meteor.meteor([["a"]], [[["a"]]])
+
+
+def test_a_caption_without_words_scores_nothing_in_meteor(fake_java: Path) -> None:
+    fake_java.write_text("#!/bin/sh\nread line; echo 1; read line; echo 2; read line; echo 0.5; echo 0.25; echo 0.4\n")
+    assert meteor.meteor([[], ["a"]], [[["a"]]] * 2) == ([0.0, 0.25], 0.4)
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo one", "echo one; echo two; echo three; exit 0"])
+def test_a_tokenizer_that_fails_or_loses_a_line_is_an_error(fake_java: Path, script: str) -> None:
+    fake_java.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(DataError, match="the tokenizer did not work"):
+        ptb.words(["one", "two"])
+
+
+def test_words_of_the_original_lose_their_punctuation(fake_java: Path) -> None:
+    fake_java.write_text('#!/bin/sh\necho "a dog \'s -LRB- big -RRB- bone ."\necho\n')
+    assert ptb.words(["A dog's (big) bone.", ""]) == [["a", "dog", "'s", "big", "bone"], []]
+
+
+@needs_java
+def test_the_original_keeps_line_and_caption_together() -> None:
+    odd = ["", "A dog.", "two\nlines\r\nhere", " ", "caf\u00e9 \u4e2d", "a ||| b", "?", "U.S. cars"]
+    found = ptb.words(odd)
+    assert len(found) == len(odd)
+    assert found[:3] == [[], ["a", "dog"], ["two", "lines", "here"]]
+    assert found[-1] == ["u.s.", "cars"]
+
+
+def test_java_without_the_package_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
+    assert java.archive(meteor.ARCHIVE) is None
+
+
+# Retrieval.
+
+
+def slow_ranks(similarity: list[list[float]], owners: list[int]) -> tuple[list[int], list[int]]:
+    """How many wrong texts stand before each picture's best own one, and wrong pictures before each text's own."""
+    by_picture = []
+    for picture, row in enumerate(similarity):
+        best = max(value for value, owner in zip(row, owners, strict=True) if owner == picture)
+        by_picture.append(sum(value >= best for value, owner in zip(row, owners, strict=True) if owner != picture))
+    by_text = []
+    for text, owner in enumerate(owners):
+        column = [row[text] for row in similarity]
+        by_text.append(sum(value >= column[owner] for picture, value in enumerate(column) if picture != owner))
+    return by_picture, by_text
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_recall_with_ties_against_counting(data: st.DataObject) -> None:
+    pictures = data.draw(st.integers(1, 14))
+    extra = data.draw(st.lists(st.integers(0, pictures - 1), max_size=14))
+    owners = data.draw(st.permutations([*range(pictures), *extra]))
+    values = st.integers(-3, 3).map(float)  # few values, many ties
+    matrix = [[data.draw(values) for _ in owners] for _ in range(pictures)]
+    found = recalls(torch.tensor(matrix), owners)
+    by_picture, by_text = slow_ranks(matrix, owners)
+    for k in RANKS:
+        assert found[f"text_r{k}"] == [float(rank < k) for rank in by_picture]
+        assert found[f"image_r{k}"] == [float(rank < k) for rank in by_text]
+
+
+def test_recall_without_ties_is_that_of_sorting() -> None:
+    generator = torch.Generator().manual_seed(5)
+    similarity, owners = torch.randn(40, 200, generator=generator), [i // 5 for i in range(200)]
+    similarity += 1.5 * (torch.tensor(owners)[None] == torch.arange(40)[:, None])
+    found = recalls(similarity, owners)
+    for k in RANKS:
+        first = similarity.argsort(dim=1, descending=True)[:, :k]
+        assert found[f"text_r{k}"] == [float(any(owners[t] == i for t in row)) for i, row in enumerate(first.tolist())]
+        first = similarity.argsort(dim=0, descending=True)[:k].T
+        assert found[f"image_r{k}"] == [float(owners[t] in row) for t, row in enumerate(first.tolist())]
+    means = [sum(found[f"text_r{k}"]) / 40 for k in RANKS]
+    assert 0 < means[0] < means[1] < means[2] <= 1
+
+
+def test_scores_that_are_all_the_same_recall_nothing() -> None:
+    found = recalls(torch.ones(20, 100), [i // 5 for i in range(100)])
+    assert all(sum(values) == 0 for values in found.values())
+    lowest = torch.full((2, 2), -math.inf)
+    assert recalls(lowest.fill_diagonal_(0), [0, 1])["text_r1"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("owners", [[0, 1], [0, 0, 0], [0, 1, 2], [0, 1, -1]])
+def test_a_matrix_that_does_not_fit_is_refused(owners: list[int]) -> None:
+    with pytest.raises(ValueError, match="each with at least one text"):
+        recalls(torch.zeros(2, 3), owners)
+    with pytest.raises(ValueError, match="not numbers"):
+        recalls(torch.tensor([[math.nan]]), [0])
+
+
+def test_captions_are_prepared_for_retrieval() -> None:
+    assert prepare('  A man (smiling) says: "Hi!"  ') == "a man smiling says hi"
+    assert prepare("it's a well-known dog, isn't it?") == "it's a well-known dog, isn't it?"
+    assert len(prepare("word " * 80).split()) == 50
