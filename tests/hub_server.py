@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.lock = threading.RLock()
-        self.url = ""
+        self.url = self.storage = ""  # two names of one server: the storage is another host to the client
 
     def add(self, name: str, files: dict[str, bytes], private: bool = False) -> str:
         """A repository that is there already; returns its commit."""
@@ -122,9 +123,9 @@ class Hub:
 class Refused(Exception):
     """An HTTP error with the headers that the client library reads."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", url: str = "") -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.url = status, message, code, url
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -158,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 status, headers, content = Routes(self.hub, self, token, body).answer()
         except Refused as refused:
-            status, content = refused.status, json.dumps({"error": refused.message}).encode()
+            status, content = refused.status, json.dumps({"error": refused.message, "url": refused.url}).encode()
             headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
         if fault and fault.after:
             return self._fail(fault)
@@ -188,6 +189,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content if cut is None else content[:cut])
         if cut is not None:
             self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)  # what was sent arrives
             self.close_connection = True
             self.connection.close()
 
@@ -259,7 +261,7 @@ class Routes:
         name = f"{wanted['organization']}/{wanted['name']}"
         self.may_write(name)
         if name in self.hub.repos:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
         repo = self.hub.repos[name] = Repo(wanted.get("visibility") == "private" or bool(wanted.get("private")))
         repo.commit("main", {".gitattributes": Entry(b"*.safetensors filter=lfs\n", False)})
         return ok({"url": f"{self.hub.url}/{name}", "name": name})
@@ -329,11 +331,11 @@ class Routes:
             oid, size = wanted["oid"], wanted["size"]
             line: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.blobs:
-                upload: dict[str, Any] = {"href": f"{self.hub.url}/upload/{oid}?part=1"}
+                upload: dict[str, Any] = {"href": f"{self.hub.storage}/upload/{oid}?part=1"}
                 if size > PART:
                     count = -(-size // PART)
-                    urls = {f"{i:05d}": f"{self.hub.url}/upload/{oid}?part={i}" for i in range(1, count + 1)}
-                    upload = {"href": f"{self.hub.url}/complete/{oid}", "header": {"chunk_size": str(PART), **urls}}
+                    urls = {f"{i:05d}": f"{self.hub.storage}/upload/{oid}?part={i}" for i in range(1, count + 1)}
+                    upload = {"href": f"{self.hub.storage}/complete/{oid}", "header": {"chunk_size": str(PART), **urls}}
                 line["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify/{name}/{oid}"}}
             objects.append(line)
         return ok({"transfer": "multipart", "objects": objects})
@@ -397,7 +399,7 @@ class Routes:
             return self.ranged(entry.content, headers)
         self.hub.blobs[entry.sha256] = entry.content
         linked = {"X-Linked-ETag": f'"{entry.sha256}"', "X-Linked-Size": str(len(entry.content))}
-        return 302, headers | linked | {"Location": f"{self.hub.url}/large/{entry.sha256}"}, b""
+        return 302, headers | linked | {"Location": f"{self.hub.storage}/large/{entry.sha256}"}, b""
 
     def large(self, oid: str) -> Answer:
         return self.ranged(self.hub.blobs[oid], {"ETag": f'"{oid}"'})
@@ -423,7 +425,7 @@ def running() -> Iterator[Hub]:
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
+    hub.url, hub.storage = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
