@@ -270,6 +270,20 @@ def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> 
     published(artifact, "--public")
 
 
+def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Path) -> None:
+    source = b"---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\ntags: [x]\n---\n# LLaVA"
+    hub.add("org/llava", {"README.md": source})
+    published(artifact, "--base-model", "org/llava")
+    card = hub.files(REPO)["README.md"].decode()
+    assert "license: other\n" in card
+    assert "license_name: llama2\n" in card
+    published(artifact, "--base-model", "org/llava", "--license", "mit")
+    assert "license: mit\n" in hub.files(REPO)["README.md"].decode()
+    published(artifact, "--base-model", "org/gone")
+    assert "\nlicense:" not in hub.files(REPO)["README.md"].decode()
+    assert "must be one of the known identifiers" in refused(artifact, "--license", "No Such License")
+
+
 def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
     published(made / "w4")
     main = hub.repos[REPO].branches["main"]
