@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from exporter import statistics
-from exporter.statistics import paired_bootstrap
+from exporter.statistics import ASSUMED_SD, half_width, paired_bootstrap, samples_to_resolve
 from tests.oracles import naive_paired_bootstrap
 
 
@@ -69,3 +69,27 @@ def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: p
 def test_nothing_to_compare_is_refused(before: list[float], after: list[float]) -> None:
     with pytest.raises(ValueError, match="same length"):
         paired_bootstrap(before, after, seed=0)
+
+
+def test_half_width_is_that_of_the_bootstrap() -> None:
+    before, after = scores(2000, seed=6)
+    found = paired_bootstrap(before, after, seed=0)
+    assert found.sd == pytest.approx(np.std(np.subtract(before, after), ddof=1))
+    assert half_width(found.sd, 2000) == pytest.approx((found.high - found.low) / 2, rel=0.05)
+
+
+def test_the_advised_number_of_samples_resolves_the_drop() -> None:
+    """With so many samples the interval reaches just the wanted distance; with a tenth fewer it reaches further."""
+    needed = samples_to_resolve(0.01)
+    assert needed == 3842  # (1.96 * sqrt(0.1) / 0.01)**2
+    assert half_width(ASSUMED_SD, needed) <= 0.01 < half_width(ASSUMED_SD, needed * 9 // 10)
+    rng = np.random.default_rng(1)
+    changes = rng.permutation(np.r_[np.ones(needed // 20), -np.ones(needed // 20), np.zeros(needed - needed // 10)])
+    found = paired_bootstrap(changes.tolist(), [0.0] * len(changes), seed=0, resamples=4000)
+    assert (found.high - found.low) / 2 == pytest.approx(0.01, rel=0.05)
+
+
+def test_no_doubt_needs_no_samples_and_no_drop_cannot_be_resolved() -> None:
+    assert samples_to_resolve(0.01, sd=0.0) == 2
+    with pytest.raises(ValueError, match="above 0"):
+        samples_to_resolve(0.0)

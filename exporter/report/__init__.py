@@ -49,7 +49,7 @@ def write(content: Content, out: Path) -> tuple[Path, Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html(content))
     plain = {**content, "changed": _bare(content["changed"]), "examples": _bare(content["examples"])}
-    write_text(beside, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    write_text(beside, json.dumps(plain, indent=1) + "\n")
     return out, beside
 
 

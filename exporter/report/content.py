@@ -95,8 +95,10 @@ def _asked_by(about: Mapping[str, Any]) -> str:
     """Which back end both models answered through."""
     models = about.get("models", {}).values()
     named = {
-        f"{m['backend']} in {m['dtype']} on {m['device']}" if "device" in m else f"an {m['backend']} server"
-        for m in models
+        f"{model['backend']} in {model['dtype']} on {model['device']}"
+        if "device" in model
+        else f"an {model['backend']} server"
+        for model in models
     }
     return ", ".join(sorted(named))
 

@@ -1,0 +1,235 @@
+"""Scores beside each other, gates, and one model asked through either back end with the same result."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from exporter import backends, evaluate
+from exporter.advice import advise
+from exporter.answers import Backend, Store
+from exporter.artifact import Artifact
+from exporter.cli import cli
+from exporter.device import choose
+from exporter.errors import DataError, GateFailed
+from exporter.evaluate import compare, raise_if_failed, write_report
+from exporter.events import ignore
+from exporter.export import default_store, export, measure, models
+from exporter.predict_server import Server
+from exporter.recipe import Gate, Recipe
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+from exporter.tasks.sample import Sample
+from tests.chat_server import ChatServer, chat_server
+
+CPU = choose("cpu")
+
+
+def sample(i: int, answer: str, kind: str = "") -> Sample:
+    return Sample(f"s{i}", lambda: Image.new("RGB", (2, 2)), f"question {i}?", (answer,), kind)
+
+
+def crafted(wrong_before: int, wrong_after: int, n: int = 50, **gate: Any) -> evaluate.Report:
+    """VQA answers of which the first so many are wrong."""
+    samples = {"vqa": [sample(i, "yes", "odd" if i % 2 else "even") for i in range(n)]}
+    before = {"vqa": ["no"] * wrong_before + ["yes"] * (n - wrong_before)}
+    after = {"vqa": ["no"] * wrong_after + ["yes"] * (n - wrong_after)}
+    gates = [Gate(task="vqa", metric="accuracy", **{"max_drop": 0.1, **gate})]
+    return compare(before, after, samples, gates, seed=3)
+
+
+def test_means_drop_and_kinds() -> None:
+    report = crafted(wrong_before=10, wrong_after=13)
+    found = report.measures[0].difference
+    assert (found.before, found.after) == (0.8, 0.74)
+    assert found.drop == pytest.approx(0.06)
+    assert report.by_kind["vqa"] == {"even": (0.8, 0.72, 25), "odd": (0.8, 0.76, 25)}
+    assert report.counts == {"vqa": {"changed": 3, "lost": 3, "gained": 0}}
+    assert [row["id"] for row in report.changed] == ["s10", "s11", "s12"]
+    assert [row["id"] for row in report.examples] == ["s0", "s1", "s2", "s3"]
+    assert report.changed[0] | {"references": ["yes"], "scores": [1.0, 0.0], "before": "yes", "after": "no"} == dict(
+        report.changed[0]
+    )
+
+
+def test_a_gate_decides_by_the_share_that_is_lost() -> None:
+    """3 of 40 right answers lost: 7.5 % of the score; its interval reaches beyond 10 %."""
+    assert crafted(10, 13).verdicts[0].lost == pytest.approx(0.075)
+    assert crafted(10, 13, max_drop=0.075001).passed
+    assert not crafted(10, 13, max_drop=0.0749).passed
+    upper = crafted(10, 13, decide="upper").verdicts[0]
+    assert 0.1 < upper.lost < 0.2
+    assert not upper.passed
+    assert crafted(13, 10).verdicts[0].lost == pytest.approx(-3 / 37)
+
+
+def test_a_baseline_of_zero_proves_nothing() -> None:
+    report = crafted(50, 50)
+    assert math.isnan(report.verdicts[0].lost)
+    assert report.measures[0].needed is None
+    assert json.loads(json.dumps(report.as_json(), allow_nan=False))["gates"][0]["lost"] is None
+    with pytest.raises(GateFailed, match="nothing can be compared"):
+        raise_if_failed(report, Path("out"))
+
+
+def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
+    samples = {
+        "captioning": [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (f"a dog {i}",)) for i in range(3)],
+        "vqa": [sample(i, "yes") for i in range(3)],
+    }
+    before = {"captioning": ["a dog 0", "a dog 1", "cat"], "vqa": ["no", "yes", "no"]}
+    after = {"captioning": ["a dog 0 and", "cat", "a dog 2"], "vqa": ["yes", "no", "no"]}
+    listed = [row["id"] for row in compare(before, after, samples, [], 0).changed]
+    assert listed == ["c1", "s1", "c0", "s0", "c2"]
+
+
+def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) -> None:
+    report = crafted(1, 2)
+    write_report(tmp_path, report)
+    path = tmp_path / "mmq_report.json"
+    old = json.loads(path.read_text())
+    assert "serving" not in old
+    path.write_text(json.dumps(old | {"serving": {"ok": True}, "stale": 1}))
+    write_report(tmp_path, report)
+    assert json.loads(path.read_text()) == old | {"serving": {"ok": True}}
+
+
+def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
+    recipe = load_recipe("llava-w4-vit8").adjusted(evaluation={"samples": 3842})
+    (found,) = advise(recipe)  # of CIDEr nothing can be assumed
+    assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
+    assert found.half_width == pytest.approx(1.0, abs=1e-3)
+    assert "3842 samples resolve one point" in str(found)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    """Few bits, so that answers change."""
+    data = load_recipe("llava-w3-vit4").model_dump()
+    data["model"] |= {"repo": "demo-llava"}
+    data["calibration"] |= {"samples": 4, "batch": 4}
+    data["evaluation"] |= {"samples": 6, "batch": 4}
+    return Recipe.model_validate(data)
+
+
+@pytest.fixture(scope="module")
+def out(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "artifact"
+    export(recipe, out=folder, device=CPU, on_event=ignore, skip_evaluation=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, list[Sample]]:
+    from exporter.data import places, samples_from
+
+    return {task: samples_from(places("demo"), task, "test", 6, 0) for task in ("vqa", "captioning")}
+
+
+@pytest.fixture(scope="module")
+def report(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> evaluate.Report:
+    """By transformers, with answers kept in the default place."""
+    return measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, store=default_store(out))
+
+
+def test_kept_answers_give_the_same_report_without_loading_a_model(
+    out: Path,
+    recipe: Recipe,
+    samples: dict[str, list[Sample]],
+    report: evaluate.Report,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert report.about["models"]["artifact"]["weights"] != report.about["models"]["full precision"]["weights"]
+    assert (report.about["seed"], report.about["bootstrap"]["seed"]) == (0, 0)
+
+    def loaded(*arguments: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(backends, "load_whole", loaded)
+    source = open_source("demo-llava")[0]
+    assert measure(source, out, samples, recipe, CPU, ignore, store=default_store(out)) == report
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        measure(source, out, samples, recipe, CPU, ignore)
+
+
+def test_other_weights_are_asked_anew(out: Path, report: evaluate.Report) -> None:
+    artifact = Artifact.open(out)
+    kept = backends.weights_digest(artifact)
+    assert kept == report.about["models"]["artifact"]["weights"]
+    artifact.manifest["files"]["model.safetensors"] = "0" * 64
+    assert backends.weights_digest(artifact) != kept
+
+
+@contextmanager
+def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Iterator[list[ChatServer]]:
+    """Two servers that answer as source and artifact really do."""
+    family = open_source("demo-llava")[1]
+    flat = [sample for found in samples.values() for sample in found]
+    with chat_server(lambda *asked: "", "source") as first, chat_server(lambda *asked: "", "mine", "other") as second:
+        for server, model in zip(
+            (first, second), models(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
+        ):
+            with model.opened() as backend:
+                server.answer = table(backend, flat, family)
+        yield [first, second]
+
+
+def table(backend: Backend, flat: list[Sample], family: Any) -> Any:
+    said = {i: text for piece in backend.pieces(flat) for i, text in piece.items()}
+    known = {(family.text(s.question), s.image().tobytes()): said[i] for i, s in enumerate(flat)}
+    return lambda text, image: known[text, image.tobytes()]
+
+
+def mmq(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_a_server_gives_the_scores_that_transformers_gives(
+    out: Path, recipe: Recipe, samples: dict[str, list[Sample]], report: evaluate.Report, tmp_path: Path
+) -> None:
+    """Both models through servers, one after the other as on a machine with one GPU."""
+    with both_served(out, recipe, samples) as (first, second):
+        fixed = ["evaluate", out, "--answers", tmp_path, "--device", "cpu"]
+        alone = mmq(*fixed, "--server", second.url, "--served-model", "mine")
+        assert alone.exit_code == 1
+        assert "with --baseline-server alone first" in alone.stderr
+        kept = mmq(*fixed, "--baseline-server", first.url)
+        assert "now serve the artifact" in kept.output
+        asked = len(first.bodies)
+        found = mmq(*fixed, "--server", second.url, "--served-model", "mine", "--json")
+        assert found.exit_code in (0, 3), found.output
+        assert len(first.bodies) == asked  # the baseline is not asked twice
+        unnamed = mmq("evaluate", out, "--fresh", "--server", second.url, "--baseline-server", first.url)
+        assert "it serves: mine, other" in unnamed.stderr
+    said = json.loads(found.stdout.splitlines()[0])
+    expected = json.loads(json.dumps(report.as_json()))
+    assert {k: v for k, v in said.items() if k != "evaluation"} == {
+        k: v for k, v in expected.items() if k != "evaluation"
+    }
+    assert said["evaluation"]["models"]["artifact"]["backend"] == "openai"
+    assert {body["model"] for body in second.bodies} == {"mine"}
+
+
+def test_a_server_that_serves_another_folder_is_refused(
+    out: Path, recipe: Recipe, samples: dict[str, list[Sample]], tmp_path: Path
+) -> None:
+    with chat_server(lambda *asked: "x", root=str(tmp_path)) as server:
+        both = backends.Servers(Server(server.url), Server(server.url))
+        with pytest.raises(DataError, match=f"serves {tmp_path}, not"):
+            measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both)
+        server.models[0]["root"] = str(out)
+        found = measure(
+            open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both, store=Store(tmp_path)
+        )
+    assert found.counts["vqa"]["changed"] == 0
+
+
+def test_half_named_servers_are_wrong_usage(out: Path) -> None:
+    assert mmq("evaluate", out, "--served-model", "x").exit_code == 2
+    assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2

@@ -1,0 +1,302 @@
+"""The report: everything on one page, nothing from outside, readable at any width and by keyboard."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from exporter.cli import cli
+from exporter.device import choose
+from exporter.events import ignore
+from exporter.export import export
+from exporter.facts import Facts, folder_reader, read_facts
+from exporter.recipe import Recipe
+from exporter.recipe_file import load_recipe
+from exporter.report import collect, html, thumbnail, write
+from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
+from tests.test_evaluate import crafted
+
+HOSTILE = "<script>alert(1)</script><img src=http://example.invalid/x.png onerror=alert(1)> \" ' &"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = load_recipe("llava-w3-vit4").model_dump()
+    data["model"] |= {"repo": "demo-llava"}
+    data["calibration"] |= {"samples": 4}
+    data["evaluation"] |= {"samples": 24}
+    folder = tmp_path_factory.mktemp("report") / "my-artifact"
+    export(Recipe.model_validate(data), out=folder, device=choose("cpu"), on_event=ignore)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(out: Path) -> Path:
+    result = mmq("report", out, "--out", out.parent / "report.html")
+    assert result.exit_code == 0, result.output
+    return out.parent / "report.html"
+
+
+def mmq(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def facts(out: Path, report: Any = None) -> Facts:
+    found = read_facts(out.name, folder_reader(out))
+    return found if report is None else Facts(found.name, found.manifest, report, found.recipe, found.parts)
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes; `open` must be empty at the end."""
+
+    VOID = frozenset(("meta", "link", "img", "br", "line", "rect"))
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_holds_what_the_artifact_says(out: Path, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    report = json.loads((out / "mmq_report.json").read_text())
+    manifest = json.loads((out / "mmq_manifest.json").read_text())
+    for measure in report["measures"]:
+        for value in (measure["difference"]["before"], measure["difference"]["after"]):
+            assert f"{value:.4f}" in text
+    for gate in report["gates"]:
+        assert f"{gate['lost']:.1%}" in text
+    for linear, error in manifest["errors"].items():
+        assert f"{error:.5f}" in text, linear
+    assert manifest["recipe"]["sha256"] in text
+    assert "mmq 0." in text
+    assert report["changed"], "3 bits change answers of the demo"
+    tags = Tags(text)
+    assert tags.open == []
+    pictures = [attributes for tag, attributes in tags.found if tag == "img"]
+    assert len(pictures) == len(report["changed"]) + len(report["examples"])
+    assert all(picture["alt"] for picture in pictures)
+
+
+def test_the_json_beside_it_holds_the_same_without_pictures(out: Path, page: Path) -> None:
+    said = json.loads(page.with_suffix(".json").read_text())
+    manifest = json.loads((out / "mmq_manifest.json").read_text())
+    assert said["verdict"] == ("passed" if json.loads((out / "mmq_report.json").read_text())["passed"] else "failed")
+    assert said["bytes"] == manifest["bytes"]
+    found = {
+        f"{b['block']}.{name}": e for rows in said["blocks"].values() for b in rows for name, e in b["linears"].items()
+    }
+    assert found == pytest.approx(manifest["errors"])
+    assert [row["block"] for rows in said["blocks"].values() for row in rows] == manifest["units"]
+    assert all("picture" not in row for row in said["changed"])
+    assert "data:image" not in page.with_suffix(".json").read_text()
+
+
+def test_nothing_on_the_page_leads_out_of_it(page: Path) -> None:
+    tags = Tags(page.read_text(encoding="utf-8")).found
+    for tag, attributes in tags:
+        assert tag not in ("script", "iframe", "object", "embed", "form", "base")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "action"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:"))
+            if value.startswith("#") and len(value) > 1:
+                assert value[1:] in {a.get("id") for _, a in tags}
+    assert "url(" not in page.read_text(encoding="utf-8")
+
+
+def test_answers_cannot_become_markup(out: Path) -> None:
+    report = crafted(1, 3).as_json()
+    for row in [*report["changed"], *report["examples"]]:
+        row |= {"before": HOSTILE, "after": HOSTILE, "question": HOSTILE, "id": HOSTILE, "references": [HOSTILE]}
+    text = html(collect(facts(out, report), {}))
+    tags = [tag for tag, _ in Tags(text).found]
+    assert "script" not in tags
+    assert "img" not in tags
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong_after", "verdict", "said"), [(1, "passed", "No answer changed."), (40, "failed", "39 answers changed")]
+)
+def test_verdicts(out: Path, wrong_after: int, verdict: str, said: str) -> None:
+    content = collect(facts(out, crafted(1, wrong_after).as_json()), {})
+    text = html(content)
+    assert content["verdict"] == verdict
+    assert f'<span class="badge {verdict}">{verdict}</span>' in text
+    assert said in text
+
+
+def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
+    text = html(collect(facts(out, {}), {}))
+    assert '<span class="badge unproven">' in text
+    assert "never evaluated" in text
+    assert "Nothing was measured." in text
+
+
+def test_a_baseline_of_zero_and_an_older_report_still_make_a_page(out: Path) -> None:
+    assert "full precision scores 0" in html(collect(facts(out, crafted(50, 50).as_json()), {}))
+    old = crafted(1, 3).as_json()
+    for key in ("examples", "counts", "evaluation"):
+        del old[key]
+    for measure in old["measures"]:
+        del measure["samples_to_resolve_one_percent"]
+    for row in old["changed"]:
+        del row["kind"], row["scores"]
+    assert "Changed answers" in html(collect(facts(out, old), {}))
+
+
+def test_pictures_are_small_and_right() -> None:
+    tiny, large = Image.new("RGB", (64, 40), (250, 3, 3)), Image.new("RGB", (3000, 1000), (3, 250, 3))
+    assert thumbnail(tiny).startswith("data:image/png;base64,")
+    assert thumbnail(large).startswith("data:image/jpeg;base64,")
+    assert len(thumbnail(large)) < 10_000
+
+
+def test_data_that_is_not_there_costs_the_pictures_only_when_it_was_not_named(out: Path, tmp_path: Path) -> None:
+    recipe = out / "recipe.yaml"
+    kept = recipe.read_text()
+    try:
+        changed = yaml.safe_load(kept)
+        changed["calibration"]["data"] = f"folder:{tmp_path}/gone"
+        recipe.write_text(yaml.safe_dump(changed))
+        result = mmq("report", out, "--out", tmp_path / "r.html", "--json")
+        said = json.loads(result.stdout)
+        assert (said["pictures"], "--data" in said["note"]) == (0, True)
+        assert "<img" not in (tmp_path / "r.html").read_text()
+        named = mmq("report", out, "--out", tmp_path / "r.html", "--data", tmp_path / "gone")
+        assert named.exit_code == 1
+        assert "no data folder" in named.stderr
+    finally:
+        recipe.write_text(kept)
+
+
+def test_an_artifact_is_needed(tmp_path: Path) -> None:
+    result = mmq("report", tmp_path)
+    assert result.exit_code == 1
+    assert "not an artifact of mmq" in result.stderr
+
+
+def test_plots(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = mmq("report", out, "--out", tmp_path / "r.html", "--plots", tmp_path / "plots", "--json")
+    assert [Path(name).name for name in json.loads(result.stdout)["files"]] == [
+        "r.html",
+        "r.json",
+        "size.png",
+        "scores.png",
+        "errors.png",
+    ]
+    for path in (tmp_path / "plots").iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(2**20) or ()) > 10
+
+
+def test_plots_without_matplotlib_name_the_extra(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = mmq("report", out, "--out", tmp_path / "r.html", "--plots", tmp_path / "plots")
+    assert result.exit_code == 1
+    assert "mmq[report]" in result.stderr
+    assert (tmp_path / "r.html").exists()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)")
+    with browser() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_in_a_browser(chromium: Browser, page: Path, width: int, dark: bool) -> None:
+    """No sideways scrolling, readable contrast, and no request but the file itself."""
+    chromium.show(page, width, 800, dark)
+    assert chromium.run("return document.documentElement.scrollWidth") <= width
+    hidden = chromium.run(
+        "return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre, details:not([open])')"
+        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert hidden == []
+    colors = chromium.run(
+        "return ['body', '.soft', 'a', '.passed, .failed', '.card dt'].map(s => document.querySelector(s)).map(e => "
+        "[getComputedStyle(e).color, getComputedStyle(e.closest('.card') || document.body).backgroundColor])"
+    )
+    assert min(contrast(*map(rgb, pair)) for pair in colors) >= 4.5
+    assert (sum(rgb(colors[0][1])) < 200) == dark
+    pictures = chromium.run("return [...document.images].map(i => i.complete && i.naturalWidth)")
+    assert pictures
+    assert all(pictures)
+    assert [url for url in chromium.requested() if not url.startswith("data:")] == [page.resolve().as_uri()]
+
+
+def rgb(color: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", color)[:3])
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """WCAG 2.2's contrast ratio."""
+
+    def luminance(color: tuple[int, ...]) -> float:
+        parts = [c / 255 for c in color]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_by_keyboard(chromium: Browser, page: Path) -> None:
+    """Tab reaches the skip link, every section, every table and every fold, with a visible outline; Enter unfolds."""
+    chromium.show(page, 1280, 800)
+    wanted = chromium.run("return document.querySelectorAll('a[href], summary, [tabindex]').length")
+    seen: list[str] = []
+    for _ in range(wanted * 3):
+        chromium.press(TAB)
+        name, outline, folded = chromium.run(
+            "const e = document.activeElement; return [e === document.body ? '' : "
+            "e.tagName + ' ' + (e.getAttribute('aria-label') || e.textContent).trim(), "
+            "getComputedStyle(e).outlineStyle, e.tagName === 'SUMMARY' && !e.parentElement.open]"
+        )
+        if not name:
+            break
+        assert outline == "solid", name
+        seen.append(name)
+        if folded:
+            chromium.press(ENTER)
+            assert chromium.run("return document.activeElement.parentElement.open"), name
+    assert seen[0] == "A Skip to the report"
+    assert len(seen) == wanted
+    assert "A Plan and provenance" in seen
+    assert "PRE Recipe" in seen
+
+
+def test_written_files_replace_older_ones_whole(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.html").write_text("old")
+    files = write(collect(facts(out), {}), tmp_path / "r.html")
+    assert [path.name for path in files] == ["r.html", "r.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
