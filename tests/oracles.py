@@ -88,54 +88,56 @@ def naive_pack_bits(rows: Sequence[Sequence[int]], bits: int) -> list[list[int]]
     return packed
 
 
-def awq_scales_by_hand(
-    mean_abs: Tensor, weights: Sequence[Tensor], x: Tensor, width: int, fit: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """AWQ's search for scales, weight by weight, with inputs really divided. fit: weight -> (scale, zero)."""
-    columns, scheme = len(mean_abs), Scheme(3, width)
-    size = []
+def awq_scales_by_hand(weights: Sequence[Tensor], x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """AWQ's search for scales, weight by weight, with inputs really divided."""
+    columns = x.shape[1]
+    width = scheme.columns_per_group(columns)
+    sizes = [float(x[:, j].square().mean()) ** 0.5 for j in range(columns)]
+    reach = []
     for j in range(columns):
         group = slice(j // width * width, j // width * width + width)
         shares = [float(row[j].abs() / row[group].abs().max()) for weight in weights for row in weight]
-        size.append(sum(shares) / len(shares))
+        reach.append(sum(shares) / len(shares))
     candidates = [[1.0] * columns]
-    for ratio in (i / 20 for i in range(1, 20)):
-        raw = [float(mean_abs[j]) ** ratio / size[j] ** (1 - ratio) for j in range(columns)]
+    for ratio in (i / 20 for i in range(20)):
+        raw = [sizes[j] ** ratio / reach[j] ** (1 - ratio) for j in range(columns)]
         candidates.append([s / (max(raw) * min(raw)) ** 0.5 for s in raw])
     errors = []
     for scales in map(torch.tensor, candidates):
         error = 0.0
         for weight in weights:
-            scale, zero = fit(weight * scales)
+            scale, zero = fit_scale(weight * scales, scheme, scale_dtype)
             stored = dequantize(quantize(weight * scales, scale, zero, scheme), scale, zero, scheme)
             error += float(((x / scales) @ stored.T - x @ weight.T).double().square().sum())
         errors.append(error)
     return torch.tensor(candidates[errors.index(min(errors))])
 
 
-def awq_clip_by_hand(weight: Tensor, x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
-    """AWQ's search for ranges, one group of one row at a time, by its part of the output of every input."""
+def awq_clip_by_hand(weight: Tensor, x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """AWQ's search for ranges, one group of one row at a time, by its part of the output of every input.
+
+    Returns scale and zero `[out, groups]`. A row whose whole output is no better than with full ranges keeps those.
+    """
     width = scheme.columns_per_group(weight.shape[1])
     alone = Scheme(scheme.bits, "row", scheme.symmetric, scheme.number)
 
-    def lost(part: Tensor, peak: float) -> Tensor:
-        scale, zero = fit_scale(part.clamp(-peak, peak), alone, scale_dtype)
-        return dequantize(quantize(part, scale, zero, alone), scale, zero, alone) - part
+    def ranges(part: Tensor) -> list[tuple[Tensor, Tensor]]:
+        ends = [torch.stack([part.min().clamp_max(0), part.max().clamp_min(0)])[None] * (1 - i / 20) for i in range(11)]
+        return [fit_scale(end, alone, scale_dtype) for end in ends]
 
-    peaks = torch.zeros(weight.shape[0], scheme.groups(weight.shape[1]))
+    def output(part: Tensor, inputs: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
+        lost = dequantize(quantize(part, *found, alone), *found, alone) - part
+        return inputs.double() @ lost[0].double()
+
+    scale, zero = fit_scale(weight, scheme, scale_dtype)
     for o, row in enumerate(weight):
-        parts = row[None].split(width, dim=1)
-        for g, (part, inputs) in enumerate(zip(parts, x.split(width, dim=1), strict=True)):
-            tried = [float(part.abs().max() * (1 - 0.05 * step)) for step in range(10)]
-            errors = [float((inputs.double() @ lost(part, peak)[0].double()).square().sum()) for peak in tried]
-            peaks[o, g] = tried[errors.index(min(errors))]
-        full = [float(part.abs().max()) for part in parts]
+        pieces = list(zip(row[None].split(width, dim=1), x.split(width, dim=1), strict=True))
+        best = [min(ranges(part), key=lambda found: float(output(part, y, found).square().sum())) for part, y in pieces]
         whole = [
-            float(
-                (x @ torch.cat([lost(part, peak) for part, peak in zip(parts, some, strict=True)], 1)[0]).square().sum()
-            )
-            for some in (peaks[o].tolist(), full)
+            sum(output(part, y, found) for (part, y), found in zip(pieces, some, strict=True)).square().sum()
+            for some in (best, [ranges(part)[0] for part, _ in pieces])
         ]
-        if whole[1] <= whole[0]:
-            peaks[o] = torch.tensor(full)
-    return peaks
+        if whole[0] < whole[1]:
+            scale[o] = torch.cat([found[0][0] for found in best])
+            zero[o] = torch.cat([found[1][0] for found in best])
+    return scale, zero

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exporter.methods import METHODS, awq, rtn
+from exporter.methods import METHODS, rtn
 from exporter.methods.gptq import Statistics as Hessian
 from exporter.quantized import QuantizedLinear, Scheme
 
@@ -16,8 +16,7 @@ CASES = [
     (Scheme(8, "row", number="fp8"), (24, 40)),
     (Scheme(8, "row", activations="int8"), (24, 40)),
 ]
-TESTED = {**METHODS, "awq": awq}
-every_method = pytest.mark.parametrize("name", TESTED)
+every_method = pytest.mark.parametrize("name", METHODS)
 every_case = pytest.mark.parametrize(("scheme", "shape"), CASES, ids=lambda value: str(value))
 
 
@@ -30,7 +29,7 @@ def inputs(columns: int) -> torch.Tensor:
 
 def run(name: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[torch.Tensor, QuantizedLinear]:
     """A method on a random weight, with statistics when it wants them."""
-    method = TESTED[name]
+    method = METHODS[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     statistics = None
     if method.Statistics is not None:
@@ -73,4 +72,4 @@ def test_output_error_is_never_above_rounding(name: str, scheme: Scheme, shape: 
     truth.update(inputs(shape[1]))
     plain, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.float16)
     assert truth.energy(weight - linear.dequantize()) <= truth.energy(weight - plain.dequantize()) * 1.0001
-    assert TESTED[name].VERSION >= 1
+    assert METHODS[name].VERSION >= 1

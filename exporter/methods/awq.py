@@ -19,6 +19,7 @@ __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quanti
 
 VERSION = 1
 SMOOTHS = True
+LARGEST_SCALE = 1e4  # a norm divided by more, or by less than its inverse, would leave the range of float16
 
 
 class Options(BaseModel):
@@ -37,18 +38,21 @@ def find_scales(
     """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
 
     Candidates are `x^r / w^(1-r)`, r from 0 to 1 ("duo scaling"): x is the root mean square of each input, w how large
-    its weights are in their groups. All ones is a candidate too, so the error never grows.
+    its weights are in their groups. All ones is a candidate too, so the error never grows. Scales are divided by
+    sqrt(max * min); a column without inputs or weights keeps 1 and does not stretch the others.
     """
     size = statistics.hessian.diagonal().sqrt()
     reach = _reach(torch.cat(list(weights)), scheme)
     alive = (size > 0) & (reach > 0)
     best = torch.ones_like(size)
     plain = least = _output_error(weights, best, statistics, scheme, scale_dtype)
+    if not alive.any():
+        return best, plain, least
     for point in range(options.points):
         ratio = point / options.points
-        scales = torch.where(alive, size.clamp_min(1e-12) ** ratio / reach.clamp_min(1e-12) ** (1 - ratio), 1.0)
-        scales = scales.clamp_min(1e-4)
-        scales = scales / (scales.max() * scales.min()).sqrt()
+        scales = size**ratio / reach ** (1 - ratio)
+        scales = scales / (scales[alive].max() * scales[alive].min()).sqrt()
+        scales = torch.where(alive, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)
         error = _output_error(weights, scales, statistics, scheme, scale_dtype)
         if error < least:
             best, least = scales, error
@@ -90,7 +94,11 @@ def quantize_linear(
 def _clip(
     weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, down to half, with the least error of that group's own contribution to the output."""
+    """The range of each group, down to half, with the least error of that group's own contribution to the output.
+
+    Contributions add up, and their errors may too: a row keeps the full ranges when it does better as a whole.
+    """
+    full = scale.clone(), zero.clone()
     blocks = _diagonal_blocks(hessian, scheme)
     error = _group_output_error(weight, blocks, scale, zero, scheme)
     for step in range(1, steps + 1):
@@ -99,7 +107,14 @@ def _clip(
         better = found < error
         error = torch.where(better, found, error)
         scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
-    return scale, zero
+    helps = _row_errors(weight, hessian, scale, zero, scheme) < _row_errors(weight, hessian, *full, scheme)
+    return torch.where(helps, scale, full[0]), torch.where(helps, zero, full[1])
+
+
+def _row_errors(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """`d H d^T` of each whole row, `[out, 1]`."""
+    difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
+    return ((difference @ hessian) * difference).sum(1, keepdim=True)
 
 
 def _diagonal_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
