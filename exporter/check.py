@@ -1,14 +1,13 @@
 """Does the serving engine answer as the artifact's dequantized weights do in transformers?
 
-The engine answers questions about images, greedily, with log-probabilities. The reference is asked for the
-log-probabilities of the same tokens after the same prompt. A control shows that the comparison would notice: a copy
-of the artifact in which one component's scales are doubled must answer far from the reference, and close to a
-reference that has the same doubled scales. The engine's log says which scheme it gave each linear.
+The engine answers questions about images, greedily, with log-probabilities, and `reference` is the yardstick. A
+control shows that the comparison would notice: a copy of the artifact in which one component's scales are doubled
+must answer far from the reference, and close to a reference that has the same doubled scales. The engine's log says
+which scheme it gave each linear.
 """
 
 import io
 import json
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -17,44 +16,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from exporter.activations import round_inputs
 from exporter.artifact import REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.events import Event
-from exporter.predict import prompt_inputs, prompt_text
+from exporter.predict import prompt_text
+from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
 from exporter.runtime.serve_lint import engine_class
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
-from exporter.stream import load_whole
 from exporter.tasks.sample import Sample, task_of
 
-BOUND = 0.06  # natural log-probabilities; the engine computes in 16 bits, the reference in 32
-LIKELY = math.log(0.01)  # tokens less likely than this in both are noise of 16-bit sums
-MOVES = 5.0  # times the bound that doubled scales must move the answers
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Differences of log-probabilities, engine beside reference, over every likely token of every answer."""
-
-    largest: float
-    mean: float
-    tokens: int
+MOVES = 5.0  # times what is allowed on average that doubled scales must move the answers on average
 
 
 @dataclass(frozen=True)
 class Control:
-    """component: whose scales were doubled. moved: the engine against the true reference; restored: against one
-    with the same doubled scales.
+    """component: whose scales were doubled. moved: that engine beside the true reference; restored: beside one with
+    the same doubled scales.
     """
 
     component: str
     moved: Distance
-    restored: Distance
+    restored: Compared
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ class Checked:
     build: str
     questions: int
     bound: float
-    distance: Distance
+    compared: Compared | None
     control: Control | None
     schemes: Mapping[str, int]
     startup_seconds: float
@@ -105,18 +89,19 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
             moved, _, _ = _ask_engine(doubled, artifact, samples, session, scratch / "doubled.log")
         reference = Reference(artifact, processor, session.device)
         problems += reference.prompt_problems(samples, replies)
-        distance = reference.distance(samples, replies) if not problems else Distance(math.nan, math.nan, 0)
+        compared = None if problems else reference.compare(samples, replies)
         found = None
-        if doubled and component and not problems:
+        if compared and doubled and component:
             far = reference.distance(samples, moved)
             del reference
             release(session.device)
-            same = Reference(Artifact.open(doubled), processor, session.device).distance(samples, moved)
+            same = Reference(Artifact.open(doubled), processor, session.device).compare(samples, moved)
             found = Control(component, far, same)
-    problems += _distance_problems(distance, found, session.bound) if not problems else []
+    if compared:
+        problems += distance_problems(compared, found, session.bound)
     version, build = session.program.version, "cpu" if session.program.cpu else "gpu"
     schemes = dict(Counter(log.values()))
-    return Checked(version, build, len(samples), session.bound, distance, found, schemes, seconds, tuple(problems))
+    return Checked(version, build, len(samples), session.bound, compared, found, schemes, seconds, tuple(problems))
 
 
 def _ask_engine(
@@ -188,69 +173,23 @@ def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
     return sorted(set(problems), key=problems.index)
 
 
-def _distance_problems(distance: Distance, control: Control | None, bound: float) -> list[str]:
+def distance_problems(compared: Compared, control: Control | None, bound: float) -> list[str]:
+    """What is too far, and what the control did not show."""
     problems = []
-    if not distance.largest <= bound:
-        problems.append(f"log-probabilities differ by up to {distance.largest:.4f}, the bound is {bound}")
-    if control and not control.moved.largest >= MOVES * bound:
-        said = f"moved the answers by {control.moved.largest:.4f}, expected at least {MOVES * bound:.2f}"
+    if not compared.close(bound):
+        problems.append(f"log-probabilities are too far from the reference's: {_said(compared, bound)}")
+    if control and not control.moved.mean >= MOVES * compared.allowed(bound)[1]:
+        said = f"moved the answers by {control.moved.mean:.4f} on average"
         problems.append(f"doubling the scales of {control.component} {said}: the comparison would not notice an error")
-    if control and not control.restored.largest <= 2 * bound:
-        said = f"{control.restored.largest:.4f}, the bound is {2 * bound}"
-        problems.append(f"with the scales of {control.component} doubled on both sides they differ by up to {said}")
+    if control and not control.restored.close(bound):
+        said = _said(control.restored, bound)
+        problems.append(f"with the scales of {control.component} doubled on both sides they are too far apart: {said}")
     return problems
 
 
-class Reference:
-    """The dequantized artifact in transformers, its activations rounded as the schemes say, in float32 on a CPU."""
-
-    def __init__(self, artifact: Artifact, processor: Any, device: Device) -> None:
-        self._family = artifact.family
-        self._device = device
-        self._processor = processor
-        stored = next(t.dtype for t in artifact.checkpoint.tensors.values() if t.dtype.is_floating_point)
-        dtype = device.compute_dtype(stored)
-        config = {k: v for k, v in artifact.checkpoint.config.items() if k != "quantization_config"}
-        names = artifact.names()
-        self._model = load_whole(self._family, config, names, artifact.read, device.torch_device, dtype)
-        kinds = {module: artifact.scheme_of(module).activations for module in artifact.manifest["linears"]}
-        live = {self._family.live_name(module): kind for module, kind in kinds.items() if kind}
-        round_inputs(self._model, live)
-
-    def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
-        """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
-        for sample, reply in zip(samples, replies, strict=True):
-            ours = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
-            if ours != list(reply.prompt):
-                return [f"{sample.identity}: the engine's prompt is {reply.prompt}, the reference's {tuple(ours)}"]
-        return []
-
-    def distance(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Distance:
-        """The engine's log-probabilities beside ours, of every token it lists and either side finds likely."""
-        differences = []
-        for sample, reply in zip(samples, replies, strict=True):
-            ours = self.log_probabilities(sample, reply)
-            for step, (token, said) in enumerate(zip(reply.tokens, reply.logprobs, strict=True)):
-                for candidate, theirs in ({**reply.top[step], token: said}).items():
-                    if max(theirs, float(ours[step, candidate])) >= LIKELY:
-                        differences.append(abs(theirs - float(ours[step, candidate])))
-        largest = max(differences, default=math.nan)
-        return Distance(largest, sum(differences) / max(1, len(differences)), len(differences))
-
-    @torch.inference_mode()
-    def log_probabilities(self, sample: Sample, reply: Reply) -> Tensor:
-        """f32 `[tokens of the answer, vocabulary]`: natural log-probabilities at every token of the engine's answer."""
-        inputs = prompt_inputs(self._processor, self._family, sample)
-        start = inputs["input_ids"].shape[1]
-        answer = torch.tensor([reply.tokens[:-1]], dtype=torch.long)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        dtype = next(self._model.parameters()).dtype
-        moved = {
-            k: v.to(self._device.torch_device, dtype if v.is_floating_point() else None) for k, v in inputs.items()
-        }
-        logits: Tensor = self._model(**moved, use_cache=False).logits[0, start - 1 :]
-        return logits.float().log_softmax(-1).cpu()
+def _said(compared: Compared, bound: float) -> str:
+    d, (largest, mean) = compared.distance, compared.allowed(bound)
+    return f"largest {d.largest:.4f} of {largest:.4f} allowed, mean {d.mean:.4f} of {mean:.4f} allowed"
 
 
 def keep(folder: Path, checked: Checked) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +105,23 @@ def check(
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
     from exporter.backends import load_processor
-    from exporter.check import BOUND, Session, as_plain, check, keep
+    from exporter.check import Session, as_plain, keep
+    from exporter.check import check as run
+    from exporter.data import places
     from exporter.device import choose
     from exporter.progress import Listener
+    from exporter.reference import BOUND
     from exporter.runtime.launch import find_program
     from exporter.show_serving import checked_page
 
     program = find_program(options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
-    samples = questions(artifact, data, options["questions"])
+    samples = questions(artifact, places(data), options["questions"])
     with Listener(as_json) as listen:
         session = Session(
             program, choose(device), listen, options["tensor_parallel"], flags, options["wait"], bound=bound
         )
-        found = check(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
+        found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
     keep(artifact, found)
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
@@ -127,17 +129,14 @@ def check(
         raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
 
 
-def questions(artifact: Path, data: Sequence[str], count: int) -> list[Any]:
-    """Test samples of every task of the family, in turn, chosen by the artifact's own recipe."""
-    from exporter.data import places, samples_from
+def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:
+    """Test samples of every task of the artifact's gates, in turn, from `places` or else by its own recipe."""
+    from exporter.data import samples_from
     from exporter.export import tested_on
-    from exporter.families import FAMILIES
     from exporter.recipe_file import load_recipe
 
     recipe = load_recipe(str(artifact / "recipe.yaml"))
-    tasks = FAMILIES[recipe.model.family].tasks
-    share = -(-count // len(tasks))
-    seed = recipe.evaluation.seed
-    sources = places(data) or tested_on(recipe)
-    lists = [samples_from(sources, task, "test", share, seed) for task in tasks]
+    tasks = list(dict.fromkeys(gate.task for gate in recipe.gates)) or ["vqa"]
+    chosen, seed = places or tested_on(recipe), recipe.evaluation.seed
+    lists = [samples_from(chosen, task, "test", -(-count // len(tasks)), seed) for task in tasks]
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]

@@ -45,17 +45,19 @@ def python_line(launch: Launch) -> str:
 
 def checked_page(found: Checked) -> str:
     """What a check found, in a few lines."""
-    d = found.distance
-    lines = [
-        f"vllm {found.engine}, ready after {found.startup_seconds:.0f} s, answered {found.questions} questions",
-        f"log-probabilities beside the dequantized reference: largest difference {d.largest:.4f}, mean {d.mean:.5f} "
-        f"over {d.tokens} tokens; bound {found.bound}",
-    ]
+    lines = [f"vllm {found.engine}, ready after {found.startup_seconds:.0f} s, answered {found.questions} questions"]
+    if found.compared:
+        d, floor, allowed = found.compared.distance, found.compared.floor, found.compared.allowed(found.bound)
+        lines += [
+            f"log-probabilities beside the dequantized reference, {d.tokens} tokens: "
+            f"largest difference {d.largest:.4f} (allowed {allowed[0]:.4f}), mean {d.mean:.4f} ({allowed[1]:.4f})",
+            f"16-bit sums alone, the reference beside itself: largest {floor.largest:.4f}, mean {floor.mean:.4f}",
+        ]
     if found.control:
-        c = found.control
+        c, again = found.control, found.control.restored.distance
         lines.append(
-            f"control, scales of {c.component} doubled: largest difference {c.moved.largest:.4f}; "
-            f"{c.restored.largest:.4f} beside a reference with the same scales"
+            f"control, scales of {c.component} doubled: largest {c.moved.largest:.4f}, mean {c.moved.mean:.4f}; "
+            f"beside a reference with the same scales {again.largest:.4f}, mean {again.mean:.4f}"
         )
     lines += [f"{count} linears run as {name}, says vllm's log" for name, count in sorted(found.schemes.items())]
     return "\n".join([*lines, "passed" if found.passed else "FAILED"])

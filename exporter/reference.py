@@ -1,0 +1,124 @@
+"""The artifact's dequantized weights in transformers, as the yardstick of what an engine answers.
+
+It is asked for the log-probabilities of the tokens that the engine gave, after the same prompt. How far apart 16-bit
+sums alone put two computations is measured, not guessed: the floor is the reference in the engine's dtype beside
+itself in float32.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.activations import round_inputs
+from exporter.artifact import Artifact
+from exporter.device import Device
+from exporter.predict import prompt_inputs
+from exporter.runtime.launch import dtype as engine_dtype
+from exporter.runtime.vllm_engine import Reply
+from exporter.stream import load_whole
+from exporter.tasks.sample import Sample
+
+BOUND = 0.06  # largest difference of natural log-probabilities that is always allowed
+MEAN_SHARE = 0.25  # of the bound, allowed on average
+ROOM = 2.0  # times the floor that is allowed where the floor is above the bound
+LIKELY = math.log(0.01)  # tokens less likely than this on both sides are not compared
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Differences of log-probabilities, engine beside reference, over every likely token of every answer."""
+
+    largest: float
+    mean: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The engine beside the reference, and the floor: the reference in 16 bits beside itself."""
+
+    distance: Distance
+    floor: Distance
+
+    def allowed(self, bound: float) -> tuple[float, float]:
+        """Largest and mean difference that pass."""
+        return max(bound, ROOM * self.floor.largest), max(MEAN_SHARE * bound, ROOM * self.floor.mean)
+
+    def close(self, bound: float) -> bool:
+        """Whether the engine is as close to the reference as 16-bit sums are (never, when nothing was compared)."""
+        largest, mean = self.allowed(bound)
+        return self.distance.largest <= largest and self.distance.mean <= mean
+
+
+class Reference:
+    """The dequantized artifact in transformers, its activations rounded as the schemes say, in float32 if it fits."""
+
+    def __init__(self, artifact: Artifact, processor: Any, device: Device) -> None:
+        self._family = artifact.family
+        self._device = device.torch_device
+        self._processor = processor
+        self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
+        config = {k: v for k, v in artifact.checkpoint.config.items() if k != "quantization_config"}
+        need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
+        self._high = torch.float32 if need < device.free_bytes else self._low
+        self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
+        kinds = {module: artifact.scheme_of(module).activations for module in artifact.manifest["linears"]}
+        round_inputs(self._model, {self._family.live_name(module): kind for module, kind in kinds.items() if kind})
+
+    def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
+        """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
+        for sample, reply in zip(samples, replies, strict=True):
+            ours = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
+            if ours != list(reply.prompt):
+                text = f"the engine saw {len(reply.prompt)} tokens, the reference {len(ours)}"
+                return [f"{sample.identity}: the prompts differ: {text}; the first {reply.prompt[:3]} and {ours[:3]}"]
+        return []
+
+    def compare(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Compared:
+        """The engine beside the reference, and the reference in 16 bits beside itself, on the same tokens."""
+        high = [self.log_probabilities(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+        self._model.to(self._low)
+        low = [self.log_probabilities(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+        self._model.to(self._high)  # what was float32 stays rounded to 16 bits, as engines hold it
+        listed = [listed_tokens(reply, ours) for reply, ours in zip(replies, high, strict=True)]
+        engine = [abs(t[2] - float(high[i][t[:2]])) for i, tokens in enumerate(listed) for t in tokens]
+        rounded = [abs(float(low[i][t[:2]] - high[i][t[:2]])) for i, tokens in enumerate(listed) for t in tokens]
+        return Compared(distance_of(engine), distance_of(rounded))
+
+    def distance(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Distance:
+        """The engine beside the reference alone."""
+        differences = []
+        for sample, reply in zip(samples, replies, strict=True):
+            ours = self.log_probabilities(sample, reply)
+            differences += [abs(t[2] - float(ours[t[:2]])) for t in listed_tokens(reply, ours)]
+        return distance_of(differences)
+
+    @torch.inference_mode()
+    def log_probabilities(self, sample: Sample, reply: Reply) -> Tensor:
+        """f32 `[tokens of the answer, vocabulary]`: natural log-probabilities at every token of the engine's answer."""
+        inputs = prompt_inputs(self._processor, self._family, sample)
+        start = inputs["input_ids"].shape[1]
+        answer = torch.tensor([reply.tokens[:-1]], dtype=torch.long)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        dtype = next(self._model.parameters()).dtype
+        moved = {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        logits: Tensor = self._model(**moved, use_cache=False).logits[0, start - 1 :]
+        return logits.float().log_softmax(-1).cpu()
+
+
+def listed_tokens(reply: Reply, ours: Tensor) -> list[tuple[int, int, float]]:
+    """Step, token and the engine's log-probability of every token it lists that either side finds likely."""
+    steps = enumerate(zip(reply.tokens, reply.logprobs, reply.top, strict=True))
+    every = [(i, token, p) for i, (chosen, said, top) in steps for token, p in {**top, chosen: said}.items()]
+    return [(i, token, p) for i, token, p in every if max(p, float(ours[i, token])) >= LIKELY]
+
+
+def distance_of(differences: Sequence[float]) -> Distance:
+    """Largest and mean; of nothing, not a number, which passes no bound."""
+    count = len(differences)
+    return Distance(max(differences), sum(differences) / count, count) if count else Distance(math.nan, math.nan, 0)
