@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,11 @@ check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated do
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
+
+docs: $(VENV)/.ready-docs ## build the documentation site in build/docs; a broken link is an error
+	$(BIN)/python -m docs.generate
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 format: $(VENV)/.ready-dev ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
@@ -48,3 +53,8 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mmq and its development tools into $(VENV) (the first time takes some minutes)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mmq and Sphinx into $(VENV)"
+	@$(PIP) -e '.[docs]'
+	@touch $@

@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of the documentation: the recipe table and the command line reference.
+"""Rewrite the generated parts of the documentation: the recipe table, the recipes' page and the command reference.
 
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
@@ -41,6 +41,22 @@ def recipe_table() -> str:
     return "\n".join(lines)
 
 
+def recipe_page(sizes: str) -> str:
+    """Markdown: the recipes with the findings they rest on."""
+    parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
+    parts += [
+        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` gives one to change.",
+        "",
+    ]
+    for name in built_in():
+        recipe = load_recipe(name)
+        gates = ", ".join(f"{g.task} {g.metric} may lose {g.max_drop:.0%}" for g in recipe.gates)
+        parts += [f"## {name}", "", f"{recipe.summary}. Gates: {gates}.", ""]
+        parts += [f"- {e.finding} {e.figures} ({e.source})" for e in recipe.evidence]
+        parts.append("")
+    return "\n".join(parts)
+
+
 def command_reference() -> str:
     """Markdown: `--help` of the program and of every command."""
     parts = ["# Command line", "", "Generated from `--help` by `docs/generate.py`.", ""]
@@ -63,9 +79,10 @@ def between(text: str, name: str, new: str) -> str:
 
 def pages() -> dict[Path, str]:
     """File -> the text it should have."""
-    readme = ROOT / "README.md"
+    readme, sizes = ROOT / "README.md", recipe_table()
     return {
-        readme: between(readme.read_text(encoding="utf-8"), "recipes", recipe_table()),
+        readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
+        ROOT / "docs" / "recipes.md": recipe_page(sizes),
         ROOT / "docs" / "cli.md": command_reference(),
     }
 

@@ -1,0 +1,41 @@
+"""Sphinx configuration of the documentation site; `make docs` builds it and treats every warning as an error.
+
+MyST reads the pages, which are plain Markdown that a code host shows as well. Links to files of the repository that are
+no pages (`../recipes/x.yaml`) are checked to exist and shown as their text.
+"""
+
+import re
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+project = "mmq"
+author = "the mmq authors"
+release = version = installed("mmq")
+extensions = ["myst_parser"]
+exclude_patterns = ["_build", "__pycache__"]
+html_theme = "furo"
+html_title = f"mmq {release}"
+html_copy_source = False
+html_show_copyright = False
+myst_heading_anchors = 4
+myst_enable_extensions = ["attrs_inline"]
+nitpicky = True
+
+
+def check_repository_links(app: Any, name: str, source: list[str]) -> None:
+    """Links that leave the folder of the pages: their text when the file exists, else a link that fails the build."""
+
+    def checked(link: re.Match[str]) -> str:
+        target = (ROOT / "docs" / link[2].partition("#")[0]).resolve()
+        inside = target.is_relative_to(ROOT) and target.exists()
+        return link[1] if inside else link[0]
+
+    source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)", checked, source[0])
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", check_repository_links)
