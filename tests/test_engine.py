@@ -1,0 +1,319 @@
+"""The child process, its command and its answers, against a stand-in `vllm` on the loopback address."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.activations import round_inputs, round_rows
+from exporter.errors import ServeError
+from exporter.reference import Compared, Distance, distance_of, listed_tokens
+from exporter.runtime.launch import Launch, Program, dtype, find_program, launch, prompt_template
+from exporter.runtime.vllm_engine import Engine, Reply, free_port, last_words, read_reply, read_schemes
+
+FAKE = '''#!{python}
+"""Answers like vllm serve; --bad makes it end at once, --deaf ignores SIGTERM; it starts a child of its own."""
+import json, os, signal, subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+arguments = sys.argv[1:]
+print("DEBUG Using scheme: CompressedTensorsWNA16 for language_model.model.layers.0.mlp.gate_up_proj", flush=True)
+if "--bad" in arguments:
+    sys.exit("ValueError: There is no module named 'x'")
+if "--deaf" in arguments:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply(200 if self.path == "/health" else 404, {{}})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not asked["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png"):
+            return self.reply(400, {{"error": "not a picture"}})
+        step = {{"logprob": -0.5, "top_logprobs": [{{"token": "token_id:7", "logprob": -0.5}}]}}
+        choice = {{"message": {{"content": "red"}}, "token_ids": [7], "logprobs": {{"content": [step]}}}}
+        self.reply(200, {{"prompt_token_ids": [1, 2], "choices": [choice]}})
+
+    def log_message(self, *rest):
+        pass
+
+
+HTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
+'''
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    path = tmp_path / "bin" / "vllm"
+    path.parent.mkdir()
+    path.write_text(FAKE.format(python=sys.executable))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return Program(str(path), "0.32.0", False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    made.mkdir()
+    return made
+
+
+def command(folder: Path, program: Program, *extra: str) -> Launch:
+    return launch(folder, {}, program, port=free_port(), extra=extra)
+
+
+@pytest.fixture
+def engine(folder: Path, program: Program, tmp_path: Path) -> Iterator[Engine]:
+    with Engine(command(folder, program), tmp_path / "log", debug=True) as running:
+        running.wait_healthy(60)
+        yield running
+
+
+def children(engine: Engine) -> list[int]:
+    assert engine.log
+    return [int(line.split()[1]) for line in engine.log.read_text().splitlines() if line.startswith("child")]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends (or is a zombie) before long."""
+    for _ in range(600):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def test_an_answer_is_read_with_its_log_probabilities(engine):
+    reply = engine.ask("What color?", PNG)
+    assert reply == Reply("red", (1, 2), (7,), (-0.5,), ({7: -0.5},))
+    assert engine.schemes() == {"language_model.model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16"}
+
+
+def test_a_refused_request_says_why_and_the_server_lives(engine):
+    with pytest.raises(ServeError, match=r"answered 400.*not a picture"):
+        engine.ask("What color?", b"\xff\xd8 a jpeg")
+    assert engine.ask("What color?", PNG).text == "red"
+
+
+@linux
+@pytest.mark.parametrize("flag", [(), ("--deaf",)])
+def test_stop_leaves_no_process(folder, program, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("exporter.runtime.vllm_engine.STOP_SECONDS", 0.5)
+    with Engine(command(folder, program, *flag), tmp_path / "log") as engine:
+        engine.wait_healthy(60)
+        pids = [engine.pid, *children(engine)]
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
+
+
+@linux
+def test_a_killed_server_is_reported_and_can_be_started_again(engine):
+    pids = [engine.pid, *children(engine)]
+    engine.kill()
+    assert all(gone(pid) for pid in pids)
+    with pytest.raises(ServeError, match="no answer"):
+        engine.ask("What color?", PNG)
+    engine.stop()
+    engine.start()
+    engine.wait_healthy(60)
+    assert engine.ask("What color?", PNG).text == "red"
+
+
+@linux
+def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from exporter.runtime.launch import *; "
+        "from exporter.runtime.vllm_engine import *; "
+        f"made = launch(Path({str(folder)!r}), {{}}, Program({program.path!r}, '0', False), port=free_port()); "
+        f"engine = Engine(made, Path({str(tmp_path / 'log')!r})); engine.start(); engine.wait_healthy(60); "
+        "print(engine.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    ended = gone(pid)
+    if not ended:
+        os.killpg(pid, signal.SIGKILL)
+    assert ended
+
+
+def test_a_server_that_ends_is_reported_with_its_own_words(folder, program, tmp_path):
+    with (
+        Engine(command(folder, program, "--bad"), tmp_path / "log") as engine,
+        pytest.raises(ServeError, match=r"ended with code 1(.|\n)*There is no module named 'x'"),
+    ):
+        engine.wait_healthy(60)
+
+
+def test_a_taken_port_is_refused(engine):
+    with pytest.raises(ServeError, match="is taken"):
+        Engine(engine.launch).start()
+
+
+def flags(made: Launch) -> dict[str, str]:
+    return dict(zip(made.command[3::2], made.command[4::2], strict=False))
+
+
+def test_the_command_has_what_the_artifact_needs(folder):
+    config = {"dtype": "float16", "text_config": {"max_position_embeddings": 8192}}
+    gpu = launch(folder, config, Program("vllm", "0.32.0", False), tensor_parallel=2)
+    assert gpu.command[:3] == ("vllm", "serve", str(folder))
+    assert flags(gpu) == {
+        "--host": "127.0.0.1",
+        "--port": "8000",
+        "--served-model-name": "model",
+        "--dtype": "float16",
+        "--limit-mm-per-prompt": '{"image": 1}',
+        "--max-model-len": "8192",
+        "--tensor-parallel-size": "2",
+    }
+    assert gpu.environment["HF_HUB_OFFLINE"] == "1"
+    cpu = launch(folder, config, Program("vllm", "0.32.0+cpu", True), extra=("--max-model-len=256", "--port", "9"))
+    assert flags(cpu)["--dtype"] == "bfloat16"
+    assert cpu.command.count("--port") == 1
+    assert "--max-model-len" not in cpu.command
+    assert "--enforce-eager" in cpu.command
+    assert cpu.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert cpu.shell().startswith("HF_HUB_OFFLINE=1 ")
+
+
+@pytest.mark.parametrize(
+    ("config", "cpu", "expected"),
+    [
+        ({"dtype": "bfloat16"}, False, "bfloat16"),
+        ({"torch_dtype": "float16"}, False, "float16"),
+        ({"torch_dtype": "float16"}, True, "bfloat16"),
+        ({"dtype": "float32"}, False, "bfloat16"),
+        ({}, False, "bfloat16"),
+    ],
+)
+def test_dtype(config, cpu, expected):
+    assert dtype(config, cpu) == expected
+
+
+def tokenizer(folder: Path, start: bool) -> None:
+    """A word tokenizer that puts `<s>` before every text, or does not."""
+    from tokenizers import Tokenizer, models, processors
+
+    made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    made.add_special_tokens(["<s>"])
+    if start:
+        made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
+    made.save(str(folder / "tokenizer.json"))
+
+
+def rendered(template: str) -> str:
+    import jinja2
+
+    messages = [{"role": "user", "content": "<image>\nwhat?"}]
+    return jinja2.Template(template).render(messages=messages, bos_token="<s>")
+
+
+def test_the_template_writes_the_start_token_once(folder):
+    """vLLM tokenizes a rendered template without special tokens; LLaVA-1.5's template does not write `<s>`."""
+    own = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(own)
+    tokenizer(folder, start=False)
+    assert prompt_template(folder, "") is None
+    tokenizer(folder, start=True)
+    template = prompt_template(folder, "")
+    assert template
+    assert rendered(template) == "<s>USER: <image>\nwhat?"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + own)
+    assert prompt_template(folder, "") is None
+
+
+def test_a_model_without_template_gets_the_familys_prompt(folder):
+    tokenizer(folder, start=True)
+    template = prompt_template(folder, "USER: <image>\n{text} ASSISTANT:")
+    assert template
+    assert rendered(template) == "<s>USER: <image>\nwhat? ASSISTANT:"
+    made = launch(folder, {}, Program("vllm", "0", False), fallback_prompt="Question: {text} Answer:")
+    assert flags(made)["--chat-template-content-format"] == "string"
+
+
+def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("MMQ_VLLM", raising=False)
+    with pytest.raises(ServeError, match="no program 'vllm'"):
+        find_program()
+    silent = tmp_path / "vllm"
+    silent.write_text("#!/bin/sh\nexit 1\n")
+    silent.chmod(0o755)
+    with pytest.raises(ServeError, match="does not say which version"):
+        find_program()
+    silent.write_text("#!/bin/sh\necho noise\necho 0.32.0+cpu\n")
+    assert find_program(str(silent)) == Program(str(silent), "0.32.0+cpu", True)
+
+
+def test_logs_are_read():
+    log = "x\nINFO a\nERROR [core] one\nnanobind: leaked\n - leaked\nValueError: two\ny\n"
+    assert last_words(log) == "  ERROR [core] one\n  ValueError: two"
+    assert last_words("a\n\nb\n") == "  a\n  b"
+    two = "DEBUG Using scheme: A for m.0\nDEBUG Using scheme: B for m.1 \n"
+    assert read_schemes(two) == {"m.0": "A", "m.1": "B"}
+    with pytest.raises(ServeError, match="no token ids"):
+        read_reply({"choices": [{"message": {"content": "red"}}]})
+
+
+def test_likely_tokens_of_either_side_are_compared():
+    ours = torch.tensor([[-0.1, -3.0, -9.0, -9.0]])
+    reply = Reply("", (), (0,), (-0.2,), ({0: -0.2, 1: -3.5, 2: -8.0, 3: -1.0},))
+    assert sorted(t[1] for t in listed_tokens(reply, ours)) == [0, 1, 3]
+    assert distance_of([0.1, 0.3]) == Distance(0.3, pytest.approx(0.2), 2)
+
+
+def test_nothing_compared_is_never_close():
+    nothing = distance_of([])
+    assert not Compared(nothing, nothing).close(0.06)
+    floor = Distance(0.1, 0.01, 9)
+    assert Compared(Distance(0.19, 0.019, 9), floor).close(0.06)
+    assert not Compared(Distance(0.21, 0.019, 9), floor).close(0.06)
+    assert not Compared(Distance(0.19, 0.021, 9), floor).close(0.06)
+    assert not Compared(Distance(0.07, 0.001, 9), Distance(0.001, 0.0001, 9)).close(0.06)
+
+
+def test_rows_are_rounded_to_their_own_scale():
+    x = torch.tensor([[0.0, 1.0, -127.0], [0.0, 0.0, 0.0], [0.5, 63.4, 127.0]])
+    assert torch.equal(round_rows(x, "int8"), torch.tensor([[0.0, 1.0, -127.0], [0.0, 0.0, 0.0], [0.0, 63.0, 127.0]]))
+    eights = torch.tensor([[448.0, 447.0, 1.0]])
+    assert torch.equal(round_rows(eights, "fp8"), torch.tensor([[448.0, 448.0, 1.0]]))
+
+
+def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+    x = torch.randn(3, 16)
+    hidden = model[0](x)
+    round_inputs(model, {"1": "int8"})
+    assert torch.equal(model(x), torch.nn.functional.linear(round_rows(hidden, "int8"), model[1].weight, model[1].bias))
+    assert not torch.equal(round_rows(hidden, "int8"), hidden)
