@@ -97,6 +97,7 @@ def export(
     if dry_run:
         return show_plan(chosen, device, every_tensor=False, as_json=as_json)
     from exporter import show
+    from exporter.artifact import MANIFEST
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed
     from exporter.export import default_work
@@ -117,6 +118,10 @@ def export(
                 skip_evaluation=skip_evaluation,
             )
     except KeyboardInterrupt:
+        if (target / MANIFEST).exists() and not overwrite:  # written and verified: only the evaluation was stopped
+            raise Interrupted(
+                f"stopped; {target} is written, its answers so far are kept", f"go on: mmq evaluate {target}"
+            ) from None
         kept = f"stopped; finished blocks are kept in {work or default_work(target)}"
         raise Interrupted(kept, "give the same command again to go on") from None
     say(show.export_json(result) if as_json else show.export_page(result))

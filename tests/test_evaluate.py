@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +17,7 @@ from PIL import Image
 
 from exporter import backends, evaluate
 from exporter.advice import advise
-from exporter.answers import Backend, Store
+from exporter.answers import ABOUT, Backend, Store
 from exporter.artifact import Artifact
 from exporter.cli import cli
 from exporter.device import choose
@@ -233,3 +237,24 @@ def test_a_server_that_serves_another_folder_is_refused(
 def test_half_named_servers_are_wrong_usage(out: Path) -> None:
     assert mmq("evaluate", out, "--served-model", "x").exit_code == 2
     assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: evaluate.Report, tmp_path: Path) -> None:
+    """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
+    arguments = ["evaluate", str(out), "--answers", str(tmp_path), "--device", "cpu", "--json"]
+    command = [sys.executable, "-c", "from exporter.cli import main; main()", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stderr
+        assert any('"evaluate", "done": 4' in line for line in run.stderr)
+        run.send_signal(how)
+        said, _ = run.communicate(timeout=60)
+    if how == signal.SIGTERM:
+        assert run.returncode == 130
+        assert str(tmp_path) in json.loads(said)["error"]
+    kept = [path for path in tmp_path.glob("*/*.json") if path.name != ABOUT]
+    assert kept
+    events = [json.loads(line) for line in mmq(*arguments).stderr.splitlines()]
+    assert next(e["done"] for e in events if e["stage"] == "evaluate") >= 4
+    assert json.loads((out / "mmq_report.json").read_text())["measures"] == report.as_json()["measures"]
