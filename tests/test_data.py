@@ -1,15 +1,21 @@
 """Data folders: what is read, what is chosen, and every problem in one message."""
 
+import io
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from exporter import data
 from exporter.data import check_disjoint, folder, image_key
+from exporter.data.overlap import MOST_BITS, MOST_STEPS, alike, look
 from exporter.data.rows import open_picture
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
@@ -229,3 +235,91 @@ def test_shared_pictures_are_named_and_counted() -> None:
     assert "test/6" in caught.value.message
     assert "test/7" not in caught.value.message
     assert caught.value.message.endswith("and 2 more")
+
+
+def textured(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
+    """A picture with features at every scale, as photographs have."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        for n in (3, 6, 12, 24)
+    ]
+    picture = layers[0]
+    for layer in layers[1:]:
+        picture = Image.blend(picture, layer, 0.35)
+    return picture
+
+
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg": lambda image: compressed(image, 75),
+    "half": lambda image: image.resize((160, 120), Image.Resampling.BICUBIC),
+    "twice": lambda image: compressed(image.resize((640, 480), Image.Resampling.BICUBIC), 80),
+    "squeezed": lambda image: image.resize((224, 224), Image.Resampling.BILINEAR),
+}
+
+
+@pytest.mark.parametrize("change", COPIES)
+def test_copies_that_were_scaled_or_compressed_are_found(change: str) -> None:
+    for seed in range(30):
+        original = textured(seed)
+        copy = COPIES[change](original)
+        assert image_key(copy) != image_key(original)
+        assert alike(look(original), look(copy))
+        assert not alike(look(textured(seed + 100)), look(copy))
+
+
+def test_a_copy_under_another_name_stops_the_job() -> None:
+    tested = [Sample(f"test/{i}", lambda i=i: textured(i), None, ("x",)) for i in range(4)]
+    copied = Sample("train/a", lambda: compressed(textured(2), 80), None, ("x",))
+    with pytest.raises(DataError, match=r"1 evaluation samples .*: test/2 \(looks like train/a\)"):
+        check_disjoint([copied], tested)
+
+
+def test_a_color_is_enough_to_be_another_picture() -> None:
+    gray = textured(1).convert("L")
+    red, green = (
+        Image.merge("RGB", [gray if c == k else gray.point(lambda v: v // 2) for c in range(3)]) for k in (0, 1)
+    )
+    assert np.unpackbits(look(red).bits ^ look(green).bits).sum() <= 4 * MOST_BITS
+    assert not alike(look(red), look(green))
+
+
+def test_pictures_without_features_are_compared_by_their_pixels_alone() -> None:
+    one, other = flat(200, "a").image(), flat(201, "b").image()
+    assert look(one).flat
+    assert not alike(look(one), look(other))
+    assert not alike(look(one), look(one))
+
+
+def test_no_two_drawings_are_taken_for_copies() -> None:
+    """Every pair of 700 drawings, whose backgrounds are the same; the hash alone takes many of them for copies."""
+    drawn = {
+        image_key(p): p
+        for split in ("train", "test")
+        for s in data.samples("demo", None, "captioning", split, 350, 3)
+        for p in [s.image()]
+    }
+    looks = [look(image) for image in drawn.values()]
+    assert len(looks) > 600
+    bits = np.array([np.unpackbits(one.bits) for one in looks], np.int8)
+    thumbnails = np.array([one.thumbnail for one in looks])
+    near = [(i, j) for i in range(len(looks)) for j in np.flatnonzero((bits[i] != bits[:i]).sum(axis=1) <= MOST_BITS)]
+    assert len(near) > 20
+    closest = min(float(np.abs(thumbnails[i] - thumbnails[j]).mean()) for i, j in near)
+    assert closest > 1.2 * MOST_STEPS
+    assert not any(alike(looks[i], looks[j]) for i, j in near)
+
+
+@given(st.integers(0, 2**32), st.integers(40, 95))
+@settings(max_examples=25)
+def test_looking_alike_has_no_direction_and_holds_for_itself(seed: int, quality: int) -> None:
+    one = textured(seed)
+    other = compressed(one, quality)
+    assert alike(look(one), look(one))
+    assert alike(look(one), look(other)) == alike(look(other), look(one))

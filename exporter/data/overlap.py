@@ -1,14 +1,38 @@
-"""No picture may be both calibrated on and evaluated on. Pictures are compared by their pixels, not their names."""
+"""No picture may be both calibrated on and evaluated on. Pictures are compared by what they show, not by their names.
+
+Equal pixels are found by a hash of them, and copies that were scaled or compressed again by their look: a 64-bit hash
+of the signs of low frequencies (after Zauner, 2010, "pHash"), then a 16 x 16 thumbnail in color. The hash alone would
+not do: among drawings on the same background it is equal for pictures that differ in a color. Bounds are measured in
+`docs/evaluation.md`; copies that were cropped, turned, mirrored or recolored pass.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
-from PIL.Image import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image, Resampling
 
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 SHOWN = 5
+SIDE, LOW = 32, 8  # of the gray picture that is transformed, and how many frequencies of it are kept each way
+THUMBNAIL = 16
+MOST_BITS = 4  # of 64 that may differ
+MOST_STEPS = 2.5  # mean difference of thumbnails, in steps of 0..255
+FLAT = 2.0  # standard deviation below which a picture has no look: its hash would be chance
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a picture looks. bits: uint8 `[8]`, 64 signs. thumbnail: f32 `[16, 16, 3]`, 0..255. flat: no features."""
+
+    bits: NDArray[np.uint8]
+    thumbnail: NDArray[np.float32]
+    flat: bool
 
 
 def image_key(image: Image) -> str:
@@ -19,20 +43,69 @@ def image_key(image: Image) -> str:
     return digest.hexdigest()
 
 
-def check_disjoint(calibration: Sequence[Sample], evaluation: Sequence[Sample]) -> None:
-    """DataError naming the first evaluation samples whose picture is also calibrated on, and how many there are.
+def look(image: Image) -> Look:
+    """Hash and thumbnail; both are nearly the same for another size or compression of the picture."""
+    gray = np.asarray(image.convert("L").resize((SIDE, SIDE), Resampling.LANCZOS), np.float64)
+    low = _cosines() @ gray @ _cosines().T  # [9, 9]: the discrete cosine transform's lowest frequencies
+    chosen = np.append(low[:LOW, :LOW].ravel()[1:], low[LOW, 0])  # 64 without the mean
+    small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Resampling.BOX)
+    return Look(np.packbits(chosen > np.median(chosen)), np.asarray(small, np.float32), bool(gray.std() < FLAT))
 
-    It finds equal pixels only: a picture that was resized or compressed again passes.
-    """
-    keys = {image_key(sample.image()): sample.identity for sample in calibration}
-    shared = [(s.identity, keys[key]) for s in evaluation if (key := image_key(s.image())) in keys]
+
+@cache
+def _cosines() -> NDArray[np.float64]:
+    """Rows of the transform, `[9, 32]`."""
+    frequency, place = np.arange(LOW + 1)[:, None], np.arange(SIDE)[None, :]
+    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE))
+
+
+def alike(one: Look, other: Look) -> bool:
+    """Whether two pictures are taken for copies of each other."""
+    return bool(_Seen([("", one)]).find(other))
+
+
+class _Seen:
+    """Looks of many pictures, to compare with one after the other."""
+
+    def __init__(self, named: Iterable[tuple[str, Look]]) -> None:
+        kept = [(name, seen) for name, seen in named if not seen.flat]
+        self._names = [name for name, _ in kept]
+        self._bits = np.array([seen.bits for _, seen in kept], np.uint8).reshape(-1, 8)
+        self._thumbnails = [seen.thumbnail for _, seen in kept]
+
+    def find(self, other: Look) -> list[str]:
+        """Names of the pictures that `other` is taken for a copy of."""
+        if other.flat:
+            return []
+        differing = np.unpackbits(self._bits ^ other.bits, axis=1).sum(axis=1)
+        near = np.flatnonzero(differing <= MOST_BITS)
+        return [self._names[i] for i in near if np.abs(self._thumbnails[i] - other.thumbnail).mean() <= MOST_STEPS]
+
+
+def check_disjoint(calibration: Sequence[Sample], evaluation: Sequence[Sample]) -> None:
+    """DataError naming the first evaluation samples whose picture is also calibrated on, and how many there are."""
+    keys, looks = {}, []
+    for sample in calibration:
+        image = sample.image()
+        keys[image_key(image)] = sample.identity
+        looks.append((sample.identity, look(image)))
+    seen, shared = _Seen(looks), []
+    for sample in evaluation if calibration else ():
+        image = sample.image()
+        same = keys.get(image_key(image))
+        copies = [] if same else seen.find(look(image))
+        if same or copies:
+            shared.append(_told(sample.identity, same, copies))
     if not shared:
         return
-    names = ", ".join(
-        f"{tested} (calibrated on as {seen})" if tested != seen else tested for tested, seen in shared[:SHOWN]
-    )
-    rest = f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
+    named = ", ".join(shared[:SHOWN]) + (f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else "")
     raise DataError(
-        f"{len(shared)} evaluation samples show a picture that is also calibrated on: {names}{rest}",
+        f"{len(shared)} evaluation samples show a picture that is also calibrated on: {named}",
         "a score on data the model was fitted to proves nothing; keep train and test pictures apart",
     )
+
+
+def _told(tested: str, same: str | None, copies: Sequence[str]) -> str:
+    if same is None:
+        return f"{tested} (looks like {copies[0]})"
+    return tested if tested == same else f"{tested} (calibrated on as {same})"
