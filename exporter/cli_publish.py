@@ -8,6 +8,7 @@ import click
 
 from exporter.cli_options import artifact_argument, device_option, json_option, reports_errors, say
 from exporter.errors import PublishError
+from exporter.events import Event
 
 
 @click.command()
@@ -68,6 +69,8 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
         if not dry_run:
             need_token()
         remote = None if dry_run and not online() else work.existing(target)
+        if note := work.told(facts):
+            listen(Event("note", 0, 0, note))
         declared = work.inherited(facts, declared)
         found = work.package(artifact, facts, target, declared, problems, remote)
         if dry_run:

@@ -54,6 +54,10 @@ class HubError(MmqError):
     """The model hub refused, failed or cannot be reached."""
 
 
+class HubMissing(HubError):
+    """There is no such repository or revision, or the token may not see it."""
+
+
 class PublishError(MmqError):
     """An artifact is not fit to be published, or the repository is not a place for it."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import HubError
+from exporter.errors import HubError, HubMissing
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
 AGAIN = "give the same command again; large files that have arrived are not sent a second time"
@@ -164,12 +164,12 @@ def _refusal(error: Any, repo: str, where: str) -> HubError:
     if isinstance(error, errors.GatedRepoError):
         return HubError(f"{where}: access must be asked for on its page{said}", f"open the page of {repo} and ask")
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{where}: there is no such revision{said}", "give a branch, tag or commit that exists")
+        return HubMissing(f"{where}: there is no such revision{said}", "give a branch, tag or commit that exists")
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{where}: there is no such file{said}")
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "check the name; `hf auth whoami` shows whose token it is"
-        return HubError(f"{where}: no such repository, or your token may not see it", hint)
+        return HubMissing(f"{where}: no such repository, or your token may not see it", hint)
     if status == 401:
         return HubError(f"{where}: the hub does not accept your token{said}", "run `hf auth login`, or renew HF_TOKEN")
     if status == 403:

@@ -29,7 +29,7 @@ from exporter.card import (
 from exporter.checkpoint import sha256
 from exporter.device import Device
 from exporter.difference import difference
-from exporter.errors import ArtifactError, HubError, PublishError
+from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
 from exporter.events import Event
 from exporter.facts import Facts, folder_reader, read_facts
 from exporter.hub import Remote, check_name, explain, is_network, need_token, open_remote, root, speaking
@@ -123,10 +123,8 @@ def existing(target: Target) -> Remote | None:
     """What the repository holds now, None when there is no repository; PublishError when mmq should not touch it."""
     try:
         remote = open_remote(target.repo)
-    except HubError as error:
-        if "no such repository" in error.message:
-            return None
-        raise
+    except HubMissing:
+        return None
     foreign = sorted(remote.files.keys() - {".gitattributes", CARD})
     if foreign and MANIFEST not in remote.files and not target.replace:
         said = f"{target.repo} holds something that mmq did not put there ({foreign[0]}, {len(foreign)} files)"
@@ -136,9 +134,8 @@ def existing(target: Target) -> Remote | None:
     if target.revision and not target.create_pr:
         try:
             return open_remote(target.repo, target.revision)
-        except HubError as error:
-            if "no such revision" not in error.message:
-                raise
+        except HubMissing:
+            return remote
     return remote
 
 
@@ -202,6 +199,13 @@ def _card_data(repo: str) -> Mapping[str, Any]:
     remote = open_remote(repo)
     text = (remote.read(CARD) or b"").decode(errors="replace")
     return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict()) if text.startswith("---") else {}
+
+
+def told(facts: Facts) -> str:
+    """What the publisher may not know that the files tell; empty when there is nothing."""
+    repo = str(facts.recipe["model"]["repo"])
+    local = repo.startswith((".", "/", "~")) or repo.count("/") > 1
+    return f"recipe.yaml, which is published as it is, names the source as {repo}" if local else ""
 
 
 def publish(found: Package, target: Target, remote: Remote | None, on_event: Listener) -> Done:

@@ -6,9 +6,9 @@ from typing import Any
 
 from exporter.checkpoint import Checkpoint, read_json
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, HubError, PlanError
+from exporter.errors import CheckpointError, HubError, HubMissing, PlanError
 from exporter.families import FAMILIES, Family
-from exporter.hub import open_remote
+from exporter.hub import Remote, open_remote
 
 # Weights come as safetensors only; everything else a processor or an engine reads is small text.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -33,11 +33,15 @@ def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
     return _from_hub(repo, revision)
 
 
+def _elsewhere(repo: str) -> str:
+    return f"download it elsewhere and pass its folder (--model ./{repo.split('/')[1]}), or try --model demo-llava"
+
+
 def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    hint = f"download it elsewhere and pass its folder (--model ./{repo.split('/')[1]}), or try --model demo-llava"
+    hint = _elsewhere(repo)
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
     except RepositoryNotFoundError:
@@ -55,30 +59,41 @@ def open_source(repo: str, revision: str | None = None, headers_only: bool = Fal
     headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
     """
     if headers_only and repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1:
-        found = _headers_of(repo, revision)
-        if found:
-            return found
+        folder = _cached(repo, revision)
+        if isinstance(folder, Remote):
+            return _headers_of(folder)
+        family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
+        return Checkpoint.open(folder, family.canonical_name, f"{repo}@{folder.name}"), family
     folder, origin = locate(repo, revision)
     family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
     return Checkpoint.open(folder, family.canonical_name, origin), family
 
 
-def _headers_of(repo: str, revision: str | None) -> tuple[Checkpoint, Family] | None:
-    """A hub model by range requests; None when its files are here already, or the hub is out of reach."""
+def _cached(repo: str, revision: str | None) -> Path | Remote:
+    """A hub model's folder when all its files are here already, else where it lies; nothing is downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    remote, problem = None, f"'{repo}' is not in the hub cache and the hub cannot be reached"
     try:
         remote = open_remote(repo, revision)
-        snapshot_download(repo, revision=remote.commit, allow_patterns=PATTERNS, local_files_only=True)
+    except HubMissing as error:
+        problem = error.message
     except HubError:
-        return None  # the cache may have it; if not, `locate` says what is wrong
+        pass  # the cache may have it
+    wanted = remote.commit if remote else revision
+    try:
+        return Path(snapshot_download(repo, revision=wanted, allow_patterns=PATTERNS, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass
-    else:
-        return None
+        if remote is None:
+            raise CheckpointError(problem, _elsewhere(repo)) from None
+        return remote
+
+
+def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
+    """A hub model by range requests."""
     config = json.loads(remote.read("config.json") or b"{}")
-    family = _family(config, f"{repo}: config.json")
+    family = _family(config, f"{remote.repo}: config.json")
     index = json.loads(remote.read("model.safetensors.index.json") or b"{}").get("weight_map", {})
     headers = remote.headers()
     promised: dict[str, set[str]] = {file: set() for file in headers}
@@ -88,7 +103,7 @@ def _headers_of(repo: str, revision: str | None) -> tuple[Checkpoint, Family] | 
     if absent or not headers:
         raise CheckpointError(f"{remote.name}: no {absent[0] if absent else 'safetensors file'} in the repository")
     rename = family.canonical_name
-    return Checkpoint.from_headers(Path(repo), config, headers, promised, rename, remote.name), family
+    return Checkpoint.from_headers(Path(remote.repo), config, headers, promised, rename, remote.name), family
 
 
 def _family(config: dict[str, Any], where: str) -> Family:

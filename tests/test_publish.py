@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from exporter.artifact import MANIFEST, REPORT
 from exporter.cli import cli
-from exporter.errors import ArtifactError, CheckpointError, HubError, PublishError
+from exporter.errors import ArtifactError, CheckpointError, HubMissing, PublishError
 from exporter.events import ignore
 from exporter.hub import open_remote
 from exporter.published import verify_remote
@@ -117,6 +117,7 @@ def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path
     for path in artifact.iterdir():
         assert f"{path.stat().st_size:,}  {path.name}" in text
     assert "## What was quantized" in text
+    assert "note: recipe.yaml, which is published as it is, names the source" in text  # a local path
     assert not hub.sent("^(POST|PUT)")
     found = json.loads(published(artifact, "--dry-run", "--json").stdout)
     assert found["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
@@ -388,6 +389,24 @@ def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: 
     assert by_headers == local
 
 
+def test_plan_uses_what_is_in_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    commit = hub.add("org/llava", source)
+    hub.faults.append(Fault(r"GET /api/models/org/llava", 500, times=99))
+    with pytest.raises(CheckpointError, match="not in the hub cache"):
+        open_source("org/llava", headers_only=True)
+    hub.faults.clear()
+    with pytest.raises(CheckpointError, match="no such repository"):
+        open_source("org/nothing", headers_only=True)
+    assert not hub.sent("GET /large/")
+    locate("org/llava")
+    hub.log.clear()
+    assert open_source("org/llava", headers_only=True)[0].origin == f"org/llava@{commit}"
+    assert not hub.sent("(GET|HEAD) /(large|org)")
+    hub.faults.append(Fault(r".*", 0, times=99))
+    assert open_source("org/llava", headers_only=True)[0].origin == f"org/llava@{commit}"
+
+
 def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     source["a.safetensors"] = source.pop("model.safetensors")
@@ -430,6 +449,6 @@ def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -
     write_scores(artifact, after=0.5, passed=False)
     result = mmq("publish", artifact, "--repo", REPO, "--json")
     assert json.loads(result.stdout)["kind"] == PublishError.__name__
-    assert json.loads(mmq("verify", "hub:me/nothing", "--json").stdout)["kind"] == HubError.__name__
+    assert json.loads(mmq("verify", "hub:me/nothing", "--json").stdout)["kind"] == HubMissing.__name__
     hub.add("me/foreign", {"config.json": b"{}"})
     assert json.loads(mmq("verify", "hub:me/foreign", "--json").stdout)["kind"] == ArtifactError.__name__
