@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from exporter.cli_data import datasets, score
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import (
     adjusted,
@@ -19,7 +20,7 @@ from exporter.cli_options import (
     revision_option,
     say,
 )
-from exporter.cli_publish import diff, publish, verify_published
+from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
 from exporter.cli_serve import check, serve
 from exporter.data import places
@@ -64,6 +65,7 @@ def cli() -> None:
 @click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
 @click.option("--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--push", metavar="ORG/NAME", help="Publish it there, privately, once its gates have passed.")
 @click.option("--dry-run", is_flag=True, help="Only plan: the same as `mmq plan`.")
 @json_option
 @reports_errors
@@ -80,6 +82,7 @@ def export(
     eval_samples: int | None,
     skip_evaluation: bool,
     overwrite: bool,
+    push: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +99,8 @@ def export(
     chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data)
     if dry_run:
         return show_plan(chosen, device, every_tensor=False, as_json=as_json)
+    if push:
+        check_push(push, skip_evaluation)
     from exporter import show
     from exporter.artifact import MANIFEST
     from exporter.device import choose
@@ -127,6 +132,8 @@ def export(
     say(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
         raise_if_failed(result.report, target)
+    if push:
+        click.get_current_context().invoke(publish, artifact=target, repo=push, device=device, as_json=as_json)
 
 
 @cli.command()
@@ -227,3 +234,5 @@ cli.add_command(serve)
 cli.add_command(check)
 cli.add_command(publish)
 cli.add_command(diff)
+cli.add_command(datasets)
+cli.add_command(score)

@@ -21,6 +21,7 @@ from exporter.plan import Plan, make_plan
 from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import open_source
+from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import Workdir
@@ -141,6 +142,8 @@ def calibration_samples(plan: Plan, sources: Sequence[data.Place]) -> list[Sampl
 def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, list[Sample]]:
     """Test samples of every task that a gate names, else of every task the family can do."""
     wanted = plan.recipe.evaluation
+    for gate in plan.recipe.gates:
+        TASKS[gate.task].require(gate.metric)
     tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
     chosen = sources or tested_on(plan.recipe)
     return {task: data.samples_from(chosen, task, "test", wanted.samples, wanted.seed) for task in tasks}
@@ -201,7 +204,8 @@ def measure(
     """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
     before, after = models(checkpoint, out, recipe, device, servers)
     name = ", ".join(map(str, sources or tested_on(recipe)))
-    about = {"data": name, "samples": recipe.evaluation.samples, "seed": recipe.evaluation.seed}
+    method = {task: dict(TASKS[task].method()) for task in samples}
+    about = {"data": name, "samples": recipe.evaluation.samples, "seed": recipe.evaluation.seed, "scoring": method}
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
 
 

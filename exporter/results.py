@@ -1,0 +1,77 @@
+"""Scores of answers that something else gave: a results file in the layout of COCO, VQAv2 or GQA."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.data import places, samples_from
+from exporter.errors import DataError
+from exporter.tasks import TASKS
+
+IDS = ("image_id", "question_id", "questionId", "id")
+ANSWERS = ("caption", "answer", "prediction")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Figures of a whole set. unanswered, unknown: ids of samples without answer, and of answers without sample."""
+
+    task: str
+    figures: Mapping[str, float]
+    method: Mapping[str, str]
+    samples: int
+    unanswered: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def read_answers(file: Path) -> dict[str, str]:
+    """Answers by sample id: a list of objects with an id and a text, or one object of texts by id.
+
+    DataError lists entries without either, and ids that come twice.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is not a JSON file ({error})") from None
+    pairs = [_pair(entry) for entry in content] if isinstance(content, list) else list(_object(content, file).items())
+    wrong = [f"entry {i}" for i, (identity, answer) in enumerate(pairs) if None in (identity, answer)]
+    counts = Counter(str(identity) for identity, _ in pairs if identity is not None)
+    twice = [identity for identity, count in counts.items() if count > 1]
+    if wrong or twice:
+        said = ", ".join([*wrong[:SHOWN], *(f"id {identity} twice" for identity in twice[:SHOWN])])
+        raise DataError(
+            f"{file} has {len(wrong)} entries that are no answers and {len(twice)} repeated ids: {said}",
+            f"each entry has one of {', '.join(IDS)} and a text under one of {', '.join(ANSWERS)}",
+        )
+    return {str(identity): str(answer) for identity, answer in pairs}
+
+
+def _pair(entry: Any) -> tuple[Any, str | None]:
+    if not isinstance(entry, dict):
+        return None, None
+    identity = next((entry[key] for key in IDS if isinstance(entry.get(key), int | str)), None)
+    return identity, next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
+
+
+def _object(content: Any, file: Path) -> dict[str, str | None]:
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is neither a list of answers nor an object of answers by id")
+    return {identity: answer if isinstance(answer, str) else None for identity, answer in content.items()}
+
+
+def score(file: Path, sources: Sequence[str], task: str, split: str, limit: int, seed: int) -> Scored:
+    """Score a file's answers to the samples of a split. A sample without an answer counts as answered by nothing."""
+    answers = read_answers(file)
+    found = samples_from(places(sources), task, split, limit, seed)
+    ids = [sample.identity for sample in found]
+    given = [answers.get(identity, "") for identity in ids]
+    unanswered = tuple(identity for identity in ids if identity not in answers)
+    unknown = tuple(sorted(answers.keys() - set(ids)))
+    if len(unanswered) == len(ids):
+        some = f"its ids are like {next(iter(answers), '(none)')}, the samples' like {ids[0]}"
+        raise DataError(f"{file} answers none of the {len(ids)} samples", some)
+    return Scored(task, TASKS[task].corpus(given, found), TASKS[task].method(), len(ids), unanswered, unknown)
