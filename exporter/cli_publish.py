@@ -79,6 +79,16 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     say(asdict(done) if as_json else f"published {done.files} files, {done.bytes:,} bytes: {done.url}")
 
 
+def check_push(repo: str, skip_evaluation: bool) -> None:
+    """What `mmq export --push` can know before hours of work: name, token, and that something will be measured."""
+    from exporter.hub import check_name, need_token
+
+    if skip_evaluation:
+        raise PublishError("--push and --skip-evaluation: what was never measured is not published", "leave one out")
+    check_name(repo)
+    need_token()
+
+
 def benchmark(text: str) -> tuple[str, tuple[str, str]]:
     """`vqa=org/dataset:task` -> task, (data set, its task id)."""
     task, equals, place = text.partition("=")

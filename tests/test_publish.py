@@ -433,6 +433,28 @@ def test_the_token_is_nowhere(hub: Hub, artifact: Path, caplog: pytest.LogCaptur
     assert {request.token for request in hub.sent("PUT /upload/")} == {None}  # the storage is somebody else's
 
 
+def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", "--recipe", "llava-w8", "--model", "demo-llava", "--eval-samples", "4", "--out", out]
+    assert "never measured" in mmq(*arguments, "--skip-evaluation", "--push", REPO).output
+    assert "not a repository name" in mmq(*arguments, "--push", "tiny").output
+    assert not out.exists()
+    result = mmq(*arguments, "--push", REPO, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert f"{hub.url}/{REPO}/commit/" in result.output
+    assert (out / MANIFEST).read_bytes() == hub.files(REPO)[MANIFEST]
+    monkeypatch.setattr("exporter.cli_publish.check_push", lambda repo, skip: None)
+    failing = tmp_path / "failing.yaml"
+    from exporter.recipe_file import built_in
+
+    text = built_in()["llava-w8"].read_text().replace("method: rtn, bits: 8", "method: rtn, bits: 2")
+    failing.write_text(text)
+    lost = [str(failing) if word == "llava-w8" else word for word in arguments]
+    result = mmq(*lost, "--overwrite", "--push", "me/failed", "--device", "cpu")
+    assert result.exit_code == 3, result.output
+    assert "me/failed" not in hub.repos
+
+
 def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     """Nothing is patched here: the environment alone points the library at the hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
