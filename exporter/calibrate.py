@@ -227,7 +227,11 @@ def _quantize_stack(
     assert rule is not None
     method, scheme = METHODS[rule.method], rule.scheme()
     whole, said = method.quantize_linear(
-        torch.cat(weights), statistics, scheme, rule.parsed_options(), stored_scale_dtype(stack[0].tensor.dtype)
+        weights[0] if len(weights) == 1 else torch.cat(weights),
+        statistics,
+        scheme,
+        rule.parsed_options(),
+        stored_scale_dtype(stack[0].tensor.dtype),
     )
     notes += [f"{stack[0].block}: {', '.join(row.linear for row in stack)}: {note}" for note in said]
     results, start = [], 0

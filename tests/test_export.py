@@ -287,9 +287,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_while_writing_the_artifact_leaves_nothing_there(small_disk: Path, tmp_path: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(600_000))
     with pytest.raises(CheckpointError, match="the disk is full"):
         quick_export(small_disk / "out", work=tmp_path / "work")
-    assert list(small_disk.iterdir()) == []
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
     quick_export(tmp_path / "out", work=tmp_path / "work")  # the finished blocks are still good
 
 

@@ -77,8 +77,8 @@ def inverse_factor(
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None when no damping helps.
 
-    order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 gets 1 on the
-    diagonal, so that it influences nothing.
+    order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 influences nothing: it
+    gets the mean of the others on the diagonal, so that it does not change the damping either.
     With J the reversal of rows and columns, `J H J = L L^T` gives `U = J L^-1 J`: one factorization and one
     triangular solve, instead of factorizing, inverting and factorizing again. Everything happens in two buffers: the
     square of 11,008 floats is half a gigabyte.
@@ -86,15 +86,17 @@ def inverse_factor(
     columns = len(hessian)
     backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
     diagonal = hessian.diagonal()[backwards]
-    diagonal[diagonal == 0] = 1
+    seen = diagonal != 0
+    typical = torch.where(seen.any(), diagonal.sum() / seen.sum(), 1.0)
+    diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        lower = hessian[backwards.unsqueeze(1), backwards]
-        lower.diagonal().copy_(diagonal + share * diagonal.mean())
+        lower = hessian[backwards.unsqueeze(1), backwards].mT  # symmetric; column-major, so that nothing is copied
+        lower.diagonal().copy_(diagonal + share * typical)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.sum()):
-            inverse = torch.eye(columns, device=hessian.device)
+            inverse = torch.eye(columns, device=hessian.device).mT
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()

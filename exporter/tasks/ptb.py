@@ -17,7 +17,12 @@ _BRACKETS = ("-LRB-", "-RRB-", "-LCB-", "-RCB-")
 DROPPED = frozenset((*_BRACKETS, "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 JAVA, PYTHON = "Penn Treebank (Java)", "Penn Treebank (Python)"
 
-_WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:[-&'/]\w+)*|[&$%#]")
+_SHORT = "mr|mrs|ms|dr|st|mt|jr|sr|vs|etc|inc|ltd|corp"  # abbreviations that keep their period
+_WORD = re.compile(
+    rf"(?:\b[a-z]\.){{2,}}|\b(?:{_SHORT})\.|\d+(?:[.,:]\d+)+|\w+(?:[-&'/]\w+)*|[&$%#<>=+*@^~|/\\()\[\]{{}}]"  # u.s.; 10:30; t-shirt; signs
+)
+_SIGNS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_PARTED = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}
 _CLITIC = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))")
 
 
@@ -36,13 +41,16 @@ def tokens(caption: str) -> list[str]:
     """The words of a caption, in Python.
 
     Lower case; punctuation is dropped; hyphenated words stay whole; `don't` is `do n't` and `dog's` is `dog 's`.
-    Unlike the original, abbreviations lose their periods, `cannot` stays one word and brackets leave no token.
+    Brackets become `-lrb-` and the like, which COCO's evaluation means to drop but does not. Unlike the original,
+    rare abbreviations lose their periods, and names of files and addresses of the web fall apart.
     """
     found = _WORD.findall(caption.lower().replace("\u2019", "'"))
     return [part for word in found for part in _parts(word)]
 
 
 def _parts(word: str) -> tuple[str, ...]:
+    if word in _SIGNS or word in _PARTED:
+        return _PARTED.get(word) or (_SIGNS[word],)
     split = _CLITIC.fullmatch(word)
     return (split[1], split[2]) if split else (word,)
 
