@@ -19,7 +19,16 @@ JAVA, PYTHON = "Penn Treebank (Java)", "Penn Treebank (Python)"
 
 _SHORT = "mr|mrs|ms|dr|st|mt|jr|sr|vs|etc|inc|ltd|corp"  # abbreviations that keep their period
 _WORD = re.compile(
-    rf"(?:\b[a-z]\.){{2,}}|\b(?:{_SHORT})\.|\d+(?:[.,:]\d+)+|\w+(?:[-&'/]\w+)*|[&$%#<>=+*@^~|/\\()\[\]{{}}]"  # u.s.; 10:30; t-shirt; signs
+    "|".join(
+        (
+            r"(?:\b[a-z]\.){2,}",  # u.s.
+            rf"\b(?:{_SHORT})\.",
+            r"\d+(?:[.,:]\d+)+",  # 10:30
+            r"\w+(?:[-&'/]\w+)*",  # t-shirt
+            r"[!?]{2,}",
+            r"[&$%#<>=+*@^~|/\\()\[\]{}]",
+        )
+    )
 )
 _SIGNS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PARTED = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}

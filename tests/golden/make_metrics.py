@@ -17,6 +17,7 @@ from typing import Any
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 HERE = Path(__file__).parent
 ANSWERS = (  # what a model says
@@ -43,6 +44,16 @@ PAIRS = (  # candidate, references; split at spaces as they are
     ("it does n't bark", ["the dog 's barks", "it is n't barking"]),
     ("café in 10:30", ["the café at 10:30", "a coffee shop"]),
 )
+
+
+CAPTIONS = (  # for the tokenizer; a rule of English each
+    "Mr. Smith and Mrs. Jones.", "a sign on Main St. in town", "a sign that says Main St.", "dogs vs. cats",
+    "a U.S. flag", "in the U.S.", "10 a.m. train", "apples, pears, etc.", "best. dog ever", "Mt. Hood (Oregon)",
+    "a man (smiling) [left] {x}", "I cannot go", "gonna wanna gotta", "5 + 3 = 8", "a < b", "c/o x", "and/or",
+    "#1 @ home", "it's 3 o'clock", "rock 'n' roll", "y'all", "don't", "dogs' tails", "the '90s", "50%", "$3.50",
+    "100,000", "no. 5", "J. K. Rowling", "a T.V. set", "TV.", "wi-fi", "x-ray", "...what", "wow!!!", "what?!",
+    "1/2 cup", "3:00pm", "4x4", "rest.", "lets him", "Co. name", "a-b-c", "he'd've", "A DOG\nand a cat",
+)  # fmt: skip
 
 
 def evaluator(path: str) -> Any:
@@ -106,8 +117,12 @@ def captions() -> dict[str, Any]:
 
 
 def main() -> None:
-    sources = f"pycocoevalcap {version('pycocoevalcap')} (Bleu, Meteor), VQAEval of salesforce-lavis 1.0.2"
-    content = {"source": sources, "captions": captions(), "vqa": vqa(sys.argv[1])}
+    sources = (
+        f"pycocoevalcap {version('pycocoevalcap')} (Bleu, Meteor, PTBTokenizer), VQAEval of salesforce-lavis 1.0.2"
+    )
+    split = PTBTokenizer().tokenize({i: [{"caption": caption}] for i, caption in enumerate(CAPTIONS)})
+    words = {caption: split[i][0].split() for i, caption in enumerate(CAPTIONS)}
+    content = {"source": sources, "words": words, "captions": captions(), "vqa": vqa(sys.argv[1])}
     (HERE / "metrics.json").write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
 
 
