@@ -8,6 +8,7 @@ For measuring time and memory where no real weights can be had: shapes, names an
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,27 @@ import torch
 
 from exporter.checkpoint import DTYPES, ShardWriter
 from exporter.demo import MODELS
-from tests.headers.read import load_header
+from tests.headers.read import Header, load_header
 
 
-def write(header_name: str, out: Path, device: str, shard_bytes: int = 5 * 10**9) -> int:
-    """Write the folder; returns the number of parameters."""
+def first_blocks(config: dict[str, Any], tensors: Header, blocks: int) -> tuple[dict[str, Any], Header]:
+    """The model cut down to its first blocks (one more in the vision tower, whose last block never runs)."""
+    kept = {"text_config": blocks, "vision_config": blocks + 1}
+    config = config | {part: config[part] | {"num_hidden_layers": count} for part, count in kept.items()}
+    limits = {"language_model": blocks, "vision_tower": blocks + 1}
+    found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in tensors}
+    return config, {
+        name: entry
+        for name, entry in tensors.items()
+        if not (place := found[name]) or int(place[1]) < limits[name.partition(".")[0]]
+    }
+
+
+def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes: int = 5 * 10**9) -> int:
+    """Write the folder, with all blocks or only the first ones; returns the number of parameters."""
     config, tensors = load_header(header_name)
+    if blocks:
+        config, tensors = first_blocks(config, tensors, blocks)
     out.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(0)
     writer, parameters = ShardWriter(out, shard_bytes), 0
@@ -63,8 +79,9 @@ def main() -> None:
     parser.add_argument("header")
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--blocks", type=int, default=0, help="only the first blocks: enough to measure memory")
     arguments = parser.parse_args()
-    count = write(arguments.header, arguments.out, arguments.device)
+    count = write(arguments.header, arguments.out, arguments.device, arguments.blocks)
     print(json.dumps({"parameters": count, "folder": str(arguments.out)}))
 
 
