@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporter.checkpoint import write_text
+from exporter.checkpoint import make_folder, write_text
 from exporter.errors import DataError
 from exporter.events import Event
 from exporter.tasks.sample import Sample
@@ -62,7 +62,7 @@ class Store:
         """Keep one finished batch; either all of it is on disk or nothing."""
         place = self._place(identity)
         if not (place / ABOUT).exists():
-            place.mkdir(parents=True, exist_ok=True)
+            make_folder(place)
             write_text(place / ABOUT, json.dumps(dict(identity), indent=1, sort_keys=True) + "\n")
         write_text(place / f"{digest(sorted(answers))[:24]}.json", json.dumps(dict(answers), sort_keys=True) + "\n")
 

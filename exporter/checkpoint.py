@@ -227,6 +227,14 @@ def write_text(path: Path, text: str) -> None:
         raise disk_error(path, error) from None
 
 
+def make_folder(path: Path) -> None:
+    """The folder and its parents, if they are not there; CheckpointError says what the disk objects to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
 def disk_error(path: Path, error: Exception) -> CheckpointError:
     """A write failed: say where and how much room is left."""
     parent = next((p for p in path.parents if p.exists()), Path("/"))

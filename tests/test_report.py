@@ -300,3 +300,15 @@ def test_written_files_replace_older_ones_whole(out: Path, tmp_path: Path) -> No
     assert [path.name for path in files] == ["r.html", "r.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
     assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ["--out", tmp_path / "file" / "r.html"],
+        ["--out", tmp_path / "r.html", "--plots", tmp_path / "file" / "p"],
+    ):
+        result = mmq("report", out, *arguments)
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        assert str(tmp_path / "file") in result.stderr

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import write_text
+from exporter.checkpoint import make_folder, write_text
 from exporter.report import charts
 from exporter.report.content import collect
 from exporter.report.pictures import find_pictures, pictures_of, thumbnail
@@ -46,7 +46,7 @@ def percent(share: float | None) -> str:
 def write(content: Content, out: Path) -> tuple[Path, Path]:
     """`out` and beside it the content as JSON (pictures left out); returns both paths."""
     beside = out.with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_text(out, html(content))
     plain = {**content, "changed": _bare(content["changed"]), "examples": _bare(content["examples"])}
     write_text(beside, json.dumps(plain, indent=1) + "\n")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import atomic
+from exporter.checkpoint import atomic, make_folder
 from exporter.errors import DataError
 
 BLUE, GRAY, RED = "#1f5fbf", "#8a8f98", "#b3261e"
@@ -28,7 +28,7 @@ def write_plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
         figures["scores.png"] = _scores(Figure, content)
     if content["blocks"]:
         figures["errors.png"] = _errors(Figure, content)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, figure in figures.items():
         with atomic(folder / name) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
