@@ -19,11 +19,12 @@ from typing import Any
 from exporter.artifact import REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
+from exporter.errors import ServeError
 from exporter.events import Event
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
-from exporter.runtime.serve_lint import engine_class
+from exporter.runtime.serve_lint import Linear, cpu_problems, engine_class, parallel_problems
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
 
@@ -77,6 +78,7 @@ class Session:
 def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
     """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
     artifact = Artifact.open(folder)
+    refuse_unservable(artifact, session.program.cpu, session.tensor_parallel)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
         replies, log, seconds = _ask_engine(folder, artifact, samples, session, scratch / "engine.log")
@@ -159,6 +161,35 @@ def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -
         elif path.is_file():
             shutil.copyfile(path, out / path.name)
     return out
+
+
+def engine_linears(artifact: Artifact) -> list[Linear]:
+    """The packed linears as the engine sees them, from headers alone."""
+    found = []
+    for module in artifact.manifest["linears"]:
+        scheme, tensors = artifact.scheme_of(module), artifact.checkpoint.tensors
+        names = [f"{module}.{name}" for name in ("weight_packed", "weight", "qweight")]
+        stored = next(tensors[name] for name in names if name in tensors)
+        rows, columns = stored.shape
+        if stored.name.endswith("qweight"):  # transposed; AutoGPTQ packs inputs, AutoAWQ outputs
+            packs_inputs = artifact.manifest["format"] == "gptq"
+            rows, columns = columns, rows * 32 // scheme.bits if packs_inputs else rows
+            rows = rows if packs_inputs else rows * 32 // scheme.bits
+        elif stored.name.endswith("weight_packed"):
+            columns = columns * 32 // scheme.bits
+        name = artifact.family.runtime_name(module)
+        found.append(Linear(name, artifact.family.engine_name(module), (rows, columns), scheme))
+    return found
+
+
+def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
+    """ServeError naming the rules that keep this engine from serving it, before it is started."""
+    linears, format_name = engine_linears(artifact), artifact.manifest["format"]
+    problems = cpu_problems(linears, format_name) if cpu else []
+    problems += parallel_problems(linears, tensor_parallel) if tensor_parallel > 1 else []
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems[:10])
+        raise ServeError(f"vllm cannot serve this artifact here:\n{lines}", "`mmq plan` shows what serves each part")
 
 
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:

@@ -43,16 +43,21 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/mine --tensor-parallel 2 --port 9000 -- --gpu-memory-utilization 0.5
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
+    from exporter.artifact import MANIFEST, Artifact
+    from exporter.check import refuse_unservable
     from exporter.runtime.launch import find_program, launch
     from exporter.runtime.vllm_engine import Engine, free_port
     from exporter.show_serving import python_line, shell_line
     from exporter.source import open_source
 
     checkpoint, family = open_source(str(artifact))
+    program = find_program(options["vllm"])
+    if (artifact / MANIFEST).exists():
+        refuse_unservable(Artifact.open(artifact), program.cpu, options["tensor_parallel"])
     made = launch(
         artifact,
         checkpoint.config,
-        find_program(options["vllm"]),
+        program,
         host=options["host"],
         port=options["port"] or free_port(),
         fallback_prompt=family.fallback_prompt,
