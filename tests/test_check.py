@@ -1,0 +1,154 @@
+"""What a check asks of an artifact, without an engine: shapes, schemes, doubled scales, prompts, the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.artifact import Artifact
+from exporter.backends import load_processor
+from exporter.check import (
+    Checked,
+    Control,
+    distance_problems,
+    double_scales,
+    engine_linears,
+    keep,
+    modules_of,
+    png,
+    refuse_unservable,
+    scheme_problems,
+)
+from exporter.cli_serve import questions
+from exporter.device import choose
+from exporter.errors import ServeError
+from exporter.export import export
+from exporter.plan import engine_linears as planned_linears
+from exporter.predict import prompt_inputs
+from exporter.recipe import Recipe
+from exporter.recipe_file import load_recipe
+from exporter.reference import Compared, Distance, Reference
+from exporter.runtime.vllm_engine import Reply
+
+A8 = {"component": "vision", "bits": 8, "activations": "int8"}
+W4 = {"component": "language", "bits": 4, "group_size": 128}
+ASYMMETRIC = W4 | {"symmetric": False}
+RULES = {"compressed_tensors": [A8, W4], "gptq": [W4], "awq": [ASYMMETRIC]}
+
+
+def made(out: Path, format_name: str) -> tuple[Path, object]:
+    """The demo model rounded to nearest, in one format."""
+    data = load_recipe("llava-w4").model_dump() | {"format": format_name, "quantize": RULES[format_name]}
+    data["model"] |= {"repo": "demo-llava"}
+    recipe = Recipe.model_validate(data)
+    done = export(recipe, out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
+    return out, done.plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("check") / "mixed", "compressed_tensors")[0]
+
+
+@pytest.mark.parametrize("format_name", RULES)
+def test_shapes_from_headers_are_those_of_the_plan(tmp_path: Path, format_name: str):
+    out, plan = made(tmp_path / "artifact", format_name)
+    planned = {x.name: x for x in planned_linears(plan.rows, plan.family) if x.scheme}
+    found = {x.name: x for x in engine_linears(Artifact.open(out))}
+    assert found.keys() == planned.keys()
+    assert {(n, x.engine, x.shape) for n, x in found.items()} == {(n, x.engine, x.shape) for n, x in planned.items()}
+
+
+def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, tmp_path: Path):
+    artifact = Artifact.open(folder)
+    refuse_unservable(artifact, cpu=True, tensor_parallel=1)
+    with pytest.raises(ServeError, match="rule tensor-parallel: "):
+        refuse_unservable(artifact, cpu=False, tensor_parallel=2)  # 128 inputs in groups of 128
+    data = load_recipe("llava-w8").model_dump()
+    data["model"] |= {"repo": "demo-llava"}
+    eight = tmp_path / "eight"
+    export(Recipe.model_validate(data), out=eight, device=choose("cpu"), on_event=lambda e: None, skip_evaluation=True)
+    refuse_unservable(Artifact.open(eight), cpu=False, tensor_parallel=1)
+    with pytest.raises(ServeError, match="rule kernel: W8"):
+        refuse_unservable(Artifact.open(eight), cpu=True, tensor_parallel=1)
+
+
+def log_of(artifact: Artifact) -> dict[str, str]:
+    """What the engine says when all is well."""
+    classes = {"vision": "CompressedTensorsW8A8Int8", "language": "CompressedTensorsWNA16"}
+    names = {name: modules_of(artifact, name) for name in classes}
+    return {artifact.family.engine_name(m): classes[name] for name, found in names.items() for m in found}
+
+
+def test_every_linear_must_have_its_scheme_in_the_log(folder: Path):
+    artifact = Artifact.open(folder)
+    log = log_of(artifact)
+    assert scheme_problems(artifact, log) == []
+    name = "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj"
+    (problem,) = scheme_problems(artifact, {k: v for k, v in log.items() if k != name})
+    assert problem.startswith(f"{name}: vllm's log gives it the scheme none")
+    assert len(scheme_problems(artifact, log | {name: "CompressedTensorsWNA16"})) == 1
+
+
+def test_doubled_scales_double_one_component_and_nothing_else(folder: Path, tmp_path: Path):
+    artifact = Artifact.open(folder)
+    doubled = Artifact.open(double_scales(artifact, folder, "vision", tmp_path / "doubled"))
+    vision = set(modules_of(artifact, "vision"))
+    assert vision
+    for name in artifact.names():
+        factor = 2 if name.removesuffix(".weight") in vision and name.endswith(".weight") else 1
+        assert torch.equal(doubled.read(name), artifact.read(name) * factor), name
+
+
+def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Path, tmp_path: Path):
+    """An engine that answers exactly as the reference does passes; the control's twin does not."""
+    samples = questions(folder, (), 4)
+    artifact, processor, cpu = Artifact.open(folder), load_processor(folder), choose("cpu")
+    reference = Reference(artifact, processor, cpu)
+    replies = []
+    for sample in samples:
+        prompt = tuple(prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist())
+        tokens = (7, 8, 9)
+        bare = Reply("", prompt, tokens, (), ({},) * 3)
+        ours = reference.log_probabilities(sample, bare)
+        tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in ours)
+        said = tuple(float(row[token]) for row, token in zip(ours, tokens, strict=True))
+        replies.append(Reply("", prompt, tokens, said, tops))
+    assert reference.prompt_problems(samples, replies) == []
+    compared = reference.compare(samples, replies)
+    assert compared.distance.largest < 1e-6
+    assert compared.floor.largest > 0
+    assert compared.close(0.06)
+    doubled = Artifact.open(double_scales(artifact, folder, "vision", tmp_path / "doubled"))
+    assert not Reference(doubled, processor, cpu).compare(samples, replies).close(0.06)
+    cut = [Reply("", replies[0].prompt[1:], (7,), (0.0,), ({},)), *replies[1:]]
+    assert "prompts differ" in reference.prompt_problems(samples, cut)[0]
+
+
+def test_a_control_that_shows_nothing_is_a_problem():
+    near, far, floor = Distance(0.02, 0.005, 50), Distance(4.0, 1.0, 50), Distance(0.02, 0.005, 50)
+    good = Compared(near, floor)
+    assert distance_problems(good, Control("vision", far, good), 0.06) == []
+    assert "would not notice" in distance_problems(good, Control("vision", near, good), 0.06)[0]
+    assert "on both sides" in distance_problems(good, Control("vision", far, Compared(far, floor)), 0.06)[0]
+    assert "too far" in distance_problems(Compared(far, floor), None, 0.06)[0]
+
+
+def test_the_result_joins_the_report(tmp_path: Path):
+    (tmp_path / "mmq_report.json").write_text('{"passed": true}')
+    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.06, None, None, {"A": 2}, 30.0, ("why",)))
+    report = json.loads((tmp_path / "mmq_report.json").read_text())
+    assert report["passed"] is True
+    assert report["serving"]["passed"] is False
+    assert report["serving"]["problems"] == ["why"]
+
+
+def test_pictures_are_sent_without_loss(folder: Path):
+    import io
+
+    from PIL import Image, ImageChops
+
+    sample = questions(folder, (), 1)[0]
+    sent = Image.open(io.BytesIO(png(sample)))
+    assert ImageChops.difference(sent, sample.image().convert("RGB")).getbbox() is None
