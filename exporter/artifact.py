@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from exporter.checkpoint import Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
+from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
@@ -31,7 +31,6 @@ from exporter.workdir import UnitResult, Workdir
 
 MANIFEST = "mmq_manifest.json"
 REPORT = "mmq_report.json"
-SHARD_BYTES = 10**9  # a shard is held in memory until it is complete
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT}
 PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")

@@ -34,6 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 MAX_HEADER = 100 * 2**20  # the format's own limit
+SHARD_BYTES = 10**9  # size of the shards we write; one is held in memory until it is complete
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ The terms are those that `calibrate` really holds at once; docs/architecture.md 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import SHARD_BYTES, Checkpoint
 from exporter.device import Device
 from exporter.families import Component, Family
 from exporter.recipe import Calibration
 
-SOLVE_BYTES = 3 * 4  # three float32 squares of the inputs: Hessian, its factor, the factor's inverse
+SOLVE_BYTES = 6 * 4  # float32 squares of the inputs: Hessian, its factor, the inverse, and what the solvers copy
 WEIGHT_BYTES = 17  # float32: the weights, their stack, what compensation changes, a product; and one byte of code
-RUNTIME_BYTES = 500 * 2**20  # torch, transformers and their libraries, resident in the host process
+RUNTIME_BYTES = 400 * 2**20  # torch, transformers and their libraries, resident in the host process
+CUDA_BYTES = 1.2 * 2**30  # what CUDA and its libraries add there
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def predict_memory(
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
     on_device = peaks[largest]
-    host = RUNTIME_BYTES + (on_device if not device.is_cuda else 2**30)
-    return Memory(on_device, host, activations, largest)
+    shard = min(SHARD_BYTES, sum(info.bytes for info in checkpoint.tensors.values()))
+    host = RUNTIME_BYTES + shard + (CUDA_BYTES if device.is_cuda else on_device)
+    return Memory(on_device, int(host), activations, largest)
 
 
 def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, int]]:
