@@ -26,8 +26,8 @@ data_option = click.option(
     "--data",
     metavar="SOURCE",
     multiple=True,
-    help="Calibrate and evaluate on: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, gqa, "
-    "hub); repeat for a source each task. [the recipe's]",
+    help="Calibrate and evaluate on: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
+    "gqa, hub); repeat for a source each task. [the recipe's]",
 )
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
