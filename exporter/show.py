@@ -159,7 +159,7 @@ def export_page(result: Export) -> RenderableType:
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         f"{times}; peak memory: host {memory(result.host_peak)}{device}",
         f"artifact: {result.out}",
-        f"serve it: vllm serve {result.out} --limit-mm-per-prompt '{{\"image\": 1}}'",
+        f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}",
     )
 
 
