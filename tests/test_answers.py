@@ -214,6 +214,7 @@ def test_a_server_that_stays_busy_is_named_with_what_it_said() -> None:
         (400, '{"error": {"message": "image too large"}}', "400: image too large"),
         (404, '{"detail": "Not Found"}', "404: .*Not Found"),
         (401, "{}", "401"),
+        (302, "", "302"),
         (307, "", "307"),
     ],
 )

@@ -20,7 +20,7 @@ from exporter.export import export
 from exporter.facts import Facts, folder_reader, read_facts
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
-from exporter.report import collect, html, thumbnail, write
+from exporter.report import charts, collect, html, thumbnail, write
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
 
@@ -108,6 +108,9 @@ def test_the_json_beside_it_holds_the_same_without_pictures(out: Path, page: Pat
         f"{b['block']}.{name}": e for rows in said["blocks"].values() for b in rows for name, e in b["linears"].items()
     }
     assert found == pytest.approx(manifest["errors"])
+    for row in (row for rows in said["blocks"].values() for row in rows):
+        assert row["mean"] == pytest.approx(sum(row["linears"].values()) / len(row["linears"]))
+        assert row["largest"] == max(row["linears"].values())
     assert [row["block"] for rows in said["blocks"].values() for row in rows] == manifest["units"]
     assert all("picture" not in row for row in said["changed"])
     assert "data:image" not in page.with_suffix(".json").read_text()
@@ -165,6 +168,27 @@ def test_a_baseline_of_zero_and_an_older_report_still_make_a_page(out: Path) -> 
     for row in old["changed"]:
         del row["kind"], row["scores"]
     assert "Changed answers" in html(collect(facts(out, old), {}))
+
+
+def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
+    """x, width and height of every bar of a class."""
+    found = [attributes for tag, attributes in Tags(svg).found if tag == "rect" and attributes["class"] == kind]
+    return [(float(a["x"] or 0), float(a["width"] or 0), float(a["height"] or 0)) for a in found]
+
+
+def test_charts_are_to_scale() -> None:
+    row = {"name": "vqa accuracy", "relative": {"change": -0.02, "low": -0.04, "high": 0.01}, "allowed": -0.05}
+    svg = charts.change(row, (-0.10, 0.10))
+    assert rectangles(svg, "forbidden") == [(0, pytest.approx(25), 20)]
+    assert rectangles(svg, "interval") == [(pytest.approx(30), pytest.approx(25), 6)]
+    marks = [float(a["x1"] or 0) for tag, a in Tags(svg).found if tag == "line"]
+    assert marks == pytest.approx([50, 40])  # zero, then what was measured
+    low, high = charts.reach([row])
+    assert low < -0.05 < 0.01 < 0.02 < high
+    bars = charts.blocks([{"block": "a", "mean": 0.1, "largest": 0.4}, {"block": "b", "mean": 0.3, "largest": 0.3}])
+    assert [height for _, _, height in rectangles(bars, "strong")] == pytest.approx([25, 75])
+    assert [height for _, _, height in rectangles(bars, "quiet")] == pytest.approx([100, 75])
+    assert [width for _, width, _ in rectangles(charts.sizes(200, 50), "strong")] == pytest.approx([25])
 
 
 def test_pictures_are_small_and_right() -> None:
