@@ -41,7 +41,11 @@ def load_processor(folder: Path) -> Any:
 def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int) -> tuple[Model, Model]:
     """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor."""
     dtype = device.compute_dtype(next(t.dtype for t in checkpoint.tensors.values() if len(t.shape) == 2))
-    how = {"backend": "transformers", "device": device.torch_device.type, "dtype": str(dtype).removeprefix("torch.")}
+    how: dict[str, Any] = {
+        "backend": "transformers",
+        "device": device.torch_device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     how |= {"versions": {name: version(name) for name in ("mmq", "torch", "transformers")}}
     family = artifact.family
 
