@@ -25,7 +25,7 @@ from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.plan import Plan, Unit
-from exporter.quantized import QuantizedLinear, Scheme, pack_bits
+from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
 from exporter.workdir import UnitResult, Workdir
 
@@ -228,6 +228,11 @@ class Artifact:
     def _stored(self, module: str) -> tuple[str, ...]:
         names: tuple[str, ...] = FORMATS[self.manifest["format"]].tensor_names(module, self.scheme_of(module))
         return names
+
+    def rounded_inputs(self) -> dict[str, Activations]:
+        """Live names of the linears whose inputs the engine rounds to 8 bits, and how."""
+        kinds = {module: self.scheme_of(module).activations for module in self.manifest["linears"]}
+        return {self.family.live_name(module): kind for module, kind in kinds.items() if kind}
 
     def linear(self, module: str) -> QuantizedLinear:
         """One packed linear, unpacked."""

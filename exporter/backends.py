@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from exporter.activations import round_inputs
 from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from exporter.errors import DataError
 from exporter.families import Family
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
+from exporter.quantized import Activations
 from exporter.stream import Read, load_whole
 
 SOURCE, ARTIFACT = "full precision", "artifact"
@@ -53,10 +55,11 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
     def processor() -> Any:
         return load_processor(checkpoint.folder)
 
-    def model(label: str, weights: str, names: Sequence[str], read: Read) -> Model:
+    def model(label: str, weights: str, names: Sequence[str], read: Read, rounded: dict[str, Activations]) -> Model:
         @contextmanager
         def opened() -> Iterator[Backend]:
             loaded = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
+            round_inputs(loaded, rounded)
             try:
                 yield Predictor(loaded, processor(), family, device.torch_device, batch)
             finally:
@@ -64,11 +67,13 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
                 release(device)
 
         identity = _identity(family, weights, checkpoint) | how
+        if rounded:
+            identity["activations"] = rounded
         return Model(label, identity, lambda sample: render(processor(), family, sample, None), opened)
 
     return (
-        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read),
-        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read),
+        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read, {}),
+        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded_inputs()),
     )
 
 

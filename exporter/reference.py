@@ -66,8 +66,7 @@ class Reference:
         need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
         self._high = torch.float32 if need < device.free_bytes else self._low
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
-        kinds = {module: artifact.scheme_of(module).activations for module in artifact.manifest["linears"]}
-        round_inputs(self._model, {self._family.live_name(module): kind for module, kind in kinds.items() if kind})
+        round_inputs(self._model, artifact.rounded_inputs())
 
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
         """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
