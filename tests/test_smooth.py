@@ -1,0 +1,118 @@
+"""Smoothing of live blocks: it helps where inputs have outliers, is exact, is stored, and falls back aloud."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter import artifact
+from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.plan import Plan
+from exporter.recipe import Rule
+from exporter.workdir import UnitResult, Workdir
+from tests.test_calibrate import LLAVA, plan_for, streamed
+from tests.test_families import live_model, tiny_inputs
+
+AWQ = Rule(component="language", method="awq", bits=3, group_size="row")
+BATCHES = [tiny_inputs(LLAVA, 2, 6), tiny_inputs(LLAVA, 3, 9)]
+
+
+def outlier_checkpoint(folder: Path) -> Checkpoint:
+    """The tiny model in bfloat16 with a few large channels behind each norm, as trained models have them."""
+    folder.mkdir()
+    writer = ShardWriter(folder, 10**9)
+    for name, parameter in live_model(LLAVA).named_parameters():
+        tensor = parameter.detach().clone()
+        if name.endswith("layernorm.weight"):
+            tensor[::17] *= 60
+        writer.add(LLAVA.canonical_name(name), tensor.bfloat16())
+    writer.finish()
+    (folder / "config.json").write_text(json.dumps(LLAVA.tiny_config()))
+    return Checkpoint.open(folder, LLAVA.canonical_name)
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Plan, Workdir]:
+    """A finished AWQ calibration."""
+    root = tmp_path_factory.mktemp("smooth")
+    checkpoint = outlier_checkpoint(root / "model")
+    plan = plan_for(checkpoint, (AWQ,))
+    return checkpoint, plan, streamed(plan, checkpoint, root / "work", BATCHES)
+
+
+def results(plan: Plan, workdir: Workdir) -> list[UnitResult]:
+    """Every finished unit."""
+    return [workdir.read(unit) for unit in plan.units]
+
+
+def test_outliers_are_smoothed_and_the_folded_norms_are_kept_with_the_unit(
+    smoothed: tuple[Checkpoint, Plan, Workdir],
+) -> None:
+    checkpoint, plan, workdir = smoothed
+    first = results(plan, workdir)[0]
+    assert f"{plan.units[0].block}.input_layernorm.weight" in first.altered
+    assert all(name.endswith("layernorm.weight") for name in first.altered)  # linears are in the codes
+    for name, tensor in first.altered.items():
+        assert tensor.dtype == torch.bfloat16
+        assert not torch.equal(tensor, checkpoint.read(name))
+
+
+def test_smoothing_lowers_the_output_error(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
+    checkpoint, plan, workdir = smoothed
+    plain = plan_for(checkpoint, (AWQ.model_copy(update={"options": {"points": 1, "clip": False}}),))
+    unsmoothed = streamed(plain, checkpoint, tmp_path / "plain", BATCHES)
+    worst = [max(result.errors.values()) for result in results(plan, workdir)]
+    assert worst[0] < max(unsmoothed.read(plain.units[0]).errors.values())
+
+
+def test_product_of_norm_and_columns_is_what_it_was(smoothed: tuple[Checkpoint, Plan, Workdir]) -> None:
+    """Dequantized columns times the folded norm approximate the original product, channel by channel."""
+    checkpoint, plan, workdir = smoothed
+    block = plan.units[0].block
+    result = workdir.read(plan.units[0])
+    norm, module = f"{block}.input_layernorm.weight", f"{block}.self_attn.q_proj"
+    before = checkpoint.read(f"{module}.weight").float() * checkpoint.read(norm).float()
+    after = result.linears[module].dequantize() * result.altered[norm].float()
+    assert float((before - after).norm() / before.norm()) < 0.35  # 3 bits; a lost fold would give more than 1
+    wrong = result.linears[module].dequantize() * checkpoint.read(norm).float()
+    assert float((before - wrong).norm() / before.norm()) > 0.5
+
+
+def test_artifact_holds_the_folded_norms(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
+    checkpoint, plan, workdir = smoothed
+    artifact.write(plan, checkpoint, workdir, tmp_path / "out", {}, lambda event: None, torch.device("cpu"))
+    found = artifact.Artifact.open(tmp_path / "out")
+    for result in results(plan, workdir):
+        for name, tensor in result.altered.items():
+            assert torch.equal(found.read(name), tensor)
+    untouched = "language_model.model.norm.weight"
+    assert torch.equal(found.read(untouched), checkpoint.read(untouched))
+
+
+def test_resuming_gives_the_same_units(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
+    checkpoint, plan, workdir = smoothed
+    again = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    (tmp_path / "work" / plan.units[1].file).unlink()
+    again = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    for one, two in zip(results(plan, workdir), results(plan, again), strict=True):
+        assert one.altered.keys() == two.altered.keys()
+        for name, linear in one.linears.items():
+            assert torch.equal(linear.codes, two.linears[name].codes), name
+
+
+def test_a_block_that_got_worse_falls_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter.methods import awq
+
+    def bad(weights: list, statistics: object, *rest: object) -> tuple[torch.Tensor, float, float]:
+        scales = torch.ones(weights[0].shape[1])
+        scales[::2] = 3000.0  # claims to help, ruins the block
+        return scales, 1.0, 0.5
+
+    monkeypatch.setattr(awq, "find_scales", bad)
+    checkpoint = outlier_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (AWQ,))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    for result in results(plan, workdir):
+        assert result.altered == {}
+        assert any("smoothing left out" in note for note in result.notes)
