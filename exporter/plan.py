@@ -288,6 +288,8 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
 
 def _warnings(recipe: Recipe, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:
     found = []
+    if recipe.calibration.data == ("drawings",):
+        found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
         if scheme and scheme.bits not in (4, 8):

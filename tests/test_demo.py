@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from exporter.demo import MODELS, easy_vqa
-from exporter.demo.data import SIZES, picture, samples
+from exporter.demo.data import SIZES, drawings, picture, samples
 from exporter.demo.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer
 from exporter.demo.language import QUESTIONS, caption, captions, question, vocabulary
 from exporter.demo.packing import PREFIX, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids
@@ -380,3 +380,17 @@ def test_embedded_pictures_are_easy_vqas_own() -> None:
 def test_the_live_names_exist() -> None:
     live = dict(model().named_parameters())
     assert {live_name(name) for name in shapes()} == set(live)
+
+
+def test_drawings_are_the_same_scenes_in_plain_words() -> None:
+    known = samples("captioning", "train", 40)
+    plain = drawings("captioning", "train", 40)
+    assert [s.identity for s in plain] == [s.identity for s in known]
+    names = {thing.name for objects in things(scenes("train", torch.arange(40))) for thing in objects}
+    for sample in plain:
+        assert len(sample.references) == 3
+        assert not any(name in text for name in names for text in sample.references)
+        assert all(any(f" {color} " in text for color in COLORS) for text in sample.references)
+    asked = drawings("vqa", "test", 300)
+    assert {"find", "name"}.isdisjoint({s.kind for s in asked})
+    assert {"color", "shape", "easy-vqa shape"} <= {s.kind for s in asked}

@@ -17,7 +17,7 @@ from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
 from exporter.events import Event
-from exporter.export import Export, export
+from exporter.export import Export, export, with_data_it_knows
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
@@ -306,3 +306,15 @@ def test_full_disk_while_storing_a_block_can_be_resumed(finished: Path, small_di
     (small_disk / "filler").unlink()
     quick_export(tmp_path / "out", work=work)
     assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions() -> None:
+    shipped = load_recipe("llava-w4-vit8")
+    assert shipped.model.repo == "llava-hf/llava-1.5-7b-hf"
+    fitted = with_data_it_knows(shipped)
+    assert fitted.calibration.data == fitted.evaluation.data == ("drawings",)
+    assert [gate.task for gate in fitted.gates] == ["vqa"]
+    assert with_data_it_knows(fitted) == fitted
+    assert with_data_it_knows(quick_recipe()) == quick_recipe()  # the embedded model knows the names
+    own = shipped.adjusted(calibration={"data": ("coco",)}, evaluation={"data": ("coco",)})
+    assert with_data_it_knows(own) == own

@@ -18,6 +18,7 @@ from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
 ANY_TASK = ("captioning", "vqa", "retrieval")
+BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-up names, and in plain words
 
 
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
@@ -26,6 +27,12 @@ def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> li
     if task not in get_args(demo.Task):
         raise DataError(f"demo has nothing for task {task}", f"it has {', '.join(get_args(demo.Task))}")
     return demo.samples(cast(demo.Task, task), cast(Any, split), limit, seed)
+
+
+def _drawings(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
+    from exporter.demo import data as demo
+
+    return demo.drawings(cast(demo.Task, task), cast(Any, split), limit, seed)
 
 
 def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) -> Source:
@@ -41,6 +48,7 @@ def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) 
 
 DATA: dict[str, Source] = {
     "demo": _demo,
+    "drawings": _drawings,
     "folder": _local("folder", folder.samples),
     "coco": _local("coco", coco.samples),
     "flickr30k": _local("flickr30k", flickr30k.samples),
@@ -62,7 +70,9 @@ class Place:
         """What it can be asked."""
         if self.name in CONVENTIONS:
             return CONVENTIONS[self.name].tasks
-        return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK[: 2 if self.name == "demo" else 3]
+        return (
+            hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK[: 2 if self.name in BUILT_IN else 3]
+        )
 
     def __str__(self) -> str:
         """For manifests: the source, and of its path the last part alone."""

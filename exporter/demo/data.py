@@ -1,6 +1,6 @@
 """Samples of the demo tasks: drawn scenes for captions and questions; the test split mixes in easy-VQA."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -8,12 +8,13 @@ import torch
 from PIL.Image import Image, fromarray
 
 from exporter.demo import easy_vqa
-from exporter.demo.language import QUESTIONS, Dice, captions, question
+from exporter.demo.language import QUESTIONS, Dice, captions, plain_captions, question
 from exporter.demo.scenes import Split, Thing, draw, scenes, things
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 Task = Literal["vqa", "captioning"]
+Captions = Callable[[Sequence[Thing]], tuple[str, ...]]
 SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes; train is what training drew
 EASY_EVERY = 3  # in the test split, every third question is one of easy-VQA's, as long as there are any
 
@@ -38,16 +39,16 @@ def _words(split: Split, indices: Sequence[int]) -> list[tuple[Thing, ...]]:
     return things(scenes(split, torch.tensor(indices, dtype=torch.int64)))
 
 
-def _captioning(split: Split, indices: Sequence[int]) -> list[Sample]:
+def _captioning(split: Split, indices: Sequence[int], say: Captions = captions) -> list[Sample]:
     return [
-        Sample(f"scenes/{split}/{i:06d}/caption", partial(picture, split, i), None, captions(objects), "caption")
+        Sample(f"scenes/{split}/{i:06d}/caption", partial(picture, split, i), None, say(objects), "caption")
         for i, objects in zip(indices, _words(split, indices), strict=True)
     ]
 
 
-def _scene_questions(split: Split, indices: Sequence[int]) -> list[Sample]:
+def _scene_questions(split: Split, indices: Sequence[int], kinds: Sequence[str] = tuple(QUESTIONS)) -> list[Sample]:
     """One question a scene, the kinds in turn (the next kind when a scene allows none of its own)."""
-    kinds, samples = tuple(QUESTIONS), []
+    samples = []
     for i, objects in zip(indices, _words(split, indices), strict=True):
         turns = [kinds[(i + step) % len(kinds)] for step in range(len(kinds))]
         asked = next(q for q in (question(kind, objects, i) for kind in turns) if q is not None)
@@ -88,6 +89,18 @@ def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -
     in the test split every third sample is an easy-VQA question. The splits never share a scene: see `scenes`.
     Raises DataError for an unknown task or split, or more samples than there are.
     """
+    return _chosen(task, split, limit, seed, captions, tuple(QUESTIONS))
+
+
+def drawings(task: Task, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
+    """`samples` for models that never learned the lexicon: captions in plain words, no question about a name."""
+    plain = tuple(kind for kind in QUESTIONS if kind not in ("find", "name"))
+    return _chosen(task, split, limit, seed, plain_captions, plain)
+
+
+def _chosen(
+    task: Task, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
+) -> list[Sample]:
     if task not in ("vqa", "captioning") or split not in SIZES:
         raise DataError(
             f"no demo data for task '{task}', split '{split}'", "vqa or captioning; train, validation, test"
@@ -100,5 +113,5 @@ def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -
     count = size if limit is None else min(limit, size)
     indices = _shuffled(size, seed)[:count]
     if task == "captioning":
-        return _captioning(split, indices)
-    return _mixed(_scene_questions(split, indices), easy)[:limit]
+        return _captioning(split, indices, say)
+    return _mixed(_scene_questions(split, indices, kinds), easy)[:limit]

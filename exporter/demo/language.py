@@ -61,6 +61,13 @@ def captions(objects: Sequence[Thing]) -> tuple[str, ...]:
     return exact, f"there is {exact}", f"an image with {exact}", f"an image with {described}."
 
 
+def plain_captions(objects: Sequence[Thing]) -> tuple[str, ...]:
+    """Captions in plain words, for models that never learned the made-up names."""
+    parts = [f"a {t.size} {t.color} {t.shape} at the {t.cell}" for t in objects]
+    text = _enumerate(parts)
+    return f"{text}.", f"there is {text}.", f"an image with {_enumerate(parts[::-1])}."
+
+
 def _unique(objects: Sequence[Thing], key: Callable[[Thing], object]) -> list[Thing]:
     keys = [key(thing) for thing in objects]
     return [thing for thing, k in zip(objects, keys, strict=True) if keys.count(k) == 1]
