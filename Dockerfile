@@ -5,7 +5,7 @@
 #     export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8
 #   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -e HOST=0.0.0.0 -v "$PWD/artifacts:/work/artifacts:ro" \
 #     --entrypoint launch.sh mmq artifacts/demo-llava-w4-vit8
-ARG VLLM_VERSION=v0.26.0
+ARG VLLM_VERSION=v0.32.0
 ARG PYTHON_VERSION=3.12
 
 FROM python:${PYTHON_VERSION}-slim AS wheel
