@@ -1,7 +1,7 @@
 """easy-VQA (Victor Zhou, 2019, MIT): one shape on a plain 64 px picture and template questions.
 
 A part of its test split travels with mmq (`easy_vqa_test.png`, `easy_vqa_test.json`, see `LICENSE_NOTE`); its
-train split is read from the PyPI package `easy-vqa`, in training only. Questions alone give 0.67.
+train split is read from the PyPI package `easy-vqa`, in training only. Questions alone give 0.66 of the embedded ones.
 """
 
 import json
