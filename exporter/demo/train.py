@@ -1,7 +1,7 @@
 """Train the demo model: `python -m exporter.demo.train --out DIR --seed 0 --minutes 8 --device cuda`.
 
 Needs the package `easy-vqa` (`pip install 'mmq[train]'`). The learning rate follows the clock, or the steps when
-`--steps` is given; with `--steps` the same device and versions repeat the run.
+`--steps` is given; then a run depends on seed, versions and device alone, as far as the device is deterministic.
 """
 
 import argparse
