@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from exporter.data import BUILT_IN
 from exporter.facts import Facts
 from exporter.families import FAMILIES
 
@@ -136,7 +137,7 @@ def data_name(facts: Facts) -> str:
 
 def in_words(data: str) -> str:
     """A data source as a manifest names it, for strangers."""
-    return ", ".join(DRAWINGS if name == "demo" else name for name in str(data).split(", "))
+    return ", ".join(DRAWINGS if name in BUILT_IN else name for name in str(data).split(", "))
 
 
 def _introduction(facts: Facts, declared: Declared) -> str:

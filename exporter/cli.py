@@ -34,7 +34,8 @@ EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 i
 
 def main() -> None:
     """Entry point of the `mmq` command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
+        signal.signal(stop, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
 

@@ -197,7 +197,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_sources_by_name(tmp_path: Path) -> None:
     split_folder(tmp_path)
     assert len(data.samples("folder", tmp_path, "captioning", "train", 3, 0)) == 3
-    for name in data.DATA.keys() - {"demo"}:
+    for name in data.DATA.keys() - set(data.BUILT_IN):
         with pytest.raises(DataError, match="none is given"):
             data.samples(name, None, "captioning", "train", 3, 0)
 

@@ -128,6 +128,7 @@ def notes(chosen: Sequence[Sample]) -> tuple[str, ...]:
 
 
 __all__ = [
+    "BUILT_IN",
     "CONVENTIONS",
     "DATA",
     "Place",
