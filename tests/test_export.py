@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,11 @@ def test_artifact_keeps_names_files_and_untouched_tensors(finished: Path) -> Non
 
 
 def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished: Path, tmp_path: Path) -> None:
-    assert verify(finished, choose("cpu"), lambda event: None).logit_difference == pytest.approx(0, abs=1e-4)
+    found = verify(finished, choose("cpu"), lambda event: None)
+    if find_spec("compressed_tensors"):
+        assert found.logit_difference == pytest.approx(0, abs=1e-4)
+    else:
+        assert "not installed" in found.skipped
 
     def broken(change: Callable[[Path], None]) -> str:
         copy = tmp_path / "copy"
