@@ -17,7 +17,7 @@ from exporter.events import Event
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to, made when it is missing [main].")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--public", is_flag=True, help="Let everybody see it; without this a new repository is private.")
-@click.option("--replace", is_flag=True, help="Publish over a repository that mmq did not fill.")
+@click.option("--replace", is_flag=True, help="Publish over what mmq did not put there; its weights go.")
 @click.option("--force", is_flag=True, help="Publish an artifact that is not proven; the card then says so.")
 @click.option("--dry-run", is_flag=True, help="List every file and show the card; send nothing.")
 @click.option("--base-model", metavar="ORG/NAME", help="The source on the hub [known when it came from there].")
@@ -46,36 +46,40 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
       mmq publish artifacts/llava-w4 --repo me/llava-1.5-7b-w4 --public
       mmq publish artifacts/llava-w4 --repo org/llava-w4 --create-pr
     """
+    from exporter import package as made
     from exporter import publish as work
     from exporter.card import Declared
     from exporter.device import choose
-    from exporter.hub import check_name, need_token
+    from exporter.hub import need_token
     from exporter.progress import Listener
 
+    artifact = artifact.resolve()  # `.` has no name
     with Listener(as_json) as listen:
-        facts, problems = work.prove(artifact, choose(device), listen)
+        facts, problems = made.prove(artifact, choose(device), listen)
         if not force:
-            work.refuse_unproven(artifact, problems)
+            made.refuse_unproven(artifact, problems)
         wanted = facts.recipe.get("publish") or {}
         repo = said["repo"] or wanted.get("repo")
         if not repo:
             raise PublishError("no repository to publish to", "--repo ORG/NAME, or publish.repo in the recipe")
-        check_name(repo)
         private = not (said["public"] or wanted.get("private") is False)
         target = work.Target(repo, said["revision"], private, said["create_pr"], said["replace"])
+        work.check_target(target)
         license_keys = {"license": said["license_id"]} if said["license_id"] else {}
         tasks = dict(benchmark(text) for text in said["benchmarks"])
         declared = Declared(said["base_model"], license_keys, said["datasets"], said["languages"], tasks)
         if not dry_run:
             need_token()
         remote = None if dry_run and not online() else work.existing(target)
-        if note := work.told(facts):
+        if note := made.told(facts):
             listen(Event("note", 0, 0, note))
-        declared = work.inherited(facts, declared)
-        found = work.package(artifact, facts, target, declared, problems, remote)
+        declared = made.inherited(facts, declared)
+        found = made.package(artifact, facts, repo, declared, problems, remote, target.replace)
         if dry_run:
             return say(listing(found) if as_json else page(repo, found))
         done = work.publish(found, target, remote, listen)
+    if not done.files and not as_json:
+        return say(f"nothing to do: {done.url} holds exactly this")
     say(asdict(done) if as_json else f"published {done.files} files, {done.bytes:,} bytes: {done.url}")
 
 
@@ -111,6 +115,7 @@ def listing(found: Any) -> dict[str, Any]:
     return {
         "files": found.sizes(),
         "removed": list(found.removed),
+        "unchanged": found.unchanged,
         "problems": list(found.problems),
         "card": found.card,
     }
@@ -120,6 +125,7 @@ def page(repo: str, found: Any) -> str:
     """What would be published, for people."""
     lines = [f"would publish to {repo}:", *(f"  {size:>14,}  {name}" for name, size in found.sizes().items())]
     lines += [f"  removed:        {name}" for name in found.removed]
+    lines += ["  nothing to do: the repository holds exactly this already"] if found.unchanged else []
     return "\n".join([*lines, "", found.card])
 
 

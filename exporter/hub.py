@@ -3,6 +3,7 @@
 The token is found by the library (`hf auth login`, HF_TOKEN) and never touched here, except to keep it out of messages.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ AGAIN = "give the same command again; large files that have arrived are not sent
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository. sha256: known for large files only; git's own hash says nothing to us."""
+    """One file of a repository. sha256: of large files only. git: the hash git gives a small file's blob."""
 
     size: int
     sha256: str | None
+    git: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def open_remote(repo: str, revision: str | None = None) -> Remote:
     with speaking(repo, "looking it up"):
         info = HfApi().model_info(repo, revision=revision)
         tree = HfApi().list_repo_tree(repo, recursive=True, revision=info.sha)
-        files = {f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None) for f in tree if isinstance(f, RepoFile)}
+        found = [entry for entry in tree if isinstance(entry, RepoFile)]
+        files = {f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in found}
     return Remote(repo, str(info.sha), bool(info.private), files)
 
 
@@ -104,6 +107,24 @@ def need_token() -> None:
 
     if not get_token():
         raise HubError("no hub token: nothing can be uploaded without one", "run `hf auth login`, or set HF_TOKEN")
+
+
+@contextmanager
+def without_xet() -> Iterator[None]:
+    """Uploads by plain HTTP inside, unless the environment says something of HF_HUB_DISABLE_XET.
+
+    Xet is a second protocol, in a compiled library with servers and errors of its own: what those mean we cannot tell,
+    so a refusal there would read like a lost connection. The client library looks at this value before every transfer.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 @contextmanager

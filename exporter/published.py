@@ -49,7 +49,7 @@ def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Publishe
         elif found.sha256 != digest:
             problems.append(f"{name}: its content is not the one that was written")
         on_event(Event("verify", i + 1, len(expected), name))
-    shards = {name for name in remote.files if name.endswith(".safetensors")}
+    shards = {name for name in remote.files if name.endswith(".safetensors") and "/" not in name}
     problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
     if not problems:
         problems = _missing_tensors(remote, dict(facts.manifest))

@@ -321,7 +321,7 @@ class Routes:
         repo = self.writable(name)
         if branch in repo.branches:
             raise Refused(409, "Reference already exists")
-        repo.branches[branch] = repo.branches["main"]
+        repo.branches[branch], _ = self.revision(repo, self.json().get("startingPoint") or "main")
         return ok({})
 
     def batch(self, name: str) -> Answer:

@@ -17,7 +17,7 @@ from exporter.cli import cli
 from exporter.difference import difference, flattened
 from exporter.errors import ArtifactError, PublishError
 from exporter.facts import Facts, component_of, folder_reader, read_facts
-from exporter.publish import Target, package
+from exporter.package import package
 from tests.published_artifact import tiny_artifact, tiny_model
 
 REPO = "me/tiny"
@@ -121,17 +121,17 @@ def test_the_engines_check_is_on_the_card(facts: Facts) -> None:
 def test_benchmark_results_only_for_benchmarks(made: Path, facts: Facts) -> None:
     declared = Declared(benchmarks={"vqa": ("org/VQA", "vqa_test")})
     with pytest.raises(PublishError, match="drawings, which are no benchmark"):
-        package(made / "w4", facts, Target(REPO), declared, (), None)
+        package(made / "w4", facts, REPO, declared, (), None)
     report = {**dict(facts.report or {}), "evaluation": {"data": "vqav2 val", "models": {}}}
     measured = replace(facts, report=report)
     wrong = Declared(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
-        package(made / "w4", measured, Target(REPO), wrong, (), None)
-    found = package(made / "w4", measured, Target(REPO), declared, (), None).files[RESULTS]
+        package(made / "w4", measured, REPO, wrong, (), None)
+    found = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
     assert isinstance(found, bytes)
     (entry,) = parse_eval_result_entries(yaml.safe_load(found))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
-    assert RESULTS not in package(made / "w4", measured, Target(REPO), Declared(), (), None).files
+    assert RESULTS not in package(made / "w4", measured, REPO, Declared(), (), None).files
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:

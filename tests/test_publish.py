@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import exporter.publish
 from exporter.artifact import MANIFEST, REPORT
 from exporter.cli import cli
 from exporter.errors import ArtifactError, CheckpointError, HubMissing, PublishError
@@ -22,7 +24,7 @@ from exporter.hub import open_remote
 from exporter.published import verify_remote
 from exporter.source import locate, open_source
 from exporter.verify import verify
-from tests.hub_server import READER, WRITER, Fault, Hub, running
+from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
 from tests.published_artifact import tiny_artifact, tiny_model, write_scores
 
 REPO = "me/tiny-w4"
@@ -62,15 +64,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
             ("ENDPOINT", hub.url),
             ("HUGGINGFACE_CO_URL_TEMPLATE", template),
             ("HF_HUB_OFFLINE", False),
-            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_DISABLE_XET", False),  # as it is by default
             ("HF_HUB_CACHE", str(tmp_path / "cache")),
             ("DOWNLOAD_CHUNK_SIZE", 10_000),  # a cut loses what is short of a chunk
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http.time, "sleep", waits.append)
-        monkeypatch.setattr("exporter.publish.verify", partial(verify, load=False))  # its own tests load models
+        monkeypatch.setattr("exporter.package.verify", partial(verify, load=False))  # its own tests load models
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
         yield hub
         close_session()
 
@@ -271,6 +274,147 @@ def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> 
     published(artifact, "--public")
 
 
+def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    assert not hub.sent("xet")
+    (artifact / "model.safetensors").write_bytes((artifact / "model.safetensors").read_bytes() + b" ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_DISABLE_XET", "0")
+        refused(artifact, "--force")
+    assert hub.sent("xet-write-token")
+
+
+def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hf_secret")
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    for name in (str(secret), "../secret", "x/../../secret", "..", "a\\b"):
+        (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {name: "0" * 64}}))
+        assert f"only plain files of this folder are ever published, not\n  {name}\n" in refused(artifact, "--force")
+    (artifact / "link.txt").symlink_to(secret)
+    (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"link.txt": "0" * 64}}))
+    assert "link.txt" in refused(artifact, "--force", "--dry-run")
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    (artifact / REPORT).rename(tmp_path / "report")
+    (artifact / REPORT).symlink_to(tmp_path / "report")
+    assert REPORT in refused(artifact, "--force")
+    assert not hub.sent("^(POST|PUT)")
+
+
+def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
+    published(made / "w4")
+    mine = {"LICENSE": b"mine", "assets/figure.png": b"png", ".eval_results/community.yaml": b"- x"}
+    hub.add(REPO, hub.files(REPO) | mine)
+    published(made / "w3")
+    files = hub.files(REPO)
+    assert {name: files[name] for name in mine} == mine
+    hub.add(REPO, files | {"adapter.safetensors": b"x" * 20_000})
+    assert "weights that mmq did not put there: adapter.safetensors" in refused(made / "w4")
+    published(made / "w4", "--replace")
+    assert "adapter.safetensors" not in hub.files(REPO)
+    assert hub.files(REPO)["LICENSE"] == b"mine"
+
+
+def test_an_answer_that_is_lost_is_found_again_beside_foreign_files(hub: Hub, made: Path) -> None:
+    published(made / "w4")
+    hub.add(REPO, hub.files(REPO) | {"LICENSE": b"mine"})
+    before = commits(hub)
+    hub.faults.append(Fault(r"POST .*/commit/", 0, after=True))
+    published(made / "w3")
+    assert commits(hub) == before + 1
+
+
+def test_a_branch_of_somebody_else_is_left_alone(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    repo = hub.repos[REPO]
+    repo.commit("gguf", {"model.gguf": Entry(b"precious", False)})
+    assert f"{REPO}@gguf holds something that mmq did not put there" in refused(artifact, "--revision", "gguf")
+    assert hub.files(REPO, "gguf") == {"model.gguf": b"precious"}
+    hub.add("me/other", {"model.gguf": b"precious"}, private=True)
+    hub.repos["me/other"].commit("mmq", hub.repos[REPO].commits[repo.branches["main"]])
+    published(artifact, "--repo", "me/other", "--revision", "mmq", "--license", "mit")  # main does not matter then
+    assert hub.files("me/other") == {"model.gguf": b"precious"}
+
+
+def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    hub.add(REPO, hub.files(REPO) | {MANIFEST: b"{"})
+    assert mmq("verify", f"hub:{REPO}").exit_code == 1
+    published(artifact)
+    assert "- the artifact that was here could not be read" in hub.files(REPO)["README.md"].decode()
+    open_artifact()
+    files = hub.files(REPO)
+    del files["recipe.yaml"]
+    hub.add(REPO, files)
+    published(artifact)
+    open_artifact()
+
+
+def test_targets_that_make_no_sense_are_refused_before_anything_is_asked(hub: Hub, artifact: Path) -> None:
+    assert "a pull request is always against main" in refused(artifact, "--create-pr", "--revision", "dev")
+    assert "is a commit, which never changes" in refused(artifact, "--revision", "0" * 40)
+    assert not hub.log
+
+
+def test_public_does_not_change_an_existing_private_repository(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    assert "there already, and private: --public is for new" in refused(artifact, "--public")
+    published(artifact, "--repo", "me/open", "--public")
+    assert not hub.repos["me/open"].private
+
+
+def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hub, artifact: Path) -> None:
+    def unseen(name: str) -> None:
+        hub.faults.append(Fault(rf"GET /api/models/{name}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
+
+    hub.add("me/race", {"weights.bin": b"foreign"})
+    unseen("me/race")
+    assert "there already, and public" in refused(artifact, "--repo", "me/race")
+    unseen("me/race")
+    assert "mmq did not put there (weights.bin" in refused(artifact, "--repo", "me/race", "--public")
+    assert hub.files("me/race") == {"weights.bin": b"foreign"}
+    published(artifact)
+    unseen(REPO)
+    assert "somebody else made it at the same time" in refused(artifact)
+
+
+def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a change between looking and uploading is somebody else's."""
+    published(made / "w4")
+    existing = exporter.publish.existing
+
+    def looked_then(*arguments: Any) -> Any:
+        remote = existing(*arguments)
+        hub.add(REPO, hub.files(REPO) | {"new.txt": b"x"})
+        return remote
+
+    monkeypatch.setattr("exporter.publish.existing", looked_then)
+    assert "somebody else changed it at the same time" in refused(made / "w3")
+
+
+def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    fault = Fault(rf"GET /api/models/{REPO}/revision/", 0, times=99)
+    hub.faults.append(fault)
+    said = refused(artifact, "--license", "mit")
+    head = hub.repos[REPO].branches["main"]
+    assert f"the commit was made ({hub.url}/{REPO}/commit/{head}), but reading it back failed" in said
+    assert f"mmq verify hub:{REPO}@{head}" in said
+
+
+def test_publishing_the_same_again_does_nothing(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    published(artifact, "--license", "mit")
+    head = hub.repos[REPO].branches["main"]
+    assert "the same artifact with a new card" in hub.files(REPO)["README.md"].decode()
+    assert "nothing to do: the repository holds" in published(artifact, "--license", "mit", "--dry-run").output
+    again = published(artifact, "--license", "mit")
+    assert f"nothing to do: {hub.url}/{REPO}/commit/{head} holds exactly this" in again.output
+    assert hub.repos[REPO].branches == {"main": head}
+    published(artifact, "--license", "mit", "--revision", "copy")  # a new branch of it is something to do
+    assert hub.repos[REPO].branches == {"main": head, "copy": head}
+
+
 def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Path) -> None:
     source = b"---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\ntags: [x]\n---\n# LLaVA"
     hub.add("org/llava", {"README.md": source})
@@ -423,7 +567,7 @@ def test_the_token_is_nowhere(hub: Hub, artifact: Path, caplog: pytest.LogCaptur
         text = published(artifact).output + mmq("verify", f"hub:{REPO}").output
     assert WRITER not in caplog.text
     hub.faults.append(Fault(r"POST .*/preupload/", 400, headers={"X-Error-Message": f"bad token {WRITER}"}))
-    text += refused(artifact)
+    text += refused(artifact, "--license", "mit")
     assert "[token]" in text
     assert WRITER not in text
     for path in [*artifact.rglob("*"), *(tmp_path / "cache").rglob("*")]:
@@ -459,12 +603,14 @@ def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> No
     """Nothing is patched here: the environment alone points the library at the hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from exporter.cli import main; main()", "publish", str(artifact), "--repo", REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert commits(hub) == 1
     assert WRITER not in done.stdout + done.stderr
+    assert find_spec("hf_xet")
+    assert not hub.sent("xet-write-token")
 
 
 def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -> None:

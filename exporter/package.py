@@ -1,0 +1,227 @@
+"""What will be in the repository: proof that it may be published, files, card, changelog, and what has to go."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from exporter.artifact import MANIFEST, REPORT, Artifact
+from exporter.backends import weights_digest
+from exporter.card import (
+    BEGIN,
+    CARD,
+    DRAWINGS,
+    END,
+    RESULTS,
+    Declared,
+    base_model,
+    benchmark_results,
+    data_name,
+    lost,
+    render,
+)
+from exporter.checkpoint import sha256
+from exporter.device import Device
+from exporter.difference import difference
+from exporter.errors import ArtifactError, HubError, PublishError
+from exporter.events import Event
+from exporter.facts import Facts, folder_reader, read_facts
+from exporter.hub import Remote, RemoteFile, open_remote
+from exporter.verify import verify
+
+Listener = Callable[[Event], None]
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Everything that will be in the repository. files: path -> a local file or bytes; removed: stale remote files.
+
+    unchanged: the repository holds exactly this already.
+    """
+
+    files: Mapping[str, Path | bytes]
+    removed: tuple[str, ...]
+    problems: tuple[str, ...]
+    unchanged: bool = False
+
+    @property
+    def card(self) -> str:
+        """The README.md."""
+        text = self.files[CARD]
+        assert isinstance(text, bytes)
+        return text.decode()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by path."""
+        return {name: _size(found) for name, found in sorted(self.files.items())}
+
+
+def _size(found: Path | bytes) -> int:
+    return len(found) if isinstance(found, bytes) else found.stat().st_size
+
+
+def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tuple[str, ...]]:
+    """The artifact's facts, and every reason not to publish it (ArtifactError when it is no artifact at all)."""
+    facts = read_facts(folder.name, folder_reader(folder))
+    problems = []
+    try:
+        verify(folder, device, on_event)
+    except ArtifactError as error:
+        problems.append(error.message.replace(str(folder), folder.name))
+    if facts.report is None:
+        problems.append("it was never evaluated")
+        return facts, tuple(problems)
+    measured = facts.report.get("evaluation", {}).get("models", {}).get("artifact", {}).get("weights")
+    if not problems and measured != weights_digest(Artifact.open(folder)):
+        problems.append("its report was measured on other weights")
+    gates = facts.report["gates"]
+    if not gates:
+        problems.append("its recipe has no gates, so nothing says what it may lose")
+    if (facts.report.get("serving") or {}).get("problems"):
+        problems.append("`mmq check` found that the engine answers otherwise")
+    for gate in gates:
+        if not gate["passed"]:
+            problems.append(f"the gate on {gate['task']} {gate['metric']} failed: {lost(gate)}")
+    return facts, tuple(problems)
+
+
+def refuse_unproven(folder: Path, problems: tuple[str, ...]) -> None:
+    """PublishError with every reason."""
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        hint = "`mmq evaluate` measures it again; --force publishes it all the same, and the card will say so"
+        raise PublishError(f"{folder} is not published:\n{lines}", hint)
+
+
+def package(
+    folder: Path,
+    facts: Facts,
+    repo: str,
+    declared: Declared,
+    problems: tuple[str, ...],
+    remote: Remote | None,
+    replace: bool = False,
+) -> Package:
+    """Files, card and benchmark results, and what has to go.
+
+    replace: also weights that mmq did not put there go. PublishError when results are claimed wrongly or foreign
+    weights are in the way, ArtifactError when the manifest names anything but plain files of the folder.
+    """
+    for task in declared.benchmarks:
+        if not any(m["task"] == task for m in (facts.report or {}).get("measures", [])):
+            raise PublishError(f"--benchmark {task}: the artifact was not measured on this task")
+        if DRAWINGS in data_name(facts):
+            raise PublishError(f"--benchmark {task}: it was measured on {data_name(facts)}, which are no benchmark")
+    files = local_files(folder, facts)
+    results = benchmark_results(facts, declared)
+    if results:
+        files[RESULTS] = results.encode()
+    removed = stale(remote, {*files, CARD}, replace) if remote else ()
+    earlier = changelog(remote)
+    files[CARD] = render(repo, facts, declared, problems, earlier).encode()
+    if remote and not removed and all(same(found, remote.files.get(name)) for name, found in files.items()):
+        return Package(files, (), problems, unchanged=True)
+    files[CARD] = render(repo, facts, declared, problems, history(facts, remote, earlier)).encode()
+    return Package(files, removed, problems)
+
+
+def local_files(folder: Path, facts: Facts) -> dict[str, Path | bytes]:
+    """What the manifest names, manifest and report; what is absent is left out (a reason not to publish without force).
+
+    The manifest may be anybody's: ArtifactError, always, when a name or a link in it leads out of the folder.
+    """
+    names = [*facts.manifest["files"], MANIFEST, *([REPORT] if facts.report is not None else [])]
+    outside = [name for name in names if not _bare(name) or (folder / name).is_symlink()]
+    if outside:
+        lines = "\n".join(f"  {name}" for name in outside)
+        raise ArtifactError(f"{folder}: only plain files of this folder are ever published, not\n{lines}")
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _bare(name: str) -> bool:
+    return bool(name) and name == PurePosixPath(name).name and name != ".." and "\\" not in name
+
+
+def stale(remote: Remote, kept: set[str], replace: bool) -> tuple[str, ...]:
+    """What an earlier artifact left: only what its manifest names, and what mmq itself writes beside it.
+
+    Other files stay, but weights among them would be loaded with ours: PublishError, or with `replace` they go too.
+    """
+    ours = {RESULTS}
+    if MANIFEST in remote.files:
+        ours |= {MANIFEST, REPORT}
+        with suppress(ArtifactError):  # a damaged manifest does not say what else was mmq's
+            ours |= set(read_facts(remote.name, remote.read).manifest["files"])
+    there = remote.files.keys() - kept - {".gitattributes"}
+    weights = {name for name in there - ours if "/" not in name and (name.endswith(".safetensors") or name == INDEX)}
+    if weights and not replace:
+        said = f"{remote.repo} holds weights that mmq did not put there: {', '.join(sorted(weights))}"
+        raise PublishError(said, "an engine would load them too: delete them, or --replace removes them")
+    return tuple(sorted((there & ours) | weights))
+
+
+def same(found: Path | bytes, there: RemoteFile | None) -> bool:
+    """Whether the repository has this content: by sha256 where the hub knows it, else by git's hash."""
+    if there is None or there.size != _size(found):
+        return False
+    if there.sha256 is not None:
+        return there.sha256 == (hashlib.sha256(found).hexdigest() if isinstance(found, bytes) else sha256(found))
+    content = found if isinstance(found, bytes) else found.read_bytes()
+    return there.git == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def changelog(remote: Remote | None) -> str:
+    """What the card that is there says of earlier changes."""
+    if remote is None or MANIFEST not in remote.files:
+        return ""
+    _, _, rest = (remote.read(CARD) or b"").decode(errors="replace").partition(BEGIN)
+    return rest.partition(END)[0].strip()
+
+
+def history(facts: Facts, remote: Remote | None, earlier: str) -> str:
+    """The card's changelog: what changed since the artifact that is there now, before the `earlier` entries."""
+    if remote is None or MANIFEST not in remote.files:
+        return ""
+    try:
+        changes = difference(read_facts(remote.name, remote.read), facts)
+    except ArtifactError:
+        lines = ["- the artifact that was here could not be read, so nothing says what changed"]
+    else:
+        lines = [f"- {c.what}: {c.first} → {c.second}" if c.first else f"- {c.what}: {c.second}" for c in changes]
+    title = f"### {datetime.now(UTC):%Y-%m-%d}, since `{remote.commit[:12]}`"
+    entry = title + "\n\n" + ("\n".join(lines) or "- the same artifact with a new card")
+    return f"{entry}\n\n{earlier}" if earlier else entry
+
+
+def inherited(facts: Facts, declared: Declared) -> Declared:
+    """`declared` with the license of the full-precision model where none is given and the hub tells."""
+    from dataclasses import replace
+
+    base = base_model(facts, declared)
+    if declared.license or not base:
+        return declared
+    try:
+        data = _card_data(base)
+    except HubError:
+        return declared  # the card then has no license: better than a wrong one
+    keys = ("license", "license_name", "license_link")
+    return replace(declared, license={key: str(data[key]) for key in keys if data.get(key)})
+
+
+def _card_data(repo: str) -> Mapping[str, Any]:
+    from huggingface_hub import ModelCard
+
+    remote = open_remote(repo)
+    text = (remote.read(CARD) or b"").decode(errors="replace")
+    return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict()) if text.startswith("---") else {}
+
+
+def told(facts: Facts) -> str:
+    """What the publisher may not know that the files tell; empty when there is nothing."""
+    repo = str(facts.recipe["model"]["repo"])
+    local = repo.startswith((".", "/", "~")) or repo.count("/") > 1
+    return f"recipe.yaml, which is published as it is, names the source as {repo}" if local else ""
