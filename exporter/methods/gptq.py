@@ -80,8 +80,7 @@ def inverse_factor(
     order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 influences nothing: it
     gets the mean of the others on the diagonal, so that it does not change the damping either.
     With J the reversal of rows and columns, `J H J = L L^T` gives `U = J L^-1 J`: one factorization and one
-    triangular solve, instead of factorizing, inverting and factorizing again. Everything happens in two buffers: the
-    square of 11,008 floats is half a gigabyte.
+    triangular solve, instead of factorizing, inverting and factorizing again.
     """
     columns = len(hessian)
     backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
@@ -91,7 +90,7 @@ def inverse_factor(
     diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        lower = hessian[backwards.unsqueeze(1), backwards].mT  # symmetric; column-major, so that nothing is copied
+        lower = hessian[backwards.unsqueeze(1), backwards].mT  # symmetric, and column-major as the solvers want it
         lower.diagonal().copy_(diagonal + share * typical)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
