@@ -91,9 +91,10 @@ def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tupl
                 raise DataError(f"no server for the {label} model, and its answers are not all kept", _STEPS)
             entry = server.served()
             _check_root(server, entry, folder)
-            yield ServedPredictor(server, family, str(entry["id"]))
+            name = str(entry["id"])
+            yield ServedPredictor(server, family, name, server.lacks_start(name))
 
-        identity = _identity(family, weights, checkpoint) | {"backend": "openai"}
+        identity = _identity(family, weights, checkpoint) | {"backend": "openai", "start_token": "always"}
         return Model(label, identity, lambda sample: family.text(sample.question), opened)
 
     return (

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from exporter.card_serving import serving
 from exporter.data import BUILT_IN
 from exporter.facts import Facts
 from exporter.families import FAMILIES
 
 CARD = "README.md"
 RESULTS = ".eval_results/mmq.yaml"
-VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"  # the release the rules in `runtime` were read from
 HUB_TASKS = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
 DRAWINGS = "mmq's built-in drawings"
 BEGIN, END = "<!-- changelog:begin -->", "<!-- changelog:end -->"
@@ -50,15 +50,25 @@ def base_model(facts: Facts, declared: Declared) -> str | None:
     return declared.base_model or (repo if at and repo.count("/") == 1 else None)
 
 
-def render(repo: str, facts: Facts, declared: Declared, problems: Sequence[str], changelog: str) -> str:
-    """The whole README.md. problems: why it should not have been published (with `--force`), said at the top."""
+def render(
+    repo: str,
+    facts: Facts,
+    declared: Declared,
+    problems: Sequence[str],
+    changelog: str,
+    lacks_start: bool = False,
+) -> str:
+    """The whole README.md. problems: why it should not have been published (with `--force`), said at the top.
+
+    lacks_start: the model's own chat template leaves out the start token, so requests must ask for it.
+    """
     sections = [
         f"# {repo.partition('/')[2]}",
         _introduction(facts, declared),
         _warning(problems),
         "## What was quantized\n\n" + _parts(facts),
         "## Quality\n\n" + _quality(facts),
-        "## Serving\n\n" + _serving(repo, facts),
+        "## Serving\n\n" + serving(repo, facts, lacks_start),
         "## Calibration\n\n" + _calibration(facts),
         "## Provenance\n\n" + _provenance(repo, facts),
         "## Limits\n\n" + _limits(facts),
@@ -201,40 +211,6 @@ def lost(gate: Mapping[str, Any]) -> str:
     """What a gate found and allows, as shares of the full-precision score (which may be zero: then nothing fits)."""
     share = "not measurable" if gate["lost"] is None else f"{gate['lost']:.1%}"
     return f"lost {share} of the full-precision score, allowed {gate['max_drop']:.1%}"
-
-
-def _serving(repo: str, facts: Facts) -> str:
-    limit = "--limit-mm-per-prompt '{\"image\": 1}'"
-    odd = sorted({part.bits for part in facts.parts if part.packed and part.bits not in (4, 8)})
-    note = ""
-    if odd:
-        widths = " and ".join(map(str, odd))
-        note = f"\n\n{widths}-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU."
-    return (
-        f"```\nvllm serve {repo} {limit}\n```\n\n"
-        "or in a container:\n\n"
-        "```\ndocker run --gpus all --ipc host -p 127.0.0.1:8000:8000 -e HF_TOKEN \\\n"
-        "  -v ~/.cache/huggingface:/root/.cache/huggingface \\\n"
-        f"  {VLLM_IMAGE} --model {repo} \\\n  {limit}\n```\n\n"
-        "and ask about a picture:\n\n"
-        "```\ncurl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
-        f'  "model": "{repo}",\n'
-        '  "messages": [{"role": "user", "content": [\n'
-        '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
-        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(facts)
-    )
-
-
-def _checked(facts: Facts) -> str:
-    """What `mmq check` found in the engine, when it ran."""
-    found = (facts.report or {}).get("serving")
-    if not found:
-        return ""
-    verdict = "agreed with" if not found["problems"] else "**differed from**"
-    return (
-        f"\n\nvLLM {found['engine']} ({found['build']}) served it and answered {found['questions']} questions about "
-        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found['bound']})."
-    )
 
 
 def _calibration(facts: Facts) -> str:

@@ -30,6 +30,7 @@ from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.events import Event
 from exporter.facts import Facts, folder_reader, read_facts
 from exporter.hub import Remote, RemoteFile, open_remote
+from exporter.runtime.launch import lacks_start
 from exporter.verify import verify
 
 Listener = Callable[[Event], None]
@@ -122,10 +123,11 @@ def package(
         files[RESULTS] = results.encode()
     removed = stale(remote, {*files, CARD}, replace) if remote else ()
     earlier = changelog(remote)
-    files[CARD] = render(repo, facts, declared, problems, earlier).encode()
+    lacking = lacks_start(folder)
+    files[CARD] = render(repo, facts, declared, problems, earlier, lacking).encode()
     if remote and not removed and all(same(found, remote.files.get(name)) for name, found in files.items()):
         return Package(files, (), problems, unchanged=True)
-    files[CARD] = render(repo, facts, declared, problems, history(facts, remote, earlier)).encode()
+    files[CARD] = render(repo, facts, declared, problems, history(facts, remote, earlier), lacking).encode()
     return Package(files, removed, problems)
 
 

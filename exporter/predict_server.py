@@ -25,6 +25,7 @@ from exporter.tasks.sample import Sample, task_of
 
 KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key; it is sent, never shown or stored
 BUSY = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
+UNKNOWN = frozenset((404, 405, 501))
 LONGEST_PAUSE = 60.0  # seconds, also when the server asks for more
 PIECE = 32  # answers handed on together
 SHOWN = 500  # characters of a server's own message
@@ -85,15 +86,34 @@ class Server:
             f"{self.base} does not serve {said}; it serves: {', '.join(names) or 'nothing'}", "pass its name, as listed"
         )
 
-    def fetch(self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None) -> dict[str, Any]:
+    def lacks_start(self, name: str) -> bool:
+        """Whether the served chat template leaves out the token that the tokenizer puts before every text.
+
+        Asked of vLLM's own `/tokenize`; a server without it is taken to know its model's prompt.
+        """
+
+        def tokens(**said: Any) -> list[Any]:
+            found = self.fetch("/tokenize", {"model": name, **said}, optional=True).get("tokens")
+            return found if isinstance(found, list) else []
+
+        bare, whole = (tokens(prompt="a", add_special_tokens=add) for add in (False, True))
+        start = whole[: len(whole) - len(bare)]
+        if not bare or not start or whole[len(start) :] != bare:
+            return False  # it puts nothing there, or the server does not say
+        asked = tokens(messages=[{"role": "user", "content": "a"}], add_special_tokens=False)
+        return bool(asked) and asked[: len(start)] != start
+
+    def fetch(
+        self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None, optional: bool = False
+    ) -> dict[str, Any]:
         """The JSON object that GET (or POST of `body`) answers, with retries. DataError says what the server said.
 
-        stopped: once set, nothing is tried again and no pause goes on.
+        stopped: once set, nothing is tried again and no pause goes on. optional: {} when the server knows no such path.
         """
         stopped = stopped or Event()
         for attempt in range(self.tries):
             try:
-                return self._once(path, body)
+                return self._once(path, body, optional)
             except _Busy as busy:
                 if attempt + 1 == self.tries or stopped.is_set():
                     raise DataError(
@@ -109,7 +129,7 @@ class Server:
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
         return urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({} if local else None))
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _once(self, path: str, body: dict[str, Any] | None, optional: bool) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
@@ -122,6 +142,8 @@ class Server:
             said = _message(error.read(4 * SHOWN))
             if error.code in BUSY:
                 raise _Busy(f"{error.code} {said}", _seconds(error.headers.get("Retry-After"))) from None
+            if optional and error.code in UNKNOWN:
+                return {}
             hint = f"set {KEY} to its API key" if error.code in (401, 403) else None
             raise DataError(f"{self.base}{path} refused with {error.code}: {said}", hint) from None
         except (urllib.error.URLError, OSError, HTTPException) as error:
@@ -153,12 +175,16 @@ def _seconds(header: str | None) -> float | None:
 
 
 class ServedPredictor:
-    """A model behind a server, ready to answer; the same interface as `predict.Predictor`."""
+    """A model behind a server, ready to answer; the same interface as `predict.Predictor`.
 
-    def __init__(self, server: Server, family: Family, name: str) -> None:
+    lacks_start: the served chat template leaves out the start token, so every request asks for it.
+    """
+
+    def __init__(self, server: Server, family: Family, name: str, lacks_start: bool = False) -> None:
         self._server = server
         self._family = family
         self._name = name
+        self._extra = {"add_special_tokens": True} if lacks_start else {}
         self._stopped = Event()
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
@@ -193,9 +219,8 @@ class ServedPredictor:
             {"type": "image_url", "image_url": {"url": picture_url(sample)}},
             {"type": "text", "text": self._family.text(sample.question)},
         ]
-        return {"model": self._name, "messages": [{"role": "user", "content": content}]} | generation(
-            self._family, task_of(sample)
-        )
+        asked = {"model": self._name, "messages": [{"role": "user", "content": content}]}
+        return asked | self._extra | generation(self._family, task_of(sample))
 
     def _answer(self, sample: Sample) -> str:
         reply = self._server.fetch("/v1/chat/completions", self.body(sample), self._stopped)

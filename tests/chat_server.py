@@ -15,7 +15,10 @@ Answer = Callable[[str, Image.Image], str]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """faults: (status, headers, body) that the next requests get instead of an answer, in turn."""
+    """faults: (status, headers, body) that the next requests get instead of an answer, in turn.
+
+    start: what tokenizer and chat template put before a text, as vLLM's `/tokenize` shows; None: no such path.
+    """
 
     daemon_threads = True
 
@@ -23,6 +26,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
         self.models = models
+        self.start: tuple[str, str] | None = None
         self.faults: list[tuple[int, dict[str, str], str]] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -47,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            return self._tokenize(body)
         with self.server.lock:
             self.server.headers.append(dict(self.headers))
             fault = self.server.faults.pop(0) if self.server.faults else None
@@ -66,6 +72,14 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.open -= 1
+
+    def _tokenize(self, body: dict[str, Any]) -> None:
+        if self.server.start is None:
+            return self._send(404, {}, "{}")
+        tokenizer, template = self.server.start
+        text = body["prompt"] if "prompt" in body else f"{template}USER: {body['messages'][0]['content']}"
+        shown = tokenizer * body["add_special_tokens"] + text
+        self._send(200, {}, json.dumps({"count": len(shown), "tokens": [ord(letter) for letter in shown]}))
 
     def _send(self, status: int, headers: dict[str, str], body: str) -> None:
         self.send_response(status)

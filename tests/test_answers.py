@@ -276,3 +276,19 @@ def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(DataError, match="address") as caught:
         Server(url).served()
     assert ":pw" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("start", "lacks"),
+    [(("^", ""), True), (("^", "^"), False), (("", ""), False), (("", "^"), False), (None, False)],
+    ids=["plain vllm serve", "mmq serve", "no start token", "only the template has one", "another server"],
+)
+def test_the_start_token_is_asked_for_where_the_template_lacks_it(start: tuple[str, str] | None, lacks: bool) -> None:
+    with chat_server(color) as server:
+        server.start = start
+        where = Server(server.url)
+        assert where.lacks_start("tiny") is lacks
+        predictor = ServedPredictor(where, FAMILIES["llava"], "tiny", lacks)
+        list(predictor.pieces([sample(3)]))
+    assert ("add_special_tokens" in server.bodies[0]) is lacks
+    assert server.bodies[0].get("add_special_tokens", True) is True

@@ -86,6 +86,16 @@ def test_the_card_says_what_was_done(facts: Facts) -> None:
     assert "humming" not in text
 
 
+def test_requests_ask_for_the_start_token_where_the_template_lacks_it(facts: Facts) -> None:
+    with_it, without = (render(REPO, facts, Declared(), (), "", lacks) for lacks in (True, False))
+    assert "add_special_tokens" not in without
+    request = with_it.partition("-d '")[2].partition("'\n```")[0]
+    asked = json.loads(request)
+    assert asked.pop("add_special_tokens") is True
+    assert asked == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
+    assert "`add_special_tokens` is needed with every request" in with_it
+
+
 def test_calibration_and_measured_data_are_named(facts: Facts) -> None:
     calibration = {"data": "coco train2014", "seed": 7, "batch": 8, "samples": [{"id": "a", "image": "b"}] * 3}
     told = changed(facts, provenance={"calibration": calibration, "device": "H100"})

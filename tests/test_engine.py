@@ -15,7 +15,7 @@ import torch
 from exporter.activations import round_inputs, round_rows
 from exporter.errors import ServeError
 from exporter.reference import Compared, Distance, distance_of, listed_tokens
-from exporter.runtime.launch import Launch, Program, dtype, find_program, launch, prompt_template
+from exporter.runtime.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
 from exporter.runtime.vllm_engine import Engine, Reply, free_port, last_words, read_reply, read_schemes
 
 FAKE = '''#!{python}
@@ -244,12 +244,15 @@ def test_the_template_writes_the_start_token_once(folder):
     (folder / "chat_template.jinja").write_text(own)
     tokenizer(folder, start=False)
     assert prompt_template(folder, "") is None
+    assert not lacks_start(folder)
     tokenizer(folder, start=True)
+    assert lacks_start(folder)
     template = prompt_template(folder, "")
     assert template
     assert rendered(template) == "<s>USER: <image>\nwhat?"
     (folder / "chat_template.jinja").write_text("{{ bos_token }}" + own)
     assert prompt_template(folder, "") is None
+    assert not lacks_start(folder)
 
 
 def test_a_model_without_template_gets_the_familys_prompt(folder):

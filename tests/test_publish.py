@@ -587,6 +587,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0, result.output
     assert f"{hub.url}/{REPO}/commit/" in result.output
     assert (out / MANIFEST).read_bytes() == hub.files(REPO)[MANIFEST]
+    assert '"add_special_tokens": true' in hub.files(REPO)["README.md"].decode()  # LLaVA's template lacks `<s>`
     monkeypatch.setattr("exporter.cli_publish.check_push", lambda repo, skip: None)
     failing = tmp_path / "failing.yaml"
     from exporter.recipe_file import built_in

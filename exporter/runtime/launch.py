@@ -141,9 +141,22 @@ def prompt_template(folder: Path, fallback_prompt: str) -> str | None:
     template = own or (inline_template(fallback_prompt) if fallback_prompt else None)
     if template is None:
         return None
-    if start and start not in template and "bos_token" not in template:
+    if start and not _writes(template, start):
         return f"{{{{ {json.dumps(start)} }}}}{template}"
     return None if own else template
+
+
+def lacks_start(folder: Path) -> bool:
+    """Whether a plain `vllm serve` of `folder` asks without the token that every training prompt began with.
+
+    Requests must say `"add_special_tokens": true` then.
+    """
+    start = start_token(folder)
+    return bool(start) and not _writes(own_template(folder) or "", str(start))
+
+
+def _writes(template: str, start: str) -> bool:
+    return start in template or "bos_token" in template
 
 
 def own_template(folder: Path) -> str | None:

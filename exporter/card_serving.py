@@ -1,0 +1,47 @@
+"""The part of the model card that tells how to serve the artifact."""
+
+from exporter.facts import Facts
+
+VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"  # the release that artifacts were served with
+
+
+def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
+    """Commands for vLLM and Docker, a request, and what `mmq check` found. lacks_start: see `card.render`."""
+    limit = "--limit-mm-per-prompt '{\"image\": 1}'"
+    odd = sorted({part.bits for part in facts.parts if part.packed and part.bits not in (4, 8)})
+    note = ""
+    if odd:
+        widths = " and ".join(map(str, odd))
+        note = f"\n\n{widths}-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU."
+    if lacks_start:
+        note = (
+            "\n\n`add_special_tokens` is needed with every request: the model's chat template does not write the start "
+            "token that its training prompts began with, and without it answers are others. `mmq serve` of a local "
+            "copy hands over a template that does." + note
+        )
+    return (
+        f"```\nvllm serve {repo} {limit}\n```\n\n"
+        "or in a container:\n\n"
+        "```\ndocker run --gpus all --ipc host -p 127.0.0.1:8000:8000 -e HF_TOKEN \\\n"
+        "  -v ~/.cache/huggingface:/root/.cache/huggingface \\\n"
+        f"  {VLLM_IMAGE} --model {repo} \\\n  {limit}\n```\n\n"
+        "and ask about a picture:\n\n"
+        "```\ncurl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
+        f'  "model": "{repo}",\n'
+        + ('  "add_special_tokens": true,\n' if lacks_start else "")
+        + '  "messages": [{"role": "user", "content": [\n'
+        '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
+        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(facts)
+    )
+
+
+def _checked(facts: Facts) -> str:
+    """What `mmq check` found in the engine, when it ran."""
+    found = (facts.report or {}).get("serving")
+    if not found:
+        return ""
+    verdict = "agreed with" if not found["problems"] else "**differed from**"
+    return (
+        f"\n\nvLLM {found['engine']} ({found['build']}) served it and answered {found['questions']} questions about "
+        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found['bound']})."
+    )
