@@ -14,6 +14,7 @@ import yaml
 from exporter.artifact import MANIFEST, REPORT, target_matches
 from exporter.errors import ArtifactError
 from exporter.families import FAMILIES
+from exporter.fields import RECIPE_FIELDS, require, require_manifest, require_report
 from exporter.formats import FORMATS
 from exporter.hub import PREFIX, open_remote, split
 from exporter.quantized import Scheme
@@ -64,7 +65,10 @@ def read_place(place: str) -> Facts:
     if place.startswith(PREFIX):
         remote = open_remote(*split(place))
         return read_facts(remote.name, remote.read)
-    return read_facts(Path(place).name, folder_reader(Path(place)))
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        raise ArtifactError(f"no folder {place}", f"give an artifact's folder, or {PREFIX}ORG/NAME")
+    return read_facts(folder.resolve().name, folder_reader(folder))
 
 
 def folder_reader(folder: Path) -> Read:
@@ -80,8 +84,12 @@ def read_facts(name: str, read: Read) -> Facts:
         recipe = yaml.safe_load(_needed(name, read, "recipe.yaml"))
         stored = read(REPORT)
         report = json.loads(stored) if stored is not None else None
+        require_manifest(manifest)
+        require(recipe, RECIPE_FIELDS, "recipe.yaml")
+        if stored is not None:
+            require_report(report)
         parts = _parts(manifest, config, recipe)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ArtifactError(f"{name}: its manifest, recipe or report is damaged ({error})", "export it again") from None
     return Facts(name, manifest, report, recipe, parts)
 

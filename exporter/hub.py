@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import HubError, HubMissing
+from exporter.errors import CheckpointError, HubError, HubMissing
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
 AGAIN = "give the same command again; large files that have arrived are not sent a second time"
@@ -51,14 +51,19 @@ class Remote:
     def headers(self) -> dict[str, dict[str, Any]]:
         """The header of every safetensors file, fetched by range requests: no weights are downloaded.
 
-        file -> tensor name -> `dtype`, `shape`, `data_offsets`, as the format stores them.
+        file -> tensor name -> `dtype`, `shape`, `data_offsets`, as the format stores them. CheckpointError when a file
+        is not of this format.
         """
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import SafetensorsParsingError
 
         found = {}
         for file in sorted(path for path in self.files if path.endswith(".safetensors") and "/" not in path):
             with speaking(self.repo, f"reading the header of {file}"):
-                parsed = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.commit)
+                try:
+                    parsed = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.commit)
+                except (SafetensorsParsingError, LookupError, TypeError, AttributeError):
+                    raise CheckpointError(f"{self.name}: {file} has no header of a safetensors file") from None
             found[file] = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
                 for name, info in parsed.tensors.items()

@@ -15,7 +15,7 @@ import torch
 
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
-from exporter.errors import ArtifactError
+from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
 from exporter.facts import read_facts
 from exporter.formats import FORMATS
@@ -73,10 +73,13 @@ def _missing_tensors(remote: Remote, manifest: dict[str, Any]) -> list[str]:
 
 
 def open_headers(remote: Remote, manifest: dict[str, Any]) -> Artifact:
-    """The artifact as its headers show it; its tensors cannot be read."""
+    """The artifact as its headers show it; its tensors cannot be read. ArtifactError when a header is damaged."""
     config = json.loads(remote.read("config.json") or b"{}")
-    headers = remote.headers()
-    nothing: dict[str, set[str]] = {file: set() for file in headers}
-    checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
+    try:
+        headers = remote.headers()
+        nothing: dict[str, set[str]] = {file: set() for file in headers}
+        checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
+    except CheckpointError as error:
+        raise ArtifactError(error.message, "publish it again") from None
     groups = FORMATS[manifest["format"]].read_config(config.get("quantization_config") or {})
     return Artifact(checkpoint, manifest, tuple(groups), torch.device("cpu"))

@@ -58,15 +58,36 @@ def open_source(repo: str, revision: str | None = None, headers_only: bool = Fal
 
     headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
     """
-    if headers_only and repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1:
+    if headers_only and _on_hub(repo):
         folder = _cached(repo, revision)
         if isinstance(folder, Remote):
             return _headers_of(folder)
         family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
         return Checkpoint.open(folder, family.canonical_name, f"{repo}@{folder.name}"), family
+    if _on_hub(repo):
+        _refuse_unknown(repo, revision)
     folder, origin = locate(repo, revision)
     family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
     return Checkpoint.open(folder, family.canonical_name, origin), family
+
+
+def _on_hub(repo: str) -> bool:
+    return repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1
+
+
+def _refuse_unknown(repo: str, revision: str | None) -> None:
+    """PlanError when config.json alone says that nothing can be done with the model: before its weights are downloaded.
+
+    What keeps config.json from being read will keep `locate` too, which says so.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(repo, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return
+    _family(read_json(path), f"{repo}: config.json")
 
 
 def _cached(repo: str, revision: str | None) -> Path | Remote:

@@ -16,7 +16,8 @@ from exporter.card import RESULTS, Declared, render, table
 from exporter.cli import cli
 from exporter.difference import difference, flattened
 from exporter.errors import ArtifactError, PublishError
-from exporter.facts import Facts, component_of, folder_reader, read_facts
+from exporter.facts import Facts, Read, component_of, folder_reader, read_facts, read_place
+from exporter.fields import GATE_FIELDS, MANIFEST_FIELDS, MEASURE_FIELDS, REPORT_FIELDS
 from exporter.package import package
 from tests.published_artifact import tiny_artifact, tiny_model
 
@@ -204,3 +205,58 @@ def test_damaged_manifests_are_one_clear_error(made: Path, broken: str) -> None:
         read_facts("w4", lambda name: broken.encode() if name == MANIFEST else read(name))
     with pytest.raises(ArtifactError, match="is damaged"):
         read_facts("w4", lambda name: b"{" if name == REPORT else read(name))
+
+
+def damaged(file: str, data: dict[str, Any], path: str, read: Read) -> Read:
+    """The same files, but `path` of `file` is missing."""
+    data = copy.deepcopy(data)
+    *outer, last = path.split(".")
+    holder: Any = data
+    for part in outer:
+        holder = holder[int(part) if part.isdigit() else part]
+    del holder[last]
+    return lambda name: json.dumps(data).encode() if name == file else read(name)
+
+
+def test_every_field_that_is_read_must_be_there(made: Path) -> None:
+    read = folder_reader(made / "w4")
+    manifest, report = (json.loads(read(name) or b"") for name in (MANIFEST, REPORT))
+    for path in MANIFEST_FIELDS:
+        with pytest.raises(ArtifactError, match=f"the manifest has no {path}"):
+            read_facts("w4", damaged(MANIFEST, manifest, path, read))
+    paths = [*REPORT_FIELDS, *(f"measures.0.{p}" for p in MEASURE_FIELDS), *(f"gates.0.{p}" for p in GATE_FIELDS)]
+    for path in paths:
+        with pytest.raises(ArtifactError, match=f"has no {path.rpartition('.0.')[2]}"):
+            read_facts("w4", damaged(REPORT, report, path, read))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (REPORT, None),
+        (REPORT, []),
+        (REPORT, {}),
+        (REPORT, {"gates": [{}]}),
+        (REPORT, {"measures": [1]}),
+        (REPORT, {"passed": 1}),
+        (REPORT, {"serving": [1]}),
+        (MANIFEST, {"files": ["a"]}),
+        (MANIFEST, {"files": {"a": 1}}),
+        (MANIFEST, {"format": "gguf"}),
+        (MANIFEST, {"family": "gpt"}),
+        (MANIFEST, {"bytes": {"before": "x", "after": True}}),
+    ],
+)
+def test_fields_of_another_kind_are_damage_too(made: Path, file: str, change: Any) -> None:
+    read = folder_reader(made / "w4")
+    data = {**json.loads(read(file) or b""), **change} if change else change
+    with pytest.raises(ArtifactError, match="is damaged"):
+        read_facts("w4", lambda name: json.dumps(data).encode() if name == file else read(name))
+
+
+def test_diff_of_folders_as_one_names_them(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made / "w4")
+    assert read_place(".").name == "w4"
+    nothing = CliRunner().invoke(cli, ["diff", "/nope", "."])
+    assert nothing.exit_code == 1
+    assert "Error: no folder /nope" in nothing.output

@@ -1,5 +1,6 @@
 """Publishing by the real hub client against a hub on loopback: refusals, faults, resuming, and reading back."""
 
+import hashlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from click.testing import CliRunner, Result
 import exporter.publish
 from exporter.artifact import MANIFEST, REPORT
 from exporter.cli import cli
-from exporter.errors import ArtifactError, CheckpointError, HubMissing, PublishError
+from exporter.errors import ArtifactError, CheckpointError, HubMissing, PlanError, PublishError
 from exporter.events import ignore
 from exporter.hub import open_remote
 from exporter.published import verify_remote
@@ -489,6 +490,36 @@ def test_verify_names_what_is_wrong_with_a_published_artifact(
     assert result.exit_code == 1
     assert f"{name}: " in result.output
     assert said in result.output
+
+
+def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (made / "w4").iterdir()}
+    manifest = json.loads(files[MANIFEST])
+    header = b'{"a": {"dtype": "F16"}}'
+    for weights in (b"\xff" * 20_000, b"x", len(header).to_bytes(8, "little") + header + b" " * 20_000):
+        named = manifest["files"] | {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+        changed = {MANIFEST: json.dumps(manifest | {"files": named}).encode(), "model.safetensors": weights}
+        hub.add(REPO, files | changed)
+        result = mmq("verify", f"hub:{REPO}", "--json")
+        assert json.loads(result.stdout)["kind"] == ArtifactError.__name__
+        assert "model.safetensors has no header of a safetensors file" in result.stdout
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights_come(hub: Hub, made: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    config = json.loads(source["config.json"]) | {"architectures": ["FooForX"]}
+    hub.add("org/foo", source | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(PlanError, match="mmq does not know FooForX"):
+        open_source("org/foo")
+    assert not hub.sent("GET .*(large|safetensors)")
+
+
+def test_the_artifact_may_be_the_current_folder(hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(artifact)
+    spoil(artifact / "model.safetensors")
+    text = refused(Path())
+    assert f"Error: {artifact} is not published:" in text
+    assert "\n  w4 does not hold what its manifest says" in text
 
 
 def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) -> None:
