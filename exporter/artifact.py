@@ -27,7 +27,7 @@ from exporter.formats.group import Group
 from exporter.plan import Plan, Unit
 from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
-from exporter.workdir import UnitResult, Workdir
+from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
 
 MANIFEST = "mmq_manifest.json"
 REPORT = "mmq_report.json"
@@ -44,14 +44,14 @@ def write(
     provenance: Mapping[str, Any],
     on_event: Callable[[Event], None],
     device: torch.device,
-    overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the artifact to `out` (ArtifactError when the folder is in use, CheckpointError when a source is bad).
+    """Write the artifact to `out`, over an older one (CheckpointError when a source is bad).
 
     provenance: what the manifest says of calibration data (ids, seed) and device. device: where codes are packed.
+    check: called with the complete folder before it gets its name; what it raises leaves `out` as it was.
     """
-    refuse_occupied(out, overwrite)
     temporary = out.with_name(f".{out.name}.mmq-tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -71,25 +71,44 @@ def write(
                 "shards": shards,
             }
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        check(temporary)
+        _put_in_place(temporary, out)
     except OSError as error:
         raise disk_error(out, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """ArtifactError unless `out` is absent, empty, or an mmq artifact that may be replaced."""
+def _put_in_place(new: Path, out: Path) -> None:
+    """Give the new artifact its name; an old one is there until the new one is."""
+    old = out.with_name(f".{out.name}.mmq-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_occupied(out: Path, overwrite: bool, work: Path) -> None:
+    """ArtifactError unless `out` is absent, empty, an mmq artifact that may be replaced, or unfinished.
+
+    work: the job's work folder. An artifact of the same job without a report was stopped in its evaluation: giving the
+    same command again goes on.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
         raise ArtifactError(f"{out} is a file", "give another --out")
-    if not overwrite:
+    if not overwrite and not _unfinished(out, work):
         raise ArtifactError(f"{out} is not empty", "give another --out, or --overwrite to replace it")
     if not (out / MANIFEST).exists():
         raise ArtifactError(f"{out} holds something that mmq did not write; it is not replaced", "give another --out")
+
+
+def _unfinished(out: Path, work: Path) -> bool:
+    if not ((out / MANIFEST).exists() and (work / JOB).exists()) or (out / REPORT).exists():
+        return False
+    return bool(read_json(out / MANIFEST).get("fingerprint") == fingerprint_of(work))
 
 
 def _write_tensors(

@@ -14,7 +14,7 @@ from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, release
-from exporter.errors import DataError
+from exporter.errors import CheckpointError, DataError
 from exporter.families import Family
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
@@ -34,10 +34,17 @@ class Servers:
 
 
 def load_processor(folder: Path) -> Any:
-    """The model's own processor, from local files only."""
+    """The model's own processor, from local files only (CheckpointError when it lacks them)."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: its processor cannot be loaded: {reason}",
+            "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
 
 
 def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int) -> tuple[Model, Model]:

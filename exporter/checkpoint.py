@@ -215,6 +215,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         with atomic(path) as temporary:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
+            temporary.chmod(0o644)  # the library makes files that only their owner may read
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from None
 
@@ -242,7 +243,8 @@ def disk_error(path: Path, error: Exception) -> CheckpointError:
     stats = os.statvfs(parent)
     free = stats.f_bavail * stats.f_frsize
     reason = "the disk is full" if free < 2**20 or "No space" in str(error) else str(error)
-    return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", "free some space")
+    hint = "free some space" if reason == "the disk is full" else None
+    return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
 
 
 class ShardWriter:

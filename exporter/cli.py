@@ -61,7 +61,7 @@ def cli() -> None:
 @click.option("--work", type=click.Path(path_type=Path), help="Finished blocks [OUT.work, removed at the end].")
 @device_option
 @data_option
-@click.option("--seed", type=int, help="Seed of the calibration choice [the recipe's].")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration choice [the recipe's].")
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
 @click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
 @click.option("--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven.")
@@ -103,7 +103,6 @@ def export(
     if push:
         check_push(push, skip_evaluation)
     from exporter import show
-    from exporter.artifact import MANIFEST
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed
     from exporter.export import default_work
@@ -124,10 +123,6 @@ def export(
                 skip_evaluation=skip_evaluation,
             )
     except KeyboardInterrupt:
-        if (target / MANIFEST).exists() and not overwrite:  # written and verified: only the evaluation was stopped
-            raise Interrupted(
-                f"stopped; {target} is written, its answers so far are kept", f"go on: mmq evaluate {target}"
-            ) from None
         kept = f"stopped; finished blocks are kept in {work or default_work(target)}"
         raise Interrupted(kept, "give the same command again to go on") from None
     say(show.export_json(result) if as_json else show.export_page(result))

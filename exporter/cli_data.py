@@ -50,7 +50,7 @@ def datasets(name: str | None, as_json: bool) -> None:
 @click.option("--task", required=True, type=click.Choice(list(TASKS)), help="How answers are scored.")
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--samples", type=click.IntRange(min=1), default=EVERY, help="At most so many, chosen by --seed [all].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice.")
 @json_option
 @reports_errors
 def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: int, seed: int, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from exporter.data import places
-from exporter.errors import MmqError
+from exporter.errors import GateFailed, MmqError
 from exporter.recipe import Recipe
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
@@ -49,7 +49,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def fail(error: MmqError, as_json: bool) -> NoReturn:
     """Say what went wrong and what to do next, and end with the error's exit code."""
-    if as_json:
+    if as_json and not isinstance(error, GateFailed):  # a failed gate is in the result that was printed already
         said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
         click.echo(json.dumps(said))
     else:

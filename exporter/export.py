@@ -84,15 +84,17 @@ def export(
     The report is written but gates are not enforced here: call `evaluate.raise_if_failed`.
     """
     clock = Clock(device)
-    artifact.refuse_occupied(out, overwrite)
+    artifact.refuse_occupied(out, overwrite, work or default_work(out))
     plan, checkpoint = prepare(recipe, device)
     if plan.memory.device_bytes > device.free_bytes:
         raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
     evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
     calibration = calibration_samples(plan, sources)
     data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
-    for note in data.notes(calibration):
+    for note in (*plan.warnings, *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
+    if plan.needs_calibration or not skip_evaluation:
+        load_processor(checkpoint.folder)  # its errors belong before the work
     clock.lap("plan")
 
     provenance = _provenance(plan, calibration, device, sources)
@@ -104,11 +106,15 @@ def export(
         calibrate.run(plan, checkpoint, workdir, inputs, device, on_event)
     synchronize(device)
     clock.lap("quantize")
-    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, device.torch_device, overwrite)
-    clock.lap("write")
+    verified: list[Verified] = []
+
+    def check(folder: Path) -> None:
+        clock.lap("write")
+        verified.append(verify(folder, device, on_event))
+        clock.lap("verify")
+
     peak, _ = peak_bytes(device)
-    verified = verify(out, device, on_event)
-    clock.lap("verify")
+    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, device.torch_device, check)
     report = None
     if not skip_evaluation:
         report = measure(
@@ -118,7 +124,7 @@ def export(
         clock.lap("evaluate")
     if work is None:
         shutil.rmtree(workdir.path)
-    return Export(plan, out, verified, report, clock.laps, peak, peak_bytes(device)[1])
+    return Export(plan, out, verified[0], report, clock.laps, peak, peak_bytes(device)[1])
 
 
 class Clock:

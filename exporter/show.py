@@ -59,7 +59,7 @@ def plan_summary(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _reasons(rows: list[PlanRow]) -> str:
-    found = sorted({row.reason for row in rows}, key=lambda reason: reason in ("bias", "norm", "embedding"))
+    found = sorted({row.reason for row in rows}, key=lambda reason: (reason in ("bias", "norm", "embedding"), reason))
     return "; ".join(found)
 
 

@@ -7,7 +7,8 @@ fingerprint, the notes and the errors.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter.checkpoint import disk_error, write_tensors, write_text
+from exporter.checkpoint import disk_error, read_json, write_tensors, write_text
 from exporter.errors import CheckpointError, WorkdirError
-from exporter.plan import Unit
-from exporter.quantized import QuantizedLinear, Scheme, pack_bits, unpack_bits
+from exporter.plan import PlanRow, Unit
+from exporter.quantized import QuantizedLinear, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class UnitResult:
     altered: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+JOB = "job.json"
+
+
+def fingerprint_of(path: Path) -> str:
+    """The identity of the job that a work folder belongs to."""
+    return hashlib.sha256((path / JOB).read_bytes()).hexdigest()
+
+
 class Workdir:
     """A folder of unit files that all belong to one job."""
 
@@ -52,13 +61,13 @@ class Workdir:
         """
         text = json.dumps(inputs, indent=1, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        job = path / "job.json"
+        job = path / JOB
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(path, error) from None
         if job.exists():
-            before = json.loads(job.read_text(encoding="utf-8"))
+            before = read_json(job)
             now = json.loads(text)
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             if changed:
@@ -98,30 +107,36 @@ class Workdir:
         return len(units)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
-        """A finished block (WorkdirError when its file is damaged or foreign)."""
+        """A finished block, its tensors on `device` (WorkdirError when its file is damaged or foreign)."""
+        with self._opened(unit, device) as (file, said):
+            linears = {row.module: _read_linear(file, row) for row in unit.rows}
+            names = [name for name in file.keys() if name.startswith("altered.")]  # noqa: SIM118 (no mapping)
+            altered = {name.removeprefix("altered."): file.get_tensor(name) for name in names}
+        return UnitResult(linears, said["errors"], tuple(said["notes"]), altered)
+
+    def read_notes(self, unit: Unit) -> tuple[dict[str, float], list[str]]:
+        """The errors and notes of a finished block, without its tensors."""
+        with self._opened(unit, "cpu") as (_, said):
+            return said["errors"], said["notes"]
+
+    @contextmanager
+    def _opened(self, unit: Unit, device: torch.device | str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """A unit's file and what its header says; whatever is wrong with it becomes a WorkdirError."""
         path = self.path / unit.file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("fingerprint") != self.fingerprint:
                     raise WorkdirError(f"{path} belongs to another job", "delete the file and run again")
-                said = json.loads(metadata["result"])
-                linears = {row.module: _read_linear(file, row) for row in unit.rows}
-                names = [name for name in file.keys() if name.startswith("altered.")]  # noqa: SIM118 (no mapping)
-                altered = {name.removeprefix("altered."): file.get_tensor(name) for name in names}
+                yield file, json.loads(metadata["result"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise WorkdirError(f"{path} is damaged ({error})", "delete the file and run again: it resumes") from None
-        return UnitResult(linears, said["errors"], tuple(said["notes"]), altered)
-
-    def read_notes(self, unit: Unit) -> tuple[dict[str, float], list[str]]:
-        """The errors and notes of a finished block, without its tensors."""
-        with safe_open(self.path / unit.file, framework="pt") as file:
-            said = json.loads(file.metadata()["result"])
-        return said["errors"], said["notes"]
 
 
-def _read_linear(file: Any, row: Any) -> QuantizedLinear:
-    scheme: Scheme = row.scheme
+def _read_linear(file: Any, row: PlanRow) -> QuantizedLinear:
+    """One linear of an opened unit file: codes `[out, in]`, scale and zero `[out, groups]`."""
+    scheme = row.scheme
+    assert scheme is not None
     codes = unpack_bits(file.get_tensor(f"{row.module}.codes"), scheme.bits, row.tensor.shape[1])
     scale = file.get_tensor(f"{row.module}.scale")
     if scheme.symmetric:

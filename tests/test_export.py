@@ -323,3 +323,70 @@ def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions(
     assert with_data_it_knows(quick_recipe()) == quick_recipe()  # the embedded model knows the names
     own = shipped.adjusted(calibration={"data": ("coco",)}, evaluation={"data": ("coco",)})
     assert with_data_it_knows(own) == own
+
+
+class Stopped(Exception):
+    """Stands for a kill at a chosen event."""
+
+
+def stop_at(stage: str) -> Callable[[Event], None]:
+    """A listener that ends the job at the first event of a stage."""
+
+    def listen(event: Event) -> None:
+        if event.stage == stage:
+            raise Stopped
+
+    return listen
+
+
+def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        quick_export(out, stop_at("evaluate"), skip_evaluation=False)
+    assert contents(out) == contents(finished)  # written and verified, only not measured
+    done = quick_export(out, skip_evaluation=False)
+    assert done.report is not None
+    assert not (tmp_path / "out.work").exists()
+    with pytest.raises(ArtifactError, match="not empty"):  # now it is finished, and safe
+        quick_export(out)
+
+
+@pytest.mark.parametrize("stage", ["write", "verify"])
+def test_an_artifact_gets_its_name_only_after_it_was_verified(stage: str, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        quick_export(out, stop_at(stage))
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    quick_export(out)
+    assert contents(out) == contents(finished)
+
+
+def test_replacing_an_artifact_keeps_the_old_one_until_the_new_one_is_good(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with pytest.raises(Stopped):
+        quick_export(out, stop_at("verify"), overwrite=True, recipe=quick_recipe(name="llava-w8"))
+    assert contents(out) == contents(finished)
+
+
+def test_everyone_may_read_what_was_written(finished: Path) -> None:
+    assert {oct(path.stat().st_mode & 0o444) for path in finished.iterdir()} == {"0o444"}
+
+
+@pytest.mark.parametrize("absent", ["preprocessor_config.json", "tokenizer.json"])
+def test_a_model_without_its_processor_is_refused_before_the_work(absent: str, tmp_path: Path) -> None:
+    def remove(folder: Path) -> None:
+        for name in {absent, "processor_config.json"}:
+            (folder / name).unlink(missing_ok=True)
+
+    model = damaged_model(tmp_path / "model", remove)
+    with pytest.raises(CheckpointError, match="processor cannot be loaded"):
+        quick_export(tmp_path / "out", recipe=quick_recipe(model))
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_what_the_plan_warns_of_is_said_by_the_export_too(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    model = damaged_model(tmp_path / "model", lambda folder: None)
+    quick_export(tmp_path / "out", seen.append, recipe=quick_recipe(model))
+    assert any("not its captions" in event.message for event in seen if event.stage == "note")
