@@ -35,7 +35,7 @@ def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
 
 def run_export(model: Path, recipe: str, device: str, out: Path, more: list[str]) -> dict[str, Any]:
     """One export; its own JSON result, wall time and memory."""
-    command = [sys.executable, "-c", "from exporter.cli import main; main()", "export", "--recipe", recipe]
+    command = [sys.executable, "-m", "exporter", "export", "--recipe", recipe]
     command += ["--model", str(model), "--device", device, "--out", str(out), "--skip-evaluation", "--json", *more]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,7 +1,6 @@
 """The `mmq` command and its first subcommands; `cli_NAME.py` hold the others, `cli_options.py` what they share."""
 
 import os
-import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,9 +32,7 @@ EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 i
 
 
 def main() -> None:
-    """Entry point of the `mmq` command."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
-        signal.signal(stop, signal.default_int_handler)
+    """The command line, without the library's chatter."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
 

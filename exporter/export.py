@@ -88,12 +88,10 @@ def export(
     plan, checkpoint = prepare(recipe, device)
     if plan.memory.device_bytes > device.free_bytes:
         raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
-    evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
-    calibration = calibration_samples(plan, sources)
-    data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
+    calibration, evaluation = _samples(plan, sources, skip_evaluation)
     for note in (*plan.warnings, *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
-    if plan.needs_calibration or not skip_evaluation:
+    if calibration or evaluation:
         load_processor(checkpoint.folder)  # its errors belong before the work
     clock.lap("plan")
 
@@ -125,6 +123,16 @@ def export(
     if work is None:
         shutil.rmtree(workdir.path)
     return Export(plan, out, verified[0], report, clock.laps, peak, peak_bytes(device)[1])
+
+
+def _samples(
+    plan: Plan, sources: Sequence[data.Place], skip_evaluation: bool
+) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """What to calibrate on and what to measure on; DataError when they share a picture."""
+    evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
+    calibration = calibration_samples(plan, sources)
+    data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
+    return calibration, evaluation
 
 
 class Clock:
@@ -167,7 +175,11 @@ def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, l
         TASKS[gate.task].require(gate.metric)
     tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
     chosen = sources or tested_on(plan.recipe)
-    return {task: data.samples_from(chosen, task, "test", wanted.samples, wanted.seed) for task in tasks}
+    try:
+        return {task: data.samples_from(chosen, task, "test", wanted.samples, wanted.seed) for task in tasks}
+    except DataError as error:
+        asked = f"the recipe's gates ask for {' and '.join(tasks)}: give data for each, or change the gates of a copy"
+        raise DataError(error.message, f"{error.hint}; {asked}" if error.hint else asked) from None
 
 
 def tested_on(recipe: Recipe) -> tuple[data.Place, ...]:

@@ -1,13 +1,17 @@
 """Recipe files: YAML becomes a `Recipe`, or one error that lists every problem with the nearest known name."""
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from exporter.errors import RecipeError
-from exporter.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule, Strict
+from exporter.families import FAMILIES
+from exporter.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule, Strict, known
+from exporter.tasks import TASKS
 
 
 def recipe_folder() -> Path:
@@ -25,6 +29,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
     names = built_in()
     path = names.get(name_or_path, Path(name_or_path))
+    if not path.is_file() and (path.suffix in (".yaml", ".yml") or path.parent != Path()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RecipeError(f"recipe file {path} {what}", "give a YAML file or a built-in name; `mmq recipes` lists them")
     if not path.is_file():
         close = difflib.get_close_matches(name_or_path, list(names), n=1)
         meant = f" Did you mean '{close[0]}'?" if close else ""
@@ -47,7 +54,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = _problems(error)
+        problems = list(dict.fromkeys([*_problems(error), *_unknown_names(data)]))
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
@@ -68,6 +75,36 @@ def _problems(error: ValidationError) -> list[str]:
             message = "this key is required"
         lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
     return lines
+
+
+def _unknown_names(data: dict[str, Any]) -> list[str]:
+    """Names that pydantic checks only once everything else is right: components of the family, metrics of tasks."""
+    lines = []
+    model = data.get("model")
+    family = FAMILIES.get(str(model.get("family"))) if isinstance(model, dict) else None
+    for i, rule in enumerate(_dicts(data.get("quantize"))):
+        if family and isinstance(rule.get("component"), str):
+            names = [component.name for component in family.components]
+            lines += _unknown(
+                f"quantize[{i}].component", rule["component"], names, f"component of family {family.name}"
+            )
+    for i, gate in enumerate(_dicts(data.get("gates"))):
+        if isinstance(gate.get("task"), str) and gate["task"] in TASKS:
+            metrics = TASKS[gate["task"]].METRICS
+            lines += _unknown(f"gates[{i}]", str(gate.get("metric")), metrics, f"metric of task {gate['task']}")
+    return lines
+
+
+def _unknown(where: str, name: str, names: Collection[str], what: str) -> list[str]:
+    try:
+        known(name, names, what)
+    except ValueError as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -115,7 +115,7 @@ def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from exporter.cli import main; main()", *quick(out, "--json")]
+    command = [sys.executable, "-m", "exporter", *quick(out, "--json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stderr
@@ -130,3 +130,26 @@ def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Pat
     assert list((tmp_path / "out.work").glob("*.safetensors"))
     assert mmq(*quick(out)).exit_code in (0, 3)
     assert out.exists()
+
+
+def test_an_interrupt_while_libraries_load_ends_quietly() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "exporter", "recipes"]  # says when torch begins to load
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if "torch" in line:
+                break
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in said
+
+
+def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
+    recipe = tmp_path / "strict.yaml"
+    text = mmq("recipes", "llava-w4-vit8").output
+    recipe.write_text(text.replace("bits: 4, group_size: 128", "bits: 2, group_size: row").replace("gptq", "rtn"))
+    result = mmq(*quick(tmp_path / "out", "--recipe", str(recipe), "--json"))
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["report"]["passed"] is False
+    assert "gates failed" in result.stderr

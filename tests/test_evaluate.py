@@ -243,7 +243,7 @@ def test_half_named_servers_are_wrong_usage(out: Path) -> None:
 def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: evaluate.Report, tmp_path: Path) -> None:
     """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
     arguments = ["evaluate", str(out), "--answers", str(tmp_path), "--device", "cpu", "--json"]
-    command = [sys.executable, "-c", "from exporter.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "exporter", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stderr

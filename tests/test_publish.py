@@ -427,7 +427,40 @@ def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Pa
     assert "license: mit\n" in hub.files(REPO)["README.md"].decode()
     published(artifact, "--base-model", "org/gone")
     assert "\nlicense:" not in hub.files(REPO)["README.md"].decode()
-    assert "must be one of the known identifiers" in refused(artifact, "--license", "No Such License")
+
+
+def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: Hub, artifact: Path) -> None:
+    wrong = ["--license", "No Such License", "--language", "English", "--base-model", "a b", "--dataset", "x/y/z"]
+    text = refused(artifact, *wrong, "--dry-run")
+    assert "--license No Such License: not an identifier" in text
+    assert "--language English: not a code" in text
+    assert "--base-model a b: not a hub id" in text
+    assert "--dataset x/y/z: not a hub id" in text
+    assert "must be one of the known identifiers" in refused(artifact, "--license", "wrong")
+    assert REPO not in hub.repos
+
+
+def test_hints_are_of_the_action(hub: Hub, artifact: Path) -> None:
+    published(artifact)
+    resumed = "large files that have arrived are not sent a second time"
+    for status, said in ((403, "needs read access to 'me'"), (429, "wait some time, then give"), (500, "later give")):
+        hub.faults = [Fault(r"GET /api/models/", status, times=99)]
+        text = mmq("verify", f"hub:{REPO}").output
+        assert said in text
+        assert resumed not in text
+    hub.faults = [Fault(r"POST .*/commit/", 500, times=99)]
+    assert resumed in refused(artifact, "--license", "mit")
+
+
+@pytest.mark.parametrize("token", ["hf_\u00e9_secret", "hf_a\x01secret", "hf_a secret"])
+def test_a_token_that_no_header_can_carry_is_said_plainly(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
+    for text in (refused(artifact), mmq("verify", f"hub:{REPO}").output if " " not in token else ""):
+        assert not text or "the hub token holds a blank, a control character" in text
+        assert "secret" not in text
 
 
 def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
@@ -636,7 +669,7 @@ def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> No
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from exporter.cli import main; main()", "publish", str(artifact), "--repo", REPO]
+    command = [sys.executable, "-m", "exporter", "publish", str(artifact), "--repo", REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert commits(hub) == 1

@@ -86,3 +86,20 @@ def test_digest_ignores_comments_and_order(tmp_path: Path) -> None:
 def test_what_is_no_recipe_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_recipe(text, "bad.yaml")
+
+
+def test_wrong_components_and_metrics_are_listed_beside_wrong_values() -> None:
+    text = WRONG.replace("family: lava", "family: llava")
+    text = text.replace("component: language, metod", "component: langauge, metod")
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "wrong.yaml")
+    message = caught.value.message
+    assert "quantize[2].component: unknown component of family llava 'langauge'. Did you mean 'language'?" in message
+    assert message.count("acuracy") == 1
+    assert "quantize[0].bits" in message
+
+
+@pytest.mark.parametrize("name", ["./none.yaml", "none.yaml", "/tmp"])
+def test_a_recipe_file_that_is_not_there_is_called_that(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"does not exist|is a folder"):
+        load_recipe(name)
