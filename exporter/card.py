@@ -11,6 +11,8 @@ from typing import Any
 
 from exporter.card_serving import serving
 from exporter.data import BUILT_IN
+from exporter.data.hub import repo_of
+from exporter.demo import MODELS
 from exporter.facts import Facts
 from exporter.families import FAMILIES
 
@@ -92,7 +94,7 @@ def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=[*tags, "unproven"] if problems else tags,
-        datasets=list(declared.datasets) or None,
+        datasets=list(declared.datasets) or known_datasets(facts) or None,
         language=list(declared.language) or None,
         model_name=repo.partition("/")[2],
         eval_results=results or None,
@@ -139,6 +141,13 @@ def benchmark_results(facts: Facts, declared: Declared) -> str:
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
 
 
+def known_datasets(facts: Facts) -> list[str]:
+    """Hub ids of the calibration data, as far as the manifest's sources are data sets of the hub."""
+    wanted = facts.manifest["provenance"]["calibration"]
+    named = [name.removeprefix("hub ") for name in wanted["data"].split(", ") if name.startswith("hub ")]
+    return sorted({repo for name in named if (repo := repo_of(name))}) if wanted["samples"] else []
+
+
 def data_name(facts: Facts) -> str:
     """Where the test samples come from, in words."""
     calibration = facts.manifest["provenance"]["calibration"]["data"]
@@ -152,7 +161,12 @@ def in_words(data: str) -> str:
 
 def _introduction(facts: Facts, declared: Declared) -> str:
     base = base_model(facts, declared)
-    source = f"[{base}](https://huggingface.co/{base})" if base else f"a local model (`{facts.source}`)"
+    if base:
+        source = f"[{base}](https://huggingface.co/{base})"
+    elif facts.source in MODELS:
+        source = f"The small model `{facts.source}` that comes with mmq"
+    else:
+        source = f"A local model (`{facts.source}`)"
     size = facts.manifest["bytes"]
     return (
         f"{source}, quantized by mmq with the recipe `{facts.recipe['name']}` into an artifact that vLLM serves: "
@@ -190,8 +204,8 @@ def _quality(facts: Facts) -> str:
     rows = []
     for m in facts.report["measures"]:
         d = m["difference"]
-        interval = f"{-d['high']:+.4f} to {-d['low']:+.4f}"
-        scores = [f"{d['before']:.4f}", f"{d['after']:.4f}", f"{-d['drop']:+.4f}", interval]
+        interval = f"{signed(-d['high'])} to {signed(-d['low'])}"
+        scores = [f"{d['before']:.4f}", f"{d['after']:.4f}", signed(-d["drop"]), interval]
         rows.append([m["task"], m["metric"], str(m["samples"]), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
     gates = [
@@ -207,9 +221,14 @@ def _quality(facts: Facts) -> str:
     return said + "\n\n" + table(["gate", "metric", "loss", "decided by", "verdict"], gates)
 
 
+def signed(value: float) -> str:
+    """`+0.0123`; what rounds to nothing is never `-0.0000`."""
+    return f"{round(value, 4) + 0.0:+.4f}"
+
+
 def lost(gate: Mapping[str, Any]) -> str:
     """What a gate found and allows, as shares of the full-precision score (which may be zero: then nothing fits)."""
-    share = "not measurable" if gate["lost"] is None else f"{gate['lost']:.1%}"
+    share = "not measurable" if gate["lost"] is None else f"{round(gate['lost'], 3) + 0.0:.1%}"
     return f"lost {share} of the full-precision score, allowed {gate['max_drop']:.1%}"
 
 

@@ -4,6 +4,7 @@ The token is found by the library (`hf auth login`, HF_TOKEN) and never touched 
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import CheckpointError, HubError, HubMissing
+from exporter.retry import retry_after
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
-AGAIN = "give the same command again; large files that have arrived are not sent a second time"
+AGAIN = "give the same command again"
+RESUME = f"{AGAIN}; large files that have arrived are not sent a second time"
+WRITING = ("uploading", "creating the repository", "making the branch")  # what needs a token that may write
+ODD_TOKEN = "the hub token holds a blank, a control character or a letter with an accent, which no token does"
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,15 @@ def need_token() -> None:
 
     if not get_token():
         raise HubError("no hub token: nothing can be uploaded without one", "run `hf auth login`, or set HF_TOKEN")
+    if _odd_token():
+        raise HubError(ODD_TOKEN, "copy it again: `hf auth login`, or set HF_TOKEN")
+
+
+def _odd_token() -> bool:
+    """Whether there is a token that no HTTP header can carry."""
+    from huggingface_hub import get_token
+
+    return re.fullmatch("[!-~]*", get_token() or "") is None
 
 
 @contextmanager
@@ -149,12 +163,16 @@ def explain(error: Exception, repo: str, doing: str) -> HubError | None:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     where, error = f"{repo}: {doing}", root(error)
-    if isinstance(error, HfHubHTTPError):
-        return _refusal(error, repo, where)
+    refusal = _refusal(error, repo, doing) if isinstance(error, HfHubHTTPError) else None
+    unaccepted = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+    if _odd_token() and (unaccepted or is_network(error) or isinstance(error, ValueError)):
+        return HubError(f"{where}: {ODD_TOKEN}", "copy it again: `hf auth login`, or set HF_TOKEN")
+    if refusal:
+        return refusal
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(f"{where}: HF_HUB_OFFLINE is set", "unset it to reach the hub")
     if is_network(error):
-        return HubError(f"{where}: the connection failed ({type(error).__name__})", AGAIN)
+        return HubError(f"{where}: the connection failed ({type(error).__name__})", _again(doing))
     if isinstance(error, ValueError | OSError) and "huggingface_hub" in _raised_in(error):
         return HubError(f"{where}: {clean(str(error))}")
     return None
@@ -181,10 +199,15 @@ def _raised_in(error: Exception) -> str:
     return "\n".join(names)
 
 
-def _refusal(error: Any, repo: str, where: str) -> HubError:
+def _again(doing: str) -> str:
+    return RESUME if doing == "uploading" else AGAIN
+
+
+def _refusal(error: Any, repo: str, doing: str) -> HubError:
     """An HTTP status as a sentence and a way on."""
     from huggingface_hub import errors
 
+    where, again = f"{repo}: {doing}", _again(doing)
     status = error.response.status_code
     said = f" ({clean(error.server_message)})" if getattr(error, "server_message", None) else ""
     if isinstance(error, errors.GatedRepoError):
@@ -199,15 +222,17 @@ def _refusal(error: Any, repo: str, where: str) -> HubError:
     if status == 401:
         return HubError(f"{where}: the hub does not accept your token{said}", "run `hf auth login`, or renew HF_TOKEN")
     if status == 403:
-        hint = f"the token needs write access to '{repo.partition('/')[0]}': `hf auth whoami` shows whose it is"
+        access = "write" if doing in WRITING else "read"
+        hint = f"the token needs {access} access to '{repo.partition('/')[0]}': `hf auth whoami` shows whose it is"
         return HubError(f"{where}: your token may not do this{said}", hint)
     if status in (409, 412):
-        return HubError(f"{where}: somebody else changed it at the same time{said}", AGAIN)
+        return HubError(f"{where}: somebody else changed it at the same time{said}", again)
     if status == 429:
-        wait = error.response.headers.get("Retry-After")
-        return HubError(f"{where}: too many requests{said}", f"wait {wait or 'some'} seconds; {AGAIN}")
+        wait = retry_after(error.response.headers.get("Retry-After"))
+        said_wait = "some time" if wait is None else f"{wait:.0f} seconds"
+        return HubError(f"{where}: too many requests{said}", f"wait {said_wait}, then {again}")
     if status >= 500:
-        return HubError(f"{where}: the hub has a problem of its own (HTTP {status}){said}", f"later {AGAIN}")
+        return HubError(f"{where}: the hub has a problem of its own (HTTP {status}){said}", f"later {again}")
     return HubError(f"{where}: the hub refused (HTTP {status}){said}")
 
 

@@ -1,12 +1,15 @@
 """What will be in the repository: proof that it may be published, files, card, changelog, and what has to go."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from yaml import YAMLError
 
 from exporter.artifact import MANIFEST, REPORT, Artifact
 from exporter.backends import weights_digest
@@ -112,6 +115,7 @@ def package(
     replace: also weights that mmq did not put there go. PublishError when results are claimed wrongly or foreign
     weights are in the way, ArtifactError when the manifest names anything but plain files of the folder.
     """
+    check_declared(declared)
     for task in declared.benchmarks:
         if not any(m["task"] == task for m in (facts.report or {}).get("measures", [])):
             raise PublishError(f"--benchmark {task}: the artifact was not measured on this task")
@@ -129,6 +133,26 @@ def package(
         return Package(files, (), problems, unchanged=True)
     files[CARD] = render(repo, facts, declared, problems, history(facts, remote, earlier), lacking).encode()
     return Package(files, removed, problems)
+
+
+def check_declared(declared: Declared) -> None:
+    """PublishError when the hub would not take the card for what its publisher said; the hub knows more rules."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    problems = []
+    for option, name in [("--base-model", declared.base_model), *(("--dataset", name) for name in declared.datasets)]:
+        try:
+            validate_repo_id(name or "any")
+        except HFValidationError:
+            problems.append(f"{option} {name}: not a hub id like ORG/NAME")
+    license_id = declared.license.get("license", "any")
+    if not re.fullmatch("[a-z0-9][a-z0-9.+-]*", license_id):
+        problems.append(f"--license {license_id}: not an identifier of the hub, such as mit, apache-2.0 or other")
+    codes = [code for code in declared.language if not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", code)]
+    problems += [f"--language {code}: not a code such as en" for code in codes]
+    if problems:
+        raise PublishError("the card would not be valid:\n" + "\n".join(f"  {line}" for line in problems))
 
 
 def local_files(folder: Path, facts: Facts) -> dict[str, Path | bytes]:
@@ -208,7 +232,7 @@ def inherited(facts: Facts, declared: Declared) -> Declared:
         return declared
     try:
         data = _card_data(base)
-    except HubError:
+    except (HubError, ValueError, TypeError, YAMLError):
         return declared  # the card then has no license: better than a wrong one
     keys = ("license", "license_name", "license_link")
     return replace(declared, license={key: str(data[key]) for key in keys if data.get(key)})

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from exporter.errors import DataError
 from exporter.families import Family
+from exporter.retry import retry_after
 from exporter.tasks.sample import Sample, task_of
 
 KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key; it is sent, never shown or stored
@@ -141,7 +142,7 @@ class Server:
         except urllib.error.HTTPError as error:
             said = _message(error.read(4 * SHOWN))
             if error.code in BUSY:
-                raise _Busy(f"{error.code} {said}", _seconds(error.headers.get("Retry-After"))) from None
+                raise _Busy(f"{error.code} {said}", retry_after(error.headers.get("Retry-After"))) from None
             if optional and error.code in UNKNOWN:
                 return {}
             hint = f"set {KEY} to its API key" if error.code in (401, 403) else None
@@ -167,11 +168,6 @@ def _message(content: bytes) -> str:
     except (ValueError, AttributeError):
         pass
     return " ".join(text.split())[:SHOWN]
-
-
-def _seconds(header: str | None) -> float | None:
-    """Retry-After in seconds; a date is ignored."""
-    return float(header) if header and header.strip().isdigit() else None
 
 
 class ServedPredictor:

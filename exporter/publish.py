@@ -28,6 +28,7 @@ from exporter.hub import (
 )
 from exporter.package import Package, same
 from exporter.published import verify_remote
+from exporter.retry import retry_after
 
 Listener = Callable[[Event], None]
 TRIES = 3  # of the commit; uploads are tried again by the hub library itself
@@ -95,10 +96,12 @@ def publish(found: Package, target: Target, remote: Remote | None, on_event: Lis
 
     HubError when the hub refuses or cannot be reached, ArtifactError when what is there afterwards is not whole.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
     check_target(target)
     need_token()
+    with speaking(target.repo, "checking the card"):
+        ModelCard(found.card).validate(repo_type="model")
     api = HfApi(library_name="mmq")
     with without_xet():
         if remote is None:
@@ -180,8 +183,8 @@ def _wait(error: Exception, attempt: int) -> float | None:
     response = getattr(error, "response", None)
     if response is None or not (response.status_code == 429 or response.status_code >= 500):
         return None
-    asked = response.headers.get("Retry-After", "")
-    wait = float(asked) if asked.isdigit() else 2.0**attempt
+    asked = retry_after(response.headers.get("Retry-After"))
+    wait = 2.0**attempt if asked is None else asked
     return wait if wait <= LONGEST_WAIT else None
 
 

@@ -273,7 +273,7 @@ class Routes:
         data = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
         if data.get("base_model_relation", "quantized") not in ("adapter", "merge", "quantized", "finetune"):
             errors.append('"base_model_relation" must be one of adapter, merge, quantized, finetune')
-        if not re.fullmatch(r"[a-z0-9.-]+", str(data.get("license", "mit"))):
+        if data.get("license", "mit") not in ("mit", "apache-2.0", "other"):
             errors.append('"license" must be one of the known identifiers')
         for model in data.get("model-index", []):
             errors += (

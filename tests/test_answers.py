@@ -19,6 +19,7 @@ from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
 from exporter.predict_server import KEY, ServedPredictor, Server, picture_url
+from exporter.retry import retry_after
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 
@@ -292,3 +293,10 @@ def test_the_start_token_is_asked_for_where_the_template_lacks_it(start: tuple[s
         list(predictor.pieces([sample(3)]))
     assert ("add_special_tokens" in server.bodies[0]) is lacks
     assert server.bodies[0].get("add_special_tokens", True) is True
+
+
+def test_retry_after_is_seconds_or_nothing() -> None:
+    assert retry_after(" 7 ") == 7.0
+    assert [retry_after(said) for said in (None, "", "soon", "-1", "\u0663", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+        None
+    ] * 6

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from exporter.artifact import MANIFEST, REPORT
 from exporter.card import RESULTS, Declared, render, table
 from exporter.cli import cli
+from exporter.data import place
 from exporter.difference import difference, flattened
 from exporter.errors import ArtifactError, PublishError
 from exporter.facts import Facts, Read, component_of, folder_reader, read_facts, read_place
@@ -143,6 +144,38 @@ def test_benchmark_results_only_for_benchmarks(made: Path, facts: Facts) -> None
     (entry,) = parse_eval_result_entries(yaml.safe_load(found))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
     assert RESULTS not in package(made / "w4", measured, REPO, Declared(), (), None).files
+
+
+def test_data_sets_of_the_hub_are_known(facts: Facts) -> None:
+    def calibrated(data: str, samples: int = 1) -> Facts:
+        wanted = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b"}] * samples}
+        return changed(facts, provenance={"calibration": wanted, "device": "cpu"})
+
+    told = ", ".join(str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine"))
+    assert told == "hub vqav2, hub org/data@v1, coco coco, hub mine"
+    assert card(calibrated(told)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
+    assert card(calibrated(told), Declared(datasets=("me/data",))).data.datasets == ["me/data"]
+    assert card(calibrated(told, samples=0)).data.datasets is None
+    assert card(calibrated("demo")).data.datasets is None
+
+
+def test_nothing_is_minus_zero(facts: Facts) -> None:
+    report = copy.deepcopy(dict(facts.report or {}))
+    report["measures"][0]["difference"] |= {"after": 0.9, "drop": 0.0, "low": 1e-6, "high": 0.0}
+    report["gates"][0]["lost"] = -1e-5
+    text = card(replace(facts, report=report)).text
+    assert "| +0.0000 | +0.0000 to +0.0000 |" in text
+    assert "lost 0.0% of" in text
+    assert "-0.0" not in text
+
+
+def test_the_introduction_names_the_source_as_what_it_is(facts: Facts) -> None:
+    def text(source: str, declared: Declared | None = None) -> str:
+        return card(changed(facts, source={"model": source, "shards": {}}), declared).text
+
+    assert "The small model `demo-llava` that comes with mmq, quantized by mmq with" in text("demo-llava")
+    assert "A local model (`mine`), quantized by mmq with" in text("mine")
+    assert "[org/x](https://huggingface.co/org/x), quantized by mmq with" in text("mine", Declared("org/x"))
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:

@@ -458,8 +458,8 @@ def test_a_token_that_no_header_can_carry_is_said_plainly(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
-    for text in (refused(artifact), mmq("verify", f"hub:{REPO}").output if " " not in token else ""):
-        assert not text or "the hub token holds a blank, a control character" in text
+    for text in (refused(artifact), mmq("verify", f"hub:{REPO}").output):
+        assert "the hub token holds a blank, a control character" in text
         assert "secret" not in text
 
 

@@ -75,7 +75,9 @@ class Place:
         )
 
     def __str__(self) -> str:
-        """For manifests: the source, and of its path the last part alone."""
+        """For manifests: the source, and of its path the last part alone (all of it when it is a hub id)."""
+        if self.name == "hub" and self.path and hub.repo_of(self.path.as_posix()):
+            return f"hub {self.path.as_posix()}"
         return self.name if self.path is None else f"{self.name} {self.path.name}"
 
 

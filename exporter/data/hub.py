@@ -54,6 +54,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # role -> names, the first that is ther
 }
 
 
+def repo_of(name: str) -> str | None:
+    """`vqav2` or `ORG/NAME@REVISION` -> the data set's id on the hub, None for a local folder."""
+    if name in COPIES:
+        return COPIES[name].repo
+    repo = name.partition("@")[0]
+    local = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return repo if repo.count("/") == 1 and not local else None
+
+
 def tasks(path: Path) -> tuple[str, ...]:
     """What `hub:PATH` can be asked; of an unknown set we only learn it from its columns."""
     known = CONVENTIONS.get(path.as_posix())
