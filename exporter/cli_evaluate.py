@@ -80,7 +80,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
         raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
-    write_report(artifact, found)
+    if not write_report(artifact, found):
+        click.echo("note: the artifact keeps its report, which is on more samples than these", err=True)
     say(found.as_json() if as_json else show.report_page(found))
     raise_if_failed(found, artifact)
 

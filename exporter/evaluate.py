@@ -201,12 +201,19 @@ def _decide(gate: Gate, measures: Sequence[Measure]) -> Verdict:
     return Verdict(gate, lost, lost <= gate.max_drop)
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Put the report beside the weights it judges; what `mmq check` found in the engine stays."""
+def write_report(folder: Path, report: Report) -> bool:
+    """Put the report beside the weights it judges; what `mmq check` found in the engine stays.
+
+    A report on more samples of the same data is not replaced by one on fewer: False then.
+    """
     path = folder / REPORT
     old = read_json(path) if path.exists() else {}
+    same_data = old.get("evaluation", {}).get("data") == report.as_json().get("evaluation", {}).get("data")
+    if same_data and sum(m["samples"] for m in old.get("measures", [])) > sum(m.samples for m in report.measures):
+        return False
     kept = {key: old[key] for key in KEPT_KEYS if key in old}
     write_text(path, json.dumps(report.as_json() | kept, indent=1, sort_keys=True) + "\n")
+    return True
 
 
 def raise_if_failed(report: Report, where: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) 
     path.write_text(json.dumps(old | {"serving": {"ok": True}, "stale": 1}))
     write_report(tmp_path, report)
     assert json.loads(path.read_text()) == old | {"serving": {"ok": True}}
+
+
+def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path) -> None:
+    large = crafted(1, 2)
+    assert write_report(tmp_path, large)
+    kept = (tmp_path / "mmq_report.json").read_text()
+    measure = replace(large.measures[0], samples=large.measures[0].samples - 1)
+    assert not write_report(tmp_path, replace(large, measures=(measure,)))
+    assert (tmp_path / "mmq_report.json").read_text() == kept
+    other = replace(large, measures=(measure,), about={"data": "coco"})  # other data says something else
+    assert write_report(tmp_path, other)
 
 
 def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
