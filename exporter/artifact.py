@@ -19,11 +19,12 @@ import yaml
 from torch import Tensor
 
 from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
-from exporter.errors import ArtifactError, CheckpointError
+from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
+from exporter.job import finite
 from exporter.plan import Plan, Unit
 from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
@@ -134,7 +135,7 @@ def _write_tensors(
         if unit is None or loaded is None or row.decision == "kept":
             altered = loaded[1].altered.get(row.tensor.name) if unit and loaded else None
             tensor = checkpoint.read(row.tensor.name) if altered is None else altered.cpu()
-            writer.add(row.tensor.name, _finite(row.tensor.name, tensor))
+            writer.add(row.tensor.name, finite(row.tensor.name, tensor))
             continue
         linear = loaded[1].linears[row.module]
         if row.decision == "packed":
@@ -151,12 +152,6 @@ def _unit_around(name: str, by_block: Mapping[str, Unit]) -> list[Unit]:
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
     return [by_block[prefix] for prefix in prefixes if prefix in by_block]
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{name} holds values that are not finite", "the checkpoint is damaged")
-    return tensor
 
 
 def digest(linear: QuantizedLinear) -> str:

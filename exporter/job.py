@@ -8,6 +8,7 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device
+from exporter.errors import CheckpointError
 from exporter.events import Event
 from exporter.plan import Plan, Unit
 from exporter.stream import Stream
@@ -36,6 +37,7 @@ class Job:
         )
         self.finished = workdir.done(plan.units)
         self._unit_of = {name: unit for unit in plan.units for name in self.tensors_under(unit.block)}
+        self._planned = {row.tensor.name for unit in plan.units for row in unit.rows}
         self._cached: tuple[int, UnitResult] | None = None
         self._pool = pool
         self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
@@ -46,7 +48,10 @@ class Job:
         unit = self._unit_of.get(name)
         if unit is None or unit.index >= self.finished:
             waiting = self._ahead.pop(name, None)
-            return waiting.result() if waiting else self.checkpoint.read(name)
+            tensor = waiting.result() if waiting else self.checkpoint.read(name)
+            return (
+                tensor if name in self._planned else finite(name, tensor)
+            )  # planned weights are checked on the device
         if self._cached is None or self._cached[0] != unit.index:
             self.settle()
             self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
@@ -87,6 +92,13 @@ class Job:
         self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
         for note in result.notes:
             self.on_event(Event("note", unit.index + 1, total, note))
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself; CheckpointError when it holds an infinity or a NaN."""
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{name} holds values that are not finite", "the checkpoint is damaged")
+    return tensor
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:

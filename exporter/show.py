@@ -152,6 +152,8 @@ def export_page(result: Export) -> RenderableType:
     """What an export did: plan, checks, scores, times and how to serve."""
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     device = f", device {memory(result.device_peak)}" if result.device_peak else ""
+    serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
+    failed = result.report is not None and not result.report.passed
     return Group(
         plan_table(result.plan),
         f"{result.plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted",
@@ -159,7 +161,7 @@ def export_page(result: Export) -> RenderableType:
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         f"{times}; peak memory: host {memory(result.host_peak)}{device}",
         f"artifact: {result.out}",
-        f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}",
+        "it lost more than its recipe allows" if failed else serve,
     )
 
 

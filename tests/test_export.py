@@ -247,10 +247,15 @@ def misfit_config(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "no model.safetensors"),
         (poison("language_model.model.layers.0.mlp.up_proj.weight"), CheckpointError, "up_proj.*not finite"),
         (poison("language_model.model.norm.weight"), MmqError, "not finite"),
+        (
+            poison("vision_tower.vision_model.embeddings.class_embedding"),
+            CheckpointError,
+            "class_embedding.*not finite",
+        ),
         (rename_architecture, PlanError, "does not know MysteryForCausalLM"),
         (misfit_config, CheckpointError, "has the shape"),
     ],
-    ids=["truncated", "missing", "nan-linear", "nan-kept", "architecture", "config"],
+    ids=["truncated", "missing", "nan-linear", "nan-kept", "nan-upstream", "architecture", "config"],
 )
 def test_bad_models_end_in_a_clear_error_and_leave_nothing(
     change: Callable[[Path], None], kind: type[MmqError], said: str, tmp_path: Path
