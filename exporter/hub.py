@@ -200,6 +200,10 @@ def _raised_in(error: Exception) -> str:
 
 
 def _again(doing: str) -> str:
+    from huggingface_hub import constants
+
+    if doing == "uploading" and not constants.HF_HUB_DISABLE_XET:
+        return f"{RESUME}. Xet hides what its servers say: without HF_HUB_DISABLE_XET=0 you will see it"
     return RESUME if doing == "uploading" else AGAIN
 
 
