@@ -3,14 +3,14 @@
 Importing torch takes a second; an interrupt in that time must end as quietly as later ones.
 """
 
-import signal
 import sys
+
+from exporter.interrupt import install
 
 
 def main() -> None:
     """Run the command line."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
-        signal.signal(stop, signal.default_int_handler)
+    install()
     try:
         from exporter.cli import main as run
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from exporter.events import Event
+from exporter.interrupt import raise_if_asked
 
 NAMES = {
     "calibrate": "reading calibration data",
@@ -49,6 +50,7 @@ class Listener:
             self._progress.stop()
 
     def __call__(self, event: Event) -> None:
+        raise_if_asked()
         if self._json:
             line = {"stage": event.stage, "done": event.done, "total": event.total, "message": event.message}
             print(json.dumps(line | {"numbers": dict(event.numbers)}), file=sys.stderr, flush=True)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from exporter import interrupt
 from exporter.cli import cli
+from exporter.events import Event
+from exporter.progress import Listener
 
 
 def mmq(*arguments: str) -> Result:
@@ -153,3 +156,13 @@ def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert json.loads(result.stdout)["report"]["passed"] is False
     assert "gates failed" in result.stderr
+
+
+def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "_asked", [])
+    listen = Listener(as_json=True)
+    listen(Event("quantize", 1, 2))
+    with pytest.raises(KeyboardInterrupt):
+        interrupt._hear(signal.SIGINT, None)  # and suppose that a finalizer swallowed it
+    with pytest.raises(KeyboardInterrupt):
+        listen(Event("quantize", 2, 2))
