@@ -1,4 +1,4 @@
-"""The artifact: packed units and untouched source tensors in one folder that an engine opens; and its check.
+"""The artifact: packed units and untouched source tensors in one folder that an engine opens; and reading it back.
 
 Everything is written into a temporary folder beside the destination and renamed when it is complete.
 """
@@ -25,7 +25,7 @@ from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.job import finite
-from exporter.plan import Plan, Unit
+from exporter.plan import Plan, PlanRow, Unit
 from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
@@ -122,36 +122,34 @@ def _write_tensors(
 ) -> dict[str, str]:
     """Every tensor of the source, packed or as it was; returns the digests of the packed linears."""
     digests: dict[str, str] = {}
-    format_module = FORMATS[plan.recipe.format]
-    by_block = {unit.block: unit for unit in plan.units}
-    unit_of = {row.tensor.name: unit for row in plan.rows for unit in _unit_around(row.tensor.name, by_block)}
-    loaded: tuple[int, UnitResult] | None = None
-    ordered = sorted(plan.rows, key=lambda row: unit_of[row.tensor.name].index if row.tensor.name in unit_of else -1)
-    for row in ordered:
-        unit = unit_of.get(row.tensor.name)
-        if unit and (loaded is None or loaded[0] != unit.index):
-            loaded = (unit.index, workdir.read(unit, device))
-            on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
-        if unit is None or loaded is None or row.decision == "kept":
-            altered = loaded[1].altered.get(row.tensor.name) if unit and loaded else None
-            tensor = checkpoint.read(row.tensor.name) if altered is None else altered.cpu()
-            writer.add(row.tensor.name, finite(row.tensor.name, tensor))
-            continue
-        linear = loaded[1].linears[row.module]
-        if row.decision == "packed":
-            digests[row.module] = digest(linear)
-            for name, tensor in format_module.pack(row.module, linear).items():
-                writer.add(name, tensor.cpu())
-        else:
-            writer.add(row.tensor.name, linear.dequantize(row.tensor.dtype).cpu())
+    for row in plan.rows:
+        if not any(_inside(row, unit) for unit in plan.units):
+            writer.add(row.tensor.name, finite(row.tensor.name, checkpoint.read(row.tensor.name)))
+    for unit in plan.units:
+        result = workdir.read(unit, device)
+        on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
+        for row in plan.rows:
+            if _inside(row, unit):
+                for name, tensor in _stored_tensors(plan, checkpoint, row, result).items():
+                    writer.add(name, tensor.cpu())
+        digests |= {row.module: digest(result.linears[row.module]) for row in unit.rows if row.decision == "packed"}
     return digests
 
 
-def _unit_around(name: str, by_block: Mapping[str, Unit]) -> list[Unit]:
-    """The unit in whose block a tensor lies, if any."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return [by_block[prefix] for prefix in prefixes if prefix in by_block]
+def _inside(row: PlanRow, unit: Unit) -> bool:
+    """Whether a tensor lies in a unit's block: its linears, and the norms and biases beside them."""
+    return row.tensor.name.startswith(unit.block + ".")
+
+
+def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: UnitResult) -> dict[str, Tensor]:
+    """What the artifact holds for one tensor of a finished block, by the names it has there."""
+    name = row.tensor.name
+    if row.decision == "packed":
+        return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
+    if row.decision == "dequantized":
+        return {name: result.linears[row.module].dequantize(row.tensor.dtype)}
+    kept = result.altered[name] if name in result.altered else checkpoint.read(name)
+    return {name: finite(name, kept)}
 
 
 def digest(linear: QuantizedLinear) -> str:
@@ -221,6 +219,10 @@ class Artifact:
     def family(self) -> Family:
         """The model family."""
         return FAMILIES[self.manifest["family"]]
+
+    def source_config(self) -> dict[str, Any]:
+        """config.json as the source had it: what builds the model that the dequantized tensors go into."""
+        return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
 
     def names(self) -> list[str]:
         """Checkpoint names of all tensors, as if nothing were packed."""

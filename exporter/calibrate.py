@@ -114,11 +114,14 @@ def _arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Fl
     """Run everything upstream of the component on all batches; what its first block receives."""
     if not batches:
         raise CalibrationError("the recipe's methods need calibration data and there is none")
-    config, family = job.checkpoint.config, job.plan.family
+    family = job.plan.family
     later = family.components[family.components.index(component) :]
     behind = tuple(other.blocks.partition("{i}")[0] for other in later)
-    heads = {f"{module}.weight" for module in _kept_modules(job)}
-    names = [name for name in job.checkpoint.tensors if not name.startswith(behind) and name not in heads]
+    names = [
+        name
+        for name in job.checkpoint.tensors
+        if not name.startswith(behind) and not family.reason_kept(name.removesuffix(".weight"))
+    ]
     job.stream.load(names, job.read)
     block = job.stream.module(component.block(0))
     store = job.device.torch_device if _fits(job) else torch.device("cpu")
@@ -129,18 +132,12 @@ def _arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Fl
         flows.append(Flow(hidden.to(store), args[1:], kwargs, None if mask is None or mask.all() else mask))
         job.on_event(Event("calibrate", len(flows), len(batches), f"inputs of {component.name}"))
     job.stream.unload(names)
-    assert component.used(config) > 0
     return flows
 
 
 def _fits(job: Job) -> bool:
     """Keep activations on the device when they take less than a quarter of what was free there."""
     return job.plan.memory.activation_bytes < job.device.free_bytes / 4
-
-
-def _kept_modules(job: Job) -> list[str]:
-    names = [name.removesuffix(".weight") for name in job.checkpoint.tensors if name.endswith(".weight")]
-    return [name for name in names if job.plan.family.reason_kept(name)]
 
 
 def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:

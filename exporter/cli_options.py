@@ -79,8 +79,9 @@ def adjusted(
     """The recipe with what the command line overrides; another model drops the recipe's revision."""
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
+    named = [one.name for one in places(data)] or None
     return recipe.adjusted(
         model={"repo": model, "revision": revision},
-        calibration={"seed": seed, "samples": samples, "data": [one.name for one in places(data)] or None},
-        evaluation={"samples": eval_samples, "data": [one.name for one in places(data)] or None},
+        calibration={"seed": seed, "samples": samples, "data": named},
+        evaluation={"samples": eval_samples, "data": named},
     )

@@ -1,5 +1,8 @@
 """Every error that a user can cause, in one place; `cli.py` turns them into messages and exit codes."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class MmqError(Exception):
     """A problem that the user can act on: `message` says what and where, `hint` what to do next."""
@@ -72,3 +75,9 @@ class Interrupted(MmqError):
     """The user stopped the job; the work folder can be resumed."""
 
     exit_code = 130
+
+
+def did_you_mean(value: str, names: Iterable[str]) -> str:
+    """` Did you mean 'name'?` for the nearest of `names`, empty when none is near; to append to a message."""
+    close = difflib.get_close_matches(value, list(names), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

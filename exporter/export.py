@@ -91,15 +91,14 @@ def export(
     calibration, evaluation = _samples(plan, sources, skip_evaluation)
     for note in (*plan.warnings, *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
-    if calibration or evaluation:
-        load_processor(checkpoint.folder)  # its errors belong before the work
+    processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
     clock.lap("plan")
 
     provenance = _provenance(plan, calibration, device, sources)
-    workdir = Workdir.open(work or default_work(out), _inputs(plan, checkpoint, provenance))
+    workdir = Workdir.open(work or default_work(out), _identity(plan, checkpoint, provenance))
     reset_peak(device)
     with exact_math(recipe.calibration.seed):
-        inputs = _inputs_for(plan, checkpoint, calibration, workdir)
+        inputs = _batches(plan, processor, calibration, workdir)
         clock.lap("read data")
         calibrate.run(plan, checkpoint, workdir, inputs, device, on_event)
     synchronize(device)
@@ -187,18 +186,15 @@ def tested_on(recipe: Recipe) -> tuple[data.Place, ...]:
     return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)
 
 
-def _inputs_for(
-    plan: Plan, checkpoint: Checkpoint, samples: Sequence[Sample], workdir: Workdir
-) -> list[dict[str, torch.Tensor]]:
+def _batches(plan: Plan, processor: Any, samples: Sequence[Sample], workdir: Workdir) -> list[dict[str, torch.Tensor]]:
     """Calibration batches; none when every unit that needs them is finished."""
     rest = plan.units[workdir.done(plan.units) :]
     if not any(unit.needs_statistics for unit in rest):
         return []
-    processor = load_processor(checkpoint.folder)
     return batches(processor, plan.family, samples, plan.recipe.calibration.batch)
 
 
-def _inputs(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that changes the numbers; format, gates, device and paths are not in it."""
     methods = sorted({row.rule.method for row in plan.rows if row.rule})
     return {

@@ -3,7 +3,6 @@
 Rules are tried in order; the first that matches a linear wins. `recipe_file.py` reads them from YAML.
 """
 
-import difflib
 import hashlib
 import json
 from typing import Any, Literal, Self
@@ -11,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exporter.data import place
-from exporter.errors import DataError
+from exporter.errors import DataError, did_you_mean
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
@@ -29,9 +28,7 @@ class Strict(BaseModel):
 
 def known(value: str, registry: Any, what: str) -> str:
     if value not in registry:
-        close = difflib.get_close_matches(value, list(registry), n=1)
-        meant = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"unknown {what} '{value}'.{meant} ({', '.join(sorted(registry))})")
+        raise ValueError(f"unknown {what} '{value}'.{did_you_mean(value, registry)} ({', '.join(sorted(registry))})")
     return value
 
 

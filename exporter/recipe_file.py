@@ -1,6 +1,5 @@
 """Recipe files: YAML becomes a `Recipe`, or one error that lists every problem with the nearest known name."""
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from exporter.errors import RecipeError
+from exporter.errors import RecipeError, did_you_mean
 from exporter.families import FAMILIES
 from exporter.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule, Strict, known
 from exporter.tasks import TASKS
@@ -33,10 +32,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RecipeError(f"recipe file {path} {what}", "give a YAML file or a built-in name; `mmq recipes` lists them")
     if not path.is_file():
-        close = difflib.get_close_matches(name_or_path, list(names), n=1)
-        meant = f" Did you mean '{close[0]}'?" if close else ""
         raise RecipeError(
-            f"unknown recipe '{name_or_path}'.{meant}",
+            f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, names)}",
             f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
         )
     return parse_recipe(path.read_text(encoding="utf-8"), str(path))
@@ -67,10 +64,8 @@ def _problems(error: ValidationError) -> list[str]:
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            key, known = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
-            close = difflib.get_close_matches(key, known, n=1)
-            meant = f" Did you mean '{close[0]}'?" if close else ""
-            message = f"unknown key.{meant} ({', '.join(known)})"
+            key, keys = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
+            message = f"unknown key.{did_you_mean(key, keys)} ({', '.join(keys)})"
         elif problem["type"] == "missing":
             message = "this key is required"
         lines += [f"{path}: {line}" if path else line for line in message.splitlines()]

@@ -62,7 +62,7 @@ class Reference:
         self._device = device.torch_device
         self._processor = processor
         self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
-        config = {k: v for k, v in artifact.checkpoint.config.items() if k != "quantization_config"}
+        config = artifact.source_config()
         need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
         self._high = torch.float32 if need < device.free_bytes else self._low
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)

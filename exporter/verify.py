@@ -107,7 +107,7 @@ def logit_difference(artifact: Artifact, folder: Path) -> float:
         return linear.dequantize(linear.scale.dtype)
 
     cpu = torch.device("cpu")
-    config = {k: v for k, v in artifact.checkpoint.config.items() if k != "quantization_config"}
+    config = artifact.source_config()
     ours = load_whole(artifact.family, config, artifact.names(), rounded, cpu, torch.float32)
     inputs = _probe(config)
     with redirect_stderr(StringIO()):  # the libraries draw progress bars of their own

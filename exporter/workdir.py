@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter.checkpoint import disk_error, read_json, write_tensors, write_text
+from exporter.checkpoint import make_folder, read_json, write_tensors, write_text
 from exporter.errors import CheckpointError, WorkdirError
 from exporter.plan import PlanRow, Unit
 from exporter.quantized import QuantizedLinear, pack_bits, unpack_bits
@@ -62,10 +62,7 @@ class Workdir:
         text = json.dumps(inputs, indent=1, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         job = path / JOB
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(path, error) from None
+        make_folder(path)
         if job.exists():
             before = read_json(job)
             now = json.loads(text)

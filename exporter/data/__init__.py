@@ -4,7 +4,6 @@ A source's `samples` takes the user's folder (None when none was given), a task,
 and on the command line a source is written `NAME:PATH` (`coco:/data/coco`), `demo`, or as a bare folder.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, cast, get_args
 from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import check_disjoint, image_key
-from exporter.errors import DataError
+from exporter.errors import DataError, did_you_mean
 from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
@@ -88,9 +87,8 @@ def place(written: str | Path) -> Place:
     if name in DATA and (path or not colon):
         return Place(name, Path(path).expanduser() if path else None)
     if colon and not Path(text).exists():
-        close = difflib.get_close_matches(name, list(DATA), n=1)
-        meant = f" Did you mean '{close[0]}'?" if close else ""
-        raise DataError(f"unknown data source '{text}'.{meant}", f"write NAME:PATH; names are {', '.join(DATA)}")
+        hint = f"write NAME:PATH; names are {', '.join(DATA)}"
+        raise DataError(f"unknown data source '{text}'.{did_you_mean(name, DATA)}", hint)
     return Place("folder", Path(text).expanduser())
 
 

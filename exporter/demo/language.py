@@ -73,36 +73,40 @@ def _unique(objects: Sequence[Thing], key: Callable[[Thing], object]) -> list[Th
     return [thing for thing, k in zip(objects, keys, strict=True) if keys.count(k) == 1]
 
 
-def _color(objects: Sequence[Thing], dice: Dice) -> Question | None:
-    thing = dice.thing(_unique(objects, lambda t: (t.size, t.shape)))
+def _property(
+    kind: str, objects: Sequence[Thing], dice: Dice, key: Callable[[Thing], object], asked: str, described: str
+) -> Question:
+    """A property of one object, asked by its description when that names one alone, else or one time in three by place.
+
+    key: what the description uses. asked: the question up to the object; described: the description, of a Thing `t`.
+    """
+    thing = dice.thing(_unique(objects, key))
     if thing is None or dice.roll(3) == 0:
         thing = objects[dice.roll(len(objects))]
-        return Question("color", f"what color is the object at the {thing.cell}?", thing.color)
-    return Question("color", f"what color is the {thing.size} {thing.shape}?", thing.color)
+        words = f"the {'dot' if kind == 'dot' else 'object'} at the {thing.cell}"
+    else:
+        words = described.format(t=thing)
+    return Question(kind, f"{asked} {words}?", getattr(thing, kind))
+
+
+def _color(objects: Sequence[Thing], dice: Dice) -> Question | None:
+    asked, described = "what color is", "the {t.size} {t.shape}"
+    return _property("color", objects, dice, lambda t: (t.size, t.shape), asked, described)
 
 
 def _shape(objects: Sequence[Thing], dice: Dice) -> Question | None:
-    thing = dice.thing(_unique(objects, lambda t: (t.size, t.color)))
-    if thing is None or dice.roll(3) == 0:
-        thing = objects[dice.roll(len(objects))]
-        return Question("shape", f"what shape is the object at the {thing.cell}?", thing.shape)
-    return Question("shape", f"what shape is the {thing.size} {thing.color} object?", thing.shape)
+    asked, described = "what shape is", "the {t.size} {t.color} object"
+    return _property("shape", objects, dice, lambda t: (t.size, t.color), asked, described)
 
 
 def _size(objects: Sequence[Thing], dice: Dice) -> Question | None:
-    thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
-    if thing is None or dice.roll(3) == 0:
-        thing = objects[dice.roll(len(objects))]
-        return Question("size", f"what size is the object at the {thing.cell}?", thing.size)
-    return Question("size", f"what size is the {thing.color} {thing.shape}?", thing.size)
+    asked, described = "what size is", "the {t.color} {t.shape}"
+    return _property("size", objects, dice, lambda t: (t.color, t.shape), asked, described)
 
 
 def _dot(objects: Sequence[Thing], dice: Dice) -> Question | None:
-    thing = dice.thing(_unique(objects, lambda t: (t.color, t.shape)))
-    if thing is None or dice.roll(3) == 0:
-        thing = objects[dice.roll(len(objects))]
-        return Question("dot", f"what color is the dot at the {thing.cell}?", thing.dot)
-    return Question("dot", f"what color is the dot on the {thing.color} {thing.shape}?", thing.dot)
+    asked, described = "what color is", "the dot on the {t.color} {t.shape}"
+    return _property("dot", objects, dice, lambda t: (t.color, t.shape), asked, described)
 
 
 def _place(objects: Sequence[Thing], dice: Dice) -> Question | None:
