@@ -44,7 +44,9 @@ def quantize_smoothed(
     plain_error = _distance(outputs(), truth)
     plain_weights = {row.tensor.name: job.stream.parameter(row.tensor.name) for row in unit.rows}
     _restore(job, original)
-    _fold_all(job, component, unit, gather)
+    if not _fold_all(job, component, unit, gather):
+        _restore(job, plain_weights)
+        return plain
     planned = set(plain_weights)
     altered = {
         name: job.stream.parameter(name).to(job.checkpoint.tensors[name].dtype)
@@ -53,7 +55,7 @@ def quantize_smoothed(
     }
     smoothed = quantize()
     error = _distance(outputs(), truth)
-    if altered and error < plain_error:
+    if error < plain_error:
         return UnitResult(smoothed.linears, smoothed.errors, smoothed.notes, altered)
     _restore(job, original | plain_weights)
     note = f"{unit.block}: smoothing left out, it made the block's error {error:.4f} instead of {plain_error:.4f}"
@@ -72,8 +74,12 @@ def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float((lost / max(whole, 1e-30)) ** 0.5)
 
 
-def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather) -> None:
-    """Search and fold the scales of every smoothing whose targets this unit quantizes with one smoothing rule."""
+def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather) -> bool:
+    """Search and fold the scales of every smoothing whose targets this unit quantizes with one smoothing rule.
+
+    False when no scales helped, so that the block is as it was.
+    """
+    folded = False
     rows = {row.linear: row for row in unit.rows}
     chosen = [smoothing for smoothing in component.smoothings if _applies(smoothing, rows)]
     statistics = gather([rows[smoothing.targets[0]] for smoothing in chosen])
@@ -88,9 +94,11 @@ def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather) -> Non
         arguments = (rule.scheme(), rule.parsed_options(), stored_scale_dtype(first.tensor.dtype))
         scales, before, after = METHODS[rule.method].find_scales(weights, statistics[first.linear], *arguments)
         if after < before:
+            folded = True
             _, changed = fold(block, smoothing.source, smoothing.targets, smoothing.rows, scales)
             for name in changed:
                 _round_as_stored(job, f"{unit.block}.{name}", rows)
+    return folded
 
 
 def _round_as_stored(job: Job, name: str, rows: Mapping[str, PlanRow]) -> None:

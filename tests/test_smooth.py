@@ -116,3 +116,41 @@ def test_a_block_that_got_worse_falls_back_and_says_so(tmp_path: Path, monkeypat
     for result in results(plan, workdir):
         assert result.altered == {}
         assert any("smoothing left out" in note for note in result.notes)
+
+
+def test_a_block_in_which_no_scales_help_is_quantized_once_and_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.methods import awq
+
+    calls: list[int] = []
+    rounding = awq.quantize_linear
+
+    def counted(*arguments: object) -> object:
+        calls.append(1)
+        return rounding(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(awq, "quantize_linear", counted)
+    monkeypatch.setattr(awq, "find_scales", lambda weights, *rest: (torch.ones(weights[0].shape[1]), 1.0, 1.0))
+    checkpoint = outlier_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (AWQ,))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    assert len(calls) == 4 * len(plan.units)  # q/k/v, o, gate/up and down, each once
+    assert all(result.notes == () for result in results(plan, workdir))
+
+
+def test_folds_between_linears_alone_are_kept_when_they_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a fold changes no tensor that is kept in 16 bits: all of it is in the codes."""
+    from exporter import smooth
+
+    language = LLAVA.component("language")
+    pairs = tuple(s for s in language.smoothings if not s.source.endswith("layernorm"))
+    assert pairs
+    applies = smooth._applies
+    monkeypatch.setattr(smooth, "_applies", lambda smoothing, rows: smoothing in pairs and applies(smoothing, rows))
+    distances = iter([0.5, 0.4] * 2)  # plain, then smoothed, for each block
+    monkeypatch.setattr(smooth, "_distance", lambda found, truth: next(distances))
+    checkpoint = outlier_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (AWQ,))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    assert all(result.notes == () and result.altered == {} for result in results(plan, workdir))

@@ -17,7 +17,7 @@ from exporter.ranges import fit_scale, scale_within
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quantize_linear"]
 
-VERSION = 1
+VERSION = 2
 SMOOTHS = True
 LARGEST_SCALE = 1e4  # a norm divided by more, or by less than its inverse, would leave the range of float16
 
