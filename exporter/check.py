@@ -44,7 +44,10 @@ class Control:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found. schemes: class of the engine -> linears, as its log says. problems: why it failed."""
+    """What a check found. problems: why it failed.
+
+    schemes: class of the engine -> linears, as its log says. kernels: `kernel for scheme`, from there too.
+    """
 
     engine: str
     build: str
@@ -53,6 +56,7 @@ class Checked:
     compared: Compared | None
     control: Control | None
     schemes: Mapping[str, int]
+    kernels: tuple[str, ...]
     startup_seconds: float
     problems: tuple[str, ...]
 
@@ -64,7 +68,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class Session:
-    """What a check needs of the outside: the program, how to start it, where to compute the reference, whom to tell."""
+    """What a check needs of the outside: the program, how to start it, where to compute the reference, whom to tell.
+
+    logs: folder that keeps what the engine said, `engine.log` and the control's `doubled.log` (None: nothing is kept).
+    """
 
     program: Program
     device: Device
@@ -73,6 +80,17 @@ class Session:
     extra: tuple[str, ...] = ()
     start_seconds: float = 900.0
     bound: float = BOUND
+    logs: Path | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one start of the engine gave. schemes: of every linear by its log. seconds: until it was ready."""
+
+    replies: list[Reply]
+    schemes: Mapping[str, str]
+    kernels: tuple[str, ...]
+    seconds: float
 
 
 def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
@@ -81,14 +99,17 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
     refuse_unservable(artifact, session.program.cpu, session.tensor_parallel)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
-        replies, log, seconds = _ask_engine(folder, artifact, samples, session, scratch / "engine.log")
-        problems = scheme_problems(artifact, log) if artifact.manifest["format"] == "compressed_tensors" else []
+        logs = session.logs or scratch
+        logs.mkdir(parents=True, exist_ok=True)
+        asked = _ask_engine(folder, artifact, samples, session, logs / "engine.log")
+        replies, told = asked.replies, artifact.manifest["format"] == "compressed_tensors"
+        problems = scheme_problems(artifact, asked.schemes) if told else []
         component = next((c.name for c in artifact.family.components if modules_of(artifact, c.name)), None)
         moved: list[Reply] = []
         doubled = None
         if control and component:
             doubled = double_scales(artifact, folder, component, scratch / folder.resolve().name)
-            moved, _, _ = _ask_engine(doubled, artifact, samples, session, scratch / "doubled.log")
+            moved = _ask_engine(doubled, artifact, samples, session, logs / "doubled.log").replies
         reference = Reference(artifact, processor, session.device)
         problems += reference.prompt_problems(samples, replies)
         compared = None if problems else reference.compare(samples, replies)
@@ -101,15 +122,27 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
             found = Control(component, far, same)
     if compared:
         problems += distance_problems(compared, found, session.bound)
-    version, build = session.program.version, "cpu" if session.program.cpu else "gpu"
-    schemes = dict(Counter(log.values()))
-    return Checked(version, build, len(samples), session.bound, compared, found, schemes, seconds, tuple(problems))
+    return _checked(session, asked, compared, found, problems)
 
 
-def _ask_engine(
-    folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path
-) -> tuple[list[Reply], dict[str, str], float]:
-    """Replies, the scheme of every linear by the log, and the seconds until it was ready."""
+def _checked(
+    session: Session, asked: Asked, compared: Compared | None, control: Control | None, problems: Sequence[str]
+) -> Checked:
+    return Checked(
+        session.program.version,
+        "cpu" if session.program.cpu else "gpu",
+        len(asked.replies),
+        session.bound,
+        compared,
+        control,
+        dict(Counter(asked.schemes.values())),
+        asked.kernels,
+        asked.seconds,
+        tuple(problems),
+    )
+
+
+def _ask_engine(folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path) -> Asked:
     made = launch(
         folder,
         artifact.checkpoint.config,
@@ -127,7 +160,7 @@ def _ask_engine(
             longest = artifact.family.max_new_tokens[task_of(sample)]
             replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample), longest))
             session.on_event(Event("ask", i + 1, len(samples), folder.name))
-    return replies, engine.schemes(), seconds
+    return Asked(replies, engine.schemes(), engine.kernels(), seconds)
 
 
 def png(sample: Sample) -> bytes:

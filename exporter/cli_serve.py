@@ -11,7 +11,9 @@ from exporter.cli_options import artifact_argument, data_option, device_option, 
 from exporter.errors import CheckFailed, Interrupted
 from exporter.runtime.vllm_engine import START_SECONDS
 
-vllm_option = click.option("--vllm", metavar="PROGRAM", help="The vllm program [MMQ_VLLM, or `vllm` on PATH].")
+vllm_option = click.option(
+    "--vllm", metavar="PROGRAM", help="The vllm program or command [MMQ_VLLM, or `vllm` on PATH]."
+)
 parallel_option = click.option(
     "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that share each linear."
 )
@@ -89,6 +91,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
 @vllm_option
 @click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="Images to ask about.")
 @click.option("--bound", type=click.FloatRange(min=0), help="Largest difference of a log-probability [0.06].")
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the engine's logs in this folder.")
 @click.option("--no-control", is_flag=True, help="Skip the second start, on doubled scales, that must answer wrongly.")
 @parallel_option
 @wait_option
@@ -124,7 +127,14 @@ def check(
     samples = questions(artifact, places(data), options["questions"])
     with Listener(as_json) as listen:
         session = Session(
-            program, choose(device), listen, options["tensor_parallel"], flags, options["wait"], bound=bound
+            program,
+            choose(device),
+            listen,
+            options["tensor_parallel"],
+            flags,
+            options["wait"],
+            bound,
+            options["logs"],
         )
         found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
     keep(artifact, found)

@@ -60,4 +60,5 @@ def checked_page(found: Checked) -> str:
             f"beside a reference with the same scales {again.largest:.4f}, mean {again.mean:.4f}"
         )
     lines += [f"{count} linears run as {name}, says vllm's log" for name, count in sorted(found.schemes.items())]
+    lines += [f"kernel {kernel}" for kernel in found.kernels]
     return "\n".join([*lines, "passed" if found.passed else "FAILED"])

@@ -16,7 +16,7 @@ from exporter.activations import round_inputs, round_rows
 from exporter.errors import ServeError
 from exporter.reference import Compared, Distance, distance_of, listed_tokens
 from exporter.runtime.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
-from exporter.runtime.vllm_engine import Engine, Reply, free_port, last_words, read_reply, read_schemes
+from exporter.runtime.vllm_engine import Engine, Reply, free_port, last_words, read_kernels, read_reply, read_schemes
 
 FAKE = '''#!{python}
 """Answers like vllm serve; --bad makes it end at once, --deaf ignores SIGTERM; it starts a child of its own."""
@@ -278,10 +278,28 @@ def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
     assert find_program(str(silent)) == Program(str(silent), "0.32.0+cpu", True)
 
 
+def test_a_command_of_several_words_is_a_program(tmp_path, monkeypatch):
+    """A vLLM in a folder of PYTHONPATH, with no program of its own: its interpreter is asked for the version."""
+    metadata = tmp_path / "vllm-0.26.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
+    monkeypatch.setenv("MMQ_VLLM", f"env PYTHONPATH={tmp_path} {sys.executable} -m vllm.entrypoints.cli.main")
+    found = find_program()
+    assert (found.version, found.cpu) == ("0.26.0", False)
+    made = launch(tmp_path, {}, found)
+    serve = made.command.index("serve")
+    assert made.command[1:serve] == (f"PYTHONPATH={tmp_path}", sys.executable, "-m", "vllm.entrypoints.cli.main")
+    monkeypatch.setenv("MMQ_VLLM", "nosuchprogram -m vllm")
+    with pytest.raises(ServeError, match="no program 'nosuchprogram -m vllm'"):
+        find_program()
+
+
 def test_logs_are_read():
     log = "x\nINFO a\nERROR [core] one\nnanobind: leaked\n - leaked\nValueError: two\ny\n"
     assert last_words(log) == "  ERROR [core] one\n  ValueError: two"
     assert last_words("a\n\nb\n") == "  a\n  b"
+    twice = "INFO Using MacheteLinearKernel for A\n" * 2
+    assert read_kernels(f"{twice}INFO Selected FooKernel for B") == ("FooKernel for B", "MacheteLinearKernel for A")
     two = "DEBUG Using scheme: A for m.0\nDEBUG Using scheme: B for m.1 \n"
     assert read_schemes(two) == {"m.0": "A", "m.1": "B"}
     with pytest.raises(ServeError, match="no token ids"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,15 @@ QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 @dataclass(frozen=True)
 class Program:
-    """An installed vLLM. cpu: it is the CPU build, which needs settings of its own."""
+    """An installed vLLM. cpu: it is the CPU build, which needs settings of its own.
+
+    words: what stands between the program and `serve`, as in `python3 -m vllm.entrypoints.cli.main serve`.
+    """
 
     path: str
     version: str
     cpu: bool
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,38 @@ class Launch:
 
     def shell(self) -> str:
         """The command as a shell takes it, environment first."""
-        from shlex import quote
-
-        return " ".join([f"{k}={quote(v)}" for k, v in self.environment.items()] + [quote(w) for w in self.command])
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
 
 
 def find_program(request: str | None = None) -> Program:
-    """The vLLM at `request`, in MMQ_VLLM or on PATH (ServeError when it is missing or does not run)."""
+    """The vLLM at `request`, in MMQ_VLLM or on PATH (ServeError when it is missing or does not run).
+
+    A request of several words is a command that takes `serve` and its flags, for a vLLM without a program of its own:
+    `env PYTHONPATH=/site python3 -m vllm.entrypoints.cli.main`.
+    """
     wanted = request or os.environ.get("MMQ_VLLM") or "vllm"
-    path = shutil.which(wanted)
+    path, words = shutil.which(wanted), []
+    if path is None and " " in wanted:
+        first, *words = shlex.split(wanted)
+        path = shutil.which(first)
     hint = "install vllm in an environment of its own (on a CPU: serving/cpu/install.sh DIR), then --vllm DIR/bin/vllm"
     if path is None:
         raise ServeError(f"no program '{wanted}'", hint)
-    found = _version(path)
+    found = _version(path, words)
     if found is None:
-        raise ServeError(f"{path} does not say which version of vllm it is", hint)
-    return Program(path, found, "+cpu" in found)
+        raise ServeError(f"{wanted} does not say which version of vllm it is", hint)
+    return Program(path, found, "+cpu" in found, tuple(words))
 
 
-def _version(path: str) -> str | None:
-    """Version of a vllm program: asked of the interpreter in its first line, which is quick, else of itself."""
+def _version(path: str, words: Sequence[str]) -> str | None:
+    """Version of a vllm program: asked of the interpreter behind it, which is quick, else of itself."""
     with open(path, "rb") as file:
         first = file.readline(4096)
-    python = first[2:].strip().decode(errors="replace") if first.startswith(b"#!") and b"python" in first else None
-    ask = [python, "-c", "import importlib.metadata as m; print(m.version('vllm'))"] if python else [path, "--version"]
+    python = [first[2:].strip().decode(errors="replace")] if first.startswith(b"#!") and b"python" in first else None
+    if "-m" in words:
+        python = [path, *words[: words.index("-m")]]
+    quick = [*(python or ()), "-c", "import importlib.metadata as m; print(m.version('vllm'))"]
+    ask = quick if python else [path, *words, "--version"]
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -108,7 +121,7 @@ def launch(
     if program.cpu:
         chosen += [] if "--enforce-eager" in given or "--no-enforce-eager" in given else ["--enforce-eager"]
         environment |= {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = (program.path, "serve", str(folder.resolve()), *chosen, *extra)
+    command = (program.path, *program.words, "serve", str(folder.resolve()), *chosen, *extra)
     return Launch(command, environment, f"http://{_reachable(host)}:{port}", name)
 
 

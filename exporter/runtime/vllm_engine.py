@@ -29,6 +29,7 @@ START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
+KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for (\w+)")
 # Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
 BORN_TO_DIE = (
     "import ctypes, os, sys\n"
@@ -158,6 +159,10 @@ class Engine:
         """Which class of vLLM each linear was given, by its runtime name, as the log tells (needs debug and log)."""
         return read_schemes(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else {}
 
+    def kernels(self) -> tuple[str, ...]:
+        """Which kernels run which schemes, as the log tells (needs log)."""
+        return read_kernels(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else ()
+
     def _last_words(self) -> str:
         return f"; the end of its log:\n{last_words(self.log.read_text(errors='replace'))}" if self.log else ""
 
@@ -229,6 +234,11 @@ def _token_id(token: str) -> int:
 def read_schemes(log: str) -> dict[str, str]:
     """Runtime name -> class of its scheme, from the lines of a log at level DEBUG."""
     return {name: scheme for scheme, name in SCHEME_LINE.findall(log)}
+
+
+def read_kernels(log: str) -> tuple[str, ...]:
+    """`kernel for scheme`, as the log names them, each once; it does not say which linear got which."""
+    return tuple(sorted({f"{kernel} for {scheme}" for kernel, scheme in KERNEL_LINE.findall(log)}))
 
 
 def last_words(log: str, lines: int = 15) -> str:
