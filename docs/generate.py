@@ -8,6 +8,7 @@ Sizes come from `make_plan` on the true header of LLaVA-1.5-7B, so they are what
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -61,10 +62,19 @@ def command_reference() -> str:
     """Markdown: `--help` of the program and of every command."""
     parts = ["# Command line", "", "Generated from `--help` by `docs/generate.py`.", ""]
     root = click.Context(cli, info_name="mmq", terminal_width=100, max_content_width=100)
-    for context in (root, *(click.Context(cmd, info_name=name, parent=root) for name, cmd in cli.commands.items())):
+    for context in (root, *_below(root, cli)):
         text = context.command.get_help(context).rstrip()
         parts += [f"## {context.command_path}", "", "```", text, "```", ""]
     return "\n".join(parts)
+
+
+def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]:
+    """A context for every command of a group, and of the groups in it."""
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name=name, parent=parent)
+        yield context
+        if isinstance(command, click.Group):
+            yield from _below(context, command)
 
 
 def between(text: str, name: str, new: str) -> str:

@@ -22,6 +22,7 @@ from exporter.cli_options import (
 from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
 from exporter.cli_serve import check, serve
+from exporter.cli_study import study
 from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.hub import PREFIX
@@ -229,3 +230,4 @@ cli.add_command(publish)
 cli.add_command(diff)
 cli.add_command(datasets)
 cli.add_command(score)
+cli.add_command(study)

@@ -1,0 +1,116 @@
+"""Scores by bits: a CSV file, or the table of a study, as arrays.
+
+A column `COMPONENT_bits` holds bits; the others hold scores and sizes. The paper's own files call the components `vit`
+and `llm`.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.errors import DataError, did_you_mean
+
+SUFFIX = "_bits"
+ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
+# What is taken as the score when the user names none: the first of these that the file has, in any case.
+SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
+FULL_BITS = 16.0
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and what the columns are called."""
+
+    components: tuple[str, ...]
+    bits: Floats
+    scores: Floats
+    metric: str
+
+    def where(self, rows: NDArray[np.bool_]) -> "Table":
+        """Some of the rows, bool `[rows]`."""
+        return Table(self.components, self.bits[rows], self.scores[rows], self.metric)
+
+    def full_score(self) -> float:
+        """Mean score where every component has its most bits; the best score when there is no such row."""
+        top = (self.bits == self.bits.max(0)).all(1)
+        return float(self.scores[top].mean() if top.any() else self.scores.max())
+
+
+def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
+    """A CSV file with a header line. score: its column; conditions: `COLUMN=VALUE`, rows that do not fit are left out.
+
+    DataError when the file, a column or a number is missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    reader = csv.DictReader(io.StringIO(text))
+    columns = list(reader.fieldnames or ())
+    rows = [row for row in reader if any(row.values())]
+    for condition in conditions:
+        name, _, value = condition.partition("=")
+        _known(name, columns, path)
+        rows = [row for row in rows if row[name] == value]
+    return from_rows(rows, columns, score, str(path))
+
+
+def from_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], score: str | None, where: str) -> Table:
+    """Rows as dictionaries to a table; values may be texts."""
+    bits = [name for name in columns if name.endswith(SUFFIX)]
+    if not bits or not rows:
+        raise DataError(
+            f"{where} has no {'column COMPONENT_bits' if not bits else 'rows'}",
+            "expected a header like vision_bits,language_bits,score and a row for each measured setting",
+        )
+    metric = score or _usual_score(columns, where)
+    _known(metric, columns, where)
+    problems: list[str] = []
+    values = [[_number(row, name, i, problems) for name in (*bits, metric)] for i, row in enumerate(rows)]
+    if problems:
+        raise DataError(f"{where}: " + "; ".join(problems[:5]), "every row needs its bits and its score as numbers")
+    names = [name.removesuffix(SUFFIX) for name in bits]
+    array = np.array(values, dtype=np.float64)
+    components = tuple(ALIASES.get(name, name) for name in names)
+    return _varying(Table(components, array[:, :-1], array[:, -1], metric), where)
+
+
+def _varying(table: Table, where: str) -> Table:
+    """Without components whose bits never change: nothing can be said of them."""
+    changes = np.ptp(table.bits, 0) > 0
+    if not changes.any():
+        raise DataError(f"{where}: the bits of no component change", "measure more settings first")
+    names = tuple(name for name, kept in zip(table.components, changes, strict=True) if kept)
+    return Table(names, table.bits[:, changes], table.scores, table.metric)
+
+
+def _usual_score(columns: Sequence[str], where: str) -> str:
+    lower = {name.lower(): name for name in reversed(columns)}
+    for name in SCORES:
+        if name in lower:
+            return lower[name]
+    others = ", ".join(name for name in columns if not name.endswith(SUFFIX))
+    raise DataError(f"{where}: which column is the score?", f"name it by --score: {others}")
+
+
+def _known(name: str, columns: Sequence[str], where: object) -> None:
+    if name not in columns:
+        raise DataError(f"{where} has no column '{name}'.{did_you_mean(name, columns)}", ", ".join(columns))
+
+
+def _number(row: dict[str, Any], name: str, index: int, problems: list[str]) -> float:
+    try:
+        value = float(row[name])
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        problems.append(f"row {index + 1}: {name} is {row[name]!r}")
+    return value

@@ -1,0 +1,121 @@
+"""Shares of importance, marginal drops, and the tables they are read from."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from exporter.cli import cli
+from exporter.errors import DataError
+from exporter.study.importance import importance, linear_r2, marginal_drops, usable_bits
+from exporter.study.table import Table, read_csv
+
+BITS = (2, 3, 4, 8, 16)
+
+
+def loss(bits: float) -> float:
+    return 2.0 ** -float(bits)
+
+
+def grid(vision: float, language: float) -> Table:
+    """Scores that lose `vision` and `language` times `2^-bits`: additive, so drops are known exactly."""
+    bits = np.array([(v, q) for v in BITS for q in BITS], dtype=np.float64)
+    scores = np.array([1 - vision * loss(v) - language * loss(q) for v, q in bits])
+    return Table(("vision", "language"), bits, scores, "score")
+
+
+def test_shares_follow_what_decides_the_score_and_sum_to_100() -> None:
+    found = importance(grid(vision=0.5, language=2.0)).shares
+    for way in (found.consensus, found.forest, found.permutation, found.shap):
+        assert sum(way.values()) == pytest.approx(100, abs=0.02)
+        assert way["language"] > 3 * way["vision"]
+    turned = importance(grid(vision=2.0, language=0.5)).shares
+    assert turned.consensus["vision"] == pytest.approx(found.consensus["language"], abs=3)
+
+
+def test_a_component_that_does_nothing_has_no_share() -> None:
+    assert importance(grid(vision=0.0, language=2.0)).shares.consensus["vision"] < 0.5
+
+
+def test_shares_depend_on_which_bits_the_grid_holds() -> None:
+    """The reason why marginal drops are shown too: language loses more at every width, yet vision's share is larger."""
+    whole = grid(vision=1.0, language=2.0)
+    part = whole.where(whole.bits[:, 1] >= 4)
+    assert importance(whole).shares.consensus["language"] > 70
+    assert importance(part).shares.consensus["vision"] > 70
+    assert marginal_drops(part, 1.0)["language"][0].drop > marginal_drops(part, 1.0)["vision"][2].drop
+
+
+def test_marginal_drops_are_exact_for_an_additive_score() -> None:
+    table = grid(vision=0.5, language=2.0)
+    drops = marginal_drops(table, table.full_score())["language"]
+    assert [drop.bits for drop in drops] == [2, 3, 4, 8]
+    for drop in drops:
+        assert drop.drop == pytest.approx(2.0 * (loss(drop.bits) - loss(16)) / table.full_score())
+        assert drop.pairs == len(BITS)
+        assert drop.error == pytest.approx(0, abs=1e-9)
+
+
+def test_usable_bits_keep_their_share_of_the_full_score() -> None:
+    assert usable_bits(grid(vision=0.5, language=2.0), 0.8) == {"vision": (2, 3, 4, 8, 16), "language": (4, 8, 16)}
+    assert importance(grid(vision=0.5, language=2.0)).usable["language"] == (4, 8, 16)
+
+
+def test_a_line_explains_a_line_and_not_a_collapse() -> None:
+    table = grid(0.5, 2.0)
+    straight = Table(table.components, table.bits, table.bits @ np.array([1.0, 3.0]), "score")
+    assert linear_r2(straight) == pytest.approx(1)
+    assert linear_r2(table) < 0.7
+
+
+def write(path: Path, columns: list[str], rows: list[list[object]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def test_a_file_is_read_by_its_column_names(tmp_path: Path) -> None:
+    rows: list[list[object]] = [[v, 16, q, 9.0, v + q, "a" if v < 4 else "b"] for v in (2, 4) for q in (3, 8)]
+    columns = ["vit_bits", "qformer_bits", "llm_bits", "model_size", "CIDEr", "kind"]
+    path = write(tmp_path / "grid.csv", columns, rows)
+    table = read_csv(path)
+    assert table.components == ("vision", "language")  # the Q-Former never changes
+    assert table.metric == "CIDEr"
+    assert table.scores.tolist() == [5, 10, 7, 12]
+    assert table.full_score() == 12
+    assert read_csv(path, "model_size").scores.tolist() == [9] * 4
+    assert read_csv(path, conditions=["kind=a"]).bits[:, 0].tolist() == [3, 8]
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "grid.csv", ["vit_bits", "llm_bits", "blue"], [[2, 3, 1], [4, 8, 2]])
+    with pytest.raises(DataError, match="which column is the score"):
+        read_csv(path)
+    with pytest.raises(DataError, match="Did you mean 'blue'"):
+        read_csv(path, "blu")
+    with pytest.raises(DataError, match="2 rows with 2 different scores are too few"):
+        importance(read_csv(path, "blue"))
+    bad = write(tmp_path / "bad.csv", ["vit_bits", "acc"], [["x", 1], [4, ""]])
+    with pytest.raises(DataError, match="row 1: vit_bits is 'x'; row 2: acc is ''"):
+        read_csv(bad)
+    with pytest.raises(DataError, match="no column COMPONENT_bits"):
+        read_csv(write(tmp_path / "none.csv", ["acc"], [[1]]))
+
+
+def test_the_command_prints_the_consensus_first(tmp_path: Path) -> None:
+    table = grid(0.5, 2.0)
+    rows: list[list[object]] = [[*bits, score] for bits, score in zip(table.bits, table.scores, strict=True)]
+    path = write(tmp_path / "grid.csv", ["vision_bits", "language_bits", "accuracy"], rows)
+    result = CliRunner().invoke(cli, ["study", "importance", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert next(iter(found)) == "consensus"
+    assert found["consensus"] == importance(table).shares.consensus
+    text = CliRunner().invoke(cli, ["study", "importance", str(path)])
+    assert "consensus" in text.output
+    wrong = CliRunner().invoke(cli, ["study", "importance", str(path), "--score", "x"])
+    assert wrong.exit_code == 1
+    assert "Traceback" not in wrong.output
