@@ -98,11 +98,12 @@ def main() -> None:
     parser.add_argument("--methods", default="rtn,gptq")
     parser.add_argument("--bits", default="8,4,3,2")
     parser.add_argument("--groups", default="row,32")
+    parser.add_argument("--device", default="cpu", help="where answers are made; quantization stays on the CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    cpu = torch.device("cpu")
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-    exams = [scene_exam("test", 0, options.scenes, cpu), easy_exam(cpu)]
+    place = torch.device(options.device)
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).to(place).eval()
+    exams = [scene_exam("test", 0, options.scenes, place), easy_exam(place)]
     rows = [measured(model, exams, Setting("none", 16, "row", "all"))]
     groups: list[GroupSize] = ["row" if g == "row" else int(g) for g in options.groups.split(",")]
     for setting in settings(options.methods.split(","), [int(b) for b in options.bits.split(",")], groups):

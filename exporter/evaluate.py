@@ -66,6 +66,7 @@ class Report:
     by_kind: task -> question type -> (before, after, samples) of the first metric.
     changed: samples whose answer changed, the tasks in turn, each with its largest loss first.
     examples: the first samples of each task.
+    corpus: task -> figure of the whole set as papers report it -> (before, after), where it is no mean of samples.
     counts: task -> how many answers `changed`, and how many samples `lost` or `gained` score.
     about: how it was measured: data, seeds, and what identifies both models' answers.
     """
@@ -75,6 +76,7 @@ class Report:
     by_kind: Mapping[str, Mapping[str, tuple[float, float, int]]]
     changed: tuple[Mapping[str, Any], ...]
     examples: tuple[Mapping[str, Any], ...]
+    corpus: Mapping[str, Mapping[str, tuple[float, float]]]
     counts: Mapping[str, Mapping[str, int]]
     about: Mapping[str, Any]
 
@@ -95,6 +97,7 @@ class Report:
             "by_kind": {task: dict(kinds) for task, kinds in self.by_kind.items()},
             "changed": list(self.changed),
             "examples": list(self.examples),
+            "corpus": {task: dict(figures) for task, figures in self.corpus.items()},
             "counts": {task: dict(counts) for task, counts in self.counts.items()},
             "evaluation": dict(self.about),
         }
@@ -127,7 +130,7 @@ def compare(
     before: Answers, after: Answers, samples: Mapping[str, Sequence[Sample]], gates: Sequence[Gate], seed: int
 ) -> Report:
     """Score both sets of answers and decide the gates."""
-    measures, kinds, counts = [], {}, {}
+    measures, kinds, corpus, counts = [], {}, {}, {}
     changed: list[list[dict[str, Any]]] = []
     examples: list[dict[str, Any]] = []
     for task, found in samples.items():
@@ -137,13 +140,15 @@ def compare(
             measures.append(Measure(task, metric, len(found), difference))
         first = TASKS[task].METRICS[0]
         kinds[task] = _by_kind(found, scores[0][first], scores[1][first])
+        corpus[task] = _corpus(task, found, (before[task], after[task]), scores)
         rows = _rows(task, found, (before[task], after[task]), (scores[0][first], scores[1][first]))
         examples += rows[:EXAMPLES]
         changed.append(sorted((r for r in rows if r["before"] != r["after"]), key=_loss, reverse=True))
         counts[task] = _counts(rows)
     verdicts = [_decide(gate, measures) for gate in gates]
     in_turn = [row for turn in zip_longest(*changed) for row in turn if row]  # scores of two tasks do not compare
-    return Report(tuple(measures), tuple(verdicts), kinds, tuple(in_turn[:CHANGED_KEPT]), tuple(examples), counts, {})
+    kept = tuple(in_turn[:CHANGED_KEPT])
+    return Report(tuple(measures), tuple(verdicts), kinds, kept, tuple(examples), corpus, counts, {})
 
 
 def _loss(row: Mapping[str, Any]) -> float:
@@ -167,6 +172,23 @@ def _by_kind(
         kind: (sum(b for b, _ in pairs) / len(pairs), sum(a for _, a in pairs) / len(pairs), len(pairs))
         for kind, pairs in sorted(groups.items())
     }
+
+
+def _corpus(
+    task: str,
+    samples: Sequence[Sample],
+    answers: tuple[Sequence[str], Sequence[str]],
+    scores: tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]],
+) -> dict[str, tuple[float, float]]:
+    """Figures of the whole set that the means do not show already; by kind there is `by_kind`."""
+    before, after = (TASKS[task].corpus(given, samples) for given in answers)
+    known = {metric: sum(values) / max(1, len(values)) for metric, values in scores[0].items()}
+    names = [name for name, value in before.items() if " " not in name and not _same(value, known.get(name))]
+    return {name: (before[name], after[name]) for name in names}
+
+
+def _same(value: float, mean: float | None) -> bool:
+    return mean is not None and math.isclose(value, mean, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _rows(

@@ -198,6 +198,9 @@ def report_page(report: Report) -> RenderableType:
         table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
     needed = [f"{m.needed} for {m.task} {m.metric}" for m in report.measures if m.needed]
     more = [f"samples that would resolve 1 % of the full score: {', '.join(needed)}"] if needed else []
+    for task, figures in report.corpus.items():
+        named = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in figures.items()]
+        more += [f"{task}, of the whole set: {', '.join(named)}"] if named else []
     return Group(table, *(f"gate {verdict}" for verdict in report.verdicts), *more)
 
 

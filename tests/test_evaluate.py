@@ -30,6 +30,7 @@ from exporter.predict_server import Server
 from exporter.recipe import Gate, Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
+from exporter.tasks.bleu import corpus_bleu
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 
@@ -92,6 +93,22 @@ def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
     after = {"captioning": ["a dog 0 and", "cat", "a dog 2"], "vqa": ["yes", "no", "no"]}
     listed = [row["id"] for row in compare(before, after, samples, [], 0).changed]
     assert listed == ["c1", "s1", "c0", "s0", "c2"]
+
+
+def test_figures_of_the_whole_set_are_told_where_they_are_no_means() -> None:
+    """BLEU of a corpus is not the mean of its captions' BLEU; an accuracy is the mean of its samples'."""
+    texts = ["a red ball on the table", "two dogs run on a long beach", "a man rides one horse"]
+    given = ["a red ball on the table", "two dogs run on a beach", "a man rides one"]
+    made = [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (text,)) for i, text in enumerate(texts)]
+    samples = {"captioning": made, "vqa": [sample(0, "yes")]}
+    report = compare({"captioning": texts, "vqa": ["yes"]}, {"captioning": given, "vqa": ["yes"]}, samples, [], 0)
+    words = [[one.split()] for one in texts]
+    expected = [corpus_bleu([one.split() for one in listed], words) for listed in (texts, given)]
+    assert [report.corpus["captioning"][f"bleu{n}"] for n in (1, 2, 3, 4)] == list(zip(*expected, strict=True))
+    assert expected[1][3] < 0.9 < expected[0][3]
+    assert "cider" not in report.corpus["captioning"]
+    assert report.corpus["vqa"] == {}
+    assert json.loads(json.dumps(report.as_json()))["corpus"]["captioning"]["bleu4"] == [one[3] for one in expected]
 
 
 def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) -> None:
