@@ -64,6 +64,7 @@ def recipe(case: Case) -> dict[str, Any]:
         "quantize": [dict(rule) for rule in case.rules],
         "calibration": {"data": "demo", "tasks": ["captioning", "vqa"], "samples": 16, "batch": 8, "seed": 0},
         "format": case.format,
+        "evidence": [{"finding": "a case of a bench", "figures": "its table", "source": "bench/gpu_serving.py"}],
         "gates": [],
     }
 
@@ -95,31 +96,37 @@ def run_case(name: str, out: Path, options: argparse.Namespace) -> dict[str, Any
     artifact, begun = folder / f"demo-llava-{name}", time.monotonic()
     mmq = [sys.executable, "-m", "exporter"]
     export = [*mmq, "export", "--recipe", str(folder / "recipe.yaml"), "--out", str(artifact), "--device", "cpu"]
-    code, _ = call([*export, "--skip-evaluation", "--json"], folder / "export.log", options.deadline - begun)
-    exported = time.monotonic() - begun
-    result = {"case": name, "export_code": code, "export_s": round(exported, 1), "logs": str(folder)}
+    code, said = call([*export, "--skip-evaluation", "--json"], folder / "export.log", options.deadline - begun)
+    result = {"case": name, "logs": str(folder), "export_s": round(time.monotonic() - begun, 1)}
     if code:
-        return result | {"verdict": "no export", "why": last_line(folder / "export.log")}
+        return result | {"verdict": "no export", "why": reason(said, folder / "export.log")}
     check = [*mmq, "check", str(artifact), "--json", "--questions", str(options.questions), "--device", options.device]
     check += ["--vllm", options.vllm] if options.vllm else []
     check += ["--logs", str(folder), "--", *options.flags]
-    code, said = call(check, folder / "check.log", min(options.seconds, options.deadline - time.monotonic()))
-    result |= {"check_code": code, "check_s": round(time.monotonic() - begun - exported, 1)}
-    try:
-        result["checked"] = json.loads(said.splitlines()[0])
-    except (IndexError, ValueError):
-        why = last_line(folder / "check.log")
+    left = min(options.seconds, options.deadline - time.monotonic())
+    code, said = call(check, folder / "check.log", left)
+    result["check_s"] = round(time.monotonic() - begun - result["export_s"], 1)
+    found = first_line(said)
+    if "compared" not in found:
+        why = reason(said, folder / "check.log")
         verdict = "refused" if "cannot serve this artifact" in why else "too slow" if code == 124 else "failed"
         return result | {"verdict": verdict, "why": why}
-    why = "; ".join(result["checked"]["problems"])
-    return result | {"verdict": "passed" if code == 0 else "differs", "why": why}
+    why = "; ".join(found["problems"])
+    return result | {"verdict": "passed" if code == 0 else "differs", "why": why, "checked": found}
 
 
-def last_line(log: Path) -> str:
-    """The error at the end of a log, as one line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    found = next((i for i, line in enumerate(lines) if line.startswith("error")), len(lines) - 1)
-    return " ".join(lines[found:])[:600] if lines else "nothing said"
+def first_line(said: str) -> dict[str, Any]:
+    """The result that a command of mmq printed; empty when it printed none."""
+    try:
+        return dict(json.loads(said.splitlines()[0]))
+    except (IndexError, ValueError):
+        return {}
+
+
+def reason(said: str, log: Path) -> str:
+    """Why a command ended without a result: its error, else the end of what it said on stderr."""
+    error = first_line(said).get("error") or "".join(log.read_text(errors="replace").splitlines()[-3:])
+    return " ".join(str(error).split()) or "nothing said"
 
 
 def row(result: Mapping[str, Any]) -> str:

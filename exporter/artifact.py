@@ -162,7 +162,9 @@ def digest(linear: QuantizedLinear) -> str:
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     config = dict(checkpoint.config)
-    config["quantization_config"] = FORMATS[plan.recipe.format].quantization_config(groups(plan), kept_modules(plan))
+    found = groups(plan)
+    if found:  # where all is dequantized the model is a plain one
+        config["quantization_config"] = FORMATS[plan.recipe.format].quantization_config(found, kept_modules(plan))
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for pattern in COPIED:
         for path in sorted(checkpoint.folder.glob(pattern)):

@@ -29,7 +29,7 @@ START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
-KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for (\w+)")
+KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w+)")
 # Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
 BORN_TO_DIE = (
     "import ctypes, os, sys\n"
