@@ -25,7 +25,7 @@ from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.job import finite
-from exporter.plan import Plan, PlanRow, Unit
+from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
@@ -147,7 +147,7 @@ def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: Un
     if row.decision == "packed":
         return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
     if row.decision == "dequantized":
-        return {name: result.linears[row.module].dequantize(row.tensor.dtype)}
+        return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
     kept = result.altered[name] if name in result.altered else checkpoint.read(name)
     return {name: finite(name, kept)}
 

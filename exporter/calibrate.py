@@ -36,7 +36,7 @@ class Flow:
     """What one batch looks like at the door of the next block.
 
     hidden: `[batch, tokens, width]`. args, kwargs: everything else the block receives, the same for all blocks.
-    mask: `[batch, tokens]`, true where a token is real; None when nothing is padded.
+    mask: `[batch, tokens]`, true where a token of `hidden` is real; None when nothing is padded.
     """
 
     hidden: Tensor
@@ -79,7 +79,7 @@ def run(
                 _walk(job, component, units, batches)
             else:
                 for unit in todo:
-                    job.commit(unit, _quantize_unit(job, component, unit, flows=()))
+                    job.commit(unit, quantize_unit(job, component, unit, flows=()))
         job.settle()
 
 
@@ -87,7 +87,7 @@ def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[B
     """The blocks of one component, from its first to the last that needs statistics."""
     last = max(unit.index for unit in units if unit.needs_statistics)
     by_block = {unit.block: unit for unit in units}
-    flows = _arrive(job, component, batches)
+    flows = arrive(job, component, batches)
     for i in range(component.used(job.checkpoint.config)):
         unit = by_block.get(component.block(i))
         names = job.tensors_under(component.block(i))
@@ -95,22 +95,27 @@ def _walk(job: Job, component: Component, units: list[Unit], batches: Sequence[B
         if i + 1 < component.used(job.checkpoint.config):
             job.read_ahead(job.tensors_under(component.block(i + 1)))
         if unit and unit.index >= job.finished:
-            job.commit(unit, _quantize_unit(job, component, unit, flows))
-        block = job.stream.module(component.block(i))
+            job.commit(unit, quantize_unit(job, component, unit, flows))
         if unit is None or unit.index < last:
-            for flow in flows:
-                output = flow.run(block, job.device.torch_device)
-                assert output is not None
-                if not torch.isfinite(output).all():
-                    raise CalibrationError(
-                        f"{component.block(i)}: its output is not finite on the calibration data",
-                        "check the checkpoint's values; float16 models may overflow: try --device cpu",
-                    )
-                flow.hidden = output.to(flow.hidden.device)
+            advance(job, component.block(i), flows)
         job.stream.unload(names)
 
 
-def _arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Flow]:
+def advance(job: Job, name: str, flows: Sequence[Flow]) -> None:
+    """Run all batches through the live block `name`, so that they stand at the door of the next one."""
+    block = job.stream.module(name)
+    for flow in flows:
+        output = flow.run(block, job.device.torch_device)
+        assert output is not None
+        if not torch.isfinite(output).all():
+            raise CalibrationError(
+                f"{name}: its output is not finite on the calibration data",
+                "check the checkpoint's values; float16 models may overflow: try --device cpu",
+            )
+        flow.hidden = output.to(flow.hidden.device)
+
+
+def arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Flow]:
     """Run everything upstream of the component on all batches; what its first block receives."""
     if not batches:
         raise CalibrationError("the recipe's methods need calibration data and there is none")
@@ -125,14 +130,23 @@ def _arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Fl
     job.stream.load(names, job.read)
     block = job.stream.module(component.block(0))
     store = job.device.torch_device if _fits(job) else torch.device("cpu")
-    flows = []
-    for batch, (args, kwargs) in zip(batches, job.stream.capture(block, batches), strict=True):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        mask = batch["attention_mask"].bool() if component.padded else None
-        flows.append(Flow(hidden.to(store), args[1:], kwargs, None if mask is None or mask.all() else mask))
-        job.on_event(Event("calibrate", len(flows), len(batches), f"inputs of {component.name}"))
+    flows: list[Flow] = []
+    total = len(component.passes) * len(batches)
+    for entry in component.passes:
+        for batch, (args, kwargs) in zip(batches, job.stream.capture(block, batches, entry.run), strict=True):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            mask = _mask(batch["attention_mask"], hidden.shape[1]) if entry.padded else None
+            flows.append(Flow(hidden.to(store), args[1:], kwargs, mask))
+            job.on_event(Event("calibrate", len(flows), total, f"inputs of {component.name}"))
     job.stream.unload(names)
     return flows
+
+
+def _mask(mask: Tensor, tokens: int) -> Tensor | None:
+    """The attention mask `[batch, n]` for a block's last `tokens` tokens; what comes before the n is real. None: all is."""
+    missing = max(0, tokens - mask.shape[1])
+    whole = torch.cat([mask.new_ones(len(mask), missing), mask], dim=1)[:, -tokens:].bool()
+    return None if whole.all() else whole
 
 
 def _fits(job: Job) -> bool:
@@ -140,7 +154,7 @@ def _fits(job: Job) -> bool:
     return job.plan.memory.activation_bytes < job.device.free_bytes / 4
 
 
-def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
+def quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
     """All linears of one block; leaves the quantized weights in the live block when it is loaded."""
     if not (flows and smooths(unit)):
         return _quantize_phases(job, component, unit, flows)
@@ -153,7 +167,7 @@ def _quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[F
         job,
         component,
         unit,
-        gather=lambda rows: _gather(job, unit, rows, flows),
+        gather=lambda rows: _gather(job, component, unit, rows, flows),
         quantize=lambda: _quantize_phases(job, component, unit, flows),
         outputs=outputs,
     )
@@ -167,7 +181,7 @@ def _quantize_phases(job: Job, component: Component, unit: Unit, flows: Sequence
     for phase in component.phases:
         rows = [row for row in unit.rows if row.linear in phase]
         for stack in _stacks(rows):
-            statistics = _gather(job, unit, stack[:1], flows).get(stack[0].linear)
+            statistics = _gather(job, component, unit, stack[:1], flows).get(stack[0].linear)
             for row, linear, error in _quantize_stack(job, stack, statistics, notes):
                 linears[row.module] = linear
                 errors[row.module] = error
@@ -189,7 +203,9 @@ def _stacks(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
     return stacks
 
 
-def _gather(job: Job, unit: Unit, rows: Sequence[PlanRow], flows: Sequence[Flow]) -> dict[str, Any]:
+def _gather(
+    job: Job, component: Component, unit: Unit, rows: Sequence[PlanRow], flows: Sequence[Flow]
+) -> dict[str, Any]:
     """Statistics of the inputs of linears over all batches, in one pass; none for methods that want none."""
     device = job.device.torch_device
     statistics: dict[str, Any] = {}
@@ -200,11 +216,11 @@ def _gather(job: Job, unit: Unit, rows: Sequence[PlanRow], flows: Sequence[Flow]
     if not statistics:
         return {}
     block = job.stream.module(unit.block)
-    linears = {name: block.get_submodule(name) for name in statistics}
+    linears = {row.linear: job.stream.module(row.module) for row in rows if row.linear in statistics}
     for flow in flows:
 
         def see(name: str, x: Tensor, flow: Flow = flow) -> None:
-            statistics[name].update(_real_rows(x, flow.mask))
+            statistics[name].update(_real_rows(x, None if name in component.unpadded else flow.mask))
 
         with watch_inputs(linears, see, stop=True):
             flow.run(block, device)
@@ -212,8 +228,11 @@ def _gather(job: Job, unit: Unit, rows: Sequence[PlanRow], flows: Sequence[Flow]
 
 
 def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`[batch, tokens, in]` -> `[rows, in]` without padding."""
-    return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
+    """`[batch, tokens, in]` or `[batch * tokens, in]`, the last tokens of `mask` -> `[rows, in]` without padding."""
+    if mask is None:
+        return x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(len(mask), -1, x.shape[-1])  # OPT flattens before its feed-forward
+    return tokens[mask[:, -tokens.shape[1] :].to(x.device)]
 
 
 def _quantize_stack(

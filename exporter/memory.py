@@ -65,9 +65,9 @@ def predict_memory(
 
 def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, int]]:
     """(inputs, elements of all weights together) of each group of linears that share an input."""
-    found = []
+    found, config = [], checkpoint.config
     for phase in component.phases:
-        names = [f"{component.block(0)}.{linear}.weight" for linear in phase]
+        names = [f"{component.module(0, linear)}.weight" for linear in phase if component.has(config, 0, linear)]
         infos = [checkpoint.tensors[name] for name in names if len(checkpoint.tensors[name].shape) == 2]
         if infos:
             found.append((infos[0].shape[1], sum(info.size for info in infos)))

@@ -122,6 +122,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
             f"recipe '{recipe.name}' is for family {recipe.model.family}, the model is {family.name}",
             "`mmq recipes` lists the recipes of each family",
         )
+    refused = family.refuses(checkpoint.config)
+    if refused:
+        raise PlanError(f"{checkpoint.origin}: {refused}", "see docs/families.md for the models that mmq takes")
     if "quantization_config" in checkpoint.config:
         raise PlanError(f"{checkpoint.origin} is quantized already", "start from the full-precision model")
     problems: list[str] = []
@@ -131,7 +134,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         for i, rule in enumerate(recipe.quantize)
         if i not in used
     ]
-    problems += lint(engine_linears(rows, family), recipe.format)
+    problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
     together = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
     problems += [f"format {recipe.format}: {together}"] if together else []
     if problems:
@@ -140,7 +143,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     units = _units(rows, family, checkpoint)
     statistics = {unit.component for unit in units if unit.needs_statistics}
     memory = predict_memory(checkpoint, family, recipe.calibration, statistics, device)
-    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, _warnings(recipe, rows, memory, device))
+    warnings = _warnings(recipe, family, rows, memory, device)
+    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
 
 
 def _decide(
@@ -170,8 +174,8 @@ def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict
     wrong = []
     for component in family.components:
         for i in range(component.used(checkpoint.config)):
-            for linear in component.linears:
-                module = f"{component.block(i)}.{linear}"
+            for linear in component.linears_of(checkpoint.config, i):
+                module = component.module(i, linear)
                 info = checkpoint.tensors.get(f"{module}.weight")
                 if info is None or len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
                     found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
@@ -206,7 +210,8 @@ def _linear_row(
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
         return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
     if rule.store == "dequantized":
-        return replace(row, decision="dequantized", reason="stored in 16 bit, on request", rule=rule)
+        size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
+        return replace(row, decision="dequantized", reason="stored in 16 bit, on request", rule=rule, bytes_after=size)
     scheme = rule.scheme()
     assert scheme is not None
     if component.packable:
@@ -286,13 +291,15 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
     return tuple(units)
 
 
-def _warnings(recipe: Recipe, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:
-    found = []
+def _warnings(
+    recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memory, device: Device
+) -> tuple[str, ...]:
+    found = [family.unserved] if family.unserved else []
     if recipe.calibration.data == ("drawings",):
         found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
-        if scheme and scheme.bits not in (4, 8):
+        if scheme and scheme.bits not in (4, 8) and not family.unserved:
             found.append(f"{component} {scheme.label()}: {serving(scheme, recipe.format).note} to be served")
     if memory.device_bytes > device.free_bytes:
         found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")

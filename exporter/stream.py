@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exporter.errors import CheckpointError
 from exporter.families import Family
-from exporter.families.family import Config
+from exporter.families.family import Config, run_whole
 
 Read = Callable[[str], Tensor]  # checkpoint name -> tensor on any device, quantized parts dequantized
 
@@ -43,7 +43,8 @@ class Stream:
         if tensor.shape != expected:
             shapes = f"{list(tensor.shape)}, its config.json asks for {list(expected)}"
             raise CheckpointError(f"{name} has the shape {shapes}")
-        self._set(module, attribute, tensor.to(self.device, self.dtype))
+        wide = name.startswith(self.family.float32)
+        self._set(module, attribute, tensor.to(self.device, torch.float32 if wide else self.dtype))
 
     def unload(self, names: Iterable[str]) -> None:
         """Free the memory of tensors, by checkpoint name."""
@@ -79,9 +80,15 @@ class Stream:
 
     @torch.no_grad()
     def capture(
-        self, block: nn.Module, batches: Iterable[Mapping[str, Tensor]]
+        self,
+        block: nn.Module,
+        batches: Iterable[Mapping[str, Tensor]],
+        run: Callable[[Any, Mapping[str, Tensor]], Any] = run_whole,
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the model on each batch up to `block`; yields the (args, kwargs) that the block receives."""
+        """Run the model on each batch up to `block`; yields the (args, kwargs) that the block receives.
+
+        run: calls the model on one batch.
+        """
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,7 +98,7 @@ class Stream:
         with _hooked((block, catch)):
             for batch in batches:
                 inputs = {name: self._input(tensor) for name, tensor in batch.items()}
-                run_until_reached(self.model, **inputs, use_cache=False)
+                run_until_reached(run, self.model, inputs)
                 yield seen.pop()
 
     def _input(self, tensor: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ def _fill_buffers(module: nn.Module, owner: Any, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def run_until_reached(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_until_reached(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `module`; None when a hook stopped it on the way."""
     try:
         return module(*args, **kwargs)
@@ -168,6 +175,7 @@ def load_whole(
     """A complete model on `device`, every parameter read through `read` (quantized ones dequantized)."""
     stream = Stream(family, config, device, dtype)
     stream.load(names, read)
+    stream.model.tie_weights()  # type: ignore[operator]
     empty = [name for name, parameter in stream.model.named_parameters() if parameter.is_meta]
     if empty:
         raise CheckpointError(f"the checkpoint lacks {empty[0]} ({len(empty)} parameters missing)")

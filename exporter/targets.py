@@ -57,6 +57,8 @@ def _index(component: Component, block: str) -> int:
 
 
 def _pattern(component: Component, indices: tuple[int, ...], linears: list[str]) -> str:
+    if linears == [component.blocks]:  # the component is one linear
+        return f"re:{component.target}$"
     fused = [name for name, members in component.fused.items() if set(members) <= set(linears)]
     names = "|".join(name.replace(".", r"\.") for name in [*linears, *fused])
     number = f"({'|'.join(map(str, indices))})" if len(indices) > 1 else str(indices[0])

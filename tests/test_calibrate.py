@@ -22,12 +22,32 @@ from exporter.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
 
 LLAVA = FAMILIES["llava"]
-RULES = (
-    Rule(component="vision", method="gptq", bits=4, group_size=16),
-    Rule(component="projector", method="gptq", bits=4, group_size="row"),
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+LANGUAGE = (
     Rule(component="language", method="rtn", bits=3, group_size="row", blocks="0:1", role="attention"),
     Rule(component="language", method="gptq", bits=3, group_size=32, symmetric=False),
 )
+RULES = (
+    Rule(component="vision", method="gptq", bits=4, group_size=16),
+    Rule(component="projector", method="gptq", bits=4, group_size="row"),
+    *LANGUAGE,
+)
+FORMER = Rule(component="qformer", method="gptq", bits=4, group_size=16)
+RULES_OF = {
+    "llava": RULES,
+    "blip2": (
+        RULES[0],
+        FORMER.model_copy(update={"store": "dequantized"}),
+        RULES[1].model_copy(update={"store": "dequantized"}),
+        *LANGUAGE,
+    ),
+    "blip2-itm": (RULES[0], FORMER),
+}
+UNITS_OF = {
+    "llava": ["vision"] * 2 + ["projector"] + ["language"] * 2,
+    "blip2": ["vision"] * 2 + ["qformer"] * 3 + ["projector"] + ["language"] * 2,
+    "blip2-itm": ["vision"] * 2 + ["qformer"] * 3,
+}
 
 
 def tiny_checkpoint(folder: Path, family: Family = LLAVA) -> Checkpoint:
@@ -41,10 +61,16 @@ def tiny_checkpoint(folder: Path, family: Family = LLAVA) -> Checkpoint:
     return Checkpoint.open(folder, family.canonical_name)
 
 
-def plan_for(checkpoint: Checkpoint, rules: tuple[Rule, ...] = RULES) -> Plan:
+def plan_for(checkpoint: Checkpoint, rules: tuple[Rule, ...] = RULES, family: Family = LLAVA) -> Plan:
     """A plan with the given rules on the tiny model."""
     recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule.model_dump() for rule in rules]}
-    return make_plan(Recipe.model_validate(recipe), checkpoint, LLAVA, choose("cpu"))
+    recipe["model"]["family"] = family.name
+    return make_plan(Recipe.model_validate(recipe), checkpoint, family, choose("cpu"))
+
+
+def batches_for(family: Family) -> list[dict[str, torch.Tensor]]:
+    """Two batches of different sizes and lengths, with padding."""
+    return [tiny_inputs(family, 2, 6), tiny_inputs(family, 3, 9)]
 
 
 def streamed(plan: Plan, checkpoint: Checkpoint, work: Path, batches: list[dict[str, torch.Tensor]]) -> Workdir:
@@ -56,47 +82,67 @@ def streamed(plan: Plan, checkpoint: Checkpoint, work: Path, batches: list[dict[
 
 def whole_model_twin(plan: Plan, batches: list[dict[str, torch.Tensor]]) -> dict[str, QuantizedLinear]:
     """The same walk without streaming: for every phase, run the whole model on all batches and watch one linear."""
-    model, results = live_model(LLAVA), {}
+    family = plan.family
+    model, results = live_model(family), {}
     for unit in plan.units:
-        component = LLAVA.component(unit.component)
+        component = family.component(unit.component)
         for phase in component.phases:
             rows = [row for row in unit.rows if row.linear in phase]
             if not rows:
                 continue
-            statistics = watch_one(model, rows[0].module, component.padded, batches)
+            statistics = watch_one(model, rows[0].module, family, batches)
             for row in rows:
-                linear = model.get_submodule(LLAVA.live_name(row.module))
+                linear = model.get_submodule(family.live_name(row.module))
                 method = METHODS[row.rule.method]
                 arguments = (row.scheme, row.rule.parsed_options(), torch.bfloat16)
                 results[row.module], _ = method.quantize_linear(linear.weight.detach(), statistics, *arguments)
             for row in rows:
-                linear = model.get_submodule(LLAVA.live_name(row.module))
+                linear = model.get_submodule(family.live_name(row.module))
                 linear.weight.data = results[row.module].dequantize()
     return results
 
 
-def watch_one(model: nn.Module, module: str, padded: bool, batches: list[dict[str, torch.Tensor]]) -> object:
-    """GPTQ statistics of one linear's input over whole forward passes, padding left out."""
-    linear = model.get_submodule(LLAVA.live_name(module))
+TEXT_IN_FORMER = ("attention.attention", "attention.output", "intermediate.", "output.")  # what also sees words
+
+
+def watch_one(model: nn.Module, module: str, family: Family, batches: list[dict[str, torch.Tensor]]) -> object:
+    """GPTQ statistics of one linear's input over whole forward passes, padding left out.
+
+    Written out by name and by shape, and with whole passes only: the retrieval model's matching head, then its
+    contrastive head, which calls the Q-Former twice, first for the pictures and then for the words.
+    """
+    linear = model.get_submodule(family.live_name(module))
     statistics = METHODS["gptq"].Statistics(linear.in_features, torch.device("cpu"))
-    for batch in batches:
-        mask = batch["attention_mask"].bool()
+    former = module.partition("encoder.layer.")[2].partition(".")[2] if family.name == "blip2-itm" else ""
+    for matching in (True, False) if former else (None,):
+        for batch in batches:
+            mask, calls = batch["attention_mask"].bool(), []
+            queries = torch.ones(len(mask), 5, dtype=torch.bool)
 
-        def see(_: nn.Module, args: tuple[torch.Tensor, ...], mask: torch.Tensor = mask) -> None:
-            x = args[0]
-            statistics.update(x[mask] if padded else x.reshape(-1, x.shape[-1]))
+            def see(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict, calls: list = calls) -> None:
+                calls.append(args[0] if args else kwargs["hidden_states"])
 
-        handle = linear.register_forward_pre_hook(see)
-        with torch.no_grad():
-            model(**batch, use_cache=False)
-        handle.remove()
+            handle = linear.register_forward_pre_hook(see, with_kwargs=True)
+            with torch.no_grad():
+                model(**batch, **({} if matching is None else {"use_image_text_matching_head": matching}))
+            handle.remove()
+            real = mask if "language_model" in module else None
+            if former.startswith(TEXT_IN_FORMER):
+                both = former.startswith("attention.")
+                real = torch.cat([queries, mask], dim=1) if matching and both else mask
+                if not matching and both:
+                    statistics.update(calls.pop(0).flatten(0, 1))
+            (x,) = calls
+            rows = x.reshape(-1, x.shape[-1])
+            statistics.update(rows if real is None else rows[real.flatten()])
     return statistics
 
 
-def test_streaming_equals_running_the_whole_model(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    plan, batches = plan_for(checkpoint), [tiny_inputs(LLAVA, 2, 6), tiny_inputs(LLAVA, 3, 9)]
-    assert [unit.component for unit in plan.units] == ["vision"] * 2 + ["projector"] + ["language"] * 2
+@families
+def test_streaming_equals_running_the_whole_model(family: Family, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+    plan, batches = plan_for(checkpoint, RULES_OF[family.name], family), batches_for(family)
+    assert [unit.component for unit in plan.units] == UNITS_OF[family.name]
     workdir = streamed(plan, checkpoint, tmp_path / "work", batches)
     expected = whole_model_twin(plan, batches)
     found = {name: q for unit in plan.units for name, q in workdir.read(unit).linears.items()}
@@ -107,10 +153,11 @@ def test_streaming_equals_running_the_whole_model(tmp_path: Path) -> None:
         assert torch.equal(linear.scale, expected[name].scale), name
 
 
-def test_padding_does_not_change_the_result(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    plan = plan_for(checkpoint, RULES[3:])
-    batch = tiny_inputs(LLAVA, 2, 6)
+@families
+def test_padding_does_not_change_the_result(family: Family, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+    plan = plan_for(checkpoint, RULES_OF[family.name][-1:], family)
+    batch = tiny_inputs(family, 2, 6)
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     other["input_ids"][-1, :2] = 77  # only tokens that the mask hides
     first = streamed(plan, checkpoint, tmp_path / "a", [batch])
@@ -136,7 +183,7 @@ def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
     plan, batches = plan_for(checkpoint, RULES[:1]), [tiny_inputs(LLAVA)]
     result = streamed(plan, checkpoint, tmp_path / "work", batches).read(plan.units[0])
     module = f"{plan.units[0].block}.self_attn.q_proj"
-    statistics = watch_one(live_model(LLAVA), module, False, batches)
+    statistics = watch_one(live_model(LLAVA), module, LLAVA, batches)
     weight = checkpoint.read(f"{module}.weight")
     lost = statistics.energy(weight - result.linears[module].dequantize()) / statistics.energy(weight)
     assert result.errors[module] == pytest.approx(lost**0.5, rel=1e-3)

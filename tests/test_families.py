@@ -1,5 +1,6 @@
 """Family conformance: the registry writes these tests, a new family is covered without a new one."""
 
+import itertools
 import re
 
 import pytest
@@ -10,7 +11,11 @@ from exporter.families import FAMILIES, Family
 from exporter.stream import Stream, build_skeleton, run_until_reached, watch_inputs
 from tests.conftest import header, header_config
 
-HEADERS_OF = {"llava": ["llava-hf--llava-1.5-7b-hf"]}
+HEADERS_OF = {
+    "llava": ["llava-hf--llava-1.5-7b-hf"],
+    "blip2": ["Salesforce--blip2-opt-2.7b"],
+    "blip2-itm": ["Salesforce--blip2-itm-vit-g-coco"],
+}
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -20,7 +25,8 @@ def live_model(family: Family, seed: int = 0) -> nn.Module:
     model = family.skeleton(family.tiny_config()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
+            norm = "norm" in name.lower() and "weight" in name
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if norm else 0.0))
     return model
 
 
@@ -34,7 +40,7 @@ def tiny_inputs(family: Family, batch: int = 2, words: int = 6) -> dict[str, tor
     config = family.tiny_config()
     vision = config["vision_config"]
     torch.manual_seed(1)
-    images = torch.full((batch, (vision["image_size"] // vision["patch_size"]) ** 2), config["image_token_index"])
+    images = torch.full((batch, family.image_tokens(config)), config["image_token_index"] or 0)
     tokens = torch.cat([torch.full((batch, 2), 1), images, torch.randint(3, 100, (batch, words))], dim=1)
     mask = torch.ones_like(tokens)
     mask[-1, :2] = 0
@@ -47,10 +53,10 @@ def test_every_linear_is_planned_or_kept_with_a_reason(family: Family) -> None:
     config = family.tiny_config()
     model = live_model(family)
     planned = {
-        f"{component.block(i)}.{linear}"
+        component.module(i, linear)
         for component in family.components
         for i in range(component.stored(config))
-        for linear in component.linears
+        for linear in component.linears_of(config, i)
     }
     linears = [family.canonical_name(f"{n}.weight")[:-7] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert len(linears) > 10
@@ -59,6 +65,7 @@ def test_every_linear_is_planned_or_kept_with_a_reason(family: Family) -> None:
     assert planned <= set(linears)
     for component in family.components:
         assert set(component.roles) == set(component.linears)
+        assert component.unpadded <= set(component.linears)
 
 
 @families
@@ -77,7 +84,7 @@ def test_names_are_total_and_injective_on_real_headers(family: Family) -> None:
 def test_skeleton_has_the_buffers_of_an_eager_model(family: Family) -> None:
     skeleton = build_skeleton(family, family.tiny_config(), torch.device("cpu"))
     eager = dict(family.skeleton(family.tiny_config()).named_buffers())
-    assert eager
+    assert bool(eager) == (family.name != "blip2")  # there every position is learned
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     for name, buffer in skeleton.named_buffers():
         assert torch.equal(buffer, eager[name]), name
@@ -87,22 +94,26 @@ def test_skeleton_has_the_buffers_of_an_eager_model(family: Family) -> None:
 def test_members_of_a_phase_receive_the_same_tensor(family: Family) -> None:
     model, inputs = live_model(family), tiny_inputs(family)
     for component in family.components:
-        block = model.get_submodule(family.live_name(component.block(0)))
-        seen: dict[str, torch.Tensor] = {}
-        order: list[str] = []
+        linears = component.linears_of(family.tiny_config(), 0)
+        live = {name: model.get_submodule(family.live_name(component.module(0, name))) for name in linears}
+        reached: set[str] = set()
+        for entry in component.passes:
+            seen: dict[str, torch.Tensor] = {}
 
-        def see(name: str, x: torch.Tensor, seen: dict = seen, order: list = order) -> None:
-            seen.setdefault(name, x.clone())
-            order.append(name)
+            def see(name: str, x: torch.Tensor, seen: dict = seen) -> None:
+                seen.setdefault(name, x.clone())
 
-        with watch_inputs({name: block.get_submodule(name) for name in component.linears}, see, stop=False):
-            run_until_reached(model, **inputs)
-        for phase in component.phases:
-            for name in phase[1:]:
-                assert torch.equal(seen[name], seen[phase[0]]), name
-        position = {name: i for i, name in enumerate(order)}
-        for earlier, later in zip(component.phases, component.phases[1:], strict=False):
-            assert max(position[n] for n in earlier) < min(position[n] for n in later), component.name
+            with watch_inputs(live, see, stop=False):
+                run_until_reached(entry.run, model, inputs)
+            reached |= seen.keys()
+            phases = [[name for name in phase if name in seen] for phase in component.phases]
+            for phase in filter(None, phases):
+                for name in phase[1:]:
+                    assert torch.equal(seen[name], seen[phase[0]]), name
+            position = {name: i for i, name in enumerate(seen)}
+            for earlier, later in itertools.pairwise(filter(None, phases)):
+                assert max(position[n] for n in earlier) < min(position[n] for n in later), component.name
+        assert reached == set(linears)
 
 
 @families
@@ -113,21 +124,22 @@ def test_streamed_blocks_equal_the_whole_model(family: Family) -> None:
     for component in family.components:
         stream = Stream(family, config, torch.device("cpu"), torch.float32)
         stream.load(weights, weights.__getitem__)
-        block = stream.module(component.block(0))
-        ((args, kwargs),) = stream.capture(block, [inputs])
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        for i in range(component.used(config)):
-            block = stream.module(component.block(i))
+        for entry in component.passes:
+            block = stream.module(component.block(0))
+            ((args, kwargs),) = stream.capture(block, [inputs], entry.run)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            for i in range(component.used(config)):
+                block = stream.module(component.block(i))
+                with torch.no_grad():
+                    output = block(hidden, *args[1:], **kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+            last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
+            found: list[torch.Tensor] = []
+            handle = last.register_forward_hook(lambda m, a, o, e=found: e.append(o[0] if isinstance(o, tuple) else o))
             with torch.no_grad():
-                output = block(hidden, *args[1:], **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-        last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
-        expected: list[torch.Tensor] = []
-        handle = last.register_forward_hook(lambda m, a, o, e=expected: e.append(o[0] if isinstance(o, tuple) else o))
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
-        handle.remove()
-        assert torch.equal(hidden, expected[0]), component.name
+                entry.run(model, inputs)
+            handle.remove()
+            assert torch.equal(hidden, found[0]), component.name
 
 
 @families
@@ -136,7 +148,7 @@ def test_targets_find_their_linears_under_both_names_and_nothing_else(family: Fa
         config, modules = header_config(name), [t[:-7] for t in header(name) if t.endswith(".weight")]
         for component in family.components:
             for i in {0, component.used(config) - 1}:
-                pattern = component.target.replace("{i}", str(i)) + r"\."
-                wanted = {m for m in modules if m.startswith(component.block(i) + ".")}
+                pattern = component.target.replace("{i}", str(i)) + r"(\.|$)"
+                wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
                 for rename in (family.runtime_name, family.live_name):
                     assert {m for m in modules if re.match(pattern, rename(m))} == wanted

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Role = Literal["attention", "mlp"]
 Config = Mapping[str, Any]  # a parsed config.json
+Inputs = Mapping[str, Any]  # a batch as the processor makes it: names and tensors
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,44 @@ class Smoothing:
     rows: tuple[int, int] | None = None
 
 
+def run_whole(model: Any, inputs: Inputs) -> Any:
+    """The model's own forward pass."""
+    return model(**inputs, use_cache=False)
+
+
+def logits(model: Any, inputs: Inputs) -> Any:
+    """Scores of the next token, `[batch, tokens, vocabulary]`."""
+    return run_whole(model, inputs).logits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way in which the model reaches a component.
+
+    run: calls the model on a batch (calibration stops it at the component's first block).
+    padded: what the first block receives is `[batch, tokens, in]` with padding, and its last tokens are those that the
+    attention mask is about (whatever comes before them is never padding).
+    """
+
+    run: Callable[[Any, Inputs], Any] = run_whole
+    padded: bool = False
+
+
 @dataclass(frozen=True)
 class Component:
     """A part of the model that is quantized as a chain of blocks.
 
-    blocks: checkpoint prefix of block `{i}`; a component of one block has no `{i}`.
+    blocks: checkpoint prefix of block `{i}`; a component of one block has no `{i}`, and one that is a single linear
+    has that linear's name here and as its only linear.
     used: blocks that run at inference; stored: blocks the checkpoint holds (the rest is kept, with `unused`).
     phases: linears of a block in the order the data meets them; members of one phase share their input.
+    has: whether block `i` has a linear, for components whose blocks differ.
     target: pattern that finds block `{i}` under its runtime name and its live name alike (what configs are made of).
-    tokens: rows of its input that one sample makes, to predict memory.
-    padded: its activations are `[batch, tokens, in]` with padding that the attention mask marks.
+    tokens: rows of its input that one sample makes over all passes, to predict memory.
+    context: values that one sample's blocks are given beside their input over all passes (what cross-attention reads).
+    passes: how calibration reaches it; every pass over a batch makes inputs of its first block.
+    unpadded: linears whose input never holds padding even when the block's does; the others receive the block's last
+    tokens, or all of them.
     fused: runtime module -> the linears the serving engine fuses into it; these must share one scheme.
     packable: None, or why the serving engine cannot load this component packed.
     """
@@ -48,16 +77,27 @@ class Component:
     roles: Mapping[str, Role]
     target: str
     tokens: Callable[[Config], int]
+    has: Callable[[Config, int, str], bool] = lambda config, i, linear: True
+    context: Callable[[Config], int] = lambda config: 0
+    passes: tuple[Pass, ...] = (Pass(),)
+    unpadded: frozenset[str] = frozenset()
     unused: str = ""
-    padded: bool = False
     smoothings: tuple[Smoothing, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packable: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of a block, in data order."""
+        """Every linear that a block may have, in data order."""
         return tuple(name for phase in self.phases for name in phase)
+
+    def linears_of(self, config: Config, i: int) -> tuple[str, ...]:
+        """The linears of block `i`, in data order."""
+        return tuple(name for name in self.linears if self.has(config, i, name))
+
+    def module(self, i: int, linear: str) -> str:
+        """Checkpoint name of a linear of block `i`, without `.weight`."""
+        return self.block(i) if linear == self.blocks else f"{self.block(i)}.{linear}"
 
     def block(self, i: int) -> str:
         """Checkpoint prefix of block `i`."""
@@ -76,6 +116,12 @@ class Family:
     skeleton: config -> transformers model, built under whatever default device is set.
     tiny_config: a config small enough for tests, with the real structure.
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
+    image_tokens: places that a picture takes among the tokens of a prompt.
+    reply_end: what ends a reply in the model's training, where its tokenizer's end token does not.
+    outputs: all that the model says about a batch, as one tensor: what two loadings of it must agree in.
+    refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
+    float32: beginnings of checkpoint names that transformers computes in float32 whatever dtype is asked for.
+    unserved: why the serving engine cannot open this family at all; such artifacts are for transformers.
     """
 
     name: str
@@ -92,6 +138,12 @@ class Family:
     fallback_prompt: str
     max_new_tokens: Mapping[str, int]
     tasks: tuple[str, ...]
+    image_tokens: Callable[[Config], int]
+    reply_end: str = ""
+    outputs: Callable[[Any, Inputs], Any] = logits
+    refuses: Callable[[Config], str | None] = lambda config: None
+    float32: tuple[str, ...] = ()
+    unserved: str = ""
 
     def component(self, name: str) -> Component:
         """The component called `name` (KeyError when there is none)."""

@@ -6,7 +6,7 @@ Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py)
 
 from typing import Any
 
-from exporter.families.family import Component, Config, Family, Smoothing
+from exporter.families.family import Component, Config, Family, Pass, Smoothing
 
 _CANONICAL = (  # what newer savers write -> the hub's names (transformers 4.52 and 5.x)
     ("model.vision_tower.", "vision_tower."),
@@ -157,7 +157,7 @@ LANGUAGE = Component(
     },
     target=r".*language_model\.(?:model\.)?layers\.{i}",
     tokens=lambda config: _patches(config) + 64,  # prompt and reply are short beside the image
-    padded=True,
+    passes=(Pass(padded=True),),
     smoothings=(
         Smoothing("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Smoothing("self_attn.v_proj", ("self_attn.o_proj",)),
@@ -185,4 +185,5 @@ FAMILY = Family(
     fallback_prompt="USER: <image>\n{text} ASSISTANT:",
     max_new_tokens={"vqa": 10, "captioning": 64},
     tasks=("vqa", "captioning"),
+    image_tokens=_patches,
 )
