@@ -273,4 +273,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def gigabytes(count: float) -> str:
     """Bytes in GB, or MB below one."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

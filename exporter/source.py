@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.checkpoint import Checkpoint, read_json
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, HubError, HubMissing, PlanError
+from exporter.errors import CheckpointError, HubError, HubMissing, PlanError, did_you_mean
 from exporter.families import FAMILIES, Family
 from exporter.hub import Remote, open_remote
 
@@ -27,7 +27,8 @@ def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
         return folder, folder.name
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no model '{repo}': neither a folder, nor a hub id like org/name, nor embedded ({', '.join(MODELS)})",
+            f"no model '{repo}': neither a folder, nor a hub id like org/name, nor embedded ({', '.join(MODELS)})."
+            + did_you_mean(repo, MODELS),
             "give a local folder, a hub id, or --model demo-llava",
         )
     return _from_hub(repo, revision)
