@@ -1,6 +1,7 @@
 """Prompts, batches, answers and log-likelihoods, by transformers in this process."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,35 @@ def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_siz
     """
     groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     return [_encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Model inputs of some samples with their replies, padded on the right, and where the replies are.
+
+    starts: for each row the place of the reply's first token. replies: for each row its token ids, the end included.
+    """
+
+    inputs: Inputs
+    starts: tuple[int, ...]
+    replies: tuple[Tensor, ...]
+
+
+def conversations(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Conversations]:
+    """Samples with their first reference as the reply, in order, on the CPU (ValueError when one has none)."""
+    bare = [sample.identity for sample in samples if not sample.references]
+    if bare:
+        raise ValueError(f"{bare[0]} has no reference")
+    found = []
+    for start in range(0, len(samples), batch_size):
+        group = samples[start : start + batch_size]
+        prompts = _encode(processor, family, group, [None] * len(group), "right")
+        whole = _encode(processor, family, group, [_reply(s) for s in group], "right")
+        ids = [(_tokens(prompts, row), _tokens(whole, row)) for row in range(len(group))]
+        starts = tuple(_reply_start(prompt, full) for prompt, full in ids)
+        replies = tuple(full[at:] for (_, full), at in zip(ids, starts, strict=True))
+        found.append(Conversations(whole, starts, replies))
+    return found
 
 
 def _reply(sample: Sample) -> str | None:
@@ -155,8 +185,13 @@ def _tokens(inputs: Inputs, row: int) -> Tensor:
 
 def _reply_likelihood(logits: Tensor, prompt: Tensor, whole: Tensor) -> float:
     """logits `[tokens, vocabulary]` of a row padded on the right; what `whole` has beyond `prompt` is the reply."""
-    shared = min(len(prompt), len(whole))
-    differs = (prompt[:shared] != whole[:shared]).nonzero()
-    start = int(differs[0]) if len(differs) else shared
+    start = _reply_start(prompt, whole)
     log_probabilities = logits[start - 1 : len(whole) - 1].float().log_softmax(-1)
     return float(log_probabilities.gather(1, whole[start:, None]).mean())
+
+
+def _reply_start(prompt: Tensor, whole: Tensor) -> int:
+    """Where the token ids `whole` leave those of `prompt`: the first token of the reply."""
+    shared = min(len(prompt), len(whole))
+    differs = (prompt[:shared] != whole[:shared]).nonzero()
+    return int(differs[0]) if len(differs) else shared
