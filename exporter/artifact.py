@@ -22,7 +22,7 @@ from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
-from exporter.formats import FORMATS
+from exporter.formats import FORMATS, read_groups
 from exporter.formats.group import Group
 from exporter.job import finite
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
@@ -214,7 +214,7 @@ class Artifact:
             raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
         manifest = read_json(folder / MANIFEST)
         checkpoint = Checkpoint.open(folder, origin=folder.name)
-        found = FORMATS[manifest["format"]].read_config(checkpoint.config.get("quantization_config") or {})
+        found = read_groups(manifest["format"], checkpoint.config)
         return cls(checkpoint, manifest, tuple(found), device or torch.device("cpu"))
 
     @property

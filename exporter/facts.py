@@ -15,7 +15,7 @@ from exporter.artifact import MANIFEST, REPORT, target_matches
 from exporter.errors import ArtifactError
 from exporter.families import FAMILIES
 from exporter.fields import RECIPE_FIELDS, require, require_manifest, require_report
-from exporter.formats import FORMATS
+from exporter.formats import read_groups
 from exporter.hub import PREFIX, open_remote, split
 from exporter.quantized import Scheme
 
@@ -104,7 +104,7 @@ def _needed(name: str, read: Read, file: str) -> bytes:
 def _parts(manifest: Mapping[str, Any], config: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[Part, ...]:
     """Count the quantized linears by component and scheme, in the order of the data through the model."""
     family = FAMILIES[manifest["family"]]
-    groups = FORMATS[manifest["format"]].read_config(config.get("quantization_config") or {})
+    groups = read_groups(manifest["format"], config)
     counts: dict[tuple[str, Scheme | None, bool], int] = {}
     for module in {**manifest["linears"], **manifest["errors"]}:
         packed = module in manifest["linears"]

@@ -18,7 +18,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
 from exporter.facts import read_facts
-from exporter.formats import FORMATS
+from exporter.formats import FORMATS, read_groups
 from exporter.hub import Remote
 
 
@@ -81,5 +81,5 @@ def open_headers(remote: Remote, manifest: dict[str, Any]) -> Artifact:
         checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
     except CheckpointError as error:
         raise ArtifactError(error.message, "publish it again") from None
-    groups = FORMATS[manifest["format"]].read_config(config.get("quantization_config") or {})
+    groups = read_groups(manifest["format"], config)
     return Artifact(checkpoint, manifest, tuple(groups), torch.device("cpu"))

@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
 from exporter.events import Event
 from exporter.export import Export, export, with_data_it_knows
+from exporter.facts import read_place
+from exporter.formats import FORMATS
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
@@ -395,3 +398,16 @@ def test_what_the_plan_warns_of_is_said_by_the_export_too(tmp_path: Path) -> Non
     model = damaged_model(tmp_path / "model", lambda folder: None)
     quick_export(tmp_path / "out", seen.append, recipe=quick_recipe(model))
     assert any("not its captions" in event.message for event in seen if event.stage == "note")
+
+
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
+def test_an_artifact_with_nothing_packed_is_a_plain_model(format_name: str, tmp_path: Path) -> None:
+    """No quantization config names schemes that no tensor has: loaders fail on it."""
+    data = quick_recipe().model_dump()
+    data["format"], data["gates"] = format_name, []
+    rule = {"component": "vision", "method": "rtn", "bits": 4, "group_size": 32, "store": "dequantized"}
+    data["quantize"] = [rule]
+    quick_export(tmp_path / "plain", recipe=Recipe.model_validate(data))
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert Artifact.open(tmp_path / "plain").groups == ()
+    assert read_place(str(tmp_path / "plain")).parts[0].packed is False

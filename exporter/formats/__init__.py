@@ -46,3 +46,9 @@ FORMATS: dict[str, Format] = {
     "gptq": autogptq,
     "awq": autoawq,
 }
+
+
+def read_groups(format_name: str, config: Mapping[str, Any]) -> list[Group]:
+    """The groups of an artifact by its config.json; none where everything was dequantized."""
+    found = config.get("quantization_config")
+    return FORMATS[format_name].read_config(found) if found else []
