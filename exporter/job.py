@@ -1,6 +1,6 @@
 """What a calibration works with: tensors in, units out, both while the device computes something else."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 
 import torch
@@ -40,7 +40,7 @@ class Job:
         self._planned = {row.tensor.name for unit in plan.units for row in unit.rows}
         self._cached: tuple[int, UnitResult] | None = None
         self._pool = pool
-        self._writing: tuple[Unit, UnitResult, Future[None]] | None = None
+        self._writing: tuple[Unit, tuple[Mapping[str, float], Sequence[str]], Future[None]] | None = None
         self._ahead: dict[str, Future[Tensor]] = {}
 
     def read(self, name: str) -> Tensor:
@@ -79,18 +79,19 @@ class Job:
     def commit(self, unit: Unit, result: UnitResult) -> None:
         """Store a unit while the next one is computed."""
         self.settle()
-        self._writing = (unit, result, self._pool.submit(self.workdir.commit, unit, result))
+        said = (result.errors, result.notes)  # not the result: its codes leave the device once they are written
+        self._writing = (unit, said, self._pool.submit(self.workdir.commit, unit, result))
         self.finished = unit.index + 1
 
     def settle(self) -> None:
         """Wait until the last unit is safely on disk, and only then tell about it."""
         if self._writing is None:
             return
-        (unit, result, writing), self._writing = self._writing, None
+        (unit, (errors, notes), writing), self._writing = self._writing, None
         writing.result()
-        total, worst = len(self.plan.units), max(result.errors.values(), default=0.0)
+        total, worst = len(self.plan.units), max(errors.values(), default=0.0)
         self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
-        for note in result.notes:
+        for note in notes:
             self.on_event(Event("note", unit.index + 1, total, note))
 
 

@@ -3,16 +3,22 @@
 The terms are those that `calibrate` really holds at once; docs/architecture.md compares them with measured peaks.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exporter.checkpoint import SHARD_BYTES, Checkpoint
 from exporter.device import Device
+from exporter.factor import PANEL
 from exporter.families import Component, Family
 from exporter.recipe import Calibration
 
-SOLVE_BYTES = 6 * 4  # float32 squares of the inputs: Hessian, its factor, the inverse, and what the solvers copy
-WEIGHT_BYTES = 17  # float32: the weights, their stack, what compensation changes, a product; and one byte of code
+SQUARES_BYTES = 2 * 4  # float32 squares of the inputs: the Hessian and its factor
+STRIP_BYTES = 3 * 4 * PANEL  # strips of the factorization, for every input
+WEIGHT_BYTES = 10  # float32: the weights and what compensation changes; two bytes of codes
+SMOOTH_BYTES = 24  # of one linear: what a candidate makes of it; the weights of its stack are counted apart
+STACK_BYTES = 4  # float32: weights that share an input, stacked
+REPORT_BYTES = 15  # the error of one linear: weights, what they became, the difference, a product
+CODE_BYTES = 2  # of every weight of a block: its codes, and those of the block before while they are written
 RUNTIME_BYTES = 400 * 2**20  # torch, transformers and their libraries, resident in the host process
 CUDA_BYTES = 1.2 * 2**30  # what CUDA and its libraries add there
 
@@ -35,25 +41,33 @@ class Memory:
 
 
 def predict_memory(
-    checkpoint: Checkpoint, family: Family, calibration: Calibration, statistics: Collection[str], device: Device
+    checkpoint: Checkpoint, family: Family, calibration: Calibration, statistics: Mapping[str, bool], device: Device
 ) -> Memory:
-    """Peaks of calibrating the components named in `statistics`; the others need one block at a time."""
+    """Peaks of calibrating the components named in `statistics`; the others need one block at a time.
+
+    statistics: whether a method moves scales between the component's linears.
+    """
     itemsize = 2 if device.is_cuda else 4
     peaks = {"one block": 0}
     activations = 0
     for component in family.components:
         phases = _phases(checkpoint, component)
         block = _block_elements(checkpoint, component, 0) * itemsize
-        peaks["one block"] = max(peaks["one block"], block + WEIGHT_BYTES * max(n for _, n in phases))
+        codes = CODE_BYTES * sum(sum(sizes) for _, sizes in phases)
+        peaks["one block"] = max(peaks["one block"], block + codes + max(_quantize(0, sizes) for _, sizes in phases))
         if component.name not in statistics:
             continue
         hidden, widest = phases[0][0], max(width for width, _ in phases)
         tokens = component.tokens(checkpoint.config)
         kept = calibration.samples * tokens * hidden * itemsize
         batch = calibration.batch * tokens * (6 * hidden + 3 * widest) * itemsize
-        solve = max(SOLVE_BYTES * width * width + WEIGHT_BYTES * elements for width, elements in phases)
+        solve = max(_quantize(width, sizes) for width, sizes in phases)
+        if statistics[component.name]:  # the block as it was, its codes without scales, every Hessian at once
+            squares = SQUARES_BYTES // 2 * sum(width * width for width, _ in phases)
+            search = max(SMOOTH_BYTES * max(sizes) + STACK_BYTES * sum(sizes) for _, sizes in phases)
+            solve = block + codes // 2 + max(solve, squares + search)
         upstream = _upstream(checkpoint, family, component) * itemsize
-        peaks[f"{component.name}: statistics of one block"] = kept + block + max(batch, solve)
+        peaks[f"{component.name}: statistics of one block"] = kept + block + codes + max(batch, solve)
         peaks[f"{component.name}: upstream forward"] = kept + upstream + batch
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
@@ -63,14 +77,22 @@ def predict_memory(
     return Memory(on_device, int(host), activations, largest)
 
 
-def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, int]]:
-    """(inputs, elements of all weights together) of each group of linears that share an input."""
+def _quantize(width: int, sizes: Sequence[int]) -> int:
+    """Peak of quantizing linears of `sizes` weights that share `width` inputs, beside the block itself."""
+    stacked = STACK_BYTES * sum(sizes) if len(sizes) > 1 else 0
+    solve = SQUARES_BYTES * width * width + STRIP_BYTES * width + WEIGHT_BYTES * sum(sizes) + stacked
+    report = SQUARES_BYTES // 2 * width * width + 5 * sum(sizes) + REPORT_BYTES * max(sizes)
+    return max(solve, report)
+
+
+def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, list[int]]]:
+    """(inputs, how many weights each has) of each group of linears that share an input."""
     found, config = [], checkpoint.config
     for phase in component.phases:
         names = [f"{component.module(0, linear)}.weight" for linear in phase if component.has(config, 0, linear)]
         infos = [checkpoint.tensors[name] for name in names if len(checkpoint.tensors[name].shape) == 2]
         if infos:
-            found.append((infos[0].shape[1], sum(info.size for info in infos)))
+            found.append((infos[0].shape[1], [info.size for info in infos]))
     return found
 
 

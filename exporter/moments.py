@@ -6,6 +6,8 @@ With `H = mean x x^T` and `D = W - Q`, the mean squared error of the output is `
 import torch
 from torch import Tensor
 
+STRIP = 4096  # columns of a product at a time: a second square of the inputs would not fit beside the rest
+
 
 class Statistics:
     """The mean of x x^T over the rows seen so far: `hessian`, f32 `[in, in]`."""
@@ -20,15 +22,25 @@ class Statistics:
             return
         total = self.rows + len(rows)
         weighted = rows if weights is None else (rows * weights.unsqueeze(1)).to(rows.dtype)
-        self.hessian.mul_(self.rows / total).add_(_product(weighted, rows), alpha=1 / total)
+        self.hessian.mul_(self.rows / total)
+        for start in range(0, rows.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            self.hessian[strip].add_(_product(weighted[:, strip], rows), alpha=1 / total)
         self.rows = total
 
     def energy(self, matrix: Tensor) -> float:
         """Mean squared size of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
-        if matrix.is_cuda:
-            half = torch.bfloat16
-            return float((torch.mm(matrix.to(half), self.hessian.to(half), out_dtype=torch.float32) * matrix).sum())
-        return float(((matrix @ self.hessian) * matrix).sum())
+        total = torch.zeros((), dtype=torch.float32, device=matrix.device)
+        left = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
+        for start in range(0, matrix.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            total += (_times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum()
+        return float(total)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left right in float32; a 16-bit `left` makes it a 16-bit product with float32 sums."""
+    return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32) if left.itemsize == 2 else left @ right
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
     units = _units(rows, family, checkpoint)
-    statistics = {unit.component for unit in units if unit.needs_statistics}
+    chosen = [(row.component, METHODS[row.rule.method]) for row in rows if row.rule]
+    statistics = dict(sorted((name, method.SMOOTHS) for name, method in chosen if method.Statistics))  # True comes last
     memory = predict_memory(checkpoint, family, recipe.calibration, statistics, device)
     warnings = _warnings(recipe, family, rows, memory, device)
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
@@ -291,9 +292,7 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
     return tuple(units)
 
 
-def _warnings(
-    recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memory, device: Device
-) -> tuple[str, ...]:
+def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:
     found = [family.unserved] if family.unserved else []
     if recipe.calibration.data == ("drawings",):
         found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")

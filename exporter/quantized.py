@@ -98,20 +98,21 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Ten
     """
     columns = weight.shape[1]
     steps = spread(scale.float(), columns, scheme)
-    ratio = torch.where(steps == 0, torch.zeros_like(weight), weight / torch.where(steps == 0, 1.0, steps))
+    nothing = steps == 0
+    ratio = (weight / steps).masked_fill_(nothing, 0.0)
+    del steps, nothing  # a matrix each
     if scheme.number == "fp8":
-        return ratio.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
-    codes = torch.round(ratio) + spread(zero.float(), columns, scheme)
-    return codes.clamp(0, scheme.levels).to(torch.uint8)
+        return ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+    return ratio.round_().add_(spread(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """The float32 weight `[out, in]` that `codes` stand for."""
     columns = codes.shape[1]
-    steps = spread(scale.float(), columns, scheme)
     if scheme.number == "fp8":
-        return codes.view(FP8).float() * steps
-    return (codes.float() - spread(zero.float(), columns, scheme)) * steps
+        return codes.view(FP8).float() * spread(scale.float(), columns, scheme)
+    weight = codes.float().sub_(spread(zero.float(), columns, scheme))
+    return weight.mul_(spread(scale.float(), columns, scheme))  # in place: never more than two matrices at once
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -42,12 +42,11 @@ def quantize_smoothed(
     truth = outputs()
     plain = quantize()
     plain_error = _distance(outputs(), truth)
-    plain_weights = {row.tensor.name: job.stream.parameter(row.tensor.name) for row in unit.rows}
     _restore(job, original)
     if not _fold_all(job, component, unit, gather):
-        _restore(job, plain_weights)
+        _put_quantized(job, unit, plain)
         return plain
-    planned = set(plain_weights)
+    planned = {row.tensor.name for row in unit.rows}
     altered = {
         name: job.stream.parameter(name).to(job.checkpoint.tensors[name].dtype)
         for name in names
@@ -57,7 +56,8 @@ def quantize_smoothed(
     error = _distance(outputs(), truth)
     if error < plain_error:
         return UnitResult(smoothed.linears, smoothed.errors, smoothed.notes, altered)
-    _restore(job, original | plain_weights)
+    _restore(job, original)
+    _put_quantized(job, unit, plain)
     note = f"{unit.block}: smoothing left out, it made the block's error {error:.4f} instead of {plain_error:.4f}"
     return UnitResult(plain.linears, plain.errors, (*plain.notes, note), {})
 
@@ -65,6 +65,12 @@ def quantize_smoothed(
 def _restore(job: Job, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         job.stream.put(name, tensor.clone())
+
+
+def _put_quantized(job: Job, unit: Unit, result: UnitResult) -> None:
+    """The weights that codes stand for, one at a time: a second block of them would not be small."""
+    for row in unit.rows:
+        job.stream.put(row.tensor.name, result.linears[row.module].dequantize())
 
 
 def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

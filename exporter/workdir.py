@@ -84,7 +84,7 @@ class Workdir:
         """Store a finished block, atomically."""
         tensors: dict[str, Tensor] = {}
         for name, linear in result.linears.items():
-            tensors[f"{name}.codes"] = pack_bits(linear.codes, linear.scheme.bits)
+            tensors[f"{name}.codes"] = pack_bits(linear.codes, linear.scheme.bits).cpu()
             tensors[f"{name}.scale"] = linear.scale
             if not linear.scheme.symmetric:
                 tensors[f"{name}.zero"] = linear.zero

@@ -19,6 +19,7 @@ __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quanti
 
 VERSION = 2
 SMOOTHS = True
+ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
 LARGEST_SCALE = 1e4  # a norm divided by more, or by less than its inverse, would leave the range of float16
 
 
@@ -87,7 +88,9 @@ def quantize_linear(
     """Rounding of `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":
-        scale, zero = _clip(weight, statistics.hessian, scheme, options.clip_steps, scale, zero)
+        parts = [part.split(ROWS) for part in (weight, scale, zero)]
+        found = [_clip(w, statistics.hessian, scheme, options.clip_steps, s, z) for w, s, z in zip(*parts, strict=True)]
+        scale, zero = torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
 
 

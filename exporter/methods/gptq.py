@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from exporter.columns import quantize_columns
+from exporter.factor import inverse_factor_
 from exporter.moments import Statistics
 from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
 
-VERSION = 1
+VERSION = 2
 DAMPING_TRIES = 6
 SMOOTHS = False
 
@@ -79,27 +80,20 @@ def inverse_factor(
 
     order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 influences nothing: it
     gets the mean of the others on the diagonal, so that it does not change the damping either.
-    With J the reversal of rows and columns, `J H J = L L^T` gives `U = J L^-1 J`: one factorization and one
-    triangular solve, instead of factorizing, inverting and factorizing again.
     """
-    columns = len(hessian)
-    backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
-    diagonal = hessian.diagonal()[backwards]
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    diagonal = hessian.diagonal()[order]
     seen = diagonal != 0
     typical = torch.where(seen.any(), diagonal.sum() / seen.sum(), 1.0)
     diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        lower = hessian[backwards.unsqueeze(1), backwards].mT  # symmetric, and column-major as the solvers want it
-        lower.diagonal().copy_(diagonal + share * typical)
-        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed and torch.isfinite(lower.sum()):
-            inverse = torch.eye(columns, device=hessian.device).mT
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
+        upper = hessian[order.unsqueeze(1), order]
+        upper.diagonal().copy_(diagonal + share * typical)
+        if inverse_factor_(upper):
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
-            return inverse.flip(0, 1), notes
+            return upper, notes
+        del upper
     return None, ("the Hessian could not be factorized: rounded to nearest instead",)
 
 
