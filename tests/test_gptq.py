@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from exporter import moments
 from exporter.columns import quantize_columns, quantize_columns_plain
 from exporter.methods import gptq, rtn
 from exporter.methods.gptq import Options, Statistics, inverse_factor
@@ -75,7 +76,9 @@ def test_stacked_linears_equal_separate_ones() -> None:
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
 
 
-def test_statistics_are_the_mean_outer_product_however_batched() -> None:
+@pytest.mark.parametrize("strip", [5, 4096])
+def test_statistics_are_the_mean_outer_product_however_batched(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "STRIP", strip)
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
     weights = torch.rand(50)
     one, many, weighted = Statistics(12, CPU), Statistics(12, CPU), Statistics(12, CPU)
