@@ -7,7 +7,6 @@ A finished unit is never computed again: its block runs with the weights from it
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,41 +17,16 @@ from exporter.device import Device
 from exporter.errors import CalibrationError, CheckpointError
 from exporter.events import Event
 from exporter.families import Component
+from exporter.flow import Batch, Flow, counted_rows, token_weights, weighted
 from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear
 from exporter.smooth import CHECKED, quantize_smoothed, smooths
-from exporter.stream import run_until_reached, watch_inputs
+from exporter.stream import watch_inputs
 from exporter.workdir import UnitResult, Workdir
 
-VERSION = 1  # part of a job's fingerprint: raise it when this file changes the numbers
-
-Batch = dict[str, Tensor]
-
-
-@dataclass
-class Flow:
-    """What one batch looks like at the door of the next block.
-
-    hidden: `[batch, tokens, width]`. args, kwargs: everything else the block receives, the same for all blocks.
-    mask: `[batch, tokens]`, true where a token of `hidden` is real; None when nothing is padded.
-    """
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor | None
-
-    def run(self, block: torch.nn.Module, device: torch.device) -> Tensor | None:
-        """The block's output, or None when a hook stopped it."""
-        hidden = self.hidden.to(device)
-        if "hidden_states" in self.kwargs:
-            output = run_until_reached(block, **{**self.kwargs, "hidden_states": hidden})
-        else:
-            output = run_until_reached(block, hidden, *self.args, **self.kwargs)
-        result: Tensor | None = output[0] if isinstance(output, tuple) else output
-        return result
+VERSION = 2  # part of a job's fingerprint: raise it when this file changes the numbers
 
 
 def run(
@@ -130,23 +104,17 @@ def arrive(job: Job, component: Component, batches: Sequence[Batch]) -> list[Flo
     job.stream.load(names, job.read)
     block = job.stream.module(component.block(0))
     store = job.device.torch_device if _fits(job) else torch.device("cpu")
+    image, vision = job.checkpoint.config.get("image_token_index"), job.plan.recipe.calibration.vision_weight
     flows: list[Flow] = []
     total = len(component.passes) * len(batches)
     for entry in component.passes:
         for batch, (args, kwargs) in zip(batches, job.stream.capture(block, batches, entry.run), strict=True):
             hidden = args[0] if args else kwargs["hidden_states"]
-            mask = _mask(batch["attention_mask"], hidden.shape[1]) if entry.padded else None
-            flows.append(Flow(hidden.to(store), args[1:], kwargs, mask))
+            weights = token_weights(batch, hidden.shape[1], image, vision) if entry.padded else None
+            flows.append(Flow(hidden.to(store), args[1:], kwargs, weights))
             job.on_event(Event("calibrate", len(flows), total, f"inputs of {component.name}"))
     job.stream.unload(names)
     return flows
-
-
-def _mask(mask: Tensor, tokens: int) -> Tensor | None:
-    """The attention mask `[batch, n]` for a block's last `tokens` tokens; what comes before the n is real. None: all is."""
-    missing = max(0, tokens - mask.shape[1])
-    whole = torch.cat([mask.new_ones(len(mask), missing), mask], dim=1)[:, -tokens:].bool()
-    return None if whole.all() else whole
 
 
 def _fits(job: Job) -> bool:
@@ -161,7 +129,8 @@ def quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Fl
     block, device = job.stream.module(unit.block), job.device.torch_device
 
     def outputs() -> list[Tensor]:
-        return [output for flow in flows[:CHECKED] if (output := flow.run(block, device)) is not None]
+        found = [(flow, flow.run(block, device)) for flow in flows[:CHECKED]]
+        return [weighted(output, flow.weights) for flow, output in found if output is not None]
 
     return quantize_smoothed(
         job,
@@ -220,19 +189,11 @@ def _gather(
     for flow in flows:
 
         def see(name: str, x: Tensor, flow: Flow = flow) -> None:
-            statistics[name].update(_real_rows(x, None if name in component.unpadded else flow.mask))
+            statistics[name].update(*counted_rows(x, None if name in component.unpadded else flow.weights))
 
         with watch_inputs(linears, see, stop=True):
             flow.run(block, device)
     return statistics
-
-
-def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`[batch, tokens, in]` or `[batch * tokens, in]`, the last tokens of `mask` -> `[rows, in]` without padding."""
-    if mask is None:
-        return x.reshape(-1, x.shape[-1])
-    tokens = x.reshape(len(mask), -1, x.shape[-1])  # OPT flattens before its feed-forward
-    return tokens[mask[:, -tokens.shape[1] :].to(x.device)]
 
 
 def _quantize_stack(

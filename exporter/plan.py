@@ -13,10 +13,10 @@ from exporter.checkpoint import Checkpoint, TensorInfo
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.families import Component, Family
-from exporter.formats import FORMATS
+from exporter.formats import FORMATS, packed_bytes
 from exporter.memory import Memory, predict_memory
 from exporter.methods import METHODS
-from exporter.quantized import QuantizedLinear, Scheme
+from exporter.quantized import Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.runtime.kernels import serving
 from exporter.runtime.serve_lint import Linear, lint
@@ -230,21 +230,6 @@ def _linear_row(
 def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
     """Scales are stored in the checkpoint's 16-bit dtype (float32 checkpoints get bfloat16 scales)."""
     return weight if weight.itemsize == 2 else torch.bfloat16
-
-
-def packed_bytes(scheme: Scheme, shape: tuple[int, ...], format_name: str, scale_dtype: torch.dtype) -> int:
-    """Bytes of one packed linear, from a run of the real packer on shapes alone."""
-    rows, columns = shape
-    groups = scheme.groups(columns)
-    with torch.device("meta"):
-        shell = QuantizedLinear(
-            scheme,
-            torch.empty(rows, columns, dtype=torch.uint8),
-            torch.empty(rows, groups, dtype=scale_dtype),
-            torch.empty(rows, groups, dtype=torch.uint8),
-        )
-        tensors = FORMATS[format_name].pack("", shell)
-    return sum(t.numel() * t.itemsize for t in tensors.values())
 
 
 def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:

@@ -18,7 +18,7 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     """The text that the processor turns into tokens: the prompt, and with `reply` the whole conversation to its end.
 
     The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
-    LLaVA's conversations, and ends with the end-of-sequence token.
+    LLaVA's conversations, and ends as the family's replies do.
     """
     text = family.text(sample.question)
     if getattr(processor, "chat_template", None):
@@ -29,7 +29,20 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     if reply is None:
         return str(prompt)
     gap = " " if prompt and not prompt[-1].isspace() else ""
-    return f"{prompt}{gap}{reply}{processor.tokenizer.eos_token or ''}"
+    return f"{prompt}{gap}{reply}{_reply_end(processor.tokenizer, family)[0]}"
+
+
+def _reply_end(tokenizer: Any, family: Family) -> tuple[str, list[int]]:
+    """What ends a reply, as text, and the tokens at which an answer is over.
+
+    The family's own end counts where it is a token of this tokenizer, else the end-of-sequence token.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if family.reply_end:
+        own = tokenizer(family.reply_end, add_special_tokens=False)["input_ids"]
+        if len(own) == 1 and own[0] != tokenizer.unk_token_id:
+            return family.reply_end, [*ends, int(own[0])]
+    return "" if family.reply_end == "" else tokenizer.eos_token or "", ends
 
 
 def prompt_text(family: Family, sample: Sample) -> str:
@@ -170,11 +183,11 @@ class Predictor:
         from transformers import GenerationConfig
 
         tokenizer = self._processor.tokenizer
-        end = tokenizer.eos_token_id
-        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        _, ends = _reply_end(tokenizer, self._family)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         longest = self._family.max_new_tokens[task]
         return GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=end, pad_token_id=pad, use_cache=True
+            do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
         )
 
 

@@ -229,7 +229,8 @@ class ServedPredictor:
 
 def generation(family: Family, task: str) -> dict[str, Any]:
     """Greedy decoding, whatever the served model's own generation settings say."""
-    return {"max_tokens": family.max_new_tokens[task], "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 0}
+    greedy = {"max_tokens": family.max_new_tokens[task], "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 0}
+    return greedy | ({"stop": [family.reply_end]} if family.reply_end else {})
 
 
 def picture_url(sample: Sample) -> str:

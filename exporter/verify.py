@@ -15,6 +15,7 @@ from exporter.checkpoint import sha256
 from exporter.device import Device
 from exporter.errors import ArtifactError
 from exporter.events import Event
+from exporter.families import Family
 from exporter.stream import load_whole
 
 LOGIT_TOLERANCE = 1e-3  # float32 sums in another order; the weights themselves are compared exactly
@@ -95,27 +96,29 @@ def _why_not_load(artifact: Artifact, device: Device) -> str:
 def logit_difference(artifact: Artifact, folder: Path) -> float:
     """Largest difference of logits (float32 sums, CPU) between transformers' loading and our dequantized weights.
 
-    compressed-tensors dequantizes into the dtype of the scales, so the reference is rounded to it too.
+    compressed-tensors dequantizes into the dtype in which transformers loaded the scales (that of config.json, or
+    float32 where the model insists on it), so the reference is rounded to it too.
     """
-    from transformers import AutoModelForImageTextToText
+    import transformers
+
+    family, config = artifact.family, artifact.source_config()
+    inputs, outputs = _probe(config, family), family.outputs
+    with redirect_stderr(StringIO()):  # the libraries draw progress bars of their own
+        theirs = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
+    loaded = {name: tensor.dtype for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
 
     def rounded(name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
-        if module not in artifact.manifest["linears"]:
-            return artifact.read(name)
-        linear = artifact.linear(module)
-        return linear.dequantize(linear.scale.dtype)
+        if module in artifact.manifest["linears"]:
+            return artifact.linear(module).dequantize(loaded[f"{family.live_name(module)}.weight_scale"])
+        return artifact.read(name).to(loaded[family.live_name(name)])
 
-    cpu = torch.device("cpu")
-    config = artifact.source_config()
-    ours = load_whole(artifact.family, config, artifact.names(), rounded, cpu, torch.float32)
-    inputs = _probe(config)
-    with redirect_stderr(StringIO()):  # the libraries draw progress bars of their own
-        theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    ours = load_whole(family, config, artifact.names(), rounded, torch.device("cpu"), torch.float32)
+    with redirect_stderr(StringIO()):
         _without_activations(theirs)
-        theirs(**inputs)  # the first pass decompresses the weights, in 16 bit
+        outputs(theirs, inputs)  # the first pass decompresses the weights
     torch.nn.Module.float(theirs)  # transformers forbids its own `.float()` on quantized models
-    return float((ours(**inputs).logits - theirs(**inputs).logits).abs().max())
+    return float((outputs(ours, inputs) - outputs(theirs, inputs)).abs().max())
 
 
 def _without_activations(model: Any) -> None:
@@ -126,14 +129,14 @@ def _without_activations(model: Any) -> None:
             scheme.input_activations = None
 
 
-def _probe(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _probe(config: dict[str, Any], family: Family) -> dict[str, torch.Tensor]:
     """One random image and a few random tokens behind it."""
-    vision = config["vision_config"]
-    side, patch = vision["image_size"], vision["patch_size"]
+    side = config["vision_config"]["image_size"]
     generator = torch.Generator().manual_seed(0)
-    image_tokens = (side // patch) ** 2
     words = torch.randint(3, 64, (1, 8), generator=generator)
-    image = torch.full((1, image_tokens), int(config["image_token_index"]))
+    marker = int(config.get("image_token_index") or 0)
+    words[words == marker] += 1
+    image = torch.full((1, family.image_tokens(config)), marker)
     tokens = torch.cat([image, words], dim=1)
     pixels = torch.randn(1, 3, side, side, generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": pixels}

@@ -21,8 +21,12 @@ families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 def live_model(family: Family, seed: int = 0) -> nn.Module:
     """The tiny model with random weights large enough that every part matters."""
+    return random_weights(family.skeleton(family.tiny_config()).eval(), seed)
+
+
+def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with other weights: transformers' own initializers leave a fresh BLIP-2 blind."""
     torch.manual_seed(seed)
-    model = family.skeleton(family.tiny_config()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = "norm" in name.lower() and "weight" in name

@@ -10,7 +10,8 @@ from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.families import FAMILIES
-from exporter.plan import Plan, make_plan, packed_bytes
+from exporter.formats import packed_bytes
+from exporter.plan import Plan, make_plan
 from exporter.quantized import Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe

@@ -65,13 +65,8 @@ def _image_positions(config: Config) -> int:
     return int((vision.get("image_size", 224) // vision.get("patch_size", 14)) ** 2) + 1
 
 
-def _former(config: Config) -> Config:
-    found: Config = config["qformer_config"]
-    return found
-
-
 def _former_blocks(config: Config) -> int:
-    return int(_former(config).get("num_hidden_layers", 12))
+    return int(config["qformer_config"].get("num_hidden_layers", 12))
 
 
 def _text_blocks(config: Config) -> int:
@@ -90,15 +85,15 @@ def _image_tokens(config: Config) -> int:
 def _former_has(config: Config, i: int, linear: str) -> bool:
     """Every `cross_attention_frequency`-th block looks at the picture; only retrieval has a feed-forward for text."""
     if linear.startswith("crossattention."):
-        return i % int(_former(config).get("cross_attention_frequency", 2)) == 0
+        return i % int(config["qformer_config"].get("cross_attention_frequency", 2)) == 0
     if linear.startswith(("intermediate.", "output.")):
-        return bool(_former(config).get("use_qformer_text_input", False))
+        return bool(config["qformer_config"].get("use_qformer_text_input", False))
     return True
 
 
 def _seen(config: Config) -> int:
     """What cross-attention reads of one picture."""
-    return _image_positions(config) * int(_former(config).get("encoder_hidden_size", 1408))
+    return _image_positions(config) * int(config["qformer_config"].get("encoder_hidden_size", 1408))
 
 
 def match(model: Any, inputs: Inputs) -> Any:
@@ -297,6 +292,7 @@ RETRIEVAL = Family(
     max_new_tokens={},
     tasks=("retrieval",),
     image_tokens=_image_tokens,
+    reply_end="",
     outputs=retrieval_scores,
     float32=("query_tokens", "qformer."),
     unserved="vLLM has no image-text retrieval; transformers opens it",

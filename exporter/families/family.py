@@ -117,7 +117,7 @@ class Family:
     tiny_config: a config small enough for tests, with the real structure.
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
     image_tokens: places that a picture takes among the tokens of a prompt.
-    reply_end: what ends a reply in the model's training, where its tokenizer's end token does not.
+    reply_end: what ended replies in the model's training: None for the tokenizer's end token, "" for nothing.
     outputs: all that the model says about a batch, as one tensor: what two loadings of it must agree in.
     refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
     float32: beginnings of checkpoint names that transformers computes in float32 whatever dtype is asked for.
@@ -139,7 +139,7 @@ class Family:
     max_new_tokens: Mapping[str, int]
     tasks: tuple[str, ...]
     image_tokens: Callable[[Config], int]
-    reply_end: str = ""
+    reply_end: str | None = None
     outputs: Callable[[Any, Inputs], Any] = logits
     refuses: Callable[[Config], str | None] = lambda config: None
     float32: tuple[str, ...] = ()

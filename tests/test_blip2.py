@@ -1,0 +1,286 @@
+"""BLIP-2 from folder to artifact: every component by every method, stored as the recipe says, opened by others."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporter.artifact import Artifact
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device, choose
+from exporter.errors import PlanError
+from exporter.events import Event
+from exporter.export import export
+from exporter.families import FAMILIES, Family
+from exporter.plan import Plan, engine_linears, make_plan
+from exporter.recipe import Recipe, Rule
+from exporter.runtime.serve_lint import pattern_problems
+from exporter.stream import load_whole
+from exporter.targets import groups, kept_modules
+from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
+from tests.tiny_models import write_tiny
+
+BLIP2, ITM = FAMILIES["blip2"], FAMILIES["blip2-itm"]
+H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+OPT_27B, ITM_COCO = "Salesforce--blip2-opt-2.7b", "Salesforce--blip2-itm-vit-g-coco"
+both = pytest.mark.parametrize("family", [BLIP2, ITM], ids=["blip2", "blip2-itm"])
+
+
+def rules_for(family: Family, method: str = "gptq", bits: int = 4, group_size: Any = 16) -> list[dict[str, Any]]:
+    """One rule for every component; what the engine cannot load packed is stored dequantized."""
+    rule = {"method": method, "bits": bits, "group_size": group_size}
+    store = {component.name: "dequantized" if component.packable else "packed" for component in family.components}
+    return [{"component": name, "store": how, **rule} for name, how in store.items()]
+
+
+def recipe_for(family: Family, repo: Path, **changes: Any) -> Recipe:
+    """A recipe on a few drawings with every component quantized."""
+    data: dict[str, Any] = {
+        "name": "tiny",
+        "summary": "tiny",
+        "model": {"repo": str(repo), "family": family.name},
+        "quantize": rules_for(family),
+        "calibration": {"data": "demo", "tasks": ["captioning"], "samples": 6, "batch": 3},
+        "gates": [{"task": "captioning", "metric": "cider", "max_drop": 0.5}],
+        "evidence": [{"finding": "none", "figures": "0", "source": "none"}],
+    }
+    return Recipe.model_validate(data | changes)
+
+
+def quick_export(recipe: Recipe, out: Path, on_event: Callable[[Event], None] = lambda event: None, **more: Any) -> Any:
+    """An export without evaluation: these models are random."""
+    return export(recipe, out=out, device=choose("cpu"), on_event=on_event, skip_evaluation=True, **more)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random model of each family."""
+    root = tmp_path_factory.mktemp("models")
+    return {family.name: write_tiny(root / family.name, family) for family in (BLIP2, ITM)}
+
+
+@both
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_every_component_by_every_method_is_what_transformers_opens(
+    family: Family, method: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_for(family, models[family.name], quantize=rules_for(family, method))
+    done = quick_export(recipe, tmp_path / "out")
+    if find_spec("compressed_tensors"):
+        assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+    artifact = Artifact.open(tmp_path / "out")
+    source = Checkpoint.open(models[family.name])
+    packed = set(artifact.manifest["linears"])
+    for component in family.components:
+        for i in range(component.used(source.config)):
+            for linear in component.linears_of(source.config, i):
+                module = component.module(i, linear)
+                assert (module in packed) == (component.packable is None), module
+                assert not torch.equal(artifact.read(f"{module}.weight"), source.read(f"{module}.weight").float())
+    assert set(artifact.names()) == set(source.tensors)
+
+
+@both
+def test_logits_move_with_the_weights_of_every_component(
+    family: Family, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """What `verify` compares must depend on all of them, or its zero proves nothing."""
+    checkpoint = Checkpoint.open(models[family.name])
+    inputs = batches_for(family)[0] | {"pixel_values": torch.randn(2, 3, 32, 32)}
+    tokens, marker = inputs["input_ids"], checkpoint.config["image_token_index"] or 0
+    tokens[tokens == marker] += 1
+    tokens[tokens == family.tiny_config()["image_token_index"]] = marker
+
+    def outputs(doubled: str) -> torch.Tensor:
+        def read(name: str) -> torch.Tensor:
+            return checkpoint.read(name).float() * (2 if name == f"{doubled}.weight" else 1)
+
+        names = list(checkpoint.tensors)
+        model = load_whole(family, checkpoint.config, names, read, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            return family.outputs(model, inputs)
+
+    plain = outputs("")
+    assert torch.equal(plain, outputs(""))
+    for component in family.components:
+        last = component.used(checkpoint.config) - 1
+        for linear in component.linears_of(checkpoint.config, last):
+            moved = float((outputs(component.module(last, linear)) - plain).abs().max())
+            assert moved > 1e-4 or linear.endswith("attention.key"), (component.name, linear)
+
+
+@pytest.mark.skipif(not find_spec("compressed_tensors"), reason="transformers reads packed weights with it")
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_transformers_loads_artifacts_of_other_dtypes(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", family, dtype)
+    done = quick_export(recipe_for(family, folder, quantize=rules_for(family, "rtn", 8)), tmp_path / "out")
+    assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+
+
+def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", BLIP2, torch.float32)
+    done = quick_export(recipe_for(BLIP2, folder), tmp_path / "out")
+    stored = Checkpoint.open(tmp_path / "out").tensors
+    for row in done.plan.rows:
+        if row.decision == "dequantized":
+            assert stored[row.tensor.name].dtype == torch.bfloat16
+            assert row.bytes_after == 2 * row.tensor.size
+    assert done.plan.bytes_after == sum(info.bytes for info in stored.values())
+
+
+def killed_after(unit: int, recipe: Recipe, out: Path, work: Path) -> None:
+    """Run an export in a child process that SIGKILLs itself once `unit` blocks are finished."""
+
+    def die(event: Event) -> None:
+        if event.stage == "quantize" and event.done == unit and event.message != "resumed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            quick_export(recipe, out, die, work=work)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+@both
+def test_killed_in_every_component_and_resumed_is_byte_identical(
+    family: Family, models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_for(family, models[family.name], quantize=rules_for(family, "awq"))
+    done = quick_export(recipe, tmp_path / "whole")
+    ends = [unit.index + 1 for unit in done.plan.units[1::2]]
+    for unit in ends:
+        killed_after(unit, recipe, tmp_path / "resumed", tmp_path / "work")
+    quick_export(recipe, tmp_path / "resumed", work=tmp_path / "work")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_every_feed_forward_of_retrieval_has_seen_its_own_inputs(tmp_path: Path) -> None:
+    """GPTQ's error report is relative to what a linear really received; without inputs it would be nothing."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", ITM)
+    plan = plan_for(checkpoint, (Rule(component="qformer", method="gptq", bits=3, group_size=16),), ITM)
+    workdir = streamed(plan, checkpoint, tmp_path / "work", batches_for(ITM))
+    for unit in plan.units:
+        errors = workdir.read(unit).errors
+        assert len(errors) == len(unit.rows)
+        assert all(0.01 < error < 0.6 for error in errors.values()), errors
+
+
+def big(name: str, family: Family, sparse: Callable[[str], Path]) -> Checkpoint:
+    """A real checkpoint's headers."""
+    return Checkpoint.open(sparse(name), family.canonical_name)
+
+
+def plan_of(checkpoint: Checkpoint, family: Family, rules: list[dict[str, Any]] | None = None) -> Plan:
+    """The plan for groups of 128, as on real models."""
+    chosen = rules or rules_for(family, group_size=128)
+    return make_plan(recipe_for(family, checkpoint.folder, quantize=chosen), checkpoint, family, H100)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "counts"),
+    [
+        (
+            OPT_27B,
+            BLIP2,
+            {"vision": 984_023_040, "qformer": 104_988_672, "projector": 1_966_080, "language": 2_516_582_400},
+        ),
+        (ITM_COCO, ITM, {"vision": 984_023_040, "qformer": 161_611_776}),
+    ],
+    ids=["opt-2.7b", "itm-coco"],
+)
+def test_published_counts_of_what_is_quantized(
+    name: str, family: Family, counts: dict[str, int], sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    checkpoint = big(name, family, sparse_checkpoint)
+    plan = plan_of(checkpoint, family)
+    assert [row.tensor.name for row in plan.rows] == list(checkpoint.tensors)
+    found = {
+        component.name: sum(row.tensor.size for row in plan.of(component.name) if row.decision != "kept")
+        for component in family.components
+    }
+    assert found == counts
+    assert all(row.reason or row.decision == "packed" for row in plan.rows)
+    for component in family.components:
+        how = {row.decision for row in plan.of(component.name) if row.rule}
+        assert how == {"dequantized" if component.packable else "packed"}
+
+
+def test_a_packed_q_former_is_refused_with_what_to_do(sparse_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = big(OPT_27B, BLIP2, sparse_checkpoint)
+    with pytest.raises(PlanError, match=r"'qformer': vLLM builds it of plain linears.*`store: dequantized`"):
+        plan_of(checkpoint, BLIP2, [{"component": "qformer", "bits": 8}])
+
+
+def test_flan_t5_is_refused_with_the_reason(sparse_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = big(OPT_27B, BLIP2, sparse_checkpoint)
+    checkpoint.config["use_decoder_only_language_model"] = False
+    checkpoint.config["text_config"]["model_type"] = "t5"
+    with pytest.raises(PlanError, match=r"its language model is t5.* with OPT only"):
+        plan_of(checkpoint, BLIP2)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_engine_gives_every_linear_its_scheme(bits: int, sparse_checkpoint: Callable[[str], Path]) -> None:
+    plan = plan_of(big(OPT_27B, BLIP2, sparse_checkpoint), BLIP2, rules_for(BLIP2, "rtn", bits, 128))
+    linears = engine_linears(plan.rows, BLIP2)
+    assert linears[0].name == ".encoder.layers.0.self_attn.qkv"  # the engine's tower has no name of its own
+    assert {found.engine.rpartition(".")[2] for found in linears if "decoder" in found.name} == {
+        "qkv_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+    }
+    found = [(group.scheme, group.targets) for group in groups(plan)]
+    assert len(found) == 1
+    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    off = [(scheme, [target.replace(r"(?:vision_model)?\.?", "") for target in targets]) for scheme, targets in found]
+    assert pattern_problems(linears, off, kept_modules(plan))
+
+
+def test_a_retrieval_plan_says_that_no_engine_serves_it(sparse_checkpoint: Callable[[str], Path]) -> None:
+    plan = plan_of(big(ITM_COCO, ITM, sparse_checkpoint), ITM, rules_for(ITM, "gptq", 3, 128))
+    assert "vLLM has no image-text retrieval" in plan.warnings[0]
+    assert not any("humming" in warning for warning in plan.warnings)
+    heads = {row.module: row.reason for row in plan.rows if row.module.endswith(("_projection", "itm_head"))}
+    assert heads.keys() == {"vision_projection", "text_projection", "itm_head"}
+    assert all("16 bits" in reason for reason in heads.values())
+
+
+def test_replies_end_as_the_family_does(models: dict[str, Path]) -> None:
+    from exporter.backends import load_processor
+    from exporter.predict import _reply_end
+
+    class Words:
+        """A tokenizer that knows the line break, as OPT's does."""
+
+        eos_token, eos_token_id, unk_token_id = "</s>", 2, 3
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [50118] if text == "\n" else []}
+
+    assert _reply_end(Words(), BLIP2) == ("\n", [2, 50118])
+    assert _reply_end(Words(), FAMILIES["llava"]) == ("</s>", [2])
+    assert _reply_end(Words(), ITM) == ("", [2])
+    demo = load_processor(models["blip2"]).tokenizer
+    assert _reply_end(demo, BLIP2) == ("</s>", [demo.eos_token_id])
+
+
+def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:
+    quick_export(recipe_for(BLIP2, models["blip2"]), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    ignored = set(config["ignore"])
+    assert {"language_projection", "language_model.lm_head"} <= ignored | {"language_model.lm_head"}
+    assert "qformer.encoder.layer.0.crossattention.attention.key" in ignored
+    assert not any("encoder.layers" in name for name in ignored)
