@@ -215,6 +215,7 @@ def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, sources: 
             "samples": [{"id": sample.identity, "image": data.image_key(sample.image())} for sample in samples],
         },
         "device": device.name,
+            "vision_weight": wanted.vision_weight,
     }
 
 

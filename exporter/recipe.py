@@ -144,6 +144,8 @@ class Calibration(Strict):
 
     data: tuple[str, ...] = ("demo",)
     tasks: tuple[str, ...] = ("captioning", "vqa")
+    vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
+    language model). Methods then care less about the picture's errors, or more (docs/methods.md); 0 leaves it out.
     samples: int = Field(128, ge=1)
     batch: int = Field(8, ge=1)
     seed: int = 0
@@ -151,6 +153,7 @@ class Calibration(Strict):
     @field_validator("tasks")
     @classmethod
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    vision_weight: float = Field(1.0, ge=0, le=100)
         if not value:
             raise ValueError("name at least one task")
         return tuple(known(task, TASKS, "task") for task in value)

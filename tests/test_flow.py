@@ -1,0 +1,80 @@
+"""How much tokens count: padding nothing, pictures what the recipe says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.device import choose
+from exporter.flow import counted_rows, token_weights, weighted
+from exporter.methods import gptq
+from exporter.plan import make_plan
+from exporter.recipe import Rule
+from tests.test_calibrate import LLAVA, batches_for, plan_for, streamed, tiny_checkpoint
+from tests.test_families import live_model
+
+IDS = torch.tensor([[1, 9, 9, 5, 6], [1, 9, 9, 7, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+
+
+def test_padding_counts_nothing_and_pictures_their_weight() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    assert token_weights(batch, 5, 9, 0.5).tolist() == [[1, 0.5, 0.5, 1, 1], [1, 0.5, 0.5, 1, 0]]
+    assert token_weights(batch, 7, None, 0.5).tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1], [0.5, 0.5, 1, 1, 1, 1, 0]]
+    assert token_weights(batch, 5, 9, 1.0).tolist() == MASK.tolist()
+    assert token_weights({"input_ids": IDS[:1], "attention_mask": MASK[:1]}, 5, 9, 1.0) is None
+
+
+def test_rows_that_count_come_with_their_weights() -> None:
+    x = torch.arange(20.0).view(2, 5, 2)
+    rows, weights = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, 5, 9, 0.5))
+    assert rows.tolist() == x.view(10, 2)[:9].tolist()
+    assert weights is not None
+    assert weights.tolist() == [1, 0.5, 0.5, 1, 1, 1, 0.5, 0.5, 1]
+    flat, none = counted_rows(x.view(10, 2), MASK.float())
+    assert flat.tolist() == rows.tolist()
+    assert none is None
+    text, none = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, 5, 9, 0.0))
+    assert text.tolist() == x[IDS.lt(9) & IDS.gt(0)].tolist()
+    assert none is None
+
+
+def test_errors_of_a_block_count_as_its_tokens_do() -> None:
+    before, after = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    weights = torch.rand(2, 5)
+    lost = (weighted(before, weights) - weighted(after, weights)).square().sum()
+    each = [float(weights[i, j] * (before[i, j] - after[i, j]).square().sum()) for i in range(2) for j in range(5)]
+    assert float(lost) == pytest.approx(sum(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("vision", [0.0, 0.1, 1.0, 10.0])
+def test_gptq_sees_the_weights_that_the_recipe_gives(vision: float, tmp_path: Path) -> None:
+    """Against one whole forward pass, every token's outer product added by hand."""
+    rule = Rule(component="language", method="gptq", bits=3, group_size=32, blocks="0:1", role="attention")
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    recipe = plan_for(checkpoint, (rule,)).recipe.adjusted(calibration={"vision_weight": vision})
+    plan = make_plan(recipe, checkpoint, LLAVA, choose("cpu"))
+    found = streamed(plan, checkpoint, tmp_path / "work", batches_for(LLAVA)).read(plan.units[0]).linears
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    linear = live_model(LLAVA).get_submodule(LLAVA.live_name(name))
+    hessian, image = torch.zeros(96, 96, dtype=torch.float64), LLAVA.tiny_config()["image_token_index"]
+    for batch in batches_for(LLAVA):
+        tokens, real = batch["input_ids"].flatten(), batch["attention_mask"].flatten()
+        for x, token, counts in zip(inputs(name, batch), tokens, real, strict=True):
+            hessian += float(counts) * (vision if token == image else 1.0) * torch.outer(x, x)
+    statistics = gptq.Statistics(96, torch.device("cpu"))
+    statistics.hessian = hessian.float()
+    expected, _ = gptq.quantize_linear(
+        linear.weight.detach(), statistics, rule.scheme(), gptq.Options(), torch.bfloat16
+    )
+    assert int((found[name].codes != expected.codes).sum()) <= 2
+
+
+def inputs(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What one linear receives, f64 `[batch * tokens, in]`."""
+    seen: list[torch.Tensor] = []
+    model = live_model(LLAVA)
+    model.get_submodule(LLAVA.live_name(name)).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    return seen[0].flatten(0, 1).double()
