@@ -39,7 +39,7 @@ SHARD_BYTES = 10**9  # size of the shards we write; one is held in memory until 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. stored: its name in the file; file: the shard that holds it."""
+    """What a header says of one tensor. stored: its name in the file; file: the shard. dtype: what it is read as."""
 
     name: str
     stored: str
@@ -141,7 +141,7 @@ class Checkpoint:
             tensor: Tensor = self._open[info.file].get_tensor(info.stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / info.file}: cannot read {name} ({error})") from None
-        return tensor
+        return tensor.to(info.dtype)
 
     def close(self) -> None:
         """Drop the memory maps."""

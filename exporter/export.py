@@ -49,7 +49,8 @@ def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple
     headers_only: enough to plan; the weights of a hub model are not downloaded.
     """
     recipe = with_data_it_knows(recipe)
-    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, headers_only)
+    model = recipe.model
+    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
     return make_plan(recipe, checkpoint, family, device), checkpoint
 
 

@@ -33,11 +33,15 @@ def known(value: str, registry: Any, what: str) -> str:
 
 
 class Model(Strict):
-    """Which checkpoint: a hub id, a local folder or the name of an embedded model."""
+    """Which checkpoint: a hub id, a local folder or the name of an embedded model.
+
+    dtype: what its float32 tensors are read as, and stored as where they are kept; None leaves them as they are.
+    """
 
     repo: str
     revision: str | None = None
     family: str
+    dtype: Literal["float16", "bfloat16"] | None = None
 
     @field_validator("family")
     @classmethod

@@ -1,10 +1,11 @@
 """Where a model comes from: an embedded one, a local folder, the hub cache or the hub."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import Checkpoint, read_json
+from exporter.checkpoint import DTYPES, Checkpoint, read_json
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError, HubError, HubMissing, PlanError, did_you_mean
 from exporter.families import FAMILIES, Family
@@ -54,11 +55,29 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     return path, f"{repo}@{path.name}"
 
 
-def open_source(repo: str, revision: str | None = None, headers_only: bool = False) -> tuple[Checkpoint, Family]:
+def open_source(
+    repo: str, revision: str | None = None, headers_only: bool = False, dtype: str | None = None
+) -> tuple[Checkpoint, Family]:
     """Open a model's headers and find its family (PlanError when mmq does not know its architecture).
 
     headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
+    dtype: what float32 tensors are read as, `float16` or `bfloat16`; None leaves them as they are.
     """
+    checkpoint, family = _open(repo, revision, headers_only)
+    return (narrowed(checkpoint, dtype) if dtype else checkpoint), family
+
+
+def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The checkpoint with its float32 tensors read as 16-bit ones and its config saying so."""
+    kind, tensors = DTYPES[{"float16": "F16", "bfloat16": "BF16"}[dtype]], checkpoint.tensors
+    found = {n: replace(info, dtype=kind) if info.dtype == DTYPES["F32"] else info for n, info in tensors.items()}
+    if found == tensors:
+        return checkpoint
+    key = "dtype" if "dtype" in checkpoint.config else "torch_dtype"
+    return Checkpoint(checkpoint.folder, {**checkpoint.config, key: dtype}, found, checkpoint.origin)
+
+
+def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoint, Family]:
     if headers_only and _on_hub(repo):
         folder = _cached(repo, revision)
         if isinstance(folder, Remote):

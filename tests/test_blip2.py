@@ -284,3 +284,20 @@ def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(models: di
     assert {"language_projection", "language_model.lm_head"} <= ignored | {"language_model.lm_head"}
     assert "qformer.encoder.layer.0.crossattention.attention.key" in ignored
     assert not any("encoder.layers" in name for name in ignored)
+
+
+def test_float32_is_read_as_16_bits_on_request(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", BLIP2, torch.float32)
+    model = {"repo": str(folder), "family": "blip2", "dtype": "float16"}
+    done = quick_export(recipe_for(BLIP2, folder, model=model), tmp_path / "out")
+    stored, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(folder)
+    floats = {info.dtype for info in stored.tensors.values() if info.dtype.is_floating_point}
+    assert floats == {torch.float16}
+    assert stored.config["dtype"] == "float16"
+    assert done.plan.bytes_before == 2 * done.plan.parameters
+    assert done.plan.bytes_after == sum(info.bytes for info in stored.tensors.values())
+    for row in done.plan.rows:
+        if row.decision == "kept":
+            assert torch.equal(stored.read(row.tensor.name), source.read(row.tensor.name).half()), row.tensor.name
+    if find_spec("compressed_tensors"):
+        assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
