@@ -10,6 +10,7 @@ On a CPU (`--device cpu --jobs 1`) the cases without a kernel there are refused,
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -160,9 +161,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=240, help="limit of one check: two starts and the answers")
     parser.add_argument("--total", type=float, default=510, help="seconds after which nothing goes on")
-    parser.add_argument("flags", nargs="*", help="for `vllm serve`, behind `--`")
+    parser.add_argument("--flags", help="for `vllm serve`, in one word: --flags='--dtype float16'")
     options = parser.parse_args()
-    options.flags = options.flags or ([] if options.device == "cpu" else gpu_flags())
+    small = [] if options.device == "cpu" else gpu_flags()
+    options.flags = small if options.flags is None else shlex.split(options.flags)
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     options.out.mkdir(parents=True, exist_ok=True)
     options.deadline = time.monotonic() + options.total
