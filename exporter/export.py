@@ -213,10 +213,10 @@ def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, sources: 
             "data": ", ".join(map(str, sources or data.places(wanted.data))),
             "seed": wanted.seed,
             "batch": wanted.batch,
+            "vision_weight": wanted.vision_weight,
             "samples": [{"id": sample.identity, "image": data.image_key(sample.image())} for sample in samples],
         },
         "device": device.name,
-            "vision_weight": wanted.vision_weight,
     }
 
 

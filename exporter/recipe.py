@@ -144,20 +144,20 @@ class Calibration(Strict):
     """What the statistics are measured on. data: "demo" (the built-in drawings), or sources like `coco:/data/coco`.
 
     A source that is only named (`folder`, `coco`) gets its path from --data.
+    vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
+    language model). Methods then care less about the picture's errors, or more (docs/methods.md); 0 leaves it out.
     """
 
     data: tuple[str, ...] = ("demo",)
     tasks: tuple[str, ...] = ("captioning", "vqa")
-    vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
-    language model). Methods then care less about the picture's errors, or more (docs/methods.md); 0 leaves it out.
     samples: int = Field(128, ge=1)
     batch: int = Field(8, ge=1)
     seed: int = 0
+    vision_weight: float = Field(1.0, ge=0, le=100)
 
     @field_validator("tasks")
     @classmethod
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-    vision_weight: float = Field(1.0, ge=0, le=100)
         if not value:
             raise ValueError("name at least one task")
         return tuple(known(task, TASKS, "task") for task in value)
