@@ -155,10 +155,13 @@ def default_work(out: Path) -> Path:
 
 
 def calibration_samples(plan: Plan, sources: Sequence[data.Place]) -> list[Sample]:
-    """The recipe's calibration set, its tasks in turn; empty when no method needs data."""
-    if not plan.needs_calibration:
-        return []
-    wanted = plan.recipe.calibration
+    """The recipe's calibration set; empty when no method needs data."""
+    return training_samples(plan.recipe, sources) if plan.needs_calibration else []
+
+
+def training_samples(recipe: Recipe, sources: Sequence[data.Place]) -> list[Sample]:
+    """What a recipe calibrates on, its tasks in turn (DataError when there is nothing)."""
+    wanted = recipe.calibration
     share = -(-wanted.samples // len(wanted.tasks))
     chosen = sources or data.places(wanted.data)
     lists = [data.samples_from(chosen, task, "train", share, wanted.seed) for task in wanted.tasks]

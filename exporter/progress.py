@@ -18,6 +18,8 @@ NAMES = {
     "write": "writing shards",
     "verify": "verifying",
     "evaluate": "evaluating",
+    "study units": "quantizing units",
+    "study points": "scoring settings",
 }
 QUIET_SECONDS = 5.0  # plain lines of one stage come at most this often
 
@@ -73,7 +75,8 @@ class Listener:
             return
         self._said[key] = now
         error = f", error {event.numbers['error']:.4f}" if "error" in event.numbers else ""
-        print(f"{key}: {event.done}/{event.total}{error}", file=sys.stderr, flush=True)
+        left = f", about {event.numbers['left']:.0f} s left" if event.numbers.get("left") else ""
+        print(f"{key}: {event.done}/{event.total}{error}{left}", file=sys.stderr, flush=True)
 
     @staticmethod
     def _key(event: Event) -> str:

@@ -1,9 +1,14 @@
 """What a study found, as tables."""
 
+from typing import Any
+
 from rich.console import Group
 from rich.table import Table
 
+from exporter.show import size
 from exporter.study.importance import Importance, Shares
+from exporter.study.records import Measured, columns
+from exporter.study.run import Outcome
 
 
 def importance_page(found: Importance) -> Group:
@@ -40,3 +45,69 @@ def _drops(found: Importance) -> Table:
         known = {drop.bits: f"{drop.drop:+.1%} ({drop.error:.1%})" for drop in drops}
         table.add_row(name, *(known.get(bits, "") for bits in widths))
     return table
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """The settings of a grid with their scores, and what it took."""
+    return {
+        "points": [found.row() for found in outcome.found],
+        "scored": outcome.scored,
+        "units_made": outcome.made,
+        "units": outcome.units,
+        "units_named": outcome.named,
+        "seconds": dict(outcome.seconds),
+        "cpu_seconds": outcome.cpu_seconds,
+    }
+
+
+def outcome_page(outcome: Outcome) -> Group:
+    """A row for each setting, smallest first, those on the Pareto front marked."""
+    best = front(outcome.found)
+    bits = [name for name in columns_of(outcome.found) if name.endswith("_bits") and _varies(outcome.found, name)]
+    others = [name for name in ("method", "group_size", "blocks", "role") if _varies(outcome.found, name)]
+    scores = [name for name in outcome.found[0].scores if not name.endswith((" nll", " kl"))] if outcome.found else []
+    table = Table("", box=None)
+    for name in (*map(_short, bits), *others, "size", "bits/w", *map(_short, scores)):
+        table.add_column(name, justify="left" if name in others else "right")
+    for found in sorted(outcome.found, key=lambda one: one.bytes):
+        cells = [str(found.about[name]) for name in (*bits, *others)]
+        values = [f"{found.scores[name]:.4f}" for name in scores]
+        mark = "*" if found.id in best else ""
+        table.add_row(mark, *cells, size(found.bytes), f"{found.bits_per_weight:.2f}", *values)
+    return Group(table, "* nothing smaller or as small scores as much", _took(outcome))
+
+
+def _short(name: str) -> str:
+    """A column's name in a narrow table."""
+    return name.removesuffix("_bits").removesuffix(" exact")
+
+
+def columns_of(found: tuple[Measured, ...]) -> list[str]:
+    """What settings are described by."""
+    return columns([one.about for one in found])
+
+
+def _varies(found: tuple[Measured, ...], name: str) -> bool:
+    return len({one.about.get(name) for one in found} - {"none"}) > 1
+
+
+def _took(outcome: Outcome) -> str:
+    """What was computed, what was reused, and the time of both."""
+    count = len(outcome.found)
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in outcome.seconds.items())
+    lines = [f"{count} settings, {outcome.scored} scored now; {steps}; {outcome.cpu_seconds:.0f} CPU seconds"]
+    lines.append(f"they name {outcome.named} units, {outcome.units} of them different; {outcome.made} quantized now")
+    if outcome.scored:
+        spent = sum(outcome.seconds.values()) / outcome.scored
+        lines.append(f"{spent:.1f} s for each setting that was scored now")
+    return "\n".join(lines)
+
+
+def front(found: tuple[Measured, ...], score: str = "score") -> set[str]:
+    """Ids of the settings that no other one of at most their size beats."""
+    best, most = set(), float("-inf")
+    for one in sorted(found, key=lambda one: (one.bytes, -one.scores[score])):
+        if one.scores[score] > most:
+            best.add(one.id)
+            most = one.scores[score]
+    return best

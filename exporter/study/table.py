@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import DataError, did_you_mean
+from exporter.study.records import columns, read_records
 
 SUFFIX = "_bits"
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
@@ -44,6 +45,14 @@ class Table:
         return float(self.scores[top].mean() if top.any() else self.scores.max())
 
 
+def read_table(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
+    """A study's folder or SQLite file, or a CSV file; see `read_csv`."""
+    if path.is_dir() or path.suffix == ".sqlite":
+        rows = [found.row() for found in read_records(path)]
+        return from_rows(_fitting(rows, columns(rows), conditions, path), columns(rows), score, str(path))
+    return read_csv(path, score, conditions)
+
+
 def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
     """A CSV file with a header line. score: its column; conditions: `COLUMN=VALUE`, rows that do not fit are left out.
 
@@ -54,32 +63,38 @@ def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = (
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     reader = csv.DictReader(io.StringIO(text))
-    columns = list(reader.fieldnames or ())
+    names = list(reader.fieldnames or ())
     rows = [row for row in reader if any(row.values())]
-    for condition in conditions:
-        name, _, value = condition.partition("=")
-        _known(name, columns, path)
-        rows = [row for row in rows if row[name] == value]
-    return from_rows(rows, columns, score, str(path))
+    return from_rows(_fitting(rows, names, conditions, path), names, score, str(path))
 
 
-def from_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], score: str | None, where: str) -> Table:
+def _fitting(
+    rows: Sequence[dict[str, Any]], names: Sequence[str], conditions: Sequence[str], where: Path
+) -> list[dict[str, Any]]:
+    """The rows that every `COLUMN=VALUE` fits; the full model, whose method is `none`, is always among them."""
+    wanted = [condition.partition("=")[::2] for condition in conditions]
+    for name, _ in wanted:
+        _known(name, names, where)
+    return [row for row in rows if all(str(row.get(name)) in (value, "none") for name, value in wanted)]
+
+
+def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str | None, where: str) -> Table:
     """Rows as dictionaries to a table; values may be texts."""
-    bits = [name for name in columns if name.endswith(SUFFIX)]
+    bits = [name for name in names if name.endswith(SUFFIX)]
     if not bits or not rows:
         raise DataError(
             f"{where} has no {'column COMPONENT_bits' if not bits else 'rows'}",
             "expected a header like vision_bits,language_bits,score and a row for each measured setting",
         )
-    metric = score or _usual_score(columns, where)
-    _known(metric, columns, where)
+    metric = score or _usual_score(names, where)
+    _known(metric, names, where)
     problems: list[str] = []
     values = [[_number(row, name, i, problems) for name in (*bits, metric)] for i, row in enumerate(rows)]
     if problems:
         raise DataError(f"{where}: " + "; ".join(problems[:5]), "every row needs its bits and its score as numbers")
-    names = [name.removesuffix(SUFFIX) for name in bits]
+    bare = [name.removesuffix(SUFFIX) for name in bits]
     array = np.array(values, dtype=np.float64)
-    components = tuple(ALIASES.get(name, name) for name in names)
+    components = tuple(ALIASES.get(name, name) for name in bare)
     return _varying(Table(components, array[:, :-1], array[:, -1], metric), where)
 
 
@@ -92,18 +107,18 @@ def _varying(table: Table, where: str) -> Table:
     return Table(names, table.bits[:, changes], table.scores, table.metric)
 
 
-def _usual_score(columns: Sequence[str], where: str) -> str:
-    lower = {name.lower(): name for name in reversed(columns)}
+def _usual_score(names: Sequence[str], where: str) -> str:
+    lower = {name.lower(): name for name in reversed(names)}
     for name in SCORES:
         if name in lower:
             return lower[name]
-    others = ", ".join(name for name in columns if not name.endswith(SUFFIX))
+    others = ", ".join(name for name in names if not name.endswith(SUFFIX))
     raise DataError(f"{where}: which column is the score?", f"name it by --score: {others}")
 
 
-def _known(name: str, columns: Sequence[str], where: object) -> None:
-    if name not in columns:
-        raise DataError(f"{where} has no column '{name}'.{did_you_mean(name, columns)}", ", ".join(columns))
+def _known(name: str, names: Sequence[str], where: object) -> None:
+    if name not in names:
+        raise DataError(f"{where} has no column '{name}'.{did_you_mean(name, names)}", ", ".join(names))
 
 
 def _number(row: dict[str, Any], name: str, index: int, problems: list[str]) -> float:

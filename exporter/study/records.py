@@ -1,0 +1,117 @@
+"""What was measured, in one SQLite file: a row for every setting, written the moment it is known."""
+
+import csv
+import io
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from exporter.checkpoint import make_folder
+from exporter.errors import DataError
+
+FILE = "study.sqlite"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS points (
+  id TEXT PRIMARY KEY,      -- digest of its units and of the exam: the same setting is measured once
+  exam TEXT NOT NULL,       -- digest of what it was scored on and how
+  about TEXT NOT NULL,      -- JSON: bits of each component, method, group size, blocks, role
+  bytes INTEGER NOT NULL,   -- of the artifact, scales and kept tensors counted
+  bits_per_weight REAL NOT NULL,
+  seconds REAL NOT NULL,    -- wall time of scoring
+  cpu_seconds REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS scores (
+  point TEXT NOT NULL REFERENCES points(id),
+  metric TEXT NOT NULL,
+  value REAL NOT NULL,
+  PRIMARY KEY (point, metric)
+);
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting and its scores; fields as in the table."""
+
+    id: str
+    exam: str
+    about: Mapping[str, str | int]
+    bytes: int
+    bits_per_weight: float
+    seconds: float
+    cpu_seconds: float
+    scores: Mapping[str, float]
+
+    def row(self) -> dict[str, Any]:
+        """One line of the CSV file."""
+        plain = {"bytes": self.bytes, "bits_per_weight": self.bits_per_weight, "seconds": self.seconds}
+        return {**self.about, **plain, **self.scores}
+
+
+class Records:
+    """The file, open; use as a context manager. Every `add` is on disk when it returns."""
+
+    def __init__(self, path: Path) -> None:
+        make_folder(path.parent)
+        try:
+            self._db = sqlite3.connect(path)
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise DataError(f"{path} is no study: {error}", "give another folder") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def add(self, found: Measured) -> None:
+        """Keep one setting, with all its scores or not at all."""
+        about = json.dumps(dict(found.about))
+        plain = (found.id, found.exam, about, found.bytes, found.bits_per_weight, found.seconds, found.cpu_seconds)
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)", plain)
+            rows = [(found.id, metric, float(value)) for metric, value in found.scores.items()]
+            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+
+    def all(self) -> dict[str, Measured]:
+        """Everything measured, by id, in the order it was."""
+        scores: dict[str, dict[str, float]] = {}
+        for point, metric, value in self._db.execute("SELECT point, metric, value FROM scores ORDER BY rowid"):
+            scores.setdefault(point, {})[metric] = value
+        query = "SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds FROM points ORDER BY rowid"
+        rows = [(row, scores.get(row[0], {})) for row in self._db.execute(query)]
+        return {
+            row[0]: Measured(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], known)
+            for row, known in rows
+        }
+
+
+def read_records(folder: Path) -> list[Measured]:
+    """Everything a study folder holds; DataError when it holds nothing."""
+    path = folder / FILE if folder.is_dir() else folder
+    if not path.exists():
+        raise DataError(f"{folder} holds no {FILE}", "`mmq study` makes one")
+    with Records(path) as records:
+        return list(records.all().values())
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every column that some row has, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def as_csv(found: Sequence[Measured]) -> str:
+    """The table as CSV text, with the columns that `mmq study importance` reads."""
+    rows = [one.row() for one in found]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

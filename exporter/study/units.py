@@ -1,0 +1,154 @@
+"""Units of a study: one role of one block by one rule, named by everything that decides its numbers.
+
+A setting of the whole model is a set of such units, so settings share them: seven widths of two components make 49
+settings and 14 sets of units. What makes this possible is an approximation. Every unit is calibrated on the inputs that
+the full-precision model gives its block, while an export calibrates each block on the quantized blocks before it, so
+that GPTQ can make up for their errors. `mmq study --sequential` quantizes every setting as an export does.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from exporter import calibrate
+from exporter.checkpoint import Checkpoint, make_folder
+from exporter.device import Device
+from exporter.events import ignore
+from exporter.families import Component
+from exporter.job import Job
+from exporter.methods import METHODS
+from exporter.plan import Plan, PlanRow, Unit
+from exporter.workdir import UnitResult, Workdir
+
+VERSION = 1  # raise it when this file changes the numbers
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StudyUnit(Unit):
+    """One role of one block by one rule; its file is named by `key`."""
+
+    key: str
+
+    @property
+    def file(self) -> str:
+        """Name of its file among the study's units."""
+        return f"{self.key}.safetensors"
+
+
+def units_of(plan: Plan, source: str, calibration: str) -> tuple[StudyUnit, ...]:
+    """The plan's work as units that other plans may share.
+
+    source: digest of the checkpoint. calibration: digest of the calibration data; units of methods that do not read it
+    do not depend on it.
+    """
+    found = []
+    for unit in plan.units:
+        component = plan.family.component(unit.component)
+        groups: dict[tuple[str, str], list[PlanRow]] = {}
+        for row in unit.rows:
+            assert row.rule is not None
+            bare = row.rule.model_copy(update={"blocks": None, "role": None, "store": "packed"})
+            role = component.roles[row.linear]
+            groups.setdefault((role, bare.model_dump_json()), []).append(replace(row, rule=bare))
+        for (_, rule), rows in groups.items():
+            method = METHODS[rows[0].rule.method]  # type: ignore[union-attr]  # set just above
+            decides: dict[str, Any] = {
+                "source": source,
+                "linears": [row.module for row in rows],
+                "rule": json.loads(rule),
+                "versions": [VERSION, calibrate.VERSION, method.VERSION],
+                "calibration": calibration if method.Statistics is not None else None,
+            }
+            key = sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+            found.append(StudyUnit(0, unit.component, unit.block, tuple(rows), key))
+    return tuple(found)
+
+
+class UnitStore:
+    """A folder of finished units; a file that is there is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        make_folder(folder)
+        self._workdir = Workdir(folder, "study")
+
+    def has(self, unit: StudyUnit) -> bool:
+        """Whether it is quantized already."""
+        return (self._workdir.path / unit.file).exists()
+
+    def write(self, unit: StudyUnit, result: UnitResult) -> None:
+        """Keep a finished unit."""
+        self._workdir.commit(unit, result)
+
+    def read(self, unit: StudyUnit) -> UnitResult:
+        """A finished unit (WorkdirError when its file is damaged)."""
+        return self._workdir.read(unit)
+
+    @property
+    def workdir(self) -> Workdir:
+        """The folder as the calibration's code knows it."""
+        return self._workdir
+
+
+def quantize(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    store: UnitStore,
+    wanted: Sequence[StudyUnit],
+    batches: Callable[[], Sequence[Batch]],
+    device: Device,
+) -> int:
+    """Make the units that are not there yet; how many were made.
+
+    plan: any plan for this checkpoint (its family, recipe and memory are used). batches: the calibration data, asked
+    for once some unit needs it.
+    """
+    missing = [unit for unit in wanted if not store.has(unit)]
+    with ThreadPoolExecutor(2) as pool:
+        job = Job(replace(plan, units=()), checkpoint, store.workdir, device, ignore, pool)
+        for component in plan.family.components:
+            mine = [unit for unit in missing if unit.component == component.name]
+            for unit in (unit for unit in mine if not unit.needs_statistics):
+                store.write(unit, calibrate.quantize_unit(job, component, unit, flows=()))
+            rest = [unit for unit in mine if unit.needs_statistics]
+            if rest:
+                _walk(job, component, rest, store, batches())
+    return len(missing)
+
+
+def _walk(
+    job: Job, component: Component, wanted: Sequence[StudyUnit], store: UnitStore, batches: Sequence[Batch]
+) -> None:
+    """The blocks of one component with their own weights; at each, its units by every rule."""
+    flows = calibrate.arrive(job, component, batches)
+    by_block: dict[str, list[StudyUnit]] = {}
+    for unit in wanted:
+        by_block.setdefault(unit.block, []).append(unit)
+    for i in range(component.used(job.checkpoint.config)):
+        block = component.block(i)
+        names = job.tensors_under(block)
+        job.stream.load(names, job.read)
+        for unit in by_block.pop(block, ()):
+            store.write(unit, calibrate.quantize_unit(job, component, unit, flows))
+            job.stream.load(names, job.read)
+        if not by_block:
+            break
+        calibrate.advance(job, component.block(i), flows)
+        job.stream.unload(names)
+
+
+def changes(results: Iterable[UnitResult]) -> dict[str, Tensor]:
+    """Checkpoint name -> the tensor that a runtime sees, for everything that units change."""
+    found: dict[str, Tensor] = {}
+    for result in results:
+        found |= {f"{module}.weight": linear.dequantize() for module, linear in result.linears.items()}
+        both = found.keys() & result.altered.keys()
+        assert not both, f"two units change {sorted(both)}"
+        found |= result.altered
+    return found

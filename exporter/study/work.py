@@ -1,0 +1,216 @@
+"""What a worker of a study does: make units, and score settings. It opens model and data once and keeps them."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from exporter import calibrate, data
+from exporter.backends import load_processor
+from exporter.checkpoint import Checkpoint
+from exporter.device import Device, choose, exact_math
+from exporter.errors import DataError
+from exporter.events import ignore
+from exporter.export import training_samples, with_data_it_knows
+from exporter.families import Family
+from exporter.plan import Plan, make_plan
+from exporter.predict import Predictor, batches
+from exporter.recipe import Recipe, Rule
+from exporter.source import open_source
+from exporter.stream import Stream
+from exporter.study import exam
+from exporter.study.units import StudyUnit, UnitStore, changes, quantize, units_of
+from exporter.tasks import TASKS
+from exporter.tasks.sample import Sample
+from exporter.workdir import Workdir
+
+SCORED = ("captioning", "vqa")  # tasks whose replies are texts
+How = Literal["forced", "generated"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a worker needs to begin; plain data, so that it travels.
+
+    recipe: JSON of the recipe whose model, data and format are used (its rules are not). places: data instead of the
+    recipe's. split, samples: what is scored on, of each task. how: `forced` scores by one pass over references,
+    `generated` by the tasks' own metrics on answers.
+    """
+
+    folder: Path
+    recipe: str
+    places: tuple[data.Place, ...] = ()
+    split: str = "test"
+    samples: int = 250
+    batch: int = 32
+    device: str = "auto"
+    how: How = "forced"
+    sequential: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A setup's model, with headers read and nothing else."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    family: Family
+    device: Device
+
+    def plan(self, rules: Sequence[Rule]) -> Plan:
+        """The plan of a setting (PlanError when it does not fit); no rules: everything is kept."""
+        kept = (Rule(component=self.family.components[0].name, bits=16),)
+        recipe = self.recipe.model_copy(update={"quantize": tuple(rules) or kept})
+        return make_plan(recipe, self.checkpoint, self.family, self.device)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a task took: wall and processor seconds, and its result.
+
+    process, process_seconds: who did it, and the processor seconds of that process since it began.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    process: str
+    process_seconds: float
+    result: Any
+
+    @classmethod
+    def since(cls, start: tuple[float, float], result: Any) -> "Spent":
+        """What was spent since `start`, a wall time and a processor time."""
+        cpu = time.process_time()
+        who = f"{platform.node()}:{os.getpid()}"
+        return cls(time.monotonic() - start[0], cpu - start[1], who, cpu, result)
+
+
+@lru_cache(maxsize=1)
+def opened(setup: Setup) -> Opened:
+    """The model of a setup."""
+    recipe = with_data_it_knows(Recipe.model_validate_json(setup.recipe))
+    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype)
+    return Opened(recipe, checkpoint, family, choose(setup.device))
+
+
+def store_of(setup: Setup) -> UnitStore:
+    """Where the setup's units are."""
+    return UnitStore(setup.folder / "units")
+
+
+def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
+    """What settings are scored on, by task: every task of the family whose replies are texts and that the data has."""
+    model = opened(setup)
+    chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
+    able = [task for task in SCORED if task in model.family.tasks and any(task in place.tasks for place in chosen)]
+    if not able:
+        tasks = ", ".join(model.family.tasks)
+        raise DataError(
+            f"{', '.join(map(str, chosen))}: nothing to score {model.family.name} by ({tasks})",
+            f"a study scores texts: give data for {' or '.join(SCORED)}",
+        )
+    seed = model.recipe.evaluation.seed
+    return {task: data.samples_from(chosen, task, setup.split, setup.samples, seed) for task in able}
+
+
+def calibration_batches(setup: Setup) -> list[dict[str, Tensor]]:
+    """The model inputs that units are calibrated on."""
+    model = opened(setup)
+    samples = training_samples(model.recipe, setup.places)
+    return batches(load_processor(model.checkpoint.folder), model.family, samples, model.recipe.calibration.batch)
+
+
+def make_units(setup: Setup, units: Sequence[StudyUnit]) -> Spent:
+    """Quantize units that are not there yet; the result is how many were made."""
+    start = time.monotonic(), time.process_time()
+    model = opened(setup)
+    with exact_math(model.recipe.calibration.seed):
+        made = quantize(
+            model.plan(()),
+            model.checkpoint,
+            store_of(setup),
+            units,
+            lambda: calibration_batches(setup),
+            model.device,
+        )
+    return Spent.since(start, made)
+
+
+class Examiner:
+    """The whole model on the device, whose weights are exchanged for those of a setting, and the exam."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._model = model = opened(setup)
+        self._device = model.device.torch_device
+        dtype = model.device.compute_dtype(
+            next(t.dtype for t in model.checkpoint.tensors.values() if len(t.shape) == 2)
+        )
+        self._stream = Stream(model.family, model.checkpoint.config, self._device, dtype)
+        self._stream.load(model.checkpoint.tensors, model.checkpoint.read)
+        self._live = cast(Any, self._stream.model)
+        self._live.tie_weights()
+        self._changed: set[str] = set()
+        self._processor = load_processor(model.checkpoint.folder)
+        self._samples = exam_samples(setup)
+        if setup.how == "forced":
+            self._exam = exam.prepare(self._processor, model.family, self._samples, setup.batch)
+            exam.learn_truth(self._exam, self._live, self._device)
+
+    def grade(self, changed: Mapping[str, Tensor]) -> exam.Scores:
+        """Scores with some tensors exchanged, by checkpoint name."""
+        for name in self._changed - changed.keys():
+            self._stream.put(name, self._model.checkpoint.read(name))
+        for name, tensor in changed.items():
+            self._stream.put(name, tensor)
+        self._changed = set(changed)
+        self._live.tie_weights()
+        if self._setup.how == "forced":
+            return exam.grade(self._exam, self._live, self._device)
+        return self._answers()
+
+    def _answers(self) -> exam.Scores:
+        predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._setup.batch)
+        scores: exam.Scores = {}
+        for task, samples in self._samples.items():
+            found = TASKS[task].score(predictor.answer(samples), samples)
+            scores |= {f"{task} {metric}": sum(values) / len(values) for metric, values in found.items()}
+        firsts = [scores[f"{task} {TASKS[task].METRICS[0]}"] for task in self._samples]
+        return scores | {"score": sum(firsts) / len(firsts)}
+
+
+@lru_cache(maxsize=1)
+def examiner(setup: Setup) -> Examiner:
+    """One for each process."""
+    return Examiner(setup)
+
+
+def score_point(setup: Setup, rules: Sequence[Rule], name: str, calibration: str) -> Spent:
+    """Scores of a setting whose units are there. name: its folder when it is quantized sequentially."""
+    start = time.monotonic(), time.process_time()
+    chosen = examiner(setup)
+    if setup.sequential and rules:
+        changed = _in_sequence(setup, rules, name)
+    else:
+        model, store = opened(setup), store_of(setup)
+        units = units_of(model.plan(rules), model.checkpoint.digest(), calibration)
+        changed = changes(store.read(unit) for unit in units)
+    scores = chosen.grade(changed)
+    return Spent.since(start, scores)
+
+
+def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str) -> dict[str, Tensor]:
+    """The tensors of a setting that is quantized as an export does it, in a folder that a stopped run goes on from."""
+    model = opened(setup)
+    plan = model.plan(rules)
+    work = Workdir.open(setup.folder / "sequential" / name, {"point": name})
+    needed = plan.needs_calibration and work.done(plan.units) < len(plan.units)
+    with exact_math(model.recipe.calibration.seed):
+        calibrate.run(plan, model.checkpoint, work, calibration_batches(setup) if needed else [], model.device, ignore)
+    return changes(work.read(unit) for unit in plan.units)

@@ -1,0 +1,278 @@
+"""Studies: grids, shared units, scores, resuming, and where the work runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from exporter.cli import cli
+from exporter.errors import DataError, MmqError, RecipeError
+from exporter.events import Event, ignore
+from exporter.families import FAMILIES
+from exporter.methods import METHODS
+from exporter.recipe import Rule
+from exporter.study import exam, pool
+from exporter.study.grid import Grid, Point, parse_grid, points
+from exporter.study.prepare import base_recipe
+from exporter.study.records import read_records
+from exporter.study.run import run
+from exporter.study.table import read_table
+from exporter.study.units import changes, units_of
+from exporter.study.work import Setup, exam_samples, examiner, opened, store_of
+
+SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
+
+
+def setup_in(folder: Path, **changed: Any) -> Setup:
+    recipe = base_recipe("demo-llava", None, (), 8, 0)
+    return Setup(folder, recipe.model_dump_json(), **{**SMALL, **changed})
+
+
+def grid(**content: Any) -> Grid:
+    return parse_grid({"methods": ["rtn"], **content}, "a test")
+
+
+def settings(found: Grid) -> list[Point]:
+    model = opened(setup_in(Path("unused")))
+    return points(found, model.family, model.checkpoint.config)[0]
+
+
+def test_a_product_has_every_combination_once() -> None:
+    found = settings(grid(components={"vision": {"bits": [4, 8, 16]}, "language": {"bits": [3, 16]}}))
+    assert len(found) == 6
+    labels = [(dict(p.about)["vision_bits"], dict(p.about)["language_bits"]) for p in found]
+    assert labels == [(v, q) for v in (4, 8, 16) for q in (3, 16)]
+    assert [len(p.rules) for p in found] == [2, 1, 2, 1, 1, 0]
+
+
+def test_blocks_and_roles_become_rules_and_empty_ones_are_said() -> None:
+    model = opened(setup_in(Path("unused")))  # two blocks: they are its front and its middle
+    axis = {"bits": [4, 16], "blocks": ["front", "end", "front+middle"], "roles": ["all", "mlp"]}
+    found, notes = points(grid(components={"vision": axis}, combine="alone"), model.family, model.checkpoint.config)
+    assert [(p.rules[0].blocks, p.rules[0].role) for p in found[:2]] == [("front", None), ("front", "mlp")]
+    assert [len(p.rules) for p in found] == [1, 1, 2, 2, 0]
+    assert len(notes) == 2
+    assert "nothing in blocks end" in notes[0]
+
+
+def test_together_gives_all_components_the_same() -> None:
+    axis = {"bits": [3, 4]}
+    found = settings(grid(components={"vision": axis, "language": axis}, combine="together"))
+    assert [[rule.bits for rule in p.rules] for p in found] == [[3, 3], [4, 4]]
+
+
+def test_every_mistake_of_a_grid_is_listed() -> None:
+    content = {"components": {"vision": {"bits": [1], "block": ["all"]}}, "methods": ["gtpq"], "group_sizes": [7]}
+    with pytest.raises(RecipeError) as caught:
+        parse_grid(content, "g.yaml")
+    for said in ("g.yaml has 4 problems", "bits must be 2 to 8", "Did you mean 'blocks'", "'gptq'", "multiple of 8"):
+        assert said in str(caught.value)
+    with pytest.raises(RecipeError, match="Did you mean 'vision'"):
+        settings(grid(components={"vison": {}}))
+
+
+def test_units_are_named_by_what_decides_them_and_nothing_else() -> None:
+    model = opened(setup_in(Path("unused")))
+
+    def keys(calibration: str, *rules: Rule) -> set[str]:
+        return {unit.key for unit in units_of(model.plan(rules), "source", calibration)}
+
+    both = keys("c", Rule(component="vision", bits=4), Rule(component="language", bits=3))
+    assert keys("c", Rule(component="vision", bits=4)) < both
+    assert keys("c", Rule(component="vision", bits=4, blocks="front", role="mlp")) < both
+    assert len(both) == 8  # two blocks of two components, attention and mlp
+    assert keys("other", Rule(component="vision", bits=4)) < both  # rounding reads no data
+    gptq = Rule(component="vision", bits=4, method="gptq")
+    assert not keys("c", gptq) & keys("other", gptq)
+    assert not keys("c", gptq) & both
+    assert not keys("c", Rule(component="vision", bits=4, group_size=32)) & both
+
+
+def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
+    """Against a naive twin that rounds each weight by itself."""
+    setup = setup_in(tmp_path)
+    rules = (Rule(component="vision", bits=3, role="mlp"), Rule(component="language", bits=4, blocks="front"))
+    run(setup, [Point(rules, (("vision_bits", 3),))], pool.inline, ignore)
+    model = opened(setup)
+    plan = model.plan(rules)
+    units = units_of(plan, model.checkpoint.digest(), "not read by rtn")
+    found = changes(store_of(setup).read(unit) for unit in units)
+    rows = [row for row in plan.rows if row.rule]
+    assert len(rows) == 2 * 2 + 7
+    assert found.keys() == {row.tensor.name for row in rows}
+    for row in rows:
+        assert row.rule is not None
+        weight = model.checkpoint.read(row.tensor.name).float()
+        options = row.rule.parsed_options()
+        made, _ = METHODS["rtn"].quantize_linear(weight, None, row.rule.scheme(), options, torch.bfloat16)
+        assert torch.equal(found[row.tensor.name], made.dequantize())
+
+
+def test_composing_is_exact_for_rounding_and_close_for_gptq(tmp_path: Path) -> None:
+    """The stated approximation: with rounding an export gives the same weights, with GPTQ about the same scores."""
+    for method, allowed in (("rtn", 1e-6), ("gptq", 0.5)):
+        rules = tuple(Rule(component=name, bits=4, method=method) for name in ("vision", "language"))
+        point = Point(rules, (("vision_bits", 4), ("language_bits", 4)))
+        kl = []
+        for sequential in (False, True):
+            setup = setup_in(tmp_path / method, sequential=sequential)
+            kl.append(run(setup, [point], pool.inline, ignore).found[0].scores["kl"])
+        assert kl[0] == pytest.approx(kl[1], rel=allowed)
+        assert (kl[0] == kl[1]) == (method == "rtn")
+
+
+def test_units_are_shared_and_nothing_is_measured_twice(tmp_path: Path) -> None:
+    setup = setup_in(tmp_path)
+    wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
+    first = run(setup, wide, pool.inline, ignore)
+    assert (first.scored, first.made, first.units, first.named) == (4, 8, 8, 16)
+    again = run(setup, wide, pool.inline, ignore)
+    assert (again.scored, again.made) == (0, 0)
+    assert [one.scores for one in again.found] == [one.scores for one in first.found]
+    parts = settings(grid(components={"vision": {"bits": [4], "roles": ["mlp"], "blocks": ["front"]}}))
+    part = run(setup, parts, pool.inline, ignore)
+    assert (part.scored, part.made) == (1, 0)
+    full, least = first.found[3], first.found[0]
+    assert full.scores["kl"] == 0
+    assert full.bits_per_weight == 16
+    assert 0 < part.found[0].scores["kl"] < least.scores["kl"]
+
+
+def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
+    """Against generation, on a model that gets some wrong."""
+    setup = setup_in(Path("unused"), samples=40)
+    chosen = examiner(setup)
+    model = opened(setup)
+    broken = {}
+    for row in model.plan((Rule(component="language", bits=3),)).rows:
+        if row.rule:
+            weight = model.checkpoint.read(row.tensor.name).float()
+            made, _ = METHODS["rtn"].quantize_linear(
+                weight, None, row.rule.scheme(), row.rule.parsed_options(), torch.bfloat16
+            )
+            broken[row.tensor.name] = made.dequantize()
+    forced = chosen.grade(broken)
+    from exporter.predict import Predictor
+
+    family = FAMILIES["llava"]
+    predictor = Predictor(chosen._live, chosen._processor, family, torch.device("cpu"), 8)
+    for task, samples in exam_samples(setup).items():
+        answers = predictor.answer(samples)
+        right = [answer == sample.references[0] for answer, sample in zip(answers, samples, strict=True)]
+        assert forced[f"{task} exact"] == pytest.approx(sum(right) / len(right))
+    assert 0 < forced["captioning exact"] < 1
+    assert chosen.grade({})["kl"] == 0  # the full weights are back
+
+
+def test_divergence_is_the_sum_over_the_vocabulary() -> None:
+    torch.manual_seed(0)
+    truth, found = torch.randn(3, 5).log_softmax(-1), torch.randn(3, 5).log_softmax(-1)
+    slow = [
+        sum(t.exp().item() * (t - f).item() for t, f in zip(a, b, strict=True))
+        for a, b in zip(truth, found, strict=True)
+    ]
+    assert exam.divergence(truth, found).tolist() == pytest.approx(slow, rel=1e-5)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_study import grid, setup_in, settings
+from exporter.study import pool
+from exporter.study.run import run
+
+def listen(event):
+    if event.stage == sys.argv[2] and event.done == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
+run(setup_in(Path(sys.argv[1])), wide, pool.inline, listen)
+"""
+
+
+@pytest.mark.parametrize(("stage", "done", "scored", "made"), [("study units", 4, 4, 4), ("study points", 3, 1, 0)])
+def test_a_killed_study_goes_on(tmp_path: Path, stage: str, done: int, scored: int, made: int) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), stage, str(done)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, timeout=300, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
+    outcome = run(setup_in(tmp_path), wide, pool.inline, ignore)
+    assert (outcome.scored, outcome.made) == (scored, made)
+    assert len(read_records(tmp_path)) == 4
+
+
+def double(value: int) -> int:
+    if value < 0:
+        raise DataError("negative")
+    return 2 * value
+
+
+def check_pool(found: pool.Pool) -> None:
+    assert sorted(found(double, [(3,), (4,), (5,)])) == [(0, 6), (1, 8), (2, 10)]
+    assert list(found(double, [])) == []
+    with pytest.raises(DataError, match="negative"):
+        list(found(double, [(-1,), (1,)]))
+
+
+def test_processes_give_results_and_errors() -> None:
+    with pool.local(2) as found:
+        check_pool(found)
+    with pool.local(1) as found:
+        check_pool(found)
+
+
+def die(value: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def test_a_worker_that_was_killed_is_an_error_with_a_way_on() -> None:
+    with pytest.raises(MmqError, match="a worker of the study was killed"), pool.local(2) as found:
+        list(found(die, [(1,), (2,)]))
+
+
+def test_ray_gives_results_and_errors() -> None:
+    pytest.importorskip("ray")
+    with pool.ray_cluster(None) as found:
+        check_pool(found)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match="ray") as caught, pool.ray_cluster(None):
+        pass
+    assert caught.value.hint is not None
+    assert "mmq[ray]" in caught.value.hint
+
+
+def test_progress_says_how_much_is_left(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), pool.inline, seen.append)
+    left = [event.numbers["left"] for event in seen if event.stage == "study points"]
+    assert left[0] > 0
+    assert left[-1] == 0
+
+
+def test_the_command_measures_a_grid_and_says_what_it_reused(tmp_path: Path) -> None:
+    arguments = ["study", "--bits", "4,16", "--methods", "rtn", "--samples", "8", "--calibration", "8"]
+    arguments += ["--workers", "1", "--device", "cpu", "--out", str(tmp_path / "s")]
+    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert len(found["points"]) == 4
+    assert (found["units"], found["units_named"]) == (8, 16)
+    assert (tmp_path / "s" / "study.csv").read_text().startswith("vision_bits,projector_bits,language_bits,method")
+    text = CliRunner().invoke(cli, arguments)
+    assert "4 settings, 0 scored now" in text.output
+    assert read_table(tmp_path / "s", "kl").components == ("vision", "language")
+    wrong = CliRunner().invoke(cli, ["study", "--components", "visio", "--out", str(tmp_path / "t")])
+    assert wrong.exit_code == 1
+    assert "Did you mean 'vision'" in wrong.stderr
