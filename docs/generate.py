@@ -3,12 +3,12 @@
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
 
-Sizes come from `make_plan` on the true header of LLaVA-1.5-7B, so they are what an export writes.
+Sizes come from `make_plan` on the true headers of the models, so they are what an export writes.
 """
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -19,25 +19,39 @@ from exporter.cli import cli
 from exporter.device import Device
 from exporter.families import FAMILIES
 from exporter.plan import make_plan
+from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 from exporter.show import size
+from exporter.source import narrowed
 from tests.headers.read import write_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent
-LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
+HEADERS = {  # family -> what its column says, and the checkpoint whose header gives the sizes
+    "llava": ("LLaVA-1.5-7B", "llava-hf--llava-1.5-7b-hf"),
+    "blip2": ("BLIP-2 OPT-2.7b", "Salesforce--blip2-opt-2.7b"),
+    "blip2-itm": ("BLIP-2 ITM", "Salesforce--blip2-itm-vit-g-coco"),
+}
 ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
 
 def recipe_table() -> str:
-    """Markdown: every built-in recipe with its size for LLaVA-1.5-7B."""
-    lines = ["| recipe | what it does | LLaVA-1.5-7B | bits a weight |", "|---|---|---|---|"]
+    """Markdown: a table for every family, its built-in recipes with their sizes for its model."""
+    recipes = [load_recipe(name) for name in built_in()]
+    families = [name for name in FAMILIES if any(recipe.model.family == name for recipe in recipes)]
+    return "\n\n".join(family_table(name, [r for r in recipes if r.model.family == name]) for name in families)
+
+
+def family_table(name: str, recipes: Sequence[Recipe]) -> str:
+    """Markdown: the recipes of one family."""
+    family, (model, header) = FAMILIES[name], HEADERS[name]
+    lines = [f"| recipe | what it does | {model} | bits a weight |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        family = FAMILIES["llava"]
-        checkpoint = Checkpoint.open(write_sparse_checkpoint(Path(folder) / "7b", LLAVA_7B), family.canonical_name)
-        for name in built_in():
-            recipe = load_recipe(name)
+        stored = Checkpoint.open(write_sparse_checkpoint(Path(folder) / "model", header), family.canonical_name)
+        for recipe in recipes:
+            checkpoint = narrowed(stored, recipe.model.dtype) if recipe.model.dtype else stored
             plan = make_plan(recipe, checkpoint, family, ROOMY)
-            lines.append(f"| `{name}` | {recipe.summary} | {size(plan.bytes_after)} | {plan.bits_per_weight:.2f} |")
+            bits = f"{plan.bits_per_weight:.2f}"
+            lines.append(f"| `{recipe.name}` | {recipe.summary} | {size(plan.bytes_after)} | {bits} |")
         lines.insert(2, f"| (none) | the source, 16 bits | {size(plan.bytes_before)} | 16.00 |")
     return "\n".join(lines)
 

@@ -20,7 +20,9 @@ from exporter.export import export
 from exporter.families import FAMILIES, Family
 from exporter.plan import Plan, engine_linears, make_plan
 from exporter.recipe import Recipe, Rule
+from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.serve_lint import pattern_problems
+from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
@@ -215,6 +217,31 @@ def test_published_counts_of_what_is_quantized(
     for component in family.components:
         how = {row.decision for row in plan.of(component.name) if row.rule}
         assert how == {"dequantized" if component.packable else "packed"}
+
+
+NO_WARNING = {"blip2": 0, "blip2-itm": 1}  # that nothing serves retrieval is one
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("blip2")])
+def test_every_recipe_fits_its_true_model(name: str, sparse_checkpoint: Callable[[str], Path]) -> None:
+    recipe = load_recipe(name)
+    family, header = FAMILIES[recipe.model.family], recipe.model.repo.replace("/", "--")
+    checkpoint = narrowed(big(header, family, sparse_checkpoint), str(recipe.model.dtype))
+    plan = make_plan(recipe, checkpoint, family, H100)
+    assert len(plan.warnings) == NO_WARNING[family.name] or "w3" in name
+    assert plan.bytes_before == 2 * plan.parameters
+    assert all(row.reason or row.decision == "packed" for row in plan.rows)
+    linears, found = engine_linears(plan.rows, family), [(group.scheme, group.targets) for group in groups(plan)]
+    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    dequantized = {row.component for row in plan.rows if row.decision == "dequantized"}
+    assert dequantized <= {component.name for component in family.components if component.packable}
+
+
+def test_the_models_beside_those_of_the_recipes_can_be_planned(sparse_checkpoint: Callable[[str], Path]) -> None:
+    large = plan_of(big("Salesforce--blip2-opt-6.7b", BLIP2, sparse_checkpoint), BLIP2)
+    assert sum(row.tensor.size for row in large.of("language") if row.decision == "packed") == 6_442_450_944
+    early = plan_of(big("Salesforce--blip2-itm-vit-g", ITM, sparse_checkpoint), ITM)
+    assert len(early.units) == 39 + 12
 
 
 def test_a_packed_q_former_is_refused_with_what_to_do(sparse_checkpoint: Callable[[str], Path]) -> None:

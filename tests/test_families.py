@@ -13,8 +13,8 @@ from tests.conftest import header, header_config
 
 HEADERS_OF = {
     "llava": ["llava-hf--llava-1.5-7b-hf"],
-    "blip2": ["Salesforce--blip2-opt-2.7b"],
-    "blip2-itm": ["Salesforce--blip2-itm-vit-g-coco"],
+    "blip2": ["Salesforce--blip2-opt-2.7b", "Salesforce--blip2-opt-6.7b"],
+    "blip2-itm": ["Salesforce--blip2-itm-vit-g-coco", "Salesforce--blip2-itm-vit-g"],
 }
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

@@ -13,6 +13,7 @@ from tests.headers import make
 from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
 
 LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
+BLIP2 = (OPT, make.OPT_67B, ITM, make.ITM)
 NOT_QUANTIZED = ("lm_head", "embed", "_projection.weight", "projector", "itm_head")  # linears and tables left at 16 bit
 
 
@@ -32,7 +33,7 @@ def quantizable(name: str, prefix: str) -> int:
 
 def test_every_header_is_the_one_that_make_writes():
     assert set(HEADER_NAMES) == set(make.HEADERS)
-    assert len(HEADER_NAMES) == 3
+    assert len(HEADER_NAMES) == 5
     for name, build in make.HEADERS.items():
         assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
 
@@ -56,6 +57,10 @@ def test_published_totals(name, count, total):
         (OPT, "language_model.", 2_516_582_400),
         (ITM, "vision_model.", 984_023_040),
         (ITM, "qformer.", 161_611_776),
+        (make.ITM, "vision_model.", 984_023_040),
+        (make.ITM, "qformer.", 161_611_776),
+        (make.OPT_67B, "qformer.", 104_988_672),
+        (make.OPT_67B, "language_model.", 6_442_450_944),  # 32 blocks of 12 squares of 4,096
     ],
 )
 def test_published_quantizable_totals(name, prefix, total):
@@ -64,7 +69,7 @@ def test_published_quantizable_totals(name, prefix, total):
 
 def to_live(name: str) -> Callable[[str], str]:
     """The name transformers gives a tensor of the file; written out here, not taken from the families."""
-    if name in (OPT, ITM):
+    if name in BLIP2:
         return lambda tensor: tensor
     pairs = [
         ("vision_tower.vision_model.", "model.vision_tower."),

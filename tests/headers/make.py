@@ -1,8 +1,8 @@
 """Write names, shapes and dtypes of the real checkpoints into this folder, without any weights.
 
 Everything follows from the published architectures: the names are those of the files on the hub, the shapes those of
-the configuration. `python tests/headers/make.py` rewrites the JSON files; `tests/test_headers.py` checks that they are
-fresh and that the parameter counts are the published ones.
+the configuration; a `note` says where one is derived from another. `python tests/headers/make.py` rewrites the JSON
+files; `tests/test_headers.py` checks that they are fresh and that the parameter counts are the published ones.
 
 Format: `config` is config.json, `shard_bytes` the size at which a new shard starts, `tensors` maps a name to
 `[dtype, shape]`, or a name with `{i}` to `[dtype, shape, "start:stop:step"]`, the blocks that have it. Tensors come in
@@ -17,7 +17,9 @@ Entry = list[Any]  # [dtype, shape] or [dtype, shape, "start:stop:step"]
 Tensors = dict[str, Entry]
 
 OPT_27B = "Salesforce--blip2-opt-2.7b"
+OPT_67B = "Salesforce--blip2-opt-6.7b"
 ITM_COCO = "Salesforce--blip2-itm-vit-g-coco"
+ITM = "Salesforce--blip2-itm-vit-g"
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
 
 
@@ -207,20 +209,23 @@ def blip2_config(architecture: str) -> dict[str, Any]:
     }
 
 
-def blip2_opt() -> dict[str, Any]:
-    """BLIP-2 with OPT-2.7b; 32 embedding rows more than OPT's own 50,272 hold the image token."""
+def blip2_opt(width: int = 2560) -> dict[str, Any]:
+    """BLIP-2 with OPT-2.7b; 32 embedding rows more than OPT's own 50,272 hold the image token.
+
+    OPT-6.7b is the same stack of 32 blocks and heads at a width of 4096 (its published configuration).
+    """
     text = {
         "activation_function": "relu",
         "architectures": ["OPTForCausalLM"],
         "do_layer_norm_before": True,
-        "ffn_dim": 10240,
-        "hidden_size": 2560,
+        "ffn_dim": 4 * width,
+        "hidden_size": width,
         "max_position_embeddings": 2048,
         "model_type": "opt",
         "num_attention_heads": 32,
         "num_hidden_layers": 32,
         "vocab_size": 50304,
-        "word_embed_proj_dim": 2560,
+        "word_embed_proj_dim": width,
     }
     config = blip2_config("Blip2ForConditionalGeneration")
     config |= {"image_token_index": 50265, "text_config": text, "use_decoder_only_language_model": True}
@@ -228,23 +233,35 @@ def blip2_opt() -> dict[str, Any]:
         "query_tokens": ["F32", [1, 32, 768]],
         **eva_tower("vision_model.", "F32", 1408, 6144, 39, 14, 224),
         **q_former("qformer.", "F32", 12, text=False),
-        **at("", "F32", affine("language_projection", 2560, 768)),
-        **opt("language_model.model.decoder.", "F32", 2560, 10240, 32, 50304),
+        **at("", "F32", affine("language_projection", width, 768)),
+        **opt("language_model.model.decoder.", "F32", width, 4 * width, 32, 50304),
     }
     return {"config": config, "shard_bytes": 10**10, "tensors": tensors}
 
 
-def blip2_itm() -> dict[str, Any]:
+def blip2_opt_67b() -> dict[str, Any]:
+    """BLIP-2 with OPT-6.7b."""
+    note = "derived from the file of blip2-opt-2.7b: the width of OPT-6.7b, everything else alike"
+    return {"note": note, **blip2_opt(4096)}
+
+
+def blip2_itm_224() -> dict[str, Any]:
+    """BLIP-2's retrieval model before it was fine-tuned on COCO."""
+    note = "derived from the file of blip2-itm-vit-g-coco: pictures of 224 pixels, everything else alike"
+    return {"note": note, **blip2_itm(224)}
+
+
+def blip2_itm(image: int = 364) -> dict[str, Any]:
     """BLIP-2's retrieval model, ViT-g fine-tuned on COCO; no language model."""
     config = blip2_config("Blip2ForImageTextRetrieval")
-    config["vision_config"]["image_size"] = 364
+    config["vision_config"]["image_size"] = image
     config["qformer_config"]["use_qformer_text_input"] = True
     config |= {"image_text_hidden_size": 256, "image_token_index": None}
     words = {"word_embeddings.weight": [30523, 768], "position_embeddings.weight": [512, 768]}
     heads = affine("vision_projection", 256, 768) | affine("text_projection", 256, 768) | affine("itm_head", 2, 768)
     tensors = {
         "query_tokens": ["F32", [1, 32, 768]],
-        **eva_tower("vision_model.", "F32", 1408, 6144, 39, 14, 364),
+        **eva_tower("vision_model.", "F32", 1408, 6144, 39, 14, image),
         **at("embeddings.", "F32", words),
         **q_former("qformer.", "F32", 12, text=True),
         **at("", "F32", heads),
@@ -252,14 +269,22 @@ def blip2_itm() -> dict[str, Any]:
     return {"config": config, "shard_bytes": 10**10, "tensors": tensors}
 
 
-HEADERS = {LLAVA_7B: llava_7b, OPT_27B: blip2_opt, ITM_COCO: blip2_itm}
+HEADERS = {
+    LLAVA_7B: llava_7b,
+    OPT_27B: blip2_opt,
+    OPT_67B: blip2_opt_67b,
+    ITM_COCO: blip2_itm,
+    ITM: blip2_itm_224,
+}
 
 
 def render(header: dict[str, Any]) -> str:
     """The JSON text of one file: one tensor a line."""
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in header["tensors"].items())
     config = json.dumps(header["config"], indent=2).replace("\n", "\n  ")
-    return f'{{\n  "config": {config},\n  "shard_bytes": {header["shard_bytes"]},\n  "tensors": {{\n{lines}\n  }}\n}}\n'
+    note = f'  "note": {json.dumps(header["note"])},\n' if "note" in header else ""
+    head = f'{note}  "config": {config},\n  "shard_bytes": {header["shard_bytes"]}'
+    return f'{{\n{head},\n  "tensors": {{\n{lines}\n  }}\n}}\n'
 
 
 if __name__ == "__main__":
