@@ -1,0 +1,141 @@
+"""What tokens of pictures should count in calibration: `python bench/balance.py --json out.json`.
+
+Every row is one export of the demo model with its language model quantized and the rest kept, read back from its
+artifact. The columns differ in `calibration.vision_weight`: 1 counts every token the same, `equal` lets both modalities
+count the same in total, `gradient` weights them by how much the loss of the reply depends on them (as MBQ does, arXiv
+2412.19509, with one ratio for the whole model), 0 leaves the pictures out. Figures are shares of exact greedy answers.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.artifact import Artifact
+from exporter.backends import load_processor
+from exporter.data import places, samples_from
+from exporter.demo import MODELS
+from exporter.demo.score import Exam, by_kind, easy_exam, scene_exam, summary
+from exporter.device import choose
+from exporter.events import ignore
+from exporter.export import export
+from exporter.families import FAMILIES
+from exporter.families.llava import live_name
+from exporter.predict import batches
+from exporter.recipe import Recipe
+
+FAMILY = FAMILIES["llava"]
+SETTINGS = (("gptq", 4, 32), ("awq", 4, 32), ("gptq", 3, 32), ("awq", 3, 32), ("gptq", 2, 32), ("awq", 2, 32))
+
+
+def recipe(folder: Path, method: str, bits: int, group: int, weight: float, seed: int) -> Recipe:
+    """The language model by `method`, everything else kept."""
+    return Recipe.model_validate(
+        {
+            "name": "balance",
+            "summary": "one row of a table",
+            "model": {"repo": str(folder), "family": "llava"},
+            "quantize": [{"component": "language", "method": method, "bits": bits, "group_size": group}],
+            "calibration": {"vision_weight": weight, "seed": seed},
+            "gates": [],
+            "evidence": [{"finding": "none", "figures": "none", "source": "bench/balance.py"}],
+        }
+    )
+
+
+def calibration(folder: Path, count: int) -> list[dict[str, Tensor]]:
+    """Batches as a calibration sees them: captions and answers in turn."""
+    lists = [samples_from(places(("demo",)), task, "train", count // 2, 0) for task in ("captioning", "vqa")]
+    mixed = [sample for pair in zip(*lists, strict=True) for sample in pair]
+    return batches(load_processor(folder), FAMILY, mixed, 8)
+
+
+def shares(model: Any, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """`equal`: text tokens for every token of a picture. `gradient`: how much less the loss depends on the latter.
+
+    The dependence is the mean absolute gradient of the reply's loss by the output of a block, averaged over blocks.
+    """
+    image, tokens = model.config.image_token_index, {True: 0, False: 0}
+    outputs: list[Tensor] = []
+    ratios: list[float] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs[-1].retain_grad()
+
+    handles = [block.register_forward_hook(keep) for block in model.model.language_model.layers]
+    for batch in found:
+        outputs.clear()
+        ids, real = batch["input_ids"], batch["attention_mask"].bool()
+        last = ((ids == image) * torch.arange(ids.shape[1])).amax(1, keepdim=True)
+        labels = ids.masked_fill(~real | (torch.arange(ids.shape[1]) <= last), -100)  # the text behind the picture
+        model(**batch, labels=labels).loss.backward()
+        seen = {picture: real & ((ids == image) == picture) for picture in (True, False)}
+        for picture, mask in seen.items():
+            tokens[picture] += int(mask.sum())
+        sizes = [[float(o.grad[mask].abs().mean()) for mask in seen.values()] for o in outputs if o.grad is not None]
+        ratios += [picture / text for picture, text in sizes]
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return {"equal": tokens[False] / tokens[True], "gradient": sum(ratios) / len(ratios)}
+
+
+def figures(model: Any, exams: Sequence[Exam], wanted: Recipe) -> dict[str, float]:
+    """Scores of the artifact that the recipe makes."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "artifact"
+        export(wanted, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+        artifact = Artifact.open(out)
+        model.load_state_dict({live_name(name): artifact.read(name) for name in artifact.names()})
+    return summary(by_kind(model, list(exams)))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Settings and weights down, figures across, the mean over seeds."""
+    lines = ["method bits weight            " + "  ".join(f"{name:>11}" for name in rows[0]["figures"])]
+    keys = list(dict.fromkeys((row["method"], row["bits"], row["name"], row["weight"]) for row in rows))
+    for key in keys:
+        same = [row["figures"] for row in rows if (row["method"], row["bits"], row["name"], row["weight"]) == key]
+        means = "  ".join(f"{sum(f[name] for f in same) / len(same):11.3f}" for name in same[0])
+        lines.append(f"{key[0]:<6} {key[1]:>4} {key[2]:<9} {key[3]:6.3f}  {means}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    from transformers import LlavaForConditionalGeneration
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODELS["demo-llava"])
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2, help="choices of calibration samples to average over")
+    parser.add_argument("--settings", default="", help="some of the settings: gptq-3,awq-2")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+    found = shares(model, calibration(options.model, 32))
+    weights = {"every": 1.0, **found, "tenth": 0.1, "none": 0.0, "threefold": 3.0}
+    exams = [scene_exam("test", 0, options.scenes, torch.device("cpu")), easy_exam(torch.device("cpu"))]
+    rows: list[dict[str, Any]] = []
+    for method, bits, group in SETTINGS:
+        if options.settings and f"{method}-{bits}" not in options.settings.split(","):
+            continue
+        for name, weight in weights.items():
+            for seed in range(options.seeds):
+                scores = figures(model, exams, recipe(options.model, method, bits, group, weight, seed))
+                rows.append({"method": method, "bits": bits, "name": name, "weight": weight, "seed": seed})
+                rows[-1]["figures"] = scores
+            print(table(rows[-options.seeds :]).splitlines()[-1], flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"scenes": options.scenes, "rows": rows}, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
