@@ -18,6 +18,7 @@ from exporter.families import FAMILIES
 
 CARD = "README.md"
 RESULTS = ".eval_results/mmq.yaml"
+PIPELINES = {"blip2-itm": "zero-shot-image-classification"}  # as in transformers
 HUB_TASKS = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
 DRAWINGS = "mmq's built-in drawings"
 BEGIN, END = "<!-- changelog:begin -->", "<!-- changelog:end -->"
@@ -92,7 +93,7 @@ def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=PIPELINES.get(facts.manifest["family"], "image-text-to-text"),
         tags=[*tags, "unproven"] if problems else tags,
         datasets=list(declared.datasets) or known_datasets(facts) or None,
         language=list(declared.language) or None,

@@ -1,12 +1,16 @@
 """The part of the model card that tells how to serve the artifact."""
 
 from exporter.facts import Facts
+from exporter.families import FAMILIES, Family
 
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"  # the release that artifacts were served with
 
 
 def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
     """Commands for vLLM and Docker, a request, and what `mmq check` found. lacks_start: see `card.render`."""
+    family = FAMILIES[facts.manifest["family"]]
+    if family.unserved:
+        return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"
     odd = sorted({part.bits for part in facts.parts if part.packed and part.bits not in (4, 8)})
     note = ""
@@ -32,6 +36,20 @@ def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
         + '  "messages": [{"role": "user", "content": [\n'
         '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
         '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(facts)
+    )
+
+
+def _by_transformers(repo: str, family: Family) -> str:
+    """How to open what no engine serves, image-text retrieval."""
+    architecture = family.architectures[0]
+    return (
+        f"{family.unserved}, with `pip install transformers compressed-tensors`:\n\n```python\n"
+        f"from transformers import AutoProcessor, {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("{repo}")\n'
+        f'processor = AutoProcessor.from_pretrained("{repo}")\n'
+        'inputs = processor(images=picture, text="two dogs on a beach", return_tensors="pt")\n'
+        "similar = model(**inputs, use_image_text_matching_head=False).logits_per_image\n"
+        "match = model(**inputs, use_image_text_matching_head=True).logits_per_image.softmax(-1)[:, 1]\n```"
     )
 
 

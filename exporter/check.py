@@ -21,6 +21,7 @@ from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.errors import ServeError
 from exporter.events import Event
+from exporter.families import Family
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
@@ -215,8 +216,15 @@ def engine_linears(artifact: Artifact) -> list[Linear]:
     return found
 
 
+def refuse_unserved(family: Family) -> None:
+    """ServeError when the engine knows no model of this family."""
+    if family.unserved:
+        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/families.md")
+
+
 def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
     """ServeError naming the rules that keep this engine from serving it, before it is started."""
+    refuse_unserved(artifact.family)
     linears, format_name = engine_linears(artifact), artifact.manifest["format"]
     problems = cpu_problems(linears, format_name) if cpu else []
     problems += parallel_problems(linears, tensor_parallel) if tensor_parallel > 1 else []

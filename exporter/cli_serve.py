@@ -46,13 +46,14 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
     from exporter.artifact import MANIFEST, Artifact
-    from exporter.check import refuse_unservable
+    from exporter.check import refuse_unservable, refuse_unserved
     from exporter.runtime.launch import find_program, launch
     from exporter.runtime.vllm_engine import Engine, free_port
     from exporter.show_serving import python_line, shell_line
     from exporter.source import open_source
 
     checkpoint, family = open_source(str(artifact))
+    refuse_unserved(family)
     program = find_program(options["vllm"])
     if (artifact / MANIFEST).exists():
         refuse_unservable(Artifact.open(artifact), program.cpu, options["tensor_parallel"])

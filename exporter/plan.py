@@ -212,7 +212,8 @@ def _linear_row(
         return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
-        return replace(row, decision="dequantized", reason="stored in 16 bit, on request", rule=rule, bytes_after=size)
+        reason = f"values of few bits, stored in 16: {component.packable or 'the recipe asks for it'}"
+        return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
     scheme = rule.scheme()
     assert scheme is not None
     if component.packable:

@@ -40,7 +40,6 @@ def plan_summary(plan: Plan) -> list[dict[str, Any]]:
         groups.setdefault((row.component or "(rest)", row.decision, scheme, method), []).append(row)
     lines = []
     for (component, decision, scheme, method), rows in groups.items():
-        kernel = serving(rows[0].scheme, plan.recipe.format).label() if decision == "packed" and rows[0].scheme else ""
         lines.append(
             {
                 "component": component,
@@ -51,11 +50,17 @@ def plan_summary(plan: Plan) -> list[dict[str, Any]]:
                 "parameters": sum(row.tensor.size for row in rows),
                 "bytes_before": sum(row.tensor.bytes for row in rows),
                 "bytes_after": sum(row.bytes_after for row in rows),
-                "why": _reasons(rows) if decision == "kept" else kernel,
+                "why": _runs(plan, rows[0]) if decision == "packed" else _reasons(rows),
             }
         )
     order = {component.name: i for i, component in enumerate(plan.family.components)}
     return sorted(lines, key=lambda line: (order.get(line["component"], 99), line["decision"] == "kept"))
+
+
+def _runs(plan: Plan, row: PlanRow) -> str:
+    """What runs a packed linear."""
+    assert row.scheme is not None
+    return plan.family.unserved or serving(row.scheme, plan.recipe.format).label()
 
 
 def _reasons(rows: list[PlanRow]) -> str:
@@ -80,7 +85,8 @@ def plan_notes(plan: Plan) -> list[str]:
     """Bits a weight, and for each part what serves it or why it is kept."""
     notes = [f"{plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted"]
     for line in plan_summary(plan):
-        said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, vLLM"
+        engine = "transformers" if plan.family.unserved else "vLLM"
+        said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, {engine}"
         why = f": {line['why']}" if line["why"] else ""
         notes.append(f"  {line['component']}: {said}{why}")
     return notes

@@ -11,20 +11,28 @@ from typing import Any
 import pytest
 import torch
 
+from exporter import card_serving
 from exporter.artifact import Artifact
+from exporter.backends import load_processor
+from exporter.check import refuse_unservable
 from exporter.checkpoint import Checkpoint
+from exporter.demo.data import samples
 from exporter.device import Device, choose
-from exporter.errors import PlanError
+from exporter.errors import PlanError, ServeError
 from exporter.events import Event
 from exporter.export import export
+from exporter.facts import read_place
 from exporter.families import FAMILIES, Family
 from exporter.plan import Plan, engine_linears, make_plan
+from exporter.predict import Predictor, _reply_end, prompt_inputs
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.serve_lint import pattern_problems
+from exporter.show import plan_notes
 from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
+from exporter.tasks.sample import task_of
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_models import write_tiny
 
@@ -286,9 +294,6 @@ def test_a_retrieval_plan_says_that_no_engine_serves_it(sparse_checkpoint: Calla
 
 
 def test_replies_end_as_the_family_does(models: dict[str, Path]) -> None:
-    from exporter.backends import load_processor
-    from exporter.predict import _reply_end
-
     class Words:
         """A tokenizer that knows the line break, as OPT's does."""
 
@@ -328,3 +333,45 @@ def test_float32_is_read_as_16_bits_on_request(tmp_path: Path) -> None:
             assert torch.equal(stored.read(row.tensor.name), source.read(row.tensor.name).half()), row.tensor.name
     if find_spec("compressed_tensors"):
         assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+
+
+def test_answers_are_those_of_one_token_at_a_time(models: dict[str, Path]) -> None:
+    """Captions without a prompt and questions of several lengths, in one padded batch, against whole passes alone."""
+    checkpoint, processor = Checkpoint.open(models["blip2"]), load_processor(models["blip2"])
+    names, config = list(checkpoint.tensors), checkpoint.config
+    model = load_whole(BLIP2, config, names, checkpoint.read, torch.device("cpu"), torch.float32)
+    asked = samples("captioning", "test", 3, 0) + samples("vqa", "test", 5, 0)
+    answers = Predictor(model, processor, BLIP2, torch.device("cpu"), 8).answer(asked)
+    assert len(set(answers)) > 3
+    for sample, answer in zip(asked, answers, strict=True):
+        inputs = prompt_inputs(processor, BLIP2, sample)
+        start, longest = inputs["input_ids"].shape[1], BLIP2.max_new_tokens[task_of(sample)]
+        assert inputs["input_ids"][0].tolist().count(config["image_token_index"]) == config["num_query_tokens"]
+        for _ in range(longest):
+            with torch.no_grad():
+                token = model(**inputs).logits[:, -1:].argmax(-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if int(token) == processor.tokenizer.eos_token_id:
+                break
+        text = processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True)
+        assert answer == text.strip(), sample.identity
+
+
+def test_what_the_plan_says_of_parts_that_are_not_served(sparse_checkpoint: Callable[[str], Path]) -> None:
+    plan = plan_of(big(OPT_27B, BLIP2, sparse_checkpoint), BLIP2)
+    notes = "\n".join(plan_notes(plan))
+    assert "qformer: W4 g128, vLLM: values of few bits, stored in 16: vLLM builds it of plain linears" in notes
+    assert "vision: W4 g128, vLLM: Machete" in notes
+    retrieval = "\n".join(plan_notes(plan_of(big(ITM_COCO, ITM, sparse_checkpoint), ITM)))
+    assert "qformer: W4 g128, transformers: vLLM has no image-text retrieval" in retrieval
+    assert "Machete" not in retrieval
+
+
+def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path], tmp_path: Path) -> None:
+    quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
+    with pytest.raises(ServeError, match="vLLM has no image-text retrieval"):
+        refuse_unservable(Artifact.open(tmp_path / "out"), cpu=False, tensor_parallel=1)
+    said = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
+    assert "Blip2ForImageTextRetrieval.from_pretrained(" in said
+    assert "vllm serve" not in said
