@@ -1,6 +1,7 @@
 """The checkpoint folder of the demo model: config, tokenizer, processor, chat template, weights under hub names."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,14 @@ def config(vision_blocks: int, text_blocks: int, heads: int) -> dict[str, Any]:
     }
 
 
-def tokenizer() -> Any:
-    """A word-level `tokenizers.Tokenizer`: lower case, any text encodes (unknown words become `<unk>`)."""
+def tokenizer(more: tuple[str, ...] = ()) -> Any:
+    """A word-level `tokenizers.Tokenizer`: lower case, any text encodes (unknown words become `<unk>`).
+
+    more: words that it knows beside the vocabulary of the demo language.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pieces = [*SPECIAL, "\u2581", ".", ",", "?", ":", *("\u2581" + word for word in vocabulary())]
+    pieces = [*SPECIAL, "\u2581", ".", ",", "?", ":", *("\u2581" + word for word in (*vocabulary(), *more))]
     # Every id the head can give has a token: vLLM 0.32 dies of a log-probability for one that has none.
     pieces += [f"<unused{i}>" for i in range(VOCABULARY - len(pieces))]
     made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
@@ -88,42 +92,55 @@ def tokenizer() -> Any:
     return made
 
 
-def hub_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+def hub_tensors(model: torch.nn.Module, rename: Callable[[str], str] = canonical_name) -> dict[str, Tensor]:
     """Parameters in bfloat16 under the hub's names; transformers itself would drop `vision_model.`, vLLM needs it."""
     return {
-        canonical_name(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        rename(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if not name.endswith("position_ids")
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file as every file of these folders is written."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(
+    out: Path, processor: str, longest: int = LONGEST, side: str = "left", more: tuple[str, ...] = ()
+) -> None:
+    """tokenizer.json and the two files beside it. processor: class that reads them; side: where padding goes."""
+    tokenizer(more).save(str(out / "tokenizer.json"))
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    write_json(out / "special_tokens_map.json", tokens)
+    extra: dict[str, Any] = {"model_max_length": longest, "padding_side": side}
+    if processor == "LlavaProcessor":  # Blip2Processor adds the token itself, and stumbles over this entry
+        extra = {"image_token": "<image>", **extra}
+    extra |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(out / "tokenizer_config.json", {**tokens, **extra, "processor_class": processor})
+
+
+def write_generation(out: Path) -> None:
+    """generation_config.json: greedy, at most 64 tokens."""
+    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    write_json(out / "generation_config.json", {**tokens, "do_sample": False, "max_new_tokens": 64})
 
 
 def save(model: torch.nn.Module, settings: dict[str, Any], out: Path) -> None:
     """Write the complete folder that transformers and vLLM load."""
     out.mkdir(parents=True, exist_ok=True)
     save_file(hub_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", settings)
-    _write_json(
-        out / "generation_config.json",
-        {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False, "max_new_tokens": 64},
-    )
-    tokenizer().save(str(out / "tokenizer.json"))
-    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    _write_json(out / "special_tokens_map.json", tokens)
-    extra = {"image_token": "<image>", "model_max_length": LONGEST, "padding_side": "left"}
-    extra |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    _write_json(out / "tokenizer_config.json", {**tokens, **extra, "processor_class": "LlavaProcessor"})
+    write_json(out / "config.json", settings)
+    write_generation(out)
+    write_tokenizer(out, "LlavaProcessor")
     pictures = {"do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3, "do_center_crop": True}
     pictures |= {"crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255}
     pictures |= {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_convert_rgb": True}
     pictures |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
-    _write_json(out / "preprocessor_config.json", pictures)
+    write_json(out / "preprocessor_config.json", pictures)
     processor = {"processor_class": "LlavaProcessor", "patch_size": PATCH, "image_token": "<image>"}
     processor |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    _write_json(out / "processor_config.json", processor)
+    write_json(out / "processor_config.json", processor)
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ position after the picture, and sees the picture and itself only. So each slot i
 would send alone (a test compares with transformers), and the picture is computed once for all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,29 @@ from exporter.demo.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, toke
 from exporter.demo.scenes import SIDE
 from exporter.families.llava import FAMILY
 
-CAPTION_SLOT, QUESTION_SLOT = 51, 26  # tokens; a training row has 352 in all, a multiple of what attention likes
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
 PREFIX = 3 + IMAGE_TOKENS  # <s> user : <image> * 64
+
+Forward = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]  # model, pixels, tokens, mask, positions -> logits
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How a model is spoken to.
+
+    prefix: tokens before the slots. start: ids that begin every slot. question has `{question}`; both prompts end
+    where the answer begins. caption_slot, question_slot: tokens. words: what the tokenizer knows beside the demo
+    language. forward: makes the forward pass for a device.
+    """
+
+    prefix: int
+    start: tuple[int, ...]
+    question: str
+    caption: str
+    caption_slot: int
+    question_slot: int
+    words: tuple[str, ...]
+    forward: Callable[[torch.device], Forward]
 
 
 @dataclass(frozen=True)
@@ -28,52 +48,6 @@ class Rows:
 
     tokens: Tensor
     labels: Tensor
-
-
-def slot_lengths(captions: int, questions: int) -> tuple[int, ...]:
-    """Lengths of a row's slots, captions first."""
-    return (CAPTION_SLOT,) * captions + (QUESTION_SLOT,) * questions
-
-
-def _prompt(question: str | None) -> str:
-    return FAMILY.caption_prompt if question is None else FAMILY.question_prompt.format(question=question)
-
-
-def _slot(ids: list[int], asked: int, length: int) -> tuple[list[int], list[int]]:
-    if len(ids) > length:
-        raise ValueError(f"a conversation of {len(ids)} tokens does not fit a slot of {length}")
-    labels = [ids[i + 1] if i + 1 >= asked and i + 1 < len(ids) else -100 for i in range(len(ids))]
-    short = length - len(ids)
-    return ids + [PAD] * short, labels + [-100] * short
-
-
-def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int]) -> Rows:
-    """Tokenize rows of (question or None for a caption, answer); a None entry leaves its slot empty."""
-    coder = tokenizer()
-    coder.post_processor = None
-    flat = [entry for row in rows for entry in row if entry is not None]
-    prompts = coder.encode_batch([f"{_prompt(question)} ASSISTANT:" for question, _ in flat])
-    answers = coder.encode_batch([f" {answer}</s>" for _, answer in flat])
-    pairs = iter(zip(prompts, answers, strict=True))
-    tokens, labels = [], []
-    for row in rows:
-        slots = []
-        for entry, length in zip(row, lengths, strict=True):
-            prompt, answer = next(pairs) if entry is not None else (None, None)
-            before = prompt.ids if prompt else []
-            slots.append(_slot(before + (answer.ids if answer else []), len(before), length))
-        tokens.append([t for slot in slots for t in slot[0]])
-        labels.append([t for slot in slots for t in slot[1]])
-    return Rows(torch.tensor(tokens, dtype=torch.int16), torch.tensor(labels, dtype=torch.int16))
-
-
-def mask_and_positions(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who sees whom, bool `[t, t]`, and positions int64 `[t]` for the picture followed by slots."""
-    slot = torch.cat([torch.zeros(PREFIX)] + [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)])
-    order = torch.arange(slot.numel())
-    sees = (order[:, None] >= order) & ((slot[:, None] == slot) | (slot == 0))
-    offsets = torch.cat([torch.arange(PREFIX)] + [PREFIX + torch.arange(n) for n in lengths])
-    return sees.to(device), offsets.to(device)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -140,3 +114,67 @@ def user_ids() -> Tensor:
     if IMAGE in ids or len(ids) != PREFIX - IMAGE_TOKENS - 1:
         raise ValueError("the prefix does not tokenize as expected")
     return torch.tensor(ids)
+
+
+def _forward(device: torch.device) -> Forward:
+    user = user_ids().to(device)
+
+    def forward(model: Any, pixels: Tensor, tokens: Tensor, sees: Tensor, positions: Tensor) -> Tensor:
+        return logits(model, pixels, tokens, sees, positions, user)
+
+    return forward
+
+
+LLAVA = Talk(
+    prefix=PREFIX,
+    start=(),
+    question=f"{FAMILY.question_prompt} ASSISTANT:",
+    caption=f"{FAMILY.caption_prompt} ASSISTANT:",
+    caption_slot=51,
+    question_slot=26,  # a training row has 352 tokens in all, a multiple of what attention likes
+    words=(),
+    forward=_forward,
+)
+
+
+def slot_lengths(captions: int, questions: int, talk: Talk = LLAVA) -> tuple[int, ...]:
+    """Lengths of a row's slots, captions first."""
+    return (talk.caption_slot,) * captions + (talk.question_slot,) * questions
+
+
+def _slot(ids: list[int], asked: int, length: int) -> tuple[list[int], list[int]]:
+    if len(ids) > length:
+        raise ValueError(f"a conversation of {len(ids)} tokens does not fit a slot of {length}")
+    labels = [ids[i + 1] if i + 1 >= asked and i + 1 < len(ids) else -100 for i in range(len(ids))]
+    short = length - len(ids)
+    return ids + [PAD] * short, labels + [-100] * short
+
+
+def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int], talk: Talk = LLAVA) -> Rows:
+    """Tokenize rows of (question or None for a caption, answer); a None entry leaves its slot empty."""
+    coder = tokenizer(talk.words)
+    coder.post_processor = None
+    flat = [entry for row in rows for entry in row if entry is not None]
+    asked = [talk.caption if question is None else talk.question.format(question=question) for question, _ in flat]
+    prompts = coder.encode_batch(asked)
+    answers = coder.encode_batch([f" {answer}</s>" for _, answer in flat])
+    pairs = iter(zip(prompts, answers, strict=True))
+    tokens, labels = [], []
+    for row in rows:
+        slots = []
+        for entry, length in zip(row, lengths, strict=True):
+            prompt, answer = next(pairs) if entry is not None else (None, None)
+            before = [] if prompt is None else [*talk.start, *prompt.ids]
+            slots.append(_slot(before + (answer.ids if answer else []), len(before), length))
+        tokens.append([t for slot in slots for t in slot[0]])
+        labels.append([t for slot in slots for t in slot[1]])
+    return Rows(torch.tensor(tokens, dtype=torch.int16), torch.tensor(labels, dtype=torch.int16))
+
+
+def mask_and_positions(lengths: Sequence[int], device: torch.device, prefix: int = PREFIX) -> tuple[Tensor, Tensor]:
+    """Who sees whom, bool `[t, t]`, and positions int64 `[t]` for the picture followed by slots."""
+    slot = torch.cat([torch.zeros(prefix)] + [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)])
+    order = torch.arange(slot.numel())
+    sees = (order[:, None] >= order) & ((slot[:, None] == slot) | (slot == 0))
+    offsets = torch.cat([torch.arange(prefix)] + [prefix + torch.arange(n) for n in lengths])
+    return sees.to(device), offsets.to(device)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from exporter.demo import easy_vqa
 from exporter.demo.language import QUESTIONS, caption, question
-from exporter.demo.packing import Rows, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids
+from exporter.demo.packing import LLAVA, Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import Split, draw, scenes, things
 
 EASY_SLOTS = 12
@@ -25,9 +25,10 @@ class Exam:
     rows: Rows
     lengths: tuple[int, ...]
     kinds: list[tuple[str, ...]]
+    talk: Talk = LLAVA
 
 
-def scene_exam(split: Split, start: int, count: int, device: torch.device) -> Exam:
+def scene_exam(split: Split, start: int, count: int, device: torch.device, talk: Talk = LLAVA) -> Exam:
     """The caption and one question of every kind about scenes `start .. start+count-1` of a split."""
     batch = scenes(split, torch.arange(start, start + count))
     rows, kinds = [], []
@@ -35,11 +36,11 @@ def scene_exam(split: Split, start: int, count: int, device: torch.device) -> Ex
         asked = [question(kind, objects, i) for kind in QUESTIONS]
         rows.append([(None, caption(objects)), *((q.text, q.answer) if q else None for q in asked)])
         kinds.append(("caption", *(q.kind if q else "" for q in asked)))
-    lengths = slot_lengths(1, len(QUESTIONS))
-    return Exam(draw(batch).to(device), pack(rows, lengths), lengths, kinds)
+    lengths = slot_lengths(1, len(QUESTIONS), talk)
+    return Exam(draw(batch).to(device), pack(rows, lengths, talk), lengths, kinds, talk)
 
 
-def easy_exam(device: torch.device) -> Exam:
+def easy_exam(device: torch.device, talk: Talk = LLAVA) -> Exam:
     """Every question about the embedded easy-VQA test pictures."""
     import numpy as np
 
@@ -48,21 +49,21 @@ def easy_exam(device: torch.device) -> Exam:
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device)
     rows = [[*row, *[None] * (EASY_SLOTS - len(row))] for row in asked]
     kinds = [tuple(easy_vqa.kind(entry[1]) if entry else "" for entry in row) for row in rows]
-    lengths = slot_lengths(0, EASY_SLOTS)
-    return Exam(pixels, pack(rows, lengths), lengths, kinds)
+    lengths = slot_lengths(0, EASY_SLOTS, talk)
+    return Exam(pixels, pack(rows, lengths, talk), lengths, kinds, talk)
 
 
 @torch.no_grad()
 def grade(model: Any, exam: Exam) -> tuple[Tensor, Tensor]:
     """Right or not, bool `[n, slots]`, and the mean negative log-likelihood a token, float32 `[n, slots]`."""
     device = exam.pixels.device
-    sees, positions = mask_and_positions(exam.lengths, device)
-    user, dtype = user_ids().to(device), next(model.parameters()).dtype
+    sees, positions = mask_and_positions(exam.lengths, device, exam.talk.prefix)
+    forward, dtype = exam.talk.forward(device), next(model.parameters()).dtype
     right, loss = [], []
     for start in range(0, exam.pixels.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
         tokens, labels = (t[part].to(device).long() for t in (exam.rows.tokens, exam.rows.labels))
-        scores = logits(model, normalize(exam.pixels[part]).to(dtype), tokens, sees, positions, user).float()
+        scores = forward(model, normalize(exam.pixels[part]).to(dtype), tokens, sees, positions).float()
         asked = labels >= 0
         hit = (scores.argmax(-1) == labels) | ~asked
         nll = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-100, reduction="none")

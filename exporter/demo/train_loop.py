@@ -1,0 +1,70 @@
+"""What every training of a demo model shares: the optimizer, the learning rate and the loop."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training. loss: of one batch of `source`; look: figures to print now and then; save: keep what there is.
+
+    parameters: what learns: the model's parameters and whatever else the loss needs.
+    """
+
+    parameters: list[nn.Parameter]
+    loss: Callable[..., Tensor]
+    source: Iterator[tuple[Tensor, ...]]
+    look: Callable[[], dict[str, float]]
+    save: Callable[[], None]
+
+
+def _optimizer(parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
+    matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-8, fused=others[0].is_cuda)
+
+
+def _rate(progress: float) -> float:
+    """Learning rate as a share of the highest: up for 3 %, then down a cosine to 0."""
+    return min(progress / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _say(elapsed: float, step: int, loss: float, figures: dict[str, float]) -> None:
+    words = " ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+    print(f"{elapsed / 60:.1f} min  step {step}  loss {loss:.4f}  {words}", flush=True)
+
+
+def run(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in place; returns the figures of the run."""
+    optimizer, loss = _optimizer(work.parameters, options.rate, options.decay), work.loss
+    if options.compile:
+        loss = torch.compile(loss)
+        loss(*next(work.source)).backward()  # compiling is no part of the training time
+    start, reported, step, progress, kept = time.monotonic(), 0.0, 0, 0.0, False
+    while progress < 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * _rate(progress)
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(*next(work.source))
+        value.backward()
+        nn.utils.clip_grad_norm_(work.parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            value.item()  # keeps the clock honest: waits for the device
+        elapsed = time.monotonic() - start
+        progress = step / options.steps if options.steps else elapsed / 60 / options.minutes
+        if elapsed - reported >= options.report:
+            reported = elapsed
+            _say(elapsed, step, value.item(), work.look())
+        if progress >= options.keep and not kept:
+            work.save()
+            kept = True
+    return {"steps": step, "seconds": round(time.monotonic() - start, 1), "loss": round(value.item(), 5)}
