@@ -113,14 +113,14 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODELS["demo-llava"])
-    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2, help="choices of calibration samples to average over")
     parser.add_argument("--settings", default="", help="some of the settings: gptq-3,awq-2")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
     found = shares(model, calibration(options.model, 32))
-    weights = {"every": 1.0, **found, "tenth": 0.1, "none": 0.0, "threefold": 3.0}
+    weights = {"every": 1.0, **found, "none": 0.0, "threefold": 3.0}
     exams = [scene_exam("test", 0, options.scenes, torch.device("cpu")), easy_exam(torch.device("cpu"))]
     rows: list[dict[str, Any]] = []
     for method, bits, group in SETTINGS:
