@@ -20,6 +20,7 @@ from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
 from exporter.quantized import Activations
 from exporter.stream import Read, load_whole
+from exporter.tasks.sample import Sample
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges*")
@@ -76,12 +77,17 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
         identity = _identity(family, weights, checkpoint) | how
         if rounded:
             identity["activations"] = rounded
-        return Model(label, identity, lambda sample: render(processor(), family, sample, None), opened)
+        return Model(label, identity, lambda sample: _asked(processor(), family, sample), opened)
 
     return (
         model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read, {}),
         model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded_inputs()),
     )
+
+
+def _asked(processor: Any, family: Family, sample: Sample) -> str:
+    """What decides an answer besides picture and weights: the prompt, or the pool that is searched."""
+    return sample.among.digest if sample.among else render(processor, family, sample, None)
 
 
 def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Model, Model]:
@@ -90,6 +96,8 @@ def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tupl
     Where it says from which folder it serves (vLLM's `root`), another folder than the artifact's is an error.
     """
     family = artifact.family
+    if family.unserved:
+        raise DataError(f"no server answers for {family.name}: {family.unserved}", "leave --server out")
 
     def model(label: str, weights: str, server: Server | None, folder: Path | None) -> Model:
         @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exporter.events import Event, ignore
 from exporter.families import Family
+from exporter.retrieve import ranked
 from exporter.tasks.sample import Sample, task_of
 
 Inputs = dict[str, Tensor]
@@ -126,6 +127,11 @@ class Predictor:
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
         """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left."""
+        searching = [i for i, sample in enumerate(samples) if sample.among is not None]
+        if searching:
+            wanted = [samples[i] for i in searching]
+            for piece in ranked(self._model, self._processor, wanted, self._device, self._batch_size):
+                yield {searching[number]: answer for number, answer in piece.items()}
         for task, chosen in self._grouped(samples):
             yield self._batch(task, samples, chosen)
 
@@ -164,8 +170,8 @@ class Predictor:
         return found
 
     def _grouped(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
-        """Batches of sample numbers, each of one task."""
-        for task in sorted({task_of(sample) for sample in samples}):
+        """Batches of sample numbers, each of one task that is answered in words."""
+        for task in sorted({task_of(sample) for sample in samples} - {"retrieval"}):
             numbers = [i for i, sample in enumerate(samples) if task_of(sample) == task]
             for start in range(0, len(numbers), self._batch_size):
                 yield task, numbers[start : start + self._batch_size]

@@ -51,7 +51,7 @@ def test_flickr30k(tmp_path: Path) -> None:
     for split, numbers in (("train", "01"), ("validation", "23"), ("test", "45")):
         assert {s.identity for s in read("flickr30k", tmp_path, split=split)} == {f"100{i}.jpg" for i in numbers}
     found = read("flickr30k", tmp_path, "retrieval")
-    assert sorted(found, key=lambda s: s.identity)[0].references == tuple(f"A dog, {k} of 4." for k in range(5))
+    assert sorted(found, key=lambda s: s.identity)[0].references == tuple(f"a dog, {k} of 4" for k in range(5))
 
 
 def test_vqav2_keeps_ten_answers_and_puts_the_most_common_first(tmp_path: Path) -> None:

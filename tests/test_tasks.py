@@ -95,7 +95,7 @@ def test_an_answer_without_content_is_wrong_even_beside_an_empty_reference() -> 
 def test_perfect_answers_score_full_and_empty_answers_score_nothing(name: str) -> None:
     task = TASKS[name]
     samples = [sample(f"one two three four five number{i}") for i in range(6)]
-    perfect = task.score([s.references[0] for s in samples], samples)
+    perfect = task.score(["1 | 1" if name == "retrieval" else s.references[0] for s in samples], samples)
     empty = task.score([""] * 6, samples)
     assert name == task.NAME
     assert tuple(perfect) == task.METRICS

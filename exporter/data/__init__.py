@@ -13,10 +13,12 @@ from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import check_disjoint, image_key
 from exporter.errors import DataError, did_you_mean
+from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
 ANY_TASK = ("captioning", "vqa", "retrieval")
+DEMO_CANDIDATES = 16  # of a thousand small drawings; the paper's 128 would only take longer
 BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-up names, and in plain words
 
 
@@ -69,9 +71,7 @@ class Place:
         """What it can be asked."""
         if self.name in CONVENTIONS:
             return CONVENTIONS[self.name].tasks
-        return (
-            hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK[: 2 if self.name in BUILT_IN else 3]
-        )
+        return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK
 
     def __str__(self) -> str:
         """For manifests: the source, and of its path the last part alone (all of it when it is a hub id)."""
@@ -104,7 +104,10 @@ def samples(name: str, path: Path | None, task: str, split: str, limit: int, see
     name: a key of `DATA`. split: train, validation or test. Raises DataError when there are none, listing every
     problem found.
     """
-    return DATA[name](path, task, split, limit, seed)
+    found = DATA[name](path, task, split, limit, seed)
+    if task != retrieval.NAME:
+        return found
+    return retrieval.pooled(found, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
 
 
 def samples_from(chosen: Sequence[Place], task: str, split: str, limit: int, seed: int) -> list[Sample]:

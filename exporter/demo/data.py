@@ -1,8 +1,9 @@
 """Samples of the demo tasks: drawn scenes for captions and questions; the test split mixes in easy-VQA."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from PIL.Image import Image, fromarray
@@ -13,7 +14,7 @@ from exporter.demo.scenes import Split, Thing, draw, scenes, things
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
-Task = Literal["vqa", "captioning"]
+Task = Literal["vqa", "captioning", "retrieval"]
 Captions = Callable[[Sequence[Thing]], tuple[str, ...]]
 SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes; train is what training drew
 EASY_EVERY = 3  # in the test split, every third question is one of easy-VQA's, as long as there are any
@@ -85,8 +86,8 @@ def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
 def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """The first `limit` samples of a task (all when None) in an order that the seed decides.
 
-    captioning: one sample a scene, the exact caption and three paraphrases as references. vqa: one question a scene;
-    in the test split every third sample is an easy-VQA question. The splits never share a scene: see `scenes`.
+    captioning, retrieval: one sample a scene, the exact caption and three paraphrases as references. vqa: one question
+    a scene; in the test split every third sample is an easy-VQA question. The splits never share a scene: see `scenes`.
     Raises DataError for an unknown task or split, or more samples than there are.
     """
     return _chosen(task, split, limit, seed, captions, tuple(QUESTIONS))
@@ -101,10 +102,9 @@ def drawings(task: Task, split: Split, limit: int | None = None, seed: int = 0) 
 def _chosen(
     task: Task, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
 ) -> list[Sample]:
-    if task not in ("vqa", "captioning") or split not in SIZES:
-        raise DataError(
-            f"no demo data for task '{task}', split '{split}'", "vqa or captioning; train, validation, test"
-        )
+    if task not in get_args(Task) or split not in SIZES:
+        said = f"{', '.join(get_args(Task))}; {', '.join(SIZES)}"
+        raise DataError(f"no demo data for task '{task}', split '{split}'", said)
     size = SIZES[split]
     easy = _easy_questions(seed) if task == "vqa" and split == "test" else []
     available = size + min(len(easy), size // (EASY_EVERY - 1))
@@ -114,4 +114,7 @@ def _chosen(
     indices = _shuffled(size, seed)[:count]
     if task == "captioning":
         return _captioning(split, indices, say)
+    if task == "retrieval":
+        counted = zip(_captioning(split, indices, say), _words(split, indices), strict=True)
+        return [replace(sample, kind=f"{len(objects)} objects") for sample, objects in counted]
     return _mixed(_scene_questions(split, indices, kinds), easy)[:limit]

@@ -6,7 +6,7 @@ Prompts belong to the family, samples to the data source; a task only scores.
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from exporter.tasks import captioning, vqa
+from exporter.tasks import captioning, retrieval, vqa
 from exporter.tasks.sample import Sample
 
 
@@ -41,4 +41,4 @@ class Task(Protocol):
         """The figures that papers report for a whole set; where they are no means, `score` cannot give them."""
 
 
-TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning}
+TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning, "retrieval": retrieval}

@@ -1,18 +1,27 @@
-"""Retrieval of texts by picture and of pictures by text: recall from a matrix of similarities.
+"""Retrieval of texts by picture and of pictures by text: recall at 1, 5 and 10, both ways.
 
-It has no prompts and no answers, so it is not in `TASKS`: whoever has a model that scores pairs calls `recalls`. On
-Flickr30k 1K the convention is 1,000 pictures with five texts each and recall at 1, 5 and 10, both ways.
+The answer about a picture is where things were found, in words: `1 | 1 3 -` says that the best of its own texts came
+first among all texts, and that its three texts found it first, third and not among the candidates. Contrast chooses
+the candidates and the matching head orders them, as in BLIP-2 (on Flickr30k 1K: 128 of 1,000 pictures or 5,000 texts).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from exporter.errors import DataError
+from exporter.tasks.sample import Pool, Sample
+
+NAME = "retrieval"
 RANKS = (1, 5, 10)
+ALL_METRICS = METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text", "image")))
+CANDIDATES = 128
 MOST_WORDS = 50
 
+_NOT_FOUND = "-"
 _MARKS = re.compile(r'[.!"()*#:;~]')
 
 
@@ -44,3 +53,65 @@ def prepare(caption: str) -> str:
     """A caption as BLIP-2's retrieval reads it: lower case, without most punctuation, at most 50 words."""
     words = _MARKS.sub(" ", caption.lower()).split()
     return " ".join(words[:MOST_WORDS])
+
+
+def pooled(samples: Sequence[Sample], candidates: int = CANDIDATES) -> list[Sample]:
+    """Samples that are searched among each other, with their texts as retrieval reads them."""
+    _require_texts(samples)
+    read = [replace(s, question=None, references=tuple(prepare(text) for text in s.references)) for s in samples]
+    pool = Pool(tuple(read), candidates)
+    return [replace(sample, among=pool) for sample in read]
+
+
+def _require_texts(samples: Sequence[Sample]) -> None:
+    bare = [sample.identity for sample in samples if not sample.references]
+    if bare:
+        raise DataError(f"{len(bare)} samples have no caption to search for, first {bare[0]}")
+
+
+def written(text_rank: int | None, image_ranks: Sequence[int | None]) -> str:
+    """The answer about one picture; ranks from 1, None for what was not among the candidates."""
+    words = [_NOT_FOUND if rank is None else str(rank) for rank in (text_rank, *image_ranks)]
+    return f"{words[0]} | {' '.join(words[1:])}"
+
+
+def _found(answer: str, texts: int) -> tuple[float, list[float]]:
+    """Ranks of an answer; infinity for what was not found. An answer of another form found nothing."""
+    first, _, rest = answer.partition(" | ")
+    ranks = [float(word) if word.isdigit() else float("inf") for word in (first, *rest.split())]
+    return (ranks[0], ranks[1:]) if len(ranks) == texts + 1 else (float("inf"), [float("inf")] * texts)
+
+
+def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """`text_r1` (0 or 1), `image_r1` (the share of a picture's texts that found it), their mean `r1`, and so on.
+
+    One value a picture, so pictures are what a bootstrap draws: the texts of one picture hang together. Means are
+    recalls where every picture has the same number of texts. See `exporter.tasks.Task`.
+    """
+    _require_texts(samples)
+    scores: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for answer, sample in zip(answers, samples, strict=True):
+        text, images = _found(answer, len(sample.references))
+        for k in RANKS:
+            scores[f"text_r{k}"].append(float(text <= k))
+            scores[f"image_r{k}"].append(sum(rank <= k for rank in images) / len(images))
+        scores["r1"].append((scores["text_r1"][-1] + scores["image_r1"][-1]) / 2)
+    return scores
+
+
+def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """Recalls over all texts, and `r_mean`, the mean of all six."""
+    found = [_found(answer, len(sample.references)) for answer, sample in zip(answers, samples, strict=True)]
+    texts, images = [text for text, _ in found], [rank for _, ranks in found for rank in ranks]
+    recall = {f"text_r{k}": sum(rank <= k for rank in texts) / max(1, len(texts)) for k in RANKS}
+    recall |= {f"image_r{k}": sum(rank <= k for rank in images) / max(1, len(images)) for k in RANKS}
+    return recall | {"r_mean": sum(recall.values()) / len(recall)}
+
+
+def require(metric: str) -> None:
+    """Every metric can be computed everywhere."""
+
+
+def method() -> Mapping[str, str]:
+    """What scores depend on besides answers and samples."""
+    return {"texts": "lower case, no punctuation but commas, at most 50 words", "candidates": "by contrast"}

@@ -1,7 +1,9 @@
 """One evaluation or calibration sample: an image, a question, the accepted answers."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL.Image import Image
 
@@ -15,6 +17,7 @@ class Sample:
     question: what the model is asked, without any template; None asks for a caption.
     references: accepted answers or captions; calibration feeds the first one to the model as its reply.
     kind: question type, for tables by type.
+    among: for retrieval, the pictures and texts that are searched; its own are among them.
     """
 
     identity: str
@@ -22,8 +25,31 @@ class Sample:
     question: str | None
     references: tuple[str, ...]
     kind: str = ""
+    among: "Pool | None" = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What retrieval searches: the pictures of `samples` and all their references.
+
+    candidates: how many of the best by contrast the matching head scores again.
+    """
+
+    samples: tuple[Sample, ...]
+    candidates: int
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what is searched, pictures by their pixels: another pool gives the same sample other ranks."""
+        hasher = hashlib.sha256(f"{self.candidates}".encode())
+        for sample in self.samples:
+            image = sample.image()
+            hasher.update(f"{image.size}{sample.references}".encode() + image.tobytes())
+        return hasher.hexdigest()
 
 
 def task_of(sample: Sample) -> str:
-    """How a sample is asked: `vqa` with a question, `captioning` without."""
+    """How a sample is asked: `retrieval` among others, `vqa` with a question, `captioning` without."""
+    if sample.among is not None:
+        return "retrieval"
     return "captioning" if sample.question is None else "vqa"

@@ -1,0 +1,158 @@
+"""Where a retrieval model finds the pictures and texts of a pool: contrast chooses candidates, matching orders them.
+
+Every picture and every text goes through the model once, and what they became stays on the CPU. Matching then reads
+pairs in batches. Works on transformers' `Blip2ForImageTextRetrieval`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.tasks.retrieval import written
+from exporter.tasks.sample import Pool, Sample
+
+LONGEST = 35  # tokens of a text, as in the paper
+PIECE = 8  # pictures whose ranks are handed on together
+PAIRS = 8  # times as many pairs as pictures go through the model at once: they skip the ViT
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A pool as the model sees it, on the CPU.
+
+    seen: `[pictures, patches, width]`, what cross-attention reads. tokens, mask: int64 `[texts, t]`. owners: the
+    picture of each text. similarity: float32 `[pictures, texts]`, by contrast.
+    """
+
+    seen: Tensor
+    tokens: Tensor
+    mask: Tensor
+    owners: tuple[int, ...]
+    similarity: Tensor
+
+
+def _former(model: Any, words: Tensor, mask: Tensor, queries: int, seen: Tensor | None) -> Tensor:
+    """Outputs of the Q-Former in the dtype of the heads."""
+    options: dict[str, Any] = {"query_embeds": words, "query_length": queries, "attention_mask": mask}
+    if seen is not None:
+        options |= {"encoder_hidden_states": seen, "encoder_attention_mask": mask.new_ones(seen.shape[:2])}
+    result: Tensor = model.qformer(**options).last_hidden_state
+    return result.to(model.itm_head.weight.dtype)
+
+
+def _pictures(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What cross-attention reads `[n, patches, width]`, and unit vectors `[n, queries, d]`."""
+    seen = model.vision_model(pixel_values=pixels).last_hidden_state
+    queries = model.query_tokens.expand(len(pixels), -1, -1)
+    mask = torch.ones(queries.shape[:2], dtype=torch.long, device=pixels.device)
+    found = _former(model, queries, mask, queries.shape[1], seen)
+    return seen, torch.nn.functional.normalize(model.vision_projection(found), dim=-1)
+
+
+def _texts(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Unit vectors `[n, d]`: the first token's."""
+    found = _former(model, model.embeddings(input_ids=tokens), mask, 0, None)
+    return torch.nn.functional.normalize(model.text_projection(found[:, 0]), dim=-1)
+
+
+def match(model: Any, seen: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The matching head's score that pairs fit, float32 `[n]` (its second logit, as the paper's code adds it)."""
+    queries = model.query_tokens.expand(len(tokens), -1, -1)
+    words = model.embeddings(input_ids=tokens, query_embeds=queries)
+    whole = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1)
+    found = _former(model, words, whole, queries.shape[1], seen)
+    result: Tensor = model.itm_head(found[:, : queries.shape[1]]).mean(dim=1)[:, 1].float()
+    return result
+
+
+def search(model: Any, processor: Any, pool: Pool, device: torch.device, batch: int) -> Searched:
+    """Every picture and every text of the pool through the model once."""
+    dtype = next(model.parameters()).dtype
+    seen, pictures = [], []
+    for start in range(0, len(pool.samples), batch):
+        images = [sample.image() for sample in pool.samples[start : start + batch]]
+        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        one, two = _pictures(model, pixels.to(device, dtype))
+        seen.append(one.cpu())
+        pictures.append(two.float())
+    texts = [text for sample in pool.samples for text in sample.references]
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": LONGEST}
+    coded = processor.tokenizer(texts, return_tensors="pt", **options)
+    tokens, mask = coded["input_ids"], coded["attention_mask"]
+    rows = zip(tokens.split(batch), mask.split(batch), strict=True)
+    said = torch.cat([_texts(model, t.to(device), m.to(device)).float() for t, m in rows])
+    similarity = torch.cat([torch.einsum("iqd,jd->iqj", part, said).amax(dim=1).cpu() for part in pictures])
+    owners = tuple(i for i, sample in enumerate(pool.samples) for _ in sample.references)
+    return Searched(torch.cat(seen), tokens, mask, owners, similarity)
+
+
+def _rank(scores: Tensor, own: Tensor) -> int | None:
+    """Rank of the best of one's own among candidates; what scores the same counts as before it. None: not there."""
+    if not bool(own.any()):
+        return None
+    return 1 + int(((scores >= scores[own].max()) & ~own).sum())
+
+
+def _candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Pairs to match for one picture: pictures, texts, and how many pairs each query has.
+
+    The first query is the picture among all texts, the others are its texts among all pictures.
+    """
+    similarity, texts = searched.similarity, [t for t, owner in enumerate(searched.owners) if owner == number]
+    best = similarity[number].topk(min(pool.candidates, similarity.shape[1])).indices
+    pictures = [torch.full_like(best, number)]
+    others = [best]
+    for text in texts:
+        best = similarity[:, text].topk(min(pool.candidates, similarity.shape[0])).indices
+        pictures.append(best)
+        others.append(torch.full_like(best, text))
+    return torch.cat(pictures), torch.cat(others), [len(part) for part in others]
+
+
+def _scored(model: Any, searched: Searched, pairs: tuple[Tensor, Tensor], device: torch.device, size: int) -> Tensor:
+    """Matching plus contrast of pairs, float32 `[n]`, on the CPU; a pair that comes twice is read once."""
+    unique, back = torch.stack(pairs, dim=1).unique(dim=0, return_inverse=True)
+    parts = []
+    for pictures, texts in (part.unbind(dim=1) for part in unique.split(size)):
+        longest = int(searched.mask[texts].sum(dim=1).max())
+        tokens, mask = searched.tokens[texts, :longest], searched.mask[texts, :longest]
+        found = match(model, searched.seen[pictures].to(device), tokens.to(device), mask.to(device))
+        parts.append(found.cpu() + searched.similarity[pictures, texts])
+    return torch.cat(parts)[back]
+
+
+@torch.inference_mode()
+def ranked(
+    model: Any, processor: Any, samples: Sequence[Sample], device: torch.device, batch: int
+) -> Iterator[dict[int, str]]:
+    """Number of a sample -> where its texts and itself were found, a few pictures at a time.
+
+    All samples are of one pool (ValueError).
+    """
+    pools = {id(sample.among): sample.among for sample in samples}
+    pool = next(iter(pools.values()), None)
+    if pool is None or len(pools) != 1:
+        raise ValueError("samples of one pool are needed")
+    searched = search(model, processor, pool, device, batch)
+    places = {sample.identity: number for number, sample in enumerate(pool.samples)}
+    for start in range(0, len(samples), PIECE):
+        numbers = [places[sample.identity] for sample in samples[start : start + PIECE]]
+        wanted = [_candidates(pool, searched, number) for number in numbers]
+        pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
+        scores = _scored(model, searched, pairs, device, PAIRS * batch)
+        shares = scores.split([sum(counts) for _, _, counts in wanted])
+        yield {
+            start + i: _answer(searched, number, one, share)
+            for i, (number, one, share) in enumerate(zip(numbers, wanted, shares, strict=True))
+        }
+
+
+def _answer(searched: Searched, number: int, wanted: tuple[Tensor, Tensor, list[int]], scores: Tensor) -> str:
+    pictures, texts, counts = wanted
+    own = torch.tensor(searched.owners)[texts] == pictures
+    queries = zip(scores.split(counts), own.split(counts), strict=True)
+    first, *others = [_rank(score, mine) for score, mine in queries]
+    return written(first, others)

@@ -1,0 +1,167 @@
+"""Retrieval as a task: optimized ranks against every pair by transformers' own forward pass, and answers in words."""
+
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from exporter.data import samples as data_samples
+from exporter.demo.blip2_folder import build, config, save
+from exporter.errors import DataError
+from exporter.families import FAMILIES
+from exporter.predict import Predictor
+from exporter.retrieve import ranked
+from exporter.tasks import TASKS, retrieval
+from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
+from exporter.tasks.sample import Pool, Sample, task_of
+
+CPU = torch.device("cpu")
+CANDIDATES = 5
+COUNT = 12
+
+
+@cache
+def model() -> Any:
+    """An untrained retrieval model; its scores are arbitrary but differ."""
+    return build(config("retrieval"), 3).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The demo model's processor."""
+    from transformers import AutoProcessor
+
+    folder = tmp_path_factory.mktemp("itm")
+    save(model(), config("retrieval"), folder)
+    return AutoProcessor.from_pretrained(folder)
+
+
+@cache
+def chosen() -> list[Sample]:
+    """Scenes of which every third lost a caption, so that pictures differ in how many they have."""
+    found = data_samples("demo", None, "retrieval", "test", COUNT, 1)
+    cut = [replace(s, among=None, references=s.references[: 2 + (i % 3 > 0)]) for i, s in enumerate(found)]
+    return pooled(cut, CANDIDATES)
+
+
+def naive(processor: Any) -> dict[str, list[float]]:
+    """Recalls from whole matrices: every pair through the model by itself."""
+    texts = [text for sample in chosen() for text in sample.references]
+    owners = [i for i, sample in enumerate(chosen()) for _ in sample.references]
+    contrast, match = torch.zeros(COUNT, len(texts)), torch.zeros(COUNT, len(texts))
+    for i, sample in enumerate(chosen()):
+        for j, text in enumerate(texts):
+            inputs = processor(images=sample.image(), text=text, return_tensors="pt")
+            with torch.no_grad():
+                contrast[i, j] = model()(**inputs).logits_per_image
+                match[i, j] = model()(**inputs, use_image_text_matching_head=True).logits_per_image[0, 1]
+    found: dict[str, list[float]] = {}
+    for way, axis in (("text", 1), ("image", 0)):
+        kept = torch.zeros_like(contrast, dtype=torch.bool).scatter(axis, contrast.topk(CANDIDATES, axis).indices, True)
+        whole = recalls((contrast + match).masked_fill(~kept, float("-inf")), owners)
+        found |= {name: values for name, values in whole.items() if name.startswith(way)}
+    return found
+
+
+def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
+    answers = {k: v for piece in ranked(model(), processor, chosen(), CPU, 5) for k, v in piece.items()}
+    expected = naive(processor)
+    found = [retrieval._found(answers[i], len(s.references)) for i, s in enumerate(chosen())]
+    for k in RANKS:
+        assert [float(text <= k) for text, _ in found] == expected[f"text_r{k}"]
+        assert [float(rank <= k) for _, ranks in found for rank in ranks] == expected[f"image_r{k}"]
+    assert 0 < sum(expected["text_r5"]) < COUNT  # an untrained model finds some things and not others
+    assert 0 < sum(expected["image_r5"]) < len(expected["image_r5"])
+
+
+def test_a_part_of_the_pool_has_the_ranks_of_the_whole(processor: Any) -> None:
+    """What a resumed evaluation asks for."""
+    whole = {k: v for piece in ranked(model(), processor, chosen(), CPU, 8) for k, v in piece.items()}
+    part = {k: v for piece in ranked(model(), processor, chosen()[9:], CPU, 3) for k, v in piece.items()}
+    assert part == {i: whole[i + 9] for i in range(3)}
+
+
+def test_predictors_mix_tasks(processor: Any) -> None:
+    predictor = Predictor(model(), processor, FAMILIES["blip2-itm"], CPU, 4)
+    answers = predictor.answer(chosen()[:2])
+    assert answers == [piece for part in ranked(model(), processor, chosen()[:2], CPU, 4) for piece in part.values()]
+
+
+def test_samples_of_two_pools_are_refused(processor: Any) -> None:
+    with pytest.raises(ValueError, match="one pool"):
+        list(ranked(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, 4))
+
+
+# Answers and scores
+
+
+def sample(texts: int) -> Sample:
+    """A sample with that many texts."""
+    picture = Image.new("RGB", (8, 8))
+    return pooled([Sample("a", lambda: picture, None, tuple(f"text {i}" for i in range(texts)))])[0]
+
+
+def test_scores_are_shares_of_what_was_found() -> None:
+    found = score([written(1, [1, 3]), written(None, [7, None])], [sample(2), sample(2)])
+    assert found == {
+        "r1": [0.75, 0.0],
+        "text_r1": [1.0, 0.0],
+        "image_r1": [0.5, 0.0],
+        "text_r5": [1.0, 0.0],
+        "image_r5": [1.0, 0.0],
+        "text_r10": [1.0, 0.0],
+        "image_r10": [1.0, 0.5],
+    }
+    assert sorted(found) == sorted(METRICS)
+
+
+@pytest.mark.parametrize("answer", ["", "1", "1 | 1", "1 | 1 1 1", "a | b c", "1, 1 1"])
+def test_an_answer_of_another_form_found_nothing(answer: str) -> None:
+    assert score([answer], [sample(2)]) == {metric: [0.0] for metric in METRICS}
+
+
+def test_recalls_of_the_whole_set_count_texts() -> None:
+    found = TASKS["retrieval"].corpus([written(2, [1]), written(1, [1, 6, None])], [sample(1), sample(3)])
+    assert (found["text_r1"], found["image_r1"], found["image_r10"]) == (0.5, 0.5, 0.75)
+    assert found["r_mean"] == pytest.approx((0.5 + 1 + 1 + 0.5 + 0.5 + 0.75) / 6)
+
+
+def test_pools_know_what_is_searched() -> None:
+    pictures = [partial(Image.new, "RGB", (4, 4), (i, 0, 0)) for i in range(3)]
+    bare = [Sample(str(i), picture, None, (f"Text {i}.",)) for i, picture in enumerate(pictures)]
+    whole, fewer = pooled(bare), pooled(bare[:2])
+    assert whole[0].references == ("text 0",)
+    assert {task_of(s) for s in whole} == {"retrieval"}
+    assert {task_of(s) for s in bare} == {"captioning"}
+    other = pooled([*bare[:2], replace(bare[2], references=("another",))])
+    repainted = pooled([*bare[:2], replace(bare[2], image=bare[0].image)])
+    digests = [s[0].among.digest for s in (whole, fewer, other, repainted, pooled(bare, 3)) if s[0].among]
+    assert len(set(digests)) == 5
+    assert pooled(bare)[0].among == Pool(whole[0].among.samples if whole[0].among else (), 128)
+    with pytest.raises(DataError, match="no caption"):
+        pooled([replace(bare[0], references=())])
+
+
+@pytest.mark.parametrize("name", ["demo", "drawings"])
+def test_demo_scenes_can_be_searched(name: str) -> None:
+    found = data_samples(name, None, "retrieval", "validation", 30, 0)
+    assert {s.kind for s in found} <= {f"{n} objects" for n in range(1, 5)}
+    assert all(s.among and len(s.among.samples) == 30 and s.among.candidates == 16 for s in found)
+    assert not any("." in text for s in found for text in s.references)
+
+
+def test_flickr30k_is_searched_with_the_papers_candidates(tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "flickr30k-images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "flickr30k-images" / "1.jpg")
+    entry = {"filename": "1.jpg", "imgid": 1, "split": "test", "sentences": [{"raw": "A Dog."}, {"raw": "one dog!"}]}
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": [entry]}))
+    found = data_samples("flickr30k", tmp_path, "retrieval", "test", 5, 0)
+    assert found[0].references == ("a dog", "one dog")
+    assert found[0].among is not None
+    assert found[0].among.candidates == 128
