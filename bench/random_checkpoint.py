@@ -1,6 +1,7 @@
 """Write a checkpoint of random weights at a real model's true shapes, in hub-style shards.
 
     python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf OUT [--device cuda]
+    python -m bench.random_checkpoint Salesforce--blip2-opt-2.7b OUT [--device cuda]
 
 For measuring time and memory where no real weights can be had: shapes, names and dtypes come from
 `tests/headers/`, the tokenizer and chat template from the embedded demo model, the image size from the config.
@@ -21,11 +22,13 @@ from tests.headers.read import Header, load_header
 
 
 def first_blocks(config: dict[str, Any], tensors: Header, blocks: int) -> tuple[dict[str, Any], Header]:
-    """The model cut down to its first blocks (one more in the vision tower, whose last block never runs)."""
-    kept = {"text_config": blocks, "vision_config": blocks + 1}
+    """The model cut down to its first blocks (one more in LLaVA's vision tower, whose last block never runs)."""
+    former = "qformer_config" in config
+    kept = {"text_config": blocks, "vision_config": blocks + (not former), "qformer_config": blocks}
+    kept = {part: count for part, count in kept.items() if part in config}
     config = config | {part: config[part] | {"num_hidden_layers": count} for part, count in kept.items()}
-    limits = {"language_model": blocks, "vision_tower": blocks + 1}
-    found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in tensors}
+    limits = {"language_model": blocks, "vision_tower": blocks + 1, "vision_model": blocks, "qformer": blocks}
+    found = {name: re.search(r"\.layers?\.(\d+)\.", name) for name in tensors}
     return config, {
         name: entry
         for name, entry in tensors.items()
@@ -49,12 +52,14 @@ def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes
         writer.add(name, tensor.to(DTYPES[dtype]).cpu())
         parameters += tensor.numel()
     writer.finish()
-    _write_processor(out, config)
+    write_processor(out, config)
     return parameters
 
 
-def _write_processor(out: Path, config: dict[str, Any]) -> None:
+def write_processor(out: Path, config: dict[str, Any]) -> None:
     """The demo's processor with this model's image size; its token ids are valid in any larger vocabulary."""
+    if "qformer_config" in config:
+        return write_blip2_processor(out, config)
     demo = MODELS["demo-llava"]
     for path in demo.iterdir():
         if path.suffix in (".json", ".jinja") and not path.name.startswith("model"):
@@ -70,6 +75,29 @@ def _write_processor(out: Path, config: dict[str, Any]) -> None:
     (out / "processor_config.json").write_text(json.dumps(processor))
     demo_config = json.loads((demo / "config.json").read_text())
     config = config | {"image_token_index": demo_config["image_token_index"]}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_blip2_processor(out: Path, config: dict[str, Any]) -> None:
+    """The demo's words with a BLIP-2 processor, and config.json with their image token."""
+    demo, side = MODELS["demo-llava"], config["vision_config"]["image_size"]
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(demo / name, out / name)
+    seen = json.loads((demo / "preprocessor_config.json").read_text())
+    pictures = {name: seen[name] for name in ("image_mean", "image_std", "do_rescale", "do_normalize", "resample")}
+    pictures |= {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}}
+    words = json.loads((demo / "tokenizer_config.json").read_text())
+    del words["image_token"]  # the processor adds it by itself, and trips over one that is there
+    marked = config["image_token_index"] is not None
+    texts = {
+        "preprocessor_config": pictures,
+        "processor_config": {"num_query_tokens": config["num_query_tokens"] if marked else None},
+        "tokenizer_config": words,
+    }
+    for file, content in texts.items():
+        (out / f"{file}.json").write_text(json.dumps(content | {"processor_class": "Blip2Processor"}))
+    if marked:
+        config = config | {"image_token_index": json.loads((demo / "config.json").read_text())["image_token_index"]}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 

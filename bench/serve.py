@@ -1,0 +1,265 @@
+"""How fast vLLM serves LLaVA-1.5-7B by each recipe: true shapes, random weights, 16 bits beside it in one run.
+
+    python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
+
+Every variant is an engine of its own, one after the other; the next one imports its libraries meanwhile. Measured:
+time to the first token and decode time a token of one client, then tokens and images a second of 1, 8 and 64 clients
+that each ask about an image of their own (576 + 64 tokens) for 128 tokens, and images a second when one token is
+wanted. The floor is the bytes that a decoded token reads (weights, cache) over the bandwidth of a copy on the card.
+`--smoke` is a try on a CPU: the demo model, few tokens.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.random_checkpoint import write_processor
+from exporter.demo import MODELS
+from exporter.device import Device
+from exporter.formats.compressed_tensors import quantization_config
+from exporter.plan import Plan, make_plan
+from exporter.recipe import Recipe
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+from exporter.targets import groups, kept_modules
+from tests.headers.read import load_header, write_sparse_shard
+
+HEADER = "llava-hf--llava-1.5-7b-hf"
+H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+CHILD = Path(__file__).with_name("serve_engine.py")
+TOKEN_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activations": "fp8"}
+INT8 = {"method": "rtn", "bits": 8, "group_size": "row", "activations": "int8"}
+W4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
+VIT_FP8, VIT_INT8 = FP8 | {"component": "vision"}, INT8 | {"component": "vision"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to serve. rules: of the recipe (none: 16 bits). change: of its config. engine: arguments of vLLM."""
+
+    rules: Sequence[Mapping[str, Any]] = ()
+    change: tuple[Callable[[dict[str, Any]], None], ...] = ()
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    head_bits: int = 16
+
+
+def fp8_activations(config: dict[str, Any]) -> None:
+    """4-bit weights with float8 activations: compressed-tensors W4A8, Cutlass kernels on Hopper."""
+    for group in config["config_groups"].values():
+        if group["weights"]["num_bits"] == 4:
+            group |= {"input_activations": TOKEN_FP8, "format": "pack-quantized"}
+
+
+def int8_activations(config: dict[str, Any]) -> None:
+    """4-bit weights with int8 activations: Humming kernels."""
+    for group in config["config_groups"].values():
+        if group["weights"]["num_bits"] == 4:
+            group |= {"input_activations": TOKEN_FP8 | {"type": "int"}, "format": "pack-quantized"}
+
+
+def head8(config: dict[str, Any]) -> None:
+    """An output head of 8 bits, weight only."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    group = {"targets": ["re:.*lm_head$"], "weights": weights | {"dynamic": False}, "format": "pack-quantized"}
+    config["config_groups"]["head"] = group | {"input_activations": None, "output_activations": None}
+    config["ignore"] = [name for name in config["ignore"] if not name.endswith("lm_head")]
+
+
+BF16, CACHE8 = {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}
+MARLIN = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
+VARIANTS = {
+    "16 bits": Variant(),
+    "w4-vit8": Variant([VIT8, W4]),
+    "w4a8fp8-vitfp8": Variant([VIT_FP8, W4], (fp8_activations,), BF16),
+    "fp8": Variant([VIT_FP8, FP8 | {"component": "language"}]),
+    "w4-vit8a8": Variant([VIT_INT8, W4]),
+    "w4-marlin": Variant([VIT8, W4], environment=MARLIN),
+    # second call
+    "w4a8fp8-head8": Variant([VIT_FP8, W4], (fp8_activations, head8), BF16, head_bits=8),
+    "w4a8fp8-cache8": Variant([VIT_FP8, W4], (fp8_activations,), BF16 | CACHE8),
+    "fp8-cache8": Variant([VIT_FP8, FP8 | {"component": "language"}], engine=CACHE8),
+    "w4-head8": Variant([VIT_INT8, W4], (head8,), head_bits=8),
+    "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
+    "w4a8int": Variant([VIT_INT8, W4], (int8_activations,)),
+}
+FIRST = tuple(VARIANTS)[:6]
+
+
+def plan_of(rules: Sequence[Mapping[str, Any]], folder: Path) -> Plan:
+    """The plan of a recipe with these rules for the checkpoint whose header lies in `folder`."""
+    data = load_recipe("llava-w4").model_dump() | {"quantize": [dict(rule) for rule in rules]}
+    checkpoint, family = open_source(str(folder), headers_only=True)
+    return make_plan(Recipe.model_validate(data), checkpoint, family, H100)
+
+
+def write_source(folder: Path, smoke: bool) -> dict[str, Any]:
+    """The checkpoint's header, for planning, and its processor; the demo model's own for a smoke run."""
+    if smoke:
+        shutil.copytree(MODELS["demo-llava"], folder)
+        return dict(json.loads((folder / "config.json").read_text()))
+    config, tensors = load_header(HEADER)
+    folder.mkdir(parents=True)
+    write_processor(folder, config)
+    write_sparse_shard(folder / "model.safetensors", tensors)
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def decode_bytes(plan: Plan, variant: Variant, config: Mapping[str, Any], context: int) -> int:
+    """Bytes that one decoded token reads: the language model's weights but the embeddings, and the cache."""
+    rows = [
+        row for row in plan.rows if row.tensor.name.startswith("language_model.") and "embed" not in row.tensor.name
+    ]
+    head = next(row.bytes_after for row in rows if row.module.endswith("lm_head"))
+    weights = sum(row.bytes_after for row in rows) - head * (16 - variant.head_bits) // 16
+    text = config["text_config"]
+    width = text.get("hidden_size", 4096) * text.get("num_hidden_layers", 32)
+    return int(weights + context * 2 * width * (1 if "kv_cache_dtype" in variant.engine else 2))
+
+
+def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options: argparse.Namespace) -> Path:
+    """The folder and the spec of one variant."""
+    variant, folder = VARIANTS[name], out / name.replace(" ", "-")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    plan = plan_of(variant.rules or [W4 | {"store": "dequantized"}], source)
+    if variant.rules:
+        found = quantization_config(groups(plan), kept_modules(plan))
+        for change in variant.change:
+            change(found)
+        if len({group.get("format", found["format"]) for group in found["config_groups"].values()}) > 1:
+            found["format"] = "mixed-precision"
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": found}, indent=1))
+    engine = {
+        "model": str(folder),
+        "load_format": "dummy",
+        "max_model_len": 512 if options.smoke else 1024,
+        "limit_mm_per_prompt": {"image": 1},
+        "enable_prefix_caching": False,
+        "mm_processor_cache_gb": 0,
+        "disable_log_stats": True,
+    }
+    sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+    engine |= {"enforce_eager": True, "max_num_seqs": 4} if options.smoke else sizes
+    spec = {
+        "engine": engine | variant.engine,
+        "out": str(folder / "result.json"),
+        "image_token": config["image_token_index"],
+        "side": config["vision_config"]["image_size"],
+        "images": 2 * max(options.clients),
+        "text_tokens": 63,
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "clients": options.clients,
+        "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2),
+    }
+    (folder / "spec.json").write_text(json.dumps(spec, indent=1))
+    return folder
+
+
+def start(folder: Path, python: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """A child that imports its libraries and then waits for a line."""
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (folder / "engine.log").open("w") as log:
+        return subprocess.Popen(
+            [*python, str(CHILD), str(folder / "spec.json")],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+            env={**os.environ, **quiet, **environment},
+            start_new_session=True,
+        )
+
+
+def finish(name: str, folder: Path, child: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
+    """Let a child measure; its result, or why there is none."""
+    try:
+        child.communicate("go\n", timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    with suppress(ProcessLookupError):  # an engine that outlived it would keep the card's memory
+        os.killpg(child.pid, signal.SIGKILL)
+    result, log = folder / "result.json", (folder / "engine.log").read_text(errors="replace")
+    if result.exists():
+        spec = json.loads((folder / "spec.json").read_text())
+        return {"name": name, **json.loads(result.read_text()), "decode_bytes": spec["decode_bytes"]}
+    errors = [line for line in log.splitlines() if "Error" in line]
+    return {"name": name, "error": (errors or log.splitlines()[-1:] or ["took too long"])[-1][-300:]}
+
+
+def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, Any] | None) -> str:
+    """One line of the table."""
+    if "error" in found:
+        return f"{found['name']:16} {found['error']}"
+    floor = f"{1000 * found['decode_bytes'] / bandwidth:5.2f}" if bandwidth else "    -"
+    names = [name for name in found if name.startswith("clients_")]
+    rates = " ".join(f"{found[name]['tokens_per_s']:7.0f}" for name in names)
+    images = " ".join(f"{found[name.replace('clients', 'prefill')]['images_per_s']:6.1f}" for name in names)
+    gains = ""
+    if first and "error" not in first:
+        last = names[-1]
+        gains = f"  {first['decode_ms'] / found['decode_ms']:.2f}x decode, "
+        gains += f"{found[last]['tokens_per_s'] / first[last]['tokens_per_s']:.2f}x tokens/s"
+    times = f"{found['first_token_ms']:7.1f} {found['decode_ms']:7.2f} {floor}"
+    seconds = f"({found['startup_s']:.0f}+{found['measured_s']:.0f} s)"
+    return f"{found['name']:16} {times} | {rates} | {images} |{gains} {seconds}"
+
+
+def measured_bandwidth(out: Path, python: Sequence[str]) -> float | None:
+    """Bytes a second of a copy on the card."""
+    spec, result = out / "bandwidth.json", out / "bandwidth-result.json"
+    spec.write_text(json.dumps({"only_bandwidth": True, "out": str(result)}))
+    subprocess.run([*python, str(CHILD), str(spec)], check=True, timeout=120)
+    found: float | None = json.loads(result.read_text())["bandwidth"]
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--python", default="python3", help="command of the interpreter that has vllm")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(FIRST))
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args()
+    end, python = time.monotonic() + options.seconds, shlex.split(options.python)
+    config = write_source(options.out / "source", options.smoke)
+    folders = {name: prepare(name, options.out, options.out / "source", config, options) for name in options.only}
+    speed = measured_bandwidth(options.out, python)
+    if speed:
+        print(f"a copy on the card: {speed / 1e12:.2f} TB/s")
+    clients = "/".join(map(str, options.clients))
+    print(f"{'variant':16} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | images/s, one token")
+    results: list[dict[str, Any]] = []
+    names = list(folders)
+    waiting = start(folders[names[0]], python, VARIANTS[names[0]].environment)
+    for i, name in enumerate(names):
+        child = waiting
+        if i + 1 < len(names):
+            waiting = start(folders[names[i + 1]], python, VARIANTS[names[i + 1]].environment)
+        results.append(finish(name, folders[name], child, end - time.monotonic()))
+        print(row(results[-1], speed, results[0]), flush=True)
+        (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
