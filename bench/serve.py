@@ -75,7 +75,7 @@ def head8(config: dict[str, Any]) -> None:
     """An output head of 8 bits, weight only."""
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
     group = {"targets": ["re:.*lm_head$"], "weights": weights | {"dynamic": False}, "format": "pack-quantized"}
-    config["config_groups"]["head"] = group | {"input_activations": None, "output_activations": None}
+    config["config_groups"]["group_head"] = group | {"input_activations": None, "output_activations": None}
     config["ignore"] = [name for name in config["ignore"] if not name.endswith("lm_head")]
 
 
