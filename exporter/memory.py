@@ -3,7 +3,7 @@
 The terms are those that `calibrate` really holds at once; docs/architecture.md compares them with measured peaks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from exporter.checkpoint import SHARD_BYTES, Checkpoint
@@ -41,9 +41,15 @@ class Memory:
 
 
 def predict_memory(
-    checkpoint: Checkpoint, family: Family, calibration: Calibration, statistics: Mapping[str, bool], device: Device
+    checkpoint: Checkpoint,
+    family: Family,
+    calibration: Calibration,
+    planned: Collection[str],
+    statistics: Mapping[str, bool],
+    device: Device,
 ) -> Memory:
-    """Peaks of calibrating the components named in `statistics`; the others need one block at a time.
+    """Peaks of quantizing the `planned` components: those named in `statistics` are calibrated, the others need one
+    block at a time.
 
     statistics: whether a method moves scales between the component's linears.
     """
@@ -51,30 +57,35 @@ def predict_memory(
     peaks = {"one block": 0}
     activations = 0
     for component in family.components:
+        if component.name not in planned:
+            continue
         phases = _phases(checkpoint, component)
-        block = _block_elements(checkpoint, component, 0) * itemsize
         codes = CODE_BYTES * sum(sum(sizes) for _, sizes in phases)
-        peaks["one block"] = max(peaks["one block"], block + codes + max(_quantize(0, sizes) for _, sizes in phases))
+        block = _block_elements(checkpoint, component, 0) * itemsize + codes
+        peaks["one block"] = max(peaks["one block"], block + max(_quantize(0, sizes) for _, sizes in phases))
         if component.name not in statistics:
             continue
         hidden, widest = phases[0][0], max(width for width, _ in phases)
         tokens = component.tokens(checkpoint.config)
-        kept = calibration.samples * tokens * hidden * itemsize
+        kept = calibration.samples * (tokens * hidden + component.context(checkpoint.config)) * itemsize
         batch = calibration.batch * tokens * (6 * hidden + 3 * widest) * itemsize
         solve = max(_quantize(width, sizes) for width, sizes in phases)
-        if statistics[component.name]:  # the block as it was, its codes without scales, every Hessian at once
-            squares = SQUARES_BYTES // 2 * sum(width * width for width, _ in phases)
-            search = max(SMOOTH_BYTES * max(sizes) + STACK_BYTES * sum(sizes) for _, sizes in phases)
-            solve = block + codes // 2 + max(solve, squares + search)
+        if statistics[component.name]:
+            solve = block - codes // 2 + max(solve, _smooth(phases))  # the block as it was, and codes without scales
         upstream = _upstream(checkpoint, family, component) * itemsize
-        peaks[f"{component.name}: statistics of one block"] = kept + block + codes + max(batch, solve)
+        peaks[f"{component.name}: statistics of one block"] = kept + block + max(batch, solve)
         peaks[f"{component.name}: upstream forward"] = kept + upstream + batch
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
-    on_device = peaks[largest]
     shard = min(SHARD_BYTES, sum(info.bytes for info in checkpoint.tensors.values()))
-    host = RUNTIME_BYTES + shard + (CUDA_BYTES if device.is_cuda else on_device)
-    return Memory(on_device, int(host), activations, largest)
+    host = RUNTIME_BYTES + shard + (CUDA_BYTES if device.is_cuda else peaks[largest])
+    return Memory(peaks[largest], int(host), activations, largest)
+
+
+def _smooth(phases: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Peak of a search for scales: every Hessian at once, and what a candidate makes of one linear."""
+    squares = SQUARES_BYTES // 2 * sum(width * width for width, _ in phases)
+    return squares + max(SMOOTH_BYTES * max(sizes) + STACK_BYTES * sum(sizes) for _, sizes in phases)
 
 
 def _quantize(width: int, sizes: Sequence[int]) -> int:

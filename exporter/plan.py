@@ -143,7 +143,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     units = _units(rows, family, checkpoint)
     chosen = [(row.component, METHODS[row.rule.method]) for row in rows if row.rule]
     statistics = dict(sorted((name, method.SMOOTHS) for name, method in chosen if method.Statistics))  # True comes last
-    memory = predict_memory(checkpoint, family, recipe.calibration, statistics, device)
+    planned = {name for name, _ in chosen}
+    memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
     warnings = _warnings(recipe, family, rows, memory, device)
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
 
@@ -210,6 +211,8 @@ def _linear_row(
     row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
         return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
+    if component.without_data and METHODS[rule.method].Statistics:
+        problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
         reason = f"values of few bits, stored in 16: {component.packable or 'the recipe asks for it'}"
@@ -219,6 +222,11 @@ def _linear_row(
     if component.packable:
         problems.append(
             f"component '{component.name}': {component.packable}; remove the rule or add `store: dequantized`"
+        )
+    if component.formats and format_name not in component.formats:
+        usable = ", ".join(component.formats)
+        problems.append(
+            f"component '{component.name}': vLLM loads it packed only in format {usable}, not {format_name}"
         )
     refused = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
     if refused:
@@ -241,7 +249,7 @@ def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:
     if tensor.name.endswith(".bias"):
         return "bias"
     if "embed" in tensor.name:
-        return "embedding"
+        return "embedding: no configuration makes vLLM load it packed"
     return "norm" if len(tensor.shape) == 1 else "not a linear that mmq quantizes"
 
 

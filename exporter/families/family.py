@@ -67,6 +67,8 @@ class Component:
     tokens, or all of them.
     fused: runtime module -> the linears the serving engine fuses into it; these must share one scheme.
     packable: None, or why the serving engine cannot load this component packed.
+    formats: the formats in which the serving engine loads it packed; None: all.
+    without_data: None, or why only methods that need no calibration data can quantize it.
     """
 
     name: str
@@ -85,6 +87,8 @@ class Component:
     smoothings: tuple[Smoothing, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packable: str | None = None
+    formats: tuple[str, ...] | None = None
+    without_data: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
