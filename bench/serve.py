@@ -143,7 +143,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         if len({group.get("format", found["format"]) for group in found["config_groups"].values()}) > 1:
             found["format"] = "mixed-precision"
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": found}, indent=1))
-    engine = {
+    engine: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
         "max_model_len": 512 if options.smoke else 1024,
@@ -155,7 +155,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
     engine |= {"enforce_eager": True, "max_num_seqs": 4} if options.smoke else sizes
     spec = {
-        "engine": engine | variant.engine,
+        "engine": engine | dict(variant.engine),
         "out": str(folder / "result.json"),
         "image_token": config["image_token_index"],
         "side": config["vision_config"]["image_size"],

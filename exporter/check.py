@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import REPORT, Artifact
+from exporter.artifact import MANIFEST, REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.errors import ServeError
@@ -265,10 +265,13 @@ def _said(compared: Compared, bound: float) -> str:
 
 
 def keep(folder: Path, checked: Checked) -> None:
-    """Put what a check found into the artifact's report, under `serving`."""
+    """Put what a check found into the artifact's report, and its verdict into the manifest, both under `serving`."""
     path = folder / REPORT
     report = read_json(path) if path.exists() else {}
     write_text(path, json.dumps({**report, "serving": as_plain(checked)}, indent=1, sort_keys=True) + "\n")
+    verdict = {"engine": f"vllm {checked.engine}", "build": checked.build, "passed": checked.passed}
+    manifest = read_json(folder / MANIFEST) | {"serving": verdict}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def as_plain(checked: Checked) -> dict[str, Any]:

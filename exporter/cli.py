@@ -21,7 +21,7 @@ from exporter.cli_options import (
 )
 from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
-from exporter.cli_serve import check, serve
+from exporter.cli_serve import check, need_program, serve, vllm_option
 from exporter.cli_study import study
 from exporter.data import places
 from exporter.errors import Interrupted
@@ -64,6 +64,8 @@ def cli() -> None:
 @click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
 @click.option("--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--serve-check", is_flag=True, help="Then prove its answers through vLLM, as `mmq check` does.")
+@vllm_option
 @click.option("--push", metavar="ORG/NAME", help="Publish it there, privately, once its gates have passed.")
 @click.option("--dry-run", is_flag=True, help="Only plan: the same as `mmq plan`.")
 @json_option
@@ -81,6 +83,8 @@ def export(
     eval_samples: int | None,
     skip_evaluation: bool,
     overwrite: bool,
+    serve_check: bool,
+    vllm: str | None,
     push: str | None,
     dry_run: bool,
     as_json: bool,
@@ -100,6 +104,8 @@ def export(
         return show_plan(chosen, device, every_tensor=False, as_json=as_json)
     if push:
         check_push(push, skip_evaluation)
+    if serve_check:
+        need_program(vllm, chosen)
     from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed
@@ -126,6 +132,9 @@ def export(
     say(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
         raise_if_failed(result.report, target)
+    if serve_check:
+        shared = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
+        click.get_current_context().invoke(check, **shared)
     if push:
         click.get_current_context().invoke(publish, artifact=target, repo=push, device=device, as_json=as_json)
 

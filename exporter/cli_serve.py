@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
-from exporter.errors import CheckFailed, Interrupted
+from exporter.errors import CheckFailed, Interrupted, ServeError
+from exporter.recipe import Recipe
 from exporter.runtime.vllm_engine import START_SECONDS
 
 vllm_option = click.option(
@@ -106,7 +107,7 @@ def check(
     """Start vLLM on an artifact and compare its log-probabilities with the dequantized weights in transformers.
 
     Also proves that the comparison would notice an error, and reads from vLLM's log which scheme every linear got.
-    The result goes into the artifact's mmq_report.json. Exit code 3 when it fails.
+    The result goes into the artifact's mmq_report.json, its verdict into the manifest. Exit code 3 when it fails.
 
     \b
     Examples:
@@ -143,6 +144,17 @@ def check(
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
         raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
+
+
+def need_program(vllm: str | None, recipe: Recipe) -> None:
+    """What `mmq export --serve-check` can know before hours of work: vLLM is there, and takes models of this family."""
+    from exporter.families import FAMILIES
+    from exporter.runtime.launch import find_program
+
+    find_program(vllm)
+    unserved = FAMILIES[recipe.model.family].unserved
+    if unserved:
+        raise ServeError(f"--serve-check: {unserved}", "leave it out")
 
 
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:

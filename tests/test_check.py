@@ -137,11 +137,14 @@ def test_a_control_that_shows_nothing_is_a_problem():
 
 def test_the_result_joins_the_report(tmp_path: Path):
     (tmp_path / "mmq_report.json").write_text('{"passed": true}')
+    (tmp_path / "mmq_manifest.json").write_text('{"family": "llava"}')
     keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.06, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)))
     report = json.loads((tmp_path / "mmq_report.json").read_text())
     assert report["passed"] is True
     assert report["serving"]["passed"] is False
     assert report["serving"]["problems"] == ["why"]
+    manifest = json.loads((tmp_path / "mmq_manifest.json").read_text())
+    assert manifest == {"family": "llava", "serving": {"engine": "vllm 0.32.0+cpu", "build": "cpu", "passed": False}}
 
 
 def test_pictures_are_sent_without_loss(folder: Path):
