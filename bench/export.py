@@ -1,8 +1,10 @@
 """Time and memory of a whole export at a real model's true shapes, on random weights.
 
     python -m bench.export --recipe llava-w4-vit8 --device cuda [--model FOLDER] [--json]
+    python -m bench.export --header Salesforce--blip2-opt-2.7b --recipe blip2-caption-w4 --device cuda [--json]
 
-Without --model a random LLaVA-1.5-7B is written first (14 GB). The export runs as its own process, through the same
+Without --model a random model of the header's shapes is written first (LLaVA-1.5-7B 14 GB, BLIP-2 OPT-2.7b 15 GB in
+float32, as on the hub). The export runs as its own process, through the same
 command that users run; its anonymous memory (what it holds beside the page cache) is sampled while it runs.
 """
 
@@ -17,7 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-HEADER = "llava-hf--llava-1.5-7b-hf"
+DEFAULTS = {  # header -> recipe
+    "llava-hf--llava-1.5-7b-hf": "llava-w4-vit8",
+    "Salesforce--blip2-opt-2.7b": "blip2-caption-w4",
+}
 
 
 def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
@@ -63,6 +68,7 @@ def run_export(model: Path, recipe: str, device: str, out: Path, more: list[str]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--header", choices=DEFAULTS, default=next(iter(DEFAULTS)))
     parser.add_argument("--recipe", action="append", default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--model", type=Path)
@@ -71,12 +77,13 @@ def main() -> None:
     arguments = parser.parse_args()
     more = ["--samples", str(arguments.samples)] if arguments.samples else []
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or Path(scratch) / "llava-1.5-7b-random"
+        model = arguments.model or Path(scratch) / f"{arguments.header}-random"
         if not arguments.model:
             device = "cuda" if arguments.device in ("auto", "cuda") and shutil.which("nvidia-smi") else "cpu"
-            command = [sys.executable, "-m", "bench.random_checkpoint", HEADER, str(model), "--device", device]
+            command = [sys.executable, "-m", "bench.random_checkpoint", arguments.header, str(model)]
+            command += ["--device", device]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        for i, recipe in enumerate(arguments.recipe or ["llava-w4-vit8"]):
+        for i, recipe in enumerate(arguments.recipe or [DEFAULTS[arguments.header]]):
             out = Path(scratch) / f"out{i}"
             found = run_export(model, recipe, arguments.device, out, more)
             shutil.rmtree(out)
