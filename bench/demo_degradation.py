@@ -1,14 +1,14 @@
-"""How the demo model degrades with bits: `python bench/demo_degradation.py --methods rtn,gptq --json out.json`.
+"""How a demo model degrades with bits: `python bench/demo_degradation.py --methods rtn,gptq --json out.json`.
 
 Every setting is one export (symmetric, one scale a row or 32 columns, calibrated on 128 samples of the train split),
 read back from its artifact. A figure is the share of exact greedy answers over test scenes and the embedded easy-VQA
-pictures.
+pictures, or of things found first.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,26 @@ import torch
 
 from exporter.artifact import Artifact
 from exporter.demo import MODELS
-from exporter.demo.score import Exam, by_kind, easy_exam, scene_exam, summary
+from exporter.demo.blip2_packing import BLIP2
+from exporter.demo.packing import LLAVA
+from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
+from exporter.demo.score_retrieval import exam, grade
 from exporter.device import choose
 from exporter.events import ignore
 from exporter.export import export
-from exporter.families.llava import live_name
+from exporter.families import Family
 from exporter.quantized import GroupSize
 from exporter.recipe import Recipe
+from exporter.source import open_source
+from exporter.stream import load_whole
 
-COMPONENTS = ("vision", "projector", "language")
-WHERE: dict[str, tuple[str, ...]] = {"vision": ("vision",), "language": ("language",), "all": COMPONENTS}
+ALL: dict[str, tuple[str, ...]] = {  # what "all" quantizes; each of them is quantized alone, too, but projectors
+    "llava": ("vision", "projector", "language"),
+    "blip2": ("vision", "qformer", "language"),
+    "blip2-itm": ("vision", "qformer"),
+}
+TALKS = {"llava": LLAVA, "blip2": BLIP2}
+Grade = Callable[[Any], dict[str, Any]]  # a model -> `summary` and `kinds`
 
 
 @dataclass(frozen=True)
@@ -39,39 +49,63 @@ class Setting:
     where: str
 
 
-def recipe(folder: Path, setting: Setting) -> Recipe:
+def recipe(folder: Path, family: Family, setting: Setting) -> Recipe:
     """The recipe that quantizes the components of `setting` and keeps the rest."""
-    named = WHERE[setting.where]
-    rule = {"method": setting.method, "bits": setting.bits, "group_size": setting.group}
-    rules = [{"component": name, **(rule if name in named else {"bits": 16})} for name in COMPONENTS]
+    named = ALL[family.name] if setting.where == "all" else (setting.where,)
+    rules = []
+    for part in family.components:
+        rule = {"method": setting.method, "bits": setting.bits, "group_size": setting.group}
+        rule |= {"store": "dequantized"} if part.packable else {}
+        rules.append({"component": part.name, **(rule if part.name in named else {"bits": 16})})
     return Recipe.model_validate(
         {
             "name": "demo-degradation",
             "summary": "one row of a table",
-            "model": {"repo": str(folder), "family": "llava"},
+            "model": {"repo": str(folder), "family": family.name},
             "quantize": rules,
+            "calibration": {"data": "demo", "tasks": list(family.tasks)},
+            "evaluation": {"data": "demo"},
             "gates": [],
             "evidence": [{"finding": "none", "figures": "none", "source": "bench/demo_degradation.py"}],
         }
     )
 
 
-def weights(folder: Path, setting: Setting) -> dict[str, torch.Tensor]:
-    """Every weight that a runtime would see, under its live name."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "artifact"
-        export(recipe(folder, setting), out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+def quantized(folder: Path, family: Family, setting: Setting, place: torch.device) -> Any:
+    """The model with every weight that a runtime would see."""
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "artifact"
+        made = recipe(folder, family, setting)
+        export(made, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
-        return {live_name(name): artifact.read(name) for name in artifact.names()}
+        return load_whole(
+            family, artifact.source_config(), artifact.names(), artifact.read, place, torch.float32
+        ).eval()
 
 
-def settings(methods: list[str], bits: list[int], groups: list[GroupSize]) -> Iterator[Setting]:
+def grader(family: Family, scenes: int, place: torch.device) -> Grade:
+    """What measures a model of the family on the first test scenes."""
+    if family.name not in TALKS:
+        pairs = exam("test", scenes, place)
+        return lambda model: {"summary": grade(model, pairs), "kinds": {}}
+    talk = TALKS[family.name]
+    exams = [scene_exam("test", 0, scenes, place, talk), easy_exam(place, talk)]
+
+    def answers(model: Any) -> dict[str, Any]:
+        kinds = by_kind(model, exams)
+        return {"summary": summary(kinds), "kinds": kinds}
+
+    return answers
+
+
+def settings(methods: list[str], bits: list[int], groups: list[GroupSize], parts: tuple[str, ...]) -> Iterator[Setting]:
     """Rows of the table, in its order; one component alone only at the first group size, and not at 8 bits."""
+    alone = [part for part in parts if part != "projector"]
     for method in methods:
         for width in bits:
             for group in groups:
                 whole = width == 8 or group != groups[0]
-                yield from (Setting(method, width, group, where) for where in (("all",) if whole else WHERE))
+                yield from (Setting(method, width, group, where) for where in [*([] if whole else alone), "all"])
 
 
 def line(row: dict[str, Any]) -> str:
@@ -80,20 +114,17 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['method']:<5} W{row['bits']:<2} {row['group']!s:>4} {row['where']:<9} {figures}"
 
 
-def measured(model: Any, exams: list[Exam], setting: Setting) -> dict[str, Any]:
+def measured(model: Any, figures: Grade, setting: Setting) -> dict[str, Any]:
     """A row: the setting and its figures."""
-    kinds = by_kind(model, exams)
-    row = {**asdict(setting), "summary": summary(kinds), "kinds": kinds}
+    row = {**asdict(setting), **figures(model)}
     print(line(row), flush=True)
     return row
 
 
 def main() -> None:
     """Command line."""
-    from transformers import LlavaForConditionalGeneration
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", type=Path, default=MODELS["demo-llava"])
+    parser.add_argument("--model", default="demo-llava", help=f"{', '.join(MODELS)} or a folder like theirs")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--methods", default="rtn,gptq")
     parser.add_argument("--bits", default="8,4,3,2")
@@ -101,14 +132,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where answers are made; quantization stays on the CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    place = torch.device(options.device)
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).to(place).eval()
-    exams = [scene_exam("test", 0, options.scenes, place), easy_exam(place)]
-    rows = [measured(model, exams, Setting("none", 16, "row", "all"))]
+    place, folder = torch.device(options.device), MODELS.get(options.model, Path(options.model))
+    checkpoint, family = open_source(str(folder), None)
+    names, figures = list(checkpoint.tensors), grader(family, options.scenes, place)
+    model = load_whole(family, checkpoint.config, names, checkpoint.read, place, torch.float32).eval()
+    rows = [measured(model, figures, Setting("none", 16, "row", "all"))]
     groups: list[GroupSize] = ["row" if g == "row" else int(g) for g in options.groups.split(",")]
-    for setting in settings(options.methods.split(","), [int(b) for b in options.bits.split(",")], groups):
-        model.load_state_dict(weights(options.model, setting))
-        rows.append(measured(model, exams, setting))
+    bits = [int(b) for b in options.bits.split(",")]
+    for setting in settings(options.methods.split(","), bits, groups, ALL[family.name]):
+        rows.append(measured(quantized(folder, family, setting, place), figures, setting))
     if options.json:
         options.json.write_text(json.dumps({"scenes": options.scenes, "rows": rows}, indent=1), encoding="utf-8")
 
