@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from exporter import card_serving
 from exporter.artifact import Artifact
@@ -18,7 +21,7 @@ from exporter.check import refuse_unservable
 from exporter.checkpoint import Checkpoint
 from exporter.demo.data import samples
 from exporter.device import Device, choose
-from exporter.errors import PlanError, ServeError
+from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
 from exporter.export import export
 from exporter.facts import read_place
@@ -375,3 +378,25 @@ def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path]
     said = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
     assert "Blip2ForImageTextRetrieval.from_pretrained(" in said
     assert "vllm serve" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_model.embeddings.position_embedding",
+        "query_tokens",
+        "qformer.encoder.layer.2.crossattention.attention.key.weight",
+        "qformer.encoder.layer.0.output_query.LayerNorm.bias",
+        "language_projection.weight",
+        "language_model.model.decoder.final_layer_norm.weight",
+    ],
+)
+def test_a_nan_is_named_wherever_it_is(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models["blip2"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*not finite"):
+        quick_export(recipe_for(BLIP2, folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
