@@ -1,0 +1,90 @@
+"""llm-compressor's GPTQ on a LLaVA's language model; started by `bench/quantize.py` with another Python.
+
+    python bench/quantize_peer.py MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
+
+INPUTS holds batches as `NUMBER.name`. Samples are given one by one and without their padding, which llm-compressor
+would count in its statistics. OUT gets every quantized weight as the runtime would see it, by its name in the live
+model. The last line of the output is JSON.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+
+def samples(file: str) -> list[dict[str, Any]]:
+    """Batches of one, padding cut off."""
+    from safetensors.torch import load_file
+
+    batches: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(file).items():
+        number, _, name = key.partition(".")
+        batches.setdefault(int(number), {})[name] = tensor
+    found = []
+    for _, batch in sorted(batches.items()):
+        for i, mask in enumerate(batch["attention_mask"]):
+            length = int(mask.sum())
+            row = {name: tensor[i : i + 1] for name, tensor in batch.items()}
+            found.append({name: t[:, :length] if t.shape[1:] == mask.shape else t for name, t in row.items()})
+    return found
+
+
+def host_peak() -> int:
+    """Peak resident memory without the file pages that are resident now, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.endswith("kB")}
+    return values["VmHWM"] - values["RssFile"]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("inputs")
+    parser.add_argument("out")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--observer", default="memoryless_minmax")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    dtype = torch.float16 if options.device == "cuda" else torch.float32
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=dtype)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
+    weights |= {"observer": options.observer, "actorder": "static"}
+    targets = ["re:.*language_model.*(proj)$"]
+    recipe = GPTQModifier(
+        config_groups={"language": {"targets": targets, "weights": weights}}, dampening_frac=0.01, block_size=128
+    )
+    data: Any = samples(options.inputs)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(options.model),
+        dataset=torch.utils.data.DataLoader(data, batch_size=None),
+        recipe=recipe,
+        num_calibration_samples=len(data),
+        sequential_targets=["LlamaDecoderLayer"],
+    )
+    seconds = time.perf_counter() - start
+    device = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "weight_scale")}
+    save_file({name: module.weight.detach().cpu().contiguous() for name, module in quantized.items()}, options.out)
+    gib = 2**30
+    print(json.dumps({"seconds": seconds, "device_gib": device / gib, "host_gib": host_peak() / gib}))
+
+
+if __name__ == "__main__":
+    main()
