@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from exporter.cli_allocate import allocate
 from exporter.cli_data import datasets, score
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import (
@@ -240,3 +241,4 @@ cli.add_command(diff)
 cli.add_command(datasets)
 cli.add_command(score)
 cli.add_command(study)
+cli.add_command(allocate)

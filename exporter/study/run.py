@@ -14,11 +14,10 @@ from exporter.export import training_samples
 from exporter.recipe import Rule
 from exporter.study.grid import Point
 from exporter.study.pool import Pool
-from exporter.study.records import FILE, Measured, Records, as_csv
+from exporter.study.records import Measured, Records, as_csv
 from exporter.study.units import StudyUnit, units_of
 from exporter.study.work import Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
 
-TABLE = "study.csv"
 Listener = Callable[[Event], None]
 
 
@@ -62,7 +61,7 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     model = opened(setup)
     source = model.checkpoint.digest()
     jobs = [_job(setup, model, point, source, exam, calibration) for point in points]
-    with Records(setup.folder / FILE) as records:
+    with Records(setup.folder / f"{setup.table}.sqlite") as records:
         before = records.all()
         todo = [job for job in jobs if job.id not in before]
         laps = {"plan": time.monotonic() - begun}
@@ -72,7 +71,7 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
         after = records.all()
     spent = Spent.since((begun, cpu), None)
     used[spent.process] = spent.cpu_seconds  # this process, with what it did itself
-    write_text(setup.folder / TABLE, as_csv(list(after.values())))
+    write_text(setup.folder / f"{setup.table}.csv", as_csv(list(after.values())))
     found = tuple(replace(after[job.id], about=_about(setup, job.point)) for job in jobs)
     named = [unit.key for job in jobs for unit in job.units]
     return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()))

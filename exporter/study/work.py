@@ -40,7 +40,7 @@ class Setup:
 
     recipe: JSON of the recipe whose model, data and format are used (its rules are not). places: data instead of the
     recipe's. split, samples: what is scored on, of each task. how: `forced` scores by one pass over references,
-    `generated` by the tasks' own metrics on answers.
+    `generated` by the tasks' own metrics on answers. table: name of the files that results are kept in.
     """
 
     folder: Path
@@ -52,6 +52,7 @@ class Setup:
     device: str = "auto"
     how: How = "forced"
     sequential: bool = False
+    table: str = "study"
 
 
 @dataclass(frozen=True)

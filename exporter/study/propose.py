@@ -1,0 +1,165 @@
+"""From a choice of bits to a recipe with its evidence: the choice is exported and measured like any recipe."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exporter import data
+from exporter.artifact import MANIFEST, REPORT
+from exporter.checkpoint import make_folder, read_json, write_text
+from exporter.device import Device
+from exporter.errors import RecipeError
+from exporter.events import Event
+from exporter.export import export, with_data_it_knows
+from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
+from exporter.recipe_file import load_recipe
+from exporter.study.allocate import Allocation, Place, rules_of
+from exporter.tasks import TASKS
+
+MARGIN = 0.01  # what a recipe's gates allow beyond the drop that was measured, when the user gave no limit
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A recipe exported and measured. drop: mean over the gates' metrics of the share of the full score that was lost.
+
+    report: the evaluation as plain data.
+    """
+
+    name: str
+    bytes: int
+    bits_per_weight: float
+    drop: float
+    worst: float
+    report: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """For tables and `--json`: size, drop, and each metric before and after with its interval."""
+        measures = [m for m in self.report["measures"] if _first(m["task"]) == m["metric"]]
+        return {
+            "recipe": self.name,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "drop": self.drop,
+            "worst_drop": self.worst,
+            "metrics": {f"{m['task']} {m['metric']}": m["difference"] for m in measures},
+        }
+
+
+def _first(task: str) -> str:
+    return TASKS[task].METRICS[0]
+
+
+def recipe_of(
+    base: Recipe, name: str, places: Sequence[Place], chosen: Allocation, tasks: Sequence[str], max_drop: float
+) -> Recipe:
+    """The recipe of a choice, with gates on each task's first metric and no evidence yet."""
+    rules = rules_of(places, chosen.options)
+    if not rules:
+        raise RecipeError("the choice keeps everything at 16 bits", "lower --max-size, or raise --max-drop")
+    gates = tuple(Gate(task=task, metric=_first(task), max_drop=max_drop) for task in tasks)
+    return base.model_copy(
+        update={
+            "name": name,
+            "summary": f"{summary(rules)}; bits chosen by mmq allocate",
+            "quantize": rules,
+            "gates": gates,
+        }
+    )
+
+
+def summary(rules: Sequence[Rule]) -> str:
+    """Which bits each component has."""
+    bits: dict[str, list[int]] = {}
+    for rule in rules:
+        bits.setdefault(rule.component, []).append(rule.bits)
+    spans = [
+        f"{name} {min(found)}" + (f" to {max(found)}" if min(found) < max(found) else "")
+        for name, found in bits.items()
+    ]
+    return ", ".join(spans) + " bits"
+
+
+def confirm(
+    recipe: Recipe,
+    folder: Path,
+    device: Device,
+    sources: Sequence[data.Place],
+    samples: int,
+    on_event: Callable[[Event], None],
+) -> Confirmed:
+    """Export a recipe into a folder named by its content and measure real answers; done before, it is only read."""
+    recipe = with_data_it_knows(recipe.model_copy(update={"evaluation": Evaluation(samples=samples)}))
+    out = folder / f"{recipe.name}-{recipe.digest()[:12]}"
+    make_folder(folder)
+    if not (out / REPORT).exists():
+        export(recipe, out=out, device=device, on_event=on_event, sources=sources, overwrite=out.exists())
+    return read_confirmed(recipe.name, out)
+
+
+def read_confirmed(name: str, out: Path) -> Confirmed:
+    """What an exported and measured artifact shows."""
+    report, manifest = read_json(out / REPORT), read_json(out / MANIFEST)
+    drops = [
+        m["difference"]["drop"] / m["difference"]["before"]
+        for m in report["measures"]
+        if m["metric"] == _first(m["task"]) and m["difference"]["before"] > 0
+    ]
+    worst = max(drops, default=math.nan)
+    mean = sum(drops) / len(drops) if drops else math.nan
+    return Confirmed(name, manifest["bytes"]["after"], manifest["bits_per_weight"], mean, worst, report)
+
+
+def comparable(name: str, base: Recipe) -> Recipe:
+    """A hand-written recipe with the model, data and gates of `base`, so that only its rules differ."""
+    other = load_recipe(name)
+    if other.model.family != base.model.family:
+        raise RecipeError(f"recipe '{name}' is for family {other.model.family}, not {base.model.family}")
+    return base.model_copy(update={"name": other.name, "summary": other.summary, "quantize": other.quantize})
+
+
+def with_evidence(
+    recipe: Recipe, found: Confirmed | None, predicted: float, measured: float, max_drop: float | None
+) -> Recipe:
+    """The recipe with what was measured of it. found: its real tasks, None when they were not measured.
+
+    Gates allow `max_drop`; without one the measured drop and a margin, or the margin alone when nothing was measured.
+    """
+    worst = max(found.worst, 0) if found else 0.0
+    allowed = max_drop if max_drop is not None else math.ceil(100 * (worst + MARGIN)) / 100
+    choice = Evidence(
+        finding="No other choice of these schemes of this size has a smaller sum of measured divergences.",
+        figures=f"KL a token: sum {predicted:.5f}, measured together {measured:.5f}",
+        source=f"mmq allocate on {recipe.model.repo}; every scheme alone in every place",
+    )
+    gates = tuple(gate.model_copy(update={"max_drop": allowed}) for gate in recipe.gates)
+    return recipe.model_copy(update={"gates": gates, "evidence": (choice, _proof(found))})
+
+
+def _proof(found: Confirmed | None) -> Evidence:
+    """What real tasks say."""
+    if found is None:
+        return Evidence(finding="Not proven by real tasks.", figures="none", source="mmq allocate --no-proof")
+    lines = []
+    for name, difference in found.row()["metrics"].items():
+        before, after = difference["before"], difference["after"]
+        lost, low, high = (difference[key] / before for key in ("drop", "low", "high"))
+        lines.append(f"{name} {before:.4f} -> {after:.4f} (drop {lost:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+    samples = found.report["measures"][0]["samples"]
+    size = f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits a weight"
+    return Evidence(
+        finding="Real tasks confirm it.",
+        figures=f"{size}; {'; '.join(lines)}; {samples} samples of each task",
+        source="mmq export and evaluate, run by mmq allocate",
+    )
+
+
+def write_recipe(recipe: Recipe, path: Path, command: str) -> None:
+    """The recipe as a YAML file that `load_recipe` reads, without defaults; its first lines say how it came about."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    write_text(path, f"# {recipe.summary}.\n#   {command}\n#   mmq export --recipe {path}\n{text}")

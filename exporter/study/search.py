@@ -1,0 +1,207 @@
+"""The whole allocation on one page: sensitivities, the front, the choice, and its proof by real tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from exporter import data
+from exporter.errors import PlanError
+from exporter.events import Event
+from exporter.quantized import GroupSize
+from exporter.recipe import Recipe
+from exporter.study import propose
+from exporter.study.allocate import POINTS, Allocation, Place, front, rules_of, solve
+from exporter.study.grid import Point
+from exporter.study.pool import Pool
+from exporter.study.propose import Confirmed
+from exporter.study.records import Measured
+from exporter.study.run import Listener, run
+from exporter.study.sensitivity import TABLE, Per, measure, rules, table, without_extras
+from exporter.study.work import Setup, exam_samples, opened
+
+FRONT_SAMPLES = 4  # choices are scored on so many times the samples that sensitivities are measured on
+TRIES = 4  # choices that are confirmed one after the other until one loses no more than is allowed
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a size or a drop (a share of the full score), and what may be chosen from.
+
+    names: components, all that can be packed when empty. plain: only kernels of a plain engine; unserved: also schemes
+    that no engine runs. against: recipes to compare with. samples: of each task, for the proof. points: sizes of
+    the front.
+    """
+
+    max_size: int | None
+    max_drop: float | None
+    bits: tuple[int, ...]
+    groups: tuple[GroupSize, ...]
+    method: str
+    symmetric: bool
+    per: Per
+    names: tuple[str, ...] = ()
+    plain: bool = False
+    unserved: bool = False
+    against: tuple[str, ...] = ()
+    samples: int = 500
+    points: int = POINTS
+    name: str = "allocated"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One choice or recipe scored without generating, on samples that neither calibration nor the proof uses.
+
+    predicted: the sum of divergences, None for hand-written recipes. drop: share of the full model's score.
+    """
+
+    name: str
+    measured: Measured
+    predicted: float | None
+    drop: float
+
+    def row(self) -> dict[str, Any]:
+        """For tables, pictures and `--json`."""
+        one = self.measured
+        plain = {"name": self.name, "bytes": one.bytes, "bits_per_weight": one.bits_per_weight, "drop": self.drop}
+        return {**plain, "score": one.scores["score"], "kl": one.scores["kl"], "predicted_kl": self.predicted}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The recipe with its evidence, and everything it rests on.
+
+    sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken.
+    confirmed: its real tasks; against: those of the recipes it was compared with.
+    """
+
+    recipe: Recipe
+    sensitivity: dict[str, dict[str, float]]
+    front: tuple[Tried, ...]
+    winner: Tried
+    written: tuple[Tried, ...]
+    confirmed: Confirmed | None
+    against: tuple[Confirmed, ...]
+    seconds: dict[str, float]
+    cpu_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "winner": self.winner.row(),
+            "confirmed": self.confirmed.row() if self.confirmed else None,
+            "against": [one.row() for one in self.against],
+            "front": [one.row() for one in self.front],
+            "written": [one.row() for one in self.written],
+            "sensitivity": self.sensitivity,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
+
+
+def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, prove: bool = True) -> Found:
+    """Choose bits, and measure the choice. PlanError when nothing is small enough, or nothing loses little enough."""
+    model = opened(setup)
+    form = model.recipe.format
+    schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, form)
+    schemes = without_extras(schemes, form) if request.plain else schemes
+    written = [(name, propose.comparable(name, model.recipe)) for name in request.against]
+    places, full, measured = measure(setup, request.per, request.names, schemes, pool, on_event)
+    choices = [choice for choice in front(places, full, request.points) if choice.bytes < full]
+    if request.max_size is not None:
+        choices.append(solve(places, full, request.max_size))
+    tried, hand = _score(setup, places, choices, written, pool, on_event)
+    recipes = [_recipe(setup, request, places, choice) for choice in choices]
+    winner, confirmed = _choose(setup, request, tried, recipes, on_event, prove)
+    recipe = recipes[tried.index(winner)]
+    kl = winner.measured.scores["kl"]
+    recipe = propose.with_evidence(recipe, confirmed, winner.predicted or 0.0, kl, request.max_drop)
+    rivals = [_confirm(setup, other, request.samples, on_event) for _, other in written if prove]
+    return Found(
+        recipe=recipe,
+        sensitivity=table(measured.found[1:]),
+        front=tuple(sorted(tried, key=lambda one: one.measured.bytes)),
+        winner=winner,
+        written=hand,
+        confirmed=confirmed,
+        against=tuple(rivals),
+        seconds=dict(measured.seconds),
+        cpu_seconds=measured.cpu_seconds,
+    )
+
+
+def _recipe(setup: Setup, request: Request, places: Sequence[Place], choice: Allocation) -> Recipe:
+    """A choice as a recipe, with gates on the tasks that the data has."""
+    allowed = 0.99 if request.max_drop is None else request.max_drop
+    return propose.recipe_of(opened(setup).recipe, request.name, places, choice, list(exam_samples(setup)), allowed)
+
+
+def _choose(
+    setup: Setup,
+    request: Request,
+    tried: Sequence[Tried],
+    recipes: Sequence[Recipe],
+    on_event: Listener,
+    prove: bool,
+) -> tuple[Tried, Confirmed | None]:
+    """The choice that is taken; with `prove`, the first one whose real tasks keep to the limit."""
+    for one in _candidates(request, tried):
+        if not prove:
+            return one, None
+        found = _confirm(setup, recipes[tried.index(one)], request.samples, on_event)
+        if request.max_drop is None or found.worst <= request.max_drop:
+            return one, found
+        on_event(Event("note", 0, 0, f"{one.name}: {found.worst:.1%} lost on real tasks; a larger one is tried"))
+    raise PlanError(
+        f"none of the choices that were tried loses at most {request.max_drop or 0:.1%} on real tasks",
+        "allow more by --max-drop, or measure on more --eval-samples: small drops need many",
+    )
+
+
+def _score(
+    setup: Setup,
+    places: Sequence[Place],
+    choices: Sequence[Allocation],
+    written: Sequence[tuple[str, Recipe]],
+    pool: Pool,
+    on_event: Listener,
+) -> tuple[list[Tried], tuple[Tried, ...]]:
+    """All choices and recipes on the validation split; the full model's score is what drops are shares of.
+
+    Inputs rounded to 8 bits are left out here; the proof has them.
+    """
+    rules = [(), *(rules_of(places, choice.options) for choice in choices), *(recipe.quantize for _, recipe in written)]
+    names = ["full", *(f"choice {i + 1}" for i in range(len(choices))), *(name for name, _ in written)]
+    points = [
+        Point(tuple(rule.model_copy(update={"activations": None}) for rule in found), (("name", name),))
+        for name, found in zip(names, rules, strict=True)
+    ]
+    wide = replace(setup, split="validation", table=f"{TABLE}-front", samples=FRONT_SAMPLES * setup.samples)
+    outcome = run(wide, points, pool, on_event)
+    full = outcome.found[0].scores["score"]
+    predicted = [None, *(choice.cost for choice in choices), *(None for _ in written)]
+    tried = [
+        Tried(name, one, cost, 1 - one.scores["score"] / max(full, 1e-12))
+        for name, one, cost in zip(names, outcome.found, predicted, strict=True)
+    ]
+    return tried[1 : 1 + len(choices)], tuple(tried[1 + len(choices) :])
+
+
+def _candidates(request: Request, tried: Sequence[Tried]) -> list[Tried]:
+    """The choice for the size; for a drop, the smallest ones that seem to keep to it (PlanError when none does)."""
+    if request.max_drop is None:
+        return [tried[-1]]
+    by_size = sorted((one for one in tried if one.predicted), key=lambda one: one.measured.bytes)
+    good = [i for i, one in enumerate(by_size) if one.drop <= request.max_drop]
+    if not good:
+        raise PlanError(
+            f"no choice of these schemes loses at most {request.max_drop:.1%}", "allow more by --max-drop, or more bits"
+        )
+    return by_size[good[0] : good[0] + TRIES]
+
+
+def _confirm(setup: Setup, recipe: Recipe, samples: int, on_event: Listener) -> Confirmed:
+    sources: tuple[data.Place, ...] = setup.places
+    device = opened(setup).device
+    return propose.confirm(recipe, setup.folder / "confirmed", device, sources, samples, on_event)
