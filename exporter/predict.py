@@ -10,6 +10,7 @@ from torch import Tensor
 from exporter.events import Event, ignore
 from exporter.families import Family
 from exporter.retrieve import ranked
+from exporter.tasks.retrieval import prepare
 from exporter.tasks.sample import Sample, task_of
 
 Inputs = dict[str, Tensor]
@@ -19,8 +20,10 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     """The text that the processor turns into tokens: the prompt, and with `reply` the whole conversation to its end.
 
     The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
-    LLaVA's conversations, and ends as the family's replies do.
+    LLaVA's conversations, and ends as the family's replies do; for retrieval it is the text that is searched for.
     """
+    if reply is not None and "retrieval" in family.tasks:
+        reply = prepare(reply)
     text = family.text(sample.question)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]

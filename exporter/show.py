@@ -159,6 +159,7 @@ def export_page(result: Export) -> RenderableType:
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     device = f", device {memory(result.device_peak)}" if result.device_peak else ""
     serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
+    serve = result.plan.family.unserved or serve
     failed = result.report is not None and not result.report.passed
     return Group(
         plan_table(result.plan),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import card_serving
@@ -27,7 +28,7 @@ from exporter.export import export
 from exporter.facts import read_place
 from exporter.families import FAMILIES, Family
 from exporter.plan import Plan, engine_linears, make_plan
-from exporter.predict import Predictor, _reply_end, prompt_inputs
+from exporter.predict import Predictor, _reply_end, prompt_inputs, render
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.serve_lint import pattern_problems
@@ -35,7 +36,7 @@ from exporter.show import plan_notes
 from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
-from exporter.tasks.sample import task_of
+from exporter.tasks.sample import Sample, task_of
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_models import write_tiny
 
@@ -310,6 +311,13 @@ def test_replies_end_as_the_family_does(models: dict[str, Path]) -> None:
     assert _reply_end(Words(), ITM) == ("", [2])
     demo = load_processor(models["blip2"]).tokenizer
     assert _reply_end(demo, BLIP2) == ("</s>", [demo.eos_token_id])
+
+
+def test_texts_to_calibrate_retrieval_on_are_those_that_are_searched_for(models: dict[str, Path]) -> None:
+    caption = Sample("1", lambda: Image.new("RGB", (8, 8)), None, ("A large Cross.",))
+    processor = load_processor(models["blip2-itm"])
+    assert render(processor, ITM, caption, caption.references[0]) == "a large cross"
+    assert render(processor, BLIP2, caption, caption.references[0]) == "A large Cross.</s>"
 
 
 def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:
