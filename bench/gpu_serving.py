@@ -1,29 +1,43 @@
-"""Every format and scheme that mmq writes, served by a real vLLM on one GPU and checked, in a few minutes.
+"""Every format and scheme that mmq writes, served by a real vLLM on one GPU and checked, in two minutes of its time.
 
-    python -m bench.gpu_serving OUT [--vllm "env PYTHONPATH=/site python3 -m vllm.entrypoints.cli.main"] [--only NAME]
+    python -m bench.gpu_serving prepare FOLDER      exports, doubled copies and questions, on any machine
+    python bench/gpu_replies.py FOLDER NAME ...    on the GPU: answers, one process for some cases
+    python -m bench.gpu_serving compare FOLDER      beside the reference, on any machine
 
-Exports the embedded model by every case below and runs `mmq check` on each, several at a time on the one GPU, each
-with its own processes, log folder and time limit. Prints one line a case; OUT/results.json has everything.
-On a CPU (`--device cpu --jobs 1`) the cases without a kernel there are refused, which is what the table then says.
+The same comparison as `mmq check`, cut in three so that the GPU's time goes into engines alone. Instead of the
+engine's log, its model says which scheme and kernel every linear has.
 """
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
-import sys
-import time
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.artifact import Artifact
+from exporter.backends import load_processor
+from exporter.check import Doubled, Session, judge, png, scheme_problems
+from exporter.cli_serve import questions
+from exporter.device import choose
+from exporter.export import export
+from exporter.perturb import double_scales, first_packed
+from exporter.predict import prompt_inputs
+from exporter.recipe import Recipe
+from exporter.reference import Distance
+from exporter.runtime.launch import Program
+from exporter.runtime.vllm_engine import Reply
+from exporter.tasks.sample import Sample, task_of
+
+QUESTIONS = 16
 VISION8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 VISION8A8 = VISION8 | {"activations": "int8"}
 FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activations": "fp8"}
 LANGUAGE4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
+HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Case:
 
     rules: Sequence[Mapping[str, Any]]
     format: str = "compressed_tensors"
+    model: str = "demo-llava"
 
 
 CASES = {  # the most telling first, should the time run out
@@ -43,6 +58,7 @@ CASES = {  # the most telling first, should the time run out
     "awq": Case([LANGUAGE4 | {"method": "awq", "symmetric": False}], "awq"),
     "16-bit": Case([LANGUAGE4 | {"store": "dequantized"}]),
     "w4-asym": Case([LANGUAGE4 | {"symmetric": False}]),
+    "w4-head8": Case([VISION8A8, LANGUAGE4, HEAD8]),
     "w8": Case([VISION8, VISION8 | {"component": "language", "group_size": 128}]),
     "w8a8": Case([VISION8A8, VISION8A8 | {"component": "language"}]),
     "w4-vit-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4]),
@@ -52,137 +68,133 @@ CASES = {  # the most telling first, should the time run out
 }
 
 
-HEAD = (
-    f"{'case':10} {'verdict':9} {'engine':15} {'16-bit floor':15} {'doubled':15} {'doubled on both':15} (largest/mean)"
-)
-
-
-def recipe(case: Case) -> dict[str, Any]:
-    """The recipe of a case, as `mmq` reads it (JSON is YAML)."""
-    return {
+def recipe(name: str) -> Recipe:
+    """The recipe of a case."""
+    case = CASES[name]
+    data = {
+        "name": name,
         "summary": "a case of bench/gpu_serving.py",
-        "model": {"repo": "demo-llava", "family": "llava"},
+        "model": {"repo": case.model, "family": case.model.removeprefix("demo-")},
         "quantize": [dict(rule) for rule in case.rules],
         "calibration": {"data": "demo", "tasks": ["captioning", "vqa"], "samples": 16, "batch": 8, "seed": 0},
         "format": case.format,
         "evidence": [{"finding": "a case of a bench", "figures": "its table", "source": "bench/gpu_serving.py"}],
         "gates": [],
     }
+    return Recipe.model_validate(data)
 
 
-def call(command: Sequence[str], log: Path, seconds: float) -> tuple[int, str]:
-    """Exit code (124: it took too long) and output of a command; what it says on stderr goes to `log`."""
-    with log.open("wb") as said:
-        if seconds <= 0:
-            return 124, ""
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
-        try:
-            output, _ = process.communicate(timeout=seconds)
-            return process.returncode, output.decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            process.terminate()  # mmq ends the engine; were it killed, the kernel ends the engine
-            try:
-                process.communicate(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-            return 124, ""
+def prepare(folder: Path, name: str) -> str:
+    """The artifact of a case, its doubled copy, and the questions as token ids and pictures."""
+    out = folder / name / "artifact"
+    export(recipe(name), out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
+    artifact = Artifact.open(out)
+    component = first_packed(artifact)
+    if component:
+        double_scales(artifact, out, component, folder / name / "doubled")
+        for path in (folder / name / "doubled").iterdir():
+            if path.is_symlink():  # the folder is carried to another machine
+                target = path.resolve().read_bytes()
+                path.unlink()
+                path.write_bytes(target)
+    processor, asked = load_processor(out), []
+    for sample in questions(out, (), QUESTIONS):
+        longest = artifact.family.max_new_tokens[task_of(sample)]
+        asked.append({"ids": ids_of(artifact, processor, sample), "png": picture(sample), "longest": longest})
+    (folder / name / "questions.json").write_text(json.dumps(asked))
+    return name
 
 
-def run_case(name: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Export and check one case; what went wrong is said in the result, never raised."""
-    folder = out / name
-    folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(json.dumps(recipe(CASES[name])))
-    artifact, begun = folder / f"demo-llava-{name}", time.monotonic()
-    mmq = [sys.executable, "-m", "exporter"]
-    export = [*mmq, "export", "--recipe", str(folder / "recipe.yaml"), "--out", str(artifact), "--device", "cpu"]
-    code, said = call([*export, "--skip-evaluation", "--json"], folder / "export.log", options.deadline - begun)
-    result = {"case": name, "logs": str(folder), "export_s": round(time.monotonic() - begun, 1)}
-    if code:
-        return result | {"verdict": "no export", "why": reason(said, folder / "export.log")}
-    check = [*mmq, "check", str(artifact), "--json", "--questions", str(options.questions), "--device", options.device]
-    check += ["--vllm", options.vllm] if options.vllm else []
-    check += ["--logs", str(folder), "--", *options.flags]
-    left = min(options.seconds, options.deadline - time.monotonic())
-    code, said = call(check, folder / "check.log", left)
-    result["check_s"] = round(time.monotonic() - begun - result["export_s"], 1)
-    found = first_line(said)
-    if "compared" not in found:
-        why = reason(said, folder / "check.log")
-        verdict = "refused" if "cannot serve this artifact" in why else "too slow" if code == 124 else "failed"
-        return result | {"verdict": verdict, "why": why}
-    why = "; ".join(found["problems"])
-    return result | {"verdict": "passed" if code == 0 else "differs", "why": why, "checked": found}
+def picture(sample: Sample) -> str:
+    """The picture as base64 text."""
+    return b64encode(png(sample)).decode()
 
 
-def first_line(said: str) -> dict[str, Any]:
-    """The result that a command of mmq printed; empty when it printed none."""
-    try:
-        return dict(json.loads(said.splitlines()[0]))
-    except (IndexError, ValueError):
-        return {}
+def ids_of(artifact: Artifact, processor: Any, sample: Sample) -> list[int]:
+    """The prompt's ids as vLLM takes them: one id for the picture, or none where it puts them itself (BLIP-2)."""
+    config = artifact.checkpoint.config
+    image = config.get("image_token_index", config.get("image_token_id"))
+    ids = prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist()
+    first = ids.index(image) if image in ids else 0
+    kept = [image] if artifact.family.name == "llava" else []
+    return [*ids[:first], *kept, *(token for token in ids[first:] if token != image)]
 
 
-def reason(said: str, log: Path) -> str:
-    """Why a command ended without a result: its error, else the end of what it said on stderr."""
-    error = first_line(said).get("error") or "".join(log.read_text(errors="replace").splitlines()[-3:])
-    return " ".join(str(error).split()) or "nothing said"
+def read_replies(found: Mapping[str, Any]) -> list[Reply]:
+    """Replies of `gpu_replies.py`."""
+    return [
+        Reply(
+            reply["text"],
+            tuple(reply["prompt"]),
+            tuple(reply["tokens"]),
+            tuple(reply["logprobs"]),
+            tuple({int(token): value for token, value in step.items()} for step in reply["top"]),
+        )
+        for reply in found["replies"]
+    ]
 
 
-def row(result: Mapping[str, Any]) -> str:
-    """One line of the table."""
-    checked = result.get("checked")
-    head = f"{result['case']:10} {result['verdict']:9}"
-    if not checked or not checked["compared"]:
-        return f"{head} {result['why'][:300]}"
-    compared, control = checked["compared"], checked["control"]
-    moved, same = ("-", "-") if not control else (pair(control["moved"]), pair(control["restored"]["distance"]))
-    found = f"{pair(compared['distance']):15} {pair(compared['floor']):15} {moved:15} {same:15}"
-    schemes = [f"{count} {name.removeprefix('CompressedTensors')}" for name, count in checked["schemes"].items()]
-    kernels = [kernel.replace("LinearKernel", "").replace("CompressedTensors", "") for kernel in checked["kernels"]]
-    seconds = f"{checked['startup_seconds']:.0f} of {result['check_s']:.0f} s"
-    return f"{head} {found} {seconds} [{', '.join(schemes)}] [{', '.join(kernels)}] {result['why'][:160]}"
+def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
+    """One row of the table."""
+    case = folder / name
+    if not (case / "replies.json").exists():
+        error = json.loads((case / "error.json").read_text())["error"] if (case / "error.json").exists() else "not run"
+        return {"case": name, "verdict": "failed", "why": error.strip().splitlines()[-1][:300]}
+    found = json.loads((case / "replies.json").read_text())
+    artifact, processor = Artifact.open(case / "artifact"), load_processor(case / "artifact")
+    samples = questions(case / "artifact", (), QUESTIONS)
+    session = Session(Program("", found["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
+    doubled, component = None, first_packed(artifact)
+    if component and "doubled" in found:
+        doubled = Doubled(component, case / "doubled", read_replies(found["doubled"]))
+    linears = found["plain"]["linears"]
+    told = artifact.manifest["format"] == "compressed_tensors"
+    problems = scheme_problems(artifact, {n: pair[0] for n, pair in linears.items()}) if told else []
+    compared, control, more = judge(artifact, samples, read_replies(found["plain"]), doubled, processor, session)
+    row: dict[str, Any] = {"case": name, "verdict": "differs" if problems + more else "passed"}
+    row |= {"why": "; ".join(problems + more), "vllm": found["vllm"], "startup_s": found["plain"]["startup_s"]}
+    if compared:
+        row |= {"engine": pair_of(compared.distance), "floor": pair_of(compared.floor)}
+    if control:
+        row |= {"doubled": pair_of(control.moved), "on both": pair_of(control.restored.distance)}
+        row["control"] = control.component
+    kinds = Counter(f"{scheme.removeprefix('CompressedTensors')} {kernel}" for scheme, kernel in linears.values())
+    return row | {"kernels": dict(kinds)}
 
 
-def pair(distance: Mapping[str, float]) -> str:
+def pair_of(distance: Distance) -> str:
     """Largest and mean difference."""
-    return f"{distance['largest']:.3f}/{distance['mean']:.4f}"
+    return f"{distance.largest:.3f}/{distance.mean:.4f}"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    parts = [f"{row.get(key, '-'):15}" for key in ("engine", "floor", "doubled", "on both")]
+    kernels = ", ".join(f"{count} {kernel}" for kernel, count in row.get("kernels", {}).items())
+    return f"{row['case']:11} {row['verdict']:8} {' '.join(parts)} [{kernels}] {row['why'][:300]}"
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--vllm")
-    parser.add_argument("--only", action="append", choices=CASES)
-    parser.add_argument("--device", default="cuda", help="of the reference; a GPU needs less of the cores")
-    parser.add_argument("--jobs", type=int, default=7)
-    parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=240, help="limit of one check: two starts and the answers")
-    parser.add_argument("--total", type=float, default=510, help="seconds after which nothing goes on")
-    parser.add_argument("--flags", help="for `vllm serve`, in one word: --flags='--dtype float16'")
+    parser.add_argument("step", choices=["prepare", "compare"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--bound", type=float, default=0.06)
     options = parser.parse_args()
-    small = [] if options.device == "cpu" else gpu_flags()
-    options.flags = small if options.flags is None else shlex.split(options.flags)
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.deadline = time.monotonic() + options.total
-    print(HEAD)
-    results = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        running = [pool.submit(run_case, name, options.out, options) for name in options.only or CASES]
-        for done in as_completed(running):
-            results.append(done.result())
-            print(row(results[-1]), flush=True)
-            (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    sys.exit(0 if all(result["verdict"] == "passed" for result in results) else 1)
-
-
-def gpu_flags() -> list[str]:
-    """Small engines side by side: a cache of fixed size, because what neighbors allocate would disturb measuring it."""
-    flags = {"--gpu-memory-utilization": "0.05", "--kv-cache-memory-bytes": str(2**28), "--max-num-seqs": "8"}
-    return ["--enforce-eager", *(word for pair in flags.items() for word in pair)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        if options.step == "prepare":
+            for name in pool.map(prepare, [options.folder] * len(options.only), options.only):
+                print(f"prepared {name}", flush=True)
+            return
+        print(line({"case": "case", "verdict": "verdict", "engine": "engine", "floor": "16-bit floor", "why": ""}))
+        count = len(options.only)
+        rows = []
+        for row in pool.map(compare, [options.folder] * count, options.only, [options.bound] * count):
+            rows.append(row)
+            print(line(row), flush=True)
+        (options.folder / "results.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
 
-Every variant is an engine of its own, one after the other; the next one imports its libraries meanwhile. Measured:
+Every variant is an engine of its own, one after the other. Measured:
 time to the first token and decode time a token of one client, then tokens and images a second of 1, 8 and 64 clients
 that each ask about an image of their own (576 + 64 tokens) for 128 tokens, and images a second when one token is
 wanted. The floor is the bytes that a decoded token reads (weights, cache) over the bandwidth of a copy on the card.
@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     head_bits: int = 16
+    compiled: bool = False
 
 
 def fp8_activations(config: dict[str, Any]) -> None:
@@ -82,22 +83,25 @@ def head8(config: dict[str, Any]) -> None:
 BF16, CACHE8 = {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}
 MARLIN = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
-VARIANTS = {
+FAST = Variant([VIT_FP8, W4], (fp8_activations,), BF16)
+VARIANTS = {  # the most telling first
     "16 bits": Variant(),
     "w4-vit8": Variant([VIT8, W4]),
-    "w4a8fp8-vitfp8": Variant([VIT_FP8, W4], (fp8_activations,), BF16),
+    "w4a8fp8-vitfp8": FAST,
     "fp8": Variant([VIT_FP8, FP8 | {"component": "language"}]),
-    "w4-vit8a8": Variant([VIT_INT8, W4]),
     "w4-marlin": Variant([VIT8, W4], environment=MARLIN),
-    # second call
-    "w4a8fp8-head8": Variant([VIT_FP8, W4], (fp8_activations, head8), BF16, head_bits=8),
-    "w4a8fp8-cache8": Variant([VIT_FP8, W4], (fp8_activations,), BF16 | CACHE8),
+    "w4a8fp8-head8": replace(FAST, change=(fp8_activations, head8), head_bits=8),
+    "w4-vit8a8": Variant([VIT_INT8, W4]),
+    "w4a8fp8-cache8": replace(FAST, engine=BF16 | CACHE8),
+    "w4a8fp8 compiled": replace(FAST, compiled=True),
+    "16 bits compiled": Variant(compiled=True),
+    "w4-vit8 compiled": Variant([VIT8, W4], compiled=True),
     "fp8-cache8": Variant([VIT_FP8, FP8 | {"component": "language"}], engine=CACHE8),
     "w4-head8": Variant([VIT_INT8, W4], (head8,), head_bits=8),
     "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
     "w4a8int": Variant([VIT_INT8, W4], (int8_activations,)),
 }
-FIRST = tuple(VARIANTS)[:6]
+FIRST = tuple(VARIANTS)[:8]
 
 
 def plan_of(rules: Sequence[Mapping[str, Any]], folder: Path) -> Plan:
@@ -152,10 +156,16 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "mm_processor_cache_gb": 0,
         "disable_log_stats": True,
     }
-    sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+    counts = [1, 2, 4, *(8 * i for i in range(1, max(options.clients) // 8 + 1))]
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": counts}
+    if not variant.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
+        graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "compilation_config": graphs}
+    sizes |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 27 * 10**9, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4} if options.smoke else sizes
     spec = {
         "engine": engine | dict(variant.engine),
+        "environment": dict(variant.environment),
         "out": str(folder / "result.json"),
         "image_token": config["image_token_index"],
         "side": config["vision_config"]["image_size"],
@@ -170,42 +180,41 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     return folder
 
 
-def start(folder: Path, python: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """A child that imports its libraries and then waits for a line."""
+def start(options: argparse.Namespace, paths: Sequence[Path]) -> tuple["subprocess.Popen[bytes]", ...]:
+    """The child that measures the specs one after the other, and one that measures the card's bandwidth meanwhile."""
+    python = shlex.split(options.python)
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (folder / "engine.log").open("w") as log:
-        return subprocess.Popen(
-            [*python, str(CHILD), str(folder / "spec.json")],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            text=True,
-            env={**os.environ, **quiet, **environment},
-            start_new_session=True,
-        )
+    commands = [[*map(str, paths)], ["--bandwidth", str(options.out / "bandwidth.json")]]
+    children = []
+    for command, log in zip(commands, ("engines.log", "bandwidth.log"), strict=True):
+        with (options.out / log).open("wb") as said:
+            child = subprocess.Popen(
+                [*python, str(CHILD), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, **quiet},
+                start_new_session=True,
+            )
+        children.append(child)
+    return tuple(children)
 
 
-def finish(name: str, folder: Path, child: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
-    """Let a child measure; its result, or why there is none."""
-    try:
-        child.communicate("go\n", timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    with suppress(ProcessLookupError):  # an engine that outlived it would keep the card's memory
-        os.killpg(child.pid, signal.SIGKILL)
-    result, log = folder / "result.json", (folder / "engine.log").read_text(errors="replace")
-    if result.exists():
-        spec = json.loads((folder / "spec.json").read_text())
-        return {"name": name, **json.loads(result.read_text()), "decode_bytes": spec["decode_bytes"]}
-    errors = [line for line in log.splitlines() if "Error" in line]
-    return {"name": name, "error": (errors or log.splitlines()[-1:] or ["took too long"])[-1][-300:]}
+def wait(name: str, folder: Path, child: "subprocess.Popen[bytes]", end: float) -> dict[str, Any]:
+    """The result of a variant once it is there, or why there is none."""
+    result = folder / "result.json"
+    while not result.exists():
+        if child.poll() is not None or time.monotonic() > end:
+            return {"name": name, "error": "not reached: see engines.log"}
+        time.sleep(0.5)
+    spec = json.loads((folder / "spec.json").read_text())
+    return {"name": name, **json.loads(result.read_text()), "decode_bytes": spec["decode_bytes"]}
 
 
 def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, Any] | None) -> str:
     """One line of the table."""
     if "error" in found:
-        return f"{found['name']:16} {found['error']}"
+        return f"{found['name']:22} {found['error']}"
     floor = f"{1000 * found['decode_bytes'] / bandwidth:5.2f}" if bandwidth else "    -"
     names = [name for name in found if name.startswith("clients_")]
     rates = " ".join(f"{found[name]['tokens_per_s']:7.0f}" for name in names)
@@ -217,16 +226,7 @@ def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, A
         gains += f"{found[last]['tokens_per_s'] / first[last]['tokens_per_s']:.2f}x tokens/s"
     times = f"{found['first_token_ms']:7.1f} {found['decode_ms']:7.2f} {floor}"
     seconds = f"({found['startup_s']:.0f}+{found['measured_s']:.0f} s)"
-    return f"{found['name']:16} {times} | {rates} | {images} |{gains} {seconds}"
-
-
-def measured_bandwidth(out: Path, python: Sequence[str]) -> float | None:
-    """Bytes a second of a copy on the card."""
-    spec, result = out / "bandwidth.json", out / "bandwidth-result.json"
-    spec.write_text(json.dumps({"only_bandwidth": True, "out": str(result)}))
-    subprocess.run([*python, str(CHILD), str(spec)], check=True, timeout=120)
-    found: float | None = json.loads(result.read_text())["bandwidth"]
-    return found
+    return f"{found['name']:22} {times} | {rates} | {images} |{gains} {seconds}"
 
 
 def main() -> None:
@@ -237,28 +237,33 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(FIRST))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
-    end, python = time.monotonic() + options.seconds, shlex.split(options.python)
+    end = time.monotonic() + options.seconds
     config = write_source(options.out / "source", options.smoke)
     folders = {name: prepare(name, options.out, options.out / "source", config, options) for name in options.only}
-    speed = measured_bandwidth(options.out, python)
-    if speed:
-        print(f"a copy on the card: {speed / 1e12:.2f} TB/s")
+    child, side = start(options, [folder / "spec.json" for folder in folders.values()])
     clients = "/".join(map(str, options.clients))
-    print(f"{'variant':16} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | images/s, one token")
+    print(
+        f"{'variant':22} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | images/s, one token",
+        flush=True,
+    )
     results: list[dict[str, Any]] = []
-    names = list(folders)
-    waiting = start(folders[names[0]], python, VARIANTS[names[0]].environment)
-    for i, name in enumerate(names):
-        child = waiting
-        if i + 1 < len(names):
-            waiting = start(folders[names[i + 1]], python, VARIANTS[names[i + 1]].environment)
-        results.append(finish(name, folders[name], child, end - time.monotonic()))
-        print(row(results[-1], speed, results[0]), flush=True)
-        (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
+    try:
+        for name, folder in folders.items():
+            results.append(wait(name, folder, child, end))
+            file = options.out / "bandwidth.json"
+            speed = json.loads(file.read_text())["bandwidth"] if file.exists() else None
+            print(row(results[-1], speed, results[0]), flush=True)
+            (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
+    finally:
+        for one in (child, side):
+            with suppress(ProcessLookupError):  # an engine that outlived it would keep the card's memory
+                os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+    print(f"a copy on the card: {speed / 1e12:.2f} TB/s" if speed else "no card")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""One engine of `bench/serve.py`, in a process and an environment of its own: needs vLLM and nothing of mmq.
+"""The engines of `bench/serve.py`, in a process and an environment of their own: needs vLLM and nothing of mmq.
 
 python bench/serve_engine.py SPEC.json      prints "ready" once vLLM is imported, and starts when a line comes in
 """
 
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
+import traceback
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -111,18 +113,47 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     return found | {"startup_s": started, "measured_s": time.perf_counter() - begun - started}
 
 
+def register() -> None:
+    """Tell vLLM the model classes themselves: it would look into them in a process that imports everything again."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    for model in (LlamaForCausalLM, LlavaForConditionalGeneration):
+        ModelRegistry.register_model(model.__name__, model)
+
+
+def one(path: Path) -> None:
+    """One variant; its result or its error becomes a file."""
+    spec = json.loads(path.read_text())
+    out, environment = Path(spec["out"]), dict(os.environ)
+    os.environ.update(spec["environment"])  # the engine's process is a fork of this one
+    print(f"=== {path.parent.name}", flush=True)
+    try:
+        result: dict[str, Any] = asyncio.run(run(spec))
+    except Exception as error:  # noqa: BLE001 - the next variant goes on; this one is told
+        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[-300:]}
+        traceback.print_exc()
+    for name in spec["environment"]:
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    half = out.with_suffix(".half")
+    half.write_text(json.dumps(result, indent=1))
+    half.rename(out)
+
+
 def main() -> None:
     """Command line."""
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    if spec.get("only_bandwidth"):
-        result: dict[str, Any] = {"bandwidth": bandwidth()}
-    else:
-        import vllm.v1.engine.async_llm  # noqa: F401
+    if sys.argv[1] == "--bandwidth":
+        Path(sys.argv[2]).write_text(json.dumps({"bandwidth": bandwidth()}))
+        return
+    begun = time.perf_counter()
+    import vllm.v1.engine.async_llm  # noqa: F401
 
-        print("ready", flush=True)
-        sys.stdin.readline()
-        result = asyncio.run(run(spec))
-    Path(spec["out"]).write_text(json.dumps(result, indent=1))
+    register()
+    print(f"=== imported in {time.perf_counter() - begun:.0f} s", flush=True)
+    for path in sys.argv[1:]:
+        one(Path(path))
 
 
 if __name__ == "__main__":

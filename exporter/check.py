@@ -8,7 +8,6 @@ which scheme it gave each linear.
 
 import io
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from exporter.device import Device, release
 from exporter.errors import ServeError
 from exporter.events import Event
 from exporter.families import Family
+from exporter.perturb import double_scales, first_packed
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
@@ -94,6 +94,15 @@ class Asked:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Doubled:
+    """The control's copy of an artifact: whose scales are doubled in it, and what the engine answered with it."""
+
+    component: str
+    folder: Path
+    replies: list[Reply]
+
+
 def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
     """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
     artifact = Artifact.open(folder)
@@ -105,25 +114,40 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
         asked = _ask_engine(folder, artifact, samples, session, logs / "engine.log")
         replies, told = asked.replies, artifact.manifest["format"] == "compressed_tensors"
         problems = scheme_problems(artifact, asked.schemes) if told else []
-        component = next((c.name for c in artifact.family.components if modules_of(artifact, c.name)), None)
-        moved: list[Reply] = []
         doubled = None
+        component = first_packed(artifact)
         if control and component:
-            doubled = double_scales(artifact, folder, component, scratch / folder.resolve().name)
-            moved = _ask_engine(doubled, artifact, samples, session, logs / "doubled.log").replies
-        reference = Reference(artifact, processor, session.device)
-        problems += reference.prompt_problems(samples, replies)
-        compared = None if problems else reference.compare(samples, replies)
-        found = None
-        if compared and doubled and component:
-            far = reference.distance(samples, moved)
-            del reference
-            release(session.device)
-            same = Reference(Artifact.open(doubled), processor, session.device).compare(samples, moved)
-            found = Control(component, far, same)
-    if compared:
-        problems += distance_problems(compared, found, session.bound)
+            copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
+            doubled = Doubled(
+                component, copy, _ask_engine(copy, artifact, samples, session, logs / "doubled.log").replies
+            )
+        compared, found = None, None
+        if not problems:
+            compared, found, problems = judge(artifact, samples, replies, doubled, processor, session)
     return _checked(session, asked, compared, found, problems)
+
+
+def judge(
+    artifact: Artifact,
+    samples: Sequence[Sample],
+    replies: Sequence[Reply],
+    doubled: Doubled | None,
+    processor: Any,
+    session: Session,
+) -> tuple[Compared | None, Control | None, list[str]]:
+    """The replies beside the reference, the control, and what is wrong; uses the session's device and bound."""
+    reference = Reference(artifact, processor, session.device)
+    problems = reference.prompt_problems(samples, replies)
+    if problems:
+        return None, None, problems
+    compared, control = reference.compare(samples, replies), None
+    if doubled:
+        far = reference.distance(samples, doubled.replies)
+        del reference
+        release(session.device)
+        same = Reference(Artifact.open(doubled.folder), processor, session.device).compare(samples, doubled.replies)
+        control = Control(doubled.component, far, same)
+    return compared, control, distance_problems(compared, control, session.bound)
 
 
 def _checked(
@@ -169,32 +193,6 @@ def png(sample: Sample) -> bytes:
     file = io.BytesIO()
     sample.image().convert("RGB").save(file, "PNG")
     return file.getvalue()
-
-
-def modules_of(artifact: Artifact, component: str) -> list[str]:
-    """Packed linears of a component."""
-    prefix = artifact.family.component(component).blocks.partition("{i}")[0]
-    return [module for module in artifact.manifest["linears"] if module.startswith(prefix)]
-
-
-def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -> Path:
-    """A copy of the artifact in which every scale of a component is twice as large; other shards are links."""
-    from safetensors.torch import load_file, save_file
-
-    modules = modules_of(artifact, component)
-    names = {f"{module}.{scale}" for module in modules for scale in ("weight_scale", "scales")}
-    shards = {info.file for name, info in artifact.checkpoint.tensors.items() if name in names}
-    out.mkdir()
-    for path in folder.iterdir():
-        if path.name in shards:
-            tensors = load_file(path)
-            doubled = {name: tensor * 2 if name in names else tensor for name, tensor in tensors.items()}
-            save_file(doubled, out / path.name, {"format": "pt"})
-        elif path.suffix == ".safetensors":
-            (out / path.name).symlink_to(path.resolve())
-        elif path.is_file():
-            shutil.copyfile(path, out / path.name)
-    return out
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:

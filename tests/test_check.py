@@ -12,10 +12,8 @@ from exporter.check import (
     Checked,
     Control,
     distance_problems,
-    double_scales,
     engine_linears,
     keep,
-    modules_of,
     png,
     refuse_unservable,
     scheme_problems,
@@ -24,6 +22,7 @@ from exporter.cli_serve import questions
 from exporter.device import choose
 from exporter.errors import ServeError
 from exporter.export import export
+from exporter.perturb import double_scales, modules_of
 from exporter.plan import engine_linears as planned_linears
 from exporter.predict import prompt_inputs
 from exporter.recipe import Recipe

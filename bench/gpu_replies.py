@@ -1,0 +1,119 @@
+"""Answers of artifacts in-process, one engine after the other in one interpreter: needs vLLM and nothing of mmq.
+
+    python bench/gpu_replies.py FOLDER NAME [NAME ...]
+
+FOLDER/NAME/questions.json and the artifacts FOLDER/NAME/artifact and FOLDER/NAME/doubled are made by
+`bench/gpu_serving.py prepare`. Writes FOLDER/NAME/replies.json (or error.json) as soon as a case is done.
+"""
+
+import gc
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: libraries are imported once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TOP = 5
+
+
+def linears(model: Any) -> dict[str, list[str]]:
+    """Name of every quantized linear -> class of its scheme (or method) and of its kernel, as it will run."""
+    found = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        scheme = getattr(module, "scheme", None) or method
+        kernel = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
+        if kernel is not None and type(method).__name__ != "UnquantizedLinearMethod":
+            found[name] = [type(scheme).__name__, type(kernel).__name__]
+    return found
+
+
+def answer(artifact: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Replies to all questions at once, greedy, with log-probabilities, and the linears as the engine runs them."""
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    begun = time.perf_counter()
+    cpu = not Path("/proc/driver/nvidia").exists()
+    sizes = {} if cpu else {"kv_cache_memory_bytes": 2**28, "gpu_memory_utilization": 0.03}
+    llm = LLM(
+        model=str(artifact),
+        dtype="bfloat16",
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=1024,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 1},
+        skip_mm_profiling=True,
+        enable_prefix_caching=False,
+        **sizes,
+    )
+    started = time.perf_counter() - begun
+    prompts, settings = [], []
+    for question in questions:
+        image = Image.open(io.BytesIO(b64decode(question["png"]))).convert("RGB")
+        prompts.append({"prompt_token_ids": question["ids"], "multi_modal_data": {"image": image}})
+        settings.append(SamplingParams(temperature=0, max_tokens=question["longest"], logprobs=TOP))
+    replies = [reply(output) for output in llm.generate(prompts, settings, use_tqdm=False)]
+    result = {"replies": replies, "linears": llm.apply_model(linears)[0], "startup_s": started}
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result | {"seconds": time.perf_counter() - begun}
+
+
+def reply(output: Any) -> dict[str, Any]:
+    """One answer as plain data."""
+    one = output.outputs[0]
+    return {
+        "text": one.text,
+        "prompt": list(output.prompt_token_ids),
+        "tokens": list(one.token_ids),
+        "logprobs": [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)],
+        "top": [{token: found.logprob for token, found in step.items()} for step in one.logprobs],
+    }
+
+
+def register() -> None:
+    """Tell vLLM the model classes themselves: it would look into them in a process that imports everything again."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    for model in (LlamaForCausalLM, LlavaForConditionalGeneration):
+        ModelRegistry.register_model(model.__name__, model)
+
+
+def main() -> None:
+    """Command line."""
+    begun, folder = time.perf_counter(), Path(sys.argv[1])
+    import vllm
+
+    register()
+    print(f"imported in {time.perf_counter() - begun:.0f} s", flush=True)
+    for name in sys.argv[2:]:
+        case = folder / name
+        questions = json.loads((case / "questions.json").read_text())
+        try:
+            found: dict[str, Any] = {"vllm": vllm.__version__, "plain": answer(case / "artifact", questions)}
+            if (case / "doubled").exists():
+                found["doubled"] = answer(case / "doubled", questions)
+            (case / "replies.json").write_text(json.dumps(found))
+            kinds = sorted({" ".join(pair) for pair in found["plain"]["linears"].values()})
+            seconds = [round(found[part]["seconds"], 1) for part in ("plain", "doubled") if part in found]
+            print(f"answered {name} {seconds} s {kinds}", flush=True)
+        except Exception as error:  # noqa: BLE001 - the next case goes on; this one is told
+            text = "".join(traceback.format_exception(error))[-4000:]
+            (case / "error.json").write_text(json.dumps({"vllm": vllm.__version__, "error": text}))
+            print(f"failed {name}: {' '.join(str(error).split())[:600]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

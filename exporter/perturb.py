@@ -1,0 +1,37 @@
+"""A copy of an artifact with an error put into it, to prove that a comparison would notice."""
+
+import shutil
+from pathlib import Path
+
+from exporter.artifact import Artifact
+
+
+def modules_of(artifact: Artifact, component: str) -> list[str]:
+    """Packed linears of a component."""
+    prefix = artifact.family.component(component).blocks.partition("{i}")[0]
+    return [module for module in artifact.manifest["linears"] if module.startswith(prefix)]
+
+
+def first_packed(artifact: Artifact) -> str | None:
+    """The first component that has packed linears: the one that the control disturbs."""
+    return next((c.name for c in artifact.family.components if modules_of(artifact, c.name)), None)
+
+
+def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -> Path:
+    """A copy of the artifact in which every scale of a component is twice as large; other shards are links."""
+    from safetensors.torch import load_file, save_file
+
+    modules = modules_of(artifact, component)
+    names = {f"{module}.{scale}" for module in modules for scale in ("weight_scale", "scales")}
+    shards = {info.file for name, info in artifact.checkpoint.tensors.items() if name in names}
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.name in shards:
+            tensors = load_file(path)
+            doubled = {name: tensor * 2 if name in names else tensor for name, tensor in tensors.items()}
+            save_file(doubled, out / path.name, {"format": "pt"})
+        elif path.suffix == ".safetensors":
+            (out / path.name).symlink_to(path.resolve())
+        elif path.is_file():
+            shutil.copyfile(path, out / path.name)
+    return out
