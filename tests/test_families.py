@@ -40,7 +40,7 @@ def checkpoint_names(family: Family, model: nn.Module) -> list[str]:
 
 
 def tiny_inputs(family: Family, batch: int = 2, words: int = 6) -> dict[str, torch.Tensor]:
-    """Images and tokens for the tiny model; the last row is padded on the left by two."""
+    """Images and tokens for the tiny model; the last row is padded by two, on the right where text comes first."""
     config = family.tiny_config()
     vision = config["vision_config"]
     torch.manual_seed(1)
@@ -48,6 +48,7 @@ def tiny_inputs(family: Family, batch: int = 2, words: int = 6) -> dict[str, tor
     tokens = torch.cat([torch.full((batch, 2), 1), images, torch.randint(3, 100, (batch, words))], dim=1)
     mask = torch.ones_like(tokens)
     mask[-1, :2] = 0
+    mask = mask if family.image_tokens(config) else mask.flip(1)
     pixels = torch.randn(batch, 3, vision["image_size"], vision["image_size"])
     return {"input_ids": tokens, "attention_mask": mask, "pixel_values": pixels}
 
