@@ -196,3 +196,36 @@ def importance(
 
     found = find(read_table(table, score, conditions), seed, usable)
     say(found.as_json() if as_json else importance_page(found))
+
+
+@study.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the files [FOLDER/plots].")
+@click.option("--score", metavar="COLUMN", default="score", show_default=True, help="What is drawn.")
+@click.option(
+    "--paper",
+    "papers",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="CSV file with COMPONENT_bits, bpw and a score, drawn beside; repeat.",
+)
+@json_option
+@reports_errors
+def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], as_json: bool) -> None:
+    """Draw what a study's FOLDER holds: PNG files, and one HTML page with all of them.
+
+    Heat maps of bits x bits, importance, what bits cost, the front of score over bits a weight, and how sensitive each
+    part is (after `mmq allocate`). Needs the extra `study`.
+
+    \b
+    Examples:
+      mmq study plots studies/demo-llava
+      mmq study plots studies/llava-1.5-7b-hf --paper llava_gptq_gqa.csv --out plots
+    """
+    from exporter.study.gallery import gather, write_page, write_pictures
+
+    found = gather(folder, score, papers)
+    place = out or folder / "plots"
+    files = [*write_pictures(found, place), write_page(found, folder.resolve().name, place / "study.html")]
+    said = [str(path) for path in files]
+    say({"files": said} if as_json else "\n".join(f"wrote {path}" for path in said))

@@ -111,7 +111,7 @@ def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, pro
     choices = [choice for choice in front(places, full, request.points) if choice.bytes < full]
     if request.max_size is not None:
         choices.append(solve(places, full, request.max_size))
-    tried, hand = _score(setup, places, choices, written, pool, on_event)
+    tried, hand = score_choices(setup, places, choices, written, pool, on_event)
     recipes = [_recipe(setup, request, places, choice) for choice in choices]
     winner, confirmed = _choose(setup, request, tried, recipes, on_event, prove)
     recipe = recipes[tried.index(winner)]
@@ -159,7 +159,7 @@ def _choose(
     )
 
 
-def _score(
+def score_choices(
     setup: Setup,
     places: Sequence[Place],
     choices: Sequence[Allocation],

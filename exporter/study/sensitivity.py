@@ -98,7 +98,8 @@ def measure(
 def _about(component: Component, block: int | None, role: str | None, rule: Rule) -> tuple[tuple[str, str | int], ...]:
     scheme = rule.scheme()
     assert scheme is not None
-    where = f"{component.name}" + ("" if block is None else f" {block}") + (f" {role}" if role else "")
+    where = component.name + (f" {block}" if block is not None and "{i}" in component.blocks else "")
+    where += f" {role}" if role else ""
     return (("place", where), ("scheme", scheme.label()), ("method", rule.method), ("bits", rule.bits))
 
 

@@ -21,7 +21,7 @@ SUFFIX = "_bits"
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
 # What is taken as the score when the user names none: the first of these that the file has, in any case.
 SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
-FULL_BITS = 16.0
+ALL_BLOCKS = "all"
 
 Floats = NDArray[np.float64]
 

@@ -1,0 +1,97 @@
+"""Chosen bits beside every hand-written recipe: `python bench/study_demo.py --folder DIR [--model demo-llava]`.
+
+For each built-in recipe of the model's family: the choice of the same size and the recipe are exported and measured on
+the same test samples; and the smallest choice whose predictions are as near to the full model's as the recipe's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from exporter.device import choose
+from exporter.events import Event
+from exporter.recipe_file import built_in, load_recipe
+from exporter.study import propose
+from exporter.study.allocate import front, solve
+from exporter.study.pool import local
+from exporter.study.prepare import base_recipe
+from exporter.study.search import score_choices
+from exporter.study.sensitivity import measure, rules
+from exporter.study.work import Setup, exam_samples, opened
+
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)
+
+
+def say(event: Event) -> None:
+    """Notes only."""
+    if event.stage == "note":
+        print(event.message, flush=True)
+
+
+def compared(setup: Setup, samples: int, workers: int) -> dict[str, Any]:
+    """The whole comparison as plain data."""
+    model = opened(setup)
+    names = [name for name in built_in() if load_recipe(name).model.family == model.family.name]
+    written = [(name, propose.comparable(name, model.recipe)) for name in names]
+    schemes = rules(BITS, GROUPS, "gptq", True, False, model.recipe.format)
+    device = choose(setup.device)
+    with local(workers) as pool:
+        places, full, outcome = measure(setup, "role", (), schemes, pool, say)
+        sizes = [model.plan(recipe.quantize).bytes_after for _, recipe in written]
+        same = [solve(places, full, size) for size in sizes]
+        every = [choice for choice in front(places, full, 40) if choice.bytes < full]
+        tried, hand = score_choices(setup, places, [*same, *every], written, pool, say)
+    rows = []
+    for i, (name, recipe) in enumerate(written):
+        named = propose.recipe_of(model.recipe, f"as-large-as-{name}", places, same[i], list(exam_samples(setup)), 0.99)
+        ours, theirs = (
+            propose.confirm(one, setup.folder / "confirmed", device, setup.places, samples, say)
+            for one in (named, recipe)
+        )
+        near = [one for one in tried if one.measured.scores["kl"] <= hand[i].measured.scores["kl"]]
+        smaller = min(near, key=lambda one: one.measured.bytes, default=None)
+        rows.append(
+            {
+                "recipe": name,
+                "written": theirs.row() | {"kl": hand[i].measured.scores["kl"]},
+                "chosen": ours.row() | {"kl": tried[i].measured.scores["kl"]},
+                "smallest_as_near": smaller.row() if smaller else None,
+            }
+        )
+        print(line(rows[-1]), flush=True)
+    cost = {"seconds": dict(outcome.seconds), "cpu_seconds": outcome.cpu_seconds}
+    return {"rows": rows, "front": [one.row() for one in tried[len(same) :]], "samples": samples, "sensitivities": cost}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of a Markdown table."""
+    cells = [row["recipe"]]
+    for kind in ("written", "chosen"):
+        one = row[kind]
+        values = [f"{found['after']:.3f}" for _, found in sorted(one["metrics"].items())]
+        cells += [f"{one['bytes'] / 1000:.1f} kB", *values, f"{one['drop']:+.1%}", f"{one['kl']:.5f}"]
+    small = row["smallest_as_near"]
+    cells.append(f"{small['bytes'] / 1000:.1f} kB, KL {small['kl']:.5f}" if small else "none")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo-llava")
+    parser.add_argument("--folder", type=Path, required=True, help="where everything is kept; a stopped run goes on")
+    parser.add_argument("--samples", type=int, default=500, help="of each task, real answers")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    recipe = base_recipe(options.model, None, (), 128, 0)
+    setup = Setup(options.folder, recipe.model_dump_json(), samples=64, device=options.device)
+    found = compared(setup, options.samples, options.workers)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""All pictures of a study's folder, as PNG files and as one HTML page."""
+
+import base64
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.checkpoint import atomic, make_folder, write_text
+from exporter.errors import DataError
+from exporter.study import pictures
+from exporter.study.importance import importance
+from exporter.study.pictures import Picture
+from exporter.study.records import FILE, Measured, columns, read_records
+from exporter.study.sensitivity import TABLE
+from exporter.study.table import ALL_BLOCKS, Table, from_rows, read_csv
+
+TEMPLATE = "page.html.jinja"
+ALLOCATED = "mmq allocate"
+SIZE = "bpw"  # the column of a paper's file with bits a weight
+
+
+def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> list[Picture]:
+    """Everything that can be drawn of what the folder holds.
+
+    papers: CSV files with a column `bpw` and a score, whose points are drawn beside. DataError when nothing is there.
+    """
+    grids = read_records(folder) if (folder / FILE).exists() else []
+    front = folder / f"{TABLE}-front.sqlite"
+    choices = read_records(front) if front.exists() else []
+    choices = [one for one in choices if one.exam == choices[-1].exam]  # of the last allocation
+    alone = folder / f"{TABLE}.sqlite"
+    found: list[Picture] = []
+    for label, table in _tables(grids, score):
+        found += pictures.heat_maps(table, label)
+        try:
+            what = importance(table)
+        except DataError:
+            continue  # too few settings of this kind
+        found += [pictures.importance_bars(what, label), pictures.marginal_lines(what, label)]
+    series = _series(grids, choices, score)
+    others = {f"paper: {path.stem}": paper_points(path) for path in papers}
+    if series or others:
+        found.append(pictures.pareto(series, others, ALLOCATED))
+    if alone.exists():
+        measured = read_records(alone)
+        found.append(pictures.sensitivity([one for one in measured if one.exam == measured[-1].exam]))
+    if not found:
+        raise DataError(f"{folder} holds no study", "`mmq study` or `mmq allocate` measures one")
+    return found
+
+
+def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
+    """One table for each method and way of quantizing, of settings that name whole components."""
+    found = []
+    kinds = dict.fromkeys(_kind(one) for one in grids if one.about.get("method") not in (None, "none"))
+    for kind in kinds:
+        exams = {one.exam for one in grids if _kind(one) == kind}
+        rows = [one.row() for one in grids if _whole(one) and one.exam in exams and _kind(one) in (kind, _full(kind))]
+        try:
+            found.append((kind, from_rows(rows, columns(rows), score, "the study")))
+        except DataError:
+            continue  # nothing varies
+    return found
+
+
+def _kind(one: Measured) -> str:
+    way = "-sequential" if one.about.get("sequential") else ""
+    return f"{one.about.get('method')}{way}"
+
+
+def _full(kind: str) -> str:
+    return "none-sequential" if kind.endswith("-sequential") else "none"
+
+
+def _whole(one: Measured) -> bool:
+    return one.about.get("blocks") == ALL_BLOCKS and one.about.get("role") == ALL_BLOCKS
+
+
+def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (bits a weight, share of the full model's score on the same exam)."""
+    full = {
+        one.exam: one.scores[score] for one in [*grids, *choices] if one.bits_per_weight >= 16 and score in one.scores
+    }
+    full |= {one.exam: one.scores[score] for one in choices if one.about.get("name") == "full"}
+    series: dict[str, list[tuple[float, float]]] = {}
+    for one in [*grids, *choices]:
+        if one.exam not in full or score not in one.scores:
+            continue
+        name = str(one.about.get("name", ""))
+        label = (
+            f"grid, {_kind(one)}" if not name else ALLOCATED if name.startswith("choice") else "hand-written recipes"
+        )
+        if name != "full" and one.bits_per_weight < 16:
+            series.setdefault(label, []).append((one.bits_per_weight, one.scores[score] / full[one.exam]))
+    return series
+
+
+def paper_points(path: Path) -> list[tuple[float, float]]:
+    """(bits a weight, share of the best full row) of a CSV file with a column `bpw`."""
+    table = read_csv(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        sizes = [row.get(SIZE) for row in csv.DictReader(file)]
+    if any(not size for size in sizes):
+        raise DataError(f"{path} has no column {SIZE}", f"add bits a weight as {SIZE}, or leave the file out")
+    full = table.full_score()
+    return [(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)]
+
+
+def write_pictures(found: Sequence[Picture], folder: Path) -> list[Path]:
+    """The PNG files."""
+    make_folder(folder)
+    for picture in found:
+        with atomic(folder / picture.name) as temporary:
+            temporary.write_bytes(picture.png)
+    return [folder / picture.name for picture in found]
+
+
+def write_page(found: Sequence[Picture], name: str, path: Path) -> Path:
+    """One HTML page with the pictures inside; it holds no script and asks the network for nothing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template(TEMPLATE).render(name=name, pictures=[as_data(picture) for picture in found])
+    write_text(path, page)
+    return path
+
+
+def as_data(picture: Picture) -> dict[str, str]:
+    """A picture for a page: title, text and data URL."""
+    encoded = base64.b64encode(picture.png).decode()
+    return {"title": picture.title, "about": picture.about, "url": f"data:image/png;base64,{encoded}"}

@@ -1,0 +1,123 @@
+"""Pictures of studies: what they hold, that they are files a reader can open, and the page with all of them."""
+
+import base64
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from exporter.cli import cli
+from exporter.errors import DataError
+from exporter.study import pictures
+from exporter.study.gallery import gather, paper_points, write_page
+from exporter.study.records import FILE, Measured, Records
+from exporter.study.table import Table
+
+BITS = (2, 3, 4, 8, 16)
+
+
+def measured(number: int, exam: str, score: float, size: float, **about: str | int) -> Measured:
+    scores = {"score": score, "kl": 1.01 - score}
+    return Measured(f"{exam}-{number}", exam, about, int(1000 * size), size, 0.1, 0.1, scores)
+
+
+def grid_in(folder: Path) -> None:
+    with Records(folder / FILE) as records:
+        for i, (v, q) in enumerate((v, q) for v in BITS for q in BITS):
+            score = 1 - 0.5 * 2.0**-v - 2 * 2.0**-q
+            kind = "none" if v == q == 16 else "gptq"
+            about: dict[str, str | int] = {"vision_bits": v, "language_bits": q, "method": kind}
+            about |= {"blocks": "all", "role": "all", "sequential": 0}
+            records.add(measured(i, "grid", score, (v + q) / 2, **about))
+
+
+def choices_in(folder: Path) -> None:
+    with Records(folder / "allocate-front.sqlite") as records:
+        records.add(measured(0, "f", 0.9, 16.0, name="full"))
+        records.add(measured(1, "f", 0.8, 4.0, name="choice 1"))
+        records.add(measured(2, "f", 0.7, 5.0, name="by hand"))
+    with Records(folder / "allocate.sqlite") as records:
+        for i, place in enumerate(("vision 0 mlp", "language 0 attention")):
+            records.add(measured(i, "a", 0.9, 15.0, place=place, scheme="W4 g128", bits=4))
+
+
+def test_a_folder_gives_every_picture_it_has_data_for(tmp_path: Path) -> None:
+    grid_in(tmp_path)
+    names = {picture.name for picture in gather(tmp_path)}
+    assert names == {"heat-vision-language-gptq.png", "importance-gptq.png", "marginal-gptq.png", "pareto.png"}
+    choices_in(tmp_path)
+    found = gather(tmp_path)
+    assert {picture.name for picture in found} == names | {"sensitivity.png"}
+    for picture in found:
+        image = Image.open(BytesIO(picture.png))
+        assert image.format == "PNG"
+        assert min(image.size) > 200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20  # something is drawn
+        assert picture.about
+    with pytest.raises(DataError, match="holds no study"):
+        gather(tmp_path / "empty")
+
+
+def test_the_front_leaves_out_what_something_smaller_beats() -> None:
+    points = [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]
+    assert pictures.front(points) == [(3.0, 0.2), (4.0, 0.9), (8.0, 1.0)]
+
+
+def test_a_heat_map_shows_each_pair_with_the_rest_kept() -> None:
+    bits = np.array([(v, q, s) for v in (4, 16) for q in (4, 16) for s in (4, 16)], dtype=np.float64)
+    table = Table(("vision", "qformer", "language"), bits, bits.sum(1), "score")
+    found = pictures.heat_maps(table, "rtn")
+    assert [picture.name for picture in found] == [
+        "heat-vision-qformer-rtn.png",
+        "heat-vision-language-rtn.png",
+        "heat-qformer-language-rtn.png",
+    ]
+    assert found[0].about == "score from 24.000 to 48.000 over vision and qformer bits"  # language stays at 16
+
+
+def test_points_of_a_paper_are_shares_of_its_full_score(tmp_path: Path) -> None:
+    path = tmp_path / "paper.csv"
+    path.write_text("vision_bits,language_bits,acc,bpw\n4,4,60,4.5\n16,16,61,16\n2,4,30,4.4\n")
+    assert paper_points(path) == [(4.5, 60 / 61), (16, 1), (4.4, 30 / 61)]
+    path.write_text("vision_bits,language_bits,acc\n4,4,60\n16,16,61\n")
+    with pytest.raises(DataError, match="no column bpw"):
+        paper_points(path)
+
+
+def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
+    grid_in(tmp_path)
+    found = gather(tmp_path)
+    page = write_page(found, "a <b>", tmp_path / "page.html").read_text()
+    assert "a &lt;b&gt;" in page
+    shown = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]+"', page)
+    assert [base64.b64decode(one) for one in shown] == [picture.png for picture in found]
+    assert not re.search(r"<script|https?://", page)
+
+
+def test_the_command_writes_files_and_says_which(tmp_path: Path) -> None:
+    grid_in(tmp_path)
+    result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--out", str(tmp_path / "p")])
+    assert result.exit_code == 0, result.output
+    said = [Path(line.removeprefix("wrote ")) for line in result.output.splitlines()]
+    assert {path.name for path in said} >= {"study.html", "pareto.png"}
+    assert all(path.exists() for path in said)
+    none = CliRunner().invoke(cli, ["study", "plots", str(tmp_path / "p")])
+    assert none.exit_code == 1
+    assert "Hint:" in none.stderr
+
+
+def test_colors_are_told_apart_by_people_with_color_blindness() -> None:
+    """Okabe and Ito's colors through Machado's matrices for full protanopia and deuteranopia: all pairs stay apart."""
+    protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
+    deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in pictures.COLORS])
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    for matrix in (np.eye(3), protan, deutan):
+        seen = np.clip(linear @ matrix.T, 0, 1) ** (1 / 2.2)
+        distances = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+        assert min(distances) > 0.1
+    assert len(set(pictures.MARKERS)) == len(pictures.COLORS)  # and nothing rests on color alone
