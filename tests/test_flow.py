@@ -21,6 +21,7 @@ def test_padding_counts_nothing_and_pictures_their_weight() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK}
     assert token_weights(batch, 5, 9, 0.5).tolist() == [[1, 0.5, 0.5, 1, 1], [1, 0.5, 0.5, 1, 0]]
     assert token_weights(batch, 7, None, 0.5).tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1], [0.5, 0.5, 1, 1, 1, 1, 0]]
+    assert token_weights(batch, 2, 9, 0.5).tolist() == [[1, 1], [1, 0]]  # a block that receives the last tokens only
     assert token_weights(batch, 5, 9, 1.0).tolist() == MASK.tolist()
     assert token_weights({"input_ids": IDS[:1], "attention_mask": MASK[:1]}, 5, 9, 1.0) is None
 
