@@ -61,14 +61,15 @@ def predict_memory(
             continue
         phases = _phases(checkpoint, component)
         codes = CODE_BYTES * sum(sum(sizes) for _, sizes in phases)
-        block = _block_elements(checkpoint, component, 0) * itemsize + codes
+        size = 4 if component.blocks.startswith(family.float32) else itemsize
+        block = _block_elements(checkpoint, component, 0) * size + codes
         peaks["one block"] = max(peaks["one block"], block + max(_quantize(0, sizes) for _, sizes in phases))
         if component.name not in statistics:
             continue
         hidden, widest = phases[0][0], max(width for width, _ in phases)
         tokens = component.tokens(checkpoint.config)
-        kept = calibration.samples * (tokens * hidden + component.context(checkpoint.config)) * itemsize
-        batch = calibration.batch * tokens * (6 * hidden + 3 * widest) * itemsize
+        kept = calibration.samples * (tokens * hidden + component.context(checkpoint.config)) * size
+        batch = calibration.batch * tokens * (6 * hidden + 3 * widest) * size
         solve = max(_quantize(width, sizes) for width, sizes in phases)
         if statistics[component.name]:
             solve = block - codes // 2 + max(solve, _smooth(phases))  # the block as it was, and codes without scales
