@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-MODELS: dict[str, Path] = {"demo-llava": Path(__file__).parent / "demo-llava"}
+MODELS: dict[str, Path] = {name: Path(__file__).parent / name for name in ("demo-llava", "demo-blip2")}

@@ -53,25 +53,30 @@ def _feed(first: Any, second: Any, x: Tensor) -> Tensor:
     return result
 
 
-def former(model: Any, x: Tensor, image: Tensor | None, sees: Tensor | None = None) -> Tensor:
+def former(
+    model: Any, x: Tensor, image: Tensor | None, sees: Tensor | None = None, after: list[Tensor] | None = None
+) -> Tensor:
     """The Q-Former on embeddings `[n, t, 128]`, query tokens first when there is an image `[n, 65, 128]`, else text.
 
-    sees: bool, broadcast to `[n, heads, t, t]`; None lets everyone see everyone.
+    sees: bool, broadcast to `[n, heads, t, t]`; None lets everyone see everyone. after: gets every block's output.
     """
     part, heads = model.qformer, model.config.qformer_config.num_attention_heads
     x = part.layernorm(x)
     for block in part.encoder.layer:
         x = _bert(block.attention, x, x, heads, sees)
-        if image is None:
-            x = _feed(block.intermediate, block.output, x)
-            continue
-        queries, text = x[:, :QUERIES], x[:, QUERIES:]
-        if block.has_cross_attention:
-            queries = _bert(block.crossattention, queries, image, heads, None)
-        x = _feed(block.intermediate_query, block.output_query, queries)
-        if text.shape[1]:
-            x = torch.cat([x, _feed(block.intermediate, block.output, text)], dim=1)
+        x = _feed(block.intermediate, block.output, x) if image is None else _both(block, x, image, heads)
+        if after is not None:
+            after.append(x)
     return x
+
+
+def _both(block: Any, x: Tensor, image: Tensor, heads: int) -> Tensor:
+    """Queries look at the picture where the block can; queries and text have feed-forwards of their own."""
+    queries, text = x[:, :QUERIES], x[:, QUERIES:]
+    if block.has_cross_attention:
+        queries = _bert(block.crossattention, queries, image, heads, None)
+    queries = _feed(block.intermediate_query, block.output_query, queries)
+    return torch.cat([queries, _feed(block.intermediate, block.output, text)], dim=1) if text.shape[1] else queries
 
 
 def queries_of(model: Any, count: int) -> Tensor:

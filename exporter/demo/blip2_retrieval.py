@@ -37,15 +37,15 @@ def picture_features(model: Any, queries: Tensor) -> Tensor:
     return F.normalize(model.vision_projection(queries), dim=-1)
 
 
-def text_features(model: Any, tokens: Tensor) -> Tensor:
-    """Unit vectors `[n, 128]` of texts: the first token's."""
-    x = former(model, _words(model, tokens), None, _attends(tokens, 0))
+def text_features(model: Any, tokens: Tensor, after: list[Tensor] | None = None) -> Tensor:
+    """Unit vectors `[n, 128]` of texts: the first token's. after: gets every block's output."""
+    x = former(model, _words(model, tokens), None, _attends(tokens, 0), after)
     return F.normalize(model.text_projection(x[:, 0]), dim=-1)
 
 
-def matching(model: Any, image: Tensor, tokens: Tensor) -> Tensor:
-    """Logits `[n, 2]` of pairs: does not fit, fits."""
+def matching(model: Any, image: Tensor, tokens: Tensor, after: list[Tensor] | None = None) -> Tensor:
+    """Logits `[n, 2]` of pairs: does not fit, fits. after: gets every block's output, queries first."""
     x = torch.cat([queries_of(model, len(tokens)), _words(model, tokens)], dim=1)
-    x = former(model, x, image, _attends(tokens, QUERIES))
+    x = former(model, x, image, _attends(tokens, QUERIES), after)
     result: Tensor = model.itm_head(x[:, :QUERIES]).mean(dim=1)
     return result

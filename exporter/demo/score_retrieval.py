@@ -10,7 +10,7 @@ from exporter.demo.blip2_packing import former, queries_of, see
 from exporter.demo.blip2_retrieval import matching, picture_features, text_features
 from exporter.demo.packing import normalize
 from exporter.demo.scenes import Split, draw, scenes
-from exporter.demo.texts import STYLES, lexicon_tokens, spoil, texts
+from exporter.demo.texts import NAMED, lexicon_tokens, spoil, texts
 from exporter.tasks.retrieval import recalls
 
 CHUNK = 250
@@ -26,12 +26,12 @@ class PairExam:
     wrong: Tensor
 
 
-def exam(split: Split, count: int, device: torch.device) -> PairExam:
-    """The first scenes of a split with one caption each, the styles in turn."""
+def exam(split: Split, count: int, device: torch.device, plain: bool = False) -> PairExam:
+    """The first scenes of a split with one caption each, by names or in plain words, the styles in turn."""
     batch, known = scenes(split, torch.arange(count, device=device)), lexicon_tokens(device)
-    style = torch.arange(count, device=device) % STYLES
-    spoiled = spoil(batch, torch.Generator(device).manual_seed(0))
-    return PairExam(draw(batch), texts(batch, style, known), texts(spoiled, style, known))
+    style = torch.arange(count, device=device) % NAMED + NAMED * plain
+    spoiled = spoil(batch, style, torch.Generator(device).manual_seed(0))
+    return PairExam(draw(batch), texts(batch, style, known).tokens, texts(spoiled, style, known).tokens)
 
 
 def _match(model: Any, image: Tensor, tokens: Tensor) -> Tensor:

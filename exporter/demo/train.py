@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from exporter.demo import blip2_folder, folder, train_answers, train_retrieval
+from exporter.demo import MODELS, blip2_folder, folder, train_answers, train_retrieval
 from exporter.demo.blip2_packing import BLIP2
 from exporter.demo.packing import LLAVA
 from exporter.demo.train_loop import Work, run
@@ -73,6 +73,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--report", type=float, default=60.0, help="seconds between two lines of figures")
     parser.add_argument("--keep", type=float, default=2.0, help="save early, too, when this share is done")
+    start = "retrieval starts from what this answering model has learned"
+    parser.add_argument("--start", type=Path, default=MODELS["demo-blip2"], help=start)
     for name, default in SETTINGS:
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
@@ -90,7 +92,7 @@ def main() -> None:
     print(f"data after {time.monotonic() - begun:.0f} s, {parameters} parameters", flush=True)
     figures = run(work, options)
     save()
-    asked = {k: v for k, v in vars(options).items() if k not in ("out", "workers", "report", "keep")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("out", "workers", "report", "keep", "start")}
     record = {"options": asked, "torch": torch.__version__, **figures, "parameters": parameters}
     record |= course.final(model.to(torch.bfloat16), device)
     (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
