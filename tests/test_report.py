@@ -216,6 +216,23 @@ def test_data_that_is_not_there_costs_the_pictures_only_when_it_was_not_named(ou
         recipe.write_text(kept)
 
 
+def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
+    from tests.test_study_pictures import choices_in
+
+    choices_in(tmp_path)
+    file = tmp_path / "with.html"
+    result = mmq("report", out, "--study", tmp_path, "--out", file)
+    assert result.exit_code == 0, result.output
+    text = file.read_text()
+    assert text.count('<img class="wide" src="data:image/png;base64,') == 2
+    assert 'href="#study"' in text
+    assert "How far each part alone moves the predictions" in text
+    assert 'id="study"' not in html(collect(facts(out), {}))
+    nothing = mmq("report", out, "--study", out, "--out", file)
+    assert nothing.exit_code == 1
+    assert "holds no study" in nothing.stderr
+
+
 def test_an_artifact_is_needed(tmp_path: Path) -> None:
     result = mmq("report", tmp_path)
     assert result.exit_code == 1

@@ -1,7 +1,7 @@
 """An artifact's report for people: one HTML page that needs nothing else, its content as JSON, and plots as PNG."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ TEMPLATE = "page.html.jinja"
 Content = Mapping[str, Any]  # what `content.collect` returns
 
 
-def html(content: Content) -> str:
-    """The page: styles, charts and pictures are inside it, it holds no script and asks the network for nothing."""
+def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
+    """The page: styles, charts and pictures are inside it, it holds no script and asks the network for nothing.
+
+    study: pictures of other settings of the same model: `title`, `about`, and `url`, a data URL.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from exporter.show import size
@@ -35,7 +38,7 @@ def html(content: Content) -> str:
         "changes": [charts.change(row, charts.reach(content["scores"])) for row in content["scores"]],
         "blocks": {name: charts.blocks(rows) for name, rows in content["blocks"].items()},
     }
-    return environment.get_template(TEMPLATE).render(c=content, charts=drawn)
+    return environment.get_template(TEMPLATE).render(c=content, charts=drawn, study=study)
 
 
 def percent(share: float | None) -> str:
@@ -43,11 +46,11 @@ def percent(share: float | None) -> str:
     return "nothing to compare" if share is None else f"{share:.1%}"
 
 
-def write(content: Content, out: Path) -> tuple[Path, Path]:
-    """`out` and beside it the content as JSON (pictures left out); returns both paths."""
+def write(content: Content, out: Path, study: Sequence[Mapping[str, str]] = ()) -> tuple[Path, Path]:
+    """`out` and beside it the content as JSON (pictures left out); returns both paths. study: as for `html`."""
     beside = out.with_suffix(".json")
     make_folder(out.parent)
-    write_text(out, html(content))
+    write_text(out, html(content, study))
     plain = {**content, "changed": _bare(content["changed"]), "examples": _bare(content["examples"])}
     write_text(beside, json.dumps(plain, indent=1) + "\n")
     return out, beside

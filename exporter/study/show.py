@@ -29,7 +29,14 @@ def _numbers(bits: tuple[float, ...]) -> str:
 def _shares(shares: Shares, title: str) -> Table:
     r2 = f"R2: forest {shares.r2_forest:.2f}, line {shares.r2_linear:.2f}"
     table = Table(
-        "component", "consensus", "forest", "permutation", "SHAP", title=f"{title} ({r2})", title_justify="left"
+        "component",
+        "consensus",
+        "forest",
+        "permutation",
+        "SHAP",
+        title=f"{title} ({r2})",
+        title_justify="left",
+        box=None,
     )
     for name in shares.consensus:
         ways = (shares.consensus, shares.forest, shares.permutation, shares.shap)
@@ -40,7 +47,7 @@ def _shares(shares: Shares, title: str) -> Table:
 def _drops(found: Importance) -> Table:
     title = "what bits cost there: mean share of the full score, others the same (standard error)"
     widths = sorted({drop.bits for drops in found.marginal.values() for drop in drops})
-    table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left")
+    table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left", box=None)
     for name, drops in found.marginal.items():
         known = {drop.bits: f"{drop.drop:+.1%} ({drop.error:.1%})" for drop in drops}
         table.add_row(name, *(known.get(bits, "") for bits in widths))
