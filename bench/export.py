@@ -22,6 +22,7 @@ from typing import Any
 DEFAULTS = {  # header -> recipe
     "llava-hf--llava-1.5-7b-hf": "llava-w4-vit8",
     "Salesforce--blip2-opt-2.7b": "blip2-caption-w4",
+    "Salesforce--blip2-itm-vit-g-coco": "blip2-retrieval-w4",
 }
 
 
