@@ -50,10 +50,13 @@ _ANSWERING = {
 CONVENTIONS: dict[str, Convention] = {
     "coco": Convention(
         name="coco",
-        tasks=("captioning",),
+        tasks=("captioning", "retrieval"),
         splits={"train": "train2017", "test": "val2017"},
         test_size="5,000 pictures, 25,014 captions",
-        metrics={"captioning": "CIDEr-D, METEOR, BLEU-4 after the Penn Treebank tokenizer"},
+        metrics={
+            "captioning": "CIDEr-D, METEOR, BLEU-4 after the Penn Treebank tokenizer",
+            "retrieval": "recall at 1, 5 and 10 on val2017, which is not Karpathy's 5K",
+        },
         layout="annotations_trainval2017.zip and val2017.zip (train2017.zip) of cocodataset.org into one folder",
         license="annotations CC BY 4.0; pictures are their Flickr authors', under the license listed with each",
         prompts={"llava": "Provide a one-sentence caption for the provided image.", "blip2": ""},

@@ -1,0 +1,207 @@
+"""The trained BLIP-2 demo models: folders that transformers loads, one truth for words and tokens, bounds."""
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from exporter.demo import MODELS
+from exporter.demo.blip2_folder import MORE_WORDS, QUERIES, config
+from exporter.demo.blip2_packing import BLIP2, QUESTION_PROMPT
+from exporter.demo.data import picture
+from exporter.demo.folder import BOS, EOS, IMAGE, PAD, tokenizer
+from exporter.demo.language import QUESTIONS, caption, captions, plain_captions, question
+from exporter.demo.packing import mask_and_positions, normalize, pack, slot_lengths
+from exporter.demo.scenes import draw, scenes, things
+from exporter.demo.score import by_kind, easy_exam, grade, scene_exam, summary
+from exporter.demo.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
+from exporter.families import FAMILIES
+from exporter.tasks.retrieval import prepare
+from tests.headers.read import header
+
+CPU = torch.device("cpu")
+HUBS = {"demo-blip2": "Salesforce--blip2-opt-2.7b", "demo-blip2-itm": "Salesforce--blip2-itm-vit-g-coco"}
+KINDS: dict[str, Any] = {"demo-blip2": "captioning", "demo-blip2-itm": "retrieval"}
+FAMILY_OF = {"demo-blip2": FAMILIES["blip2"], "demo-blip2-itm": FAMILIES["blip2-itm"]}
+either = pytest.mark.parametrize("name", [name for name in HUBS if name in MODELS])
+
+
+@cache
+def model(name: str) -> Any:
+    """A shipped model in float32."""
+    import transformers
+
+    settings = json.loads((MODELS[name] / "config.json").read_text())
+    made = getattr(transformers, settings["architectures"][0]).from_pretrained(MODELS[name], dtype=torch.float32)
+    return made.eval()
+
+
+@cache
+def processor(name: str) -> Any:
+    """Its processor."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(MODELS[name])
+
+
+def shapes(name: str) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of every shipped tensor."""
+    with safe_open(MODELS[name] / "model.safetensors", framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+
+
+# The folders
+
+
+@either
+def test_the_weights_are_small_and_bfloat16(name: str) -> None:
+    assert (MODELS[name] / "model.safetensors").stat().st_size <= 3_000_000
+    assert {dtype for dtype, _ in shapes(name).values()} == {"BF16"}
+
+
+@either
+def test_names_are_the_hubs(name: str) -> None:
+    def squash(key: str) -> str:
+        return ".".join("{i}" if part.isdigit() else part for part in key.split("."))
+
+    assert {squash(key) for key in shapes(name)} == {squash(key) for key in header(HUBS[name])}
+
+
+@either
+def test_the_config_is_the_one_the_code_makes(name: str) -> None:
+    assert json.loads((MODELS[name] / "config.json").read_text()) == config(KINDS[name])
+
+
+@either
+def test_the_tokenizer_is_the_one_the_code_makes(name: str) -> None:
+    assert json.loads((MODELS[name] / "tokenizer.json").read_text()) == json.loads(tokenizer(MORE_WORDS).to_str())
+
+
+@either
+def test_features_are_multiples_of_128(name: str) -> None:
+    settings, held = json.loads((MODELS[name] / "config.json").read_text()), shapes(name)
+    found = FAMILY_OF[name].components
+    names = [f"{c.block(i)}.{x}.weight" for c in found for i in range(c.used(settings)) for x in c.linears]
+    here = [key.replace("language_projection.language_projection", "language_projection") for key in names]
+    sides = [side for key in here if key in held for side in held[key][1]]
+    assert len(sides) > 60
+    assert all(side % 128 == 0 for side in sides)
+
+
+@either
+def test_blocks_differ_as_in_the_hubs_models(name: str) -> None:
+    """Cross-attention in every second block."""
+    crossing = {int(key.split(".")[3]) for key in shapes(name) if "crossattention" in key}
+    assert crossing == {0, 2}
+
+
+@either
+def test_transformers_finds_every_tensor(name: str) -> None:
+    import transformers
+
+    kind = type(model(name)).__name__
+    _, report = getattr(transformers, kind).from_pretrained(MODELS[name], output_loading_info=True)
+    assert not any(report.values())
+
+
+# Answers
+
+
+def test_prompts_are_the_familys() -> None:
+    assert FAMILIES["blip2"].question_prompt == QUESTION_PROMPT
+    assert FAMILIES["blip2"].caption_prompt == BLIP2.caption == ""
+
+
+def test_every_token_of_a_prompt_is_known() -> None:
+    coder = processor("demo-blip2").tokenizer
+    ids = coder(QUESTION_PROMPT.format(question="what color is the dot on the large red bar?")).input_ids
+    assert coder.unk_token_id not in ids
+    assert ids[0] == BOS
+
+
+def test_packed_slots_are_the_sequences_a_user_sends() -> None:
+    """Logits of a packed row against transformers' own forward pass, one conversation at a time."""
+    batch = scenes("test", torch.tensor([3]))
+    objects = things(batch)[0]
+    asked = question("color", objects, 1)
+    assert asked is not None
+    entries = [(None, caption(objects)), (asked.text, asked.answer)]
+    lengths = slot_lengths(1, 1, BLIP2)
+    rows, (sees, positions) = pack([entries], lengths, BLIP2), mask_and_positions(lengths, CPU, BLIP2.prefix)
+    shown, whole = model("demo-blip2"), processor("demo-blip2")
+    with torch.no_grad():
+        packed = BLIP2.forward(CPU)(shown, normalize(draw(batch)), rows.tokens.long(), sees, positions)[0]
+    for (text, answer), start in zip(entries, (0, lengths[0]), strict=True):
+        said = FAMILIES["blip2"].text(text)
+        inputs = whole(images=picture("test", 3), text=f"{said} {answer}</s>", return_tensors="pt")
+        assert inputs.input_ids[0, :QUERIES].tolist() == [IMAGE] * QUERIES
+        assert inputs.input_ids[0, -1] == EOS
+        with torch.no_grad():
+            alone = shown(**inputs).logits[0, QUERIES:]
+        torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_grading_agrees_with_generating() -> None:
+    exam = scene_exam("test", 0, 12, CPU, BLIP2)
+    right, _ = grade(model("demo-blip2"), exam)
+    images = [picture("test", i) for i in range(12)]
+    inputs = processor("demo-blip2")(images=images, text=[""] * 12, return_tensors="pt", padding=True)
+    made = model("demo-blip2").generate(**inputs, max_new_tokens=40)[:, inputs.input_ids.shape[1] :]
+    answers = processor("demo-blip2").batch_decode(made, skip_special_tokens=True)
+    wanted = [caption(objects) for objects in things(scenes("test", torch.arange(12)))]
+    assert [a.strip() == w for a, w in zip(answers, wanted, strict=True)] == right[:, 0].tolist()
+
+
+def test_it_answers_far_above_chance() -> None:
+    kinds = by_kind(model("demo-blip2"), [scene_exam("test", 0, 150, CPU, BLIP2), easy_exam(CPU, BLIP2)])
+    figures = summary(kinds)
+    assert figures["captions"] > 0.9
+    assert min(kinds[kind] for kind in QUESTIONS) > 0.85
+    assert figures["easy-vqa"] > 0.95
+
+
+def test_without_the_picture_it_knows_next_to_nothing() -> None:
+    exam = scene_exam("test", 0, 100, CPU, BLIP2)
+    blind = type(exam)(torch.full_like(exam.pixels, 200), exam.rows, exam.lengths, exam.kinds, exam.talk)
+    kinds = by_kind(model("demo-blip2"), [blind])
+    assert kinds["caption"] < 0.05
+    assert max(kinds[kind] for kind in ("color", "shape", "name")) < 0.4
+
+
+# Texts made on the device
+
+
+@pytest.mark.parametrize("style", range(STYLES))
+def test_texts_are_the_captions_that_are_tokenized(style: int) -> None:
+    batch, coder = scenes("test", torch.arange(120)), tokenizer()
+    made = texts(batch, torch.full((120,), style), lexicon_tokens(CPU))
+    at = coder.token_to_id("\u2581at")
+    for row, spots, told, objects in zip(made.tokens, made.spots, made.things, things(batch), strict=True):
+        plain = plain_captions(objects)
+        said = (*captions(objects), plain[0], plain[1], f"an image with {plain[0]}", plain[2])[style]
+        ids = coder.encode(prepare(said)).ids
+        assert row.tolist() == ids + [PAD] * (LENGTH - len(ids))
+        assert all(row[spot] == at for spot, thing in zip(spots, told, strict=True) if thing[0] >= 0)
+
+
+def test_spoiled_scenes_say_something_else_and_stay_scenes() -> None:
+    batch = scenes("train", torch.arange(2000))
+    style = torch.arange(2000) % STYLES
+    wrong, known = spoil(batch, style, torch.Generator().manual_seed(0)), lexicon_tokens(CPU)
+    same = (texts(batch, style, known).tokens == texts(wrong, style, known).tokens).all(dim=1)
+    assert float(same.float().mean()) < 0.005  # two that look alike may have changed places
+    there = wrong.cell >= 0
+    assert torch.equal(there.sum(1), (batch.cell >= 0).sum(1))
+    order = torch.where(there, wrong.cell, 9)
+    assert bool((order.diff(dim=1) >= 0).all())
+    assert not bool(((order.diff(dim=1) == 0) & there[:, 1:]).any())  # no two in one place
+    moved = (wrong.cell != batch.cell).any(1)
+    assert 0.15 < float(moved.float().mean()) < 0.35
+    assert style[moved].unique().numel() == STYLES
+    differing = [len(set(a) ^ set(b)) for a, b in zip(things(batch), things(wrong), strict=True)]
+    assert set(differing) <= {0, 2, 4}
+    assert NAMED * 2 == STYLES
