@@ -58,8 +58,7 @@ def main() -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    dtype = torch.float16 if options.device == "cuda" else torch.float32
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=dtype)
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype="auto")  # scales get its dtype, as mmq's
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     weights |= {"observer": options.observer, "actorder": "static"}
     targets = ["re:.*language_model.*(proj)$"]
