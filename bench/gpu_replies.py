@@ -46,7 +46,6 @@ def answer(artifact: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:
     llm = LLM(
         model=str(artifact),
         dtype="bfloat16",
-        max_model_len=512,
         max_num_seqs=8,
         max_num_batched_tokens=1024,
         enforce_eager=True,
@@ -81,14 +80,22 @@ def reply(output: Any) -> dict[str, Any]:
     }
 
 
-def register() -> None:
+def register(folder: Path) -> None:
     """Tell vLLM the model classes themselves: it would look into them in a process that imports everything again."""
+    import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
     from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
     for model in (LlamaForCausalLM, LlavaForConditionalGeneration):
         ModelRegistry.register_model(model.__name__, model)
+    plugin = folder / "mmq_vllm_blip2.py"
+    if plugin.exists():
+        sys.path.insert(0, str(folder))
+        import mmq_vllm_blip2  # type: ignore[import-not-found]
+
+        mmq_vllm_blip2.refuse(vllm.__version__)
+        ModelRegistry.register_model(mmq_vllm_blip2.ARCHITECTURE, mmq_vllm_blip2.PackedBlip2)
 
 
 def main() -> None:
@@ -96,7 +103,7 @@ def main() -> None:
     begun, folder = time.perf_counter(), Path(sys.argv[1])
     import vllm
 
-    register()
+    register(folder)
     print(f"imported in {time.perf_counter() - begun:.0f} s", flush=True)
     for name in sys.argv[2:]:
         case = folder / name

@@ -10,6 +10,7 @@ engine's log, its model says which scheme and kernel every linear has.
 
 import argparse
 import json
+import shutil
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ from exporter.check import Doubled, Session, judge, png, scheme_problems
 from exporter.cli_serve import questions
 from exporter.device import choose
 from exporter.export import export
-from exporter.perturb import double_scales, first_packed
+from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_inputs
 from exporter.recipe import Recipe
 from exporter.reference import Distance
+from exporter.runtime import vllm_blip2
 from exporter.runtime.launch import Program
 from exporter.runtime.vllm_engine import Reply
 from exporter.tasks.sample import Sample, task_of
@@ -42,11 +44,12 @@ HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
 
 @dataclass(frozen=True)
 class Case:
-    """One artifact. rules: of the recipe; what none names stays in 16 bits."""
+    """One artifact. rules: of the recipe; what none names stays in 16 bits. disturb: what the control doubles."""
 
     rules: Sequence[Mapping[str, Any]]
     format: str = "compressed_tensors"
     model: str = "demo-llava"
+    disturb: str | None = None
 
 
 CASES = {  # the most telling first, should the time run out
@@ -63,6 +66,15 @@ CASES = {  # the most telling first, should the time run out
     "w8a8": Case([VISION8A8, VISION8A8 | {"component": "language"}]),
     "w4-vit-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4]),
     "gptq-8": Case([LANGUAGE4 | {"bits": 8}], "gptq"),
+    "blip2-qformer": Case(
+        [
+            VISION8A8,
+            *(VISION8 | {"component": name, "store": "plugin"} for name in ("qformer", "projector")),
+            LANGUAGE4,
+        ],
+        model="demo-blip2",
+        disturb="qformer",
+    ),
     "w2": Case([LANGUAGE4 | {"bits": 2, "group_size": 32}]),
     "w6": Case([LANGUAGE4 | {"bits": 6}]),
 }
@@ -87,9 +99,11 @@ def recipe(name: str) -> Recipe:
 def prepare(folder: Path, name: str) -> str:
     """The artifact of a case, its doubled copy, and the questions as token ids and pictures."""
     out = folder / name / "artifact"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(vllm_blip2.__file__, folder / "mmq_vllm_blip2.py")
     export(recipe(name), out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
     artifact = Artifact.open(out)
-    component = first_packed(artifact)
+    component = disturbed(artifact, CASES[name].disturb)
     if component:
         double_scales(artifact, out, component, folder / name / "doubled")
         for path in (folder / name / "doubled").iterdir():
@@ -144,7 +158,7 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
     artifact, processor = Artifact.open(case / "artifact"), load_processor(case / "artifact")
     samples = questions(case / "artifact", (), QUESTIONS)
     session = Session(Program("", found["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
-    doubled, component = None, first_packed(artifact)
+    doubled, component = None, disturbed(artifact, CASES[name].disturb)
     if component and "doubled" in found:
         doubled = Doubled(component, case / "doubled", read_replies(found["doubled"]))
     linears = found["plain"]["linears"]

@@ -21,10 +21,11 @@ from exporter.device import Device, release
 from exporter.errors import ServeError
 from exporter.events import Event
 from exporter.families import Family
-from exporter.perturb import double_scales, first_packed
+from exporter.perturb import disturbed, double_scales, modules_of
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
+from exporter.runtime.plugin import with_plugin
 from exporter.runtime.serve_lint import Linear, cpu_problems, engine_class, parallel_problems
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
@@ -72,6 +73,7 @@ class Session:
     """What a check needs of the outside: the program, how to start it, where to compute the reference, whom to tell.
 
     logs: folder that keeps what the engine said, `engine.log` and the control's `doubled.log` (None: nothing is kept).
+    disturb: the component whose scales the control doubles (None: the first that has packed linears).
     """
 
     program: Program
@@ -82,6 +84,7 @@ class Session:
     start_seconds: float = 900.0
     bound: float = BOUND
     logs: Path | None = None
+    disturb: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
         replies, told = asked.replies, artifact.manifest["format"] == "compressed_tensors"
         problems = scheme_problems(artifact, asked.schemes) if told else []
         doubled = None
-        component = first_packed(artifact)
+        component = disturbed(artifact, session.disturb)
         if control and component:
             copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
             doubled = Doubled(
@@ -177,6 +180,7 @@ def _ask_engine(folder: Path, artifact: Artifact, samples: Sequence[Sample], ses
         tensor_parallel=session.tensor_parallel,
         extra=session.extra,
     )
+    made = with_plugin(made) if needs_plugin(artifact) else made
     session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}"))
     with Engine(made, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)
@@ -220,6 +224,11 @@ def refuse_unserved(family: Family) -> None:
         raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/families.md")
 
 
+def needs_plugin(artifact: Artifact) -> bool:
+    """Whether something is packed that vLLM loads only with mmq's plugin."""
+    return any(component.packable and modules_of(artifact, component.name) for component in artifact.family.components)
+
+
 def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
     """ServeError naming the rules that keep this engine from serving it, before it is started."""
     refuse_unserved(artifact.family)
@@ -236,7 +245,7 @@ def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
     problems = []
     for module in artifact.manifest["linears"]:
         name = artifact.family.engine_name(module)
-        expected, found = engine_class(artifact.scheme_of(module)), log.get(name)
+        expected, found = engine_class(artifact.scheme_of(module)), log.get(name) or log.get(module)
         if found not in expected:
             said = found or "none (it runs unquantized, or under another name)"
             problems.append(f"{name}: vllm's log gives it the scheme {said}, expected {' or '.join(expected)}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
+from exporter.runtime.launch import Launch
 from exporter.runtime.vllm_engine import START_SECONDS
 
 vllm_option = click.option(
@@ -46,28 +48,10 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/mine --tensor-parallel 2 --port 9000 -- --gpu-memory-utilization 0.5
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
-    from exporter.artifact import MANIFEST, Artifact
-    from exporter.check import refuse_unservable, refuse_unserved
-    from exporter.runtime.launch import find_program, launch
-    from exporter.runtime.vllm_engine import Engine, free_port
+    from exporter.runtime.vllm_engine import Engine
     from exporter.show_serving import python_line, shell_line
-    from exporter.source import open_source
 
-    checkpoint, family = open_source(str(artifact))
-    refuse_unserved(family)
-    program = find_program(options["vllm"])
-    if (artifact / MANIFEST).exists():
-        refuse_unservable(Artifact.open(artifact), program.cpu, options["tensor_parallel"])
-    made = launch(
-        artifact,
-        checkpoint.config,
-        program,
-        host=options["host"],
-        port=options["port"] or free_port(),
-        fallback_prompt=family.fallback_prompt,
-        tensor_parallel=options["tensor_parallel"],
-        extra=flags,
-    )
+    made = _launch(artifact, flags, options)
     if only_print:
         return say({"command": list(made.command), "environment": dict(made.environment)} if as_json else made.shell())
     try:
@@ -87,6 +71,34 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
     sys.exit(1 if code else 0)
 
 
+def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any]) -> Launch:
+    """The command that serves it here (ServeError when none can)."""
+    from exporter.artifact import MANIFEST, Artifact
+    from exporter.check import needs_plugin, refuse_unservable, refuse_unserved
+    from exporter.runtime.launch import find_program, launch
+    from exporter.runtime.plugin import with_plugin
+    from exporter.runtime.vllm_engine import free_port
+    from exporter.source import open_source
+
+    checkpoint, family = open_source(str(artifact))
+    refuse_unserved(family)
+    program, opened = find_program(options["vllm"]), None
+    if (artifact / MANIFEST).exists():
+        opened = Artifact.open(artifact)
+        refuse_unservable(opened, program.cpu, options["tensor_parallel"])
+    made = launch(
+        artifact,
+        checkpoint.config,
+        program,
+        host=options["host"],
+        port=options["port"] or free_port(),
+        fallback_prompt=family.fallback_prompt,
+        tensor_parallel=options["tensor_parallel"],
+        extra=flags,
+    )
+    return with_plugin(made) if opened and needs_plugin(opened) else made
+
+
 @click.command()
 @artifact_argument
 @flags_argument
@@ -94,6 +106,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
 @click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="Images to ask about.")
 @click.option("--bound", type=click.FloatRange(min=0), help="Largest difference of a log-probability [0.06].")
 @click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the engine's logs in this folder.")
+@click.option("--control", "disturb", metavar="COMPONENT", help="Whose scales the control doubles [the first packed].")
 @click.option("--no-control", is_flag=True, help="Skip the second start, on doubled scales, that must answer wrongly.")
 @parallel_option
 @wait_option
@@ -137,6 +150,7 @@ def check(
             options["wait"],
             bound,
             options["logs"],
+            options["disturb"],
         )
         found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
     keep(artifact, found)

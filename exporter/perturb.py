@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from exporter.artifact import Artifact
+from exporter.errors import ServeError
 
 
 def modules_of(artifact: Artifact, component: str) -> list[str]:
@@ -12,9 +13,14 @@ def modules_of(artifact: Artifact, component: str) -> list[str]:
     return [module for module in artifact.manifest["linears"] if module.startswith(prefix)]
 
 
-def first_packed(artifact: Artifact) -> str | None:
-    """The first component that has packed linears: the one that the control disturbs."""
-    return next((c.name for c in artifact.family.components if modules_of(artifact, c.name)), None)
+def disturbed(artifact: Artifact, wanted: str | None = None) -> str | None:
+    """The component that the control disturbs: `wanted` (ServeError when nothing of it is packed), else the first."""
+    packed = [component.name for component in artifact.family.components if modules_of(artifact, component.name)]
+    if wanted and wanted not in packed:
+        raise ServeError(
+            f"nothing of '{wanted}' is packed in this artifact", f"packed: {', '.join(packed) or 'nothing'}"
+        )
+    return wanted or next(iter(packed), None)
 
 
 def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -> Path:

@@ -219,10 +219,11 @@ def _linear_row(
         return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
     scheme = rule.scheme()
     assert scheme is not None
-    if component.packable:
-        problems.append(
-            f"component '{component.name}': {component.packable}; remove the rule or add `store: dequantized`"
-        )
+    if component.packable and rule.store != "plugin":
+        ways = "remove the rule, or add `store: dequantized`, or `store: plugin` for a vLLM with mmq's plugin"
+        problems.append(f"component '{component.name}': {component.packable}; {ways}")
+    if rule.store == "plugin" and not component.packable:
+        problems.append(f"component '{component.name}' needs no plugin to be served: leave out `store: plugin`")
     if component.formats and format_name not in component.formats:
         usable = ", ".join(component.formats)
         problems.append(

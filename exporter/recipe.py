@@ -50,7 +50,10 @@ class Model(Strict):
 
 
 class Rule(Strict):
-    """How the linears of one component, or of some of its blocks or one role, are quantized. bits 16 keeps them."""
+    """How the linears of one component, or of some of its blocks or one role, are quantized. bits 16 keeps them.
+
+    store: "dequantized" keeps values of few bits in 16; "plugin" packs what vLLM loads only with mmq's plugin.
+    """
 
     component: str
     bits: int
@@ -61,7 +64,7 @@ class Rule(Strict):
     activations: Activations | None = None
     blocks: str | None = None
     role: Literal["attention", "mlp"] | None = None
-    store: Literal["packed", "dequantized"] = "packed"
+    store: Literal["packed", "dequantized", "plugin"] = "packed"
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("method")

@@ -14,7 +14,7 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 _ATTENDS: Role = "attention"
 _FEEDS: Role = "mlp"
-_PLAIN = "vLLM builds it of plain linears and cannot load it packed"
+_PLAIN = "vLLM by itself builds it of plain linears and cannot load it packed"
 
 
 def same_name(name: str) -> str:

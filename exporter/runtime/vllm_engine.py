@@ -29,7 +29,7 @@ START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
-KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w+)")
+KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
 # Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
 BORN_TO_DIE = (
     "import ctypes, os, sys\n"
@@ -84,7 +84,9 @@ class Engine:
     def start(self) -> None:
         """Start the server in a process group of its own (ServeError when its port is taken); does not wait."""
         refuse_taken_port(self.launch.url)
-        environment = {**os.environ, **{k: os.environ.get(k, v) for k, v in self.launch.environment.items()}}
+        environment = {**self.launch.environment, **os.environ}  # what the user set wins
+        if "PYTHONPATH" in self.launch.environment:  # but this has the user's in it
+            environment["PYTHONPATH"] = self.launch.environment["PYTHONPATH"]
         if self._debug:
             environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
         self._output = self.log.open("wb") if self.log else None

@@ -1,0 +1,118 @@
+"""The plugin of vLLM for BLIP-2: found by its entry point, off by default, refused where it does not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import nn
+
+from exporter.device import choose
+from exporter.errors import PlanError
+from exporter.export import prepare
+from exporter.recipe import Recipe
+from exporter.runtime.launch import Launch
+from exporter.runtime.plugin import MODULE, plugin_folder, with_plugin
+from exporter.runtime.vllm_blip2 import refuse, register, replace_linears
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_the_folder_is_found_by_its_entry_point_and_is_off_by_default() -> None:
+    code = (
+        "import sys; from importlib.metadata import entry_points; "
+        f"point = entry_points(group='vllm.general_plugins')['{MODULE}']; point.load()(); "
+        "print(point.value, 'vllm' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(plugin_folder())}
+    environment.pop("MMQ_VLLM_PLUGIN", None)
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [f"{MODULE}:register", "False"], done.stderr
+
+
+def test_a_changed_copy_is_written_anew() -> None:
+    path = plugin_folder() / f"{MODULE}.py"
+    path.write_text("raise SystemExit")
+    assert "PackedBlip2" in (plugin_folder() / f"{MODULE}.py").read_text()
+
+
+def test_the_launch_switches_it_on_and_keeps_the_users_path() -> None:
+    made = with_plugin(Launch(("vllm", "serve", "x"), {"A": "1"}, "http://127.0.0.1:1", "x"), {"PYTHONPATH": "/mine"})
+    folder = str(plugin_folder())
+    assert made.environment == {"A": "1", "MMQ_VLLM_PLUGIN": "1", "PYTHONPATH": f"/mine{os.pathsep}{folder}"}
+    words = ("env", "PYTHONPATH=/site", "python3", "-m", "vllm", "serve", "PYTHONPATH=kept")
+    made = with_plugin(Launch(words, {}, "http://127.0.0.1:1", "x"), {})
+    assert made.command == ("env", f"PYTHONPATH=/site{os.pathsep}{folder}", *words[2:])
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "0.34.0rc1+cpu", "dev"])
+def test_other_versions_of_vllm_are_refused(version: str) -> None:
+    with pytest.raises(RuntimeError, match=r"is for vLLM 0\.26 to 0\.33"):
+        refuse(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev3"])
+def test_these_versions_are_taken(version: str) -> None:
+    refuse(version)
+
+
+def test_switched_on_in_another_vllm_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = ModuleType("vllm")
+    vllm.__version__, vllm.ModelRegistry = "0.40.0", None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setenv("MMQ_VLLM_PLUGIN", "1")
+    with pytest.raises(RuntimeError, match="store: dequantized"):
+        register()
+
+
+class Unquantized:
+    """Stands for vLLM's method of a linear that its config does not name."""
+
+
+class Replicated(nn.Module):
+    """Stands for vLLM's linear; the config here is the set of names that it quantizes."""
+
+    def __init__(self, rows: int, columns: int, *, bias: bool, quant_config: set[str], prefix: str, return_bias: bool):
+        super().__init__()
+        assert not return_bias
+        self.made_of = (rows, columns, bias, prefix)
+        self.quant_method: Any = object() if prefix in quant_config else Unquantized()
+
+
+def test_only_named_linears_of_the_part_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = ModuleType("vllm.model_executor.layers.linear")
+    stand_in.ReplicatedLinear, stand_in.UnquantizedLinearMethod = Replicated, Unquantized  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    model = nn.Module()
+    model.qformer = nn.ModuleDict({"query": nn.Linear(4, 6), "key": nn.Linear(4, 4, bias=False)})
+    model.qformer_other, model.language_projection = nn.Linear(2, 2), nn.Linear(6, 8)
+    config = {"qformer.query", "qformer_other", "language_projection"}
+    assert replace_linears(model, "qformer", config) == ["qformer.query"]
+    assert replace_linears(model, "language_projection", config) == ["language_projection"]
+    assert model.qformer["query"].made_of == (4, 6, True, "qformer.query")
+    assert type(model.qformer["key"]) is type(model.qformer_other) is nn.Linear
+
+
+def planned(store: str, component: str = "qformer") -> Any:
+    evidence = [{"finding": "a", "figures": "b", "source": "c"}]
+    model = {"repo": "demo-blip2", "family": "blip2"}
+    rule = {"component": component, "bits": 8, "store": store}
+    data = {"name": "x", "summary": "x", "model": model, "quantize": [rule], "gates": [], "evidence": evidence}
+    return prepare(Recipe.model_validate(data), choose("cpu"))[0]
+
+
+def test_a_plan_packs_it_only_where_the_recipe_counts_on_the_plugin() -> None:
+    decisions = {row.decision for row in planned("plugin").rows if row.component == "qformer" and row.linear}
+    assert decisions == {"packed"}
+    with pytest.raises(PlanError, match="store: plugin"):
+        planned("packed")
+    with pytest.raises(PlanError, match="needs no plugin"):
+        planned("plugin", "vision")
