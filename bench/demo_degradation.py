@@ -2,7 +2,7 @@
 
 Every setting is one export (symmetric, one scale a row or 32 columns, calibrated on 128 samples of the train split),
 read back from its artifact. A figure is the share of exact greedy answers over test scenes and the embedded easy-VQA
-pictures, or of things found first.
+pictures, or of things found first. `--read out.json` prints the table of an earlier run for a page.
 """
 
 import argparse
@@ -114,6 +114,21 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['method']:<5} W{row['bits']:<2} {row['group']!s:>4} {row['where']:<9} {figures}"
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table in Markdown."""
+    names = list(rows[0]["summary"])
+    lines = [f"| method | bits, scale per | where | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
+    for row in rows:
+        scale = "row" if row["group"] == "row" else f"{row['group']} columns"
+        plain = row["method"] == "none"
+        made = (
+            ["bf16 weights", "16", "-"] if plain else [row["method"].upper(), f"{row['bits']}, {scale}", row["where"]]
+        )
+        figures = [format(row["summary"][name], ".3f") for name in names]
+        lines.append(f"| {' | '.join(made + figures)} |")
+    return "\n".join(lines)
+
+
 def measured(model: Any, figures: Grade, setting: Setting) -> dict[str, Any]:
     """A row: the setting and its figures."""
     row = {**asdict(setting), **figures(model)}
@@ -131,7 +146,10 @@ def main() -> None:
     parser.add_argument("--groups", default="row,32")
     parser.add_argument("--device", default="cpu", help="where answers are made; quantization stays on the CPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, help="print the table of a JSON file and measure nothing")
     options = parser.parse_args()
+    if options.read:
+        return print(page(json.loads(options.read.read_text(encoding="utf-8"))["rows"]))
     place, folder = torch.device(options.device), MODELS.get(options.model, Path(options.model))
     checkpoint, family = open_source(str(folder), None)
     names, figures = list(checkpoint.tensors), grader(family, options.scenes, place)

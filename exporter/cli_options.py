@@ -12,11 +12,14 @@ import click
 from rich.console import Console
 
 from exporter.data import places
+from exporter.demo import MODELS
 from exporter.errors import GateFailed, MmqError
 from exporter.recipe import Recipe
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
-model_option = click.option("--model", metavar="MODEL", help="Hub id, local folder or demo-llava [the recipe's model].")
+model_option = click.option(
+    "--model", metavar="MODEL", help=f"Hub id, local folder or {' or '.join(MODELS)} [the recipe's model]."
+)
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 json_option = click.option(
