@@ -16,7 +16,7 @@ from exporter.study.pool import Pool
 from exporter.study.propose import Confirmed
 from exporter.study.records import Measured
 from exporter.study.run import Listener, run
-from exporter.study.sensitivity import TABLE, Per, measure, rules, table, without_extras
+from exporter.study.sensitivity import TABLE, Per, measure, on_training, rules, table, without_extras
 from exporter.study.work import Setup, exam_samples, opened
 
 FRONT_SAMPLES = 4  # choices are scored on so many times the samples that sensitivities are measured on
@@ -71,7 +71,8 @@ class Tried:
 class Found:
     """The recipe with its evidence, and everything it rests on.
 
-    sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken.
+    sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken; together: its
+    divergence where the single ones were measured, so that their sum can be judged.
     confirmed: its real tasks; against: those of the recipes it was compared with.
     """
 
@@ -79,6 +80,7 @@ class Found:
     sensitivity: dict[str, dict[str, float]]
     front: tuple[Tried, ...]
     winner: Tried
+    together: float
     written: tuple[Tried, ...]
     confirmed: Confirmed | None
     against: tuple[Confirmed, ...]
@@ -89,7 +91,7 @@ class Found:
         """Plain data."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "winner": self.winner.row(),
+            "winner": self.winner.row() | {"together_kl": self.together},
             "confirmed": self.confirmed.row() if self.confirmed else None,
             "against": [one.row() for one in self.against],
             "front": [one.row() for one in self.front],
@@ -115,20 +117,27 @@ def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, pro
     recipes = [_recipe(setup, request, places, choice) for choice in choices]
     winner, confirmed = _choose(setup, request, tried, recipes, on_event, prove)
     recipe = recipes[tried.index(winner)]
-    kl = winner.measured.scores["kl"]
-    recipe = propose.with_evidence(recipe, confirmed, winner.predicted or 0.0, kl, request.max_drop)
+    together = _together(setup, recipe, pool, on_event)
+    recipe = propose.with_evidence(recipe, confirmed, winner.predicted or 0.0, together, request.max_drop)
     rivals = [_confirm(setup, other, request.samples, on_event) for _, other in written if prove]
     return Found(
         recipe=recipe,
         sensitivity=table(measured.found[1:]),
         front=tuple(sorted(tried, key=lambda one: one.measured.bytes)),
         winner=winner,
+        together=together,
         written=hand,
         confirmed=confirmed,
         against=tuple(rivals),
         seconds=dict(measured.seconds),
         cpu_seconds=measured.cpu_seconds,
     )
+
+
+def _together(setup: Setup, recipe: Recipe, pool: Pool, on_event: Listener) -> float:
+    """The divergence of a whole choice on the samples that single ones were measured on."""
+    point = Point(recipe.quantize, (("place", "together"), ("scheme", "chosen")))
+    return run(on_training(setup), [point], pool, on_event).found[0].scores["kl"]
 
 
 def _recipe(setup: Setup, request: Request, places: Sequence[Place], choice: Allocation) -> Recipe:
@@ -192,7 +201,7 @@ def _candidates(request: Request, tried: Sequence[Tried]) -> list[Tried]:
     """The choice for the size; for a drop, the smallest ones that seem to keep to it (PlanError when none does)."""
     if request.max_drop is None:
         return [tried[-1]]
-    by_size = sorted((one for one in tried if one.predicted), key=lambda one: one.measured.bytes)
+    by_size = sorted((one for one in tried if one.predicted is not None), key=lambda one: one.measured.bytes)
     good = [i for i, one in enumerate(by_size) if one.drop <= request.max_drop]
     if not good:
         raise PlanError(

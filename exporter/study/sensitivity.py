@@ -67,6 +67,11 @@ def spots(model: Opened, per: Per, names: Sequence[str]) -> Iterator[tuple[Compo
                 yield component, i, role
 
 
+def on_training(setup: Setup) -> Setup:
+    """The setup that sensitivities are measured by: on the training split, in a table of its own."""
+    return replace(setup, split="train", table=TABLE)
+
+
 def measure(
     setup: Setup, per: Per, names: Sequence[str], schemes: Sequence[dict[str, Any]], pool: Pool, on_event: Listener
 ) -> tuple[list[Place], int, Outcome]:
@@ -84,7 +89,7 @@ def measure(
             if _fits(model, component, block, role, rule):
                 points.append(Point((rule,), _about(component, block, role, rule)))
                 owners.append(number)
-    outcome = run(replace(setup, split="train", table=TABLE), points, pool, on_event)
+    outcome = run(on_training(setup), points, pool, on_event)
     full = outcome.found[0].bytes
     options: list[list[Option]] = [[Option(None, 0, 0.0)] for _ in found]
     for owner, point, measured in list(zip(owners, points, outcome.found, strict=True))[1:]:

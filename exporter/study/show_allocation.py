@@ -19,7 +19,9 @@ def allocation_page(found: Found, file: Path) -> Group:
     parts.append(
         f"{size(one.bytes)}, {one.bits_per_weight:.2f} bits a weight; costs sum up to {found.winner.predicted:.5f}"
     )
-    parts.append(f"KL a token, measured with all of it together: {one.scores['kl']:.5f}\n")
+    parts.append(
+        f"KL a token with all of it together: {found.together:.5f}; on the validation split {one.scores['kl']:.5f}\n"
+    )
     parts.append(_front(found.front, found.written, found.winner))
     if found.confirmed:
         parts.append(_proof([found.confirmed, *found.against]))
