@@ -105,12 +105,14 @@ def test_every_stored_tensor_learns_and_a_few_steps_teach() -> None:
         return torch.stack(terms(*batch)).sum()
 
     parameters = [*model.parameters(), *lessons.parameters()]
-    options = argparse.Namespace(rate=1e-3, decay=0.0, compile=False, steps=12, minutes=0, report=1e9, keep=0.5)
+    options = argparse.Namespace(rate=1e-3, decay=0.0, compile=False, steps=12, minutes=0, report=0.0, keep=0.5)
     saved: list[int] = []
+    lines: list[str] = []
     before = loss(*one)
     before.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
-    figures = run(Work(parameters, loss, same(), dict, lambda: saved.append(1)), options)
+    figures = run(Work(parameters, loss, same(), dict, lambda: saved.append(1)), options, lines.append)
     assert figures["steps"] == 12
     assert saved == [1]
+    assert len(lines) == 12
     assert loss(*one).item() < 0.8 * before.item()

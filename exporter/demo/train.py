@@ -90,7 +90,7 @@ def main() -> None:
     work = course.work(model, save, options, device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data after {time.monotonic() - begun:.0f} s, {parameters} parameters", flush=True)
-    figures = run(work, options)
+    figures = run(work, options, partial(print, flush=True))
     save()
     asked = {k: v for k, v in vars(options).items() if k not in ("out", "workers", "report", "keep", "start")}
     record = {"options": asked, "torch": torch.__version__, **figures, "parameters": parameters}

@@ -36,13 +36,13 @@ def _rate(progress: float) -> float:
     return min(progress / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _say(elapsed: float, step: int, loss: float, figures: dict[str, float]) -> None:
+def _line(elapsed: float, step: int, loss: float, figures: dict[str, float]) -> str:
     words = " ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
-    print(f"{elapsed / 60:.1f} min  step {step}  loss {loss:.4f}  {words}", flush=True)
+    return f"{elapsed / 60:.1f} min  step {step}  loss {loss:.4f}  {words}"
 
 
-def run(work: Work, options: argparse.Namespace) -> dict[str, Any]:
-    """Train in place; returns the figures of the run."""
+def run(work: Work, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train in place; returns the figures of the run. say: gets a line of figures now and then."""
     optimizer, loss = _optimizer(work.parameters, options.rate, options.decay), work.loss
     if options.compile:
         loss = torch.compile(loss)
@@ -63,7 +63,7 @@ def run(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         progress = step / options.steps if options.steps else elapsed / 60 / options.minutes
         if elapsed - reported >= options.report:
             reported = elapsed
-            _say(elapsed, step, value.item(), work.look())
+            say(_line(elapsed, step, value.item(), work.look()))
         if progress >= options.keep and not kept:
             work.save()
             kept = True
