@@ -28,7 +28,7 @@ from exporter.export import export
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_inputs
 from exporter.recipe import Recipe
-from exporter.reference import Distance
+from exporter.reference import BOUND, Distance
 from exporter.runtime import vllm_blip2
 from exporter.runtime.launch import Program
 from exporter.runtime.vllm_engine import Reply
@@ -171,21 +171,22 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
         row |= {"engine": pair_of(compared.distance), "floor": pair_of(compared.floor)}
     if control:
         row |= {"doubled": pair_of(control.moved), "on both": pair_of(control.restored.distance)}
+        row["floor on both"] = pair_of(control.restored.floor)
         row["control"] = control.component
     kinds = Counter(f"{scheme.removeprefix('CompressedTensors')} {kernel}" for scheme, kernel in linears.values())
     return row | {"kernels": dict(kinds)}
 
 
 def pair_of(distance: Distance) -> str:
-    """Largest and mean difference."""
-    return f"{distance.largest:.3f}/{distance.mean:.4f}"
+    """Root mean square and largest difference."""
+    return f"{distance.rms:.4f}/{distance.largest:.3f}"
 
 
 def line(row: Mapping[str, Any]) -> str:
     """One line of the table."""
-    parts = [f"{row.get(key, '-'):15}" for key in ("engine", "floor", "doubled", "on both")]
+    parts = [f"{row.get(key, '-'):15}" for key in ("engine", "floor", "doubled", "on both", "floor on both")]
     kernels = ", ".join(f"{count} {kernel}" for kernel, count in row.get("kernels", {}).items())
-    return f"{row['case']:11} {row['verdict']:8} {' '.join(parts)} [{kernels}] {row['why'][:300]}"
+    return f"{row['case']:11} {row['verdict']:8} {' '.join(parts)} [{kernels}] {row.get('why', '')[:300]}"
 
 
 def main() -> None:
@@ -195,14 +196,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--bound", type=float, default=0.06)
+    parser.add_argument("--bound", type=float, default=BOUND)
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
         if options.step == "prepare":
             for name in pool.map(prepare, [options.folder] * len(options.only), options.only):
                 print(f"prepared {name}", flush=True)
             return
-        print(line({"case": "case", "verdict": "verdict", "engine": "engine", "floor": "16-bit floor", "why": ""}))
+        print(
+            line({name: name for name in ("case", "verdict", "engine", "floor", "doubled", "on both", "floor on both")})
+        )
         count = len(options.only)
         rows = []
         for row in pool.map(compare, [options.folder] * count, options.only, [options.bound] * count):
