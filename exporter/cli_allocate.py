@@ -120,7 +120,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
 
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
-    folder = options["folder"] or default_folder(options["model"])
+    folder = (options["folder"] or default_folder(options["model"])).absolute()  # workers may start elsewhere
     return Setup(folder, recipe.model_dump_json(), places=sources, samples=options["samples"], device=options["device"])
 
 

@@ -126,7 +126,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
     return Setup(
-        folder=options["out"] or default_folder(options["model"]),
+        folder=(options["out"] or default_folder(options["model"])).absolute(),  # workers may start elsewhere
         recipe=recipe.model_dump_json(),
         places=sources,
         samples=options["samples"],
