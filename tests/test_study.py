@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from exporter.cli import cli
 from exporter.errors import DataError, MmqError, RecipeError
@@ -26,7 +27,7 @@ from exporter.study.records import read_records
 from exporter.study.run import run
 from exporter.study.table import read_table
 from exporter.study.units import changes, units_of
-from exporter.study.work import Setup, exam_samples, examiner, opened, store_of
+from exporter.study.work import Setup, exam_samples, examiner, make_units, opened, store_of
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
 
@@ -114,6 +115,28 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
         options = row.rule.parsed_options()
         made, _ = METHODS["rtn"].quantize_linear(weight, None, row.rule.scheme(), options, torch.bfloat16)
         assert torch.equal(found[row.tensor.name], made.dequantize())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_unit_does_not_depend_on_what_else_is_made(tmp_path: Path, method: str) -> None:
+    """One walk over the blocks makes units of several rules; each is what a walk of its own makes."""
+    choices = [Rule(component="vision", bits=bits, method=method, group_size=32) for bits in (2, 4)]
+    model = opened(setup_in(tmp_path))
+    units = [unit for rule in choices for unit in units_of(model.plan((rule,)), "source", "data")]
+
+    def made(setup: Setup) -> dict[str, dict[str, torch.Tensor]]:
+        return {path.name: load_file(path) for path in (setup.folder / "units").glob("*.safetensors")}
+
+    together, apart = setup_in(tmp_path / "together"), setup_in(tmp_path / "apart")
+    assert make_units(together, units).result == 8
+    for unit in units:
+        assert make_units(apart, [unit]).result == 1
+    both, alone = made(together), made(apart)
+    assert len(both) == 8
+    assert both.keys() == alone.keys()
+    for name, one in both.items():
+        assert one.keys() == alone[name].keys()
+        assert all(torch.equal(tensor, alone[name][key]) for key, tensor in one.items())
 
 
 def test_composing_is_exact_for_rounding_and_close_for_gptq(tmp_path: Path) -> None:
