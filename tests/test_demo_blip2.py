@@ -1,6 +1,7 @@
 """The trained BLIP-2 demo models: folders that transformers loads, one truth for words and tokens, bounds."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from exporter.demo.language import QUESTIONS, caption, captions, plain_captions,
 from exporter.demo.packing import mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import draw, scenes, things
 from exporter.demo.score import by_kind, easy_exam, grade, scene_exam, summary
+from exporter.demo.score_retrieval import exam
+from exporter.demo.score_retrieval import grade as find
 from exporter.demo.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
 from exporter.families import FAMILIES
 from exporter.tasks.retrieval import prepare
@@ -170,6 +173,21 @@ def test_without_the_picture_it_knows_next_to_nothing() -> None:
     kinds = by_kind(model("demo-blip2"), [blind])
     assert kinds["caption"] < 0.05
     assert max(kinds[kind] for kind in ("color", "shape", "name")) < 0.4
+
+
+def test_each_head_finds_far_above_chance() -> None:
+    """Chance is 0.005 for recall at 1 of 200, and a half for the matching head's word on a pair."""
+    for plain, first, near in ((False, 0.6, 0.5), (True, 0.93, 0.8)):
+        found = find(model("demo-blip2-itm"), exam("test", 200, CPU, plain))
+        assert min(value for key, value in found.items() if key.startswith(("contrast", "matching"))) > first
+        assert min(found["fits"], found["prefers"]) > 0.75
+        assert found["near misses"] > near
+
+
+def test_it_finds_nothing_on_blank_pictures() -> None:
+    shown = exam("test", 100, CPU)
+    found = find(model("demo-blip2-itm"), replace(shown, pixels=torch.full_like(shown.pixels, 200)))
+    assert max(value for key, value in found.items() if key.startswith(("contrast", "matching"))) <= 0.05
 
 
 # Texts made on the device

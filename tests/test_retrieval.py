@@ -150,7 +150,7 @@ def test_pools_know_what_is_searched() -> None:
 def test_demo_scenes_can_be_searched(name: str) -> None:
     found = data_samples(name, None, "retrieval", "validation", 30, 0)
     assert {s.kind for s in found} <= {f"{n} objects" for n in range(1, 5)}
-    assert all(s.among and len(s.among.samples) == 30 and s.among.candidates == 16 for s in found)
+    assert all(s.among and len(s.among.samples) == 30 and s.among.candidates == 10 for s in found)
     assert not any("." in text for s in found for text in s.references)
 
 

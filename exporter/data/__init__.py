@@ -18,7 +18,7 @@ from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
 ANY_TASK = ("captioning", "vqa", "retrieval")
-DEMO_CANDIDATES = 16  # of a thousand small drawings; the paper's 128 would only take longer
+DEMO_CANDIDATES = 10  # of a thousand small drawings; the paper's 128 would only take longer
 BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-up names, and in plain words
 
 
