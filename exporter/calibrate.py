@@ -241,4 +241,4 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: Any) -> fl
     if statistics is None:
         return float(torch.linalg.norm(weight - approximation) / torch.linalg.norm(weight).clamp_min(1e-30))
     lost, whole = statistics.energy(weight - approximation), statistics.energy(weight)
-    return float((lost / max(whole, 1e-30)) ** 0.5)
+    return float((max(lost, 0.0) / max(whole, 1e-30)) ** 0.5)  # rounding can bring a tiny loss below zero

@@ -190,6 +190,18 @@ def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
     assert 0 < result.errors[module] < 0.2
 
 
+def test_a_loss_that_rounds_below_zero_is_none() -> None:
+    """Seen at 8 bits on a GPU, where the products of the report have 16 bits."""
+
+    class Rounding:
+        def energy(self, matrix: torch.Tensor) -> float:
+            return -1e-9 if float(matrix.abs().max()) < 1 else 4.0
+
+    weight = torch.full((2, 2), 2.0)
+    assert calibrate.relative_error(weight, weight - 1e-3, Rounding()) == 0.0
+    assert calibrate.relative_error(weight, weight * 2, Rounding()) == 1.0
+
+
 def test_missing_data_and_infinite_activations_are_errors(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan = plan_for(checkpoint)

@@ -104,6 +104,15 @@ def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 511, 1025])
+def test_the_factor_follows_the_order_of_the_walk(columns: int) -> None:
+    """Columns in an order, then the factor; whatever strips the permutation is made of."""
+    _, statistics = correlated(2 * columns, columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+    permuted = statistics.hessian[order[:, None], order]
+    assert torch.equal(inverse_factor(statistics.hessian, 0.01, order)[0], inverse_factor(permuted, 0.01)[0])
+
+
 def test_damping_grows_until_it_helps_and_says_so() -> None:
     weight, statistics = correlated(300, 40)
     statistics.hessian -= torch.eye(40) * 0.2 * statistics.hessian.diagonal().mean()  # indefinite

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from exporter.columns import quantize_columns
-from exporter.factor import inverse_factor_
+from exporter.factor import PANEL, inverse_factor_
 from exporter.moments import Statistics
 from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
@@ -88,13 +88,26 @@ def inverse_factor(
     diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        upper = hessian[order.unsqueeze(1), order]
+        upper = _permuted(hessian, order)
         upper.diagonal().copy_(diagonal + share * typical)
         if inverse_factor_(upper):
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
             return upper, notes
         del upper
     return None, ("the Hessian could not be factorized: rounded to nearest instead",)
+
+
+def _permuted(square: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of `square` `[n, n]` in `order` int64 `[n]`.
+
+    `square[order[:, None], order]` would say the same, but on a GPU it first writes both indices out for every element:
+    1.8 GiB at the 11,008 inputs of a 7B model.
+    """
+    result = torch.empty_like(square)
+    for start in range(0, len(order), PANEL):
+        strip = order[start : start + PANEL]
+        torch.index_select(square.index_select(0, strip), 1, order, out=result[start : start + PANEL])
+    return result
 
 
 def _walk(
