@@ -168,3 +168,34 @@ def test_flickr30k_is_searched_with_the_papers_candidates(tmp_path: Path) -> Non
     assert found[0].references == ("a dog", "one dog")
     assert found[0].among is not None
     assert found[0].among.candidates == 128
+
+
+# A whole evaluation
+
+
+def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None:
+    """Both models of an export, their answers kept; what was deleted alone is asked again, with the same ranks."""
+    from exporter.artifact import Artifact
+    from exporter.backends import Servers, served
+    from exporter.device import choose
+    from exporter.export import default_store, evaluation_samples, export, measure, prepare
+    from exporter.recipe_file import load_recipe
+
+    device, out, seen = choose("cpu"), tmp_path / "made", []
+    recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
+    first = export(recipe, out=out, device=device, on_event=lambda event: None).report
+    assert first is not None
+    assert [v.gate.metric for v in first.verdicts] == ["text_r1", "image_r1"]
+    assert {m.metric for m in first.measures} == set(METRICS)
+    assert first.measures[0].difference.before > 0.8
+    kept = sorted(p for p in default_store(out).folder.glob("*/*.json") if p.name != "about.json")
+    assert len(kept) == 6  # two models, eight pictures a file
+    kept[0].unlink()
+    plan, checkpoint = prepare(recipe, device)
+    samples = evaluation_samples(plan, ())
+    again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
+    assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
+    assert sorted(seen)[:1] == [16]  # of one model eight were missing
+    with pytest.raises(DataError, match="vLLM has no image-text retrieval"):
+        served(checkpoint, Artifact.open(out), Servers(None, None))
