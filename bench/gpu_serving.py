@@ -178,8 +178,8 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
 
 
 def pair_of(distance: Distance) -> str:
-    """Root mean square and largest difference."""
-    return f"{distance.rms:.4f}/{distance.largest:.3f}"
+    """Mean and largest difference."""
+    return f"{distance.mean:.4f}/{distance.largest:.3f}"
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from exporter.runtime.serve_lint import Linear, cpu_problems, engine_class, para
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
 
-MOVES = 5.0  # times the allowed root mean square that doubled scales must move the answers by
+MOVES = 5.0  # times the mean that is allowed that doubled scales must move the answers by
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ def distance_problems(compared: Compared, control: Control | None, bound: float)
     problems = []
     if not compared.close(bound):
         problems.append(f"log-probabilities are too far from the reference's: {_said(compared, bound)}")
-    if control and not control.moved.rms >= MOVES * compared.allowed(bound)[1]:
-        said = f"moved the answers by {control.moved.rms:.4f} (root mean square)"
+    if control and not control.moved.mean >= MOVES * compared.allowed(bound)[1]:
+        said = f"moved the answers by {control.moved.mean:.4f} on average"
         problems.append(f"doubling the scales of {control.component} {said}: the comparison would not notice an error")
     if control and not control.restored.close(bound):
         said = _said(control.restored, bound)
@@ -267,8 +267,8 @@ def distance_problems(compared: Compared, control: Control | None, bound: float)
 
 
 def _said(compared: Compared, bound: float) -> str:
-    d, (largest, rms) = compared.distance, compared.allowed(bound)
-    return f"root mean square {d.rms:.4f} of {rms:.4f} allowed, largest {d.largest:.4f} of {largest:.4f} allowed"
+    d, (largest, mean) = compared.distance, compared.allowed(bound)
+    return f"mean {d.mean:.4f} of {mean:.4f} allowed, largest {d.largest:.4f} of {largest:.4f} allowed"
 
 
 def keep(folder: Path, checked: Checked) -> None:

@@ -104,7 +104,9 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any]) 
 @flags_argument
 @vllm_option
 @click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="Images to ask about.")
-@click.option("--bound", type=click.FloatRange(min=0), help="Root mean square of differences always allowed [0.02].")
+@click.option(
+    "--bound", type=click.FloatRange(min=0), help="Mean difference of log-probabilities always allowed [0.015]."
+)
 @click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the engine's logs in this folder.")
 @click.option("--control", "disturb", metavar="COMPONENT", help="Whose scales the control doubles [the first packed].")
 @click.option("--no-control", is_flag=True, help="Skip the second start, on doubled scales, that must answer wrongly.")

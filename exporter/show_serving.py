@@ -49,15 +49,15 @@ def checked_page(found: Checked) -> str:
     if found.compared:
         d, floor, allowed = found.compared.distance, found.compared.floor, found.compared.allowed(found.bound)
         lines += [
-            f"log-probabilities beside the dequantized reference, {d.tokens} tokens: root mean square of differences "
-            f"{d.rms:.4f} (allowed {allowed[1]:.4f}), largest {d.largest:.4f} ({allowed[0]:.4f})",
-            f"16-bit sums alone, the reference beside itself: {floor.rms:.4f}, largest {floor.largest:.4f}",
+            f"log-probabilities beside the dequantized reference, {d.tokens} tokens: mean difference {d.mean:.4f} "
+            f"(allowed {allowed[1]:.4f}), largest {d.largest:.4f} ({allowed[0]:.4f})",
+            f"16-bit sums alone, the reference beside itself: mean {floor.mean:.4f}, largest {floor.largest:.4f}",
         ]
     if found.control:
         c, again = found.control, found.control.restored
         lines.append(
-            f"control, scales of {c.component} doubled: {c.moved.rms:.4f}, largest {c.moved.largest:.4f}; beside a "
-            f"reference with the same scales {again.distance.rms:.4f} (16-bit sums alone {again.floor.rms:.4f})"
+            f"control, scales of {c.component} doubled: mean {c.moved.mean:.4f}, largest {c.moved.largest:.4f}; beside "
+            f"a reference with the same scales {again.distance.mean:.4f} (16-bit sums alone {again.floor.mean:.4f})"
         )
     lines += [f"{count} linears run as {name}, says vllm's log" for name, count in sorted(found.schemes.items())]
     lines += [f"kernel {kernel}" for kernel in found.kernels]

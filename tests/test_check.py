@@ -118,26 +118,26 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
     compared = reference.compare(samples, replies)
     assert compared.distance.largest < 1e-6
     assert compared.floor.largest > 0
-    assert compared.close(0.02)
+    assert compared.close(0.015)
     doubled = Artifact.open(double_scales(artifact, folder, "vision", tmp_path / "doubled"))
-    assert not Reference(doubled, processor, cpu).compare(samples, replies).close(0.02)
+    assert not Reference(doubled, processor, cpu).compare(samples, replies).close(0.015)
     cut = [Reply("", replies[0].prompt[1:], (7,), (0.0,), ({},)), *replies[1:]]
     assert "prompts differ" in reference.prompt_problems(samples, cut)[0]
 
 
 def test_a_control_that_shows_nothing_is_a_problem():
-    near, far, floor = Distance(0.02, 0.005, 0.01, 50), Distance(4.0, 1.0, 2.0, 50), Distance(0.02, 0.005, 0.01, 50)
+    near, far, floor = Distance(0.02, 0.005, 50), Distance(4.0, 1.0, 50), Distance(0.02, 0.005, 50)
     good = Compared(near, floor)
-    assert distance_problems(good, Control("vision", far, good), 0.02) == []
-    assert "would not notice" in distance_problems(good, Control("vision", near, good), 0.02)[0]
-    assert "on both sides" in distance_problems(good, Control("vision", far, Compared(far, floor)), 0.02)[0]
-    assert "too far" in distance_problems(Compared(far, floor), None, 0.02)[0]
+    assert distance_problems(good, Control("vision", far, good), 0.015) == []
+    assert "would not notice" in distance_problems(good, Control("vision", near, good), 0.015)[0]
+    assert "on both sides" in distance_problems(good, Control("vision", far, Compared(far, floor)), 0.015)[0]
+    assert "too far" in distance_problems(Compared(far, floor), None, 0.015)[0]
 
 
 def test_the_result_joins_the_report(tmp_path: Path):
     (tmp_path / "mmq_report.json").write_text('{"passed": true}')
     (tmp_path / "mmq_manifest.json").write_text('{"family": "llava"}')
-    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.02, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)))
+    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)))
     report = json.loads((tmp_path / "mmq_report.json").read_text())
     assert report["passed"] is True
     assert report["serving"]["passed"] is False
