@@ -113,21 +113,11 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     return found | {"startup_s": started, "measured_s": time.perf_counter() - begun - started}
 
 
-def register() -> None:
-    """Tell vLLM the model classes themselves: it would look into them in a process that imports everything again."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.llama import LlamaForCausalLM
-    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-
-    for model in (LlamaForCausalLM, LlavaForConditionalGeneration):
-        ModelRegistry.register_model(model.__name__, model)
-
-
 def one(path: Path) -> None:
     """One variant; its result or its error becomes a file."""
     spec = json.loads(path.read_text())
     out, environment = Path(spec["out"]), dict(os.environ)
-    os.environ.update(spec["environment"])  # the engine's process is a fork of this one
+    os.environ.update(spec["environment"])  # the engine's process gets them
     print(f"=== {path.parent.name}", flush=True)
     try:
         result: dict[str, Any] = asyncio.run(run(spec))
@@ -148,9 +138,10 @@ def main() -> None:
         Path(sys.argv[2]).write_text(json.dumps({"bandwidth": bandwidth()}))
         return
     begun = time.perf_counter()
+    # A fork of a process whose libraries have started threads hung on a GPU machine; a new process imports again.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     import vllm.v1.engine.async_llm  # noqa: F401
 
-    register()
     print(f"=== imported in {time.perf_counter() - begun:.0f} s", flush=True)
     for path in sys.argv[1:]:
         one(Path(path))
