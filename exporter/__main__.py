@@ -5,16 +5,20 @@ Importing torch takes a second; an interrupt in that time must end as quietly as
 
 import sys
 
-from exporter.interrupt import install
+from exporter.interrupt import install, raise_if_asked
 
 
 def main() -> None:
     """Run the command line."""
     install()
     try:
-        from exporter.cli import main as run
+        try:
+            from exporter.cli import main as run
 
-        run()
+            run()
+        except Exception:
+            raise_if_asked()  # an interrupt that a library took for its own error
+            raise
     except KeyboardInterrupt:
         sys.exit(130)
 

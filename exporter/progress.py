@@ -50,6 +50,8 @@ class Listener:
     ) -> None:
         if self._progress:
             self._progress.stop()
+        if isinstance(error, Exception):
+            raise_if_asked()  # torch's C code makes a ValueError of an interrupt that reaches it
 
     def __call__(self, event: Event) -> None:
         raise_if_asked()

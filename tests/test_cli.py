@@ -127,7 +127,7 @@ def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Pat
                 break
         run.send_signal(how)
         said, _ = run.communicate(timeout=60)
-    assert run.returncode == 130
+    assert run.returncode == 130, said
     assert "same command again" in json.loads(said)["hint"]
     assert not out.exists()
     assert list((tmp_path / "out.work").glob("*.safetensors"))
@@ -156,6 +156,16 @@ def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert json.loads(result.stdout)["report"]["passed"] is False
     assert "gates failed" in result.stderr
+
+
+def test_an_interrupt_that_a_library_took_for_its_own_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's C code makes a ValueError of a signal that reaches it while it asks for a storage's length."""
+    monkeypatch.setattr(interrupt, "_asked", [])
+    with pytest.raises(ValueError, match="shape"), Listener(as_json=True):
+        raise ValueError("could not determine the shape")
+    monkeypatch.setattr(interrupt, "_asked", [signal.SIGTERM])
+    with pytest.raises(KeyboardInterrupt), Listener(as_json=True):
+        raise ValueError("could not determine the shape")
 
 
 def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
