@@ -42,7 +42,7 @@ def main() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(package_name="mmq", prog_name="mmq")
 def cli() -> None:
-    """Quantize LLaVA checkpoints, component by component, into artifacts that vLLM serves.
+    """Quantize LLaVA and BLIP-2 checkpoints, component by component, into artifacts that vLLM serves.
 
     \b
     Examples:

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
 
 from exporter.cli_options import json_option, reports_errors, say
 from exporter.data import CONVENTIONS
+from exporter.data.conventions import Convention
+from exporter.families import FAMILIES
 from exporter.tasks import TASKS
 
 EVERY = 10**9
@@ -29,7 +32,7 @@ def datasets(name: str | None, as_json: bool) -> None:
     """
     found = [CONVENTIONS[name]] if name else list(CONVENTIONS.values())
     if as_json:
-        return say([asdict(convention) for convention in found])
+        return say([_known(convention) for convention in found])
     if not name:
         table = Table("data set", "tasks", "test split", "license")
         for known in found:
@@ -38,10 +41,21 @@ def datasets(name: str | None, as_json: bool) -> None:
             )
         return say(table)
     table = Table(show_header=False, box=None)
-    for key, value in asdict(found[0]).items():
+    for key, value in _known(found[0]).items():
         shown = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
         table.add_row(key, ", ".join(shown) if isinstance(shown, tuple) else shown)
     say(table)
+
+
+def _known(convention: Convention) -> dict[str, Any]:
+    """What is known of a data set: `generation` as the paper did it, `generation here` as mmq does."""
+    ours = {
+        f"{family.name} {task}": f"greedy, up to {family.max_new_tokens[task]} new tokens"
+        for family in FAMILIES.values()
+        for task in convention.tasks
+        if task in family.tasks and task in family.max_new_tokens
+    }
+    return asdict(convention) | {"generation here": ours}
 
 
 @click.command()

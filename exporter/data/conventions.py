@@ -1,8 +1,8 @@
 """What people mean by "COCO", "Flickr30k", "VQAv2" and "GQA" when they report a number: splits, prompts, metrics.
 
-Prompts and generation are those of the paper (Das et al., arXiv 2601.15287, section 3 and its code), by family; the
-family's own table (`families`) is what a job uses. License notes are what the data sets' own pages say; mmq ships no
-picture of any of them.
+Prompts and generation are those of the paper (Das et al., arXiv 2601.15287, section 3 and its code), by family. A job
+uses the family's own table (`families`): the same prompts, and greedy decoding everywhere, which servers can repeat. License notes are what the
+data sets' own pages say; mmq ships no picture of any of them.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ CONVENTIONS: dict[str, Convention] = {
         metrics={"retrieval": "recall at 1, 5 and 10, picture to text and text to picture", "captioning": "CIDEr-D"},
         layout="dataset_flickr30k.json (Karpathy's splits) beside the folder flickr30k-images",
         license="pictures are their Flickr authors'; released for non-commercial research and education only",
-        prompts={"llava": "Provide a one-sentence caption for the provided image."},
+        prompts={"llava": "Provide a one-sentence caption for the provided image.", "blip2": ""},
         generation={"blip2": "none: contrastive scores choose 128 candidates, which the matching head scores again"},
     ),
     "vqav2": Convention(
