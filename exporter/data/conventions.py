@@ -1,8 +1,8 @@
 """What people mean by "COCO", "Flickr30k", "VQAv2" and "GQA" when they report a number: splits, prompts, metrics.
 
 Prompts and generation are those of the paper (Das et al., arXiv 2601.15287, section 3 and its code), by family. A job
-uses the family's own table (`families`): the same prompts, and greedy decoding everywhere, which servers can repeat. License notes are what the
-data sets' own pages say; mmq ships no picture of any of them.
+uses the family's own table (`families`): the same prompts, and greedy decoding everywhere, which servers can repeat.
+License notes are what the data sets' own pages say; mmq ships no picture of any of them.
 """
 
 from collections.abc import Mapping
