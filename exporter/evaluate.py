@@ -12,11 +12,11 @@ from exporter.answers import Answers, Model, Store, ask
 from exporter.artifact import REPORT
 from exporter.checkpoint import read_json, write_text
 from exporter.data import image_key
-from exporter.errors import GateFailed
+from exporter.errors import DataError, GateFailed
 from exporter.events import Event
 from exporter.recipe import Gate, Recipe
 from exporter.statistics import CONFIDENCE, RESAMPLES, Difference, paired_bootstrap, samples_to_resolve
-from exporter.tasks import TASKS
+from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 
 CHANGED_KEPT = 200  # answers that changed in one report, the worst first; `counts` counts all
@@ -115,10 +115,22 @@ def measure(
     """Ask both models every task's samples and compare. about: what the caller knows of the data, for the report."""
     pictures = picture_keys(samples)
     answers = [ask(model, samples, pictures, store, on_event) for model in (before, after)]
+    _judge_numbers((before.label, after.label), answers, on_event)
     report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed)
     bootstrap = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": recipe.evaluation.seed}
     models = {model.label: dict(model.identity) for model in (before, after)}
     return replace(report, about={**about, "bootstrap": bootstrap, "models": models})
+
+
+def _judge_numbers(labels: tuple[str, str], answers: Sequence[Answers], on_event: Callable[[Event], None]) -> None:
+    """Scores that are not finite find nothing: of the artifact they are said aloud, a baseline of them is an error."""
+    broken = [retrieval.without_numbers(given.get(retrieval.NAME, [])) for given in answers]
+    counts = zip(labels, broken, strict=True)
+    told = [f"{label}: scores of {count} samples are not finite numbers" for label, count in counts]
+    if broken[0]:
+        raise DataError(told[0], "its weights are damaged or overflow here: check the files, or try another device")
+    if broken[1]:
+        on_event(Event("note", 1, 1, f"{told[1]}; they count as not found"))
 
 
 def picture_keys(samples: Mapping[str, Sequence[Sample]]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ Every picture and every text goes through the model once, and what they became s
 pairs in batches. Works on transformers' `Blip2ForImageTextRetrieval`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,11 +90,25 @@ def search(model: Any, processor: Any, pool: Pool, device: torch.device, batch: 
     return Searched(torch.cat(seen), tokens, mask, owners, similarity)
 
 
-def _rank(scores: Tensor, own: Tensor) -> int | None:
-    """Rank of the best of one's own among candidates; what scores the same counts as before it. None: not there."""
+def _rank(scores: Tensor, own: Tensor) -> float | None:
+    """Rank of the best of one's own among candidates. None: it is not among them; NaN: it has no finite score.
+
+    What scores the same or has no finite score counts as before it, so that neither ties nor NaN help a model.
+    """
     if not bool(own.any()):
         return None
-    return 1 + int(((scores >= scores[own].max()) & ~own).sum())
+    mine = scores[own & scores.isfinite()]
+    if not len(mine):
+        return math.nan
+    behind = scores.isfinite() & (scores < mine.max())
+    return 1 + int((~own & ~behind).sum())
+
+
+def _best(similarity: Tensor, own: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` most similar; one's own come last among equals, what is not finite last of all."""
+    order = own.int().argsort(stable=True)
+    ranked = similarity.masked_fill(~similarity.isfinite(), float("-inf"))[order]
+    return order[ranked.argsort(descending=True, stable=True)[:count]]
 
 
 def _candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -101,12 +116,13 @@ def _candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Te
 
     The first query is the picture among all texts, the others are its texts among all pictures.
     """
-    similarity, texts = searched.similarity, [t for t, owner in enumerate(searched.owners) if owner == number]
-    best = similarity[number].topk(min(pool.candidates, similarity.shape[1])).indices
+    similarity, own = searched.similarity, torch.tensor(searched.owners) == number
+    best = _best(similarity[number], own, pool.candidates)
     pictures = [torch.full_like(best, number)]
     others = [best]
-    for text in texts:
-        best = similarity[:, text].topk(min(pool.candidates, similarity.shape[0])).indices
+    itself = torch.arange(len(similarity)) == number
+    for text in own.nonzero()[:, 0].tolist():
+        best = _best(similarity[:, text], itself, pool.candidates)
         pictures.append(best)
         others.append(torch.full_like(best, text))
     return torch.cat(pictures), torch.cat(others), [len(part) for part in others]
@@ -152,7 +168,10 @@ def ranked(
 
 def _answer(searched: Searched, number: int, wanted: tuple[Tensor, Tensor, list[int]], scores: Tensor) -> str:
     pictures, texts, counts = wanted
-    own = torch.tensor(searched.owners)[texts] == pictures
-    queries = zip(scores.split(counts), own.split(counts), strict=True)
-    first, *others = [_rank(score, mine) for score, mine in queries]
+    owners = torch.tensor(searched.owners)
+    queries = zip(scores.split(counts), (owners[texts] == pictures).split(counts), strict=True)
+    found = [_rank(score, mine) for score, mine in queries]
+    finite = searched.similarity[number, owners == number].isfinite()  # without it, it is no candidate for that reason
+    known = [bool(finite.any()), *finite.tolist()]
+    first, *others = [rank if good else math.nan for rank, good in zip(found, known, strict=True)]
     return written(first, others)

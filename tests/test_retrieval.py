@@ -1,5 +1,9 @@
 """Retrieval as a task: optimized ranks against every pair by transformers' own forward pass, and answers in words."""
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -9,12 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+from exporter.answers import Backend, Model
 from exporter.data import samples as data_samples
 from exporter.demo.blip2_folder import build, config, save
 from exporter.errors import DataError
+from exporter.evaluate import measure as compare_models
+from exporter.events import Event
 from exporter.families import FAMILIES
 from exporter.predict import Predictor
-from exporter.retrieve import ranked
+from exporter.recipe_file import load_recipe
+from exporter.retrieve import _best, _rank, ranked
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
 from exporter.tasks.sample import Pool, Sample, task_of
@@ -99,6 +107,117 @@ def test_samples_of_two_pools_are_refused(processor: Any) -> None:
         list(ranked(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, 4))
 
 
+# Ties, and scores that are not numbers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_with_ties_are_those_of_recalls(seed: int) -> None:
+    """Few different scores, so that nearly every query has ties."""
+    torch.manual_seed(seed)
+    owners = torch.arange(12).repeat_interleave(2)
+    scores = torch.randint(0, 6, (12, 24)).float()
+    expected = recalls(scores, owners.tolist())
+    texts = [_rank(scores[i], owners == i) for i in range(12)]
+    images = [_rank(scores[:, j], torch.arange(12) == owners[j]) for j in range(24)]
+    for k in RANKS:
+        assert [float(rank is not None and rank <= k) for rank in texts] == expected[f"text_r{k}"]
+        assert [float(rank is not None and rank <= k) for rank in images] == expected[f"image_r{k}"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "own", "rank"),
+    [
+        ([2.0, 2.0, 2.0], [1], 3),
+        ([2.0, 3.0, 3.0], [1, 2], 1),
+        ([math.nan, 3.0, 1.0], [1], 2),
+        ([math.inf, 3.0, 1.0], [1], 2),
+        ([-math.inf, 3.0, 1.0], [1], 2),
+        ([math.nan, 3.0, 1.0], [0, 1], 1),
+        ([math.nan] * 3, [0, 1], math.nan),
+        ([math.inf, 1.0, 0.0], [0], math.nan),
+        ([1.0, 2.0], [], None),
+    ],
+)
+def test_ties_and_what_is_not_finite_count_as_before(scores: list[float], own: list[int], rank: float | None) -> None:
+    mine = torch.zeros(len(scores), dtype=torch.bool)
+    mine[own] = True
+    assert str(_rank(torch.tensor(scores), mine)) == str(rank)
+
+
+def test_ties_for_the_last_candidate_go_to_others() -> None:
+    own = torch.tensor([True, False, True, False, False])
+    similarity = torch.tensor([2.0, 2.0, 3.0, 1.0, 2.0])
+    assert _best(similarity, own, 2).tolist() == [2, 1]
+    assert _best(similarity, own, 3).tolist() == [2, 1, 4]
+    assert _best(similarity, own, 9).tolist() == [2, 1, 4, 0, 3]
+    similarity[1], similarity[3] = math.nan, math.inf
+    assert _best(similarity, own, 3).tolist() == [2, 4, 0]
+
+
+@cache
+def broken(part: str) -> Any:
+    """The model with one weight that is not a number."""
+    made = deepcopy(model())
+    with torch.no_grad():
+        {"head": made.itm_head, "vision": made.vision_model.encoder.layers[0].mlp.fc1}[part].weight[1, 0] = math.nan
+    return made
+
+
+@pytest.mark.parametrize("part", ["head", "vision"])
+def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
+    answers = [text for piece in ranked(broken(part), processor, chosen(), CPU, 5) for text in piece.values()]
+    scores = score(answers, chosen())
+    assert {value for metric in METRICS for value in scores[metric]} == {0.0}
+    missed = retrieval.without_numbers(answers)  # what the head spoils can have missed the candidates already
+    assert missed == COUNT if part == "vision" else missed > 0
+
+
+def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [text for piece in ranked(model(), processor, chosen(), CPU, 12) for text in piece.values()]
+    see = model().vision_model.forward
+
+    def forward(**inputs: Any) -> Any:
+        seen = see(**inputs)
+        seen.last_hidden_state[4] = math.nan
+        return seen
+
+    monkeypatch.setattr(model().vision_model, "forward", forward)
+    found = [text for piece in ranked(model(), processor, chosen(), CPU, 12) for text in piece.values()]
+    assert found[4] == written(math.nan, [math.nan] * len(chosen()[4].references))
+    assert retrieval.without_numbers(found) == 1
+    assert [text.partition(" | ")[0] for i, text in enumerate(found) if i != 4] == [
+        text.partition(" | ")[0] for i, text in enumerate(whole) if i != 4
+    ]
+
+
+def answering(label: str, answers: Sequence[str]) -> Model:
+    """A model of given answers."""
+
+    class Given:
+        def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
+            yield dict(enumerate(answers))
+
+    @contextmanager
+    def opened() -> Iterator[Backend]:
+        yield Given()
+
+    return Model(label, {}, lambda sample: sample.identity, opened)
+
+
+def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
+    samples, seen = {"retrieval": chosen()}, list[Event]()
+    good = answering("full precision", [written(1, [1] * len(s.references)) for s in chosen()])
+    bad = answering("artifact", [written(math.nan, [math.nan] * len(s.references)) for s in chosen()])
+    recipe = load_recipe("blip2-retrieval-w4")
+    report = compare_models(good, bad, samples, recipe, None, seen.append, {})
+    assert [verdict.passed for verdict in report.verdicts] == [False, False]
+    assert [event.message for event in seen if event.stage == "note"] == [
+        "artifact: scores of 12 samples are not finite numbers; they count as not found"
+    ]
+    with pytest.raises(DataError, match="full precision: scores of 12 samples are not finite"):
+        compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
+
+
 # Answers and scores
 
 
@@ -179,7 +298,6 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     from exporter.backends import Servers, served
     from exporter.device import choose
     from exporter.export import default_store, evaluation_samples, export, measure, prepare
-    from exporter.recipe_file import load_recipe
 
     device, out, seen = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})

@@ -1,10 +1,12 @@
 """Retrieval of texts by picture and of pictures by text: recall at 1, 5 and 10, both ways.
 
 The answer about a picture is where things were found, in words: `1 | 1 3 -` says that the best of its own texts came
-first among all texts, and that its three texts found it first, third and not among the candidates. Contrast chooses
+first among all texts, and that its three texts found it first, third and not among the candidates; `nan` is what the
+model gave no finite score, and counts as not found. Contrast chooses
 the candidates and the matching head orders them, as in BLIP-2 (on Flickr30k 1K: 128 of 1,000 pictures or 5,000 texts).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ ALL_METRICS = METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text"
 CANDIDATES = 128
 MOST_WORDS = 50
 
-_NOT_FOUND = "-"
+_NOT_FOUND, _NO_NUMBER = "-", "nan"
 _MARKS = re.compile(r'[.!"()*#:;~]')
 
 
@@ -69,10 +71,21 @@ def _require_texts(samples: Sequence[Sample]) -> None:
         raise DataError(f"{len(bare)} samples have no caption to search for, first {bare[0]}")
 
 
-def written(text_rank: int | None, image_ranks: Sequence[int | None]) -> str:
-    """The answer about one picture; ranks from 1, None for what was not among the candidates."""
-    words = [_NOT_FOUND if rank is None else str(rank) for rank in (text_rank, *image_ranks)]
+def written(text_rank: float | None, image_ranks: Sequence[float | None]) -> str:
+    """The answer about one picture: ranks from 1, None for what was not among the candidates, NaN for what has none."""
+    words = [_word(rank) for rank in (text_rank, *image_ranks)]
     return f"{words[0]} | {' '.join(words[1:])}"
+
+
+def _word(rank: float | None) -> str:
+    if rank is None:
+        return _NOT_FOUND
+    return _NO_NUMBER if math.isnan(rank) else str(int(rank))
+
+
+def without_numbers(answers: Sequence[str]) -> int:
+    """In how many answers the model's scores of something wanted were not finite."""
+    return sum(_NO_NUMBER in answer.split() for answer in answers)
 
 
 def _found(answer: str, texts: int) -> tuple[float, list[float]]:
