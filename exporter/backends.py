@@ -86,8 +86,13 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
 
 
 def _asked(processor: Any, family: Family, sample: Sample) -> str:
-    """What decides an answer besides picture and weights: the prompt, or the pool that is searched."""
-    return sample.among.digest if sample.among else render(processor, family, sample, None)
+    """What decides an answer besides picture and weights: the prompt, or the pool and the place in it.
+
+    Two pictures of a pool can have the same pixels and other texts, and then other ranks.
+    """
+    if sample.among is None:
+        return render(processor, family, sample, None)
+    return digest([sample.among.digest, sample.identity, sample.references])
 
 
 def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Model, Model]:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.answers import Backend, Model
+from exporter.answers import Backend, Model, Store, ask
+from exporter.backends import _asked
 from exporter.data import samples as data_samples
 from exporter.demo.blip2_folder import build, config, save
 from exporter.errors import DataError
 from exporter.evaluate import measure as compare_models
-from exporter.events import Event
+from exporter.events import Event, ignore
 from exporter.families import FAMILIES
 from exporter.predict import Predictor
 from exporter.recipe_file import load_recipe
@@ -216,6 +217,18 @@ def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
     ]
     with pytest.raises(DataError, match="full precision: scores of 12 samples are not finite"):
         compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
+
+
+def test_equal_pixels_with_other_texts_have_answers_of_their_own(tmp_path: Path) -> None:
+    """The same picture under two names, as real sets hold it: nothing but the place in the pool tells them apart."""
+    picture = partial(Image.new, "RGB", (4, 4))
+    found = {"retrieval": pooled([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])}
+    given, family = [written(1, [1, 2]), written(2, [2])], FAMILIES["blip2-itm"]
+    model = replace(answering("artifact", given), prompt=partial(_asked, None, family))
+    hashes = {"retrieval": ["the same", "the same"]}
+    assert ask(model, found, hashes, Store(tmp_path), ignore) == {"retrieval": given}
+    renamed = {"retrieval": pooled([replace(s, references=(*s.references, "more")) for s in found["retrieval"]])}
+    assert len({model.prompt(s) for s in (*found["retrieval"], *renamed["retrieval"])}) == 4
 
 
 # Answers and scores
