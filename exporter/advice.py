@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 from exporter.recipe import Recipe
 from exporter.statistics import ASSUMED_SD, POINT, half_width, samples_to_resolve
+from exporter.tasks import retrieval
 
 ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
-RIGHT_OR_WRONG = ("accuracy", "exact")  # of other scores nothing can be assumed before a first evaluation
+RIGHT_OR_WRONG = {  # by task; of other scores nothing can be assumed
+    "vqa": ("accuracy", "exact"),
+    "retrieval": retrieval.METRICS,  # shares of a picture's texts vary less than right or wrong
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,23 @@ def advise(recipe: Recipe) -> tuple[Advice, ...]:
     """Advice for every metric that a gate names, each once, and of which something can be assumed."""
     samples = recipe.evaluation.samples
     reach, needed = half_width(ASSUMED_SD, samples) / POINT, samples_to_resolve(POINT)
-    gates = [gate for gate in recipe.gates if gate.metric in RIGHT_OR_WRONG or gate.metric.startswith("r@")]
-    named = dict.fromkeys((gate.task, gate.metric) for gate in gates)
-    return tuple(Advice(task, metric, samples, reach, needed) for task, metric in named)
+    return tuple(
+        Advice(task, metric, samples, reach, needed) for task, metric in _gated(recipe) if _known(task, metric)
+    )
+
+
+def unknown(recipe: Recipe) -> str:
+    """A sentence on the metrics that a gate names and `advise` leaves out; empty when there are none."""
+    names = [f"{task} {metric}" for task, metric in _gated(recipe) if not _known(task, metric)]
+    if not names:
+        return ""
+    return f"{', '.join(names)}: how many samples resolve a drop can be said after a first evaluation, not before"
+
+
+def _gated(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """Task and metric of every gate, each once."""
+    return tuple(dict.fromkeys((gate.task, gate.metric) for gate in recipe.gates))
+
+
+def _known(task: str, metric: str) -> bool:
+    return metric in RIGHT_OR_WRONG.get(task, ())

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from exporter.advice import ASSUMPTION, advise
+from exporter.advice import ASSUMPTION, advise, unknown
 from exporter.difference import Change
 from exporter.evaluate import Report
 from exporter.export import Export
@@ -105,6 +105,8 @@ def plan_page(plan: Plan, device: str, every_tensor: bool) -> RenderableType:
     advice = advise(plan.recipe)
     if advice:
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
+    if rest := unknown(plan.recipe):
+        parts.append(rest)
     return Group(*parts, *(f"warning: {warning}" for warning in plan.warnings))
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from exporter import backends, evaluate
-from exporter.advice import advise
+from exporter.advice import advise, unknown
 from exporter.answers import ABOUT, Backend, Store
 from exporter.artifact import Artifact
 from exporter.cli import cli
@@ -139,6 +139,18 @@ def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
     assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
     assert found.half_width == pytest.approx(1.0, abs=1e-3)
     assert "3842 samples resolve one point" in str(found)
+    assert unknown(recipe).startswith("captioning cider: ")
+
+
+def test_retrieval_has_advice_and_captioning_says_why_not() -> None:
+    found = advise(load_recipe("blip2-retrieval-w4"))
+    assert [(one.task, one.metric, one.needed) for one in found] == [
+        ("retrieval", "text_r1", 3842),
+        ("retrieval", "image_r1", 3842),
+    ]
+    assert unknown(load_recipe("blip2-retrieval-w4")) == ""
+    with_plan = CliRunner().invoke(cli, ["plan", "--model", "demo-llava", "--recipe", "llava-w4-vit8"])
+    assert "after a first evaluation" in " ".join(with_plan.output.split())
 
 
 @pytest.fixture(scope="module")
