@@ -22,7 +22,7 @@ from exporter.plan import Plan, make_plan
 from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import open_source
-from exporter.tasks import TASKS
+from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import Workdir
@@ -239,7 +239,14 @@ def measure(
     before, after = models(checkpoint, out, recipe, device, servers)
     name = ", ".join(map(str, sources or tested_on(recipe)))
     method = {task: dict(TASKS[task].method()) for task in samples}
-    about = {"data": name, "samples": recipe.evaluation.samples, "seed": recipe.evaluation.seed, "scoring": method}
+    about: dict[str, Any] = {
+        "data": name,
+        "samples": recipe.evaluation.samples,
+        "seed": recipe.evaluation.seed,
+        "scoring": method,
+    }
+    if found := retrieval.searched(samples.get(retrieval.NAME, [])):
+        about["searched"] = found
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
 
 

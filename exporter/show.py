@@ -210,6 +210,9 @@ def report_page(report: Report) -> RenderableType:
     for task, figures in report.corpus.items():
         named = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in figures.items()]
         more += [f"{task}, of the whole set: {', '.join(named)}"] if named else []
+    if searched := report.about.get("searched"):
+        sizes = ", ".join(f"{count:,} {name}" for name, count in searched.items())
+        more.append(f"retrieval searched: {sizes}")
     return Group(table, *(f"gate {verdict}" for verdict in report.verdicts), *more)
 
 

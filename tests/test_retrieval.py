@@ -6,24 +6,30 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from exporter.answers import Backend, Model, Store, ask
 from exporter.backends import _asked
+from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
 from exporter.demo.blip2_folder import build, config, save
 from exporter.errors import DataError
 from exporter.evaluate import measure as compare_models
 from exporter.events import Event, ignore
+from exporter.facts import read_place
 from exporter.families import FAMILIES
 from exporter.predict import Predictor
 from exporter.recipe_file import load_recipe
+from exporter.report import collect, html
 from exporter.retrieve import _best, _rank, ranked
+from exporter.show import report_page
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
 from exporter.tasks.sample import Pool, Sample, task_of
@@ -302,6 +308,12 @@ def test_flickr30k_is_searched_with_the_papers_candidates(tmp_path: Path) -> Non
     assert found[0].among.candidates == 128
 
 
+@pytest.mark.parametrize("name", ["blip2-retrieval-w3", "blip2-retrieval-w4"])
+def test_recipes_search_as_many_pictures_as_papers_do(name: str) -> None:
+    assert load_recipe(name).evaluation.samples == 1000
+    assert CONVENTIONS["flickr30k"].test_size.startswith("1,000 pictures")
+
+
 # A whole evaluation
 
 
@@ -325,6 +337,12 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     kept[0].unlink()
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
+    texts = sum(len(sample.references) for sample in samples["retrieval"])
+    assert first.about["searched"] == {"pictures": 24, "texts": texts, "candidates": 10}
+    console = Console(width=100, file=StringIO(), record=True)
+    console.print(report_page(first))
+    assert f"retrieval searched: 24 pictures, {texts} texts, 10 candidates" in console.export_text()
+    assert f"retrieval searched 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing

@@ -121,6 +121,18 @@ def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float
     return recall | {"r_mean": sum(recall.values()) / len(recall)}
 
 
+def searched(samples: Sequence[Sample]) -> dict[str, int]:
+    """What recall depends on besides the model: how many pictures and texts are searched, and how many are matched.
+
+    Empty without a pool.
+    """
+    pool = samples[0].among if samples else None
+    if pool is None:
+        return {}
+    texts = sum(len(sample.references) for sample in pool.samples)
+    return {"pictures": len(pool.samples), "texts": texts, "candidates": pool.candidates}
+
+
 def require(metric: str) -> None:
     """Every metric can be computed everywhere."""
 
