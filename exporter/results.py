@@ -35,7 +35,7 @@ def read_answers(file: Path) -> dict[str, str]:
     """
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON file ({error})") from None
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else list(_object(content, file).items())
     wrong = [f"entry {i}" for i, (identity, answer) in enumerate(pairs) if None in (identity, answer)]

@@ -13,6 +13,7 @@ from exporter.data.rows import (
     Found,
     Row,
     below,
+    check_id,
     entries,
     first_file,
     first_folder,
@@ -65,6 +66,7 @@ def _read(file: Path, found: Found) -> tuple[dict[int, str], dict[int, list[Any]
             images[number(entry, "id")] = text(entry, "file_name")
     for i, entry in enumerate(annotated):
         with found.at(f"{file.name}: annotations[{i}]"):
+            check_id(entry, "id")
             identity = number(entry, "image_id")
             if identity not in images:
                 raise BadRowError(f"image_id {identity} is not among the images")

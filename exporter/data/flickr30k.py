@@ -12,6 +12,7 @@ from exporter.data.rows import (
     Found,
     Row,
     below,
+    check_id,
     entries,
     first_file,
     first_folder,
@@ -42,6 +43,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     for i, entry in enumerate(listed):
         where = f"{file.name}: images[{i}]"
         with found.at(where):
+            check_id(entry, "imgid")
             if text(entry, "split") not in _CONVENTION.splits.values():
                 raise BadRowError(f"split '{entry['split']}' is none of {', '.join(_CONVENTION.splits.values())}")
             if entry["split"] == wanted:

@@ -93,7 +93,7 @@ def _parse(line: bytes, where: str, path: Path, folder: Path, task: str) -> Row 
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRowError("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRowError(f"not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise BadRowError("not a JSON object")

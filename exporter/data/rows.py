@@ -7,7 +7,8 @@ is left out in silence: a line, an id or a picture that cannot be used is a prob
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 SHOWN = 20  # problems in one message
+MOST_BYTES = 255  # of one part of a path, on every usual file system
 
 
 class BadRowError(Exception):
@@ -61,10 +63,11 @@ def to_samples(found: Found, limit: int, seed: int, nothing: str, hint: str | No
 
     Raises one DataError with all problems, or with `nothing` and `hint` when there is no row at all.
     """
+    unwritable = [f"{row.where}: holds text that is not UTF-8" for row in found.rows if not _is_writable(row)]
     chosen = sorted(found.rows, key=lambda row: digest(f"{seed}:{row.identity}"))[:limit]
     pictures = {row.path: row for row in reversed(chosen)}
     broken = [problem for row in chosen if pictures[row.path] is row and (problem := _picture_problem(found, row))]
-    raise_all(found.folder, [*found.problems, *broken])
+    raise_all(found.folder, [*found.problems, *unwritable, *broken])
     if not chosen:
         raise DataError(nothing, hint)
     return [Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind) for r in chosen]
@@ -78,14 +81,30 @@ def open_picture(path: Path) -> Image.Image:
 
 def digest(text: str) -> bytes:
     """sha256 of a text: an order that nobody chose."""
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def below(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`; BadRowError for a name that points elsewhere."""
+    """The path of `name` below `folder`; BadRowError for a name that points elsewhere or that no file has."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadRowError(f"`file_name` must stay in the folder: '{name}'")
+    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts), default=0)
+    if "\0" in name or not _is_unicode(name) or longest > MOST_BYTES:
+        raise BadRowError(f"no file can have the name {name!a}")
     return folder / name
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes, and names on disk, may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_writable(row: Row) -> bool:
+    return all(map(_is_unicode, (row.name, row.identity, row.question or "", row.kind, *row.references)))
 
 
 def _picture_problem(found: Found, row: Row) -> str | None:
@@ -93,17 +112,18 @@ def _picture_problem(found: Found, row: Row) -> str | None:
 
     Nothing outside of the user's folder is opened, not even through a link.
     """
-    if not row.path.resolve().is_relative_to(found.folder.resolve()):
-        return f"{row.where}: '{row.name}' is a link out of the folder"
-    if not row.path.is_file():
-        return f"{row.where}: no picture '{row.name}'"
     try:
+        if not row.path.resolve().is_relative_to(found.folder.resolve()):
+            return f"{row.where}: '{row.name}' is a link out of the folder"
+        if not row.path.is_file():
+            return f"{row.where}: no picture '{row.name}'"
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             open_picture(row.path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return f"{row.where}: '{row.name}' has more than {Image.MAX_IMAGE_PIXELS} pixels"
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise on damaged files
+    # What Pillow's readers raise on damaged files, and Python 3.11 and 3.12 on a link to itself (RuntimeError).
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
         return f"{row.where}: '{row.name}' cannot be read ({type(error).__name__})"
     return None
 
@@ -113,7 +133,7 @@ def raise_all(path: Path, problems: Sequence[str]) -> None:
     if not problems:
         return
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    lines = [f"  {problem}" for problem in problems[:SHOWN]]
+    lines = [f"  {problem.encode('utf-8', 'backslashreplace').decode()}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  and {len(problems) - SHOWN} more")
     raise DataError("\n".join([f"{path} has {count}", *lines]))
@@ -145,7 +165,7 @@ def load_json(file: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
         return json.loads(file.read_bytes(), object_pairs_hook=hook)
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8", "download it again") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
         raise DataError(f"{file} is not JSON ({error})", "download it again: it may be cut short") from None
 
 
@@ -183,9 +203,14 @@ def number(entry: dict[str, Any], key: str) -> int:
     return value
 
 
-def repeated(ids: Iterable[Hashable], what: str, where: str) -> list[str]:
-    """One problem for every id that comes more than once."""
-    counts: dict[Hashable, int] = {}
-    for identity in ids:
-        counts[identity] = counts.get(identity, 0) + 1
+def check_id(entry: dict[str, Any], key: str) -> None:
+    """BadRowError unless there is an id, a whole number or a text: for ids that are only compared."""
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise BadRowError(f"`{key}` must be a whole number or a text that is not empty")
+
+
+def repeated(ids: Iterable[Any], what: str, where: str) -> list[str]:
+    """One problem for every id that comes more than once. What is no id at all is left to checks of each entry."""
+    counts = Counter(identity for identity in ids if isinstance(identity, int | str))
     return [f"{where}: {what} {identity} is there {count} times" for identity, count in counts.items() if count > 1]
