@@ -61,7 +61,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed, write_report
-    from exporter.export import evaluation_samples, measure, prepare
+    from exporter.export import evaluation_samples, measure, prepare, refuse_calibrated
     from exporter.progress import Listener
 
     own = load_recipe(str(artifact / "recipe.yaml"))
@@ -70,6 +70,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     plan, checkpoint = prepare(recipe, chosen)
     sources = places(data)
     samples, store, servers = evaluation_samples(plan, sources), _store(artifact, options), _servers(options)
+    refuse_calibrated(artifact, samples)
     try:
         with Listener(as_json) as listen:
             if servers and not servers.artifact:

@@ -89,13 +89,13 @@ def export(
     plan, checkpoint = prepare(recipe, device)
     if plan.memory.device_bytes > device.free_bytes:
         raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
-    calibration, evaluation = _samples(plan, sources, skip_evaluation)
+    calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
     for note in (*plan.warnings, *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
     processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
     clock.lap("plan")
 
-    provenance = _provenance(plan, calibration, device, sources)
+    provenance = _provenance(plan, seen, device, sources)
     workdir = Workdir.open(work or default_work(out), _identity(plan, checkpoint, provenance))
     reset_peak(device)
     with exact_math(recipe.calibration.seed):
@@ -127,12 +127,20 @@ def export(
 
 def _samples(
     plan: Plan, sources: Sequence[data.Place], skip_evaluation: bool
-) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """What to calibrate on and what to measure on; DataError when they share a picture."""
+) -> tuple[list[Sample], dict[str, list[Sample]], list[data.Trace]]:
+    """What to calibrate on, what to measure on, and traces of the former; DataError when they share a picture."""
     evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
     calibration = calibration_samples(plan, sources)
-    data.check_disjoint(calibration, [sample for samples in evaluation.values() for sample in samples])
-    return calibration, evaluation
+    seen = data.traces(calibration)
+    data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
+    return calibration, evaluation, seen
+
+
+def refuse_calibrated(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> None:
+    """DataError when the artifact in `out` was calibrated on a picture that `evaluation` shows, by its manifest."""
+    kept = artifact.Artifact.open(out).manifest["provenance"]["calibration"]["samples"]
+    seen = [data.Trace.from_json(sample) for sample in kept]
+    data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
 
 
 class Clock:
@@ -201,15 +209,21 @@ def _batches(plan: Plan, processor: Any, samples: Sequence[Sample], workdir: Wor
 def _identity(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that changes the numbers; format, gates, device and paths are not in it."""
     methods = sorted({row.rule.method for row in plan.rows if row.rule})
+    calibration = provenance["calibration"]
     return {
         "model weights": checkpoint.digest(),
         "quantize": [rule.model_dump(mode="json", exclude={"store"}) for rule in plan.recipe.quantize],
-        "calibration": provenance["calibration"],
+        "calibration": {
+            **calibration,
+            "samples": [{"id": s["id"], "image": s["image"]} for s in calibration["samples"]],
+        },
         "method versions": {name: METHODS[name].VERSION for name in methods} | {"calibrate": calibrate.VERSION},
     }
 
 
-def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, sources: Sequence[data.Place]) -> dict[str, Any]:
+def _provenance(
+    plan: Plan, calibration: Sequence[data.Trace], device: Device, sources: Sequence[data.Place]
+) -> dict[str, Any]:
     wanted = plan.recipe.calibration
     return {
         "calibration": {
@@ -217,7 +231,7 @@ def _provenance(plan: Plan, samples: Sequence[Sample], device: Device, sources: 
             "seed": wanted.seed,
             "batch": wanted.batch,
             "vision_weight": wanted.vision_weight,
-            "samples": [{"id": sample.identity, "image": data.image_key(sample.image())} for sample in samples],
+            "samples": [trace.as_json() for trace in calibration],
         },
         "device": device.name,
     }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from exporter import data
-from exporter.data import check_disjoint, folder, image_key
+from exporter.data import Trace, check_disjoint, folder, image_key, traces
 from exporter.data.overlap import MOST_BITS, MOST_STEPS, alike, look
 from exporter.data.rows import open_picture
 from exporter.errors import DataError
@@ -85,7 +85,7 @@ def test_a_folder_without_splits_is_halved_by_picture(tmp_path: Path) -> None:
     metadata(tmp_path, *({"file_name": f"{i % 9}.png", "captions": ["c"], "id": str(i)} for i in range(18)))
     train, test = read(tmp_path), read(tmp_path, split="test")
     assert (len(train), len(test)) == (10, 8)
-    check_disjoint(train, test)
+    check_disjoint(traces(train), test)
     with pytest.raises(DataError, match="no validation split"):
         read(tmp_path, split="validation")
 
@@ -208,7 +208,7 @@ def test_the_built_in_source_has_disjoint_splits(task: str) -> None:
     assert len(train) == len(test) == 12
     assert all(s.references and (s.question is None) == (task == "captioning") for s in train + test)
     assert [s.identity for s in data.samples("demo", None, task, "test", 12, 0)] == [s.identity for s in test]
-    check_disjoint(train, test)
+    check_disjoint(traces(train), test)
 
 
 def test_key_is_of_pixels_and_size(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def flat(shade: int, identity: str) -> Sample:
 
 def test_shared_pictures_are_named_and_counted() -> None:
     calibration = [flat(i, f"train/{i}") for i in range(9)]
-    check_disjoint(calibration, [flat(i, f"test/{i}") for i in range(9, 30)])
+    check_disjoint(traces(calibration), [flat(i, f"test/{i}") for i in range(9, 30)])
     check_disjoint([], [])
     with pytest.raises(DataError, match="7 evaluation samples") as caught:
-        check_disjoint(calibration, [flat(i, f"test/{i}") for i in range(2, 30)])
+        check_disjoint(traces(calibration), [flat(i, f"test/{i}") for i in range(2, 30)])
     assert "test/2 (calibrated on as train/2)" in caught.value.message
     assert "test/6" in caught.value.message
     assert "test/7" not in caught.value.message
@@ -278,7 +278,34 @@ def test_a_copy_under_another_name_stops_the_job() -> None:
     tested = [Sample(f"test/{i}", lambda i=i: textured(i), None, ("x",)) for i in range(4)]
     copied = Sample("train/a", lambda: compressed(textured(2), 80), None, ("x",))
     with pytest.raises(DataError, match=r"1 evaluation samples .*: test/2 \(looks like train/a\)"):
-        check_disjoint([copied], tested)
+        check_disjoint(traces([copied]), tested)
+
+
+def test_a_manifest_keeps_enough_to_find_copies() -> None:
+    calibration = traces([Sample("train/a", lambda: textured(2), None, ("x",)), flat(7, "train/flat")])
+    kept = json.loads(json.dumps([trace.as_json() for trace in calibration]))
+    read = [Trace.from_json(one) for one in kept]
+    assert max(len(json.dumps(one)) for one in kept) < 1300
+    assert (read[0].look.bits == calibration[0].look.bits).all()
+    assert (read[0].look.thumbnail == calibration[0].look.thumbnail).all()
+    assert [(one.identity, one.key) for one in read] == [(one.identity, one.key) for one in calibration]
+    copy = Sample("test/b", lambda: compressed(textured(2), 80), None, ("x",))
+    with pytest.raises(DataError, match=r"test/b \(looks like train/a\)"):
+        check_disjoint(read, [copy])
+    with pytest.raises(DataError, match=r"test/flat \(calibrated on as train/flat\)"):
+        check_disjoint(read, [flat(7, "test/flat")])
+    for one in kept:
+        one.pop("look", None)
+    old = [Trace.from_json(one) for one in kept]  # a manifest of an older version: equal pixels alone
+    check_disjoint(old, [copy])
+    with pytest.raises(DataError, match="calibrated on as train/a"):
+        check_disjoint(old, [Sample("test/b", lambda: textured(2), None, ("x",))])
+
+
+@pytest.mark.parametrize("damaged", ["?", "AAAA", 3])
+def test_a_damaged_look_is_an_error_of_the_manifest(damaged: Any) -> None:
+    with pytest.raises(DataError, match="look of sample a is damaged"):
+        Trace.from_json({"id": "a", "image": "0", "look": damaged})
 
 
 def test_a_color_is_enough_to_be_another_picture() -> None:

@@ -275,6 +275,26 @@ def test_a_server_that_serves_another_folder_is_refused(
     assert found.counts["vqa"]["changed"] == 0
 
 
+@pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
+def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
+    """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
+    from exporter.data import places, samples_from
+
+    (tmp_path / "test").mkdir()
+    lines = []
+    for i, s in enumerate(samples_from(places("demo"), "captioning", "train", 2, 0)):
+        s.image().save(tmp_path / "test" / f"{i}.{suffix}", quality=95)
+        about = {"file_name": f"{i}.{suffix}", "question": "what?", "answers": ["x"]}
+        lines += [json.dumps(about), json.dumps({"file_name": f"{i}.{suffix}", "captions": ["x"]})]
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(lines))
+    kept = tmp_path / "answers"
+    found = mmq("evaluate", out, "--data", tmp_path, "--answers", kept, "--device", "cpu")
+    assert found.exit_code == 1
+    assert "evaluation samples show a picture that is also calibrated on" in found.stderr
+    assert told in found.stderr
+    assert not kept.exists()
+
+
 def test_half_named_servers_are_wrong_usage(out: Path) -> None:
     assert mmq("evaluate", out, "--served-model", "x").exit_code == 2
     assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
 from exporter.data.conventions import CONVENTIONS
-from exporter.data.overlap import check_disjoint, image_key
+from exporter.data.overlap import Trace, check_disjoint, image_key, traces
 from exporter.errors import DataError, did_you_mean
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
@@ -135,6 +135,7 @@ __all__ = [
     "CONVENTIONS",
     "DATA",
     "Place",
+    "Trace",
     "check_disjoint",
     "image_key",
     "notes",
@@ -142,4 +143,5 @@ __all__ = [
     "places",
     "samples",
     "samples_from",
+    "traces",
 ]

@@ -6,10 +6,12 @@ not do: among drawings on the same background it is equal for pictures that diff
 `docs/evaluation.md`; copies that were cropped, turned, mirrored or recolored pass.
 """
 
+import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from exporter.tasks.sample import Sample
 SHOWN = 5
 SIDE, LOW = 32, 8  # of the gray picture that is transformed, and how many frequencies of it are kept each way
 THUMBNAIL = 16
+BITS_BYTES = 8
 MOST_BITS = 4  # of 64 that may differ
 MOST_STEPS = 2.5  # mean difference of thumbnails, in steps of 0..255
 FLAT = 2.0  # standard deviation below which a picture has no look: its hash would be chance
@@ -33,6 +36,40 @@ class Look:
     bits: NDArray[np.uint8]
     thumbnail: NDArray[np.float32]
     flat: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a manifest keeps of a picture that was calibrated on.
+
+    identity: the sample's. key: `image_key`. look: None when the manifest is older than looks, or the picture is flat.
+    """
+
+    identity: str
+    key: str
+    look: Look | None
+
+    def as_json(self) -> dict[str, str]:
+        """Plain data; the look is base64 of its bits and its thumbnail, 776 bytes."""
+        kept = {"id": self.identity, "image": self.key}
+        if self.look is None or self.look.flat:
+            return kept
+        content = self.look.bits.tobytes() + self.look.thumbnail.astype(np.uint8).tobytes()
+        return kept | {"look": base64.b64encode(content).decode()}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> "Trace":
+        """The inverse of `as_json`, but for flat looks. DataError when the look is none."""
+        if "look" not in kept:
+            return cls(kept["id"], kept["image"], None)
+        try:
+            content = np.frombuffer(base64.b64decode(kept["look"], validate=True), np.uint8)
+            thumbnail = content[BITS_BYTES:].reshape(THUMBNAIL, THUMBNAIL, 3).astype(np.float32)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"the manifest's look of sample {kept['id']} is damaged", "export the artifact again"
+            ) from None
+        return cls(kept["id"], kept["image"], Look(content[:BITS_BYTES], thumbnail, False))
 
 
 def image_key(image: Image) -> str:
@@ -82,14 +119,19 @@ class _Seen:
         return [self._names[i] for i in near if np.abs(self._thumbnails[i] - other.thumbnail).mean() <= MOST_STEPS]
 
 
-def check_disjoint(calibration: Sequence[Sample], evaluation: Sequence[Sample]) -> None:
-    """DataError naming the first evaluation samples whose picture is also calibrated on, and how many there are."""
-    keys, looks = {}, []
-    for sample in calibration:
+def traces(samples: Iterable[Sample]) -> list[Trace]:
+    """What is kept of every sample's picture; each is opened once."""
+    found = []
+    for sample in samples:
         image = sample.image()
-        keys[image_key(image)] = sample.identity
-        looks.append((sample.identity, look(image)))
-    seen, shared = _Seen(looks), []
+        found.append(Trace(sample.identity, image_key(image), look(image)))
+    return found
+
+
+def check_disjoint(calibration: Sequence[Trace], evaluation: Sequence[Sample]) -> None:
+    """DataError naming the first evaluation samples whose picture is also calibrated on, and how many there are."""
+    keys = {trace.key: trace.identity for trace in calibration}
+    seen, shared = _Seen((trace.identity, trace.look) for trace in calibration if trace.look), []
     for sample in evaluation if calibration else ():
         image = sample.image()
         same = keys.get(image_key(image))

@@ -81,13 +81,13 @@ def _digests(setup: Setup) -> tuple[str, str]:
     """Of the exam, and of the calibration data; a shared picture is an error."""
     model = opened(setup)
     exam = exam_samples(setup)
-    training = training_samples(model.recipe, setup.places)
+    training = data.traces(training_samples(model.recipe, setup.places))
     if setup.split != "train":
         data.check_disjoint(training, [sample for samples in exam.values() for sample in samples])
     asked = {task: [sample.identity for sample in samples] for task, samples in exam.items()}
     chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
     how = [setup.how, setup.sequential, setup.split, [str(place) for place in chosen]]
-    pictures = [(sample.identity, data.image_key(sample.image())) for sample in training]
+    pictures = [(trace.identity, trace.key) for trace in training]
     return _digest([asked, how]), _digest(
         [pictures, model.recipe.calibration.model_dump(mode="json", exclude={"data"})]
     )
