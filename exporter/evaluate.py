@@ -15,7 +15,15 @@ from exporter.data import image_key
 from exporter.errors import DataError, GateFailed
 from exporter.events import Event
 from exporter.recipe import Gate, Recipe
-from exporter.statistics import CONFIDENCE, RESAMPLES, Difference, paired_bootstrap, samples_to_resolve
+from exporter.statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    Difference,
+    paired_bootstrap,
+    samples_to_exclude,
+    samples_to_resolve,
+    upper_end,
+)
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 
@@ -36,9 +44,16 @@ class Measure:
 
     @property
     def needed(self) -> int | None:
-        """Samples that would narrow the interval to +- 1 % of the full-precision score; None when that is 0."""
-        base, sd = self.difference.before, self.difference.sd
-        return samples_to_resolve(PERCENT * base, sd) if base > 0 else None
+        """Samples that would narrow the interval to +- 1 % of the full-precision score; None when that is 0.
+
+        Where no score differs: samples that would put the upper end of `decide: upper` there if none differed either.
+        """
+        found = self.difference
+        if found.before <= 0:
+            return None
+        if found.unchanged:
+            return samples_to_exclude(PERCENT * found.before, found.cost)
+        return samples_to_resolve(PERCENT * found.before, found.sd)
 
 
 @dataclass(frozen=True)
@@ -227,10 +242,11 @@ def _rows(
 
 def _decide(gate: Gate, measures: Sequence[Measure]) -> Verdict:
     """A gate compares a relative loss; a baseline of zero cannot be judged and fails."""
-    difference = next(m.difference for m in measures if (m.task, m.metric) == (gate.task, gate.metric))
+    measure = next(m for m in measures if (m.task, m.metric) == (gate.task, gate.metric))
+    difference = measure.difference
     if difference.before <= 0:
         return Verdict(gate, math.nan, False)
-    drop = difference.drop if gate.decide == "point" else difference.high
+    drop = difference.drop if gate.decide == "point" else upper_end(difference, measure.samples)
     lost = drop / difference.before
     return Verdict(gate, lost, lost <= gate.max_drop)
 

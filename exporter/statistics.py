@@ -32,6 +32,16 @@ class Difference:
     high: float
     sd: float
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether no sample's score differs: then a bootstrap cannot draw anything but zeros."""
+        return self.drop == 0 and self.sd == 0
+
+    @property
+    def cost(self) -> float:
+        """What one changed sample is taken to lose: all of a score from 0 to 1; the mean where that is above 1."""
+        return max(1.0, self.before)
+
 
 def paired_bootstrap(
     before: Sequence[float],
@@ -77,6 +87,25 @@ def samples_to_resolve(drop: float, sd: float = ASSUMED_SD, confidence: float = 
     if not (drop > 0 and sd >= 0):
         raise ValueError(f"drop must be above 0 and sd not below, not {drop} and {sd}")
     return max(2, math.ceil((_z(confidence) * sd / drop) ** 2))
+
+
+def upper_end(found: Difference, samples: int, confidence: float = CONFIDENCE) -> float:
+    """The upper end of the drop's interval, to decide by.
+
+    The bootstrap's, but where no score differs: so many samples without a change leave room for a share of changes of
+    up to 1 - tail**(1 / samples), each of which loses `Difference.cost` (Clopper and Pearson, Biometrika 26, 1934).
+    """
+    if not found.unchanged:
+        return found.high
+    tail = (1 - confidence) / 2
+    return found.cost * (1 - math.pow(tail, 1 / samples))
+
+
+def samples_to_exclude(drop: float, cost: float = 1.0, confidence: float = CONFIDENCE) -> int:
+    """Samples without any change that put `upper_end` at most at `drop`. Raises ValueError unless 0 < drop < cost."""
+    if not 0 < drop < cost:
+        raise ValueError(f"drop must be above 0 and below {cost}, not {drop}")
+    return math.ceil(math.log((1 - confidence) / 2) / math.log1p(-drop / cost))
 
 
 def _z(confidence: float) -> float:

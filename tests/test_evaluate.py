@@ -75,6 +75,17 @@ def test_a_gate_decides_by_the_share_that_is_lost() -> None:
     assert crafted(13, 10).verdicts[0].lost == pytest.approx(-3 / 37)
 
 
+def test_two_samples_without_a_change_exclude_nothing() -> None:
+    few, many = (crafted(0, 0, n=n, decide="upper", max_drop=0.01) for n in (2, 400))
+    assert few.verdicts[0].lost == pytest.approx(1 - 0.025**0.5)
+    assert not few.passed
+    assert many.passed
+    assert crafted(0, 0, n=2, max_drop=0.01).passed  # `decide: point` asks what was measured
+    assert [report.measures[0].needed for report in (few, many)] == [368, 368]
+    assert not crafted(0, 0, n=367, decide="upper", max_drop=0.01).passed
+    assert crafted(0, 0, n=368, decide="upper", max_drop=0.01).passed
+
+
 def test_a_baseline_of_zero_proves_nothing() -> None:
     report = crafted(50, 50)
     assert math.isnan(report.verdicts[0].lost)

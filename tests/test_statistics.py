@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from exporter import statistics
-from exporter.statistics import ASSUMED_SD, half_width, paired_bootstrap, samples_to_resolve
+from exporter.statistics import (
+    ASSUMED_SD,
+    half_width,
+    paired_bootstrap,
+    samples_to_exclude,
+    samples_to_resolve,
+    upper_end,
+)
 from tests.oracles import naive_paired_bootstrap
 
 
@@ -93,3 +100,34 @@ def test_no_doubt_needs_no_samples_and_no_drop_cannot_be_resolved() -> None:
     assert samples_to_resolve(0.01, sd=0.0) == 2
     with pytest.raises(ValueError, match="above 0"):
         samples_to_resolve(0.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 500])
+def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
+    """At the upper end, seeing no change in n samples has a chance of just 2.5 %."""
+    found = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
+    assert (found.low, found.high) == (0.0, 0.0)
+    assert (1 - upper_end(found, 2 * n)) ** (2 * n) == pytest.approx(0.025)
+
+
+def test_one_change_and_the_bootstrap_decides() -> None:
+    before, after = [1.0] * 40, [0.0] + [1.0] * 39
+    found = paired_bootstrap(before, after, seed=0)
+    assert upper_end(found, 40) == found.high
+    balanced = paired_bootstrap([1.0, 0.0, 1.0], [0.0, 1.0, 1.0], seed=0)  # a drop of nothing, but not unchanged
+    assert upper_end(balanced, 3) == balanced.high
+
+
+def test_a_score_beyond_one_is_taken_to_lose_its_mean() -> None:
+    found = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
+    assert upper_end(found, 2) == pytest.approx(6 * (1 - 0.025**0.5))
+
+
+@pytest.mark.parametrize(("drop", "cost"), [(0.01, 1.0), (0.006, 1.0), (0.03, 6.0)])
+def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: float) -> None:
+    found = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
+    needed = samples_to_exclude(drop, cost)
+    assert upper_end(found, needed) <= drop < upper_end(found, needed - 1)
+    assert samples_to_exclude(0.01) == 368
+    with pytest.raises(ValueError, match="above 0 and below"):
+        samples_to_exclude(0.0)
