@@ -35,7 +35,7 @@ format: $(VENV)/.ready-dev ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches, work folders and built artifacts
-	rm -rf $(VENV) build dist artifacts .mmq-work .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist artifacts studies allocated.yaml .mmq-work .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

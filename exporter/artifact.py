@@ -213,6 +213,8 @@ class Artifact:
         if not (folder / MANIFEST).exists():
             raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
         manifest = read_json(folder / MANIFEST)
+        if manifest.get("family") not in FAMILIES or not {"format", "linears", "files", "units"} <= manifest.keys():
+            raise ArtifactError(f"{folder / MANIFEST} is damaged, or of a newer mmq", "export the artifact again")
         checkpoint = Checkpoint.open(folder, origin=folder.name)
         found = read_groups(manifest["format"], checkpoint.config)
         return cls(checkpoint, manifest, tuple(found), device or torch.device("cpu"))

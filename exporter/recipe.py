@@ -5,6 +5,7 @@ Rules are tried in order; the first that matches a linear wins. `recipe_file.py`
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -254,6 +255,14 @@ class Recipe(Strict):
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of comments and key order."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def foreign_tasks(self, able: Collection[str]) -> list[str]:
+        """A problem for every task this recipe names that the family, which is able to do `able`, cannot do."""
+        named = {f"gates[{i}].task": gate.task for i, gate in enumerate(self.gates)}
+        if "retrieval" in self.calibration.tasks:  # any model can read captions and questions
+            named["calibration.tasks"] = "retrieval"
+        said = f"(family {self.model.family} has {', '.join(able)})"
+        return [f"{where}: no {task} with this model {said}" for where, task in named.items() if task not in able]
 
     def adjusted(self, **sections: dict[str, Any]) -> "Recipe":
         """The recipe with some values of its sections replaced; None leaves a value as it is."""

@@ -36,7 +36,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, names)}",
             f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
         )
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise RecipeError(
+            f"{path} is not UTF-8 text", "a recipe is a YAML file; `mmq recipes NAME` shows one"
+        ) from None
 
 
 def parse_recipe(text: str, where: str) -> Recipe:

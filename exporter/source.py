@@ -36,7 +36,8 @@ def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def _elsewhere(repo: str) -> str:
-    return f"download it elsewhere and pass its folder (--model ./{repo.split('/')[1]}), or try --model demo-llava"
+    embedded = " or ".join(MODELS)
+    return f"download it elsewhere and pass its folder (--model ./{repo.split('/')[1]}), or try --model {embedded}"
 
 
 def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:

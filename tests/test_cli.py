@@ -14,6 +14,7 @@ from exporter import interrupt
 from exporter.cli import cli
 from exporter.events import Event
 from exporter.progress import Listener
+from exporter.recipe_file import load_recipe
 
 
 def mmq(*arguments: str) -> Result:
@@ -176,3 +177,36 @@ def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: 
         interrupt._hear(signal.SIGINT, None)  # and suppose that a finalizer swallowed it
     with pytest.raises(KeyboardInterrupt):
         listen(Event("quantize", 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "task", "metric"),
+    [
+        ("llava-w4", "demo-llava", "retrieval", "r1"),
+        ("blip2-caption-w4", "demo-blip2", "retrieval", "r1"),
+        ("blip2-retrieval-w4", "demo-blip2-itm", "vqa", "accuracy"),
+    ],
+)
+def test_tasks_that_the_model_cannot_do_are_refused_before_work(
+    recipe: str, model: str, task: str, metric: str, tmp_path: Path
+) -> None:
+    told = json.loads(load_recipe(recipe).model_dump_json())
+    told |= {"gates": [{"task": task, "metric": metric, "max_drop": 0.1}]}
+    told["calibration"]["tasks"] = ["retrieval"]
+    (tmp_path / "wrong.yaml").write_text(json.dumps(told))
+    result = mmq("plan", "--recipe", str(tmp_path / "wrong.yaml"), "--model", model)
+    assert result.exit_code == 1, result.output
+    assert f"gates[0].task: no {task} with this model" in result.stderr
+    assert ("calibration.tasks: no retrieval" in result.stderr) == (task == "retrieval")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x00")
+    result = mmq("plan", "--recipe", str(tmp_path / "noise.yaml"))
+    assert result.exit_code == 1
+    assert "noise.yaml is not UTF-8 text" in result.stderr
+    (tmp_path / "mmq_manifest.json").write_text('{"a": 1}')
+    (tmp_path / "config.json").write_text("{}")
+    result = mmq("verify", str(tmp_path))
+    assert result.exit_code == 1
+    assert "mmq_manifest.json is damaged" in result.stderr

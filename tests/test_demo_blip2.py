@@ -177,7 +177,7 @@ def test_without_the_picture_it_knows_next_to_nothing() -> None:
 
 def test_each_head_finds_far_above_chance() -> None:
     """Chance is 0.005 for recall at 1 of 200, and a half for the matching head's word on a pair."""
-    for plain, first, near in ((False, 0.6, 0.5), (True, 0.93, 0.8)):
+    for plain, first, near in ((False, 0.6, 0.55), (True, 0.93, 0.8)):
         found = find(model("demo-blip2-itm"), exam("test", 200, CPU, plain))
         assert min(value for key, value in found.items() if key.startswith(("contrast", "matching"))) > first
         assert min(found["fits"], found["prefers"]) > 0.75

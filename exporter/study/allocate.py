@@ -70,13 +70,19 @@ def solve(places: Sequence[Place], full_bytes: int, max_bytes: int) -> Allocatio
         budget -= size - max_bytes
 
 
-def _program(places: Sequence[Place], full_bytes: int, budget: int) -> list[int]:
-    """The number of the option of each place."""
+def need_solver() -> None:
+    """DataError when the solver's library is missing."""
     try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import lil_matrix
+        import scipy.optimize  # noqa: F401
     except ImportError:
         raise DataError("allocation needs scipy", "pip install 'mmq[study]'") from None
+
+
+def _program(places: Sequence[Place], full_bytes: int, budget: int) -> list[int]:
+    """The number of the option of each place."""
+    need_solver()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import lil_matrix
 
     owners = [i for i, place in enumerate(places) for _ in place.options]
     options = [option for place in places for option in place.options]

@@ -10,7 +10,7 @@ from exporter.events import Event
 from exporter.quantized import GroupSize
 from exporter.recipe import Recipe
 from exporter.study import propose
-from exporter.study.allocate import POINTS, Allocation, Place, front, rules_of, solve
+from exporter.study.allocate import POINTS, Allocation, Place, front, need_solver, rules_of, solve
 from exporter.study.grid import Point
 from exporter.study.pool import Pool
 from exporter.study.propose import Confirmed
@@ -104,6 +104,7 @@ class Found:
 
 def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, prove: bool = True) -> Found:
     """Choose bits, and measure the choice. PlanError when nothing is small enough, or nothing loses little enough."""
+    need_solver()  # before anything is measured
     model = opened(setup)
     form = model.recipe.format
     schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, form)

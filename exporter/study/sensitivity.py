@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from exporter.errors import PlanError
 from exporter.families import Component
 from exporter.formats import FORMATS
@@ -30,6 +32,12 @@ def rules(
     for width in sorted(set(bits) - {16}):
         for group in groups:
             rule: dict[str, Any] = {"bits": width, "group_size": group, "method": method, "symmetric": symmetric}
+            try:
+                Rule(component="any", **rule)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise PlanError(f"{where}: {first['msg']}", "see --bits, --groups and --method of --help") from None
             kernels = serving(Scheme(width, group, symmetric), format_name)
             if unserved or kernels.cuda or kernels.cpu:
                 found.append(rule)
@@ -53,6 +61,10 @@ def spots(model: Opened, per: Per, names: Sequence[str]) -> Iterator[tuple[Compo
 
     Linears that the engine fuses have one role, so they share their place.
     """
+    known = [component.name for component in model.family.components]
+    for name in names:
+        if name not in known:
+            raise PlanError(f"no component '{name}'", f"family {model.family.name} has {', '.join(known)}")
     for component in model.family.components:
         usable = component.formats is None or model.recipe.format in component.formats
         if component.packable or not usable or (names and component.name not in names):
