@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.data import places, samples_from
+from exporter.data.rows import is_unicode
 from exporter.errors import DataError
 from exporter.tasks import TASKS
 
@@ -38,7 +39,7 @@ def read_answers(file: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON file ({error})") from None
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else list(_object(content, file).items())
-    wrong = [f"entry {i}" for i, (identity, answer) in enumerate(pairs) if None in (identity, answer)]
+    wrong = [f"entry {i}" for i, pair in enumerate(pairs) if None in pair or not is_unicode("".join(map(str, pair)))]
     counts = Counter(str(identity) for identity, _ in pairs if identity is not None)
     twice = [identity for identity, count in counts.items() if count > 1]
     if wrong or twice:

@@ -156,6 +156,12 @@ def test_a_link_to_itself_and_a_file_name_that_is_no_text(tmp_path: Path) -> Non
     caught.value.message.encode()
 
 
+@pytest.mark.parametrize("content", [{"\ud800": "x"}, {"1": "\ud800"}, [{"id": "\ud800", "answer": "x"}]])
+def test_answers_that_cannot_be_written(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(DataError, match="1 entries that are no answers and 0 repeated ids: entry 0"):
+        read_answers(layouts.write(tmp_path / "x.json", content))
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "1" * (sys.get_int_max_str_digits() + 1), "\xff", ""])
 def test_json_that_python_cannot_read(tmp_path: Path, content: str) -> None:
     file = tmp_path / "x.json"

@@ -89,12 +89,12 @@ def below(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadRowError(f"`file_name` must stay in the folder: '{name}'")
     longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts), default=0)
-    if "\0" in name or not _is_unicode(name) or longest > MOST_BYTES:
+    if "\0" in name or not is_unicode(name) or longest > MOST_BYTES:
         raise BadRowError(f"no file can have the name {name!a}")
     return folder / name
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON's escapes, and names on disk, may hold halves of surrogate pairs."""
     try:
         text.encode()
@@ -104,7 +104,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_writable(row: Row) -> bool:
-    return all(map(_is_unicode, (row.name, row.identity, row.question or "", row.kind, *row.references)))
+    return all(map(is_unicode, (row.name, row.identity, row.question or "", row.kind, *row.references)))
 
 
 def _picture_problem(found: Found, row: Row) -> str | None:
