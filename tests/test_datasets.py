@@ -1,8 +1,10 @@
 """Readers of official layouts: what they read, and that nothing that is wrong with a file goes unsaid."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,7 +259,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_hub_rows_are_streamed_once_kept_and_checked(tmp_path: Path, own_cache: Path) -> None:
+def test_hub_rows_are_streamed_once_kept_and_checked(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = [{"answer": "yes", "answer_id": n} for n in range(10)]
     columns: dict[str, Callable[[int], Any]] = {
         "question_id": lambda i: i,
@@ -270,7 +274,7 @@ def test_hub_rows_are_streamed_once_kept_and_checked(tmp_path: Path, own_cache: 
     assert len(found) == 5
     assert all(s.question == f"q{s.identity}" and s.references == ("yes",) * 10 and s.kind == "yes/no" for s in found)
     assert found[0].image().getpixel((0, 0)) == (int(found[0].identity) * 7, 255 - int(found[0].identity), 7)
-    (made / "data" / "test-00000-of-00001.parquet").unlink()  # from here on only what was kept
+    monkeypatch.setattr(hub, "stream", None)  # from here on only what was kept
     assert [s.identity for s in read("hub", made, "vqa", limit=5)] == [s.identity for s in found]
     kept = next(own_cache.rglob("*.png"))
     kept.write_bytes(kept.read_bytes() + b"x")
@@ -294,6 +298,49 @@ def test_hub_captions_and_what_is_missing(tmp_path: Path, own_cache: Path) -> No
     with pytest.raises(DataError, match="org/none cannot be read"):  # no test reaches the network
         read("hub", Path("org/none"))
     assert not list(own_cache.rglob("part-*"))
+
+
+def test_a_folder_of_parquet_files_that_changed_is_read_again(tmp_path: Path, own_cache: Path) -> None:
+    rows = rows_of(tmp_path, 3, caption=lambda i: "c", id=lambda i: i)
+    made = parquet(tmp_path, "at@home", [*rows, {**rows[0], "id": 1}, {**rows[0], "caption": " "}])
+    for _ in range(2):  # nothing that is broken is kept
+        with pytest.raises(DataError, match=f"^hub data set {made} has 2 problems") as caught:
+            read("hub", made)
+        assert "part-" not in caught.value.message
+        assert list(own_cache.rglob("*")) == [own_cache / "hub"]
+    file = next(made.rglob("*.parquet"))
+    again = parquet(tmp_path, "again", rows)
+    file.write_bytes(next(again.rglob("*.parquet")).read_bytes())
+    assert len(read("hub", made)) == 3
+    before = file.stat()
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert len(read("hub", made)) == 3
+    assert len(list(own_cache.glob("hub/*"))) == 2
+
+
+def test_the_commit_of_a_hub_set_is_read_and_recorded(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, asked = rows_of(tmp_path, 2, caption=lambda i: f"c{i}"), []
+
+    def streamed(repo: str, revision: str | None, *rest: object) -> list[dict[str, Any]]:
+        asked.append((repo, revision))
+        return rows
+
+    def info(self: object, repo: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(sha=f"commit of {repo} {revision}")
+
+    monkeypatch.setattr(hub, "stream", streamed)
+    assert len(read("hub", Path("org/name@v1"))) == 2  # the hub cannot be reached
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    assert len(read("hub", Path("org/name@v1"))) == 2  # what was kept
+    assert len(read("hub", Path("org/name"))) == 2
+    assert asked == [("org/name", "v1"), ("org/name", "commit of org/name None")]
+    kept = [json.loads(file.read_text()) for file in own_cache.rglob(hub.ORIGIN)]
+    assert sorted(kept, key=lambda origin: str(origin["revision"])) == [
+        {"repo": "org/name", "revision": None, "commit": "commit of org/name None"},
+        {"repo": "org/name", "revision": "v1", "commit": None},
+    ]
 
 
 def test_known_copies_have_the_splits_they_say() -> None:

@@ -2,7 +2,7 @@
 
 `hub:vqav2` is a known copy of a known set, `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` any other whose columns have usual
 names; a local folder of parquet files works too. The chosen rows are written once as a data folder (`data.folder`)
-with the sha256 of every file; later runs read that folder, offline, and check the sums.
+with the sha256 of every file and the commit they are of; later runs read that folder, offline, and check the sums.
 """
 
 import hashlib
@@ -20,10 +20,13 @@ from PIL import Image
 
 from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
-from exporter.errors import DataError
+from exporter.errors import DataError, HubError
+from exporter.hub import speaking
 from exporter.tasks.sample import Sample
 
 SUMS = "sha256.json"
+PATIENCE = 10.0  # seconds for the hub to say which commit it has
+ORIGIN = "origin.json"  # where the kept rows come from
 BUFFER = 1000  # rows that are shuffled together while streaming
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
@@ -78,12 +81,16 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     copy = COPIES.get(name)
     if copy and split not in copy.splits:
         raise DataError(f"hub:{name} has no split '{split}'", f"it has {', '.join(copy.splits)}; or use {name}:FOLDER")
-    repo, _, revision = (copy.repo if copy else name).partition("@")
-    key = json.dumps([repo, revision, task, split, limit, seed])
+    local = path.expanduser().resolve()
+    files = _files(local) if copy is None and local.is_dir() else None
+    repo, _, revision = (copy.repo if copy else name).partition("@") if files is None else (f"{local}", "", "")
+    key = json.dumps([repo, revision, task, split, limit, seed, files])
     kept = cache() / f"{repo.strip('/').replace('/', '--')[-60:]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not kept.is_dir():
         wanted = (copy.splits[split],) if copy else USUAL_SPLITS[split]
-        keep(kept, split, task, stream(repo, revision or None, wanted, limit, seed))
+        commit = _commit(repo, revision or None) if files is None else None
+        rows = stream(repo, commit or revision or None, wanted, limit, seed)
+        keep(kept, split, task, rows, {"repo": repo, "revision": revision or None, "commit": commit})
     check_sums(kept)
     return folder.samples(kept, task, split, limit, seed)
 
@@ -91,6 +98,23 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
 def cache() -> Path:
     """Where chosen rows are kept: MMQ_CACHE, or ~/.cache/mmq."""
     return Path(os.environ.get("MMQ_CACHE") or "~/.cache/mmq").expanduser() / "hub"
+
+
+def _files(root: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file: when one of them changes, rows are read again."""
+    stats = {file.relative_to(root).as_posix(): file.stat() for file in root.rglob("*") if file.is_file()}
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+
+
+def _commit(repo: str, revision: str | None) -> str | None:
+    """The commit that a revision (None: the main branch) stands for now, None when the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        with speaking(repo, "looking it up"):
+            return HfApi().dataset_info(repo, revision=revision, timeout=PATIENCE).sha or None
+    except HubError:
+        return None
 
 
 def stream(
@@ -118,18 +142,33 @@ def stream(
         raise DataError(f"hub data set {repo} cannot be read: {what}", "check the name and the network") from None
 
 
-def keep(kept: Path, split: str, task: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as a data folder with checksums; the folder appears when it is whole."""
+def keep(
+    kept: Path, split: str, task: str, rows: Iterable[Mapping[str, Any]], origin: Mapping[str, str | None]
+) -> None:
+    """Write rows as a data folder with checksums; the folder appears when it is whole and all of it can be used.
+
+    origin: `repo`, and of the hub the `revision` asked for and its `commit`. DataError with all problems of the rows.
+    """
     kept.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix="part-", dir=kept.parent))
     try:
         (made / split).mkdir()
         lines = [json.dumps(_line(made / split, row, i, task)) for i, row in enumerate(rows)]
         (made / split / folder.METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (made / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        _check(made, split, task, len(lines), f"hub data set {origin['repo']}")
         (made / SUMS).write_text(json.dumps(_sums(made), indent=1, sort_keys=True), encoding="utf-8")
         made.rename(kept)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _check(made: Path, split: str, task: str, count: int, name: str) -> None:
+    """DataError, in the name of the data set, unless every row that was written can be read."""
+    try:
+        folder.samples(made, task, split, count, 0)
+    except DataError as error:
+        raise DataError(error.message.replace(f"{made}", name), error.hint) from None
 
 
 def _line(place: Path, row: Mapping[str, Any], i: int, task: str) -> dict[str, Any]:
