@@ -23,7 +23,7 @@ from exporter.recipe import Rule
 from exporter.study import exam, pool
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
-from exporter.study.records import read_records
+from exporter.study.records import Measured, comparable, read_records
 from exporter.study.run import run
 from exporter.study.table import read_table
 from exporter.study.units import changes, units_of
@@ -300,3 +300,20 @@ def test_the_command_measures_a_grid_and_says_what_it_reused(tmp_path: Path) -> 
     wrong = CliRunner().invoke(cli, ["study", "--components", "visio", "--out", str(tmp_path / "t")])
     assert wrong.exit_code == 1
     assert "Did you mean 'vision'" in wrong.stderr
+
+
+def measured(name: str, exam: str, **about: str | int) -> Measured:
+    return Measured(
+        name, exam, {"blocks": "all", "role": "all", "method": "rtn", **about}, 1, 1.0, 0.0, 0.0, {"kl": 0.0}
+    )
+
+
+def test_only_settings_of_one_exam_stand_in_one_table() -> None:
+    old, new = measured("a", "old"), measured("b", "new")
+    front, again = measured("c", "new", blocks="front"), measured("d", "new", sequential=1)
+    assert comparable([old, new]) == [new]
+    assert comparable([old, front, new]) == [new]
+    assert comparable([old, new, front], parts=True) == [new, front]
+    assert comparable([old, front]) == [front]
+    assert comparable([new, again]) == [again]
+    assert comparable([]) == []

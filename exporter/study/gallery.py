@@ -10,9 +10,9 @@ from exporter.errors import DataError
 from exporter.study import pictures
 from exporter.study.importance import importance
 from exporter.study.pictures import Picture
-from exporter.study.records import FILE, Measured, columns, read_records
+from exporter.study.records import FILE, Measured, columns, is_whole, read_records
 from exporter.study.sensitivity import TABLE
-from exporter.study.table import ALL_BLOCKS, Table, from_rows, read_csv
+from exporter.study.table import Table, from_rows, read_csv
 
 TEMPLATE = "page.html.jinja"
 ALLOCATED = "mmq allocate"
@@ -25,6 +25,7 @@ def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> l
     papers: CSV files with a column `bpw` and a score, whose points are drawn beside. DataError when nothing is there.
     """
     grids = read_records(folder) if (folder / FILE).exists() else []
+    grids = [one for one in grids if one.exam == grids[-1].exam]  # other samples or ways of scoring do not compare
     front = folder / f"{TABLE}-front.sqlite"
     choices = read_records(front) if front.exists() else []
     choices = [one for one in choices if one.exam == choices[-1].exam]  # of the last allocation
@@ -55,7 +56,7 @@ def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
     kinds = dict.fromkeys(_kind(one) for one in grids if one.about.get("method") not in (None, "none"))
     for kind in kinds:
         exams = {one.exam for one in grids if _kind(one) == kind}
-        rows = [one.row() for one in grids if _whole(one) and one.exam in exams and _kind(one) in (kind, _full(kind))]
+        rows = [one.row() for one in grids if is_whole(one) and one.exam in exams and _kind(one) in (kind, _full(kind))]
         try:
             found.append((kind, from_rows(rows, columns(rows), score, "the study")))
         except DataError:
@@ -70,10 +71,6 @@ def _kind(one: Measured) -> str:
 
 def _full(kind: str) -> str:
     return "none-sequential" if kind.endswith("-sequential") else "none"
-
-
-def _whole(one: Measured) -> bool:
-    return one.about.get("blocks") == ALL_BLOCKS and one.about.get("role") == ALL_BLOCKS
 
 
 def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) -> dict[str, list[tuple[float, float]]]:

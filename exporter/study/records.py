@@ -14,6 +14,7 @@ from exporter.checkpoint import make_folder
 from exporter.errors import DataError
 
 FILE = "study.sqlite"
+EVERYTHING = "all"  # blocks, or roles
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
   id TEXT PRIMARY KEY,      -- digest of its units and of the exam: the same setting is measured once
@@ -115,3 +116,23 @@ def as_csv(found: Sequence[Measured]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def is_whole(one: Measured) -> bool:
+    """Whether a setting names whole components."""
+    return one.about.get("blocks") == EVERYTHING and one.about.get("role") == EVERYTHING
+
+
+def comparable(found: Sequence[Measured], parts: bool = False) -> list[Measured]:
+    """Settings whose scores may stand in one table: those scored as the last one was, on the same samples.
+
+    parts: keep settings of some blocks or one role too; without it they go, unless there is nothing else.
+    """
+    if not found:
+        return []
+    last = found[-1]
+    same = [
+        one for one in found if one.exam == last.exam and one.about.get("sequential") == last.about.get("sequential")
+    ]
+    whole = [one for one in same if is_whole(one)]
+    return same if parts or not any(one.about.get("method") != "none" for one in whole) else whole

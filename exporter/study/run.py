@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -63,7 +63,7 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     jobs = [_job(setup, model, point, source, exam, calibration) for point in points]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
         before = records.all()
-        todo = [job for job in jobs if job.id not in before]
+        todo = _different(job for job in jobs if job.id not in before)
         laps = {"plan": time.monotonic() - begun}
         used: dict[str, float] = {}
         made = 0 if setup.sequential else _quantize(setup, todo, pool, on_event, laps, used)
@@ -137,20 +137,27 @@ def _score(
     used: dict[str, float],
 ) -> None:
     """Score the settings that were never scored; each is kept at once."""
-    unique = list({job.id: job for job in jobs}.values())
     begun = time.monotonic()
     tasks: list[tuple[Setup, tuple[Rule, ...], str, str]] = [
-        (setup, job.point.rules, job.id, calibration) for job in unique
+        (setup, job.point.rules, job.id, calibration) for job in jobs
     ]
     for done, (number, spent) in enumerate(pool(score_point, tasks), 1):
-        job, took = unique[number], _checked(spent)
+        job, took = jobs[number], _checked(spent)
         about = _about(setup, job.point)
         records.add(
             Measured(job.id, exam, about, job.bytes, job.bits_per_weight, took.seconds, took.cpu_seconds, took.result)
         )
         used[took.process] = took.process_seconds
-        on_event(Event("study points", done, len(unique), "", left(begun, done, len(unique))))
+        on_event(Event("study points", done, len(jobs), "", left(begun, done, len(jobs))))
     laps["score"] = time.monotonic() - begun
+
+
+def _different(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs that are not the same work under another name; the first name stays (`all` comes before `front+middle`)."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found.setdefault(job.id, job)
+    return list(found.values())
 
 
 def _about(setup: Setup, point: Point) -> dict[str, str | int]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import DataError, did_you_mean
-from exporter.study.records import columns, read_records
+from exporter.study.records import columns, comparable, read_records
 
 SUFFIX = "_bits"
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
@@ -48,7 +48,10 @@ class Table:
 def read_table(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
     """A study's folder or SQLite file, or a CSV file; see `read_csv`."""
     if path.is_dir() or path.suffix == ".sqlite":
-        rows = [found.row() for found in read_records(path)]
+        asked = {condition.partition("=")[0] for condition in conditions}
+        rows = [
+            found.row() for found in comparable(read_records(path), parts=bool(asked & {"blocks", "roles", "role"}))
+        ]
         return from_rows(_fitting(rows, columns(rows), conditions, path), columns(rows), score, str(path))
     return read_csv(path, score, conditions)
 
