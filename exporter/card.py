@@ -224,12 +224,12 @@ def _quality(facts: Facts) -> str:
 
 def signed(value: float) -> str:
     """`+0.0123`; what rounds to nothing is never `-0.0000`."""
-    return f"{round(value, 4) + 0.0:+.4f}"
+    return f"{value:+z.4f}"
 
 
 def lost(gate: Mapping[str, Any]) -> str:
     """What a gate found and allows, as shares of the full-precision score (which may be zero: then nothing fits)."""
-    share = "not measurable" if gate["lost"] is None else f"{round(gate['lost'], 3) + 0.0:.1%}"
+    share = "not measurable" if gate["lost"] is None else f"{gate['lost']:z.1%}"
     return f"lost {share} of the full-precision score, allowed {gate['max_drop']:.1%}"
 
 

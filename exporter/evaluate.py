@@ -71,7 +71,7 @@ class Verdict:
             return f"{name}: failed, the full-precision model scores 0, so nothing can be compared"
         word = "passed" if self.passed else "failed"
         by = "" if self.gate.decide == "point" else " (upper end of the 95 % interval)"
-        return f"{name}: {word}, lost {self.lost:.1%} of the full score{by}, allowed {self.gate.max_drop:.1%}"
+        return f"{name}: {word}, lost {self.lost:z.1%} of the full score{by}, allowed {self.gate.max_drop:.1%}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def measure(
     pictures = picture_keys(samples)
     answers = [ask(model, samples, pictures, store, on_event) for model in (before, after)]
     _judge_numbers((before.label, after.label), answers, on_event)
-    report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed)
+    report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed, pictures)
     bootstrap = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": recipe.evaluation.seed}
     models = {model.label: dict(model.identity) for model in (before, after)}
     return replace(report, about={**about, "bootstrap": bootstrap, "models": models})
@@ -154,9 +154,15 @@ def picture_keys(samples: Mapping[str, Sequence[Sample]]) -> dict[str, list[str]
 
 
 def compare(
-    before: Answers, after: Answers, samples: Mapping[str, Sequence[Sample]], gates: Sequence[Gate], seed: int
+    before: Answers,
+    after: Answers,
+    samples: Mapping[str, Sequence[Sample]],
+    gates: Sequence[Gate],
+    seed: int,
+    pictures: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
-    """Score both sets of answers and decide the gates."""
+    """Score both sets of answers and decide the gates. pictures: `picture_keys` of the samples, where known already."""
+    keys = picture_keys(samples) if pictures is None else pictures
     measures, kinds, corpus, counts = [], {}, {}, {}
     changed: list[list[dict[str, Any]]] = []
     examples: list[dict[str, Any]] = []
@@ -168,7 +174,7 @@ def compare(
         first = TASKS[task].METRICS[0]
         kinds[task] = _by_kind(found, scores[0][first], scores[1][first])
         corpus[task] = _corpus(task, found, (before[task], after[task]), scores)
-        rows = _rows(task, found, (before[task], after[task]), (scores[0][first], scores[1][first]))
+        rows = _rows(task, found, keys[task], (before[task], after[task]), (scores[0][first], scores[1][first]))
         examples += rows[:EXAMPLES]
         changed.append(sorted((r for r in rows if r["before"] != r["after"]), key=_loss, reverse=True))
         counts[task] = _counts(rows)
@@ -221,22 +227,25 @@ def _same(value: float, mean: float | None) -> bool:
 def _rows(
     task: str,
     samples: Sequence[Sample],
+    pictures: Sequence[str],
     answers: tuple[Sequence[str], Sequence[str]],
     scores: tuple[Sequence[float], Sequence[float]],
 ) -> list[dict[str, Any]]:
-    """Every sample with both answers and what they scored."""
+    """Every sample with both answers and what they scored; `image` is the hash of its picture's pixels."""
     return [
         {
             "task": task,
             "id": s.identity,
             "kind": s.kind,
+            "image": image,
+            "file": s.file,
             "question": s.question,
             "references": list(s.references),
             "before": b,
             "after": a,
             "scores": [before, after],
         }
-        for s, b, a, before, after in zip(samples, *answers, *scores, strict=True)
+        for s, image, b, a, before, after in zip(samples, pictures, *answers, *scores, strict=True)
     ]
 
 
@@ -254,15 +263,18 @@ def _decide(gate: Gate, measures: Sequence[Measure]) -> Verdict:
 def write_report(folder: Path, report: Report) -> bool:
     """Put the report beside the weights it judges; what `mmq check` found in the engine stays.
 
-    A report on more samples of the same data is not replaced by one on fewer: False then.
+    A report on the same data is not replaced by one that has fewer samples of a task and more of none: False then.
     """
     path = folder / REPORT
     old = read_json(path) if path.exists() else {}
-    same_data = old.get("evaluation", {}).get("data") == report.as_json().get("evaluation", {}).get("data")
-    if same_data and sum(m["samples"] for m in old.get("measures", [])) > sum(m.samples for m in report.measures):
-        return False
+    new = report.as_json()
+    if old.get("evaluation", {}).get("data") == new["evaluation"].get("data"):
+        had, has = ({m["task"]: m["samples"] for m in one.get("measures", [])} for one in (old, new))
+        gained = [has.get(task, 0) - had.get(task, 0) for task in had | has]
+        if min(gained, default=0) < 0 and max(gained) <= 0:
+            return False
     kept = {key: old[key] for key in KEPT_KEYS if key in old}
-    write_text(path, json.dumps(report.as_json() | kept, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(new | kept, indent=1, sort_keys=True) + "\n")
     return True
 
 

@@ -202,8 +202,8 @@ def report_page(report: Report) -> RenderableType:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for m in report.measures:
         d = m.difference
-        interval = f"{0 - d.high:+.4f} to {0 - d.low:+.4f}"
-        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{0 - d.drop:+.4f}", interval)
+        interval = f"{-d.high:+z.4f} to {-d.low:+z.4f}"
+        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+z.4f}", interval)
         table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
     needed = [f"{m.needed} for {m.task} {m.metric}" for m in report.measures if m.needed]
     more = [f"samples that would resolve 1 % of the full score: {', '.join(needed)}"] if needed else []

@@ -21,6 +21,7 @@ from exporter.advice import advise, unknown
 from exporter.answers import ABOUT, Backend, Store
 from exporter.artifact import Artifact
 from exporter.cli import cli
+from exporter.data import image_key, places, samples_from
 from exporter.device import choose
 from exporter.errors import DataError, GateFailed
 from exporter.evaluate import compare, raise_if_failed, write_report
@@ -144,6 +145,43 @@ def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path
     assert write_report(tmp_path, other)
 
 
+@pytest.mark.parametrize(
+    ("had", "has", "replaced"),
+    [
+        ([("captioning", "cider", 500)], [("captioning", m, 300) for m in ("cider", "meteor")], False),
+        ([("captioning", m, 500) for m in ("cider", "meteor")], [("captioning", "cider", 500)], True),
+        ([("vqa", "accuracy", 500), ("captioning", "cider", 500)], [("vqa", "accuracy", 500)], False),
+        ([("vqa", "accuracy", 500), ("captioning", "cider", 500)], [("vqa", "accuracy", 900)], True),
+        ([("vqa", "accuracy", 500)], [("captioning", "cider", 20), ("vqa", "accuracy", 500)], True),
+    ],
+)
+def test_samples_are_counted_by_task_whatever_metrics_there_are(
+    had: list[tuple[str, str, int]], has: list[tuple[str, str, int]], replaced: bool, tmp_path: Path
+) -> None:
+    report = crafted(1, 2)
+    difference = report.measures[0].difference
+    old, new = (replace(report, measures=tuple(evaluate.Measure(*one, difference) for one in m)) for m in (had, has))
+    assert write_report(tmp_path, old)
+    assert write_report(tmp_path, new) == replaced
+
+
+def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    lines = [json.dumps({"file_name": f"pictures/{i}.png", "caption": f"a dog {i}"}) for i in range(2)]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "pictures").rename(tmp_path / "test" / "pictures")
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(lines))
+    read = samples_from(places(tmp_path), "captioning", "test", 2, 0)
+    answers = [[text] * 2 for text in ("a dog 0", "a cat")]
+    report = compare({"captioning": answers[0]}, {"captioning": answers[1]}, {"captioning": read}, [], 0)
+    for rows in (report.changed, report.examples):
+        told = {(row["references"][0], row["image"], row["file"]) for row in rows}
+        files = [f"test/pictures/{i}.png" for i in range(2)]
+        assert told == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
+
+
 def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
     recipe = load_recipe("llava-w4-vit8").adjusted(evaluation={"samples": 3842})
     (found,) = advise(recipe)  # of CIDEr nothing can be assumed
@@ -183,8 +221,6 @@ def out(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples() -> dict[str, list[Sample]]:
-    from exporter.data import places, samples_from
-
     return {task: samples_from(places("demo"), task, "test", 6, 0) for task in ("vqa", "captioning")}
 
 
@@ -289,8 +325,6 @@ def test_a_server_that_serves_another_folder_is_refused(
 @pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
 def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
     """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
-    from exporter.data import places, samples_from
-
     (tmp_path / "test").mkdir()
     lines = []
     for i, s in enumerate(samples_from(places("demo"), "captioning", "train", 2, 0)):

@@ -13,14 +13,18 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from exporter import card
 from exporter.cli import cli
+from exporter.data import image_key
 from exporter.device import choose
+from exporter.evaluate import Verdict
 from exporter.events import ignore
 from exporter.export import export
 from exporter.facts import Facts, folder_reader, read_facts
-from exporter.recipe import Recipe
+from exporter.recipe import Gate, Recipe
 from exporter.recipe_file import load_recipe
-from exporter.report import charts, collect, html, thumbnail, write
+from exporter.report import charts, collect, find_pictures, html, thumbnail, write
+from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
 
@@ -196,6 +200,31 @@ def test_pictures_are_small_and_right() -> None:
     assert thumbnail(tiny).startswith("data:image/png;base64,")
     assert thumbnail(large).startswith("data:image/jpeg;base64,")
     assert len(thumbnail(large)) < 10_000
+
+
+def test_a_picture_is_shown_only_where_question_references_and_pixels_are_the_same() -> None:
+    sample = Sample("1", lambda: Image.new("RGB", (4, 4), (9, 0, 0)), None, ("a dog", "a pet"))
+    row = {"task": "captioning", "id": "1", "question": None, "references": ["a dog", "a pet"]}
+    named = row | {"image": image_key(sample.image())}
+    for same in (row, named):  # a report of an older version does not name the image
+        assert find_pictures([same], {"captioning": [sample]}) == {("captioning", "1"): thumbnail(sample.image())}
+    for other in ({"id": "2"}, {"question": "what?"}, {"references": ["a cat"]}, {"image": "0" * 64}):
+        assert find_pictures([named | other], {"captioning": [sample]}) == {}
+
+
+def test_what_rounds_to_nothing_has_no_sign(out: Path) -> None:
+    report = crafted(1, 1).as_json()
+    report["measures"][0]["difference"] |= {"drop": 1e-6, "low": -1e-6, "high": 1e-6}
+    report["gates"][0]["lost"] = -1e-6
+    text = html(collect(facts(out, report), {}))
+    assert "+0.0000 to +0.0000" in text
+    assert "+0.0 to +0.0" in text
+    assert "change +0.0%, interval +0.0% to +0.0%" in text
+    assert not re.search(r"-0\.0*(?![0-9])", text.partition("</style>")[2])
+    assert card.signed(-1e-6) == "+0.0000"
+    assert "lost 0.0% of" in card.lost(report["gates"][0])
+    tiny = Verdict(Gate(task="vqa", metric="accuracy", max_drop=0.1), -1e-6, True)
+    assert "lost 0.0% of" in str(tiny)
 
 
 def test_data_that_is_not_there_costs_the_pictures_only_when_it_was_not_named(out: Path, tmp_path: Path) -> None:

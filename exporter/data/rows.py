@@ -70,7 +70,9 @@ def to_samples(found: Found, limit: int, seed: int, nothing: str, hint: str | No
     raise_all(found.folder, [*found.problems, *unwritable, *broken])
     if not chosen:
         raise DataError(nothing, hint)
-    return [Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind) for r in chosen]
+    return [
+        Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind, file=r.name) for r in chosen
+    ]
 
 
 def open_picture(path: Path) -> Image.Image:

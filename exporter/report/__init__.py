@@ -32,7 +32,8 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "score": "{:.4f}".format, "signed": "{:+.4f}".format, "percent": percent}
+    environment.filters |= {"size": size, "score": "{:z.4f}".format, "percent": percent}
+    environment.filters |= {"signed": "{:+z.4f}".format, "points": "{:+z.1f}".format}
     drawn = {
         "sizes": charts.sizes(content["bytes"]["before"], content["bytes"]["after"]),
         "changes": [charts.change(row, charts.reach(content["scores"])) for row in content["scores"]],
@@ -43,7 +44,7 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
 
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; `nothing to compare` for None."""
-    return "nothing to compare" if share is None else f"{share:.1%}"
+    return "nothing to compare" if share is None else f"{share:z.1%}"
 
 
 def write(content: Content, out: Path, study: Sequence[Mapping[str, str]] = ()) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ def _svg(width: float, height: float, kind: str, label: str, shapes: Sequence[st
 
 def _bar(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
     said = Markup("<title>{}</title>").format(title) if title else ""
-    return f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}">{said}</rect>'
+    return f'<rect class="{kind}" x="{x:z.2f}" y="{y:z.2f}" width="{width:z.2f}" height="{height:z.2f}">{said}</rect>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -56,7 +56,7 @@ def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
     low, high = place(found["low"]), place(found["high"])
     middle = place(found["change"])
     shapes += [_bar(low, 7, max(high - low, 0.4), 6, "interval"), _line(middle, 3, middle, 17, "mark")]
-    label = f"{row['name']}: change {found['change']:+.1%}, interval {found['low']:+.1%} to {found['high']:+.1%}"
+    label = f"{row['name']}: change {found['change']:+z.1%}, interval {found['low']:+z.1%} to {found['high']:+z.1%}"
     return _svg(100, 20, "change", label, shapes)
 
 

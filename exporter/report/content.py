@@ -105,7 +105,7 @@ def _asked_by(about: Mapping[str, Any]) -> str:
 
 
 def _with_pictures(rows: list[Mapping[str, Any]], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
-    empty = {"kind": "", "scores": None}  # an older report has neither
+    empty = {"kind": "", "scores": None, "image": None, "file": ""}  # an older report lacks them
     return [{**empty, **row, "picture": pictures.get((row["task"], row["id"]))} for row in rows]
 
 

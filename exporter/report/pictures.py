@@ -62,12 +62,19 @@ def thumbnail(picture: Image) -> str:
 def find_pictures(
     rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Sample]]
 ) -> dict[tuple[str, str], str]:
-    """(task, id) -> picture of every row whose sample is among `samples` and asks the same question."""
+    """(task, id) -> picture of every row whose sample is among `samples`: the same question, references and pixels.
+
+    A report of an older mmq does not say which pixels.
+    """
     known = {(task, sample.identity): sample for task, found in samples.items() for sample in found}
     pictures = {}
     for row in rows:
         key = (row["task"], row["id"])
         sample = known.get(key)
-        if sample is not None and sample.question == row["question"] and key not in pictures:
-            pictures[key] = thumbnail(sample.image())
+        if sample is None or key in pictures:
+            continue
+        image = sample.image()
+        told = (sample.question, list(sample.references), data.image_key(image))
+        if told == (row["question"], row["references"], row.get("image", told[2])):
+            pictures[key] = thumbnail(image)
     return pictures

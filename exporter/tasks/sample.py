@@ -18,6 +18,7 @@ class Sample:
     references: accepted answers or captions; calibration feeds the first one to the model as its reply.
     kind: question type, for tables by type.
     among: for retrieval, the pictures and texts that are searched; its own are among them.
+    file: the picture's file in the data set's folder; empty when it has none.
     """
 
     identity: str
@@ -26,6 +27,7 @@ class Sample:
     references: tuple[str, ...]
     kind: str = ""
     among: "Pool | None" = None
+    file: str = ""
 
 
 @dataclass(frozen=True)
