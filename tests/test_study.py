@@ -64,6 +64,16 @@ def test_blocks_and_roles_become_rules_and_empty_ones_are_said() -> None:
     assert "nothing in blocks end" in notes[0]
 
 
+def test_a_grid_without_settings_or_with_lists_that_do_not_pair_is_an_error() -> None:
+    model = opened(setup_in(Path("unused")))
+    nowhere = grid(components={"vision": {"bits": [4], "blocks": ["5:9"]}}, combine="alone")
+    with pytest.raises(RecipeError, match="no setting: vision has nothing in blocks 5:9, role all"):
+        points(nowhere, model.family, model.checkpoint.config)
+    uneven = grid(components={"vision": {"bits": [3, 4]}, "language": {"bits": [4]}}, combine="together")
+    with pytest.raises(RecipeError, match="vision 2, language 1"):
+        points(uneven, model.family, model.checkpoint.config)
+
+
 def test_together_gives_all_components_the_same() -> None:
     axis = {"bits": [3, 4]}
     found = settings(grid(components={"vision": axis, "language": axis}, combine="together"))

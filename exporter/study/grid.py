@@ -120,7 +120,7 @@ def parse_grid(content: dict[str, Any], where: str) -> Grid:
 def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], list[str]]:
     """The settings of a grid without doubles, and notes on choices that this model has no block or linear for.
 
-    RecipeError when the family lacks a component.
+    RecipeError when the family lacks a component, or nothing is left.
     """
     names = [component.name for component in family.components]
     unknown = [name for name in grid.components if name not in names]
@@ -132,11 +132,13 @@ def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], lis
     for method, group, chosen in product(grid.methods, grid.group_sizes, list(_combined(grid))):
         rules = [rule for choice in chosen for rule in _rules(choice, grid, method, group, family)]
         empty = [rule for rule in rules if not _matches(rule, family, config)]
-        notes += [f"{r.component} has nothing in blocks {r.blocks}, role {r.role}: left out" for r in empty]
+        notes += [f"{r.component} has nothing in blocks {r.blocks}, role {r.role or ALL}: left out" for r in empty]
         kept = tuple(rule for rule in rules if rule not in empty)
         if kept or all(choice.bits == KEPT for choice in chosen):
             key = tuple(sorted(rule.model_dump_json() for rule in kept))
             found.setdefault(key, Point(kept, _about(names, chosen, kept, method, group)))
+    if not found:
+        raise RecipeError("the grid has no setting: " + "; ".join(dict.fromkeys(notes)), "name other blocks or roles")
     return list(found.values()), list(dict.fromkeys(notes))
 
 
@@ -146,8 +148,11 @@ def _combined(grid: Grid) -> Iterator[tuple[Choice, ...]]:
         yield from product(*choices.values())
     elif grid.combine == "alone":
         yield from ((choice,) for found in choices.values() for choice in found)
+    elif len({len(found) for found in choices.values()}) > 1:
+        counts = ", ".join(f"{name} {len(found)}" for name, found in choices.items())
+        raise RecipeError(f"combine: together pairs choices one by one, and there are {counts}", "make the lists equal")
     else:
-        yield from zip(*choices.values(), strict=False)
+        yield from zip(*choices.values(), strict=True)
 
 
 def _choices(name: str, axis: Axis) -> Iterator[Choice]:
