@@ -320,7 +320,7 @@ def measured(name: str, exam: str, **about: str | int) -> Measured:
 
 def test_only_settings_of_one_exam_stand_in_one_table() -> None:
     old, new = measured("a", "old"), measured("b", "new")
-    front, again = measured("c", "new", blocks="front"), measured("d", "new", sequential=1)
+    front, again = measured("c", "new", blocks="front"), measured("d", "new in sequence", sequential=1)
     assert comparable([old, new]) == [new]
     assert comparable([old, front, new]) == [new]
     assert comparable([old, new, front], parts=True) == [new, front]

@@ -10,7 +10,7 @@ from exporter.errors import DataError
 from exporter.study import pictures
 from exporter.study.importance import importance
 from exporter.study.pictures import Picture
-from exporter.study.records import FILE, Measured, columns, is_whole, read_records
+from exporter.study.records import FILE, Measured, columns, is_whole, last_exam, read_records
 from exporter.study.sensitivity import TABLE
 from exporter.study.table import Table, from_rows, read_csv
 
@@ -25,10 +25,10 @@ def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> l
     papers: CSV files with a column `bpw` and a score, whose points are drawn beside. DataError when nothing is there.
     """
     grids = read_records(folder) if (folder / FILE).exists() else []
-    grids = [one for one in grids if one.exam == grids[-1].exam]  # other samples or ways of scoring do not compare
+    ways = [[one for one in grids if bool(one.about.get("sequential")) == way] for way in (False, True)]
+    grids = [one for way in ways for one in last_exam(way)]
     front = folder / f"{TABLE}-front.sqlite"
-    choices = read_records(front) if front.exists() else []
-    choices = [one for one in choices if one.exam == choices[-1].exam]  # of the last allocation
+    choices = last_exam(read_records(front)) if front.exists() else []  # of the last allocation
     alone = folder / f"{TABLE}.sqlite"
     found: list[Picture] = []
     for label, table in _tables(grids, score):
@@ -43,8 +43,7 @@ def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> l
     if series or others:
         found.append(pictures.pareto(series, others, ALLOCATED))
     if alone.exists():
-        measured = read_records(alone)
-        found.append(pictures.sensitivity([one for one in measured if one.exam == measured[-1].exam]))
+        found.append(pictures.sensitivity(last_exam(read_records(alone))))
     if not found:
         raise DataError(f"{folder} holds no study", "`mmq study` or `mmq allocate` measures one")
     return found
@@ -55,8 +54,7 @@ def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
     found = []
     kinds = dict.fromkeys(_kind(one) for one in grids if one.about.get("method") not in (None, "none"))
     for kind in kinds:
-        exams = {one.exam for one in grids if _kind(one) == kind}
-        rows = [one.row() for one in grids if is_whole(one) and one.exam in exams and _kind(one) in (kind, _full(kind))]
+        rows = [one.row() for one in grids if is_whole(one) and _kind(one) in (kind, _full(kind))]
         try:
             found.append((kind, from_rows(rows, columns(rows), score, "the study")))
         except DataError:

@@ -123,16 +123,16 @@ def is_whole(one: Measured) -> bool:
     return one.about.get("blocks") == EVERYTHING and one.about.get("role") == EVERYTHING
 
 
+def last_exam(found: Sequence[Measured]) -> list[Measured]:
+    """Settings scored as the last one was: on the same samples, in the same way, from shared units or in sequence."""
+    return [one for one in found if one.exam == found[-1].exam]
+
+
 def comparable(found: Sequence[Measured], parts: bool = False) -> list[Measured]:
-    """Settings whose scores may stand in one table: those scored as the last one was, on the same samples.
+    """Settings whose scores may stand in one table: those of the last exam.
 
     parts: keep settings of some blocks or one role too; without it they go, unless there is nothing else.
     """
-    if not found:
-        return []
-    last = found[-1]
-    same = [
-        one for one in found if one.exam == last.exam and one.about.get("sequential") == last.about.get("sequential")
-    ]
+    same = last_exam(found)
     whole = [one for one in same if is_whole(one)]
     return same if parts or not any(one.about.get("method") != "none" for one in whole) else whole
