@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli_options import data_option, device_option, json_option, reports_errors, revision_option, say
-from exporter.cli_study import numbers, pool_of, words
+from exporter.cli_study import (
+    calibration_option,
+    numbers,
+    pool_of,
+    ray_option,
+    samples_seed_option,
+    words,
+    workers_option,
+)
 from exporter.data import places
 from exporter.errors import Interrupted, RecipeError
 
@@ -53,16 +61,14 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 @click.option("--against", multiple=True, metavar="RECIPE", help="Compare with a recipe, on the same tasks; repeat.")
 @data_option
 @click.option("--samples", type=click.IntRange(min=8), default=64, show_default=True, help="For the proxy, each task.")
-@click.option(
-    "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Calibrated on, in all."
-)
+@calibration_option
 @click.option("--eval-samples", type=click.IntRange(min=2), default=500, show_default=True, help="For the proof.")
 @click.option("--no-proof", is_flag=True, help="Do not export and measure the choice; the recipe then says so.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
+@samples_seed_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="allocated.yaml", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Study's folder [studies/MODEL].")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [as many as cores; 1 on a GPU].")
-@click.option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: its address, or `local` to start one here.")
+@workers_option
+@ray_option
 @device_option
 @json_option
 @reports_errors

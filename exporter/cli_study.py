@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 LOCAL = "local"
 
 
+# What `mmq study` and `mmq allocate` share.
+calibration_option = click.option(
+    "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Calibrated on, in all."
+)
+workers_option = click.option("--workers", type=click.IntRange(min=1), help="Processes [as many as cores; 1 on a GPU].")
+ray_option = click.option(
+    "--ray", metavar="ADDRESS", help="Run on a Ray cluster: its address, or `local` to start one here."
+)
+samples_seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."
+)
+
+
 def numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     """`2,3,4` as numbers."""
     try:
@@ -54,15 +67,13 @@ def words(context: click.Context, option: click.Parameter, value: str | None) ->
 )
 @data_option
 @click.option("--samples", type=click.IntRange(min=8), default=250, show_default=True, help="Scored on, of each task.")
-@click.option(
-    "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Calibrated on, in all."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
+@calibration_option
+@samples_seed_option
 @click.option("--answers", is_flag=True, help="Score generated answers by the tasks' metrics: slower, as gates do it.")
 @click.option("--sequential", is_flag=True, help="Quantize every setting as an export does, sharing nothing.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [studies/MODEL].")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [as many as cores; 1 on a GPU].")
-@click.option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: its address, or `local` to start one here.")
+@workers_option
+@ray_option
 @device_option
 @json_option
 @click.pass_context

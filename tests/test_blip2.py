@@ -1,10 +1,8 @@
 """BLIP-2 from folder to artifact: every component by every method, stored as the recipe says, opened by others."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +35,7 @@ from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
 from exporter.tasks.sample import Sample, task_of
+from tests.killed import killed_after
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_models import write_tiny
 
@@ -149,23 +148,6 @@ def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> No
     assert done.plan.bytes_after == sum(info.bytes for info in stored.values())
 
 
-def killed_after(unit: int, recipe: Recipe, out: Path, work: Path) -> None:
-    """Run an export in a child process that SIGKILLs itself once `unit` blocks are finished."""
-
-    def die(event: Event) -> None:
-        if event.stage == "quantize" and event.done == unit and event.message != "resumed":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            quick_export(recipe, out, die, work=work)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-
-
 @both
 def test_killed_in_every_component_and_resumed_is_byte_identical(
     family: Family, models: dict[str, Path], tmp_path: Path
@@ -174,7 +156,7 @@ def test_killed_in_every_component_and_resumed_is_byte_identical(
     done = quick_export(recipe, tmp_path / "whole")
     ends = [unit.index + 1 for unit in done.plan.units[1::2]]
     for unit in ends:
-        killed_after(unit, recipe, tmp_path / "resumed", tmp_path / "work")
+        killed_after(unit, lambda listen: quick_export(recipe, tmp_path / "resumed", listen, work=tmp_path / "work"))
     quick_export(recipe, tmp_path / "resumed", work=tmp_path / "work")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -1,9 +1,7 @@
 """The whole job on the embedded model: byte-identical, killed and resumed, and every kind of bad input."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -26,6 +24,7 @@ from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
 from exporter.verify import verify
+from tests.killed import killed_after
 
 DEMO = MODELS["demo-llava"]
 
@@ -71,30 +70,12 @@ def test_another_seed_gives_another_artifact(finished: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "other")["model.safetensors"] != contents(finished)["model.safetensors"]
 
 
-def killed_after(unit: int, out: Path, work: Path) -> None:
-    """Run an export in a child process that SIGKILLs itself once `unit` blocks are finished."""
-
-    def die(event: Event) -> None:
-        if event.stage == "quantize" and event.done == unit and event.message != "resumed":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            quick_export(out, die, work=work)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
 def test_killed_after_every_unit_and_resumed_is_byte_identical(finished: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "resumed"
     units = len(json.loads((finished / "mmq_manifest.json").read_text())["units"])
     assert units >= 4
     for unit in range(1, units + 1):
-        killed_after(unit, out, work)
+        killed_after(unit, lambda listen: quick_export(out, listen, work=work))
         assert len(list(work.glob("*.safetensors"))) == unit
         assert not out.exists()
     seen: list[Event] = []
