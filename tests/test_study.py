@@ -23,7 +23,7 @@ from exporter.recipe import Rule
 from exporter.study import exam, pool
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
-from exporter.study.records import Measured, comparable, read_records
+from exporter.study.records import Measured, comparable, last_exam, read_records
 from exporter.study.run import run
 from exporter.study.table import read_table
 from exporter.study.units import changes, units_of
@@ -179,6 +179,19 @@ def test_units_are_shared_and_nothing_is_measured_twice(tmp_path: Path) -> None:
     assert full.bits_per_weight == 16
     assert part.found[0].scores["kl"] > 0
     assert part.found[0].bytes > least.bytes
+
+
+def test_a_run_that_reuses_everything_shows_its_own_exam(tmp_path: Path) -> None:
+    """Not that of the setting that was written last."""
+    few, more = setup_in(tmp_path), setup_in(tmp_path, samples=9)
+    two = settings(grid(components={"vision": {"bits": [4, 16]}}))
+    first = run(few, two, pool.inline, ignore)
+    assert {one.exam for one in last_exam(read_records(tmp_path))} == {first.found[0].exam}
+    second = run(more, two[:1], pool.inline, ignore)
+    assert [one.exam for one in comparable(read_records(tmp_path))] == [second.found[0].exam]
+    again = run(few, two, pool.inline, ignore)
+    assert again.scored == 0
+    assert [one.id for one in comparable(read_records(tmp_path))] == [one.id for one in first.found]
 
 
 def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:

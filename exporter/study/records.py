@@ -31,6 +31,15 @@ CREATE TABLE IF NOT EXISTS scores (
   value REAL NOT NULL,
   PRIMARY KEY (point, metric)
 );
+CREATE TABLE IF NOT EXISTS runs (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  exam TEXT NOT NULL        -- what this run scored on, also when all of it was known already
+);
+"""
+# Settings by when a run last asked for their exam, then by when they were measured.
+IN_ORDER = """
+SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds FROM points
+ORDER BY coalesce((SELECT max(number) FROM runs WHERE runs.exam = points.exam), 0), rowid
 """
 
 
@@ -81,13 +90,17 @@ class Records:
             rows = [(found.id, metric, float(value)) for metric, value in found.scores.items()]
             self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
+    def begin(self, exam: str) -> None:
+        """Keep that a run scores by this exam, so that its settings come last."""
+        with self._db:
+            self._db.execute("INSERT INTO runs (exam) VALUES (?)", (exam,))
+
     def all(self) -> dict[str, Measured]:
-        """Everything measured, by id, in the order it was."""
+        """Everything measured, by id, in the order it was; the exam of the last run comes last."""
         scores: dict[str, dict[str, float]] = {}
         for point, metric, value in self._db.execute("SELECT point, metric, value FROM scores ORDER BY rowid"):
             scores.setdefault(point, {})[metric] = value
-        query = "SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds FROM points ORDER BY rowid"
-        rows = [(row, scores.get(row[0], {})) for row in self._db.execute(query)]
+        rows = [(row, scores.get(row[0], {})) for row in self._db.execute(IN_ORDER)]
         return {
             row[0]: Measured(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], known)
             for row, known in rows
@@ -124,7 +137,10 @@ def is_whole(one: Measured) -> bool:
 
 
 def last_exam(found: Sequence[Measured]) -> list[Measured]:
-    """Settings scored as the last one was: on the same samples, in the same way, from shared units or in sequence."""
+    """Settings scored as in the last run: on the same samples, in the same way, from shared units or in sequence.
+
+    found: in the order of `Records.all`.
+    """
     return [one for one in found if one.exam == found[-1].exam]
 
 

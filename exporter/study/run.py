@@ -62,6 +62,7 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     source = model.checkpoint.digest()
     jobs = [_job(setup, model, point, source, exam, calibration) for point in points]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
+        records.begin(exam)
         before = records.all()
         todo = _different(job for job in jobs if job.id not in before)
         laps = {"plan": time.monotonic() - begun}
