@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ on a LLaVA's language model; started by `bench/quantize.py` with another Python.
+"""llm-compressor's GPTQ on the language model of a LLaVA or BLIP-2; started by `bench/quantize.py` with another Python.
 
     python bench/quantize_peer.py MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
 
@@ -56,12 +56,12 @@ def main() -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype="auto")  # scales get its dtype, as mmq's
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")  # scales get its dtype, as mmq's
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     weights |= {"observer": options.observer, "actorder": "static"}
-    targets = ["re:.*language_model.*(proj)$"]
+    targets = ["re:.*language_model.*(proj|fc1|fc2)$"]
     recipe = GPTQModifier(
         config_groups={"language": {"targets": targets, "weights": weights}}, dampening_frac=0.01, block_size=128
     )
@@ -75,7 +75,7 @@ def main() -> None:
         dataset=torch.utils.data.DataLoader(data, batch_size=None),
         recipe=recipe,
         num_calibration_samples=len(data),
-        sequential_targets=["LlamaDecoderLayer"],
+        sequential_targets=["LlamaDecoderLayer", "OPTDecoderLayer"],
     )
     seconds = time.perf_counter() - start
     device = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0

@@ -1,0 +1,206 @@
+"""mmq's GPTQ beside llm-compressor's: same weights, same samples, same settings, one judge.
+
+Used by `bench/quantize.py --peer PYTHON`. For every draw of calibration samples and every search of ranges the language
+model alone is quantized by both, mmq in this process and llm-compressor in the environment of the given Python
+(`bench/quantize_peer.py`). The judge sees samples that neither was calibrated on. Its figures are relative sizes of the
+error: of every linear's output on the inputs that the full-precision model gives it (their mean and the worst), and of
+the logits of the whole model. Both sides' weights are first rounded to the checkpoint's own 16 bits, as an engine does.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.quantize_phase import inputs_of, phase
+from exporter import data
+from exporter.backends import load_processor
+from exporter.demo import MODELS
+from exporter.device import Device, release
+from exporter.export import prepare, tested_on
+from exporter.predict import batches
+from exporter.recipe import Recipe
+from exporter.stream import load_whole, watch_inputs
+from exporter.workdir import Workdir
+
+Batch = dict[str, Tensor]
+Weights = Mapping[str, Tensor]  # by live name
+
+RANGES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse"}  # mmq's name: llm-compressor's
+OURS, THEIRS = "mmq", "llm-compressor"
+ERRORS = ("linears", "worst", "logits")
+COSTS = ("seconds", "device_gib", "host_gib")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both are asked for. group: columns that share a scale. judged: samples of the test split. keep: a folder
+    where the peer's results stay and are looked for; None: they are not kept."""
+
+    python: str
+    group: int
+    seeds: int
+    judged: int
+    keep: Path | None = None
+
+
+def language_only(recipe: Recipe, group: int, range_: str, seed: int) -> Recipe:
+    """W4 in groups for the language model by GPTQ, with what the peer can do too."""
+    rule = {"component": "language", "method": "gptq", "bits": 4, "group_size": group, "options": {"range": range_}}
+    changed = recipe.adjusted(calibration={"seed": seed})
+    return Recipe.model_validate(changed.model_dump() | {"quantize": [rule]})
+
+
+def judged_on(recipe: Recipe, count: int, device: Device) -> list[Batch]:
+    """Batches of the test split, of the recipe's tasks, `count` samples in all."""
+    plan, checkpoint = prepare(recipe, device)
+    tasks = recipe.calibration.tasks
+    places = tested_on(plan.recipe)
+    found = [s for task in tasks for s in data.samples_from(places, task, "test", -(-count // len(tasks)), 0)]
+    return batches(load_processor(checkpoint.folder), plan.family, found, recipe.calibration.batch)
+
+
+def own_run(recipe: Recipe, inputs: Sequence[Batch], device: Device, work: Path) -> tuple[dict[str, Any], Weights]:
+    """mmq's figures and weights."""
+    plan, _ = prepare(recipe, device)
+    done = phase(recipe, inputs, device, work)
+    workdir = Workdir.open(work, {"bench": str(work)})
+    weights = {
+        plan.family.live_name(name): linear.dequantize().cpu()
+        for unit in plan.units
+        for name, linear in workdir.read(unit).linears.items()
+    }
+    release(device)
+    return done, weights
+
+
+def peer_run(
+    setting: Setting, model: Path, observer: str, inputs: Sequence[Batch], device: Device, place: Path
+) -> tuple[dict[str, Any], Weights]:
+    """llm-compressor's figures and weights on the same folder and samples."""
+    figures, out = place / "figures.json", place / "peer.safetensors"
+    if not figures.exists():
+        flat = {f"{i}.{name}": tensor.contiguous() for i, batch in enumerate(inputs) for name, tensor in batch.items()}
+        save_file(flat, place / "inputs.safetensors")
+        script = Path(__file__).with_name("quantize_peer.py")
+        command = [setting.python, str(script), str(model), str(place / "inputs.safetensors"), str(out)]
+        command += ["--group", str(setting.group), "--observer", observer, "--device", device.torch_device.type]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"the peer failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        figures.write_text(done.stdout.splitlines()[-1])
+    return json.loads(figures.read_text()), load_file(out)
+
+
+class Judge:
+    """The full-precision model on batches that nobody was calibrated on; tells how far weights lead away from it."""
+
+    def __init__(self, recipe: Recipe, held_out: Sequence[Batch], device: Device) -> None:
+        plan, checkpoint = prepare(recipe, device)
+        place, dtype = device.torch_device, device.compute_dtype(torch.float16)
+        tensors, config = checkpoint.tensors, checkpoint.config
+        rows = [row for unit in plan.units for row in unit.rows if row.rule]
+        self.stored = rows[0].tensor.dtype
+        self.model = load_whole(plan.family, config, tensors, checkpoint.read, place, dtype)
+        self.linears = {
+            name: self.model.get_submodule(name) for name in (plan.family.live_name(r.module) for r in rows)
+        }
+        self.batches = [
+            {name: t.to(place, dtype if t.is_floating_point() else None) for name, t in batch.items()}
+            for batch in held_out
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, weights: Weights) -> dict[str, float]:
+        """Relative sizes of errors; the model is left as it was."""
+        given = {name: weights[name].to(linear.weight.device, self.stored) for name, linear in self.linears.items()}
+        lost, whole = dict.fromkeys(given, 0.0), dict.fromkeys(given, 0.0)
+        off = size = 0.0
+        for batch in self.batches:
+            real = batch["attention_mask"].bool()
+
+            def see(name: str, x: Tensor, real: Tensor = real) -> None:
+                rows = _counted(x, real).float()
+                weight = self.linears[name].weight.float()
+                whole[name] += float((rows @ weight.T).double().square().sum())
+                lost[name] += float((rows @ (given[name].float() - weight).T).double().square().sum())
+
+            with watch_inputs(self.linears, see, stop=False):
+                truth = _counted(self.model(**batch).logits.float(), real)
+            with self._wearing(given):
+                found = _counted(self.model(**batch).logits.float(), real)
+            off += float((found - truth).double().square().sum())
+            size += float(truth.double().square().sum())
+        shares = [(lost[name] / whole[name]) ** 0.5 for name in given]
+        return {"linears": mean(shares), "worst": max(shares), "logits": (off / size) ** 0.5}
+
+    @contextmanager
+    def _wearing(self, given: Weights) -> Iterator[None]:
+        before = {name: linear.weight.data for name, linear in self.linears.items()}
+        try:
+            for name, linear in self.linears.items():
+                linear.weight.data = given[name].to(before[name].dtype)
+            yield
+        finally:
+            for name, linear in self.linears.items():
+                linear.weight.data = before[name]
+
+
+def _counted(x: Tensor, real: Tensor) -> Tensor:
+    """Rows of x, `[batch, tokens, width]` or `[batch * tokens, width]`, that are no padding."""
+    return x.reshape(len(real), -1, x.shape[-1])[:, -real.shape[1] :][real]
+
+
+def beside_peer(recipe: Recipe, setting: Setting, device: Device, scratch: Path) -> list[dict[str, Any]]:
+    """A row of figures for each search of ranges, draw of samples, and side."""
+    held_out = judged_on(recipe, setting.judged, device)
+    judge = Judge(language_only(recipe, setting.group, "mse", 0), held_out, device)
+    return [
+        row
+        for name in RANGES
+        for seed in range(setting.seeds)
+        for row in _pair(language_only(recipe, setting.group, name, seed), name, setting, judge, device, scratch)
+    ]
+
+
+def _pair(
+    recipe: Recipe, range_: str, setting: Setting, judge: Judge, device: Device, scratch: Path
+) -> Iterator[dict[str, Any]]:
+    seed = recipe.calibration.seed
+    _, inputs = inputs_of(recipe, device)
+    place = (setting.keep or scratch) / f"{range_}-{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    done, weights = own_run(recipe, inputs, device, scratch / f"own-{range_}-{seed}")
+    yield {"range": range_, "seed": seed, "side": OURS} | done | judge(weights)
+    model = MODELS.get(recipe.model.repo) or Path(recipe.model.repo)
+    done, weights = peer_run(setting, model, RANGES[range_], inputs, device, place)
+    yield {"range": range_, "seed": seed, "side": THEIRS} | done | judge(weights)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the draws, and mmq as a share of the peer: mean of each draw's share and the spread of these."""
+    lines = [f"{'ranges':8}{'side':17}" + "".join(f"{name:>16}" for name in (*ERRORS, *COSTS))]
+    for range_ in dict.fromkeys(row["range"] for row in rows):
+        sides = {side: [r for r in rows if r["range"] == range_ and r["side"] == side] for side in (OURS, THEIRS)}
+        for side, found in sides.items():
+            cells = "".join(f"{mean(row[name] for row in found):16.4f}" for name in (*ERRORS, *COSTS))
+            lines.append(f"{range_:8}{side:17}{cells}")
+        pairs = list(zip(sides[OURS], sides[THEIRS], strict=True))
+        cells = "".join(f"{_ratio([(a[name], b[name]) for a, b in pairs]):>16}" for name in (*ERRORS, *COSTS))
+        lines.append(f"{range_:8}{'mmq as a share':17}{cells}")
+    return "\n".join(lines)
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> str:
+    if not all(theirs for _, theirs in pairs):
+        return "-"
+    shares = [ours / theirs for ours, theirs in pairs]
+    return f"{mean(shares):.3f} +- {stdev(shares) if len(shares) > 1 else 0:.3f}"
