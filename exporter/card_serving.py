@@ -2,8 +2,9 @@
 
 from exporter.facts import Facts
 from exporter.families import FAMILIES, Family
+from exporter.runtime.launch import TRIED
 
-VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"  # the release that artifacts were served with
+VLLM_IMAGE = f"vllm/vllm-openai:v{TRIED}"
 
 
 def serving(repo: str, facts: Facts, lacks_start: bool) -> str:

@@ -110,6 +110,7 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
     """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, session.program.cpu, session.tensor_parallel)
+    component = disturbed(artifact, session.disturb)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
         logs = session.logs or scratch
@@ -118,8 +119,7 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
         replies, told = asked.replies, artifact.manifest["format"] == "compressed_tensors"
         problems = scheme_problems(artifact, asked.schemes) if told else []
         doubled = None
-        component = disturbed(artifact, session.disturb)
-        if control and component:
+        if control and component and not problems:
             copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
             doubled = Doubled(
                 component, copy, _ask_engine(copy, artifact, samples, session, logs / "doubled.log").replies
@@ -180,7 +180,7 @@ def _ask_engine(folder: Path, artifact: Artifact, samples: Sequence[Sample], ses
         tensor_parallel=session.tensor_parallel,
         extra=session.extra,
     )
-    made = with_plugin(made) if needs_plugin(artifact) else made
+    made = with_plugin(made, session.program.version) if needs_plugin(artifact) else made
     session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}"))
     with Engine(made, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)

@@ -1,6 +1,7 @@
 """`mmq serve` and `mmq check`: start vLLM on an artifact, and prove its answers."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
-from exporter.runtime.launch import Launch
+from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import START_SECONDS
 
 vllm_option = click.option(
@@ -26,7 +27,18 @@ wait_option = click.option(
 flags_argument = click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 
 
-@click.command()
+class PassesOn(click.Command):
+    """A command whose arguments behind `--` are vLLM's: an option it does not know may be one of those."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; the error about an unknown option says where vLLM's go."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(f"{error.format_message()} Flags of `vllm serve` go behind `--`.", ctx) from None
+
+
+@click.command(cls=PassesOn)
 @artifact_argument
 @flags_argument
 @vllm_option
@@ -48,10 +60,10 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/mine --tensor-parallel 2 --port 9000 -- --gpu-memory-utilization 0.5
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
-    from exporter.runtime.vllm_engine import Engine
+    from exporter.runtime.vllm_engine import Engine, ending
     from exporter.show_serving import python_line, shell_line
 
-    made = _launch(artifact, flags, options)
+    made = _launch(artifact, flags, options, only_print)
     if only_print:
         return say({"command": list(made.command), "environment": dict(made.environment)} if as_json else made.shell())
     try:
@@ -68,21 +80,35 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
             code = engine.wait()
     except KeyboardInterrupt:
         raise Interrupted("stopped; the server has ended") from None
-    sys.exit(1 if code else 0)
+    if code:
+        raise ServeError(f"{ending(code)}; its last words are above", "give the same command again to go on serving")
 
 
-def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any]) -> Launch:
+def _program(request: str | None, only_print: bool) -> Program:
+    """The installed vLLM; to be shown, a command needs none."""
+    from exporter.runtime.launch import TRIED, find_program
+
+    try:
+        return find_program(request)
+    except ServeError:
+        if request or os.environ.get("MMQ_VLLM") or not only_print:
+            raise
+    click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
+    return Program("vllm", TRIED, cpu=False)
+
+
+def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
     """The command that serves it here (ServeError when none can)."""
     from exporter.artifact import MANIFEST, Artifact
     from exporter.check import needs_plugin, refuse_unservable, refuse_unserved
-    from exporter.runtime.launch import find_program, launch
+    from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
     from exporter.runtime.vllm_engine import free_port
     from exporter.source import open_source
 
     checkpoint, family = open_source(str(artifact))
     refuse_unserved(family)
-    program, opened = find_program(options["vllm"]), None
+    program, opened = _program(options["vllm"], only_print), None
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
         refuse_unservable(opened, program.cpu, options["tensor_parallel"])
@@ -96,10 +122,10 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any]) 
         tensor_parallel=options["tensor_parallel"],
         extra=flags,
     )
-    return with_plugin(made) if opened and needs_plugin(opened) else made
+    return with_plugin(made, program.version) if opened and needs_plugin(opened) else made
 
 
-@click.command()
+@click.command(cls=PassesOn)
 @artifact_argument
 @flags_argument
 @vllm_option

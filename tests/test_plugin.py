@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from exporter.device import choose
-from exporter.errors import PlanError
+from exporter.errors import PlanError, ServeError
 from exporter.export import prepare
 from exporter.recipe import Recipe
 from exporter.runtime.launch import Launch
@@ -43,11 +43,13 @@ def test_a_changed_copy_is_written_anew() -> None:
 
 
 def test_the_launch_switches_it_on_and_keeps_the_users_path() -> None:
-    made = with_plugin(Launch(("vllm", "serve", "x"), {"A": "1"}, "http://127.0.0.1:1", "x"), {"PYTHONPATH": "/mine"})
+    made = with_plugin(
+        Launch(("vllm", "serve", "x"), {"A": "1"}, "http://127.0.0.1:1", "x"), "0.32.0", {"PYTHONPATH": "/mine"}
+    )
     folder = str(plugin_folder())
     assert made.environment == {"A": "1", "MMQ_VLLM_PLUGIN": "1", "PYTHONPATH": f"/mine{os.pathsep}{folder}"}
     words = ("env", "PYTHONPATH=/site", "python3", "-m", "vllm", "serve", "PYTHONPATH=kept")
-    made = with_plugin(Launch(words, {}, "http://127.0.0.1:1", "x"), {})
+    made = with_plugin(Launch(words, {}, "http://127.0.0.1:1", "x"), "0.32.0", {})
     assert made.command == ("env", f"PYTHONPATH=/site{os.pathsep}{folder}", *words[2:])
 
 
@@ -60,6 +62,13 @@ def test_other_versions_of_vllm_are_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev3"])
 def test_these_versions_are_taken(version: str) -> None:
     refuse(version)
+
+
+def test_another_version_is_refused_before_it_is_started() -> None:
+    made = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
+    with pytest.raises(ServeError, match=r"is for vLLM 0\.26 to 0\.33, and this is 0\.40\.1") as caught:
+        with_plugin(made, "0.40.1")
+    assert caught.value.hint
 
 
 def test_switched_on_in_another_vllm_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from exporter.errors import ServeError
 
+TRIED = "0.32.0"  # the release of vLLM that artifacts were served with most
 CPU_LENGTH = 4096  # the cache of a CPU engine is host memory
 CPU_CACHE_GIB = "1"
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from exporter.errors import ServeError
 from exporter.runtime.launch import Launch
-from exporter.runtime.vllm_blip2 import SWITCH
+from exporter.runtime.vllm_blip2 import SWITCH, refuse
 
 MODULE = "mmq_vllm_blip2"
 
@@ -32,8 +33,15 @@ def plugin_folder() -> Path:
     return folder
 
 
-def with_plugin(launch: Launch, ours: Mapping[str, str] = os.environ) -> Launch:
-    """The launch with the plugin switched on and found: in PYTHONPATH, also where the command itself sets that."""
+def with_plugin(launch: Launch, version: str, ours: Mapping[str, str] = os.environ) -> Launch:
+    """The launch with the plugin switched on and found: in PYTHONPATH, also where the command itself sets that.
+
+    version: of the vLLM that is started (ServeError when the plugin is not made for it).
+    """
+    try:
+        refuse(version)
+    except RuntimeError as error:
+        raise ServeError(str(error), "or take a vLLM of those versions: --vllm PROGRAM") from None
     folder = str(plugin_folder())
     command = [
         f"{word}{os.pathsep}{folder}" if word.startswith("PYTHONPATH=") and i < launch.command.index("serve") else word

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -65,6 +66,7 @@ class Engine:
         self._debug = debug
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -89,6 +91,9 @@ class Engine:
             environment["PYTHONPATH"] = self.launch.environment["PYTHONPATH"]
         if self._debug:
             environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
+        if "VLLM_RPC_BASE_PATH" not in environment:  # vLLM leaves the sockets between its processes where they are
+            self._sockets = tempfile.TemporaryDirectory(prefix="mmq-vllm-")
+            environment["VLLM_RPC_BASE_PATH"] = self._sockets.name
         self._output = self.log.open("wb") if self.log else None
         command = [sys.executable, "-c", BORN_TO_DIE, str(os.getpid()), *self.launch.command]
         said = self._output or sys.stderr
@@ -100,8 +105,8 @@ class Engine:
         """Seconds it took; ServeError with the end of the log when it ends or is not healthy in time."""
         begun = time.monotonic()
         while time.monotonic() - begun < seconds:
-            if self.ended() is not None:
-                raise ServeError(f"vllm ended with code {self.ended()} before it was ready{self._last_words()}")
+            if (code := self.ended()) is not None:
+                raise ServeError(f"{ending(code)} before it was ready{self._last_words()}")
             try:
                 with urllib.request.urlopen(f"{self.launch.url}/health", timeout=5):
                     return time.monotonic() - begun
@@ -132,6 +137,9 @@ class Engine:
         if self._output:
             self._output.close()
             self._output = None
+        if self._sockets:
+            self._sockets.cleanup()
+            self._sockets = None
 
     def kill(self) -> None:
         """End the server without asking, as a crash would."""
@@ -167,6 +175,14 @@ class Engine:
 
     def _last_words(self) -> str:
         return f"; the end of its log:\n{last_words(self.log.read_text(errors='replace'))}" if self.log else ""
+
+
+def ending(code: int) -> str:
+    """What an exit code of the server means."""
+    if code >= 0:
+        return f"vllm ended with code {code}"
+    reason = " (is memory short?)" if code == -signal.SIGKILL else ""
+    return f"vllm was killed by signal {-code}{reason}"
 
 
 def kill_group(group: int) -> None:

@@ -1,0 +1,84 @@
+"""`mmq serve` without an engine: the command it shows, what it refuses, and what it says of a server that ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from exporter.cli import cli
+from exporter.demo import MODELS
+from exporter.runtime.vllm_engine import ending, free_port
+
+DEMO = str(MODELS["demo-llava"])
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without vLLM."""
+    monkeypatch.delenv("MMQ_VLLM", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> str:
+    """A program that says it is vLLM, and ends when it should serve."""
+    path = tmp_path / "stand-in"
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 0.32.0+cpu && exit 0\nkill -9 $$\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def serve(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["serve", *arguments])
+
+
+def test_a_command_is_shown_without_vllm() -> None:
+    done = serve(DEMO, "--print")
+    assert done.exit_code == 0, done.output
+    assert "vllm serve" in done.stdout
+    assert "--enforce-eager" not in done.stdout
+    assert "no vllm here" in done.stderr
+
+
+@pytest.mark.parametrize("named", ["option", "environment"])
+def test_a_vllm_that_was_named_must_be_there(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if named == "environment":
+        monkeypatch.setenv("MMQ_VLLM", "/nowhere/vllm")
+    done = serve(DEMO, "--print", *(["--vllm", "/nowhere/vllm"] if named == "option" else []))
+    assert done.exit_code == 1
+    assert "no program '/nowhere/vllm'" in done.stderr
+
+
+def test_nothing_is_started_without_vllm() -> None:
+    done = serve(DEMO)
+    assert done.exit_code == 1
+    assert "serving/cpu/install.sh" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -> None:
+    done = CliRunner().invoke(cli, [command, DEMO, "--max-num-seqs", "4"])
+    assert done.exit_code == 2
+    assert "'--max-num-seqs'. Flags of `vllm serve` go behind `--`." in done.stderr
+
+
+def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
+    command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"].startswith("vllm was killed by signal 9 (is memory short?) before it was")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1, "vllm ended with code 1"),
+        (-11, "vllm was killed by signal 11"),
+        (-9, "vllm was killed by signal 9 (is"),
+    ],
+)
+def test_an_ending_is_told(code: int, said: str) -> None:
+    assert ending(code).startswith(said)
