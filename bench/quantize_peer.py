@@ -3,8 +3,9 @@
     python bench/quantize_peer.py MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
 
 INPUTS holds batches as `NUMBER.name`. Samples are given one by one and without their padding, which llm-compressor
-would count in its statistics. OUT gets every quantized weight as the runtime would see it, by its name in the live
-model. The last line of the output is JSON.
+would count in its statistics. llm-compressor 0.14 cannot trace BLIP-2's picture part, so there it is given the language
+model and what the picture part makes of each sample. OUT gets every quantized weight as the runtime would see it, by
+its name in the live model. The last line of the output is JSON.
 """
 
 import argparse
@@ -34,6 +35,25 @@ def samples(file: str) -> list[dict[str, Any]]:
     return found
 
 
+def behind_the_picture(model: Any, found: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """What the language model of a BLIP-2 receives: `inputs_embeds` `[1, tokens, width]` and `attention_mask`."""
+    import torch
+
+    received: list[dict[str, Any]] = []
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        received.append({name: kwargs[name].cpu() for name in ("inputs_embeds", "attention_mask")})
+
+    handle = model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    model.to(device)
+    with torch.inference_mode():
+        for row in found:
+            model(**{name: t.to(device, model.dtype if t.is_floating_point() else None) for name, t in row.items()})
+    model.to("cpu")
+    handle.remove()
+    return [{name: tensor.clone() for name, tensor in row.items()} for row in received]
+
+
 def host_peak() -> int:
     """Peak resident memory without the file pages that are resident now, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -61,16 +81,21 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")  # scales get its dtype, as mmq's
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     weights |= {"observer": options.observer, "actorder": "static"}
-    targets = ["re:.*language_model.*(proj|fc1|fc2)$"]
+    text = "language_model.*" if model.config.model_type == "llava" else ""
+    targets = [f"re:.*{text}layers.*(proj|fc1|fc2)$"]
     recipe = GPTQModifier(
         config_groups={"language": {"targets": targets, "weights": weights}}, dampening_frac=0.01, block_size=128
     )
     data: Any = samples(options.inputs)
+    part, prefix = model, ""
+    if model.config.model_type == "blip-2":
+        data, part, prefix = behind_the_picture(model, data, options.device), model.language_model, "language_model."
+        part.config.name_or_path = options.model  # llm-compressor reads its config.json again
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     oneshot(
-        model=model,
+        model=part,
         processor=AutoTokenizer.from_pretrained(options.model),
         dataset=torch.utils.data.DataLoader(data, batch_size=None),
         recipe=recipe,
@@ -79,8 +104,10 @@ def main() -> None:
     )
     seconds = time.perf_counter() - start
     device = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
-    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "weight_scale")}
-    save_file({name: module.weight.detach().cpu().contiguous() for name, module in quantized.items()}, options.out)
+    quantized = {name: module for name, module in part.named_modules() if hasattr(module, "weight_scale")}
+    save_file(
+        {prefix + name: module.weight.detach().cpu().contiguous() for name, module in quantized.items()}, options.out
+    )
     gib = 2**30
     print(json.dumps({"seconds": seconds, "device_gib": device / gib, "host_gib": host_peak() / gib}))
 
