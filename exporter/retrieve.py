@@ -5,7 +5,7 @@ pairs in batches. Works on transformers' `Blip2ForImageTextRetrieval`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,20 @@ def match(model: Any, seen: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def search(model: Any, processor: Any, pool: Pool, device: torch.device, batch: int) -> Searched:
-    """Every picture and every text of the pool through the model once."""
-    dtype = next(model.parameters()).dtype
-    seen, pictures = [], []
+def pixels_of(processor: Any, pool: Pool, batch: int) -> Iterator[Tensor]:
+    """The pool's pictures as the model takes them, `[batch, 3, height, width]`."""
     for start in range(0, len(pool.samples), batch):
         images = [sample.image() for sample in pool.samples[start : start + batch]]
-        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        yield processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def search(
+    model: Any, processor: Any, pool: Pool, device: torch.device, batch: int, drawn: Iterable[Tensor] | None = None
+) -> Searched:
+    """Every picture and every text of the pool through the model once. drawn: `pixels_of` the pool, where kept."""
+    dtype = next(model.parameters()).dtype
+    seen, pictures = [], []
+    for pixels in pixels_of(processor, pool, batch) if drawn is None else drawn:
         one, two = _pictures(model, pixels.to(device, dtype))
         seen.append(one.cpu())
         pictures.append(two.float())
@@ -111,7 +118,7 @@ def _best(similarity: Tensor, own: Tensor, count: int) -> Tensor:
     return order[ranked.argsort(descending=True, stable=True)[:count]]
 
 
-def _candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Tensor, list[int]]:
+def candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Tensor, list[int]]:
     """Pairs to match for one picture: pictures, texts, and how many pairs each query has.
 
     The first query is the picture among all texts, the others are its texts among all pictures.
@@ -128,8 +135,11 @@ def _candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Te
     return torch.cat(pictures), torch.cat(others), [len(part) for part in others]
 
 
-def _scored(model: Any, searched: Searched, pairs: tuple[Tensor, Tensor], device: torch.device, size: int) -> Tensor:
-    """Matching plus contrast of pairs, float32 `[n]`, on the CPU; a pair that comes twice is read once."""
+def scored(model: Any, searched: Searched, pairs: tuple[Tensor, Tensor], device: torch.device, size: int) -> Tensor:
+    """Matching plus contrast of pairs, float32 `[n]`, on the CPU; a pair that comes twice is read once.
+
+    pairs: numbers of pictures and of texts, int64 `[n]` each. size: how many go through the model at once.
+    """
     unique, back = torch.stack(pairs, dim=1).unique(dim=0, return_inverse=True)
     parts = []
     for pictures, texts in (part.unbind(dim=1) for part in unique.split(size)):
@@ -156,17 +166,18 @@ def ranked(
     places = {sample.identity: number for number, sample in enumerate(pool.samples)}
     for start in range(0, len(samples), PIECE):
         numbers = [places[sample.identity] for sample in samples[start : start + PIECE]]
-        wanted = [_candidates(pool, searched, number) for number in numbers]
+        wanted = [candidates(pool, searched, number) for number in numbers]
         pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
-        scores = _scored(model, searched, pairs, device, PAIRS * batch)
+        scores = scored(model, searched, pairs, device, PAIRS * batch)
         shares = scores.split([sum(counts) for _, _, counts in wanted])
         yield {
-            start + i: _answer(searched, number, one, share)
+            start + i: answer(searched, number, one, share)
             for i, (number, one, share) in enumerate(zip(numbers, wanted, shares, strict=True))
         }
 
 
-def _answer(searched: Searched, number: int, wanted: tuple[Tensor, Tensor, list[int]], scores: Tensor) -> str:
+def answer(searched: Searched, number: int, wanted: tuple[Tensor, Tensor, list[int]], scores: Tensor) -> str:
+    """What a picture's `candidates` with their scores say, as `tasks.retrieval` reads it."""
     pictures, texts, counts = wanted
     owners = torch.tensor(searched.owners)
     queries = zip(scores.split(counts), (owners[texts] == pictures).split(counts), strict=True)

@@ -7,49 +7,48 @@ reference answers to be right and moves long before answers change.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from exporter.families import Family
 from exporter.predict import Conversations, conversations
+from exporter.study.search_exam import Search
+from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
 Scores = dict[str, float]  # `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score` and `kl`
 
 
+class Part(Protocol):
+    """The exam of one task."""
+
+    def learn(self, model: Any, device: torch.device) -> None:
+        """Keep the predictions of the full model, to compare others with."""
+
+    def grade(self, model: Any, device: torch.device) -> Scores:
+        """Metric -> value, what counts first; `kl` only once the full model's predictions are known."""
+
+
 @dataclass
-class Exam:
-    """Prepared samples of each task, and the full model's log-probabilities at every reply token once they are known.
+class Replies:
+    """Samples whose replies are texts. truth: one f32 `[reply tokens, vocabulary]` a batch."""
 
-    truth: task -> one f32 `[reply tokens, vocabulary]` a batch.
-    """
+    batches: Sequence[Conversations]
+    truth: list[Tensor] = field(default_factory=list)
 
-    tasks: Mapping[str, Sequence[Conversations]]
-    truth: dict[str, list[Tensor]]
+    def learn(self, model: Any, device: torch.device) -> None:
+        """See `Part`."""
+        self.truth = [predictions(model, batch, device) for batch in self.batches]
 
-
-def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:
-    """An exam of the samples of each task; ValueError when one has no reference."""
-    return Exam({task: conversations(processor, family, chosen, batch) for task, chosen in samples.items()}, {})
-
-
-def learn_truth(exam: Exam, model: Any, device: torch.device) -> None:
-    """Keep the predictions of `model`, the full one, to compare others with."""
-    for task, batches in exam.tasks.items():
-        exam.truth[task] = [predictions(model, batch, device) for batch in batches]
-
-
-def grade(exam: Exam, model: Any, device: torch.device) -> Scores:
-    """Scores of a model: means over samples, tasks weigh the same. `kl` only once the truth is known."""
-    scores: Scores = {}
-    for task, batches in exam.tasks.items():
+    def grade(self, model: Any, device: torch.device) -> Scores:
+        """See `Part`."""
         exact: list[float] = []
         nll: list[float] = []
         kl: list[float] = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(self.batches):
             found = predictions(model, batch, device)
             told = torch.cat(batch.replies).to(found.device)
             sizes = [len(reply) for reply in batch.replies]
@@ -57,13 +56,41 @@ def grade(exam: Exam, model: Any, device: torch.device) -> Scores:
             lost = -found.gather(1, told[:, None]).squeeze(1)
             exact += [float(part.all()) for part in hit.split(sizes)]
             nll += [float(part.mean()) for part in lost.split(sizes)]
-            if task in exam.truth:
-                kl += [float(part.mean()) for part in divergence(exam.truth[task][i], found).split(sizes)]
-        scores |= {f"{task} exact": _mean(exact), f"{task} nll": _mean(nll)} | ({f"{task} kl": _mean(kl)} if kl else {})
-    scores["score"] = _mean([scores[f"{task} exact"] for task in exam.tasks])
-    if exam.truth:
-        scores["kl"] = _mean([scores[f"{task} kl"] for task in exam.tasks])
-    return scores
+            if self.truth:
+                kl += [float(part.mean()) for part in divergence(self.truth[i], found).split(sizes)]
+        return {"exact": _mean(exact), "nll": _mean(nll)} | ({"kl": _mean(kl)} if kl else {})
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The exam of each task."""
+
+    tasks: Mapping[str, Part]
+
+    def learn(self, model: Any, device: torch.device) -> None:
+        """Keep the predictions of `model`, the full one, to compare others with."""
+        for part in self.tasks.values():
+            part.learn(model, device)
+
+    def grade(self, model: Any, device: torch.device) -> Scores:
+        """Scores of a model: means over samples, tasks weigh the same."""
+        found = {task: part.grade(model, device) for task, part in self.tasks.items()}
+        scores = {f"{task} {metric}": value for task, part in found.items() for metric, value in part.items()}
+        scores["score"] = _mean([next(iter(part.values())) for part in found.values()])
+        if all("kl" in part for part in found.values()):
+            scores["kl"] = _mean([part["kl"] for part in found.values()])
+        return scores
+
+
+def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:
+    """An exam of the samples of each task; ValueError when one has no reference."""
+
+    def part(task: str, chosen: Sequence[Sample]) -> Part:
+        if task == retrieval.NAME:
+            return Search(processor, chosen, batch)
+        return Replies(conversations(processor, family, chosen, batch))
+
+    return Exam({task: part(task, chosen) for task, chosen in samples.items()})
 
 
 @torch.inference_mode()

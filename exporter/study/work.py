@@ -30,7 +30,6 @@ from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 from exporter.workdir import Workdir
 
-SCORED = ("captioning", "vqa")  # tasks whose replies are texts
 How = Literal["forced", "generated"]
 
 
@@ -106,15 +105,14 @@ def store_of(setup: Setup) -> UnitStore:
 
 
 def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
-    """What settings are scored on, by task: every task of the family whose replies are texts and that the data has."""
+    """What settings are scored on, by task: every task of the family that the data has."""
     model = opened(setup)
     chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
-    able = [task for task in SCORED if task in model.family.tasks and any(task in place.tasks for place in chosen)]
+    able = [task for task in model.family.tasks if any(task in place.tasks for place in chosen)]
     if not able:
-        tasks = ", ".join(model.family.tasks)
+        tasks = " or ".join(model.family.tasks)
         raise DataError(
-            f"{', '.join(map(str, chosen))}: nothing to score {model.family.name} by ({tasks})",
-            f"a study scores texts: give data for {' or '.join(SCORED)}",
+            f"{', '.join(map(str, chosen))}: nothing to score {model.family.name} by", f"give data for {tasks}"
         )
     seed = model.recipe.evaluation.seed
     return {task: data.samples_from(chosen, task, setup.split, setup.samples, seed) for task in able}
@@ -162,7 +160,7 @@ class Examiner:
         self._samples = exam_samples(setup)
         if setup.how == "forced":
             self._exam = exam.prepare(self._processor, model.family, self._samples, setup.batch)
-            exam.learn_truth(self._exam, self._live, self._device)
+            self._exam.learn(self._live, self._device)
 
     def grade(self, changed: Mapping[str, Tensor]) -> exam.Scores:
         """Scores with some tensors exchanged, by checkpoint name."""
@@ -173,7 +171,7 @@ class Examiner:
         self._changed = set(changed)
         self._live.tie_weights()
         if self._setup.how == "forced":
-            return exam.grade(self._exam, self._live, self._device)
+            return self._exam.grade(self._live, self._device)
         return self._answers()
 
     def _answers(self) -> exam.Scores:
