@@ -56,7 +56,7 @@ def _by_transformers(repo: str, family: Family) -> str:
 
 def _checked(facts: Facts) -> str:
     """What `mmq check` found in the engine, when it ran."""
-    found = (facts.report or {}).get("serving")
+    found = facts.serving
     if not found:
         return ""
     verdict = "agreed with" if not found["problems"] else "**differed from**"

@@ -14,7 +14,7 @@ import yaml
 from exporter.artifact import MANIFEST, REPORT, target_matches
 from exporter.errors import ArtifactError
 from exporter.families import FAMILIES
-from exporter.fields import RECIPE_FIELDS, require, require_manifest, require_report
+from exporter.fields import RECIPE_FIELDS, require, require_manifest, require_report, require_serving
 from exporter.formats import read_groups
 from exporter.hub import PREFIX, open_remote, split
 from exporter.quantized import Scheme
@@ -36,13 +36,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """One artifact. report: None when it was never evaluated."""
+    """One artifact. report: None when it was never evaluated. serving: what `mmq check` found, None before it ran."""
 
     name: str
     manifest: Mapping[str, Any]
     report: Mapping[str, Any] | None
     recipe: Mapping[str, Any]
     parts: tuple[Part, ...]
+    serving: Mapping[str, Any] | None = None
 
     @property
     def source(self) -> str:
@@ -86,12 +87,15 @@ def read_facts(name: str, read: Read) -> Facts:
         report = json.loads(stored) if stored is not None else None
         require_manifest(manifest)
         require(recipe, RECIPE_FIELDS, "recipe.yaml")
-        if stored is not None:
+        serving = require_serving(report) if stored is not None else None
+        if serving is not None and report is not None and set(report) == {"serving"}:
+            report = None  # checked, and never evaluated
+        if report is not None:
             require_report(report)
         parts = _parts(manifest, config, recipe)
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ArtifactError(f"{name}: its manifest, recipe or report is damaged ({error})", "export it again") from None
-    return Facts(name, manifest, report, recipe, parts)
+    return Facts(name, manifest, report, recipe, parts, serving)
 
 
 def _needed(name: str, read: Read, file: str) -> bytes:

@@ -22,6 +22,22 @@ MANIFEST_FIELDS: dict[str, Any] = {
     "provenance.calibration.seed": NUMBER,
 }
 RECIPE_FIELDS: dict[str, Any] = {"name": str, "model.repo": str, "quantize": list}
+SERVING_FIELDS: dict[str, Any] = {
+    "engine": str,
+    "build": str,
+    "questions": NUMBER,
+    "bound": NUMBER,
+    "problems": list,
+    "schemes": dict,
+    "kernels": list,
+}
+DISTANCE_FIELDS: dict[str, Any] = {"mean": NUMBER, "largest": NUMBER}
+DISTANCES = {  # what a check measured, by its place in the report: what it says to a reader
+    "compared.distance": "beside the dequantized weights in transformers",
+    "compared.floor": "16-bit sums alone: those weights in 16 bits beside themselves",
+    "control.moved": "control, scales of one component doubled",
+    "control.restored.distance": "control, doubled on both sides",
+}
 REPORT_FIELDS: dict[str, Any] = {"passed": bool, "measures": list, "gates": list}
 MEASURE_FIELDS: dict[str, Any] = {"task": str, "metric": str, "samples": NUMBER} | {
     f"difference.{name}": NUMBER for name in ("before", "after", "drop", "low", "high")
@@ -48,6 +64,14 @@ def require(value: Any, fields: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{path} of {where} is {type(found).__name__}")
 
 
+def distance(serving: Mapping[str, Any], path: str) -> Mapping[str, Any] | None:
+    """What is at `a.b` of what a report says of serving; None when a step of the path is missing or null."""
+    found: Mapping[str, Any] | None = serving
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
 def require_manifest(manifest: Any) -> None:
     """ValueError unless `manifest` has everything that is read of it later."""
     require(manifest, MANIFEST_FIELDS, "the manifest")
@@ -62,6 +86,18 @@ def require_report(report: Any) -> None:
         require(measure, MEASURE_FIELDS, "a measure of the report")
     for gate in report["gates"]:
         require(gate, GATE_FIELDS, "a gate of the report")
-    for key in ("evaluation", "serving"):
-        if not isinstance(report.get(key) or {}, Mapping):
-            raise ValueError(f"{key} of the report is no mapping")
+    if not isinstance(report.get("evaluation") or {}, Mapping):
+        raise ValueError("evaluation of the report is no mapping")
+
+
+def require_serving(report: Any) -> Mapping[str, Any] | None:
+    """What a report says of serving, None when nothing; ValueError as above."""
+    if not isinstance(report, Mapping):
+        raise ValueError("the report is no mapping")
+    found: Mapping[str, Any] | None = report.get("serving")
+    if found is not None:
+        require(found, SERVING_FIELDS, "serving of the report")
+        for path in DISTANCES:
+            if (measured := distance(found, path)) is not None:
+                require(measured, DISTANCE_FIELDS, f"{path} of the report's serving")
+    return found

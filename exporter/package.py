@@ -85,7 +85,7 @@ def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tupl
     gates = facts.report["gates"]
     if not gates:
         problems.append("its recipe has no gates, so nothing says what it may lose")
-    if (facts.report.get("serving") or {}).get("problems"):
+    if facts.serving and facts.serving["problems"]:
         problems.append("`mmq check` found that the engine answers otherwise")
     for gate in gates:
         if not gate["passed"]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -14,6 +15,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from exporter import card
+from exporter.artifact import REPORT
+from exporter.check import Checked, Control, keep
 from exporter.cli import cli
 from exporter.data import image_key
 from exporter.device import choose
@@ -23,7 +26,9 @@ from exporter.export import export
 from exporter.facts import Facts, folder_reader, read_facts
 from exporter.recipe import Gate, Recipe
 from exporter.recipe_file import load_recipe
+from exporter.reference import Compared, Distance
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
+from exporter.report.content import verdict
 from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
@@ -160,6 +165,36 @@ def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
     assert '<span class="badge unproven">' in text
     assert "never evaluated" in text
     assert "Nothing was measured." in text
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize("problems", [(), ("mean 0.2 of 0.015 allowed <b>",)])
+def test_what_the_engine_answered_is_on_the_page(
+    out: Path, tmp_path: Path, evaluated: bool, problems: tuple[str, ...]
+) -> None:
+    """Also of an artifact that was checked and never evaluated."""
+    copy = tmp_path / "checked"
+    shutil.copytree(out, copy)
+    if not evaluated:
+        (copy / REPORT).unlink()
+    seen, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
+    control = Control("vision", Distance(9.5, 4.25, 70), Compared(seen, floor))
+    found = ("0.32.0+cpu", "cpu", 16, 0.015, Compared(seen, floor), control, {"W4": 8}, ("K for W4",), 30.0, problems)
+    keep(copy, Checked(*found))
+    content = collect(facts(copy), {})
+    text = html(content)
+    assert content["serving"]["passed"] is not bool(problems)
+    assert ("does not answer" in text) is bool(problems)
+    assert ("mean 0.2 of 0.015 allowed &lt;b&gt;" in text) is bool(problems)
+    assert content["verdict"] == verdict(facts(copy).report if evaluated else None)
+    for said in (
+        "vllm 0.32.0+cpu, cpu build",
+        "mean 0.0125, largest 0.0312",
+        "mean 4.2500, largest 9.5000",
+        "K for W4",
+    ):
+        assert said in text
+    assert Tags(text).open == []
 
 
 def test_a_baseline_of_zero_and_an_older_report_still_make_a_page(out: Path) -> None:

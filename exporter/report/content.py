@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from exporter.facts import Facts, component_of
+from exporter.fields import DISTANCES, distance
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 
@@ -37,7 +38,7 @@ def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, 
         "examples": _with_pictures(report.get("examples", []), pictures),
         "evaluation": report.get("evaluation", {}),
         "asked_by": _asked_by(report.get("evaluation", {})),
-        "serving": report.get("serving"),
+        "serving": _served(facts.serving) if facts.serving else None,
         "plan": yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
     }
@@ -90,6 +91,18 @@ def blocks(manifest: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         ]
         for component, units in found.items()
     }
+
+
+def _served(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `mmq check` found: its verdict, and rows of a name and what was seen."""
+    rows = {"engine": f"vllm {found['engine']}, {found['build']} build", "questions": f"{found['questions']:,}"}
+    for path, says in DISTANCES.items():
+        if d := distance(found, path):
+            rows[says] = f"mean {d['mean']:.4f}, largest {d['largest']:.4f} of natural log-probabilities"
+    rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(found["schemes"].items())}
+    if found["kernels"]:
+        rows["kernels"] = ", ".join(found["kernels"])
+    return {"passed": not found["problems"], "problems": list(found["problems"]), "rows": rows, "found": dict(found)}
 
 
 def _asked_by(about: Mapping[str, Any]) -> str:
