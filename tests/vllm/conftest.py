@@ -1,25 +1,27 @@
-"""Tests that need a real vLLM: MMQ_VLLM names its program (`serving/cpu/install.sh DIR` makes one)."""
+"""Tests that need a real vLLM: MMQ_VLLM names its program (`make test-vllm` installs one and runs them)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.export import export
-from exporter.families import FAMILIES
+from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
-from exporter.runtime.launch import Program, find_program, launch
-from exporter.runtime.vllm_engine import Engine, free_port
+from exporter.runtime.launch import Program, find_program
+from exporter.runtime.vllm_engine import free_port
+from tests.vllm.served import Served
+
+RECIPES = {"demo-llava": "llava-w4-vit8a8", "demo-blip2": "blip2-caption-w4"}  # what also runs on a CPU
 
 
 @pytest.fixture(scope="session")
 def program() -> Program:
     """The installed vLLM."""
     if not os.environ.get("MMQ_VLLM"):
-        pytest.skip("MMQ_VLLM is not set")
+        pytest.skip("no vLLM: MMQ_VLLM is not set, `make test-vllm` installs one and runs these")
     return find_program()
 
 
@@ -30,19 +32,23 @@ def engine_python(program: Program) -> str:
 
 
 @pytest.fixture(scope="session")
-def artifact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, exported by the recipe that is also served on a CPU."""
-    recipe = load_recipe("llava-w4-vit8a8").adjusted(model={"repo": "demo-llava"})
-    out = tmp_path_factory.mktemp("served") / "demo-llava-w4-vit8a8"
-    export(recipe, out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
-    return out
+def exported(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """`exported(RECIPE)` is its artifact, made once."""
+    folder, made = tmp_path_factory.mktemp("served"), set[str]()
+
+    def artifact(recipe: Recipe) -> Path:
+        out = folder / f"{recipe.model.repo}-{recipe.name}"
+        if recipe.name not in made:
+            export(recipe, out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
+            made.add(recipe.name)
+        return out
+
+    return artifact
 
 
-@pytest.fixture(scope="session")
-def engine(program: Program, artifact: Path) -> Iterator[Engine]:
-    """A server of the artifact, as `mmq serve` starts it."""
-    config = Checkpoint.open(artifact).config
-    made = launch(artifact, config, program, port=free_port(), fallback_prompt=FAMILIES["llava"].fallback_prompt)
-    with Engine(made, artifact.with_name("engine.log")) as running:
-        running.wait_healthy(300)
+@pytest.fixture(scope="module", params=RECIPES)
+def served(request: pytest.FixtureRequest, program: Program, exported: Callable[[Recipe], Path]) -> Iterator[Served]:
+    """A running `mmq serve`, of one model after the other; it is gone when the module ends."""
+    folder = exported(load_recipe(RECIPES[request.param]).adjusted(model={"repo": request.param}))
+    with Served(folder, program, free_port()) as running:
         yield running

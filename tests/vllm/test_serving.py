@@ -1,12 +1,10 @@
-"""A real vLLM serves the exported demo model: chat by curl and openai client, the check, load, abuse, and a crash."""
+"""A real vLLM behind `mmq serve` answers about the demo models: curl, openai, load, abuse, a crash, Ctrl-C."""
 
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,71 +17,72 @@ from PIL import Image
 from exporter.check import png
 from exporter.cli_serve import questions
 from exporter.errors import ServeError
-from exporter.families import FAMILIES
 from exporter.predict import prompt_text
-from exporter.runtime.launch import Program
-from exporter.runtime.vllm_engine import Engine, free_port, message, post
-from exporter.show_serving import python_line, shell_line
+from exporter.runtime.vllm_engine import message, post
 from exporter.tasks.sample import Sample
+from tests.vllm.served import CLIENTS, LONGEST, Served, alive, mmq
 
-CLIENTS, ROUNDS = 8, 4
+ROUNDS = 4
 SURE = -0.2  # log-probability of the least likely token: below it, another batch may round to another token
 
 
 @pytest.fixture(scope="module")
-def asked(artifact: Path) -> list[Sample]:
-    return [sample for sample in questions(artifact, (), 64) if sample.question]
+def asked(served: Served) -> list[Sample]:
+    return [sample for sample in questions(served.folder, (), 64) if sample.question]
 
 
 @pytest.fixture(scope="module")
-def answers(engine: Engine, asked: list[Sample]) -> dict[str, str]:
+def answers(served: Served, asked: list[Sample]) -> dict[str, str]:
     """Sample id -> answer, for the answers that the model is sure of, asked one after the other."""
-    replies = {sample.identity: ask(engine, sample) for sample in asked}
+    replies = {sample.identity: served.ask(sample) for sample in asked}
     sure = {name: reply.text for name, reply in replies.items() if min(reply.logprobs) > SURE}
     assert len(sure) >= 10
     return sure
 
 
-def ask(engine: Engine, sample: Sample) -> Any:
-    return engine.ask(prompt_text(FAMILIES["llava"], sample), png(sample), max_tokens=8)
+@pytest.fixture(scope="module")
+def sure(asked: list[Sample], answers: dict[str, str]) -> list[Sample]:
+    return [sample for sample in asked if sample.identity in answers]
 
 
-def test_answers_are_right(asked: list[Sample], answers: dict[str, str]):
+def expected(samples: Sequence[Sample], answers: dict[str, str]) -> list[str]:
+    return [answers[sample.identity] for sample in samples]
+
+
+def test_answers_are_right(sure: list[Sample], answers: dict[str, str]):
     """Not only some text: the trained demo model knows the shapes."""
-    sure = [sample for sample in asked if sample.identity in answers]
-    right = [answers[s.identity].strip() in s.references for s in sure]
+    right = [answers[sample.identity].strip() in sample.references for sample in sure]
     assert sum(right) >= 0.85 * len(right)
 
 
-@pytest.mark.parametrize("line", [shell_line, python_line], ids=["curl", "openai"])
-def test_the_lines_that_serve_prints_work(engine: Engine, engine_python: str, line: Any):
+@pytest.mark.parametrize("line", ["curl", "python"])
+def test_the_lines_that_serve_prints_work(served: Served, engine_python: str, line: str):
     path = f"{Path(engine_python).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", line(engine.launch)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PATH": path},
-    )
+    environment = {**os.environ, "PATH": path}
+    command = ["bash", "-c", served.ready[line]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)["choices"][0]["message"]["content"] if line is shell_line else done.stdout
+    said = json.loads(done.stdout)["choices"][0]["message"]["content"] if line == "curl" else done.stdout
     assert said.strip()
 
 
-def together(engine: Engine, chosen: Sequence[Sample]) -> list[str]:
-    """Answers of eight clients that ask at once."""
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        return [reply.text for reply in pool.map(lambda sample: ask(engine, sample), chosen)]
+def test_eight_openai_clients_get_the_answers_of_one(
+    served: Served, engine_python: str, sure: list[Sample], answers: dict[str, str]
+):
+    chosen = sure * ROUNDS
+    pictures = [message("", png(sample))["content"][0]["image_url"]["url"] for sample in chosen]
+    texts = [prompt_text(served.family, sample) for sample in chosen]
+    request = {"url": served.ready["url"], "model": served.ready["model"], "tokens": LONGEST}
+    request["questions"] = list(zip(texts, pictures, strict=True))
+    command = [engine_python, str(Path(__file__).with_name("clients.py"))]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == expected(chosen, answers)
 
 
-def test_eight_clients_get_the_answers_of_one(engine: Engine, asked: list[Sample], answers: dict[str, str]):
-    chosen = [sample for sample in asked if sample.identity in answers] * ROUNDS
-    assert together(engine, chosen) == [answers[sample.identity] for sample in chosen]
-
-
-def body(engine: Engine, url: str) -> dict[str, Any]:
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what ?"}]
-    return {"model": engine.launch.model, "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+def post_body(served: Served, **changed: Any) -> Any:
+    body = {"model": served.ready["model"], "max_tokens": 4, **changed}
+    return post(f"{served.ready['url']}/v1/chat/completions", body, 60)
 
 
 @pytest.mark.parametrize(
@@ -99,113 +98,82 @@ def body(engine: Engine, url: str) -> dict[str, Any]:
     ],
 )
 def test_a_bad_image_is_refused_and_the_server_lives(
-    engine: Engine, asked: list[Sample], answers: dict[str, str], url: str
+    served: Served, sure: list[Sample], answers: dict[str, str], url: str
 ):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what ?"}]
     with pytest.raises(ServeError, match=r"answered [45]\d\d"):
-        post(f"{engine.launch.url}/v1/chat/completions", body(engine, url), 60)
-    sample = next(sample for sample in asked if sample.identity in answers)
-    assert ask(engine, sample).text == answers[sample.identity]
+        post_body(served, messages=[{"role": "user", "content": content}])
+    assert served.ask(sure[0]).text == answers[sure[0].identity]
 
 
-def test_two_images_are_refused(engine: Engine, asked: list[Sample]):
-    one = message("what ?", png(asked[0]))
+def test_two_images_are_refused(served: Served, sure: list[Sample]):
+    one = message("what ?", png(sure[0]))
     one["content"] = [one["content"][0], *one["content"]]
     with pytest.raises(ServeError, match="answered 4"):
-        post(f"{engine.launch.url}/v1/chat/completions", {**body(engine, ""), "messages": [one]}, 60)
+        post_body(served, messages=[one])
 
 
-def test_a_huge_image_is_answered_or_refused(engine: Engine, asked: list[Sample], answers: dict[str, str]):
+def test_a_huge_image_is_answered_or_refused(served: Served, sure: list[Sample], answers: dict[str, str]):
     """Thirty-six million pixels, and a side of one: neither may hang or end the server."""
     for size in ((6000, 6000), (1, 3000), (1, 1)):
         file = io.BytesIO()
         Image.new("RGB", size, (255, 0, 0)).save(file, "PNG")
         with suppress(ServeError):  # a refusal; what must not happen shows below
-            engine.ask("what ?", file.getvalue(), 4)
-    sample = next(sample for sample in asked if sample.identity in answers)
-    assert ask(engine, sample).text == answers[sample.identity]
+            post_body(served, messages=[message("what ?", file.getvalue())])
+    assert served.ask(sure[0]).text == answers[sure[0].identity]
 
 
-def test_cancelled_requests_leave_no_trace(engine: Engine, asked: list[Sample], answers: dict[str, str]):
+def test_cancelled_requests_leave_no_trace(served: Served, sure: list[Sample], answers: dict[str, str]):
     """Clients that hang up while they wait; those that stay get their answers."""
-    host, port = engine.launch.url.removeprefix("http://").split(":")
-    sure = [sample for sample in asked if sample.identity in answers]
 
     def hang_up(sample: Sample) -> None:
-        request = {**body(engine, ""), "messages": [message("what ?", png(sample))], "max_tokens": 64}
+        request = {"model": served.ready["model"], "messages": [message("what ?", png(sample))], "max_tokens": 64}
         data = json.dumps(request).encode()
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         for hung in [pool.submit(hang_up, sample) for sample in sure * 2]:
             hung.result()
-    assert together(engine, sure) == [answers[sample.identity] for sample in sure]
+    assert served.together(sure) == expected(sure, answers)
 
 
-def test_a_killed_server_answers_the_same_after_a_restart(engine: Engine, asked: list[Sample], answers: dict[str, str]):
+def test_a_taken_port_is_refused_and_its_server_lives(served: Served, sure: list[Sample], answers: dict[str, str]):
+    done = mmq("serve", str(served.folder), "--port", str(served.port), seconds=60)
+    assert done.returncode == 1
+    assert f"port {served.port} of 127.0.0.1 is taken" in done.stderr
+    assert served.ask(sure[0]).text == answers[sure[0].identity]
+
+
+def test_a_killed_server_answers_the_same_after_a_restart(served: Served, sure: list[Sample], answers: dict[str, str]):
     """SIGKILL in the middle of requests: no client hangs, none gets a wrong answer, and a new server is as the old."""
-    sure = [sample for sample in asked if sample.identity in answers]
 
     def outcome(sample: Sample) -> str | None:
         try:
-            return str(ask(engine, sample).text)
+            return str(served.ask(sample).text)
         except ServeError:
             return None
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         pending = [pool.submit(outcome, sample) for sample in sure * 4]
         pending[0].result()
-        os.kill(engine.pid, signal.SIGKILL)
+        served.kill_server()
         got = [(sample, future.result(timeout=120)) for sample, future in zip(sure * 4, pending, strict=True)]
     assert any(text is None for _, text in got)
     assert all(text in (None, answers[sample.identity]) for sample, text in got)
-    engine.stop()
-    engine.start()
-    engine.wait_healthy(300)
-    assert together(engine, sure) == [answers[sample.identity] for sample in sure]
+    assert served.ended() == 1
+    assert "vllm was killed by signal 9" in served.said()
+    assert alive(served.ready["pid"]) == []
+    served.start()
+    assert served.together(sure) == expected(sure, answers)
 
 
-def mmq(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("mmq")), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def test_check_passes_and_is_kept(engine: Engine, program: Program, artifact: Path):
-    engine.stop()  # two servers at once would share this machine's cores
-    done = mmq("check", str(artifact), "--vllm", program.path, "--questions", "8", "--json")
-    found = json.loads(done.stdout.splitlines()[0])
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert found["passed"]
-    assert found["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
-    assert found["control"]["moved"]["mean"] > 20 * found["compared"]["distance"]["mean"]
-    assert json.loads((artifact / "mmq_report.json").read_text())["serving"] == found
-
-
-def test_serve_says_how_to_ask_and_ends_with_ctrl_c(engine: Engine, program: Program, artifact: Path):
-    engine.stop()
-    arguments = ["serve", str(artifact), "--vllm", program.path, "--port", str(free_port()), "--json"]
-    command = [str(Path(sys.executable).with_name("mmq")), *arguments]
-    log = artifact.with_name("serve.log")
-    with log.open("w") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as running:
-        assert running.stdout
-        ready = json.loads(running.stdout.readline())
-        done = subprocess.run(["bash", "-c", ready["curl"]], capture_output=True, text=True, timeout=120)
-        running.send_signal(signal.SIGINT)
-        code = running.wait(60)
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"].strip()
-    assert code == 130
-    assert "Traceback" not in log.read_text().rpartition("Application startup complete")[2]
-    assert alive(ready["pid"]) == []
-
-
-def alive(group: int) -> list[str]:
-    """Running processes of a process group; those that ended and wait for a parent to notice do not count."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, _, rest = path.read_text().rpartition(")")
-            state, _, of_group = rest.split()[:3]
-            if int(of_group) == group and state not in "ZX":
-                found.append(name)
-    return found
+def test_ctrl_c_ends_it_and_leaves_nothing(served: Served):
+    """Last, because nothing is served afterwards."""
+    assert served.interrupt() == 130
+    log = served.log.read_text()
+    assert "Traceback" not in log.rpartition("Application startup complete")[2]
+    assert alive(served.ready["pid"]) == []
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", served.port)) != 0
