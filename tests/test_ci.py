@@ -1,0 +1,49 @@
+"""`.ci/run` with a stand-in for make: nothing that fails goes unnoticed, and nothing else is left out for it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parent.parent / ".ci" / "run"
+MAKE = """#!/bin/bash
+echo "make $*"
+[ "$1" != "$BROKEN" ] || { echo "$1 broke"; exit 3; }
+"""
+
+
+def run(tmp_path: Path, broken: str = "", **more: str) -> tuple[int, list[str], str]:
+    """Exit code, the targets that were made, and what was said of trouble."""
+    make = tmp_path / "make"
+    make.write_text(MAKE)
+    make.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if name != "MMQ_CI_VLLM"}
+    environment |= {"PATH": path, "BROKEN": broken, **more}
+    done = subprocess.run([str(RUN)], capture_output=True, text=True, env=environment, timeout=60)
+    made = [line.removeprefix("make ") for line in done.stdout.splitlines() if line.startswith("make ")]
+    return done.returncode, made, done.stderr
+
+
+def test_a_real_vllm_is_served_without_being_asked_for(tmp_path: Path) -> None:
+    assert run(tmp_path) == (0, ["check", "docs", "test-vllm", "test"], "")
+
+
+@pytest.mark.parametrize("broken", ["check", "docs", "test-vllm", "test"])
+def test_what_fails_fails_the_run_and_the_rest_is_done(tmp_path: Path, broken: str) -> None:
+    code, made, _ = run(tmp_path, broken)
+    assert (code, made) == (3, ["check", "docs", "test-vllm", "test"])
+
+
+def test_a_vllm_that_cannot_be_installed_fails_the_run(tmp_path: Path) -> None:
+    code, made, said = run(tmp_path, "vllm")
+    assert (code, made) == (1, ["check", "docs", "test"])
+    assert "could not be installed" in said
+    assert "vllm broke" in said
+
+
+def test_it_is_left_out_only_where_that_is_said(tmp_path: Path) -> None:
+    code, made, said = run(tmp_path, MMQ_CI_VLLM="no")
+    assert (code, made) == (0, ["check", "docs", "test"])
+    assert "nothing is served" in said
