@@ -70,9 +70,9 @@ def line(row: dict[str, Any]) -> str:
     for kind in ("written", "chosen"):
         one = row[kind]
         values = [f"{found['after']:.3f}" for _, found in sorted(one["metrics"].items())]
-        cells += [f"{one['bytes'] / 1000:.1f} kB", *values, f"{one['drop']:+.1%}", f"{one['kl']:.5f}"]
+        cells += [f"{one['bytes'] / 1000:.1f} kB", *values, f"{one['drop']:+z.1%}", f"{one['kl']:z.5f}"]
     small = row["smallest_as_near"]
-    cells.append(f"{small['bytes'] / 1000:.1f} kB, KL {small['kl']:.5f}" if small else "none")
+    cells.append(f"{small['bytes'] / 1000:.1f} kB, KL {small['kl']:z.5f}" if small else "none")
     return f"| {' | '.join(cells)} |"
 
 

@@ -18,7 +18,7 @@ from exporter.cli_study import (
     workers_option,
 )
 from exporter.data import places
-from exporter.errors import Interrupted, RecipeError
+from exporter.errors import GateFailed, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from exporter.study.search import Found, Request
@@ -77,7 +77,8 @@ def allocate(**options: Any) -> None:
 
     Every scheme is tried alone in every place, on calibration data; the divergence of the model's predictions is its
     cost. An integer program takes the choice whose costs sum up to the least for the size. The choice is exported and
-    measured on test data, and the recipe says what was found. Needs the extra `study`.
+    measured on test data, and the recipe says what was found. A choice that loses more than 5 % (or --max-drop) is
+    written with a warning and exit code 3. Needs the extra `study`.
 
     \b
     Examples:
@@ -87,13 +88,17 @@ def allocate(**options: Any) -> None:
     """
     if (options["max_size"] is None) == (options["max_drop"] is None):
         raise RecipeError("give either --max-size or --max-drop", "for instance --max-size 4.2GB, or --max-drop 0.01")
+    from exporter.checkpoint import make_folder
     from exporter.study.propose import write_recipe
     from exporter.study.show_allocation import allocation_page
 
+    make_folder(options["out"].absolute().parent)  # before anything is measured
     found = search(options)
     write_recipe(found.recipe, options["out"], command_line())
     shown = found.as_json() | {"file": str(options["out"])}
     say(shown if options["as_json"] else allocation_page(found, options["out"]))
+    if found.warnings:
+        raise GateFailed(f"{options['out']} is written, but " + "; ".join(found.warnings))
 
 
 def command_line() -> str:

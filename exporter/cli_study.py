@@ -233,10 +233,14 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
       mmq study plots studies/demo-llava
       mmq study plots studies/llava-1.5-7b-hf --paper llava_gptq_gqa.csv --out plots
     """
+    from exporter.checkpoint import make_folder
     from exporter.study.gallery import gather, write_page, write_pictures
 
-    found = gather(folder, score, papers)
     place = out or folder / "plots"
+    make_folder(place)
+    notes: list[str] = []
+    found = gather(folder, score, papers, notes.append)
     files = [*write_pictures(found, place), write_page(found, folder.resolve().name, place / "study.html")]
     said = [str(path) for path in files]
-    say({"files": said} if as_json else "\n".join(f"wrote {path}" for path in said))
+    lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in said)]
+    say({"files": said, "notes": notes} if as_json else "\n".join(lines))

@@ -36,6 +36,16 @@ class Stream:
         for name in names:
             self.put(name, read(name))
 
+    def load_all(self, names: Iterable[str], read: Read) -> Any:
+        """The complete model, every parameter read (CheckpointError when some are missing)."""
+        self.load(names, read)
+        model: Any = self.model
+        model.tie_weights()
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty:
+            raise CheckpointError(f"the checkpoint lacks {empty[0]} ({len(empty)} parameters missing)")
+        return model
+
     def put(self, name: str, tensor: Tensor) -> None:
         """Put one tensor into the skeleton (CheckpointError when its shape is not what the config asks for)."""
         module, attribute = self._place(name)
@@ -173,10 +183,4 @@ def load_whole(
     family: Family, config: Config, names: Iterable[str], read: Read, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """A complete model on `device`, every parameter read through `read` (quantized ones dequantized)."""
-    stream = Stream(family, config, device, dtype)
-    stream.load(names, read)
-    stream.model.tie_weights()  # type: ignore[operator]
-    empty = [name for name, parameter in stream.model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise CheckpointError(f"the checkpoint lacks {empty[0]} ({len(empty)} parameters missing)")
-    return stream.model
+    return Stream(family, config, device, dtype).load_all(names, read)

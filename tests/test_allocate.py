@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,8 +208,35 @@ def test_what_cannot_be_asked_is_said(study_folder: Path) -> None:
         allocate(
             setup, request(max_size=None, max_drop=0.0, bits=(2,), per="component"), pool.inline, ignore, prove=False
         )
-    with pytest.raises(RecipeError, match="keeps everything"):
-        allocate(setup, request(max_size=10**9, per="component"), pool.inline, ignore, prove=False)
+
+
+def test_a_size_that_the_whole_model_meets_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"keeps everything at 16 bits: that takes 1,910,\d+ bytes"):
+        allocate(small_setup(tmp_path), request(max_size=2_000_000), pool.inline, ignore, prove=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_that_loses_much_is_no_success(tmp_path: Path, study_folder: Path) -> None:
+    """Its recipe is written, the last word is the warning, and its own gates would fail."""
+    out = tmp_path / "mine.yaml"
+    arguments = ["allocate", "--max-size", "500kB", "--bits", "2,8", "--method", "rtn", "--per", "component"]
+    arguments += ["--samples", "8", "--calibration", "8", "--workers", "1", "--device", "cpu", "--no-proof"]
+    result = CliRunner().invoke(cli, [*arguments, "--out", str(out), "--folder", str(study_folder), "--json"])
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert found["winner"]["drop"] > 0.05
+    assert "on the validation split, more than 5.0%" in found["warnings"][0]
+    assert f"{out} is written, but this choice loses" in result.stderr
+    recipe = load_recipe(str(out))
+    lost = SimpleNamespace(worst=0.3, row=lambda: {"metrics": {}}, report={"measures": [{"samples": 1}]}, bytes=1)
+    lost.bits_per_weight = 2.0
+    assert {gate.max_drop for gate in with_evidence(recipe, lost, 0.1, 0.1, None).gates} == {0.05}  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    nowhere = ["allocate", "--max-size", "500kB", "--out", str(tmp_path / "file" / "a.yaml")]
+    refused = CliRunner().invoke(cli, [*nowhere, "--folder", str(tmp_path / "none")])
+    assert refused.exit_code == 1
+    assert "cannot be written" in refused.stderr
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,22 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         read_csv(write(tmp_path / "none.csv", ["acc"], [[1]]))
 
 
+def test_few_rows_and_mixed_ways_are_noted(tmp_path: Path) -> None:
+    columns = ["vision_bits", "language_bits", "acc", "method", "group_size"]
+    rows: list[list[object]] = [[v, q, 1 - loss(v) - loss(q), "gptq", "row"] for v in BITS for q in BITS]
+    whole = [*rows[:-1], [16, 16, 1.0, "none", "none"]]
+    assert importance(read_csv(write(tmp_path / "one.csv", columns, whole))).notes == ()
+    few = importance(read_csv(write(tmp_path / "few.csv", columns, rows[:10])))
+    assert few.notes == ("10 settings are few: shares of under 20 move much with each one",)
+    rows[3][3], rows[4][4] = "awq", 32
+    mixed = write(tmp_path / "mixed.csv", columns, rows)
+    result = CliRunner().invoke(cli, ["study", "importance", str(mixed)])
+    assert "note: settings of method gptq, awq are mixed: --where method=gptq takes one of them" in result.output
+    assert "note: settings of group_size row, 32 are mixed" in result.output
+    found = json.loads(CliRunner().invoke(cli, ["study", "importance", str(mixed), "--json"]).stdout)
+    assert len(found["notes"]) == 2
+
+
 def test_the_command_prints_the_consensus_first(tmp_path: Path) -> None:
     table = grid(0.5, 2.0)
     rows: list[list[object]] = [[*bits, score] for bits, score in zip(table.bits, table.scores, strict=True)]

@@ -1,5 +1,6 @@
 """Studies: grids, shared units, scores, resuming, and where the work runs."""
 
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file
 
 from exporter.cli import cli
@@ -19,15 +21,18 @@ from exporter.errors import DataError, MmqError, RecipeError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
 from exporter.methods import METHODS
+from exporter.predict import Predictor
 from exporter.recipe import Rule
-from exporter.study import exam, pool
+from exporter.study import exam, pool, search_exam
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Measured, comparable, last_exam, read_records
 from exporter.study.run import run
+from exporter.study.show import outcome_page
 from exporter.study.table import read_table
 from exporter.study.units import changes, units_of
 from exporter.study.work import Setup, exam_samples, examiner, make_units, opened, store_of
+from exporter.tasks import retrieval
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
 
@@ -208,8 +213,6 @@ def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
             )
             broken[row.tensor.name] = made.dequantize()
     forced = chosen.grade(broken)
-    from exporter.predict import Predictor
-
     family = FAMILIES["llava"]
     predictor = Predictor(chosen._live, chosen._processor, family, torch.device("cpu"), 8)
     for task, samples in exam_samples(setup).items():
@@ -329,6 +332,48 @@ def measured(name: str, exam: str, **about: str | int) -> Measured:
     return Measured(
         name, exam, {"blocks": "all", "role": "all", "method": "rtn", **about}, 1, 1.0, 0.0, 0.0, {"kl": 0.0}
     )
+
+
+def test_a_setting_in_sequence_says_what_it_quantized(tmp_path: Path) -> None:
+    two = settings(grid(components={"vision": {"bits": [4, 16]}}))
+    outcome = run(setup_in(tmp_path, sequential=True), two, pool.inline, ignore)
+    assert outcome.made == 4  # attention and mlp of two blocks
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(outcome_page(outcome), soft_wrap=True)
+    shown = console.export_text()
+    assert "as an export does it: 4 units, none shared" in shown
+    assert {"captioning", "score"} <= set(shown.splitlines()[0].split())  # nothing is cut at 60 columns
+    assert "-0.0000" not in shown
+
+
+def test_a_retrieval_model_is_scored_by_recall_as_its_answers_are(tmp_path: Path) -> None:
+    recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
+    setup = Setup(tmp_path, recipe, samples=12, batch=8, device="cpu")
+    broken = (Rule(component="qformer", bits=2),)
+    both = [Point((), (("qformer_bits", 16),)), Point(broken, (("qformer_bits", 2),))]
+    full, worse = (one.scores for one in run(setup, both, pool.inline, ignore).found)
+    assert set(worse) == {*(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")), "score", "kl"}
+    assert full["kl"] == pytest.approx(0, abs=1e-6)
+    assert worse["kl"] > 0.01
+    assert full["score"] > worse["score"] > 0
+    chosen, model = examiner(setup), opened(setup)
+    units = units_of(model.plan(broken), model.checkpoint.digest(), "not read by rtn")
+    chosen.grade(changes(store_of(setup).read(unit) for unit in units))
+    samples = exam_samples(setup)["retrieval"]
+    predictor = Predictor(chosen._live, chosen._processor, model.family, torch.device("cpu"), 8)
+    recalls = retrieval.score(predictor.answer(samples), samples)
+    assert worse["score"] == worse["retrieval r1"] == pytest.approx(sum(recalls["r1"]) / 12)
+    assert worse["retrieval text_r1"] == pytest.approx(sum(recalls["text_r1"]) / 12)
+
+
+def test_divergence_of_candidates_is_the_mean_over_queries() -> None:
+    truth, found = torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0]), torch.tensor([1.5, 0.0, 0.5, 1.0, float("nan")])
+    slow = 0.0
+    for a, b in ((truth[:2], found[:2]), (truth[2:4], found[2:4])):
+        p, q = ([math.exp(v) for v in x.tolist()] for x in (a, b))
+        slow += sum(x / sum(p) * math.log(x / sum(p) / (y / sum(q))) for x, y in zip(p, q, strict=True)) / 2
+    assert search_exam.divergence(truth[:4], found[:4], [2, 2]) == pytest.approx(slow, rel=1e-5)
+    assert 1000 < search_exam.divergence(truth, found, [2, 3]) < math.inf  # what is no number is far away, not lost
 
 
 def test_only_settings_of_one_exam_stand_in_one_table() -> None:

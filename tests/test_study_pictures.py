@@ -1,7 +1,9 @@
 """Pictures of studies: what they hold, that they are files a reader can open, and the page with all of them."""
 
 import base64
+import json
 import re
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 from exporter.cli import cli
 from exporter.errors import DataError
-from exporter.study import pictures
+from exporter.study import gallery, pictures
 from exporter.study.gallery import gather, paper_points, write_page
 from exporter.study.records import FILE, Measured, Records
 from exporter.study.table import Table
@@ -60,6 +62,55 @@ def test_a_folder_gives_every_picture_it_has_data_for(tmp_path: Path) -> None:
         assert picture.about
     with pytest.raises(DataError, match="holds no study"):
         gather(tmp_path / "empty")
+
+
+def test_every_way_of_quantizing_has_pictures_of_its_own(tmp_path: Path) -> None:
+    """Bits are the same, so group size, method, zero points and sequence must not share a map or a series."""
+    ways: list[dict[str, str | int]] = [{"group_size": "row"}, {"group_size": "32"}, {"method": "rtn"}]
+    ways += [{"group_size": "32", "zero_points": "yes"}]
+    with Records(tmp_path / FILE) as records:
+        for number, way in enumerate(ways):
+            for v, q in ((v, q) for v in (3, 16) for q in (3, 16)):
+                kind = "none" if v == q == 16 else "gptq"
+                plain: dict[str, str | int] = {"vision_bits": v, "language_bits": q, "blocks": "all", "role": "all"}
+                about = plain | {"method": kind} | (way if kind != "none" else {})
+                lost = 0.0 if kind == "none" else 0.1 * (number + 1)
+                records.add(measured(100 * number + v * 16 + q, "grid", 1 - lost, (v + q) / 2, **about))
+    found = {picture.name: picture.about for picture in gather(tmp_path)}
+    kinds = ("gptq-row", "gptq-g32", "rtn", "gptq-g32-zero-points")
+    assert set(found) == {"pareto.png", *(f"heat-vision-language-{kind}.png" for kind in kinds)}
+    for number, kind in enumerate(kinds):
+        assert f"from {0.9 - 0.1 * number:.3f} to 1.000" in found[f"heat-vision-language-{kind}.png"]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid_in(tmp_path)
+    monkeypatch.setitem(sys.modules, "shap", None)
+    result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert "importance needs scikit-learn and shap (pip install" in said["notes"][0]
+    assert not any("importance" in file for file in said["files"])
+    assert (
+        "note: no picture of importance for gptq" in CliRunner().invoke(cli, ["study", "plots", str(tmp_path)]).output
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid_in(tmp_path)
+    monkeypatch.setattr(gallery, "gather", lambda *arguments: pytest.fail("drawn"))
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--out", str(tmp_path / "file" / "plots")])
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+
+
+def test_values_below_the_axis_are_said(tmp_path: Path) -> None:
+    tiny = [measured(i, "a", 1.01 - kl, 15.0, place=f"vision {i}", bits=4) for i, kl in enumerate((0.1, 1e-9))]
+    assert pictures.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn there")
+    assert "below" not in pictures.sensitivity(tiny[:1]).about
 
 
 def test_the_front_leaves_out_what_something_smaller_beats() -> None:

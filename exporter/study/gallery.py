@@ -2,15 +2,15 @@
 
 import base64
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exporter.checkpoint import atomic, make_folder, write_text
 from exporter.errors import DataError
 from exporter.study import pictures
-from exporter.study.importance import importance
+from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
-from exporter.study.records import FILE, Measured, columns, is_whole, last_exam, read_records
+from exporter.study.records import FILE, Measured, columns, is_full, is_whole, kind_of, last_exam, read_records
 from exporter.study.sensitivity import TABLE
 from exporter.study.table import Table, from_rows, read_csv
 
@@ -19,13 +19,16 @@ ALLOCATED = "mmq allocate"
 SIZE = "bpw"  # the column of a paper's file with bits a weight
 
 
-def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> list[Picture]:
+def gather(
+    folder: Path, score: str = "score", papers: Sequence[Path] = (), note: Callable[[str], None] = lambda text: None
+) -> list[Picture]:
     """Everything that can be drawn of what the folder holds.
 
-    papers: CSV files with a column `bpw` and a score, whose points are drawn beside. DataError when nothing is there.
+    papers: CSV files with a column `bpw` and a score, whose points are drawn beside. note: is told what is left out,
+    and why. DataError when nothing is there.
     """
     grids = read_records(folder) if (folder / FILE).exists() else []
-    ways = [[one for one in grids if bool(one.about.get("sequential")) == way] for way in (False, True)]
+    ways = [[one for one in grids if _sequential(one) == way] for way in (False, True)]
     grids = [one for way in ways for one in last_exam(way)]
     front = folder / f"{TABLE}-front.sqlite"
     choices = last_exam(read_records(front)) if front.exists() else []  # of the last allocation
@@ -33,11 +36,7 @@ def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> l
     found: list[Picture] = []
     for label, table in _tables(grids, score):
         found += pictures.heat_maps(table, label)
-        try:
-            what = importance(table)
-        except DataError:
-            continue  # too few settings of this kind
-        found += [pictures.importance_bars(what, label), pictures.marginal_lines(what, label)]
+        found += _importance(table, label, note)
     series = _series(grids, choices, score)
     others = {f"paper: {path.stem}": paper_points(path) for path in papers}
     if series or others:
@@ -49,12 +48,28 @@ def gather(folder: Path, score: str = "score", papers: Sequence[Path] = ()) -> l
     return found
 
 
+def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[Picture]:
+    """Pictures of importance, or a note on why there are none."""
+    try:
+        need_forest()
+        what = importance(table)
+    except DataError as error:
+        note(f"no picture of importance for {label}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+        return []
+    for text in what.notes:
+        note(f"{label}: {text}")
+    return [pictures.importance_bars(what, label), pictures.marginal_lines(what, label)]
+
+
 def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
-    """One table for each method and way of quantizing, of settings that name whole components."""
+    """One table for each kind of quantizing, of settings that name whole components."""
     found = []
-    kinds = dict.fromkeys(_kind(one) for one in grids if one.about.get("method") not in (None, "none"))
-    for kind in kinds:
-        rows = [one.row() for one in grids if is_whole(one) and _kind(one) in (kind, _full(kind))]
+    for kind, way in dict.fromkeys((kind_of(one), _sequential(one)) for one in grids if not is_full(one)):
+        rows = [
+            one.row()
+            for one in grids
+            if is_whole(one) and (kind_of(one) == kind or (is_full(one) and _sequential(one) == way))
+        ]
         try:
             found.append((kind, from_rows(rows, columns(rows), score, "the study")))
         except DataError:
@@ -62,13 +77,8 @@ def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
     return found
 
 
-def _kind(one: Measured) -> str:
-    way = "-sequential" if one.about.get("sequential") else ""
-    return f"{one.about.get('method')}{way}"
-
-
-def _full(kind: str) -> str:
-    return "none-sequential" if kind.endswith("-sequential") else "none"
+def _sequential(one: Measured) -> bool:
+    return bool(one.about.get("sequential"))
 
 
 def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) -> dict[str, list[tuple[float, float]]]:
@@ -83,7 +93,7 @@ def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) 
             continue
         name = str(one.about.get("name", ""))
         label = (
-            f"grid, {_kind(one)}" if not name else ALLOCATED if name.startswith("choice") else "hand-written recipes"
+            f"grid, {kind_of(one)}" if not name else ALLOCATED if name.startswith("choice") else "hand-written recipes"
         )
         if name != "full" and one.bits_per_weight < 16:
             series.setdefault(label, []).append((one.bits_per_weight, one.scores[score] / full[one.exam]))

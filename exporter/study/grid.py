@@ -136,7 +136,7 @@ def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], lis
         kept = tuple(rule for rule in rules if rule not in empty)
         if kept or all(choice.bits == KEPT for choice in chosen):
             key = tuple(sorted(rule.model_dump_json() for rule in kept))
-            found.setdefault(key, Point(kept, _about(names, chosen, kept, method, group)))
+            found.setdefault(key, Point(kept, _about(names, chosen, kept, grid, method, group)))
     if not found:
         raise RecipeError("the grid has no setting: " + "; ".join(dict.fromkeys(notes)), "name other blocks or roles")
     return list(found.values()), list(dict.fromkeys(notes))
@@ -191,12 +191,13 @@ def _matches(rule: Rule, family: Family, config: Config) -> bool:
 
 
 def _about(
-    names: Sequence[str], chosen: Sequence[Choice], rules: Sequence[Rule], method: str, group: GroupSize
+    names: Sequence[str], chosen: Sequence[Choice], rules: Sequence[Rule], grid: Grid, method: str, group: GroupSize
 ) -> tuple[tuple[str, str | int], ...]:
     bits = {choice.component: choice.bits for choice in chosen}
     touched = [choice for choice in chosen if choice.bits != KEPT]
     about: dict[str, str | int] = {f"{name}_bits": bits.get(name, KEPT) for name in names}
     about |= {"method": method if rules else "none", "group_size": str(group) if rules else "none"}
+    about["zero_points"] = ("no" if grid.symmetric else "yes") if rules else "none"
     about["blocks"] = ",".join(dict.fromkeys(choice.blocks for choice in touched)) or ALL
     about["role"] = ",".join(dict.fromkeys(choice.role for choice in touched)) or ALL
     return tuple(about.items())

@@ -19,6 +19,7 @@ TREES = 100
 REPEATS = 30  # shuffles of each column
 USABLE = 0.8  # bits are usable when some setting with them keeps this share of the full score
 LEAST_ROWS = 8  # fewer rows than this say nothing
+FEW_ROWS = 20  # fewer rows than this say little: one setting more or less moves shares by many points
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Importance:
 
     usable: component -> the bits of the usable region. inside: the shares there, None when too little is left.
     marginal: component -> the drop of each of its usable bits against its most bits.
+    notes: why the figures should be read with care.
     """
 
     metric: str
@@ -58,12 +60,14 @@ class Importance:
     usable: dict[str, tuple[float, ...]]
     inside: Shares | None
     marginal: dict[str, tuple[Drop, ...]]
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; `consensus` comes first."""
         inside = asdict(self.inside) if self.inside else None
         region = {"bits": self.usable, "shares": inside, "marginal_drop": _plain(self.marginal)}
-        return {**asdict(self.shares), "metric": self.metric, "full_score": self.full_score, "usable": region}
+        more = {"metric": self.metric, "full_score": self.full_score, "usable": region, "notes": list(self.notes)}
+        return {**asdict(self.shares), **more}
 
 
 def _plain(marginal: dict[str, tuple[Drop, ...]]) -> dict[str, list[dict[str, Any]]]:
@@ -89,17 +93,29 @@ def importance(table: Table, seed: int = 0, usable: float = USABLE) -> Importanc
         usable=kept,
         inside=shares(region, seed) if enough else None,
         marginal=marginal_drops(region, table.full_score()) if rows.any() else {},
+        notes=_few(len(table.scores)) + table.notes,
     )
+
+
+def _few(rows: int) -> tuple[str, ...]:
+    return (f"{rows} settings are few: shares of under {FEW_ROWS} move much with each one",) if rows < FEW_ROWS else ()
+
+
+def need_forest() -> None:
+    """DataError when a library of the extra `study` that importance needs is missing."""
+    try:
+        import shap  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise DataError("importance needs scikit-learn and shap", "pip install 'mmq[study]'") from None
 
 
 def shares(table: Table, seed: int) -> Shares:
     """The paper's consensus and what it is made of."""
-    try:
-        import shap
-        from sklearn.ensemble import RandomForestRegressor
-        from sklearn.inspection import permutation_importance
-    except ImportError:
-        raise DataError("importance needs scikit-learn and shap", "pip install 'mmq[study]'") from None
+    need_forest()
+    import shap
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
 
     forest = RandomForestRegressor(n_estimators=TREES, random_state=seed).fit(table.bits, table.scores)
     shuffled = permutation_importance(forest, table.bits, table.scores, n_repeats=REPEATS, random_state=seed)

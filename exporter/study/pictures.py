@@ -193,14 +193,21 @@ def sensitivity(found: Sequence[Measured]) -> Picture:
             by_place[name] = min(one.scores["kl"], by_place.get(name, np.inf))
     places = list(dict.fromkeys(name for by_place in cells.values() for name in by_place))
     made, axes = figure(2 + 0.42 * max(len(places), 8), 4.2)
+    floored = sum(value < LEAST_KL for by_place in cells.values() for value in by_place.values())
     for number, (bits, by_place) in enumerate(sorted(cells.items())):
         xs = [places.index(name) for name in by_place]
         ys = [max(value, LEAST_KL) for value in by_place.values()]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(xs, ys, linestyle="none", markersize=6, label=f"{bits} bits", **style)
+    drawn = [max(value, LEAST_KL) for by_place in cells.values() for value in by_place.values()]
+    axes.set_ylim(min(drawn) / 2, max(drawn) * 2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("KL a token, alone")
+    if floored:
+        axes.axhline(LEAST_KL, color="#555555", linewidth=1, linestyle=":")
+        said, above = f"{LEAST_KL:.0e} or less: drawn here", {"textcoords": "offset points", "fontsize": 8}
+        axes.annotate(said, (0, LEAST_KL), (2, 3), **above)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     title = "How far each part alone moves the predictions"
@@ -208,4 +215,5 @@ def sensitivity(found: Sequence[Measured]) -> Picture:
     lowest = min(cells)
     top = sorted(cells[lowest].items(), key=lambda item: -item[1])[:3]
     about = f"most at {lowest} bits: " + ", ".join(f"{name} {value:.3g}" for name, value in top)
+    about += f"; {floored} values below {LEAST_KL:.0e} are drawn there" if floored else ""
     return finished(made, "sensitivity.png", title, about)

@@ -21,7 +21,7 @@ from exporter.study.allocate import Allocation, Place, rules_of
 from exporter.tasks import TASKS
 
 MOST = 0.99  # a gate that allows everything is none
-CLOSE = 0.05  # a drop up to this is called confirmed
+CLOSE = 0.05  # a drop up to this is called confirmed, and a gate allows no more unless the user does
 MARGIN = 0.01  # what a recipe's gates allow beyond the drop that was measured, when the user gave no limit
 
 
@@ -129,13 +129,14 @@ def with_evidence(
 ) -> Recipe:
     """The recipe with what was measured of it. found: its real tasks, None when they were not measured.
 
-    Gates allow `max_drop`; without one the measured drop and a margin, or the margin alone when nothing was measured.
+    Gates allow `max_drop`; without one the measured drop and a margin, but at most CLOSE, so that a choice that lost
+    much fails its own gates; or the margin alone when nothing was measured.
     """
     worst = max(found.worst, 0) if found else 0.0
-    allowed = max_drop if max_drop is not None else min(MOST, math.ceil(100 * (worst + MARGIN)) / 100)
+    allowed = max_drop if max_drop is not None else min(CLOSE, math.ceil(100 * (worst + MARGIN)) / 100)
     choice = Evidence(
         finding="No other choice of these schemes of this size has a smaller sum of measured divergences.",
-        figures=f"KL a token: sum {predicted:.5f}, measured together {measured:.5f}",
+        figures=f"KL a token: sum {predicted:z.5f}, measured together {measured:z.5f}",
         source=f"mmq allocate on {recipe.model.repo}; every scheme alone in every place",
     )
     gates = tuple(gate.model_copy(update={"max_drop": allowed}) for gate in recipe.gates)
@@ -150,7 +151,7 @@ def _proof(found: Confirmed | None) -> Evidence:
     for name, difference in found.row()["metrics"].items():
         before, after = difference["before"], difference["after"]
         lost, low, high = (difference[key] / before if before else 0.0 for key in ("drop", "low", "high"))
-        lines.append(f"{name} {before:.4f} -> {after:.4f} (drop {lost:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+        lines.append(f"{name} {before:.4f} -> {after:.4f} (drop {lost:z.1%}, 95 % interval {low:z.1%} to {high:z.1%})")
     samples = found.report["measures"][0]["samples"]
     size = f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits a weight"
     return Evidence(

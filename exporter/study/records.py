@@ -15,6 +15,7 @@ from exporter.errors import DataError
 
 FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles
+FULL = "none"  # method of the setting that keeps everything
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
   id TEXT PRIMARY KEY,      -- digest of its units and of the exam: the same setting is measured once
@@ -136,6 +137,23 @@ def is_whole(one: Measured) -> bool:
     return one.about.get("blocks") == EVERYTHING and one.about.get("role") == EVERYTHING
 
 
+def kind_of(one: Measured) -> str:
+    """How a setting was quantized, bits and places aside: method, group size and the rest; `none` for the full model.
+
+    Only settings of one kind (and the full model) may stand in one picture: their bits would be the same.
+    """
+    method, group = str(one.about.get("method")), str(one.about.get("group_size", ""))
+    parts = [method, f"g{group}" if group.isdigit() else group] if method != FULL else [FULL]
+    parts += ["zero-points"] * (one.about.get("zero_points") == "yes")
+    parts += ["sequential"] * bool(one.about.get("sequential"))
+    return "-".join(part for part in parts if part)
+
+
+def is_full(one: Measured) -> bool:
+    """Whether a setting keeps everything."""
+    return one.about.get("method") in (None, FULL)
+
+
 def last_exam(found: Sequence[Measured]) -> list[Measured]:
     """Settings scored as in the last run: on the same samples, in the same way, from shared units or in sequence.
 
@@ -151,4 +169,4 @@ def comparable(found: Sequence[Measured], parts: bool = False) -> list[Measured]
     """
     same = last_exam(found)
     whole = [one for one in same if is_whole(one)]
-    return same if parts or not any(one.about.get("method") != "none" for one in whole) else whole
+    return same if parts or all(is_full(one) for one in whole) else whole

@@ -27,6 +27,7 @@ class Outcome:
 
     found: the settings in the order asked for. scored, made: settings and units computed now, the others were there.
     named: units that the settings name in all, each as often as a setting uses it; units: different ones.
+    sequential: every setting was quantized by itself, so `made` counts what the settings scored now hold.
     seconds: wall time by step. cpu_seconds: of this process and its workers, their start included.
     """
 
@@ -37,6 +38,7 @@ class Outcome:
     named: int
     seconds: Mapping[str, float]
     cpu_seconds: float
+    sequential: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
         todo = _different(job for job in jobs if job.id not in before)
         laps = {"plan": time.monotonic() - begun}
         used: dict[str, float] = {}
-        made = 0 if setup.sequential else _quantize(setup, todo, pool, on_event, laps, used)
+        if setup.sequential:
+            made = sum(len(job.units) for job in todo)
+        else:
+            made = _quantize(setup, todo, pool, on_event, laps, used)
         _score(setup, todo, exam, calibration, pool, on_event, records, laps, used)
         after = records.all()
     spent = Spent.since((begun, cpu), None)
@@ -75,7 +80,7 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     write_text(setup.folder / f"{setup.table}.csv", as_csv(list(after.values())))
     found = tuple(replace(after[job.id], about=_about(setup, job.point)) for job in jobs)
     named = [unit.key for job in jobs for unit in job.units]
-    return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()))
+    return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()), setup.sequential)
 
 
 def _digests(setup: Setup) -> tuple[str, str]:

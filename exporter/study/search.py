@@ -1,11 +1,12 @@
 """The whole allocation on one page: sensitivities, the front, the choice, and its proof by real tasks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter import data
-from exporter.errors import PlanError
+from exporter.errors import PlanError, RecipeError
 from exporter.events import Event
 from exporter.quantized import GroupSize
 from exporter.recipe import Recipe
@@ -17,7 +18,7 @@ from exporter.study.propose import Confirmed
 from exporter.study.records import Measured
 from exporter.study.run import Listener, run
 from exporter.study.sensitivity import TABLE, Per, measure, on_training, rules, table, without_extras
-from exporter.study.work import Setup, exam_samples, opened
+from exporter.study.work import Opened, Setup, exam_samples, opened
 
 FRONT_SAMPLES = 4  # choices are scored on so many times the samples that sensitivities are measured on
 TRIES = 4  # choices that are confirmed one after the other until one loses no more than is allowed
@@ -73,7 +74,8 @@ class Found:
 
     sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken; together: its
     divergence where the single ones were measured, so that their sum can be judged.
-    confirmed: its real tasks; against: those of the recipes it was compared with.
+    confirmed: its real tasks; against: those of the recipes it was compared with. warnings: why the choice is no
+    success: it loses more than it may, or than CLOSE where nothing was asked.
     """
 
     recipe: Recipe
@@ -86,11 +88,13 @@ class Found:
     against: tuple[Confirmed, ...]
     seconds: dict[str, float]
     cpu_seconds: float
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "warnings": list(self.warnings),
             "winner": self.winner.row() | {"together_kl": self.together},
             "confirmed": self.confirmed.row() if self.confirmed else None,
             "against": [one.row() for one in self.against],
@@ -106,6 +110,7 @@ def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, pro
     """Choose bits, and measure the choice. PlanError when nothing is small enough, or nothing loses little enough."""
     need_solver()  # before anything is measured
     model = opened(setup)
+    _require_less(model, request)
     form = model.recipe.format
     schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, form)
     schemes = without_extras(schemes, form) if request.plain else schemes
@@ -132,7 +137,27 @@ def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, pro
         against=tuple(rivals),
         seconds=dict(measured.seconds),
         cpu_seconds=measured.cpu_seconds,
+        warnings=_warnings(winner, confirmed, request.max_drop),
     )
+
+
+def _require_less(model: Opened, request: Request) -> None:
+    """RecipeError when the size leaves nothing to choose: the whole model is that small already."""
+    full = model.plan(()).bytes_after
+    if request.max_size is not None and request.max_size >= full:
+        raise RecipeError(
+            f"the choice keeps everything at 16 bits: that takes {full:,} bytes, and {request.max_size:,} are allowed",
+            f"give a --max-size below {full:,}, or --max-drop",
+        )
+
+
+def _warnings(winner: Tried, confirmed: Confirmed | None, max_drop: float | None) -> tuple[str, ...]:
+    """What must not look like success: a loss beyond what is allowed, or beyond CLOSE where no limit was given."""
+    lost, on = (confirmed.worst, "real tasks") if confirmed else (winner.drop, "the validation split")
+    allowed = propose.CLOSE if max_drop is None else max_drop
+    if not lost > allowed and not math.isnan(lost):
+        return ()
+    return (f"this choice loses {lost:.1%} on {on}, more than {allowed:.1%}: allow a larger size, or more --bits",)
 
 
 def _together(setup: Setup, recipe: Recipe, pool: Pool, on_event: Listener) -> float:

@@ -18,6 +18,7 @@ from exporter.errors import DataError, did_you_mean
 from exporter.study.records import columns, comparable, read_records
 
 SUFFIX = "_bits"
+KINDS = ("method", "group_size", "zero_points", "sequential", "blocks", "role")  # what changes a score besides bits
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
 # What is taken as the score when the user names none: the first of these that the file has, in any case.
 SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
@@ -28,16 +29,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Table:
-    """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and what the columns are called."""
+    """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and what the columns are called.
+
+    notes: what the reader of figures made from it should know.
+    """
 
     components: tuple[str, ...]
     bits: Floats
     scores: Floats
     metric: str
+    notes: tuple[str, ...] = ()
 
     def where(self, rows: NDArray[np.bool_]) -> "Table":
         """Some of the rows, bool `[rows]`."""
-        return Table(self.components, self.bits[rows], self.scores[rows], self.metric)
+        return Table(self.components, self.bits[rows], self.scores[rows], self.metric, self.notes)
 
     def full_score(self) -> float:
         """Mean score where every component has its most bits; the best score when there is no such row."""
@@ -98,7 +103,18 @@ def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str |
     bare = [name.removesuffix(SUFFIX) for name in bits]
     array = np.array(values, dtype=np.float64)
     components = tuple(ALIASES.get(name, name) for name in bare)
-    return _varying(Table(components, array[:, :-1], array[:, -1], metric), where)
+    return _varying(Table(components, array[:, :-1], array[:, -1], metric, _mixed(rows)), where)
+
+
+def _mixed(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """A note on each column besides bits whose values differ; the full model's do not count."""
+    notes = []
+    for name in KINDS:
+        values = [str(v) for v in dict.fromkeys(row.get(name) for row in rows) if v not in (None, "", "none", "fp16")]
+        if len(values) > 1:
+            one = f"--where {name}={values[0]}"
+            notes.append(f"settings of {name} {', '.join(values[:4])} are mixed: {one} takes one of them")
+    return tuple(notes)
 
 
 def _varying(table: Table, where: str) -> Table:
@@ -107,7 +123,7 @@ def _varying(table: Table, where: str) -> Table:
     if not changes.any():
         raise DataError(f"{where}: the bits of no component change", "measure more settings first")
     names = tuple(name for name, kept in zip(table.components, changes, strict=True) if kept)
-    return Table(names, table.bits[:, changes], table.scores, table.metric)
+    return Table(names, table.bits[:, changes], table.scores, table.metric, table.notes)
 
 
 def _usual_score(names: Sequence[str], where: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -152,9 +152,7 @@ class Examiner:
             next(t.dtype for t in model.checkpoint.tensors.values() if len(t.shape) == 2)
         )
         self._stream = Stream(model.family, model.checkpoint.config, self._device, dtype)
-        self._stream.load(model.checkpoint.tensors, model.checkpoint.read)
-        self._live = cast(Any, self._stream.model)
-        self._live.tie_weights()
+        self._live = self._stream.load_all(model.checkpoint.tensors, model.checkpoint.read)
         self._changed: set[str] = set()
         self._processor = load_processor(model.checkpoint.folder)
         self._samples = exam_samples(setup)
