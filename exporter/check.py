@@ -232,7 +232,11 @@ def needs_plugin(artifact: Artifact) -> bool:
 def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
     """ServeError naming the rules that keep this engine from serving it, before it is started."""
     refuse_unserved(artifact.family)
-    linears, format_name = engine_linears(artifact), artifact.manifest["format"]
+    refuse_linears(engine_linears(artifact), artifact.manifest["format"], cpu, tensor_parallel)
+
+
+def refuse_linears(linears: Sequence[Linear], format_name: str, cpu: bool, tensor_parallel: int = 1) -> None:
+    """The same of linears that are only planned yet."""
     problems = cpu_problems(linears, format_name) if cpu else []
     problems += parallel_problems(linears, tensor_parallel) if tensor_parallel > 1 else []
     if problems:

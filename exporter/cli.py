@@ -106,7 +106,7 @@ def export(
     if push:
         check_push(push, skip_evaluation)
     if serve_check:
-        need_program(vllm, chosen)
+        need_program(vllm, chosen, device)
     from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed

@@ -190,15 +190,21 @@ def check(
         raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
 
 
-def need_program(vllm: str | None, recipe: Recipe) -> None:
-    """What `mmq export --serve-check` can know before hours of work: vLLM is there, and takes models of this family."""
+def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
+    """What `mmq export --serve-check` can know before hours of work: vLLM is there, and serves what is planned."""
+    from exporter.check import refuse_linears
+    from exporter.device import choose
+    from exporter.export import prepare
     from exporter.families import FAMILIES
+    from exporter.plan import engine_linears
     from exporter.runtime.launch import find_program
 
     unserved = FAMILIES[recipe.model.family].unserved
     if unserved:
         raise ServeError(f"--serve-check: {unserved}", "leave it out")
-    find_program(vllm)
+    program = find_program(vllm)
+    plan, _ = prepare(recipe, choose(device), headers_only=True)
+    refuse_linears(engine_linears(plan.rows, plan.family), recipe.format, program.cpu)
 
 
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:

@@ -35,6 +35,13 @@ def test_without_vllm_it_is_refused_before_the_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_this_vllm_cannot_serve_is_refused_before_the_work(tmp_path: Path, vllm: str) -> None:
+    done = export(tmp_path, "--serve-check", "--vllm", vllm, "--recipe", "llava-w4-vit8")
+    assert done.exit_code == 1
+    assert "rule kernel: W8 row is not served on a CPU" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_engine_that_does_not_start_fails_the_export(tmp_path: Path, vllm: str) -> None:
     done = export(tmp_path, "--serve-check", "--vllm", vllm)
     assert done.exit_code == 1
