@@ -244,3 +244,16 @@ def test_a_choice_that_loses_much_is_no_success(tmp_path: Path, study_folder: Pa
 )
 def test_sizes(text: str, size: int) -> None:
     assert Bytes().convert(text, None, None) == size
+
+
+def test_bits_of_a_retrieval_model_are_chosen_and_proven_by_its_recall(tmp_path: Path) -> None:
+    recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
+    setup = Setup(tmp_path, recipe, samples=8, batch=8, device="cpu")
+    asked = request(max_size=1_500_000, per="component", points=2, samples=12, bits=(3, 8))
+    found = allocate(setup, asked, pool.inline, ignore)
+    assert found.confirmed is not None
+    assert list(found.confirmed.row()["metrics"]) == ["retrieval r1"]
+    assert found.confirmed.bytes == found.winner.measured.bytes <= 1_500_000
+    assert [(gate.task, gate.metric) for gate in found.recipe.gates] == [("retrieval", "r1")]
+    assert found.sensitivity["qformer"]["W3 g128"] > found.sensitivity["qformer"]["W8 g128"] > 0
+    assert {rule.component for rule in found.recipe.quantize} == {"vision", "qformer"}
