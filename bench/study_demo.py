@@ -6,6 +6,7 @@ the same test samples; and the smallest choice whose predictions are as near to 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from exporter.study.sensitivity import measure, rules
 from exporter.study.work import Setup, exam_samples, opened
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)
+POINTS = 40  # sizes of the front
 
 
 def say(event: Event) -> None:
-    """Notes only."""
+    """Notes only, on standard error: the table is on the other."""
     if event.stage == "note":
-        print(event.message, flush=True)
+        print(event.message, file=sys.stderr, flush=True)
 
 
-def compared(setup: Setup, samples: int, workers: int) -> dict[str, Any]:
+def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str, Any]:
     """The whole comparison as plain data."""
     model = opened(setup)
     names = [name for name in built_in() if load_recipe(name).model.family == model.family.name]
@@ -40,7 +42,7 @@ def compared(setup: Setup, samples: int, workers: int) -> dict[str, Any]:
         places, full, outcome = measure(setup, "role", (), schemes, pool, say)
         sizes = [model.plan(recipe.quantize).bytes_after for _, recipe in written]
         same = [solve(places, full, size) for size in sizes]
-        every = [choice for choice in front(places, full, 40) if choice.bytes < full]
+        every = [choice for choice in front(places, full, points) if choice.bytes < full]
         tried, hand = score_choices(setup, places, [*same, *every], written, pool, say)
     rows = []
     for i, (name, recipe) in enumerate(written):
@@ -82,13 +84,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo-llava")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is kept; a stopped run goes on")
     parser.add_argument("--samples", type=int, default=500, help="of each task, real answers")
+    parser.add_argument(
+        "--proxy", type=int, default=64, help="of each task, for sensitivities; the front has 4 times these"
+    )
+    parser.add_argument("--points", type=int, default=POINTS, help="sizes of the front")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     recipe = base_recipe(options.model, None, (), 128, 0)
-    setup = Setup(options.folder, recipe.model_dump_json(), samples=64, device=options.device)
-    found = compared(setup, options.samples, options.workers)
+    setup = Setup(options.folder, recipe.model_dump_json(), samples=options.proxy, device=options.device)
+    found = compared(setup, options.samples, options.workers, options.points)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
