@@ -103,7 +103,7 @@ def pareto(
     series: name -> (bits a weight, share of the full score). others: the same of other models, which are in no front.
     line: the series that is drawn as a line too.
     """
-    made, axes = figure(10, 4.4, 2)
+    made, axes = figure(10, 4.8, 2)
     edge = front([point for points in series.values() for point in points])
     for number, (name, points) in enumerate({**series, **others}.items()):
         xs, ys = zip(*sorted(points), strict=True)
@@ -121,7 +121,8 @@ def pareto(
     axes[0].set_ylabel("share of the full model's score")
     axes[1].set_ylim(UPPER, 1.02)
     axes[1].set_title(f"above {UPPER:.0%}", loc="left", fontsize=10)
-    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    handles, labels = axes[1].get_legend_handles_labels()
+    made.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     title = "What is kept of the score, by size"
     axes[0].set_title(title, loc="left")
     about = "; ".join(f"{x:.2f} bits a weight keep {y:.1%}" for x, y in edge[:: max(1, len(edge) // 6)])
@@ -139,7 +140,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def importance_bars(found: Importance, name: str) -> Picture:
     """Shares in the whole grid and in the usable region, a bar for each component."""
-    made, axes = figure(6.5, 3.2)
+    made, axes = figure(7.5, 3.2)
     series = {"whole grid": found.shares.consensus} | (
         {"usable bits only": found.inside.consensus} if found.inside else {}
     )
@@ -154,7 +155,7 @@ def importance_bars(found: Importance, name: str) -> Picture:
     axes.set_xticks(range(len(components)), components)
     axes.set_ylabel("consensus importance, %")
     axes.set_ylim(0, 115)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # bars may reach any corner
     title = f"What decides {found.metric}, {name}"
     axes.set_title(title, loc="left")
     about = "; ".join(f"{label}: {', '.join(f'{c} {s:.0f} %' for c, s in x.items())}" for label, x in series.items())
@@ -205,9 +206,8 @@ def sensitivity(found: Sequence[Measured]) -> Picture:
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("KL a token, alone")
     if floored:
-        axes.axhline(LEAST_KL, color="#555555", linewidth=1, linestyle=":")
-        said, above = f"{LEAST_KL:.0e} or less: drawn here", {"textcoords": "offset points", "fontsize": 8}
-        axes.annotate(said, (0, LEAST_KL), (2, 3), **above)
+        label = f"{LEAST_KL:.0e} or less,\ndrawn here"
+        axes.axhline(LEAST_KL, color="#555555", linewidth=1, linestyle=":", zorder=0, label=label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     title = "How far each part alone moves the predictions"
