@@ -29,6 +29,7 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("ranges", gptq, "fit_scale"),
     ("ranges", rtn, "fit_scale"),
     ("column loops", gptq, "_walk"),
+    ("descent", gptq, "descend_"),
     ("search of scales", awq, "find_scales"),
     ("search of scales", awq, "_clip"),
     ("folds", smooth, "fold"),

@@ -11,7 +11,21 @@ ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 ro
 
 
 @triton.jit
-def _columns(weight, upper, scale, zero, codes, errors, rows, columns, levels, R: tl.constexpr, B: tl.constexpr):
+def _columns(
+    weight,
+    upper,
+    scale,
+    zero,
+    origin,
+    codes,
+    errors,
+    rows,
+    columns,
+    levels,
+    ORIGIN: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.arange(0, B)
     at = row[:, None] * columns + column[None, :]
@@ -19,6 +33,8 @@ def _columns(weight, upper, scale, zero, codes, errors, rows, columns, levels, R
     rest = tl.load(weight + at, mask=inside, other=0.0)
     scales = tl.load(scale + at, mask=inside, other=1.0)
     zeros = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
+    if ORIGIN:
+        starts = tl.load(origin + at, mask=inside, other=0.0)
     all_codes = tl.zeros((R, B), tl.float32)
     all_errors = tl.zeros((R, B), tl.float32)
     for i in range(columns):
@@ -28,7 +44,10 @@ def _columns(weight, upper, scale, zero, codes, errors, rows, columns, levels, R
         offset = tl.sum(tl.where(here, zeros, 0.0), axis=1)
         code = libdevice.rint(tl.div_rn(value, step)) + offset
         code = tl.minimum(tl.maximum(code, 0.0), levels)
-        error = tl.div_rn(value - (code - offset) * step, tl.load(upper + i * columns + i))
+        start = value
+        if ORIGIN:
+            start = tl.sum(tl.where(here, starts, 0.0), axis=1)
+        error = tl.div_rn(start - (code - offset) * step, tl.load(upper + i * columns + i))
         later = tl.load(upper + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
         rest -= error[:, None] * later[None, :]
         all_codes = tl.where(here, code[:, None], all_codes)
@@ -37,13 +56,18 @@ def _columns(weight, upper, scale, zero, codes, errors, rows, columns, levels, R
     tl.store(errors + at, all_errors, mask=inside)
 
 
-def launch(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def launch(
+    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int, origin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `columns.quantize_columns`."""
     rows, columns = weight.shape
     inputs = (weight.contiguous(), upper.contiguous(), scale.float().contiguous(), zero.contiguous())
+    inputs = (*inputs, inputs[0] if origin is None else origin.contiguous())
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
     width = triton.next_power_of_2(columns)
     grid = (triton.cdiv(rows, ROWS),)
-    _columns[grid](*inputs, codes, errors, rows, columns, float(levels), R=ROWS, B=width, num_warps=4)
+    _columns[grid](
+        *inputs, codes, errors, rows, columns, float(levels), ORIGIN=origin is not None, R=ROWS, B=width, num_warps=4
+    )
     return codes, errors

@@ -34,11 +34,11 @@ class Statistics:
         left = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
         for start in range(0, matrix.shape[1], STRIP):
             strip = slice(start, start + STRIP)
-            total += (_times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum()
+            total += (times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum()
         return float(total)
 
 
-def _times(left: Tensor, right: Tensor) -> Tensor:
+def times(left: Tensor, right: Tensor) -> Tensor:
     """left right in float32; a 16-bit `left` makes it a 16-bit product with float32 sums."""
     return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32) if left.itemsize == 2 else left @ right
 

@@ -10,34 +10,53 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from exporter.quantized import FP8_MAX, Scheme, dequantize, quantize
+from exporter.quantized import FP8, FP8_MAX, Scheme
 
 Range = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 40
 KERNEL_WIDTH = 1024  # the widest group that one Triton program holds in registers
 SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
+PIECE = 1 << 17  # weights whose ranges are searched together on a CPU: what is tried stays in its cache
 
 
 def fit_scale(
-    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, range_: Range = "minmax"
+    weight: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    range_: Range = "minmax",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale (in `scale_dtype`) and zero (uint8), each `[out, groups]`, of `weight` f32 `[out, in]`.
 
-    range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps, group by group, the one whose rounding
-    has the smallest squared error. "tensor" schemes repeat one value.
+    range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps, group by group, the one with the least
+    error. "tensor" schemes repeat one value.
+    importance: f32 `[in]`; the error that "mse" compares is then `importance * |off|^2.5`, summed over the columns of a
+    group, else `off^2`. Two and a half, since clipping a few weights costs an output more than their squares say.
     """
     if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme):
-        return _search_fast(weight, scheme, scale_dtype)
+        return _search_fast(weight, scheme, scale_dtype, importance)
     low, high = _extremes(weight, scheme)
-    scale, zero = _scale_of(low, high, scheme, scale_dtype)
     if range_ == "minmax":
-        return scale, zero
-    error = _group_errors(weight, scale, zero, scheme)
+        return _scale_of(low, high, scheme, scale_dtype)
+    rows = len(weight) if scheme.group_size == "tensor" else max(1, PIECE // max(1, weight.shape[1]))
+    pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
+    found = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _search(
+    weight: Tensor, low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the best range, for ends `low` and `high` `[out, groups]` of the full one."""
+    grouped = _grouped(weight, scheme)
+    counts = None if importance is None else _grouped(importance.unsqueeze(0), scheme)
+    scale, zero = _scale_of(low, high, scheme, scale_dtype)
+    error = _errors(grouped, scale, zero, scheme, counts)
     for step in range(1, SHRINK_STEPS):
         part = 1 - SHRINK_MOST * step / SHRINK_STEPS
         tried = _scale_of(low * part, high * part, scheme, scale_dtype)
-        found = _group_errors(weight, *tried, scheme)
+        found = _errors(grouped, *tried, scheme, counts)
         better = found < error
         error = torch.where(better, found, error)
         scale = torch.where(better, tried[0], scale)
@@ -55,21 +74,27 @@ def _fits_kernel(scheme: Scheme) -> bool:
     return scheme.number == "int" and isinstance(scheme.group_size, int) and scheme.group_size <= KERNEL_WIDTH
 
 
-def _search_fast(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _search_fast(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The same search in one pass over the weights."""
     from exporter.ranges_kernel import launch
 
     width, shrink = scheme.columns_per_group(weight.shape[1]), SHRINK_MOST / SHRINK_STEPS
     sizes = (width, scheme.levels, scheme.middle, scheme.symmetric)
-    return launch(weight, *sizes, scale_dtype, shrink, SHRINK_STEPS)
+    return launch(weight, *sizes, scale_dtype, shrink, SHRINK_STEPS, importance)
+
+
+def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """`[out, in]` as `[out, groups, columns of a group]`, zeros where the last group is short."""
+    rows, columns = weight.shape
+    groups, width = scheme.groups(columns), scheme.columns_per_group(columns)
+    return torch.nn.functional.pad(weight, (0, groups * width - columns)).view(rows, groups, width)
 
 
 def _extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of each group, `[out, groups]`; the range always includes 0."""
-    rows, columns = weight.shape
-    groups = scheme.groups(columns)
-    missing = groups * scheme.columns_per_group(columns) - columns
-    grouped = torch.nn.functional.pad(weight, (0, missing)).view(rows, groups, -1)
+    grouped = _grouped(weight, scheme)
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     if scheme.group_size == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
@@ -93,10 +118,22 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp(info.smallest_normal, info.max).to(dtype)
 
 
-def _group_errors(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Squared rounding error of each group, `[out, groups]` (of everything, repeated, for "tensor")."""
-    rows, columns = weight.shape
-    difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
-    missing = scheme.groups(columns) * scheme.columns_per_group(columns) - columns
-    errors = torch.nn.functional.pad(difference.square(), (0, missing)).view(rows, scheme.groups(columns), -1).sum(-1)
+def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts: Tensor | None) -> Tensor:
+    """Rounding error of each group, `[out, groups]` (of everything, repeated, for "tensor"); see `fit_scale`.
+
+    grouped: `[out, groups, width]`. counts: `[1, groups, width]`, importance of each column. What `quantize` and
+    `dequantize` would say, without the codes in between.
+    """
+    steps, zeros = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+    off = grouped / steps
+    if scheme.number == "fp8":
+        off = off.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
+    else:
+        off.round_().add_(zeros).clamp_(0, scheme.levels).sub_(zeros)
+    off.mul_(steps).sub_(grouped)
+    if counts is None:
+        errors = off.square_().sum(-1)
+    else:
+        size = off.abs_().sqrt()
+        errors = off.square_().mul_(size).mul_(counts).sum(-1)
     return errors.sum().expand_as(errors) if scheme.group_size == "tensor" else errors

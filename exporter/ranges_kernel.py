@@ -16,6 +16,7 @@ ROWS = 16  # rows of one program
 @triton.jit
 def _search(
     weight,
+    importance,
     scale,
     zero,
     rows,
@@ -29,6 +30,7 @@ def _search(
     steps,
     G: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -38,6 +40,8 @@ def _search(
     column = group * G + offset
     inside = (row[:, None] < rows) & ((offset < G) & (column < columns))[None, :]
     value = tl.load(weight + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
+    if WEIGHTED:
+        counts = tl.load(importance + column, mask=(offset < G) & (column < columns), other=0.0)
     low = tl.minimum(tl.min(value, axis=1), 0.0)
     high = tl.maximum(tl.max(value, axis=1), 0.0)
     best = tl.full((R,), float("inf"), tl.float32)
@@ -57,8 +61,11 @@ def _search(
         code = libdevice.rint(tl.div_rn(value, size[:, None] + tl.zeros((R, W), tl.float32))) + point[:, None]
         code = tl.minimum(tl.maximum(code, 0.0), levels)
         difference = (code - point[:, None]) * size[:, None] - value
-        error = tl.sum(difference * difference, axis=1)
-        better = error < best
+        if WEIGHTED:
+            error = tl.sum(difference * difference * tl.sqrt(tl.abs(difference)) * counts[None, :], axis=1)
+        else:
+            error = tl.sum(difference * difference, axis=1)
+        better = (error < best) | (step == 0)
         best = tl.where(better, error, best)
         best_scale = tl.where(better, size, best_scale)
         best_zero = tl.where(better, point, best_zero)
@@ -68,7 +75,15 @@ def _search(
 
 
 def launch(
-    weight: Tensor, width: int, levels: int, middle: int, symmetric: bool, dtype: torch.dtype, shrink: float, steps: int
+    weight: Tensor,
+    width: int,
+    levels: int,
+    middle: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    shrink: float,
+    steps: int,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
 
@@ -81,6 +96,13 @@ def launch(
     info = torch.finfo(dtype)
     sizes = (rows, columns, groups, float(levels), float(middle), info.smallest_normal, info.max, shrink, steps)
     grid = (triton.cdiv(rows, ROWS), groups)
-    options = {"G": width, "SYMMETRIC": symmetric, "R": ROWS, "W": triton.next_power_of_2(width)}
-    _search[grid](weight.contiguous(), scale, zero, *sizes, **options, num_warps=4)
+    options = {
+        "G": width,
+        "SYMMETRIC": symmetric,
+        "WEIGHTED": importance is not None,
+        "R": ROWS,
+        "W": triton.next_power_of_2(width),
+    }
+    counts = weight if importance is None else importance.float().contiguous()
+    _search[grid](weight.contiguous(), counts, scale, zero, *sizes, **options, num_warps=4)
     return scale, zero

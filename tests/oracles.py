@@ -69,6 +69,25 @@ def gptq_by_inversion(
     return codes
 
 
+def descent_by_hand(
+    weight: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, zero: torch.Tensor, levels: int, damped: Tensor
+) -> torch.Tensor:
+    """Coordinate descent: every code in turn, columns by falling diagonal, becomes the one with the least error.
+
+    All are tried, in float64. steps, zero: `[out, in]`, scale and zero of every weight. Returns the codes.
+    """
+    codes = codes.clone()
+    for row in range(len(weight)):
+        for column in damped.diagonal().argsort(descending=True, stable=True).tolist():
+            errors = []
+            for code in range(levels + 1):
+                codes[row, column] = code
+                off = weight[row].double() - (codes[row].double() - zero[row]) * steps[row].double()
+                errors.append(float(off @ damped.double() @ off))
+            codes[row, column] = errors.index(min(errors))
+    return codes
+
+
 def pack_bits_by_integers(row: list[int], bits: int) -> list[int]:
     """One row of codes as one large integer, cut into signed 32-bit words."""
     stream = sum(code << (i * bits) for i, code in enumerate(row))

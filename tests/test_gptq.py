@@ -8,10 +8,10 @@ import torch
 from exporter import moments
 from exporter.columns import quantize_columns, quantize_columns_plain
 from exporter.methods import gptq, rtn
-from exporter.methods.gptq import Options, Statistics, inverse_factor
-from exporter.quantized import Scheme
+from exporter.methods.gptq import Options, Statistics, importance, inverse_factor
+from exporter.quantized import Scheme, dequantize, quantize, spread
 from exporter.ranges import fit_scale
-from tests.oracles import gptq_by_inversion
+from tests.oracles import descent_by_hand, gptq_by_inversion
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_equals_inverting_again_at_every_column(
 ) -> None:
     weight, statistics = correlated(300, 100)  # 100 columns: every group size leaves a ragged last group
     scheme = Scheme(size[0], size[1], symmetric)  # type: ignore[arg-type]
-    options = Options(block=24, scales=scales, order=order, range="minmax")  # type: ignore[arg-type]
+    options = Options(block=24, scales=scales, order=order, range="minmax", descent=0)  # type: ignore[arg-type]
     found, notes = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
     scale, zero = fit_scale(weight, scheme, torch.float16)
     by_size = statistics.hessian.diagonal().argsort(descending=True, stable=True).tolist()
@@ -55,6 +55,73 @@ def test_equals_inverting_again_at_every_column(
     assert torch.equal(found.zero, zero)
     different = int((found.codes != codes).sum())
     assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
+
+
+def damped(statistics: Statistics, share: float = 0.01) -> torch.Tensor:
+    """The Hessian with damping on its diagonal."""
+    return statistics.hessian + torch.eye(len(statistics.hessian)) * share * statistics.hessian.diagonal().mean()
+
+
+@pytest.mark.parametrize("block", [7, 30, 128])
+@pytest.mark.parametrize("scheme", [Scheme(3, 8), Scheme(2, 9, False), Scheme(3, "row")], ids=Scheme.label)
+def test_descent_equals_trying_every_code(scheme: Scheme, block: int) -> None:
+    weight, statistics = correlated(300, 30)
+    start, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
+    once, _ = gptq.quantize_linear(weight, statistics, scheme, Options(block=block), torch.float16)
+    steps, zeros = (spread(part.float(), 30, scheme) for part in (start.scale, start.zero))
+    codes = descent_by_hand(weight, start.codes, steps, zeros, scheme.levels, damped(statistics))
+    assert torch.equal(once.scale, start.scale)
+    assert int((codes != start.codes).sum()) > 10  # it has something to do
+    different = int((once.codes != codes).sum())
+    assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, "row", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_pass_of_the_descent_lowers_the_error(bits: int, group: int | str, symmetric: bool) -> None:
+    weight, statistics = correlated(300, 100)
+    scheme = Scheme(bits, group, symmetric)  # type: ignore[arg-type]
+    errors = []
+    for passes in (0, 1, 2):
+        found, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=passes), torch.float16)
+        off = found.dequantize() - weight
+        errors.append(((off @ damped(statistics)) * off).sum(1))
+        assert int(found.codes.max()) <= scheme.levels
+    assert (errors[1] <= errors[0] * 1.0001).all()  # row by row
+    assert (errors[2] <= errors[1] * 1.0001).all()
+    assert errors[1].sum() < 0.97 * errors[0].sum()
+
+
+def test_a_column_counts_as_much_as_those_after_it_leave_of_its_error() -> None:
+    _, statistics = correlated(300, 12)
+    statistics.hessian[4], statistics.hessian[:, 4] = 0, 0
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    upper, _ = inverse_factor(statistics.hessian, 0.01, order)
+    assert upper is not None
+    seen = statistics.hessian.diagonal()[statistics.hessian.diagonal() > 0].mean()
+    full = (statistics.hessian + torch.eye(12) * 0.01 * seen).double()
+    full[4, 4] = 0.01 * 1.01 * seen  # never an input: next to nothing
+    left = [order[step:].tolist() for step in range(12)]
+    expected = torch.zeros(12, dtype=torch.float64)
+    for columns in left:
+        expected[columns[0]] = 1 / torch.linalg.inv(full[columns][:, columns])[0, 0]
+    found = importance(statistics.hessian, upper, 0.01, order)
+    torch.testing.assert_close(found.double(), expected / expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_searched_ranges_follow_the_inputs() -> None:
+    """Columns with large inputs decide a group's scale, in the walk's own error."""
+    weight, _ = correlated(300, 32)
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(4))
+    x[:, ::2] *= 0.02
+    weight[:, ::2] *= 4  # large weights that hardly matter
+    statistics = Statistics(32, CPU)
+    statistics.update(x)
+    scheme = Scheme(3, "row")
+    found, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
+    blind, _ = fit_scale(weight, scheme, torch.float16, "mse")
+    assert (found.scale < blind).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 512])
@@ -152,9 +219,8 @@ def test_dead_columns_are_rounded_and_change_nothing_else() -> None:
 def test_no_input_at_all_is_rounding() -> None:
     weight, _ = correlated(300, 40)
     linear, notes = gptq.quantize_linear(weight, Statistics(40, CPU), Scheme(4, 16), Options(), torch.float16)
-    rounded, _ = rtn.quantize_linear(weight, None, Scheme(4, 16), rtn.Options(range="mse"), torch.float16)
     assert notes == ()
-    assert torch.equal(linear.codes, rounded.codes)
+    assert torch.equal(linear.codes, quantize(weight, linear.scale, linear.zero, Scheme(4, 16)))
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -162,17 +228,32 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         Options(order="activation", scales="in_loop")
 
 
+def test_errors_may_be_measured_from_another_weight() -> None:
+    weight, statistics = correlated(300, 20)
+    upper, _ = inverse_factor(statistics.hessian, 0.01)
+    assert upper is not None
+    origin, single = weight + 0.1 * torch.randn(24, 20), Scheme(4, 1, False)
+    scale, zero = fit_scale(weight, single, torch.float16)
+    codes, errors = quantize_columns_plain(weight, upper, scale, zero, single, origin)
+    expected = (origin - dequantize(codes, scale, zero, single)) / upper.diagonal()
+    torch.testing.assert_close(errors, expected)
+    now = weight - errors @ upper.triu(1)  # what every column was when it was rounded
+    torch.testing.assert_close(codes, quantize(now, scale, zero, single))
+
+
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("from_origin", [False, True])
 @pytest.mark.parametrize("columns", [128, 100])
-def test_kernel_equals_the_plain_loop(columns: int) -> None:
+def test_kernel_equals_the_plain_loop(columns: int, from_origin: bool) -> None:
     device = torch.accelerator.current_accelerator()
     weight, statistics = correlated(400, columns)
     upper, _ = inverse_factor(statistics.hessian, 0.01)
     assert upper is not None
     scale, zero = fit_scale(weight, Scheme(4, 1, False), torch.float16)
     arguments = [tensor.to(device) for tensor in (weight, upper, scale, zero)]
-    fast, fast_errors = quantize_columns(*arguments, Scheme(4, 1, False))
-    plain, plain_errors = quantize_columns_plain(*arguments, Scheme(4, 1, False))
+    origin = arguments[0] * 1.01 if from_origin else None
+    fast, fast_errors = quantize_columns(*arguments, Scheme(4, 1, False), origin)
+    plain, plain_errors = quantize_columns_plain(*arguments, Scheme(4, 1, False), origin)
     assert int((fast != plain).sum()) <= 3
     same = (fast == plain).all(1)
     torch.testing.assert_close(fast_errors[same], plain_errors[same], atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from exporter import ranges
 from exporter.methods import rtn
 from exporter.quantized import Scheme, quantize
 from exporter.ranges import fit_scale
@@ -51,6 +52,41 @@ def test_search_equals_trying_every_range_by_hand() -> None:
             codes = torch.round(weight[row] / s.float()).clamp(-4, 3)
             errors.append((float((codes * s.float() - weight[row]).square().sum()), float(s)))
         assert float(scale[row, 0]) == pytest.approx(min(errors)[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weighted_search_equals_trying_every_range_by_hand(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PIECE", 100)  # rows in several pieces
+    weight, scheme = weights(40), Scheme(3, 16, symmetric)  # the last group is short
+    importance = torch.rand(40, generator=torch.Generator().manual_seed(1)) ** 3
+    scale, zero = fit_scale(weight, scheme, torch.float16, "mse", importance)
+    for row, group in itertools.product(range(6), range(3)):
+        here = slice(group * 16, min(40, group * 16 + 16))
+        own, counts = weight[row, here].double(), importance[here].double()
+        low, high = min(float(own.min()), 0), max(float(own.max()), 0)
+        found = []
+        for part in (1 - 0.8 * step / 40 for step in range(40)):
+            size = 2 * max(-low, high) / 7 if symmetric else (high - low) / 7
+            s = torch.tensor(size * part).half().double()
+            z = 4 if symmetric else round(-low * part / float(s))
+            off = ((own / s).round() + z).clamp(0, 7).sub(z) * s - own
+            found.append((float((counts * off.abs() ** 2.5).sum()), float(s), z))
+        assert (float(scale[row, group]), int(zero[row, group])) == pytest.approx(min(found)[1:], rel=2e-3)
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(3, 48, False)], ids=Scheme.label)
+def test_kernel_equals_the_plain_search(scheme: Scheme, weighted: bool) -> None:
+    weight = torch.randn(70, 200, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(200) ** 3 if weighted else None
+    plain = fit_scale(weight, scheme, torch.float16, "mse", importance)
+    device = torch.accelerator.current_accelerator()
+    fast = fit_scale(
+        weight.to(device), scheme, torch.float16, "mse", None if importance is None else importance.to(device)
+    )
+    for one, other in zip(plain, fast, strict=True):
+        assert int((one != other.cpu()).sum()) <= 2  # sums in another order may break a tie
 
 
 def test_groups_are_independent_and_the_last_may_be_short() -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from exporter.columns import quantize_columns
 from exporter.factor import PANEL, inverse_factor_
-from exporter.moments import Statistics
-from exporter.quantized import QuantizedLinear, Scheme, quantize
+from exporter.moments import Statistics, times
+from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
 from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
 
-VERSION = 2
+VERSION = 3
 DAMPING_TRIES = 6
 SMOOTHS = False
 
@@ -32,7 +32,8 @@ class Options(BaseModel):
     order: "activation" starts with the columns whose inputs are largest. Groups keep their columns and scales come from
     the original weight, so no index has to be stored and vLLM accepts it.
     scales: "in_loop" takes a group's scale from its weights as they are when it is reached, "static" from the start.
-    range: as in `ranges.fit_scale`.
+    range: as in `ranges.fit_scale`; "mse" counts a column's error as much as the columns after it leave of it.
+    descent: passes that look at every column again when all are rounded, and move a code where that helps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -42,6 +43,7 @@ class Options(BaseModel):
     order: Literal["none", "activation"] = "activation"
     scales: Literal["static", "in_loop"] = "static"
     range_: Range = Field("mse", alias="range")
+    descent: int = Field(1, ge=0, le=10)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -57,20 +59,75 @@ def quantize_linear(
 
     Columns whose input was always 0 are rounded to nearest and influence nothing.
     """
-    order = None
+    order = torch.arange(weight.shape[1], device=weight.device)
     if options.order == "activation":
         order = statistics.hessian.diagonal().argsort(descending=True, stable=True)
     upper, notes = inverse_factor(statistics.hessian, options.damping, order)
-    scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_)
+    counts = None if upper is None else importance(statistics.hessian, upper, options.damping, order)
+    scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_, counts)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
-    group = torch.arange(weight.shape[1], device=weight.device) // scheme.columns_per_group(weight.shape[1])
-    if order is None:
-        codes = _walk(weight.clone(), upper, scheme, options, scale, zero, group)
-    else:
-        codes = torch.empty_like(weight, dtype=torch.uint8)
-        codes[:, order] = _walk(weight[:, order], upper, scheme, options, scale, zero, group[order])
-    return QuantizedLinear(scheme, codes, scale, zero), notes
+    group = order // scheme.columns_per_group(len(order))
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    codes[:, order] = _walk(weight[:, order], upper, scheme, options, scale, zero, group, counts)
+    del upper  # as large as the Hessian
+    found = QuantizedLinear(scheme, codes, scale, zero)
+    if not notes:  # a Hessian that is not positive definite has no least error to go down to
+        for _ in range(options.descent):
+            descend_(found, weight, statistics.hessian, options, order)
+    return found, notes
+
+
+def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) -> Tensor:
+    """How much an error of each column counts once the columns after it have made up for it, f32 `[in]`, mean 1.
+
+    The output error is `sum(error^2 / U_ii^2)` over the columns of the walk. A column that was always 0 has no part in
+    it, and counts as little as the damping.
+    """
+    found = upper.diagonal().square().reciprocal()
+    found = torch.empty_like(found).index_copy_(0, order, found)
+    found = torch.where(hessian.diagonal() == 0, damping * found, found)
+    return found / found.mean()
+
+
+def descend_(linear: QuantizedLinear, weight: Tensor, hessian: Tensor, options: Options, order: Tensor) -> None:
+    """Round every column again, in `order` int64 `[in]`, given all others as they are rounded.
+
+    With `D = W - Q` the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so the error of the output
+    never grows. A block of columns sees the others in one product; inside it the column loop carries what changed.
+    Codes are rewritten in place.
+    """
+    scheme, codes = linear.scheme, linear.codes
+    group = torch.arange(len(order), device=weight.device) // scheme.columns_per_group(len(order))
+    single = Scheme(scheme.bits, 1, scheme.symmetric, scheme.number)
+    diagonal = damped(hessian.diagonal(), options.damping)
+    off = torch.empty_like(weight, dtype=torch.bfloat16 if weight.is_cuda else torch.float32)
+    for start in range(0, len(order), options.block):
+        here = slice(start, start + options.block)
+        off[:, here] = weight[:, here] - dequantize(codes[:, here], *_scales(linear, group[here]), single)
+    for here in order.split(options.block):
+        scale, zero = _scales(linear, group[here])
+        own, share = weight[:, here], diagonal[here]
+        before = own - dequantize(codes[:, here], scale, zero, single)
+        strip = hessian.index_select(0, here)
+        inner = strip.index_select(1, here)
+        off[:, here] = 0
+        pull = times(off, strip.T) + before @ inner.tril(-1)
+        push = (inner.triu(1) / -share).fill_diagonal_(1.0)
+        codes[:, here], after = quantize_columns(own + pull / share, push, scale, zero, scheme, own)
+        off[:, here] = after.to(off.dtype)
+
+
+def _scales(linear: QuantizedLinear, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of some columns, `[out, columns]`, from the group of each."""
+    return linear.scale[:, group], linear.zero[:, group]
+
+
+def damped(diagonal: Tensor, damping: float) -> Tensor:
+    """The diagonal of a Hessian with the share `damping` of its mean added; what was always 0 gets the mean first."""
+    seen = diagonal != 0
+    typical = torch.where(seen.any(), diagonal.sum() / seen.sum(), 1.0)
+    return torch.where(seen, diagonal, typical) + damping * typical
 
 
 def inverse_factor(
@@ -111,11 +168,19 @@ def _permuted(square: Tensor, order: Tensor) -> Tensor:
 
 
 def _walk(
-    rest: Tensor, upper: Tensor, scheme: Scheme, options: Options, scale: Tensor, zero: Tensor, group: Tensor
+    rest: Tensor,
+    upper: Tensor,
+    scheme: Scheme,
+    options: Options,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    counts: Tensor | None,
 ) -> Tensor:
     """Codes of all columns, in the order given; `rest` f32 `[out, in]` is used up.
 
     scale, zero: `[out, groups]`, rewritten group by group when scales are "in_loop". group: `[in]`, of each column.
+    counts: `[in]`, importance of each column, for those scales.
     """
     columns = rest.shape[1]
     width = scheme.columns_per_group(columns)
@@ -125,9 +190,9 @@ def _walk(
     for start, end in pairwise(cuts):
         if in_loop and start % width == 0:
             here = slice(start // width, start // width + 1)
-            scale[:, here], zero[:, here] = fit_scale(
-                rest[:, start : start + width], scheme, scale.dtype, options.range_
-            )
+            whole = slice(start, start + width)
+            some = None if counts is None else counts[whole]
+            scale[:, here], zero[:, here] = fit_scale(rest[:, whole], scheme, scale.dtype, options.range_, some)
         own = group[start:end]
         codes[:, start:end], errors = quantize_columns(
             rest[:, start:end], upper[start:end, start:end], scale[:, own], zero[:, own], scheme
