@@ -31,22 +31,18 @@ def _columns(
     at = row[:, None] * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     rest = tl.load(weight + at, mask=inside, other=0.0)
-    scales = tl.load(scale + at, mask=inside, other=1.0)
-    zeros = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
-    if ORIGIN:
-        starts = tl.load(origin + at, mask=inside, other=0.0)
     all_codes = tl.zeros((R, B), tl.float32)
     all_errors = tl.zeros((R, B), tl.float32)
     for i in range(columns):
         here = column[None, :] == i
         value = tl.sum(tl.where(here, rest, 0.0), axis=1)
-        step = tl.sum(tl.where(here, scales, 0.0), axis=1)
-        offset = tl.sum(tl.where(here, zeros, 0.0), axis=1)
+        step = tl.load(scale + row * columns + i, mask=row < rows, other=1.0)
+        offset = tl.load(zero + row * columns + i, mask=row < rows, other=0).to(tl.float32)
         code = libdevice.rint(tl.div_rn(value, step)) + offset
         code = tl.minimum(tl.maximum(code, 0.0), levels)
         start = value
         if ORIGIN:
-            start = tl.sum(tl.where(here, starts, 0.0), axis=1)
+            start = tl.load(origin + row * columns + i, mask=row < rows, other=0.0)
         error = tl.div_rn(start - (code - offset) * step, tl.load(upper + i * columns + i))
         later = tl.load(upper + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
         rest -= error[:, None] * later[None, :]
