@@ -121,9 +121,8 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
         doubled = None
         if control and component and not problems:
             copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
-            doubled = Doubled(
-                component, copy, _ask_engine(copy, artifact, samples, session, logs / "doubled.log").replies
-            )
+            note, log = f" with the scales of {component} doubled", logs / "doubled.log"
+            doubled = Doubled(component, copy, _ask_engine(copy, artifact, samples, session, log, note).replies)
         compared, found = None, None
         if not problems:
             compared, found, problems = judge(artifact, samples, replies, doubled, processor, session)
@@ -170,7 +169,9 @@ def _checked(
     )
 
 
-def _ask_engine(folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path) -> Asked:
+def _ask_engine(
+    folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
+) -> Asked:
     made = launch(
         folder,
         artifact.checkpoint.config,
@@ -181,7 +182,7 @@ def _ask_engine(folder: Path, artifact: Artifact, samples: Sequence[Sample], ses
         extra=session.extra,
     )
     made = with_plugin(made, session.program.version) if needs_plugin(artifact) else made
-    session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}"))
+    session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}{note}"))
     with Engine(made, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)
         replies = []

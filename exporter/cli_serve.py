@@ -187,7 +187,10 @@ def check(
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
-        raise CheckFailed(f"{artifact}: vllm does not answer as the artifact should:\n{lines}")
+        raise CheckFailed(
+            f"{artifact}: vllm does not answer as the artifact should:\n{lines}",
+            "`mmq check --logs FOLDER` keeps what vllm said; docs/serving.md tells which errors move answers how far",
+        )
 
 
 def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
