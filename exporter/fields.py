@@ -33,9 +33,9 @@ SERVING_FIELDS: dict[str, Any] = {
 }
 DISTANCE_FIELDS: dict[str, Any] = {"mean": NUMBER, "largest": NUMBER}
 DISTANCES = {  # what a check measured, by its place in the report: what it says to a reader
-    "compared.distance": "beside the dequantized weights in transformers",
-    "compared.floor": "16-bit sums alone: those weights in 16 bits beside themselves",
-    "control.moved": "control, scales of one component doubled",
+    "compared.distance": "log-probabilities beside the dequantized weights'",
+    "compared.floor": "the same of 16-bit sums alone",
+    "control.moved": "control, the scales of one component doubled",
     "control.restored.distance": "control, doubled on both sides",
 }
 REPORT_FIELDS: dict[str, Any] = {"passed": bool, "measures": list, "gates": list}

@@ -189,8 +189,8 @@ def test_what_the_engine_answered_is_on_the_page(
     assert content["verdict"] == verdict(facts(copy).report if evaluated else None)
     for said in (
         "vllm 0.32.0+cpu, cpu build",
-        "mean 0.0125, largest 0.0312",
-        "mean 4.2500, largest 9.5000",
+        "mean difference 0.0125, largest 0.0312",
+        "mean difference 4.2500, largest 9.5000",
         "K for W4",
     ):
         assert said in text

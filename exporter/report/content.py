@@ -98,7 +98,7 @@ def _served(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = {"engine": f"vllm {found['engine']}, {found['build']} build", "questions": f"{found['questions']:,}"}
     for path, says in DISTANCES.items():
         if d := distance(found, path):
-            rows[says] = f"mean {d['mean']:.4f}, largest {d['largest']:.4f} of natural log-probabilities"
+            rows[says] = f"mean difference {d['mean']:.4f}, largest {d['largest']:.4f}"
     rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(found["schemes"].items())}
     if found["kernels"]:
         rows["kernels"] = ", ".join(found["kernels"])
