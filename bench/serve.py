@@ -55,7 +55,6 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     head_bits: int = 16
-    compiled: bool = False
 
 
 def fp8_activations(config: dict[str, Any]) -> None:
@@ -80,28 +79,28 @@ def head8(config: dict[str, Any]) -> None:
     config["ignore"] = [name for name in config["ignore"] if not name.endswith("lm_head")]
 
 
-BF16, CACHE8 = {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}
-MARLIN = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
-FAST = Variant([VIT_FP8, W4], (fp8_activations,), BF16)
-VARIANTS = {  # the most telling first
+FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
+BF16, CACHE8 = {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}
+W4A8 = Variant([VIT_FP8, W4], (fp8_activations,), BF16)
+NOT_MACHETE = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+VARIANTS = {
     "16 bits": Variant(),
     "w4-vit8": Variant([VIT8, W4]),
-    "w4a8fp8-vitfp8": FAST,
-    "fp8": Variant([VIT_FP8, FP8 | {"component": "language"}]),
-    "w4-marlin": Variant([VIT8, W4], environment=MARLIN),
-    "w4a8fp8-head8": replace(FAST, change=(fp8_activations, head8), head_bits=8),
     "w4-vit8a8": Variant([VIT_INT8, W4]),
-    "w4a8fp8-cache8": replace(FAST, engine=BF16 | CACHE8),
-    "w4a8fp8 compiled": replace(FAST, compiled=True),
-    "16 bits compiled": Variant(compiled=True),
-    "w4-vit8 compiled": Variant([VIT8, W4], compiled=True),
-    "fp8-cache8": Variant([VIT_FP8, FP8 | {"component": "language"}], engine=CACHE8),
-    "w4-head8": Variant([VIT_INT8, W4], (head8,), head_bits=8),
+    "fp8": Variant(FP8_ALL),
+    "w4a8fp8": W4A8,
+    "w4-cache8": Variant([VIT_FP8, W4], engine=CACHE8),
+    "fp8-cache8": Variant(FP8_ALL, engine=CACHE8),
+    "w4a8fp8-cache8": replace(W4A8, engine=BF16 | CACHE8),
+    "w4a8fp8-head8": replace(W4A8, change=(fp8_activations, head8), head_bits=8),
+    "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
+    "w4-marlin": Variant([VIT8, W4], environment=NOT_MACHETE),
+    "w4-humming": Variant([VIT8, W4], engine={"linear_backend": "humming"}),
+    "w3": Variant([VIT8, W4 | {"bits": 3}]),
     "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
     "w4a8int": Variant([VIT_INT8, W4], (int8_activations,)),
 }
-FIRST = tuple(VARIANTS)[:8]
 
 
 def plan_of(rules: Sequence[Mapping[str, Any]], folder: Path) -> Plan:
@@ -155,14 +154,18 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "enable_prefix_caching": False,
         "mm_processor_cache_gb": 0,
         "disable_log_stats": True,
+        "renderer_num_workers": options.renderers,
     }
+    if name in options.kernels:
+        trace = {"profiler": "torch", "torch_profiler_dir": str(folder.resolve() / "trace")}
+        engine["profiler_config"] = trace | {"torch_profiler_with_stack": False, "ignore_frontend": True}
     counts = [1, 2, 4, *(8 * i for i in range(1, max(options.clients) // 8 + 1))]
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": counts}
-    if not variant.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
+    if not options.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "compilation_config": graphs}
     sizes |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 27 * 10**9, "skip_mm_profiling": True}
-    engine |= {"enforce_eager": True, "max_num_seqs": 4} if options.smoke else sizes
+    engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
     spec = {
         "engine": engine | dict(variant.engine),
         "environment": dict(variant.environment),
@@ -174,41 +177,57 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "tokens": options.tokens,
         "rounds": options.rounds,
         "clients": options.clients,
+        "settle_s": {count: 0.2 + count / 64 for count in options.clients},
+        "blocks": config["text_config"].get("num_hidden_layers", 32),
         "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2),
     }
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     return folder
 
 
-def start(options: argparse.Namespace, paths: Sequence[Path]) -> tuple["subprocess.Popen[bytes]", ...]:
-    """The child that measures the specs one after the other, and one that measures the card's bandwidth meanwhile."""
-    python = shlex.split(options.python)
+def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]":
+    """A child that measures one variant when its turn comes; what it says goes to a log beside its spec."""
+    spec = json.loads((folder / "spec.json").read_text())
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    commands = [[*map(str, paths)], ["--bandwidth", str(options.out / "bandwidth.json")]]
-    children = []
-    for command, log in zip(commands, ("engines.log", "bandwidth.log"), strict=True):
-        with (options.out / log).open("wb") as said:
-            child = subprocess.Popen(
-                [*python, str(CHILD), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                env={**os.environ, **quiet},
-                start_new_session=True,
-            )
-        children.append(child)
-    return tuple(children)
+    turn = {"MMQ_BENCH_TURN": str(options.out.resolve() / "turn")}
+    with (folder / "engine.log").open("wb") as said:
+        return subprocess.Popen(
+            [*shlex.split(options.python), str(CHILD), str(folder / "spec.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, **quiet, **turn, **spec["environment"]},
+            start_new_session=True,
+        )
+
+
+def bandwidth(options: argparse.Namespace) -> float | None:
+    """Bytes a second of a copy on the card, None without one."""
+    file = options.out.resolve() / "bandwidth.json"
+    subprocess.run([*shlex.split(options.python), str(CHILD), "--bandwidth", str(file)], check=True)
+    found: float | None = json.loads(file.read_text())["bandwidth"]
+    return found
 
 
 def wait(name: str, folder: Path, child: "subprocess.Popen[bytes]", end: float) -> dict[str, Any]:
-    """The result of a variant once it is there, or why there is none."""
-    result = folder / "result.json"
-    while not result.exists():
-        if child.poll() is not None or time.monotonic() > end:
-            return {"name": name, "error": "not reached: see engines.log"}
-        time.sleep(0.5)
+    """The result of a variant once its engine has gone, or why there is none."""
+    try:
+        child.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return {"name": name, "error": f"not done in time: see {folder / 'engine.log'}"}
+    if not (folder / "result.json").exists():
+        return {"name": name, "error": f"ended with code {child.returncode}: see {folder / 'engine.log'}"}
     spec = json.loads((folder / "spec.json").read_text())
-    return {"name": name, **json.loads(result.read_text()), "decode_bytes": spec["decode_bytes"]}
+    found = json.loads((folder / "result.json").read_text())
+    return {"name": name, **found, "decode_bytes": spec["decode_bytes"]}
+
+
+def stop(children: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End whole process groups: an engine that outlived its parent would keep the card's memory."""
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, Any] | None) -> str:
@@ -229,41 +248,53 @@ def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, A
     return f"{found['name']:22} {times} | {rates} | {images} |{gains} {seconds}"
 
 
+def measure_all(options: argparse.Namespace, folders: Mapping[str, Path], speed: float | None) -> None:
+    """Run and print the variants one after the other; each is started when the one before has the card."""
+    end, names = time.monotonic() + options.seconds, list(folders)
+    children = {names[0]: start(options, folders[names[0]])}
+    results: list[dict[str, Any]] = []
+    try:
+        for i, name in enumerate(names):
+            log = folders[name] / "engine.log"
+            while children[name].poll() is None and "=== its turn" not in log.read_text(errors="replace"):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.2)
+            if i + 1 < len(names):
+                children[names[i + 1]] = start(options, folders[names[i + 1]])
+            results.append(wait(name, folders[name], children[name], end))
+            stop([children[name]])
+            print(row(results[-1], speed, results[0]), flush=True)
+            (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
+    finally:
+        stop(list(children.values()))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", default="python3", help="command of the interpreter that has vllm")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(FIRST))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:8])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
+    parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
+    parser.add_argument("--kernels", nargs="+", default=[], help="variants whose time by kernel goes to speed.json")
     parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
-    end = time.monotonic() + options.seconds
     config = write_source(options.out / "source", options.smoke)
     folders = {name: prepare(name, options.out, options.out / "source", config, options) for name in options.only}
-    child, side = start(options, [folder / "spec.json" for folder in folders.values()])
+    speed = bandwidth(options)
+    print(f"a copy on the card: {speed / 1e12:.2f} TB/s" if speed else "no card")
     clients = "/".join(map(str, options.clients))
     print(
         f"{'variant':22} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | images/s, one token",
         flush=True,
     )
-    results: list[dict[str, Any]] = []
-    try:
-        for name, folder in folders.items():
-            results.append(wait(name, folder, child, end))
-            file = options.out / "bandwidth.json"
-            speed = json.loads(file.read_text())["bandwidth"] if file.exists() else None
-            print(row(results[-1], speed, results[0]), flush=True)
-            (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
-    finally:
-        for one in (child, side):
-            with suppress(ProcessLookupError):  # an engine that outlived it would keep the card's memory
-                os.killpg(one.pid, signal.SIGKILL)
-            one.wait()
-    print(f"a copy on the card: {speed / 1e12:.2f} TB/s" if speed else "no card")
+    measure_all(options, folders, speed)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""The engines of `bench/serve.py`, in a process and an environment of their own: needs vLLM and nothing of mmq.
+"""One engine of `bench/serve.py`, in a process and an environment of its own: needs vLLM and nothing of mmq.
 
-python bench/serve_engine.py SPEC.json      prints "ready" once vLLM is imported, and starts when a line comes in
+    python bench/serve_engine.py SPEC.json
+    python bench/serve_engine.py --bandwidth OUT.json
+
+vLLM's engine is a process too, which imports for half a minute before it touches the card. It waits for its turn
+after that (a lock on a file), so the next variant imports while this one is measured.
 """
 
 import asyncio
+import fcntl
+import gzip
 import json
 import os
 import statistics
 import sys
 import time
 import traceback
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 FILLER = 10  # a token id that every vocabulary here has
+TURN = "MMQ_BENCH_TURN"  # the environment's name for the lock file's path
 
 
 class Load:
@@ -98,6 +106,42 @@ def bandwidth(gigabytes: int = 4) -> float | None:
     return best
 
 
+async def kernels(load: Load, engine: Any, spec: dict[str, Any], clients: int) -> dict[str, Any]:
+    """Milliseconds of the card by kernel for one decoded token of `clients` clients, from a trace of the engine."""
+    folder = Path(spec["engine"]["profiler_config"]["torch_profiler_dir"])
+    before = set(folder.rglob("*.json.gz"))
+    asking = asyncio.gather(*(load.ask(spec["tokens"]) for _ in range(clients)))
+    await asyncio.sleep(spec["settle_s"][str(clients)])  # past the prompts: from here on every step decodes
+    await engine.start_profile()
+    await asyncio.sleep(0.25)
+    await engine.stop_profile()
+    await asking
+    events = [
+        e
+        for file in set(folder.rglob("*.json.gz")) - before
+        for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    ]
+    ran = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    steps = (
+        max(Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"]).values(), default=0) / spec["blocks"]
+    )
+    if not steps:
+        return {}
+    total: Counter[str] = Counter()
+    for event in ran:
+        total[event["name"][:110]] += event["dur"] / 1000 / steps
+    span = (max(e["ts"] + e["dur"] for e in ran) - min(e["ts"] for e in ran)) / 1000 / steps
+    number = Counter(e["name"][:110] for e in ran)
+    rows = {name: [round(ms, 4), round(number[name] / steps, 1)] for name, ms in total.most_common(16)}
+    return {
+        "steps": steps,
+        "step_ms": span,
+        "busy_ms": sum(total.values()),
+        "launches": len(ran) / steps,
+        "kernels": rows,
+    }
+
+
 async def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Start the engine, measure, stop it."""
     from vllm import AsyncEngineArgs
@@ -107,29 +151,25 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
     started = time.perf_counter() - begun
     try:
-        found = await measure(Load(engine, spec), spec)
+        load = Load(engine, spec)
+        found = await measure(load, spec)
+        if "profiler_config" in spec["engine"]:
+            for number in (spec["clients"][0], spec["clients"][-1]):
+                found[f"kernels_{number}"] = await kernels(load, engine, spec, number)
     finally:
         engine.shutdown()
     return found | {"startup_s": started, "measured_s": time.perf_counter() - begun - started}
 
 
-def one(path: Path) -> None:
-    """One variant; its result or its error becomes a file."""
-    spec = json.loads(path.read_text())
-    out, environment = Path(spec["out"]), dict(os.environ)
-    os.environ.update(spec["environment"])  # the engine's process gets them
-    print(f"=== {path.parent.name}", flush=True)
-    try:
-        result: dict[str, Any] = asyncio.run(run(spec))
-    except Exception as error:  # noqa: BLE001 - the next variant goes on; this one is told
-        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[-300:]}
-        traceback.print_exc()
-    for name in spec["environment"]:
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    half = out.with_suffix(".half")
-    half.write_text(json.dumps(result, indent=1))
-    half.rename(out)
+def wait_for_turn() -> None:
+    """In the engine's process: import what takes long, then wait until the engine before has gone."""
+    import vllm.v1.engine.core  # noqa: F401
+
+    turn = os.open(
+        os.environ.pop(TURN), os.O_RDWR | os.O_CREAT
+    )  # the lock goes when the process ends; its workers do not wait
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    print("=== its turn", time.time(), flush=True)
 
 
 def main() -> None:
@@ -137,15 +177,21 @@ def main() -> None:
     if sys.argv[1] == "--bandwidth":
         Path(sys.argv[2]).write_text(json.dumps({"bandwidth": bandwidth()}))
         return
-    begun = time.perf_counter()
     # A fork of a process whose libraries have started threads hung on a GPU machine; a new process imports again.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    import vllm.v1.engine.async_llm  # noqa: F401
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(spec["out"])
+    try:
+        result: dict[str, Any] = asyncio.run(run(spec))
+    except Exception as error:  # noqa: BLE001 - the table tells it, and the next variant goes on
+        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[-300:]}
+        traceback.print_exc()
+    half = out.with_suffix(".half")
+    half.write_text(json.dumps(result, indent=1))
+    half.rename(out)
 
-    print(f"=== imported in {time.perf_counter() - begun:.0f} s", flush=True)
-    for path in sys.argv[1:]:
-        one(Path(path))
 
-
+if __name__ == "__mp_main__" and TURN in os.environ:
+    wait_for_turn()
 if __name__ == "__main__":
     main()
