@@ -17,6 +17,8 @@ from typing import Any, Self
 
 from exporter.errors import DataError, MmqError
 
+_START = "`ray start --head` starts one; where Ray asks for a token, give RAY_AUTH_TOKEN as its machines have it"
+
 Function = Callable[..., Any]
 Task = tuple[Any, ...]  # the function's arguments
 Pool = Callable[[Function, Sequence[Task]], Iterator[tuple[int, Any]]]  # (number of the task, its result)
@@ -108,7 +110,7 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[Pool]:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise DataError(f"no Ray cluster at {address}: {error}", "`ray start --head` starts one") from None
+            raise DataError(f"no Ray cluster at {address}: {error}", _START) from None
 
     def run(function: Function, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
