@@ -5,7 +5,7 @@ A symmetric scheme has codes `-2**(bits-1) .. 2**(bits-1)-1` around its middle, 
 every other weight gains a finer grid.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ Range = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 40
 KERNEL_WIDTH = 1024  # the widest group that one Triton program holds in registers
+BLOCK_WIDTH = 128  # the widest group of which it holds a part of the Hessian too
 SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
 PIECE = 1 << 17  # weights whose ranges are searched together on a CPU: what is tried stays in its cache
 
@@ -70,6 +71,16 @@ def scale_within(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, share
     return _scale_of(low * share, high * share, scheme, scale_dtype)
 
 
+def clip_fast(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype, steps: int
+) -> tuple[Tensor, Tensor] | None:
+    """Ranges down to half, by the output error of each group alone (`methods.awq`); None where no kernel does it."""
+    narrow_enough = isinstance(scheme.group_size, int) and 16 <= scheme.group_size <= BLOCK_WIDTH
+    if not weight.is_cuda or scheme.number != "int" or not narrow_enough:
+        return None
+    return _launch(weight, scheme, scale_dtype, 0.5 / steps, steps + 1, hessian=hessian)
+
+
 def _fits_kernel(scheme: Scheme) -> bool:
     return scheme.number == "int" and isinstance(scheme.group_size, int) and scheme.group_size <= KERNEL_WIDTH
 
@@ -78,11 +89,16 @@ def _search_fast(
     weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same search in one pass over the weights."""
+    return _launch(weight, scheme, scale_dtype, SHRINK_MOST / SHRINK_STEPS, SHRINK_STEPS, importance)
+
+
+def _launch(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, shrink: float, steps: int, *measure: Any, **more: Any
+) -> tuple[Tensor, Tensor]:
     from exporter.ranges_kernel import launch
 
-    width, shrink = scheme.columns_per_group(weight.shape[1]), SHRINK_MOST / SHRINK_STEPS
-    sizes = (width, scheme.levels, scheme.middle, scheme.symmetric)
-    return launch(weight, *sizes, scale_dtype, shrink, SHRINK_STEPS, importance)
+    sizes = (scheme.columns_per_group(weight.shape[1]), scheme.levels, scheme.middle, scheme.symmetric)
+    return launch(weight, *sizes, scale_dtype, shrink, steps, *measure, **more)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:

@@ -17,6 +17,7 @@ ROWS = 16  # rows of one program
 def _search(
     weight,
     importance,
+    hessian,
     scale,
     zero,
     rows,
@@ -31,6 +32,7 @@ def _search(
     G: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    TOGETHER: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -42,6 +44,10 @@ def _search(
     value = tl.load(weight + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
     if WEIGHTED:
         counts = tl.load(importance + column, mask=(offset < G) & (column < columns), other=0.0)
+    if TOGETHER:
+        own = (offset < G) & (column < columns)
+        at = column[:, None].to(tl.int64) * columns + column[None, :]
+        block = tl.load(hessian + at, mask=own[:, None] & own[None, :], other=0.0)
     low = tl.minimum(tl.min(value, axis=1), 0.0)
     high = tl.maximum(tl.max(value, axis=1), 0.0)
     best = tl.full((R,), float("inf"), tl.float32)
@@ -61,7 +67,9 @@ def _search(
         code = libdevice.rint(tl.div_rn(value, size[:, None] + tl.zeros((R, W), tl.float32))) + point[:, None]
         code = tl.minimum(tl.maximum(code, 0.0), levels)
         difference = (code - point[:, None]) * size[:, None] - value
-        if WEIGHTED:
+        if TOGETHER:
+            error = tl.sum(tl.dot(difference, block, input_precision="tf32x3") * difference, axis=1)
+        elif WEIGHTED:
             error = tl.sum(difference * difference * tl.sqrt(tl.abs(difference)) * counts[None, :], axis=1)
         else:
             error = tl.sum(difference * difference, axis=1)
@@ -84,10 +92,13 @@ def launch(
     shrink: float,
     steps: int,
     importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
 
     shrink: how much narrower each of the `steps` ranges is than the one before, as a share of the first.
+    hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its part of the diagonal, and a
+    group has from 16 to `ranges.BLOCK_WIDTH` columns.
     """
     rows, columns = weight.shape
     groups = triton.cdiv(columns, width)
@@ -100,9 +111,11 @@ def launch(
         "G": width,
         "SYMMETRIC": symmetric,
         "WEIGHTED": importance is not None,
+        "TOGETHER": hessian is not None,
         "R": ROWS,
         "W": triton.next_power_of_2(width),
     }
     counts = weight if importance is None else importance.float().contiguous()
-    _search[grid](weight.contiguous(), counts, scale, zero, *sizes, **options, num_warps=4)
+    second = weight if hessian is None else hessian
+    _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options, num_warps=4)
     return scale, zero

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.device import choose
 from tests.headers.read import header, header_config, write_sparse_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not choose("auto").is_cuda:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on a CPU
 torch.set_num_threads(1)  # tiny tensors: more threads are slower, and sums stay the same everywhere
 
 __all__ = ["header", "header_config", "write_sparse_checkpoint"]

@@ -11,9 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from exporter.moments import Statistics
+from exporter.moments import Statistics, times
 from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
-from exporter.ranges import fit_scale, scale_within
+from exporter.ranges import clip_fast, fit_scale, scale_within
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quantize_linear"]
 
@@ -101,7 +101,18 @@ def _clip(
 
     Contributions add up, and their errors may too: a row keeps the full ranges when it does better as a whole.
     """
-    full = scale.clone(), zero.clone()
+    full = scale, zero
+    scale, zero = clip_fast(weight, hessian, scheme, scale.dtype, steps) or _clip_plain(
+        weight, hessian, scheme, steps, scale, zero
+    )
+    helps = _row_errors(weight, hessian, scale, zero, scheme) < _row_errors(weight, hessian, *full, scheme)
+    return torch.where(helps, scale, full[0]), torch.where(helps, zero, full[1])
+
+
+def _clip_plain(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best range of each group by itself, in torch, on any device."""
     blocks = _diagonal_blocks(hessian, scheme)
     error = _group_output_error(weight, blocks, scale, zero, scheme)
     for step in range(1, steps + 1):
@@ -110,14 +121,14 @@ def _clip(
         better = found < error
         error = torch.where(better, found, error)
         scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
-    helps = _row_errors(weight, hessian, scale, zero, scheme) < _row_errors(weight, hessian, *full, scheme)
-    return torch.where(helps, scale, full[0]), torch.where(helps, zero, full[1])
+    return scale, zero
 
 
 def _row_errors(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """`d H d^T` of each whole row, `[out, 1]`."""
     difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
-    return ((difference @ hessian) * difference).sum(1, keepdim=True)
+    left = difference.to(torch.bfloat16) if difference.is_cuda else difference  # two sums are compared, not kept
+    return (times(left, hessian) * difference).sum(1, keepdim=True)
 
 
 def _diagonal_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
