@@ -37,7 +37,8 @@ def python_line(launch: Launch) -> str:
     code = (
         "from openai import OpenAI; "
         f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
-        f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, temperature=0, messages={_messages()!r}); "
+        f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, temperature=0, "
+        f"messages={_messages()!r}); "
         "print(answer.choices[0].message.content)"
     )
     return f"python -c {shlex.quote(code)}"
