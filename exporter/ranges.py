@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from exporter.quantized import FP8, FP8_MAX, Scheme
+from exporter.quantized import FP8, FP8_MAX, Scheme, float8_scales
 
 Range = Literal["minmax", "mse"]
 
@@ -32,9 +32,17 @@ def fit_scale(
 
     range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps, group by group, the one with the least
     error. "tensor" schemes repeat one value.
+    Scales of `mixed` schemes are rounded to what their engine makes of them, relative to the largest of the row.
     importance: f32 `[in]`; the error that "mse" compares is then `importance * |off|^2.5`, summed over the columns of a
     group, else `off^2`. Two and a half, since clipping a few weights costs an output more than their squares say.
     """
+    scale, zero = _fitted(weight, scheme, scale_dtype, range_, importance)
+    return (_as_float8(scale) if scheme.mixed else scale), zero
+
+
+def _fitted(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, range_: Range, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme):
         return _search_fast(weight, scheme, scale_dtype, importance)
     low, high = _extremes(weight, scheme)
@@ -44,6 +52,12 @@ def fit_scale(
     pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
     found = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _as_float8(scale: Tensor) -> Tensor:
+    """The scales that an engine will make of `scale` `[out, groups]`, so that codes are computed for these."""
+    eighths, row = float8_scales(scale)
+    return _stored(eighths * (8 * row), scale.dtype)
 
 
 def _search(
@@ -78,7 +92,12 @@ def clip_fast(
     narrow_enough = isinstance(scheme.group_size, int) and 16 <= scheme.group_size <= BLOCK_WIDTH
     if not weight.is_cuda or scheme.number != "int" or not narrow_enough:
         return None
-    return _launch(weight, scheme, scale_dtype, 0.5 / steps, steps + 1, hessian=hessian)
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return _launch(weight, scheme, scale_dtype, 0.5 / steps, steps + 1, hessian=hessian)
+    except OutOfResources:  # a card with little shared memory
+        return None
 
 
 def _fits_kernel(scheme: Scheme) -> bool:

@@ -98,7 +98,8 @@ def launch(
 
     shrink: how much narrower each of the `steps` ranges is than the one before, as a share of the first.
     hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its part of the diagonal, and a
-    group has from 16 to `ranges.BLOCK_WIDTH` columns.
+    group has from 16 to `ranges.BLOCK_WIDTH` columns. A card whose shared memory is too small for that (147 kB at 128
+    columns: an H100 and an A100 have it) raises Triton's `OutOfResources`.
     """
     rows, columns = weight.shape
     groups = triton.cdiv(columns, width)
@@ -117,5 +118,7 @@ def launch(
     }
     counts = weight if importance is None else importance.float().contiguous()
     second = weight if hessian is None else hessian
-    _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options, num_warps=4)
+    _search[grid](
+        weight.contiguous(), counts, second, scale, zero, *sizes, **options, num_warps=8 if hessian is not None else 4
+    )
     return scale, zero
