@@ -20,7 +20,7 @@ STACK_BYTES = 4  # float32: weights that share an input, stacked
 REPORT_BYTES = 15  # the error of one linear: weights, what they became, the difference, a product
 CODE_BYTES = 2  # of every weight of a block: its codes, and those of the block before while they are written
 RUNTIME_BYTES = 400 * 2**20  # torch, transformers and their libraries, resident in the host process
-CUDA_BYTES = 1.2 * 2**30  # what CUDA and its libraries add there
+CUDA_BYTES = 1.5 * 2**30  # what CUDA and its libraries add there
 
 
 @dataclass(frozen=True)
