@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from exporter.activations import Rounded
 from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
 from exporter.errors import ArtifactError
 from exporter.events import Event
@@ -26,7 +27,7 @@ from exporter.formats import FORMATS, read_groups
 from exporter.formats.group import Group
 from exporter.job import finite
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
-from exporter.quantized import Activations, QuantizedLinear, Scheme, pack_bits
+from exporter.quantized import QuantizedLinear, Scheme, pack_bits
 from exporter.targets import groups, kept_modules
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
 
@@ -164,13 +165,24 @@ def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     config = dict(checkpoint.config)
     found = groups(plan)
     if found:  # where all is dequantized the model is a plain one
-        config["quantization_config"] = FORMATS[plan.recipe.format].quantization_config(found, kept_modules(plan))
+        described = FORMATS[plan.recipe.format].quantization_config(found, kept_modules(plan), plan.recipe.kv_cache)
+        config["quantization_config"] = described
+    if any(group.scheme.mixed for group in found):  # the one kernel for these computes in bfloat16 alone
+        config = in_dtype(config, "bfloat16")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for pattern in COPIED:
         for path in sorted(checkpoint.folder.glob(pattern)):
             if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that asks for `dtype`, for the whole model and for every part that names one."""
+    changed = {key: in_dtype(value, dtype) if key.endswith("_config") else value for key, value in config.items()}
+    named = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
+    whole = ["dtype"] if "architectures" in changed and not named else named
+    return changed | dict.fromkeys(whole, dtype)
 
 
 def _manifest(plan: Plan, digests: dict[str, str], workdir: Workdir) -> dict[str, Any]:
@@ -249,10 +261,16 @@ class Artifact:
         names: tuple[str, ...] = FORMATS[self.manifest["format"]].tensor_names(module, self.scheme_of(module))
         return names
 
-    def rounded_inputs(self) -> dict[str, Activations]:
-        """Live names of the linears whose inputs the engine rounds to 8 bits, and how."""
+    @property
+    def kv_cache(self) -> str | None:
+        """What an engine keeps keys and values in: "fp8", or None for the model's 16 bits."""
+        described = (self.checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
+        return "fp8" if described else None
+
+    def rounded(self) -> Rounded:
+        """What an engine rounds while it computes."""
         kinds = {module: self.scheme_of(module).activations for module in self.manifest["linears"]}
-        return {self.family.live_name(module): kind for module, kind in kinds.items() if kind}
+        return Rounded({self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache)
 
     def linear(self, module: str) -> QuantizedLinear:
         """One packed linear, unpacked."""
@@ -262,10 +280,10 @@ class Artifact:
         return linear
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its checkpoint name, dequantized where it is packed."""
+        """One tensor by its checkpoint name, as an engine multiplies by it where it is packed."""
         module = name.removesuffix(".weight")
         if module in self.manifest["linears"]:
-            return self.linear(module).dequantize()
+            return self.linear(module).as_served()
         return self.checkpoint.read(name)
 
 

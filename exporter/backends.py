@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from exporter.activations import round_inputs
+from exporter.activations import EXACT, Rounded, round_as_served
 from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
@@ -18,7 +18,6 @@ from exporter.errors import CheckpointError, DataError
 from exporter.families import Family
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
-from exporter.quantized import Activations
 from exporter.stream import Read, load_whole
 from exporter.tasks.sample import Sample
 
@@ -63,11 +62,11 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
     def processor() -> Any:
         return load_processor(checkpoint.folder)
 
-    def model(label: str, weights: str, names: Sequence[str], read: Read, rounded: dict[str, Activations]) -> Model:
+    def model(label: str, weights: str, names: Sequence[str], read: Read, rounded: Rounded = EXACT) -> Model:
         @contextmanager
         def opened() -> Iterator[Backend]:
             loaded = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
-            round_inputs(loaded, rounded)
+            round_as_served(loaded, rounded, cuda=True)
             try:
                 yield Predictor(loaded, processor(), family, device.torch_device, batch)
             finally:
@@ -75,13 +74,12 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
                 release(device)
 
         identity = _identity(family, weights, checkpoint) | how
-        if rounded:
-            identity["activations"] = rounded
+        identity |= rounded.described()
         return Model(label, identity, lambda sample: _asked(processor(), family, sample), opened)
 
     return (
-        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read, {}),
-        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded_inputs()),
+        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read),
+        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded()),
     )
 
 

@@ -155,7 +155,7 @@ def _quantize_phases(job: Job, component: Component, unit: Unit, flows: Sequence
                 linears[row.module] = linear
                 errors[row.module] = error
                 if flows:
-                    job.stream.put(row.tensor.name, linear.dequantize())
+                    job.stream.put(row.tensor.name, linear.as_served())
     return UnitResult(linears, errors, tuple(notes))
 
 
@@ -215,7 +215,7 @@ def _quantize_stack(
     for row, weight in zip(stack, weights, strict=True):
         end = start + weight.shape[0]
         part = QuantizedLinear(whole.scheme, whole.codes[start:end], whole.scale[start:end], whole.zero[start:end])
-        results.append((row, part, relative_error(weight, part.dequantize(), statistics)))
+        results.append((row, part, relative_error(weight, part.as_served(), statistics)))
         start = end
     return results
 

@@ -57,7 +57,7 @@ class Job:
             self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
         result, module = self._cached[1], name.removesuffix(".weight")
         if module in result.linears and name.endswith(".weight"):
-            return result.linears[module].dequantize()
+            return result.linears[module].as_served()
         return result.altered[name] if name in result.altered else self.checkpoint.read(name)
 
     def tensors_under(self, prefix: str) -> list[str]:

@@ -19,7 +19,7 @@ from exporter.methods import METHODS
 from exporter.quantized import Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.runtime.kernels import serving
-from exporter.runtime.serve_lint import Linear, lint
+from exporter.runtime.serve_lint import Linear, cache_problems, lint
 
 LISTED = 5  # problems of one kind that are written out
 Decision = Literal["packed", "dequantized", "kept"]
@@ -127,8 +127,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         raise PlanError(f"{checkpoint.origin}: {refused}", "see docs/families.md for the models that mmq takes")
     if "quantization_config" in checkpoint.config:
         raise PlanError(f"{checkpoint.origin} is quantized already", "start from the full-precision model")
-    problems: list[str] = []
-    rows, used = _decide(recipe, checkpoint, family, problems)
+    rows, used, problems = _decide(recipe, checkpoint, family)
     problems += [
         f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters leave none"
         for i, rule in enumerate(recipe.quantize)
@@ -137,6 +136,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
     together = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
     problems += [f"format {recipe.format}: {together}"] if together else []
+    packed = any(row.decision == "packed" for row in rows)
+    problems += cache_problems(recipe.kv_cache, recipe.format, FORMATS[recipe.format].KV_CACHES, packed)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
@@ -149,10 +150,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
 
 
-def _decide(
-    recipe: Recipe, checkpoint: Checkpoint, family: Family, problems: list[str]
-) -> tuple[list[PlanRow], set[int]]:
-    """A row for every tensor, and the indices of the rules that matched something."""
+def _decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list[PlanRow], set[int], list[str]]:
+    """A row for every tensor, the indices of the rules that matched something, and what is wrong."""
+    problems: list[str] = []
     places = _places(checkpoint, family, problems)
     rows, used = [], set()
     for tensor in checkpoint.tensors.values():
@@ -167,7 +167,7 @@ def _decide(
         if number is not None:
             used.add(number)
         rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, problems))
-    return rows, used
+    return rows, used, problems
 
 
 def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
@@ -293,7 +293,7 @@ def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memor
         found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
-        if scheme and scheme.bits not in (4, 8) and not family.unserved:
+        if scheme and (scheme.bits not in (4, 8) or scheme.mixed) and not family.unserved:
             found.append(f"{component} {scheme.label()}: {serving(scheme, recipe.format).note} to be served")
     if memory.device_bytes > device.free_bytes:
         found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")

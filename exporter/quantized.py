@@ -17,6 +17,7 @@ Activations = Literal["int8", "fp8"]
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+FP8_LEAST = 1 / (512 * FP8_MAX)  # vLLM's least scale of a dynamic float8 row
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Scheme:
     symmetric: the zero point is fixed at the middle code, `2**(bits-1)`.
     number: "int" (uniform integers) or "fp8" (float8 e4m3; 8 bits, symmetric, no zero point).
     activations: None (weight only), or the dynamic per-token quantization the runtime applies to the input.
+        int8 goes with 8-bit integers, fp8 with float8 weights or with 4 bits (see `mixed`).
     """
 
     bits: int
@@ -45,6 +47,12 @@ class Scheme:
     def middle(self) -> int:
         """The zero point of a symmetric scheme, `2**(bits-1)`."""
         return 1 << (self.bits - 1)
+
+    @property
+    def mixed(self) -> bool:
+        """4-bit integers that meet float8 inputs: the one pair of unlike types that a kernel multiplies (Hopper's)."""
+        integers = self.bits == 4 and self.symmetric and self.number == "int"
+        return self.activations == "fp8" and integers and self.group_size == 128
 
     def columns_per_group(self, columns: int) -> int:
         """Columns sharing one scale in a linear of `columns` inputs."""
@@ -81,6 +89,20 @@ class QuantizedLinear:
         """`(codes - zero) * scale` in float32, `[out, in]`, then cast to `dtype`."""
         return dequantize(self.codes, self.scale, self.zero, self.scheme).to(dtype)
 
+    def as_served(self) -> Tensor:
+        """The float32 weight `[out, in]` that an engine multiplies by; `dequantize` but for `mixed` schemes.
+
+        vLLM's kernel for these has no 16-bit scales: it makes a float8 number of every scale, relative to the largest
+        of its row, and another of every product of scale and code (`convert_bf16_scales_to_fp8`, Cutlass'
+        `packed_scale_t`).
+        """
+        if not self.scheme.mixed:
+            return self.dequantize()
+        eighths, row = float8_scales(self.scale)
+        signed = self.codes.float() - self.scheme.middle
+        products = signed.mul_(spread(eighths, self.codes.shape[1], self.scheme)).to(FP8)  # at most 8 eighths of 448
+        return products.float().mul_(8 * row)
+
     def to(self, device: torch.device | str) -> "QuantizedLinear":
         """The same linear on another device."""
         return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
@@ -89,6 +111,17 @@ class QuantizedLinear:
 def spread(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Repeat a per-group tensor `[out, groups]` to its columns, `[out, in]`; the last group may be short."""
     return per_group.repeat_interleave(scheme.columns_per_group(columns), dim=1)[:, :columns]
+
+
+def float8_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`scale` `[out, groups]` as `mixed` schemes are served: eighths of a float8 number, and a factor for each row.
+
+    Returns float32 `[out, groups]` (values of float8 e4m3) and `[out, 1]`; a scale is about `8 * eighths * row`.
+    """
+    wide = scale.float()
+    row = (wide.amax(dim=1, keepdim=True) / FP8_MAX).clamp_min(FP8_LEAST)
+    whole = (wide / row).clamp_max(FP8_MAX).to(FP8).float()
+    return (whole / 8).to(FP8).float(), row
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:

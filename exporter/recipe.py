@@ -100,10 +100,15 @@ class Rule(Strict):
     def _together(self) -> Self:
         if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
             raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
-        if self.activations and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
-            raise ValueError("activations need bits: 8, symmetric: true and group_size: row or tensor")
-        if self.activations and (self.activations == "fp8") != (self.number == "fp8"):
-            raise ValueError("activations: fp8 goes with number: fp8, and int8 with int")
+        scheme = Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+        if self.activations and not scheme.mixed:
+            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
+                raise ValueError(
+                    "activations need bits: 8, symmetric: true and group_size: row or tensor; "
+                    "activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
+                )
+            if (self.activations == "fp8") != (self.number == "fp8"):
+                raise ValueError("activations: fp8 goes with number: fp8 or with 4 bits, and int8 with int")
         self.parsed_options()
         return self
 
@@ -214,7 +219,10 @@ class Publish(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe; see `recipes/*.yaml` for documented examples."""
+    """A whole recipe; see `recipes/*.yaml` for documented examples.
+
+    kv_cache: how an engine keeps the keys and values of the language model: None for 16 bits, "fp8" for float8 e4m3.
+    """
 
     name: str
     summary: str
@@ -222,6 +230,7 @@ class Recipe(Strict):
     quantize: tuple[Rule, ...]
     calibration: Calibration = Calibration()
     format: str = "compressed_tensors"
+    kv_cache: Literal["fp8"] | None = None
     evaluation: Evaluation = Evaluation()
     gates: tuple[Gate, ...]
     evidence: tuple[Evidence, ...]
@@ -254,7 +263,10 @@ class Recipe(Strict):
 
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of comments and key order."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        content = self.model_dump(mode="json")
+        if self.kv_cache is None:  # recipes from before there was a choice keep their digest
+            del content["kv_cache"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def foreign_tasks(self, able: Collection[str]) -> list[str]:
         """A problem for every task this recipe names that the family, which is able to do `able`, cannot do."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.activations import round_inputs
+from exporter.activations import round_as_served
 from exporter.artifact import Artifact
 from exporter.device import Device
 from exporter.predict import prompt_inputs
@@ -58,7 +58,10 @@ class Compared:
 
 
 class Reference:
-    """The dequantized artifact in transformers, its activations rounded as the schemes say, in float32 if it fits."""
+    """The artifact in transformers as an engine computes it, in float32 if it fits.
+
+    Weights are dequantized, inputs rounded as the schemes say, keys and values as the cache holds them.
+    """
 
     def __init__(self, artifact: Artifact, processor: Any, device: Device) -> None:
         self._family = artifact.family
@@ -69,7 +72,7 @@ class Reference:
         need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
         self._high = torch.float32 if need < device.free_bytes else self._low
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
-        round_inputs(self._model, artifact.rounded_inputs())
+        round_as_served(self._model, artifact.rounded(), device.is_cuda)
 
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
         """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""

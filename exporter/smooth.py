@@ -70,7 +70,7 @@ def _restore(job: Job, tensors: Mapping[str, Tensor]) -> None:
 def _put_quantized(job: Job, unit: Unit, result: UnitResult) -> None:
     """The weights that codes stand for, one at a time: a second block of them would not be small."""
     for row in unit.rows:
-        job.stream.put(row.tensor.name, result.linears[row.module].dequantize())
+        job.stream.put(row.tensor.name, result.linears[row.module].as_served())
 
 
 def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

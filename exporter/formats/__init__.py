@@ -20,6 +20,10 @@ class Format(Protocol):
     def NAME(self) -> str:
         """The key in `FORMATS`."""
 
+    @property
+    def KV_CACHES(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the config says of each number type, other than the model's own, that a cache may be kept in."""
+
     def supports(self, scheme: Scheme, columns: int, rows: int) -> str | None:
         """Why a linear `[rows, columns]` cannot be stored under `scheme`, or None."""
 
@@ -35,8 +39,10 @@ class Format(Protocol):
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
         """The inverse of `pack`."""
 
-    def quantization_config(self, groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json. kept: names of linears in 16 bit."""
+    def quantization_config(
+        self, groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None
+    ) -> dict[str, Any]:
+        """The `quantization_config` of config.json. kept: names of linears in 16 bit. kv_cache: of `KV_CACHES`."""
 
     def read_config(self, config: Mapping[str, Any]) -> list[Group]:
         """The groups of a `quantization_config`."""

@@ -16,6 +16,7 @@ from exporter.formats.group import Group
 from exporter.quantized import GroupSize, QuantizedLinear, Scheme, pack_bits, unpack_bits
 
 NAME = "awq"
+KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 NATURAL = [0, 4, 1, 5, 2, 6, 3, 7]  # the inverse of ORDER
 
@@ -74,7 +75,7 @@ def _reordered(values: Tensor, order: list[int]) -> Tensor:
     return values.reshape(values.shape[0], -1, 8)[:, :, order].flatten(1)
 
 
-def quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
+def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json. kept: whole names (no patterns) of linears in 16 bit.
 
     ArtifactError when the groups differ in more than symmetry; `conflict` tells beforehand.

@@ -22,6 +22,7 @@ from exporter.formats.group import Group
 from exporter.quantized import QuantizedLinear, Scheme, pack_bits, unpack_bits
 
 NAME = "gptq"
+KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
 BITS = (2, 3, 4, 8)
 
 
@@ -77,7 +78,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     return QuantizedLinear(scheme, codes, scales.T.contiguous(), zero.T.contiguous())
 
 
-def quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
+def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json. kept: names of linears in 16 bit.
 
     The first group is also the base scheme, for readers that do not know `dynamic`.

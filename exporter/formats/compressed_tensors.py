@@ -4,6 +4,7 @@ Weight-only integers are `pack-quantized`: `weight_packed` int32 `[out, ceil(in*
 is the signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`; `weight_shape` int64 `[2]`; asymmetric schemes
 add `weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same stream along `out`. Read by vLLM's
 `CompressedTensorsWNA16` and by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape).
+4 bits with float8 activations are stored like 4 bits alone; `CompressedTensorsW4A8Fp8` reads them on Hopper.
 8 bits with int8 activations are `int-quantized` (`weight` int8), float8 is `float-quantized` (`weight` float8 e4m3).
 """
 
@@ -17,6 +18,10 @@ from exporter.formats.group import Group
 from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, unpack_bits
 
 NAME = "compressed_tensors"
+# No scales beside it: engines take 1.0 (docs/serving.md says why that is enough).
+KV_CACHES: Mapping[str, Mapping[str, Any]] = {
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+}
 
 
 def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
@@ -24,8 +29,12 @@ def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     whole = scheme.bits == 8 and scheme.symmetric and not isinstance(scheme.group_size, int)
     if scheme.number == "fp8" and (not whole or scheme.activations == "int8"):
         return "float8 weights are 8 bits, symmetric, with group_size row or tensor, and activations fp8 or none"
-    if scheme.number == "int" and (scheme.activations == "fp8" or (scheme.activations and not whole)):
-        return "integers with activations are 8 bits, symmetric, with group_size row or tensor, and activations int8"
+    if scheme.mixed and (columns % 128 or rows % 128):
+        return "4 bits with float8 activations need inputs and outputs in multiples of 128; leave out activations: fp8"
+    plain = scheme.activations is None or (whole and scheme.activations == "int8")
+    if scheme.number == "int" and not plain and not scheme.mixed:
+        allowed = "integers with activations are 8 bits, symmetric, with group_size row or tensor, and activations int8"
+        return f"{allowed}; or 4 bits, symmetric, with group_size 128, and activations fp8"
     if not 2 <= scheme.bits <= 8:
         return f"it holds 2 to 8 bits, not {scheme.bits}"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
@@ -42,7 +51,7 @@ def _layout(scheme: Scheme) -> str:
     """The format's own name for how a scheme is stored."""
     if scheme.number == "fp8":
         return "float-quantized"
-    return "int-quantized" if scheme.activations else "pack-quantized"
+    return "int-quantized" if scheme.activations == "int8" else "pack-quantized"
 
 
 def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
@@ -58,7 +67,7 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     scheme, scale = linear.scheme, linear.scale
     if scheme.number == "fp8":
         return {f"{name}.weight": linear.codes.view(FP8), f"{name}.weight_scale": scale}
-    if scheme.activations:
+    if _layout(scheme) == "int-quantized":
         signed = (linear.codes ^ scheme.middle).view(torch.int8)  # code - 128 is the code with its top bit flipped
         return {f"{name}.weight": signed, f"{name}.weight_scale": scale}
     tensors = {
@@ -78,7 +87,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     zero = torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
     if scheme.number == "fp8":
         return QuantizedLinear(scheme, tensors[f"{name}.weight"].view(torch.uint8), scale, zero)
-    if scheme.activations:
+    if _layout(scheme) == "int-quantized":
         codes = tensors[f"{name}.weight"].view(torch.uint8) ^ scheme.middle
         return QuantizedLinear(scheme, codes, scale, zero)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
@@ -89,17 +98,17 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     return QuantizedLinear(scheme, codes, scale, zero)
 
 
-def quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. kept: names of linears in 16 bit."""
+def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json. kept: names of linears in 16 bit; kv_cache: a key of `KV_CACHES`."""
     layouts = {_layout(group.scheme) for group in groups}
-    mixed = layouts != {"pack-quantized"}
+    told = layouts != {"pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "mixed-precision" if len(layouts) > 1 else next(iter(layouts), "pack-quantized"),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(KV_CACHES[kv_cache]) if kv_cache else None,
         "ignore": list(kept),
-        "config_groups": {f"group_{i}": _group_config(group, mixed) for i, group in enumerate(groups)},
+        "config_groups": {f"group_{i}": _group_config(group, told) for i, group in enumerate(groups)},
     }
 
 
@@ -122,7 +131,8 @@ def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
         "output_activations": None,
     }
     if scheme.activations:
-        token = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
+        kind = "float" if scheme.activations == "fp8" else "int"
+        token = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
         config["input_activations"] = token
     if with_format:
         config["format"] = _layout(scheme)

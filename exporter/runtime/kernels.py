@@ -1,7 +1,8 @@
 """Which vLLM kernel runs a scheme, by format and hardware (vLLM 0.26-0.33).
 
 Read from vLLM's `_get_scheme_from_parts` (compressed-tensors) and kernel lists, and tried where `docs/` says so:
-Marlin takes 4 and 8 bits from compute capability 8.0, Machete 9.0; other widths need the `humming-kernels`
+Marlin takes 4 and 8 bits from compute capability 8.0, Machete 9.0; 4 bits with float8 activations run on 9.0 alone, in
+bfloat16; other widths need the `humming-kernels`
 package; the CPU has 4-bit weight-only and int8 W8A8.
 """
 
@@ -30,6 +31,8 @@ def serving(scheme: Scheme, format_name: str) -> Serving:
         weight_only = scheme.activations is None
         cuda = "FP8 Marlin" if weight_only else "FP8 Cutlass (8.9+), FP8 Marlin below"
         return Serving(cuda, None if weight_only else "torch fallback")
+    if scheme.mixed:
+        return Serving("Cutlass W4A8 (9.0 alone)", None, "needs a Hopper GPU, compute capability 9.0")
     if scheme.activations == "int8":
         return Serving("Cutlass int8", "oneDNN int8")
     if format_name in ("gptq", "awq"):
@@ -37,7 +40,9 @@ def serving(scheme: Scheme, format_name: str) -> Serving:
     if scheme.bits == 4:
         return Serving("Machete (9.0) or Marlin (8.0+)", "CPU WNA16")
     if scheme.bits == 8 and scheme.symmetric:
-        return Serving("Machete (9.0) or Marlin (8.0+)", None, "8-bit weight-only has no CPU kernel: add activations: int8")
+        return Serving(
+            "Machete (9.0) or Marlin (8.0+)", None, "8-bit weight-only has no CPU kernel: add activations: int8"
+        )
     return Serving("Humming (7.5+)", None, "needs the humming-kernels package")
 
 

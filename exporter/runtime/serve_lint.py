@@ -7,11 +7,12 @@ fused-scheme     linears that the engine fuses (q/k/v, gate/up) share one scheme
 pattern          the config's targets give every linear, under the engine's fused name, its scheme and no other
 unbuilt-block    blocks that the engine does not build (after CLIP's feature block) hold nothing packed
 kernel           some kernel of the engine runs the scheme in this format
+kv-cache         the artifact can say in which number type the cache is kept
 tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from exporter.quantized import Scheme
@@ -79,6 +80,16 @@ def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
             reason = found.note or f"it has none for {scheme.label()} in format {format_name}"
             problems.append(f"rule kernel: {linear.name}, {scheme.label()}: vLLM has no kernel for it: {reason}")
     return problems
+
+
+def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str], packed: bool) -> list[str]:
+    """Rule kv-cache. able: the number types that the format's config can tell; packed: whether there is a config."""
+    if kv_cache is None or (packed and kv_cache in able):
+        return []
+    why = f"format {format_name} cannot tell an engine so; use compressed_tensors"
+    if kv_cache in able:
+        why = "an artifact with nothing packed has no quantization config that could tell an engine so"
+    return [f"rule kv-cache: kv_cache: {kv_cache}: {why}, or leave it out and serve with --kv-cache-dtype {kv_cache}"]
 
 
 def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
@@ -159,6 +170,8 @@ def engine_class(scheme: Scheme) -> tuple[str, ...]:
     if scheme.number == "fp8":
         weight_only = "CompressedTensorsW8A16Fp8"  # also what 8.0 cards make of float8 activations
         return ("CompressedTensorsW8A8Fp8", weight_only) if scheme.activations else (weight_only,)
+    if scheme.mixed:
+        return ("CompressedTensorsW4A8Fp8",)
     if scheme.activations == "int8":
         return ("CompressedTensorsW8A8Int8",)
     return ("CompressedTensorsWNA16",)

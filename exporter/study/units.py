@@ -147,7 +147,7 @@ def changes(results: Iterable[UnitResult]) -> dict[str, Tensor]:
     """Checkpoint name -> the tensor that a runtime sees, for everything that units change."""
     found: dict[str, Tensor] = {}
     for result in results:
-        found |= {f"{module}.weight": linear.dequantize() for module, linear in result.linears.items()}
+        found |= {f"{module}.weight": linear.as_served() for module, linear in result.linears.items()}
         both = found.keys() & result.altered.keys()
         assert not both, f"two units change {sorted(both)}"
         found |= result.altered
