@@ -85,7 +85,7 @@ def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str
     """The card's YAML, written by the hub library's own classes."""
     from huggingface_hub import ModelCardData
 
-    widths = sorted({part.scheme.partition(" ")[0].lower() + "a16" for part in facts.parts if part.packed})
+    widths = sorted({_width(part.scheme) for part in facts.parts if part.packed})
     methods = sorted({method for part in facts.parts for method in part.methods})
     tags = ["vllm", str(facts.manifest["format"]).replace("_", "-"), *widths, *methods, "vision", "mmq"]
     base = base_model(facts, declared)
@@ -183,6 +183,12 @@ def _warning(problems: Sequence[str]) -> str:
     return f"> [!WARNING]\n> **Published by force.** mmq refused to publish this artifact:\n{lines}"
 
 
+def _width(scheme: str) -> str:
+    """A scheme's label as hubs tag it: `w4a16`, `w8a8`, `w4a8`, `fp8`."""
+    first = scheme.partition(" ")[0].lower()
+    return first if first == "fp8" else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
+
+
 def _parts(facts: Facts) -> str:
     rows = [
         [part.component, str(part.linears), part.scheme, "/".join(part.methods), "packed" if part.packed else "16 bits"]
@@ -195,7 +201,8 @@ def _parts(facts: Facts) -> str:
     return (
         table(["component", "linears", "scheme", "method", "stored"], rows)
         + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
-        "Activations stay in 16 bits unless the scheme says `A8`."
+        "Activations stay in 16 bits unless the scheme says `A8` or `A-FP8`."
+        + (" Keys and values are kept in float8 (e4m3)." if facts.recipe.get("kv_cache") else "")
     )
 
 

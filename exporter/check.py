@@ -26,7 +26,7 @@ from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
 from exporter.runtime.plugin import with_plugin
-from exporter.runtime.serve_lint import Linear, cpu_problems, engine_class, parallel_problems
+from exporter.runtime.serve_lint import Linear, cpu_cache_problems, cpu_problems, engine_class, parallel_problems
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
 
@@ -233,12 +233,15 @@ def needs_plugin(artifact: Artifact) -> bool:
 def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
     """ServeError naming the rules that keep this engine from serving it, before it is started."""
     refuse_unserved(artifact.family)
-    refuse_linears(engine_linears(artifact), artifact.manifest["format"], cpu, tensor_parallel)
+    cache = cpu_cache_problems(artifact.kv_cache, artifact.checkpoint.config) if cpu else []
+    refuse_linears(engine_linears(artifact), artifact.manifest["format"], cpu, tensor_parallel, cache)
 
 
-def refuse_linears(linears: Sequence[Linear], format_name: str, cpu: bool, tensor_parallel: int = 1) -> None:
-    """The same of linears that are only planned yet."""
-    problems = cpu_problems(linears, format_name) if cpu else []
+def refuse_linears(
+    linears: Sequence[Linear], format_name: str, cpu: bool, tensor_parallel: int = 1, more: Sequence[str] = ()
+) -> None:
+    """The same of linears that are only planned yet. more: problems that were found otherwise."""
+    problems = [*(cpu_problems(linears, format_name) if cpu else []), *more]
     problems += parallel_problems(linears, tensor_parallel) if tensor_parallel > 1 else []
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:10])

@@ -201,13 +201,15 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
     from exporter.families import FAMILIES
     from exporter.plan import engine_linears
     from exporter.runtime.launch import find_program
+    from exporter.runtime.serve_lint import cpu_cache_problems
 
     unserved = FAMILIES[recipe.model.family].unserved
     if unserved:
         raise ServeError(f"--serve-check: {unserved}", "leave it out")
     program = find_program(vllm)
-    plan, _ = prepare(recipe, choose(device), headers_only=True)
-    refuse_linears(engine_linears(plan.rows, plan.family), recipe.format, program.cpu)
+    plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
+    cache = cpu_cache_problems(recipe.kv_cache, checkpoint.config) if program.cpu else []
+    refuse_linears(engine_linears(plan.rows, plan.family), recipe.format, program.cpu, more=cache)
 
 
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:

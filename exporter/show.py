@@ -89,6 +89,8 @@ def plan_notes(plan: Plan) -> list[str]:
         said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, {engine}"
         why = f": {line['why']}" if line["why"] else ""
         notes.append(f"  {line['component']}: {said}{why}")
+    if plan.recipe.kv_cache:
+        notes.append(f"  keys and values: {plan.recipe.kv_cache}, vLLM: GPUs from 8.9, CPUs with AVX-512")
     return notes
 
 

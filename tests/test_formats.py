@@ -28,6 +28,7 @@ GOLDEN_FORMATS = {
 INTEGERS = [Scheme(b, g, s) for b in range(2, 9) for g in (8, 32, "row", "tensor") for s in (True, False)]
 INT8 = [Scheme(8, g, activations="int8") for g in ("row", "tensor")]
 FLOATS = [Scheme(8, g, number="fp8", activations=a) for g in ("row", "tensor") for a in (None, "fp8")]
+MIXED_TYPES = Scheme(4, 128, activations="fp8")
 SCHEMES = INTEGERS + INT8 + FLOATS
 CARRIED = {
     "compressed_tensors": set(SCHEMES),
@@ -124,6 +125,13 @@ def test_sizes_on_meta_are_the_real_sizes(name: str) -> None:
         ("compressed_tensors", Scheme(8, "row", activations="fp8"), (32, 64), "int8"),
         ("compressed_tensors", Scheme(8, "row", number="fp8", activations="int8"), (32, 64), "fp8"),
         ("compressed_tensors", Scheme(8, 32, number="fp8"), (32, 64), "group_size row"),
+        ("compressed_tensors", Scheme(4, 64, activations="fp8"), (128, 128), "group_size 128"),
+        ("compressed_tensors", Scheme(4, 128, False, activations="fp8"), (128, 128), "symmetric"),
+        ("compressed_tensors", Scheme(8, 128, activations="fp8"), (128, 128), "4 bits"),
+        ("compressed_tensors", MIXED_TYPES, (96, 128), "multiples of 128"),
+        ("compressed_tensors", MIXED_TYPES, (128, 192), "multiples of 128"),
+        ("gptq", MIXED_TYPES, (128, 128), "weight-only"),
+        ("awq", MIXED_TYPES, (128, 128), "weight-only"),
         ("gptq", Scheme(4, 48), (32, 64), "groups of 48"),
         ("gptq", Scheme(4, "row"), (40, 64), "40"),
         ("gptq", Scheme(4, "row"), (32, 40), "40"),
@@ -224,6 +232,7 @@ MIXED = [
     Group(Scheme(8, "row", activations="int8"), (r"re:.*vision_tower.*\.fc1$",)),
     Group(Scheme(8, "row", number="fp8", activations="fp8"), (r"re:.*vision_tower.*\.fc2$",)),
     Group(Scheme(8, "row", number="fp8"), ("multi_modal_projector.linear_1",)),
+    Group(Scheme(4, 128, activations="fp8"), (r"re:.*mlp\.gate_proj$",)),
 ]
 KEPT = ["language_model.lm_head", "multi_modal_projector.linear_2"]
 
@@ -328,20 +337,43 @@ def compressed_tensors_scheme(scheme: Scheme) -> Any:
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
+@pytest.mark.parametrize("scheme", [*SCHEMES, MIXED_TYPES], ids=Scheme.label)
 def test_compressed_tensors_decompresses_to_our_values(scheme: Scheme) -> None:
     theirs = compressed_tensors_scheme(scheme)
     from compressed_tensors.compressors import BaseCompressor
 
-    layout = (
-        "float-quantized" if scheme.number == "fp8" else "int-quantized" if scheme.activations else "pack-quantized"
-    )
+    integers = "int-quantized" if scheme.activations == "int8" else "pack-quantized"
+    layout = "float-quantized" if scheme.number == "fp8" else integers
     compressor = BaseCompressor.get_value_from_registry(layout)
     for dtype in (torch.float32, torch.bfloat16):
-        linear = random_linear(scheme, 20, 64, dtype=dtype)
+        linear = random_linear(scheme, 20, 256 if scheme.mixed else 64, dtype=dtype)
         tensors = FORMATS["compressed_tensors"].pack("x", linear)
         weight = compressor.decompress({key[2:]: t for key, t in tensors.items()}, theirs)["weight"]
         assert torch.equal(weight, linear.dequantize(weight.dtype))
+
+
+def test_float8_inputs_do_not_change_how_four_bits_are_stored() -> None:
+    module = FORMATS["compressed_tensors"]
+    assert module.supports(MIXED_TYPES, 256, 128) is None
+    linear = random_linear(MIXED_TYPES, 128, 256)
+    alone = QuantizedLinear(Scheme(4, 128), linear.codes, linear.scale, linear.zero)
+    packed, expected = module.pack("x", linear), module.pack("x", alone)
+    assert packed.keys() == expected.keys() == set(module.tensor_names("x", MIXED_TYPES))
+    assert all(torch.equal(packed[name], expected[name]) for name in expected)
+    assert_equal(module.unpack("x", packed, MIXED_TYPES), linear)
+
+
+def test_only_compressed_tensors_tells_an_engine_about_the_cache() -> None:
+    module = FORMATS["compressed_tensors"]
+    assert module.quantization_config(MIXED, KEPT)["kv_cache_scheme"] is None
+    found = module.quantization_config(MIXED, KEPT, "fp8")
+    assert (found["kv_cache_scheme"]["num_bits"], found["kv_cache_scheme"]["type"]) == (8, "float")
+    assert not FORMATS["gptq"].KV_CACHES
+    assert not FORMATS["awq"].KV_CACHES
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    assert QuantizationConfig.model_validate(found).kv_cache_scheme.num_bits == 8
 
 
 def test_compressed_tensors_accepts_a_mixed_config() -> None:

@@ -67,6 +67,7 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(3, 128), "compressed_tensors", True, False),
         (Scheme(8, "row", number="fp8", activations="fp8"), "compressed_tensors", True, True),
         (Scheme(8, "row", number="fp8"), "compressed_tensors", True, False),
+        (Scheme(4, 128, activations="fp8"), "compressed_tensors", True, False),
         (W4, "gptq", True, True),
         (Scheme(3, 128), "gptq", False, False),
         (Scheme(4, 128, symmetric=False), "awq", True, True),
@@ -147,4 +148,5 @@ def test_a_plan_names_the_rule(sparse_checkpoint: Callable[[str], Path]):
 def test_engine_classes_are_those_of_the_loader():
     assert engine_class(W4) == engine_class(W8) == ("CompressedTensorsWNA16",)
     assert engine_class(A8) == ("CompressedTensorsW8A8Int8",)
+    assert engine_class(Scheme(4, 128, activations="fp8")) == ("CompressedTensorsW4A8Fp8",)
     assert engine_class(Scheme(8, "row", number="fp8")) == ("CompressedTensorsW8A16Fp8",)

@@ -7,13 +7,14 @@ fused-scheme     linears that the engine fuses (q/k/v, gate/up) share one scheme
 pattern          the config's targets give every linear, under the engine's fused name, its scheme and no other
 unbuilt-block    blocks that the engine does not build (after CLIP's feature block) hold nothing packed
 kernel           some kernel of the engine runs the scheme in this format
-kv-cache         the artifact can say in which number type the cache is kept
+kv-cache         the artifact can say in which number type the cache is kept, and the engine can keep it so
 tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.quantized import Scheme
 from exporter.runtime.kernels import serving
@@ -163,6 +164,16 @@ def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
         elif linear.scheme.bits == 4 and any(side % 32 for side in linear.shape):
             problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel takes multiples of 32")
     return sorted(set(problems), key=problems.index)
+
+
+def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
+    """Rule kv-cache on a CPU (which also needs AVX-512 for float8; vLLM says so itself). config: of the whole model."""
+    text = config.get("text_config") or {}
+    heads, width = text.get("num_attention_heads"), text.get("hidden_size")
+    size = text.get("head_dim") or (width // heads if heads and width else None)
+    if kv_cache is None or size is None or size % 32 == 0:
+        return []
+    return [f"rule kv-cache: heads of {size}: the CPU build keeps a float8 cache for heads in multiples of 32"]
 
 
 def engine_class(scheme: Scheme) -> tuple[str, ...]:
