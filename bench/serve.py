@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench.random_checkpoint import write_processor
+from exporter.artifact import in_dtype
 from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.formats.compressed_tensors import quantization_config
@@ -48,20 +49,18 @@ VIT_FP8, VIT_INT8 = FP8 | {"component": "vision"}, INT8 | {"component": "vision"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve. rules: of the recipe (none: 16 bits). change: of its config. engine: arguments of vLLM."""
+    """One way to serve. recipe: a shipped one, or else rules and kv_cache of one (none: 16 bits).
+
+    change: of its config. engine: arguments of vLLM.
+    """
 
     rules: Sequence[Mapping[str, Any]] = ()
     change: tuple[Callable[[dict[str, Any]], None], ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     head_bits: int = 16
-
-
-def fp8_activations(config: dict[str, Any]) -> None:
-    """4-bit weights with float8 activations: compressed-tensors W4A8, Cutlass kernels on Hopper."""
-    for group in config["config_groups"].values():
-        if group["weights"]["num_bits"] == 4:
-            group |= {"input_activations": TOKEN_FP8, "format": "pack-quantized"}
+    kv_cache: str | None = None
+    recipe: str = ""
 
 
 def int8_activations(config: dict[str, Any]) -> None:
@@ -81,8 +80,7 @@ def head8(config: dict[str, Any]) -> None:
 
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
-BF16, CACHE8 = {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}
-W4A8 = Variant([VIT_FP8, W4], (fp8_activations,), BF16)
+W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
 NOT_MACHETE = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
 VARIANTS = {
     "16 bits": Variant(),
@@ -90,10 +88,10 @@ VARIANTS = {
     "w4-vit8a8": Variant([VIT_INT8, W4]),
     "fp8": Variant(FP8_ALL),
     "w4a8fp8": W4A8,
-    "w4-cache8": Variant([VIT_FP8, W4], engine=CACHE8),
-    "fp8-cache8": Variant(FP8_ALL, engine=CACHE8),
-    "w4a8fp8-cache8": replace(W4A8, engine=BF16 | CACHE8),
-    "w4a8fp8-head8": replace(W4A8, change=(fp8_activations, head8), head_bits=8),
+    "w4-cache8": Variant([VIT_FP8, W4], kv_cache="fp8"),
+    "fp8-cache8": Variant(FP8_ALL, kv_cache="fp8"),
+    "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
+    "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
     "w4-marlin": Variant([VIT8, W4], environment=NOT_MACHETE),
     "w4-humming": Variant([VIT8, W4], engine={"linear_backend": "humming"}),
@@ -103,9 +101,12 @@ VARIANTS = {
 }
 
 
-def plan_of(rules: Sequence[Mapping[str, Any]], folder: Path) -> Plan:
-    """The plan of a recipe with these rules for the checkpoint whose header lies in `folder`."""
-    data = load_recipe("llava-w4").model_dump() | {"quantize": [dict(rule) for rule in rules]}
+def plan_of(variant: Variant, folder: Path) -> Plan:
+    """The plan of a variant for the checkpoint whose header lies in `folder`; 16 bits are one that packs nothing."""
+    data = load_recipe(variant.recipe or "llava-w4").model_dump()
+    if not variant.recipe:
+        rules = variant.rules or [W4 | {"store": "dequantized"}]
+        data |= {"quantize": [dict(rule) for rule in rules], "kv_cache": variant.kv_cache}
     checkpoint, family = open_source(str(folder), headers_only=True)
     return make_plan(Recipe.model_validate(data), checkpoint, family, H100)
 
@@ -131,21 +132,23 @@ def decode_bytes(plan: Plan, variant: Variant, config: Mapping[str, Any], contex
     weights = sum(row.bytes_after for row in rows) - head * (16 - variant.head_bits) // 16
     text = config["text_config"]
     width = text.get("hidden_size", 4096) * text.get("num_hidden_layers", 32)
-    return int(weights + context * 2 * width * (1 if "kv_cache_dtype" in variant.engine else 2))
+    return int(weights + context * 2 * width * (1 if plan.recipe.kv_cache else 2))
 
 
 def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options: argparse.Namespace) -> Path:
     """The folder and the spec of one variant."""
     variant, folder = VARIANTS[name], out / name.replace(" ", "-")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    plan = plan_of(variant.rules or [W4 | {"store": "dequantized"}], source)
-    if variant.rules:
-        found = quantization_config(groups(plan), kept_modules(plan))
+    plan = plan_of(variant, source)
+    if groups(plan):
+        found = quantization_config(groups(plan), kept_modules(plan), plan.recipe.kv_cache)
         for change in variant.change:
             change(found)
         if len({group.get("format", found["format"]) for group in found["config_groups"].values()}) > 1:
             found["format"] = "mixed-precision"
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": found}, indent=1))
+        mixed = any(group.scheme.mixed for group in groups(plan))
+        told = in_dtype(config, "bfloat16") if mixed else config
+        (folder / "config.json").write_text(json.dumps(told | {"quantization_config": found}, indent=1))
     engine: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",

@@ -36,11 +36,11 @@ class Rounded:
 EXACT = Rounded()
 
 
-def round_as_served(model: nn.Module, rounded: Rounded, cuda: bool) -> None:
-    """From now on `model` rounds what an engine on a GPU (cuda) or on a CPU would."""
+def round_as_served(model: nn.Module, rounded: Rounded, gpu: bool) -> None:
+    """From now on `model` rounds what an engine on a GPU or on a CPU would."""
     round_inputs(model, rounded.linears)
     if rounded.kv_cache:
-        round_cache(model, cuda)
+        round_cache(model, gpu)
 
 
 def round_rows(x: Tensor, kind: Activations) -> Tensor:
@@ -77,7 +77,7 @@ def cut_to_float8(x: Tensor) -> Tensor:
     return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(FP8).to(x.dtype)
 
 
-def round_cache(model: nn.Module, cuda: bool) -> None:
+def round_cache(model: nn.Module, gpu: bool) -> None:
     """From now on every causal self-attention of `model` sees keys and values as a float8 cache holds them.
 
     They are rounded where attention reads them, behind any rotation, on every pass, whether or not a cache is used.
@@ -86,8 +86,8 @@ def round_cache(model: nn.Module, cuda: bool) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    name = f"mmq_float8_cache_{'cuda' if cuda else 'cpu'}"
-    AttentionInterface.register(name, _rounded_attention(sdpa_attention_forward, cuda))
+    name = f"mmq_float8_cache_{'gpu' if gpu else 'cpu'}"
+    AttentionInterface.register(name, _rounded_attention(sdpa_attention_forward, gpu))
     AttentionMaskInterface.register(name, sdpa_mask)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -95,10 +95,10 @@ def round_cache(model: nn.Module, cuda: bool) -> None:
             config._attn_implementation = name
 
 
-def _rounded_attention(attention: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
-    hold = to_float8 if cuda else cut_to_float8
+def _rounded_attention(attention: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
+    hold = to_float8 if gpu else cut_to_float8
 
     def rounded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return attention(module, to_float8(query) if cuda else query, hold(key), hold(value), *args, **kwargs)
+        return attention(module, to_float8(query) if gpu else query, hold(key), hold(value), *args, **kwargs)
 
     return rounded

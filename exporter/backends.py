@@ -66,7 +66,7 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
         @contextmanager
         def opened() -> Iterator[Backend]:
             loaded = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
-            round_as_served(loaded, rounded, cuda=True)
+            round_as_served(loaded, rounded, gpu=True)
             try:
                 yield Predictor(loaded, processor(), family, device.torch_device, batch)
             finally:

@@ -152,7 +152,7 @@ def test_padding_is_still_masked_with_a_float8_cache() -> None:
     family = FAMILIES["llava"]
     torch.manual_seed(0)
     model = family.skeleton(family.tiny_config()).float().eval()
-    round_as_served(model, Rounded(kv_cache="fp8"), cuda=True)
+    round_as_served(model, Rounded(kv_cache="fp8"), gpu=True)
     words = torch.randint(3, 60, (1, 6))
     padded = torch.cat([torch.full((1, 3), 1), words], 1)
     mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 6)], 1).long()

@@ -251,7 +251,7 @@ def test_compressed_config_names_each_layout() -> None:
     config = module.quantization_config(MIXED, [])
     assert config["format"] == "mixed-precision"
     layouts = [group["format"] for group in config["config_groups"].values()]
-    assert layouts == ["pack-quantized"] * 2 + ["int-quantized"] + ["float-quantized"] * 2
+    assert layouts == ["pack-quantized"] * 2 + ["int-quantized"] + ["float-quantized"] * 2 + ["pack-quantized"]
     assert module.quantization_config(MIXED[2:3], [])["format"] == "int-quantized"
     assert "actorder" not in str(config)
 
