@@ -39,17 +39,19 @@ VISION8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row
 VISION8A8 = VISION8 | {"activations": "int8"}
 FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activations": "fp8"}
 LANGUAGE4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
+LANGUAGE4A8 = LANGUAGE4 | {"activations": "fp8"}
 HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One artifact. rules: of the recipe; what none names stays in 16 bits. disturb: what the control doubles."""
+    """One artifact. rules, kv_cache: of the recipe; what none names stays in 16 bits. disturb: what is doubled."""
 
     rules: Sequence[Mapping[str, Any]]
     format: str = "compressed_tensors"
     model: str = "demo-llava"
     disturb: str | None = None
+    kv_cache: str | None = None
 
 
 CASES = {  # the most telling first, should the time run out
@@ -77,6 +79,9 @@ CASES = {  # the most telling first, should the time run out
     ),
     "w2": Case([LANGUAGE4 | {"bits": 2, "group_size": 32}]),
     "w6": Case([LANGUAGE4 | {"bits": 6}]),
+    "w4a8-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8]),
+    "w4-cache8": Case([VISION8, LANGUAGE4], kv_cache="fp8"),
+    "w4a8-cache8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8], kv_cache="fp8"),
 }
 
 
@@ -90,6 +95,7 @@ def recipe(name: str) -> Recipe:
         "quantize": [dict(rule) for rule in case.rules],
         "calibration": {"data": "demo", "tasks": ["captioning", "vqa"], "samples": 16, "batch": 8, "seed": 0},
         "format": case.format,
+        "kv_cache": case.kv_cache,
         "evidence": [{"finding": "a case of a bench", "figures": "its table", "source": "bench/gpu_serving.py"}],
         "gates": [],
     }

@@ -138,7 +138,8 @@ def judge(
     session: Session,
 ) -> tuple[Compared | None, Control | None, list[str]]:
     """The replies beside the reference, the control, and what is wrong; uses the session's device and bound."""
-    reference = Reference(artifact, processor, session.device)
+    gpu = not session.program.cpu
+    reference = Reference(artifact, processor, session.device, gpu)
     problems = reference.prompt_problems(samples, replies)
     if problems:
         return None, None, problems
@@ -147,7 +148,9 @@ def judge(
         far = reference.distance(samples, doubled.replies)
         del reference
         release(session.device)
-        same = Reference(Artifact.open(doubled.folder), processor, session.device).compare(samples, doubled.replies)
+        same = Reference(Artifact.open(doubled.folder), processor, session.device, gpu).compare(
+            samples, doubled.replies
+        )
         control = Control(doubled.component, far, same)
     return compared, control, distance_problems(compared, control, session.bound)
 

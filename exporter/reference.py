@@ -60,10 +60,11 @@ class Compared:
 class Reference:
     """The artifact in transformers as an engine computes it, in float32 if it fits.
 
-    Weights are dequantized, inputs rounded as the schemes say, keys and values as the cache holds them.
+    Weights are dequantized, inputs rounded as the schemes say, keys and values as the cache holds them. gpu: whether
+    the engine's is on one, which rounds a float8 cache otherwise than a CPU; None: where the reference computes.
     """
 
-    def __init__(self, artifact: Artifact, processor: Any, device: Device) -> None:
+    def __init__(self, artifact: Artifact, processor: Any, device: Device, gpu: bool | None = None) -> None:
         self._family = artifact.family
         self._device = device.torch_device
         self._processor = processor
@@ -72,7 +73,7 @@ class Reference:
         need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
         self._high = torch.float32 if need < device.free_bytes else self._low
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
-        round_as_served(self._model, artifact.rounded(), device.is_cuda)
+        round_as_served(self._model, artifact.rounded(), device.is_cuda if gpu is None else gpu)
 
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
         """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
