@@ -28,11 +28,12 @@ from exporter.formats.group import Group
 from exporter.job import finite
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear, Scheme, pack_bits
-from exporter.targets import groups, kept_modules
+from exporter.targets import cache_scales, groups, kept_modules
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
 
 MANIFEST = "mmq_manifest.json"
 REPORT = "mmq_report.json"
+CACHE_SCALES = (".k_scale", ".v_scale")
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT}
 PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")
@@ -126,6 +127,8 @@ def _write_tensors(
     for row in plan.rows:
         if not any(_inside(row, unit) for unit in plan.units):
             writer.add(row.tensor.name, finite(row.tensor.name, checkpoint.read(row.tensor.name)))
+    for name in cache_scales(plan):
+        writer.add(name, torch.ones(1, dtype=torch.bfloat16))
     for unit in plan.units:
         result = workdir.read(unit, device)
         on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
@@ -244,7 +247,7 @@ class Artifact:
         """Checkpoint names of all tensors, as if nothing were packed."""
         packed = {module: self._stored(module) for module in self.manifest["linears"]}
         inside = {name for names in packed.values() for name in names}
-        whole = [name for name in self.checkpoint.tensors if name not in inside]
+        whole = [name for name in self.checkpoint.tensors if name not in inside and not name.endswith(CACHE_SCALES)]
         return whole + [f"{module}.weight" for module in packed]
 
     def scheme_of(self, module: str) -> Scheme:

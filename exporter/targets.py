@@ -26,6 +26,18 @@ def kept_modules(plan: Plan) -> list[str]:
     return [plan.family.runtime_name(row.module) for row in modules]
 
 
+def cache_scales(plan: Plan) -> list[str]:
+    """Names of the scales of keys and values that the artifact holds: none unless the recipe narrows the cache.
+
+    Engines take 1 where there is none; transformers then leaves them as memory happened to be.
+    """
+    if plan.recipe.kv_cache is None:
+        return []
+    end, names = ".k_proj.weight", [row.tensor.name for row in plan.rows if row.component == "language"]
+    blocks = [name.removesuffix(end) for name in names if name.endswith(end)]
+    return [f"{block}.{part}_scale" for block in blocks for part in "kv"]
+
+
 def _is_linear(plan: Plan, row: PlanRow) -> bool:
     """Planned linears, heads the family keeps, and the linears of blocks that never run."""
     if row.linear or plan.family.reason_kept(row.module):

@@ -220,6 +220,20 @@ def test_tags_tell_inputs() -> None:
     assert [_width(label) for label in labels] == ["w4a16", "w8a8", "w4a8", "fp8", "fp8"]
 
 
+def test_transformers_finds_the_scales_of_the_cache(tmp_path: Path) -> None:
+    """Without them it computes with whatever memory held."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import LlavaForConditionalGeneration
+
+    recipe = load_recipe("llava-w4").adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8})
+    recipe = recipe.model_copy(update={"kv_cache": "fp8"})
+    export(recipe, out=tmp_path / "a", device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "a")
+    scales = {name: p.tolist() for name, p in model.named_parameters() if name.endswith(("k_scale", "v_scale"))}
+    assert len(scales) == 4
+    assert set(map(tuple, scales.values())) == {(1.0,)}
+
+
 def test_the_recipe_for_throughput_passes_its_gates_on_the_demo(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE)
     recipe = recipe.adjusted(model={"repo": "demo-llava"}, evaluation={"samples": 60}, calibration={"samples": 32})
@@ -233,6 +247,11 @@ def test_the_recipe_for_throughput_passes_its_gates_on_the_demo(tmp_path: Path) 
     (group,) = [g for g in described["config_groups"].values() if g["weights"]["num_bits"] == 4]
     assert (group["format"], group["input_activations"]["type"]) == ("pack-quantized", "float")
     artifact = Artifact.open(tmp_path / "a")
+    scales = [name for name in artifact.checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))]
+    assert len(scales) == 4  # two blocks of the language model, none of the tower's
+    assert all(name.startswith("language_model.model.layers.") for name in scales)
+    assert all(artifact.checkpoint.read(name).tolist() == [1.0] for name in scales)
+    assert not set(scales) & set(artifact.names())
     rounded = artifact.rounded()
     assert rounded.kv_cache == "fp8"
     assert set(rounded.linears.values()) == {"fp8"}
