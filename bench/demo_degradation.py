@@ -55,7 +55,7 @@ def recipe(folder: Path, family: Family, setting: Setting) -> Recipe:
     rules = []
     for part in family.components:
         rule = {"method": setting.method, "bits": setting.bits, "group_size": setting.group}
-        rule |= {"store": "dequantized"} if part.packable else {}
+        rule |= {"store": "dequantized"} if part.unpackable else {}
         rules.append({"component": part.name, **(rule if part.name in named else {"bits": 16})})
     return Recipe.model_validate(
         {

@@ -230,7 +230,9 @@ def refuse_unserved(family: Family) -> None:
 
 def needs_plugin(artifact: Artifact) -> bool:
     """Whether something is packed that vLLM loads only with mmq's plugin."""
-    return any(component.packable and modules_of(artifact, component.name) for component in artifact.family.components)
+    return any(
+        component.unpackable and modules_of(artifact, component.name) for component in artifact.family.components
+    )
 
 
 def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:

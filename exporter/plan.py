@@ -215,14 +215,14 @@ def _linear_row(
         problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
-        reason = f"values of few bits, stored in 16: {component.packable or 'the recipe asks for it'}"
+        reason = f"values of few bits, stored in 16: {component.unpackable or 'the recipe asks for it'}"
         return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
     scheme = rule.scheme()
     assert scheme is not None
-    if component.packable and rule.store != "plugin":
+    if component.unpackable and rule.store != "plugin":
         ways = "remove the rule, or add `store: dequantized`, or `store: plugin` for a vLLM with mmq's plugin"
-        problems.append(f"component '{component.name}': {component.packable}; {ways}")
-    if rule.store == "plugin" and not component.packable:
+        problems.append(f"component '{component.name}': {component.unpackable}; {ways}")
+    if rule.store == "plugin" and not component.unpackable:
         problems.append(f"component '{component.name}' needs no plugin to be served: leave out `store: plugin`")
     if component.formats and format_name not in component.formats:
         usable = ", ".join(component.formats)

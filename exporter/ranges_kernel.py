@@ -14,6 +14,29 @@ ROWS = 16  # rows of one program
 
 
 @triton.jit
+def _within(low, high, part, levels, middle, smallest, largest, scale, SYMMETRIC: tl.constexpr):
+    """Scale, as it is stored, and zero point of `part` of each row's full range."""
+    if SYMMETRIC:
+        size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
+    else:
+        size = tl.div_rn((high - low) * part, levels)
+    size = tl.minimum(tl.maximum(size, smallest), largest).to(scale.dtype.element_ty).to(tl.float32)
+    if SYMMETRIC:
+        point = size * 0.0 + middle
+    else:
+        point = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(-low * part, size)), 0.0), levels)
+    return size, point
+
+
+@triton.jit
+def _off(value, size, point, levels):
+    """Error of every weight, rounded with its row's scale and zero point."""
+    code = libdevice.rint(tl.div_rn(value, size[:, None] + value * 0.0)) + point[:, None]
+    code = tl.minimum(tl.maximum(code, 0.0), levels)
+    return (code - point[:, None]) * size[:, None] - value
+
+
+@triton.jit
 def _search(
     weight,
     importance,
@@ -31,55 +54,37 @@ def _search(
     steps,
     G: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    MEASURE: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    group = tl.program_id(1)
-    offset = tl.arange(0, W)
+    row, group, offset = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1), tl.arange(0, W)
     column = group * G + offset
-    inside = (row[:, None] < rows) & ((offset < G) & (column < columns))[None, :]
-    value = tl.load(weight + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
-    if WEIGHTED:
-        counts = tl.load(importance + column, mask=(offset < G) & (column < columns), other=0.0)
-    if TOGETHER:
-        own = (offset < G) & (column < columns)
-        at = column[:, None].to(tl.int64) * columns + column[None, :]
-        block = tl.load(hessian + at, mask=own[:, None] & own[None, :], other=0.0)
-    low = tl.minimum(tl.min(value, axis=1), 0.0)
-    high = tl.maximum(tl.max(value, axis=1), 0.0)
-    best = tl.full((R,), float("inf"), tl.float32)
-    best_scale = tl.zeros((R,), tl.float32)
-    best_zero = tl.zeros((R,), tl.float32)
+    own = (offset < G) & (column < columns)
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    value = tl.load(weight + at, mask=(row[:, None] < rows) & own[None, :], other=0.0)
+    if MEASURE == "weighted":
+        counts = tl.load(importance + column, mask=own, other=0.0)[None, :]
+    if MEASURE == "together":
+        square = column[:, None].to(tl.int64) * columns + column[None, :]
+        block = tl.load(hessian + square, mask=own[:, None] & own[None, :], other=0.0)
+    low, high = tl.minimum(tl.min(value, axis=1), 0.0), tl.maximum(tl.max(value, axis=1), 0.0)
+    best, best_scale, best_zero = tl.full((R,), float("inf"), tl.float32), low * 0.0, low * 0.0
     for step in range(steps):
-        part = 1.0 - shrink * step
-        if SYMMETRIC:
-            size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
+        size, point = _within(low, high, 1.0 - shrink * step, levels, middle, smallest, largest, scale, SYMMETRIC)
+        off = _off(value, size, point, levels)
+        if MEASURE == "together":
+            error = tl.sum(tl.dot(off, block, input_precision="tf32x3") * off, axis=1)
+        elif MEASURE == "weighted":
+            error = tl.sum(off * off * tl.sqrt(tl.abs(off)) * counts, axis=1)
         else:
-            size = tl.div_rn((high - low) * part, levels)
-        size = tl.minimum(tl.maximum(size, smallest), largest).to(scale.dtype.element_ty).to(tl.float32)
-        if SYMMETRIC:
-            point = tl.zeros((R,), tl.float32) + middle
-        else:
-            point = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(-low * part, size)), 0.0), levels)
-        code = libdevice.rint(tl.div_rn(value, size[:, None] + tl.zeros((R, W), tl.float32))) + point[:, None]
-        code = tl.minimum(tl.maximum(code, 0.0), levels)
-        difference = (code - point[:, None]) * size[:, None] - value
-        if TOGETHER:
-            error = tl.sum(tl.dot(difference, block, input_precision="tf32x3") * difference, axis=1)
-        elif WEIGHTED:
-            error = tl.sum(difference * difference * tl.sqrt(tl.abs(difference)) * counts[None, :], axis=1)
-        else:
-            error = tl.sum(difference * difference, axis=1)
+            error = tl.sum(off * off, axis=1)
         better = (error < best) | (step == 0)
         best = tl.where(better, error, best)
-        best_scale = tl.where(better, size, best_scale)
-        best_zero = tl.where(better, point, best_zero)
-    at = row.to(tl.int64) * groups + group
-    tl.store(scale + at, best_scale.to(scale.dtype.element_ty), mask=row < rows)
-    tl.store(zero + at, best_zero.to(tl.uint8), mask=row < rows)
+        best_scale, best_zero = tl.where(better, size, best_scale), tl.where(better, point, best_zero)
+    place = row.to(tl.int64) * groups + group
+    tl.store(scale + place, best_scale.to(scale.dtype.element_ty), mask=row < rows)
+    tl.store(zero + place, best_zero.to(tl.uint8), mask=row < rows)
 
 
 def launch(
@@ -111,8 +116,7 @@ def launch(
     options = {
         "G": width,
         "SYMMETRIC": symmetric,
-        "WEIGHTED": importance is not None,
-        "TOGETHER": hessian is not None,
+        "MEASURE": "together" if hessian is not None else "squares" if importance is None else "weighted",
         "R": ROWS,
         "W": triton.next_power_of_2(width),
     }

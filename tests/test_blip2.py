@@ -48,7 +48,7 @@ both = pytest.mark.parametrize("family", [BLIP2, ITM], ids=["blip2", "blip2-itm"
 def rules_for(family: Family, method: str = "gptq", bits: int = 4, group_size: Any = 16) -> list[dict[str, Any]]:
     """One rule for every component; what the engine cannot load packed is stored dequantized."""
     rule = {"method": method, "bits": bits, "group_size": group_size}
-    store = {component.name: "dequantized" if component.packable else "packed" for component in family.components}
+    store = {component.name: "dequantized" if component.unpackable else "packed" for component in family.components}
     return [{"component": name, "store": how, **rule} for name, how in store.items()]
 
 
@@ -94,7 +94,7 @@ def test_every_component_by_every_method_is_what_transformers_opens(
         for i in range(component.used(source.config)):
             for linear in component.linears_of(source.config, i):
                 module = component.module(i, linear)
-                assert (module in packed) == (component.packable is None), module
+                assert (module in packed) == (component.unpackable is None), module
                 assert not torch.equal(artifact.read(f"{module}.weight"), source.read(f"{module}.weight").float())
     assert set(artifact.names()) == set(source.tensors)
 
@@ -210,7 +210,7 @@ def test_published_counts_of_what_is_quantized(
     assert all(row.reason or row.decision == "packed" for row in plan.rows)
     for component in family.components:
         how = {row.decision for row in plan.of(component.name) if row.rule}
-        assert how == {"dequantized" if component.packable else "packed"}
+        assert how == {"dequantized" if component.unpackable else "packed"}
 
 
 NO_WARNING = {"blip2": 0, "blip2-itm": 1}  # that nothing serves retrieval is one
@@ -228,7 +228,7 @@ def test_every_recipe_fits_its_true_model(name: str, sparse_checkpoint: Callable
     linears, found = engine_linears(plan.rows, family), [(group.scheme, group.targets) for group in groups(plan)]
     assert pattern_problems(linears, found, kept_modules(plan)) == []
     dequantized = {row.component for row in plan.rows if row.decision == "dequantized"}
-    assert dequantized <= {component.name for component in family.components if component.packable}
+    assert dequantized <= {component.name for component in family.components if component.unpackable}
 
 
 def test_the_models_beside_those_of_the_recipes_can_be_planned(sparse_checkpoint: Callable[[str], Path]) -> None:

@@ -208,7 +208,7 @@ QFORMER = Component(
         Smoothing("attention.attention.value", ("attention.output.dense",)),
         Smoothing("crossattention.attention.value", ("crossattention.output.dense",)),
     ),
-    packable=_PLAIN,
+    unpackable=_PLAIN,
 )
 
 PROJECTOR = Component(
@@ -220,7 +220,7 @@ PROJECTOR = Component(
     roles={"language_projection": "mlp"},
     target=r"language_projection",
     tokens=_queries,
-    packable=_PLAIN,
+    unpackable=_PLAIN,
 )
 
 LANGUAGE = Component(
@@ -274,7 +274,7 @@ RETRIEVAL = Family(
             unpadded=frozenset((*_CROSS, *_QUERY_PART, *_QUERY_FEED_FORWARD)),
             tokens=lambda config: 2 * (_queries(config) + 32),
             context=lambda config: 2 * _seen(config),
-            packable=None,
+            unpackable=None,
         ),
     ),
     kept=(

@@ -66,7 +66,7 @@ class Component:
     unpadded: linears whose input never holds padding even when the block's does; the others receive the block's last
     tokens, or all of them.
     fused: runtime module -> the linears the serving engine fuses into it; these must share one scheme.
-    packable: None, or why the serving engine cannot load this component packed.
+    unpackable: None, or why the serving engine cannot load this component packed.
     formats: the formats in which the serving engine loads it packed; None: all.
     without_data: None, or why only methods that need no calibration data can quantize it.
     """
@@ -86,7 +86,7 @@ class Component:
     unused: str = ""
     smoothings: tuple[Smoothing, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    packable: str | None = None
+    unpackable: str | None = None
     formats: tuple[str, ...] | None = None
     without_data: str | None = None
 

@@ -166,7 +166,7 @@ def _choices(name: str, axis: Axis) -> Iterator[Choice]:
 def _rules(choice: Choice, grid: Grid, method: str, group: GroupSize, family: Family) -> Iterable[Rule]:
     if choice.bits == KEPT:
         return []
-    store = "dequantized" if family.component(choice.component).packable else "packed"
+    store = "dequantized" if family.component(choice.component).unpackable else "packed"
     common: dict[str, Any] = {
         "component": choice.component,
         "bits": choice.bits,

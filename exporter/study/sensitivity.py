@@ -67,7 +67,7 @@ def spots(model: Opened, per: Per, names: Sequence[str]) -> Iterator[tuple[Compo
             raise PlanError(f"no component '{name}'", f"family {model.family.name} has {', '.join(known)}")
     for component in model.family.components:
         usable = component.formats is None or model.recipe.format in component.formats
-        if component.packable or not usable or (names and component.name not in names):
+        if component.unpackable or not usable or (names and component.name not in names):
             continue
         if per == "component":
             yield component, None, None
