@@ -242,7 +242,7 @@ def disk_error(path: Path, error: Exception) -> CheckpointError:
     parent = next((p for p in path.parents if p.exists()), Path("/"))
     stats = os.statvfs(parent)
     free = stats.f_bavail * stats.f_frsize
-    reason = "the disk is full" if free < 2**20 or "No space" in str(error) else str(error)
+    reason = "the disk is full" if "No space" in str(error) else str(error)
     hint = "free some space" if reason == "the disk is full" else None
     return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
 

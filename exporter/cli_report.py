@@ -6,6 +6,7 @@ import click
 
 from exporter.cli_options import artifact_argument, data_option, json_option, reports_errors, say
 from exporter.data import places
+from exporter.errors import DataError
 
 
 @click.command()
@@ -36,10 +37,15 @@ def report(
       mmq report artifacts/demo-llava-w4-vit8 --study studies/demo-llava
     """
     from exporter.facts import folder_reader, read_facts
+    from exporter.families import FAMILIES
     from exporter.report import collect, pictures_of, write, write_plots
-    from exporter.study.gallery import as_data, gather
+    from exporter.study.gallery import as_data, components_of, gather
 
     facts = read_facts(artifact.resolve().name, folder_reader(artifact))
+    known = {component.name for component in FAMILIES[facts.manifest["family"]].components}
+    foreign = components_of(studied) - known if studied else set()
+    if foreign:
+        raise DataError(f"{studied} studies another model: {artifact} has no {', '.join(sorted(foreign))}")
     pictures, note = pictures_of(facts, places(data))
     content = collect(facts, pictures)
     study = [as_data(picture) for picture in gather(studied)] if studied else []

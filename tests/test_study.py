@@ -322,7 +322,7 @@ def test_the_command_measures_a_grid_and_says_what_it_reused(tmp_path: Path) -> 
     assert (tmp_path / "s" / "study.csv").read_text().startswith("vision_bits,projector_bits,language_bits")
     text = CliRunner().invoke(cli, arguments)
     assert "4 settings, 0 scored now" in text.output
-    assert read_table(tmp_path / "s", "kl").components == ("vision", "language")
+    assert read_table(tmp_path / "s").components == ("vision", "language")
     wrong = CliRunner().invoke(cli, ["study", "--components", "visio", "--out", str(tmp_path / "t")])
     assert wrong.exit_code == 1
     assert "Did you mean 'vision'" in wrong.stderr

@@ -15,9 +15,9 @@ from PIL import Image
 from exporter.cli import cli
 from exporter.errors import DataError
 from exporter.study import gallery, pictures
-from exporter.study.gallery import gather, paper_points, write_page
-from exporter.study.records import FILE, Measured, Records
-from exporter.study.table import Table
+from exporter.study.gallery import components_of, gather, paper_points, write_page
+from exporter.study.records import FILE, Measured, Records, as_csv
+from exporter.study.table import Table, read_table
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -172,3 +172,30 @@ def test_colors_are_told_apart_by_people_with_color_blindness() -> None:
         distances = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
         assert min(distances) > 0.1
     assert len(set(pictures.MARKERS)) == len(pictures.COLORS)  # and nothing rests on color alone
+
+
+@pytest.mark.parametrize(("score", "says"), [("nosuch", "no setting has a score"), ("kl", "less is better")])
+def test_scores_that_cannot_be_drawn_are_named(tmp_path: Path, score: str, says: str) -> None:
+    grid_in(tmp_path)
+    choices_in(tmp_path)
+    with pytest.raises(DataError, match=says):
+        gather(tmp_path, score)
+
+
+def test_rows_of_several_exams_are_told_apart_in_a_table(tmp_path: Path) -> None:
+    rows = [
+        measured(i, exam, 1 - 2.0**-bits, bits, vision_bits=bits) for exam in ("a", "b") for i, bits in enumerate(BITS)
+    ]
+    (tmp_path / "study.csv").write_text(as_csv(rows))
+    mixed = read_table(tmp_path / "study.csv")
+    assert any("exam a, b are mixed" in note for note in mixed.notes)
+    assert len(read_table(tmp_path / "study.csv", conditions=["exam=b"]).scores) == len(BITS)
+    with pytest.raises(DataError, match="no row with exam=c"):
+        read_table(tmp_path / "study.csv", conditions=["exam=c"])
+    with pytest.raises(DataError, match="less is better"):
+        read_table(tmp_path / "study.csv", "kl")
+
+
+def test_what_a_study_varies_is_known(tmp_path: Path) -> None:
+    grid_in(tmp_path)
+    assert components_of(tmp_path) == {"vision", "language"}

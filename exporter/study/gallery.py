@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exporter.checkpoint import atomic, make_folder, write_text
-from exporter.errors import DataError
+from exporter.errors import DataError, did_you_mean
 from exporter.study import pictures
 from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
 from exporter.study.records import FILE, Measured, columns, is_full, is_whole, kind_of, last_exam, read_records
 from exporter.study.sensitivity import TABLE
-from exporter.study.table import Table, from_rows, read_csv
+from exporter.study.table import SUFFIX, Table, from_rows, read_csv, require_gain
 
 TEMPLATE = "page.html.jinja"
 ALLOCATED = "mmq allocate"
@@ -33,6 +33,7 @@ def gather(
     front = folder / f"{TABLE}-front.sqlite"
     choices = last_exam(read_records(front)) if front.exists() else []  # of the last allocation
     alone = folder / f"{TABLE}.sqlite"
+    _require_score([*grids, *choices], score)
     found: list[Picture] = []
     for label, table in _tables(grids, score):
         found += pictures.heat_maps(table, label)
@@ -46,6 +47,22 @@ def gather(
     if not found:
         raise DataError(f"{folder} holds no study", "`mmq study` or `mmq allocate` measures one")
     return found
+
+
+def components_of(folder: Path) -> set[str]:
+    """The components whose bits a study varies."""
+    found = read_records(folder) if (folder / FILE).exists() else []
+    return {name.removesuffix(SUFFIX) for one in found for name in one.about if name.endswith(SUFFIX)}
+
+
+def _require_score(found: Sequence[Measured], score: str) -> None:
+    """DataError for a score that no setting has, or of which less is better."""
+    names = list(dict.fromkeys(name for one in found for name in one.scores))
+    if names and score not in names:
+        raise DataError(
+            f"no setting has a score '{score}'.{did_you_mean(score, names)}", f"there are {', '.join(names)}"
+        )
+    require_gain(score)
 
 
 def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[Picture]:
@@ -86,10 +103,10 @@ def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) 
     full = {
         one.exam: one.scores[score] for one in [*grids, *choices] if one.bits_per_weight >= 16 and score in one.scores
     }
-    full |= {one.exam: one.scores[score] for one in choices if one.about.get("name") == "full"}
+    full |= {one.exam: one.scores[score] for one in choices if one.about.get("name") == "full" and score in one.scores}
     series: dict[str, list[tuple[float, float]]] = {}
     for one in [*grids, *choices]:
-        if one.exam not in full or score not in one.scores:
+        if not full.get(one.exam) or score not in one.scores:
             continue
         name = str(one.about.get("name", ""))
         label = (

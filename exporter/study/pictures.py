@@ -22,6 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130
 DARK = 0.5  # cells below this share of the color range get white numbers
 LEAST_KL = 1e-6  # a log axis starts here
+EXAMS = "each a share of its own full model on the same samples (choices of an allocation: of the validation split)"
 UPPER = 0.9  # where the upper end of scores begins
 
 
@@ -126,7 +127,7 @@ def pareto(
     title = "What is kept of the score, by size"
     axes[0].set_title(title, loc="left")
     about = "; ".join(f"{x:.2f} bits a weight keep {y:.1%}" for x, y in edge[:: max(1, len(edge) // 6)])
-    return finished(made, "pareto.png", title, f"front: {about}")
+    return finished(made, "pareto.png", title, f"front: {about}; {EXAMS}")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -44,6 +44,9 @@ ORDER BY coalesce((SELECT max(number) FROM runs WHERE runs.exam = points.exam), 
 """
 
 
+EXAM_DIGITS = 12  # of an exam's digest, in tables
+
+
 @dataclass(frozen=True)
 class Measured:
     """One setting and its scores; fields as in the table."""
@@ -60,7 +63,7 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """One line of the CSV file."""
         plain = {"bytes": self.bytes, "bits_per_weight": self.bits_per_weight, "seconds": self.seconds}
-        return {**self.about, **plain, **self.scores}
+        return {**self.about, **plain, **self.scores, "exam": self.exam[:EXAM_DIGITS]}
 
 
 class Records:

@@ -168,7 +168,7 @@ def _together(setup: Setup, recipe: Recipe, pool: Pool, on_event: Listener) -> f
 
 def _recipe(setup: Setup, request: Request, places: Sequence[Place], choice: Allocation) -> Recipe:
     """A choice as a recipe, with gates on the tasks that the data has."""
-    allowed = 0.99 if request.max_drop is None else request.max_drop
+    allowed = propose.CLOSE if request.max_drop is None else request.max_drop
     return propose.recipe_of(opened(setup).recipe, request.name, places, choice, list(exam_samples(setup)), allowed)
 
 

@@ -18,7 +18,16 @@ from exporter.errors import DataError, did_you_mean
 from exporter.study.records import columns, comparable, read_records
 
 SUFFIX = "_bits"
-KINDS = ("method", "group_size", "zero_points", "sequential", "blocks", "role")  # what changes a score besides bits
+KINDS = (
+    "method",
+    "group_size",
+    "zero_points",
+    "sequential",
+    "blocks",
+    "role",
+    "exam",
+)  # what changes a score besides bits
+LOSSES = ("kl", "nll")  # last words of scores of which less is better
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
 # What is taken as the score when the user names none: the first of these that the file has, in any case.
 SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
@@ -83,6 +92,10 @@ def _fitting(
     wanted = [condition.partition("=")[::2] for condition in conditions]
     for name, _ in wanted:
         _known(name, names, where)
+    for name, value in wanted:
+        there = list(dict.fromkeys(str(row.get(name)) for row in rows))
+        if value not in there:
+            raise DataError(f"{where} has no row with {name}={value}", f"there are {', '.join(there[:8])}")
     return [row for row in rows if all(str(row.get(name)) in (value, "none") for name, value in wanted)]
 
 
@@ -96,6 +109,7 @@ def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str |
         )
     metric = score or _usual_score(names, where)
     _known(metric, names, where)
+    require_gain(metric)
     problems: list[str] = []
     values = [[_number(row, name, i, problems) for name in (*bits, metric)] for i, row in enumerate(rows)]
     if problems:
@@ -103,7 +117,16 @@ def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str |
     bare = [name.removesuffix(SUFFIX) for name in bits]
     array = np.array(values, dtype=np.float64)
     components = tuple(ALIASES.get(name, name) for name in bare)
-    return _varying(Table(components, array[:, :-1], array[:, -1], metric, _mixed(rows)), where)
+    found = Table(components, array[:, :-1], array[:, -1], metric, _mixed(rows))
+    if not found.full_score() > 0:
+        raise DataError(f"{where}: the full model's {metric} is {found.full_score():g}", "shares of it say nothing")
+    return _varying(found, where)
+
+
+def require_gain(metric: str) -> None:
+    """DataError for a score of which less is better: losses and shares are counted from the best."""
+    if metric.split()[-1:] and metric.split()[-1].lower() in LOSSES:
+        raise DataError(f"of {metric} less is better", "choose a score of which more is better")
 
 
 def _mixed(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
