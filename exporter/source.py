@@ -114,7 +114,7 @@ def _refuse_unknown(repo: str, revision: str | None) -> None:
 def _cached(repo: str, revision: str | None) -> Path | Remote:
     """A hub model's folder when all its files are here already, else where it lies; nothing is downloaded."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     remote, problem = None, f"'{repo}' is not in the hub cache and the hub cannot be reached"
     try:
@@ -126,6 +126,8 @@ def _cached(repo: str, revision: str | None) -> Path | Remote:
     wanted = remote.commit if remote else revision
     try:
         return Path(snapshot_download(repo, revision=wanted, allow_patterns=PATTERNS, local_files_only=True))
+    except HFValidationError:
+        raise CheckpointError(f"no folder '{repo}', and no hub id has such a name", _elsewhere(repo)) from None
     except LocalEntryNotFoundError:
         if remote is None:
             raise CheckpointError(problem, _elsewhere(repo)) from None

@@ -53,6 +53,12 @@ def test_errors_are_messages_with_a_hint_and_no_traceback() -> None:
     assert said["exit"] == 1
 
 
+def test_a_model_folder_that_is_not_there_is_an_error_without_a_stack() -> None:
+    result = mmq("plan", "--recipe", "llava-w4", "--model", "./nope")
+    assert result.exit_code == 1
+    assert "no folder './nope'" in result.stderr
+
+
 def test_unreachable_hub_names_the_two_ways_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     result = mmq("plan", "--recipe", "llava-w4-vit8")

@@ -26,7 +26,7 @@ from exporter.recipe import Rule
 from exporter.study import exam, pool, search_exam
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
-from exporter.study.records import Measured, comparable, last_exam, read_records
+from exporter.study.records import FILE, Measured, Records, comparable, last_exam, read_records
 from exporter.study.run import run
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
@@ -196,7 +196,7 @@ def test_a_run_that_reuses_everything_shows_its_own_exam(tmp_path: Path) -> None
     assert [one.exam for one in comparable(read_records(tmp_path))] == [second.found[0].exam]
     again = run(few, two, pool.inline, ignore)
     assert again.scored == 0
-    assert [one.id for one in comparable(read_records(tmp_path))] == [one.id for one in first.found]
+    assert {one.id for one in comparable(read_records(tmp_path))} == {one.id for one in first.found}
 
 
 def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
@@ -385,3 +385,27 @@ def test_only_settings_of_one_exam_stand_in_one_table() -> None:
     assert comparable([old, front]) == [front]
     assert comparable([new, again]) == [again]
     assert comparable([]) == []
+
+
+def test_another_calibration_or_model_is_another_exam(tmp_path: Path) -> None:
+    kept = settings(grid(components={"language": {"bits": [16]}}))
+
+    def exam_of(model: str, calibrated: int) -> str:
+        recipe = base_recipe(model, None, (), calibrated, 0)
+        setup = Setup(tmp_path / "s", recipe.model_dump_json(), **SMALL)
+        return run(setup, kept, pool.inline, ignore).found[0].exam
+
+    first = exam_of("demo-llava", 8)
+    assert exam_of("demo-llava", 9) != first
+    assert exam_of("demo-blip2", 8) != first
+    assert exam_of("demo-llava", 8) == first
+    assert {one.exam for one in last_exam(read_records(tmp_path / "s"))} == {first}
+
+
+def test_rows_of_an_exam_come_in_the_order_of_what_they_are(tmp_path: Path) -> None:
+    for name, order in (("a", (3, 2, 8)), ("b", (8, 3, 2))):
+        with Records(tmp_path / name / FILE) as records:
+            records.begin("x")
+            for bits in order:
+                records.add(measured(f"{name}{bits}", "x", vision_bits=bits))
+    assert [one.about for one in read_records(tmp_path / "a")] == [one.about for one in read_records(tmp_path / "b")]

@@ -135,7 +135,12 @@ def _result(ray: Any, reference: Any) -> Any:
     """A task's result; its own errors as they were raised there."""
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MmqError):
-            raise error.cause from None
-        raise
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, MmqError):
+            raise cause from None
+        said = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise MmqError(
+            f"a task of the study failed on the Ray cluster: {said[0]}",
+            "every machine needs this version of mmq and the study's folder; give the same command again to go on",
+        ) from error

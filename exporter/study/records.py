@@ -37,10 +37,12 @@ CREATE TABLE IF NOT EXISTS runs (
   exam TEXT NOT NULL        -- what this run scored on, also when all of it was known already
 );
 """
-# Settings by when a run last asked for their exam, then by when they were measured.
+# Settings by when a run last asked for their exam, then by what they are: a forest depends on the order of its rows, so
+# it must not be that in which workers finished. Without runs, by when they were measured.
 IN_ORDER = """
-SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds FROM points
-ORDER BY coalesce((SELECT max(number) FROM runs WHERE runs.exam = points.exam), 0), rowid
+SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds,
+  coalesce((SELECT max(number) FROM runs WHERE runs.exam = points.exam), 0) AS run
+FROM points ORDER BY run, CASE run WHEN 0 THEN rowid END, about, rowid
 """
 
 
@@ -100,7 +102,7 @@ class Records:
             self._db.execute("INSERT INTO runs (exam) VALUES (?)", (exam,))
 
     def all(self) -> dict[str, Measured]:
-        """Everything measured, by id, in the order it was; the exam of the last run comes last."""
+        """Everything measured, by id; the exam of the last run comes last."""
         scores: dict[str, dict[str, float]] = {}
         for point, metric, value in self._db.execute("SELECT point, metric, value FROM scores ORDER BY rowid"):
             scores.setdefault(point, {})[metric] = value

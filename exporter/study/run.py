@@ -11,6 +11,7 @@ from exporter import data
 from exporter.checkpoint import make_folder, write_text
 from exporter.events import Event
 from exporter.export import training_samples
+from exporter.methods import METHODS
 from exporter.recipe import Rule
 from exporter.study.grid import Point
 from exporter.study.pool import Pool
@@ -59,9 +60,9 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     """
     begun, cpu = time.monotonic(), time.process_time()
     make_folder(setup.folder)
-    exam, calibration = _digests(setup)
     model = opened(setup)
     source = model.checkpoint.digest()
+    exam, calibration = _digests(setup, source)
     jobs = [_job(setup, model, point, source, exam, calibration) for point in points]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
         records.begin(exam)
@@ -83,8 +84,12 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()), setup.sequential)
 
 
-def _digests(setup: Setup) -> tuple[str, str]:
-    """Of the exam, and of the calibration data; a shared picture is an error."""
+def _digests(setup: Setup, source: str) -> tuple[str, str]:
+    """Of the exam, and of the calibration data; a shared picture is an error.
+
+    Scores may stand in one table when their exams are equal: so that is the model, what it was calibrated on and which
+    version of each method did that, beside the samples and how they are scored.
+    """
     model = opened(setup)
     exam = exam_samples(setup)
     training = data.traces(training_samples(model.recipe, setup.places))
@@ -94,9 +99,9 @@ def _digests(setup: Setup) -> tuple[str, str]:
     chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
     how = [setup.how, setup.sequential, setup.split, [str(place) for place in chosen]]
     pictures = [(trace.identity, trace.key) for trace in training]
-    return _digest([asked, how]), _digest(
-        [pictures, model.recipe.calibration.model_dump(mode="json", exclude={"data"})]
-    )
+    calibration = _digest([pictures, model.recipe.calibration.model_dump(mode="json", exclude={"data"})])
+    versions = {name: method.VERSION for name, method in METHODS.items()}
+    return _digest([asked, how, source, calibration, versions]), calibration
 
 
 def _digest(content: Any) -> str:

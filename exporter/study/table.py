@@ -165,9 +165,9 @@ def _known(name: str, names: Sequence[str], where: object) -> None:
 
 def _number(row: dict[str, Any], name: str, index: int, problems: list[str]) -> float:
     try:
-        value = float(row[name])
+        value = float(row.get(name, ""))
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):
-        problems.append(f"row {index + 1}: {name} is {row[name]!r}")
+        problems.append(f"row {index + 1}: {name} is {row.get(name)!r}")
     return value
