@@ -122,9 +122,8 @@ async def kernels(load: Load, engine: Any, spec: dict[str, Any], clients: int) -
         for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     ]
     ran = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    steps = (
-        max(Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"]).values(), default=0) / spec["blocks"]
-    )
+    writes = Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"])  # one a block and step
+    steps = max(writes.values(), default=0) / spec["blocks"]
     if not steps:
         return {}
     total: Counter[str] = Counter()
@@ -165,9 +164,8 @@ def wait_for_turn() -> None:
     """In the engine's process: import what takes long, then wait until the engine before has gone."""
     import vllm.v1.engine.core  # noqa: F401
 
-    turn = os.open(
-        os.environ.pop(TURN), os.O_RDWR | os.O_CREAT
-    )  # the lock goes when the process ends; its workers do not wait
+    # The lock goes when this process ends; workers that it starts find no file to wait for.
+    turn = os.open(os.environ.pop(TURN), os.O_RDWR | os.O_CREAT)
     fcntl.flock(turn, fcntl.LOCK_EX)
     print("=== its turn", time.time(), flush=True)
 
