@@ -33,21 +33,34 @@ def _columns(
     rest = tl.load(weight + at, mask=inside, other=0.0)
     all_codes = tl.zeros((R, B), tl.float32)
     all_errors = tl.zeros((R, B), tl.float32)
+    first = row * columns
+    step = tl.load(scale + first, mask=row < rows, other=1.0)
+    offset = tl.load(zero + first, mask=row < rows, other=0).to(tl.float32)
+    if ORIGIN:
+        start = tl.load(origin + first, mask=row < rows, other=0.0)
+    pivot = tl.load(upper)
+    later = tl.load(upper + column, mask=(column > 0) & (column < columns), other=0.0)
     for i in range(columns):
+        n = tl.minimum(i + 1, columns - 1)  # what the next column needs arrives while this one is done
+        next_step = tl.load(scale + first + n, mask=row < rows, other=1.0)
+        next_offset = tl.load(zero + first + n, mask=row < rows, other=0).to(tl.float32)
+        next_pivot = tl.load(upper + n * columns + n)
+        next_later = tl.load(upper + n * columns + column, mask=(column > n) & (column < columns), other=0.0)
+        if ORIGIN:
+            next_start = tl.load(origin + first + n, mask=row < rows, other=0.0)
         here = column[None, :] == i
         value = tl.sum(tl.where(here, rest, 0.0), axis=1)
-        step = tl.load(scale + row * columns + i, mask=row < rows, other=1.0)
-        offset = tl.load(zero + row * columns + i, mask=row < rows, other=0).to(tl.float32)
         code = libdevice.rint(tl.div_rn(value, step)) + offset
         code = tl.minimum(tl.maximum(code, 0.0), levels)
-        start = value
         if ORIGIN:
-            start = tl.load(origin + row * columns + i, mask=row < rows, other=0.0)
-        error = tl.div_rn(start - (code - offset) * step, tl.load(upper + i * columns + i))
-        later = tl.load(upper + i * columns + column, mask=(column > i) & (column < columns), other=0.0)
+            error = tl.div_rn(start - (code - offset) * step, pivot)
+            start = next_start
+        else:
+            error = tl.div_rn(value - (code - offset) * step, pivot)
         rest -= error[:, None] * later[None, :]
         all_codes = tl.where(here, code[:, None], all_codes)
         all_errors = tl.where(here, error[:, None], all_errors)
+        step, offset, pivot, later = next_step, next_offset, next_pivot, next_later
     tl.store(codes + at, all_codes.to(tl.uint8), mask=inside)
     tl.store(errors + at, all_errors, mask=inside)
 

@@ -15,7 +15,7 @@ from exporter.quantized import FP8, FP8_MAX, Scheme, float8_scales
 Range = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 40
-KERNEL_WIDTH = 1024  # the widest group that one Triton program holds in registers
+KERNEL_WIDTH = 16384  # the widest group that one Triton program holds in registers
 BLOCK_WIDTH = 128  # the widest group of which it holds a part of the Hessian too
 SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
 PIECE = 1 << 17  # weights whose ranges are searched together on a CPU: what is tried stays in its cache
@@ -43,12 +43,13 @@ def fit_scale(
 def _fitted(
     weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, range_: Range, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme):
+    if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme, weight.shape[1]):
         return _search_fast(weight, scheme, scale_dtype, importance)
     low, high = _extremes(weight, scheme)
     if range_ == "minmax":
         return _scale_of(low, high, scheme, scale_dtype)
-    rows = len(weight) if scheme.group_size == "tensor" else max(1, PIECE // max(1, weight.shape[1]))
+    whole = weight.is_cuda or scheme.group_size == "tensor"  # a GPU has no use for pieces, and waits for each of them
+    rows = len(weight) if whole else max(1, PIECE // max(1, weight.shape[1]))
     pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
     found = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
@@ -100,8 +101,9 @@ def clip_fast(
         return None
 
 
-def _fits_kernel(scheme: Scheme) -> bool:
-    return scheme.number == "int" and isinstance(scheme.group_size, int) and scheme.group_size <= KERNEL_WIDTH
+def _fits_kernel(scheme: Scheme, columns: int) -> bool:
+    one_row = scheme.group_size != "tensor"  # what a tensor shares, programs that see a few rows each cannot choose
+    return scheme.number == "int" and one_row and scheme.columns_per_group(columns) <= KERNEL_WIDTH
 
 
 def _search_fast(

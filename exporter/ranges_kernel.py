@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-ROWS = 16  # rows of one program
+ROWS = 16  # rows of one program, at most
+HELD = 4096  # weights that the threads of four warps hold between them without spilling
 
 
 @triton.jit
@@ -112,17 +113,18 @@ def launch(
     zero = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
     info = torch.finfo(dtype)
     sizes = (rows, columns, groups, float(levels), float(middle), info.smallest_normal, info.max, shrink, steps)
-    grid = (triton.cdiv(rows, ROWS), groups)
+    held = triton.next_power_of_2(width)
+    at_once = max(1, min(ROWS, HELD // held))
+    grid = (triton.cdiv(rows, at_once), groups)
     options = {
         "G": width,
         "SYMMETRIC": symmetric,
         "MEASURE": "together" if hessian is not None else "squares" if importance is None else "weighted",
-        "R": ROWS,
-        "W": triton.next_power_of_2(width),
+        "R": at_once,
+        "W": held,
+        "num_warps": 8 if hessian is not None or held > HELD else 4,
     }
     counts = weight if importance is None else importance.float().contiguous()
     second = weight if hessian is None else hessian
-    _search[grid](
-        weight.contiguous(), counts, second, scale, zero, *sizes, **options, num_warps=8 if hessian is not None else 4
-    )
+    _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options)
     return scale, zero

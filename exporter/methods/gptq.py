@@ -4,6 +4,7 @@ For inputs x the output error of a linear is `tr(D H D^T)` with `D = W - Q` and 
 influence each other, so linears that share an input may be stacked along `out` in one call.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -67,15 +68,35 @@ def quantize_linear(
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_, counts)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
-    group = order // scheme.columns_per_group(len(order))
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    codes[:, order] = _walk(weight[:, order], upper, scheme, options, scale, zero, group, counts)
+    grid = Grid(scheme, scale, zero, order // scheme.columns_per_group(len(order)))
+    codes = _walk(weight.index_select(1, order), upper, grid, options, counts)
     del upper  # as large as the Hessian
-    found = QuantizedLinear(scheme, codes, scale, zero)
     if not notes:  # a Hessian that is not positive definite has no least error to go down to
         for _ in range(options.descent):
-            descend_(found, weight, statistics.hessian, options, order)
-    return found, notes
+            descend_(codes, weight, statistics.hessian, grid, options.damping, options.block, order)
+    return QuantizedLinear(scheme, codes.index_select(1, order.argsort()), scale, zero), notes
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the columns of a linear are rounded to, in the order in which they are walked.
+
+    scale, zero: `[out, groups]`. group: int64 `[in]`, of each column.
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+
+    def of(self, here: slice) -> tuple[Tensor, Tensor]:
+        """Scale and zero of some columns, `[out, columns]`."""
+        return self.scale.index_select(1, self.group[here]), self.zero.index_select(1, self.group[here])
+
+    def values(self, codes: Tensor, here: slice) -> Tensor:
+        """The weights that the codes of some columns stand for, f32 `[out, columns]`."""
+        single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)  # one scale a column
+        return dequantize(codes[:, here], *self.of(here), single)
 
 
 def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) -> Tensor:
@@ -90,37 +111,30 @@ def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) ->
     return found / found.mean()
 
 
-def descend_(linear: QuantizedLinear, weight: Tensor, hessian: Tensor, options: Options, order: Tensor) -> None:
+def descend_(
+    codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, damping: float, block: int, order: Tensor
+) -> None:
     """Round every column again, in `order` int64 `[in]`, given all others as they are rounded.
 
     With `D = W - Q` the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so the error of the output
     never grows. A block of columns sees the others in one product; inside it the column loop carries what changed.
-    Codes are rewritten in place.
+    `codes`, whose columns are in that order (those of `weight` and `hessian` are not), is rewritten in place.
     """
-    scheme, codes = linear.scheme, linear.codes
-    group = torch.arange(len(order), device=weight.device) // scheme.columns_per_group(len(order))
-    single = Scheme(scheme.bits, 1, scheme.symmetric, scheme.number)
-    diagonal = damped(hessian.diagonal(), options.damping)
+    diagonal = damped(hessian.diagonal(), damping)
+    blocks = [(slice(start, start + block), order[start : start + block]) for start in range(0, len(order), block)]
     off = torch.empty_like(weight, dtype=torch.bfloat16 if weight.is_cuda else torch.float32)
-    for start in range(0, len(order), options.block):
-        here = slice(start, start + options.block)
-        off[:, here] = weight[:, here] - dequantize(codes[:, here], *_scales(linear, group[here]), single)
-    for here in order.split(options.block):
-        scale, zero = _scales(linear, group[here])
-        own, share = weight[:, here], diagonal[here]
-        before = own - dequantize(codes[:, here], scale, zero, single)
-        strip = hessian.index_select(0, here)
-        inner = strip.index_select(1, here)
-        off[:, here] = 0
+    for here, columns in blocks:
+        off[:, here] = weight.index_select(1, columns) - grid.values(codes, here)
+    for here, columns in blocks:
+        own, share = weight.index_select(1, columns), diagonal[columns]
+        before = own - grid.values(codes, here)
+        strip = hessian.index_select(0, columns).index_select(1, order)
+        inner = strip[:, here].clone()
+        strip[:, here] = 0  # the block's own columns are in `before`, where they are not rounded to 16 bits
         pull = times(off, strip.T) + before @ inner.tril(-1)
         push = (inner.triu(1) / -share).fill_diagonal_(1.0)
-        codes[:, here], after = quantize_columns(own + pull / share, push, scale, zero, scheme, own)
-        off[:, here] = after.to(off.dtype)
-
-
-def _scales(linear: QuantizedLinear, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of some columns, `[out, columns]`, from the group of each."""
-    return linear.scale[:, group], linear.zero[:, group]
+        codes[:, here], after = quantize_columns(own + pull / share, push, *grid.of(here), grid.scheme, own)
+        off[:, here] = after
 
 
 def damped(diagonal: Tensor, damping: float) -> Tensor:
@@ -167,35 +181,29 @@ def _permuted(square: Tensor, order: Tensor) -> Tensor:
     return result
 
 
-def _walk(
-    rest: Tensor,
-    upper: Tensor,
-    scheme: Scheme,
-    options: Options,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    counts: Tensor | None,
-) -> Tensor:
+def _walk(rest: Tensor, upper: Tensor, grid: Grid, options: Options, counts: Tensor | None) -> Tensor:
     """Codes of all columns, in the order given; `rest` f32 `[out, in]` is used up.
 
-    scale, zero: `[out, groups]`, rewritten group by group when scales are "in_loop". group: `[in]`, of each column.
-    counts: `[in]`, importance of each column, for those scales.
+    When scales are "in_loop" those of the grid are rewritten, group by group. counts: `[in]`, importance of each
+    column, for those scales.
     """
-    columns = rest.shape[1]
+    scheme, columns = grid.scheme, rest.shape[1]
     width = scheme.columns_per_group(columns)
     in_loop = options.scales == "in_loop" and scheme.groups(columns) > 1
     cuts = sorted({*range(0, columns, options.block), *(range(0, columns, width) if in_loop else ()), columns})
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start, end in pairwise(cuts):
+        here = slice(start, end)
         if in_loop and start % width == 0:
-            here = slice(start // width, start // width + 1)
-            whole = slice(start, start + width)
-            some = None if counts is None else counts[whole]
-            scale[:, here], zero[:, here] = fit_scale(rest[:, whole], scheme, scale.dtype, options.range_, some)
-        own = group[start:end]
-        codes[:, start:end], errors = quantize_columns(
-            rest[:, start:end], upper[start:end, start:end], scale[:, own], zero[:, own], scheme
-        )
-        rest[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+            _fit_again(grid, start // width, rest[:, start : start + width], options.range_, counts)
+        codes[:, here], errors = quantize_columns(rest[:, here], upper[here, here], *grid.of(here), scheme)
+        rest[:, end:].addmm_(errors, upper[here, end:], alpha=-1)
     return codes
+
+
+def _fit_again(grid: Grid, group: int, now: Tensor, range_: Range, counts: Tensor | None) -> None:
+    """Scale and zero of one group from its weights `now`, `[out, columns of the group]`."""
+    first = group * grid.scheme.columns_per_group(len(grid.group))
+    some = None if counts is None else counts[first : first + now.shape[1]]
+    scale, zero = fit_scale(now, grid.scheme, grid.scale.dtype, range_, some)
+    grid.scale[:, group : group + 1], grid.zero[:, group : group + 1] = scale, zero
