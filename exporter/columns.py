@@ -1,10 +1,11 @@
-"""The column loop of GPTQ: one block of columns, each compensating for those before it.
+"""The column loops of GPTQ: one block of columns, each compensating for those before it.
 
-Coordinate descent is the same loop with another factor, and with errors that are measured from the original weight.
-
-`quantize_columns` is the definition, in torch; on a CUDA device `quantize_columns_fast` does the same in one Triton
-kernel launch, where the loop would be a thousand small ones.
+`quantize_columns` walks columns for the first time and `descend_columns` rounds them once more. What ends in `_plain`
+is the definition, in torch; on a CUDA device one Triton kernel launch does the same, where the loop would be a thousand
+small ones.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,42 +13,93 @@ from torch import Tensor
 from exporter.quantized import Scheme, dequantize, quantize
 
 
-def quantize_columns(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, origin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[out, b]` and the scaled errors f32 `[out, b]` that later blocks must make up for.
+@dataclass(frozen=True)
+class Grid:
+    """What the columns of a linear are rounded to, in the order in which they are walked.
 
-    weight f32 `[out, b]`; upper f32 `[b, b]`, that part of the factor U; scale and zero `[out, b]`, one a column.
-    origin: f32 `[out, b]`, what errors are measured from, when that is not the weight that is rounded.
+    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
     """
-    if weight.is_cuda and scheme.number == "int":
-        return quantize_columns_fast(weight, upper, scale, zero, scheme, origin)
-    return quantize_columns_plain(weight, upper, scale, zero, scheme, origin)
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+
+    def part(self, here: slice) -> "Grid":
+        """The grid of some columns."""
+        return Grid(self.scheme, self.scale, self.zero, self.group[here])
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest codes uint8 of `weight` f32, both `[out, in]`."""
+        return quantize(weight, *self._spread())
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weights f32 that `codes` stand for, both `[out, in]`."""
+        return dequantize(codes, *self._spread())
+
+    def _spread(self) -> tuple[Tensor, Tensor, Scheme]:
+        """Scale and zero of every column `[out, in]`, and the scheme that has one a column."""
+        single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
+        return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels can round to it."""
+        return self.scale.is_cuda and self.scheme.number == "int"
 
 
-def quantize_columns_plain(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, origin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """Round columns `rest` f32 `[out, b]` one after the other; what each is off by changes those after it.
+
+    upper: f32 `[b, b]`, that part of the factor U. codes: uint8 `[out, b]`, written.
+    Returns the scaled errors f32 `[out, b]` that later blocks must make up for.
+    """
+    if grid.has_kernels:
+        from exporter.columns_kernel import quantize_columns_fast
+
+        return quantize_columns_fast(rest, upper, grid, codes)
+    return quantize_columns_plain(rest, upper, grid, codes)
+
+
+def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
     """`quantize_columns` in torch, on any device."""
-    single = Scheme(scheme.bits, 1, scheme.symmetric, scheme.number)  # one scale a column
-    rest = weight.clone()
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    errors = torch.empty_like(weight)
+    rest = rest.clone()
+    errors = torch.empty_like(rest)
+    for i in range(rest.shape[1]):
+        here, later = slice(i, i + 1), slice(i + 1, None)
+        codes[:, here] = grid.part(here).quantize(rest[:, here])
+        errors[:, here] = (rest[:, here] - grid.part(here).dequantize(codes[:, here])) / upper[i, i]
+        rest[:, later].addmm_(errors[:, here], upper[here, later], alpha=-1)
+    return errors
+
+
+def descend_columns(
+    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+) -> None:
+    """Round columns `weight` f32 `[out, b]` again, one after the other, given how far all columns are off by now.
+
+    pull: f32 `[out, b]`, the product of all that is off with the other columns' part of the Hessian; hessian: `[b, b]`,
+    that part inside the block, 0 on the diagonal; share: f32 `[b]`, the diagonal. The best value of a column is
+    `weight + pull / share`. codes uint8 and off, `[out, b]`, are rewritten; off is `weight` less what its code stands
+    for, and a change of it changes the pull on the columns after it.
+    """
+    if grid.has_kernels:
+        from exporter.columns_kernel import descend_columns_fast
+
+        descend_columns_fast(weight, pull, hessian, share, grid, codes, off)
+    else:
+        descend_columns_plain(weight, pull, hessian, share, grid, codes, off)
+
+
+def descend_columns_plain(
+    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+) -> None:
+    """`descend_columns` in torch, on any device."""
+    best = weight + pull / share
+    push = hessian.float() / share
     for i in range(weight.shape[1]):
-        column = rest[:, i : i + 1]
-        scales, zeros = scale[:, i : i + 1], zero[:, i : i + 1]
-        codes[:, i : i + 1] = found = quantize(column, scales, zeros, single)
-        start = column if origin is None else origin[:, i : i + 1]
-        error = (start - dequantize(found, scales, zeros, single)) / upper[i, i]
-        rest[:, i + 1 :].addmm_(error, upper[i : i + 1, i + 1 :], alpha=-1)
-        errors[:, i : i + 1] = error
-    return codes, errors
-
-
-def quantize_columns_fast(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, origin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`quantize_columns` as one Triton kernel; sums differ from torch's in their last bit."""
-    from exporter.columns_kernel import launch
-
-    return launch(weight, upper, scale, zero, scheme.levels, origin)
+        here, later = slice(i, i + 1), slice(i + 1, None)
+        codes[:, here] = grid.part(here).quantize(best[:, here])
+        now = weight[:, here] - grid.part(here).dequantize(codes[:, here])
+        best[:, later].addmm_(now - off[:, here], push[here, later])
+        off[:, here] = now

@@ -1,4 +1,8 @@
-"""Triton kernel of the GPTQ column loop. Imported only where there is a CUDA device, since Triton comes with it."""
+"""Triton kernels of the column loops. Imported only where there is a CUDA device, since Triton comes with it.
+
+A program has a few rows and holds a block of their columns in registers. What the next column needs is asked for while
+this one is done: waiting for memory at every column would take as long as the sums.
+"""
 
 # mypy: ignore-errors
 import torch
@@ -7,76 +11,152 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from exporter.columns import Grid
+
 ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 rows
+WARPS = 4
 
 
 @triton.jit
-def _columns(
+def _rounded(value, step, offset, levels):
+    code = libdevice.rint(tl.div_rn(value, step)) + offset
+    return tl.minimum(tl.maximum(code, 0.0), levels)
+
+
+@triton.jit
+def _quantize(
     weight,
     upper,
     scale,
     zero,
-    origin,
+    group,
     codes,
     errors,
     rows,
     columns,
+    groups,
     levels,
-    ORIGIN: tl.constexpr,
+    weight_pitch,
+    upper_pitch,
+    codes_pitch,
     R: tl.constexpr,
     B: tl.constexpr,
 ):
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.arange(0, B)
-    at = row[:, None] * columns + column[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    rest = tl.load(weight + at, mask=inside, other=0.0)
-    all_codes = tl.zeros((R, B), tl.float32)
-    all_errors = tl.zeros((R, B), tl.float32)
-    first = row * columns
-    step = tl.load(scale + first, mask=row < rows, other=1.0)
-    offset = tl.load(zero + first, mask=row < rows, other=0).to(tl.float32)
-    if ORIGIN:
-        start = tl.load(origin + first, mask=row < rows, other=0.0)
+    row, column = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, B)
+    real, inside = row < rows, (row[:, None] < rows) & (column[None, :] < columns)
+    rest = tl.load(weight + row[:, None] * weight_pitch + column[None, :], mask=inside, other=0.0)
+    all_codes, all_errors = tl.zeros((R, B), tl.float32), tl.zeros((R, B), tl.float32)
+    grid = row * groups + tl.load(group)
+    step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
+    offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
     pivot = tl.load(upper)
     later = tl.load(upper + column, mask=(column > 0) & (column < columns), other=0.0)
+    group_ahead = tl.load(group + tl.minimum(1, columns - 1))
     for i in range(columns):
-        n = tl.minimum(i + 1, columns - 1)  # what the next column needs arrives while this one is done
-        next_step = tl.load(scale + first + n, mask=row < rows, other=1.0)
-        next_offset = tl.load(zero + first + n, mask=row < rows, other=0).to(tl.float32)
-        next_pivot = tl.load(upper + n * columns + n)
-        next_later = tl.load(upper + n * columns + column, mask=(column > n) & (column < columns), other=0.0)
-        if ORIGIN:
-            next_start = tl.load(origin + first + n, mask=row < rows, other=0.0)
+        n = tl.minimum(i + 1, columns - 1)
+        grid = row * groups + group_ahead
+        next_step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
+        next_offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+        next_pivot = tl.load(upper + n * upper_pitch + n)
+        next_later = tl.load(upper + n * upper_pitch + column, mask=(column > n) & (column < columns), other=0.0)
+        group_ahead = tl.load(group + tl.minimum(i + 2, columns - 1))
         here = column[None, :] == i
         value = tl.sum(tl.where(here, rest, 0.0), axis=1)
-        code = libdevice.rint(tl.div_rn(value, step)) + offset
-        code = tl.minimum(tl.maximum(code, 0.0), levels)
-        if ORIGIN:
-            error = tl.div_rn(start - (code - offset) * step, pivot)
-            start = next_start
-        else:
-            error = tl.div_rn(value - (code - offset) * step, pivot)
+        code = _rounded(value, step, offset, levels)
+        error = tl.div_rn(value - (code - offset) * step, pivot)
         rest -= error[:, None] * later[None, :]
         all_codes = tl.where(here, code[:, None], all_codes)
         all_errors = tl.where(here, error[:, None], all_errors)
         step, offset, pivot, later = next_step, next_offset, next_pivot, next_later
-    tl.store(codes + at, all_codes.to(tl.uint8), mask=inside)
-    tl.store(errors + at, all_errors, mask=inside)
+    tl.store(codes + row[:, None] * codes_pitch + column[None, :], all_codes.to(tl.uint8), mask=inside)
+    tl.store(errors + row[:, None] * columns + column[None, :], all_errors, mask=inside)
 
 
-def launch(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int, origin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `columns.quantize_columns`."""
-    rows, columns = weight.shape
-    inputs = (weight.contiguous(), upper.contiguous(), scale.float().contiguous(), zero.contiguous())
-    inputs = (*inputs, inputs[0] if origin is None else origin.contiguous())
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
+@triton.jit
+def _descend(
+    weight,
+    pull,
+    hessian,
+    share,
+    scale,
+    zero,
+    group,
+    codes,
+    off,
+    rows,
+    columns,
+    groups,
+    levels,
+    weight_pitch,
+    hessian_pitch,
+    codes_pitch,
+    off_pitch,
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    row, column = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, B)
+    real, inside = row < rows, (row[:, None] < rows) & (column[None, :] < columns)
+    shares = tl.load(share + column, mask=column < columns, other=1.0)
+    best = tl.load(pull + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    best = tl.div_rn(best, shares[None, :] + best * 0.0)
+    best += tl.load(weight + row[:, None] * weight_pitch + column[None, :], mask=inside, other=0.0)
+    all_codes, all_off = tl.zeros((R, B), tl.float32), tl.zeros((R, B), tl.float32)
+    grid = row * groups + tl.load(group)
+    step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
+    offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+    own = tl.load(weight + row * weight_pitch, mask=real, other=0.0)
+    before = tl.load(off + row * off_pitch, mask=real, other=0.0).to(tl.float32)
+    later = tl.load(hessian + column, mask=(column > 0) & (column < columns), other=0.0).to(tl.float32)
+    group_ahead = tl.load(group + tl.minimum(1, columns - 1))
+    for i in range(columns):
+        n = tl.minimum(i + 1, columns - 1)
+        grid = row * groups + group_ahead
+        next_step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
+        next_offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+        next_own = tl.load(weight + row * weight_pitch + n, mask=real, other=0.0)
+        next_before = tl.load(off + row * off_pitch + n, mask=real, other=0.0).to(tl.float32)
+        next_later = tl.load(
+            hessian + n * hessian_pitch + column, mask=(column > n) & (column < columns), other=0.0
+        ).to(tl.float32)
+        group_ahead = tl.load(group + tl.minimum(i + 2, columns - 1))
+        here = column[None, :] == i
+        code = _rounded(tl.sum(tl.where(here, best, 0.0), axis=1), step, offset, levels)
+        now = own - (code - offset) * step
+        best += (now - before)[:, None] * tl.div_rn(later, shares)[None, :]
+        all_codes = tl.where(here, code[:, None], all_codes)
+        all_off = tl.where(here, now[:, None], all_off)
+        step, offset, own, before, later = next_step, next_offset, next_own, next_before, next_later
+    tl.store(codes + row[:, None] * codes_pitch + column[None, :], all_codes.to(tl.uint8), mask=inside)
+    tl.store(off + row[:, None] * off_pitch + column[None, :], all_off.to(off.dtype.element_ty), mask=inside)
+
+
+def quantize_columns_fast(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """`columns.quantize_columns`; sums differ from torch's in their last bit."""
+    errors = torch.empty(rest.shape, dtype=torch.float32, device=rest.device)
+    pitches = (_pitch(rest), _pitch(upper), _pitch(codes))
+    _launch(_quantize, (rest, upper), grid, (codes, errors), pitches)
+    return errors
+
+
+def descend_columns_fast(
+    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+) -> None:
+    """`columns.descend_columns`; sums differ from torch's in their last bit."""
+    pitches = (_pitch(weight), _pitch(hessian), _pitch(codes), _pitch(off))
+    _launch(_descend, (weight, pull.contiguous(), hessian, share), grid, (codes, off), pitches)
+
+
+def _launch(kernel, inputs, grid: Grid, outputs, pitches) -> None:
+    rows, columns = inputs[0].shape
+    steps = (grid.scale.contiguous(), grid.zero.contiguous(), grid.group.contiguous())
+    sizes = (rows, columns, grid.scale.shape[1], float(grid.scheme.levels))
+    programs = (triton.cdiv(rows, ROWS),)
     width = triton.next_power_of_2(columns)
-    grid = (triton.cdiv(rows, ROWS),)
-    _columns[grid](
-        *inputs, codes, errors, rows, columns, float(levels), ORIGIN=origin is not None, R=ROWS, B=width, num_warps=4
-    )
-    return codes, errors
+    kernel[programs](*inputs, *steps, *outputs, *sizes, *pitches, R=ROWS, B=width, num_warps=WARPS)
+
+
+def _pitch(matrix: Tensor) -> int:
+    """How far a row begins after the one before, in elements; the kernels expect the columns of a row side by side."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise ValueError(f"columns {matrix.stride(1)} elements apart")
+    return matrix.stride(0)

@@ -22,7 +22,7 @@ def inverse_factor_(square: Tensor, panel: int = PANEL) -> bool:
     the first pass has left in place.
     """
     failed = torch.zeros((), dtype=torch.int32, device=square.device)
-    panels = list(_cut(len(square), panel))
+    panels = list(cut(len(square), panel))
     for here in reversed(panels):
         inverse, code = _inverse_of_corner(square[here, here])
         failed += code.abs()
@@ -35,7 +35,7 @@ def inverse_factor_(square: Tensor, panel: int = PANEL) -> bool:
     square.triu_()
     for here in panels[1:]:
         strip = square[: here.start, here] @ square[here, here]
-        for rows in _cut(here.start, TALL * panel):  # rows above are done; those below are not needed for these
+        for rows in cut(here.start, TALL * panel):  # rows above are done; those below are not needed for these
             torch.mm(square[rows, rows.start : here.start], strip[rows.start :], out=square[rows, here])
         square[: here.start, here].neg_()
     sound = (failed == 0) & (square.diagonal() > 0).all() & torch.isfinite(square.sum())
@@ -52,6 +52,7 @@ def _inverse_of_corner(corner: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1), code
 
 
-def _cut(length: int, step: int) -> Iterator[slice]:
+def cut(length: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that cover `length`; the last may be shorter."""
     for start in range(0, length, step):
         yield slice(start, min(length, start + step))

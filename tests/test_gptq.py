@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from exporter import moments
-from exporter.columns import quantize_columns, quantize_columns_plain
 from exporter.methods import gptq, rtn
 from exporter.methods.gptq import Options, Statistics, importance, inverse_factor
-from exporter.quantized import Scheme, dequantize, quantize, spread
+from exporter.quantized import Scheme, quantize, spread
 from exporter.ranges import fit_scale
 from tests.oracles import descent_by_hand, gptq_by_inversion
 
@@ -226,34 +225,3 @@ def test_no_input_at_all_is_rounding() -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="needs scales: static"):
         Options(order="activation", scales="in_loop")
-
-
-def test_errors_may_be_measured_from_another_weight() -> None:
-    weight, statistics = correlated(300, 20)
-    upper, _ = inverse_factor(statistics.hessian, 0.01)
-    assert upper is not None
-    origin, single = weight + 0.1 * torch.randn(24, 20), Scheme(4, 1, False)
-    scale, zero = fit_scale(weight, single, torch.float16)
-    codes, errors = quantize_columns_plain(weight, upper, scale, zero, single, origin)
-    expected = (origin - dequantize(codes, scale, zero, single)) / upper.diagonal()
-    torch.testing.assert_close(errors, expected)
-    now = weight - errors @ upper.triu(1)  # what every column was when it was rounded
-    torch.testing.assert_close(codes, quantize(now, scale, zero, single))
-
-
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("from_origin", [False, True])
-@pytest.mark.parametrize("columns", [128, 100])
-def test_kernel_equals_the_plain_loop(columns: int, from_origin: bool) -> None:
-    device = torch.accelerator.current_accelerator()
-    weight, statistics = correlated(400, columns)
-    upper, _ = inverse_factor(statistics.hessian, 0.01)
-    assert upper is not None
-    scale, zero = fit_scale(weight, Scheme(4, 1, False), torch.float16)
-    arguments = [tensor.to(device) for tensor in (weight, upper, scale, zero)]
-    origin = arguments[0] * 1.01 if from_origin else None
-    fast, fast_errors = quantize_columns(*arguments, Scheme(4, 1, False), origin)
-    plain, plain_errors = quantize_columns_plain(*arguments, Scheme(4, 1, False), origin)
-    assert int((fast != plain).sum()) <= 3
-    same = (fast == plain).all(1)
-    torch.testing.assert_close(fast_errors[same], plain_errors[same], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from exporter import columns, ranges
+from exporter import columns as columns_
+from exporter import ranges
 from exporter.device import choose
 from exporter.methods import awq
 from exporter.quantized import Scheme
@@ -18,7 +19,7 @@ from exporter.quantized import Scheme
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
 DEVICE = choose("auto").torch_device
-NEAR_TIES = 0.02  # share of groups where two ranges are so nearly as good that the order of a sum decides
+NEAR_TIES = 0.02  # share of groups, or of rows, where the last bit of a sum decides between two answers
 
 
 def _nearest(value: Any) -> Any:
@@ -62,7 +63,7 @@ def test_the_search_of_ranges_equals_torch(
         counts if counts is None else ranges._grouped(counts[None], scheme),
     )
     errors = [ranges._errors(grouped, *found, scheme, share) for found in ((scale, zero), fast)]
-    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*errors, rtol=0.01, atol=0)
     assert (scale != fast[0]).float().mean() < NEAR_TIES
 
 
@@ -80,20 +81,55 @@ def test_clipping_equals_torch(
     assert not torch.equal(scale, start[0]), "nothing was clipped: the test says nothing"
     blocks = awq._diagonal_blocks(hessian, scheme)
     errors = [awq._group_output_error(weight, blocks, *found, scheme) for found in ((scale, zero), fast)]
-    torch.testing.assert_close(*errors, rtol=1e-4, atol=0)
+    torch.testing.assert_close(*errors, rtol=0.01, atol=0)
     assert (scale != fast[0]).float().mean() < NEAR_TIES
 
 
-@pytest.mark.parametrize("descends", [True, False])
-def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, descends: bool) -> None:
+def _grid(groups: int, columns: int) -> columns_.Grid:
+    """Columns of `groups` groups in no order."""
     draw = torch.Generator().manual_seed(3)
-    mixed = torch.rand(64, 64, generator=draw)
-    upper = torch.linalg.cholesky(torch.eye(64) + mixed @ mixed.T / 64).T.contiguous()
-    scale = torch.rand(40, 64, generator=draw) * 0.2 + 0.1
-    zero = torch.randint(0, 15, (40, 64), dtype=torch.uint8, generator=draw)
-    origin = torch.randn(40, 64, generator=draw).to(DEVICE) if descends else None
-    inputs = (weight[:, :64], upper.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE))
-    codes, errors = columns.quantize_columns_plain(*inputs, Scheme(4, 128, False), origin)
-    fast = kernels["columns_kernel"].launch(*inputs, 15, origin)
-    assert torch.equal(codes, fast[0])
-    torch.testing.assert_close(errors, fast[1])
+    scale = (torch.rand(40, groups, generator=draw) * 0.2 + 0.1).half()
+    zero = torch.randint(0, 15, (40, groups), dtype=torch.uint8, generator=draw)
+    group = torch.randint(0, groups, (columns,), generator=draw)
+    return columns_.Grid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
+
+
+def _square(columns: int) -> torch.Tensor:
+    mixed = _drawn(4, columns, columns)
+    return torch.eye(columns, device=DEVICE) + mixed @ mixed.T / columns
+
+
+@pytest.mark.parametrize("width", [64, 50])
+def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, width: int) -> None:
+    here, grid = slice(100, 100 + width), _grid(3, 300)
+    upper = torch.linalg.cholesky(_square(300)).T.contiguous()
+    codes = torch.zeros(2, 40, 300, dtype=torch.uint8, device=DEVICE)
+    inputs = (weight[:, here], upper[here, here], grid.part(here))
+    errors = columns_.quantize_columns_plain(*inputs, codes[0, :, here])
+    fast = kernels["columns_kernel"].quantize_columns_fast(*inputs, codes[1, :, here])
+    assert codes.any()
+    same = _rows_alike(codes)
+    torch.testing.assert_close(errors[same], fast[same], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype) -> None:
+    here, grid, square = slice(100, 164), _grid(3, 300), _square(300)
+    share = square.diagonal().clone()
+    square.diagonal().zero_()
+    codes = torch.stack([grid.quantize(weight + 0.2)] * 2)
+    off = torch.stack([(weight - grid.dequantize(codes[0])).to(dtype)] * 2)
+    pull = off[0].float() @ square[here].T
+    inputs = (weight[:, here], pull, square[here, here].to(dtype), share[here], grid.part(here))
+    columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])
+    assert (codes[0] != codes[1]).any(), "no code moved: the test says nothing"
+    kernels["columns_kernel"].descend_columns_fast(*inputs, codes[1, :, here], off[1, :, here])
+    same = _rows_alike(codes)
+    torch.testing.assert_close(off[0, same], off[1, same])
+
+
+def _rows_alike(codes: torch.Tensor) -> torch.Tensor:
+    """Where both have the same codes, which is nearly everywhere: a tie changes all columns after it."""
+    same = (codes[0] == codes[1]).all(1)
+    assert (~same).float().mean() <= 2 * NEAR_TIES
+    return same

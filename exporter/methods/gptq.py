@@ -4,7 +4,6 @@ For inputs x the output error of a linear is `tr(D H D^T)` with `D = W - Q` and 
 influence each other, so linears that share an input may be stacked along `out` in one call.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -12,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from exporter.columns import quantize_columns
-from exporter.factor import PANEL, inverse_factor_
+from exporter.columns import Grid, descend_columns, quantize_columns
+from exporter.factor import PANEL, cut, inverse_factor_
 from exporter.moments import Statistics, times
-from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
+from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
@@ -71,32 +70,9 @@ def quantize_linear(
     grid = Grid(scheme, scale, zero, order // scheme.columns_per_group(len(order)))
     codes = _walk(weight.index_select(1, order), upper, grid, options, counts)
     del upper  # as large as the Hessian
-    if not notes:  # a Hessian that is not positive definite has no least error to go down to
-        for _ in range(options.descent):
-            descend_(codes, weight, statistics.hessian, grid, options.damping, options.block, order)
+    if options.descent and not notes:  # a Hessian that is not positive definite has no least error to go down to
+        descend_(codes, weight.index_select(1, order), statistics.hessian, grid, options, order)
     return QuantizedLinear(scheme, codes.index_select(1, order.argsort()), scale, zero), notes
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What the columns of a linear are rounded to, in the order in which they are walked.
-
-    scale, zero: `[out, groups]`. group: int64 `[in]`, of each column.
-    """
-
-    scheme: Scheme
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
-
-    def of(self, here: slice) -> tuple[Tensor, Tensor]:
-        """Scale and zero of some columns, `[out, columns]`."""
-        return self.scale.index_select(1, self.group[here]), self.zero.index_select(1, self.group[here])
-
-    def values(self, codes: Tensor, here: slice) -> Tensor:
-        """The weights that the codes of some columns stand for, f32 `[out, columns]`."""
-        single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)  # one scale a column
-        return dequantize(codes[:, here], *self.of(here), single)
 
 
 def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) -> Tensor:
@@ -111,30 +87,24 @@ def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) ->
     return found / found.mean()
 
 
-def descend_(
-    codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, damping: float, block: int, order: Tensor
-) -> None:
-    """Round every column again, in `order` int64 `[in]`, given all others as they are rounded.
+def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, options: Options, order: Tensor) -> None:
+    """Round every column again, given all others as they are rounded; `options.descent` times.
 
     With `D = W - Q` the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so the error of the output
     never grows. A block of columns sees the others in one product; inside it the column loop carries what changed.
-    `codes`, whose columns are in that order (those of `weight` and `hessian` are not), is rewritten in place.
+    codes, rewritten, and weight f32: `[out, in]` in the order of the walk, of which hessian is not.
     """
-    diagonal = damped(hessian.diagonal(), damping)
-    blocks = [(slice(start, start + block), order[start : start + block]) for start in range(0, len(order), block)]
-    off = torch.empty_like(weight, dtype=torch.bfloat16 if weight.is_cuda else torch.float32)
-    for here, columns in blocks:
-        off[:, here] = weight.index_select(1, columns) - grid.values(codes, here)
-    for here, columns in blocks:
-        own, share = weight.index_select(1, columns), diagonal[columns]
-        before = own - grid.values(codes, here)
-        strip = hessian.index_select(0, columns).index_select(1, order)
-        inner = strip[:, here].clone()
-        strip[:, here] = 0  # the block's own columns are in `before`, where they are not rounded to 16 bits
-        pull = times(off, strip.T) + before @ inner.tril(-1)
-        push = (inner.triu(1) / -share).fill_diagonal_(1.0)
-        codes[:, here], after = quantize_columns(own + pull / share, push, *grid.of(here), grid.scheme, own)
-        off[:, here] = after
+    dtype = torch.bfloat16 if weight.is_cuda else torch.float32  # of the products; what is rounded stays float32
+    share = damped(hessian.diagonal(), options.damping)[order]
+    hessian = _permuted(hessian, order, dtype)
+    hessian.diagonal().zero_()
+    off = torch.empty_like(weight, dtype=dtype)
+    for here in cut(len(order), PANEL):
+        off[:, here] = weight[:, here] - grid.part(here).dequantize(codes[:, here])
+    for here in [*cut(len(order), options.block)] * options.descent:
+        pull = times(off, hessian[here].T)
+        own = (weight[:, here], pull, hessian[here, here], share[here])
+        descend_columns(*own, grid.part(here), codes[:, here], off[:, here])
 
 
 def damped(diagonal: Tensor, damping: float) -> Tensor:
@@ -159,7 +129,7 @@ def inverse_factor(
     diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
-        upper = _permuted(hessian, order)
+        upper = _permuted(hessian, order, torch.float32)
         upper.diagonal().copy_(diagonal + share * typical)
         if inverse_factor_(upper):
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
@@ -168,16 +138,15 @@ def inverse_factor(
     return None, ("the Hessian could not be factorized: rounded to nearest instead",)
 
 
-def _permuted(square: Tensor, order: Tensor) -> Tensor:
+def _permuted(square: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows and columns of `square` `[n, n]` in `order` int64 `[n]`.
 
     `square[order[:, None], order]` would say the same, but on a GPU it first writes both indices out for every element:
     1.8 GiB at the 11,008 inputs of a 7B model.
     """
-    result = torch.empty_like(square)
-    for start in range(0, len(order), PANEL):
-        strip = order[start : start + PANEL]
-        torch.index_select(square.index_select(0, strip), 1, order, out=result[start : start + PANEL])
+    result = torch.empty_like(square, dtype=dtype)
+    for here in cut(len(order), PANEL):
+        result[here] = square.index_select(0, order[here]).index_select(1, order)
     return result
 
 
@@ -196,7 +165,7 @@ def _walk(rest: Tensor, upper: Tensor, grid: Grid, options: Options, counts: Ten
         here = slice(start, end)
         if in_loop and start % width == 0:
             _fit_again(grid, start // width, rest[:, start : start + width], options.range_, counts)
-        codes[:, here], errors = quantize_columns(rest[:, here], upper[here, here], *grid.of(here), scheme)
+        errors = quantize_columns(rest[:, here], upper[here, here], grid.part(here), codes[:, here])
         rest[:, end:].addmm_(errors, upper[here, end:], alpha=-1)
     return codes
 
