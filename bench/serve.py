@@ -89,7 +89,7 @@ VARIANTS = {
     "fp8": Variant(FP8_ALL),
     "w4a8fp8": W4A8,
     "w4-cache8": Variant([VIT_FP8, W4], kv_cache="fp8"),
-    "fp8-cache8": Variant(FP8_ALL, kv_cache="fp8"),
+    "fp8-cache8": Variant(FP8_ALL, kv_cache="fp8", engine={"dtype": "bfloat16"}),
     "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
     "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
@@ -159,6 +159,8 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "disable_log_stats": True,
         "renderer_num_workers": options.renderers,
     }
+    if options.tensor_parallel > 1:
+        engine["tensor_parallel_size"] = options.tensor_parallel
     if name in options.kernels:
         trace = {"profiler": "torch", "torch_profiler_dir": str(folder.resolve() / "trace")}
         engine["profiler_config"] = trace | {"torch_profiler_with_stack": False, "ignore_frontend": True}
@@ -182,7 +184,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "clients": options.clients,
         "settle_s": {count: 0.2 + count / 64 for count in options.clients},
         "blocks": config["text_config"].get("num_hidden_layers", 32),
-        "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2),
+        "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2) // options.tensor_parallel,
     }
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     return folder
@@ -284,6 +286,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
     parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="cards that share every linear")
     parser.add_argument("--kernels", nargs="+", default=[], help="variants whose time by kernel goes to speed.json")
     parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")
     parser.add_argument("--smoke", action="store_true")

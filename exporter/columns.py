@@ -5,47 +5,10 @@ is the definition, in torch; on a CUDA device one Triton kernel launch does the 
 small ones.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from exporter.quantized import Scheme, dequantize, quantize
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What the columns of a linear are rounded to, in the order in which they are walked.
-
-    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
-    """
-
-    scheme: Scheme
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
-
-    def part(self, here: slice) -> "Grid":
-        """The grid of some columns."""
-        return Grid(self.scheme, self.scale, self.zero, self.group[here])
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes uint8 of `weight` f32, both `[out, in]`."""
-        return quantize(weight, *self._spread())
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """The weights f32 that `codes` stand for, both `[out, in]`."""
-        return dequantize(codes, *self._spread())
-
-    def _spread(self) -> tuple[Tensor, Tensor, Scheme]:
-        """Scale and zero of every column `[out, in]`, and the scheme that has one a column."""
-        single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
-        return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether Triton's kernels can round to it."""
-        return self.scale.is_cuda and self.scheme.number == "int"
+from exporter.quantized import Grid
 
 
 def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
@@ -57,7 +20,7 @@ def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> 
     if grid.has_kernels:
         from exporter.columns_kernel import quantize_columns_fast
 
-        return quantize_columns_fast(rest, upper, grid, codes)
+        return quantize_columns_fast(rest, upper, grid.steps, grid.scheme.levels, codes)
     return quantize_columns_plain(rest, upper, grid, codes)
 
 
@@ -86,7 +49,7 @@ def descend_columns(
     if grid.has_kernels:
         from exporter.columns_kernel import descend_columns_fast
 
-        descend_columns_fast(weight, pull, hessian, share, grid, codes, off)
+        descend_columns_fast(weight, pull, hessian, share, grid.steps, grid.scheme.levels, codes, off)
     else:
         descend_columns_plain(weight, pull, hessian, share, grid, codes, off)
 

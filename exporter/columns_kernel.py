@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from exporter.columns import Grid
-
+Steps = tuple[Tensor, Tensor, Tensor]
 ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 rows
 WARPS = 4
 
@@ -130,33 +129,43 @@ def _descend(
     tl.store(off + row[:, None] * off_pitch + column[None, :], all_off.to(off.dtype.element_ty), mask=inside)
 
 
-def quantize_columns_fast(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
-    """`columns.quantize_columns`; sums differ from torch's in their last bit."""
+def quantize_columns_fast(rest: Tensor, upper: Tensor, steps: Steps, levels: int, codes: Tensor) -> Tensor:
+    """`columns.quantize_columns`; sums differ from torch's in their last bit.
+
+    steps: scale, zero and group, as in `quantized.Grid`. Columns of a row lie side by side in all matrices.
+    """
     errors = torch.empty(rest.shape, dtype=torch.float32, device=rest.device)
     pitches = (_pitch(rest), _pitch(upper), _pitch(codes))
-    _launch(_quantize, (rest, upper), grid, (codes, errors), pitches)
+    _launch(_quantize, (rest, upper), steps, levels, (codes, errors), pitches)
     return errors
 
 
 def descend_columns_fast(
-    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+    weight: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    share: Tensor,
+    steps: Steps,
+    levels: int,
+    codes: Tensor,
+    off: Tensor,
 ) -> None:
-    """`columns.descend_columns`; sums differ from torch's in their last bit."""
+    """`columns.descend_columns`; sums differ from torch's in their last bit. steps: as above."""
     pitches = (_pitch(weight), _pitch(hessian), _pitch(codes), _pitch(off))
-    _launch(_descend, (weight, pull.contiguous(), hessian, share), grid, (codes, off), pitches)
+    _launch(_descend, (weight, pull.contiguous(), hessian, share), steps, levels, (codes, off), pitches)
 
 
-def _launch(kernel, inputs, grid: Grid, outputs, pitches) -> None:
+def _launch(kernel, inputs, steps: Steps, levels: int, outputs, pitches) -> None:
     rows, columns = inputs[0].shape
-    steps = (grid.scale.contiguous(), grid.zero.contiguous(), grid.group.contiguous())
-    sizes = (rows, columns, grid.scale.shape[1], float(grid.scheme.levels))
+    sizes = (rows, columns, steps[0].shape[1], float(levels))
     programs = (triton.cdiv(rows, ROWS),)
     width = triton.next_power_of_2(columns)
+    steps = [tensor.contiguous() for tensor in steps]
     kernel[programs](*inputs, *steps, *outputs, *sizes, *pitches, R=ROWS, B=width, num_warps=WARPS)
 
 
 def _pitch(matrix: Tensor) -> int:
-    """How far a row begins after the one before, in elements; the kernels expect the columns of a row side by side."""
+    """How far a row begins after the one before, in elements."""
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
         raise ValueError(f"columns {matrix.stride(1)} elements apart")
     return matrix.stride(0)

@@ -148,6 +148,46 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Te
     return weight.mul_(spread(scale.float(), columns, scheme))  # in place: never more than two matrices at once
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What the columns of a linear are rounded to, in the order in which they are walked.
+
+    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+
+    def part(self, here: slice) -> "Grid":
+        """The grid of some columns."""
+        return Grid(self.scheme, self.scale, self.zero, self.group[here])
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest codes uint8 of `weight` f32, both `[out, in]`."""
+        return quantize(weight, *self._spread())
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weights f32 that `codes` stand for, both `[out, in]`."""
+        return dequantize(codes, *self._spread())
+
+    def _spread(self) -> tuple[Tensor, Tensor, Scheme]:
+        """Scale and zero of every column `[out, in]`, and the scheme that has one a column."""
+        single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
+        return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
+
+    @property
+    def steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, zero and group: what a kernel is told."""
+        return self.scale, self.zero, self.group
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels can round to it."""
+        return self.scale.is_cuda and self.scheme.number == "int"
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack codes uint8 `[rows, n]`, all below `2**bits`, into a dense little-endian bit stream along the last axis.
 

@@ -14,7 +14,7 @@ from exporter import columns as columns_
 from exporter import ranges
 from exporter.device import choose
 from exporter.methods import awq
-from exporter.quantized import Scheme
+from exporter.quantized import Grid, Scheme
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
@@ -85,13 +85,13 @@ def test_clipping_equals_torch(
     assert (scale != fast[0]).float().mean() < NEAR_TIES
 
 
-def _grid(groups: int, columns: int) -> columns_.Grid:
+def _grid(groups: int, columns: int) -> Grid:
     """Columns of `groups` groups in no order."""
     draw = torch.Generator().manual_seed(3)
     scale = (torch.rand(40, groups, generator=draw) * 0.2 + 0.1).half()
     zero = torch.randint(0, 15, (40, groups), dtype=torch.uint8, generator=draw)
     group = torch.randint(0, groups, (columns,), generator=draw)
-    return columns_.Grid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
+    return Grid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
 
 
 def _square(columns: int) -> torch.Tensor:
@@ -106,7 +106,8 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
     codes = torch.zeros(2, 40, 300, dtype=torch.uint8, device=DEVICE)
     inputs = (weight[:, here], upper[here, here], grid.part(here))
     errors = columns_.quantize_columns_plain(*inputs, codes[0, :, here])
-    fast = kernels["columns_kernel"].quantize_columns_fast(*inputs, codes[1, :, here])
+    steps = grid.part(here).steps
+    fast = kernels["columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, here])
     assert codes.any()
     same = _rows_alike(codes)
     torch.testing.assert_close(errors[same], fast[same], rtol=1e-4, atol=1e-4)
@@ -123,7 +124,8 @@ def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.
     inputs = (weight[:, here], pull, square[here, here].to(dtype), share[here], grid.part(here))
     columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])
     assert (codes[0] != codes[1]).any(), "no code moved: the test says nothing"
-    kernels["columns_kernel"].descend_columns_fast(*inputs, codes[1, :, here], off[1, :, here])
+    fast = (*inputs[:4], grid.part(here).steps, 15, codes[1, :, here], off[1, :, here])
+    kernels["columns_kernel"].descend_columns_fast(*fast)
     same = _rows_alike(codes)
     torch.testing.assert_close(off[0, same], off[1, same])
 

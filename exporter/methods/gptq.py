@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from exporter.columns import Grid, descend_columns, quantize_columns
+from exporter.columns import descend_columns, quantize_columns
 from exporter.factor import PANEL, cut, inverse_factor_
 from exporter.moments import Statistics, times
-from exporter.quantized import QuantizedLinear, Scheme, quantize
+from exporter.quantized import Grid, QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
