@@ -14,6 +14,7 @@ from triton.language.extra import libdevice
 Steps = tuple[Tensor, Tensor, Tensor]
 ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 rows
 WARPS = 4
+COUNTS = ("rows", "groups")  # arguments of any value: one compilation, of seconds, does for all
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _rounded(value, step, offset, levels):
     return tl.minimum(tl.maximum(code, 0.0), levels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _quantize(
     weight,
     upper,
@@ -71,7 +72,7 @@ def _quantize(
     tl.store(errors + row[:, None] * columns + column[None, :], all_errors, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _descend(
     weight,
     pull,

@@ -37,7 +37,7 @@ def _off(value, size, point, levels):
     return (code - point[:, None]) * size[:, None] - value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "groups"))  # one compilation, of seconds, does for all
 def _search(
     weight,
     importance,
