@@ -6,6 +6,7 @@
 
 A header gives true shapes with random weights (--blocks: only the first of each part); --model takes a folder or an
 embedded model. The phase runs twice, once untouched for its time and memory, and once with a clock around each term.
+What only a first run does (compiling kernels, loading CUDA's libraries) is in the first alone.
 With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`).
 """
 
@@ -30,7 +31,8 @@ def report(found: dict[str, Any]) -> str:
     lines = []
     if "phase" in found:
         lines += [f"{name:22} {value:10.3f}" for name, value in found["phase"].items()]
-        lines += ["seconds by term (each waited for, so their sum is more than the phase takes)"]
+        total = sum(found["terms"].values())
+        lines += [f"seconds by term of a second run, {total:.2f} in all (each waited for: more than the phase takes)"]
         lines += [f"  {name:22} {value:8.2f}" for name, value in sorted(found["terms"].items(), key=lambda i: -i[1])]
     if "peer" in found:
         lines.append(summary(found["peer"]))

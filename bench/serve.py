@@ -81,7 +81,6 @@ def head8(config: dict[str, Any]) -> None:
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
 W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
-NOT_MACHETE = {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
 VARIANTS = {
     "16 bits": Variant(),
     "w4-vit8": Variant([VIT8, W4]),
@@ -93,7 +92,7 @@ VARIANTS = {
     "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
     "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
-    "w4-marlin": Variant([VIT8, W4], environment=NOT_MACHETE),
+    "w4-marlin": Variant([VIT8, W4], engine={"linear_backend": "marlin"}),
     "w4-humming": Variant([VIT8, W4], engine={"linear_backend": "humming"}),
     "w3": Variant([VIT8, W4 | {"bits": 3}]),
     "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.mutations import MUTATIONS
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 FILES = sorted((ROOT / "exporter").rglob("*.py"))
@@ -102,3 +104,9 @@ def test_importing_the_package_loads_no_heavy_library():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
     )
     assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_mistakes_to_try_are_of_lines_that_are_there(mutation):
+    """`python -m bench.mutations` makes each and names the test that notices."""
+    assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.before) == 1

@@ -19,7 +19,7 @@ from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
 
-VERSION = 3
+VERSION = 4
 DAMPING_TRIES = 6
 SMOOTHS = False
 
@@ -123,14 +123,10 @@ def inverse_factor(
     gets the mean of the others on the diagonal, so that it does not change the damping either.
     """
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
-    diagonal = hessian.diagonal()[order]
-    seen = diagonal != 0
-    typical = torch.where(seen.any(), diagonal.sum() / seen.sum(), 1.0)
-    diagonal = torch.where(seen, diagonal, typical)
     for attempt in range(DAMPING_TRIES):
         share = damping * 10**attempt
         upper = _permuted(hessian, order, torch.float32)
-        upper.diagonal().copy_(diagonal + share * typical)
+        upper.diagonal().copy_(damped(upper.diagonal(), share))
         if inverse_factor_(upper):
             notes = (f"damping grew to {share:g} until the Hessian could be factorized",) if attempt else ()
             return upper, notes

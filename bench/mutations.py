@@ -1,0 +1,140 @@
+"""Mistakes put into GPTQ and AWQ on purpose, one at a time, and the test that notices each.
+
+    python -m bench.mutations [--jobs 2]
+
+Every mistake is made in a copy of the package, in which the tests of that method run until one fails. A mistake that no
+test notices ends the run with code 1. `tests/test_architecture.py` checks that the lines named here are still there.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
+FOLDS = "exporter/folds.py"
+TESTS = {
+    "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
+    "awq": ["tests/test_awq.py", "tests/test_folds.py", "tests/test_smooth.py", "tests/test_methods.py"],
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: in `file`, `before` (which stands there once) becomes `after`."""
+
+    method: str
+    what: str
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = (
+    Mutation(
+        "gptq",
+        "errors are added instead of made up for",
+        COLUMNS,
+        "upper[here, later], alpha=-1)",
+        "upper[here, later])",
+    ),
+    Mutation(
+        "gptq",
+        "later blocks learn nothing of a block's errors",
+        GPTQ,
+        "addmm_(errors, upper[here, end:], alpha=-1)",
+        "addmm_(errors, upper[here, end:], alpha=0)",
+    ),
+    Mutation("gptq", "errors are not divided by the pivot", COLUMNS, ") / upper[i, i]", ")"),
+    Mutation(
+        "gptq",
+        "groups follow the walk, not the columns",
+        GPTQ,
+        "order // scheme.columns_per_group(len(order))",
+        "order.sort().values // scheme.columns_per_group(len(order))",
+    ),
+    Mutation("gptq", "codes stay in the order of the walk", GPTQ, "codes.index_select(1, order.argsort())", "codes"),
+    Mutation(
+        "gptq",
+        "a column's importance is not squared",
+        GPTQ,
+        "diagonal().square().reciprocal()",
+        "diagonal().reciprocal()",
+    ),
+    Mutation("gptq", "descent counts a column's own error", GPTQ, "    hessian.diagonal().zero_()\n", ""),
+    Mutation("gptq", "descent forgets what a column was off by before", COLUMNS, "now - off[:, here]", "now"),
+    Mutation(
+        "gptq",
+        "a column that was always 0 is damped by nothing",
+        GPTQ,
+        "torch.where(seen, diagonal, typical) + damping",
+        "diagonal + damping",
+    ),
+    Mutation(
+        "awq",
+        "large weights raise a scale",
+        AWQ,
+        "size**ratio / reach ** (1 - ratio)",
+        "size**ratio * reach ** (1 - ratio)",
+    ),
+    Mutation(
+        "awq", "scales are not centred", AWQ, "scales.clamp(1 / LARGEST_SCALE", "(7 * scales).clamp(1 / LARGEST_SCALE"
+    ),
+    Mutation("awq", "the worst candidate wins", AWQ, "if error < least:", "if error > least:"),
+    Mutation(
+        "awq", "a candidate's error is measured with its scales", AWQ, "rounded / scales - weight", "rounded - scaled"
+    ),
+    Mutation("awq", "clipping tries ranges down to a tenth", AWQ, "1 - 0.5 * step / steps", "1 - 0.9 * step / steps"),
+    Mutation(
+        "awq",
+        "a clipped row is kept when it does worse",
+        AWQ,
+        "helps = _row_errors(weight, hessian, scale, zero, scheme) <",
+        "helps = _row_errors(weight, hessian, scale, zero, scheme) >",
+    ),
+    Mutation("awq", "a folded bias keeps its size", FOLDS, "bias[rows] /= scales", "bias[rows] /= 1"),
+    Mutation("awq", "a norm's rounding is not made up for", FOLDS, "    return applied", "    return scales"),
+)
+
+
+def noticed_by(mutation: Mutation) -> str | None:
+    """The first test that fails with the mistake, None when none does."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for part in ("exporter", "tests", "recipes", "bench"):
+            shutil.copytree(HERE / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(HERE / "pyproject.toml", copy)
+        file = copy / mutation.file
+        file.write_text(file.read_text().replace(mutation.before, mutation.after))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS[mutation.method]]
+        environment = {**os.environ, "PYTHONPATH": name, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{mutation.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return failed[1] if failed else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    missed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutation, test in zip(MUTATIONS, pool.map(noticed_by, MUTATIONS), strict=True):
+            missed += test is None
+            print(f"{mutation.method:5} {mutation.what:52} {test or 'NOT NOTICED'}", flush=True)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
