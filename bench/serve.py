@@ -167,6 +167,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": counts}
     if not options.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    graphs |= json.loads(options.compilation)
     sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "compilation_config": graphs}
     sizes |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 27 * 10**9, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
     parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
+    parser.add_argument("--compilation", default="{}", metavar="JSON", help="more of vLLM's compilation_config")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="cards that share every linear")
     parser.add_argument("--kernels", nargs="+", default=[], help="variants whose time by kernel goes to speed.json")
     parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# What the documentation says of a GPU, measured again on the first card.
+#
+#   bench/on_gpu.sh OUT PART ...
+#
+# Parts, in the order of the arguments; what each prints is also in OUT/PART.txt:
+#   kernels   the Triton kernels beside torch, and the tests of the methods
+#   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/architecture.md)
+#   peer      beside llm-compressor (docs/methods.md); PEER is the Python of its environment
+#   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; then bring it back and `compare`
+#   speed     decoding and throughput by recipe (docs/serving.md); VARIANTS are names of bench/serve.py
+#   compiled  the same with Inductor, 90 to 120 s a variant
+#   check     `mmq check` of every artifact in CASES, through `vllm serve`
+#
+# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends speed and compiled.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT PART ...}" && cd "$1" && pwd)
+shift
+python=${PYTHON:-python3} vllm=${VLLM:-$python} each=${SECONDS_EACH:-400}
+variants=${VARIANTS:-16 bits,w4-vit8,w4-marlin,w4-humming,fp8-cache8,w4a8fp8-cache8}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+
+kernels() { $python -m pytest -q -p no:cacheprovider tests/test_{kernels,ranges,gptq,awq}.py; }
+
+core() {
+  local model=$out/llava-1.5-7b
+  [ -d "$model" ] || $python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf "$model" --device cuda || return
+  for recipe in llava-w4-vit8-gptq llava-w4-awq; do
+    echo "== $recipe" && $python -m bench.quantize --model "$model" --recipe "bench/recipes/$recipe.yaml" --device cuda
+  done
+  echo "== blip2-caption-w8-vit4"
+  $python -m bench.quantize --header Salesforce--blip2-opt-2.7b --recipe blip2-caption-w8-vit4 --device cuda
+}
+
+peer() {
+  $python -m bench.quantize --header llava-hf--llava-1.5-7b-hf --blocks 4 --samples 64 --seeds 1 --only-peer \
+    --peer "${PEER:?the Python of an environment with llm-compressor}" --device cuda
+}
+
+answers() {
+  local names
+  names=$(cd "${CASES:?a folder of bench.gpu_serving prepare}" && ls -d -- */ | tr -d /)
+  $vllm bench/gpu_replies.py "$CASES" $names
+}
+
+speed() {
+  local names
+  IFS=, read -ra names <<< "$variants"
+  $python -m bench.serve "$out/serve${1:+-compiled}" --only "${names[@]}" --python "$vllm" --seconds "$each" ${1:+"$1"}
+}
+
+compiled() { speed --compiled; }
+
+check() {
+  for artifact in "${CASES:?a folder of bench.gpu_serving prepare}"/*/artifact; do
+    echo "== $artifact"
+    $python -m exporter check "$artifact" --device cpu --vllm "$vllm -m vllm.entrypoints.cli.main" -- \
+      --gpu-memory-utilization 0.1 --enforce-eager
+  done
+}
+
+nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1
+for part in "$@"; do
+  case $part in
+    kernels | core | peer | answers | speed | compiled | check) ;;
+    *) echo "no part '$part'" >&2 && exit 2 ;;
+  esac
+  echo "=== $part, $(date +%T)"
+  $part 2>&1 | tee "$out/$part.txt"
+done
