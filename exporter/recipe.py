@@ -5,7 +5,7 @@ Rules are tried in order; the first that matches a linear wins. `recipe_file.py`
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -117,10 +117,9 @@ class Rule(Strict):
         try:
             return METHODS[self.method].Options(**self.options)
         except ValidationError as error:
-            allowed = ", ".join(METHODS[self.method].Options.model_fields)
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"options.{where}: {first['msg']} (method {self.method} takes: {allowed})") from None
+            fields = METHODS[self.method].Options.model_fields
+            names = [field.alias or name for name, field in fields.items()]
+            raise ValueError("\n".join(_option_problem(one, names) for one in error.errors())) from None
 
     def scheme(self) -> Scheme | None:
         """The scheme of this rule; None when it keeps 16 bits."""
@@ -284,3 +283,11 @@ class Recipe(Strict):
             section = getattr(self, name)
             changed[name] = type(section).model_validate(section.model_dump() | given)
         return self.model_copy(update=changed)
+
+
+def _option_problem(error: Mapping[str, Any], names: Collection[str]) -> str:
+    """`options.NAME: what is wrong` of one of pydantic's errors; names: those that the method takes."""
+    where = ".".join(["options", *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown option.{did_you_mean(str(error['loc'][-1]), names)} ({', '.join(names)})"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -43,6 +43,16 @@ def test_all_problems_are_listed_at_once_with_the_nearest_name() -> None:
     assert "gates[0]: unknown metric of task vqa 'acuracy'. Did you mean 'accuracy'?" in message
 
 
+def test_all_problems_of_options_are_listed_by_the_names_that_a_recipe_uses() -> None:
+    options = "method: gptq, options: {descent: 11, block: 0, range: maxx, dampin: 1}"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(built_in()["llava-w4-vit8"].read_text().replace("method: gptq", options), "wrong.yaml")
+    message = caught.value.message
+    assert "wrong.yaml has 4 problems" in message
+    assert "quantize[2]: options.range: Input should be 'minmax' or 'mse'" in message
+    assert "quantize[2]: options.dampin: unknown option. Did you mean 'damping'? (damping, block" in message
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
