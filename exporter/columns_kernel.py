@@ -23,6 +23,13 @@ def _rounded(value, step, offset, levels):
     return tl.minimum(tl.maximum(code, 0.0), levels)
 
 
+@triton.jit
+def _grid(scale, zero, at, real):
+    """Scale and zero of a column, of every row."""
+    step = tl.load(scale + at, mask=real, other=1.0).to(tl.float32)
+    return step, tl.load(zero + at, mask=real, other=0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _quantize(
     weight,
@@ -46,17 +53,13 @@ def _quantize(
     real, inside = row < rows, (row[:, None] < rows) & (column[None, :] < columns)
     rest = tl.load(weight + row[:, None] * weight_pitch + column[None, :], mask=inside, other=0.0)
     all_codes, all_errors = tl.zeros((R, B), tl.float32), tl.zeros((R, B), tl.float32)
-    grid = row * groups + tl.load(group)
-    step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
-    offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+    step, offset = _grid(scale, zero, row * groups + tl.load(group), real)
     pivot = tl.load(upper)
     later = tl.load(upper + column, mask=(column > 0) & (column < columns), other=0.0)
     group_ahead = tl.load(group + tl.minimum(1, columns - 1))
     for i in range(columns):
         n = tl.minimum(i + 1, columns - 1)
-        grid = row * groups + group_ahead
-        next_step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
-        next_offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+        next_step, next_offset = _grid(scale, zero, row * groups + group_ahead, real)
         next_pivot = tl.load(upper + n * upper_pitch + n)
         next_later = tl.load(upper + n * upper_pitch + column, mask=(column > n) & (column < columns), other=0.0)
         group_ahead = tl.load(group + tl.minimum(i + 2, columns - 1))
@@ -101,18 +104,14 @@ def _descend(
     best = tl.div_rn(best, shares[None, :] + best * 0.0)
     best += tl.load(weight + row[:, None] * weight_pitch + column[None, :], mask=inside, other=0.0)
     all_codes, all_off = tl.zeros((R, B), tl.float32), tl.zeros((R, B), tl.float32)
-    grid = row * groups + tl.load(group)
-    step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
-    offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+    step, offset = _grid(scale, zero, row * groups + tl.load(group), real)
     own = tl.load(weight + row * weight_pitch, mask=real, other=0.0)
     before = tl.load(off + row * off_pitch, mask=real, other=0.0).to(tl.float32)
     later = tl.load(hessian + column, mask=(column > 0) & (column < columns), other=0.0).to(tl.float32)
     group_ahead = tl.load(group + tl.minimum(1, columns - 1))
     for i in range(columns):
         n = tl.minimum(i + 1, columns - 1)
-        grid = row * groups + group_ahead
-        next_step = tl.load(scale + grid, mask=real, other=1.0).to(tl.float32)
-        next_offset = tl.load(zero + grid, mask=real, other=0).to(tl.float32)
+        next_step, next_offset = _grid(scale, zero, row * groups + group_ahead, real)
         next_own = tl.load(weight + row * weight_pitch + n, mask=real, other=0.0)
         next_before = tl.load(off + row * off_pitch + n, mask=real, other=0.0).to(tl.float32)
         next_later = tl.load(
