@@ -14,7 +14,7 @@ from exporter.recipe import Calibration
 
 SQUARES_BYTES = 2 * 4  # float32 squares of the inputs: the Hessian and its factor
 STRIP_BYTES = 3 * 4 * PANEL  # strips of the factorization, for every input
-WEIGHT_BYTES = 11  # float32: the weights, in both orders; 16 bits of what they are off by; their codes
+WEIGHT_BYTES = 11  # float32: the weights, in both orders; bfloat16: what they are off by; their codes
 SMOOTH_BYTES = 28  # of one linear: what a candidate makes of it; the weights of its stack are counted apart
 STACK_BYTES = 4  # float32: weights that share an input, stacked
 REPORT_BYTES = 15  # the error of one linear: weights, what they became, the difference, a product

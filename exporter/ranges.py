@@ -19,6 +19,7 @@ KERNEL_WIDTH = 16384  # the widest group that one Triton program holds in regist
 BLOCK_WIDTH = 128  # the widest group of which it holds a part of the Hessian too
 SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
 PIECE = 1 << 17  # weights whose ranges are searched together on a CPU: what is tried stays in its cache
+CUDA_PIECE = 1 << 24  # the same on a GPU, which would wait for small ones: what is tried takes 0.2 GiB
 
 
 def fit_scale(
@@ -48,8 +49,8 @@ def _fitted(
     low, high = _extremes(weight, scheme)
     if range_ == "minmax":
         return _scale_of(low, high, scheme, scale_dtype)
-    whole = weight.is_cuda or scheme.group_size == "tensor"  # a GPU has no use for pieces, and waits for each of them
-    rows = len(weight) if whole else max(1, PIECE // max(1, weight.shape[1]))
+    piece = CUDA_PIECE if weight.is_cuda else PIECE
+    rows = len(weight) if scheme.group_size == "tensor" else max(1, piece // max(1, weight.shape[1]))
     pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
     found = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])

@@ -223,5 +223,5 @@ def test_no_input_at_all_is_rounding() -> None:
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs scales: static"):
+    with pytest.raises(ValueError, match="scales: in_loop needs order: none"):
         Options(order="activation", scales="in_loop")

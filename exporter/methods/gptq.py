@@ -28,7 +28,8 @@ class Options(BaseModel):
     """How the columns are walked.
 
     damping: share of the mean diagonal that is added to it; grows tenfold while the factorization fails.
-    block: columns whose updates are gathered before they reach the rest of the matrix; does not change the result.
+    block: columns whose updates are gathered before they reach the rest of the matrix; does not change the result. A
+        kernel holds a block in registers.
     order: "activation" starts with the columns whose inputs are largest. Groups keep their columns and scales come from
     the original weight, so no index has to be stored and vLLM accepts it.
     scales: "in_loop" takes a group's scale from its weights as they are when it is reached, "static" from the start.
@@ -39,7 +40,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     damping: float = Field(0.01, gt=0, le=1)
-    block: int = Field(128, ge=1)
+    block: int = Field(128, ge=1, le=1024)
     order: Literal["none", "activation"] = "activation"
     scales: Literal["static", "in_loop"] = "static"
     range_: Range = Field("mse", alias="range")
@@ -48,7 +49,9 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.order == "activation" and self.scales == "in_loop":
-            raise ValueError("order: activation needs scales: static")
+            raise ValueError(
+                "scales: in_loop needs order: none (without it the order is activation, with static scales)"
+            )
         return self
 
 
@@ -90,8 +93,9 @@ def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) ->
 def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, options: Options, order: Tensor) -> None:
     """Round every column again, given all others as they are rounded; `options.descent` times.
 
-    With `D = W - Q` the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so the error of the output
-    never grows. A block of columns sees the others in one product; inside it the column loop carries what changed.
+    With `D = W - Q` and H damped as in the walk, the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so
+    `tr(D H D^T)` never grows but for the rounding of the products. A block of columns sees the others in one of them;
+    inside it the column loop carries what changed.
     codes, rewritten, and weight f32: `[out, in]` in the order of the walk, of which hessian is not.
     """
     dtype = torch.bfloat16 if weight.is_cuda else torch.float32  # of the products; what is rounded stays float32

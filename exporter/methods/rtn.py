@@ -9,7 +9,7 @@ from torch import Tensor
 from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
-VERSION = 1
+VERSION = 2
 SMOOTHS = False
 Statistics = None
 

@@ -52,4 +52,5 @@ def _auto_formats(scheme: Scheme, format_name: str) -> Serving:
         return Serving("Marlin (8.0+)" if symmetric else None, "CPU WNA16" if symmetric else None)
     if format_name == "gptq" and scheme.bits == 8 and scheme.symmetric:
         return Serving("Marlin (8.0+)", None)
-    return Serving(None, None, f"vLLM's {format_name} loader takes symmetric 4 and 8 bits only")
+    takes = "4 bits" if format_name == "awq" else "symmetric 4 and 8 bits"
+    return Serving(None, None, f"vLLM's {format_name} loader takes {takes} only")
