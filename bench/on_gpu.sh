@@ -26,7 +26,8 @@ kernels() { $python -m pytest -q -p no:cacheprovider tests/test_{kernels,ranges,
 
 core() {
   local model=$out/llava-1.5-7b
-  [ -d "$model" ] || $python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf "$model" --device cuda || return
+  rm -rf "$model"
+  $python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf "$model" --device cuda || return
   for recipe in llava-w4-vit8-gptq llava-w4-awq; do
     for process in first second; do # kernels that the first compiled are on disk for the second
       echo "== $recipe, $process process"

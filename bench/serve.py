@@ -7,8 +7,8 @@ time to the first token and decode time a token of one client, then tokens and i
 that each ask about an image of their own (576 + 64 tokens) for 128 tokens, and images a second when one token is
 wanted. The floor is the bytes that a decoded token reads (weights, cache) over the bandwidth of a copy on the card.
 `--compiled` is vLLM as it starts by default, with Inductor; `--compilation` adds to its settings, `--tensor-parallel`
-shares every linear among cards, `--kernels` tells where a decoding step's time goes. `--smoke` is a try on a CPU: the demo
-model, few tokens.
+shares every linear among cards, `--kernels` tells where a decoding step's time goes. `--smoke` is a try on a CPU: the
+demo model, few tokens.
 """
 
 import argparse

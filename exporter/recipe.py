@@ -109,7 +109,11 @@ class Rule(Strict):
                 )
             if (self.activations == "fp8") != (self.number == "fp8"):
                 raise ValueError("activations: fp8 goes with number: fp8 or with 4 bits, and int8 with int")
-        self.parsed_options()
+        if getattr(self.parsed_options(), "scales", None) == "in_loop" and scheme.mixed:
+            raise ValueError(
+                "scales: in_loop does not go with bits: 4 and activations: fp8, whose scales an engine rounds relative "
+                "to the largest of a row: it is not known before the last group"
+            )
         return self
 
     def parsed_options(self) -> Any:

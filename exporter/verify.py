@@ -104,7 +104,11 @@ def logit_difference(artifact: Artifact, folder: Path) -> float:
     family, config = artifact.family, artifact.source_config()
     inputs, outputs = _probe(config, family), family.outputs
     with redirect_stderr(StringIO()):  # the libraries draw progress bars of their own
-        theirs = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
+        try:
+            theirs = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
+        except Exception as error:  # whatever a library finds wrong with the artifact
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ArtifactError(f"{folder}: transformers cannot load it ({told})") from error
     loaded = {name: tensor.dtype for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
 
     def rounded(name: str) -> torch.Tensor:

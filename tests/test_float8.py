@@ -173,6 +173,8 @@ def test_recipes_say_which_pairs_exist() -> None:
             ValueError, match="activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
         ):
             Rule.model_validate(rule | change)
+    with pytest.raises(ValueError, match="in_loop does not go with bits: 4 and activations: fp8"):
+        Rule.model_validate(rule | {"options": {"scales": "in_loop", "order": "none"}})
 
 
 def test_a_cache_in_16_bits_leaves_a_recipes_digest_alone() -> None:
@@ -232,6 +234,16 @@ def test_transformers_finds_the_scales_of_the_cache(tmp_path: Path) -> None:
     scales = {name: p.tolist() for name, p in model.named_parameters() if name.endswith(("k_scale", "v_scale"))}
     assert len(scales) == 4
     assert set(map(tuple, scales.values())) == {(1.0,)}
+
+
+def test_transformers_loads_4_bit_weights_whose_inputs_are_rounded(tmp_path: Path) -> None:
+    """With every layout `pack-quantized`: the library has to be told so group by group."""
+    pytest.importorskip("compressed_tensors")
+    data = load_recipe("llava-w4").adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
+    data["quantize"] = [rule | {"activations": "fp8"} for rule in data["quantize"] if rule["component"] == "language"]
+    recipe, place = Recipe.model_validate(data), tmp_path / "a"
+    done = export(recipe, out=place, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
+    assert done.verified.logit_difference == 0.0
 
 
 def test_the_recipe_for_throughput_passes_its_gates_on_the_demo(tmp_path: Path) -> None:

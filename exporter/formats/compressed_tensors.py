@@ -101,7 +101,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json. kept: names of linears in 16 bit; kv_cache: a key of `KV_CACHES`."""
     layouts = {_layout(group.scheme) for group in groups}
-    told = layouts != {"pack-quantized"}
+    # Without a format of its own the library takes weights with rounded inputs for int8, whatever is said above them.
+    told = layouts != {"pack-quantized"} or any(group.scheme.activations for group in groups)
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

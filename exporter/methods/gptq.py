@@ -37,7 +37,7 @@ class Options(BaseModel):
     descent: passes that look at every column again when all are rounded, and move a code where that helps.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     damping: float = Field(0.01, gt=0, le=1)
     block: int = Field(128, ge=1, le=1024)
