@@ -7,6 +7,7 @@ test notices ends the run with code 1. `tests/test_architecture.py` checks that 
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -21,8 +22,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
 FOLDS = "exporter/folds.py"
+KERNEL, RANGES_KERNEL = "exporter/columns_kernel.py", "exporter/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
+    "kernels": ["tests/test_kernels.py"],  # on a CPU by Triton's interpreter, where Triton is installed
     "awq": ["tests/test_awq.py", "tests/test_folds.py", "tests/test_smooth.py", "tests/test_methods.py"],
 }
 
@@ -102,6 +105,9 @@ MUTATIONS = (
     ),
     Mutation("awq", "a folded bias keeps its size", FOLDS, "bias[rows] /= scales", "bias[rows] /= 1"),
     Mutation("awq", "a norm's rounding is not made up for", FOLDS, "    return applied", "    return scales"),
+    Mutation("kernels", "errors are added instead of made up for", KERNEL, "rest -= error", "rest += error"),
+    Mutation("kernels", "descent forgets what a column was off by", KERNEL, "(now - before)[:, None]", "now[:, None]"),
+    Mutation("kernels", "the worst range wins", RANGES_KERNEL, "(error < best)", "(error > best)"),
 )
 
 
@@ -115,12 +121,18 @@ def noticed_by(mutation: Mutation) -> str | None:
         file = copy / mutation.file
         file.write_text(file.read_text().replace(mutation.before, mutation.after))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS[mutation.method]]
-        environment = {**os.environ, "PYTHONPATH": name, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        path = os.pathsep.join([name, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         if done.returncode not in (0, 1):
             raise SystemExit(f"{mutation.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return failed[1] if failed else None
+
+
+def tried() -> list[Mutation]:
+    """Those that can be tried here."""
+    return [m for m in MUTATIONS if m.method != "kernels" or importlib.util.find_spec("triton")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,9 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     missed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, test in zip(MUTATIONS, pool.map(noticed_by, MUTATIONS), strict=True):
+        for mutation, test in zip(tried(), pool.map(noticed_by, tried()), strict=True):
             missed += test is None
             print(f"{mutation.method:5} {mutation.what:52} {test or 'NOT NOTICED'}", flush=True)
+    left = len(MUTATIONS) - len(tried())
+    if left:
+        print(f"{left} of the kernels were not tried: Triton is not installed")
     sys.exit(1 if missed else 0)
 
 
