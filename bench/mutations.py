@@ -131,7 +131,7 @@ def noticed_by(mutation: Mutation) -> str | None:
 
 
 def tried() -> list[Mutation]:
-    """Those that can be tried here."""
+    """Those that can be tried here: the interpreter of the kernels comes with Triton."""
     return [m for m in MUTATIONS if m.method != "kernels" or importlib.util.find_spec("triton")]
 
 
@@ -140,13 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    missed = 0
+    missed, mutations = 0, tried()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, test in zip(tried(), pool.map(noticed_by, tried()), strict=True):
+        for mutation, test in zip(mutations, pool.map(noticed_by, mutations), strict=True):
             missed += test is None
-            print(f"{mutation.method:5} {mutation.what:52} {test or 'NOT NOTICED'}", flush=True)
-    left = len(MUTATIONS) - len(tried())
-    if left:
+            print(f"{mutation.method:7} {mutation.what:52} {test or 'NOT NOTICED'}", flush=True)
+    if left := len(MUTATIONS) - len(mutations):
         print(f"{left} of the kernels were not tried: Triton is not installed")
     sys.exit(1 if missed else 0)
 

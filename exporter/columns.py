@@ -8,7 +8,7 @@ small ones.
 import torch
 from torch import Tensor
 
-from exporter.quantized import Grid
+from exporter.quantized import Grid, dequantize, quantize
 
 
 def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
@@ -28,10 +28,11 @@ def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: Grid, codes: Tenso
     """`quantize_columns` in torch, on any device."""
     rest = rest.clone()
     errors = torch.empty_like(rest)
+    scale, zero, single = grid.spread()
     for i in range(rest.shape[1]):
         here, later = slice(i, i + 1), slice(i + 1, None)
-        codes[:, here] = grid.part(here).quantize(rest[:, here])
-        errors[:, here] = (rest[:, here] - grid.part(here).dequantize(codes[:, here])) / upper[i, i]
+        codes[:, here] = found = quantize(rest[:, here], scale[:, here], zero[:, here], single)
+        errors[:, here] = (rest[:, here] - dequantize(found, scale[:, here], zero[:, here], single)) / upper[i, i]
         rest[:, later].addmm_(errors[:, here], upper[here, later], alpha=-1)
     return errors
 
@@ -60,9 +61,10 @@ def descend_columns_plain(
     """`descend_columns` in torch, on any device."""
     best = weight + pull / share
     push = hessian.float() / share
+    scale, zero, single = grid.spread()
     for i in range(weight.shape[1]):
         here, later = slice(i, i + 1), slice(i + 1, None)
-        codes[:, here] = grid.part(here).quantize(best[:, here])
-        now = weight[:, here] - grid.part(here).dequantize(codes[:, here])
+        codes[:, here] = found = quantize(best[:, here], scale[:, here], zero[:, here], single)
+        now = weight[:, here] - dequantize(found, scale[:, here], zero[:, here], single)
         best[:, later].addmm_(now - off[:, here], push[here, later])
         off[:, here] = now

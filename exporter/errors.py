@@ -1,7 +1,8 @@
 """Every error that a user can cause, in one place; `cli.py` turns them into messages and exit codes."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 
 class MmqError(Exception):
@@ -81,3 +82,10 @@ def did_you_mean(value: str, names: Iterable[str]) -> str:
     """` Did you mean 'name'?` for the nearest of `names`, empty when none is near; to append to a message."""
     close = difflib.get_close_matches(value, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def wording(problem: Mapping[str, Any], known: Collection[str], what: str = "key") -> str:
+    """What one entry of a pydantic error says; of an unknown key, which is nearest and which are `known` there."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown {what}.{did_you_mean(str(problem['loc'][-1]), known)} ({', '.join(known)})"
+    return str(problem["msg"]).removeprefix("Value error, ")

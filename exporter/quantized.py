@@ -164,16 +164,8 @@ class Grid:
         """The grid of some columns."""
         return Grid(self.scheme, self.scale, self.zero, self.group[here])
 
-    def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes uint8 of `weight` f32, both `[out, in]`."""
-        return quantize(weight, *self._spread())
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """The weights f32 that `codes` stand for, both `[out, in]`."""
-        return dequantize(codes, *self._spread())
-
-    def _spread(self) -> tuple[Tensor, Tensor, Scheme]:
-        """Scale and zero of every column `[out, in]`, and the scheme that has one a column."""
+    def spread(self) -> tuple[Tensor, Tensor, Scheme]:
+        """Scale and zero of every column, `[out, in]`, and the scheme with one a column: as `quantize` takes them."""
         single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
         return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
 

@@ -5,13 +5,13 @@ Rules are tried in order; the first that matches a linear wins. `recipe_file.py`
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exporter.data import place
-from exporter.errors import DataError, did_you_mean
+from exporter.errors import DataError, did_you_mean, wording
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
@@ -123,7 +123,11 @@ class Rule(Strict):
         except ValidationError as error:
             fields = METHODS[self.method].Options.model_fields
             names = [field.alias or name for name, field in fields.items()]
-            raise ValueError("\n".join(_option_problem(one, names) for one in error.errors())) from None
+            lines = [
+                f"{'.'.join(['options', *map(str, problem['loc'])])}: {wording(problem, names, 'option')}"
+                for problem in error.errors()
+            ]
+            raise ValueError("\n".join(lines)) from None
 
     def scheme(self) -> Scheme | None:
         """The scheme of this rule; None when it keeps 16 bits."""
@@ -287,11 +291,3 @@ class Recipe(Strict):
             section = getattr(self, name)
             changed[name] = type(section).model_validate(section.model_dump() | given)
         return self.model_copy(update=changed)
-
-
-def _option_problem(error: Mapping[str, Any], names: Collection[str]) -> str:
-    """`options.NAME: what is wrong` of one of pydantic's errors; names: those that the method takes."""
-    where = ".".join(["options", *map(str, error["loc"])])
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown option.{did_you_mean(str(error['loc'][-1]), names)} ({', '.join(names)})"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

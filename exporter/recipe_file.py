@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from exporter.errors import RecipeError, did_you_mean
+from exporter.errors import RecipeError, did_you_mean, wording
 from exporter.families import FAMILIES
 from exporter.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule, Strict, known
 from exporter.tasks import TASKS
@@ -67,11 +67,8 @@ def _problems(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            key, keys = str(problem["loc"][-1]), _keys_at(problem["loc"][:-1])
-            message = f"unknown key.{did_you_mean(key, keys)} ({', '.join(keys)})"
-        elif problem["type"] == "missing":
+        message = wording(problem, _keys_at(problem["loc"][:-1]))
+        if problem["type"] == "missing":
             message = "this key is required"
         lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
     return lines

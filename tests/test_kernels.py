@@ -14,7 +14,7 @@ from exporter import columns as columns_
 from exporter import ranges
 from exporter.device import choose
 from exporter.methods import awq, gptq
-from exporter.quantized import Grid, Scheme
+from exporter.quantized import Grid, Scheme, dequantize, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
@@ -58,13 +58,11 @@ def test_the_search_of_ranges_equals_torch(
     low, high = ranges._extremes(weight, scheme)
     scale, zero = ranges._search(weight, low, high, scheme, torch.float16, counts)
     fast = ranges._search_fast(weight, scheme, torch.float16, counts)
-    grouped, share = (
-        ranges._grouped(weight, scheme),
-        counts if counts is None else ranges._grouped(counts[None], scheme),
-    )
+    grouped = ranges._grouped(weight, scheme)
+    share = None if counts is None else ranges._grouped(counts[None], scheme)
     errors = [ranges._errors(grouped, *found, scheme, share) for found in ((scale, zero), fast)]
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
-    assert (scale != fast[0]).float().mean() <= NEAR_TIES
+    assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -82,7 +80,7 @@ def test_clipping_equals_torch(
     blocks = awq._diagonal_blocks(hessian, scheme)
     errors = [awq._group_output_error(weight, blocks, *found, scheme) for found in ((scale, zero), fast)]
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
-    assert (scale != fast[0]).float().mean() <= NEAR_TIES
+    assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 
 def _grid(groups: int, columns: int) -> Grid:
@@ -110,7 +108,7 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
     fast = kernels["columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, here])
     assert codes.any()
     same = _rows_alike(codes)
-    torch.testing.assert_close(errors[same], fast[same], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(errors[same], fast[same])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,8 +116,8 @@ def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.
     here, grid, square = slice(100, 164), _grid(3, 300), _square(300)
     share = square.diagonal().clone()
     square.diagonal().zero_()
-    codes = torch.stack([grid.quantize(weight + 0.2)] * 2)
-    off = torch.stack([(weight - grid.dequantize(codes[0])).to(dtype)] * 2)
+    codes = torch.stack([quantize(weight + 0.2, *grid.spread())] * 2)
+    off = torch.stack([(weight - dequantize(codes[0], *grid.spread())).to(dtype)] * 2)
     pull = off[0].float() @ square[here].T
     inputs = (weight[:, here], pull, square[here, here].to(dtype), share[here], grid.part(here))
     columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])
@@ -159,5 +157,5 @@ def test_gptq_by_kernels_equals_torch(
         off = linear.dequantize() - weight
         found.append((linear.codes, float(((off @ statistics.hessian) * off).sum())))
         assert notes == ()
-    assert (found[0][0] != found[1][0]).float().mean() <= 0.05
+    assert (found[0][0] != found[1][0]).float().mean() <= 2 * NEAR_TIES
     assert found[1][1] == pytest.approx(found[0][1], rel=0.01)

@@ -14,7 +14,7 @@ from torch import Tensor
 from exporter.columns import descend_columns, quantize_columns
 from exporter.factor import PANEL, cut, inverse_factor_
 from exporter.moments import Statistics, times
-from exporter.quantized import Grid, QuantizedLinear, Scheme, quantize
+from exporter.quantized import Grid, QuantizedLinear, Scheme, dequantize, quantize
 from exporter.ranges import Range, fit_scale
 
 __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
@@ -104,7 +104,7 @@ def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, options
     hessian.diagonal().zero_()
     off = torch.empty_like(weight, dtype=dtype)
     for here in cut(len(order), PANEL):
-        off[:, here] = weight[:, here] - grid.part(here).dequantize(codes[:, here])
+        off[:, here] = weight[:, here] - dequantize(codes[:, here], *grid.part(here).spread())
     for here in [*cut(len(order), options.block)] * options.descent:
         pull = times(off, hessian[here].T)
         own = (weight[:, here], pull, hessian[here, here], share[here])

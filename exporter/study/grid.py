@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from exporter.errors import RecipeError, did_you_mean
+from exporter.errors import RecipeError, did_you_mean, wording
 from exporter.families import Family
 from exporter.families.family import Config
 from exporter.methods import METHODS
@@ -109,11 +109,8 @@ def parse_grid(content: dict[str, Any], where: str) -> Grid:
         lines = []
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"])
-            text = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                names = list(Axis.model_fields if len(problem["loc"]) > 1 else Grid.model_fields)
-                text = f"unknown key.{did_you_mean(str(problem['loc'][-1]), names)} ({', '.join(names)})"
-            lines.append(f"  {place}: {text}")
+            names = Axis.model_fields if len(problem["loc"]) > 1 else Grid.model_fields
+            lines.append(f"  {place}: {wording(problem, names)}")
         raise RecipeError(f"{where} has {len(lines)} problems\n" + "\n".join(lines), "see `mmq study --help`") from None
 
 
