@@ -2,8 +2,9 @@
 
     python bench/gpu_replies.py FOLDER NAME [NAME ...]
 
-FOLDER/NAME/questions.json and the artifacts FOLDER/NAME/artifact and FOLDER/NAME/doubled are made by
-`bench/gpu_serving.py prepare`. Writes FOLDER/NAME/replies.json (or error.json) as soon as a case is done.
+FOLDER/NAME/questions.json, arguments of vLLM in engine.json beside it, and the artifacts FOLDER/NAME/artifact and
+FOLDER/NAME/doubled are made by `bench/gpu_serving.py prepare`. Writes FOLDER/NAME/replies.json (or error.json) as soon
+as a case is done.
 """
 
 import gc
@@ -34,7 +35,7 @@ def linears(model: Any) -> dict[str, list[str]]:
     return found
 
 
-def answer(artifact: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(artifact: Path, questions: list[dict[str, Any]], engine: dict[str, Any]) -> dict[str, Any]:
     """Replies to all questions at once, greedy, with log-probabilities, and the linears as the engine runs them."""
     from PIL import Image
     from vllm import LLM, SamplingParams
@@ -53,6 +54,7 @@ def answer(artifact: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:
         skip_mm_profiling=True,
         enable_prefix_caching=False,
         **sizes,
+        **engine,
     )
     started = time.perf_counter() - begun
     prompts, settings = [], []
@@ -108,10 +110,11 @@ def main() -> None:
     for name in sys.argv[2:]:
         case = folder / name
         questions = json.loads((case / "questions.json").read_text())
+        engine = json.loads((case / "engine.json").read_text())
         try:
-            found: dict[str, Any] = {"vllm": vllm.__version__, "plain": answer(case / "artifact", questions)}
+            found: dict[str, Any] = {"vllm": vllm.__version__, "plain": answer(case / "artifact", questions, engine)}
             if (case / "doubled").exists():
-                found["doubled"] = answer(case / "doubled", questions)
+                found["doubled"] = answer(case / "doubled", questions, engine)
             (case / "replies.json").write_text(json.dumps(found))
             kinds = sorted({" ".join(pair) for pair in found["plain"]["linears"].values()})
             seconds = [round(found[part]["seconds"], 1) for part in ("plain", "doubled") if part in found]

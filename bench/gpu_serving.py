@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +41,30 @@ FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activa
 LANGUAGE4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
 LANGUAGE4A8 = LANGUAGE4 | {"activations": "fp8"}
 HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
+FP8_ALL = [FP8 | {"component": "vision"}, FP8 | {"component": "language"}]
+XQA = {"attention_backend": "FLASHINFER"}
+MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One artifact. rules, kv_cache: of the recipe; what none names stays in 16 bits. disturb: what is doubled."""
+    """One artifact. rules, kv_cache: of the recipe; what none names stays in 16 bits. disturb: what is doubled.
+
+    engine: arguments of vLLM beside its defaults.
+    """
 
     rules: Sequence[Mapping[str, Any]]
     format: str = "compressed_tensors"
     model: str = "demo-llava"
     disturb: str | None = None
     kv_cache: str | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = {  # the most telling first, should the time run out
     "w4-vit8": Case([VISION8, LANGUAGE4]),
     "w4-vit8a8": Case([VISION8A8, LANGUAGE4]),
-    "fp8": Case([FP8 | {"component": "vision"}, FP8 | {"component": "language"}]),
+    "fp8": Case(FP8_ALL),
     "w3": Case([LANGUAGE4 | {"bits": 3}]),
     "gptq-4": Case([LANGUAGE4], "gptq"),
     "awq": Case([LANGUAGE4 | {"method": "awq", "symmetric": False}], "awq"),
@@ -82,6 +89,11 @@ CASES = {  # the most telling first, should the time run out
     "w4a8-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8]),
     "w4-cache8": Case([VISION8, LANGUAGE4], kv_cache="fp8"),
     "w4a8-cache8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8], kv_cache="fp8"),
+    "fp8-cache8": Case(FP8_ALL, kv_cache="fp8"),
+    "w4-marlin": Case([VISION8, LANGUAGE4], engine=MARLIN),
+    "w4-humming": Case([VISION8, LANGUAGE4], engine=HUMMING),
+    "w4-humming-cache8-xqa": Case([VISION8, LANGUAGE4], kv_cache="fp8", engine=HUMMING | XQA),
+    "fp8-cache8-xqa": Case(FP8_ALL, kv_cache="fp8", engine=XQA),
 }
 
 
@@ -122,6 +134,7 @@ def prepare(folder: Path, name: str) -> str:
         longest = artifact.family.max_new_tokens[task_of(sample)]
         asked.append({"ids": ids_of(artifact, processor, sample), "png": picture(sample), "longest": longest})
     (folder / name / "questions.json").write_text(json.dumps(asked))
+    (folder / name / "engine.json").write_text(json.dumps(dict(CASES[name].engine)))
     return name
 
 

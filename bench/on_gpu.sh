@@ -29,9 +29,9 @@ core() {
   rm -rf "$model"
   $python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf "$model" --device cuda || return
   for recipe in llava-w4-vit8-gptq llava-w4-awq; do
-    for process in first second; do # kernels that the first compiled are on disk for the second
-      echo "== $recipe, $process process"
-      $python -m bench.quantize --model "$model" --recipe "bench/recipes/$recipe.yaml" --device cuda
+    for terms in --no-terms ""; do # kernels that the first process compiled are on disk for the second
+      echo "== $recipe, $([[ $terms ]] && echo first || echo second) process"
+      $python -m bench.quantize --model "$model" --recipe "bench/recipes/$recipe.yaml" --device cuda $terms
     done
   done
   echo "== blip2-caption-w8-vit4"

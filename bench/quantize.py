@@ -6,7 +6,7 @@
 
 A header gives true shapes with random weights (--blocks: only the first of each part); --model takes a folder or an
 embedded model. The phase runs twice, once untouched for its time and memory, and once with a clock around each term.
-What only a first run does (compiling kernels, loading CUDA's libraries) is in the first alone.
+What only a first run does (compiling kernels, loading CUDA's libraries) is in the first alone. --no-terms ends there.
 With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`).
 """
 
@@ -31,6 +31,7 @@ def report(found: dict[str, Any]) -> str:
     lines = []
     if "phase" in found:
         lines += [f"{name:22} {value:10.3f}" for name, value in found["phase"].items()]
+    if "terms" in found:
         total = sum(found["terms"].values())
         lines += [f"seconds by term of a second run, {total:.2f} in all (each waited for: more than the phase takes)"]
         lines += [f"  {name:22} {value:8.2f}" for name, value in sorted(found["terms"].items(), key=lambda i: -i[1])]
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=64, help="samples of the test split that judge both")
     parser.add_argument("--keep", type=Path, help="a folder that keeps the peer's results for the next run")
     parser.add_argument("--only-peer", action="store_true", help="leave the phase by term out")
+    parser.add_argument("--no-terms", action="store_true", help="one run of the phase, untouched")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = choose(options.device)
@@ -67,6 +69,7 @@ def main() -> None:
         if not options.only_peer:
             _, inputs = inputs_of(recipe, device)
             found["phase"] = phase(recipe, inputs, device, scratch / "first")
+        if not (options.only_peer or options.no_terms):
             terms = Terms(device)
             phase(recipe, inputs, device, scratch / "second", terms)
             found["terms"] = terms.seconds

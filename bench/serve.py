@@ -2,7 +2,7 @@
 
     python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
 
-Every variant is an engine of its own, one after the other. Measured:
+Every variant is an engine of its own. They import together, then each runs while the others wait. Measured:
 time to the first token and decode time a token of one client, then tokens and images a second of 1, 8 and 64 clients
 that each ask about an image of their own (576 + 64 tokens) for 128 tokens, and images a second when one token is
 wanted. The floor is the bytes that a decoded token reads (weights, cache) over the bandwidth of a copy on the card.
@@ -12,6 +12,7 @@ demo model, few tokens.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.random_checkpoint import write_processor
+from bench.serve_engine import READY, TURN
 from exporter.artifact import in_dtype
 from exporter.demo import MODELS
 from exporter.device import Device
@@ -82,6 +84,9 @@ def head8(config: dict[str, Any]) -> None:
 
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
+# FlashInfer reads a float8 cache by its XQA kernel; without a network, VLLM_HAS_FLASHINFER_CUBIN=1 lets vLLM take it.
+XQA = {"attention_backend": "FLASHINFER", "dtype": "bfloat16"}
+MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
 W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
 VARIANTS = {
     "16 bits": Variant(),
@@ -92,13 +97,19 @@ VARIANTS = {
     "w4-cache8": Variant([VIT_FP8, W4], kv_cache="fp8"),
     "fp8-cache8": Variant(FP8_ALL, kv_cache="fp8", engine={"dtype": "bfloat16"}),
     "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
+    "w4-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=XQA),
+    "fp8-cache8-xqa": Variant(FP8_ALL, kv_cache="fp8", engine=XQA),
+    "w4a8fp8-cache8-xqa": Variant(recipe="llava-w4a8-vitfp8-cache8", engine=XQA),
     "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
-    "w4-marlin": Variant([VIT8, W4], engine={"linear_backend": "marlin"}),
-    "w4-humming": Variant([VIT8, W4], engine={"linear_backend": "humming"}),
+    "w4-marlin": Variant([VIT8, W4], engine=MARLIN),
+    "w4-humming": Variant([VIT8, W4], engine=HUMMING),
+    "w4-humming-cache8": Variant([VIT8, W4], kv_cache="fp8", engine=HUMMING | {"dtype": "bfloat16"}),
+    "w4-humming-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),
     "w3": Variant([VIT8, W4 | {"bits": 3}]),
     "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
     "w4a8int": Variant([VIT_INT8, W4], (int8_activations,)),
+    "w4a8int-cache8-xqa": Variant([VIT8, W4], (int8_activations,), kv_cache="fp8", engine=HUMMING | XQA),
 }
 
 
@@ -193,10 +204,13 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
 
 
 def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]":
-    """A child that measures one variant when its turn comes; what it says goes to a log beside its spec."""
+    """A child that measures one variant when its turn comes; what it says goes to a log beside its spec.
+
+    Beside a GPU torch's threads of a CPU would only be in the way of each other: images are prepared by --renderers.
+    """
     spec = json.loads((folder / "spec.json").read_text())
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    turn = {"MMQ_BENCH_TURN": str(options.out.resolve() / "turn")}
+    turn = {TURN: str(folder.resolve() / "turn"), "OMP_NUM_THREADS": "1"}
     with (folder / "engine.log").open("wb") as said:
         return subprocess.Popen(
             [*shlex.split(options.python), str(CHILD), str(folder / "spec.json")],
@@ -255,22 +269,31 @@ def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, A
     return f"{found['name']:22} {times} | {rates} | {images} |{gains} {seconds}"
 
 
+def hold(folder: Path) -> int:
+    """The lock that a variant waits for; closing it is its turn."""
+    lock = os.open(folder / "turn", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def imported(folder: Path, child: "subprocess.Popen[bytes]") -> bool:
+    """Whether a variant waits for its turn, or is over."""
+    return child.poll() is not None or READY in (folder / "engine.log").read_text(errors="replace")
+
+
 def measure_all(options: argparse.Namespace, folders: Mapping[str, Path], speed: float | None) -> None:
-    """Run and print the variants one after the other; each is started when the one before has the card."""
-    end, names = time.monotonic() + options.seconds, list(folders)
-    children = {names[0]: start(options, folders[names[0]])}
+    """Start all variants, let them import, then run and print one after the other."""
+    end = time.monotonic() + options.seconds
+    locks = {name: hold(folder) for name, folder in folders.items()}
+    children = {name: start(options, folder) for name, folder in folders.items()}
     results: list[dict[str, Any]] = []
     try:
-        for i, name in enumerate(names):
-            log = folders[name] / "engine.log"
-            while children[name].poll() is None and "=== its turn" not in log.read_text(errors="replace"):
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.2)
-            if i + 1 < len(names):
-                children[names[i + 1]] = start(options, folders[names[i + 1]])
-            results.append(wait(name, folders[name], children[name], end))
-            stop([children[name]])
+        while time.monotonic() < end and not all(imported(folders[name], children[name]) for name in children):
+            time.sleep(0.2)
+        for name, child in children.items():
+            os.close(locks[name])
+            results.append(wait(name, folders[name], child, end))
+            stop([child])
             print(row(results[-1], speed, results[0]), flush=True)
             (options.out / "speed.json").write_text(json.dumps({"bandwidth": speed, "results": results}, indent=1))
     finally:

@@ -3,8 +3,8 @@
     python bench/serve_engine.py SPEC.json
     python bench/serve_engine.py --bandwidth OUT.json
 
-vLLM's engine is a process too, which imports for half a minute before it touches the card. It waits for its turn
-after that (a lock on a file), so the next variant imports while this one is measured.
+vLLM's engine is a process too, which imports for half a minute before it touches the card. After that it waits for its
+turn, a lock on a file that bench/serve.py holds until then: variants import together, and alone is who is measured.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from typing import Any
 
 FILLER = 10  # a token id that every vocabulary here has
 TURN = "MMQ_BENCH_TURN"  # the environment's name for the lock file's path
+READY = "=== imported, waiting"
 
 
 class Load:
@@ -106,24 +107,33 @@ def bandwidth(gigabytes: int = 4) -> float | None:
     return best
 
 
-async def kernels(load: Load, engine: Any, spec: dict[str, Any], clients: int) -> dict[str, Any]:
-    """Milliseconds of the card by kernel for one decoded token of `clients` clients, from a trace of the engine."""
+async def trace(load: Load, engine: Any, spec: dict[str, Any], clients: int, decoding: bool) -> list[dict[str, Any]]:
+    """What the card ran: while `clients` clients decode, all prompts behind them, or while their prompts are read."""
     folder = Path(spec["engine"]["profiler_config"]["torch_profiler_dir"])
     before = set(folder.rglob("*.json.gz"))
-    asking = asyncio.gather(*(load.ask(spec["tokens"]) for _ in range(clients)))
-    await asyncio.sleep(spec["settle_s"][str(clients)])  # past the prompts: from here on every step decodes
-    await engine.start_profile()
-    await asyncio.sleep(0.25)
-    await engine.stop_profile()
-    await asking
-    events = [
-        e
+    if decoding:
+        asking = asyncio.gather(*(load.ask(spec["tokens"]) for _ in range(clients)))
+        await asyncio.sleep(spec["settle_s"][str(clients)])
+        await engine.start_profile()
+        await asyncio.sleep(0.25)
+        await engine.stop_profile()
+        await asking
+    else:
+        await engine.start_profile()
+        await load.clients(clients, 1, 1)
+        await engine.stop_profile()
+    return [
+        event
         for file in set(folder.rglob("*.json.gz")) - before
-        for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     ]
-    ran = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    writes = Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"])  # one a block and step
-    steps = max(writes.values(), default=0) / spec["blocks"]
+
+
+def by_kernel(ran: list[dict[str, Any]], blocks: int) -> dict[str, Any]:
+    """Milliseconds of the card by kernel and step; a step is known by its writes to the cache, one a block."""
+    writes = Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"])
+    steps = max(writes.values(), default=0) / blocks
     if not steps:
         return {}
     total: Counter[str] = Counter()
@@ -153,21 +163,24 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         load = Load(engine, spec)
         found = await measure(load, spec)
         if "profiler_config" in spec["engine"]:
-            for number in (spec["clients"][0], spec["clients"][-1]):
-                found[f"kernels_{number}"] = await kernels(load, engine, spec, number)
+            few, many = spec["clients"][0], spec["clients"][-1]
+            for name, number, decoding in (("kernels", few, True), ("kernels", many, True), ("prompts", many, False)):
+                ran = await trace(load, engine, spec, number, decoding)
+                found[f"{name}_{number}"] = by_kernel(ran, spec["blocks"])
     finally:
         engine.shutdown()
     return found | {"startup_s": started, "measured_s": time.perf_counter() - begun - started}
 
 
 def wait_for_turn() -> None:
-    """In the engine's process: import what takes long, then wait until the engine before has gone."""
+    """In the engine's process: import what takes long, say so, then wait until the lock is let go."""
     import vllm.v1.engine.core  # noqa: F401
 
-    # The lock goes when this process ends; workers that it starts find no file to wait for.
-    turn = os.open(os.environ.pop(TURN), os.O_RDWR | os.O_CREAT)
+    # Workers that this process starts find no file to wait for.
+    turn = os.open(os.environ.pop(TURN), os.O_RDWR)
+    print(READY, flush=True)
     fcntl.flock(turn, fcntl.LOCK_EX)
-    print("=== its turn", time.time(), flush=True)
+    os.close(turn)
 
 
 def main() -> None:
