@@ -8,19 +8,22 @@
 #   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/architecture.md)
 #   peer      beside llm-compressor (docs/methods.md); PEER is the Python of its environment
 #   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; then bring it back and `compare`
-#   speed     decoding and throughput by recipe (docs/serving.md); VARIANTS are names of bench/serve.py
+#   attention which kernel reads the cache best
+#   speed     decoding and throughput by recipe (docs/serving.md); VARIANTS are names of bench/serve_variants.py
 #   compiled  the same with Inductor, 90 to 120 s a variant
 #   check     `mmq check` of every artifact in CASES, through `vllm serve`
 #
-# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends speed and compiled.
+# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends speed and compiled. FlashInfer
+# compiles with nvcc and the CUTLASS headers of its own package, for 3 minutes the first time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT PART ...}" && cd "$1" && pwd)
 shift
 python=${PYTHON:-python3} vllm=${VLLM:-$python} each=${SECONDS_EACH:-400}
-variants=${VARIANTS:-16 bits,w4-vit8,w4-marlin,w4-humming,fp8-cache8,w4a8fp8-cache8}
+variants=${VARIANTS:-16 bits,w4-humming,w4-humming-cache8-xqa,fp8-cache8-xqa,w4-vit8,fp8-cache8,w4a8fp8-cache8}
+tokens=${BATCHED_TOKENS:-16384}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+export VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_HAS_FLASHINFER_CUBIN=1
 
 kernels() { $python -m pytest -q -p no:cacheprovider tests/test_{kernels,ranges,gptq,awq}.py; }
 
@@ -49,10 +52,13 @@ answers() {
   $vllm bench/gpu_replies.py "$CASES" $names
 }
 
+attention() { $vllm bench/serve_attention.py; }
+
 speed() {
   local names
   IFS=, read -ra names <<< "$variants"
-  $python -m bench.serve "$out/serve${1:+-compiled}" --only "${names[@]}" --python "$vllm" --seconds "$each" ${1:+"$1"}
+  $python -m bench.serve "$out/serve${1:+-compiled}" --only "${names[@]}" --python "$vllm" --seconds "$each" \
+    --batched-tokens "$tokens" --kernels "${names[@]}" ${1:+"$1"}
 }
 
 compiled() { speed --compiled; }
@@ -65,7 +71,7 @@ check() {
   done
 }
 
-parts=" kernels core peer answers speed compiled check "
+parts=" kernels core peer answers attention speed compiled check "
 for part in "$@"; do
   [[ $parts == *" $part "* ]] || { echo "no part '$part': there are$parts" >&2 && exit 2; }
 done

@@ -20,9 +20,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,87 +29,19 @@ import torch
 
 from bench.random_checkpoint import write_processor
 from bench.serve_engine import READY, TURN
-from exporter.artifact import in_dtype
+from bench.serve_variants import VARIANTS, W4, Variant
+from exporter.artifact import artifact_config
 from exporter.demo import MODELS
 from exporter.device import Device
-from exporter.formats.compressed_tensors import quantization_config
 from exporter.plan import Plan, make_plan
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
-from exporter.targets import groups, kept_modules
 from tests.headers.read import load_header, write_sparse_shard
 
 HEADER = "llava-hf--llava-1.5-7b-hf"
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
 CHILD = Path(__file__).with_name("serve_engine.py")
-TOKEN_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activations": "fp8"}
-INT8 = {"method": "rtn", "bits": 8, "group_size": "row", "activations": "int8"}
-W4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
-VIT_FP8, VIT_INT8 = FP8 | {"component": "vision"}, INT8 | {"component": "vision"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to serve. recipe: a shipped one, or else rules and kv_cache of one (none: 16 bits).
-
-    change: of its config. engine: arguments of vLLM.
-    """
-
-    rules: Sequence[Mapping[str, Any]] = ()
-    change: tuple[Callable[[dict[str, Any]], None], ...] = ()
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    head_bits: int = 16
-    kv_cache: str | None = None
-    recipe: str = ""
-
-
-def int8_activations(config: dict[str, Any]) -> None:
-    """4-bit weights with int8 activations: Humming kernels."""
-    for group in config["config_groups"].values():
-        if group["weights"]["num_bits"] == 4:
-            group |= {"input_activations": TOKEN_FP8 | {"type": "int"}, "format": "pack-quantized"}
-
-
-def head8(config: dict[str, Any]) -> None:
-    """An output head of 8 bits, weight only."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-    group = {"targets": ["re:.*lm_head$"], "weights": weights | {"dynamic": False}, "format": "pack-quantized"}
-    config["config_groups"]["group_head"] = group | {"input_activations": None, "output_activations": None}
-    config["ignore"] = [name for name in config["ignore"] if not name.endswith("lm_head")]
-
-
-VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
-FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
-# FlashInfer reads a float8 cache by its XQA kernel; without a network, VLLM_HAS_FLASHINFER_CUBIN=1 lets vLLM take it.
-XQA = {"attention_backend": "FLASHINFER", "dtype": "bfloat16"}
-MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
-W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
-VARIANTS = {
-    "16 bits": Variant(),
-    "w4-vit8": Variant([VIT8, W4]),
-    "w4-vit8a8": Variant([VIT_INT8, W4]),
-    "fp8": Variant(FP8_ALL),
-    "w4a8fp8": W4A8,
-    "w4-cache8": Variant([VIT_FP8, W4], kv_cache="fp8"),
-    "fp8-cache8": Variant(FP8_ALL, kv_cache="fp8", engine={"dtype": "bfloat16"}),
-    "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
-    "w4-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=XQA),
-    "fp8-cache8-xqa": Variant(FP8_ALL, kv_cache="fp8", engine=XQA),
-    "w4a8fp8-cache8-xqa": Variant(recipe="llava-w4a8-vitfp8-cache8", engine=XQA),
-    "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
-    "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),
-    "w4-marlin": Variant([VIT8, W4], engine=MARLIN),
-    "w4-humming": Variant([VIT8, W4], engine=HUMMING),
-    "w4-humming-cache8": Variant([VIT8, W4], kv_cache="fp8", engine=HUMMING | {"dtype": "bfloat16"}),
-    "w4-humming-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),
-    "w3": Variant([VIT8, W4 | {"bits": 3}]),
-    "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
-    "w4a8int": Variant([VIT_INT8, W4], (int8_activations,)),
-    "w4a8int-cache8-xqa": Variant([VIT8, W4], (int8_activations,), kv_cache="fp8", engine=HUMMING | XQA),
-}
 
 
 def plan_of(variant: Variant, folder: Path) -> Plan:
@@ -152,15 +83,14 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     variant, folder = VARIANTS[name], out / name.replace(" ", "-")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     plan = plan_of(variant, source)
-    if groups(plan):
-        found = quantization_config(groups(plan), kept_modules(plan), plan.recipe.kv_cache)
+    told = artifact_config(plan, config)
+    found = told.get("quantization_config")
+    if found:
         for change in variant.change:
             change(found)
         if len({group.get("format", found["format"]) for group in found["config_groups"].values()}) > 1:
             found["format"] = "mixed-precision"
-        mixed = any(group.scheme.mixed for group in groups(plan))
-        told = in_dtype(config, "bfloat16") if mixed else config
-        (folder / "config.json").write_text(json.dumps(told | {"quantization_config": found}, indent=1))
+        (folder / "config.json").write_text(json.dumps(told, indent=1))
     engine: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
@@ -181,7 +111,8 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     if not options.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     graphs |= json.loads(options.compilation)
-    sizes = {"max_num_seqs": max(options.clients), "max_num_batched_tokens": 8192, "compilation_config": graphs}
+    sizes = {"max_num_seqs": max(options.clients), "compilation_config": graphs}
+    sizes |= {"max_num_batched_tokens": options.batched_tokens}
     sizes |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 27 * 10**9, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
     spec = {
@@ -309,6 +240,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="of a step; two steps hold as many of images")
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
     parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
     parser.add_argument("--compilation", default="{}", metavar="JSON", help="more of vLLM's compilation_config")

@@ -165,19 +165,27 @@ def digest(linear: QuantizedLinear) -> str:
 
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
-    config = dict(checkpoint.config)
-    found = groups(plan)
-    if found:  # where all is dequantized the model is a plain one
-        described = FORMATS[plan.recipe.format].quantization_config(found, kept_modules(plan), plan.recipe.kv_cache)
-        config["quantization_config"] = described
-    if any(group.scheme.mixed for group in found):  # the one kernel for these computes in bfloat16 alone
-        config = in_dtype(config, "bfloat16")
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(artifact_config(plan, checkpoint.config), indent=2) + "\n")
     for pattern in COPIED:
         for path in sorted(checkpoint.folder.glob(pattern)):
             if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The artifact's config.json from the source's; the same where all is dequantized, which makes a plain model.
+
+    It asks for bfloat16 where an engine's kernels write nothing else: those for 4-bit weights with float8 inputs
+    (Cutlass), and FlashAttention 3 when keys and values are float8 ("output must have dtype BF16").
+    """
+    found, described = groups(plan), dict(config)
+    if found:
+        write = FORMATS[plan.recipe.format].quantization_config
+        described["quantization_config"] = write(found, kept_modules(plan), plan.recipe.kv_cache)
+    if plan.recipe.kv_cache or any(group.scheme.mixed for group in found):
+        described = in_dtype(described, "bfloat16")
+    return described
 
 
 def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporter.activations import Rounded, cut_to_float8, round_as_served, round_rows, to_float8
-from exporter.artifact import Artifact, in_dtype
+from exporter.artifact import Artifact, artifact_config, in_dtype
 from exporter.card import _width
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, choose
@@ -215,6 +215,22 @@ def test_a_config_asks_for_one_dtype_everywhere() -> None:
     assert found == named | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
     assert in_dtype({"architectures": ["X"]}, "bfloat16")["dtype"] == "bfloat16"
     assert dtype(found, cpu=False) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("llava-fp8-cache8", "bfloat16"), (RECIPE, "bfloat16"), ("llava-w4-vit8", "float16"), ("llava-w8", "float16")],
+)
+def test_kernels_that_write_bfloat16_alone_are_asked_for_it(
+    name: str, asked: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    """LLaVA-1.5-7B is float16: FlashAttention 3 refuses that beside a float8 cache, and vLLM does not start."""
+    family = FAMILIES["llava"]
+    big = Checkpoint.open(sparse_checkpoint("llava-hf--llava-1.5-7b-hf"), family.canonical_name)
+    config = artifact_config(make_plan(load_recipe(name), big, family, H100), big.config)
+    assert dtype(big.config, cpu=False) == "float16"
+    assert dtype(config, cpu=False) == asked
+    assert config.keys() - big.config.keys() == {"quantization_config"}
 
 
 def test_tags_tell_inputs() -> None:
