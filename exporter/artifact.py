@@ -28,7 +28,7 @@ from exporter.formats.group import Group
 from exporter.job import finite
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear, Scheme, pack_bits
-from exporter.targets import cache_scales, groups, kept_modules
+from exporter.targets import artifact_config, cache_scales
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
 
 MANIFEST = "mmq_manifest.json"
@@ -171,29 +171,6 @@ def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
             if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
-
-
-def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The artifact's config.json from the source's; the same where all is dequantized, which makes a plain model.
-
-    It asks for bfloat16 where an engine's kernels write nothing else: those for 4-bit weights with float8 inputs
-    (Cutlass), and FlashAttention 3 when keys and values are float8 ("output must have dtype BF16").
-    """
-    found, described = groups(plan), dict(config)
-    if found:
-        write = FORMATS[plan.recipe.format].quantization_config
-        described["quantization_config"] = write(found, kept_modules(plan), plan.recipe.kv_cache)
-    if plan.recipe.kv_cache or any(group.scheme.mixed for group in found):
-        described = in_dtype(described, "bfloat16")
-    return described
-
-
-def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that asks for `dtype`, for the whole model and for every part that names one."""
-    changed = {key: in_dtype(value, dtype) if key.endswith("_config") else value for key, value in config.items()}
-    named = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
-    whole = ["dtype"] if "architectures" in changed and not named else named
-    return changed | dict.fromkeys(whole, dtype)
 
 
 def _manifest(plan: Plan, digests: dict[str, str], workdir: Workdir) -> dict[str, Any]:

@@ -1,13 +1,40 @@
-"""From a plan to a quantization config: which patterns name the linears of each scheme.
+"""From a plan to the artifact's config.json: which patterns name the linears of each scheme.
 
 vLLM matches `re:` patterns against its own (fused, sometimes unprefixed) module names and transformers against
 live names, so every pattern is made from `Component.target`, which finds both.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from exporter.families import Component
+from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.plan import Plan, PlanRow
 from exporter.quantized import Scheme
+
+
+def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The artifact's config.json from the source's; the same where all is dequantized, which makes a plain model.
+
+    It asks for bfloat16 where an engine's kernels write nothing else: those for 4-bit weights with float8 inputs
+    (Cutlass), and FlashAttention 3 when keys and values are float8 ("output must have dtype BF16").
+    """
+    found, described = groups(plan), dict(config)
+    if found:
+        write = FORMATS[plan.recipe.format].quantization_config
+        described["quantization_config"] = write(found, kept_modules(plan), plan.recipe.kv_cache)
+    if plan.recipe.kv_cache or any(group.scheme.mixed for group in found):
+        described = in_dtype(described, "bfloat16")
+    return described
+
+
+def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that asks for `dtype`, for the whole model and for every part that names one."""
+    changed = {key: in_dtype(value, dtype) if key.endswith("_config") else value for key, value in config.items()}
+    named = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
+    whole = ["dtype"] if "architectures" in changed and not named else named
+    return changed | dict.fromkeys(whole, dtype)
 
 
 def groups(plan: Plan) -> list[Group]:

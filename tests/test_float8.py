@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporter.activations import Rounded, cut_to_float8, round_as_served, round_rows, to_float8
-from exporter.artifact import Artifact, artifact_config, in_dtype
+from exporter.artifact import Artifact
 from exporter.card import _width
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, choose
@@ -25,6 +25,7 @@ from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import load_recipe
 from exporter.runtime.launch import dtype
 from exporter.runtime.serve_lint import Linear, cache_problems, cpu_cache_problems, cpu_problems, kernel_problems
+from exporter.targets import artifact_config, in_dtype
 
 RECIPE = "llava-w4a8-vitfp8-cache8"
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
