@@ -21,11 +21,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
-FOLDS = "exporter/folds.py"
+FOLDS, LLAVA, BLIP2 = "exporter/folds.py", "exporter/families/llava.py", "exporter/families/blip2.py"
 KERNEL, RANGES_KERNEL = "exporter/columns_kernel.py", "exporter/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
     "kernels": ["tests/test_kernels.py"],  # on a CPU by Triton's interpreter, where Triton is installed
+    "calibration": ["tests/test_calibrate.py"],
+    "folds": ["tests/test_folds.py", "tests/test_families.py"],
     "awq": ["tests/test_awq.py", "tests/test_folds.py", "tests/test_smooth.py", "tests/test_methods.py"],
 }
 
@@ -82,6 +84,31 @@ MUTATIONS = (
         "diagonal + damping",
     ),
     Mutation(
+        "gptq",
+        "a group's scale in the loop looks at the first columns' importance",
+        GPTQ,
+        "counts[first : first + now.shape[1]]",
+        "counts[: now.shape[1]]",
+    ),
+    Mutation(
+        "gptq", "descent goes down an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"
+    ),
+    Mutation(
+        "calibration",
+        "q, k and v share the one scale of a tensor",
+        "exporter/calibrate.py",
+        'row.rule and row.rule.group_size != "tensor"',
+        "row.rule",
+    ),
+    Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
+    Mutation(
+        "folds",
+        "scales cross a GELU",
+        LLAVA,
+        'Smoothing("layer_norm2", ("mlp.fc1",)),',
+        'Smoothing("layer_norm2", ("mlp.fc1",)),\n        Smoothing("mlp.fc1", ("mlp.fc2",)),',
+    ),
+    Mutation(
         "awq",
         "large weights raise a scale",
         AWQ,
@@ -105,6 +132,9 @@ MUTATIONS = (
     ),
     Mutation("awq", "a folded bias keeps its size", FOLDS, "bias[rows] /= scales", "bias[rows] /= 1"),
     Mutation("awq", "a norm's rounding is not made up for", FOLDS, "    return applied", "    return scales"),
+    Mutation(
+        "awq", "a norm's bias is divided by what was asked for", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
+    ),
     Mutation("kernels", "errors are added instead of made up for", KERNEL, "rest -= error", "rest += error"),
     Mutation("kernels", "descent forgets what a column was off by", KERNEL, "(now - before)[:, None]", "now[:, None]"),
     Mutation("kernels", "the worst range wins", RANGES_KERNEL, "(error < best)", "(error > best)"),

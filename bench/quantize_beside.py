@@ -31,6 +31,7 @@ from exporter.recipe import Recipe
 from exporter.stream import load_whole, watch_inputs
 from exporter.workdir import Workdir
 
+ROOT = Path(__file__).resolve().parent.parent
 Batch = dict[str, Tensor]
 Weights = Mapping[str, Tensor]  # by live name
 
@@ -86,14 +87,14 @@ def peer_run(
     setting: Setting, model: Path, observer: str, inputs: Sequence[Batch], device: Device, place: Path
 ) -> tuple[dict[str, Any], Weights]:
     """llm-compressor's figures and weights on the same folder and samples."""
+    model, place = model.resolve(), place.resolve()  # the peer starts in a folder of its own
     figures, out = place / "figures.json", place / "peer.safetensors"
     if not figures.exists():
         flat = {f"{i}.{name}": tensor.contiguous() for i, batch in enumerate(inputs) for name, tensor in batch.items()}
         save_file(flat, place / "inputs.safetensors")
-        script = Path(__file__).with_name("quantize_peer.py")
-        command = [setting.python, str(script), str(model), str(place / "inputs.safetensors"), str(out)]
+        command = [setting.python, "-m", "bench.quantize_peer", str(model), str(place / "inputs.safetensors"), str(out)]
         command += ["--group", str(setting.group), "--observer", observer, "--device", device.torch_device.type]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"the peer failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
         figures.write_text(done.stdout.splitlines()[-1])

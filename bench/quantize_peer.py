@@ -1,6 +1,6 @@
 """llm-compressor's GPTQ on the language model of a LLaVA or BLIP-2; started by `bench/quantize.py` with another Python.
 
-    python bench/quantize_peer.py MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
+    python -m bench.quantize_peer MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
 
 INPUTS holds batches as `NUMBER.name`. Samples are given one by one and without their padding, which llm-compressor
 would count in its statistics. llm-compressor 0.14 cannot trace BLIP-2's picture part, so there it is given the language
@@ -10,12 +10,10 @@ its name in the live model. The last line of the output is JSON.
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+from bench.memory import Watch
 
 
 def samples(file: str) -> list[dict[str, Any]]:
@@ -54,13 +52,6 @@ def behind_the_picture(model: Any, found: list[dict[str, Any]], device: str) -> 
     return [{name: tensor.clone() for name, tensor in row.items()} for row in received]
 
 
-def host_peak() -> int:
-    """Peak resident memory without the file pages that are resident now, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.endswith("kB")}
-    return values["VmHWM"] - values["RssFile"]
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,23 +84,24 @@ def main() -> None:
         part.config.name_or_path = options.model  # llm-compressor reads its config.json again
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    oneshot(
-        model=part,
-        processor=AutoTokenizer.from_pretrained(options.model),
-        dataset=torch.utils.data.DataLoader(data, batch_size=None),
-        recipe=recipe,
-        num_calibration_samples=len(data),
-        sequential_targets=["LlamaDecoderLayer", "OPTDecoderLayer"],
-    )
-    seconds = time.perf_counter() - start
+    with Watch() as host:
+        start = time.perf_counter()
+        oneshot(
+            model=part,
+            processor=AutoTokenizer.from_pretrained(options.model),
+            dataset=torch.utils.data.DataLoader(data, batch_size=None),
+            recipe=recipe,
+            num_calibration_samples=len(data),
+            sequential_targets=["LlamaDecoderLayer", "OPTDecoderLayer"],
+        )
+        seconds = time.perf_counter() - start
     device = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     quantized = {name: module for name, module in part.named_modules() if hasattr(module, "weight_scale")}
     save_file(
         {prefix + name: module.weight.detach().cpu().contiguous() for name, module in quantized.items()}, options.out
     )
     gib = 2**30
-    print(json.dumps({"seconds": seconds, "device_gib": device / gib, "host_gib": host_peak() / gib}))
+    print(json.dumps({"seconds": seconds, "device_gib": device / gib, "host_gib": host.peak / gib}))
 
 
 if __name__ == "__main__":

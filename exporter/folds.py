@@ -57,13 +57,16 @@ def fold_norm(norm: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> 
     """Divide a norm (`weight * normalized`, with or without bias: LayerNorm, RMSNorm) by `scales` `[in]`.
 
     A 16-bit norm rounds what it is given. The linears therefore get the quotient of the old and the rounded weight
-    instead of `scales`, so that weight and columns still cancel; that quotient f32 `[in]` is returned.
+    instead of `scales`, so that weight and columns still cancel; that quotient f32 `[in]` is returned. A channel whose
+    quotient its dtype cannot hold, too large or rounded to 0, keeps its weight: its scale is 1.
     """
     weight = _parameter(norm, "weight")
     _check(len(weight), linears)
     wide = torch.promote_types(weight.dtype, torch.float32)
     scales = scales.to(weight.device, wide)
     stored = (weight.to(wide) / scales).to(weight.dtype).to(wide)
+    lost = ~stored.isfinite() | ((stored == 0) & (weight != 0))
+    scales, stored = torch.where(lost, 1.0, scales), torch.where(lost, weight.to(wide), stored)
     applied = torch.where(stored == 0, scales, weight.to(wide) / torch.where(stored == 0, 1.0, stored))
     _replace(norm, "weight", stored)
     if getattr(norm, "bias", None) is not None:

@@ -16,6 +16,7 @@ from exporter.families import FAMILIES, Family
 from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
 from exporter.quantized import QuantizedLinear
+from exporter.ranges import fit_scale
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import load_recipe
 from exporter.workdir import Workdir
@@ -151,6 +152,19 @@ def test_streaming_equals_running_the_whole_model(family: Family, tmp_path: Path
         same = (linear.codes == expected[name].codes).float().mean()
         assert same > 0.995, f"{name}: {same:.4f} of the codes agree; float sums in another order move a few"
         assert torch.equal(linear.scale, expected[name].scale), name
+
+
+def test_linears_with_one_scale_each_do_not_share_it(tmp_path: Path) -> None:
+    """q, k and v are quantized together where rows do not influence each other; one scale a tensor is the paper's."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", LLAVA)
+    plan = plan_for(checkpoint, (Rule(component="language", method="rtn", bits=4, group_size="tensor"),))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", [])
+    for unit in plan.units:
+        found = workdir.read(unit).linears
+        for row in unit.rows:
+            assert row.scheme is not None
+            scale, _ = fit_scale(checkpoint.read(row.tensor.name).float(), row.scheme, torch.bfloat16)
+            assert torch.equal(found[row.module].scale, scale), row.module
 
 
 @families

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from exporter.families import FAMILIES, Family
+from exporter.folds import fold, misfit
 from exporter.stream import Stream, build_skeleton, run_until_reached, watch_inputs
 from tests.conftest import header, header_config
 
@@ -157,3 +158,26 @@ def test_targets_find_their_linears_under_both_names_and_nothing_else(family: Fa
                 wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
                 for rename in (family.runtime_name, family.live_name):
                     assert {m for m in modules if re.match(pattern, rename(m))} == wanted
+
+
+@families
+@torch.no_grad()
+def test_every_smoothing_is_an_exact_fold(family: Family) -> None:
+    """The whole model computes the same with scales from 1/30 to 30 in every block, one smoothing at a time."""
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in tiny_inputs(family).items()}
+    generator = torch.Generator().manual_seed(2)
+    folded = []
+    for component in family.components:
+        for smoothing in component.smoothings:
+            model = live_model(family).double()
+            before = family.outputs(model, inputs)
+            for i in range(component.used(family.tiny_config())):
+                block = model.get_submodule(family.live_name(component.block(i)))
+                if set(smoothing.targets) <= set(component.linears_of(family.tiny_config(), i)):
+                    assert misfit(block, smoothing.source, smoothing.targets, smoothing.rows) is None
+                    size = block.get_submodule(smoothing.targets[0]).in_features
+                    scales = 30 ** (2 * torch.rand(size, generator=generator) - 1)
+                    fold(block, smoothing.source, smoothing.targets, smoothing.rows, scales)
+                    folded.append(smoothing)
+            torch.testing.assert_close(family.outputs(model, inputs), before, rtol=1e-9, atol=1e-9)
+    assert set(folded) == {smoothing for component in family.components for smoothing in component.smoothings}

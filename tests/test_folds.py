@@ -174,15 +174,30 @@ def test_a_rounded_norm_is_made_up_for_by_the_columns(dtype: torch.dtype) -> Non
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.4, 2, HIDDEN).to(dtype))
         norm.weight[3] = 0  # a column that never varies
+        norm.bias.copy_(torch.linspace(-3, 3, HIDDEN).to(dtype))
     block = nn.ModuleDict({"norm": norm.to(dtype), "linear": linear.double()})
     before_norm, before_columns = norm.weight.detach().double(), linear.weight.detach().clone()
+    before_bias = norm.bias.detach().double()
     applied, changed = fold(block, "norm", ("linear",), None, scales_for(HIDDEN))
+    assert torch.equal(norm.bias, (before_bias / applied).to(dtype))  # by what the columns got, not what was asked for
     after = norm.weight.detach().double() * linear.weight.detach()
     torch.testing.assert_close(after, before_norm * before_columns, rtol=1e-6, atol=0)
     assert norm.weight.dtype == dtype
     assert changed == ("norm.weight", "norm.bias")
     torch.testing.assert_close(applied.double(), scales_for(HIDDEN).double(), rtol=2e-2, atol=0)
     assert not torch.equal(applied, scales_for(HIDDEN))
+
+
+def test_a_channel_whose_quotient_float16_cannot_hold_keeps_its_weight() -> None:
+    norm, linear = nn.LayerNorm(4).half(), nn.Linear(4, 2)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([8.0, 2e-4, 1.0, 0.0]))
+    weights, columns = norm.weight.detach().clone(), linear.weight.detach().clone()
+    block = nn.ModuleDict({"norm": norm, "linear": linear})
+    applied, _ = fold(block, "norm", ("linear",), None, torch.tensor([1e-4, 1e4, 2.0, 3.0]))
+    assert applied.tolist() == [1, 1, 2, 3]
+    assert torch.equal(norm.weight, weights / torch.tensor([1, 1, 2, 1]).half())
+    assert torch.equal(linear.weight, columns * applied)
 
 
 def test_storage_that_others_hold_is_left_alone() -> None:

@@ -56,6 +56,23 @@ def test_equals_inverting_again_at_every_column(
     assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
 
 
+def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_columns() -> None:
+    weight, statistics = correlated(300, 100)
+    statistics.hessian *= torch.linspace(0.1, 3, 100).outer(torch.linspace(0.1, 3, 100))  # later columns count more
+    scheme = Scheme(3, 16)
+    options = Options(block=24, scales="in_loop", order="none", descent=0)
+    found, _ = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
+    order = torch.arange(100)
+    upper, _ = inverse_factor(statistics.hessian, 0.01)
+    assert upper is not None
+    parts = iter(importance(statistics.hessian, upper, 0.01, order).split(16))
+    scale, zero = fit_scale(weight, scheme, torch.float16)
+    fit = lambda part: fit_scale(part, scheme, torch.float16, "mse", next(parts))  # noqa: E731
+    codes = gptq_by_inversion(weight, statistics.hessian, scheme, scale, zero, 0.01, order.tolist(), fit)
+    assert int((found.scale != scale).sum()) <= 1  # a tie between two ranges, float32 against float64
+    assert int((found.codes != codes).sum()) <= 4
+
+
 def damped(statistics: Statistics, share: float = 0.01) -> torch.Tensor:
     """The Hessian with damping on its diagonal."""
     return statistics.hessian + torch.eye(len(statistics.hessian)) * share * statistics.hessian.diagonal().mean()
@@ -186,6 +203,8 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
     assert len(notes) == 1
     assert "damping grew to" in notes[0]
     assert int(linear.codes.max()) <= 15
+    walked, _ = gptq.quantize_linear(weight, statistics, Scheme(4, "row"), Options(descent=0), torch.float16)
+    assert torch.equal(linear.codes, walked.codes)  # an indefinite Hessian has no least error to go down to
 
 
 def test_hopeless_hessian_falls_back_to_rounding_and_says_so() -> None:

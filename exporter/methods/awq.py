@@ -20,7 +20,7 @@ __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quanti
 VERSION = 2
 SMOOTHS = True
 ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
-LARGEST_SCALE = 1e4  # a norm divided by more, or by less than its inverse, would leave the range of float16
+LARGEST_SCALE = 1e4  # and its inverse: AutoAWQ's bounds too
 
 
 class Options(BaseModel):
