@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
+SMOOTH = "exporter/smooth.py"
 FOLDS, LLAVA, BLIP2 = "exporter/folds.py", "exporter/families/llava.py", "exporter/families/blip2.py"
 KERNEL, RANGES_KERNEL = "exporter/columns_kernel.py", "exporter/ranges_kernel.py"
 TESTS = {
@@ -119,8 +120,20 @@ MUTATIONS = (
         "awq", "scales are not centred", AWQ, "scales.clamp(1 / LARGEST_SCALE", "(7 * scales).clamp(1 / LARGEST_SCALE"
     ),
     Mutation("awq", "the worst candidate wins", AWQ, "if error < least:", "if error > least:"),
+    Mutation("awq", "a candidate's error is measured with its scales", AWQ, "zero, scheme) / scales", "zero, scheme)"),
     Mutation(
-        "awq", "a candidate's error is measured with its scales", AWQ, "rounded / scales - weight", "rounded - scaled"
+        "awq",
+        "a tried weight stays in the block",
+        SMOOTH,
+        "    for name, weight in zip(names, own, strict=True):\n        job.stream.put(name, weight)\n",
+        "",
+    ),
+    Mutation(
+        "awq",
+        "a search on the block runs it on four batches",
+        SMOOTH,
+        'None if "block" in searches else CHECKED',
+        "CHECKED",
     ),
     Mutation("awq", "clipping tries ranges down to a tenth", AWQ, "1 - 0.5 * step / steps", "1 - 0.9 * step / steps"),
     Mutation(

@@ -5,7 +5,7 @@ as it will when the artifact runs. Inside a block the phases do the same (GPTQ's
 A finished unit is never computed again: its block runs with the weights from its file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear
-from exporter.smooth import CHECKED, quantize_smoothed, smooths
+from exporter.smooth import checked_batches, quantize_smoothed, smooths
 from exporter.stream import watch_inputs
 from exporter.workdir import UnitResult, Workdir
 
@@ -128,9 +128,9 @@ def quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Fl
         return _quantize_phases(job, component, unit, flows)
     block, device = job.stream.module(unit.block), job.device.torch_device
 
-    def outputs() -> list[Tensor]:
-        found = [(flow, flow.run(block, device)) for flow in flows[:CHECKED]]
-        return [weighted(output, flow.weights) for flow, output in found if output is not None]
+    def outputs() -> Iterator[Tensor]:
+        found = ((flow, flow.run(block, device)) for flow in flows[: checked_batches(unit)])
+        return (weighted(output, flow.weights) for flow, output in found if output is not None)
 
     return quantize_smoothed(
         job,

@@ -1,6 +1,6 @@
 """Column scales for one live block: search them, fold them, and keep them only when the block got better."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from exporter.methods import METHODS
 from exporter.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.workdir import UnitResult
 
-CHECKED = 4  # batches on which the whole block is compared with and without smoothing
+CHECKED = 4  # batches on which the whole block is compared with and without smoothing, unless a search runs it on all
 
-Outputs = Callable[[], list[Tensor]]  # the live block's outputs on the checked batches
+Outputs = Callable[[], Iterator[Tensor]]  # the live block's outputs on those batches
 Quantize = Callable[[], UnitResult]  # quantizes the live block and leaves the quantized weights in it
 Gather = Callable[[Sequence[PlanRow]], Mapping[str, Any]]  # statistics of the inputs of several linears, in one pass
 
@@ -30,6 +30,12 @@ def smooths_row(row: PlanRow) -> bool:
     return row.rule is not None and bool(METHODS[row.rule.method].SMOOTHS)
 
 
+def checked_batches(unit: Unit) -> int | None:
+    """On how many batches the whole block is run to be compared; None for all of them."""
+    searches = (getattr(row.rule.parsed_options(), "search", "") for row in unit.rows if row.rule)
+    return None if "block" in searches else CHECKED
+
+
 def quantize_smoothed(
     job: Job, component: Component, unit: Unit, gather: Gather, quantize: Quantize, outputs: Outputs
 ) -> UnitResult:
@@ -39,11 +45,12 @@ def quantize_smoothed(
     """
     names = job.tensors_under(unit.block)
     original = {name: job.stream.parameter(name).clone() for name in names}
-    truth = outputs()
+    few = checked_batches(unit) is not None  # all outputs would not be small on a device
+    truth = [output if few else output.cpu() for output in outputs()]
     plain = quantize()
     plain_error = _distance(outputs(), truth)
     _restore(job, original)
-    if not _fold_all(job, component, unit, gather):
+    if not _fold_all(job, component, unit, gather, lambda: _distance(outputs(), truth)):
         _put_quantized(job, unit, plain)
         return plain
     planned = {row.tensor.name for row in unit.rows}
@@ -73,17 +80,17 @@ def _put_quantized(job: Job, unit: Unit, result: UnitResult) -> None:
         job.stream.put(row.tensor.name, result.linears[row.module].as_served())
 
 
-def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+def _distance(found: Iterable[Tensor], truth: Sequence[Tensor]) -> float:
     """Relative error of the block's outputs."""
-    lost = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(found, truth, strict=True))
+    lost = sum(float((a.float() - b.to(a.device).float()).square().sum()) for a, b in zip(found, truth, strict=True))
     whole = sum(float(b.float().square().sum()) for b in truth)
     return float((lost / max(whole, 1e-30)) ** 0.5)
 
 
-def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather) -> bool:
+def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather, error: Callable[[], float]) -> bool:
     """Search and fold the scales of every smoothing whose targets this unit quantizes with one smoothing rule.
 
-    False when no scales helped, so that the block is as it was.
+    error: of the live block's output. False when no scales helped, so that the block is as it was.
     """
     folded = False
     rows = {row.linear: row for row in unit.rows}
@@ -96,15 +103,29 @@ def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather) -> boo
         first = rows[smoothing.targets[0]]
         rule = first.rule
         assert rule is not None
-        weights = [job.stream.parameter(rows[target].tensor.name).float() for target in smoothing.targets]
+        names = [rows[target].tensor.name for target in smoothing.targets]
+        weights = [job.stream.parameter(name).float() for name in names]
         arguments = (rule.scheme(), rule.parsed_options(), stored_scale_dtype(first.tensor.dtype))
-        scales, before, after = METHODS[rule.method].find_scales(weights, statistics[first.linear], *arguments)
+        scales, before, after = METHODS[rule.method].find_scales(
+            weights, statistics[first.linear], *arguments, lambda tried, names=names: _with(job, names, tried, error)
+        )
         if after < before:
             folded = True
             _, changed = fold(block, smoothing.source, smoothing.targets, smoothing.rows, scales)
             for name in changed:
                 _round_as_stored(job, f"{unit.block}.{name}", rows)
     return folded
+
+
+def _with(job: Job, names: Sequence[str], tried: Iterable[Tensor], error: Callable[[], float]) -> float:
+    """The error with other weights in the live block, which then gets its own back."""
+    own = [job.stream.parameter(name) for name in names]
+    for name, weight in zip(names, tried, strict=True):
+        job.stream.put(name, weight)
+    found = error()
+    for name, weight in zip(names, own, strict=True):
+        job.stream.put(name, weight)
+    return found
 
 
 def _round_as_stored(job: Job, name: str, rows: Mapping[str, PlanRow]) -> None:

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from exporter import artifact
 from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.methods import rtn
 from exporter.plan import Plan
+from exporter.quantized import Scheme
 from exporter.recipe import Rule
 from exporter.workdir import UnitResult, Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed
@@ -154,3 +158,69 @@ def test_folds_between_linears_alone_are_kept_when_they_help(tmp_path: Path, mon
     plan = plan_for(checkpoint, (AWQ,))
     workdir = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
     assert all(result.notes == () and result.altered == {} for result in results(plan, workdir))
+
+
+def real_outputs(block: nn.Module, calls: list[dict[str, Any]]) -> torch.Tensor:
+    """What the block puts out for tokens that no mask hides, all batches, one row a token."""
+    rows = []
+    for call in calls:
+        output = block(**call["kwargs"])
+        rows.append((output[0] if isinstance(output, tuple) else output)[call["real"]])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def test_a_search_on_the_block_tries_every_point_on_all_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a search by hand in the whole model: q, k and v of the first block, six batches."""
+    from exporter.methods import awq
+
+    found: list[tuple[torch.Tensor, float, float]] = []
+    search = awq.find_scales
+
+    def kept(*arguments: Any) -> tuple[torch.Tensor, float, float]:
+        found.append(search(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(awq, "find_scales", kept)
+    checkpoint = outlier_checkpoint(tmp_path / "model")
+    batches = [tiny_inputs(LLAVA, 2, 4 + i) for i in range(6)]
+    plan = plan_for(checkpoint, (AWQ.model_copy(update={"options": {"search": "block", "points": 6}}),))
+    streamed(plan, checkpoint, tmp_path / "work", batches)
+
+    model = live_model(LLAVA, seed=1)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(checkpoint.read(LLAVA.canonical_name(name)).float())
+    block, calls = model.get_submodule(LLAVA.live_name("language_model.model.layers.0")), []
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    for batch in batches:
+        model(**batch, use_cache=False)
+    handle.remove()
+    runs = [
+        {"kwargs": {**kwargs, **({"hidden_states": args[0]} if args else {})}, "real": batch["attention_mask"].bool()}
+        for (args, kwargs), batch in zip(calls, batches, strict=True)
+    ]
+    truth = real_outputs(block, runs)
+    linears = [block.get_submodule(f"self_attn.{part}_proj") for part in "qkv"]
+    inputs: list[torch.Tensor] = []
+    handle = linears[0].register_forward_hook(lambda _, args, output: inputs.append(args[0]))
+    real_outputs(block, runs)
+    handle.remove()
+    rows = torch.cat([x[run["real"]] for x, run in zip(inputs, runs, strict=True)])
+    size, weights = rows.square().mean(0).sqrt(), [linear.weight.clone() for linear in linears]
+    stacked = torch.cat(weights).abs()
+    reach = (stacked / stacked.amax(1, keepdim=True)).mean(0)
+    errors, tried = [], [torch.ones_like(size)]
+    for point in range(6):
+        scales = size ** (point / 6) / reach ** (1 - point / 6)
+        tried.append(scales / (scales.max() * scales.min()).sqrt())
+    for scales in tried:
+        for linear, weight in zip(linears, weights, strict=True):
+            rounded, _ = rtn.quantize_linear(weight * scales, None, Scheme(3, "row"), rtn.Options(), torch.bfloat16)
+            linear.weight.copy_(rounded.dequantize() / scales)
+        errors.append(float((real_outputs(block, runs) - truth).norm() / truth.norm()))
+    scales, before, after = found[0]
+    assert min(errors) < errors[0]
+    assert (before, after) == (pytest.approx(errors[0], rel=1e-3), pytest.approx(min(errors), rel=1e-3))
+    torch.testing.assert_close(scales, tried[errors.index(min(errors))], rtol=1e-3, atol=0)

@@ -1,11 +1,13 @@
 """AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
 
 The scales are folded into what comes before (a norm, or another linear; `exporter/folds.py`), so nothing is divided at
-run time. Candidates are compared by the exact error of the linears' outputs over all calibration rows, which the second
-moments give without running the block again; the paper's own search runs it on a sample.
+run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which the second
+moments give without running the block again (on a GPU from products in bfloat16), or by that of the block's output. The
+paper's search runs the module around the linears on a sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,30 +25,49 @@ ROWS = 4096  # rows whose ranges are searched together: each error of a candidat
 LARGEST_SCALE = 1e4  # and its inverse: AutoAWQ's bounds too
 
 
+BlockError = Callable[[Iterable[Tensor]], float]  # of the block's output, with these weights in place of the linears'
+
+
 class Options(BaseModel):
-    """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs."""
+    """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs.
+
+    search: what tells a good scale, the outputs of the "linears" it is for or of the whole "block", which is run on all
+    batches for every point.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     points: int = Field(20, ge=1, le=100)
+    search: Literal["linears", "block"] = "linears"
     clip: bool = True
     clip_steps: int = Field(10, ge=1, le=100)
 
 
 def find_scales(
-    weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
+    weights: Sequence[Tensor],
+    statistics: Statistics,
+    scheme: Scheme,
+    options: Options,
+    scale_dtype: torch.dtype,
+    block_error: BlockError,
 ) -> tuple[Tensor, float, float]:
     """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
 
-    Candidates are `x^r / w^(1-r)`, r from 0 to 1 ("duo scaling"): x is the root mean square of each input, w how large
-    its weights are in their groups. All ones is a candidate too, so the error never grows. Scales are divided by
-    sqrt(max * min); a column without inputs or weights keeps 1 and does not stretch the others.
+    Candidates are `x^r / w^(1-r)`, r = 0, 1/points, ... below 1 ("duo scaling"): x is the root mean square of each
+    input, w how large its weights are in their groups. All ones is a candidate too, so the error never grows. Scales
+    are divided by sqrt(max * min); a column without inputs or weights keeps 1 and does not stretch the others.
+    block_error: what `search: block` asks.
     """
+
+    def error_of(scales: Tensor) -> float:
+        tried = (_rounded(weight, scales, scheme, scale_dtype) for weight in weights)
+        return block_error(tried) if options.search == "block" else _output_error(tried, weights, statistics)
+
     size = statistics.hessian.diagonal().sqrt()
     reach = _reach(torch.cat(list(weights)), scheme)
     alive = (size > 0) & (reach > 0)
     best = torch.ones_like(size)
-    plain = least = _output_error(weights, best, statistics, scheme, scale_dtype)
+    plain = least = error_of(best)
     if not alive.any():
         return best, plain, least
     for point in range(options.points):
@@ -54,7 +75,7 @@ def find_scales(
         scales = size**ratio / reach ** (1 - ratio)
         scales = scales / (scales[alive].max() * scales[alive].min()).sqrt()
         scales = torch.where(alive, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)
-        error = _output_error(weights, scales, statistics, scheme, scale_dtype)
+        error = error_of(scales)
         if error < least:
             best, least = scales, error
     return best, plain, least
@@ -69,17 +90,16 @@ def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
     return share.view(rows, -1)[:, :columns].mean(0)
 
 
-def _output_error(
-    weights: Sequence[Tensor], scales: Tensor, statistics: Statistics, scheme: Scheme, scale_dtype: torch.dtype
-) -> float:
-    """`tr(D H D^T)` summed over the linears, with `D = Q(W s) / s - W`."""
-    total = 0.0
-    for weight in weights:
-        scaled = weight * scales
-        scale, zero = fit_scale(scaled, scheme, scale_dtype)
-        rounded = dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme)
-        total += statistics.energy(rounded / scales - weight)
-    return total
+def _rounded(weight: Tensor, scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """`Q(W s) / s`: what the fold makes of a linear, for inputs as they are without it."""
+    scaled = weight * scales
+    scale, zero = fit_scale(scaled, scheme, scale_dtype)
+    return dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme) / scales
+
+
+def _output_error(tried: Iterable[Tensor], weights: Sequence[Tensor], statistics: Statistics) -> float:
+    """`tr(D H D^T)` summed over the linears, with `D = tried - W`."""
+    return sum(statistics.energy(rounded - weight) for rounded, weight in zip(tried, weights, strict=True))
 
 
 def quantize_linear(
