@@ -6,6 +6,7 @@
 # Parts, in the order of the arguments; what each prints is also in OUT/PART.txt:
 #   kernels   the Triton kernels beside torch, and the tests of the methods
 #   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/architecture.md)
+#   whole     a whole export at true shapes, its steps (docs/architecture.md)
 #   peer      beside llm-compressor (docs/methods.md); PEER is the Python of its environment
 #   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; then bring it back and `compare`
 #   attention which kernel reads the cache best
@@ -41,8 +42,10 @@ core() {
   $python -m bench.quantize --header Salesforce--blip2-opt-2.7b --recipe blip2-caption-w8-vit4 --device cuda
 }
 
+whole() { $python -m bench.export --recipe llava-w4-vit8 --device cuda; }
+
 peer() {
-  $python -m bench.quantize --header llava-hf--llava-1.5-7b-hf --blocks 4 --samples 64 --seeds 1 --only-peer \
+  $python -m bench.quantize --header llava-hf--llava-1.5-7b-hf --blocks 4 --seeds 1 --only-peer \
     --peer "${PEER:?the Python of an environment with llm-compressor}" --device cuda
 }
 
@@ -71,7 +74,7 @@ check() {
   done
 }
 
-parts=" kernels core peer answers attention speed compiled check "
+parts=" kernels core whole peer answers attention speed compiled check "
 for part in "$@"; do
   [[ $parts == *" $part "* ]] || { echo "no part '$part': there are$parts" >&2 && exit 2; }
 done

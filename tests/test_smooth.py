@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from exporter import artifact
+from exporter import artifact, smooth
 from exporter.checkpoint import Checkpoint, ShardWriter
 from exporter.methods import rtn
 from exporter.plan import Plan
@@ -145,8 +146,6 @@ def test_a_block_in_which_no_scales_help_is_quantized_once_and_nothing_is_said(
 
 def test_folds_between_linears_alone_are_kept_when_they_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a fold changes no tensor that is kept in 16 bits: all of it is in the codes."""
-    from exporter import smooth
-
     language = LLAVA.component("language")
     pairs = tuple(s for s in language.smoothings if not s.source.endswith("layernorm"))
     assert pairs
@@ -224,3 +223,17 @@ def test_a_search_on_the_block_tries_every_point_on_all_batches(
     assert min(errors) < errors[0]
     assert (before, after) == (pytest.approx(errors[0], rel=1e-3), pytest.approx(min(errors), rel=1e-3))
     torch.testing.assert_close(scales, tried[errors.index(min(errors))], rtol=1e-3, atol=0)
+
+
+def test_a_tried_weight_is_taken_out_again() -> None:
+    own, seen = {"a": torch.zeros(2), "b": torch.zeros(3)}, []
+    live = dict(own)
+    job = SimpleNamespace(stream=SimpleNamespace(parameter=live.__getitem__, put=live.__setitem__))
+
+    def error() -> float:
+        seen.append(dict(live))
+        return 0.25
+
+    assert smooth._with(job, ["a", "b"], iter([torch.ones(2), torch.ones(3)]), error) == 0.25  # type: ignore[arg-type]
+    assert [part.tolist() for part in seen[0].values()] == [[1, 1], [1, 1, 1]]
+    assert all(live[name] is own[name] for name in own)
