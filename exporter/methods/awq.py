@@ -22,8 +22,7 @@ __all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quanti
 VERSION = 2
 SMOOTHS = True
 ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
-LARGEST_SCALE = 1e4  # and its inverse: AutoAWQ's bounds too
-
+LARGEST_SCALE = 1e4  # and its inverse, where AutoAWQ stops too
 
 BlockError = Callable[[Iterable[Tensor]], float]  # of the block's output, with these weights in place of the linears'
 
