@@ -7,21 +7,24 @@
 A header gives true shapes with random weights (--blocks: only the first of each part); --model takes a folder or an
 embedded model. The phase runs twice, once untouched for its time and memory, and once with a clock around each term.
 What only a first run does (compiling kernels, loading CUDA's libraries) is in the first alone. --no-terms ends there.
-With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`).
+With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`). --at-once lets
+mmq calibrate on the peer's inputs too; --random takes the meaning out of the language model's weights.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.quantize_beside import Setting, beside_peer, summary
+from bench.quantize_beside import Setting, at_once, beside_peer, summary
 from bench.quantize_phase import Terms, inputs_of, phase
-from bench.random_checkpoint import write
+from bench.random_checkpoint import write, write_with_random_language
+from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.recipe_file import load_recipe
 
@@ -54,6 +57,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="draws of calibration samples beside the peer")
     parser.add_argument("--judged", type=int, default=64, help="samples of the test split that judge both")
     parser.add_argument("--keep", type=Path, help="a folder that keeps the peer's results for the next run")
+    parser.add_argument("--at-once", action="store_true", help="calibrate a block's linears on its inputs before any")
+    parser.add_argument("--random", action="store_true", help="random language weights instead of --model's")
     parser.add_argument("--only-peer", action="store_true", help="leave the phase by term out")
     parser.add_argument("--no-terms", action="store_true", help="one run of the phase, untouched")
     parser.add_argument("--json", action="store_true")
@@ -65,6 +70,9 @@ def main() -> None:
         if not model:
             model = str(scratch / "model")
             write(options.header or "llava-hf--llava-1.5-7b-hf", Path(model), str(device.torch_device), options.blocks)
+        if options.random:
+            write_with_random_language(MODELS.get(model) or Path(model), scratch / "random")
+            model = str(scratch / "random")
         recipe = load_recipe(options.recipe).adjusted(model={"repo": model}, calibration={"samples": options.samples})
         if not options.only_peer:
             _, inputs = inputs_of(recipe, device)
@@ -75,7 +83,8 @@ def main() -> None:
             found["terms"] = terms.seconds
         if options.peer:
             setting = Setting(options.peer, options.group, options.seeds, options.judged, options.keep)
-            found["peer"] = beside_peer(recipe, setting, device, scratch)
+            with at_once() if options.at_once else nullcontext():
+                found["peer"] = beside_peer(recipe, setting, device, scratch)
     print(json.dumps(found) if options.json else report(found))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import DTYPES, ShardWriter
 from exporter.demo import MODELS
@@ -54,6 +55,19 @@ def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes
     writer.finish()
     write_processor(out, config)
     return parameters
+
+
+def write_with_random_language(source: Path, out: Path) -> None:
+    """A copy of a folder whose language model's linears hold normal numbers of the size that they had."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    generator = torch.Generator().manual_seed(0)
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2 and "layers." in name and name.startswith("language_model."):
+                drawn = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+                tensors[name] = drawn.to(tensor.dtype)
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
 
 
 def write_processor(out: Path, config: dict[str, Any]) -> None:
