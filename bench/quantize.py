@@ -7,8 +7,8 @@
 A header gives true shapes with random weights (--blocks: only the first of each part); --model takes a folder or an
 embedded model. The phase runs twice, once untouched for its time and memory, and once with a clock around each term.
 What only a first run does (compiling kernels, loading CUDA's libraries) is in the first alone. --no-terms ends there.
-With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`). --at-once lets
-mmq calibrate on the peer's inputs too; --random takes the meaning out of the language model's weights.
+With --peer, the language model alone is quantized by both at equal settings (`bench/quantize_beside.py`). --at-once
+lets mmq calibrate on the peer's inputs too; --random takes the meaning out of the language model's weights.
 """
 
 import argparse
