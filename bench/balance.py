@@ -23,7 +23,7 @@ from exporter.demo import MODELS
 from exporter.demo.score import Exam, by_kind, easy_exam, scene_exam, summary
 from exporter.device import choose
 from exporter.events import ignore
-from exporter.export import export
+from exporter.export import Export, export
 from exporter.families import FAMILIES
 from exporter.families.llava import live_name
 from exporter.predict import batches
@@ -86,13 +86,19 @@ def shares(model: Any, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     return {"equal": tokens[False] / tokens[True], "gradient": sum(ratios) / len(ratios)}
 
 
-def figures(model: Any, exams: Sequence[Exam], wanted: Recipe) -> dict[str, float]:
-    """Scores of the artifact that the recipe makes."""
+def make(model: Any, wanted: Recipe) -> Export:
+    """Export by the recipe, and put what its artifact holds into the model."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "artifact"
-        export(wanted, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+        done = export(wanted, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
         model.load_state_dict({live_name(name): artifact.read(name) for name in artifact.names()})
+    return done
+
+
+def figures(model: Any, exams: Sequence[Exam], wanted: Recipe) -> dict[str, float]:
+    """Scores of the artifact that the recipe makes."""
+    make(model, wanted)
     return summary(by_kind(model, list(exams)))
 
 

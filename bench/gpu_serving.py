@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.serve_variants import FP8, HUMMING, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact import Artifact
 from exporter.backends import load_processor
 from exporter.check import Doubled, Session, judge, png, scheme_problems
@@ -35,15 +36,9 @@ from exporter.runtime.vllm_engine import Reply
 from exporter.tasks.sample import Sample, task_of
 
 QUESTIONS = 16
-VISION8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
-VISION8A8 = VISION8 | {"activations": "int8"}
-FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activations": "fp8"}
-LANGUAGE4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
-LANGUAGE4A8 = LANGUAGE4 | {"activations": "fp8"}
+W4A8 = W4 | {"activations": "fp8"}
 HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
-FP8_ALL = [FP8 | {"component": "vision"}, FP8 | {"component": "language"}]
-XQA = {"attention_backend": "FLASHINFER"}
-MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
+FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
 
 
 @dataclass(frozen=True)
@@ -62,37 +57,37 @@ class Case:
 
 
 CASES = {  # the most telling first, should the time run out
-    "w4-vit8": Case([VISION8, LANGUAGE4]),
-    "w4-vit8a8": Case([VISION8A8, LANGUAGE4]),
+    "w4-vit8": Case([VIT8, W4]),
+    "w4-vit8a8": Case([VIT_INT8, W4]),
     "fp8": Case(FP8_ALL),
-    "w3": Case([LANGUAGE4 | {"bits": 3}]),
-    "gptq-4": Case([LANGUAGE4], "gptq"),
-    "awq": Case([LANGUAGE4 | {"method": "awq", "symmetric": False}], "awq"),
-    "16-bit": Case([LANGUAGE4 | {"store": "dequantized"}]),
-    "w4-asym": Case([LANGUAGE4 | {"symmetric": False}]),
-    "w4-head8": Case([VISION8A8, LANGUAGE4, HEAD8]),
-    "w8": Case([VISION8, VISION8 | {"component": "language", "group_size": 128}]),
-    "w8a8": Case([VISION8A8, VISION8A8 | {"component": "language"}]),
-    "w4-vit-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4]),
-    "gptq-8": Case([LANGUAGE4 | {"bits": 8}], "gptq"),
+    "w3": Case([W4 | {"bits": 3}]),
+    "gptq-4": Case([W4], "gptq"),
+    "awq": Case([W4 | {"method": "awq", "symmetric": False}], "awq"),
+    "16-bit": Case([W4 | {"store": "dequantized"}]),
+    "w4-asym": Case([W4 | {"symmetric": False}]),
+    "w4-head8": Case([VIT_INT8, W4, HEAD8]),
+    "w8": Case([VIT8, VIT8 | {"component": "language", "group_size": 128}]),
+    "w8a8": Case([VIT_INT8, VIT_INT8 | {"component": "language"}]),
+    "w4-vit-fp8": Case([VIT_FP8, W4]),
+    "gptq-8": Case([W4 | {"bits": 8}], "gptq"),
     "blip2-qformer": Case(
         [
-            VISION8A8,
-            *(VISION8 | {"component": name, "store": "plugin"} for name in ("qformer", "projector")),
-            LANGUAGE4,
+            VIT_INT8,
+            *(VIT8 | {"component": name, "store": "plugin"} for name in ("qformer", "projector")),
+            W4,
         ],
         model="demo-blip2",
         disturb="qformer",
     ),
-    "w2": Case([LANGUAGE4 | {"bits": 2, "group_size": 32}]),
-    "w6": Case([LANGUAGE4 | {"bits": 6}]),
-    "w4a8-fp8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8]),
-    "w4-cache8": Case([VISION8, LANGUAGE4], kv_cache="fp8"),
-    "w4a8-cache8": Case([FP8 | {"component": "vision"}, LANGUAGE4A8], kv_cache="fp8"),
+    "w2": Case([W4 | {"bits": 2, "group_size": 32}]),
+    "w6": Case([W4 | {"bits": 6}]),
+    "w4a8-fp8": Case([VIT_FP8, W4A8]),
+    "w4-cache8": Case([VIT8, W4], kv_cache="fp8"),
+    "w4a8-cache8": Case([VIT_FP8, W4A8], kv_cache="fp8"),
     "fp8-cache8": Case(FP8_ALL, kv_cache="fp8"),
-    "w4-marlin": Case([VISION8, LANGUAGE4], engine=MARLIN),
-    "w4-humming": Case([VISION8, LANGUAGE4], engine=HUMMING),
-    "w4-humming-cache8-xqa": Case([VISION8, LANGUAGE4], kv_cache="fp8", engine=HUMMING | XQA),
+    "w4-marlin": Case([VIT8, W4], engine=MARLIN),
+    "w4-humming": Case([VIT8, W4], engine=HUMMING),
+    "w4-humming-cache8-xqa": Case([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),
     "fp8-cache8-xqa": Case(FP8_ALL, kv_cache="fp8", engine=XQA),
 }
 

@@ -141,14 +141,14 @@ def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]
     """
     spec = json.loads((folder / "spec.json").read_text())
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    turn = {TURN: str(folder.resolve() / "turn"), "OMP_NUM_THREADS": "1"}
+    quiet |= {"OMP_NUM_THREADS": "1", TURN: str(folder.resolve() / "turn")}
     with (folder / "engine.log").open("wb") as said:
         return subprocess.Popen(
             [*shlex.split(options.python), str(CHILD), str(folder / "spec.json")],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
-            env={**os.environ, **quiet, **turn, **spec["environment"]},
+            env={**os.environ, **quiet, **spec["environment"]},
             start_new_session=True,
         )
 

@@ -127,9 +127,10 @@ def quantize_unit(job: Job, component: Component, unit: Unit, flows: Sequence[Fl
     if not (flows and smooths(unit)):
         return _quantize_phases(job, component, unit, flows)
     block, device = job.stream.module(unit.block), job.device.torch_device
+    checked = flows[: checked_batches(unit)]
 
     def outputs() -> Iterator[Tensor]:
-        found = ((flow, flow.run(block, device)) for flow in flows[: checked_batches(unit)])
+        found = ((flow, flow.run(block, device)) for flow in checked)
         return (weighted(output, flow.weights) for flow, output in found if output is not None)
 
     return quantize_smoothed(
