@@ -58,6 +58,7 @@ VARIANTS = {
     "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
     "w4-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=XQA),
     "fp8-cache8-xqa": Variant(recipe="llava-fp8-cache8", engine=XQA),
+    "fp8-vit8a8-cache8-xqa": Variant([VIT_INT8, FP8 | {"component": "language"}], kv_cache="fp8", engine=XQA),
     "w4a8fp8-cache8-xqa": Variant(recipe="llava-w4a8-vitfp8-cache8", engine=XQA),
     "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),

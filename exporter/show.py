@@ -162,9 +162,6 @@ def export_page(result: Export) -> RenderableType:
     """What an export did: plan, checks, scores, times and how to serve."""
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     device = f", device {memory(result.device_peak)}" if result.device_peak else ""
-    serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
-    serve = result.plan.family.unserved or serve
-    failed = result.report is not None and not result.report.passed
     return Group(
         plan_table(result.plan),
         f"{result.plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted",
@@ -172,8 +169,18 @@ def export_page(result: Export) -> RenderableType:
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         f"{times}; peak memory: host {memory(result.host_peak)}{device}",
         f"artifact: {result.out}",
-        "it lost more than its recipe allows" if failed else serve,
+        _ending(result),
     )
+
+
+def _ending(result: Export) -> str:
+    """How to serve the artifact, or why not to."""
+    verdicts = result.report.verdicts if result.report else None
+    if verdicts and not all(verdict.passed for verdict in verdicts):
+        return "it lost more than its recipe allows"
+    serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
+    ungated = "the recipe has no gates: no loss would have failed it\n" if verdicts == () else ""
+    return ungated + (result.plan.family.unserved or serve)
 
 
 def export_json(result: Export) -> dict[str, Any]:

@@ -117,9 +117,21 @@ def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) 
     result = mmq(*quick(tmp_path / "out", "--eval-samples", "40", "--recipe", str(recipe)))
     assert result.exit_code == 3, result.output
     assert "gates failed" in result.stderr
+    assert "it lost more than its recipe allows" in result.stdout
     assert "allowed 5.0%" in result.stderr
     assert (tmp_path / "out" / "mmq_report.json").exists()
     assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["passed"] is False
+
+
+def test_a_recipe_without_gates_is_served_whatever_it_scores(tmp_path: Path) -> None:
+    recipe = tmp_path / "free.yaml"
+    text = mmq("recipes", "llava-w4-vit8").output
+    recipe.write_text(text[: text.index("gates:")] + "gates: []\n" + text[text.index("evidence:") :])
+    result = mmq(*quick(tmp_path / "out", "--recipe", str(recipe)))
+    assert result.exit_code == 0, result.output
+    assert "the recipe has no gates" in result.output
+    assert "serve it: mmq serve" in result.output
+    assert "lost more" not in result.output
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
