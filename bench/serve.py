@@ -3,9 +3,10 @@
     python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
 
 Every variant is an engine of its own. They import together, then each runs while the others wait. Measured:
-time to the first token and decode time a token of one client, then tokens and images a second of 1, 8 and 64 clients
-that each ask about an image of their own (576 + 64 tokens) for 128 tokens, and images a second when one token is
-wanted. The floor is the bytes that a decoded token reads (weights, cache) over the bandwidth of a copy on the card.
+time to the first token and decode time a token of one client, then tokens a second of 1, 8 and 64 clients that each
+ask about an image of their own (576 + 64 tokens) for 128 tokens, first with their prompts, then while all of them
+decode, and images a second when one token is wanted. The floor is the bytes that a decoded token reads (weights, cache)
+over the bandwidth of a copy on the card.
 `--compiled` is vLLM as it starts by default, with Inductor; `--compilation` adds to its settings, `--tensor-parallel`
 shares every linear among cards, `--kernels` tells where a decoding step's time goes. `--smoke` is a try on a CPU: the
 demo model, few tokens.
@@ -189,15 +190,19 @@ def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, A
     floor = f"{1000 * found['decode_bytes'] / bandwidth:5.2f}" if bandwidth else "    -"
     names = [name for name in found if name.startswith("clients_")]
     rates = " ".join(f"{found[name]['tokens_per_s']:7.0f}" for name in names)
+    alone = [found[name.replace("clients", "decoding")] for name in names]
+    decoding = " ".join(f"{rate:7.0f}" if rate else "      -" for rate in alone)
     images = " ".join(f"{found[name.replace('clients', 'prefill')]['images_per_s']:6.1f}" for name in names)
     gains = ""
     if first and "error" not in first:
         last = names[-1]
         gains = f"  {first['decode_ms'] / found['decode_ms']:.2f}x decode, "
         gains += f"{found[last]['tokens_per_s'] / first[last]['tokens_per_s']:.2f}x tokens/s"
+        before = first[last.replace("clients", "decoding")]
+        gains += f", {alone[-1] / before:.2f}x while all decode" if alone[-1] and before else ""
     times = f"{found['first_token_ms']:7.1f} {found['decode_ms']:7.2f} {floor}"
     seconds = f"({found['startup_s']:.0f}+{found['measured_s']:.0f} s)"
-    return f"{found['name']:22} {times} | {rates} | {images} |{gains} {seconds}"
+    return f"{found['name']:22} {times} | {rates} | {decoding} | {images} |{gains} {seconds}"
 
 
 def hold(folder: Path) -> int:
@@ -255,7 +260,8 @@ def main() -> None:
     print(f"a copy on the card: {speed / 1e12:.2f} TB/s" if speed else "no card")
     clients = "/".join(map(str, options.clients))
     print(
-        f"{'variant':22} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | images/s, one token",
+        f"{'variant':22} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | while all decode"
+        " | images/s, one token",
         flush=True,
     )
     measure_all(options, folders, speed)

@@ -19,11 +19,28 @@ import traceback
 from collections import Counter
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FILLER = 10  # a token id that every vocabulary here has
 TURN = "MMQ_BENCH_TURN"  # the environment's name for the lock file's path
 READY = "=== imported, waiting"
+
+
+class Answer(NamedTuple):
+    """When a request was sent, and when how many of its tokens came."""
+
+    sent: float
+    arrived: list[tuple[float, int]]
+
+    @property
+    def first(self) -> float:
+        """When the first token came."""
+        return self.arrived[0][0]
+
+    @property
+    def last(self) -> float:
+        """When the last token came."""
+        return self.arrived[-1][0]
 
 
 class Load:
@@ -37,8 +54,8 @@ class Load:
         self._images = [draw.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in shapes]
         self._engine, self._spec, self._next = engine, spec, count()
 
-    async def ask(self, tokens: int) -> tuple[float, float, float]:
-        """Times of sending, of the first token and of the last."""
+    async def ask(self, tokens: int) -> Answer:
+        """One request, answered with `tokens` tokens."""
         from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -48,27 +65,33 @@ class Load:
         image = Image.fromarray(self._images[number % len(self._images)])
         settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         settings.output_kind = RequestOutputKind.DELTA
-        sent, first = time.perf_counter(), 0.0
+        answer = Answer(time.perf_counter(), [])
         prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
-        async for _ in self._engine.generate(prompt, settings, str(number)):
-            first = first or time.perf_counter()
-        return sent, first, time.perf_counter()
+        async for output in self._engine.generate(prompt, settings, str(number)):
+            answer.arrived.append((time.perf_counter(), len(output.outputs[0].token_ids)))
+        return answer
 
     async def clients(self, number: int, rounds: int, tokens: int) -> dict[str, float]:
         """Rates of `number` clients that ask `rounds` times each."""
 
-        async def client() -> list[tuple[float, float, float]]:
+        async def client() -> list[Answer]:
             return [await self.ask(tokens) for _ in range(rounds)]
 
         begun = time.perf_counter()
-        times = [t for found in await asyncio.gather(*(client() for _ in range(number))) for t in found]
+        answers = [a for found in await asyncio.gather(*(client() for _ in range(number))) for a in found]
         seconds = time.perf_counter() - begun
-        waits = sorted(first - sent for sent, first, _ in times)
         return {
-            "tokens_per_s": len(times) * tokens / seconds,
-            "images_per_s": len(times) / seconds,
-            "first_token_ms": 1000 * statistics.median(waits),
+            "tokens_per_s": len(answers) * tokens / seconds,
+            "images_per_s": len(answers) / seconds,
+            "first_token_ms": 1000 * statistics.median(a.first - a.sent for a in answers),
         }
+
+    async def decoding(self, number: int, tokens: int) -> float | None:
+        """Tokens a second while all of `number` clients decode: no prompt is read. None if they never do."""
+        answers = await asyncio.gather(*(self.ask(tokens) for _ in range(number)))
+        begin, end = max(a.first for a in answers), min(a.last for a in answers)
+        came = sum(few for a in answers for when, few in a.arrived if begin < when <= end)
+        return came / (end - begin) if end > begin else None
 
 
 async def measure(load: Load, spec: dict[str, Any]) -> dict[str, Any]:
@@ -79,12 +102,13 @@ async def measure(load: Load, spec: dict[str, Any]) -> dict[str, Any]:
     first = [await load.ask(1) for _ in range(3 * rounds)]
     alone = [await load.ask(tokens + 1) for _ in range(rounds)]
     found: dict[str, Any] = {
-        "first_token_ms": 1000 * statistics.median(end - sent for sent, _, end in first),
-        "decode_ms": 1000 * statistics.median((end - one) / tokens for _, one, end in alone),
+        "first_token_ms": 1000 * statistics.median(a.last - a.sent for a in first),
+        "decode_ms": 1000 * statistics.median((a.last - a.first) / tokens for a in alone),
     }
     for number in spec["clients"]:
         found[f"clients_{number}"] = await load.clients(number, rounds, tokens)
         found[f"prefill_{number}"] = await load.clients(number, rounds, 1)
+        found[f"decoding_{number}"] = await load.decoding(number, tokens)
     return found
 
 

@@ -47,6 +47,7 @@ VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 XQA = {"attention_backend": "FLASHINFER"}
 MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
 W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
+FP8_CACHE8 = Variant([VIT_FP8, FP8 | {"component": "language"}], kv_cache="fp8")
 VARIANTS = {
     "16 bits": Variant(),
     "w4-vit8": Variant([VIT8, W4]),
@@ -54,11 +55,12 @@ VARIANTS = {
     "fp8": Variant([VIT_FP8, FP8 | {"component": "language"}]),
     "w4a8fp8": W4A8,
     "w4-cache8": Variant([VIT_FP8, W4], kv_cache="fp8"),
-    "fp8-cache8": Variant(recipe="llava-fp8-cache8"),
+    "fp8-cache8": FP8_CACHE8,
+    "fp8-vit8a8-cache8": Variant(recipe="llava-fp8-vit8a8-cache8"),
     "w4a8fp8-cache8": Variant(recipe="llava-w4a8-vitfp8-cache8"),
     "w4-cache8-xqa": Variant([VIT8, W4], kv_cache="fp8", engine=XQA),
-    "fp8-cache8-xqa": Variant(recipe="llava-fp8-cache8", engine=XQA),
-    "fp8-vit8a8-cache8-xqa": Variant([VIT_INT8, FP8 | {"component": "language"}], kv_cache="fp8", engine=XQA),
+    "fp8-cache8-xqa": replace(FP8_CACHE8, engine=XQA),
+    "fp8-vit8a8-cache8-xqa": Variant(recipe="llava-fp8-vit8a8-cache8", engine=XQA),
     "w4a8fp8-cache8-xqa": Variant(recipe="llava-w4a8-vitfp8-cache8", engine=XQA),
     "w4a8fp8-head8": replace(W4A8, change=(head8,), head_bits=8),
     "w4-head8": Variant([VIT_FP8, W4], (head8,), head_bits=8),

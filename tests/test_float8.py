@@ -220,7 +220,12 @@ def test_a_config_asks_for_one_dtype_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("name", "asked"),
-    [("llava-fp8-cache8", "bfloat16"), (RECIPE, "bfloat16"), ("llava-w4-vit8", "float16"), ("llava-w8", "float16")],
+    [
+        ("llava-fp8-vit8a8-cache8", "bfloat16"),
+        (RECIPE, "bfloat16"),
+        ("llava-w4-vit8", "float16"),
+        ("llava-w8", "float16"),
+    ],
 )
 def test_kernels_that_write_bfloat16_alone_are_asked_for_it(
     name: str, asked: str, sparse_checkpoint: Callable[[str], Path]
