@@ -101,6 +101,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     """The command that serves it here (ServeError when none can)."""
     from exporter.artifact import MANIFEST, Artifact
     from exporter.check import needs_plugin, refuse_unservable, refuse_unserved
+    from exporter.runtime.faster import faster
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
     from exporter.runtime.vllm_engine import free_port
@@ -112,6 +113,10 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
         refuse_unservable(opened, program.cpu, options["tensor_parallel"])
+        schemes = {group.scheme for group in opened.groups}
+        notes = [] if program.cpu else faster(schemes, opened.manifest["format"], opened.kv_cache, flags)
+        for note in notes:
+            click.echo(f"note: {note} (docs/serving.md, Speed)", err=True)
     made = launch(
         artifact,
         checkpoint.config,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from exporter.cli import cli
 from exporter.demo import MODELS
+from exporter.quantized import Scheme
+from exporter.runtime.faster import faster
 from exporter.runtime.vllm_engine import ending, free_port
 
 DEMO = str(MODELS["demo-llava"])
@@ -56,6 +59,45 @@ def test_nothing_is_started_without_vllm() -> None:
     done = serve(DEMO)
     assert done.exit_code == 1
     assert "serving/cpu/install.sh" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """demo-llava with 4-bit language weights and a float8 cache."""
+    folder = tmp_path_factory.mktemp("faster")
+    recipe, out = folder / "recipe.yaml", folder / "artifact"
+    text = CliRunner().invoke(cli, ["recipes", "llava-w4-vit8a8"]).stdout.replace("gptq", "rtn")
+    recipe.write_text(text + "kv_cache: fp8\n")
+    made = ["export", "--recipe", str(recipe), "--model", "demo-llava", "--out", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(cli, [*made, "--skip-evaluation"])
+    assert done.exit_code == 0, done.output
+    return str(out)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((), ("--linear-backend humming", "--attention-backend FLASHINFER")),
+        (("--linear-backend", "machete"), ("--attention-backend FLASHINFER",)),
+        (("--linear_backend=machete", "--attention-backend=TRITON_ATTN"), ()),
+    ],
+)
+def test_flags_that_serve_it_faster_are_told_unless_given(
+    given: tuple[str, ...], told: tuple[str, ...], artifact: str
+) -> None:
+    done = serve(artifact, "--print", "--", *given)
+    assert done.exit_code == 0, done.output
+    for flags in ("--linear-backend humming", "--attention-backend FLASHINFER"):
+        assert (f"note: `-- {flags}" in done.stderr) == (flags in told)
+
+
+def test_a_cpu_and_other_schemes_are_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
+    done = serve(artifact, "--print", "--vllm", vllm)
+    assert done.exit_code == 0, done.output
+    assert "note:" not in done.stderr
+    eight = Scheme(bits=8, group_size="row")
+    assert faster({eight}, "compressed_tensors", None, ()) == []
+    assert faster({replace(eight, bits=4)}, "gptq", None, ()) == []
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
