@@ -104,6 +104,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     from exporter.runtime.faster import faster
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
+    from exporter.runtime.serve_lint import head_size
     from exporter.runtime.vllm_engine import free_port
     from exporter.source import open_source
 
@@ -113,9 +114,8 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
         refuse_unservable(opened, program.cpu, options["tensor_parallel"])
-        schemes = {group.scheme for group in opened.groups}
-        notes = [] if program.cpu else faster(schemes, opened.manifest["format"], opened.kv_cache, flags)
-        for note in notes:
+        schemes, head = {group.scheme for group in opened.groups}, head_size(checkpoint.config)
+        for note in faster(schemes, opened.manifest["format"], opened.kv_cache, head, flags) if not program.cpu else ():
             click.echo(f"note: {note} (docs/serving.md, Speed)", err=True)
     made = launch(
         artifact,

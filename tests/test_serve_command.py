@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     """demo-llava with 4-bit language weights and a float8 cache."""
     folder = tmp_path_factory.mktemp("faster")
     recipe, out = folder / "recipe.yaml", folder / "artifact"
-    text = CliRunner().invoke(cli, ["recipes", "llava-w4-vit8a8"]).stdout.replace("gptq", "rtn")
+    text = CliRunner().invoke(cli, ["recipes", "llava-w4"]).stdout.replace("gptq", "rtn")
     recipe.write_text(text + "kv_cache: fp8\n")
     made = ["export", "--recipe", str(recipe), "--model", "demo-llava", "--out", str(out), "--device", "cpu"]
     done = CliRunner().invoke(cli, [*made, "--skip-evaluation"])
@@ -91,13 +90,27 @@ def test_flags_that_serve_it_faster_are_told_unless_given(
         assert (f"note: `-- {flags}" in done.stderr) == (flags in told)
 
 
-def test_a_cpu_and_other_schemes_are_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
+def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
     assert "note:" not in done.stderr
-    eight = Scheme(bits=8, group_size="row")
-    assert faster({eight}, "compressed_tensors", None, ()) == []
-    assert faster({replace(eight, bits=4)}, "gptq", None, ()) == []
+
+
+@pytest.mark.parametrize(
+    ("vision", "language", "format_name", "head", "notes"),
+    [
+        (Scheme(8, "row"), Scheme(4, 128), "compressed_tensors", 128, 2),
+        (Scheme(8, "row"), Scheme(4, 128), "compressed_tensors", 80, 1),
+        (Scheme(8, "row"), Scheme(4, 128), "gptq", 128, 1),
+        (Scheme(8, "row"), Scheme(4, 128, symmetric=False), "compressed_tensors", 128, 1),
+        (Scheme(8, "row", activations="int8"), Scheme(4, 128), "compressed_tensors", 128, 1),
+        (Scheme(8, "row"), Scheme(8, "row"), "compressed_tensors", None, 0),
+    ],
+)
+def test_faster_flags_are_told_where_they_were_seen_to_work(
+    vision: Scheme, language: Scheme, format_name: str, head: int | None, notes: int
+) -> None:
+    assert len(faster({vision, language}, format_name, "fp8", head, ())) == notes
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])

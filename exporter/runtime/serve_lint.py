@@ -166,11 +166,17 @@ def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
     return sorted(set(problems), key=problems.index)
 
 
-def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
-    """Rule kv-cache on a CPU (which also needs AVX-512 for float8; vLLM says so itself). config: of the whole model."""
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Numbers of one attention head of the language model, None if the whole model's config says nothing of it."""
     text = config.get("text_config") or {}
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
-    size = text.get("head_dim") or (width // heads if heads and width else None)
+    size: int | None = text.get("head_dim") or (width // heads if heads and width else None)
+    return size
+
+
+def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
+    """Rule kv-cache on a CPU (which also needs AVX-512 for float8; vLLM says so itself). config: of the whole model."""
+    size = head_size(config)
     if kv_cache is None or size is None or size % 32 == 0:
         return []
     return [f"rule kv-cache: heads of {size}: the CPU build keeps a float8 cache for heads in multiples of 32"]
