@@ -14,15 +14,14 @@
 #   compiled  the same with Inductor, 90 to 120 s a variant
 #   check     `mmq check` of every artifact in CASES, through `vllm serve`
 #
-# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends speed and compiled. FlashInfer
-# compiles with nvcc and the CUTLASS headers of its own package, for 3 minutes the first time.
+# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends the part speed or compiled.
+# FlashInfer compiles with nvcc and the CUTLASS headers of its own package, for 3 minutes the first time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT PART ...}" && cd "$1" && pwd)
 shift
-python=${PYTHON:-python3} vllm=${VLLM:-$python} each=${SECONDS_EACH:-400}
+python=${PYTHON:-python3} vllm=${VLLM:-$python} each=${SECONDS_EACH:-1200}
 variants=${VARIANTS:-16 bits,w4-humming,w4-humming-cache8-xqa,fp8-vit8a8-cache8-xqa,fp8-cache8-xqa,w4-vit8,fp8-vit8a8-cache8,w4a8fp8-cache8}
-tokens=${BATCHED_TOKENS:-16384}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_HAS_FLASHINFER_CUBIN=1
 
@@ -61,7 +60,7 @@ speed() {
   local names
   IFS=, read -ra names <<< "$variants"
   $python -m bench.serve "$out/serve${1:+-compiled}" --only "${names[@]}" --python "$vllm" --seconds "$each" \
-    --batched-tokens "$tokens" --kernels "${names[@]}" ${1:+"$1"}
+    --kernels "${names[@]}" ${1:+"$1"}
 }
 
 compiled() { speed --compiled; }

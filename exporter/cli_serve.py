@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
 from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import START_SECONDS
+
+if TYPE_CHECKING:
+    from exporter.artifact import Artifact
 
 vllm_option = click.option(
     "--vllm", metavar="PROGRAM", help="The vllm program or command [MMQ_VLLM, or `vllm` on PATH]."
@@ -97,14 +100,25 @@ def _program(request: str | None, only_print: bool) -> Program:
     return Program("vllm", TRIED, cpu=False)
 
 
+def _faster(artifact: "Artifact", flags: tuple[str, ...]) -> str:
+    """What to tell of flags that serve it faster on a GPU, empty if none are known."""
+    from exporter.perturb import modules_of
+    from exporter.runtime.faster import advice, faster
+    from exporter.runtime.serve_lint import head_size
+
+    if artifact.manifest["format"] != "compressed_tensors":
+        return ""
+    language = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
+    others = {group.scheme for group in artifact.groups} - language
+    return advice(faster(language, others, artifact.kv_cache, head_size(artifact.checkpoint.config)), flags)
+
+
 def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
     """The command that serves it here (ServeError when none can)."""
     from exporter.artifact import MANIFEST, Artifact
     from exporter.check import needs_plugin, refuse_unservable, refuse_unserved
-    from exporter.runtime.faster import faster
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
-    from exporter.runtime.serve_lint import head_size
     from exporter.runtime.vllm_engine import free_port
     from exporter.source import open_source
 
@@ -114,9 +128,8 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
         refuse_unservable(opened, program.cpu, options["tensor_parallel"])
-        schemes, head = {group.scheme for group in opened.groups}, head_size(checkpoint.config)
-        for note in faster(schemes, opened.manifest["format"], opened.kv_cache, head, flags) if not program.cpu else ():
-            click.echo(f"note: {note} (docs/serving.md, Speed)", err=True)
+        if not program.cpu and (note := _faster(opened, flags)):
+            click.echo(f"note: {note}", err=True)
     made = launch(
         artifact,
         checkpoint.config,

@@ -10,9 +10,11 @@ from click.testing import CliRunner, Result
 
 from exporter.cli import cli
 from exporter.demo import MODELS
-from exporter.quantized import Scheme
-from exporter.runtime.faster import faster
+from exporter.recipe_file import load_recipe
+from exporter.runtime.faster import FLASHINFER, HUMMING, Faster, faster
+from exporter.runtime.serve_lint import head_size
 from exporter.runtime.vllm_engine import ending, free_port
+from tests.headers.read import load_header
 
 DEMO = str(MODELS["demo-llava"])
 
@@ -76,41 +78,46 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ((), ("--linear-backend humming", "--attention-backend FLASHINFER")),
-        (("--linear-backend", "machete"), ("--attention-backend FLASHINFER",)),
-        (("--linear_backend=machete", "--attention-backend=TRITON_ATTN"), ()),
+        ((), "--linear-backend humming --attention-backend FLASHINFER --max-num-batched-tokens 16384"),
+        (("--linear-backend", "machete"), "--attention-backend FLASHINFER --max-num-batched-tokens 16384"),
+        (("--kernel-config.linear_backend=auto", "--kv-cache-dtype", "auto"), ""),
+        (("--attention_backend=TRITON_ATTN",), "--linear-backend humming"),
     ],
 )
-def test_flags_that_serve_it_faster_are_told_unless_given(
-    given: tuple[str, ...], told: tuple[str, ...], artifact: str
-) -> None:
+def test_flags_that_serve_it_faster_are_told_unless_given(given: tuple[str, ...], told: str, artifact: str) -> None:
     done = serve(artifact, "--print", "--", *given)
     assert done.exit_code == 0, done.output
-    for flags in ("--linear-backend humming", "--attention-backend FLASHINFER"):
-        assert (f"note: `-- {flags}" in done.stderr) == (flags in told)
+    assert (f"note: faster on a Hopper GPU: `-- {told}`" in done.stderr) == bool(told)
+    assert ("faster" in done.stderr) == bool(told)
 
 
 def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
-    assert "note:" not in done.stderr
+    assert "faster" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("vision", "language", "format_name", "head", "notes"),
+    ("recipe", "cache", "known"),
     [
-        (Scheme(8, "row"), Scheme(4, 128), "compressed_tensors", 128, 2),
-        (Scheme(8, "row"), Scheme(4, 128), "compressed_tensors", 80, 1),
-        (Scheme(8, "row"), Scheme(4, 128), "gptq", 128, 1),
-        (Scheme(8, "row"), Scheme(4, 128, symmetric=False), "compressed_tensors", 128, 1),
-        (Scheme(8, "row", activations="int8"), Scheme(4, 128), "compressed_tensors", 128, 1),
-        (Scheme(8, "row"), Scheme(8, "row"), "compressed_tensors", None, 0),
+        ("llava-w4-vit8", None, [HUMMING]),
+        ("llava-w4-vit8", "fp8", [HUMMING, FLASHINFER]),
+        ("llava-fp8-vit8a8-cache8", "fp8", [FLASHINFER]),
+        ("llava-w4-vit8a8", None, []),
+        ("llava-w4a8-vitfp8-cache8", "fp8", []),
+        ("llava-w3-vit4", None, []),
+        ("llava-w8", None, []),
     ],
 )
-def test_faster_flags_are_told_where_they_were_seen_to_work(
-    vision: Scheme, language: Scheme, format_name: str, head: int | None, notes: int
+def test_faster_flags_are_known_for_what_they_were_seen_to_serve(
+    recipe: str, cache: str | None, known: list[Faster]
 ) -> None:
-    assert len(faster({vision, language}, format_name, "fp8", head, ())) == notes
+    schemes = [(rule.component, rule.scheme()) for rule in load_recipe(recipe).quantize]
+    language = {scheme for component, scheme in schemes if scheme and component == "language"}
+    others = {scheme for _, scheme in schemes if scheme} - language
+    true = head_size(load_header("llava-hf--llava-1.5-7b-hf")[0])
+    assert faster(language, others, cache, true) == known
+    assert FLASHINFER not in faster(language, others, cache, 80)
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
