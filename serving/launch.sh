@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Serve an artifact with vLLM on this machine:  serving/launch.sh ARTIFACT [more flags of `vllm serve`]
 #
+# For a machine without mmq: `mmq serve` also writes LLaVA-1.5's start token into the chat template (here requests must say
+# "add_special_tokens": true) and switches on the plugin for a packed Q-Former.
+#
 # HOST (127.0.0.1) and PORT (8000) say where it listens. vLLM has no log-in of its own: keep the loopback address
 # unless something in front of it checks who asks. The model is called after the artifact's folder.
 set -euo pipefail

@@ -197,9 +197,11 @@ def test_the_command_has_what_the_artifact_needs(folder):
         "--tensor-parallel-size": "2",
     }
     assert gpu.environment["HF_HUB_OFFLINE"] == "1"
-    cpu = launch(folder, config, Program("vllm", "0.32.0+cpu", True), extra=("--max-model-len=256", "--port", "9"))
-    assert flags(cpu)["--dtype"] == "bfloat16"
-    assert cpu.command.count("--port") == 1
+    plain = launch(folder, config, Program("vllm", "0.32.0+cpu", True))
+    assert flags(plain)["--dtype"] == "bfloat16"
+    cpu = launch(folder, config, Program("vllm", "0.32.0+cpu", True), extra=("--max-model-len=256", "--dtype", "half"))
+    assert flags(cpu)["--dtype"] == "half"
+    assert cpu.command.count("--dtype") == 1
     assert "--max-model-len" not in cpu.command
     assert "--enforce-eager" in cpu.command
     assert cpu.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"

@@ -1,6 +1,7 @@
 """`mmq serve` without an engine: the command it shows, what it refuses, and what it says of a server that ends."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from exporter.cli import cli
 from exporter.demo import MODELS
 from exporter.recipe_file import load_recipe
 from exporter.runtime.faster import FLASHINFER, HUMMING, Faster, faster
+from exporter.runtime.launch import Program, launch
 from exporter.runtime.serve_lint import head_size
 from exporter.runtime.vllm_engine import ending, free_port
 from tests.headers.read import load_header
@@ -78,16 +80,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ((), "--linear-backend humming --attention-backend FLASHINFER --max-num-batched-tokens 16384"),
+        ((), shlex.join(HUMMING.flags + FLASHINFER.flags)),
         (("--linear-backend", "machete"), "--attention-backend FLASHINFER --max-num-batched-tokens 16384"),
         (("--kernel-config.linear_backend=auto", "--kv-cache-dtype", "auto"), ""),
-        (("--attention_backend=TRITON_ATTN",), "--linear-backend humming"),
+        (("--attention_backend=TRITON_ATTN",), "--linear-backend humming --compilation-config '{"),
     ],
 )
 def test_flags_that_serve_it_faster_are_told_unless_given(given: tuple[str, ...], told: str, artifact: str) -> None:
     done = serve(artifact, "--print", "--", *given)
     assert done.exit_code == 0, done.output
-    assert (f"note: faster on a Hopper GPU: `-- {told}`" in done.stderr) == bool(told)
+    assert (f"note: faster on a Hopper GPU: `-- {told}" in done.stderr) == bool(told)
     assert ("faster" in done.stderr) == bool(told)
 
 
@@ -125,6 +127,23 @@ def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -
     done = CliRunner().invoke(cli, [command, DEMO, "--max-num-seqs", "4"])
     assert done.exit_code == 2
     assert "'--max-num-seqs'. Flags of `vllm serve` go behind `--`." in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [("--port", "9"), ("--port=9",), ("--host", "::"), ("-tp", "3"), ("--tensor_parallel_size=3",)]
+)
+def test_where_it_listens_and_on_how_many_gpus_is_asked_of_mmq(flags: tuple[str, ...]) -> None:
+    done = serve(DEMO, "--print", "--", *flags)
+    assert done.exit_code == 1
+    assert "behind `--`: mmq asks the server itself" in done.stderr
+    assert "give it before `--`" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("--served-model-name", "mine"), ("--served_model_name=mine",)])
+def test_another_name_of_the_model_is_the_one_that_is_asked_for(flags: tuple[str, ...]) -> None:
+    made = launch(MODELS["demo-llava"], {}, Program("vllm", "0.32.0", cpu=False), extra=flags)
+    assert made.model == "mine"
+    assert "demo-llava" not in made.command
 
 
 def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:

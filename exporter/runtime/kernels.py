@@ -34,7 +34,7 @@ def serving(scheme: Scheme, format_name: str) -> Serving:
     if scheme.mixed:
         return Serving("Cutlass W4A8 (9.0 alone)", None, "needs a Hopper GPU, compute capability 9.0")
     if scheme.activations == "int8":
-        return Serving("Cutlass int8", "oneDNN int8")
+        return Serving("Cutlass int8 (7.5 to 9.0)", "oneDNN int8")
     if format_name in ("gptq", "awq"):
         return _auto_formats(scheme, format_name)
     if scheme.bits == 4:

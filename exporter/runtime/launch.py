@@ -16,6 +16,12 @@ from exporter.errors import ServeError
 TRIED = "0.32.0"  # the release of vLLM that artifacts were served with most
 CPU_LENGTH = 4096  # the cache of a CPU engine is host memory
 CPU_CACHE_GIB = "1"
+OWN = {
+    "--host": "--host",
+    "--port": "--port",
+    "--tensor-parallel-size": "--tensor-parallel",
+    "-tp": "--tensor-parallel",
+}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -94,11 +100,20 @@ def launch(
     tensor_parallel: int = 1,
     extra: Sequence[str] = (),
 ) -> Launch:
-    """The command that serves `folder`. config: its config.json. extra: flags that win over ours.
+    """The command that serves `folder`. config: its config.json. extra: flags that win (ServeError for `OWN`).
 
     fallback_prompt: the family's prompt with `{text}`, for a model that brings no chat template.
     """
+    given = {word.partition("=")[0].replace("_", "-"): i for i, word in enumerate(extra)}
+    if known := [flag for flag in OWN if flag in given]:
+        raise ServeError(
+            f"{', '.join(known)} behind `--`: mmq asks the server itself, so it must know this",
+            f"give it before `--`: mmq serve has {', '.join(dict.fromkeys(OWN[flag] for flag in known))}",
+        )
     name = folder.resolve().name
+    if "--served-model-name" in given:
+        at = given["--served-model-name"]
+        name = extra[at].partition("=")[2] or next(iter(extra[at + 1 : at + 2]), name)
     flags = {
         "--host": host,
         "--port": str(port),
@@ -116,7 +131,6 @@ def launch(
         flags["--chat-template"] = template
     if template and not own_template(folder):
         flags["--chat-template-content-format"] = "string"
-    given = {word.partition("=")[0] for word in extra}
     chosen = [word for flag, value in flags.items() if flag not in given for word in (flag, value)]
     environment = dict(QUIET)
     if program.cpu:
