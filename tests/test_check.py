@@ -134,6 +134,21 @@ def test_a_control_that_shows_nothing_is_a_problem():
     assert "too far" in distance_problems(Compared(far, floor), None, 0.015)[0]
 
 
+@pytest.mark.parametrize(
+    ("largest", "mean", "passes"),
+    [(1.99, 0.139, True), (2.01, 0.139, False), (1.99, 0.141, False)],  # of a floor of 1.0 at most and 0.1 on average
+)
+def test_both_the_largest_and_the_mean_difference_are_bounded(largest: float, mean: float, passes: bool):
+    floor = Distance(1.0, 0.1, 50)
+    found = Compared(Distance(largest, mean, 50), floor)
+    assert found.close(0.015) is passes
+    assert (distance_problems(found, None, 0.015) == []) is passes
+    assert Compared(Distance(0.06, 0.015, 50), Distance(0.0, 0.0, 50)).close(0.015)  # what is always allowed
+    moved = [Distance(9.0, 0.14 * times, 50) for times in (4.9, 5.1)]
+    good = Compared(floor, floor)
+    assert [len(distance_problems(good, Control("vision", each, good), 0.015)) for each in moved] == [1, 0]
+
+
 def test_the_result_joins_the_report(tmp_path: Path):
     (tmp_path / "mmq_report.json").write_text('{"passed": true}')
     (tmp_path / "mmq_manifest.json").write_text('{"family": "llava"}')

@@ -206,6 +206,7 @@ def test_rules_of_float8_are_plain_data() -> None:
     assert "needs a Hopper GPU" in cpu_problems([linear], "compressed_tensors")[0]
     opt = {"text_config": {"hidden_size": 2560, "num_attention_heads": 32}}
     assert "heads of 80" in cpu_cache_problems("fp8", opt)[0]
+    assert "heads of 48" in cpu_cache_problems("fp8", {"text_config": {"head_dim": 48}})[0]
     assert cpu_cache_problems(None, opt) == cpu_cache_problems("fp8", {"text_config": {"head_dim": 128}}) == []
     assert cpu_cache_problems("fp8", {"text_config": {}}) == []  # a default that the config leaves out
 

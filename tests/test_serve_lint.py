@@ -70,6 +70,8 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(4, 128, activations="fp8"), "compressed_tensors", True, False),
         (W4, "gptq", True, True),
         (Scheme(3, 128), "gptq", False, False),
+        (W8, "gptq", True, False),
+        (Scheme(8, 128, symmetric=False), "gptq", False, False),
         (Scheme(4, 128, symmetric=False), "awq", True, True),
     ],
 )
@@ -107,6 +109,12 @@ def test_groups_cannot_straddle_gpus(columns: int, group: int, fails_at: set[int
     assert parallel_problems([linear("mlp.up_proj", scheme, (4100, columns))], 8)
 
 
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "self_attn.out_proj", "mlp.down_proj", "mlp.fc2", "linear_2"])
+def test_linears_that_gpus_share_by_their_inputs(name: str):
+    assert parallel_problems([linear(name, None, (100, 64))], 8) == []
+    assert "100 inputs" in parallel_problems([linear(name, None, (64, 100))], 8)[0]
+
+
 def test_patterns_are_matched_as_the_engine_does():
     q = [(W4, [r"re:.*layers\.0\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$"])]
     assert pattern_problems(attention(W4, W4, W4), q) == []
@@ -121,6 +129,8 @@ def test_patterns_are_matched_as_the_engine_does():
     assert pattern_problems(attention(None, None, None), q, ignore=names) == []  # `ignore` comes first
     assert pattern_problems(attention(W4, W4, W4), q, ignore=names)
     assert pattern_problems(attention(None, None, None), [], ignore=names) == []
+    assert "members alone" in pattern_problems(attention(W4, W4, W4), q, ignore=names[:2])[0]
+    assert "2 groups name it" in pattern_problems(attention(W4, W4, W4), [*q, (W8, names)])[0]
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("llava")])

@@ -122,6 +122,9 @@ def pattern_problems(
     for engine, found in members.items():
         wanted = found[0].scheme
         names = [linear.name for linear in found]
+        if len({_ignored(name, ignore) for name in names}) > 1:
+            problems.append(f"rule pattern: {engine}: `ignore` names some of its members alone: vLLM stops at that")
+            continue
         given = matched_scheme(engine, names, groups, ignore)
         every = {scheme for scheme, targets in groups if any(matches(t, n) for t in targets for n in [engine, *names])}
         if given != wanted or len(every) > 1:
@@ -135,8 +138,7 @@ def matched_scheme(
     engine: str, members: Sequence[str], groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
 ) -> Scheme | None:
     """The scheme vLLM gives a linear: `ignore` first, then the first target that names it or all of its members."""
-    ignored = [any(matches(pattern, name) for pattern in ignore) for name in members]
-    if all(ignored):
+    if all(_ignored(name, ignore) for name in members):
         return None
     targets = [(scheme, target) for scheme, found in groups for target in found]
     for scheme, target in targets:
@@ -144,6 +146,10 @@ def matched_scheme(
             return scheme
     hits = [next((scheme for scheme, target in targets if matches(target, name)), None) for name in members]
     return hits[0] if all(hits) else None
+
+
+def _ignored(name: str, ignore: Sequence[str]) -> bool:
+    return any(matches(pattern, name) for pattern in ignore)
 
 
 def matches(target: str, name: str) -> bool:
