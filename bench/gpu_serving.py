@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.serve_variants import FP8, HUMMING, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
+from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact import Artifact
 from exporter.backends import load_processor
 from exporter.check import Doubled, Session, judge, png, scheme_problems
@@ -38,7 +38,7 @@ from exporter.tasks.sample import Sample, task_of
 QUESTIONS = 16
 W4A8 = W4 | {"activations": "fp8"}
 HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
-FP8_ALL = [VIT_FP8, FP8 | {"component": "language"}]
+FP8_ALL = [VIT_FP8, LANGUAGE_FP8]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ CASES = {  # the most telling first, should the time run out
     "w4-humming": Case([VIT8, W4], engine=HUMMING),
     "w4-humming-cache8-xqa": Case([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),
     "fp8-cache8-xqa": Case(FP8_ALL, kv_cache="fp8", engine=XQA),
-    "fp8-vit8a8-cache8-xqa": Case([VIT_INT8, FP8 | {"component": "language"}], kv_cache="fp8", engine=XQA),
+    "fp8-vit8a8-cache8-xqa": Case([VIT_INT8, LANGUAGE_FP8], kv_cache="fp8", engine=XQA),
 }
 
 

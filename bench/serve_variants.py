@@ -9,6 +9,7 @@ FP8 = {"method": "rtn", "bits": 8, "group_size": "row", "number": "fp8", "activa
 INT8 = {"method": "rtn", "bits": 8, "group_size": "row", "activations": "int8"}
 W4 = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128}
 VIT_FP8, VIT_INT8 = FP8 | {"component": "vision"}, INT8 | {"component": "vision"}
+LANGUAGE_FP8 = FP8 | {"component": "language"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
 XQA = {"attention_backend": "FLASHINFER"}
 MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
 W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])
-FP8_CACHE8 = Variant([VIT_FP8, FP8 | {"component": "language"}], kv_cache="fp8")
+FP8_CACHE8 = Variant([VIT_FP8, LANGUAGE_FP8], kv_cache="fp8")
 VARIANTS = {
     "16 bits": Variant(),
     "w4-vit8": Variant([VIT8, W4]),
     "w4-vit8a8": Variant([VIT_INT8, W4]),
-    "fp8": Variant([VIT_FP8, FP8 | {"component": "language"}]),
+    "fp8": Variant([VIT_FP8, LANGUAGE_FP8]),
     "w4a8fp8": W4A8,
     "w4-cache8": Variant([VIT8, W4], kv_cache="fp8"),
     "fp8-cache8": FP8_CACHE8,
