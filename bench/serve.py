@@ -2,7 +2,8 @@
 
     python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
 
-Every variant is an engine of its own. They import together, then each runs while the others wait. Measured:
+Every variant is an engine of its own. They import together, then each runs while the others wait; with `--together`
+they start and compile together too, which wants room on the card for all of them. Measured:
 time to the first token and decode time a token of one client, then tokens a second of 1, 8 and 64 clients that each
 ask about an image of their own (576 + 64 tokens) for 128 tokens, first with their prompts, then while all of them
 decode, and images a second when one token is wanted. The floor is the bytes that a decoded token reads (weights, cache)
@@ -109,12 +110,15 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         engine["profiler_config"] = trace | {"torch_profiler_with_stack": False, "ignore_frontend": True}
     counts = [1, 2, 4, *(8 * i for i in range(1, max(options.clients) // 8 + 1))]
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": counts}
+    if options.graphs:  # vLLM's own sizes up to there
+        graphs = {"max_cudagraph_capture_size": options.graphs}
     if not options.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     graphs |= json.loads(options.compilation)
     sizes = {"max_num_seqs": max(options.clients), "compilation_config": graphs}
     sizes |= {"max_num_batched_tokens": options.batched_tokens}
-    sizes |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 27 * 10**9, "skip_mm_profiling": True}
+    cache = (14 if plan.recipe.kv_cache else 27) * 10**9  # what 64 requests at once want
+    sizes |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
     spec = {
         "engine": engine | dict(variant.engine),
@@ -131,6 +135,8 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "blocks": config["text_config"].get("num_hidden_layers", 32),
         "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2) // options.tensor_parallel,
     }
+    if options.together:
+        spec["turn"] = str(folder.resolve() / "turn")
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     return folder
 
@@ -142,7 +148,7 @@ def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]
     """
     spec = json.loads((folder / "spec.json").read_text())
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    quiet |= {"OMP_NUM_THREADS": "1", TURN: str(folder.resolve() / "turn")}
+    quiet |= {"OMP_NUM_THREADS": "1"} | ({} if options.together else {TURN: str(folder.resolve() / "turn")})
     with (folder / "engine.log").open("wb") as said:
         return subprocess.Popen(
             [*shlex.split(options.python), str(CHILD), str(folder / "spec.json")],
@@ -212,19 +218,19 @@ def hold(folder: Path) -> int:
     return lock
 
 
-def imported(folder: Path, child: "subprocess.Popen[bytes]") -> bool:
+def ready(folder: Path, child: "subprocess.Popen[bytes]") -> bool:
     """Whether a variant waits for its turn, or is over."""
     return child.poll() is not None or READY in (folder / "engine.log").read_text(errors="replace")
 
 
 def measure_all(options: argparse.Namespace, folders: Mapping[str, Path], speed: float | None) -> None:
-    """Start all variants, let them import, then run and print one after the other."""
+    """Start all variants, let them get ready, then run and print one after the other."""
     end = time.monotonic() + options.seconds
     locks = {name: hold(folder) for name, folder in folders.items()}
     children = {name: start(options, folder) for name, folder in folders.items()}
     results: list[dict[str, Any]] = []
     try:
-        while time.monotonic() < end and not all(imported(folders[name], children[name]) for name in children):
+        while time.monotonic() < end and not all(ready(folders[name], children[name]) for name in children):
             time.sleep(0.2)
         for name, child in children.items():
             os.close(locks[name])
@@ -247,7 +253,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="requests of a client, one after the other")
     parser.add_argument("--batched-tokens", type=int, default=16384, help="of a step; two steps hold as many of images")
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
+    parser.add_argument("--together", action="store_true", help="start all engines before the first is measured")
     parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
+    parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph: 704 reads one prompt by one")
     parser.add_argument("--compilation", default="{}", metavar="JSON", help="more of vLLM's compilation_config")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="cards that share every linear")
     parser.add_argument("--kernels", nargs="+", default=[], help="variants whose time by kernel goes to speed.json")

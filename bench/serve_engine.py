@@ -5,6 +5,7 @@
 
 vLLM's engine is a process too, which imports for half a minute before it touches the card. After that it waits for its
 turn, a lock on a file that bench/serve.py holds until then: variants import together, and alone is who is measured.
+With `--together` the turn begins after the engine has started, compiled and captured: all of them do that at once.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 FILLER = 10  # a token id that every vocabulary here has
 TURN = "MMQ_BENCH_TURN"  # the environment's name for the lock file's path
-READY = "=== imported, waiting"
+READY = "=== ready, waiting"
 
 
 class Answer(NamedTuple):
@@ -183,6 +184,9 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
     started = time.perf_counter() - begun
+    if "turn" in spec:
+        wait_for(spec["turn"])
+    begun = time.perf_counter()
     try:
         load = Load(engine, spec)
         found = await measure(load, spec)
@@ -193,18 +197,22 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
                 found[f"{name}_{number}"] = by_kernel(ran, spec["blocks"])
     finally:
         engine.shutdown()
-    return found | {"startup_s": started, "measured_s": time.perf_counter() - begun - started}
+    return found | {"startup_s": started, "measured_s": time.perf_counter() - begun}
 
 
-def wait_for_turn() -> None:
-    """In the engine's process: import what takes long, say so, then wait until the lock is let go."""
-    import vllm.v1.engine.core  # noqa: F401
-
-    # Workers that this process starts find no file to wait for.
-    turn = os.open(os.environ.pop(TURN), os.O_RDWR)
+def wait_for(path: str) -> None:
+    """Say that one is ready, then wait until the lock on a file is let go."""
+    turn = os.open(path, os.O_RDWR)
     print(READY, flush=True)
     fcntl.flock(turn, fcntl.LOCK_EX)
     os.close(turn)
+
+
+def import_and_wait() -> None:
+    """In the engine's process: import what takes long before the turn."""
+    import vllm.v1.engine.core  # noqa: F401
+
+    wait_for(os.environ.pop(TURN))  # workers that this process starts find no file to wait for
 
 
 def main() -> None:
@@ -227,6 +235,6 @@ def main() -> None:
 
 
 if __name__ == "__mp_main__" and TURN in os.environ:
-    wait_for_turn()
+    import_and_wait()
 if __name__ == "__main__":
     main()
