@@ -89,6 +89,7 @@ CASES = {  # the most telling first, should the time run out
     "w4-humming": Case([VIT8, W4], engine=HUMMING),
     "w4-humming-cache8-xqa": Case([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),
     "fp8-cache8-xqa": Case(FP8_ALL, kv_cache="fp8", engine=XQA),
+    "fp8-vit16-cache8-xqa": Case([LANGUAGE_FP8], kv_cache="fp8", engine=XQA),
     "fp8-vit8a8-cache8-xqa": Case([VIT_INT8, LANGUAGE_FP8], kv_cache="fp8", engine=XQA),
 }
 

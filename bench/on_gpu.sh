@@ -21,7 +21,7 @@ cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT PART ...}" && cd "$1" && pwd)
 shift
 python=${PYTHON:-python3} vllm=${VLLM:-$python} each=${SECONDS_EACH:-1200}
-variants=${VARIANTS:-16 bits,w4-humming,w4-humming-cache8-xqa,fp8-vit8a8-cache8-xqa,fp8-cache8-xqa,w4-vit8,fp8-vit8a8-cache8,w4a8fp8-cache8}
+variants=${VARIANTS:-16 bits,w4-humming,w4-humming-cache8-xqa,fp8-vit16-cache8-xqa,fp8-cache8-xqa,w4-vit8,fp8-vit16-cache8,w4a8fp8-cache8}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_HAS_FLASHINFER_CUBIN=1
 

@@ -222,7 +222,7 @@ def test_a_config_asks_for_one_dtype_everywhere() -> None:
 @pytest.mark.parametrize(
     ("name", "asked"),
     [
-        ("llava-fp8-vit8a8-cache8", "bfloat16"),
+        ("llava-fp8-vit16-cache8", "bfloat16"),
         (RECIPE, "bfloat16"),
         ("llava-w4-vit8", "float16"),
         ("llava-w8", "float16"),

@@ -81,9 +81,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("given", "told"),
     [
         ((), shlex.join(HUMMING.flags + FLASHINFER.flags)),
-        (("--linear-backend", "machete"), "--attention-backend FLASHINFER --max-num-batched-tokens 16384"),
+        (("--linear-backend", "machete"), shlex.join(FLASHINFER.flags)),
         (("--kernel-config.linear_backend=auto", "--kv-cache-dtype", "auto"), ""),
-        (("--attention_backend=TRITON_ATTN",), "--linear-backend humming --compilation-config '{"),
+        (("--attention_backend=TRITON_ATTN",), shlex.join(HUMMING.flags)),
     ],
 )
 def test_flags_that_serve_it_faster_are_told_unless_given(given: tuple[str, ...], told: str, artifact: str) -> None:
@@ -104,7 +104,7 @@ def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
     [
         ("llava-w4-vit8", None, [HUMMING]),
         ("llava-w4-vit8", "fp8", [HUMMING, FLASHINFER]),
-        ("llava-fp8-vit8a8-cache8", "fp8", [FLASHINFER]),
+        ("llava-fp8-vit16-cache8", "fp8", [FLASHINFER]),
         ("llava-w4-vit8a8", None, []),
         ("llava-w4a8-vitfp8-cache8", "fp8", []),
         ("llava-w3-vit4", None, []),
