@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of the documentation: the recipe table, the recipes' page and the command reference.
+"""Rewrite the generated parts of the documentation: tables of recipes and kernels, the recipes' page, the commands.
 
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
@@ -19,8 +19,10 @@ from exporter.cli import cli
 from exporter.device import Device
 from exporter.families import FAMILIES
 from exporter.plan import make_plan
+from exporter.quantized import Scheme
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
+from exporter.runtime.kernels import ARCHITECTURES, said, serving
 from exporter.show import size
 from exporter.source import narrowed
 from tests.headers.read import write_sparse_checkpoint
@@ -31,6 +33,21 @@ HEADERS = {  # family -> what its column says, and the checkpoint whose header g
     "blip2": ("BLIP-2 OPT-2.7b", "Salesforce--blip2-opt-2.7b"),
     "blip2-itm": ("BLIP-2 ITM", "Salesforce--blip2-itm-vit-g-coco"),
 }
+KERNEL_ROWS = (
+    ("W4, rows or groups of 64, 128", Scheme(4, 128), "compressed_tensors"),
+    ("W4, groups of 32", Scheme(4, 32), "compressed_tensors"),
+    ("W8, rows or groups of 64, 128", Scheme(8, "row"), "compressed_tensors"),
+    ("W8 asymmetric", Scheme(8, 128, symmetric=False), "compressed_tensors"),
+    ("W4, other groups", Scheme(4, 16), "compressed_tensors"),
+    ("W2, W3, W5, W6", Scheme(3, 128), "compressed_tensors"),
+    ("W8A8 int8", Scheme(8, "row", activations="int8"), "compressed_tensors"),
+    ("FP8", Scheme(8, "row", number="fp8", activations="fp8"), "compressed_tensors"),
+    ("FP8, weights alone", Scheme(8, "row", number="fp8"), "compressed_tensors"),
+    ("W4, groups of 128, FP8 inputs", Scheme(4, 128, activations="fp8"), "compressed_tensors"),
+    ("W4 symmetric", Scheme(4, 128), "gptq"),
+    ("W8 symmetric", Scheme(8, 128), "gptq"),
+    ("W4", Scheme(4, 128, symmetric=False), "awq"),
+)
 ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
 
@@ -72,6 +89,17 @@ def recipe_page(sizes: str) -> str:
     return "\n".join(parts)
 
 
+def kernel_table() -> str:
+    """Markdown: which kernel runs each scheme on each architecture."""
+    cards = {card: f"{said(card)} {name}" for card, name in ARCHITECTURES.items() if card not in ((8, 6), (12, 0))}
+    lines = ["| scheme | format | " + " | ".join(cards.values()) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
+    for what, scheme, format_name in KERNEL_ROWS:
+        runs = serving(scheme, format_name)
+        cells = [kernel.name if (kernel := runs.on(card)) else "-" for card in cards]
+        lines.append(f"| {what} | {format_name} | " + " | ".join([*cells, runs.cpu or "-"]) + " |")
+    return "\n".join(lines)
+
+
 def command_reference() -> str:
     """Markdown: `--help` of the program and of every command."""
     parts = ["# Command line", "", "Generated from `--help` by `docs/generate.py`.", ""]
@@ -97,14 +125,16 @@ def between(text: str, name: str, new: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+        raise SystemExit(f"a page lacks the marks {begin} and {end}")
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 
 def pages() -> dict[Path, str]:
     """File -> the text it should have."""
     readme, sizes = ROOT / "README.md", recipe_table()
+    served = ROOT / "docs" / "serving.md"
     return {
+        served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
         ROOT / "docs" / "recipes.md": recipe_page(sizes),
         ROOT / "docs" / "cli.md": command_reference(),

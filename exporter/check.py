@@ -18,16 +18,15 @@ from typing import Any
 from exporter.artifact import MANIFEST, REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
-from exporter.errors import ServeError
 from exporter.events import Event
-from exporter.families import Family
-from exporter.perturb import disturbed, double_scales, modules_of
+from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
 from exporter.runtime.launch import Program, launch
 from exporter.runtime.plugin import with_plugin
-from exporter.runtime.serve_lint import Linear, cpu_cache_problems, cpu_problems, engine_class, parallel_problems
+from exporter.runtime.serve_lint import engine_class
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
+from exporter.servable import hardware, needs_plugin, refuse_unservable
 from exporter.tasks.sample import Sample, task_of
 
 MOVES = 5.0  # times the mean that is allowed that doubled scales must move the answers by
@@ -109,7 +108,7 @@ class Doubled:
 def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
     """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
     artifact = Artifact.open(folder)
-    refuse_unservable(artifact, session.program.cpu, session.tensor_parallel)
+    refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
     component = disturbed(artifact, session.disturb)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
@@ -201,56 +200,6 @@ def png(sample: Sample) -> bytes:
     file = io.BytesIO()
     sample.image().convert("RGB").save(file, "PNG")
     return file.getvalue()
-
-
-def engine_linears(artifact: Artifact) -> list[Linear]:
-    """The packed linears as the engine sees them, from headers alone."""
-    found = []
-    for module in artifact.manifest["linears"]:
-        scheme, tensors = artifact.scheme_of(module), artifact.checkpoint.tensors
-        names = [f"{module}.{name}" for name in ("weight_packed", "weight", "qweight")]
-        stored = next(tensors[name] for name in names if name in tensors)
-        rows, columns = stored.shape
-        if stored.name.endswith("qweight"):  # transposed; AutoGPTQ packs inputs, AutoAWQ outputs
-            packs_inputs = artifact.manifest["format"] == "gptq"
-            rows, columns = columns, rows * 32 // scheme.bits if packs_inputs else rows
-            rows = rows if packs_inputs else rows * 32 // scheme.bits
-        elif stored.name.endswith("weight_packed"):
-            columns = columns * 32 // scheme.bits
-        name = artifact.family.runtime_name(module)
-        found.append(Linear(name, artifact.family.engine_name(module), (rows, columns), scheme))
-    return found
-
-
-def refuse_unserved(family: Family) -> None:
-    """ServeError when the engine knows no model of this family."""
-    if family.unserved:
-        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/families.md")
-
-
-def needs_plugin(artifact: Artifact) -> bool:
-    """Whether something is packed that vLLM loads only with mmq's plugin."""
-    return any(
-        component.unpackable and modules_of(artifact, component.name) for component in artifact.family.components
-    )
-
-
-def refuse_unservable(artifact: Artifact, cpu: bool, tensor_parallel: int) -> None:
-    """ServeError naming the rules that keep this engine from serving it, before it is started."""
-    refuse_unserved(artifact.family)
-    cache = cpu_cache_problems(artifact.kv_cache, artifact.checkpoint.config) if cpu else []
-    refuse_linears(engine_linears(artifact), artifact.manifest["format"], cpu, tensor_parallel, cache)
-
-
-def refuse_linears(
-    linears: Sequence[Linear], format_name: str, cpu: bool, tensor_parallel: int = 1, more: Sequence[str] = ()
-) -> None:
-    """The same of linears that are only planned yet. more: problems that were found otherwise."""
-    problems = [*(cpu_problems(linears, format_name) if cpu else []), *more]
-    problems += parallel_problems(linears, tensor_parallel) if tensor_parallel > 1 else []
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems[:10])
-        raise ServeError(f"vllm cannot serve this artifact here:\n{lines}", "`mmq plan` shows what serves each part")
 
 
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:

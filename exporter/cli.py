@@ -22,13 +22,14 @@ from exporter.cli_options import (
 )
 from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
-from exporter.cli_serve import check, need_program, serve, vllm_option
+from exporter.cli_serve import check, need_program, serve, serve_on_option, vllm_option
 from exporter.cli_study import study
 from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.hub import PREFIX
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
+from exporter.runtime.kernels import named
 
 EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
 
@@ -146,27 +147,41 @@ def export(
 @revision_option
 @device_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
+@serve_on_option
 @json_option
 @reports_errors
-def plan(recipe: str, model: str | None, revision: str | None, device: str, every_tensor: bool, as_json: bool) -> None:
+def plan(
+    recipe: str,
+    model: str | None,
+    revision: str | None,
+    device: str,
+    every_tensor: bool,
+    serve_on: str | None,
+    as_json: bool,
+) -> None:
     """Show what an export would do, from file headers alone: decisions, sizes, memory, serving kernels.
 
     \b
     Examples:
       mmq plan --recipe llava-w4-vit8 --model demo-llava
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
+      mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
-    show_plan(adjusted(load_recipe(recipe), model, revision), device, every_tensor, as_json)
+    show_plan(adjusted(load_recipe(recipe), model, revision), device, every_tensor, as_json, serve_on)
 
 
-def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool) -> None:
-    """Plan and print."""
+def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool, serve_on: str | None = None) -> None:
+    """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
     from exporter import show
     from exporter.device import choose
     from exporter.export import prepare
 
     chosen = choose(device)
-    found, _ = prepare(recipe, chosen, headers_only=True)
+    found, checkpoint = prepare(recipe, chosen, headers_only=True)
+    if serve_on:
+        from exporter.servable import refuse_plan
+
+        refuse_plan(found, checkpoint.config, named(serve_on))
     say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
 
 

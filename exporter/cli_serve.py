@@ -12,6 +12,7 @@ import click
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
+from exporter.runtime.kernels import ARCHITECTURES, said
 from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import START_SECONDS
 
@@ -23,6 +24,11 @@ vllm_option = click.option(
 )
 parallel_option = click.option(
     "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that share each linear."
+)
+serve_on_option = click.option(
+    "--serve-on",
+    type=click.Choice([*map(said, ARCHITECTURES), "cpu"]),
+    help="Fail unless vLLM can serve it there: a GPU's compute capability (8.0 A100, 9.0 H100, ...) or cpu.",
 )
 wait_option = click.option(
     "--wait", type=click.FloatRange(min=1), default=START_SECONDS, show_default=True, help="Seconds to become healthy."
@@ -116,10 +122,10 @@ def _faster(artifact: "Artifact", flags: tuple[str, ...]) -> str:
 def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
     """The command that serves it here (ServeError when none can)."""
     from exporter.artifact import MANIFEST, Artifact
-    from exporter.check import needs_plugin, refuse_unservable, refuse_unserved
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
     from exporter.runtime.vllm_engine import free_port
+    from exporter.servable import hardware, needs_plugin, refuse_unservable, refuse_unserved
     from exporter.source import open_source
 
     checkpoint, family = open_source(str(artifact))
@@ -127,7 +133,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     program, opened = _program(options["vllm"], only_print), None
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
-        refuse_unservable(opened, program.cpu, options["tensor_parallel"])
+        refuse_unservable(opened, hardware(program), options["tensor_parallel"])
         if not program.cpu and (note := _faster(opened, flags)):
             click.echo(f"note: {note}", err=True)
     made = launch(
@@ -175,13 +181,14 @@ def check(
     """
     from exporter.artifact import Artifact
     from exporter.backends import load_processor
-    from exporter.check import Session, as_plain, keep, refuse_unserved
+    from exporter.check import Session, as_plain, keep
     from exporter.check import check as run
     from exporter.data import places
     from exporter.device import choose
     from exporter.progress import Listener
     from exporter.reference import BOUND
     from exporter.runtime.launch import find_program
+    from exporter.servable import refuse_unserved
     from exporter.show_serving import checked_page
 
     refuse_unserved(Artifact.open(artifact).family)
@@ -213,21 +220,18 @@ def check(
 
 def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
     """What `mmq export --serve-check` can know before hours of work: vLLM is there, and serves what is planned."""
-    from exporter.check import refuse_linears
     from exporter.device import choose
     from exporter.export import prepare
     from exporter.families import FAMILIES
-    from exporter.plan import engine_linears
     from exporter.runtime.launch import find_program
-    from exporter.runtime.serve_lint import cpu_cache_problems
+    from exporter.servable import hardware, refuse_plan
 
     unserved = FAMILIES[recipe.model.family].unserved
     if unserved:
         raise ServeError(f"--serve-check: {unserved}", "leave it out")
     program = find_program(vllm)
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
-    cache = cpu_cache_problems(recipe.kv_cache, checkpoint.config) if program.cpu else []
-    refuse_linears(engine_linears(plan.rows, plan.family), recipe.format, program.cpu, more=cache)
+    refuse_plan(plan, checkpoint.config, hardware(program))
 
 
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:

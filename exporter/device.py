@@ -46,6 +46,11 @@ def choose(request: str = "auto") -> Device:
     return Device(torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0])
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability (major, minor) of the first CUDA device, which an engine takes first; None without one."""
+    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() and not torch.version.hip else None
+
+
 def free_host_bytes() -> int:
     """Host memory that programs can still take, in bytes (MemAvailable, bounded by a container's limit)."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from exporter import card_serving
 from exporter.artifact import Artifact
 from exporter.backends import load_processor
-from exporter.check import refuse_unservable
 from exporter.checkpoint import Checkpoint
 from exporter.demo.data import samples
 from exporter.device import Device, choose
@@ -30,6 +29,7 @@ from exporter.predict import Predictor, _reply_end, prompt_inputs, render
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.serve_lint import pattern_problems
+from exporter.servable import refuse_unservable
 from exporter.show import plan_notes
 from exporter.source import narrowed
 from exporter.stream import load_whole
@@ -365,7 +365,7 @@ def test_what_the_plan_says_of_parts_that_are_not_served(sparse_checkpoint: Call
 def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path], tmp_path: Path) -> None:
     quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
     with pytest.raises(ServeError, match="vLLM has no image-text retrieval"):
-        refuse_unservable(Artifact.open(tmp_path / "out"), cpu=False, tensor_parallel=1)
+        refuse_unservable(Artifact.open(tmp_path / "out"), on=None, tensor_parallel=1)
     said = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
     assert "Blip2ForImageTextRetrieval.from_pretrained(" in said
     assert "vllm serve" not in said

@@ -12,10 +12,8 @@ from exporter.check import (
     Checked,
     Control,
     distance_problems,
-    engine_linears,
     keep,
     png,
-    refuse_unservable,
     scheme_problems,
 )
 from exporter.cli_serve import questions
@@ -29,6 +27,7 @@ from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.reference import Compared, Distance, Reference
 from exporter.runtime.vllm_engine import Reply
+from exporter.servable import engine_linears, refuse_unservable
 
 A8 = {"component": "vision", "bits": 8, "activations": "int8"}
 W4 = {"component": "language", "bits": 4, "group_size": 128}
@@ -61,16 +60,16 @@ def test_shapes_from_headers_are_those_of_the_plan(tmp_path: Path, format_name: 
 
 def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, tmp_path: Path):
     artifact = Artifact.open(folder)
-    refuse_unservable(artifact, cpu=True, tensor_parallel=1)
+    refuse_unservable(artifact, on="cpu", tensor_parallel=1)
     with pytest.raises(ServeError, match="rule tensor-parallel: "):
-        refuse_unservable(artifact, cpu=False, tensor_parallel=2)  # 128 inputs in groups of 128
+        refuse_unservable(artifact, on=None, tensor_parallel=2)  # 128 inputs in groups of 128
     data = load_recipe("llava-w8").model_dump()
     data["model"] |= {"repo": "demo-llava"}
     eight = tmp_path / "eight"
     export(Recipe.model_validate(data), out=eight, device=choose("cpu"), on_event=lambda e: None, skip_evaluation=True)
-    refuse_unservable(Artifact.open(eight), cpu=False, tensor_parallel=1)
+    refuse_unservable(Artifact.open(eight), on=None, tensor_parallel=1)
     with pytest.raises(ServeError, match="rule kernel: W8"):
-        refuse_unservable(Artifact.open(eight), cpu=True, tensor_parallel=1)
+        refuse_unservable(Artifact.open(eight), on="cpu", tensor_parallel=1)
 
 
 def log_of(artifact: Artifact) -> dict[str, str]:

@@ -76,6 +76,22 @@ def test_unknown_device_and_model() -> None:
     assert mmq("plan", "--recipe", "llava-w8", "--banana").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "where", "rule"),
+    [
+        ("llava-w4-vit8", "8.0", ""),
+        ("llava-w4-vit8", "cpu", "rule kernel: W8 row is not served on a CPU"),
+        ("llava-w4-vit8a8", "9.0", ""),
+        ("llava-w4-vit8a8", "10.0", "rule kernel: W8 row A8 is not served on compute capability 10.0 (Blackwell)"),
+        ("llava-w4a8-vitfp8-cache8", "8.9", "rule kernel: W4 g128 A-FP8 is not served on compute capability 8.9 (Ada)"),
+    ],
+)
+def test_a_plan_for_hardware_without_the_kernel_names_the_rule(recipe: str, where: str, rule: str):
+    result = mmq("plan", "--recipe", recipe, "--model", "demo-llava", "--serve-on", where)
+    assert result.exit_code == (1 if rule else 0), result.output
+    assert rule in result.stderr
+
+
 def test_recipes_are_listed_and_printed() -> None:
     listed = mmq("recipes")
     assert "llava-w3-vit4" in listed.output

@@ -14,14 +14,18 @@ from exporter.plan import engine_linears, make_plan
 from exporter.quantized import Scheme
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
+from exporter.runtime.kernels import serving
 from exporter.runtime.serve_lint import (
     Linear,
+    card_problems,
     cpu_problems,
     engine_class,
     fused_problems,
+    hardware_problems,
     kernel_problems,
     parallel_problems,
     pattern_problems,
+    share,
     unbuilt_problems,
 )
 from exporter.targets import groups, kept_modules
@@ -79,6 +83,43 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
     chosen = [linear("mlp.down_proj", scheme)]
     assert bool(kernel_problems(chosen, format_name)) is not (gpu or cpu)
     assert bool(cpu_problems(chosen, format_name)) is not cpu
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format_name", "runs"),
+    [  # on 7.5, 8.0, 8.9, 9.0 and 10.0
+        (W4, "compressed_tensors", "Marlin Marlin Marlin Machete Marlin"),
+        (Scheme(4, 32), "compressed_tensors", "Marlin Marlin Marlin Marlin Marlin"),
+        (Scheme(8, 128, symmetric=False), "compressed_tensors", "Humming Humming Humming Machete Humming"),
+        (A8, "compressed_tensors", "Cutlass_int8 Cutlass_int8 Cutlass_int8 Cutlass_int8 -"),
+        (
+            Scheme(8, "row", number="fp8", activations="fp8"),
+            "compressed_tensors",
+            "FP8_Marlin FP8_Marlin " + 3 * "Cutlass_FP8 ",
+        ),
+        (Scheme(4, 128, activations="fp8"), "compressed_tensors", "- - - Cutlass_W4A8 -"),
+        (Scheme(4, 128, symmetric=False), "awq", "Marlin Marlin Marlin Machete Marlin"),
+        (Scheme(4, 256), "gptq", "- - - - -"),
+    ],
+)
+def test_an_architecture_runs_what_it_has_a_kernel_for(scheme: Scheme, format_name: str, runs: str):
+    for card, name in zip([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], runs.split(), strict=True):
+        found = serving(scheme, format_name).on(card)
+        assert (found.name if found else "-") == name.replace("_", " ")
+        problems = card_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
+        assert [problem.partition(":")[0] for problem in problems] == (["rule kernel"] if name == "-" else [])
+    assert hardware_problems([linear("mlp.down_proj", scheme)], format_name, None) == []
+
+
+def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
+    (problem,) = card_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
+    where = "is not served on compute capability 10.0 (Blackwell)"
+    assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
+
+
+def test_one_device_holds_its_share():
+    assert share(linear("mlp.down_proj", W4, (96, 256)), 2).shape == (96, 128)
+    assert share(linear("mlp.up_proj", W4, (96, 256)), 4).shape == (24, 256)
 
 
 def test_the_cpu_kernel_takes_multiples_of_32():

@@ -6,18 +6,18 @@ functions in `tests/vllm/`. Every problem starts with the name of its rule:
 fused-scheme     linears that the engine fuses (q/k/v, gate/up) share one scheme, or are all kept
 pattern          the config's targets give every linear, under the engine's fused name, its scheme and no other
 unbuilt-block    blocks that the engine does not build (after CLIP's feature block) hold nothing packed
-kernel           some kernel of the engine runs the scheme in this format
+kernel           some kernel of the engine runs the scheme in this format, on the hardware if one is named
 kv-cache         the artifact can say in which number type the cache is kept, and the engine can keep it so
 tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.quantized import Scheme
-from exporter.runtime.kernels import serving
+from exporter.runtime.kernels import ARCHITECTURES, Capability, Hardware, said, serving
 
 # Divided along their inputs; all others are divided along their outputs.
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "projection", "linear_2", "dense")
@@ -77,7 +77,7 @@ def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
     problems = []
     for scheme, linear in first.items():
         found = serving(scheme, format_name)
-        if found.cuda is None and found.cpu is None:
+        if not found.cuda and not found.cpu:
             reason = found.note or f"it has none for {scheme.label()} in format {format_name}"
             problems.append(f"rule kernel: {linear.name}, {scheme.label()}: vLLM has no kernel for it: {reason}")
     return problems
@@ -94,7 +94,7 @@ def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str]
 
 
 def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
-    """Rule tensor-parallel: what `degree` GPUs cannot share."""
+    """Rule tensor-parallel: what `degree` GPUs cannot share; one shares everything."""
     problems = []
     for linear in linears:
         rows, columns = linear.shape
@@ -108,6 +108,13 @@ def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
             if columns // degree % size:
                 problems.append(f"{linear.name}: {columns} inputs in groups of {size}")
     return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
+
+
+def share(linear: Linear, degree: int) -> Linear:
+    """The part of a linear that one of `degree` devices holds."""
+    rows, columns = linear.shape
+    by_inputs = _last(linear.name) in ROW_PARALLEL
+    return replace(linear, shape=(rows, columns // degree) if by_inputs else (rows // degree, columns))
 
 
 def pattern_problems(
@@ -170,6 +177,24 @@ def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
         elif linear.scheme.bits == 4 and any(side % 32 for side in linear.shape):
             problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel takes multiples of 32")
     return sorted(set(problems), key=problems.index)
+
+
+def hardware_problems(linears: Sequence[Linear], format_name: str, on: Hardware) -> list[str]:
+    """Rule kernel for the machine that is to serve, as far as it is known."""
+    if on == "cpu":
+        return cpu_problems(linears, format_name)
+    return card_problems(linears, format_name, on) if on else []
+
+
+def card_problems(linears: Iterable[Linear], format_name: str, card: Capability) -> list[str]:
+    """Rule kernel: what a GPU of this compute capability cannot run."""
+    problems = []
+    for scheme in dict.fromkeys(linear.scheme for linear in linears if linear.scheme):
+        kernels = serving(scheme, format_name)
+        if kernels.on(card) is None:
+            named = f"compute capability {said(card)} ({ARCHITECTURES.get(card, 'a GPU')})"
+            problems.append(f"rule kernel: {scheme.label()} is not served on {named}: its kernel is {kernels.cards()}")
+    return problems
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
