@@ -60,10 +60,10 @@ speed() {
   local names
   IFS=, read -ra names <<< "$variants"
   $python -m bench.serve "$out/serve${1:+-compiled}" --only "${names[@]}" --python "$vllm" --seconds "$each" \
-    --kernels "${names[@]}" ${1:+"$1"}
+    --kernels "${names[@]}" "$@"
 }
 
-compiled() { speed --compiled; }
+compiled() { speed --compiled --graphs 704 --rounds 6; }
 
 check() {
   for artifact in "${CASES:?a folder of bench.gpu_serving prepare}"/*/artifact; do
