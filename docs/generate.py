@@ -9,6 +9,7 @@ Sizes come from `make_plan` on the true headers of the models, so they are what 
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,10 +20,10 @@ from exporter.cli import cli
 from exporter.device import Device
 from exporter.families import FAMILIES
 from exporter.plan import make_plan
-from exporter.quantized import Scheme
+from exporter.quantized import GroupSize, Scheme
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import ARCHITECTURES, said, serving
+from exporter.runtime.kernels import ARCHITECTURES, Capability, Serving, capability_label, serving
 from exporter.show import size
 from exporter.source import narrowed
 from tests.headers.read import write_sparse_checkpoint
@@ -33,20 +34,25 @@ HEADERS = {  # family -> what its column says, and the checkpoint whose header g
     "blip2": ("BLIP-2 OPT-2.7b", "Salesforce--blip2-opt-2.7b"),
     "blip2-itm": ("BLIP-2 ITM", "Salesforce--blip2-itm-vit-g-coco"),
 }
-KERNEL_ROWS = (
-    ("W4, rows or groups of 64, 128", Scheme(4, 128), "compressed_tensors"),
-    ("W4, groups of 32", Scheme(4, 32), "compressed_tensors"),
-    ("W8, rows or groups of 64, 128", Scheme(8, "row"), "compressed_tensors"),
-    ("W8 asymmetric", Scheme(8, 128, symmetric=False), "compressed_tensors"),
-    ("W4, other groups", Scheme(4, 16), "compressed_tensors"),
-    ("W2, W3, W5, W6", Scheme(3, 128), "compressed_tensors"),
-    ("W8A8 int8", Scheme(8, "row", activations="int8"), "compressed_tensors"),
-    ("FP8", Scheme(8, "row", number="fp8", activations="fp8"), "compressed_tensors"),
-    ("FP8, weights alone", Scheme(8, "row", number="fp8"), "compressed_tensors"),
-    ("W4, groups of 128, FP8 inputs", Scheme(4, 128, activations="fp8"), "compressed_tensors"),
-    ("W4 symmetric", Scheme(4, 128), "gptq"),
-    ("W8 symmetric", Scheme(8, 128), "gptq"),
-    ("W4", Scheme(4, 128, symmetric=False), "awq"),
+WHOLE: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
+ALL: tuple[GroupSize, ...] = (*WHOLE, 16, 32, 256)
+FP8 = Scheme(8, "row", number="fp8")
+KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # what has the same cells
+    ("W4, rows or groups of 64, 128", "compressed_tensors", [Scheme(4, g, s) for g in WHOLE for s in (True, False)]),
+    ("W4, groups of 32", "compressed_tensors", [Scheme(4, 32), Scheme(4, 32, symmetric=False)]),
+    ("W4, other groups", "compressed_tensors", [Scheme(4, 16), Scheme(4, 256)]),
+    ("W8, rows or groups of 64, 128", "compressed_tensors", [Scheme(8, group) for group in WHOLE]),
+    ("W8, groups of 32", "compressed_tensors", [Scheme(8, 32)]),
+    ("W8, other groups", "compressed_tensors", [Scheme(8, 16), Scheme(8, 256), Scheme(8, 32, symmetric=False)]),
+    ("W8 asymmetric, rows or groups of 64, 128", "compressed_tensors", [Scheme(8, g, symmetric=False) for g in WHOLE]),
+    ("W2, W3, W5, W6, W7", "compressed_tensors", [Scheme(bits, g) for bits in (2, 3, 5, 6, 7) for g in ALL]),
+    ("W8A8 int8", "compressed_tensors", [Scheme(8, "row", activations="int8")]),
+    ("FP8", "compressed_tensors", [replace(FP8, activations="fp8")]),
+    ("FP8, weights alone", "compressed_tensors", [FP8]),
+    ("W4, groups of 128, FP8 inputs", "compressed_tensors", [Scheme(4, 128, activations="fp8")]),
+    ("W4 symmetric", "gptq", [Scheme(4, group) for group in WHOLE]),
+    ("W8 symmetric", "gptq", [Scheme(8, group) for group in WHOLE]),
+    ("W4", "awq", [Scheme(4, group, symmetric=False) for group in WHOLE]),
 )
 ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
@@ -91,13 +97,18 @@ def recipe_page(sizes: str) -> str:
 
 def kernel_table() -> str:
     """Markdown: which kernel runs each scheme on each architecture."""
-    cards = {card: f"{said(card)} {name}" for card, name in ARCHITECTURES.items() if card not in ((8, 6), (12, 0))}
-    lines = ["| scheme | format | " + " | ".join(cards.values()) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
-    for what, scheme, format_name in KERNEL_ROWS:
-        runs = serving(scheme, format_name)
-        cells = [kernel.name if (kernel := runs.on(card)) else "-" for card in cards]
-        lines.append(f"| {what} | {format_name} | " + " | ".join([*cells, runs.cpu or "-"]) + " |")
+    cards = [card for card in ARCHITECTURES if card not in ((8, 6), (12, 0))]
+    heads = [f"{capability_label(card)} {ARCHITECTURES[card]}" for card in cards]
+    lines = ["| scheme | format | " + " | ".join(heads) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
+    for what, format_name, schemes in KERNEL_ROWS:
+        (cells,) = {_cells(serving(scheme, format_name), cards) for scheme in schemes}
+        lines.append(f"| {what} | {format_name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(runs: Serving, cards: Sequence[Capability]) -> tuple[str, ...]:
+    """The kernel on every card, and on a CPU."""
+    return (*(kernel.name if (kernel := runs.on(card)) else "-" for card in cards), runs.cpu or "-")
 
 
 def command_reference() -> str:

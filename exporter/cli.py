@@ -29,7 +29,7 @@ from exporter.errors import Interrupted
 from exporter.hub import PREFIX
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import named
+from exporter.runtime.kernels import read_hardware
 
 EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
 
@@ -181,7 +181,7 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool, se
     if serve_on:
         from exporter.servable import refuse_plan
 
-        refuse_plan(found, checkpoint.config, named(serve_on))
+        refuse_plan(found, checkpoint.config, read_hardware(serve_on))
     say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
 
 

@@ -12,12 +12,13 @@ import click
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
-from exporter.runtime.kernels import ARCHITECTURES, said
+from exporter.runtime.kernels import ARCHITECTURES, capability_label
 from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import START_SECONDS
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact
+    from exporter.runtime.kernels import Hardware
 
 vllm_option = click.option(
     "--vllm", metavar="PROGRAM", help="The vllm program or command [MMQ_VLLM, or `vllm` on PATH]."
@@ -27,7 +28,7 @@ parallel_option = click.option(
 )
 serve_on_option = click.option(
     "--serve-on",
-    type=click.Choice([*map(said, ARCHITECTURES), "cpu"]),
+    type=click.Choice([*map(capability_label, ARCHITECTURES), "cpu"]),
     help="Fail unless vLLM can serve it there: a GPU's compute capability (8.0 A100, 9.0 H100, ...) or cpu.",
 )
 wait_option = click.option(
@@ -93,17 +94,19 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
         raise ServeError(f"{ending(code)}; its last words are above", "give the same command again to go on serving")
 
 
-def _program(request: str | None, only_print: bool) -> Program:
-    """The installed vLLM; to be shown, a command needs none."""
+def _program(request: str | None, only_print: bool) -> "tuple[Program, Hardware]":
+    """The installed vLLM and what it runs on; to be shown, a command needs neither."""
     from exporter.runtime.launch import TRIED, find_program
+    from exporter.servable import hardware
 
     try:
-        return find_program(request)
+        found = find_program(request)
+        return found, hardware(found)
     except ServeError:
         if request or os.environ.get("MMQ_VLLM") or not only_print:
             raise
     click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
-    return Program("vllm", TRIED, cpu=False)
+    return Program("vllm", TRIED, cpu=False), None
 
 
 def _faster(artifact: "Artifact", flags: tuple[str, ...]) -> str:
@@ -125,15 +128,15 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
     from exporter.runtime.vllm_engine import free_port
-    from exporter.servable import hardware, needs_plugin, refuse_unservable, refuse_unserved
+    from exporter.servable import needs_plugin, refuse_unservable, refuse_unserved
     from exporter.source import open_source
 
     checkpoint, family = open_source(str(artifact))
     refuse_unserved(family)
-    program, opened = _program(options["vllm"], only_print), None
+    (program, on), opened = _program(options["vllm"], only_print), None
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
-        refuse_unservable(opened, hardware(program), options["tensor_parallel"])
+        refuse_unservable(opened, on, options["tensor_parallel"])
         if not program.cpu and (note := _faster(opened, flags)):
             click.echo(f"note: {note}", err=True)
     made = launch(

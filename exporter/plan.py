@@ -293,8 +293,8 @@ def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memor
         found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
-        if scheme and (scheme.bits not in (4, 8) or scheme.mixed) and not family.unserved:
-            found.append(f"{component} {scheme.label()}: {serving(scheme, recipe.format).note} to be served")
+        if scheme and not family.unserved and (needs := serving(scheme, recipe.format).needs()):
+            found.append(f"{component} {scheme.label()}: {needs} to be served")
     if memory.device_bytes > device.free_bytes:
         found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")
     return tuple(found)

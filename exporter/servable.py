@@ -64,6 +64,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
     """The same of what is only planned yet. config: the model's."""
+    refuse_unserved(plan.family)
     cache = cpu_cache_problems(plan.recipe.kv_cache, config) if on == "cpu" else []
     linears = planned_linears(plan.rows, plan.family)
     _refuse(f"what '{plan.recipe.name}' makes", hardware_problems(linears, plan.recipe.format, on) + cache)
@@ -72,7 +73,4 @@ def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
 def _refuse(what: str, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:10])
-        raise ServeError(
-            f"vllm cannot serve {what} there:\n{lines}",
-            "`mmq plan` shows what serves each part; docs/serving.md, Rules, has the table",
-        )
+        raise ServeError(f"vllm cannot serve {what} there:\n{lines}", "docs/serving.md, Rules, says what runs where")

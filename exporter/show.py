@@ -90,7 +90,8 @@ def plan_notes(plan: Plan) -> list[str]:
         why = f": {line['why']}" if line["why"] else ""
         notes.append(f"  {line['component']}: {said}{why}")
     if plan.recipe.kv_cache:
-        notes.append(f"  keys and values: {plan.recipe.kv_cache}, vLLM: GPUs from 8.9, CPUs with AVX-512")
+        engines = "vLLM: GPUs from 8.9 (older ones by FlashInfer alone), CPUs with AVX-512"
+        notes.append(f"  keys and values: {plan.recipe.kv_cache}, {engines}")
     return notes
 
 

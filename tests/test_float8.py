@@ -15,7 +15,7 @@ from exporter.artifact import Artifact
 from exporter.card import _width
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, choose
-from exporter.errors import PlanError
+from exporter.errors import PlanError, ServeError
 from exporter.export import export
 from exporter.families import FAMILIES
 from exporter.plan import make_plan
@@ -25,6 +25,7 @@ from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import load_recipe
 from exporter.runtime.launch import dtype
 from exporter.runtime.serve_lint import Linear, cache_problems, cpu_cache_problems, cpu_problems, kernel_problems
+from exporter.servable import refuse_plan
 from exporter.targets import artifact_config, in_dtype
 
 RECIPE = "llava-w4a8-vitfp8-cache8"
@@ -189,6 +190,10 @@ def test_the_plan_names_what_cannot_be_served(sparse_checkpoint: Callable[[str],
     big = Checkpoint.open(sparse_checkpoint("llava-hf--llava-1.5-7b-hf"), family.canonical_name)
     plan = make_plan(load_recipe(RECIPE), big, family, H100)
     assert plan.warnings[-1].endswith("needs a Hopper GPU, compute capability 9.0 to be served")
+    refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), {}, "cpu")
+    opt = {"text_config": {"hidden_size": 2560, "num_attention_heads": 32}}
+    with pytest.raises(ServeError, match="rule kv-cache: heads of 80"):
+        refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), opt, "cpu")
     data = load_recipe("llava-w4").model_dump() | {"kv_cache": "fp8"}
     for change, said in (
         ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq cannot tell an engine so"),

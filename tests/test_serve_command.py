@@ -99,6 +99,18 @@ def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
     assert "faster" not in done.stderr
 
 
+def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
+    artifact: str, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(vllm).write_text(Path(vllm).read_text().replace("+cpu", ""))
+    for card, code in (((7, 0), 1), ((7, 5), 0), (None, 0)):
+        monkeypatch.setattr("exporter.servable.capability", lambda card=card: card)
+        done = serve(artifact, "--print", "--vllm", vllm)
+        assert done.exit_code == code, done.output
+        assert ("rule kernel: W4 g128 is not served on compute capability 7.0" in done.stderr) == bool(code)
+        assert serve(artifact, "--print").exit_code == 0  # a command for elsewhere
+
+
 @pytest.mark.parametrize(
     ("recipe", "cache", "known"),
     [

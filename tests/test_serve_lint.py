@@ -99,6 +99,10 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
         ),
         (Scheme(4, 128, activations="fp8"), "compressed_tensors", "- - - Cutlass_W4A8 -"),
         (Scheme(4, 128, symmetric=False), "awq", "Marlin Marlin Marlin Machete Marlin"),
+        (Scheme(4, 64), "compressed_tensors", "Marlin Marlin Marlin Machete Marlin"),
+        (Scheme(8, "tensor"), "compressed_tensors", "Marlin Marlin Marlin Machete Marlin"),
+        (Scheme(4, 256), "compressed_tensors", "Humming Humming Humming Humming Humming"),
+        (Scheme(8, "tensor"), "gptq", "Marlin Marlin Marlin Machete Marlin"),
         (Scheme(4, 256), "gptq", "- - - - -"),
     ],
 )
@@ -115,6 +119,25 @@ def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
     (problem,) = card_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
     where = "is not served on compute capability 10.0 (Blackwell)"
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
+
+
+def test_what_serving_needs_is_told():
+    asymmetric = serving(Scheme(8, 128, symmetric=False), "compressed_tensors")
+    assert asymmetric.needs() == "needs the humming-kernels package except on 9.0"
+    assert serving(Scheme(4, 16), "compressed_tensors").needs() == "needs the humming-kernels package"
+    assert serving(W4, "compressed_tensors").needs() == serving(A8, "compressed_tensors").needs() == ""
+    (problem,) = cpu_problems([linear("mlp.down_proj", Scheme(3, 128))], "compressed_tensors")
+    assert problem.endswith("no CPU kernel")  # a package for GPUs would not help
+    for problems in (kernel_problems, lambda found, name: card_problems(found, name, (9, 0))):
+        assert "groups of 32, 64, 128" in problems([linear("mlp.down_proj", Scheme(4, 256))], "gptq")[0]
+
+
+def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
+    mixed = Scheme(4, 128, activations="fp8")
+    halves = [linear(f"mlp.{name}", mixed, (192, 256), "mlp.gate_up_proj") for name in ("gate_proj", "up_proj")]
+    assert card_problems(halves, "compressed_tensors", (9, 0)) == []
+    (problem,) = card_problems(halves[:1], "compressed_tensors", (9, 0))
+    assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 takes multiples of 128")
 
 
 def test_one_device_holds_its_share():

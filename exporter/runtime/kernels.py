@@ -23,12 +23,12 @@ ARCHITECTURES: dict[Capability, str] = {
 }
 
 
-def said(capability: Capability) -> str:
+def capability_label(capability: Capability) -> str:
     """`9.0`."""
     return ".".join(map(str, capability))
 
 
-def named(where: str) -> Hardware:
+def read_hardware(where: str) -> Hardware:
     """What `9.0` or `cpu` means."""
     if where == "cpu":
         return "cpu"
@@ -54,9 +54,10 @@ class Kernel:
 
     def label(self) -> str:
         """Its name and where it runs."""
-        if self.highest == self.lowest:
-            return f"{self.name} ({said(self.lowest)})"
-        return f"{self.name} ({said(self.lowest)}{f' to {said(self.highest)}' if self.highest else '+'})"
+        lowest = capability_label(self.lowest)
+        if self.highest is None:
+            return f"{self.name} ({lowest}+)"
+        return f"{self.name} ({lowest}{f' to {capability_label(self.highest)}' * (self.highest > self.lowest)})"
 
 
 MACHETE = Kernel("Machete", (9, 0), (9, 0))
@@ -66,14 +67,15 @@ FP8_CUTLASS = Kernel("Cutlass FP8", (8, 9))
 FP8_MARLIN = Kernel("FP8 Marlin", (7, 5))
 INT8_CUTLASS = Kernel("Cutlass int8", (7, 5), (9, 0))  # its dispatcher refuses newer cards at the first request
 W4A8_CUTLASS = Kernel("Cutlass W4A8", (9, 0), (9, 0))
-MACHETE_GROUPS, MARLIN_GROUPS = ("row", 64, 128), ("row", 32, 64, 128)
+# One scale a tensor is stored as equal scales a row.
+MACHETE_GROUPS, MARLIN_GROUPS = ("row", "tensor", 64, 128), ("row", "tensor", 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Serving:
     """What runs a scheme.
 
-    cuda: kernels for GPUs, the preferred first. cpu: the kernel, or None when there is none. note: for an operator.
+    cuda: kernels for GPUs, the preferred first. cpu: the kernel, None when there is none. note: why some are missing.
     """
 
     cuda: tuple[Kernel, ...]
@@ -84,15 +86,26 @@ class Serving:
         """The first kernel that such a card has."""
         return next((kernel for kernel in self.cuda if kernel.runs_on(capability)), None)
 
-    def cards(self) -> str:
-        """The kernels for GPUs in words; the one of an extra package only where the others leave cards out."""
+    def needs(self) -> str:
+        """What an operator must see to, empty when vLLM's own kernels leave no card out."""
         plain = [kernel for kernel in self.cuda if not kernel.package]
-        named = plain if any(kernel.highest is None for kernel in plain) else self.cuda
-        return " or ".join(kernel.label() for kernel in named) or "not on CUDA"
+        packages = [kernel.package for kernel in self.cuda if kernel.package]
+        if any(kernel.highest is None for kernel in plain):
+            return ""
+        if packages:
+            but = f" except on {capability_label(plain[0].lowest)}" if plain else ""
+            return f"needs the {packages[0]} package{but}"
+        return self.note if self.cuda else ""
+
+    def cards(self) -> str:
+        """The kernels for GPUs in words, the one of a package only where it is needed."""
+        shown = [kernel for kernel in self.cuda if self.needs() or not kernel.package]
+        return " or ".join(kernel.label() for kernel in shown) or "not on CUDA"
 
     def label(self) -> str:
         """One line for tables."""
-        return f"{self.cards()}; {self.cpu or 'not on CPU'}" + (f" ({self.note})" if self.note else "")
+        remark = self.needs() or self.note
+        return f"{self.cards()}; {self.cpu or 'not on CPU'}" + (f" ({remark})" if remark else "")
 
 
 def serving(scheme: Scheme, format_name: str) -> Serving:
@@ -106,13 +119,10 @@ def serving(scheme: Scheme, format_name: str) -> Serving:
         return Serving((INT8_CUTLASS,), "oneDNN int8")
     if format_name in ("gptq", "awq"):
         return _auto_formats(scheme, format_name)
-    kernels = _weight_only(scheme)
-    cpu, note = "CPU WNA16" if scheme.bits == 4 else None, ""
-    if MARLIN not in kernels:
-        note = f"needs the humming-kernels package{' but on 9.0' if MACHETE in kernels else ''}"
-    elif scheme.bits == 8:
-        note = "8-bit weight-only has no CPU kernel: add activations: int8"
-    return Serving(kernels, cpu, note)
+    if scheme.bits == 4:
+        return Serving(_weight_only(scheme), "CPU WNA16")
+    note = "8-bit weight-only has no CPU kernel: add activations: int8" if scheme.bits == 8 else ""
+    return Serving(_weight_only(scheme), None, note)
 
 
 def _weight_only(scheme: Scheme) -> tuple[Kernel, ...]:
@@ -127,6 +137,8 @@ def _weight_only(scheme: Scheme) -> tuple[Kernel, ...]:
 
 def _auto_formats(scheme: Scheme, format_name: str) -> Serving:
     kernels = tuple(kernel for kernel in _weight_only(scheme) if not kernel.package)
+    if format_name == "gptq" and scheme.group_size not in MARLIN_GROUPS:
+        return Serving((), None, "vLLM's gptq loader takes groups of 32, 64, 128 or row only")
     if scheme.bits == 4 and (scheme.symmetric or format_name == "awq"):
         return Serving(kernels, "CPU WNA16")
     if format_name == "gptq" and scheme.bits == 8 and scheme.symmetric:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.quantized import Scheme
-from exporter.runtime.kernels import ARCHITECTURES, Capability, Hardware, said, serving
+from exporter.runtime.kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving
 
 # Divided along their inputs; all others are divided along their outputs.
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "projection", "linear_2", "dense")
@@ -186,15 +186,30 @@ def hardware_problems(linears: Sequence[Linear], format_name: str, on: Hardware)
     return card_problems(linears, format_name, on) if on else []
 
 
-def card_problems(linears: Iterable[Linear], format_name: str, card: Capability) -> list[str]:
+def card_problems(linears: Sequence[Linear], format_name: str, card: Capability) -> list[str]:
     """Rule kernel: what a GPU of this compute capability cannot run."""
     problems = []
+    where = f"compute capability {capability_label(card)} ({ARCHITECTURES.get(card, 'a GPU')})"
     for scheme in dict.fromkeys(linear.scheme for linear in linears if linear.scheme):
         kernels = serving(scheme, format_name)
         if kernels.on(card) is None:
-            named = f"compute capability {said(card)} ({ARCHITECTURES.get(card, 'a GPU')})"
-            problems.append(f"rule kernel: {scheme.label()} is not served on {named}: its kernel is {kernels.cards()}")
-    return problems
+            why = f"its kernel is {kernels.cards()}" if kernels.cuda else kernels.note
+            problems.append(f"rule kernel: {scheme.label()} is not served on {where}: {why}")
+    return problems or mixed_problems(linears)
+
+
+def mixed_problems(linears: Iterable[Linear]) -> list[str]:
+    """Rule kernel: Cutlass W4A8 takes multiples of 128 either way, of the linear as the engine fuses it."""
+    members: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.scheme and linear.scheme.mixed:
+            members.setdefault(linear.engine, []).append(linear)
+    shapes = {engine: (sum(m.shape[0] for m in found), found[0].shape[1]) for engine, found in members.items()}
+    return [
+        f"rule kernel: {engine} {list(shape)}: Cutlass W4A8 takes multiples of 128"
+        for engine, shape in shapes.items()
+        if any(side % 128 for side in shape)
+    ]
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:

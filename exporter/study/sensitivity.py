@@ -51,7 +51,7 @@ def without_extras(found: Sequence[dict[str, Any]], format_name: str) -> list[di
 
     def plain(rule: dict[str, Any]) -> bool:
         kernels = serving(Scheme(rule["bits"], rule["group_size"], rule["symmetric"]), format_name)
-        return "package" not in kernels.note
+        return not kernels.needs()
 
     return [rule for rule in found if plain(rule)]
 

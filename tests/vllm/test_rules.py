@@ -29,7 +29,15 @@ from exporter.runtime.kernels import (
     W4A8_CUTLASS,
     serving,
 )
-from exporter.runtime.serve_lint import ROW_PARALLEL, Linear, cpu_problems, matched_scheme, parallel_problems, share
+from exporter.runtime.serve_lint import (
+    ROW_PARALLEL,
+    Linear,
+    card_problems,
+    cpu_problems,
+    matched_scheme,
+    parallel_problems,
+    share,
+)
 from exporter.targets import groups, kept_modules
 
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
@@ -82,9 +90,9 @@ def test_matching_agrees_with_vllm(
         assert ours == (by_target[theirs] if theirs else None), (question["engine"], question["targets"], theirs)
 
 
-GROUPS = (16, 32, 64, 128, 256, "row")
+GROUPS = (16, 32, 64, 128, 256, "row", "tensor")
 SCHEMES = [
-    *(Scheme(bits, group, even) for bits in (2, 3, 4, 6, 8) for group in GROUPS for even in (True, False)),
+    *(Scheme(bits, group, even) for bits in range(2, 9) for group in GROUPS for even in (True, False)),
     Scheme(8, "row", activations="int8"),
     Scheme(8, "row", number="fp8", activations="fp8"),
     Scheme(8, "row", number="fp8"),
@@ -106,6 +114,18 @@ def question(linear: Linear, **changed: Any) -> dict:
     config = quantization_config([Group(linear.scheme, ("re:.*x$",))], [])
     rest = {"capability": None, "degree": 1, "dtype": "bfloat16", "humming": False, **changed}
     return {"config": config, "shape": linear.shape, "row_parallel": linear.name in ROW_PARALLEL, **rest}
+
+
+def test_shapes_of_4_bits_with_float8_inputs_are_refused_as_vllm_does(engine_python: str):
+    scheme, card = Scheme(4, 128, activations="fp8"), (9, 0)
+    sides = [(1408, 6144), (11008, 4096), (640, 128), (4096, 4096)]
+    asked = [(Linear("up_proj", "up_proj", shape, scheme), degree) for shape in sides for degree in (1, 2, 4)]
+    questions = [question(linear, degree=degree, capability=card) for linear, degree in asked]
+    answers = ask(engine_python, questions, "choose.py")
+    for (linear, degree), answer in zip(asked, answers, strict=True):
+        ours = card_problems([share(linear, degree)], "compressed_tensors", card)
+        assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
+    assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
 
 @pytest.mark.parametrize("humming", [False, True])
@@ -138,6 +158,7 @@ def test_what_a_cpu_or_several_devices_refuse_is_what_vllm_refuses(engine_python
         for degree, name, scheme, shape in product((1, 2, 4), ("down_proj", "up_proj"), schemes, shapes)
         if supports(scheme, shape[1], shape[0]) is None and shape[name == "down_proj"] % degree == 0
     ]
+    asked += [(Linear("up_proj", "up_proj", (4096, 4096), scheme), 1) for scheme in SCHEMES]
     answers = ask(engine_python, [question(linear, degree=degree) for linear, degree in asked], "choose.py")
     for (linear, degree), answer in zip(asked, answers, strict=True):
         ours = parallel_problems([linear], degree) + cpu_problems([share(linear, degree)], "compressed_tensors")
