@@ -101,12 +101,12 @@ def _program(request: str | None, only_print: bool) -> "tuple[Program, Hardware]
 
     try:
         found = find_program(request)
-        return found, hardware(found)
     except ServeError:
         if request or os.environ.get("MMQ_VLLM") or not only_print:
             raise
-    click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
-    return Program("vllm", TRIED, cpu=False), None
+        click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
+        return Program("vllm", TRIED, cpu=False), None
+    return found, hardware(found)
 
 
 def _faster(artifact: "Artifact", flags: tuple[str, ...]) -> str:

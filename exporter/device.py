@@ -1,7 +1,10 @@
 """Where the numbers are computed: the only file that may name `torch.cuda`."""
 
 import os
+import re
 import resource
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +50,21 @@ def choose(request: str = "auto") -> Device:
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability (major, minor) of the first CUDA device, which an engine takes first; None without one."""
-    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() and not torch.version.hip else None
+    """Compute capability (major, minor) of the NVIDIA GPUs that programs see here; None without, or if they differ.
+
+    The driver's own program is asked: torch would hold memory on the card for as long as a server runs beside it.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    program = shutil.which("nvidia-smi")
+    if program is None or seen == "":
+        return None
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader", *(["-i", seen] if seen else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = {(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)\s*$", done.stdout)}
+    return found.pop() if len(found) == 1 else None
 
 
 def free_host_bytes() -> int:

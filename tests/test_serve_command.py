@@ -5,12 +5,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from exporter.cli import cli
 from exporter.demo import MODELS
+from exporter.device import capability
 from exporter.recipe_file import load_recipe
 from exporter.runtime.faster import FLASHINFER, HUMMING, Faster, faster
 from exporter.runtime.launch import Program, launch
@@ -97,6 +99,32 @@ def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
     assert "faster" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "said", "code", "found"),
+    [
+        (None, "9.0\n", 0, (9, 0)),
+        (None, "12.0\n12.0\n", 0, (12, 0)),
+        (None, "9.0\n8.0\n", 0, None),
+        ("1", "8.9\n", 0, (8, 9)),
+        ("", "9.0\n", 0, None),
+        (None, "NVIDIA-SMI has failed\n", 9, None),
+    ],
+)
+def test_the_driver_tells_the_compute_capability(
+    visible: str | None, said: str, code: int, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert capability() is None  # there is no such program
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"#!/bin/sh\nprintf '%s' '{said}'\necho \"$@\" >&2\n[ \"$4\" = '{visible or ''}' ] && exit {code}\n"
+    )
+    program.chmod(0o755)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert capability() == found
 
 
 def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
