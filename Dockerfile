@@ -3,8 +3,8 @@
 #   docker build -t mmq .
 #   docker run --rm --gpus all -v "$PWD/artifacts:/work/artifacts" mmq \
 #     export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8
-#   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -e HOST=0.0.0.0 -v "$PWD/artifacts:/work/artifacts:ro" \
-#     --entrypoint launch.sh mmq artifacts/demo-llava-w4-vit8
+#   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -v "$PWD/artifacts:/work/artifacts:ro" mmq \
+#     serve artifacts/demo-llava-w4-vit8 --host 0.0.0.0 --port 8000
 ARG VLLM_VERSION=v0.32.0
 ARG PYTHON_VERSION=3.12
 

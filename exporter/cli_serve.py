@@ -109,13 +109,13 @@ def _program(request: str | None, only_print: bool) -> "tuple[Program, Hardware]
     return found, hardware(found)
 
 
-def _faster(artifact: "Artifact", flags: tuple[str, ...]) -> str:
-    """What to tell of flags that serve it faster on a GPU, empty if none are known."""
+def _faster(artifact: "Artifact", flags: tuple[str, ...], on: "Hardware") -> str:
+    """What to tell of flags that serve it faster on this GPU, empty if none are known."""
     from exporter.perturb import modules_of
-    from exporter.runtime.faster import advice, faster
+    from exporter.runtime.faster import CARD, advice, faster
     from exporter.runtime.serve_lint import head_size
 
-    if artifact.manifest["format"] != "compressed_tensors":
+    if artifact.manifest["format"] != "compressed_tensors" or on not in (None, CARD):
         return ""
     language = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
     others = {group.scheme for group in artifact.groups} - language
@@ -137,7 +137,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     if (artifact / MANIFEST).exists():
         opened = Artifact.open(artifact)
         refuse_unservable(opened, on, options["tensor_parallel"])
-        if not program.cpu and (note := _faster(opened, flags)):
+        if on != "cpu" and (note := _faster(opened, flags, on)):
             click.echo(f"note: {note}", err=True)
     made = launch(
         artifact,

@@ -12,7 +12,14 @@ from exporter.plan import Plan
 from exporter.plan import engine_linears as planned_linears
 from exporter.runtime.kernels import Hardware
 from exporter.runtime.launch import Program
-from exporter.runtime.serve_lint import Linear, cpu_cache_problems, hardware_problems, parallel_problems, share
+from exporter.runtime.serve_lint import (
+    Linear,
+    cpu_cache_problems,
+    hardware_problems,
+    head_problems,
+    parallel_problems,
+    share,
+)
 
 
 def hardware(program: Program) -> Hardware:
@@ -59,6 +66,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     linears = engine_linears(artifact)
     parts = [share(linear, tensor_parallel) for linear in linears]
     found = hardware_problems(parts, artifact.manifest["format"], on) + cache
+    found += head_problems(artifact.checkpoint.config, tensor_parallel)
     _refuse("this artifact", found + parallel_problems(linears, tensor_parallel))
 
 

@@ -67,7 +67,9 @@ def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, t
     data["model"] |= {"repo": "demo-llava"}
     eight = tmp_path / "eight"
     export(Recipe.model_validate(data), out=eight, device=choose("cpu"), on_event=lambda e: None, skip_evaluation=True)
-    refuse_unservable(Artifact.open(eight), on=None, tensor_parallel=1)
+    refuse_unservable(Artifact.open(eight), on=None, tensor_parallel=2)
+    with pytest.raises(ServeError, match="text_config: 2 attention heads cannot be divided among 4 GPUs"):
+        refuse_unservable(Artifact.open(eight), on=None, tensor_parallel=4)
     with pytest.raises(ServeError, match="rule kernel: W8"):
         refuse_unservable(Artifact.open(eight), on="cpu", tensor_parallel=1)
 

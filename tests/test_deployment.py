@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,17 @@ def container() -> dict[str, Any]:
     return found
 
 
+def image() -> list[str]:
+    """The arguments of `serve` in the Dockerfile's first lines."""
+    comment = re.sub(r" \\\n#", "", (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nARG ")[0])
+    (found,) = re.findall(r" mmq\s+(serve .*)", comment)
+    return shlex.split(found.replace("artifacts/", "/artifacts/"))
+
+
 @pytest.mark.parametrize(
-    "arguments", [compose_service()["command"], container()["args"]], ids=["compose", "kubernetes"]
+    "arguments",
+    [compose_service()["command"], container()["args"], image()],
+    ids=["compose", "kubernetes", "image"],
 )
 def test_what_they_run_is_a_command_of_mmq(arguments: list[str], tmp_path: Path) -> None:
     vllm = tmp_path / "vllm"

@@ -22,6 +22,7 @@ from exporter.runtime.serve_lint import (
     engine_class,
     fused_problems,
     hardware_problems,
+    head_problems,
     kernel_problems,
     parallel_problems,
     pattern_problems,
@@ -138,6 +139,13 @@ def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
     assert card_problems(halves, "compressed_tensors", (9, 0)) == []
     (problem,) = card_problems(halves[:1], "compressed_tensors", (9, 0))
     assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 takes multiples of 128")
+
+
+def test_heads_are_shared_whole():
+    config = {"text_config": {"num_attention_heads": 32}, "vision_config": {"num_attention_heads": 16}}
+    assert head_problems(config, 16) == head_problems({"text_config": {}}, 3) == head_problems({}, 3) == []
+    (problem,) = head_problems(config, 32)
+    assert problem == "rule tensor-parallel: vision_config: 16 attention heads cannot be divided among 32 GPUs"
 
 
 def test_one_device_holds_its_share():

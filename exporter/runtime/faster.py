@@ -26,6 +26,7 @@ FLASHINFER = Faster(
     ),
     "more tokens a second for many clients; needs nvcc, and minutes at the first start",
 )
+CARD = (9, 0)  # the compute capability they were measured on
 HEADS = (64, 128, 256)  # numbers of a head that vLLM's FlashInfer back end and its XQA kernel both take
 
 

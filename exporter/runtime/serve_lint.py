@@ -110,6 +110,16 @@ def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
     return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
 
 
+def head_problems(config: Mapping[str, Any], degree: int) -> list[str]:
+    """Rule tensor-parallel: attention heads that `degree` GPUs cannot share. config: of the whole model."""
+    heads = {part: (config.get(part) or {}).get("num_attention_heads") for part in ("text_config", "vision_config")}
+    return [
+        f"rule tensor-parallel: {part}: {number} attention heads cannot be divided among {degree} GPUs"
+        for part, number in heads.items()
+        if number and number % degree
+    ]
+
+
 def share(linear: Linear, degree: int) -> Linear:
     """The part of a linear that one of `degree` devices holds."""
     rows, columns = linear.shape

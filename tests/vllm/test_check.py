@@ -86,6 +86,20 @@ def test_a_packed_qformer_answers_as_the_reference_and_doubling_its_scales_shows
     assert proven(found)
 
 
+@pytest.mark.parametrize(("format_name", "symmetric"), [("gptq", True), ("awq", False)])
+def test_artifacts_in_the_formats_of_autogptq_and_autoawq_answer_as_the_reference(
+    format_name: str, symmetric: bool, program: Program, exported: Callable[[Recipe], Path]
+):
+    data = load_recipe("llava-w4").model_dump() | {"name": f"as-{format_name}", "format": format_name}
+    rule = {"component": "language", "method": "rtn", "bits": 4, "group_size": 128, "symmetric": symmetric}
+    artifact = exported(Recipe.model_validate(data | {"quantize": [rule]}).adjusted(model={"repo": "demo-llava"}))
+    done = mmq("check", str(artifact), "--vllm", program.path, "--json", "--no-control", "--questions", "8")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[0])
+    assert found["passed"]
+    assert any("CPUWNA16LinearKernel" in kernel for kernel in found["kernels"])
+
+
 @pytest.fixture
 def wrong_engine(program: Program, engine_python: str, tmp_path: Path) -> str:
     path = tmp_path / "vllm"

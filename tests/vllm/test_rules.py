@@ -109,6 +109,13 @@ CLASSES = {
 }
 
 
+CPU_CLASSES = {
+    "CPU WNA16": "CPUWNA16LinearKernel",
+    "oneDNN int8": "CPUInt8ScaledMMLinearKernel",
+    "torch fallback": "ChannelWiseTorchFP8ScaledMMLinearKernel",
+}
+
+
 def question(linear: Linear, **changed: Any) -> dict:
     """What choose.py is asked about one linear of an artifact, on a CPU unless told otherwise."""
     config = quantization_config([Group(linear.scheme, ("re:.*x$",))], [])
@@ -125,6 +132,8 @@ def test_shapes_of_4_bits_with_float8_inputs_are_refused_as_vllm_does(engine_pyt
     for (linear, degree), answer in zip(asked, answers, strict=True):
         ours = card_problems([share(linear, degree)], "compressed_tensors", card)
         assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
+        if not ours:
+            assert answer == CPU_CLASSES[serving(linear.scheme, "compressed_tensors").cpu], (linear, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
 
