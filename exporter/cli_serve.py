@@ -12,13 +12,12 @@ import click
 from exporter.cli_options import artifact_argument, data_option, device_option, json_option, reports_errors, say
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.recipe import Recipe
-from exporter.runtime.kernels import ARCHITECTURES, capability_label
+from exporter.runtime.kernels import ARCHITECTURES, Hardware, capability_label
 from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import START_SECONDS
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact
-    from exporter.runtime.kernels import Hardware
 
 vllm_option = click.option(
     "--vllm", metavar="PROGRAM", help="The vllm program or command [MMQ_VLLM, or `vllm` on PATH]."
@@ -94,7 +93,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
         raise ServeError(f"{ending(code)}; its last words are above", "give the same command again to go on serving")
 
 
-def _program(request: str | None, only_print: bool) -> "tuple[Program, Hardware]":
+def _program(request: str | None, only_print: bool) -> tuple[Program, Hardware]:
     """The installed vLLM and what it runs on; to be shown, a command needs neither."""
     from exporter.runtime.launch import TRIED, find_program
     from exporter.servable import hardware
@@ -109,7 +108,7 @@ def _program(request: str | None, only_print: bool) -> "tuple[Program, Hardware]
     return found, hardware(found)
 
 
-def _faster(artifact: "Artifact", flags: tuple[str, ...], on: "Hardware") -> str:
+def _faster(artifact: "Artifact", flags: tuple[str, ...], on: Hardware) -> str:
     """What to tell of flags that serve it faster on this GPU, empty if none are known."""
     from exporter.perturb import modules_of
     from exporter.runtime.faster import CARD, advice, faster

@@ -62,20 +62,29 @@ def needs_plugin(artifact: Artifact) -> bool:
 def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) -> None:
     """ServeError naming the rules that keep this engine from serving it, before it is started."""
     refuse_unserved(artifact.family)
-    cache = cpu_cache_problems(artifact.kv_cache, artifact.checkpoint.config) if on == "cpu" else []
-    linears = engine_linears(artifact)
+    config, linears = artifact.checkpoint.config, engine_linears(artifact)
     parts = [share(linear, tensor_parallel) for linear in linears]
-    found = hardware_problems(parts, artifact.manifest["format"], on) + cache
-    found += head_problems(artifact.checkpoint.config, tensor_parallel)
-    _refuse("this artifact", found + parallel_problems(linears, tensor_parallel))
+    found = _hardware_rules(parts, artifact.manifest["format"], artifact.kv_cache, config, on)
+    found += head_problems(config, tensor_parallel) + parallel_problems(linears, tensor_parallel)
+    _refuse("this artifact", found)
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
     """The same of what is only planned yet. config: the model's."""
     refuse_unserved(plan.family)
-    cache = cpu_cache_problems(plan.recipe.kv_cache, config) if on == "cpu" else []
     linears = planned_linears(plan.rows, plan.family)
-    _refuse(f"what '{plan.recipe.name}' makes", hardware_problems(linears, plan.recipe.format, on) + cache)
+    _refuse(
+        f"what '{plan.recipe.name}' makes",
+        _hardware_rules(linears, plan.recipe.format, plan.recipe.kv_cache, config, on),
+    )
+
+
+def _hardware_rules(
+    linears: Sequence[Linear], format_name: str, kv_cache: str | None, config: Mapping[str, Any], on: Hardware
+) -> list[str]:
+    """Rules kernel and kv-cache for the hardware that is to serve."""
+    cache = cpu_cache_problems(kv_cache, config) if on == "cpu" else []
+    return hardware_problems(linears, format_name, on) + cache
 
 
 def _refuse(what: str, problems: Sequence[str]) -> None:

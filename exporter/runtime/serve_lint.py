@@ -45,14 +45,19 @@ def lint(linears: Sequence[Linear], format_name: str) -> list[str]:
 
 def fused_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule fused-scheme."""
+    return [
+        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in found)} into {engine}; they need one scheme"
+        for engine, found in _fused(linears).items()
+        if len({m.scheme for m in found}) > 1
+    ]
+
+
+def _fused(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
+    """Name in the engine -> the linears that it fuses into that one."""
     members: dict[str, list[Linear]] = {}
     for linear in linears:
         members.setdefault(linear.engine, []).append(linear)
-    return [
-        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in found)} into {engine}; they need one scheme"
-        for engine, found in members.items()
-        if len({m.scheme for m in found}) > 1
-    ]
+    return members
 
 
 def _last(name: str) -> str:
@@ -131,12 +136,8 @@ def pattern_problems(
     linears: Iterable[Linear], groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str] = ()
 ) -> list[str]:
     """Rule pattern, for compressed-tensors. groups: scheme and targets of every config group, in order."""
-    members: dict[str, list[Linear]] = {}
-    for linear in linears:
-        if linear.built:
-            members.setdefault(linear.engine, []).append(linear)
     problems = []
-    for engine, found in members.items():
+    for engine, found in _fused(linear for linear in linears if linear.built).items():
         wanted = found[0].scheme
         names = [linear.name for linear in found]
         if len({_ignored(name, ignore) for name in names}) > 1:
@@ -210,11 +211,8 @@ def card_problems(linears: Sequence[Linear], format_name: str, card: Capability)
 
 def mixed_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule kernel: Cutlass W4A8 takes multiples of 128 either way, of the linear as the engine fuses it."""
-    members: dict[str, list[Linear]] = {}
-    for linear in linears:
-        if linear.scheme and linear.scheme.mixed:
-            members.setdefault(linear.engine, []).append(linear)
-    shapes = {engine: (sum(m.shape[0] for m in found), found[0].shape[1]) for engine, found in members.items()}
+    fused = _fused(linear for linear in linears if linear.scheme and linear.scheme.mixed)
+    shapes = {engine: (sum(m.shape[0] for m in found), found[0].shape[1]) for engine, found in fused.items()}
     return [
         f"rule kernel: {engine} {list(shape)}: Cutlass W4A8 takes multiples of 128"
         for engine, shape in shapes.items()
