@@ -3,9 +3,9 @@
     python -m bench.export --recipe llava-w4-vit8 --device cuda [--model FOLDER] [--json]
     python -m bench.export --header Salesforce--blip2-opt-2.7b --recipe blip2-caption-w4 --device cuda [--json]
 
-Without --model a random model of the header's shapes is written first (LLaVA-1.5-7B 14 GB, BLIP-2 OPT-2.7b 15 GB in
-float32, as on the hub). The export runs as its own process, through the same
-command that users run; its anonymous memory (what it holds beside the page cache) is sampled while it runs.
+Without --model a random model of the header's shapes is written first (LLaVA 7B 14 GB, 13B 27 GB, 34B 70 GB; BLIP-2
+OPT-2.7b 15 GB in float32, as on the hub). The export runs as its own process, through the same command that users run;
+its anonymous memory (what it holds beside the page cache) is sampled while it runs.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Any
 
 DEFAULTS = {  # header -> recipe
     "llava-hf--llava-1.5-7b-hf": "llava-w4-vit8",
+    "llava-hf--llava-1.5-13b-hf": "llava-w4-vit8",
+    "llava-hf--llava-v1.6-34b-hf": "llava-w4-vit8",
     "Salesforce--blip2-opt-2.7b": "blip2-caption-w4",
     "Salesforce--blip2-itm-vit-g-coco": "blip2-retrieval-w4",
 }

@@ -33,14 +33,20 @@ def quantizable(name: str, prefix: str) -> int:
 
 def test_every_header_is_the_one_that_make_writes():
     assert set(HEADER_NAMES) == set(make.HEADERS)
-    assert len(HEADER_NAMES) == 5
+    assert len(HEADER_NAMES) == 7
     for name, build in make.HEADERS.items():
         assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
 
 
 @pytest.mark.parametrize(
     ("name", "count", "total"),
-    [(LLAVA, 686, 7_063_427_072), (OPT, 1_247, 3_744_761_856), (ITM, 809, 1_172_623_618)],
+    [
+        (LLAVA, 686, 7_063_427_072),
+        (make.LLAVA_13B, 758, 13_351_494_656),
+        (make.LLAVA_34B, 938, 34_752_076_800),
+        (OPT, 1_247, 3_744_761_856),
+        (ITM, 809, 1_172_623_618),
+    ],
 )
 def test_published_totals(name, count, total):
     assert len(header(name)) == count
@@ -52,6 +58,9 @@ def test_published_totals(name, count, total):
     [
         (LLAVA, "vision_tower.", 301_989_888),
         (LLAVA, "language_model.", 6_476_005_376),
+        (make.LLAVA_13B, "language_model.", 12_687_769_600),  # 40 blocks of 4 squares of 5,120 and 3 of 13,824 x 5,120
+        (make.LLAVA_34B, "vision_tower.", 301_989_888),
+        (make.LLAVA_34B, "language_model.", 33_470_545_920),  # 60 blocks; keys and values have 1,024 rows
         (OPT, "vision_model.", 984_023_040),
         (OPT, "qformer.", 104_988_672),
         (OPT, "language_model.", 2_516_582_400),

@@ -21,6 +21,8 @@ OPT_67B = "Salesforce--blip2-opt-6.7b"
 ITM_COCO = "Salesforce--blip2-itm-vit-g-coco"
 ITM = "Salesforce--blip2-itm-vit-g"
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
+LLAVA_13B = "llava-hf--llava-1.5-13b-hf"
+LLAVA_34B = "llava-hf--llava-v1.6-34b-hf"
 
 
 def affine(name: str, rows: int, columns: int) -> dict[str, list[int]]:
@@ -59,9 +61,12 @@ def clip_tower(prefix: str, dtype: str, width: int, inner: int, blocks: int, pat
     }
 
 
-def llama(prefix: str, dtype: str, width: int, inner: int, blocks: int, vocabulary: int) -> Tensors:
-    """Llama with multi-head attention (key and value as wide as query) and an untied output matrix."""
-    block = {f"self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+def llama(
+    prefix: str, dtype: str, width: int, inner: int, blocks: int, vocabulary: int, pairs: int | None = None
+) -> Tensors:
+    """Llama with an untied output matrix. pairs: features of key and of value; None: as many as query has."""
+    rows = {"q": width, "k": pairs or width, "v": pairs or width, "o": width}
+    block = {f"self_attn.{name}_proj.weight": [rows[name], width] for name in "qkvo"}
     block |= {f"mlp.{name}_proj.weight": [inner, width] for name in ("gate", "up")}
     block |= {"mlp.down_proj.weight": [width, inner]}
     block |= {f"{name}.weight": [width] for name in ("input_layernorm", "post_attention_layernorm")}
@@ -131,17 +136,15 @@ def opt(prefix: str, dtype: str, width: int, inner: int, blocks: int, vocabulary
     }
 
 
-def llava_7b() -> dict[str, Any]:
-    """LLaVA-1.5 7B: CLIP-L/336, a two-linear projector, Vicuna 7B."""
-    text = {
-        "_name_or_path": "lmsys/vicuna-7b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    }
+def llava(
+    text: dict[str, Any], width: int, inner: int, blocks: int, image_token: int, pairs: int | None = None
+) -> dict[str, Any]:
+    """LLaVA-1.5: CLIP-L/336, a two-linear projector, a Llama.
+
+    text: its configuration. width, inner, blocks, pairs: of the Llama, as in `llama`.
+    """
+    text = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16", **text}
+    text = dict(sorted(text.items()))
     vision = {
         "hidden_size": 1024,
         "image_size": 336,
@@ -157,9 +160,9 @@ def llava_7b() -> dict[str, Any]:
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
         "image_seq_length": 576,
-        "image_token_index": 32000,
+        "image_token_index": image_token,
         "model_type": "llava",
-        "pad_token_id": 32001,
+        "pad_token_id": image_token + 1,
         "projector_hidden_act": "gelu",
         "text_config": text,
         "tie_word_embeddings": False,
@@ -168,13 +171,58 @@ def llava_7b() -> dict[str, Any]:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    projector = affine("linear_1", 4096, 1024) | affine("linear_2", 4096, 4096)
+    projector = affine("linear_1", width, 1024) | affine("linear_2", width, width)
     tensors = {
         **clip_tower("vision_tower.vision_model.", "F16", 1024, 4096, 24, 14, 336),
         **at("multi_modal_projector.", "F16", projector),
-        **llama("language_model.", "F16", 4096, 11008, 32, 32064),
+        **llama("language_model.", "F16", width, inner, blocks, text["vocab_size"], pairs),
     }
     return {"config": config, "shard_bytes": 5 * 10**9, "tensors": tensors}
+
+
+def llava_7b() -> dict[str, Any]:
+    """LLaVA-1.5 7B: Vicuna 7B, whose shapes are the defaults of transformers and left out."""
+    text = {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+    }
+    return llava(text, 4096, 11008, 32, 32000)
+
+
+def llava_13b() -> dict[str, Any]:
+    """LLaVA-1.5 13B: Vicuna 13B."""
+    text = {
+        "_name_or_path": "lmsys/vicuna-13b-v1.5",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 40,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+    }
+    return llava(text, 5120, 13824, 40, 32000)
+
+
+def llava_34b() -> dict[str, Any]:
+    """LLaVA-NeXT 34B's shapes as LLaVA-1.5: Yi 34B, whose 56 heads of queries share 8 of keys and values."""
+    text = {
+        "_name_or_path": "NousResearch/Nous-Hermes-2-Yi-34B",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 56,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 5000000.0,
+        "vocab_size": 64064,
+    }
+    note = "LLaVA-NeXT 34B's shapes as plain LLaVA-1.5: one picture of 336 pixels, no image_newline"
+    return {"note": note, **llava(text, 7168, 20480, 60, 64000, pairs=8 * 128)}
 
 
 def blip2_config(architecture: str) -> dict[str, Any]:
@@ -271,6 +319,8 @@ def blip2_itm(image: int = 364) -> dict[str, Any]:
 
 HEADERS = {
     LLAVA_7B: llava_7b,
+    LLAVA_13B: llava_13b,
+    LLAVA_34B: llava_34b,
     OPT_27B: blip2_opt,
     OPT_67B: blip2_opt_67b,
     ITM_COCO: blip2_itm,
