@@ -60,7 +60,6 @@ def write(
     try:
         temporary.mkdir(parents=True)
         with ThreadPoolExecutor() as pool:
-            hashes = pool.map(lambda name: (name, sha256(checkpoint.folder / name)), checkpoint.files())
             writer = ShardWriter(temporary, shard_bytes)
             digests = _write_tensors(plan, checkpoint, workdir, writer, device, on_event)
             shards = writer.finish()
@@ -68,7 +67,7 @@ def write(
             names = sorted(path.name for path in temporary.iterdir())
             files = dict(zip(names, pool.map(lambda name: sha256(temporary / name), names), strict=True))
             manifest = _manifest(plan, digests, workdir) | {
-                "source": {"model": plan.origin, "shards": dict(hashes)},
+                "source": {"model": plan.origin, "shards": checkpoint.shard_hashes(on_event)},
                 "provenance": dict(provenance),
                 "files": files,
                 "shards": shards,

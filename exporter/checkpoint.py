@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.errors import CheckpointError
+from exporter.events import Event, ignore
+from exporter.file_hashes import hash_files, start_hashing
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -143,26 +145,24 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / info.file}: cannot read {name} ({error})") from None
         return tensor.to(info.dtype)
 
-    def close(self) -> None:
-        """Drop the memory maps."""
-        self._open.clear()
-
     def files(self) -> list[str]:
         """The shard files, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
-    def digest(self) -> str:
-        """Cheap identity of the weights: sizes and 64 evenly spread pages of every shard, sha256."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in self.files():
-            path = self.folder / name
-            size = path.stat().st_size
-            digest.update(f"{name}:{size}".encode())
-            with path.open("rb") as file:
-                for i in range(64):
-                    file.seek(max(0, size - 4096) * i // 63)
-                    digest.update(file.read(4096))
-        return digest.hexdigest()
+    def start_hashing(self) -> None:
+        """Begin to hash every shard in the background, so that `shard_hashes` and `digest` have little to wait for."""
+        start_hashing(self.folder / file for file in self.files())
+
+    def shard_hashes(self, on_event: Callable[[Event], None] = ignore) -> dict[str, str]:
+        """Shard file -> sha256 of the whole file, hex; each is read once per process (see `file_hashes`)."""
+        paths = [self.folder / file for file in self.files()]
+        hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
+        return {path.name: hashed for path, hashed in hashes.items()}
+
+    def digest(self, on_event: Callable[[Event], None] = ignore) -> str:
+        """The checkpoint's identity: sha256 over every byte of every shard, and the configuration."""
+        content = {"config": self.config, "shards": self.shard_hashes(on_event)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

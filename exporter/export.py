@@ -90,6 +90,7 @@ def export(
     clock = Clock(device)
     artifact.refuse_occupied(out, overwrite, work or default_work(out))
     plan, checkpoint = prepare(recipe, device)
+    checkpoint.start_hashing()
     if plan.memory.device_bytes > device.free_bytes:
         raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
     calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)

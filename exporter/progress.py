@@ -13,6 +13,7 @@ from exporter.events import Event
 from exporter.interrupt import raise_if_asked
 
 NAMES = {
+    "hash": "hashing the source, MiB",
     "calibrate": "reading calibration data",
     "quantize": "quantizing blocks",
     "write": "writing shards",
