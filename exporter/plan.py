@@ -13,7 +13,7 @@ from exporter.checkpoint import Checkpoint, TensorInfo
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.families import Component, Family
-from exporter.formats import FORMATS, packed_bytes
+from exporter.formats import FORMATS
 from exporter.memory import Memory, predict_memory
 from exporter.methods import METHODS
 from exporter.quantized import Scheme
@@ -233,7 +233,8 @@ def _linear_row(
     if refused:
         problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refused}")
         return replace(row, decision="packed", rule=rule)
-    size = packed_bytes(scheme, tensor.shape, format_name, stored_scale_dtype(tensor.dtype))
+    scale_bytes = stored_scale_dtype(tensor.dtype).itemsize
+    size = FORMATS[format_name].stored_bytes(scheme, tensor.shape[1], tensor.shape[0], scale_bytes)
     return replace(row, decision="packed", rule=rule, bytes_after=size)
 
 

@@ -180,6 +180,11 @@ class Grid:
         return self.scale.is_cuda and self.scheme.number == "int"
 
 
+def packed_words(count: int, bits: int) -> int:
+    """Words of 32 bits in one row of what `pack_bits` makes of `count` codes."""
+    return -(-count * bits // 32)
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack codes uint8 `[rows, n]`, all below `2**bits`, into a dense little-endian bit stream along the last axis.
 
@@ -193,7 +198,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     stream = torch.zeros(rows, (n + padded) * bits // 8, dtype=torch.uint8, device=codes.device)
     for code, octet, shift in parts:
         stream[:, octet::octets] |= _shifted(codes[:, code::period], shift)
-    return stream.view(torch.int32)[:, : -(-n * bits // 32)].contiguous()
+    return stream.view(torch.int32)[:, : packed_words(n, bits)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:

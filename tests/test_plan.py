@@ -10,7 +10,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.families import FAMILIES
-from exporter.formats import packed_bytes
+from exporter.formats import FORMATS
 from exporter.plan import Plan, make_plan
 from exporter.quantized import Scheme
 from exporter.recipe import Recipe, Rule
@@ -59,7 +59,7 @@ def test_sizes_count_scales_and_match_arithmetic(big: Checkpoint) -> None:
     assert weights == 6_476_005_376
     shapes = 16 * len(language)  # weight_shape, two int64
     assert sum(row.bytes_after for row in language) == weights // 2 + weights // 128 * 2 + shapes
-    assert packed_bytes(Scheme(8, "row"), (1024, 4096), "compressed_tensors", torch.float16) == 4096 * 1024 + 2048 + 16
+    assert FORMATS["compressed_tensors"].stored_bytes(Scheme(8, "row"), 4096, 1024, 2) == 4096 * 1024 + 2048 + 16
     assert plan.bytes_before == 2 * plan.parameters
     assert 4.6 < plan.bits_per_weight < 4.9  # the paper counts 4.656 without scales
 

@@ -5,7 +5,6 @@ with what `Format` asks for and add a line to `FORMATS`.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from exporter.formats import autoawq, autogptq, compressed_tensors
@@ -34,7 +33,10 @@ class Format(Protocol):
         """Names of the tensors that stand for the linear `name` (its checkpoint name without `.weight`)."""
 
     def pack(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear; on meta tensors too, for their sizes."""
+        """The tensors of one linear."""
+
+    def stored_bytes(self, scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
+        """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
         """The inverse of `pack`."""
@@ -59,18 +61,3 @@ def read_groups(format_name: str, config: Mapping[str, Any]) -> list[Group]:
     """The groups of an artifact by its config.json; none where everything was dequantized."""
     found = config.get("quantization_config")
     return FORMATS[format_name].read_config(found) if found else []
-
-
-def packed_bytes(scheme: Scheme, shape: tuple[int, ...], format_name: str, scale_dtype: torch.dtype) -> int:
-    """Bytes of one packed linear, from a run of the real packer on shapes alone."""
-    rows, columns = shape
-    groups = scheme.groups(columns)
-    with torch.device("meta"):
-        shell = QuantizedLinear(
-            scheme,
-            torch.empty(rows, columns, dtype=torch.uint8),
-            torch.empty(rows, groups, dtype=scale_dtype),
-            torch.empty(rows, groups, dtype=torch.uint8),
-        )
-        tensors = FORMATS[format_name].pack("", shell)
-    return sum(t.numel() * t.itemsize for t in tensors.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
-from exporter.quantized import GroupSize, QuantizedLinear, Scheme, pack_bits, unpack_bits
+from exporter.quantized import GroupSize, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "awq"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
@@ -49,7 +49,7 @@ def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of one linear; works on meta tensors, for sizes alone.
+    """The tensors of one linear.
 
     scales keep the dtype of `linear.scale`: rounding bfloat16 to the float16 of older files would change the weights.
     """
@@ -58,6 +58,12 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         f"{name}.qzeros": pack_bits(_reordered(linear.zero.T, ORDER), 4),
         f"{name}.scales": linear.scale.T.contiguous(),
     }
+
+
+def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
+    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    groups = scheme.groups(columns)
+    return 4 * (columns + groups) * packed_words(rows, 4) + rows * groups * scale_bytes
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
-from exporter.quantized import QuantizedLinear, Scheme, pack_bits, unpack_bits
+from exporter.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "gptq"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
@@ -52,7 +52,7 @@ def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of one linear; works on meta tensors, for sizes alone.
+    """The tensors of one linear.
 
     scales keep the dtype of `linear.scale`: rounding bfloat16 to the float16 of older files would change the weights.
     """
@@ -64,6 +64,13 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         f"{name}.scales": linear.scale.T.contiguous(),
         f"{name}.g_idx": group.to(torch.int32),
     }
+
+
+def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
+    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    codes = rows * packed_words(columns, scheme.bits)
+    zeros = scheme.groups(columns) * packed_words(rows, scheme.bits)
+    return 4 * (codes + zeros + columns) + rows * scheme.groups(columns) * scale_bytes  # columns: `g_idx`
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from exporter.formats.group import Group
-from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, unpack_bits
+from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "compressed_tensors"
 # All scales are 1 (docs/serving.md says when that is enough).
@@ -63,7 +63,7 @@ def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of one linear; works on meta tensors, for sizes alone."""
+    """The tensors of one linear."""
     scheme, scale = linear.scheme, linear.scale
     if scheme.number == "fp8":
         return {f"{name}.weight": linear.codes.view(FP8), f"{name}.weight_scale": scale}
@@ -78,6 +78,16 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     if not scheme.symmetric:
         tensors[f"{name}.weight_zero_point"] = pack_bits(linear.zero.T.contiguous(), scheme.bits).T.contiguous()
     return tensors
+
+
+def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
+    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    groups = scheme.groups(columns)
+    scales = rows * groups * scale_bytes
+    if _layout(scheme) != "pack-quantized":
+        return rows * columns + scales
+    zeros = 0 if scheme.symmetric else 4 * packed_words(rows, scheme.bits) * groups
+    return 4 * rows * packed_words(columns, scheme.bits) + scales + 2 * 8 + zeros  # two int64: `weight_shape`
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
