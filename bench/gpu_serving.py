@@ -178,7 +178,7 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
     if component and "doubled" in found:
         doubled = Doubled(component, case / "doubled", read_replies(found["doubled"]))
     linears = found["plain"]["linears"]
-    told = artifact.manifest["format"] == "compressed_tensors"
+    told = artifact.manifest.format == "compressed_tensors"
     problems = scheme_problems(artifact, {n: pair[0] for n, pair in linears.items()}) if told else []
     compared, control, more = judge(artifact, samples, read_replies(found["plain"]), doubled, processor, session)
     row: dict[str, Any] = {"case": name, "verdict": "differs" if problems + more else "passed"}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,19 +19,28 @@ import yaml
 from torch import Tensor
 
 from exporter.activations import Rounded
-from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, read_json, sha256, write_text
+from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, sha256, write_text
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS, read_groups
 from exporter.formats.group import Group
 from exporter.job import finite
+from exporter.manifest import (
+    MANIFEST,
+    Bytes,
+    Manifest,
+    Provenance,
+    RecipeIdentity,
+    Source,
+    read_manifest,
+    write_manifest,
+)
 from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear, Scheme, pack_bits
 from exporter.targets import artifact_config, cache_scales
 from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
 
-MANIFEST = "mmq_manifest.json"
 REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -52,7 +61,7 @@ def write(
 ) -> None:
     """Write the artifact to `out`, over an older one (CheckpointError when a source is bad).
 
-    provenance: what the manifest says of calibration data (ids, seed) and device. device: where codes are packed.
+    provenance: of calibration data and device, for the manifest. device: where codes are packed.
     check: called with the complete folder before it gets its name; what it raises leaves `out` as it was.
     """
     temporary = out.with_name(f".{out.name}.mmq-tmp")
@@ -66,13 +75,9 @@ def write(
             _write_texts(plan, checkpoint, temporary)
             names = sorted(path.name for path in temporary.iterdir())
             files = dict(zip(names, pool.map(lambda name: sha256(temporary / name), names), strict=True))
-            manifest = _manifest(plan, digests, workdir) | {
-                "source": {"model": plan.origin, "shards": checkpoint.shard_hashes(on_event)},
-                "provenance": dict(provenance),
-                "files": files,
-                "shards": shards,
-            }
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
+            source = Source(model=plan.origin, shards=checkpoint.shard_hashes(on_event))
+            write_manifest(temporary, _manifest(plan, workdir, digests, source, made, files, shards))
         check(temporary)
         _put_in_place(temporary, out)
     except OSError as error:
@@ -110,7 +115,7 @@ def refuse_occupied(out: Path, overwrite: bool, work: Path) -> None:
 def _unfinished(out: Path, work: Path) -> bool:
     if not ((out / MANIFEST).exists() and (work / JOB).exists()) or (out / REPORT).exists():
         return False
-    return bool(read_json(out / MANIFEST).get("fingerprint") == fingerprint_of(work))
+    return read_manifest(out).fingerprint == fingerprint_of(work)
 
 
 def _write_tensors(
@@ -172,22 +177,33 @@ def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _manifest(plan: Plan, digests: dict[str, str], workdir: Workdir) -> dict[str, Any]:
+def _manifest(
+    plan: Plan,
+    workdir: Workdir,
+    digests: dict[str, str],
+    source: Source,
+    provenance: Provenance,
+    files: dict[str, str],
+    shards: Sequence[str],
+) -> Manifest:
     results = [workdir.read_notes(unit) for unit in plan.units]
-    return {
-        "format_version": 1,
-        "family": plan.family.name,
-        "format": plan.recipe.format,
-        "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.digest()},
-        "fingerprint": workdir.fingerprint,
-        "versions": {name: _version(name) for name in PACKAGES},
-        "units": [unit.block for unit in plan.units],
-        "linears": digests,
-        "errors": {name: error for errors, _ in results for name, error in errors.items()},
-        "notes": [note for _, notes in results for note in notes],
-        "bits_per_weight": plan.bits_per_weight,
-        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
-    }
+    return Manifest(
+        family=plan.family.name,
+        format=plan.recipe.format,
+        recipe=RecipeIdentity(name=plan.recipe.name, sha256=plan.recipe.digest()),
+        source=source,
+        provenance=provenance,
+        files=files,
+        linears=digests,
+        errors={name: error for errors, _ in results for name, error in errors.items()},
+        units=tuple(unit.block for unit in plan.units),
+        bytes=Bytes(before=plan.bytes_before, after=plan.bytes_after),
+        bits_per_weight=plan.bits_per_weight,
+        versions={name: _version(name) for name in PACKAGES},
+        shards=tuple(shards),
+        fingerprint=workdir.fingerprint,
+        notes=tuple(note for _, notes in results for note in notes),
+    )
 
 
 def _version(package: str) -> str:
@@ -202,26 +218,22 @@ class Artifact:
     """A finished artifact, read back: its tensors by checkpoint name, quantized ones unpacked on `device`."""
 
     checkpoint: Checkpoint
-    manifest: dict[str, Any]
+    manifest: Manifest
     groups: tuple[Group, ...]
     device: torch.device
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | None = None) -> "Artifact":
         """Headers, config and manifest; ArtifactError when the folder is no mmq artifact."""
-        if not (folder / MANIFEST).exists():
-            raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
-        manifest = read_json(folder / MANIFEST)
-        if manifest.get("family") not in FAMILIES or not {"format", "linears", "files", "units"} <= manifest.keys():
-            raise ArtifactError(f"{folder / MANIFEST} is damaged, or of a newer mmq", "export the artifact again")
+        manifest = read_manifest(folder)
         checkpoint = Checkpoint.open(folder, origin=folder.name)
-        found = read_groups(manifest["format"], checkpoint.config)
+        found = read_groups(manifest.format, checkpoint.config)
         return cls(checkpoint, manifest, tuple(found), device or torch.device("cpu"))
 
     @property
     def family(self) -> Family:
         """The model family."""
-        return FAMILIES[self.manifest["family"]]
+        return FAMILIES[self.manifest.family]
 
     def source_config(self) -> dict[str, Any]:
         """config.json as the source had it: what builds the model that the dequantized tensors go into."""
@@ -229,7 +241,7 @@ class Artifact:
 
     def names(self) -> list[str]:
         """Checkpoint names of all tensors, as if nothing were packed."""
-        packed = {module: self._stored(module) for module in self.manifest["linears"]}
+        packed = {module: self._stored(module) for module in self.manifest.linears}
         inside = {name for names in packed.values() for name in names}
         whole = [name for name in self.checkpoint.tensors if name not in inside and not name.endswith(CACHE_SCALES)]
         return whole + [f"{module}.weight" for module in packed]
@@ -245,7 +257,7 @@ class Artifact:
         return matches.pop()
 
     def _stored(self, module: str) -> tuple[str, ...]:
-        names: tuple[str, ...] = FORMATS[self.manifest["format"]].tensor_names(module, self.scheme_of(module))
+        names: tuple[str, ...] = FORMATS[self.manifest.format].tensor_names(module, self.scheme_of(module))
         return names
 
     @property
@@ -256,20 +268,20 @@ class Artifact:
 
     def rounded(self) -> Rounded:
         """What an engine rounds while it computes."""
-        kinds = {module: self.scheme_of(module).activations for module in self.manifest["linears"]}
+        kinds = {module: self.scheme_of(module).activations for module in self.manifest.linears}
         return Rounded({self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache)
 
     def linear(self, module: str) -> QuantizedLinear:
         """One packed linear, unpacked."""
         scheme = self.scheme_of(module)
         tensors = {name: self.checkpoint.read(name).to(self.device) for name in self._stored(module)}
-        linear: QuantizedLinear = FORMATS[self.manifest["format"]].unpack(module, tensors, scheme)
+        linear: QuantizedLinear = FORMATS[self.manifest.format].unpack(module, tensors, scheme)
         return linear
 
     def read(self, name: str) -> Tensor:
         """One tensor by its checkpoint name, as an engine multiplies by it where it is packed."""
         module = name.removesuffix(".weight")
-        if module in self.manifest["linears"]:
+        if module in self.manifest.linears:
             return self.linear(module).as_served()
         return self.checkpoint.read(name)
 

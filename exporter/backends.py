@@ -137,7 +137,7 @@ def _check_root(server: Server, entry: dict[str, Any], folder: Path | None) -> N
 
 def weights_digest(artifact: Artifact) -> str:
     """Identity of an artifact's weights: the manifest's hashes and a sample of what is on disk now."""
-    return digest([artifact.manifest["files"], artifact.checkpoint.digest()])
+    return digest([artifact.manifest.files, artifact.checkpoint.digest()])
 
 
 def _identity(family: Family, weights: str, texts: Checkpoint) -> dict[str, Any]:

@@ -87,13 +87,13 @@ def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str
 
     widths = sorted({_width(part.scheme) for part in facts.parts if part.packed})
     methods = sorted({method for part in facts.parts for method in part.methods})
-    tags = ["vllm", str(facts.manifest["format"]).replace("_", "-"), *widths, *methods, "vision", "mmq"]
+    tags = ["vllm", facts.manifest.format.replace("_", "-"), *widths, *methods, "vision", "mmq"]
     base = base_model(facts, declared)
     results = eval_results(facts)
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(facts.manifest["family"], "image-text-to-text"),
+        pipeline_tag=PIPELINES.get(facts.manifest.family, "image-text-to-text"),
         tags=[*tags, "unproven"] if problems else tags,
         datasets=list(declared.datasets) or known_datasets(facts) or None,
         language=list(declared.language) or None,
@@ -144,14 +144,14 @@ def benchmark_results(facts: Facts, declared: Declared) -> str:
 
 def known_datasets(facts: Facts) -> list[str]:
     """Hub ids of the calibration data, as far as the manifest's sources are data sets of the hub."""
-    wanted = facts.manifest["provenance"]["calibration"]
-    named = [name.removeprefix("hub ") for name in wanted["data"].split(", ") if name.startswith("hub ")]
-    return sorted({repo for name in named if (repo := repo_of(name))}) if wanted["samples"] else []
+    wanted = facts.manifest.provenance.calibration
+    named = [name.removeprefix("hub ") for name in wanted.data.split(", ") if name.startswith("hub ")]
+    return sorted({repo for name in named if (repo := repo_of(name))}) if wanted.samples else []
 
 
 def data_name(facts: Facts) -> str:
     """Where the test samples come from, in words."""
-    calibration = facts.manifest["provenance"]["calibration"]["data"]
+    calibration = facts.manifest.provenance.calibration.data
     return in_words((facts.report or {}).get("evaluation", {}).get("data", calibration))
 
 
@@ -168,11 +168,11 @@ def _introduction(facts: Facts, declared: Declared) -> str:
         source = f"The small model `{facts.source}` that comes with mmq"
     else:
         source = f"A local model (`{facts.source}`)"
-    size = facts.manifest["bytes"]
+    size = facts.manifest.bytes
     return (
         f"{source}, quantized by mmq with the recipe `{facts.recipe['name']}` into an artifact that vLLM serves: "
-        f"{gigabytes(size['after'])} instead of {gigabytes(size['before'])}, "
-        f"{facts.manifest['bits_per_weight']:.2f} bits a weight with scales and everything else counted."
+        f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
+        f"{facts.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
     )
 
 
@@ -195,7 +195,7 @@ def _parts(facts: Facts) -> str:
         for part in facts.parts
     ]
     named = {part.component for part in facts.parts}
-    components = [c.name for c in FAMILIES[facts.manifest["family"]].components]
+    components = [c.name for c in FAMILIES[facts.manifest.family].components]
     rows += [[name, "", "16 bits, not quantized", "", "as in the source"] for name in components if name not in named]
     rows.append(["everything else", "", "16 bits, not quantized", "", "as in the source"])
     return (
@@ -241,23 +241,23 @@ def lost(gate: Mapping[str, Any]) -> str:
 
 
 def _calibration(facts: Facts) -> str:
-    wanted = facts.manifest["provenance"]["calibration"]
-    if not wanted["samples"]:
+    wanted = facts.manifest.provenance.calibration
+    if not wanted.samples:
         return "None: no method of this recipe looks at data."
     return (
-        f"{len(wanted['samples'])} training samples of {in_words(wanted['data'])}, chosen with seed {wanted['seed']}. "
+        f"{len(wanted.samples)} training samples of {in_words(wanted.data)}, chosen with seed {wanted.seed}. "
         "`mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares them by their pixels with "
         "the test samples and stops when a picture is in both."
     )
 
 
 def _provenance(repo: str, facts: Facts) -> str:
-    versions = facts.manifest["versions"]
+    versions = facts.manifest.versions
     shown = ", ".join(f"{name} {versions[name]}" for name in ("mmq", "torch", "transformers") if name in versions)
     return (
         f"- source: `{facts.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
-        f"- recipe: `recipe.yaml` (sha256 `{facts.manifest['recipe']['sha256']}`)\n"
-        f"- made with {shown} on {facts.manifest['provenance']['device']}\n"
+        f"- recipe: `recipe.yaml` (sha256 `{facts.manifest.recipe.sha256}`)\n"
+        f"- made with {shown} on {facts.manifest.provenance.device}\n"
         f"- check this repository against its manifest: `mmq verify hub:{repo}`"
     )
 
@@ -266,8 +266,7 @@ def _limits(facts: Facts) -> str:
     lines = []
     if DRAWINGS in data_name(facts):
         lines.append("- The drawings are of colored shapes. They show that it works, not how good it is.")
-    notes = [str(note) for note in facts.manifest.get("notes", [])]
-    lines += [f"- while quantizing: {note}" for note in notes]
+    lines += [f"- while quantizing: {note}" for note in facts.manifest.notes]
     lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")
     lines.append("- It answers no better than the source: that model's limits and license hold here too.")
     return "\n".join(lines)

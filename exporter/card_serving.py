@@ -9,7 +9,7 @@ VLLM_IMAGE = f"vllm/vllm-openai:v{TRIED}"
 
 def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
     """Commands for vLLM and Docker, a request, and what `mmq check` found. lacks_start: see `card.render`."""
-    family = FAMILIES[facts.manifest["family"]]
+    family = FAMILIES[facts.manifest.family]
     if family.unserved:
         return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"

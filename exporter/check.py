@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import MANIFEST, REPORT, Artifact
+from exporter.artifact import REPORT, Artifact
 from exporter.checkpoint import read_json, write_text
 from exporter.device import Device, release
 from exporter.events import Event
+from exporter.manifest import ServingVerdict, read_manifest, write_manifest
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
@@ -115,7 +116,7 @@ def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Sess
         logs = session.logs or scratch
         logs.mkdir(parents=True, exist_ok=True)
         asked = _ask_engine(folder, artifact, samples, session, logs / "engine.log")
-        replies, told = asked.replies, artifact.manifest["format"] == "compressed_tensors"
+        replies, told = asked.replies, artifact.manifest.format == "compressed_tensors"
         problems = scheme_problems(artifact, asked.schemes) if told else []
         doubled = None
         if control and component and not problems:
@@ -205,7 +206,7 @@ def png(sample: Sample) -> bytes:
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
     """Linears that the engine gave another scheme than the artifact's, or none."""
     problems = []
-    for module in artifact.manifest["linears"]:
+    for module in artifact.manifest.linears:
         name = artifact.family.engine_name(module)
         expected, found = engine_class(artifact.scheme_of(module)), log.get(name) or log.get(module)
         if found not in expected:
@@ -238,9 +239,8 @@ def keep(folder: Path, checked: Checked) -> None:
     path = folder / REPORT
     report = read_json(path) if path.exists() else {}
     write_text(path, json.dumps({**report, "serving": as_plain(checked)}, indent=1, sort_keys=True) + "\n")
-    verdict = {"engine": f"vllm {checked.engine}", "build": checked.build, "passed": checked.passed}
-    manifest = read_json(folder / MANIFEST) | {"serving": verdict}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    verdict = ServingVerdict(engine=f"vllm {checked.engine}", build=checked.build, passed=checked.passed)
+    write_manifest(folder, read_manifest(folder).model_copy(update={"serving": verdict}))
 
 
 def as_plain(checked: Checked) -> dict[str, Any]:

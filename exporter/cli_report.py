@@ -42,7 +42,7 @@ def report(
     from exporter.study.gallery import as_data, components_of, gather
 
     facts = read_facts(artifact.resolve().name, folder_reader(artifact))
-    known = {component.name for component in FAMILIES[facts.manifest["family"]].components}
+    known = {component.name for component in FAMILIES[facts.manifest.family].components}
     foreign = components_of(studied) - known if studied else set()
     if foreign:
         raise DataError(f"{studied} studies another model: {artifact} has no {', '.join(sorted(foreign))}")

@@ -114,7 +114,7 @@ def _faster(artifact: "Artifact", flags: tuple[str, ...], on: Hardware) -> str:
     from exporter.runtime.faster import CARD, advice, faster
     from exporter.runtime.serve_lint import head_size
 
-    if artifact.manifest["format"] != "compressed_tensors" or on not in (None, CARD):
+    if artifact.manifest.format != "compressed_tensors" or on not in (None, CARD):
         return ""
     language = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
     others = {group.scheme for group in artifact.groups} - language
@@ -123,7 +123,8 @@ def _faster(artifact: "Artifact", flags: tuple[str, ...], on: Hardware) -> str:
 
 def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
     """The command that serves it here (ServeError when none can)."""
-    from exporter.artifact import MANIFEST, Artifact
+    from exporter.artifact import Artifact
+    from exporter.manifest import MANIFEST
     from exporter.runtime.launch import launch
     from exporter.runtime.plugin import with_plugin
     from exporter.runtime.vllm_engine import free_port

@@ -21,14 +21,14 @@ def difference(first: Facts, second: Facts) -> tuple[Change, ...]:
     """Everything that differs, the important first; empty when both were made in the same way from the same model."""
     changes = [
         *_words("source model", first.source, second.source),
-        *_words("format", str(first.manifest["format"]), str(second.manifest["format"])),
+        *_words("format", first.manifest.format, second.manifest.format),
         *_parts(first, second),
-        *_numbers("bits a weight", first.manifest["bits_per_weight"], second.manifest["bits_per_weight"], "{:.2f}"),
+        *_numbers("bits a weight", first.manifest.bits_per_weight, second.manifest.bits_per_weight, "{:.2f}"),
         *_numbers("bytes", first.bytes, second.bytes, "{:,.0f}"),
         *_metrics(first, second),
         *_words("gates", verdict(first), verdict(second)),
         *_recipe(first.recipe, second.recipe),
-        *_versions(first.manifest["versions"], second.manifest["versions"]),
+        *_versions(first.manifest.versions, second.manifest.versions),
     ]
     changed = {name for name in _linears(first) | _linears(second) if _digest(first, name) != _digest(second, name)}
     if changed:
@@ -45,11 +45,11 @@ def verdict(facts: Facts) -> str:
 
 
 def _linears(facts: Facts) -> set[str]:
-    return set(facts.manifest["linears"])
+    return set(facts.manifest.linears)
 
 
 def _digest(facts: Facts, name: str) -> Any:
-    return facts.manifest["linears"].get(name)
+    return facts.manifest.linears.get(name)
 
 
 def _words(what: str, first: str, second: str) -> list[Change]:

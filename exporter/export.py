@@ -17,6 +17,7 @@ from exporter.demo import MODELS
 from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
 from exporter.errors import DataError, PlanError
 from exporter.events import Event
+from exporter.manifest import read_manifest
 from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
 from exporter.predict import batches
@@ -142,8 +143,8 @@ def _samples(
 
 def refuse_calibrated(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> None:
     """DataError when the artifact in `out` was calibrated on a picture that `evaluation` shows, by its manifest."""
-    kept = artifact.Artifact.open(out).manifest["provenance"]["calibration"]["samples"]
-    seen = [data.Trace.from_json(sample) for sample in kept]
+    kept = read_manifest(out).provenance.calibration.samples
+    seen = [data.Trace.from_json(sample.model_dump(exclude_none=True)) for sample in kept]
     data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
-from exporter.artifact import MANIFEST, REPORT, target_matches
+from exporter.artifact import REPORT, target_matches
 from exporter.errors import ArtifactError
 from exporter.families import FAMILIES
-from exporter.fields import RECIPE_FIELDS, require, require_manifest, require_report, require_serving
+from exporter.fields import RECIPE_FIELDS, require, require_report, require_serving
 from exporter.formats import read_groups
 from exporter.hub import PREFIX, open_remote, split
+from exporter.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.quantized import Scheme
 
 Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
@@ -39,7 +40,7 @@ class Facts:
     """One artifact. report: None when it was never evaluated. serving: what `mmq check` found, None before it ran."""
 
     name: str
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     report: Mapping[str, Any] | None
     recipe: Mapping[str, Any]
     parts: tuple[Part, ...]
@@ -48,12 +49,12 @@ class Facts:
     @property
     def source(self) -> str:
         """The full-precision model: `org/name@commit`, or a local name."""
-        return str(self.manifest["source"]["model"])
+        return self.manifest.source.model
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return int(self.manifest["bytes"]["after"])
+        return self.manifest.bytes.after
 
     def metrics(self) -> dict[str, tuple[float, float]]:
         """`task metric` -> full precision, artifact; empty without a report."""
@@ -79,13 +80,12 @@ def folder_reader(folder: Path) -> Read:
 
 def read_facts(name: str, read: Read) -> Facts:
     """ArtifactError when manifest, recipe or configuration are missing or damaged."""
+    manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
     try:
-        manifest = json.loads(_needed(name, read, MANIFEST))
         config = json.loads(_needed(name, read, "config.json"))
         recipe = yaml.safe_load(_needed(name, read, "recipe.yaml"))
         stored = read(REPORT)
         report = json.loads(stored) if stored is not None else None
-        require_manifest(manifest)
         require(recipe, RECIPE_FIELDS, "recipe.yaml")
         serving = require_serving(report) if stored is not None else None
         if serving is not None and report is not None and set(report) == {"serving"}:
@@ -94,7 +94,7 @@ def read_facts(name: str, read: Read) -> Facts:
             require_report(report)
         parts = _parts(manifest, config, recipe)
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ArtifactError(f"{name}: its manifest, recipe or report is damaged ({error})", "export it again") from None
+        raise ArtifactError(f"{name}: its recipe or report is damaged ({error})", "export it again") from None
     return Facts(name, manifest, report, recipe, parts, serving)
 
 
@@ -105,16 +105,16 @@ def _needed(name: str, read: Read, file: str) -> bytes:
     return found
 
 
-def _parts(manifest: Mapping[str, Any], config: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[Part, ...]:
+def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[Part, ...]:
     """Count the quantized linears by component and scheme, in the order of the data through the model."""
-    family = FAMILIES[manifest["family"]]
-    groups = read_groups(manifest["format"], config)
+    family = FAMILIES[manifest.family]
+    groups = read_groups(manifest.format, config)
     counts: dict[tuple[str, Scheme | None, bool], int] = {}
-    for module in {**manifest["linears"], **manifest["errors"]}:
-        packed = module in manifest["linears"]
+    for module in {**manifest.linears, **manifest.errors}:
+        packed = module in manifest.linears
         name = family.runtime_name(module)
         schemes = (g.scheme for g in groups if any(target_matches(target, name) for target in g.targets))
-        key = (component_of(module, manifest["family"]), next(schemes, None) if packed else None, packed)
+        key = (component_of(module, manifest.family), next(schemes, None) if packed else None, packed)
         counts[key] = counts.get(key, 0) + 1
     order = [component.name for component in family.components]
     parts = []

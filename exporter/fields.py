@@ -1,26 +1,9 @@
-"""What cards and comparisons need of a manifest and a report, checked before it is read: files may be anybody's."""
+"""What cards and comparisons need of a report, checked before it is read: files may be anybody's."""
 
 from collections.abc import Mapping
 from typing import Any
 
 NUMBER = (int, float)
-MANIFEST_FIELDS: dict[str, Any] = {
-    "files": dict,
-    "linears": dict,
-    "errors": dict,
-    "format": str,
-    "family": str,
-    "bits_per_weight": NUMBER,
-    "bytes.before": NUMBER,
-    "bytes.after": NUMBER,
-    "versions": dict,
-    "source.model": str,
-    "recipe.sha256": str,
-    "provenance.device": str,
-    "provenance.calibration.data": str,
-    "provenance.calibration.samples": list,
-    "provenance.calibration.seed": NUMBER,
-}
 RECIPE_FIELDS: dict[str, Any] = {"name": str, "model.repo": str, "quantize": list}
 SERVING_FIELDS: dict[str, Any] = {
     "engine": str,
@@ -72,15 +55,8 @@ def distance(serving: Mapping[str, Any], path: str) -> Mapping[str, Any] | None:
     return found
 
 
-def require_manifest(manifest: Any) -> None:
-    """ValueError unless `manifest` has everything that is read of it later."""
-    require(manifest, MANIFEST_FIELDS, "the manifest")
-    if not all(isinstance(digest, str) for digest in manifest["files"].values()):
-        raise ValueError("files of the manifest has something that is no hash")
-
-
 def require_report(report: Any) -> None:
-    """The same for a report."""
+    """ValueError unless `report` has everything that is read of it later."""
     require(report, REPORT_FIELDS, "the report")
     for measure in report["measures"]:
         require(measure, MEASURE_FIELDS, "a measure of the report")

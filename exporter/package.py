@@ -11,7 +11,7 @@ from typing import Any
 
 from yaml import YAMLError
 
-from exporter.artifact import MANIFEST, REPORT, Artifact
+from exporter.artifact import REPORT, Artifact
 from exporter.backends import weights_digest
 from exporter.card import (
     BEGIN,
@@ -33,6 +33,7 @@ from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.events import Event
 from exporter.facts import Facts, folder_reader, read_facts
 from exporter.hub import Remote, RemoteFile, open_remote
+from exporter.manifest import MANIFEST
 from exporter.runtime.launch import lacks_start
 from exporter.verify import verify
 
@@ -160,7 +161,7 @@ def local_files(folder: Path, facts: Facts) -> dict[str, Path | bytes]:
 
     The manifest may be anybody's: ArtifactError, always, when a name or a link in it leads out of the folder.
     """
-    names = [*facts.manifest["files"], MANIFEST, *([REPORT] if facts.report is not None else [])]
+    names = [*facts.manifest.files, MANIFEST, *([REPORT] if facts.report is not None else [])]
     outside = [name for name in names if not _bare(name) or (folder / name).is_symlink()]
     if outside:
         lines = "\n".join(f"  {name}" for name in outside)
@@ -181,7 +182,7 @@ def stale(remote: Remote, kept: set[str], replace: bool) -> tuple[str, ...]:
     if MANIFEST in remote.files:
         ours |= {MANIFEST, REPORT}
         with suppress(ArtifactError):  # a damaged manifest does not say what else was mmq's
-            ours |= set(read_facts(remote.name, remote.read).manifest["files"])
+            ours |= set(read_facts(remote.name, remote.read).manifest.files)
     there = remote.files.keys() - kept - {".gitattributes"}
     weights = {name for name in there - ours if "/" not in name and (name.endswith(".safetensors") or name == INDEX)}
     if weights and not replace:

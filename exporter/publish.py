@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.artifact import MANIFEST
 from exporter.card import CARD
 from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
 from exporter.events import Event
@@ -26,6 +25,7 @@ from exporter.hub import (
     speaking,
     without_xet,
 )
+from exporter.manifest import MANIFEST
 from exporter.package import Package, same
 from exporter.published import verify_remote
 from exporter.retry import retry_after

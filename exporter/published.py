@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from exporter.events import Event
 from exporter.facts import read_facts
 from exporter.formats import FORMATS, read_groups
 from exporter.hub import Remote
+from exporter.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Published:
 def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Published:
     """ArtifactError naming everything in which the repository is not what its manifest says."""
     facts = read_facts(remote.name, remote.read)
-    expected = dict(facts.manifest["files"])
+    expected = facts.manifest.files
     problems, fetched = [], 0
     for i, (name, digest) in enumerate(sorted(expected.items())):
         found = remote.files.get(name)
@@ -52,27 +52,27 @@ def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Publishe
     shards = {name for name in remote.files if name.endswith(".safetensors") and "/" not in name}
     problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
     if not problems:
-        problems = _missing_tensors(remote, dict(facts.manifest))
+        problems = _missing_tensors(remote, facts.manifest)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
-    return Published(remote.name, len(expected), len(facts.manifest["linears"]), fetched)
+    return Published(remote.name, len(expected), len(facts.manifest.linears), fetched)
 
 
-def _missing_tensors(remote: Remote, manifest: dict[str, Any]) -> list[str]:
+def _missing_tensors(remote: Remote, manifest: Manifest) -> list[str]:
     """Every packed linear must be found through the config's patterns, under the names that the format gives it."""
     artifact = open_headers(remote, manifest)
     problems = []
-    for module in manifest["linears"]:
+    for module in manifest.linears:
         try:
-            names = FORMATS[manifest["format"]].tensor_names(module, artifact.scheme_of(module))
+            names = FORMATS[manifest.format].tensor_names(module, artifact.scheme_of(module))
             problems += [f"{name}: missing" for name in names if name not in artifact.checkpoint.tensors]
         except ArtifactError as error:
             problems.append(f"{module}: {error}")
     return problems
 
 
-def open_headers(remote: Remote, manifest: dict[str, Any]) -> Artifact:
+def open_headers(remote: Remote, manifest: Manifest) -> Artifact:
     """The artifact as its headers show it; its tensors cannot be read. ArtifactError when a header is damaged."""
     config = json.loads(remote.read("config.json") or b"{}")
     try:
@@ -81,5 +81,5 @@ def open_headers(remote: Remote, manifest: dict[str, Any]) -> Artifact:
         checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
     except CheckpointError as error:
         raise ArtifactError(error.message, "publish it again") from None
-    groups = read_groups(manifest["format"], config)
+    groups = read_groups(manifest.format, config)
     return Artifact(checkpoint, manifest, tuple(groups), torch.device("cpu"))

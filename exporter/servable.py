@@ -30,13 +30,13 @@ def hardware(program: Program) -> Hardware:
 def engine_linears(artifact: Artifact) -> list[Linear]:
     """The packed linears as the engine sees them, from headers alone."""
     found = []
-    for module in artifact.manifest["linears"]:
+    for module in artifact.manifest.linears:
         scheme, tensors = artifact.scheme_of(module), artifact.checkpoint.tensors
         names = [f"{module}.{name}" for name in ("weight_packed", "weight", "qweight")]
         stored = next(tensors[name] for name in names if name in tensors)
         rows, columns = stored.shape
         if stored.name.endswith("qweight"):  # transposed; AutoGPTQ packs inputs, AutoAWQ outputs
-            packs_inputs = artifact.manifest["format"] == "gptq"
+            packs_inputs = artifact.manifest.format == "gptq"
             rows, columns = columns, rows * 32 // scheme.bits if packs_inputs else rows
             rows = rows if packs_inputs else rows * 32 // scheme.bits
         elif stored.name.endswith("weight_packed"):
@@ -64,7 +64,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     refuse_unserved(artifact.family)
     config, linears = artifact.checkpoint.config, engine_linears(artifact)
     parts = [share(linear, tensor_parallel) for linear in linears]
-    found = _hardware_rules(parts, artifact.manifest["format"], artifact.kv_cache, config, on)
+    found = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
     found += head_problems(config, tensor_parallel) + parallel_problems(linears, tensor_parallel)
     _refuse("this artifact", found)
 

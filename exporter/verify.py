@@ -16,6 +16,7 @@ from exporter.device import Device
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import Family
+from exporter.manifest import Manifest
 from exporter.stream import load_whole
 
 LOGIT_TOLERANCE = 1e-3  # float32 sums in another order; the weights themselves are compared exactly
@@ -47,17 +48,15 @@ def verify(folder: Path, device: Device, on_event: Callable[[Event], None], load
     difference = None if skipped else logit_difference(Artifact.open(folder), folder)
     if difference is not None and not difference <= LOGIT_TOLERANCE:
         raise ArtifactError(f"{folder}: transformers computes other logits from it (difference {difference:.2e})")
-    return Verified(len(artifact.manifest["files"]), len(artifact.manifest["linears"]), difference, skipped)
+    return Verified(len(artifact.manifest.files), len(artifact.manifest.linears), difference, skipped)
 
 
-def _wrong_files(folder: Path, manifest: dict[str, Any], on_event: Callable[[Event], None]) -> list[str]:
+def _wrong_files(folder: Path, manifest: Manifest, on_event: Callable[[Event], None]) -> list[str]:
     problems = []
-    files = manifest["files"]
+    files = manifest.files
     for i, (name, expected) in enumerate(sorted(files.items())):
         path = folder / name
-        if Path(name).name != name:
-            problems.append(f"{name}: the manifest names a file outside the folder")
-        elif not path.is_file():
+        if not path.is_file():
             problems.append(f"{name}: missing")
         elif sha256(path) != expected:
             problems.append(f"{name}: its content has changed since it was written")
@@ -69,7 +68,7 @@ def _wrong_files(folder: Path, manifest: dict[str, Any], on_event: Callable[[Eve
 def _wrong_linears(artifact: Artifact, on_event: Callable[[Event], None]) -> list[str]:
     """Every packed linear must be found through the config's patterns and hold the integers that were computed."""
     problems = []
-    linears = artifact.manifest["linears"]
+    linears = artifact.manifest.linears
     for i, (module, expected) in enumerate(linears.items()):
         try:
             if digest(artifact.linear(module)) != expected:
@@ -82,8 +81,8 @@ def _wrong_linears(artifact: Artifact, on_event: Callable[[Event], None]) -> lis
 
 def _why_not_load(artifact: Artifact, device: Device) -> str:
     """The reason to skip the comparison with transformers, or an empty string."""
-    if artifact.manifest["format"] != "compressed_tensors":
-        return f"transformers needs another package for format {artifact.manifest['format']}"
+    if artifact.manifest.format != "compressed_tensors":
+        return f"transformers needs another package for format {artifact.manifest.format}"
     if find_spec("compressed_tensors") is None:
         return "compressed-tensors is not installed: pip install 'mmq[verify]'"
     need = 2 * 4 * sum(info.size for info in artifact.checkpoint.tensors.values())
@@ -113,7 +112,7 @@ def logit_difference(artifact: Artifact, folder: Path) -> float:
 
     def rounded(name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
-        if module in artifact.manifest["linears"]:
+        if module in artifact.manifest.linears:
             return artifact.linear(module).dequantize(loaded[f"{family.live_name(module)}.weight_scale"])
         return artifact.read(name).to(loaded[family.live_name(name)])
 

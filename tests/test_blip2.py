@@ -89,7 +89,7 @@ def test_every_component_by_every_method_is_what_transformers_opens(
         assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
     artifact = Artifact.open(tmp_path / "out")
     source = Checkpoint.open(models[family.name])
-    packed = set(artifact.manifest["linears"])
+    packed = set(artifact.manifest.linears)
     for component in family.components:
         for i in range(component.used(source.config)):
             for linear in component.linears_of(source.config, i):

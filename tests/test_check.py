@@ -1,6 +1,7 @@
 """What a check asks of an artifact, without an engine: shapes, schemes, doubled scales, prompts, the report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,16 +151,17 @@ def test_both_the_largest_and_the_mean_difference_are_bounded(largest: float, me
     assert [len(distance_problems(good, Control("vision", each, good), 0.015)) for each in moved] == [1, 0]
 
 
-def test_the_result_joins_the_report(tmp_path: Path):
+def test_the_result_joins_the_report(folder: Path, tmp_path: Path):
     (tmp_path / "mmq_report.json").write_text('{"passed": true}')
-    (tmp_path / "mmq_manifest.json").write_text('{"family": "llava"}')
+    shutil.copy(folder / "mmq_manifest.json", tmp_path)
     keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)))
     report = json.loads((tmp_path / "mmq_report.json").read_text())
     assert report["passed"] is True
     assert report["serving"]["passed"] is False
     assert report["serving"]["problems"] == ["why"]
     manifest = json.loads((tmp_path / "mmq_manifest.json").read_text())
-    assert manifest == {"family": "llava", "serving": {"engine": "vllm 0.32.0+cpu", "build": "cpu", "passed": False}}
+    verdict = {"engine": "vllm 0.32.0+cpu", "build": "cpu", "passed": False}
+    assert manifest == json.loads((folder / "mmq_manifest.json").read_text()) | {"serving": verdict}
 
 
 def test_pictures_are_sent_without_loss(folder: Path):

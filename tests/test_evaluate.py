@@ -254,7 +254,7 @@ def test_other_weights_are_asked_anew(out: Path, report: evaluate.Report) -> Non
     artifact = Artifact.open(out)
     kept = backends.weights_digest(artifact)
     assert kept == report.about["models"]["artifact"]["weights"]
-    artifact.manifest["files"]["model.safetensors"] = "0" * 64
+    artifact.manifest.files["model.safetensors"] = "0" * 64
     assert backends.weights_digest(artifact) != kept
 
 

@@ -296,6 +296,6 @@ def test_the_recipe_for_throughput_passes_its_gates_on_the_demo(tmp_path: Path) 
     assert rounded.kv_cache == "fp8"
     assert set(rounded.linears.values()) == {"fp8"}
     assert len(rounded.linears) == 26
-    module = next(name for name in artifact.manifest["linears"] if artifact.scheme_of(name) == MIXED)
+    module = next(name for name in artifact.manifest.linears if artifact.scheme_of(name) == MIXED)
     assert torch.equal(artifact.read(f"{module}.weight"), artifact.linear(module).as_served())
     assert not torch.equal(artifact.read(f"{module}.weight"), artifact.linear(module).dequantize())

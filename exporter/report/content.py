@@ -8,6 +8,7 @@ import yaml
 
 from exporter.facts import Facts, component_of
 from exporter.fields import DISTANCES, distance
+from exporter.manifest import Manifest
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 
@@ -25,8 +26,8 @@ def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, 
         "recipe": {"name": str(facts.recipe.get("name", "")), "summary": str(facts.recipe.get("summary", ""))},
         "verdict": verdict(facts.report),
         "gates": report.get("gates", []),
-        "bytes": dict(manifest["bytes"]),
-        "bits_per_weight": float(manifest["bits_per_weight"]),
+        "bytes": manifest.bytes.model_dump(),
+        "bits_per_weight": manifest.bits_per_weight,
         "parts": [asdict(part) | {"methods": list(part.methods)} for part in facts.parts],
         "scores": scores(report),
         "by_kind": report.get("by_kind", {}),
@@ -75,13 +76,13 @@ def scores(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def blocks(manifest: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def blocks(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     """Component -> its blocks in order: every linear's relative error, their mean and the largest."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for unit in manifest["units"]:
-        inside = {name: error for name, error in manifest["errors"].items() if name.startswith(f"{unit}.")}
+    for unit in manifest.units:
+        inside = {name: error for name, error in manifest.errors.items() if name.startswith(f"{unit}.")}
         if inside:
-            component = component_of(next(iter(inside)), manifest["family"])
+            component = component_of(next(iter(inside)), manifest.family)
             short = {name.removeprefix(f"{unit}."): float(error) for name, error in sorted(inside.items())}
             found.setdefault(component, {})[unit] = short
     return {
@@ -122,17 +123,18 @@ def _with_pictures(rows: list[Mapping[str, Any]], pictures: Mapping[tuple[str, s
     return [{**empty, **row, "picture": pictures.get((row["task"], row["id"]))} for row in rows]
 
 
-def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(manifest: Manifest) -> dict[str, Any]:
     """Where it came from, without the long list of calibration samples."""
-    kept = manifest.get("provenance", {})
-    calibration = dict(kept.get("calibration", {}))
-    samples = calibration.pop("samples", [])
+    calibration = manifest.provenance.calibration
     return {
-        "source": dict(manifest["source"]),
-        "calibration": {**calibration, "number of samples": len(samples)},
-        "device": kept.get("device", ""),
-        "versions": dict(manifest.get("versions", {})),
-        "recipe sha256": manifest["recipe"]["sha256"],
-        "fingerprint": manifest.get("fingerprint", {}),
-        "notes": list(manifest.get("notes", [])),
+        "source": manifest.source.model_dump(),
+        "calibration": {
+            **calibration.model_dump(exclude={"samples"}, exclude_none=True),
+            "number of samples": len(calibration.samples),
+        },
+        "device": manifest.provenance.device,
+        "versions": manifest.versions,
+        "recipe sha256": manifest.recipe.sha256,
+        "fingerprint": manifest.fingerprint,
+        "notes": list(manifest.notes),
     }

@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from exporter import data
-from exporter.artifact import MANIFEST, REPORT
+from exporter.artifact import REPORT
 from exporter.checkpoint import make_folder, read_json, write_text
 from exporter.device import Device
 from exporter.errors import RecipeError
 from exporter.events import Event
 from exporter.export import export, with_data_it_knows
+from exporter.manifest import read_manifest
 from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Place, rules_of
@@ -105,7 +106,7 @@ def confirm(
 
 def read_confirmed(name: str, out: Path) -> Confirmed:
     """What an exported and measured artifact shows."""
-    report, manifest = read_json(out / REPORT), read_json(out / MANIFEST)
+    report, manifest = read_json(out / REPORT), read_manifest(out)
     drops = [
         m["difference"]["drop"] / m["difference"]["before"]
         for m in report["measures"]
@@ -113,7 +114,7 @@ def read_confirmed(name: str, out: Path) -> Confirmed:
     ]
     worst = max(drops, default=math.nan)
     mean = sum(drops) / len(drops) if drops else math.nan
-    return Confirmed(name, manifest["bytes"]["after"], manifest["bits_per_weight"], mean, worst, report)
+    return Confirmed(name, manifest.bytes.after, manifest.bits_per_weight, mean, worst, report)
 
 
 def comparable(name: str, base: Recipe) -> Recipe:

@@ -1,0 +1,154 @@
+"""The manifest as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.artifact import Artifact
+from exporter.errors import ArtifactError
+from exporter.manifest import MANIFEST, VERSION, Document, Manifest, parse_manifest, read_manifest, write_manifest
+from tests.published_artifact import tiny_artifact, tiny_model
+
+HASH = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("manifest")
+    return tiny_artifact(place / "w4", tiny_model(place / "model"))
+
+
+@pytest.fixture
+def plain(folder: Path) -> dict[str, Any]:
+    """The file's content, which a test may change."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def parse(plain: Any) -> Manifest:
+    return parse_manifest(json.dumps(plain).encode(), "the manifest")
+
+
+def test_what_is_read_is_what_was_written(folder: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(folder)
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert manifest.linears.keys() == manifest.errors.keys()
+    assert {"config.json", "recipe.yaml", "model.safetensors"} <= manifest.files.keys()
+
+
+def required(kind: type[Document], path: str = "") -> Iterator[str]:
+    """Every key that a file must have, by its path; of parts that are documents their own keys too."""
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if field.is_required():
+            yield path + name
+        if field.is_required() and isinstance(inner, type) and issubclass(inner, Document):
+            yield from required(inner, f"{path}{name}.")
+
+
+@pytest.mark.parametrize("path", list(required(Manifest)))
+def test_every_required_key_must_be_there(plain: dict[str, Any], path: str) -> None:
+    holder, *outer = plain, *path.split(".")
+    for part in outer[:-1]:
+        holder = holder[part]
+    del holder[outer[-1]]
+    with pytest.raises(ArtifactError, match=rf"the manifest is damaged, or of a newer mmq:\n  {path}: Field required"):
+        parse(plain)
+
+
+def test_what_an_older_version_did_not_write_is_absent(plain: dict[str, Any]) -> None:
+    for key in ("format_version", "fingerprint", "shards", "notes"):
+        del plain[key]
+    calibration = plain["provenance"]["calibration"]
+    calibration["samples"] = [{"id": "a", "image": HASH}]
+    del calibration["batch"], calibration["vision_weight"], plain["source"]["shards"], plain["recipe"]["name"]
+    manifest = parse(plain)
+    assert manifest.format_version == 1
+    assert (manifest.fingerprint, manifest.shards, manifest.notes, manifest.serving) == (None, (), (), None)
+    calibration = manifest.provenance.calibration
+    assert (calibration.batch, calibration.vision_weight, calibration.samples[0].look) == (None, None, None)
+    assert manifest.source.shards == {}
+
+
+def test_a_key_of_nobody_is_ignored(plain: dict[str, Any]) -> None:
+    assert parse(plain | {"colour": "red"}) == parse(plain)
+
+
+ODD: list[tuple[str, Any, str]] = [
+    ("format_version", VERSION + 1, "format_version"),
+    ("format_version", "1", "format_version"),
+    ("format_version", 0, "format_version"),
+    ("family", "gpt", "unknown family"),
+    ("format", "gguf", "unknown format"),
+    ("files", ["a"], "files"),
+    ("files", {"a": 1}, "files.a"),
+    ("files", {"a": "0" * 63}, "files.a"),
+    ("files", {"a": "G" * 64}, "files.a"),
+    *(
+        ("files", {name: HASH}, "files")
+        for name in ("../a", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "a\0", "a\nb")
+    ),
+    ("files", {"x" * 256: HASH}, "files"),
+    ("shards", ["../model.safetensors"], "shards"),
+    ("source", {"model": "m", "shards": {"../x": HASH}}, "source.shards"),
+    ("source", {"model": "m\n# A heading"}, "source.model"),
+    ("linears", {"a b": HASH}, "linears"),
+    ("linears", {"a": "b"}, "linears.a"),
+    ("linears", [], "linears"),
+    ("errors", {"a": float("nan")}, "errors.a"),
+    ("errors", {"a": float("inf")}, "errors.a"),
+    ("errors", {"a": -0.1}, "errors.a"),
+    ("errors", {"a": True}, "errors.a"),
+    ("errors", {"a": "0.1"}, "errors.a"),
+    ("units", ["a/b"], "units"),
+    ("units", "abc", "units"),
+    ("bytes", {"before": 0, "after": 1}, "bytes.before"),
+    ("bytes", {"before": "x", "after": True}, "bytes.before"),
+    ("bytes", {"before": 2**60, "after": 1}, "bytes.before"),
+    ("bits_per_weight", float("nan"), "bits_per_weight"),
+    ("bits_per_weight", 1e9, "bits_per_weight"),
+    ("bits_per_weight", 0, "bits_per_weight"),
+    ("recipe", {"name": "x", "sha256": "x"}, "recipe.sha256"),
+    ("versions", {"mmq": 1}, "versions.mmq"),
+    ("notes", ["a\nb"], "notes"),
+    ("notes", ["a" * 4001], "notes"),
+    ("provenance", {"device": "cpu", "calibration": {"data": "d", "seed": 0, "samples": [{"id": "a"}]}}, "image"),
+    ("provenance", {"device": "cpu", "calibration": {"data": "d", "seed": float("inf"), "samples": []}}, "seed"),
+    ("provenance", {"device": "cpu\r\n", "calibration": {"data": "d", "seed": 0, "samples": []}}, "device"),
+    ("serving", {"engine": "vllm", "build": "cpu", "passed": "yes"}, "serving.passed"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), ODD)
+def test_odd_values_are_refused_by_name(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+        parse(plain | {key: value})
+    assert said in refused.value.message.partition("\n")[2]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff"])
+def test_what_is_no_manifest_at_all_is_one_error(folder: Path, content: str) -> None:
+    with pytest.raises(ArtifactError, match="is damaged"):
+        parse_manifest(content.encode("latin-1"), "the manifest")
+
+
+def test_many_problems_are_counted(plain: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="and 32 more"):
+        parse(plain | {"errors": {str(i): -1.0 for i in range(40)}})
+
+
+def test_a_damaged_manifest_is_an_error_of_every_reader(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: not an artifact of mmq"):
+        Artifact.open(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        Artifact.open(tmp_path)
+
+
+def test_manifests_compare_by_content(plain: dict[str, Any]) -> None:
+    assert parse(plain) == parse(copy.deepcopy(plain))
+    assert parse(plain) != parse(plain | {"bits_per_weight": 1.5})
