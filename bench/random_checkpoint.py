@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import DTYPES, ShardWriter
+from exporter.checkpoint import ShardWriter
 from exporter.demo import MODELS
+from exporter.safetensors_header import DTYPES
 from tests.headers.read import Header, load_header
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact import REPORT, Artifact
-from exporter.checkpoint import read_json, write_text
+from exporter.checkpoint import write_text
 from exporter.device import Device, release
 from exporter.events import Event
 from exporter.manifest import ServingVerdict, read_manifest, write_manifest
@@ -28,6 +28,7 @@ from exporter.runtime.plugin import with_plugin
 from exporter.runtime.serve_lint import engine_class
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.servable import hardware, needs_plugin, refuse_unservable
+from exporter.strict_json import read_json
 from exporter.tasks.sample import Sample, task_of
 
 MOVES = 5.0  # times the mean that is allowed that doubled scales must move the answers by

@@ -6,7 +6,6 @@ File format: https://huggingface.co/docs/safetensors (8 bytes little-endian head
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +20,9 @@ from torch import Tensor
 from exporter.errors import CheckpointError
 from exporter.events import Event, ignore
 from exporter.file_hashes import hash_files, start_hashing
+from exporter.safetensors_header import Entry, read_header
+from exporter.strict_json import kind, read_json
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-MAX_HEADER = 100 * 2**20  # the format's own limit
 SHARD_BYTES = 10**9  # size of the shards we write; one is held in memory until it is complete
 
 
@@ -60,43 +47,26 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of one safetensors file; CheckpointError when the file is damaged or cut short."""
-    hint = "download the file again; `mmq doctor` shows where the hub cache is"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short inside its header", hint)
-            header: dict[str, Any] = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the shard is missing", "the index names it; download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (struct.error, ValueError):
-        raise CheckpointError(f"{path}: its safetensors header is damaged", hint) from None
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (TypeError, KeyError, IndexError):
-        raise CheckpointError(f"{path}: its safetensors header is damaged", hint) from None
-    if size < expected:
-        raise CheckpointError(f"{path}: truncated, {size:,} bytes where the header promises {expected:,}", hint)
-    return header
-
-
 class Checkpoint:
     """A folder with config.json and safetensors shards, read by tensor name.
 
     tensors: name -> TensorInfo, from the headers alone. Names are canonical (see `Family.canonical_name`).
+    ignored: names of stored tensors that are no part of the model.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], origin: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        origin: str,
+        ignored: tuple[str, ...] = (),
+    ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
         self.origin = origin
+        self.ignored = ignored
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -112,7 +82,7 @@ class Checkpoint:
         cls,
         folder: Path,
         config: dict[str, Any],
-        headers: Mapping[str, dict[str, Any]],
+        headers: Mapping[str, Mapping[str, Entry]],
         promised: Mapping[str, set[str]],
         rename: Callable[[str], str] = str,
         origin: str = "",
@@ -124,14 +94,10 @@ class Checkpoint:
             if absent:
                 raise CheckpointError(f"{folder / file}: the index promises {absent[0]} ({len(absent)} missing)")
             for stored, entry in header.items():
-                if stored == "__metadata__":
-                    continue
-                if entry["dtype"] not in DTYPES:
-                    raise CheckpointError(f"{folder / file}: {stored} has the unknown dtype {entry['dtype']}")
                 name = rename(stored)
                 if name in tensors:
                     raise CheckpointError(f"{folder}: {name} is stored twice ({tensors[name].file}, {file})")
-                tensors[name] = TensorInfo(name, stored, DTYPES[entry["dtype"]], tuple(entry["shape"]), file)
+                tensors[name] = TensorInfo(name, stored, entry.dtype, entry.shape, file)
         return cls(folder, config, tensors, origin or str(folder))
 
     def read(self, name: str) -> Tensor:
@@ -165,19 +131,6 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError says what is wrong with it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file", "a model folder needs config.json beside its shards") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
-
-
 def shard_files(folder: Path) -> dict[str, set[str]]:
     """Shard file name -> the tensor names its index promises (empty without an index)."""
     index = folder / "model.safetensors.index.json"
@@ -187,13 +140,25 @@ def shard_files(folder: Path) -> dict[str, set[str]]:
         other = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         hint = f"mmq reads safetensors only, never pickles ({other[0]})" if other else None
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json", hint)
+    return promised_files(read_json(index), str(index))
+
+
+def promised_files(index: Mapping[str, Any], where: str) -> dict[str, set[str]]:
+    """Shard file name -> the tensor names that a parsed index promises. where: the index, for messages."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{where}: `weight_map` must be an object, it is {kind(weight_map)}")
     files: dict[str, set[str]] = {}
-    for name, file in read_json(index).get("weight_map", {}).items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: shard path {file!r} leaves the folder")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{where}: {name}: expected the name of a shard, it is {kind(file)}")
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{where}: shard path {file!r} leaves the folder")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{where}: {name} is in {file!r}; mmq reads safetensors only, never pickles")
         files.setdefault(file, set()).add(name)
     if not files:
-        raise CheckpointError(f"{index}: it names no tensors")
+        raise CheckpointError(f"{where}: it names no tensors")
     return files
 
 

@@ -11,9 +11,9 @@ class MmqError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
 
 
 class RecipeError(MmqError):
@@ -76,6 +76,12 @@ class Interrupted(MmqError):
     """The user stopped the job; the work folder can be resumed."""
 
     exit_code = 130
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and lone surrogates escaped: names from files may hold either."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in whole)
 
 
 def did_you_mean(value: str, names: Iterable[str]) -> str:

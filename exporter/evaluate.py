@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.answers import Answers, Model, Store, ask
 from exporter.artifact import REPORT
-from exporter.checkpoint import read_json, write_text
+from exporter.checkpoint import write_text
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed
 from exporter.events import Event
@@ -24,6 +24,7 @@ from exporter.statistics import (
     samples_to_resolve,
     upper_end,
 )
+from exporter.strict_json import read_json
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 

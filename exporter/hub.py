@@ -67,7 +67,7 @@ class Remote:
             with speaking(self.repo, f"reading the header of {file}"):
                 try:
                     parsed = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.commit)
-                except (SafetensorsParsingError, LookupError, TypeError, AttributeError):
+                except (SafetensorsParsingError, LookupError, TypeError, AttributeError, ValueError, RecursionError):
                     raise CheckpointError(f"{self.name}: {file} has no header of a safetensors file") from None
             found[file] = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}

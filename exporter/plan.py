@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exporter.checkpoint import Checkpoint
+from exporter.config_check import refuse_misfit
 from exporter.decisions import PlanRow, decide, stored_scale_dtype
 from exporter.device import Device
 from exporter.errors import PlanError
@@ -90,11 +91,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
             f"recipe '{recipe.name}' is for family {recipe.model.family}, the model is {family.name}",
             "`mmq recipes` lists the recipes of each family",
         )
-    refused = family.refuses(checkpoint.config)
-    if refused:
-        raise PlanError(f"{checkpoint.origin}: {refused}", "see docs/families.md for the models that mmq takes")
-    if "quantization_config" in checkpoint.config:
-        raise PlanError(f"{checkpoint.origin} is quantized already", "start from the full-precision model")
+    refuse_misfit(checkpoint, family)
     rows, used, problems = decide(recipe, checkpoint, family)
     problems += [
         f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters leave none"
@@ -114,7 +111,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     statistics = dict(sorted((name, method.SMOOTHS) for name, method in chosen if method.Statistics))  # True comes last
     planned = {name for name, _ in chosen}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
-    warnings = _warnings(recipe, family, rows, memory, device)
+    warnings = (*_ignored(checkpoint), *_warnings(recipe, family, rows, memory, device))
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
 
 
@@ -141,6 +138,13 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
                 ordered = tuple(found[linear] for linear in component.linears if linear in found)
                 units.append(Unit(len(units), component.name, component.block(i), ordered))
     return tuple(units)
+
+
+def _ignored(checkpoint: Checkpoint) -> list[str]:
+    """What the plan says of stored tensors that it leaves out."""
+    names = checkpoint.ignored
+    rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"left out of the artifact: {names[0]}{rest}, which models compute from the config"] if names else []
 
 
 def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:

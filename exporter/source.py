@@ -1,15 +1,16 @@
 """Where a model comes from: an embedded one, a local folder, the hub cache or the hub."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from exporter.checkpoint import DTYPES, Checkpoint, read_json
+from exporter.checkpoint import Checkpoint, promised_files
+from exporter.config_check import known_family, without_buffers
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, HubError, HubMissing, PlanError, did_you_mean
-from exporter.families import FAMILIES, Family
+from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean
+from exporter.families import Family
 from exporter.hub import Remote, open_remote
+from exporter.safetensors_header import DTYPES, check_header
+from exporter.strict_json import parse_object, read_json
 
 # Weights come as safetensors only; everything else a processor or an engine reads is small text.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -75,7 +76,8 @@ def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     if found == tensors:
         return checkpoint
     key = "dtype" if "dtype" in checkpoint.config else "torch_dtype"
-    return Checkpoint(checkpoint.folder, {**checkpoint.config, key: dtype}, found, checkpoint.origin)
+    config = {**checkpoint.config, key: dtype}
+    return Checkpoint(checkpoint.folder, config, found, checkpoint.origin, checkpoint.ignored)
 
 
 def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoint, Family]:
@@ -83,13 +85,15 @@ def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoi
         folder = _cached(repo, revision)
         if isinstance(folder, Remote):
             return _headers_of(folder)
-        family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
-        return Checkpoint.open(folder, family.canonical_name, f"{repo}@{folder.name}"), family
+        return _open_folder(folder, f"{repo}@{folder.name}")
     if _on_hub(repo):
         _refuse_unknown(repo, revision)
-    folder, origin = locate(repo, revision)
-    family = _family(read_json(folder / "config.json"), str(folder / "config.json"))
-    return Checkpoint.open(folder, family.canonical_name, origin), family
+    return _open_folder(*locate(repo, revision))
+
+
+def _open_folder(folder: Path, origin: str) -> tuple[Checkpoint, Family]:
+    family = known_family(read_json(folder / "config.json"), str(folder / "config.json"))
+    return without_buffers(Checkpoint.open(folder, family.canonical_name, origin), family), family
 
 
 def _on_hub(repo: str) -> bool:
@@ -108,7 +112,7 @@ def _refuse_unknown(repo: str, revision: str | None) -> None:
         path = Path(hf_hub_download(repo, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return
-    _family(read_json(path), f"{repo}: config.json")
+    known_family(read_json(path), f"{repo}: config.json")
 
 
 def _cached(repo: str, revision: str | None) -> Path | Remote:
@@ -136,25 +140,17 @@ def _cached(repo: str, revision: str | None) -> Path | Remote:
 
 def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
     """A hub model by range requests."""
-    config = json.loads(remote.read("config.json") or b"{}")
-    family = _family(config, f"{remote.repo}: config.json")
-    index = json.loads(remote.read("model.safetensors.index.json") or b"{}").get("weight_map", {})
-    headers = remote.headers()
+    config = parse_object(remote.read("config.json") or b"{}", f"{remote.repo}: config.json")
+    family = known_family(config, f"{remote.repo}: config.json")
+    headers = {file: check_header(header, f"{remote.repo}: {file}", None) for file, header in remote.headers().items()}
     promised: dict[str, set[str]] = {file: set() for file in headers}
-    for name, file in index.items():
-        promised.setdefault(file, set()).add(name)
+    if index := remote.read("model.safetensors.index.json"):  # files that it does not name are no part of the model
+        where = f"{remote.repo}: model.safetensors.index.json"
+        promised = promised_files(parse_object(index, where), where)
     absent = sorted(promised.keys() - headers.keys())
     if absent or not headers:
         raise CheckpointError(f"{remote.name}: no {absent[0] if absent else 'safetensors file'} in the repository")
+    headers = {file: headers[file] for file in promised}
     rename = family.canonical_name
-    return Checkpoint.from_headers(Path(remote.repo), config, headers, promised, rename, remote.name), family
-
-
-def _family(config: dict[str, Any], where: str) -> Family:
-    architectures = config.get("architectures") or []
-    for family in FAMILIES.values():
-        if set(architectures) & set(family.architectures):
-            return family
-    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    found = ", ".join(architectures) or "no architectures at all"
-    raise PlanError(f"{where}: mmq does not know {found}", f"it knows {known}")
+    checkpoint = Checkpoint.from_headers(Path(remote.repo), config, headers, promised, rename, remote.name)
+    return without_buffers(checkpoint, family), family

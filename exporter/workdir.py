@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter.checkpoint import make_folder, read_json, write_tensors, write_text
+from exporter.checkpoint import make_folder, write_tensors, write_text
 from exporter.errors import CheckpointError, WorkdirError
 from exporter.plan import PlanRow, Unit
 from exporter.quantized import QuantizedLinear, pack_bits, unpack_bits
+from exporter.strict_json import read_json
 
 
 @dataclass(frozen=True)

@@ -62,5 +62,7 @@ def test_only_methods_without_data_and_the_format_that_can_name_it(sparse_checkp
 
 def test_a_head_that_is_the_embedding_is_no_component_of_its_own() -> None:
     (head,) = [component for component in FAMILIES["llava"].components if component.name == "head"]
-    assert head.used({"tie_word_embeddings": True}) == 0
-    assert head.used({}) == 1
+    assert head.used({"tie_word_embeddings": True, "text_config": {}}) == 0
+    assert head.used({"text_config": {"tie_word_embeddings": True}}) == 0
+    assert head.used({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}) == 0
+    assert head.used({"text_config": {}}) == 1

@@ -8,6 +8,8 @@ and builds the Q-Former and the projection as plain linears that it cannot load 
 from dataclasses import replace
 from typing import Any
 
+import exporter.families.parts.blip2 as sizes
+from exporter.families.config_fields import Number
 from exporter.families.family import Component, Config, Family, Inputs, Pass, Role, Smoothing
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,7 +45,7 @@ def retrieval_skeleton(config: Config) -> Any:
 
 def refuses(config: Config) -> str | None:
     """Flan-T5 and OPTs of another structure than the published BLIP-2 models'."""
-    text = config.get("text_config") or {}
+    text = config["text_config"]
     kind = text.get("model_type", "opt")
     if kind != "opt" or not config.get("use_decoder_only_language_model", True):
         return (
@@ -53,47 +55,6 @@ def refuses(config: Config) -> str | None:
     if text.get("activation_function", "relu") != "relu" or not text.get("do_layer_norm_before", True):
         return "its OPT has other activations or norms than OPT-2.7b and -6.7b"
     return None
-
-
-def _vision_blocks(config: Config) -> int:
-    return int(config["vision_config"].get("num_hidden_layers", 39))
-
-
-def _image_positions(config: Config) -> int:
-    """Patches and the class token."""
-    vision = config["vision_config"]
-    return int((vision.get("image_size", 224) // vision.get("patch_size", 14)) ** 2) + 1
-
-
-def _former_blocks(config: Config) -> int:
-    return int(config["qformer_config"].get("num_hidden_layers", 12))
-
-
-def _text_blocks(config: Config) -> int:
-    return int(config["text_config"].get("num_hidden_layers", 12))
-
-
-def _queries(config: Config) -> int:
-    return int(config.get("num_query_tokens", 32))
-
-
-def _image_tokens(config: Config) -> int:
-    """Retrieval checkpoints without an image token put the queries before the text by themselves."""
-    return _queries(config) if config.get("image_token_index") is not None else 0
-
-
-def _former_has(config: Config, i: int, linear: str) -> bool:
-    """Every `cross_attention_frequency`-th block looks at the picture; only retrieval has a feed-forward for text."""
-    if linear.startswith("crossattention."):
-        return i % int(config["qformer_config"].get("cross_attention_frequency", 2)) == 0
-    if linear.startswith(("intermediate.", "output.")):
-        return bool(config["qformer_config"].get("use_qformer_text_input", False))
-    return True
-
-
-def _seen(config: Config) -> int:
-    """What cross-attention reads of one picture."""
-    return _image_positions(config) * int(config["qformer_config"].get("encoder_hidden_size", 1408))
 
 
 def match(model: Any, inputs: Inputs) -> Any:
@@ -162,10 +123,10 @@ def _roles(attention: tuple[str, ...], mlp: tuple[str, ...]) -> dict[str, Role]:
 VISION = Component(
     name="vision",
     blocks="vision_model.encoder.layers.{i}",
-    used=_vision_blocks,
-    stored=_vision_blocks,
+    used=sizes.vision_blocks,
+    stored=sizes.vision_blocks,
     target=r"(?:vision_model)?\.?encoder\.layers\.{i}",
-    tokens=_image_positions,
+    tokens=sizes.image_positions,
     phases=(("self_attn.qkv",), ("self_attn.projection",), ("mlp.fc1",), ("mlp.fc2",)),
     roles={"self_attn.qkv": "attention", "self_attn.projection": "attention", "mlp.fc1": "mlp", "mlp.fc2": "mlp"},
     smoothings=(  # fc1 -> fc2 is none: GELU is not homogeneous
@@ -183,12 +144,12 @@ _TEXT_FEED_FORWARD = ("intermediate.dense", "output.dense")
 QFORMER = Component(
     name="qformer",
     blocks="qformer.encoder.layer.{i}",
-    used=_former_blocks,
-    stored=_former_blocks,
-    has=_former_has,
+    used=sizes.former_blocks,
+    stored=sizes.former_blocks,
+    has=sizes.former_has,
     target=r"qformer\.encoder\.layer\.{i}",
-    tokens=_queries,
-    context=_seen,
+    tokens=sizes.queries,
+    context=sizes.seen,
     phases=(
         _ATTENTION,
         ("attention.output.dense",),
@@ -219,17 +180,17 @@ PROJECTOR = Component(
     phases=(("language_projection",),),
     roles={"language_projection": "mlp"},
     target=r"language_projection",
-    tokens=_queries,
+    tokens=sizes.queries,
     unpackable=_PLAIN,
 )
 
 LANGUAGE = Component(
     name="language",
     blocks="language_model.model.decoder.layers.{i}",
-    used=_text_blocks,
-    stored=_text_blocks,
+    used=sizes.text_blocks,
+    stored=sizes.text_blocks,
     target=r"language_model\.model\.decoder\.layers\.{i}",
-    tokens=lambda config: _queries(config) + 32,  # question and answer, or a caption
+    tokens=lambda config: sizes.queries(config) + 32,  # question and answer, or a caption
     passes=(Pass(padded=True),),
     phases=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
     roles=_roles(attention=(*_QKV, "self_attn.out_proj"), mlp=("fc1", "fc2")),
@@ -257,10 +218,14 @@ FAMILY = Family(
     fallback_prompt="{text}",
     max_new_tokens={"vqa": 10, "captioning": 40},  # photos take 20 at most, the demo's scenes 34
     tasks=("vqa", "captioning"),
-    image_tokens=_image_tokens,
+    image_tokens=sizes.image_tokens,
     reply_end="\n",
     refuses=refuses,
     float32=("query_tokens", "qformer."),
+    parts=sizes.PARTS,
+    fields=sizes.FIELDS,
+    shapes=sizes.shapes,
+    tied={"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"},
 )
 
 RETRIEVAL = Family(
@@ -272,8 +237,8 @@ RETRIEVAL = Family(
             QFORMER,
             passes=(Pass(match, padded=True), Pass(contrast), Pass(read_text, padded=True)),
             unpadded=frozenset((*_CROSS, *_QUERY_PART, *_QUERY_FEED_FORWARD)),
-            tokens=lambda config: 2 * (_queries(config) + 32),
-            context=lambda config: 2 * _seen(config),
+            tokens=lambda config: 2 * (sizes.queries(config) + 32),
+            context=lambda config: 2 * sizes.seen(config),
             unpackable=None,
         ),
     ),
@@ -291,9 +256,12 @@ RETRIEVAL = Family(
     fallback_prompt="{text}",
     max_new_tokens={},
     tasks=("retrieval",),
-    image_tokens=_image_tokens,
+    image_tokens=sizes.image_tokens,
     reply_end="",
     outputs=retrieval_scores,
     float32=("query_tokens", "qformer."),
     unserved="vLLM has no image-text retrieval; transformers opens it",
+    parts={key: sizes.PARTS[key] for key in ("vision_config", "qformer_config")},
+    fields=(*sizes.FIELDS, Number("image_text_hidden_size", 256)),
+    shapes=sizes.retrieval_shapes,
 )

@@ -9,9 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from exporter.families.config_fields import Field, Number, Values, read_fields
+from exporter.families.parts import Part, Shapes
+from exporter.strict_json import kind
+
 Role = Literal["attention", "mlp"]
 Config = Mapping[str, Any]  # a parsed config.json
 Inputs = Mapping[str, Any]  # a batch as the processor makes it: names and tensors
+Sizes = Mapping[str, Values]  # the checked fields of a config.json: of its objects by key, of itself under ""
+
+PART_NAMES = {"vision_config": "vision tower", "qformer_config": "Q-Former", "text_config": "text model"}
+_LABELS = Number("num_labels", 2, least=0, most=10**5)  # transformers makes two entries for each
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,11 @@ class Family:
     refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
     float32: beginnings of checkpoint names that transformers computes in float32 whatever dtype is asked for.
     unserved: why the serving engine cannot open this family at all; such artifacts are for transformers.
+    parts: object of config.json -> `model_type` -> the part; the first is what counts when none is named.
+    fields: what mmq reads of config.json beside its parts' objects.
+    misfits: which fields do not fit each other.
+    shapes: of all tensors that a checkpoint holds, by checkpoint name, as transformers builds them.
+    tied: output head -> the embedding that it may be one tensor with; such a head may be stored or not.
     """
 
     name: str
@@ -148,6 +161,11 @@ class Family:
     refuses: Callable[[Config], str | None] = lambda config: None
     float32: tuple[str, ...] = ()
     unserved: str = ""
+    parts: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
+    fields: tuple[Field, ...] = ()
+    misfits: Callable[[Sizes], list[str]] = lambda sizes: []
+    shapes: Callable[[Sizes], Shapes] = lambda sizes: {}
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> Component:
         """The component called `name` (KeyError when there is none)."""
@@ -171,3 +189,23 @@ class Family:
                         if name.endswith(f".{member}"):
                             return name.removesuffix(member) + fused
         return name
+
+    def read(self, config: Config) -> tuple[Sizes, list[str]]:
+        """Fields of a config.json with their defaults, and what is wrong with it (some fields may then be absent)."""
+        values, problems = read_fields(config, (*self.fields, _LABELS), "")
+        sizes: dict[str, Values] = {"": values}
+        for key, known in self.parts.items():
+            section = config.get(key)
+            if not isinstance(section, dict):
+                problems.append(f"{key}: expected an object, it is {kind(section) if key in config else 'absent'}")
+                continue
+            name = section.get("model_type", next(iter(known)))
+            if not isinstance(name, str) or name not in known:
+                named = name if isinstance(name, str) else kind(name)
+                problems.append(f"its {PART_NAMES[key]} is {named}; mmq takes {', '.join(known)}")
+                continue
+            part = known[name]
+            values, wrong = read_fields(section, (*part.fields, _LABELS), f"{key}.")
+            problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
+            sizes[key] = values | {"model_type": name}
+        return sizes, problems or self.misfits(sizes)

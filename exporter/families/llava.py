@@ -4,9 +4,13 @@ Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py)
 `vision_feature_layer` and fuses q/k/v and gate/up.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-from exporter.families.family import Component, Config, Family, Pass, Smoothing
+from exporter.families.config_fields import MOST_ROWS, Choice, Flag, Number
+from exporter.families.family import Component, Config, Family, Pass, Sizes, Smoothing
+from exporter.families.parts import ACTIVATIONS, TEXTS, TOWERS, Shapes, below, linear, size_of
+from exporter.strict_json import kind
 
 _CANONICAL = (  # what newer savers write -> the hub's names (transformers 4.52 and 5.x)
     ("model.vision_tower.", "vision_tower."),
@@ -54,29 +58,107 @@ def skeleton(config: Config) -> Any:
     return LlavaForConditionalGeneration(LlavaConfig.from_dict(dict(config)))
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The key that says which ViT layers' outputs are taken: a number, or a list of numbers."""
+
+    key: str = "vision_feature_layer"
+    default: int = -2
+
+    def of(self, values: Config) -> Any:
+        """What is written in `values`, or the default."""
+        return values.get(self.key, self.default)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` names no layers, or None."""
+        listed = value if isinstance(value, list) else [value]
+        if listed and all(type(layer) is int for layer in listed):
+            return None
+        return f"expected a whole number or a list of them, it is {kind(value)}"
+
+
+_LAYERS = Layers()
+_STRATEGY = Choice("vision_feature_select_strategy", "default", ("default", "full"))
+_TIED = Flag("tie_word_embeddings", False)
+_FIELDS = (
+    _LAYERS,
+    _STRATEGY,
+    _TIED,
+    Number("image_token_index", 32000, least=0, most=MOST_ROWS),
+    Flag("multimodal_projector_bias", True),
+    Choice("projector_hidden_act", "gelu", ACTIVATIONS),
+)
+_PARTS = {
+    "vision_config": {name: TOWERS[name] for name in ("clip_vision_model", "siglip_vision_model")},
+    "text_config": {name: TEXTS[name] for name in ("llama", "mistral", "qwen2", "qwen3")},
+}
+
+
+def _misfits(sizes: Sizes) -> list[str]:
+    """Feature layers that the tower does not have."""
+    stored, layers = sizes["vision_config"]["num_hidden_layers"], _feature_layers(sizes[""])
+    wrong = [layer for layer in layers if not -stored - 1 <= layer <= stored]
+    return [f"vision_feature_layer: {wrong[0]}, and the vision tower has {stored} blocks"] if wrong else []
+
+
+def refuses(config: Config) -> str | None:
+    """Text models whose blocks do not all see the same tokens: calibration gives every block the same mask."""
+    text = config["text_config"]
+    kinds = text.get("layer_types")
+    mixed = isinstance(kinds, list) and len(set(map(str, kinds))) > 1
+    window = text.get("use_sliding_window", False) and text.get("sliding_window") is not None
+    if mixed or (kinds is None and window and text.get("max_window_layers", 28) < _text_blocks(config)):
+        return "some blocks of its text model see a sliding window and others everything, which mmq cannot calibrate"
+    return None
+
+
+def shapes(sizes: Sizes) -> Shapes:
+    """Every tensor of a checkpoint, by the hub's names."""
+    vision, text, own = sizes["vision_config"], sizes["text_config"], sizes[""]
+    tower, words = _PARTS["vision_config"][vision["model_type"]], _PARTS["text_config"][text["model_type"]]
+    seen, width = vision["hidden_size"] * len(_feature_layers(own)), text["hidden_size"]
+    bias = own["multimodal_projector_bias"]
+    whole = below("vision_tower.vision_model", tower.shapes(vision))
+    whole |= below(
+        "multi_modal_projector", linear("linear_1", width, seen, bias) | linear("linear_2", width, width, bias)
+    )
+    whole |= below("language_model.model", words.shapes(text))
+    if not (own["tie_word_embeddings"] or text["tie_word_embeddings"]):
+        whole["language_model.lm_head.weight"] = (text["vocab_size"], width)
+    return whole
+
+
 def _blocks_stored(config: Config) -> int:
-    return int(config["vision_config"].get("num_hidden_layers", 24))
+    return int(size_of(_PARTS, config, "vision_config", "num_hidden_layers"))
+
+
+def _feature_layers(config: Config) -> list[int]:
+    layers = _LAYERS.of(config)
+    return layers if isinstance(layers, list) else [layers]
 
 
 def _blocks_used(config: Config) -> int:
-    """CLIP blocks that run: `vision_feature_layer` counts from the end when negative (-1 uses them all)."""
-    stored, feature = _blocks_stored(config), config.get("vision_feature_layer", -2)
-    layers = [feature] if isinstance(feature, int) else list(feature)
-    return max(stored + layer + 1 if layer < 0 else layer for layer in layers)
+    """ViT blocks that run: `vision_feature_layer` counts from the end when negative (-1 uses them all)."""
+    stored = _blocks_stored(config)
+    return max(stored + layer + 1 if layer < 0 else layer for layer in _feature_layers(config))
 
 
-def _patches(config: Config) -> int:
+def _image_tokens(config: Config) -> int:
+    """Vectors that the tower makes of one picture; `default` leaves out the first, which is CLIP's class token."""
     vision = config["vision_config"]
-    return int((vision.get("image_size", 336) // vision.get("patch_size", 14)) ** 2)
+    side, patch = (size_of(_PARTS, config, "vision_config", key) for key in ("image_size", "patch_size"))
+    classes = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+    return int((side // patch) ** 2) + int(classes) - int(_STRATEGY.of(config) == "default")
 
 
 def _text_blocks(config: Config) -> int:
-    return int(config["text_config"].get("num_hidden_layers", 32))  # the hub's 7B config leaves the default out
+    return int(size_of(_PARTS, config, "text_config", "num_hidden_layers"))
 
 
 def _has_head(config: Config) -> int:
-    """One, unless the output head is the embedding."""
-    return int(not config.get("tie_word_embeddings", False))
+    """One, unless the output head is the embedding: transformers ties them when either object says so."""
+    tied = _TIED.of(config) or size_of(_PARTS, config, "text_config", "tie_word_embeddings")
+    return int(not tied)
 
 
 def tiny_config() -> Config:
@@ -105,7 +187,7 @@ VISION = Component(
     used=_blocks_used,
     stored=_blocks_stored,
     target=r".*vision_tower\.(?:vision_model\.)?encoder\.layers\.{i}",
-    tokens=lambda config: _patches(config) + 1,
+    tokens=lambda config: _image_tokens(config) + 1,
     unused="this block never runs: vision_feature_layer takes the features before it",
     phases=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -137,7 +219,7 @@ PROJECTOR = Component(
     phases=(("linear_1",), ("linear_2",)),
     roles={"linear_1": "mlp", "linear_2": "mlp"},
     target=r".*multi_modal_projector",
-    tokens=_patches,
+    tokens=_image_tokens,
 )
 
 LANGUAGE = Component(
@@ -161,7 +243,7 @@ LANGUAGE = Component(
         "mlp.down_proj": "mlp",
     },
     target=r".*language_model\.(?:model\.)?layers\.{i}",
-    tokens=lambda config: _patches(config) + 64,  # prompt and reply are short beside the image
+    tokens=lambda config: _image_tokens(config) + 64,  # prompt and reply are short beside the image
     passes=(Pass(padded=True),),
     smoothings=(
         Smoothing("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -203,5 +285,11 @@ FAMILY = Family(
     fallback_prompt="USER: <image>\n{text} ASSISTANT:",
     max_new_tokens={"vqa": 10, "captioning": 64},
     tasks=("vqa", "captioning"),
-    image_tokens=_patches,
+    image_tokens=_image_tokens,
+    refuses=refuses,
+    parts=_PARTS,
+    fields=_FIELDS,
+    misfits=_misfits,
+    shapes=shapes,
+    tied={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
 )

@@ -10,7 +10,7 @@ import yaml
 
 from exporter import data
 from exporter.artifact import REPORT
-from exporter.checkpoint import make_folder, read_json, write_text
+from exporter.checkpoint import make_folder, write_text
 from exporter.device import Device
 from exporter.errors import RecipeError
 from exporter.events import Event
@@ -18,6 +18,7 @@ from exporter.export import export, with_data_it_knows
 from exporter.manifest import read_manifest
 from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.recipe_file import load_recipe
+from exporter.strict_json import read_json
 from exporter.study.allocate import Allocation, Place, rules_of
 from exporter.tasks import TASKS
 

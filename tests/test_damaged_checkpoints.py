@@ -1,0 +1,280 @@
+"""Headers, indexes and config.json files of unknown origin: one error that names the place, never another exception."""
+
+import copy
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.export import prepare
+from exporter.plan import Plan
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+
+DEMO = MODELS["demo-llava"]
+LINEAR = "language_model.model.layers.0.self_attn.q_proj.weight"
+HEADER_LENGTH = struct.unpack("<Q", (DEMO / "model.safetensors").read_bytes()[:8])[0]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of demo-llava."""
+    return Path(shutil.copytree(DEMO, tmp_path / "m"))
+
+
+def plan_of(folder: Path, recipe: str = "llava-w4-vit8") -> Plan:
+    """The plan that `mmq plan --model FOLDER` shows."""
+    return prepare(load_recipe(recipe).adjusted(model={"repo": str(folder)}), choose("cpu"), headers_only=True)[0]
+
+
+def with_header(folder: Path, header: Any) -> None:
+    """Replace the header of the only shard by a JSON value, or by raw bytes."""
+    raw = (DEMO / "model.safetensors").read_bytes()
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    data = raw[8 + HEADER_LENGTH :]
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + data)
+
+
+def header_of(folder: Path) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + HEADER_LENGTH])
+    return header
+
+
+def with_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; `text_config__x` is `x` of `text_config`; ... deletes."""
+    config = json.loads((folder / "config.json").read_text())
+    for path, value in changes.items():
+        place, _, key = path.rpartition("__")
+        holder = config[place] if place else config
+        if value is ...:
+            del holder[key]
+        else:
+            holder[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the stored tensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype is a list": ({"dtype": []}, "`dtype` is a list"),
+    "dtype is unknown": ({"dtype": "F128"}, "unknown dtype F128"),
+    "dtype is of another size": ({"dtype": "F32"}, r"32,768 bytes, and F32 \[128, 128\] takes 65,536"),
+    "shape is null": ({"shape": None}, "`shape` must be"),
+    "shape holds texts": ({"shape": ["x"]}, "`shape` must be"),
+    "shape holds true": ({"shape": [True, 16384]}, "`shape` must be"),
+    "shape is negative": ({"shape": [-128, -128]}, "`shape` must be"),
+    "shape is huge": ({"shape": [10**30, 10**30]}, "`shape` must be"),
+    "shape has many dimensions": ({"shape": [1] * 65}, "`shape` must be"),
+    "shape is of another size": ({"shape": [0, 0]}, "takes 0"),
+    "offsets are absent": ({"data_offsets": None}, "`data_offsets` must be"),
+    "offsets are one": ({"data_offsets": [1]}, "`data_offsets` must be"),
+    "offsets are fractions": ({"data_offsets": [0.5, 32768.5]}, "`data_offsets` must be"),
+    "offsets are reversed": ({"data_offsets": [32768, 0]}, "`data_offsets` must be"),
+    "offsets overlap": ({"data_offsets": [0, 32768]}, "overlap"),
+}
+
+
+@pytest.mark.parametrize("what", ENTRIES)
+def test_damaged_header_entries_name_tensor_and_reason(model: Path, what: str) -> None:
+    change, reason = ENTRIES[what]
+    header = header_of(model)
+    header[LINEAR] |= change
+    with_header(model, header)
+    with pytest.raises(CheckpointError, match=reason):
+        plan_of(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "expected a JSON object, it holds a list"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"{", "cannot be read as JSON"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read as JSON"),
+        (b'{"x": {}, "x": {}}', "'x' occurs twice"),
+        (b'{"x": null}', "x: expected an object, it is null"),
+        (b'{"__metadata__": {"a": 1}}', "must be an object of texts"),
+        (b"{}", "bytes follow the data"),
+    ],
+)
+def test_damaged_headers(model: Path, content: bytes, reason: str) -> None:
+    with_header(model, content)
+    with pytest.raises(CheckpointError, match=reason):
+        plan_of(model)
+
+
+def test_a_gap_between_tensors_is_damage(model: Path) -> None:
+    header = header_of(model)
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
+    header[last]["data_offsets"] = [offset + 2 for offset in header[last]["data_offsets"]]
+    with_header(model, header)
+    with pytest.raises(CheckpointError, match=f"{last}: .* leave a gap"):
+        plan_of(model)
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ({"weight_map": []}, "`weight_map` must be an object, it is a list"),
+        ({}, "`weight_map` must be an object"),
+        ({"weight_map": {LINEAR: None}}, "expected the name of a shard, it is null"),
+        ({"weight_map": {LINEAR: "a\0.safetensors"}}, "leaves the folder"),
+        ({"weight_map": {LINEAR: "model.bin"}}, "never pickles"),
+        ({"weight_map": {LINEAR: "config.json"}}, "safetensors only"),
+        ({"weight_map": {}}, "names no tensors"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_damaged_indexes(model: Path, index: Any, reason: str) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=reason):
+        plan_of(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_read(model: Path, name: str) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with pytest.raises(CheckpointError, match=r"not a file|no model\.safetensors"):
+        plan_of(model)
+
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ...}, "names no architecture"),
+    ({"architectures": True}, "must be a list of texts, it is true"),
+    ({"architectures": [[]]}, "must be a list of texts"),
+    ({"architectures": ["GptModel"]}, "does not know GptModel"),
+    ({"text_config": ...}, "text_config: expected an object, it is absent"),
+    ({"vision_config": []}, "vision_config: expected an object, it is a list"),
+    ({"vision_config__patch_size": 0}, r"vision_config\.patch_size: expected a whole number from 1"),
+    ({"vision_config__patch_size": 65}, "patch_size: 65 is larger than image_size 64"),
+    ({"vision_config__image_size": [64, 64]}, "image_size: expected a whole number"),
+    ({"vision_config__num_attention_heads": 3}, "3 heads do not divide hidden_size 128"),
+    ({"text_config__num_hidden_layers": 10**9}, r"from 1 to 1,024, it is the number 1000000000"),
+    ({"text_config__num_hidden_layers": 2.0}, "expected a whole number"),
+    ({"text_config__num_hidden_layers": True}, "expected a whole number .* it is true"),
+    ({"text_config__num_key_value_heads": 0}, "num_key_value_heads: expected"),
+    ({"text_config__num_labels": 10**9}, r"text_config\.num_labels: expected"),
+    ({"num_labels": 10**9}, "num_labels: expected"),
+    ({"text_config__hidden_act": "evil"}, "hidden_act: expected gelu or"),
+    ({"text_config__tie_word_embeddings": "yes"}, "expected true or false"),
+    ({"vision_feature_layer": 10**9}, "vision_feature_layer: 1000000000, and the vision tower has 2 blocks"),
+    ({"vision_feature_layer": -4}, "vision_feature_layer: -4"),
+    ({"vision_feature_layer": []}, "vision_feature_layer: expected"),
+    ({"vision_feature_select_strategy": "some"}, "expected default or full"),
+    ({"text_config__model_type": "phi3"}, "its text model is phi3; mmq takes llama, mistral, qwen2, qwen3"),
+    ({"vision_config__model_type": "dinov2"}, "its vision tower is dinov2; mmq takes clip_vision_model"),
+    ({"vision_config__model_type": "pixtral"}, "its vision tower is pixtral"),
+    ({"vision_config__model_type": 3}, "its vision tower is the number 3"),
+    ({"text_config__layer_types": ["full_attention", "sliding_attention"]}, "sliding window and others everything"),
+    ({"text_config__model_type": "qwen2", "text_config__use_sliding_window": True, "text_config__sliding_window": 8,
+      "text_config__max_window_layers": 1}, "sliding window and others everything"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason"), CONFIGS, ids=[str(changes) for changes, _ in CONFIGS])
+def test_a_config_that_cannot_be_is_refused_by_name(model: Path, changes: dict[str, Any], reason: str) -> None:
+    with_config(model, **changes)
+    with pytest.raises(PlanError, match=reason):
+        plan_of(model)
+
+
+def test_all_problems_of_a_config_are_told_at_once(model: Path) -> None:
+    with_config(model, vision_config__patch_size=0, text_config__hidden_size=None, vision_feature_layer="x")
+    with pytest.raises(PlanError) as caught:
+        plan_of(model)
+    for place in ("vision_config.patch_size", "text_config.hidden_size", "vision_feature_layer"):
+        assert f"\n  {place}: expected" in caught.value.message
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("place", ["", "text_config", "vision_config"])
+def test_a_quantized_source_is_refused_wherever_it_says_so(model: Path, place: str, key: str) -> None:
+    with_config(model, **{f"{place}__{key}" if place else key: {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(PlanError, match=f"quantized already: its config.json has {f'{place}.{key}' if place else key}"):
+        plan_of(model)
+
+
+def test_a_null_quantization_config_is_none(model: Path) -> None:
+    with_config(model, quantization_config=None)
+    plan_of(model)
+
+
+def resize(tensors: dict[str, torch.Tensor]) -> None:
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:64]])
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["language_model.model.norm.weight"] = torch.ones(128, dtype=torch.float64)
+
+
+BIAS = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"
+CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "resized vocabulary": (
+        resize,
+        r"embed_tokens\.weight: the shape is \[320, 128\], config.json asks for \[256, 128\]",
+    ),
+    "foreign tensor": (lambda t: t.update({"value_head.weight": torch.rand(1, 128)}), "value_head.weight: no part of"),
+    "missing bias": (lambda t: t.pop(BIAS), f"{BIAS}: missing"),
+    "missing head": (lambda t: t.pop("language_model.lm_head.weight"), "lm_head.weight: missing"),
+    "float64": (widen, "stored as torch.float64"),
+    "integers": (lambda t: t.update({BIAS: torch.ones(512, dtype=torch.int8)}), "stored as torch.int8"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_tensors_that_do_not_fit_the_config_are_found_by_the_plan(model: Path, what: str) -> None:
+    change, reason = CHANGES[what]
+    with_tensors(model, change)
+    with pytest.raises(PlanError, match=reason):
+        plan_of(model)
+
+
+BUFFERS = {
+    "vision_tower.vision_model.embeddings.position_ids": torch.arange(65)[None],
+    "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(32),
+}
+
+
+def test_stored_buffers_are_left_out_aloud(model: Path) -> None:
+    before = plan_of(model)
+    with_tensors(model, lambda tensors: tensors.update(copy.deepcopy(BUFFERS)))
+    plan = plan_of(model)
+    assert [row.tensor.name for row in plan.rows] == [row.tensor.name for row in before.rows]
+    assert sum("left out of the artifact" in warning and "and 1 more" in warning for warning in plan.warnings) == 1
+    assert set(open_source(str(model))[0].ignored) == set(BUFFERS)
+
+
+@pytest.mark.parametrize("place", ["", "text_config__"])
+def test_a_tied_head_need_not_be_stored(model: Path, place: str) -> None:
+    with_config(model, tie_word_embeddings=..., text_config__tie_word_embeddings=...)
+    with_config(model, **{f"{place}tie_word_embeddings": True})
+    assert not any(row.linear == "language_model.lm_head" for row in plan_of(model).rows)  # stored all the same
+    with_tensors(model, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    assert not any("lm_head" in row.tensor.name for row in plan_of(model).rows)
+
+
+def test_every_error_can_be_printed(model: Path) -> None:
+    with_config(model, architectures=["\ud800\x1b[2J"])
+    with pytest.raises(MmqError) as caught:
+        plan_of(model)
+    assert "\x1b" not in caught.value.message
+    caught.value.message.encode()
