@@ -13,6 +13,7 @@ from typing import Any
 
 from exporter.errors import CheckpointError, HubError, HubMissing
 from exporter.retry import retry_after
+from exporter.safetensors_header import Entry, check_header
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
 AGAIN = "give the same command again"
@@ -53,11 +54,10 @@ class Remote:
         with speaking(self.repo, f"reading {path}"):
             return Path(hf_hub_download(self.repo, path, revision=self.commit)).read_bytes()
 
-    def headers(self) -> dict[str, dict[str, Any]]:
+    def headers(self) -> dict[str, dict[str, Entry]]:
         """The header of every safetensors file, fetched by range requests: no weights are downloaded.
 
-        file -> tensor name -> `dtype`, `shape`, `data_offsets`, as the format stores them. CheckpointError when a file
-        is not of this format.
+        file -> tensor name -> entry. CheckpointError when a file is not of this format.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import SafetensorsParsingError
@@ -69,10 +69,11 @@ class Remote:
                     parsed = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.commit)
                 except (SafetensorsParsingError, LookupError, TypeError, AttributeError, ValueError, RecursionError):
                     raise CheckpointError(f"{self.name}: {file} has no header of a safetensors file") from None
-            found[file] = {
+            header = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
                 for name, info in parsed.tensors.items()
             }
+            found[file] = check_header(header, f"{self.name}: {file}", None)
         return found
 
 

@@ -9,7 +9,7 @@ from exporter.demo import MODELS
 from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean
 from exporter.families import Family
 from exporter.hub import Remote, open_remote
-from exporter.safetensors_header import DTYPES, check_header
+from exporter.safetensors_header import DTYPES
 from exporter.strict_json import parse_object, read_json
 
 # Weights come as safetensors only; everything else a processor or an engine reads is small text.
@@ -142,7 +142,7 @@ def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
     """A hub model by range requests."""
     config = parse_object(remote.read("config.json") or b"{}", f"{remote.repo}: config.json")
     family = known_family(config, f"{remote.repo}: config.json")
-    headers = {file: check_header(header, f"{remote.repo}: {file}", None) for file, header in remote.headers().items()}
+    headers = remote.headers()
     promised: dict[str, set[str]] = {file: set() for file in headers}
     if index := remote.read("model.safetensors.index.json"):  # files that it does not name are no part of the model
         where = f"{remote.repo}: model.safetensors.index.json"

@@ -279,7 +279,8 @@ def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> 
 def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: Path) -> None:
     published(artifact)
     assert not hub.sent("xet")
-    (artifact / "model.safetensors").write_bytes((artifact / "model.safetensors").read_bytes() + b" ")
+    weights = (artifact / "model.safetensors").read_bytes()
+    (artifact / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_DISABLE_XET", "0")
         assert "Xet hides what its servers say" in refused(artifact, "--force")
