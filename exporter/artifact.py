@@ -241,10 +241,13 @@ class Artifact:
 
     def names(self) -> list[str]:
         """Checkpoint names of all tensors, as if nothing were packed."""
-        packed = {module: self._stored(module) for module in self.manifest.linears}
-        inside = {name for names in packed.values() for name in names}
+        inside = self.packed_names()
         whole = [name for name in self.checkpoint.tensors if name not in inside and not name.endswith(CACHE_SCALES)]
-        return whole + [f"{module}.weight" for module in packed]
+        return whole + [f"{module}.weight" for module in self.manifest.linears]
+
+    def packed_names(self) -> set[str]:
+        """Names of the stored tensors that stand for packed linears."""
+        return {name for module in self.manifest.linears for name in self._stored(module)}
 
     def scheme_of(self, module: str) -> Scheme:
         """The scheme that the config's patterns give to a module, as the engine will match it."""
@@ -259,6 +262,16 @@ class Artifact:
     def _stored(self, module: str) -> tuple[str, ...]:
         names: tuple[str, ...] = FORMATS[self.manifest.format].tensor_names(module, self.scheme_of(module))
         return names
+
+    def parameters(self) -> int:
+        """Parameters of the model that the artifact stands for: weights, never the words that hold several of them."""
+        counts = {name: info.size for name, info in self.checkpoint.tensors.items() if not name.endswith(CACHE_SCALES)}
+        for module in self.manifest.linears:
+            codes, *others = self._stored(module)
+            counts[codes] = self.checkpoint.tensors[codes].bytes * 8 // self.scheme_of(module).bits
+            for name in others:
+                counts.pop(name, None)
+        return sum(counts.values())
 
     @property
     def kv_cache(self) -> str | None:

@@ -188,11 +188,12 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool, se
 @cli.command()
 @click.argument("artifact")
 @device_option
-@click.option("--no-load", is_flag=True, help="Check files and integers only; do not open it in transformers.")
+@click.option("--no-load", is_flag=True, help="Check files and integers only; run nothing in transformers.")
+@click.option("--whole", is_flag=True, help="Also load it whole in transformers: 8 bytes a parameter.")
 @json_option
 @reports_errors
-def verify(artifact: str, device: str, no_load: bool, as_json: bool) -> None:
-    """Check an artifact: hashes, integers, config patterns, and its logits in transformers.
+def verify(artifact: str, device: str, no_load: bool, whole: bool, as_json: bool) -> None:
+    """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
 
     ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
     manifest, and no weights are downloaded.
@@ -210,8 +211,10 @@ def verify(artifact: str, device: str, no_load: bool, as_json: bool) -> None:
     if artifact.startswith(PREFIX):
         return verify_published(artifact, as_json)
     with Listener(as_json) as listen:
-        found = run(Path(artifact), choose(device), listen, load=not no_load)
-    say(asdict(found) if as_json else show.verified_line(found))
+        verified = run(
+            Path(artifact), choose(device), listen, load="nothing" if no_load else "whole" if whole else "blocks"
+        )
+    say(asdict(verified) if as_json else show.verified_line(verified))
 
 
 @cli.command()

@@ -199,10 +199,14 @@ def export_json(result: Export) -> dict[str, Any]:
 
 def verified_line(verified: Verified) -> str:
     """What `verify` checked, in one line."""
-    said = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
-    if verified.logit_difference is None:
-        return f"{said}; not loaded in transformers ({verified.skipped})"
-    return f"{said}; transformers' logits differ by at most {verified.logit_difference:.1e}"
+    line = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
+    if verified.blocks is not None:
+        line += (
+            f"; {verified.blocks} blocks give compressed-tensors' outputs (difference {verified.block_difference:.1e})"
+        )
+    if verified.logit_difference is not None:
+        line += f"; the whole model's logits differ by at most {verified.logit_difference:.1e}"
+    return f"{line}; not run in transformers: {verified.skipped}" if verified.skipped else line
 
 
 def report_page(report: Report) -> RenderableType:

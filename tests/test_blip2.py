@@ -86,7 +86,7 @@ def test_every_component_by_every_method_is_what_transformers_opens(
     recipe = recipe_for(family, models[family.name], quantize=rules_for(family, method))
     done = quick_export(recipe, tmp_path / "out")
     if find_spec("compressed_tensors"):
-        assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+        assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
     artifact = Artifact.open(tmp_path / "out")
     source = Checkpoint.open(models[family.name])
     packed = set(artifact.manifest.linears)
@@ -134,7 +134,7 @@ def test_logits_move_with_the_weights_of_every_component(
 def test_transformers_loads_artifacts_of_other_dtypes(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", family, dtype)
     done = quick_export(recipe_for(family, folder, quantize=rules_for(family, "rtn", 8)), tmp_path / "out")
-    assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+    assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
 
 
 def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_float32_is_read_as_16_bits_on_request(tmp_path: Path) -> None:
         if row.decision == "kept":
             assert torch.equal(stored.read(row.tensor.name), source.read(row.tensor.name).half()), row.tensor.name
     if find_spec("compressed_tensors"):
-        assert done.verified.logit_difference == pytest.approx(0, abs=1e-4)
+        assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
 
 
 def test_answers_are_those_of_one_token_at_a_time(models: dict[str, Path]) -> None:

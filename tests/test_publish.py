@@ -72,7 +72,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http.time, "sleep", waits.append)
-        monkeypatch.setattr("exporter.package.verify", partial(verify, load=False))  # its own tests load models
+        monkeypatch.setattr("exporter.package.verify", partial(verify, load="nothing"))  # its own tests load models
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
