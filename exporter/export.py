@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
 from exporter.predict import batches
 from exporter.recipe import Recipe
-from exporter.source import open_source
+from exporter.source import narrowed, open_source
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import Workdir
 
 Listener = Callable[[Event], None]
+
+# Packed weights decompress to the 16 bits of their scales, and transformers multiplies no two dtypes.
+READ_IN_16_BITS = (
+    "the source's float32 tensors are read as bfloat16 (`dtype: float16` in the recipe's model changes it)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,12 @@ def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple
     foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
     if foreign:
         raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))
-    return make_plan(recipe, checkpoint, family, device), checkpoint
+    plan = make_plan(recipe, checkpoint, family, device)
+    if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
+        checkpoint = narrowed(checkpoint, "bfloat16")
+        plan = make_plan(recipe, checkpoint, family, device)
+        plan = replace(plan, warnings=(*plan.warnings, READ_IN_16_BITS))
+    return plan, checkpoint
 
 
 def with_data_it_knows(recipe: Recipe) -> Recipe:

@@ -129,10 +129,10 @@ def _wrong_linear(artifact: Artifact, module: str, expected: str) -> str:
 
 def _why_not_load(artifact: Artifact) -> str:
     """The reason to skip the comparison with transformers, or an empty string."""
+    if not artifact.checkpoint.config.get("quantization_config"):
+        return ""  # a plain model
     if artifact.manifest.format != "compressed_tensors":
-        return f"transformers needs another package for format {artifact.manifest['format']}"
-    if "quantization_config" not in artifact.checkpoint.config:
-        return "nothing in it is packed"
+        return f"transformers needs another package for format {artifact.manifest.format}"
     if find_spec("compressed_tensors") is None:
         return "compressed-tensors is not installed: pip install 'mmq[verify]'"
     return ""

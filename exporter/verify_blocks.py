@@ -72,19 +72,11 @@ class _Theirs:
     """The model as transformers' quantizer prepares it; its blocks hold tensors only while they run."""
 
     def __init__(self, artifact: Artifact, device: Device, stored: torch.dtype, compute: torch.dtype) -> None:
-        from transformers.quantizers import AutoHfQuantizer
-
         self._artifact, self._device, self._stored, self._compute = artifact, device.torch_device, stored, compute
         self.model: Any = build_skeleton(artifact.family, artifact.source_config(), device.torch_device)
         self._aliases = _tied(self.model)
-        described = artifact.checkpoint.config["quantization_config"]
-        with redirect_stderr(StringIO()), torch.device("meta"):  # the library draws progress bars
-            quantizer = AutoHfQuantizer.from_config(dict(described), pre_quantized=True)
-            quantizer.validate_environment()
-            quantizer.preprocess_model(model=self.model)
-        for module in self.model.modules():
-            if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-                scheme.input_activations = None  # weights alone are compared: engines round inputs and caches
+        if described := artifact.checkpoint.config.get("quantization_config"):
+            _prepare(self.model, described)
         self._checkpoint_names = {artifact.family.live_name(name): name for name in artifact.checkpoint.tensors}
 
     def name_problems(self) -> list[str]:
@@ -142,6 +134,19 @@ class _Theirs:
         linear = self._artifact.linear(self._checkpoint_names[name].rpartition(".")[0])
         if not torch.equal(module.weight, linear.dequantize(module.weight.dtype)):
             problems.append(f"{path}: compressed-tensors decompresses another weight than was computed")
+
+
+def _prepare(model: Any, quantization_config: Mapping[str, Any]) -> None:
+    """Give the linears of a plain model on the meta device the parameters of packed ones, as `from_pretrained` does."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    with redirect_stderr(StringIO()), torch.device("meta"):  # the library draws progress bars
+        quantizer = AutoHfQuantizer.from_config(dict(quantization_config), pre_quantized=True)
+        quantizer.validate_environment()
+        quantizer.preprocess_model(model=model)
+    for module in model.modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            scheme.input_activations = None  # weights alone are compared: engines round inputs and caches
 
 
 def _tied(model: Any) -> dict[str, str]:
