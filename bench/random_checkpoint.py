@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import ShardWriter
 from exporter.demo import MODELS
 from exporter.safetensors_header import DTYPES
+from exporter.shards import ShardWriter
 from tests.headers.read import Header, load_header
 
 

@@ -3,7 +3,6 @@
 Everything is written into a temporary folder beside the destination and renamed when it is complete.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,13 +18,13 @@ import yaml
 from torch import Tensor
 
 from exporter.activations import Rounded
-from exporter.checkpoint import SHARD_BYTES, Checkpoint, ShardWriter, disk_error, sha256, write_text
+from exporter.artifact_tensors import write_tensors
+from exporter.checkpoint import Checkpoint, disk_error, sha256, write_text
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
 from exporter.formats import FORMATS, read_groups
 from exporter.formats.group import Group
-from exporter.job import finite
 from exporter.manifest import (
     MANIFEST,
     Bytes,
@@ -36,10 +35,11 @@ from exporter.manifest import (
     read_manifest,
     write_manifest,
 )
-from exporter.plan import Plan, PlanRow, Unit, stored_scale_dtype
-from exporter.quantized import QuantizedLinear, Scheme, pack_bits
-from exporter.targets import artifact_config, cache_scales
-from exporter.workdir import JOB, UnitResult, Workdir, fingerprint_of
+from exporter.plan import Plan
+from exporter.quantized import QuantizedLinear, Scheme
+from exporter.shards import SHARD_BYTES, sync_folder
+from exporter.targets import artifact_config
+from exporter.workdir import JOB, Workdir, fingerprint_of
 
 REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")
@@ -68,17 +68,17 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        with ThreadPoolExecutor() as pool:
-            writer = ShardWriter(temporary, shard_bytes)
-            digests = _write_tensors(plan, checkpoint, workdir, writer, device, on_event)
-            shards = writer.finish()
-            _write_texts(plan, checkpoint, temporary)
-            names = sorted(path.name for path in temporary.iterdir())
-            files = dict(zip(names, pool.map(lambda name: sha256(temporary / name), names), strict=True))
-            made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
-            source = Source(model=plan.origin, shards=checkpoint.shard_hashes(on_event))
-            write_manifest(temporary, _manifest(plan, workdir, digests, source, made, files, shards))
-        check(temporary)
+        written = write_tensors(plan, checkpoint, workdir, temporary, device, on_event, shard_bytes)
+        _write_texts(plan, checkpoint, temporary)
+        texts = sorted(path.name for path in temporary.iterdir() if path.name not in written.files)
+        files = {**written.files, **{name: sha256(temporary / name) for name in texts}}
+        made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
+        source = Source(model=plan.origin, shards=checkpoint.shard_hashes(on_event))
+        write_manifest(temporary, _manifest(plan, workdir, written.digests, source, made, files, tuple(written.files)))
+        with ThreadPoolExecutor(1, "sync") as pool:
+            synced = pool.submit(sync_folder, temporary)  # the check reads the page cache meanwhile
+            check(temporary)
+            synced.result()
         _put_in_place(temporary, out)
     except OSError as error:
         raise disk_error(out, error) from None
@@ -116,56 +116,6 @@ def _unfinished(out: Path, work: Path) -> bool:
     if not ((out / MANIFEST).exists() and (work / JOB).exists()) or (out / REPORT).exists():
         return False
     return read_manifest(out).fingerprint == fingerprint_of(work)
-
-
-def _write_tensors(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    workdir: Workdir,
-    writer: ShardWriter,
-    device: torch.device,
-    on_event: Callable[[Event], None],
-) -> dict[str, str]:
-    """Every tensor of the source, packed or as it was; returns the digests of the packed linears."""
-    digests: dict[str, str] = {}
-    for row in plan.rows:
-        if not any(_inside(row, unit) for unit in plan.units):
-            writer.add(row.tensor.name, finite(row.tensor.name, checkpoint.read(row.tensor.name)))
-    for name in cache_scales(plan):
-        writer.add(name, torch.ones(1, dtype=torch.bfloat16))
-    for unit in plan.units:
-        result = workdir.read(unit, device)
-        on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
-        for row in plan.rows:
-            if _inside(row, unit):
-                for name, tensor in _stored_tensors(plan, checkpoint, row, result).items():
-                    writer.add(name, tensor.cpu())
-        digests |= {row.module: digest(result.linears[row.module]) for row in unit.rows if row.decision == "packed"}
-    return digests
-
-
-def _inside(row: PlanRow, unit: Unit) -> bool:
-    """Whether a tensor lies in a unit's block: its linears, and the norms and biases beside them."""
-    return row.tensor.name.startswith(unit.block + ".")
-
-
-def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: UnitResult) -> dict[str, Tensor]:
-    """What the artifact holds for one tensor of a finished block, by the names it has there."""
-    name = row.tensor.name
-    if row.decision == "packed":
-        return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
-    if row.decision == "dequantized":
-        return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
-    kept = result.altered[name] if name in result.altered else checkpoint.read(name)
-    return {name: finite(name, kept)}
-
-
-def digest(linear: QuantizedLinear) -> str:
-    """sha256 over codes, scales and zero points: the identity of a quantized linear in any format."""
-    hasher = hashlib.sha256()
-    for tensor in (pack_bits(linear.codes, linear.scheme.bits), linear.scale, linear.zero):
-        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:

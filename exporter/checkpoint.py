@@ -212,53 +212,6 @@ def disk_error(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
 
 
-class ShardWriter:
-    """Collects tensors into `model-0000N-of-0000M.safetensors` shards and their index.
-
-    shard_bytes: a new shard starts when the current one would grow beyond this.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.shards: list[list[str]] = []
-        self.total = 0
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; a full shard is written out."""
-        size = tensor.numel() * tensor.itemsize
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += size
-        self.total += size
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
-
-    def _flush(self) -> None:
-        write_tensors(self._part(len(self.shards)), self._pending, {"format": "pt"})
-        self.shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self) -> list[str]:
-        """Write the last shard, give the files their final names, write the index; returns the file names."""
-        self._flush()
-        count = len(self.shards)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            names = ["model.safetensors"]
-        for i, name in enumerate(names):
-            self._part(i).replace(self.folder / name)
-        weight_map = {tensor: names[i] for i, shard in enumerate(self.shards) for tensor in shard}
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        if count > 1:
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        return names
-
-
 def sha256(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:

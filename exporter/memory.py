@@ -6,11 +6,12 @@ The terms are those that `calibrate` really holds at once; docs/architecture.md 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from exporter.checkpoint import SHARD_BYTES, Checkpoint
+from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.factor import PANEL
 from exporter.families import Component, Family
 from exporter.recipe import Calibration
+from exporter.shards import SHARD_BYTES
 
 SQUARES_BYTES = 2 * 4  # float32 squares of the inputs: the Hessian and its factor
 STRIP_BYTES = 3 * 4 * PANEL  # strips of the factorization, for every input
@@ -78,7 +79,7 @@ def predict_memory(
         peaks[f"{component.name}: upstream forward"] = kept + upstream + batch
         activations = max(activations, kept)
     largest = max(peaks, key=lambda name: peaks[name])
-    shard = min(SHARD_BYTES, sum(info.bytes for info in checkpoint.tensors.values()))
+    shard = 1.5 * min(SHARD_BYTES, sum(info.bytes for info in checkpoint.tensors.values()))  # the last one is written
     host = RUNTIME_BYTES + shard + (CUDA_BYTES if device.is_cuda else peaks[largest])
     return Memory(peaks[largest], int(host), activations, largest)
 

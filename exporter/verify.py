@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from exporter.artifact import Artifact, digest
+from exporter.artifact import Artifact
+from exporter.artifact_tensors import digest
 from exporter.backends import load_processor
 from exporter.checkpoint import sha256
 from exporter.device import Device

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from exporter import calibrate
-from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.events import Event
@@ -19,6 +19,7 @@ from exporter.quantized import QuantizedLinear
 from exporter.ranges import fit_scale
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import load_recipe
+from exporter.shards import ShardWriter
 from exporter.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
 

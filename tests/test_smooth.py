@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from exporter import artifact, smooth
-from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.checkpoint import Checkpoint
 from exporter.methods import rtn
 from exporter.plan import Plan
 from exporter.quantized import Scheme
 from exporter.recipe import Rule
+from exporter.shards import ShardWriter
 from exporter.workdir import UnitResult, Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed
 from tests.test_families import live_model, tiny_inputs

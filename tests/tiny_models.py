@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from bench.random_checkpoint import write_blip2_processor
-from exporter.checkpoint import ShardWriter
 from exporter.demo import MODELS
 from exporter.families import Family
+from exporter.shards import ShardWriter
 from tests.test_families import random_weights
 
 
