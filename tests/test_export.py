@@ -237,7 +237,7 @@ def misfit_config(folder: Path) -> None:
             "class_embedding.*not finite",
         ),
         (rename_architecture, PlanError, "does not know MysteryForCausalLM"),
-        (misfit_config, CheckpointError, "has the shape"),
+        (misfit_config, PlanError, "the shape is"),
     ],
     ids=["truncated", "missing", "nan-linear", "nan-kept", "nan-upstream", "architecture", "config"],
 )
