@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporter.errors import CheckpointError
 from exporter.events import Event, ignore
-from exporter.file_hashes import hash_files, start_hashing
+from exporter.file_hashes import READ_BYTES, hash_files, start_hashing
 from exporter.safetensors_header import Entry, read_header
 from exporter.strict_json import kind, read_json
 
@@ -213,6 +213,9 @@ def disk_error(path: Path, error: Exception) -> CheckpointError:
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file as it is now, hex."""
+    hasher, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+    return hasher.hexdigest()

@@ -28,7 +28,7 @@ class ShardWriter:
         self.total = 0
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._pool = ThreadPoolExecutor(3, "shard")  # one writes, two hash
+        self._pool = ThreadPoolExecutor(5, "shard")  # one writes, the others hash
         self._saves: list[Future[None]] = []
         self._hashes: list[Future[str]] = []
 
