@@ -86,5 +86,5 @@ def digest(linear: QuantizedLinear) -> str:
     """sha256 over codes, scales and zero points: the identity of a quantized linear in any format."""
     hasher = hashlib.sha256()
     for tensor in (pack_bits(linear.codes, linear.scheme.bits), linear.scale, linear.zero):
-        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return hasher.hexdigest()

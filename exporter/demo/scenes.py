@@ -171,7 +171,7 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Correctly rounded square root. On a CPU torch's waits for all of its threads: milliseconds while others compute."""
+    """Correctly rounded square root. torch's on a CPU waits for its threads: milliseconds while others compute."""
     return x.sqrt() if x.is_cuda else torch.from_numpy(np.sqrt(x.numpy()))
 
 
