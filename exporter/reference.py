@@ -62,7 +62,8 @@ class Compared:
 def placed(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
     """Where the reference computes, and in which dtype its weights are held.
 
-    float32 where it fits beside the activations, else the engine's 16 bits; the CPU where `device` holds neither. ServeError when the host's memory is too small as well.
+    float32 where it fits beside the activations, else the engine's 16 bits; the CPU where `device` holds neither.
+    ServeError when the host's memory is too small as well.
     """
     parameters, config = artifact.parameters(), artifact.checkpoint.config
     places = [device] if not device.is_cuda else [device, choose("cpu")]
