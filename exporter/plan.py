@@ -14,7 +14,7 @@ from exporter.errors import PlanError
 from exporter.families import Family
 from exporter.formats import FORMATS
 from exporter.memory import Memory, predict_memory
-from exporter.methods import METHODS
+from exporter.methods import METHODS, SMOOTHERS
 from exporter.recipe import Recipe
 from exporter.runtime.kernels import serving
 from exporter.runtime.serve_lint import Linear, cache_problems, lint
@@ -107,8 +107,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
     units = _units(rows, family, checkpoint)
-    chosen = [(row.component, METHODS[row.rule.method]) for row in rows if row.rule]
-    statistics = dict(sorted((name, method.SMOOTHS) for name, method in chosen if method.Statistics))  # True comes last
+    chosen = [(row.component, row.rule.method) for row in rows if row.rule]
+    statistics = dict(sorted((name, m in SMOOTHERS) for name, m in chosen if METHODS[m].Statistics))  # True comes last
     planned = {name for name, _ in chosen}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
     warnings = (*_ignored(checkpoint), *_warnings(recipe, family, rows, memory, device))
