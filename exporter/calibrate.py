@@ -27,7 +27,6 @@ from exporter.device import Device
 from exporter.errors import CalibrationError
 from exporter.events import Event
 from exporter.families import Component, Pass
-from exporter.families.family import image_token
 from exporter.forward_hooks import replaced_forwards
 from exporter.job import Job
 from exporter.plan import Plan, Unit
@@ -130,7 +129,7 @@ def _enter(job: Job, component: Component, count: int, batches: Sequence[Batch])
     """The inputs of the component's first block, pass by pass and batch by batch."""
     blocks = [job.stream.module(component.block(i)) for i in range(count)]
     store = job.device.torch_device if _fits(job) else torch.device("cpu")
-    image, vision = image_token(job.checkpoint.config), job.plan.recipe.calibration.vision_weight
+    image, vision = image_token(job.stream.model.config), job.plan.recipe.calibration.vision_weight
     done, total = 0, len(component.passes) * len(batches)
     for entry in component.passes:
         placed = map(job.stream.inputs, batches)
@@ -141,6 +140,12 @@ def _enter(job: Job, component: Component, count: int, batches: Sequence[Batch])
             yield BlockInputs.enter(entered, weights, store)
             done += 1
             job.on_event(Event("calibrate", done, total, f"inputs of {component.name}"))
+
+
+def image_token(config: Any) -> int | None:
+    """Id of the token that stands for a picture, by a transformers configuration; None when the model has none."""
+    ids = (getattr(config, key, None) for key in ("image_token_id", "image_token_index"))
+    return next((int(value) for value in ids if value is not None), None)
 
 
 def _enter_cleaned(

@@ -1,9 +1,28 @@
-"""Tiny LLaVA configurations with every text model and tower that the family takes, and inputs for them."""
+"""Tiny LLaVA configurations with the text models and towers that the family takes, and Gemmas, and inputs for them."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from exporter.families import FAMILIES, Component, Family
+
+
+def _any_llava() -> Family:
+    """LLaVA with any text model: the plan refuses Gemma, whose shapes nobody wrote down, calibration must not."""
+    family = FAMILIES["llava"]
+
+    def count(config: Any) -> int:
+        return int(config["text_config"]["num_hidden_layers"])
+
+    def free(part: Component) -> Component:
+        return replace(part, used=count, stored=count) if part.name == "language" else part
+
+    parts = tuple(map(free, family.components))
+    return replace(family, components=parts, parts={}, fields=(), misfits=lambda _: [], shapes=lambda _: {})
+
+
+ANY_LLAVA = _any_llava()
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,

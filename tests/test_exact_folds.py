@@ -16,9 +16,9 @@ from exporter.job import Job
 from exporter.plan import Plan
 from exporter.recipe import Rule
 from exporter.workdir import UnitResult, Workdir
-from tests.llava_variants import VARIANTS, inputs_for
+from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for
 from tests.test_calibrate import plan_for
-from tests.test_whole_forward import LLAVA, checkpoint_of
+from tests.test_whole_forward import checkpoint_of
 
 AWQ = Rule(component="language", method="awq", bits=3, group_size=32)
 NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -36,7 +36,7 @@ INEXACT = {
 def verdicts(config: dict[str, Any], folder: Path) -> tuple[dict[str, bool], Plan, list[UnitResult]]:
     """What the proof says of each smoothing in every block, by source, and the units that come out."""
     checkpoint: Checkpoint = checkpoint_of(folder / "model", config)
-    plan, found = plan_for(checkpoint, (AWQ,)), dict[str, bool]()
+    plan, found = plan_for(checkpoint, (AWQ,), ANY_LLAVA), dict[str, bool]()
     prove = smooth.folds_exactly
 
     def spy(block: Block, smoothing: Smoothing) -> bool:
@@ -72,7 +72,7 @@ def test_norms_that_do_not_multiply_by_their_weight_are_not_folded(name: str, tm
 def test_the_proof_holds_in_16_bits_and_beside_a_large_residual(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The hidden states are 1000 times as large as what the block adds to them, as massive activations are."""
     checkpoint = checkpoint_of(tmp_path / "model", VARIANTS[name])
-    plan = plan_for(checkpoint, (AWQ,))
+    plan = plan_for(checkpoint, (AWQ,), ANY_LLAVA)
     device = choose("cpu")
 
     class Narrow(type(device)):  # type: ignore[misc]
@@ -83,7 +83,7 @@ def test_the_proof_holds_in_16_bits_and_beside_a_large_residual(name: str, dtype
     workdir = Workdir.open(tmp_path / "work", {})
     with ThreadPoolExecutor(1) as pool:
         job = Job(plan, checkpoint, workdir, narrow, lambda event: None, pool)
-        component = LLAVA.component("language")
+        component = ANY_LLAVA.component("language")
         (block, *_) = calibrate.walk(job, component, plan.units[:1], [inputs_for(VARIANTS[name], 2, 9)])
         for entry in block.inputs:
             entry.hidden = entry.hidden * 1000 if dtype != torch.float16 else entry.hidden * 100

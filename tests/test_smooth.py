@@ -87,7 +87,8 @@ def test_product_of_norm_and_columns_is_what_it_was(smoothed: tuple[Checkpoint, 
 
 def test_artifact_holds_the_folded_norms(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
     checkpoint, plan, workdir = smoothed
-    artifact.write(plan, checkpoint, workdir, tmp_path / "out", {}, lambda event: None, torch.device("cpu"))
+    provenance = {"calibration": {"data": "random", "seed": 0, "samples": []}, "device": "CPU"}
+    artifact.write(plan, checkpoint, workdir, tmp_path / "out", provenance, lambda event: None, torch.device("cpu"))
     found = artifact.Artifact.open(tmp_path / "out")
     for result in results(plan, workdir):
         for name, tensor in result.altered.items():

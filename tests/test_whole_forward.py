@@ -12,20 +12,19 @@ from torch import Tensor, nn
 
 from exporter import calibrate
 from exporter.block_calls import capture_calls
-from exporter.checkpoint import Checkpoint, ShardWriter
+from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
-from exporter.families import FAMILIES
 from exporter.forward_hooks import first_output
 from exporter.methods import gptq
 from exporter.plan import Plan
 from exporter.recipe import Rule
+from exporter.shards import ShardWriter
 from exporter.workdir import Workdir
-from tests.llava_variants import VARIANTS, inputs_for, llava_config
+from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for, llava_config
 from tests.test_calibrate import plan_for
 from tests.test_families import random_weights
 
-LLAVA = FAMILIES["llava"]
 RULES = (
     Rule(component="vision", method="gptq", bits=4, group_size=16),
     Rule(component="projector", method="gptq", bits=8, group_size="row"),
@@ -35,7 +34,7 @@ Batches = list[dict[str, Tensor]]
 
 
 def whole_model(config: dict[str, Any]) -> nn.Module:
-    model = random_weights(LLAVA.skeleton(config).eval())
+    model = random_weights(ANY_LLAVA.skeleton(config).eval())
     model.tie_weights()
     return model
 
@@ -45,10 +44,10 @@ def checkpoint_of(folder: Path, config: dict[str, Any]) -> Checkpoint:
     folder.mkdir()
     writer = ShardWriter(folder, 10**9)
     for name, parameter in whole_model(config).named_parameters():
-        writer.add(LLAVA.canonical_name(name), parameter.detach().clone())
+        writer.add(ANY_LLAVA.canonical_name(name), parameter.detach().clone())
     writer.finish()
     (folder / "config.json").write_text(json.dumps(config))
-    return Checkpoint.open(folder, LLAVA.canonical_name)
+    return Checkpoint.open(folder, ANY_LLAVA.canonical_name)
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 def hessian_of_whole(model: nn.Module, module: str, batches: Batches) -> Tensor:
     """Mean of x x^T over all tokens that no mask hides, f32 `[in, in]`, by forward passes of the whole model."""
-    rows, linear = [], model.get_submodule(LLAVA.live_name(module))
+    rows, linear = [], model.get_submodule(ANY_LLAVA.live_name(module))
     for batch in batches:
         seen: list[Tensor] = []
         handle = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -85,7 +84,7 @@ def hessian_of_whole(model: nn.Module, module: str, batches: Batches) -> Tensor:
 def stacks(plan: Plan) -> Iterator[list[str]]:
     """Modules that GPTQ quantizes in one call, in order."""
     for unit in plan.units:
-        for phase in LLAVA.component(unit.component).phases:
+        for phase in ANY_LLAVA.component(unit.component).phases:
             yield [row.module for row in unit.rows if row.linear in phase]
 
 
@@ -94,7 +93,7 @@ def test_statistics_equal_those_of_the_whole_forward_pass(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = checkpoint_of(tmp_path / "model", config)
-    plan, batches = plan_for(checkpoint, RULES), [inputs_for(config, 2, 9), inputs_for(config, 3, 14)]
+    plan, batches = plan_for(checkpoint, RULES, ANY_LLAVA), [inputs_for(config, 2, 9), inputs_for(config, 3, 14)]
     workdir = Workdir.open(tmp_path / "work", {})
     with gathered(monkeypatch) as hessians:
         calibrate.run(plan, checkpoint, workdir, batches, choose("cpu"), lambda event: None)
@@ -105,7 +104,7 @@ def test_statistics_equal_those_of_the_whole_forward_pass(
         whole = hessian_of_whole(model, modules[0], batches)
         assert float((hessian - whole).norm() / whole.norm()) < 1e-5, modules[0]
         for module in modules:
-            model.get_submodule(LLAVA.live_name(module)).weight.data = results[module].as_served()
+            model.get_submodule(ANY_LLAVA.live_name(module)).weight.data = results[module].as_served()
 
 
 def text_blocks(model: nn.Module) -> list[nn.Module]:
@@ -226,7 +225,9 @@ def test_blocks_behind_the_last_quantized_one_are_not_read(front: str, tmp_path:
     deep = llava_config({"num_hidden_layers": 6}, {**VARIANTS["llama"]["vision_config"], "num_hidden_layers": 6})
     checkpoint = checkpoint_of(tmp_path / "model", deep)
     blocks = {"vision": "0:1", "language": "front"}[front]
-    plan = plan_for(checkpoint, (Rule(component=front, method="gptq", bits=4, group_size=16, blocks=blocks),))
+    plan = plan_for(
+        checkpoint, (Rule(component=front, method="gptq", bits=4, group_size=16, blocks=blocks),), ANY_LLAVA
+    )
     read: list[str] = []
     whole = checkpoint.read
     checkpoint.read = lambda name: (read.append(name), whole(name))[1]  # type: ignore[assignment, func-returns-value]

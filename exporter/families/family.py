@@ -45,12 +45,6 @@ def logits(model: Any, inputs: Inputs) -> Any:
     return run_whole(model, inputs).logits
 
 
-def image_token(config: Config) -> int | None:
-    """Id of the token that stands for a picture in prompts; None when the model has none."""
-    ids = (config.get(key) for key in ("image_token_index", "image_token_id"))
-    return next((int(value) for value in ids if value is not None), None)
-
-
 @dataclass(frozen=True)
 class Pass:
     """One way in which the model reaches a component.
