@@ -21,13 +21,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
-SMOOTH = "exporter/smooth.py"
+SMOOTH, BLOCK, INPUTS = "exporter/smooth.py", "exporter/block.py", "exporter/block_inputs.py"
+CALIBRATE, CALLS = "exporter/calibrate.py", "exporter/block_calls.py"
 FOLDS, LLAVA, BLIP2 = "exporter/folds.py", "exporter/families/llava.py", "exporter/families/blip2.py"
 KERNEL, RANGES_KERNEL = "exporter/columns_kernel.py", "exporter/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
     "kernels": ["tests/test_kernels.py"],  # on a CPU by Triton's interpreter, where Triton is installed
-    "calibration": ["tests/test_calibrate.py"],
+    "calibration": [
+        "tests/test_calibrate.py",
+        "tests/test_whole_forward.py",
+        "tests/test_nonfinite.py",
+        "tests/test_exact_folds.py",
+    ],
     "folds": ["tests/test_folds.py", "tests/test_families.py"],
     "awq": ["tests/test_awq.py", "tests/test_folds.py", "tests/test_smooth.py", "tests/test_methods.py"],
 }
@@ -97,9 +103,73 @@ MUTATIONS = (
     Mutation(
         "calibration",
         "q, k and v share the one scale of a tensor",
-        "exporter/calibrate.py",
+        BLOCK,
         'row.rule and row.rule.group_size != "tensor"',
         "row.rule",
+    ),
+    Mutation(
+        "calibration",
+        "every block gets the arguments of the first",
+        INPUTS,
+        "        self.calls = self.calls[1:]\n",
+        "",
+    ),
+    Mutation(
+        "calibration",
+        "arguments that depend on outputs pass",
+        CALLS,
+        "    if len(blocks) > 1:\n",
+        "    if len(blocks) > 99:\n",
+    ),
+    Mutation(
+        "calibration",
+        "what is written to between blocks passes",
+        CALLS,
+        "if any(tensor._version != version",
+        "if any(tensor._version == -version",
+    ),
+    Mutation(
+        "calibration",
+        "a block whose input is another passes",
+        CALLS,
+        "if index and hidden is not self._handed:",
+        "if index and hidden is None:",
+    ),
+    Mutation(
+        "calibration",
+        "the last block runs for nobody",
+        CALIBRATE,
+        "count = 1 + max((names.index(block) for block in calibrated), default=-1)",
+        "count = len(names) if calibrated else 0",
+    ),
+    Mutation(
+        "calibration",
+        "tokens that are not finite go on counting",
+        INPUTS,
+        "torch.where(finite, weights, 0.0)",
+        "torch.where(finite, weights, 1.0)",
+    ),
+    Mutation(
+        "calibration",
+        "rows that overflow in a block stay in the statistics",
+        BLOCK,
+        "                    counted = finite\n",
+        "",
+    ),
+    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MOST_EXCLUDED = 0.1", "MOST_EXCLUDED = 1.0"),
+    Mutation(
+        "calibration",
+        "folds that are not exact are made",
+        SMOOTH,
+        "if not folds_exactly(block, smoothing)]",
+        "if not folds_exactly(block, smoothing) and False]",
+    ),
+    Mutation(
+        "calibration",
+        "a proof leaves its scales in the block",
+        SMOOTH,
+        "    block.restore(own)\n    size = ",
+        "    size = ",
     ),
     Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(
@@ -125,15 +195,15 @@ MUTATIONS = (
         "awq",
         "a tried weight stays in the block",
         SMOOTH,
-        "    for name, weight in zip(names, own, strict=True):\n        job.stream.put(name, weight)\n",
-        "",
+        "    block.restore(own)\n    return error\n",
+        "    return error\n",
     ),
     Mutation(
         "awq",
         "a search on the block runs it on four batches",
         SMOOTH,
-        'None if "block" in searches else CHECKED',
-        "CHECKED",
+        "return None if any(row.rule and row.rule.parsed_options().runs_block for row in unit.rows) else CHECKED",
+        "return CHECKED",
     ),
     Mutation("awq", "clipping tries ranges down to a tenth", AWQ, "1 - 0.5 * step / steps", "1 - 0.9 * step / steps"),
     Mutation(

@@ -22,19 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.quantize_phase import inputs_of, phase
-from exporter import calibrate, data
+from exporter import data
 from exporter.backends import load_processor
+from exporter.block import Block
 from exporter.demo import MODELS
 from exporter.device import Device, release
 from exporter.export import prepare, tested_on
-from exporter.families import Component
-from exporter.flow import Flow
-from exporter.job import Job
-from exporter.plan import Unit
+from exporter.forward_hooks import watch_inputs
+from exporter.plan import PlanRow
 from exporter.predict import batches
 from exporter.recipe import Recipe
-from exporter.stream import load_whole, watch_inputs
-from exporter.workdir import UnitResult, Workdir
+from exporter.stream import load_whole
+from exporter.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 Batch = dict[str, Tensor]
@@ -69,18 +68,16 @@ def language_only(recipe: Recipe, group: int, range_: str, seed: int) -> Recipe:
 def at_once() -> Iterator[None]:
     """mmq calibrates all linears of a block on what the block computes before any of them is quantized, as the peer."""
 
-    def together(job: Job, component: Component, unit: Unit, flows: Sequence[Flow]) -> UnitResult:
-        notes: list[str] = []
-        statistics = calibrate._gather(job, component, unit, unit.rows, flows)
-        found = [
-            one for row in unit.rows for one in calibrate._quantize_stack(job, [row], statistics.get(row.linear), notes)
-        ]
-        for row, linear, _ in found:
-            job.stream.put(row.tensor.name, linear.as_served())
-        errors = {row.module: error for row, _, error in found}
-        return UnitResult({row.module: linear for row, linear, _ in found}, errors, tuple(notes))
+    gather, before = Block.gather, dict[int, dict[str, Any]]()
 
-    with patch.object(calibrate, "_quantize_phases", together):
+    def together(block: Block, rows: Sequence[PlanRow]) -> dict[str, Any]:
+        if block.unit.index not in before:
+            before.clear()
+            before[block.unit.index] = gather(block, block.unit.rows)
+        statistics = before[block.unit.index]
+        return {row.linear: statistics[row.linear] for row in rows if row.linear in statistics}
+
+    with patch.object(Block, "gather", together):
         yield
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 from torch import Tensor
 
 from bench.memory import Watch
-from exporter import calibrate, flow, job, moments, smooth
+from exporter import block_inputs, calibrate, job, moments, smooth
 from exporter.backends import load_processor
 from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
 from exporter.events import ignore
@@ -22,7 +22,7 @@ from exporter.recipe import Recipe
 from exporter.workdir import Workdir
 
 TERMS: tuple[tuple[str, Any, str], ...] = (
-    ("forward passes", flow.Flow, "run"),
+    ("forward passes", block_inputs.BlockInputs, "run"),
     ("Hessians", moments.Statistics, "update"),
     ("errors for the report", moments.Statistics, "energy"),
     ("factorizations", gptq, "inverse_factor"),

@@ -19,7 +19,7 @@ from exporter.shards import SHARD_BYTES, ShardWriter
 from exporter.targets import cache_scales
 from exporter.workdir import UnitResult, Workdir
 
-HASHING = 8  # threads; hashlib releases the interpreter
+HASHING = 4  # threads; hashlib releases the interpreter, and each thread holds a linear on the host
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,5 @@ def digest(linear: QuantizedLinear) -> str:
     """sha256 over codes, scales and zero points: the identity of a quantized linear in any format."""
     hasher = hashlib.sha256()
     for tensor in (pack_bits(linear.codes, linear.scheme.bits), linear.scale, linear.zero):
-        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return hasher.hexdigest()

@@ -16,14 +16,13 @@ from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
 from exporter.errors import DataError, PlanError
-from exporter.events import Event, ignore
+from exporter.events import Event
 from exporter.manifest import read_manifest
 from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
 from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import narrowed, open_source
-from exporter.steps import refuse_shortage, step_warnings
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
@@ -103,10 +102,10 @@ def export(
     artifact.refuse_occupied(out, overwrite, work or default_work(out))
     plan, checkpoint = prepare(recipe, device)
     checkpoint.start_hashing()
-    refuse_shortage(plan.steps, device)
+    if plan.memory.device_bytes > device.free_bytes:
+        raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
     calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
-    steps = [step for step in plan.steps if step.name != "check"]
-    for note in (*plan.warnings, *step_warnings(steps, device, skip_evaluation), *data.notes(calibration)):
+    for note in (*plan.warnings, *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
     processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
     clock.lap("plan")
@@ -266,7 +265,7 @@ def measure(
     sources: Sequence[data.Place] = (),
 ) -> evaluate.Report:
     """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
-    before, after = models(checkpoint, out, recipe, device, servers, on_event)
+    before, after = models(checkpoint, out, recipe, device, servers)
     name = ", ".join(map(str, sources or tested_on(recipe)))
     method = {task: dict(TASKS[task].method()) for task in samples}
     about: dict[str, Any] = {
@@ -281,18 +280,13 @@ def measure(
 
 
 def models(
-    checkpoint: Checkpoint,
-    out: Path,
-    recipe: Recipe,
-    device: Device,
-    servers: Servers | None,
-    on_event: Listener = ignore,
+    checkpoint: Checkpoint, out: Path, recipe: Recipe, device: Device, servers: Servers | None
 ) -> tuple[Model, Model]:
     """Source and artifact, ready to be asked by the same back end."""
     finished = artifact.Artifact.open(out, device.torch_device)
     if servers:
         return served(checkpoint, finished, servers)
-    return here(checkpoint, finished, device, recipe.evaluation.batch, on_event)
+    return here(checkpoint, finished, device, recipe.evaluation.batch)
 
 
 def default_store(out: Path) -> Store:

@@ -28,6 +28,10 @@ class Statistics:
             self.hessian[strip].add_(_product(weighted[:, strip], rows), alpha=1 / total)
         self.rows = total
 
+    def is_finite(self) -> bool:
+        """Whether every input seen so far, and its square, is finite."""
+        return bool(torch.isfinite(self.hessian.diagonal()).all())
+
     def energy(self, matrix: Tensor) -> float:
         """Mean squared size of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
         total = torch.zeros((), dtype=torch.float32, device=matrix.device)

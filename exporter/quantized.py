@@ -5,6 +5,7 @@ only translates them. Scales are rounded to the dtype they are stored in *before
 reference `dequantize` sees exactly what a runtime sees.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Literal
@@ -102,6 +103,13 @@ class QuantizedLinear:
         signed = self.codes.float() - self.scheme.middle
         products = signed.mul_(spread(eighths, self.codes.shape[1], self.scheme)).to(FP8)  # at most 8 eighths of 448
         return products.float().mul_(8 * row)
+
+    def split(self, rows: Sequence[int]) -> list["QuantizedLinear"]:
+        """The linears of `rows` output rows each that this one is made of."""
+        parts = zip(
+            self.codes.split(list(rows)), self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True
+        )
+        return [QuantizedLinear(self.scheme, *part) for part in parts]
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
         """The same linear on another device."""

@@ -14,7 +14,7 @@ from exporter.data import place
 from exporter.errors import DataError, did_you_mean, wording
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
-from exporter.methods import METHODS
+from exporter.methods import METHODS, MethodOptions
 from exporter.quantized import Activations, GroupSize, Scheme
 from exporter.tasks import TASKS
 
@@ -109,14 +109,14 @@ class Rule(Strict):
                 )
             if (self.activations == "fp8") != (self.number == "fp8"):
                 raise ValueError("activations: fp8 goes with number: fp8 or with 4 bits, and int8 with int")
-        if getattr(self.parsed_options(), "scales", None) == "in_loop" and scheme.mixed:
+        if self.parsed_options().scales_in_loop and scheme.mixed:
             raise ValueError(
                 "scales: in_loop does not go with bits: 4 and activations: fp8, whose scales an engine rounds relative "
                 "to the largest of a row: it is not known before the last group"
             )
         return self
 
-    def parsed_options(self) -> Any:
+    def parsed_options(self) -> MethodOptions:
         """The method's own options, validated by the method."""
         try:
             return METHODS[self.method].Options(**self.options)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from exporter.activations import round_as_served
 from exporter.artifact import Artifact
-from exporter.device import Device
+from exporter.device import Device, choose
+from exporter.errors import ServeError
 from exporter.predict import prompt_inputs
 from exporter.runtime.launch import dtype as engine_dtype
 from exporter.runtime.vllm_engine import Reply
@@ -29,6 +30,7 @@ ROOM = 1.4  # times the floor's mean that is allowed: 16-bit passes beside each 
 LARGEST_SHARE = 4.0  # times the bound, always allowed for a single token
 LARGEST_ROOM = 2.0  # times the floor's largest difference
 PASSES = 8  # in 16 bits
+ROOM_FOR_ACTIVATIONS = 1.25  # times the weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,25 @@ class Compared:
         return self.distance.largest <= largest and self.distance.mean <= mean
 
 
+def placed(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
+    """Where the reference computes, and in which dtype its weights are held.
+
+    float32 where it fits beside the activations, else the engine's 16 bits; the CPU where `device` holds neither.
+    ServeError when the host's memory is too small as well.
+    """
+    parameters, config = artifact.parameters(), artifact.checkpoint.config
+    places = [device] if not device.is_cuda else [device, choose("cpu")]
+    for place in places:
+        for dtype in (torch.float32, getattr(torch, engine_dtype(config, not place.is_cuda))):
+            if dtype.itemsize * parameters * ROOM_FOR_ACTIVATIONS < place.free_bytes:
+                return place, dtype
+    free = " and ".join(f"{place.free_bytes / 2**30:.1f} GiB on {place.name}" for place in places)
+    raise ServeError(
+        f"the reference needs {2 * ROOM_FOR_ACTIVATIONS * parameters / 2**30:.1f} GiB, there are {free}",
+        "free memory, name a larger --device, or check on a larger machine: the artifact itself is not affected",
+    )
+
+
 class Reference:
     """The artifact in transformers as an engine computes it, in float32 if it fits.
 
@@ -66,12 +87,11 @@ class Reference:
 
     def __init__(self, artifact: Artifact, processor: Any, device: Device, gpu: bool | None = None) -> None:
         self._family = artifact.family
+        device, self._high = placed(artifact, device)
         self._device = device.torch_device
         self._processor = processor
         self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
         config = artifact.source_config()
-        need = 5 * sum(info.size for info in artifact.checkpoint.tensors.values())
-        self._high = torch.float32 if need < device.free_bytes else self._low
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
         round_as_served(self._model, artifact.rounded(), device.is_cuda if gpu is None else gpu)
 

@@ -1,23 +1,23 @@
 """Column scales for one live block: search them, fold them, and keep them only when the block got better."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from exporter.families import Component, Smoothing
+from exporter.block import Block
+from exporter.block_inputs import BlockInputs, cleaned
+from exporter.families import Smoothing
 from exporter.folds import fold, misfit
-from exporter.job import Job
-from exporter.methods import METHODS
+from exporter.forward_hooks import watch_inputs
+from exporter.methods import SMOOTHERS
 from exporter.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.workdir import UnitResult
 
 CHECKED = 4  # batches on which the whole block is compared with and without smoothing, unless a search runs it on all
-
-Outputs = Callable[[], Iterator[Tensor]]  # the live block's outputs on those batches
-Quantize = Callable[[], UnitResult]  # quantizes the live block and leaves the quantized weights in it
-Gather = Callable[[Sequence[PlanRow]], Mapping[str, Any]]  # statistics of the inputs of several linears, in one pass
+ROUNDING = 1e-5  # relative difference of float32 outputs that the order of sums explains
+ROUNDING_16 = 1e-3  # the same where the block computes in 16 bits
 
 
 def smooths(unit: Unit) -> bool:
@@ -27,115 +27,175 @@ def smooths(unit: Unit) -> bool:
 
 def smooths_row(row: PlanRow) -> bool:
     """Whether this linear's method moves scales."""
-    return row.rule is not None and bool(METHODS[row.rule.method].SMOOTHS)
+    return row.rule is not None and row.rule.method in SMOOTHERS
 
 
 def checked_batches(unit: Unit) -> int | None:
     """On how many batches the whole block is run to be compared; None for all of them."""
-    searches = (getattr(row.rule.parsed_options(), "search", "") for row in unit.rows if row.rule)
-    return None if "block" in searches else CHECKED
+    return None if any(row.rule and row.rule.parsed_options().runs_block for row in unit.rows) else CHECKED
 
 
-def quantize_smoothed(
-    job: Job, component: Component, unit: Unit, gather: Gather, quantize: Quantize, outputs: Outputs
-) -> UnitResult:
-    """Quantize the live block without and with smoothing; the better one stays in it.
+@dataclass(frozen=True)
+class Truth:
+    """The outputs of a block before anything in it changed, for its first `batches` batches (None: all)."""
+
+    outputs: Sequence[Tensor]
+    batches: int | None
+
+    @classmethod
+    def of(cls, block: Block) -> "Truth":
+        """Run the block as it is."""
+        batches = checked_batches(block.unit)
+        kept = (output.cpu() if batches is None else output for output in block.outputs(batches))
+        return cls(list(kept), batches)  # all outputs would not be small on a device
+
+    def error(self, block: Block) -> float:
+        """Relative error of the block's outputs now."""
+        return _distance(block.outputs(self.batches), self.outputs)
+
+
+def quantize_block(block: Block) -> UnitResult:
+    """Quantize a block; where a method moves scales, once without and once with them: the better result stays in it.
 
     A block that smoothing made worse falls back, and a note says so.
     """
-    names = job.tensors_under(unit.block)
-    original = {name: job.stream.parameter(name).clone() for name in names}
-    few = checked_batches(unit) is not None  # all outputs would not be small on a device
-    truth = [output if few else output.cpu() for output in outputs()]
-    plain = quantize()
-    plain_error = _distance(outputs(), truth)
-    _restore(job, original)
-    if not _fold_all(job, component, unit, gather, lambda: _distance(outputs(), truth)):
-        _put_quantized(job, unit, plain)
-        return plain
-    planned = {row.tensor.name for row in unit.rows}
-    altered = {
-        name: job.stream.parameter(name).to(job.checkpoint.tensors[name].dtype)
-        for name in names
-        if name not in planned and not torch.equal(job.stream.parameter(name), original[name])
-    }
-    smoothed = quantize()
-    error = _distance(outputs(), truth)
+    if not block.inputs or not smooths(block.unit):
+        return block.quantize()
+    original = {name: block.parameter(name).clone() for name in block.tensors}
+    truth = Truth.of(block)
+    plain = block.quantize()
+    plain_error = truth.error(block)
+    block.restore(original)
+    folded, notes = _fold_all(block, truth)
+    if not folded:
+        block.put_quantized(plain)
+        return replace(plain, notes=(*plain.notes, *notes))
+    altered = _altered(block, original)
+    smoothed = block.quantize()
+    error = truth.error(block)
     if error < plain_error:
-        return UnitResult(smoothed.linears, smoothed.errors, smoothed.notes, altered)
-    _restore(job, original)
-    _put_quantized(job, unit, plain)
-    note = f"{unit.block}: smoothing left out, it made the block's error {error:.4f} instead of {plain_error:.4f}"
-    return UnitResult(plain.linears, plain.errors, (*plain.notes, note), {})
+        return replace(smoothed, notes=(*smoothed.notes, *notes), altered=altered)
+    block.restore(original)
+    block.put_quantized(plain)
+    note = f"smoothing left out, it made the block's error {error:.4f} instead of {plain_error:.4f}"
+    return replace(plain, notes=(*plain.notes, *notes, f"{block.unit.block}: {note}"))
 
 
-def _restore(job: Job, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        job.stream.put(name, tensor.clone())
+def _altered(block: Block, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that folds changed and that are not quantized, as the artifact stores them."""
+    planned = {row.tensor.name for row in block.unit.rows}
+    changed = [name for name in original if not torch.equal(block.parameter(name), original[name])]
+    dtypes = block.job.checkpoint.tensors
+    return {name: block.parameter(name).to(dtypes[name].dtype) for name in changed if name not in planned}
 
 
-def _put_quantized(job: Job, unit: Unit, result: UnitResult) -> None:
-    """The weights that codes stand for, one at a time: a second block of them would not be small."""
-    for row in unit.rows:
-        job.stream.put(row.tensor.name, result.linears[row.module].as_served())
-
-
-def _distance(found: Iterable[Tensor], truth: Sequence[Tensor]) -> float:
+def _distance(outputs: Iterable[Tensor], truth: Sequence[Tensor]) -> float:
     """Relative error of the block's outputs."""
-    lost = sum(float((a.float() - b.to(a.device).float()).square().sum()) for a, b in zip(found, truth, strict=True))
+    lost = sum(float((a.float() - b.to(a.device).float()).square().sum()) for a, b in zip(outputs, truth, strict=True))
     whole = sum(float(b.float().square().sum()) for b in truth)
     return float((lost / max(whole, 1e-30)) ** 0.5)
 
 
-def _fold_all(job: Job, component: Component, unit: Unit, gather: Gather, error: Callable[[], float]) -> bool:
-    """Search and fold the scales of every smoothing whose targets this unit quantizes with one smoothing rule.
+def _fold_all(block: Block, truth: Truth) -> tuple[bool, list[str]]:
+    """Search and fold the scales of every smoothing whose targets the unit quantizes with one smoothing rule.
 
-    error: of the live block's output. False when no scales helped, so that the block is as it was.
+    False when no scales helped, so that the block is as it was; and notes about folds that are not exact.
     """
+    rows = {row.linear: row for row in block.unit.rows}
+    smoothings = [
+        smoothing
+        for smoothing in block.component.smoothings
+        if _applies(smoothing, rows) and not misfit(block.module, smoothing.source, smoothing.targets, smoothing.rows)
+    ]
+    inexact = [smoothing for smoothing in smoothings if not folds_exactly(block, smoothing)]
+    smoothings = [smoothing for smoothing in smoothings if smoothing not in inexact]
+    statistics = block.gather([rows[smoothing.targets[0]] for smoothing in smoothings])
     folded = False
-    rows = {row.linear: row for row in unit.rows}
-    chosen = [smoothing for smoothing in component.smoothings if _applies(smoothing, rows)]
-    statistics = gather([rows[smoothing.targets[0]] for smoothing in chosen])
-    block = job.stream.module(unit.block)
-    for smoothing in chosen:
-        if misfit(block, smoothing.source, smoothing.targets, smoothing.rows):
-            continue
-        first = rows[smoothing.targets[0]]
-        rule = first.rule
-        assert rule is not None
-        names = [rows[target].tensor.name for target in smoothing.targets]
-        weights = [job.stream.parameter(name).float() for name in names]
-        arguments = (rule.scheme(), rule.parsed_options(), stored_scale_dtype(first.tensor.dtype))
-        scales, before, after = METHODS[rule.method].find_scales(
-            weights, statistics[first.linear], *arguments, lambda tried, names=names: _with(job, names, tried, error)
-        )
+    for smoothing in smoothings:
+        scales, before, after = _search(block, smoothing, rows, statistics, truth)
         if after < before:
             folded = True
-            _, changed = fold(block, smoothing.source, smoothing.targets, smoothing.rows, scales)
+            _, changed = fold(block.module, smoothing.source, smoothing.targets, smoothing.rows, scales)
             for name in changed:
-                _round_as_stored(job, f"{unit.block}.{name}", rows)
-    return folded
+                _round_as_stored(block, f"{block.unit.block}.{name}", rows)
+    sources = ", ".join(smoothing.source for smoothing in inexact)
+    why = "no scales are moved out of it: in this model that would change what the block computes"
+    return folded, [f"{block.unit.block}: {sources}: {why}"] if inexact else []
 
 
-def _with(job: Job, names: Sequence[str], tried: Iterable[Tensor], error: Callable[[], float]) -> float:
-    """The error with other weights in the live block, which then gets its own back."""
-    own = [job.stream.parameter(name) for name in names]
-    for name, weight in zip(names, tried, strict=True):
-        job.stream.put(name, weight)
-    found = error()
-    for name, weight in zip(names, own, strict=True):
-        job.stream.put(name, weight)
-    return found
+def _search(
+    block: Block, smoothing: Smoothing, rows: Mapping[str, PlanRow], statistics: Mapping[str, object], truth: Truth
+) -> tuple[Tensor, float, float]:
+    """The best scales f32 `[in]` for a smoothing's targets, and the error without and with them."""
+    first = rows[smoothing.targets[0]]
+    rule, scheme = first.rule, first.scheme
+    assert rule is not None
+    assert scheme is not None
+    method, options = SMOOTHERS[rule.method], rule.parsed_options()
+    names = [rows[target].tensor.name for target in smoothing.targets]
+    weights = [block.parameter(name).float() for name in names]
+    dtype = stored_scale_dtype(first.tensor.dtype)
+    if not options.runs_block:
+        return method.find_scales(weights, statistics[first.linear], scheme, options, dtype)
+    candidates = method.candidates(weights, statistics[first.linear], scheme, options)
+    return method.best(
+        (scales, _error_with(block, names, method.rounded(weights, scales, scheme, dtype), truth))
+        for scales in candidates
+    )
 
 
-def _round_as_stored(job: Job, name: str, rows: Mapping[str, PlanRow]) -> None:
+def _error_with(block: Block, names: Sequence[str], weights: Iterable[Tensor], truth: Truth) -> float:
+    """The block's error with other weights in it, which are taken out again."""
+    own = {name: block.parameter(name) for name in names}
+    for name, weight in zip(names, weights, strict=True):
+        block.put(name, weight)
+    error = truth.error(block)
+    block.restore(own)
+    return error
+
+
+def folds_exactly(block: Block, smoothing: Smoothing) -> bool:
+    """Whether the live block computes the same after a fold; its weights are as before when this returns.
+
+    Norms that multiply by `1 + weight`, or that feed more than the targets, fail. The scales are powers of two, which
+    floating-point numbers are multiplied by without rounding, so that a fold that is exact shows no difference even in
+    16 bits. The difference is compared with the change that the block makes to its input, which can be much smaller
+    than its output.
+    """
+    entry = next((entry for entry in block.inputs if _reaches(block, entry, smoothing.targets)), None)
+    if entry is None:
+        return False
+    device = block.job.device.torch_device
+    before, hidden = cleaned(entry.output(block.module, device)), entry.hidden.to(device)
+    own = {name: block.parameter(name) for name in block.tensors}
+    columns = block.parameter(f"{block.unit.block}.{smoothing.targets[0]}.weight").shape[1]
+    scales = 2.0 ** torch.randint(-1, 2, (columns,), generator=torch.Generator().manual_seed(0))
+    fold(block.module, smoothing.source, smoothing.targets, smoothing.rows, scales.to(device))
+    after = cleaned(entry.output(block.module, device))
+    block.restore(own)
+    size = before.float() - hidden.float() if before.shape == hidden.shape else before.float()
+    difference = float((after.float() - before.float()).norm() / size.norm().clamp_min(1e-30))
+    return difference <= (ROUNDING if before.dtype == torch.float32 else ROUNDING_16)
+
+
+def _reaches(block: Block, entry: BlockInputs, linears: Sequence[str]) -> bool:
+    """Whether the block runs all of its `linears` on this batch."""
+    reached: set[str] = set()
+    live = {name: block.module.get_submodule(name) for name in linears}
+    with watch_inputs(live, lambda name, _: reached.add(name), stop=True):
+        entry.run(block.module, block.job.device.torch_device)
+    return len(reached) == len(linears)
+
+
+def _round_as_stored(block: Block, name: str, rows: Mapping[str, PlanRow]) -> None:
     """Live float32 tensors that the artifact keeps in 16 bits get the value they will have there."""
     planned = {row.tensor.name for row in rows.values()}
     if name not in planned:
-        job.stream.put(name, job.stream.parameter(name).to(job.checkpoint.tensors[name].dtype))
+        block.put(name, block.parameter(name).to(block.job.checkpoint.tensors[name].dtype))
 
 
 def _applies(smoothing: Smoothing, rows: Mapping[str, PlanRow]) -> bool:
-    found = [rows[target] for target in smoothing.targets if target in rows]
-    alike = all(row.rule == found[0].rule for row in found)
-    return len(found) == len(smoothing.targets) and alike and smooths_row(found[0])
+    """Whether the unit quantizes all targets with one rule whose method moves scales."""
+    targets = [rows[target] for target in smoothing.targets if target in rows]
+    alike = all(row.rule == targets[0].rule for row in targets)
+    return len(targets) == len(smoothing.targets) and alike and smooths_row(targets[0])

@@ -1,11 +1,10 @@
 """A transformers model that is never whole in memory: parameters come and go by checkpoint name.
 
-The skeleton has its parameters on the meta device and its buffers real. `Stream` puts tensors into it, takes
-them out again, and catches what the first block of a component receives.
+The skeleton has its parameters on the meta device and its buffers real. `Stream` puts tensors into it and takes
+them out again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ from torch import Tensor, nn
 
 from exporter.errors import CheckpointError
 from exporter.families import Family
-from exporter.families.family import Config, run_whole
+from exporter.families.family import Config
 
 Read = Callable[[str], Tensor]  # checkpoint name -> tensor on any device, quantized parts dequantized
-
-
-class _Reached(Exception):
-    """Raised by a hook to stop a forward pass once what it came for has been seen."""
 
 
 class Stream:
@@ -88,28 +83,9 @@ class Stream:
         else:
             setattr(module, attribute, tensor)
 
-    @torch.no_grad()
-    def capture(
-        self,
-        block: nn.Module,
-        batches: Iterable[Mapping[str, Tensor]],
-        run: Callable[[Any, Mapping[str, Tensor]], Any] = run_whole,
-    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the model on each batch up to `block`; yields the (args, kwargs) that the block receives.
-
-        run: calls the model on one batch.
-        """
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args, kwargs))
-            raise _Reached
-
-        with _hooked((block, catch)):
-            for batch in batches:
-                inputs = {name: self._input(tensor) for name, tensor in batch.items()}
-                run_until_reached(run, self.model, inputs)
-                yield seen.pop()
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the model's device, its floating tensors in the model's dtype."""
+        return {name: self._input(tensor) for name, tensor in batch.items()}
 
     def _input(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
@@ -138,45 +114,6 @@ def _fill_buffers(module: nn.Module, owner: Any, device: torch.device) -> None:
         owner._init_weights(module)  # writes the buffers; does nothing to meta parameters
     for child in module.children():
         _fill_buffers(child, owner, device)
-
-
-@torch.no_grad()
-def run_until_reached(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `module`; None when a hook stopped it on the way."""
-    try:
-        return module(*args, **kwargs)
-    except _Reached:
-        return None
-
-
-@contextmanager
-def _hooked(*pairs: tuple[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def watch_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], stop: bool) -> Iterator[None]:
-    """Call `see(name, x)` with the input of each linear; with `stop`, the pass ends after the last of them."""
-    waiting: set[str] = set()
-
-    def hook(name: str) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else kwargs["input"])
-            waiting.discard(name)
-            if stop and not waiting:
-                waiting.update(linears)
-                raise _Reached
-
-        return watch
-
-    waiting.update(linears)
-    with _hooked(*((module, hook(name)) for name, module in linears.items())):
-        yield
 
 
 def load_whole(

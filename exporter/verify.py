@@ -25,7 +25,7 @@ from exporter.tasks.sample import Sample
 from exporter.verify_blocks import compare_blocks
 from exporter.verify_whole import logit_difference, refuse_too_large
 
-THREADS = 8  # sha256 releases the interpreter; more threads hold more linears at once
+THREADS = 4  # sha256 releases the interpreter; each thread holds a linear on the host
 Load = Literal["nothing", "blocks", "whole"]
 
 

@@ -6,22 +6,13 @@ from torch import nn
 
 from exporter.folds import fold
 from exporter.methods import awq, rtn
-from exporter.methods.awq import Options
+from exporter.methods.awq import Options, find_scales
 from exporter.moments import Statistics
 from exporter.quantized import Scheme
 from tests.oracles import awq_clip_by_hand, awq_scales_by_hand
 
 CPU = torch.device("cpu")
 HALF = torch.float16
-
-
-def find_scales(*arguments: object) -> tuple[torch.Tensor, float, float]:
-    """By the linears' outputs: no block is run."""
-    return awq.find_scales(*arguments, unused)  # type: ignore[arg-type]
-
-
-def unused(tried: object) -> float:
-    raise AssertionError("the block was run")
 
 
 def inputs(rows: int, columns: int) -> torch.Tensor:
@@ -116,12 +107,12 @@ def test_every_exponent_is_tried_and_the_best_returned(monkeypatch: pytest.Monke
     x, both = inputs(60, 40), weights(8, columns=40)
     tried: list[torch.Tensor] = []
 
-    def last_but_two_is_best(weight: object, scales: torch.Tensor, *_rest: object) -> torch.Tensor:
+    def last_but_two_is_best(weights: object, scales: torch.Tensor, *_rest: object) -> float:
         tried.append(scales)
-        return torch.full((), 1.0 if len(tried) == 6 else 1.0 + len(tried))
+        return 1.0 if len(tried) == 6 else 1.0 + len(tried)
 
-    monkeypatch.setattr(awq, "_rounded", last_but_two_is_best)
-    monkeypatch.setattr(awq, "_output_error", lambda tried, *_rest: float(next(tried)))
+    monkeypatch.setattr(awq, "rounded", last_but_two_is_best)
+    monkeypatch.setattr(awq, "_output_error", lambda error, *_rest: error)
     scales, before, after = find_scales(both, seen(x), Scheme(4, 8), Options(points=7), HALF)
     assert len(tried) == 8  # no scales, then 0/7 to 6/7
     assert (before, after) == (2.0, 1.0)

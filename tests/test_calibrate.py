@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from exporter import calibrate
+from exporter.block import relative_error
 from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
@@ -213,19 +214,15 @@ def test_a_loss_that_rounds_below_zero_is_none() -> None:
             return -1e-9 if float(matrix.abs().max()) < 1 else 4.0
 
     weight = torch.full((2, 2), 2.0)
-    assert calibrate.relative_error(weight, weight - 1e-3, Rounding()) == 0.0
-    assert calibrate.relative_error(weight, weight * 2, Rounding()) == 1.0
+    assert relative_error(weight, weight - 1e-3, Rounding()) == 0.0
+    assert relative_error(weight, weight * 2, Rounding()) == 1.0
 
 
-def test_missing_data_and_infinite_activations_are_errors(tmp_path: Path) -> None:
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan = plan_for(checkpoint)
     with pytest.raises(CalibrationError, match="need calibration data"):
         streamed(plan, checkpoint, tmp_path / "a", [])
-    batch = tiny_inputs(LLAVA)
-    batch["pixel_values"][0, 0, 0, 0] = float("inf")
-    with pytest.raises(CalibrationError, match="not finite"):
-        streamed(plan, checkpoint, tmp_path / "b", [batch])
 
 
 def test_events_count_units_that_are_on_disk(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
+from exporter import reference
 from exporter.artifact import Artifact
 from exporter.backends import load_processor
 from exporter.check import (
@@ -18,7 +21,7 @@ from exporter.check import (
     scheme_problems,
 )
 from exporter.cli_serve import questions
-from exporter.device import choose
+from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.export import export
 from exporter.perturb import double_scales, modules_of
@@ -172,3 +175,28 @@ def test_pictures_are_sent_without_loss(folder: Path):
     sample = questions(folder, (), 1)[0]
     sent = Image.open(io.BytesIO(png(sample)))
     assert ImageChops.difference(sent, sample.image().convert("RGB")).getbbox() is None
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "host_gib", "place", "dtype"),
+    [
+        (80, 64, "cuda", torch.float32),
+        (24, 64, "cuda", torch.float16),  # 26.3 GiB in float32, 13.2 in 16 bits
+        (8, 64, "cpu", torch.float32),
+        (8, 20, "cpu", torch.bfloat16),
+        (8, 12, None, None),
+    ],
+)
+def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
+    gpu_gib: int, host_gib: int, place: str | None, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = SimpleNamespace(config={"dtype": "float16"})
+    artifact = cast(Artifact, SimpleNamespace(parameters=lambda: 7_063_427_072, checkpoint=checkpoint))
+    gpu = Device(torch.device("cuda", 0), "GPU", gpu_gib * 2**30)
+    monkeypatch.setattr(reference, "choose", lambda name: Device(torch.device("cpu"), "CPU", host_gib * 2**30))
+    if place is None:
+        with pytest.raises(ServeError, match=r"needs 16\.4 GiB, there are 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
+            reference.placed(artifact, gpu)
+    else:
+        chosen, held = reference.placed(artifact, gpu)
+        assert (chosen.torch_device.type, held) == (place, dtype)

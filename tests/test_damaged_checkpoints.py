@@ -183,9 +183,10 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vision_config__model_type": "dinov2"}, "its vision tower is dinov2; mmq takes clip_vision_model"),
     ({"vision_config__model_type": "pixtral"}, "its vision tower is pixtral"),
     ({"vision_config__model_type": 3}, "its vision tower is the number 3"),
-    ({"text_config__layer_types": ["full_attention", "sliding_attention"]}, "sliding window and others everything"),
-    ({"text_config__model_type": "qwen2", "text_config__use_sliding_window": True, "text_config__sliding_window": 8,
-      "text_config__max_window_layers": 1}, "sliding window and others everything"),
+    ({"text_config__layer_types": ["full_attention", 3]}, "expected a list of full_attention and sliding_attention"),
+    ({"text_config__layer_types": ["full_attention"] * 9}, "layer_types: 9 for "),
+    ({"text_config__model_type": "qwen2", "text_config__sliding_window": "x"}, "sliding_window: expected a whole"),
+    ({"text_config__model_type": "qwen3", "text_config__max_window_layers": -1}, "max_window_layers: expected a whole"),
 ]  # fmt: skip
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from exporter.block_calls import capture_calls
 from exporter.families import FAMILIES, Family
 from exporter.folds import fold, misfit
-from exporter.stream import Stream, build_skeleton, run_until_reached, watch_inputs
+from exporter.forward_hooks import first_output, run_until_stopped, watch_inputs
+from exporter.stream import Stream, build_skeleton
 from tests.conftest import header, header_config
 
 HEADERS_OF = {
@@ -110,7 +112,7 @@ def test_members_of_a_phase_receive_the_same_tensor(family: Family) -> None:
                 seen.setdefault(name, x.clone())
 
             with watch_inputs(live, see, stop=False):
-                run_until_reached(entry.run, model, inputs)
+                run_until_stopped(entry.run, model, inputs)
             reached |= seen.keys()
             phases = [[name for name in phase if name in seen] for phase in component.phases]
             for phase in filter(None, phases):
@@ -131,14 +133,12 @@ def test_streamed_blocks_equal_the_whole_model(family: Family) -> None:
         stream = Stream(family, config, torch.device("cpu"), torch.float32)
         stream.load(weights, weights.__getitem__)
         for entry in component.passes:
-            block = stream.module(component.block(0))
-            ((args, kwargs),) = stream.capture(block, [inputs], entry.run)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            for i in range(component.used(config)):
-                block = stream.module(component.block(i))
+            blocks = [stream.module(component.block(i)) for i in range(component.used(config))]
+            (entered,) = capture_calls(stream.model, blocks, [inputs], entry.run, component.name)
+            hidden = entered.hidden
+            for call, block in zip(entered.calls, blocks, strict=True):
                 with torch.no_grad():
-                    output = block(hidden, *args[1:], **kwargs)
-                hidden = output[0] if isinstance(output, tuple) else output
+                    hidden = first_output(call(block, hidden))
             last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
             found: list[torch.Tensor] = []
             handle = last.register_forward_hook(lambda m, a, o, e=found: e.append(o[0] if isinstance(o, tuple) else o))

@@ -87,7 +87,8 @@ def test_product_of_norm_and_columns_is_what_it_was(smoothed: tuple[Checkpoint, 
 
 def test_artifact_holds_the_folded_norms(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
     checkpoint, plan, workdir = smoothed
-    artifact.write(plan, checkpoint, workdir, tmp_path / "out", {}, lambda event: None, torch.device("cpu"))
+    provenance = {"calibration": {"data": "random", "seed": 0, "samples": []}, "device": "CPU"}
+    artifact.write(plan, checkpoint, workdir, tmp_path / "out", provenance, lambda event: None, torch.device("cpu"))
     found = artifact.Artifact.open(tmp_path / "out")
     for result in results(plan, workdir):
         for name, tensor in result.altered.items():
@@ -177,13 +178,13 @@ def test_a_search_on_the_block_tries_every_point_on_all_batches(
     from exporter.methods import awq
 
     found: list[tuple[torch.Tensor, float, float]] = []
-    search = awq.find_scales
+    best = awq.best
 
-    def kept(*arguments: Any) -> tuple[torch.Tensor, float, float]:
-        found.append(search(*arguments))
+    def kept(tried: Any) -> tuple[torch.Tensor, float, float]:
+        found.append(best(tried))
         return found[-1]
 
-    monkeypatch.setattr(awq, "find_scales", kept)
+    monkeypatch.setattr(awq, "best", kept)
     checkpoint = outlier_checkpoint(tmp_path / "model")
     batches = [tiny_inputs(LLAVA, 2, 4 + i) for i in range(6)]
     plan = plan_for(checkpoint, (AWQ.model_copy(update={"options": {"search": "block", "points": 6}}),))
@@ -229,12 +230,13 @@ def test_a_search_on_the_block_tries_every_point_on_all_batches(
 def test_a_tried_weight_is_taken_out_again() -> None:
     own, seen = {"a": torch.zeros(2), "b": torch.zeros(3)}, []
     live = dict(own)
-    job = SimpleNamespace(stream=SimpleNamespace(parameter=live.__getitem__, put=live.__setitem__))
+    block = SimpleNamespace(parameter=live.__getitem__, put=live.__setitem__, restore=live.update)
 
-    def error() -> float:
+    def error(block: object) -> float:
         seen.append(dict(live))
         return 0.25
 
-    assert smooth._with(job, ["a", "b"], iter([torch.ones(2), torch.ones(3)]), error) == 0.25  # type: ignore[arg-type]
+    tried = iter([torch.ones(2), torch.ones(3)])
+    assert smooth._error_with(block, ["a", "b"], tried, SimpleNamespace(error=error)) == 0.25  # type: ignore[arg-type]
     assert [part.tolist() for part in seen[0].values()] == [[1, 1], [1, 1, 1]]
     assert all(live[name] is own[name] for name in own)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,7 +157,7 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     """Signed distance in pixels (negative inside) of one shape of radius `r`, at offsets `x`, `y` from its center."""
     ax, ay = x.abs(), y.abs()
     if shape == 0:  # circle
-        return (x * x + y * y).sqrt() - r
+        return _root(x * x + y * y) - r
     if shape == 1:  # square
         return torch.maximum(ax, ay) - 0.86 * r
     if shape == 2:  # triangle, apex up
@@ -167,6 +168,11 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
         wide, thin = 1.0 * r, 0.34 * r
         return torch.minimum(torch.maximum(ax - wide, ay - thin), torch.maximum(ax - thin, ay - wide))
     return torch.maximum(ax - 1.1 * r, ay - 0.52 * r)  # bar
+
+
+def _root(x: Tensor) -> Tensor:
+    """Correctly rounded square root. torch's on a CPU waits for its threads: milliseconds while others compute."""
+    return x.sqrt() if x.is_cuda else torch.from_numpy(np.sqrt(x.numpy()))
 
 
 def draw(batch: Scenes) -> Tensor:
@@ -193,7 +199,7 @@ def draw(batch: Scenes) -> Tensor:
         cover = (0.5 - distance.gather(1, mine)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None, None]
         color = (palette[batch.color[:, k]] + jitter[:, 3:6] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + cover * (color - image)
-        inner = (0.5 - ((x * x + y * y).sqrt() - 0.42 * radius)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None]
+        inner = (0.5 - (_root(x * x + y * y) - 0.42 * radius)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None]
         color = (dots[batch.dot[:, k]] + jitter[:, 6:9] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + inner[:, None] * (color - image)
     noise = dice(batch.split, batch.index, 4096, SIDE * SIDE).view(n, 1, SIDE, SIDE) % (2 * NOISE + 1) - NOISE

@@ -101,17 +101,6 @@ def _misfits(sizes: Sizes) -> list[str]:
     return [f"vision_feature_layer: {wrong[0]}, and the vision tower has {stored} blocks"] if wrong else []
 
 
-def refuses(config: Config) -> str | None:
-    """Text models whose blocks do not all see the same tokens: calibration gives every block the same mask."""
-    text = config["text_config"]
-    kinds = text.get("layer_types")
-    mixed = isinstance(kinds, list) and len(set(map(str, kinds))) > 1
-    window = text.get("use_sliding_window", False) and text.get("sliding_window") is not None
-    if mixed or (kinds is None and window and text.get("max_window_layers", 28) < _text_blocks(config)):
-        return "some blocks of its text model see a sliding window and others everything, which mmq cannot calibrate"
-    return None
-
-
 def shapes(sizes: Sizes) -> Shapes:
     """Every tensor of a checkpoint, by the hub's names."""
     vision, text, own = sizes["vision_config"], sizes["text_config"], sizes[""]
@@ -286,7 +275,6 @@ FAMILY = Family(
     max_new_tokens={"vqa": 10, "captioning": 64},
     tasks=("vqa", "captioning"),
     image_tokens=_image_tokens,
-    refuses=refuses,
     parts=_PARTS,
     fields=_FIELDS,
     misfits=_misfits,

@@ -6,78 +6,101 @@ moments give without running the block again (on a GPU from products in bfloat16
 paper's search runs the module around the linears on a sample.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from exporter.methods.options import MethodOptions
 from exporter.moments import Statistics, times
 from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
 from exporter.ranges import clip_fast, fit_scale, scale_within
 
-__all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "find_scales", "quantize_linear"]
+__all__ = [
+    "VERSION",
+    "Options",
+    "Statistics",
+    "best",
+    "candidates",
+    "find_scales",
+    "quantize_linear",
+    "rounded",
+]
 
 VERSION = 2
-SMOOTHS = True
 ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
 LARGEST_SCALE = 1e4  # and its inverse, where AutoAWQ stops too
 
-BlockError = Callable[[Iterable[Tensor]], float]  # of the block's output, with these weights in place of the linears'
 
-
-class Options(BaseModel):
+class Options(MethodOptions):
     """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs.
 
     search: what tells a good scale, the outputs of the "linears" it is for or of the whole "block", which is run on all
     batches for every point.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     points: int = Field(20, ge=1, le=100)
     search: Literal["linears", "block"] = "linears"
     clip: bool = True
     clip_steps: int = Field(10, ge=1, le=100)
 
+    @property
+    def runs_block(self) -> bool:
+        """Whether the search runs the whole block for every candidate."""
+        return self.search == "block"
+
 
 def find_scales(
-    weights: Sequence[Tensor],
-    statistics: Statistics,
-    scheme: Scheme,
-    options: Options,
-    scale_dtype: torch.dtype,
-    block_error: BlockError,
+    weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[Tensor, float, float]:
     """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
 
-    Candidates are `x^r / w^(1-r)`, r = 0, 1/points, ... below 1 ("duo scaling"): x is the root mean square of each
-    input, w how large its weights are in their groups. All ones is a candidate too, so the error never grows. Scales
-    are divided by sqrt(max * min); a column without inputs or weights keeps 1 and does not stretch the others.
-    block_error: what `search: block` asks.
+    The best of `candidates` by the error of the linears' own outputs (`search: linears`).
     """
+    tried = (
+        (scales, _output_error(rounded(weights, scales, scheme, scale_dtype), weights, statistics))
+        for scales in candidates(weights, statistics, scheme, options)
+    )
+    return best(tried)
 
-    def error_of(scales: Tensor) -> float:
-        tried = (_rounded(weight, scales, scheme, scale_dtype) for weight in weights)
-        return block_error(tried) if options.search == "block" else _output_error(tried, weights, statistics)
 
+def candidates(weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options) -> Iterator[Tensor]:
+    """Column scales f32 `[in]` worth trying, ones first, so that the best is never worse than none.
+
+    The others are `x^r / w^(1-r)`, r = 0, 1/points, ... below 1 ("duo scaling"): x is the root mean square of each
+    input, w how large its weights are in their groups. Scales are divided by sqrt(max * min); a column without inputs
+    or weights keeps 1 and does not stretch the others.
+    """
     size = statistics.hessian.diagonal().sqrt()
     reach = _reach(torch.cat(list(weights)), scheme)
     alive = (size > 0) & (reach > 0)
-    best = torch.ones_like(size)
-    plain = least = error_of(best)
-    if not alive.any():
-        return best, plain, least
-    for point in range(options.points):
+    yield torch.ones_like(size)
+    for point in range(options.points if alive.any() else 0):
         ratio = point / options.points
         scales = size**ratio / reach ** (1 - ratio)
         scales = scales / (scales[alive].max() * scales[alive].min()).sqrt()
-        scales = torch.where(alive, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)
-        error = error_of(scales)
+        yield torch.where(alive, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)
+
+
+def best(tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
+    """Of (scales, error) pairs: the scales with the least error, the error of the first pair, and the least."""
+    pairs = iter(tried)
+    scales, first = next(pairs)
+    least = first
+    for others, error in pairs:
         if error < least:
-            best, least = scales, error
-    return best, plain, least
+            scales, least = others, error
+    return scales, first, least
+
+
+def rounded(weights: Iterable[Tensor], scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Iterator[Tensor]:
+    """`Q(W s) / s` of each weight: what the fold makes of it, for inputs as they are without the fold."""
+    for weight in weights:
+        scaled = weight * scales
+        scale, zero = fit_scale(scaled, scheme, scale_dtype)
+        yield dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme) / scales
 
 
 def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -87,13 +110,6 @@ def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
     magnitude = torch.nn.functional.pad(weight.abs(), (0, groups * width - columns)).view(rows, groups, width)
     share = magnitude / magnitude.amax(-1, keepdim=True).clamp_min(1e-12)
     return share.view(rows, -1)[:, :columns].mean(0)
-
-
-def _rounded(weight: Tensor, scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
-    """`Q(W s) / s`: what the fold makes of a linear, for inputs as they are without it."""
-    scaled = weight * scales
-    scale, zero = fit_scale(scaled, scheme, scale_dtype)
-    return dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme) / scales
 
 
 def _output_error(tried: Iterable[Tensor], weights: Sequence[Tensor], statistics: Statistics) -> float:

@@ -8,23 +8,23 @@ from itertools import pairwise
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from exporter.columns import descend_columns, quantize_columns
 from exporter.factor import PANEL, cut, inverse_factor_
+from exporter.methods.options import MethodOptions
 from exporter.moments import Statistics, times
 from exporter.quantized import Grid, QuantizedLinear, Scheme, dequantize, quantize
 from exporter.ranges import Range, fit_scale
 
-__all__ = ["SMOOTHS", "VERSION", "Options", "Statistics", "quantize_linear"]
+__all__ = ["VERSION", "Options", "Statistics", "quantize_linear"]
 
 VERSION = 4
 DAMPING_TRIES = 6
-SMOOTHS = False
 
 
-class Options(BaseModel):
+class Options(MethodOptions):
     """How the columns are walked.
 
     damping: share of the mean diagonal that is added to it; grows tenfold while the factorization fails.
@@ -36,8 +36,6 @@ class Options(BaseModel):
     range: as in `ranges.fit_scale`; "mse" counts a column's error as much as the columns after it leave of it.
     descent: passes that look at every column again when all are rounded, and move a code where that helps.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     damping: float = Field(0.01, gt=0, le=1)
     block: int = Field(128, ge=1, le=1024)
@@ -53,6 +51,11 @@ class Options(BaseModel):
                 "scales: in_loop needs order: none (without it the order is activation, with static scales)"
             )
         return self
+
+    @property
+    def scales_in_loop(self) -> bool:
+        """Whether a group's scale is known only once the columns before it are rounded."""
+        return self.scales == "in_loop"
 
 
 def quantize_linear(
@@ -158,7 +161,7 @@ def _walk(rest: Tensor, upper: Tensor, grid: Grid, options: Options, counts: Ten
     """
     scheme, columns = grid.scheme, rest.shape[1]
     width = scheme.columns_per_group(columns)
-    in_loop = options.scales == "in_loop" and scheme.groups(columns) > 1
+    in_loop = options.scales_in_loop and scheme.groups(columns) > 1
     cuts = sorted({*range(0, columns, options.block), *(range(0, columns, width) if in_loop else ()), columns})
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start, end in pairwise(cuts):

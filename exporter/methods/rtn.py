@@ -3,21 +3,21 @@
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from exporter.methods.options import MethodOptions
 from exporter.quantized import QuantizedLinear, Scheme, quantize
 from exporter.ranges import Range, fit_scale
 
 VERSION = 2
-SMOOTHS = False
 Statistics = None
 
 
-class Options(BaseModel):
+class Options(MethodOptions):
     """range: "minmax" covers every weight, "mse" searches the range with the smallest squared error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     range_: Range = Field("minmax", alias="range")
 

@@ -20,10 +20,10 @@ from exporter import calibrate
 from exporter.checkpoint import Checkpoint, make_folder
 from exporter.device import Device
 from exporter.events import ignore
-from exporter.families import Component
 from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit
+from exporter.smooth import quantize_block
 from exporter.workdir import UnitResult, Workdir
 
 VERSION = 1  # raise it when this file changes the numbers
@@ -114,33 +114,11 @@ def quantize(
         job = Job(replace(plan, units=()), checkpoint, store.workdir, device, ignore, pool)
         for component in plan.family.components:
             mine = [unit for unit in missing if unit.component == component.name]
-            for unit in (unit for unit in mine if not unit.needs_statistics):
-                store.write(unit, calibrate.quantize_unit(job, component, unit, flows=()))
-            rest = [unit for unit in mine if unit.needs_statistics]
-            if rest:
-                _walk(job, component, rest, store, batches())
+            inputs = batches() if any(unit.needs_statistics for unit in mine) else ()
+            for block in calibrate.walk(job, component, mine, inputs, sequential=False):
+                assert isinstance(block.unit, StudyUnit)
+                store.write(block.unit, quantize_block(block))
     return len(missing)
-
-
-def _walk(
-    job: Job, component: Component, wanted: Sequence[StudyUnit], store: UnitStore, batches: Sequence[Batch]
-) -> None:
-    """The blocks of one component with their own weights; at each, its units by every rule."""
-    flows = calibrate.arrive(job, component, batches)
-    by_block: dict[str, list[StudyUnit]] = {}
-    for unit in wanted:
-        by_block.setdefault(unit.block, []).append(unit)
-    for i in range(component.used(job.checkpoint.config)):
-        block = component.block(i)
-        names = job.tensors_under(block)
-        job.stream.load(names, job.read)
-        for unit in by_block.pop(block, ()):
-            store.write(unit, calibrate.quantize_unit(job, component, unit, flows))
-            job.stream.load(names, job.read)
-        if not by_block:
-            break
-        calibrate.advance(job, component.block(i), flows)
-        job.stream.unload(names)
 
 
 def changes(results: Iterable[UnitResult]) -> dict[str, Tensor]:

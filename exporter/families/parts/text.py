@@ -1,7 +1,11 @@
 """Text models: Llama and its relatives, and OPT."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from exporter.families.config_fields import MOST_BLOCKS, MOST_ROWS, Choice, Field, Flag, Number, Values
 from exporter.families.parts.part import ACTIVATIONS, Part, Shapes, blocks, heads_misfit, linear, norm
+from exporter.strict_json import kind
 
 
 def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Number) -> tuple[Field, ...]:
@@ -17,13 +21,34 @@ def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Nu
         Number("max_position_embeddings", positions, most=MOST_ROWS),
         Choice("hidden_act", "silu", ACTIVATIONS),
         Flag("tie_word_embeddings", False),
+        BlockKinds(),
     )
 
 
+@dataclass(frozen=True)
+class BlockKinds:
+    """The key that says which blocks see everything and which a sliding window; None: the other fields decide."""
+
+    key: str = "layer_types"
+    options: tuple[str, ...] = ("full_attention", "sliding_attention")
+
+    def of(self, values: Values) -> Any:
+        """The list in `values`, or None."""
+        return values.get(self.key)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is no list of kinds, or None."""
+        if value is None or (isinstance(value, list) and all(entry in self.options for entry in value)):
+            return None
+        return f"expected a list of {' and '.join(self.options)}, it is {kind(value)}"
+
+
 def _misfits(values: Values) -> list[str]:
-    heads, shared = values["num_attention_heads"], values["num_key_value_heads"]
+    heads, shared, kinds = values["num_attention_heads"], values["num_key_value_heads"], values["layer_types"]
     found = [f"num_key_value_heads: {shared} do not divide {heads} heads"] if heads % shared else []
-    return found + ([f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else [])
+    found += [f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else []
+    count = values["num_hidden_layers"]
+    return found + ([f"layer_types: {len(kinds)} for {count} blocks"] if kinds and len(kinds) != count else [])
 
 
 def _decoder(values: Values, query_bias: bool, output_bias: bool, mlp_bias: bool, head_norms: bool) -> Shapes:
@@ -63,6 +88,8 @@ def _head_width(values: Values) -> int:
 
 _HEAD = Number("head_dim", _head_width, most=2**12, null=_head_width)
 _BIAS = Flag("attention_bias", False)
+_WINDOW = Number("sliding_window", 4096, most=MOST_ROWS, null=lambda values: MOST_ROWS)
+_WINDOWS = (Flag("use_sliding_window", False), _WINDOW, Number("max_window_layers", 28, least=0, most=MOST_BLOCKS))
 
 
 def _shared(default: int) -> Number:
@@ -80,17 +107,19 @@ LLAMA = Part(
     _misfits,
 )
 MISTRAL = Part(
-    _fields(32000, 14336, 131072, _shared(8), _HEAD),
+    (*_fields(32000, 14336, 131072, _shared(8), _HEAD), _WINDOW),
     lambda values: _decoder(values, False, False, False, head_norms=False),
     _misfits,
 )
 QWEN2 = Part(
-    _fields(151936, 22016, 32768, _shared(32), _HEAD),
+    (*_fields(151936, 22016, 32768, _shared(32), _HEAD), *_WINDOWS),
     lambda values: _decoder(values, True, False, False, head_norms=False),
     _misfits,
 )
 QWEN3 = Part(
-    (*_fields(151936, 22016, 32768, _shared(32), Number("head_dim", 128, most=2**12)), _BIAS), _qwen3, _misfits
+    (*_fields(151936, 22016, 32768, _shared(32), Number("head_dim", 128, most=2**12)), _BIAS, *_WINDOWS),
+    _qwen3,
+    _misfits,
 )
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.block_inputs import counted_rows, token_weights, weighted
 from exporter.device import choose
-from exporter.flow import counted_rows, token_weights, weighted
 from exporter.methods import gptq
 from exporter.plan import make_plan
 from exporter.recipe import Rule
@@ -17,25 +17,32 @@ IDS = torch.tensor([[1, 9, 9, 5, 6], [1, 9, 9, 7, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 
 
+def hidden(tokens: int) -> torch.Tensor:
+    return torch.zeros(2, tokens, 3)
+
+
 def test_padding_counts_nothing_and_pictures_their_weight() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK}
-    assert token_weights(batch, 5, 9, 0.5).tolist() == [[1, 0.5, 0.5, 1, 1], [1, 0.5, 0.5, 1, 0]]
-    assert token_weights(batch, 7, None, 0.5).tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1], [0.5, 0.5, 1, 1, 1, 1, 0]]
-    assert token_weights(batch, 2, 9, 0.5).tolist() == [[1, 1], [1, 0]]  # a block that receives the last tokens only
-    assert token_weights(batch, 5, 9, 1.0).tolist() == MASK.tolist()
-    assert token_weights({"input_ids": IDS[:1], "attention_mask": MASK[:1]}, 5, 9, 1.0) is None
+    assert token_weights(batch, hidden(5), 9, 0.5).tolist() == [[1, 0.5, 0.5, 1, 1], [1, 0.5, 0.5, 1, 0]]
+    assert token_weights(batch, hidden(7), None, 0.5).tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1], [0.5, 0.5, 1, 1, 1, 1, 0]]
+    assert token_weights(batch, hidden(2), 9, 0.5).tolist() == [
+        [1, 1],
+        [1, 0],
+    ]  # the last tokens only
+    assert token_weights(batch, hidden(5), 9, 1.0).tolist() == MASK.tolist()
+    assert token_weights({"input_ids": IDS[:1], "attention_mask": MASK[:1]}, hidden(5)[:1], 9, 1.0) is None
 
 
 def test_rows_that_count_come_with_their_weights() -> None:
     x = torch.arange(20.0).view(2, 5, 2)
-    rows, weights = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, 5, 9, 0.5))
+    rows, weights = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, hidden(5), 9, 0.5))
     assert rows.tolist() == x.view(10, 2)[:9].tolist()
     assert weights is not None
     assert weights.tolist() == [1, 0.5, 0.5, 1, 1, 1, 0.5, 0.5, 1]
     flat, none = counted_rows(x.view(10, 2), MASK.float())
     assert flat.tolist() == rows.tolist()
     assert none is None
-    text, none = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, 5, 9, 0.0))
+    text, none = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, hidden(5), 9, 0.0))
     assert text.tolist() == x[IDS.lt(9) & IDS.gt(0)].tolist()
     assert none is None
 
