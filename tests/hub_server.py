@@ -132,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
     """Routes; every method of `Routes` answers one of them."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: the second would wait 40 ms for the client's ACK
     hub: Hub
 
     def do_GET(self) -> None:

@@ -22,6 +22,7 @@ from exporter.predict_server import KEY, ServedPredictor, Server, picture_url
 from exporter.retry import retry_after
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
+from tests.children import run_killed
 
 FAMILY = FAMILIES["llava"]
 
@@ -104,14 +105,7 @@ def test_equal_samples_are_asked_once_and_all_answered() -> None:
 def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(10)]}
     whole = run(Counting(), samples, None)
-    child = os.fork()
-    if child == 0:
-        try:
-            run(Counting(dies_at=6), samples, Store(tmp_path))
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    run_killed(run, Counting(dies_at=6), samples, Store(tmp_path))
     rest = Counting()
     assert run(rest, samples, Store(tmp_path)) == whole
     assert rest.asked == ["s6", "s7", "s8", "s9"]

@@ -35,7 +35,7 @@ from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
 from exporter.tasks.sample import Sample, task_of
-from tests.killed import killed_after
+from tests.children import killed_after
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_models import write_tiny
 
@@ -156,7 +156,7 @@ def test_killed_in_every_component_and_resumed_is_byte_identical(
     done = quick_export(recipe, tmp_path / "whole")
     ends = [unit.index + 1 for unit in done.plan.units[1::2]]
     for unit in ends:
-        killed_after(unit, lambda listen: quick_export(recipe, tmp_path / "resumed", listen, work=tmp_path / "work"))
+        killed_after(unit, quick_export, recipe, tmp_path / "resumed", work=tmp_path / "work")
     quick_export(recipe, tmp_path / "resumed", work=tmp_path / "work")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -1,7 +1,6 @@
 """The command line: exit codes, JSON, errors without tracebacks, interruption."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from exporter.cli import cli
 from exporter.events import Event
 from exporter.progress import Listener
 from exporter.recipe_file import load_recipe
+from tests.children import running_command
 
 
 def mmq(*arguments: str) -> Result:
@@ -159,17 +159,11 @@ def test_a_recipe_without_gates_is_served_whatever_it_scores(tmp_path: Path) -> 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "exporter", *quick(out, "--json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        assert run.stderr
-        for line in run.stderr:
-            if '"quantize"' in line:
-                break
-        run.send_signal(how)
-        said, _ = run.communicate(timeout=60)
-    assert run.returncode == 130, said
-    assert "same command again" in json.loads(said)["hint"]
+    with running_command(quick(out, "--json"), tmp_path) as command:
+        command.wait_for('"quantize"')
+        code = command.ended_by(how)
+    assert code == 130, command.stderr.read_text()
+    assert "same command again" in json.loads(command.stdout.read_text())["hint"]
     assert not out.exists()
     assert list((tmp_path / "out.work").glob("*.safetensors"))
     assert mmq(*quick(out)).exit_code in (0, 3)

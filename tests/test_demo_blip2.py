@@ -1,7 +1,6 @@
 """The trained BLIP-2 demo models: folders that transformers loads, one truth for words and tokens, bounds."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,15 +13,14 @@ from exporter.demo.blip2_folder import MORE_WORDS, QUERIES, config
 from exporter.demo.blip2_packing import BLIP2, QUESTION_PROMPT
 from exporter.demo.data import picture
 from exporter.demo.folder import BOS, EOS, IMAGE, PAD, tokenizer
-from exporter.demo.language import QUESTIONS, caption, captions, plain_captions, question
+from exporter.demo.language import caption, captions, plain_captions, question
 from exporter.demo.packing import mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import draw, scenes, things
-from exporter.demo.score import by_kind, easy_exam, grade, scene_exam, summary
-from exporter.demo.score_retrieval import exam
-from exporter.demo.score_retrieval import grade as find
+from exporter.demo.score import by_kind, grade, scene_exam, summary
 from exporter.demo.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
 from exporter.families import FAMILIES
 from exporter.tasks.retrieval import prepare
+from tests.demo_figures import figures, search
 from tests.headers.read import header
 
 CPU = torch.device("cpu")
@@ -160,34 +158,40 @@ def test_grading_agrees_with_generating() -> None:
 
 
 def test_it_answers_far_above_chance() -> None:
-    kinds = by_kind(model("demo-blip2"), [scene_exam("test", 0, 150, CPU, BLIP2), easy_exam(CPU, BLIP2)])
-    figures = summary(kinds)
-    assert figures["captions"] > 0.9
-    assert min(kinds[kind] for kind in QUESTIONS) > 0.85
-    assert figures["easy-vqa"] > 0.95
+    recorded = figures("demo-blip2")["answers"]
+    assert recorded["captions"] > 0.9
+    assert recorded["worst kind"] > 0.85
+    assert recorded["easy-vqa"] > 0.95
 
 
 def test_without_the_picture_it_knows_next_to_nothing() -> None:
-    exam = scene_exam("test", 0, 100, CPU, BLIP2)
-    blind = type(exam)(torch.full_like(exam.pixels, 200), exam.rows, exam.lengths, exam.kinds, exam.talk)
-    kinds = by_kind(model("demo-blip2"), [blind])
+    kinds = figures("demo-blip2")["blind"]
     assert kinds["caption"] < 0.05
     assert max(kinds[kind] for kind in ("color", "shape", "name")) < 0.4
 
 
-def test_each_head_finds_far_above_chance() -> None:
-    """Chance is 0.005 for recall at 1 of 200, and a half for the matching head's word on a pair."""
-    for plain, first, near in ((False, 0.6, 0.55), (True, 0.93, 0.8)):
-        found = find(model("demo-blip2-itm"), exam("test", 200, CPU, plain))
-        assert min(value for key, value in found.items() if key.startswith(("contrast", "matching"))) > first
-        assert min(found["fits"], found["prefers"]) > 0.75
-        assert found["near misses"] > near
+@pytest.mark.parametrize(("words", "first", "near"), [("named", 0.6, 0.55), ("plain", 0.93, 0.8)])
+def test_each_head_finds_far_above_chance(words: str, first: float, near: float) -> None:
+    """Chance is 0.005 for recall at 1 of 200, and a half for the matching head's verdict on a pair."""
+    recorded = figures("demo-blip2-itm")[words]
+    assert min(value for key, value in recorded.items() if key.startswith(("contrast", "matching"))) > first
+    assert min(recorded["fits"], recorded["prefers"]) > 0.75
+    assert recorded["near misses"] > near
 
 
 def test_it_finds_nothing_on_blank_pictures() -> None:
-    shown = exam("test", 100, CPU)
-    found = find(model("demo-blip2-itm"), replace(shown, pixels=torch.full_like(shown.pixels, 200)))
-    assert max(value for key, value in found.items() if key.startswith(("contrast", "matching"))) <= 0.05
+    recorded = figures("demo-blip2-itm")["blank"]
+    assert max(value for key, value in recorded.items() if key.startswith(("contrast", "matching"))) <= 0.05
+
+
+def test_small_exams_score_as_the_recorded_ones() -> None:
+    kinds = by_kind(model("demo-blip2"), [scene_exam("test", 150, 12, CPU, BLIP2)])
+    assert kinds["caption"] > 0.8
+    assert summary(kinds)["scenes"] > 0.9
+    shown, blank = (search(model("demo-blip2-itm"), 24, plain=True, blank=blank) for blank in (False, True))
+    for head in ("contrast text", "contrast image", "matching text", "matching image"):
+        assert shown[head] > 0.9
+        assert blank[head] <= 0.1
 
 
 # Texts made on the device

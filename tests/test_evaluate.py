@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +31,7 @@ from exporter.source import open_source
 from exporter.tasks.bleu import corpus_bleu
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
+from tests.children import running_command
 
 CPU = choose("cpu")
 
@@ -348,18 +346,17 @@ def test_half_named_servers_are_wrong_usage(out: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: evaluate.Report, tmp_path: Path) -> None:
     """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
-    arguments = ["evaluate", str(out), "--answers", str(tmp_path), "--device", "cpu", "--json"]
-    command = [sys.executable, "-m", "exporter", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        assert run.stderr
-        assert any('"evaluate", "done": 4' in line for line in run.stderr)
-        run.send_signal(how)
-        said, _ = run.communicate(timeout=60)
+    store = tmp_path / "answers"
+    arguments = ["evaluate", str(out), "--answers", str(store), "--device", "cpu", "--json"]
+    with running_command(arguments, tmp_path) as command:
+        command.wait_for('"evaluate", "done": 4')
+        code = command.ended_by(how)
     if how == signal.SIGTERM:
-        assert run.returncode == 130
-        assert str(tmp_path) in json.loads(said)["error"]
-    kept = [path for path in tmp_path.glob("*/*.json") if path.name != ABOUT]
+        assert code == 130
+        assert str(store) in json.loads(command.stdout.read_text())["error"]
+    else:
+        assert code == -how
+    kept = [path for path in store.glob("*/*.json") if path.name != ABOUT]
     assert kept
     events = [json.loads(line) for line in mmq(*arguments).stderr.splitlines()]
     assert next(e["done"] for e in events if e["stage"] == "evaluate") >= 4

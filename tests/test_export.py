@@ -24,7 +24,7 @@ from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
 from exporter.verify import verify
-from tests.killed import killed_after
+from tests.children import killed_after
 
 DEMO = MODELS["demo-llava"]
 
@@ -75,7 +75,7 @@ def test_killed_after_every_unit_and_resumed_is_byte_identical(finished: Path, t
     units = len(json.loads((finished / "mmq_manifest.json").read_text())["units"])
     assert units >= 4
     for unit in range(1, units + 1):
-        killed_after(unit, lambda listen: quick_export(out, listen, work=work))
+        killed_after(unit, quick_export, out, work=work)
         assert len(list(work.glob("*.safetensors"))) == unit
         assert not out.exists()
     seen: list[Event] = []

@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,14 @@ from exporter.study import exam, pool, search_exam
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
 from exporter.study.records import FILE, Measured, Records, comparable, last_exam, read_records
-from exporter.study.run import run
+from exporter.study.run import Outcome, run
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
 from exporter.study.units import changes, units_of
 from exporter.study.work import Setup, exam_samples, examiner, make_units, opened, store_of
 from exporter.tasks import retrieval
+from tests.children import KillAt, run_killed
+from tests.pool_functions import die, double
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
 
@@ -231,38 +231,18 @@ def test_divergence_is_the_sum_over_the_vocabulary() -> None:
     assert exam.divergence(truth, found).tolist() == pytest.approx(slow, rel=1e-5)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.test_study import grid, setup_in, settings
-from exporter.study import pool
-from exporter.study.run import run
-
-def listen(event):
-    if event.stage == sys.argv[2] and event.done == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
-run(setup_in(Path(sys.argv[1])), wide, pool.inline, listen)
-"""
+def wide_study(folder: Path, on_event: Callable[[Event], None]) -> Outcome:
+    """Four settings of two components."""
+    wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
+    return run(setup_in(folder), wide, pool.inline, on_event)
 
 
 @pytest.mark.parametrize(("stage", "done", "scored", "made"), [("study units", 4, 4, 4), ("study points", 3, 1, 0)])
 def test_a_killed_study_goes_on(tmp_path: Path, stage: str, done: int, scored: int, made: int) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), stage, str(done)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, timeout=300, env=environment)
-    assert killed.returncode == -signal.SIGKILL
-    wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
-    outcome = run(setup_in(tmp_path), wide, pool.inline, ignore)
+    run_killed(wide_study, tmp_path, KillAt(stage, done))
+    outcome = wide_study(tmp_path, ignore)
     assert (outcome.scored, outcome.made) == (scored, made)
     assert len(read_records(tmp_path)) == 4
-
-
-def double(value: int) -> int:
-    if value < 0:
-        raise DataError("negative")
-    return 2 * value
 
 
 def check_pool(found: pool.Pool) -> None:
@@ -277,11 +257,6 @@ def test_processes_give_results_and_errors() -> None:
         check_pool(found)
     with pool.local(1) as found:
         check_pool(found)
-
-
-def die(value: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return value
 
 
 def test_a_worker_that_was_killed_is_an_error_with_a_way_on() -> None:
