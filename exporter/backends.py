@@ -1,7 +1,8 @@
 """The models an evaluation asks: the source or an artifact, by transformers in this process or behind a server."""
 
+import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,13 +14,17 @@ from exporter.activations import EXACT, Rounded, round_as_served
 from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
-from exporter.device import Device, release
+from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
+from exporter.events import Event, ignore
 from exporter.families import Family
+from exporter.passing_blocks import load_passing
+from exporter.placement import Placement, place
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
 from exporter.stream import Read, load_whole
 from exporter.tasks.sample import Sample
+from exporter.whole_model import whole_model
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges*")
@@ -47,13 +52,22 @@ def load_processor(folder: Path) -> Any:
         ) from None
 
 
-def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int) -> tuple[Model, Model]:
-    """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor."""
-    dtype = device.compute_dtype(next(t.dtype for t in checkpoint.tensors.values() if len(t.shape) == 2))
+def here(
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    device: Device,
+    batch: int,
+    on_event: Callable[[Event], None] = ignore,
+) -> tuple[Model, Model]:
+    """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor.
+
+    batch: the most samples at once; fewer where memory is short. Both models are held in the same way.
+    """
+    held = placed(checkpoint, artifact.family, device, batch)
     how: dict[str, Any] = {
         "backend": "transformers",
         "device": device.torch_device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(held.dtype).removeprefix("torch."),
     }
     how |= {"versions": {name: version(name) for name in ("mmq", "torch", "transformers")}}
     family = artifact.family
@@ -65,12 +79,18 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
     def model(label: str, weights: str, names: Sequence[str], read: Read, rounded: Rounded = EXACT) -> Model:
         @contextmanager
         def opened() -> Iterator[Backend]:
-            loaded = load_whole(family, checkpoint.config, names, read, device.torch_device, dtype)
+            if held.note:
+                on_event(Event("note", 0, 0, held.note))
+            load = load_passing if held.streamed else load_whole
+            loaded = load(family, checkpoint.config, names, read, device.torch_device, held.dtype)
             round_as_served(loaded, rounded, gpu=True)
+            predictor = Predictor(loaded, processor(), family, device.torch_device, held.batch, on_event)
+            del loaded
             try:
-                yield Predictor(loaded, processor(), family, device.torch_device, batch)
+                yield predictor
             finally:
-                del loaded
+                predictor.close()
+                gc.collect()  # modules and their hooks hold each other
                 release(device)
 
         identity = _identity(family, weights, checkpoint) | how
@@ -81,6 +101,13 @@ def here(checkpoint: Checkpoint, artifact: Artifact, device: Device, batch: int)
         model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read),
         model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded()),
     )
+
+
+def placed(checkpoint: Checkpoint, family: Family, device: Device, batch: int) -> Placement:
+    """How a model of this checkpoint's shapes is held in the memory that is free now."""
+    stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
+    model = whole_model(checkpoint.tensors, family, checkpoint.config)
+    return place(model, stored, device, free_bytes(device.torch_device), batch)
 
 
 def _asked(processor: Any, family: Family, sample: Sample) -> str:

@@ -13,12 +13,16 @@ from exporter.cli_options import (
     adjusted,
     data_option,
     device_option,
+    eval_batch_option,
+    eval_samples_option,
     json_option,
     model_option,
     recipe_option,
     reports_errors,
     revision_option,
+    samples_option,
     say,
+    skip_evaluation_option,
 )
 from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
@@ -31,7 +35,7 @@ from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.kernels import read_hardware
 
-EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 130 interrupted."
 
 
 def main() -> None:
@@ -62,9 +66,10 @@ def cli() -> None:
 @device_option
 @data_option
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration choice [the recipe's].")
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
-@click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
-@click.option("--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven.")
+@samples_option
+@eval_samples_option
+@eval_batch_option
+@skip_evaluation_option
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--serve-check", is_flag=True, help="Then prove its answers through vLLM, as `mmq check` does.")
 @vllm_option
@@ -83,6 +88,7 @@ def export(
     seed: int | None,
     samples: int | None,
     eval_samples: int | None,
+    eval_batch: int | None,
     skip_evaluation: bool,
     overwrite: bool,
     serve_check: bool,
@@ -101,9 +107,9 @@ def export(
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
-    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data)
+    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data, eval_batch)
     if dry_run:
-        return show_plan(chosen, device, every_tensor=False, as_json=as_json)
+        return show_plan(chosen, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
     if push:
         check_push(push, skip_evaluation)
     if serve_check:
@@ -146,6 +152,10 @@ def export(
 @model_option
 @revision_option
 @device_option
+@samples_option
+@eval_samples_option
+@eval_batch_option
+@skip_evaluation_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
 @serve_on_option
 @json_option
@@ -155,11 +165,16 @@ def plan(
     model: str | None,
     revision: str | None,
     device: str,
+    samples: int | None,
+    eval_samples: int | None,
+    eval_batch: int | None,
+    skip_evaluation: bool,
     every_tensor: bool,
     serve_on: str | None,
     as_json: bool,
 ) -> None:
-    """Show what an export would do, from file headers alone: decisions, sizes, memory, serving kernels.
+    """Show what an export would do, from file headers alone: decisions, sizes, serving kernels, and of every step the
+    peak memory and the time.
 
     \b
     Examples:
@@ -167,14 +182,23 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
-    show_plan(adjusted(load_recipe(recipe), model, revision), device, every_tensor, as_json, serve_on)
+    chosen = adjusted(load_recipe(recipe), model, revision, None, samples, eval_samples, eval_batch=eval_batch)
+    show_plan(chosen, device, every_tensor, skip_evaluation, as_json, serve_on)
 
 
-def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool, serve_on: str | None = None) -> None:
+def show_plan(
+    recipe: Recipe,
+    device: str,
+    every_tensor: bool,
+    skip_evaluation: bool,
+    as_json: bool,
+    serve_on: str | None = None,
+) -> None:
     """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
     from exporter import show
     from exporter.device import choose
     from exporter.export import prepare
+    from exporter.steps import step_warnings
 
     chosen = choose(device)
     found, checkpoint = prepare(recipe, chosen, headers_only=True)
@@ -182,7 +206,10 @@ def show_plan(recipe: Recipe, device: str, every_tensor: bool, as_json: bool, se
         from exporter.servable import refuse_plan
 
         refuse_plan(found, checkpoint.config, read_hardware(serve_on))
-    say(show.plan_json(found, every_tensor) if as_json else show.plan_page(found, chosen.name, every_tensor))
+    warnings = step_warnings(found.steps, chosen, skip_evaluation)
+    if as_json:
+        return say(show.plan_json(found, every_tensor, warnings))
+    say(show.plan_page(found, chosen, every_tensor, warnings))
 
 
 @cli.command()

@@ -11,6 +11,8 @@ from exporter.cli_options import (
     artifact_argument,
     data_option,
     device_option,
+    eval_batch_option,
+    eval_samples_option,
     json_option,
     reports_errors,
     say,
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 @click.option("--baseline", metavar="MODEL", help="Full-precision model to compare with [the artifact's source].")
 @device_option
 @data_option
-@click.option("--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's].")
+@eval_samples_option
+@eval_batch_option
 @click.option("--server", metavar="URL", help="OpenAI-compatible server that serves the artifact.")
 @click.option("--served-model", metavar="NAME", help="The artifact's name there [the only one].")
 @click.option("--baseline-server", metavar="URL", help="Server of the full-precision model.")
@@ -65,7 +68,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.progress import Listener
 
     own = load_recipe(str(artifact / "recipe.yaml"))
-    recipe = adjusted(own, options["baseline"], None, eval_samples=options["eval_samples"], data=data)
+    more = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
+    recipe = adjusted(own, options["baseline"], None, data=data, **more)
     chosen = choose(device)
     plan, checkpoint = prepare(recipe, chosen)
     sources = places(data)
@@ -132,7 +136,7 @@ def _keep_source(
     from exporter.evaluate import picture_keys
     from exporter.export import models
 
-    source, _ = models(checkpoint, artifact, recipe, device, servers)
+    source, _ = models(checkpoint, artifact, recipe, device, servers, listen)
     ask(source, samples, picture_keys(samples), store, listen)
     folder = store.folder if store else ""
     return f"answers of the full-precision model are kept in {folder}; now serve the artifact and give --server"

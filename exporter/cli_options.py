@@ -25,6 +25,18 @@ device_option = click.option("--device", default="auto", show_default=True, help
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
 )
+samples_option = click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
+eval_samples_option = click.option(
+    "--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's]."
+)
+eval_batch_option = click.option(
+    "--eval-batch",
+    type=click.IntRange(min=1),
+    help="Most test samples at once; fewer where memory is short [the recipe's].",
+)
+skip_evaluation_option = click.option(
+    "--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven."
+)
 data_option = click.option(
     "--data",
     metavar="SOURCE",
@@ -46,8 +58,24 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("MMQ_DEBUG"):
                 raise
             fail(error, bool(kwargs.get("as_json")))
+        except (RuntimeError, MemoryError, OSError) as error:
+            problem = _shortage(error, str(kwargs.get("device", "cpu")))
+            if problem is None or os.environ.get("MMQ_DEBUG"):
+                raise
+            fail(problem, bool(kwargs.get("as_json")))
 
     return run
+
+
+def _shortage(error: Exception, device: str) -> MmqError | None:
+    """What to say of an error that is no MmqError: memory ran out outside of a step that says so itself."""
+    from exporter.device import choose
+    from exporter.shortage import is_shortage, shortage
+
+    if not is_shortage(error):
+        return None
+    command = click.get_current_context().command_path
+    return shortage(error, command, choose(device), advice="a smaller batch, fewer samples, or --device cpu take less")
 
 
 def fail(error: MmqError, as_json: bool) -> NoReturn:
@@ -78,6 +106,7 @@ def adjusted(
     samples: int | None = None,
     eval_samples: int | None = None,
     data: Sequence[str] = (),
+    eval_batch: int | None = None,
 ) -> Recipe:
     """The recipe with what the command line overrides; another model drops the recipe's revision."""
     if model:
@@ -86,5 +115,5 @@ def adjusted(
     return recipe.adjusted(
         model={"repo": model, "revision": revision},
         calibration={"seed": seed, "samples": samples, "data": named},
-        evaluation={"samples": eval_samples, "data": named},
+        evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
     )

@@ -114,6 +114,20 @@ def peak_bytes(device: Device) -> tuple[int, int]:
     return (torch.cuda.max_memory_allocated(device.torch_device) if device.is_cuda else 0), host
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now: free for everybody, or held in reserve by this process."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def empty_caches() -> None:
+    """Give memory back that is held in reserve on GPUs which this process has used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def release(device: Device) -> None:
     """Give cached device memory back to the system."""
     if device.is_cuda:

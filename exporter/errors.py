@@ -66,6 +66,12 @@ class PublishError(MmqError):
     """An artifact is not fit to be published, or the repository is not a place for it."""
 
 
+class MemoryShortage(MmqError):
+    """A step ran out of memory; what was finished before it is kept."""
+
+    exit_code = 4
+
+
 class GateFailed(MmqError):
     """The artifact lost more of its task than the recipe allows."""
 

@@ -16,13 +16,14 @@ from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
 from exporter.errors import DataError, PlanError
-from exporter.events import Event
+from exporter.events import Event, ignore
 from exporter.manifest import read_manifest
 from exporter.methods import METHODS
 from exporter.plan import Plan, make_plan
 from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import narrowed, open_source
+from exporter.steps import refuse_shortage, step_warnings
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
@@ -102,10 +103,10 @@ def export(
     artifact.refuse_occupied(out, overwrite, work or default_work(out))
     plan, checkpoint = prepare(recipe, device)
     checkpoint.start_hashing()
-    if plan.memory.device_bytes > device.free_bytes:
-        raise PlanError(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free; {plan.memory.advice()}")
+    refuse_shortage(plan.steps, device)
     calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
-    for note in (*plan.warnings, *data.notes(calibration)):
+    steps = [step for step in plan.steps if step.name != "check"]
+    for note in (*plan.warnings, *step_warnings(steps, device, skip_evaluation), *data.notes(calibration)):
         on_event(Event("note", 0, 0, note))
     processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
     clock.lap("plan")
@@ -265,7 +266,7 @@ def measure(
     sources: Sequence[data.Place] = (),
 ) -> evaluate.Report:
     """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
-    before, after = models(checkpoint, out, recipe, device, servers)
+    before, after = models(checkpoint, out, recipe, device, servers, on_event)
     name = ", ".join(map(str, sources or tested_on(recipe)))
     method = {task: dict(TASKS[task].method()) for task in samples}
     about: dict[str, Any] = {
@@ -280,13 +281,18 @@ def measure(
 
 
 def models(
-    checkpoint: Checkpoint, out: Path, recipe: Recipe, device: Device, servers: Servers | None
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe,
+    device: Device,
+    servers: Servers | None,
+    on_event: Listener = ignore,
 ) -> tuple[Model, Model]:
     """Source and artifact, ready to be asked by the same back end."""
     finished = artifact.Artifact.open(out, device.torch_device)
     if servers:
         return served(checkpoint, finished, servers)
-    return here(checkpoint, finished, device, recipe.evaluation.batch)
+    return here(checkpoint, finished, device, recipe.evaluation.batch, on_event)
 
 
 def default_store(out: Path) -> Store:

@@ -18,6 +18,7 @@ from exporter.methods import METHODS, SMOOTHERS
 from exporter.recipe import Recipe
 from exporter.runtime.kernels import serving
 from exporter.runtime.serve_lint import Linear, cache_problems, lint
+from exporter.steps import Step, predict_steps
 
 __all__ = ["Plan", "PlanRow", "Unit", "engine_linears", "make_plan", "stored_scale_dtype"]
 
@@ -44,7 +45,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. rows: one for every tensor of the checkpoint, in header order."""
+    """What will be done. rows: one for every tensor of the checkpoint, in header order. steps: what each takes."""
 
     recipe: Recipe
     family: Family
@@ -52,6 +53,7 @@ class Plan:
     rows: tuple[PlanRow, ...]
     units: tuple[Unit, ...]
     memory: Memory
+    steps: tuple[Step, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -111,8 +113,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     statistics = dict(sorted((name, m in SMOOTHERS) for name, m in chosen if METHODS[m].Statistics))  # True comes last
     planned = {name for name, _ in chosen}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
-    warnings = (*_ignored(checkpoint), *_warnings(recipe, family, rows, memory, device))
-    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, warnings)
+    steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
+    warnings = (*_ignored(checkpoint), *_warnings(recipe, family, rows))
+    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings)
 
 
 def engine_linears(rows: Iterable[PlanRow], family: Family) -> list[Linear]:
@@ -147,7 +150,7 @@ def _ignored(checkpoint: Checkpoint) -> list[str]:
     return [f"left out of the artifact: {names[0]}{rest}, which models compute from the config"] if names else []
 
 
-def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memory, device: Device) -> tuple[str, ...]:
+def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow]) -> tuple[str, ...]:
     found = [family.unserved] if family.unserved else []
     if recipe.calibration.data == ("drawings",):
         found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
@@ -155,6 +158,4 @@ def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow], memory: Memor
     for component, scheme in sorted(schemes, key=str):
         if scheme and not family.unserved and (needs := serving(scheme, recipe.format).needs()):
             found.append(f"{component} {scheme.label()}: {needs} to be served")
-    if memory.device_bytes > device.free_bytes:
-        found.append(f"{device.name} has {device.free_bytes / 2**30:.1f} GiB free, {memory.advice()}")
     return tuple(found)

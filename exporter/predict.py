@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exporter.batch_size import BatchSize
 from exporter.events import Event, ignore
 from exporter.families import Family
 from exporter.retrieve import ranked
@@ -121,22 +123,37 @@ class Predictor:
     model: on `device`, in evaluation mode. Answers are greedy, so they depend on nothing but weights and inputs.
     """
 
-    def __init__(self, model: Any, processor: Any, family: Family, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        family: Family,
+        device: torch.device,
+        batch_size: int,
+        on_event: Callable[[Event], None] = ignore,
+    ) -> None:
         self._model = model
         self._processor = processor
         self._family = family
         self._device = device
-        self._batch_size = batch_size
+        self._batch_size = BatchSize(batch_size, lambda large, small: on_event(_smaller(large, small)))
+
+    def close(self) -> None:
+        """Let go of the model, whoever still holds this."""
+        self._model = None
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
-        """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left."""
+        """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left.
+
+        A batch that runs out of memory is halved, and so are those after it.
+        """
         searching = [i for i, sample in enumerate(samples) if sample.among is not None]
         if searching:
             wanted = [samples[i] for i in searching]
             for piece in ranked(self._model, self._processor, wanted, self._device, self._batch_size):
                 yield {searching[number]: answer for number, answer in piece.items()}
-        for task, chosen in self._grouped(samples):
-            yield self._batch(task, samples, chosen)
+        for task, numbers in self._by_task(samples):
+            yield from self._batch_size.each(numbers, partial(self._batch, task, samples))
 
     @torch.inference_mode()
     def _batch(self, task: str, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, str]:
@@ -162,22 +179,24 @@ class Predictor:
         bare = [sample.identity for sample in samples if not sample.references]
         if bare:
             raise ValueError(f"{bare[0]} has no reference")
-        found = [0.0] * len(samples)
-        for _, chosen in self._grouped(samples):
-            group = [samples[i] for i in chosen]
-            prompts = self._inputs(group, [None] * len(group), "right")
-            whole = self._inputs(group, [s.references[0] for s in group], "right")
-            logits = self._model(**whole, use_cache=False).logits  # [batch, tokens, vocabulary]
-            for row, i in enumerate(chosen):
-                found[i] = _reply_likelihood(logits[row], _tokens(prompts, row), _tokens(whole, row))
-        return found
+        likelihoods: dict[int, float] = {}
+        for _, numbers in self._by_task(samples):
+            for piece in self._batch_size.each(numbers, partial(self._likelihoods, samples)):
+                likelihoods |= piece
+        return [likelihoods[i] for i in range(len(samples))]
 
-    def _grouped(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
-        """Batches of sample numbers, each of one task that is answered in words."""
+    def _likelihoods(self, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, float]:
+        group = [samples[i] for i in chosen]
+        prompts = self._inputs(group, [None] * len(group), "right")
+        whole = self._inputs(group, [s.references[0] for s in group], "right")
+        logits = self._model(**whole, use_cache=False).logits  # [batch, tokens, vocabulary]
+        rows = enumerate(chosen)
+        return {i: _reply_likelihood(logits[row], _tokens(prompts, row), _tokens(whole, row)) for row, i in rows}
+
+    def _by_task(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
+        """Numbers of the samples of each task that is answered in words."""
         for task in sorted({task_of(sample) for sample in samples} - {"retrieval"}):
-            numbers = [i for i, sample in enumerate(samples) if task_of(sample) == task]
-            for start in range(0, len(numbers), self._batch_size):
-                yield task, numbers[start : start + self._batch_size]
+            yield task, [i for i, sample in enumerate(samples) if task_of(sample) == task]
 
     def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Inputs:
         encoded = _encode(self._processor, self._family, samples, replies, side)
@@ -198,6 +217,10 @@ class Predictor:
         return GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
         )
+
+
+def _smaller(large: int, small: int) -> Event:
+    return Event("note", 0, 0, f"out of memory with {large} samples at a time: going on with {small}")
 
 
 def _tokens(inputs: Inputs, row: int) -> Tensor:

@@ -24,13 +24,13 @@ from exporter.runtime.launch import dtype as engine_dtype
 from exporter.runtime.vllm_engine import Reply
 from exporter.stream import load_whole
 from exporter.tasks.sample import Sample
+from exporter.whole_model import ROOM_FOR_ACTIVATIONS
 
 BOUND = 0.015  # mean difference of natural log-probabilities that is always allowed
 ROOM = 1.4  # times the floor's mean that is allowed: 16-bit passes beside each other had 0.7 to 1.4
 LARGEST_SHARE = 4.0  # times the bound, always allowed for a single token
 LARGEST_ROOM = 2.0  # times the floor's largest difference
 PASSES = 8  # in 16 bits
-ROOM_FOR_ACTIVATIONS = 1.25  # times the weights
 
 
 @dataclass(frozen=True)

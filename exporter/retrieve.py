@@ -1,17 +1,20 @@
 """Where a retrieval model finds the pictures and texts of a pool: contrast chooses candidates, matching orders them.
 
-Every picture and every text goes through the model once, and what they became stays on the CPU. Matching then reads
-pairs in batches. Works on transformers' `Blip2ForImageTextRetrieval`.
+Every picture and every text goes through the model once. What the ViT makes of the pictures stays on the host, within
+a bound of memory and beyond it on disk; matching then reads pairs in batches. Works on transformers'
+`Blip2ForImageTextRetrieval`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exporter.batch_size import BatchSize
+from exporter.row_store import RowStore
 from exporter.tasks.retrieval import written
 from exporter.tasks.sample import Pool, Sample
 
@@ -24,11 +27,11 @@ PAIRS = 8  # times as many pairs as pictures go through the model at once: they 
 class Searched:
     """A pool as the model sees it, on the CPU.
 
-    seen: `[pictures, patches, width]`, what cross-attention reads. tokens, mask: int64 `[texts, t]`. owners: the
-    picture of each text. similarity: float32 `[pictures, texts]`, by contrast.
+    seen: rows `[patches, width]`, one a picture: what cross-attention reads. tokens, mask: int64 `[texts, t]`.
+    owners: the picture of each text. similarity: float32 `[pictures, texts]`, by contrast.
     """
 
-    seen: Tensor
+    seen: RowStore
     tokens: Tensor
     mask: Tensor
     owners: tuple[int, ...]
@@ -69,32 +72,45 @@ def match(model: Any, seen: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def pixels_of(processor: Any, pool: Pool, batch: int) -> Iterator[Tensor]:
-    """The pool's pictures as the model takes them, `[batch, 3, height, width]`."""
-    for start in range(0, len(pool.samples), batch):
-        images = [sample.image() for sample in pool.samples[start : start + batch]]
-        yield processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+def pixels_of(processor: Any, samples: Sequence[Sample]) -> Tensor:
+    """Pictures as the model takes them, `[n, 3, height, width]`."""
+    images = [sample.image() for sample in samples]
+    pixels: Tensor = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def search(
-    model: Any, processor: Any, pool: Pool, device: torch.device, batch: int, drawn: Iterable[Tensor] | None = None
+    model: Any, processor: Any, pool: Pool, device: torch.device, size: BatchSize, drawn: RowStore | None = None
 ) -> Searched:
     """Every picture and every text of the pool through the model once. drawn: `pixels_of` the pool, where kept."""
     dtype = next(model.parameters()).dtype
-    seen, pictures = [], []
-    for pixels in pixels_of(processor, pool, batch) if drawn is None else drawn:
-        one, two = _pictures(model, pixels.to(device, dtype))
-        seen.append(one.cpu())
-        pictures.append(two.float())
+    seen, pictures = RowStore(len(pool.samples)), []
+
+    def look(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        some = slice(numbers[0], numbers[-1] + 1)
+        pixels = pixels_of(processor, pool.samples[some]) if drawn is None else drawn[some]
+        return _pictures(model, pixels.to(device, dtype))
+
+    for features, vectors in size.each(range(len(pool.samples)), look):
+        seen.append(features)
+        pictures.append(vectors.float())
     texts = [text for sample in pool.samples for text in sample.references]
     options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": LONGEST}
     coded = processor.tokenizer(texts, return_tensors="pt", **options)
     tokens, mask = coded["input_ids"], coded["attention_mask"]
-    rows = zip(tokens.split(batch), mask.split(batch), strict=True)
-    said = torch.cat([_texts(model, t.to(device), m.to(device)).float() for t, m in rows])
-    similarity = torch.cat([torch.einsum("iqd,jd->iqj", part, said).amax(dim=1).cpu() for part in pictures])
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        some = slice(numbers[0], numbers[-1] + 1)
+        return _texts(model, tokens[some].to(device), mask[some].to(device)).float()
+
+    words = torch.cat(list(size.each(range(len(texts)), read)))
+    similarity = torch.empty(len(pool.samples), len(texts))
+    start = 0
+    for part in pictures:
+        similarity[start : start + len(part)] = torch.einsum("iqd,jd->iqj", part, words).amax(dim=1)
+        start += len(part)
     owners = tuple(i for i, sample in enumerate(pool.samples) for _ in sample.references)
-    return Searched(torch.cat(seen), tokens, mask, owners, similarity)
+    return Searched(seen, tokens, mask, owners, similarity)
 
 
 def _rank(scores: Tensor, own: Tensor) -> float | None:
@@ -135,24 +151,29 @@ def candidates(pool: Pool, searched: Searched, number: int) -> tuple[Tensor, Ten
     return torch.cat(pictures), torch.cat(others), [len(part) for part in others]
 
 
-def scored(model: Any, searched: Searched, pairs: tuple[Tensor, Tensor], device: torch.device, size: int) -> Tensor:
+def scored(
+    model: Any, searched: Searched, pairs: tuple[Tensor, Tensor], device: torch.device, size: BatchSize
+) -> Tensor:
     """Matching plus contrast of pairs, float32 `[n]`, on the CPU; a pair that comes twice is read once.
 
-    pairs: numbers of pictures and of texts, int64 `[n]` each. size: how many go through the model at once.
+    pairs: numbers of pictures and of texts, int64 `[n]` each.
     """
     unique, back = torch.stack(pairs, dim=1).unique(dim=0, return_inverse=True)
-    parts = []
-    for pictures, texts in (part.unbind(dim=1) for part in unique.split(size)):
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        pictures, texts = unique[numbers[0] : numbers[-1] + 1].unbind(dim=1)
         longest = int(searched.mask[texts].sum(dim=1).max())
         tokens, mask = searched.tokens[texts, :longest], searched.mask[texts, :longest]
-        found = match(model, searched.seen[pictures].to(device), tokens.to(device), mask.to(device))
-        parts.append(found.cpu() + searched.similarity[pictures, texts])
-    return torch.cat(parts)[back]
+        few, which = pictures.unique(return_inverse=True)  # pairs of one picture come together
+        seen = searched.seen[few].to(device)[which.to(device)]
+        return match(model, seen, tokens.to(device), mask.to(device)).cpu() + searched.similarity[pictures, texts]
+
+    return torch.cat(list(size.each(range(len(unique)), read, times=PAIRS)))[back]
 
 
 @torch.inference_mode()
 def ranked(
-    model: Any, processor: Any, samples: Sequence[Sample], device: torch.device, batch: int
+    model: Any, processor: Any, samples: Sequence[Sample], device: torch.device, size: BatchSize
 ) -> Iterator[dict[int, str]]:
     """Number of a sample -> where its texts and itself were found, a few pictures at a time.
 
@@ -162,13 +183,13 @@ def ranked(
     pool = next(iter(pools.values()), None)
     if pool is None or len(pools) != 1:
         raise ValueError("samples of one pool are needed")
-    searched = search(model, processor, pool, device, batch)
+    searched = search(model, processor, pool, device, size)
     places = {sample.identity: number for number, sample in enumerate(pool.samples)}
     for start in range(0, len(samples), PIECE):
         numbers = [places[sample.identity] for sample in samples[start : start + PIECE]]
         wanted = [candidates(pool, searched, number) for number in numbers]
         pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
-        scores = scored(model, searched, pairs, device, PAIRS * batch)
+        scores = scored(model, searched, pairs, device, size)
         shares = scores.split([sum(counts) for _, _, counts in wanted])
         yield {
             start + i: answer(searched, number, one, share)

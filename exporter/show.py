@@ -8,12 +8,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.advice import ASSUMPTION, advise, unknown
+from exporter.device import Device
 from exporter.difference import Change
 from exporter.evaluate import Report
 from exporter.export import Export
 from exporter.plan import Plan, PlanRow
 from exporter.recipe import Recipe
 from exporter.runtime.kernels import serving
+from exporter.steps import NEEDED, Step
 from exporter.verify import Verified
 
 
@@ -29,6 +31,13 @@ def size(count: float) -> str:
 def memory(count: float) -> str:
     """Memory in GiB."""
     return f"{count / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plan_summary(plan: Plan) -> list[dict[str, Any]]:
@@ -95,25 +104,33 @@ def plan_notes(plan: Plan) -> list[str]:
     return notes
 
 
-def plan_page(plan: Plan, device: str, every_tensor: bool) -> RenderableType:
-    """The plan with its memory and warnings, and every tensor on request."""
-    need = plan.memory
+def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence[str] = ()) -> RenderableType:
+    """The plan, what its steps take, and every tensor on request. warnings: beside the plan's own."""
     parts: list[RenderableType] = [plan_table(plan), *plan_notes(plan)]
     if every_tensor:
         parts.append(tensor_table(plan))
-    parts.append(
-        f"peak memory on {device}: about {memory(need.device_bytes)} ({need.largest}); "
-        f"host about {memory(need.host_bytes)} beside the page cache"
-    )
+    parts.append(steps_table(plan.steps, device))
     advice = advise(plan.recipe)
     if advice:
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
     if rest := unknown(plan.recipe):
         parts.append(rest)
-    return Group(*parts, *(f"warning: {warning}" for warning in plan.warnings))
+    return Group(*parts, *(f"warning: {warning}" for warning in (*plan.warnings, *warnings)))
 
 
-def plan_json(plan: Plan, every_tensor: bool) -> dict[str, Any]:
+def steps_table(steps: Sequence[Step], device: Device) -> Table:
+    """What each step takes, and how it is done."""
+    title = f"peak memory and time, about, on {device.name}; host: beside the page cache"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("step", *(("device",) if device.is_cuda else ()), "host", "time", "how"):
+        table.add_column(name, justify="left" if name in ("step", "how") else "right", no_wrap=name != "how")
+    for step in steps:
+        on_device = (memory(step.device_bytes) if step.device_bytes else "",) if device.is_cuda else ()
+        table.add_row(step.name, *on_device, memory(step.host_bytes), duration(step.seconds), step.note)
+    return table
+
+
+def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> dict[str, Any]:
     """The plan as plain data."""
     data: dict[str, Any] = {
         "model": plan.origin,
@@ -125,9 +142,10 @@ def plan_json(plan: Plan, every_tensor: bool) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "units": len(plan.units),
         "peak_device_bytes": plan.memory.device_bytes,
-        "peak_host_bytes": plan.memory.host_bytes,
+        "peak_host_bytes": max(step.host_bytes for step in plan.steps if step.name in NEEDED),
+        "steps": [step.as_json() for step in plan.steps],
         "evaluation": [asdict(advice) for advice in advise(plan.recipe)],
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *warnings],
     }
     if every_tensor:
         data["tensors"] = [tensor_line(row) for row in plan.rows]

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from exporter.answers import Backend, Model, Store, ask
 from exporter.backends import _asked
+from exporter.batch_size import BatchSize
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
 from exporter.demo.blip2_folder import build, config, save
@@ -86,7 +87,7 @@ def naive(processor: Any) -> dict[str, list[float]]:
 
 
 def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
-    answers = {k: v for piece in ranked(model(), processor, chosen(), CPU, 5) for k, v in piece.items()}
+    answers = {k: v for piece in ranked(model(), processor, chosen(), CPU, BatchSize(5)) for k, v in piece.items()}
     expected = naive(processor)
     found = [retrieval._found(answers[i], len(s.references)) for i, s in enumerate(chosen())]
     for k in RANKS:
@@ -98,20 +99,22 @@ def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
 
 def test_a_part_of_the_pool_has_the_ranks_of_the_whole(processor: Any) -> None:
     """What a resumed evaluation asks for."""
-    whole = {k: v for piece in ranked(model(), processor, chosen(), CPU, 8) for k, v in piece.items()}
-    part = {k: v for piece in ranked(model(), processor, chosen()[9:], CPU, 3) for k, v in piece.items()}
+    whole = {k: v for piece in ranked(model(), processor, chosen(), CPU, BatchSize(8)) for k, v in piece.items()}
+    part = {k: v for piece in ranked(model(), processor, chosen()[9:], CPU, BatchSize(3)) for k, v in piece.items()}
     assert part == {i: whole[i + 9] for i in range(3)}
 
 
 def test_predictors_mix_tasks(processor: Any) -> None:
     predictor = Predictor(model(), processor, FAMILIES["blip2-itm"], CPU, 4)
     answers = predictor.answer(chosen()[:2])
-    assert answers == [piece for part in ranked(model(), processor, chosen()[:2], CPU, 4) for piece in part.values()]
+    assert answers == [
+        piece for part in ranked(model(), processor, chosen()[:2], CPU, BatchSize(4)) for piece in part.values()
+    ]
 
 
 def test_samples_of_two_pools_are_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match="one pool"):
-        list(ranked(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, 4))
+        list(ranked(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, BatchSize(4)))
 
 
 # Ties, and scores that are not numbers
@@ -172,7 +175,9 @@ def broken(part: str) -> Any:
 
 @pytest.mark.parametrize("part", ["head", "vision"])
 def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
-    answers = [text for piece in ranked(broken(part), processor, chosen(), CPU, 5) for text in piece.values()]
+    answers = [
+        text for piece in ranked(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()
+    ]
     scores = score(answers, chosen())
     assert {value for metric in METRICS for value in scores[metric]} == {0.0}
     missed = retrieval.without_numbers(answers)  # what the head spoils can have missed the candidates already
@@ -180,7 +185,7 @@ def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
 
 
 def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [text for piece in ranked(model(), processor, chosen(), CPU, 12) for text in piece.values()]
+    whole = [text for piece in ranked(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
     see = model().vision_model.forward
 
     def forward(**inputs: Any) -> Any:
@@ -189,7 +194,7 @@ def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypa
         return seen
 
     monkeypatch.setattr(model().vision_model, "forward", forward)
-    found = [text for piece in ranked(model(), processor, chosen(), CPU, 12) for text in piece.values()]
+    found = [text for piece in ranked(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
     assert found[4] == written(math.nan, [math.nan] * len(chosen()[4].references))
     assert retrieval.without_numbers(found) == 1
     assert [text.partition(" | ")[0] for i, text in enumerate(found) if i != 4] == [

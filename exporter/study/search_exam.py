@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.retrieve import PAIRS, PIECE, Searched, answer, candidates, pixels_of, scored, search
+from exporter.batch_size import BatchSize
+from exporter.retrieve import PIECE, Searched, answer, candidates, pixels_of, scored, search
+from exporter.row_store import RowStore
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Pool, Sample
 
@@ -40,9 +42,12 @@ class Search:
         return pool
 
     @cached_property
-    def pixels(self) -> list[Tensor]:
-        """The pictures, drawn once."""
-        return list(pixels_of(self.processor, self.pool, self.batch))
+    def pixels(self) -> RowStore:
+        """The pictures as the model takes them, drawn once."""
+        drawn = RowStore(len(self.pool.samples))
+        for start in range(0, len(self.pool.samples), self.batch):
+            drawn.append(pixels_of(self.processor, self.pool.samples[start : start + self.batch]))
+        return drawn
 
     @torch.inference_mode()
     def learn(self, model: Any, device: torch.device) -> None:
@@ -70,7 +75,7 @@ class Search:
         return means | ({"kl": sum(lost) / len(lost)} if lost else {})
 
     def _search(self, model: Any, device: torch.device) -> Searched:
-        return search(model, self.processor, self.pool, device, self.batch, self.pixels)
+        return search(model, self.processor, self.pool, device, BatchSize(self.batch), self.pixels)
 
     def _pieces(self) -> Iterator[list[int]]:
         """Places in the pool, a few pictures at a time."""
@@ -80,7 +85,7 @@ class Search:
 
     def _scored(self, model: Any, searched: Searched, wanted: Sequence[Wanted], device: torch.device) -> list[Tensor]:
         pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
-        scores = scored(model, searched, pairs, device, PAIRS * self.batch)
+        scores = scored(model, searched, pairs, device, BatchSize(self.batch))
         return list(scores.split([len(one[0]) for one in wanted]))
 
 

@@ -1,0 +1,132 @@
+"""Source and artifact are asked one after the other, within the memory that is there, with the same answers."""
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporter import backends, predict
+from exporter.answers import Model, ask
+from exporter.artifact import Artifact
+from exporter.data import samples
+from exporter.device import choose
+from exporter.evaluate import picture_keys
+from exporter.events import Event, ignore
+from exporter.export import export
+from exporter.placement import Placement
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+from exporter.tasks.sample import Sample
+from exporter.whole_model import ROOM_SHARE, whole_model
+
+CPU = choose("cpu")
+RECIPES = {"demo-llava": "llava-w8", "demo-blip2-itm": "blip2-retrieval-w4"}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of each way to answer: in words, and by ranks."""
+    folder = tmp_path_factory.mktemp("backends") / str(request.param)
+    recipe = load_recipe(RECIPES[request.param]).adjusted(model={"repo": request.param}, calibration={"samples": 2})
+    export(recipe, out=folder, device=CPU, on_event=ignore, skip_evaluation=True)
+    return folder
+
+
+def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Model, Model]:
+    """The models of an artifact, named like its folder."""
+    return backends.here(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
+
+
+def asked(out: Path) -> dict[str, list[Sample]]:
+    """A few samples of every task of the model."""
+    return {task: samples("demo", None, task, "test", 10, 0) for task in Artifact.open(out).family.tasks}
+
+
+def answers(models: tuple[Model, Model], found: dict[str, list[Sample]]) -> list[Any]:
+    """What both say."""
+    keys = picture_keys(found)
+    return [ask(model, found, keys, None, ignore) for model in models]
+
+
+@pytest.mark.parametrize("loader", ["load_whole", "load_passing"])
+def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    living: list[weakref.ref[Any]] = []
+    load, free = getattr(backends, loader), backends.release
+    released: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        assert not any(model() for model in living), "the model before is still there"
+        model = load(*arguments)
+        living.append(weakref.ref(model))
+        return model
+
+    def release(device: Any) -> None:
+        released.append(sum(model() is not None for model in living))
+        free(device)
+
+    held = Placement(torch.float32, 4, loader == "load_passing", 0)
+    monkeypatch.setattr(backends, "placed", lambda *arguments: held)
+    monkeypatch.setattr(backends, loader, counted)
+    monkeypatch.setattr(backends, "release", release)
+    gc.disable()  # it must not need the collector's good luck
+    try:
+        answers(both(out), asked(out))
+    finally:
+        gc.enable()
+    assert len(living) == 2
+    assert released == [0, 0]  # caches are emptied once the model is gone
+
+
+def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(both(out), asked(out))
+    notes: list[str] = []
+    room = 3
+
+    def scarce(run: Any, count: Any) -> Any:
+        def limited(*arguments: Any, **options: Any) -> Any:
+            if count(*arguments) > room:
+                raise torch.OutOfMemoryError
+            return run(*arguments, **options)
+
+        return limited
+
+    monkeypatch.setattr(predict, "_encode", scarce(predict._encode, lambda p, f, some, r, side: len(some)))
+    pixels = scarce(backends_pixels(), lambda processor, some: len(some))
+    monkeypatch.setattr("exporter.retrieve.pixels_of", pixels)
+    found = answers(both(out, on_event=lambda event: notes.append(event.message)), asked(out))
+    assert found == expected
+    assert notes[0] == "out of memory with 8 samples at a time: going on with 4"
+    assert notes[1] == "out of memory with 4 samples at a time: going on with 2"
+
+
+def backends_pixels() -> Any:
+    """The function that draws pictures for retrieval."""
+    from exporter.retrieve import pixels_of
+
+    return pixels_of
+
+
+def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    source, family = open_source(out.name)
+    held = backends.placed(source, family, CPU, 8)
+    assert (held.dtype, held.note) == (torch.float32, "")
+    model = whole_model(source.tensors, family, source.config)
+    room = (model.weight_bytes(itemsize=2) + model.sample_bytes(itemsize=2)) / ROOM_SHARE
+    monkeypatch.setattr(backends, "free_bytes", lambda device: int(room) + 2)
+    models = both(out, on_event=events.append)
+    assert {model.identity["dtype"] for model in models} == {"bfloat16"}
+    with models[0].opened():
+        pass
+    assert "in bfloat16" in events[0].message
+
+
+def test_an_artifact_is_asked_like_its_source(out: Path) -> None:
+    identities = [dict(model.identity) for model in both(out)]
+    assert identities[0].pop("weights") != identities[1].pop("weights")
+    assert identities[0] == identities[1]
+    assert replace(both(out)[0], label="").identity == both(out, batch=3)[0].identity  # the batch decides nothing

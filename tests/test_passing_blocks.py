@@ -1,0 +1,68 @@
+"""A model whose blocks come and go says what the whole one says, and holds no more than one block."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporter.backends import load_processor
+from exporter.checkpoint import Checkpoint
+from exporter.data import samples
+from exporter.demo import MODELS
+from exporter.errors import CheckpointError
+from exporter.passing_blocks import load_passing
+from exporter.predict import prompt_inputs
+from exporter.source import open_source
+from exporter.stream import load_whole
+
+CPU = torch.device("cpu")
+
+
+def inputs_of(folder: Path, family: Any) -> dict[str, torch.Tensor]:
+    """One picture with a text."""
+    return prompt_inputs(load_processor(folder), family, samples("demo", None, "vqa", "test", 1, 0)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_passes_equal_those_of_the_whole_model(name: str) -> None:
+    checkpoint, family = open_source(name)
+    arguments = (family, checkpoint.config, list(checkpoint.tensors), checkpoint.read, CPU, torch.float32)
+    inputs = inputs_of(checkpoint.folder, family)
+    passing, whole = load_passing(*arguments), load_whole(*arguments)
+    with torch.inference_mode():
+        assert torch.equal(family.outputs(passing, inputs), family.outputs(whole, inputs))
+        if family.max_new_tokens:
+            answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for model in (passing, whole)]
+            assert torch.equal(*answers)
+
+
+def test_no_block_stays_and_never_two_are_there() -> None:
+    checkpoint, family = open_source("demo-llava")
+    most = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(loaded_blocks()))
+        return checkpoint.read(name)
+
+    def loaded_blocks() -> set[str]:
+        names = [n for n, p in model.named_parameters() if ".layers." in n and not p.is_meta] if model else []
+        return {name.rpartition(".layers.")[0] + name.rpartition(".layers.")[2].partition(".")[0] for name in names}
+
+    model: Any = None
+    model = load_passing(family, checkpoint.config, list(checkpoint.tensors), read, CPU, torch.float32)
+    with torch.inference_mode():
+        model(**inputs_of(checkpoint.folder, family))
+    assert most == 1
+    assert not loaded_blocks()
+
+
+@pytest.mark.parametrize("lost", ["language_model.lm_head.weight", "language_model.model.layers.1.mlp.up_proj.weight"])
+def test_a_lost_tensor_is_an_error_at_once(lost: str) -> None:
+    checkpoint, family = open_source("demo-llava")
+    cut = {name: info for name, info in checkpoint.tensors.items() if name != lost}
+    assert len(cut) + 1 == len(checkpoint.tensors)
+    partial = Checkpoint(checkpoint.folder, checkpoint.config, cut, checkpoint.origin)
+    with pytest.raises(CheckpointError, match="1 parameters missing"):
+        load_passing(family, partial.config, list(cut), partial.read, CPU, torch.float32)

@@ -1,0 +1,123 @@
+"""Running out of memory is an error that says where, how much and what to do; batches shrink instead."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from exporter import shortage
+from exporter.batch_size import BatchSize
+from exporter.cli import cli
+from exporter.device import Device
+from exporter.errors import MemoryShortage
+from exporter.shortage import explained, is_shortage, requested_bytes
+
+CPU = Device(torch.device("cpu"), "CPU", 2**30)
+GPU = Device(torch.device("cuda", 0), "H100", 2**30)
+CUDA_TEXT = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free."
+)
+FAILURES = {
+    "torch on a GPU": torch.OutOfMemoryError(CUDA_TEXT),
+    "CUDA itself": RuntimeError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "a mapping": OSError(12, "Cannot allocate memory"),
+    "Python": MemoryError(),
+}
+OTHERS = [RuntimeError("shapes do not match"), OSError(28, "No space left on device"), ValueError("out of memory")]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_way_to_run_out_is_known(name: str) -> None:
+    assert is_shortage(FAILURES[name])
+    assert not any(map(is_shortage, OTHERS))
+
+
+@pytest.mark.parametrize("fill", [torch.empty, np.empty, bytearray], ids=["torch", "numpy", "Python"])
+def test_what_libraries_raise_on_this_host_is_known(fill: type) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        fill(2**55)
+    assert is_shortage(caught.value)
+
+
+def test_the_bytes_that_were_requested_are_read_from_the_message() -> None:
+    assert requested_bytes(FAILURES["torch on a GPU"]) == int(2.5 * 2**30)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert requested_bytes(caught.value) == 2**55
+    assert requested_bytes(MemoryError()) == 0
+
+
+def test_the_error_says_step_device_sizes_and_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortage, "free_bytes", lambda device: 3 * 2**28)
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: 5 * 2**30)
+    with pytest.raises(MemoryShortage) as caught, explained("quantize", GPU, (4 * 2**30, 2**30), "fewer --samples"):
+        raise FAILURES["torch on a GPU"]
+    expected = "quantize: out of memory on H100: 2.50 GiB more were requested, 0.75 GiB are free, "
+    assert caught.value.message == expected + "the step was predicted to take 4.00 GiB"
+    assert (caught.value.hint, caught.value.exit_code) == ("fewer --samples", 4)
+    with pytest.raises(MemoryShortage) as caught, explained("write", GPU):
+        raise MemoryError
+    assert caught.value.message == "write: out of memory on the host: 5.00 GiB are free"
+    with (
+        pytest.raises(MemoryShortage, match=r"on the host: .* predicted to take 2\.00 GiB$"),
+        explained("x", CPU, (0, 2**31)),
+    ):
+        torch.empty(2**55)
+
+
+def test_a_known_shortage_and_other_errors_pass_through() -> None:
+    inner = MemoryShortage("inner step")
+    for error in (inner, *OTHERS):
+        with pytest.raises(type(error)) as caught, explained("outer step", CPU):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_commands_end_with_the_sentence_and_exit_code_4(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def examine() -> None:
+        raise FAILURES["torch on a GPU"]
+
+    monkeypatch.setattr("exporter.doctor.examine", examine)
+    result = CliRunner().invoke(cli, ["doctor", *options])
+    assert result.exit_code == 4
+    said = json.loads(result.stdout) if options else {"error": result.stderr}
+    assert "doctor: out of memory on the host: 2.50 GiB more were requested" in said["error"]
+
+
+def halves(room: int, items: int, size: int, times: int = 1) -> tuple[list[Sequence[int]], list[tuple[int, int]]]:
+    """The batches that went through where `room` items fit, and what was announced."""
+    shrunk: list[tuple[int, int]] = []
+
+    def work(batch: Sequence[int]) -> Sequence[int]:
+        if len(batch) > room:
+            raise torch.OutOfMemoryError
+        return batch
+
+    batches = BatchSize(size, lambda large, small: shrunk.append((large, small)))
+    return list(batches.each(range(items), work, times)), shrunk
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_good() -> None:
+    done, shrunk = halves(room=3, items=11, size=8)
+    assert [list(batch) for batch in done] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
+    assert shrunk == [(8, 4), (4, 2)]
+    assert [len(batch) for batch in halves(room=8, items=11, size=8)[0]] == [8, 3]
+    assert [len(batch) for batch in halves(room=8, items=20, size=4, times=4)[0]] == [8, 8, 4]
+
+
+def test_one_item_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        halves(room=0, items=4, size=2)
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    def work(batch: Sequence[int]) -> None:
+        raise RuntimeError(f"a mistake in {len(batch)}")
+
+    with pytest.raises(RuntimeError, match="in 4"):
+        list(BatchSize(4).each(range(8), work))

@@ -1,0 +1,166 @@
+"""What each step takes is predicted for true models, and what does not fit is refused or announced with a way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter import steps
+from exporter.device import Device
+from exporter.errors import PlanError
+from exporter.plan import Plan, make_plan
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+from exporter.steps import Step, refuse_shortage, step_warnings
+from tests.headers import make
+
+GIB = 2**30
+RECIPES = {
+    make.LLAVA_7B: "llava-w4-vit8",
+    make.LLAVA_13B: "llava-w4-vit8",
+    make.LLAVA_34B: "llava-w4-vit8",
+    make.OPT_27B: "blip2-caption-w8-vit4",
+    make.ITM_COCO: "blip2-retrieval-w4",
+}
+NAMES = ["plan", "read data", "quantize", "write", "verify", "evaluate", "check"]
+
+
+def gpu(free: float) -> Device:
+    """A card with so many GiB free."""
+    return Device(torch.device("cuda", 0), "a card", int(free * GIB))
+
+
+@pytest.fixture(autouse=True)
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with 64 GiB free."""
+    monkeypatch.setattr(steps, "free_host_bytes", lambda: 64 * GIB)
+
+
+@pytest.fixture
+def planned(sparse_checkpoint: Callable[[str], Path]) -> Callable[..., Plan]:
+    """`planned(HEADER, device)`, with sections of the recipe changed."""
+    folders: dict[str, Path] = {}
+
+    def plan(name: str, device: Device, **sections: dict[str, int]) -> Plan:
+        recipe = load_recipe(RECIPES[name]).adjusted(**sections)
+        folder = folders.setdefault(name, sparse_checkpoint(name))
+        checkpoint, family = open_source(str(folder), dtype=recipe.model.dtype)
+        return make_plan(recipe, checkpoint, family, device)
+
+    return plan
+
+
+def by_name(plan: Plan) -> dict[str, Step]:
+    """The steps of a plan."""
+    return {step.name: step for step in plan.steps}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "gib"),
+    [
+        (make.LLAVA_7B, "bench/recipes/llava-w4-vit8-gptq.yaml", 2.66),
+        (make.LLAVA_7B, "bench/recipes/llava-w4-awq.yaml", 4.07),
+        (make.OPT_27B, "blip2-caption-w8-vit4", 0.54),
+    ],
+)
+def test_quantizing_takes_what_was_measured(
+    name: str, recipe: str, gib: float, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    """On an H100 (docs/architecture.md)."""
+    chosen = load_recipe(recipe)
+    checkpoint, family = open_source(str(sparse_checkpoint(name)), dtype=chosen.model.dtype)
+    plan = make_plan(chosen, checkpoint, family, gpu(78))
+    assert by_name(plan)["quantize"].device_bytes / GIB == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_step_is_predicted(name: str, planned: Callable[..., Plan]) -> None:
+    plan = planned(name, gpu(140))
+    found = by_name(plan)
+    assert list(found) == [step for step in NAMES if step != "check" or not plan.family.unserved]
+    assert all(step.seconds > 0 and step.host_bytes > 0 for step in plan.steps)
+    dense = 2 * plan.parameters
+    assert found["evaluate"].device_bytes > dense  # of weights, not of the words that they are packed into
+    assert plan.family.unserved or found["check"].device_bytes > dense
+    assert found["quantize"].device_bytes < dense / 2 or plan.family.unserved  # retrieval keeps every picture
+    assert max(found[step].host_bytes for step in ("quantize", "write", "verify")) < 4 * GIB
+    assert step_warnings(plan.steps, gpu(140)) == []
+
+
+def test_seconds_are_near_what_was_measured(planned: Callable[..., Plan]) -> None:
+    """21 to 22 s on an H100 and an H200; a CPU's core has a ten-thousandth of their arithmetic."""
+    assert by_name(planned(make.LLAVA_7B, gpu(140)))["quantize"].seconds == pytest.approx(21.5, rel=0.25)
+    cpu = Device(torch.device("cpu"), "CPU", 64 * GIB)
+    assert by_name(planned(make.LLAVA_7B, cpu))["quantize"].seconds > 3600 / torch.get_num_threads()
+    parts = [by_name(planned(name, gpu(140))) for name in (make.LLAVA_7B, make.LLAVA_13B, make.LLAVA_34B)]
+    for step in ("quantize", "write", "verify", "evaluate"):
+        seconds = [part[step].seconds for part in parts]
+        assert seconds == sorted(seconds)
+
+
+def test_a_7b_on_a_card_of_24_gib_is_evaluated_in_smaller_batches(planned: Callable[..., Plan]) -> None:
+    plan = planned(make.LLAVA_7B, gpu(24))
+    assert by_name(plan)["evaluate"].device_bytes < 24 * GIB
+    assert "batch 20" in by_name(plan)["evaluate"].note
+    (warning,) = step_warnings(plan.steps, gpu(24))
+    assert "it runs 20 samples at a time (--eval-batch" in warning
+    assert step_warnings(plan.steps, gpu(24), skip_evaluation=True) == []
+    asked = planned(make.LLAVA_7B, gpu(24), evaluation={"batch": 4})
+    assert step_warnings(asked.steps, gpu(24)) == []
+
+
+def test_a_34b_on_a_card_of_24_gib_is_evaluated_block_by_block(planned: Callable[..., Plan]) -> None:
+    plan = planned(make.LLAVA_34B, gpu(24))
+    assert "block by block" in by_name(plan)["evaluate"].note
+    warnings = step_warnings(plan.steps, gpu(24))
+    assert "block by block" in warnings[0]
+    assert warnings[1].startswith("check takes about 65.0 GiB on a card, where 24.0 are free: --device cpu")
+    refuse_shortage(plan.steps, gpu(24))
+
+
+def test_fewer_samples_make_a_small_card_enough(planned: Callable[..., Plan]) -> None:
+    plan = planned(make.LLAVA_7B, gpu(2.5))
+    with pytest.raises(PlanError, match=r"quantize takes about 2\.\d GiB on a card, where 2\.5 are free: fewer --samp"):
+        refuse_shortage(plan.steps, gpu(2.5))
+    refuse_shortage(planned(make.LLAVA_7B, gpu(2.5), calibration={"samples": 32}).steps, gpu(2.5))
+
+
+def test_a_small_host_is_refused_with_every_step_that_lacks_room(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(make.LLAVA_7B, gpu(140))
+    monkeypatch.setattr(steps, "free_host_bytes", lambda: 2 * GIB)
+    with pytest.raises(PlanError) as caught:
+        refuse_shortage(plan.steps, gpu(140))
+    lines = caught.value.message.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["quantize", "write"]
+    assert "about 3.3 GiB on the host, where 2.0 are free" in lines[1]
+
+
+def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:
+    cpu = Device(torch.device("cpu"), "CPU", 23 * GIB)
+    on_cpu, on_gpu = by_name(planned(make.LLAVA_7B, cpu)), by_name(planned(make.LLAVA_7B, gpu(140)))
+    assert all(step.device_bytes == 0 for step in on_cpu.values())
+    assert on_cpu["quantize"].host_bytes > on_gpu["quantize"].device_bytes
+    assert "bfloat16" in on_cpu["evaluate"].note
+    assert on_cpu["evaluate"].host_bytes < 23 * GIB
+
+
+def test_retrieval_counts_what_a_search_keeps(planned: Callable[..., Plan]) -> None:
+    few, many = (
+        by_name(planned(make.ITM_COCO, gpu(140), evaluation={"samples": count}))["evaluate"].host_bytes
+        for count in (100, 5000)
+    )
+    features = 677 * 1408 * 2
+    scores = 5 * 4  # float32, of five texts a picture
+    assert many - few == steps.BOUND + scores * 5000**2 - 100 * features - scores * 100**2
+
+
+def test_a_recipe_that_needs_no_data_reads_none(sparse_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint, family = open_source(str(sparse_checkpoint(make.LLAVA_7B)))
+    plain, calibrated = (
+        by_name(make_plan(load_recipe(name), checkpoint, family, gpu(80)))["read data"]
+        for name in ("llava-w8", "llava-w4")
+    )
+    assert calibrated.host_bytes - plain.host_bytes == 128 * 3 * 336 * 336 * 4

@@ -1,0 +1,173 @@
+"""What a whole model takes is counted from true headers, and equals what transformers really holds."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from exporter.checkpoint import TensorInfo
+from exporter.device import Device
+from exporter.families import FAMILIES, Family
+from exporter.placement import place
+from exporter.source import open_source
+from exporter.stream import build_skeleton
+from exporter.whole_model import ROOM_SHARE, WholeModel, whole_model
+from tests.headers import make
+from tests.test_families import random_weights
+
+GIB = 2**30
+CPU = Device(torch.device("cpu"), "CPU", 64 * GIB)
+GPU = Device(torch.device("cuda", 0), "H100", 80 * GIB)
+
+
+def counts(folder: Path) -> WholeModel:
+    """The counts of a checkpoint."""
+    checkpoint, family = open_source(str(folder))
+    return whole_model(checkpoint.tensors, family, checkpoint.config)
+
+
+@pytest.mark.parametrize("name", make.HEADERS)
+def test_weights_are_those_that_transformers_builds(name: str, sparse_checkpoint: Callable[[str], Path]) -> None:
+    folder = sparse_checkpoint(name)
+    checkpoint, family = open_source(str(folder))
+    model, found = build_skeleton(family, checkpoint.config, torch.device("meta")), counts(folder)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    wide = [p.numel() for n, p in model.named_parameters() if family.float32 and n.startswith(family.float32)]
+    assert found.weight_bytes(2) == 2 * found.parameters + 2 * sum(wide)
+    largest = max(
+        sum(p.numel() for p in block.parameters())
+        for stack in model.modules()
+        if isinstance(stack, torch.nn.ModuleList)
+        for block in stack
+    )
+    assert found.block == largest
+    assert found.weight_bytes(2, streamed=True) < found.weight_bytes(2) / 2
+
+
+@pytest.mark.parametrize(("name", "gib"), [(make.LLAVA_7B, 13.16), (make.LLAVA_13B, 24.87), (make.LLAVA_34B, 64.73)])
+def test_sizes_of_the_true_models(name: str, gib: float, sparse_checkpoint: Callable[[str], Path]) -> None:
+    """Packed words would say a quarter of it. Keys and values: 704 tokens of 32, 40 and 60 blocks."""
+    found = counts(sparse_checkpoint(name))
+    assert found.weight_bytes(2) / GIB == pytest.approx(gib, abs=0.01)
+    features = {make.LLAVA_7B: 32 * 4096, make.LLAVA_13B: 40 * 5120, make.LLAVA_34B: 60 * 1024}  # heads are shared
+    assert found.cache == 704 * 2 * features[name]
+
+
+def grouped() -> dict[str, Any]:
+    """A tiny LLaVA whose six heads of queries share two of keys and values."""
+    config = dict(FAMILIES["llava"].tiny_config())
+    config["text_config"] = {**config["text_config"], "num_attention_heads": 6, "num_key_value_heads": 2}
+    return config
+
+
+def test_keys_and_values_are_those_that_transformers_keeps() -> None:
+    family, config = FAMILIES["llava"], grouped()
+    model: Any = build_skeleton(family, config, torch.device("cpu")).to_empty(device="cpu")
+    with torch.no_grad():
+        kept = model(input_ids=torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
+    longest = family.component("language").tokens(config) + max(family.max_new_tokens.values())
+    assert whole_model(infos(model, family), family, config).cache == held // 10 * longest
+
+
+def infos(model: Any, family: Family) -> dict[str, TensorInfo]:
+    """The header of a live model, by checkpoint names."""
+    found = {}
+    for live, parameter in model.named_parameters():
+        name = family.canonical_name(live)
+        found[name] = TensorInfo(name, name, parameter.dtype, tuple(parameter.shape), "model.safetensors")
+    return found
+
+
+class Held(TorchDispatchMode):
+    """Largest number of bytes of tensors that operations made beside a model's own and that were alive at once."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._users: dict[int, int] = {}
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                self._add(tensor, tensor.untyped_storage())
+        return result
+
+    def _add(self, tensor: torch.Tensor, storage: Any) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self._own:
+            return
+        if key not in self._users:
+            self._now += size
+            self.peak = max(self.peak, self._now)
+        self._users[key] = self._users.get(key, 0) + 1
+        weakref.finalize(tensor, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self._now -= size
+
+
+@pytest.mark.parametrize("config", [FAMILIES["llava"].tiny_config(), grouped()], ids=["heads", "groups"])
+def test_a_pass_holds_what_is_predicted(config: Any) -> None:
+    """The prompt's pass over a batch, with its keys and values, as torch's operations make and drop tensors."""
+    family, batch = FAMILIES["llava"], 4
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = random_weights(family.skeleton(config)).eval()
+    found = whole_model(infos(model, family), family, config)
+    words = torch.full((batch, family.component("language").tokens(config)), 5)
+    words[:, : family.image_tokens(config)] = config["image_token_index"]
+    inputs = {"input_ids": words, "pixel_values": torch.randn(batch, 3, 32, 32)}
+    with torch.no_grad(), Held(model) as held:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = found.cache * words.shape[1] // (words.shape[1] + max(family.max_new_tokens.values()))
+    expected = batch * (cache + found.activations) * 4
+    assert 0.8 * expected < held.peak < 1.1 * expected, (expected, held.peak)
+
+
+@pytest.fixture
+def seven(sparse_checkpoint: Callable[[str], Path]) -> WholeModel:
+    """LLaVA-1.5-7B's counts."""
+    return counts(sparse_checkpoint(make.LLAVA_7B))
+
+
+@pytest.mark.parametrize(
+    ("device", "room", "dtype", "batch", "streamed"),
+    [
+        (GPU, 80, torch.float16, 32, False),
+        (GPU, 24, torch.float16, 20, False),
+        (GPU, 12, torch.float16, 23, True),
+        (CPU, 64, torch.float32, 32, False),
+        (CPU, 23, torch.bfloat16, 18, False),
+        (CPU, 10, torch.float32, 7, True),
+    ],
+)
+def test_a_7b_is_held_in_the_first_way_that_fits(
+    device: Device, room: int, dtype: torch.dtype, batch: int, streamed: bool, seven: WholeModel
+) -> None:
+    held = place(seven, torch.float16, device, room * GIB, 32)
+    assert (held.dtype, held.batch, held.streamed, held.fits) == (dtype, batch, streamed, True)
+    assert held.bytes <= ROOM_SHARE * room * GIB
+    more = seven.weight_bytes(dtype.itemsize, streamed) + (batch + 1) * seven.sample_bytes(dtype.itemsize)
+    assert batch == 32 or more > ROOM_SHARE * room * GIB  # the largest batch that fits
+    assert bool(held.note) == (batch < 32 or streamed or dtype == torch.bfloat16)
+
+
+def test_a_7b_that_fits_in_no_way_says_what_the_least_takes(seven: WholeModel) -> None:
+    held = place(seven, torch.float16, GPU, GIB, 32)
+    assert (held.fits, held.batch, held.streamed) == (False, 1, True)
+    assert "one sample at a time, and even that takes 1.7 GiB" in held.note
+
+
+def test_a_smaller_batch_is_taken_as_asked_for(seven: WholeModel) -> None:
+    assert place(seven, torch.float16, GPU, 24 * GIB, 4).batch == 4
+    assert place(seven, torch.float16, GPU, 24 * GIB, 4).note == ""
