@@ -35,11 +35,13 @@ from exporter.manifest import (
     read_manifest,
     write_manifest,
 )
+from exporter.output import put_in_place, temporary_folder
 from exporter.plan import Plan
+from exporter.processor_files import processor_files
 from exporter.quantized import QuantizedLinear, Scheme
 from exporter.shards import SHARD_BYTES, sync_folder
 from exporter.targets import artifact_config
-from exporter.workdir import JOB, Workdir, fingerprint_of
+from exporter.workdir import Workdir
 
 REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")
@@ -57,14 +59,15 @@ def write(
     on_event: Callable[[Event], None],
     device: torch.device,
     check: Callable[[Path], None] = lambda folder: None,
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the artifact to `out`, over an older one (CheckpointError when a source is bad).
+    """Write the artifact to `out`, with `overwrite` over another one (CheckpointError when a source is bad).
 
     provenance: of calibration data and device, for the manifest. device: where codes are packed.
     check: called with the complete folder before it gets its name; what it raises leaves `out` as it was.
     """
-    temporary = out.with_name(f".{out.name}.mmq-tmp")
+    temporary = temporary_folder(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -73,49 +76,22 @@ def write(
         texts = sorted(path.name for path in temporary.iterdir() if path.name not in written.files)
         files = {**written.files, **{name: sha256(temporary / name) for name in texts}}
         made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
-        source = Source(model=plan.origin, shards=checkpoint.shard_hashes(on_event))
+        source = Source(
+            model=plan.origin,
+            digest=checkpoint.digest(on_event),
+            shards=checkpoint.shard_hashes(),
+            processor=processor_files(checkpoint.folder),
+        )
         write_manifest(temporary, _manifest(plan, workdir, written.digests, source, made, files, tuple(written.files)))
         with ThreadPoolExecutor(1, "sync") as pool:
             synced = pool.submit(sync_folder, temporary)  # the check reads the page cache meanwhile
             check(temporary)
             synced.result()
-        _put_in_place(temporary, out)
+        put_in_place(temporary, out, overwrite)
     except OSError as error:
         raise disk_error(out, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put_in_place(new: Path, out: Path) -> None:
-    """Give the new artifact its name; an old one is there until the new one is."""
-    old = out.with_name(f".{out.name}.mmq-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def refuse_occupied(out: Path, overwrite: bool, work: Path) -> None:
-    """ArtifactError unless `out` is absent, empty, an mmq artifact that may be replaced, or unfinished.
-
-    work: the job's work folder. An artifact of the same job without a report was stopped in its evaluation: giving the
-    same command again goes on.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise ArtifactError(f"{out} is a file", "give another --out")
-    if not overwrite and not _unfinished(out, work):
-        raise ArtifactError(f"{out} is not empty", "give another --out, or --overwrite to replace it")
-    if not (out / MANIFEST).exists():
-        raise ArtifactError(f"{out} holds something that mmq did not write; it is not replaced", "give another --out")
-
-
-def _unfinished(out: Path, work: Path) -> bool:
-    if not ((out / MANIFEST).exists() and (work / JOB).exists()) or (out / REPORT).exists():
-        return False
-    return read_manifest(out).fingerprint == fingerprint_of(work)
 
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:

@@ -6,6 +6,7 @@ File format: https://huggingface.co/docs/safetensors (8 bytes little-endian head
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,9 +126,13 @@ class Checkpoint:
         hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
         return {path.name: hashed for path, hashed in hashes.items()}
 
+    def dtypes(self) -> dict[str, int]:
+        """Dtype -> how many tensors are read as it, which need not be how they are stored."""
+        return dict(Counter(str(info.dtype).removeprefix("torch.") for info in self.tensors.values()))
+
     def digest(self, on_event: Callable[[Event], None] = ignore) -> str:
-        """The checkpoint's identity: sha256 over every byte of every shard, and the configuration."""
-        content = {"config": self.config, "shards": self.shard_hashes(on_event)}
+        """The checkpoint's identity: sha256 over every byte of every shard, the configuration and `dtypes`."""
+        content = {"config": self.config, "shards": self.shard_hashes(on_event), "dtypes": self.dtypes()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -117,8 +117,8 @@ def export(
     from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed
-    from exporter.export import default_work
     from exporter.export import export as run
+    from exporter.output import default_work
     from exporter.progress import Listener
 
     target = out or Path("artifacts") / f"{Path(chosen.model.repo).name}-{chosen.name}"

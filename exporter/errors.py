@@ -40,6 +40,10 @@ class WorkdirError(MmqError):
     """A work folder belongs to another job or holds a damaged unit."""
 
 
+class LockedError(MmqError):
+    """Another process writes to the same folder."""
+
+
 class ArtifactError(MmqError):
     """An artifact cannot be written, or does not hold what its plan says."""
 

@@ -1,7 +1,5 @@
 """The whole job on one page: plan, calibrate and quantize, write, verify, evaluate."""
 
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,25 +7,24 @@ from typing import Any
 
 import torch
 
-from exporter import artifact, calibrate, data, evaluate
+from exporter import artifact, data, evaluate, identity
 from exporter.answers import Model, Store
 from exporter.backends import Servers, here, load_processor, served
 from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
-from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
+from exporter.device import Device, peak_bytes
 from exporter.errors import DataError, PlanError
 from exporter.events import Event, ignore
+from exporter.make_artifact import Clock, Prepared, made_already, make_artifact, remove_work
 from exporter.manifest import read_manifest
-from exporter.methods import METHODS
+from exporter.output import Destination, default_work
 from exporter.plan import Plan, make_plan
-from exporter.predict import batches
 from exporter.recipe import Recipe
 from exporter.source import narrowed, open_source
 from exporter.steps import refuse_shortage, step_warnings
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
-from exporter.verify import Verified, verify
-from exporter.workdir import Workdir
+from exporter.verify import Verified
 
 Listener = Callable[[Event], None]
 
@@ -99,46 +96,39 @@ def export(
     sources: where samples come from, instead of what the recipe says.
     The report is written but gates are not enforced here: call `evaluate.raise_if_failed`.
     """
-    clock = Clock(device)
-    artifact.refuse_occupied(out, overwrite, work or default_work(out))
+    clock = Clock()
+    place = Destination(out, work or default_work(out), overwrite)
+    place.refuse_places()
+    place.refuse_occupied(with_data_it_knows(recipe).digest())
     plan, checkpoint = prepare(recipe, device)
+    place.refuse_places(checkpoint.folder)
     checkpoint.start_hashing()
     refuse_shortage(plan.steps, device)
-    calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
-    steps = [step for step in plan.steps if step.name != "check"]
-    for note in (*plan.warnings, *step_warnings(steps, device, skip_evaluation), *data.notes(calibration)):
-        on_event(Event("note", 0, 0, note))
-    processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
-    clock.lap("plan")
-
-    provenance = _provenance(plan, seen, device, sources)
-    workdir = Workdir.open(work or default_work(out), _identity(plan, checkpoint, provenance))
-    reset_peak(device)
-    with exact_math(recipe.calibration.seed):
-        inputs = _batches(plan, processor, calibration, workdir)
-        clock.lap("read data")
-        calibrate.run(plan, checkpoint, workdir, inputs, device, on_event)
-    synchronize(device)
-    clock.lap("quantize")
-    verified: list[Verified] = []
-
-    def check(folder: Path) -> None:
-        clock.lap("write")
-        verified.append(verify(folder, device, on_event))
-        clock.lap("verify")
-
-    peak, _ = peak_bytes(device)
-    artifact.write(plan, checkpoint, workdir, out, provenance, on_event, device.torch_device, check)
-    report = None
-    if not skip_evaluation:
-        report = measure(
-            checkpoint, out, evaluation, plan.recipe, device, on_event, store=default_store(out), sources=sources
-        )
-        evaluate.write_report(out, report)
-        clock.lap("evaluate")
-    if work is None:
-        shutil.rmtree(workdir.path)
-    return Export(plan, out, verified[0], report, clock.laps, peak, peak_bytes(device)[1])
+    with place.reserved(on_event):
+        calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
+        steps = [step for step in plan.steps if step.name != "check"]
+        for note in (*plan.warnings, *step_warnings(steps, device, skip_evaluation), *data.notes(calibration)):
+            on_event(Event("note", 0, 0, note))
+        processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
+        pictures = [trace.key for trace in seen]
+        inputs = identity.of_job(plan, checkpoint, processor, calibration, pictures, device, on_event)
+        job = Prepared(plan, checkpoint, processor, calibration, seen, inputs)
+        clock.lap("plan")
+        place.refuse_occupied(plan.recipe.digest(), job.fingerprint)
+        verified = made_already(job, place, device, on_event)
+        if verified is None:
+            name = ", ".join(map(str, sources or data.places(plan.recipe.calibration.data)))
+            verified = make_artifact(job, place, name, device, on_event, clock)
+        report = None
+        if not skip_evaluation:
+            report = measure(
+                checkpoint, out, evaluation, plan.recipe, device, on_event, store=default_store(out), sources=sources
+            )
+            evaluate.write_report(out, report)
+            clock.lap("evaluate")
+        if work is None:
+            remove_work(place.work, job.fingerprint, on_event)
+    return Export(plan, out, verified, report, clock.laps, clock.device_peak, peak_bytes(device)[1])
 
 
 def _samples(
@@ -157,25 +147,6 @@ def refuse_calibrated(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> 
     kept = read_manifest(out).provenance.calibration.samples
     seen = [data.Trace.from_json(sample.model_dump(exclude_none=True)) for sample in kept]
     data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
-
-
-class Clock:
-    """Wall time of named steps."""
-
-    def __init__(self, device: Device) -> None:
-        self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`."""
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
-
-
-def default_work(out: Path) -> Path:
-    """Where finished blocks are kept when the user names no folder: beside the artifact."""
-    return out.with_name(f"{out.name}.work")
 
 
 def calibration_samples(plan: Plan, sources: Sequence[data.Place]) -> list[Sample]:
@@ -212,45 +183,6 @@ def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, l
 def tested_on(recipe: Recipe) -> tuple[data.Place, ...]:
     """The recipe's sources of test samples: those of calibration when it names no others."""
     return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)
-
-
-def _batches(plan: Plan, processor: Any, samples: Sequence[Sample], workdir: Workdir) -> list[dict[str, torch.Tensor]]:
-    """Calibration batches; none when every unit that needs them is finished."""
-    rest = plan.units[workdir.done(plan.units) :]
-    if not any(unit.needs_statistics for unit in rest):
-        return []
-    return batches(processor, plan.family, samples, plan.recipe.calibration.batch)
-
-
-def _identity(plan: Plan, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that changes the numbers; format, gates, device and paths are not in it."""
-    methods = sorted({row.rule.method for row in plan.rows if row.rule})
-    calibration = provenance["calibration"]
-    return {
-        "model weights": checkpoint.digest(),
-        "quantize": [rule.model_dump(mode="json", exclude={"store"}) for rule in plan.recipe.quantize],
-        "calibration": {
-            **calibration,
-            "samples": [{"id": s["id"], "image": s["image"]} for s in calibration["samples"]],
-        },
-        "method versions": {name: METHODS[name].VERSION for name in methods} | {"calibrate": calibrate.VERSION},
-    }
-
-
-def _provenance(
-    plan: Plan, calibration: Sequence[data.Trace], device: Device, sources: Sequence[data.Place]
-) -> dict[str, Any]:
-    wanted = plan.recipe.calibration
-    return {
-        "calibration": {
-            "data": ", ".join(map(str, sources or data.places(wanted.data))),
-            "seed": wanted.seed,
-            "batch": wanted.batch,
-            "vision_weight": wanted.vision_weight,
-            "samples": [trace.as_json() for trace in calibration],
-        },
-        "device": device.name,
-    }
 
 
 def measure(

@@ -66,10 +66,16 @@ class RecipeIdentity(Document):
 
 
 class Source(Document):
-    """The full-precision model: `org/name@commit` or a local name, and the sha256 of its shards."""
+    """The full-precision model: `org/name@commit` or a local name.
+
+    digest: `Checkpoint.digest`, over configuration and shards. shards, processor: file -> sha256, of the weights and of
+    everything that a processor is made from.
+    """
 
     model: Line
+    digest: Sha256 | None = None
     shards: dict[FileName, Sha256] = {}
+    processor: dict[Line, Sha256] = {}
 
 
 class Bytes(Document):

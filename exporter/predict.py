@@ -71,6 +71,11 @@ def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_siz
     return [_encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
 
 
+def calibration_text(processor: Any, family: Family, sample: Sample) -> str:
+    """The text of one sample in `batches`: its prompt, its first reference, and what ends a reply."""
+    return render(processor, family, sample, _reply(sample))
+
+
 @dataclass(frozen=True)
 class Conversations:
     """Model inputs of some samples with their replies, padded on the right, and where the replies are.

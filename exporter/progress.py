@@ -14,6 +14,7 @@ from exporter.interrupt import raise_if_asked
 
 NAMES = {
     "hash": "hashing the source, MiB",
+    "check": "checking finished blocks",
     "calibrate": "reading calibration data",
     "quantize": "quantizing blocks",
     "write": "writing shards",

@@ -108,9 +108,9 @@ def test_half_written_unit_is_redone(finished: Path, tmp_path: Path) -> None:
 def test_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     work = tmp_path / "work"
     quick_export(tmp_path / "first", work=work)
-    with pytest.raises(WorkdirError, match="calibration differ"):
+    with pytest.raises(WorkdirError, match="6 samples -> 5 samples"):
         quick_export(tmp_path / "second", work=work, recipe=quick_recipe(samples=5))
-    with pytest.raises(WorkdirError, match="quantize"):
+    with pytest.raises(WorkdirError, match=r"quantize\[\d\]\.bits 4 -> 3"):
         quick_export(tmp_path / "second", work=work, recipe=quick_recipe(name="llava-w3-vit4"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -255,8 +255,8 @@ def test_occupied_output_is_never_touched_without_overwrite(finished: Path, tmp_
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = contents(out)
-    with pytest.raises(ArtifactError, match="not empty"):
-        quick_export(out)
+    with pytest.raises(ArtifactError, match="holds an artifact of recipe 'llava-w4-vit4'"):
+        quick_export(out, recipe=quick_recipe(name="llava-w8"))
     assert contents(out) == before
     quick_export(out, overwrite=True, recipe=quick_recipe(name="llava-w8"))
     assert contents(out) != before
@@ -336,8 +336,6 @@ def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_
     done = quick_export(out, skip_evaluation=False)
     assert done.report is not None
     assert not (tmp_path / "out.work").exists()
-    with pytest.raises(ArtifactError, match="not empty"):  # now it is finished, and safe
-        quick_export(out)
 
 
 @pytest.mark.parametrize("stage", ["write", "verify"])

@@ -1,0 +1,362 @@
+"""Where an artifact goes: refused places, two jobs with one place, and kills at the end."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter import output
+from exporter.errors import ArtifactError, LockedError, MmqError
+from exporter.events import Event
+from exporter.lock import hold
+from exporter.output import default_work, put_in_place, restore, temporary_folder
+from exporter.workdir import LOCK
+from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted export."""
+    out = tmp_path_factory.mktemp("export") / "whole"
+    quick_export(out)
+    return out
+
+
+def names(folder: Path) -> set[str]:
+    """What lies in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+# Refused places
+
+
+def link(out: Path) -> dict[str, Path]:
+    """--out is a link to an empty folder."""
+    (out.parent / "real").mkdir()
+    out.symlink_to("real")
+    return {}
+
+
+def dangling_link(out: Path) -> dict[str, Path]:
+    """--out is a link to nothing."""
+    out.symlink_to("nothing")
+    return {}
+
+
+def link_as_work(out: Path) -> dict[str, Path]:
+    """The work folder beside --out is a link."""
+    (out.parent / "real").mkdir()
+    default_work(out).symlink_to("real")
+    return {}
+
+
+REFUSED: dict[str, tuple[Callable[[Path], dict[str, Path]], str]] = {
+    "link": (link, "is a symbolic link"),
+    "dangling link": (dangling_link, "is a symbolic link"),
+    "link as work": (link_as_work, "is a symbolic link"),
+    "work is out": (lambda out: {"work": out}, "the same folder, or one is in the other"),
+    "work in out": (lambda out: {"work": out / "deep" / "work"}, "the same folder, or one is in the other"),
+    "out in work": (lambda out: {"work": out.parent}, "the same folder, or one is in the other"),
+    "the same through ..": (lambda out: {"work": out.parent / "x" / ".." / out.name}, "the same folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_places_that_would_destroy_each_other_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    prepare, told = REFUSED[name]
+    out = tmp_path / "o"
+    options = prepare(out)
+    before = names(tmp_path)
+    with pytest.raises(ArtifactError, match=told):
+        quick_export(out, **options)
+    assert names(tmp_path) == before
+    assert not list(tmp_path.glob("real/*"))
+
+
+def test_a_folder_linked_into_the_artifact_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "alias").symlink_to("o")
+    with pytest.raises(ArtifactError, match="the same folder"):
+        quick_export(tmp_path / "o", work=tmp_path / "alias" / "w")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "a/.."])
+def test_names_that_are_no_names_are_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="names no folder of its own"):
+        quick_export(Path(out))
+
+
+@pytest.mark.parametrize("place", ["", "inner", "deep/inner"])
+@pytest.mark.parametrize("option", ["out", "work"])
+def test_the_model_s_folder_is_never_written_to(place: str, option: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    before = contents(model)
+    options = {"out": tmp_path / "out"} | {option: model / place}
+    with pytest.raises(ArtifactError, match=r"did not write|the same folder"):
+        quick_export(**options, recipe=quick_recipe(model))
+    assert contents(model) == before
+    assert names(tmp_path) == {"model"}
+
+
+def test_work_through_a_link_is_fine(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "work").symlink_to("scratch")
+    quick_export(tmp_path / "out", work=tmp_path / "work")
+    assert contents(tmp_path / "out") == contents(finished)
+    assert list((tmp_path / "scratch").glob("*.safetensors"))
+
+
+def test_a_name_that_is_too_long_for_its_neighbors_is_refused_before_the_work(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    with pytest.raises(MmqError, match="File name too long"):
+        quick_export(tmp_path / ("x" * 250), seen.append)
+    assert not [event for event in seen if event.stage == "quantize"]
+
+
+# Two jobs with one place
+
+
+def test_two_exports_of_one_output_exclude_each_other(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(event: Event) -> None:
+        if event.stage == "quantize" and not refused:
+            with pytest.raises(LockedError) as caught:
+                quick_export(tmp_path / "out", work=tmp_path / "other")
+            refused.append(caught.value.message)
+
+    quick_export(tmp_path / "out", second)
+    assert f"{tmp_path / 'out'} is used by another process: process {os.getpid()}" in refused[0]
+    assert names(tmp_path) == {"out"}
+
+
+def test_two_exports_of_one_work_folder_exclude_each_other(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(event: Event) -> None:
+        if event.stage == "quantize" and not refused:
+            with pytest.raises(LockedError) as caught:
+                quick_export(tmp_path / "second", work=tmp_path / "work")
+            refused.append(caught.value.message)
+
+    quick_export(tmp_path / "first", second, work=tmp_path / "work")
+    assert f"{tmp_path / 'work'} is used" in refused[0]
+    assert names(tmp_path) == {"first", "work"}
+    assert LOCK not in names(tmp_path / "work")
+
+
+def test_two_commands_with_one_output(tmp_path: Path) -> None:
+    """The one that loses is told who has it; the other one ends well."""
+    command = [sys.executable, "-m", "exporter", "export", "--recipe", "llava-w4-vit8", "--model", "demo-llava"]
+    command += ["--out", str(tmp_path / "out"), "--samples", "8", "--skip-evaluation"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for _ in range(2)
+    ]
+    ends = sorted((run.communicate(timeout=300)[0], run.returncode) for run in runs)
+    texts = [text for text, _ in ends]
+    assert not any("Traceback" in text for text in texts)
+    assert [code for _, code in ends].count(0) >= 1
+    lost = [text for text, code in ends if code]
+    assert all("is used by another process" in text for text in lost)
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_artifact_that_another_run_made_meanwhile(finished: Path, tmp_path: Path, overwrite: bool) -> None:
+    """Locks do not reach other machines on every file system: what is there at the end is looked at again."""
+    out = tmp_path / "out"
+
+    def another(event: Event) -> None:
+        if event.stage == "write" and not out.exists():
+            shutil.copytree(finished, out)
+
+    recipe = quick_recipe(name="llava-w8")
+    if overwrite:
+        quick_export(out, another, recipe=recipe, overwrite=True)
+        assert contents(out)["model.safetensors"] != contents(finished)["model.safetensors"]
+        assert names(tmp_path) == {"out"}
+        return
+    with pytest.raises(ArtifactError, match="made by another run meanwhile") as caught:
+        quick_export(out, another, recipe=recipe)
+    assert contents(out) == contents(finished)
+    assert "--work" in str(caught.value.hint)
+    assert names(tmp_path) == {"out", "out.work"}
+    seen: list[Event] = []
+    quick_export(tmp_path / "rescued", seen.append, recipe=recipe, work=tmp_path / "out.work")
+    assert [event.message for event in seen if event.stage == "quantize"] == ["resumed"]
+
+
+# Kills at the end
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_after_everything_was_done_the_same_command_ends_with_success(
+    with_report: bool, overwrite: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {"skip_evaluation": not with_report, "overwrite": overwrite}
+    first = quick_export(out, **options)
+    before = contents(out)
+    seen: list[Event] = []
+    again = quick_export(out, seen.append, **options)
+    assert contents(out) == before
+    assert not {event.stage for event in seen} & {"calibrate", "quantize", "write"}
+    assert again.verified == first.verified
+    assert again.report == first.report
+    assert (again.report is not None) == with_report
+
+
+@pytest.mark.parametrize("left", ["all", "some", "no"])
+def test_killed_while_the_work_folder_was_removed(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    quick_export(out, work=tmp_path / "kept")
+    (tmp_path / "kept").rename(work)
+    units = sorted(work.glob("*.safetensors"))
+    for path in units[: {"all": 0, "some": 2, "no": len(units)}[left]]:
+        path.unlink()
+    quick_export(out)
+    assert names(tmp_path) == {"out"}
+
+
+def test_the_work_folder_of_another_job_is_not_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quick_export(out)
+    other = quick_recipe(name="llava-w8")
+    with pytest.raises(Stopped):
+        quick_export(out, stop_at("write"), recipe=other, overwrite=True)
+    units = names(tmp_path / "out.work")
+    quick_export(out)
+    assert names(tmp_path / "out.work") == units
+
+
+def test_a_finished_artifact_is_not_believed_without_being_verified(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors") as caught:
+        quick_export(out)
+    assert "--overwrite makes it again" in str(caught.value.hint)
+    quick_export(out, overwrite=True)
+    assert contents(out) == contents(finished)
+
+
+def test_the_same_recipe_on_other_inputs_is_another_artifact(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    manifest = (out / "mmq_manifest.json").read_text()
+    fingerprint = manifest.partition('"fingerprint": "')[2].partition('"')[0]
+    (out / "mmq_manifest.json").write_text(manifest.replace(fingerprint, "0" * 64))
+    with pytest.raises(ArtifactError, match="recipe 'llava-w4-vit4' made from other inputs"):
+        quick_export(out)
+
+
+# The exchange of names
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """An older artifact at its place, and a new one at the side."""
+    out, new = tmp_path / "out", temporary_folder(tmp_path / "out")
+    for folder, text in ((out, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "mmq_manifest.json").write_text(text)
+    return out, new
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["renameat2", "two renames"])
+def test_the_new_artifact_takes_the_name(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, new = folders(tmp_path)
+    if not exchange:
+        monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    put_in_place(new, out, overwrite=True)
+    assert (out / "mmq_manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_names_are_exchanged_in_one_step_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, new = folders(tmp_path)
+    if not output._exchange(new, out):
+        pytest.skip("no renameat2 here")
+    assert (new / "mmq_manifest.json").read_text() == "old"
+
+    def never(self: Path, target: Path) -> None:
+        raise AssertionError("a rename leaves a moment without an artifact")
+
+    monkeypatch.setattr(Path, "rename", never)
+    put_in_place(new, out, overwrite=True)
+    assert (out / "mmq_manifest.json").read_text() == "old"
+
+
+def test_a_run_that_was_stopped_between_two_renames_is_repaired(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    real = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.endswith(".mmq-tmp"):
+            raise Stopped
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(Stopped):
+        quick_export(out, recipe=quick_recipe(name="llava-w8"), overwrite=True)
+    monkeypatch.undo()
+    assert not out.exists()
+    seen: list[Event] = []
+    with pytest.raises(ArtifactError, match="holds an artifact of recipe"):
+        quick_export(out, seen.append, recipe=quick_recipe(name="llava-w8"))
+    assert [event for event in seen if "the older artifact is back" in event.message]
+    assert contents(out) == contents(finished)
+    assert names(tmp_path) == {"out", "out.work"}
+
+
+def test_a_rename_that_fails_gives_the_old_artifact_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, new = folders(tmp_path)
+    monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    real = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self == new:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        put_in_place(new, out, overwrite=True)
+    assert (out / "mmq_manifest.json").read_text() == "old"
+
+
+def test_leftovers_of_a_finished_exchange_go(tmp_path: Path) -> None:
+    out, new = folders(tmp_path)
+    new.rename(tmp_path / ".out.mmq-old")
+    restore(out, lambda event: None)
+    assert names(tmp_path) == {"out"}
+    assert (out / "mmq_manifest.json").read_text() == "old"
+
+
+def test_what_a_killed_run_left_at_the_side_goes(finished: Path, tmp_path: Path) -> None:
+    temporary_folder(tmp_path / "out").mkdir()
+    (temporary_folder(tmp_path / "out") / "part").write_bytes(b"x")
+    (tmp_path / ".out.mmq-lock").write_text("of a dead process")
+    quick_export(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_the_lock_of_the_output_is_no_part_of_the_artifact(finished: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / ".out.mmq-lock", tmp_path / "out"):
+        assert not (tmp_path / "out").exists()
+    assert not [name for name in names(finished) if "lock" in name]
