@@ -18,8 +18,12 @@ def load_passing(
 
     The numbers are those of a model that is loaded whole. CheckpointError when tensors are missing.
     """
-    stream = Stream(family, config, device, dtype)
-    blocks, outside = _by_block(family, config, names)
+    return pass_blocks(Stream(family, config, device, dtype), config, names, read)
+
+
+def pass_blocks(stream: Stream, config: Config, names: Iterable[str], read: Read) -> Any:
+    """The complete model of an empty stream; what lies outside of its blocks stays in the stream."""
+    blocks, outside = by_block(stream.family, config, names)
     stream.load(outside, read)
     model: Any = stream.model
     model.tie_weights()
@@ -31,7 +35,7 @@ def load_passing(
     return model
 
 
-def _by_block(family: Family, config: Config, names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+def by_block(family: Family, config: Config, names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Checkpoint names by block, and those outside of all blocks."""
     blocks: dict[str, list[str]] = {
         component.block(i): []

@@ -4,7 +4,8 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from exporter.errors import DataError, MmqError, RecipeError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
 from exporter.methods import METHODS
+from exporter.plan import Unit
 from exporter.predict import Predictor
 from exporter.recipe import Rule
-from exporter.study import exam, pool, search_exam
+from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
 from exporter.study.records import FILE, Measured, Records, comparable, last_exam, read_records
 from exporter.study.run import Outcome, run
+from exporter.study.setting import Setting, changes
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
-from exporter.study.units import changes, units_of
-from exporter.study.work import Setup, exam_samples, examiner, make_units, opened, store_of
+from exporter.study.units import units_of
+from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, opened, setting_of, store_of
 from exporter.tasks import retrieval
+from exporter.whole_model import whole_model
+from exporter.workdir import UnitResult
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double
 
@@ -121,6 +126,10 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
     plan = model.plan(rules)
     units = units_of(plan, model.checkpoint.digest(), "not read by rtn")
     found = changes(store_of(setup).read(unit) for unit in units)
+    setting = setting_of(setup, rules, "not read by rtn")
+    assert {name for block in setting.blocks for name in setting.changes(block)} == found.keys()
+    assert all(torch.equal(setting.tensor(name), tensor) for name, tensor in found.items())
+    assert setting.tensor("language_model.model.norm.weight") is None
     rows = [row for row in plan.rows if row.rule]
     assert len(rows) == 2 * 2 + 7
     assert found.keys() == {row.tensor.name for row in rows}
@@ -212,7 +221,7 @@ def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
                 weight, None, row.rule.scheme(), row.rule.parsed_options(), torch.bfloat16
             )
             broken[row.tensor.name] = made.dequantize()
-    forced = chosen.grade(broken)
+    forced = chosen.grade(Rounded(broken))
     family = FAMILIES["llava"]
     predictor = Predictor(chosen._live, chosen._processor, family, torch.device("cpu"), 8)
     for task, samples in exam_samples(setup).items():
@@ -220,7 +229,63 @@ def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
         right = [answer == sample.references[0] for answer, sample in zip(answers, samples, strict=True)]
         assert forced[f"{task} exact"] == pytest.approx(sum(right) / len(right))
     assert 0 < forced["captioning exact"] < 1
-    assert chosen.grade({})["kl"] == 0  # the full weights are back
+    assert chosen.grade(Setting((), unread))["kl"] == 0  # the full weights are back
+
+
+def unread(unit: Unit) -> UnitResult:
+    """No unit is to be read."""
+    raise AssertionError(unit)
+
+
+class Rounded(Setting):
+    """A setting of tensors that are here already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__((), unread)
+        self._tensors = dict(tensors)
+        self._units = {name.removesuffix(".weight"): [] for name in tensors}
+
+    def changes(self, block: str) -> dict[str, torch.Tensor]:
+        """One linear."""
+        return {f"{block}.weight": self._tensors[f"{block}.weight"]}
+
+
+@pytest.mark.parametrize(("model", "component"), [("demo-llava", "projector"), ("demo-blip2-itm", "qformer")])
+def test_scores_are_the_same_where_only_blocks_fit(
+    model: str, component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting after another one, so that what the one before changed must have come back."""
+    recipe = base_recipe(model, None, (), 8, 0).model_dump_json()
+    setup = Setup(tmp_path, recipe, samples=8, batch=4, device="cpu")
+    vision, other = Rule(component="vision", bits=3), Rule(component=component, bits=2, store="dequantized")
+    rules: list[tuple[Rule, ...]] = [(vision, other), (), (vision,)]
+    points = [Point(chosen, (("setting", i),)) for i, chosen in enumerate(rules)]
+    expected = [measured.scores for measured in run(setup, points, pool.inline, ignore).found]
+    assert expected[0]["kl"] > expected[2]["kl"] > expected[1]["kl"] == 0
+    whole = whole_model(opened(setup).checkpoint.tensors, opened(setup).family, opened(setup).checkpoint.config)
+    monkeypatch.setattr(work, "free_bytes", lambda device: whole.weight_bytes(itemsize=4))
+    passing = Examiner(setup)
+    assert passing._passing
+    living: list[tuple[str, weakref.ref[UnitResult]]] = []
+    for chosen, scores in zip(rules, expected, strict=True):
+        setting = setting_of(setup, chosen, "not read by rtn")
+        monkeypatch.setattr(setting, "_read", alone(setting._read, living))
+        assert passing.grade(setting) == pytest.approx(scores, abs=1e-6)  # sums of other batches
+    assert len(living) > len(passing._inside)
+
+
+def alone(
+    read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
+) -> Callable[[Unit], UnitResult]:
+    """Reads a unit when no unit of another block is in memory."""
+
+    def reading(unit: Unit) -> UnitResult:
+        assert not [block for block, result in living if block != unit.block and result() is not None]
+        result = read(unit)
+        living.append((unit.block, weakref.ref(result)))
+        return result
+
+    return reading
 
 
 def test_divergence_is_the_sum_over_the_vocabulary() -> None:
@@ -332,8 +397,7 @@ def test_a_retrieval_model_is_scored_by_recall_as_its_answers_are(tmp_path: Path
     assert worse["kl"] > 0.01
     assert full["score"] > worse["score"] > 0
     chosen, model = examiner(setup), opened(setup)
-    units = units_of(model.plan(broken), model.checkpoint.digest(), "not read by rtn")
-    chosen.grade(changes(store_of(setup).read(unit) for unit in units))
+    chosen.grade(setting_of(setup, broken, "not read by rtn"))
     samples = exam_samples(setup)["retrieval"]
     predictor = Predictor(chosen._live, chosen._processor, model.family, torch.device("cpu"), 8)
     recalls = retrieval.score(predictor.answer(samples), samples)

@@ -7,13 +7,14 @@ that GPTQ can make up for their errors. `mmq study --sequential` quantizes every
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exporter import calibrate
@@ -86,9 +87,9 @@ class UnitStore:
         """Keep a finished unit."""
         self._workdir.commit(unit, result)
 
-    def read(self, unit: StudyUnit) -> UnitResult:
-        """A finished unit (WorkdirError when its file is damaged)."""
-        return self._workdir.read(unit)
+    def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
+        """A finished unit, its tensors on `device` (WorkdirError when its file is damaged)."""
+        return self._workdir.read(unit, device)
 
     @property
     def workdir(self) -> Workdir:
@@ -119,14 +120,3 @@ def quantize(
                 assert isinstance(block.unit, StudyUnit)
                 store.write(block.unit, quantize_block(block))
     return len(missing)
-
-
-def changes(results: Iterable[UnitResult]) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor that a runtime sees, for everything that units change."""
-    found: dict[str, Tensor] = {}
-    for result in results:
-        found |= {f"{module}.weight": linear.as_served() for module, linear in result.linears.items()}
-        both = found.keys() & result.altered.keys()
-        assert not both, f"two units change {sorted(both)}"
-        found |= result.altered
-    return found

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,20 +14,23 @@ from torch import Tensor
 from exporter import calibrate, data
 from exporter.backends import load_processor
 from exporter.checkpoint import Checkpoint
-from exporter.device import Device, choose, exact_math
+from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError
 from exporter.events import ignore
 from exporter.export import training_samples, with_data_it_knows
 from exporter.families import Family
+from exporter.passing_blocks import by_block, pass_blocks
 from exporter.plan import Plan, make_plan
 from exporter.predict import Predictor, batches
 from exporter.recipe import Recipe, Rule
 from exporter.source import open_source
 from exporter.stream import Stream
 from exporter.study import exam
-from exporter.study.units import StudyUnit, UnitStore, changes, quantize, units_of
+from exporter.study.setting import Setting
+from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
+from exporter.whole_model import whole_model
 from exporter.workdir import Workdir
 
 How = Literal["forced", "generated"]
@@ -142,38 +145,59 @@ def make_units(setup: Setup, units: Sequence[StudyUnit]) -> Spent:
 
 
 class Examiner:
-    """The whole model on the device, whose weights are exchanged for those of a setting, and the exam."""
+    """A model whose weights are exchanged for those of a setting, and the exam.
+
+    It is on the device whole where that fits, else its blocks come and go. One block of a setting is in memory.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = model = opened(setup)
         self._device = model.device.torch_device
-        dtype = model.device.compute_dtype(
-            next(t.dtype for t in model.checkpoint.tensors.values() if len(t.shape) == 2)
-        )
-        self._stream = Stream(model.family, model.checkpoint.config, self._device, dtype)
-        self._live = self._stream.load_all(model.checkpoint.tensors, model.checkpoint.read)
+        checkpoint, family = model.checkpoint, model.family
+        stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
+        dtype = model.device.compute_dtype(stored)
+        whole, room = whole_model(checkpoint.tensors, family, checkpoint.config), free_bytes(self._device)
+        self._passing = not whole.batch_within(room, dtype.itemsize)
+        self._batch = max(1, min(setup.batch, whole.batch_within(room, dtype.itemsize, self._passing)))
+        self._setting = Setting((), lambda unit: store_of(setup).read(unit))
+        self._stream = Stream(family, checkpoint.config, self._device, dtype)
+        names = list(checkpoint.tensors)
+        self._inside, _ = by_block(family, checkpoint.config, names) if self._passing else ({}, names)
+        if self._passing:
+            self._live = pass_blocks(self._stream, checkpoint.config, names, self._read)
+        else:
+            self._live = self._stream.load_all(names, checkpoint.read)
         self._changed: set[str] = set()
-        self._processor = load_processor(model.checkpoint.folder)
+        self._processor = load_processor(checkpoint.folder)
         self._samples = exam_samples(setup)
         if setup.how == "forced":
-            self._exam = exam.prepare(self._processor, model.family, self._samples, setup.batch)
+            self._exam = exam.prepare(self._processor, family, self._samples, self._batch)
             self._exam.learn(self._live, self._device)
 
-    def grade(self, changed: Mapping[str, Tensor]) -> exam.Scores:
-        """Scores with some tensors exchanged, by checkpoint name."""
-        for name in self._changed - changed.keys():
+    def grade(self, setting: Setting) -> exam.Scores:
+        """Scores of a setting; what it does not change has the checkpoint's own weights."""
+        self._setting, before, self._changed = setting, self._changed, set()
+        for block in setting.blocks:
+            if block not in self._inside:  # those inside are read when a pass reaches them
+                for name, tensor in setting.changes(block).items():
+                    self._stream.put(name, tensor)
+                    self._changed.add(name)
+        setting.forget()
+        for name in before - self._changed:
             self._stream.put(name, self._model.checkpoint.read(name))
-        for name, tensor in changed.items():
-            self._stream.put(name, tensor)
-        self._changed = set(changed)
         self._live.tie_weights()
-        if self._setup.how == "forced":
-            return self._exam.grade(self._live, self._device)
-        return self._answers()
+        scores = self._exam.grade(self._live, self._device) if self._setup.how == "forced" else self._answers()
+        setting.forget()
+        return scores
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor of the setting that is graded."""
+        tensor = self._setting.tensor(name)
+        return self._model.checkpoint.read(name) if tensor is None else tensor
 
     def _answers(self) -> exam.Scores:
-        predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._setup.batch)
+        predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._batch)
         scores: exam.Scores = {}
         for task, samples in self._samples.items():
             found = TASKS[task].score(predictor.answer(samples), samples)
@@ -192,22 +216,24 @@ def score_point(setup: Setup, rules: Sequence[Rule], name: str, calibration: str
     """Scores of a setting whose units are there. name: its folder when it is quantized sequentially."""
     start = time.monotonic(), time.process_time()
     chosen = examiner(setup)
-    if setup.sequential and rules:
-        changed = _in_sequence(setup, rules, name)
-    else:
-        model, store = opened(setup), store_of(setup)
-        units = units_of(model.plan(rules), model.checkpoint.digest(), calibration)
-        changed = changes(store.read(unit) for unit in units)
-    scores = chosen.grade(changed)
-    return Spent.since(start, scores)
+    sequential = setup.sequential and rules
+    setting = _in_sequence(setup, rules, name) if sequential else setting_of(setup, rules, calibration)
+    return Spent.since(start, chosen.grade(setting))
 
 
-def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str) -> dict[str, Tensor]:
-    """The tensors of a setting that is quantized as an export does it, in a folder that a stopped run goes on from."""
+def setting_of(setup: Setup, rules: Sequence[Rule], calibration: str) -> Setting:
+    """A setting whose units are among those of the study."""
+    model, store = opened(setup), store_of(setup)
+    units = units_of(model.plan(rules), model.checkpoint.digest(), calibration)
+    return Setting(units, lambda unit: store.read(unit, model.device.torch_device))
+
+
+def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str) -> Setting:
+    """A setting that is quantized as an export does it, in a folder that a stopped run goes on from."""
     model = opened(setup)
     plan = model.plan(rules)
     work = Workdir.open(setup.folder / "sequential" / name, {"point": name})
     needed = plan.needs_calibration and work.done(plan.units) < len(plan.units)
     with exact_math(model.recipe.calibration.seed):
         calibrate.run(plan, model.checkpoint, work, calibration_batches(setup) if needed else [], model.device, ignore)
-    return changes(work.read(unit) for unit in plan.units)
+    return Setting(plan.units, lambda unit: work.read(unit, model.device.torch_device))
