@@ -20,7 +20,6 @@ from exporter.artifact import Artifact
 from exporter.backends import load_processor
 from exporter.data import places, samples_from
 from exporter.demo import MODELS
-from exporter.demo.score import Exam, by_kind, easy_exam, scene_exam, summary
 from exporter.device import choose
 from exporter.events import ignore
 from exporter.export import Export, export
@@ -28,6 +27,7 @@ from exporter.families import FAMILIES
 from exporter.families.llava import live_name
 from exporter.predict import batches
 from exporter.recipe import Recipe
+from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary
 
 FAMILY = FAMILIES["llava"]
 SETTINGS = (("gptq", 4, 32), ("awq", 4, 32), ("gptq", 3, 32), ("awq", 3, 32), ("gptq", 2, 32), ("awq", 2, 32))

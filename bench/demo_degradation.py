@@ -17,10 +17,6 @@ import torch
 
 from exporter.artifact import Artifact
 from exporter.demo import MODELS
-from exporter.demo.blip2_packing import BLIP2
-from exporter.demo.packing import LLAVA
-from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
-from exporter.demo.score_retrieval import exam, grade
 from exporter.device import choose
 from exporter.events import ignore
 from exporter.export import export
@@ -29,6 +25,10 @@ from exporter.quantized import GroupSize
 from exporter.recipe import Recipe
 from exporter.source import open_source
 from exporter.stream import load_whole
+from tools.demo_training.blip2_packing import BLIP2
+from tools.demo_training.packing import LLAVA
+from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary
+from tools.demo_training.score_retrieval import exam, grade
 
 ALL: dict[str, tuple[str, ...]] = {  # what "all" quantizes; each of them is quantized alone, too, but projectors
     "llava": ("vision", "projector", "language"),

@@ -72,7 +72,8 @@ def _known(convention: Convention) -> dict[str, Any]:
 def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: int, seed: int, as_json: bool) -> None:
     """Score a file of answers: COCO's, VQAv2's or GQA's results layout, or one object of answers by id.
 
-    The figures are those of the whole set, as papers report them; BLEU and METEOR are not means of captions.
+    The figures are those of the whole set, as papers report them; BLEU is not a mean of captions. mmq has no METEOR:
+    the package pycocoevalcap computes it, with Java.
 
     \b
     Examples:

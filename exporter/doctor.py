@@ -11,7 +11,6 @@ CORE = ("mmq", "torch", "transformers", "safetensors", "pydantic", "huggingface-
 OPTIONAL = {
     "compressed-tensors": "lets `mmq verify` compare logits with transformers: pip install 'mmq[verify]'",
     "vllm": "serves artifacts: pip install 'mmq[serve]'",
-    "easy-vqa": "trains the embedded model again: pip install 'mmq[train]'",
 }
 
 

@@ -169,8 +169,6 @@ def training_samples(recipe: Recipe, sources: Sequence[data.Place]) -> list[Samp
 def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, list[Sample]]:
     """Test samples of every task that a gate names, else of every task the family can do."""
     wanted = plan.recipe.evaluation
-    for gate in plan.recipe.gates:
-        TASKS[gate.task].require(gate.metric)
     tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
     chosen = sources or tested_on(plan.recipe)
     try:

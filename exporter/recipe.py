@@ -206,7 +206,7 @@ class Gate(Strict):
     @model_validator(mode="after")
     def _metric(self) -> Self:
         known(self.task, TASKS, "task")
-        known(self.metric, TASKS[self.task].ALL_METRICS, f"metric of task {self.task}")
+        known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
         return self
 
 

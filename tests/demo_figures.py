@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from exporter.demo import MODELS, score_retrieval
-from exporter.demo.blip2_packing import BLIP2
+from exporter.demo import MODELS
 from exporter.demo.language import QUESTIONS
-from exporter.demo.packing import LLAVA, Talk
-from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
+from tools.demo_training import score_retrieval
+from tools.demo_training.blip2_packing import BLIP2
+from tools.demo_training.packing import LLAVA, Talk
+from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary
 
 FILE = Path(__file__).parent / "golden" / "demo_figures.json"
 CPU = torch.device("cpu")

@@ -80,14 +80,14 @@ def test_functions_are_short(path):
 def test_only_device_asks_for_cuda(path):
     """The linter bans the name `torch.cuda`; it cannot see `.cuda()` of a tensor, nor a name built from text."""
     text = path.read_text(encoding="utf-8")
-    if module_name(path) == "device" or module_name(path).startswith("demo.train"):
+    if module_name(path) == "device":
         return
     assert not re.search(r"\.cuda\s*\(|torch\.cuda\b|[\"']cuda[\"':]", text)
 
 
 @every_file
 def test_only_the_command_line_prints(path):
-    if module_name(path).startswith("cli") or module_name(path) in ("progress", "demo.train"):
+    if module_name(path).startswith("cli") or module_name(path) in ("progress",):
         return
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
@@ -96,7 +96,7 @@ def test_only_the_command_line_prints(path):
 def test_importing_the_package_loads_no_heavy_library():
     """`mmq --help` must answer at once: transformers is imported by the functions that need it."""
     modules = [f"exporter.{module_name(path)}" for path in FILES if module_name(path)]
-    heavy = ("exporter.demo.train", "exporter.columns_kernel", "exporter.ranges_kernel")
+    heavy = ("exporter.columns_kernel", "exporter.ranges_kernel")
     light = [name for name in modules if name not in heavy]
     code = f"import importlib, sys\nfor m in {light}: importlib.import_module(m)\nprint('transformers' in sys.modules)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -12,15 +12,15 @@ from safetensors import safe_open
 
 from exporter.demo import MODELS, easy_vqa
 from exporter.demo.data import SIZES, drawings, picture, samples
-from exporter.demo.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer
 from exporter.demo.language import QUESTIONS, caption, captions, question, vocabulary
-from exporter.demo.packing import PREFIX, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids
 from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, residue, scenes, things
 from exporter.demo.scenes import SIZES as RADII
-from exporter.demo.score import by_kind, grade, scene_exam, summary
 from exporter.errors import DataError
 from exporter.families.llava import FAMILY, live_name
 from tests.demo_figures import figures
+from tools.demo_training.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer
+from tools.demo_training.packing import PREFIX, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids
+from tools.demo_training.score import by_kind, grade, scene_exam, summary
 
 FOLDER = MODELS["demo-llava"]
 CPU = torch.device("cpu")

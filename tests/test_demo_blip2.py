@@ -9,19 +9,19 @@ import torch
 from safetensors import safe_open
 
 from exporter.demo import MODELS
-from exporter.demo.blip2_folder import MORE_WORDS, QUERIES, config
-from exporter.demo.blip2_packing import BLIP2, QUESTION_PROMPT
 from exporter.demo.data import picture
-from exporter.demo.folder import BOS, EOS, IMAGE, PAD, tokenizer
 from exporter.demo.language import caption, captions, plain_captions, question
-from exporter.demo.packing import mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import draw, scenes, things
-from exporter.demo.score import by_kind, grade, scene_exam, summary
-from exporter.demo.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
 from exporter.families import FAMILIES
 from exporter.tasks.retrieval import prepare
 from tests.demo_figures import figures, search
 from tests.headers.read import header
+from tools.demo_training.blip2_folder import MORE_WORDS, QUERIES, config
+from tools.demo_training.blip2_packing import BLIP2, QUESTION_PROMPT
+from tools.demo_training.folder import BOS, EOS, IMAGE, PAD, tokenizer
+from tools.demo_training.packing import mask_and_positions, normalize, pack, slot_lengths
+from tools.demo_training.score import by_kind, grade, scene_exam, summary
+from tools.demo_training.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
 
 CPU = torch.device("cpu")
 HUBS = {"demo-blip2": "Salesforce--blip2-opt-2.7b", "demo-blip2-itm": "Salesforce--blip2-itm-vit-g-coco"}

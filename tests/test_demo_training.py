@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from exporter.demo import MODELS
-from exporter.demo.blip2_folder import build, config
-from exporter.demo.blip2_packing import former, queries_of, see
-from exporter.demo.blip2_retrieval import matching, picture_features, telling, text_features
-from exporter.demo.folder import EOS, PAD
-from exporter.demo.packing import normalize
 from exporter.demo.scenes import draw, scenes
-from exporter.demo.texts import NAMED, STYLES, lexicon_tokens, spoil, texts
-from exporter.demo.train_loop import Work, run
-from exporter.demo.train_retrieval import Lessons, _next, batches, present, start_from, terms_of
+from tools.demo_training.blip2_folder import build, config
+from tools.demo_training.blip2_packing import former, queries_of, see
+from tools.demo_training.blip2_retrieval import matching, picture_features, telling, text_features
+from tools.demo_training.folder import EOS, PAD
+from tools.demo_training.packing import normalize
+from tools.demo_training.texts import NAMED, STYLES, lexicon_tokens, spoil, texts
+from tools.demo_training.train_loop import Work, run
+from tools.demo_training.train_retrieval import Lessons, _next, batches, present, start_from, terms_of
 
 CPU = torch.device("cpu")
 

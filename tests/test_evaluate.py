@@ -146,8 +146,8 @@ def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path
 @pytest.mark.parametrize(
     ("had", "has", "replaced"),
     [
-        ([("captioning", "cider", 500)], [("captioning", m, 300) for m in ("cider", "meteor")], False),
-        ([("captioning", m, 500) for m in ("cider", "meteor")], [("captioning", "cider", 500)], True),
+        ([("captioning", "cider", 500)], [("captioning", m, 300) for m in ("cider", "bleu")], False),
+        ([("captioning", m, 500) for m in ("cider", "bleu")], [("captioning", "cider", 500)], True),
         ([("vqa", "accuracy", 500), ("captioning", "cider", 500)], [("vqa", "accuracy", 500)], False),
         ([("vqa", "accuracy", 500), ("captioning", "cider", 500)], [("vqa", "accuracy", 900)], True),
         ([("vqa", "accuracy", 500)], [("captioning", "cider", 20), ("vqa", "accuracy", 500)], True),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from exporter.errors import DataError
-from exporter.tasks import TASKS, captioning, java, meteor, ptb, vqa
+from exporter.tasks import TASKS, captioning, ptb, vqa
 from exporter.tasks.bleu import bleu, corpus_bleu
 from exporter.tasks.cider import cider
 from exporter.tasks.retrieval import RANKS, prepare, recalls
@@ -24,7 +22,6 @@ WORDS = ["a", "red", "large", "circle", "is", "left", "of", "the", "small", "blu
 
 captions = st.lists(st.sampled_from(WORDS), max_size=12)
 groups = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), min_size=1, max_size=4)
-needs_java = pytest.mark.skipif(not meteor.available(), reason="needs Java and pycocoevalcap")
 
 
 # What the tokenizer in Python is known to do otherwise; docs/evaluation.md lists it.
@@ -47,16 +44,6 @@ def test_bleu_is_that_of_pycocoevalcap(name: str) -> None:
     golden = GOLDEN["captions"][name]
     assert bleu(candidates, references) == pytest.approx(golden["bleu4"], rel=1e-12, abs=1e-15)
     assert corpus_bleu(candidates, references) == pytest.approx(golden["bleus"], rel=1e-12, abs=1e-15)
-
-
-@needs_java
-@pytest.mark.parametrize("name", GOLDEN["captions"])
-def test_meteor_is_that_of_pycocoevalcap(name: str) -> None:
-    candidates, references = split(name)
-    golden = GOLDEN["captions"][name]
-    scores, whole = meteor.meteor(candidates, references)
-    assert scores == pytest.approx(golden["meteors"], abs=1e-9)
-    assert whole == pytest.approx(golden["meteor"], abs=1e-9)
 
 
 @given(candidate=captions, references=groups)
@@ -124,87 +111,8 @@ def test_figures_of_a_set_of_captions() -> None:
     assert found["cider"] == pytest.approx(sum(scores["cider"]) / 2)
     words = [[a.split() for a in answers], [[r.split() for r in s.references] for s in samples]]
     assert tuple(found[f"bleu{n}"] for n in (1, 2, 3, 4)) == pytest.approx(corpus_bleu(*words))
-    assert ("meteor" in found) == ("meteor" in scores) == ("meteor" in captioning.METRICS) == meteor.available()
-
-
-# Without Java, and with a program in its place that does not behave.
-
-
-@pytest.fixture
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-
-
-@pytest.mark.usefixtures("no_java")
-def test_without_java_meteor_is_asked_for_and_not_there() -> None:
-    assert captioning.METRICS == ("cider", "bleu", "exact")
-    assert captioning.ALL_METRICS == ("cider", "bleu", "meteor", "exact")
-    assert ptb.name() == captioning.method()["tokenizer"] == "Penn Treebank (Python)"
-    captioning.require("cider")
-    for ask in (lambda: captioning.require("meteor"), lambda: meteor.meteor([["a"]], [[["a"]]])):
-        with pytest.raises(DataError, match="needs Java") as caught:
-            ask()
-        assert "mmq[coco]" in str(caught.value.hint)
-    assert meteor.meteor([], []) == ([], 0.0)
-
-
-@pytest.fixture
-def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A program called java that the test writes, and an archive for it."""
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "java"
-    program.write_text("#!/bin/sh\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    for module in (meteor, ptb):
-        monkeypatch.setattr(module, "archive", lambda name: tmp_path / "some.jar")
-    return program
-
-
-@pytest.mark.parametrize(
-    ("script", "said"),
-    [
-        ("exit 1", "ended early"),
-        ("read line; echo; sleep 9", "ended early"),
-        ("read line; echo 1 2; read line; echo many", "said 'many' instead of a score"),
-    ],
-)
-def test_a_meteor_that_fails_is_an_error(fake_java: Path, script: str, said: str) -> None:
-    fake_java.write_text(f"#!/bin/sh\n{script}\n")
-    with pytest.raises(DataError, match=said):
-        meteor.meteor([["a"]], [[["a"]]])
-
-
-def test_a_caption_without_words_scores_nothing_in_meteor(fake_java: Path) -> None:
-    fake_java.write_text("#!/bin/sh\nread line; echo 1; read line; echo 2; read line; echo 0.5; echo 0.25; echo 0.4\n")
-    assert meteor.meteor([[], ["a"]], [[["a"]]] * 2) == ([0.0, 0.25], 0.4)
-
-
-@pytest.mark.parametrize("script", ["exit 1", "echo one", "echo one; echo two; echo three; exit 0"])
-def test_a_tokenizer_that_fails_or_loses_a_line_is_an_error(fake_java: Path, script: str) -> None:
-    fake_java.write_text(f"#!/bin/sh\n{script}\n")
-    with pytest.raises(DataError, match="the tokenizer did not work"):
-        ptb.words(["one", "two"])
-
-
-def test_words_of_the_original_lose_their_punctuation(fake_java: Path) -> None:
-    fake_java.write_text('#!/bin/sh\necho "a dog \'s -LRB- big -RRB- bone ."\necho\n')
-    assert ptb.words(["A dog's (big) bone.", ""]) == [["a", "dog", "'s", "big", "bone"], []]
-
-
-@needs_java
-def test_the_original_keeps_line_and_caption_together() -> None:
-    odd = ["", "A dog.", "two\nlines\r\nhere", " ", "caf\u00e9 \u4e2d", "a ||| b", "?", "U.S. cars"]
-    found = ptb.words(odd)
-    assert len(found) == len(odd)
-    assert found[:3] == [[], ["a", "dog"], ["two", "lines", "here"]]
-    assert found[-1] == ["u.s.", "cars"]
-
-
-def test_java_without_the_package_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
-    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
-    assert java.archive(meteor.ARCHIVE) is None
+    assert tuple(scores) == captioning.METRICS == ("cider", "bleu", "exact")
+    assert captioning.method() == {"tokenizer": "Penn Treebank (Python)"}
 
 
 # Retrieval.

@@ -93,20 +93,6 @@ def test_data_sets_are_described(name: str) -> None:
     assert name in run("datasets").stdout
 
 
-def test_a_gate_that_cannot_be_measured_here_is_said_before_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from exporter.tasks import meteor
-
-    monkeypatch.setattr(meteor, "archive", lambda name: None)
-    text = run("recipes", "llava-w4-vit8").stdout.replace("metric: cider", "metric: meteor")
-    recipe = layouts.write(tmp_path / "mine.yaml", text)
-    done = run("export", "--recipe", recipe, "--model", "demo-llava", "--out", tmp_path / "out", "--json")
-    assert done.exit_code == 1
-    assert "needs Java" in json.loads(done.stdout)["error"]
-    assert not (tmp_path / "out").exists()
-
-
 def test_sources_of_recipes_are_checked_and_read(tmp_path: Path) -> None:
     layouts.coco(tmp_path / "coco")
     text = run("recipes", "llava-w4-vit8").stdout

@@ -20,7 +20,6 @@ from exporter.backends import _asked
 from exporter.batch_size import BatchSize
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
-from exporter.demo.blip2_folder import build, config, save
 from exporter.errors import DataError
 from exporter.evaluate import measure as compare_models
 from exporter.events import Event, ignore
@@ -34,6 +33,7 @@ from exporter.show import report_page
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
 from exporter.tasks.sample import Pool, Sample, task_of
+from tools.demo_training.blip2_folder import build, config, save
 
 CPU = torch.device("cpu")
 CANDIDATES = 5

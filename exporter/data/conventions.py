@@ -54,7 +54,7 @@ CONVENTIONS: dict[str, Convention] = {
         splits={"train": "train2017", "test": "val2017"},
         test_size="5,000 pictures, 25,014 captions",
         metrics={
-            "captioning": "CIDEr-D, METEOR, BLEU-4 after the Penn Treebank tokenizer",
+            "captioning": "CIDEr-D, BLEU-4 (and METEOR, which mmq does not compute) after the Penn Treebank tokenizer",
             "retrieval": "recall at 1, 5 and 10 on val2017, which is not Karpathy's 5K",
         },
         layout="annotations_trainval2017.zip and val2017.zip (train2017.zip) of cocodataset.org into one folder",

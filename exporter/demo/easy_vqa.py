@@ -1,7 +1,7 @@
 """easy-VQA (Victor Zhou, 2019, MIT): one shape on a plain 64 px picture and template questions.
 
 A part of its test split travels with mmq (`easy_vqa_test.png`, `easy_vqa_test.json`, see `LICENSE_NOTE`); its
-train split is read from the PyPI package `easy-vqa`, in training only. Questions alone give 0.66 of the embedded ones.
+train split taught the demo models. Questions alone give 0.66 of the embedded ones.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 from PIL import Image
 
 from exporter.demo.scenes import SIDE
-from exporter.errors import DataError
 
 HERE = Path(__file__).parent
 COLUMNS = 20  # pictures in one row of the sheet
@@ -42,17 +41,3 @@ def test_questions() -> list[tuple[int, list[Asked]]]:
     """(number in easy-VQA's test split, its questions with answers) of every embedded picture, in sheet order."""
     content = json.loads((HERE / "easy_vqa_test.json").read_text(encoding="utf-8"))
     return [(int(entry["image"]), [(q, a) for q, a in entry["questions"]]) for entry in content["pictures"]]
-
-
-def train() -> tuple[list[Path], list[list[Asked]]]:
-    """Pictures and their questions of the package's train split (DataError when the package is absent)."""
-    try:
-        import easy_vqa
-    except ImportError as error:
-        raise DataError("training reads the package easy-vqa", "pip install 'mmq[train]'") from error
-    questions, answers, images = easy_vqa.get_train_questions()
-    asked: dict[int, list[Asked]] = {}
-    for question, answer, image in zip(questions, answers, images, strict=True):
-        asked.setdefault(image, []).append((question, answer))
-    paths = easy_vqa.get_train_image_paths()
-    return [Path(paths[image]) for image in sorted(asked)], [asked[image] for image in sorted(asked)]

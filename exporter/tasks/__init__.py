@@ -19,14 +19,7 @@ class Task(Protocol):
 
     @property
     def METRICS(self) -> tuple[str, ...]:
-        """Names of the metrics it can compute here, the most important first; an empty answer scores 0 in each."""
-
-    @property
-    def ALL_METRICS(self) -> tuple[str, ...]:
-        """METRICS and those that need more than this machine has; higher is better."""
-
-    def require(self, metric: str) -> None:
-        """DataError, with what to install, when a metric of ALL_METRICS cannot be computed here."""
+        """Names of its metrics, the most important first. Higher is better; an empty answer scores 0 in each."""
 
     def method(self) -> Mapping[str, str]:
         """What scores depend on besides answers and samples, for the report."""

@@ -1,66 +1,41 @@
-"""Image captioning: CIDEr-D, BLEU-4 and METEOR against all references, and exact matches.
-
-METEOR is there when Java and pycocoevalcap are.
-"""
+"""Image captioning: CIDEr-D and BLEU-4 against all references, and exact matches."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from exporter.errors import DataError
-from exporter.tasks import meteor, ptb
+from exporter.tasks import ptb
 from exporter.tasks.bleu import bleu, corpus_bleu
 from exporter.tasks.cider import cider
-from exporter.tasks.java import HINT
 from exporter.tasks.sample import Sample
 
 NAME = "captioning"
-ALL_METRICS = ("cider", "bleu", "meteor", "exact")
-
-if TYPE_CHECKING:
-    METRICS: tuple[str, ...]
-
-
-def __getattr__(name: str) -> tuple[str, ...]:
-    """METRICS: those that this machine can compute, asked for anew each time."""
-    if name == "METRICS":
-        return tuple(metric for metric in ALL_METRICS if metric != "meteor" or meteor.available())
-    raise AttributeError(name)
-
-
-def require(metric: str) -> None:
-    """DataError when this machine cannot compute a metric."""
-    if metric == "meteor" and not meteor.available():
-        raise DataError("the metric meteor of task captioning needs Java and the package pycocoevalcap", HINT)
+METRICS = ("cider", "bleu", "exact")
 
 
 def method() -> Mapping[str, str]:
     """What scores depend on besides answers and samples."""
-    return {"tokenizer": ptb.name()}
+    return {"tokenizer": ptb.NAME}
 
 
 def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """`cider` (0 to 10), `bleu`, `meteor` and `exact` (0 to 1) of each caption; see `exporter.tasks.Task`.
+    """`cider` (0 to 10), `bleu` and `exact` (0 to 1) of each caption; see `exporter.tasks.Task`.
 
     CIDEr weighs words by how rare they are among the references of `samples`, so its value depends on the set. `exact`
     is 1 when a caption is one of its references, word for word.
     """
     candidates, references = _split(answers, samples)
-    scores = {
+    return {
         "cider": cider(candidates, references),
         "bleu": bleu(candidates, references),
         "exact": [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)],
     }
-    if meteor.available():
-        scores["meteor"] = meteor.meteor(candidates, references)[0]
-    return {metric: scores[metric] for metric in ALL_METRICS if metric in scores}
 
 
 def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
     """The figures of the whole set as papers report them: not means of captions, except CIDEr's."""
     candidates, references = _split(answers, samples)
-    found = {"cider": sum(cider(candidates, references)) / max(1, len(candidates))}
-    found |= {f"bleu{n}": value for n, value in enumerate(corpus_bleu(candidates, references), start=1)}
-    return found | ({"meteor": meteor.meteor(candidates, references)[1]} if meteor.available() else {})
+    mean = sum(cider(candidates, references)) / max(1, len(candidates))
+    return {"cider": mean} | {f"bleu{n}": value for n, value in enumerate(corpus_bleu(candidates, references), start=1)}
 
 
 def _split(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[list[list[str]], list[list[list[str]]]]:

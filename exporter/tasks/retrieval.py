@@ -19,7 +19,7 @@ from exporter.tasks.sample import Pool, Sample
 
 NAME = "retrieval"
 RANKS = (1, 5, 10)
-ALL_METRICS = METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text", "image")))
+METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text", "image")))
 CANDIDATES = 128
 MOST_WORDS = 50
 
@@ -131,10 +131,6 @@ def searched(samples: Sequence[Sample]) -> dict[str, int]:
         return {}
     texts = sum(len(sample.references) for sample in pool.samples)
     return {"pictures": len(pool.samples), "texts": texts, "candidates": pool.candidates}
-
-
-def require(metric: str) -> None:
-    """Every metric can be computed everywhere."""
 
 
 def method() -> Mapping[str, str]:

@@ -12,7 +12,7 @@ from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 NAME = "vqa"
-METRICS = ALL_METRICS = ("accuracy",)
+METRICS = ("accuracy",)
 
 PEOPLE = 10  # so many answers are a vote; fewer or more are alternatives
 AGREEING = 3
@@ -90,10 +90,6 @@ def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float
         if sample.kind:
             groups.setdefault(f"accuracy {sample.kind}", []).append(value)
     return {name: sum(values) / max(1, len(values)) for name, values in groups.items()}
-
-
-def require(metric: str) -> None:
-    """Every metric can be computed everywhere."""
 
 
 def method() -> Mapping[str, str]:

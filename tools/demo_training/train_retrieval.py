@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.demo.blip2_folder import QUERIES
-from exporter.demo.blip2_packing import see
-from exporter.demo.blip2_retrieval import matching, picture_features, telling, text_features
-from exporter.demo.folder import EOS, HIDDEN, PAD
-from exporter.demo.packing import normalize
 from exporter.demo.scenes import CELLS, Scenes, draw, scenes
-from exporter.demo.score_retrieval import exam, grade
-from exporter.demo.texts import COUNTS, NAMED, STYLES, lexicon_tokens, spoil, texts
-from exporter.demo.train_loop import Work
+from tools.demo_training.blip2_folder import QUERIES
+from tools.demo_training.blip2_packing import see
+from tools.demo_training.blip2_retrieval import matching, picture_features, telling, text_features
+from tools.demo_training.folder import EOS, HIDDEN, PAD
+from tools.demo_training.packing import normalize
+from tools.demo_training.score_retrieval import exam, grade
+from tools.demo_training.texts import COUNTS, NAMED, STYLES, lexicon_tokens, spoil, texts
+from tools.demo_training.train_loop import Work
 
 CHUNK = 4000
 COLUMNS = ("cell", "color", "size", "shape", "dot")

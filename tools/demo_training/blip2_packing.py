@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo.blip2_folder import MORE_WORDS, OPT_OFFSET, QUERIES
-from exporter.demo.folder import BOS
-from exporter.demo.packing import Forward, Talk
+from tools.demo_training.blip2_folder import MORE_WORDS, OPT_OFFSET, QUERIES
+from tools.demo_training.folder import BOS
+from tools.demo_training.packing import Forward, Talk
 
 QUESTION_PROMPT = "Question: {question} Short answer:"  # the paper's; captions have no prompt
 

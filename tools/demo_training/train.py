@@ -1,6 +1,8 @@
-"""Train a demo model: `python -m exporter.demo.train --model demo-llava --out DIR --seed 0 --minutes 8 --device cuda`.
+"""Train a demo model.
 
-Needs the package `easy-vqa` (`pip install 'mmq[train]'`), but for retrieval. The learning rate follows the clock, or
+    python -m tools.demo_training.train --model demo-llava --out DIR --seed 0 --minutes 8 --device cuda
+
+Needs the package `easy-vqa`, except for retrieval. The learning rate follows the clock, or
 the steps when `--steps` is given; then a run depends on seed, versions and device alone, as far as the device is
 deterministic.
 """
@@ -16,10 +18,11 @@ from typing import Any
 
 import torch
 
-from exporter.demo import MODELS, blip2_folder, folder, train_answers, train_retrieval
-from exporter.demo.blip2_packing import BLIP2
-from exporter.demo.packing import LLAVA
-from exporter.demo.train_loop import Work, run
+from exporter.demo import MODELS
+from tools.demo_training import blip2_folder, folder, train_answers, train_retrieval
+from tools.demo_training.blip2_packing import BLIP2
+from tools.demo_training.packing import LLAVA
+from tools.demo_training.train_loop import Work, run
 
 SETTINGS = (("vision-blocks", 2), ("text-blocks", 2), ("heads", 2), ("batch", 256), ("scenes", 80_000))
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporter.demo.folder import (
+from exporter.demo.scenes import SIDE
+from tools.demo_training.folder import (
     BOS,
     EOS,
     HIDDEN,
@@ -29,7 +30,6 @@ from exporter.demo.folder import (
     write_json,
     write_tokenizer,
 )
-from exporter.demo.scenes import SIDE
 
 Kind = Literal["captioning", "retrieval"]
 QUERIES = 32

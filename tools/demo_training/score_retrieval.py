@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.demo.blip2_packing import former, queries_of, see
-from exporter.demo.blip2_retrieval import matching, picture_features, text_features
-from exporter.demo.packing import normalize
 from exporter.demo.scenes import Split, draw, scenes
-from exporter.demo.texts import NAMED, lexicon_tokens, spoil, texts
 from exporter.tasks.retrieval import recalls
+from tools.demo_training.blip2_packing import former, queries_of, see
+from tools.demo_training.blip2_retrieval import matching, picture_features, text_features
+from tools.demo_training.packing import normalize
+from tools.demo_training.texts import NAMED, lexicon_tokens, spoil, texts
 
 CHUNK = 250
 RERANKED = 16  # candidates that matching reads; the scenes are few

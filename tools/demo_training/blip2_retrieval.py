@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo.blip2_folder import QUERIES
-from exporter.demo.blip2_packing import former, queries_of
-from exporter.demo.folder import PAD
+from tools.demo_training.blip2_folder import QUERIES
+from tools.demo_training.blip2_packing import former, queries_of
+from tools.demo_training.folder import PAD
 
 
 def _words(model: Any, tokens: Tensor) -> Tensor:

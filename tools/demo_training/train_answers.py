@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo import easy_vqa
 from exporter.demo.language import Dice, caption, question
-from exporter.demo.packing import Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import draw, scenes, things
-from exporter.demo.score import by_kind, easy_exam, scene_exam, summary
-from exporter.demo.train_loop import Work
+from exporter.errors import DataError
+from tools.demo_training.packing import Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
+from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary
+from tools.demo_training.train_loop import Work
 
 ALWAYS = ("color", "shape", "size", "dot", "place", "find", "name")  # kinds asked of every training scene
 SOMETIMES = ("exists", "exists", "count")  # one of these
@@ -25,6 +25,20 @@ QUESTIONS_ASKED = len(ALWAYS) + 1
 EASY_SHARE = 0.12  # of a batch
 QUESTION_WEIGHT = 1.5  # a question's token against a caption's
 CHUNK = 4000  # scenes drawn or tokenized at once
+
+
+def easy_questions() -> tuple[list[Path], list[list[tuple[str, str]]]]:
+    """Pictures of easy-VQA's train split, and the questions with answers about each (DataError without the package)."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise DataError("training reads the package easy-vqa", "pip install easy-vqa") from error
+    questions, answers, images = easy_vqa.get_train_questions()
+    asked: dict[int, list[tuple[str, str]]] = {}
+    for text, answer, image in zip(questions, answers, images, strict=True):
+        asked.setdefault(image, []).append((text, answer))
+    paths = easy_vqa.get_train_image_paths()
+    return [Path(paths[image]) for image in sorted(asked)], [asked[image] for image in sorted(asked)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def load(count: int, workers: int, device: torch.device, talk: Talk) -> Data:
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(partial(_pack_scenes, talk=talk), starts))
     pixels = [draw(scenes("train", torch.arange(s, s + CHUNK, device=device))) for s in starts]
-    paths, asked = easy_vqa.train()
+    paths, asked = easy_questions()
     easy_rows, owners = _easy_rows(asked, talk)
     tokens, labels = (torch.cat([getattr(part, f) for part in parts]).to(device) for f in ("tokens", "labels"))
     easy = Rows(easy_rows.tokens.to(device), easy_rows.labels.to(device))

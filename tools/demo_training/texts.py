@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from exporter.demo.folder import BOS, PAD, tokenizer
 from exporter.demo.scenes import CELLS, COLORS, DOTS, MOST_OBJECTS, SHAPES, SIZES, Scenes, lexicon
+from tools.demo_training.folder import BOS, PAD, tokenizer
 
 LENGTH = 40  # tokens: <s>, an opening of three words, four objects of nine: a multiple of 8
 OPENINGS = ("", "there is", "an image with", "an image with")  # the last tells the objects in reverse order

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, tokenizer
 from exporter.demo.scenes import SIDE
 from exporter.families.llava import FAMILY
+from tools.demo_training.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, tokenizer
 
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
 PREFIX = 3 + IMAGE_TOKENS  # <s> user : <image> * 64

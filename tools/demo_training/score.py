@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from exporter.demo import easy_vqa
 from exporter.demo.language import QUESTIONS, caption, question
-from exporter.demo.packing import LLAVA, Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
 from exporter.demo.scenes import Split, draw, scenes, things
+from tools.demo_training.packing import LLAVA, Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
 
 EASY_SLOTS = 12
 CHUNK = 250  # pictures in one forward pass
