@@ -22,10 +22,11 @@ from typing import Any
 from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact import Artifact
 from exporter.backends import load_processor
-from exporter.check import Doubled, Session, judge, png, scheme_problems
+from exporter.check import Doubled, Session, judge, scheme_problems
 from exporter.cli_serve import questions
 from exporter.device import choose
 from exporter.export import export
+from exporter.openai_client import png
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_inputs
 from exporter.recipe import Recipe
@@ -137,7 +138,7 @@ def prepare(folder: Path, name: str) -> str:
 
 def picture(sample: Sample) -> str:
     """The picture as base64 text."""
-    return b64encode(png(sample)).decode()
+    return b64encode(png(sample.image())).decode()
 
 
 def ids_of(artifact: Artifact, processor: Any, sample: Sample) -> list[int]:

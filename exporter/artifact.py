@@ -4,7 +4,6 @@ Everything is written into a temporary folder beside the destination and renamed
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from exporter.output import put_in_place, temporary_folder
 from exporter.plan import Plan
 from exporter.processor_files import processor_files
 from exporter.quantized import QuantizedLinear, Scheme
+from exporter.runtime.serve_lint import matches
 from exporter.shards import SHARD_BYTES, sync_folder
 from exporter.targets import artifact_config
 from exporter.workdir import Workdir
@@ -178,12 +178,10 @@ class Artifact:
     def scheme_of(self, module: str) -> Scheme:
         """The scheme that the config's patterns give to a module, as the engine will match it."""
         name = self.family.runtime_name(module)
-        matches: set[Scheme] = {
-            g.scheme for g in self.groups if any(target_matches(target, name) for target in g.targets)
-        }
-        if len(matches) != 1:
-            raise ArtifactError(f"config.json gives {name} {len(matches)} schemes, expected one")
-        return matches.pop()
+        schemes: set[Scheme] = {g.scheme for g in self.groups if any(matches(target, name) for target in g.targets)}
+        if len(schemes) != 1:
+            raise ArtifactError(f"config.json gives {name} {len(schemes)} schemes, expected one")
+        return schemes.pop()
 
     def _stored(self, module: str) -> tuple[str, ...]:
         names: tuple[str, ...] = FORMATS[self.manifest.format].tensor_names(module, self.scheme_of(module))
@@ -223,8 +221,3 @@ class Artifact:
         if module in self.manifest.linears:
             return self.linear(module).as_served()
         return self.checkpoint.read(name)
-
-
-def target_matches(target: str, name: str) -> bool:
-    """vLLM's and compressed-tensors' rule: `re:` patterns match from the start, other targets are whole names."""
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name

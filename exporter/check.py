@@ -6,7 +6,6 @@ must answer far from the reference, and close to a reference that has the same d
 which scheme it gave each linear.
 """
 
-import io
 import json
 import tempfile
 from collections import Counter
@@ -20,6 +19,7 @@ from exporter.checkpoint import write_text
 from exporter.device import Device, release
 from exporter.events import Event
 from exporter.manifest import ServingVerdict, read_manifest, write_manifest
+from exporter.openai_client import png
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
@@ -192,16 +192,9 @@ def _ask_engine(
         replies = []
         for i, sample in enumerate(samples):
             longest = artifact.family.max_new_tokens[task_of(sample)]
-            replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample), longest))
+            replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample.image()), longest))
             session.on_event(Event("ask", i + 1, len(samples), folder.name))
     return Asked(replies, engine.schemes(), engine.kernels(), seconds)
-
-
-def png(sample: Sample) -> bytes:
-    """The picture without loss."""
-    file = io.BytesIO()
-    sample.image().convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:

@@ -54,7 +54,8 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list
         place = places.get(module) if tensor.name.endswith(".weight") else None
         if place is None:
             reason = family.reason_kept(module) or _reason_not_linear(tensor, family, checkpoint.config)
-            rows.append(PlanRow(tensor, "kept", reason, _component_of(tensor.name, family), bytes_after=tensor.bytes))
+            part = family.component_of(tensor.name)
+            rows.append(PlanRow(tensor, "kept", reason, part.name if part else "", bytes_after=tensor.bytes))
             continue
         component, index, linear = place
         number, rule = _first_match(recipe, component, index, linear, checkpoint.config)
@@ -147,11 +148,3 @@ def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:
     if "embed" in tensor.name:
         return "embedding: no configuration makes vLLM load it packed"
     return "norm" if len(tensor.shape) == 1 else "not a linear that mmq quantizes"
-
-
-def _component_of(name: str, family: Family) -> str:
-    """The component whose blocks `name` lies in, also for its norms and biases."""
-    for component in family.components:
-        if name.startswith(component.blocks.partition("{i}")[0].rstrip(".") + "."):
-            return component.name
-    return ""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from exporter.artifact import REPORT, target_matches
+from exporter.artifact import REPORT
 from exporter.errors import ArtifactError
 from exporter.families import FAMILIES
 from exporter.fields import RECIPE_FIELDS, require, require_report, require_serving
@@ -19,6 +19,7 @@ from exporter.formats import read_groups
 from exporter.hub import PREFIX, open_remote, split
 from exporter.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.quantized import Scheme
+from exporter.runtime.serve_lint import matches
 
 Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
 
@@ -113,7 +114,7 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Mapping[str, A
     for module in {**manifest.linears, **manifest.errors}:
         packed = module in manifest.linears
         name = family.runtime_name(module)
-        schemes = (g.scheme for g in groups if any(target_matches(target, name) for target in g.targets))
+        schemes = (g.scheme for g in groups if any(matches(target, name) for target in g.targets))
         key = (component_of(module, manifest.family), next(schemes, None) if packed else None, packed)
         counts[key] = counts.get(key, 0) + 1
     order = [component.name for component in family.components]
@@ -128,8 +129,8 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Mapping[str, A
 
 
 def component_of(module: str, family: str) -> str:
-    """The component that a linear belongs to (its checkpoint name begins like the component's blocks)."""
-    for component in FAMILIES[family].components:
-        if module.startswith(component.blocks.partition("{i}")[0]):
-            return component.name
-    raise KeyError(f"{module} is in no component of {family}")
+    """The name of the component that a linear belongs to (ArtifactError when it is in none)."""
+    component = FAMILIES[family].component_of(module)
+    if component is None:
+        raise ArtifactError(f"the manifest names {module}, which is in no component of {family}", "export it again")
+    return component.name

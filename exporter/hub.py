@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import CheckpointError, HubError, HubMissing
-from exporter.retry import retry_after
+from exporter.openai_client import retry_after
 from exporter.safetensors_header import Entry, check_header
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good

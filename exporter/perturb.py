@@ -9,8 +9,8 @@ from exporter.errors import ServeError
 
 def modules_of(artifact: Artifact, component: str) -> list[str]:
     """Packed linears of a component."""
-    prefix = artifact.family.component(component).blocks.partition("{i}")[0]
-    return [module for module in artifact.manifest.linears if module.startswith(prefix)]
+    part = artifact.family.component(component)
+    return [module for module in artifact.manifest.linears if part.holds(module)]
 
 
 def disturbed(artifact: Artifact, wanted: str | None = None) -> str | None:

@@ -1,19 +1,13 @@
-"""Answers by a server that speaks OpenAI's chat completions, such as `vllm serve`, over plain HTTP.
+"""Answers by a server that speaks OpenAI's chat completions, such as `vllm serve`, over HTTP.
 
 Decoding is greedy. Several questions are in flight at a time, never more than a bound; what a server cannot do right
 now (no connection, 429, 5xx) is tried again after a growing pause, and what it refuses (4xx) is an error at once.
 """
 
-import base64
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from http.client import HTTPException
-from io import BytesIO
 from itertools import islice
 from threading import Event
 from typing import Any
@@ -21,7 +15,7 @@ from urllib.parse import urlsplit
 
 from exporter.errors import DataError
 from exporter.families import Family
-from exporter.retry import retry_after
+from exporter.openai_client import RequestFailed, ask, message, png
 from exporter.tasks.sample import Sample, task_of
 
 KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key; it is sent, never shown or stored
@@ -29,7 +23,6 @@ BUSY = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
 UNKNOWN = frozenset((404, 405, 501))
 LONGEST_PAUSE = 60.0  # seconds, also when the server asks for more
 PIECE = 32  # answers handed on together
-SHOWN = 500  # characters of a server's own message
 
 
 class _Busy(Exception):
@@ -38,13 +31,6 @@ class _Busy(Exception):
     def __init__(self, why: str, pause: float | None = None) -> None:
         super().__init__(why)
         self.pause = pause
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host; it is reported like any other refusal."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -125,49 +111,24 @@ class Server:
                 (self.pause or stopped.wait)(min(wanted, LONGEST_PAUSE))
         raise ValueError(f"tries must be at least 1, not {self.tries}")
 
-    def _opener(self) -> urllib.request.OpenerDirector:
-        """Follows no redirect; the environment's proxies are for other hosts, not for this one."""
-        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        return urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({} if local else None))
-
     def _once(self, path: str, body: dict[str, Any] | None, optional: bool) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"{self.base}{path}", data, headers)
         try:
-            with self._opener().open(request, timeout=self.timeout) as reply:
-                content = reply.read()
-        except urllib.error.HTTPError as error:
-            said = _message(error.read(4 * SHOWN))
-            if error.code in BUSY:
-                raise _Busy(f"{error.code} {said}", retry_after(error.headers.get("Retry-After"))) from None
-            if optional and error.code in UNKNOWN:
+            answer = ask(f"{self.base}{path}", body, self.timeout, os.environ.get(KEY))
+        except RequestFailed as failed:
+            if failed.status in BUSY or not failed.sent:
+                raise _Busy(f"{failed.status or ''} {failed.message}".strip(), failed.pause) from None
+            if optional and failed.status in UNKNOWN:
                 return {}
-            hint = f"set {KEY} to its API key" if error.code in (401, 403) else None
-            raise DataError(f"{self.base}{path} refused with {error.code}: {said}", hint) from None
-        except (urllib.error.URLError, OSError, HTTPException) as error:
-            raise _Busy(f"no answer ({getattr(error, 'reason', error)})") from None
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            answer = None
+            if failed.status is None:
+                raise self._not_json(path) from None
+            hint = f"set {KEY} to its API key" if failed.status in (401, 403) else None
+            raise DataError(f"{self.base}{path} refused with {failed.status}: {failed.message}", hint) from None
         if not isinstance(answer, dict):
-            raise DataError(f"{self.base}{path} did not answer in JSON", "is this an OpenAI-compatible server?")
+            raise self._not_json(path)
         return answer
 
-
-def _message(content: bytes) -> str:
-    """A server's own words, cut short; OpenAI's and FastAPI's forms are unwrapped."""
-    text = content.decode(errors="replace")
-    try:
-        found = json.loads(text)
-        inner = found.get("error", found)
-        text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:SHOWN]
+    def _not_json(self, path: str) -> DataError:
+        return DataError(f"{self.base}{path} did not answer in JSON", "is this an OpenAI-compatible server?")
 
 
 class ServedPredictor:
@@ -211,11 +172,7 @@ class ServedPredictor:
 
     def body(self, sample: Sample) -> dict[str, Any]:
         """The request: picture, then text, as the family asks; the server applies the chat template."""
-        content = [
-            {"type": "image_url", "image_url": {"url": picture_url(sample)}},
-            {"type": "text", "text": self._family.text(sample.question)},
-        ]
-        asked = {"model": self._name, "messages": [{"role": "user", "content": content}]}
+        asked = {"model": self._name, "messages": [message(self._family.text(sample.question), png(sample.image()))]}
         return asked | self._extra | generation(self._family, task_of(sample))
 
     def _answer(self, sample: Sample) -> str:
@@ -231,10 +188,3 @@ def generation(family: Family, task: str) -> dict[str, Any]:
     """Greedy decoding, whatever the served model's own generation settings say."""
     greedy = {"max_tokens": family.max_new_tokens[task], "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 0}
     return greedy | ({"stop": [family.reply_end]} if family.reply_end else {})
-
-
-def picture_url(sample: Sample) -> str:
-    """The picture as a data URL: PNG, so that its pixels arrive as they are."""
-    buffer = BytesIO()
-    sample.image().convert("RGB").save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -26,9 +26,9 @@ from exporter.hub import (
     without_xet,
 )
 from exporter.manifest import MANIFEST
+from exporter.openai_client import retry_after
 from exporter.package import Package, same
 from exporter.published import verify_remote
-from exporter.retry import retry_after
 
 Listener = Callable[[Event], None]
 TRIES = 3  # of the commit; uploads are tried again by the hub library itself

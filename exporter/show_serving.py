@@ -1,33 +1,27 @@
 """What `mmq serve` and `mmq check` show: lines to copy, and what a check found."""
 
-import base64
-import io
 import json
 import shlex
 
 from exporter.check import Checked
+from exporter.openai_client import message, png
 from exporter.runtime.launch import Launch
 
 QUESTION = "What color is the picture?"
 
 
-def red_square() -> str:
-    """A small red picture as a data URL."""
+def red_square() -> bytes:
+    """A small red picture as a PNG file."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _messages() -> list[dict[str, object]]:
-    image = {"type": "image_url", "image_url": {"url": red_square()}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
+    return png(Image.new("RGB", (64, 64), (255, 0, 0)))
 
 
 def shell_line(launch: Launch) -> str:
     """A curl command that asks the server about a picture."""
-    body = json.dumps({"model": launch.model, "messages": _messages(), "max_tokens": 16, "temperature": 0})
+    body = json.dumps(
+        {"model": launch.model, "messages": [message(QUESTION, red_square())], "max_tokens": 16, "temperature": 0}
+    )
     url = f"{launch.url}/v1/chat/completions"
     return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
@@ -38,7 +32,7 @@ def python_line(launch: Launch) -> str:
         "from openai import OpenAI; "
         f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
         f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, temperature=0, "
-        f"messages={_messages()!r}); "
+        f"messages={[message(QUESTION, red_square())]!r}); "
         "print(answer.choices[0].message.content)"
     )
     return f"python -c {shlex.quote(code)}"

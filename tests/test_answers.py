@@ -18,8 +18,8 @@ from exporter.data import image_key
 from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
-from exporter.predict_server import KEY, ServedPredictor, Server, picture_url
-from exporter.retry import retry_after
+from exporter.openai_client import retry_after
+from exporter.predict_server import KEY, ServedPredictor, Server
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 from tests.children import run_killed
@@ -183,7 +183,7 @@ def test_pictures_arrive_pixel_by_pixel() -> None:
     with chat_server(keep) as server:
         served(server, [Sample("n", lambda: noise, "q?", ())])
     assert seen == [noise.tobytes()]
-    assert picture_url(Sample("n", lambda: noise, None, ())).startswith("data:image/png;base64,")
+    assert server.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 def test_a_busy_server_is_asked_again_after_growing_pauses() -> None:

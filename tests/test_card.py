@@ -185,7 +185,7 @@ def test_bars_in_cells_do_not_break_a_table() -> None:
 def test_every_linear_has_a_component(facts: Facts) -> None:
     found = {component_of(name, "llava") for name in facts.manifest.linears}
     assert found == {"language"}
-    with pytest.raises(KeyError):
+    with pytest.raises(ArtifactError, match="names lm_head, which is in no component of llava"):
         component_of("lm_head", "llava")
 
 

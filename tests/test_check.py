@@ -17,13 +17,13 @@ from exporter.check import (
     Control,
     distance_problems,
     keep,
-    png,
     scheme_problems,
 )
 from exporter.cli_serve import questions
 from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.export import export
+from exporter.openai_client import png
 from exporter.perturb import double_scales, modules_of
 from exporter.plan import engine_linears as planned_linears
 from exporter.predict import prompt_inputs
@@ -173,7 +173,7 @@ def test_pictures_are_sent_without_loss(folder: Path):
     from PIL import Image, ImageChops
 
     sample = questions(folder, (), 1)[0]
-    sent = Image.open(io.BytesIO(png(sample)))
+    sent = Image.open(io.BytesIO(png(sample.image())))
     assert ImageChops.difference(sent, sample.image().convert("RGB")).getbbox() is None
 
 

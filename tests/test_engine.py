@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -342,3 +344,19 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
     round_inputs(model, {"1": "int8"})
     assert torch.equal(model(x), torch.nn.functional.linear(round_rows(hidden, "int8"), model[1].weight, model[1].bias))
     assert not torch.equal(round_rows(hidden, "int8"), hidden)
+
+
+def test_a_free_port_stays_ours_until_a_server_takes_it() -> None:
+    """Nothing that asks the system for any port is given it, and a server that reuses addresses can listen there."""
+    port = free_port()
+    given = []
+    for _ in range(300):
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", 0))
+            given.append(other.getsockname()[1])
+    assert port not in given
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    with HTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
+        assert server.server_port == port

@@ -115,6 +115,15 @@ class Component:
         """Checkpoint prefix of block `i`."""
         return self.blocks.format(i=i)
 
+    @property
+    def prefix(self) -> str:
+        """What the checkpoint names of all its blocks begin with, without the number and the point before it."""
+        return self.blocks.partition("{i}")[0].rstrip(".")
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor or module of this checkpoint name lies in one of its blocks."""
+        return f"{name}.".startswith(f"{self.prefix}.")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -171,6 +180,10 @@ class Family:
         """The component called `name` (KeyError when there is none)."""
         return {component.name: component for component in self.components}[name]
 
+    def component_of(self, name: str) -> Component | None:
+        """The component whose blocks hold a tensor or module of this checkpoint name, also a norm; None outside."""
+        return next((component for component in self.components if component.holds(name)), None)
+
     def text(self, question: str | None) -> str:
         """What a user says beside the picture: the question in the family's wording, or the request for a caption."""
         return self.caption_prompt if question is None else self.question_prompt.format(question=question)
@@ -182,12 +195,11 @@ class Family:
     def engine_name(self, module: str) -> str:
         """Runtime name of the linear that `module` (a checkpoint name) becomes: the fused one's if it is fused."""
         name = self.runtime_name(module)
-        for component in self.components:
-            if module.startswith(component.blocks.partition("{i}")[0]):
-                for fused, members in component.fused.items():
-                    for member in members:
-                        if name.endswith(f".{member}"):
-                            return name.removesuffix(member) + fused
+        component = self.component_of(module)
+        for fused, members in component.fused.items() if component else ():
+            for member in members:
+                if name.endswith(f".{member}"):
+                    return name.removesuffix(member) + fused
         return name
 
     def read(self, config: Config) -> tuple[Sizes, list[str]]:

@@ -1,6 +1,5 @@
 """Small pictures of the samples that a report shows, as data URLs."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -10,6 +9,7 @@ from PIL.Image import Image
 from exporter import data
 from exporter.errors import DataError
 from exporter.facts import Facts
+from exporter.openai_client import data_url
 from exporter.report.content import CHANGED_SHOWN
 from exporter.tasks.sample import Sample
 
@@ -51,12 +51,10 @@ def thumbnail(picture: Image) -> str:
     image, buffer = picture.convert("RGB"), BytesIO()
     if max(image.size) <= SMALL:
         image.save(buffer, "PNG", optimize=True)
-        kind = "png"
     else:
         image.thumbnail((LONGEST, LONGEST))
         image.save(buffer, "JPEG", quality=82, optimize=True)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue())
 
 
 def find_pictures(

@@ -1,11 +1,8 @@
 """A vLLM server as a child process: start, wait until it is healthy, ask about images, read its log, stop.
 
-Everything goes over HTTP on the address of the `Launch`; only the standard library is needed on our side.
+Everything goes over HTTP on the address of the `Launch`.
 """
 
-import base64
-import http.client
-import json
 import os
 import re
 import signal
@@ -14,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from exporter.errors import ServeError
+from exporter.openai_client import RequestFailed, answers, ask, message
 from exporter.runtime.launch import Launch
 
 START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
@@ -107,11 +103,9 @@ class Engine:
         while time.monotonic() - begun < seconds:
             if (code := self.ended()) is not None:
                 raise ServeError(f"{ending(code)} before it was ready{self._last_words()}")
-            try:
-                with urllib.request.urlopen(f"{self.launch.url}/health", timeout=5):
-                    return time.monotonic() - begun
-            except (OSError, http.client.HTTPException):
-                time.sleep(0.5)
+            if answers(f"{self.launch.url}/health"):
+                return time.monotonic() - begun
+            time.sleep(0.5)
         raise ServeError(f"vllm was not ready after {seconds:.0f} s{self._last_words()}")
 
     def ended(self) -> int | None:
@@ -202,31 +196,28 @@ def refuse_taken_port(url: str) -> None:
             raise ServeError(f"port {port} of {host} is taken", "choose another with --port, or --port 0 for any")
 
 
+_held: list[socket.socket] = []  # sockets of `free_port`, open as long as this process runs
+
+
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback address that stays ours: nothing that asks the system for any port is given it.
 
-
-def message(text: str, image: bytes) -> dict[str, Any]:
-    """One message of a user: the image as a data URL, then the text."""
-    kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
-    url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return {"role": "user", "content": parts}
+    The socket stays bound and does not listen, so a server that sets SO_REUSEADDR, as vLLM does, can take the port.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return int(holder.getsockname()[1])
 
 
 def post(url: str, body: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
     """The JSON answer to a request (ServeError with the server's own words when it refuses or is silent)."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        raise ServeError(f"{url} answered {error.code}: {error.read(2000).decode(errors='replace')}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ServeError(f"no answer from {url}: {error!r}") from None
+        return ask(url, body, seconds)
+    except RequestFailed as failed:
+        answered = f"answered {failed.status}: {failed.message}" if failed.status else failed.message
+        raise ServeError(f"{url}: {answered}") from None
 
 
 def read_reply(answer: Mapping[str, Any]) -> Reply:

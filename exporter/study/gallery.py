@@ -1,12 +1,12 @@
 """All pictures of a study's folder, as PNG files and as one HTML page."""
 
-import base64
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exporter.checkpoint import atomic, make_folder, write_text
 from exporter.errors import DataError, did_you_mean
+from exporter.openai_client import data_url
 from exporter.study import pictures
 from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
@@ -152,5 +152,4 @@ def write_page(found: Sequence[Picture], name: str, path: Path) -> Path:
 
 def as_data(picture: Picture) -> dict[str, str]:
     """A picture for a page: title, text and data URL."""
-    encoded = base64.b64encode(picture.png).decode()
-    return {"title": picture.title, "about": picture.about, "url": f"data:image/png;base64,{encoded}"}
+    return {"title": picture.title, "about": picture.about, "url": data_url(picture.png)}

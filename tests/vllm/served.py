@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from exporter.check import png
 from exporter.families import Family
+from exporter.openai_client import png
 from exporter.predict import prompt_text
 from exporter.runtime.launch import Launch, Program
 from exporter.runtime.vllm_engine import Engine, Reply
@@ -86,7 +86,7 @@ class Served:
     def ask(self, sample: Sample) -> Reply:
         """The greedy answer."""
         engine = Engine(Launch((), {}, self.ready["url"], self.ready["model"]))
-        return engine.ask(prompt_text(self.family, sample), png(sample), LONGEST)
+        return engine.ask(prompt_text(self.family, sample), png(sample.image()), LONGEST)
 
     def together(self, samples: Sequence[Sample]) -> list[str]:
         """Answers of eight clients that ask at once."""

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.check import png
 from exporter.cli_serve import questions
 from exporter.errors import ServeError
+from exporter.openai_client import message, png
 from exporter.predict import prompt_text
-from exporter.runtime.vllm_engine import message, post
+from exporter.runtime.vllm_engine import post
 from exporter.tasks.sample import Sample
 from tests.vllm.served import CLIENTS, LONGEST, Served, alive, mmq
 
@@ -70,7 +70,7 @@ def test_eight_openai_clients_get_the_answers_of_one(
     served: Served, engine_python: str, sure: list[Sample], answers: dict[str, str]
 ):
     chosen = sure * ROUNDS
-    pictures = [message("", png(sample))["content"][0]["image_url"]["url"] for sample in chosen]
+    pictures = [message("", png(sample.image()))["content"][0]["image_url"]["url"] for sample in chosen]
     texts = [prompt_text(served.family, sample) for sample in chosen]
     request = {"url": served.ready["url"], "model": served.ready["model"], "tokens": LONGEST}
     request["questions"] = list(zip(texts, pictures, strict=True))
@@ -107,7 +107,7 @@ def test_a_bad_image_is_refused_and_the_server_lives(
 
 
 def test_two_images_are_refused(served: Served, sure: list[Sample]):
-    one = message("what ?", png(sure[0]))
+    one = message("what ?", png(sure[0].image()))
     one["content"] = [one["content"][0], *one["content"]]
     with pytest.raises(ServeError, match="answered 4"):
         post_body(served, messages=[one])
@@ -127,7 +127,11 @@ def test_cancelled_requests_leave_no_trace(served: Served, sure: list[Sample], a
     """Clients that hang up while they wait; those that stay get their answers."""
 
     def hang_up(sample: Sample) -> None:
-        request = {"model": served.ready["model"], "messages": [message("what ?", png(sample))], "max_tokens": 64}
+        request = {
+            "model": served.ready["model"],
+            "messages": [message("what ?", png(sample.image()))],
+            "max_tokens": 64,
+        }
         data = json.dumps(request).encode()
         with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
