@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from exporter.artifact import Artifact
-from exporter.backends import load_processor
 from exporter.data import places, samples_from
 from exporter.demo import MODELS
 from exporter.device import choose
@@ -26,6 +25,7 @@ from exporter.export import Export, export
 from exporter.families import FAMILIES
 from exporter.families.llava import live_name
 from exporter.predict import batches
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary
 

@@ -21,7 +21,6 @@ from typing import Any
 
 from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact import Artifact
-from exporter.backends import load_processor
 from exporter.check import Doubled, Session, judge, scheme_problems
 from exporter.cli_serve import questions
 from exporter.device import choose
@@ -29,6 +28,7 @@ from exporter.export import export
 from exporter.openai_client import png
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_inputs
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.reference import BOUND, Distance
 from exporter.runtime import vllm_blip2

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from bench.quantize_phase import inputs_of, phase
 from exporter import data
-from exporter.backends import load_processor
 from exporter.block import Block
 from exporter.demo import MODELS
 from exporter.device import Device, release
-from exporter.export import prepare, tested_on
+from exporter.export import tested_on
 from exporter.forward_hooks import watch_inputs
 from exporter.plan import PlanRow
 from exporter.predict import batches
+from exporter.preparation import prepare
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.stream import load_whole
 from exporter.workdir import Workdir

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bench.memory import Watch
 from exporter import block_inputs, calibrate, job, moments, smooth
-from exporter.backends import load_processor
 from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
 from exporter.events import ignore
-from exporter.export import calibration_samples, prepare
+from exporter.export import calibration_samples
 from exporter.methods import awq, gptq, rtn
 from exporter.plan import Plan
 from exporter.predict import batches
+from exporter.preparation import prepare
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.workdir import Workdir
 

@@ -15,13 +15,14 @@ from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, free_bytes, release
-from exporter.errors import CheckpointError, DataError
+from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.families import Family
 from exporter.passing_blocks import load_passing
 from exporter.placement import Placement, place
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
+from exporter.processor import load_processor
 from exporter.stream import Read, load_whole
 from exporter.tasks.sample import Sample
 from exporter.whole_model import whole_model
@@ -36,20 +37,6 @@ class Servers:
 
     source: Server | None
     artifact: Server | None
-
-
-def load_processor(folder: Path) -> Any:
-    """The model's own processor, from local files only (CheckpointError when it lacks them)."""
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{folder}: its processor cannot be loaded: {reason}",
-            "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json beside the weights",
-        ) from None
 
 
 def here(

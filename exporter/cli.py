@@ -197,7 +197,7 @@ def show_plan(
     """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
     from exporter import show
     from exporter.device import choose
-    from exporter.export import prepare
+    from exporter.preparation import prepare
     from exporter.steps import step_warnings
 
     chosen = choose(device)

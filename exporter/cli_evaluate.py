@@ -64,7 +64,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter import show
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed, write_report
-    from exporter.export import evaluation_samples, measure, prepare, refuse_calibrated
+    from exporter.export import evaluation_samples, measure, refuse_calibrated
+    from exporter.preparation import prepare
     from exporter.progress import Listener
 
     own = load_recipe(str(artifact / "recipe.yaml"))

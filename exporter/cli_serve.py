@@ -183,11 +183,11 @@ def check(
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
     from exporter.artifact import Artifact
-    from exporter.backends import load_processor
     from exporter.check import Session, as_plain, keep
     from exporter.check import check as run
     from exporter.data import places
     from exporter.device import choose
+    from exporter.processor import load_processor
     from exporter.progress import Listener
     from exporter.reference import BOUND
     from exporter.runtime.launch import find_program
@@ -224,8 +224,8 @@ def check(
 def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
     """What `mmq export --serve-check` can know before hours of work: vLLM is there, and serves what is planned."""
     from exporter.device import choose
-    from exporter.export import prepare
     from exporter.families import FAMILIES
+    from exporter.preparation import prepare
     from exporter.runtime.launch import find_program
     from exporter.servable import hardware, refuse_plan
 

@@ -1,37 +1,30 @@
 """The whole job on one page: plan, calibrate and quantize, write, verify, evaluate."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exporter import artifact, data, evaluate, identity
 from exporter.answers import Model, Store
-from exporter.backends import Servers, here, load_processor, served
+from exporter.backends import Servers, here, served
 from exporter.checkpoint import Checkpoint
-from exporter.demo import MODELS
 from exporter.device import Device, peak_bytes
-from exporter.errors import DataError, PlanError
+from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.make_artifact import Clock, Prepared, made_already, make_artifact, remove_work
 from exporter.manifest import read_manifest
 from exporter.output import Destination, default_work
-from exporter.plan import Plan, make_plan
+from exporter.plan import Plan
+from exporter.preparation import prepare, with_data_it_knows
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
-from exporter.source import narrowed, open_source
 from exporter.steps import refuse_shortage, step_warnings
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified
 
 Listener = Callable[[Event], None]
-
-# Packed weights decompress to the 16 bits of their scales, and transformers multiplies no two dtypes.
-READ_IN_16_BITS = (
-    "the source's float32 tensors are read as bfloat16 (`dtype: float16` in the recipe's model changes it)"
-)
 
 
 @dataclass(frozen=True)
@@ -45,38 +38,6 @@ class Export:
     seconds: Mapping[str, float]
     device_peak: int
     host_peak: int
-
-
-def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple[Plan, Checkpoint]:
-    """Open the model's headers and plan; every user error in recipe, model and device is raised here.
-
-    headers_only: enough to plan; the weights of a hub model are not downloaded.
-    """
-    recipe = with_data_it_knows(recipe)
-    model = recipe.model
-    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
-    foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
-    if foreign:
-        raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))
-    plan = make_plan(recipe, checkpoint, family, device)
-    if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
-        checkpoint = narrowed(checkpoint, "bfloat16")
-        plan = make_plan(recipe, checkpoint, family, device)
-        plan = replace(plan, warnings=(*plan.warnings, READ_IN_16_BITS))
-    return plan, checkpoint
-
-
-def with_data_it_knows(recipe: Recipe) -> Recipe:
-    """The recipe, with the drawings in plain words for every model but the embedded ones.
-
-    The made-up names of `demo` mean nothing to other models. What those would say of a drawing in their own words
-    cannot be held against a fixed text either, so gates on captions need the user's data and are left out.
-    """
-    if recipe.calibration.data != ("demo",) or recipe.evaluation.data is not None or recipe.model.repo in MODELS:
-        return recipe
-    gates = tuple(gate for gate in recipe.gates if gate.task != "captioning")
-    changed = recipe.adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
-    return changed.model_copy(update={"gates": gates})
 
 
 def export(

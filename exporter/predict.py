@@ -27,13 +27,9 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
     if reply is not None and "retrieval" in family.tasks:
         reply = prepare(reply)
     text = family.text(sample.question)
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        prompt = family.fallback_prompt.format(text=text)
+    prompt = processor.template.prompt(text) if processor.template else family.fallback_prompt.format(text=text)
     if reply is None:
-        return str(prompt)
+        return prompt
     gap = " " if prompt and not prompt[-1].isspace() else ""
     return f"{prompt}{gap}{reply}{_reply_end(processor.tokenizer, family)[0]}"
 

@@ -96,8 +96,12 @@ def build_skeleton(family: Family, config: Config, device: torch.device) -> nn.M
 
     Non-persistent buffers are in no checkpoint, so the initializer of the model that owns them makes them.
     """
-    with torch.device("meta"):
-        model: nn.Module = family.skeleton(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = family.skeleton(config)
+    except Exception as error:  # whatever transformers finds wrong with a config.json
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers cannot build the model of this config.json: {reason}") from error
     _fill_buffers(model, model, device)
     return model.eval()
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from exporter.artifact import Artifact
 from exporter.artifact_tensors import digest
-from exporter.backends import load_processor
 from exporter.checkpoint import sha256
 from exporter.device import Device
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
 from exporter.manifest import Manifest
 from exporter.predict import prompt_inputs
+from exporter.processor import load_processor
 from exporter.tasks.sample import Sample
 from exporter.verify_blocks import compare_blocks
 from exporter.verify_whole import logit_difference, refuse_too_large

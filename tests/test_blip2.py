@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from exporter import card_serving
 from exporter.artifact import Artifact
-from exporter.backends import load_processor
 from exporter.checkpoint import Checkpoint
 from exporter.demo.data import samples
 from exporter.device import Device, choose
@@ -26,6 +25,7 @@ from exporter.facts import read_place
 from exporter.families import FAMILIES, Family
 from exporter.plan import Plan, engine_linears, make_plan
 from exporter.predict import Predictor, _reply_end, prompt_inputs, render
+from exporter.processor import load_processor
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.serve_lint import pattern_problems

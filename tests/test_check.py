@@ -11,7 +11,6 @@ import torch
 
 from exporter import reference
 from exporter.artifact import Artifact
-from exporter.backends import load_processor
 from exporter.check import (
     Checked,
     Control,
@@ -27,6 +26,7 @@ from exporter.openai_client import png
 from exporter.perturb import double_scales, modules_of
 from exporter.plan import engine_linears as planned_linears
 from exporter.predict import prompt_inputs
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.reference import Compared, Distance, Reference

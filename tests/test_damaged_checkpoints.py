@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
-from exporter.export import prepare
 from exporter.plan import Plan
+from exporter.preparation import prepare
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
 

@@ -17,9 +17,10 @@ from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
 from exporter.events import Event
-from exporter.export import Export, export, with_data_it_knows
+from exporter.export import Export, export
 from exporter.facts import read_place
 from exporter.formats import FORMATS
+from exporter.preparation import with_data_it_knows
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source

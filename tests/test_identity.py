@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import calibrate, identity
-from exporter.backends import load_processor
 from exporter.changes import changes
 from exporter.data import places, traces
 from exporter.demo import MODELS
@@ -24,6 +23,7 @@ from exporter.errors import CheckpointError, WorkdirError
 from exporter.events import Event
 from exporter.export import calibration_samples, prepare
 from exporter.methods import METHODS
+from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.source import narrowed
 from exporter.workdir import fingerprint_of

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.backends import load_processor
 from exporter.checkpoint import Checkpoint
 from exporter.data import samples
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError
 from exporter.passing_blocks import load_passing
 from exporter.predict import prompt_inputs
+from exporter.processor import load_processor
 from exporter.source import open_source
 from exporter.stream import load_whole
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from exporter.device import choose
 from exporter.errors import PlanError, ServeError
-from exporter.export import prepare
+from exporter.preparation import prepare
 from exporter.recipe import Recipe
 from exporter.runtime.launch import Launch
 from exporter.runtime.plugin import MODULE, plugin_folder, with_plugin

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from exporter.chat_template import PROBES, conversation, take_apart
 from exporter.events import Event
 from exporter.families import FAMILIES
 from exporter.predict import Predictor, batches, render
+from exporter.processor import Processor
 from exporter.tasks.sample import Sample
 from tests.oracles import naive_log_likelihood
 
@@ -44,7 +46,11 @@ def processor(template: str | None = TEMPLATE) -> Any:
     )
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     settings = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(images, tokenizer, chat_template=template, image_token="<image>", **settings)
+    theirs = LlavaProcessor(images, tokenizer, chat_template=template, image_token="<image>", **settings)
+    if template is None:
+        return Processor(theirs, None)
+    rendered = [theirs.apply_chat_template(conversation(text), add_generation_prompt=True) for text in PROBES]
+    return Processor(theirs, take_apart(rendered, "test"))
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,8 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     from exporter.artifact import Artifact
     from exporter.backends import Servers, served
     from exporter.device import choose
-    from exporter.export import default_store, evaluation_samples, export, measure, prepare
+    from exporter.export import default_store, evaluation_samples, export, measure
+    from exporter.preparation import prepare
 
     device, out, seen = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})

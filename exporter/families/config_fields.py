@@ -78,11 +78,12 @@ class Flag:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several texts."""
+    """One of several texts. null: whether null is allowed too."""
 
     key: str
     default: str
     options: tuple[str, ...]
+    null: bool = False
 
     def of(self, values: Mapping[str, Any]) -> Any:
         """The text in `values`, or the default."""
@@ -90,7 +91,7 @@ class Choice:
 
     def problem(self, value: Any) -> str | None:
         """Why `value` is none of the options, or None."""
-        if isinstance(value, str) and value in self.options:
+        if (isinstance(value, str) and value in self.options) or (value is None and self.null):
             return None
         return f"expected {' or '.join(self.options)}, it is {kind(value)}"
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from exporter.families.config_fields import Field, Number, Values, read_fields
-from exporter.families.parts import Part, Shapes
+from exporter.families.config_fields import Choice, Field, Number, Values, read_fields
+from exporter.families.parts.part import Part, Shapes
 from exporter.strict_json import kind
 
 Role = Literal["attention", "mlp"]
@@ -19,7 +19,13 @@ Inputs = Mapping[str, Any]  # a batch as the processor makes it: names and tenso
 Sizes = Mapping[str, Values]  # the checked fields of a config.json: of its objects by key, of itself under ""
 
 PART_NAMES = {"vision_config": "vision tower", "qformer_config": "Q-Former", "text_config": "text model"}
-_LABELS = Number("num_labels", 2, least=0, most=10**5)  # transformers makes two entries for each
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# Keys of any object: transformers makes two entries for each label, and loads code from the hub for other attention.
+_EVERYWHERE: tuple[Field, ...] = (
+    Number("num_labels", 2, least=0, most=10**5),
+    Choice("_attn_implementation", "sdpa", _ATTENTION, null=True),
+    Choice("attn_implementation", "sdpa", _ATTENTION, null=True),
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ class Family:
     tiny_config: a config small enough for tests, with the real structure.
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
     image_tokens: places that a picture takes among the tokens of a prompt.
+    picture_side: width and height in pixels of what the vision tower takes.
+    processor_fields: settings of the processor that follow from config.json.
     reply_end: what ended replies in the model's training: None for the tokenizer's end token, "" for nothing.
     outputs: all that the model says about a batch, as one tensor: what two loadings of it must agree in.
     refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
@@ -165,6 +173,8 @@ class Family:
     max_new_tokens: Mapping[str, int]
     tasks: tuple[str, ...]
     image_tokens: Callable[[Config], int]
+    picture_side: Callable[[Config], int]
+    processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     reply_end: str | None = None
     outputs: Callable[[Any, Inputs], Any] = logits
     refuses: Callable[[Config], str | None] = lambda config: None
@@ -204,7 +214,7 @@ class Family:
 
     def read(self, config: Config) -> tuple[Sizes, list[str]]:
         """Fields of a config.json with their defaults, and what is wrong with it (some fields may then be absent)."""
-        values, problems = read_fields(config, (*self.fields, _LABELS), "")
+        values, problems = read_fields(config, (*self.fields, *_EVERYWHERE), "")
         sizes: dict[str, Values] = {"": values}
         for key, known in self.parts.items():
             section = config.get(key)
@@ -217,7 +227,7 @@ class Family:
                 problems.append(f"its {PART_NAMES[key]} is {named}; mmq takes {', '.join(known)}")
                 continue
             part = known[name]
-            values, wrong = read_fields(section, (*part.fields, _LABELS), f"{key}.")
+            values, wrong = read_fields(section, (*part.fields, *_EVERYWHERE), f"{key}.")
             problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
             sizes[key] = values | {"model_type": name}
         return sizes, problems or self.misfits(sizes)

@@ -4,13 +4,10 @@ Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py)
 `vision_feature_layer` and fuses q/k/v and gate/up.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-from exporter.families.config_fields import MOST_ROWS, Choice, Flag, Number
-from exporter.families.family import Component, Config, Family, Pass, Sizes, Smoothing
-from exporter.families.parts import ACTIVATIONS, TEXTS, TOWERS, Shapes, below, linear, size_of
-from exporter.strict_json import kind
+import exporter.families.parts.llava as sizes
+from exporter.families.family import Component, Config, Family, Pass, Smoothing
 
 _CANONICAL = (  # what newer savers write -> the hub's names (transformers 4.52 and 5.x)
     ("model.vision_tower.", "vision_tower."),
@@ -58,98 +55,6 @@ def skeleton(config: Config) -> Any:
     return LlavaForConditionalGeneration(LlavaConfig.from_dict(dict(config)))
 
 
-@dataclass(frozen=True)
-class Layers:
-    """The key that says which ViT layers' outputs are taken: a number, or a list of numbers."""
-
-    key: str = "vision_feature_layer"
-    default: int = -2
-
-    def of(self, values: Config) -> Any:
-        """What is written in `values`, or the default."""
-        return values.get(self.key, self.default)
-
-    def problem(self, value: Any) -> str | None:
-        """Why `value` names no layers, or None."""
-        listed = value if isinstance(value, list) else [value]
-        if listed and all(type(layer) is int for layer in listed):
-            return None
-        return f"expected a whole number or a list of them, it is {kind(value)}"
-
-
-_LAYERS = Layers()
-_STRATEGY = Choice("vision_feature_select_strategy", "default", ("default", "full"))
-_TIED = Flag("tie_word_embeddings", False)
-_FIELDS = (
-    _LAYERS,
-    _STRATEGY,
-    _TIED,
-    Number("image_token_index", 32000, least=0, most=MOST_ROWS),
-    Flag("multimodal_projector_bias", True),
-    Choice("projector_hidden_act", "gelu", ACTIVATIONS),
-)
-_PARTS = {
-    "vision_config": {name: TOWERS[name] for name in ("clip_vision_model", "siglip_vision_model")},
-    "text_config": {name: TEXTS[name] for name in ("llama", "mistral", "qwen2", "qwen3")},
-}
-
-
-def _misfits(sizes: Sizes) -> list[str]:
-    """Feature layers that the tower does not have."""
-    stored, layers = sizes["vision_config"]["num_hidden_layers"], _feature_layers(sizes[""])
-    wrong = [layer for layer in layers if not -stored - 1 <= layer <= stored]
-    return [f"vision_feature_layer: {wrong[0]}, and the vision tower has {stored} blocks"] if wrong else []
-
-
-def shapes(sizes: Sizes) -> Shapes:
-    """Every tensor of a checkpoint, by the hub's names."""
-    vision, text, own = sizes["vision_config"], sizes["text_config"], sizes[""]
-    tower, words = _PARTS["vision_config"][vision["model_type"]], _PARTS["text_config"][text["model_type"]]
-    seen, width = vision["hidden_size"] * len(_feature_layers(own)), text["hidden_size"]
-    bias = own["multimodal_projector_bias"]
-    whole = below("vision_tower.vision_model", tower.shapes(vision))
-    whole |= below(
-        "multi_modal_projector", linear("linear_1", width, seen, bias) | linear("linear_2", width, width, bias)
-    )
-    whole |= below("language_model.model", words.shapes(text))
-    if not (own["tie_word_embeddings"] or text["tie_word_embeddings"]):
-        whole["language_model.lm_head.weight"] = (text["vocab_size"], width)
-    return whole
-
-
-def _blocks_stored(config: Config) -> int:
-    return int(size_of(_PARTS, config, "vision_config", "num_hidden_layers"))
-
-
-def _feature_layers(config: Config) -> list[int]:
-    layers = _LAYERS.of(config)
-    return layers if isinstance(layers, list) else [layers]
-
-
-def _blocks_used(config: Config) -> int:
-    """ViT blocks that run: `vision_feature_layer` counts from the end when negative (-1 uses them all)."""
-    stored = _blocks_stored(config)
-    return max(stored + layer + 1 if layer < 0 else layer for layer in _feature_layers(config))
-
-
-def _image_tokens(config: Config) -> int:
-    """Vectors that the tower makes of one picture; `default` leaves out the first, which is CLIP's class token."""
-    vision = config["vision_config"]
-    side, patch = (size_of(_PARTS, config, "vision_config", key) for key in ("image_size", "patch_size"))
-    classes = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-    return int((side // patch) ** 2) + int(classes) - int(_STRATEGY.of(config) == "default")
-
-
-def _text_blocks(config: Config) -> int:
-    return int(size_of(_PARTS, config, "text_config", "num_hidden_layers"))
-
-
-def _has_head(config: Config) -> int:
-    """One, unless the output head is the embedding: transformers ties them when either object says so."""
-    tied = _TIED.of(config) or size_of(_PARTS, config, "text_config", "tie_word_embeddings")
-    return int(not tied)
-
-
 def tiny_config() -> Config:
     """Two blocks each, odd sizes: in != out, 96 is no multiple of 64."""
     text = {"model_type": "llama", "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
@@ -173,10 +78,10 @@ def tiny_config() -> Config:
 VISION = Component(
     name="vision",
     blocks="vision_tower.vision_model.encoder.layers.{i}",
-    used=_blocks_used,
-    stored=_blocks_stored,
+    used=sizes.blocks_used,
+    stored=sizes.blocks_stored,
     target=r".*vision_tower\.(?:vision_model\.)?encoder\.layers\.{i}",
-    tokens=lambda config: _image_tokens(config) + 1,
+    tokens=lambda config: sizes.image_tokens(config) + 1,
     unused="this block never runs: vision_feature_layer takes the features before it",
     phases=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -208,14 +113,14 @@ PROJECTOR = Component(
     phases=(("linear_1",), ("linear_2",)),
     roles={"linear_1": "mlp", "linear_2": "mlp"},
     target=r".*multi_modal_projector",
-    tokens=_image_tokens,
+    tokens=sizes.image_tokens,
 )
 
 LANGUAGE = Component(
     name="language",
     blocks="language_model.model.layers.{i}",
-    used=_text_blocks,
-    stored=_text_blocks,
+    used=sizes.text_blocks,
+    stored=sizes.text_blocks,
     phases=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -232,7 +137,7 @@ LANGUAGE = Component(
         "mlp.down_proj": "mlp",
     },
     target=r".*language_model\.(?:model\.)?layers\.{i}",
-    tokens=lambda config: _image_tokens(config) + 64,  # prompt and reply are short beside the image
+    tokens=lambda config: sizes.image_tokens(config) + 64,  # prompt and reply are short beside the image
     passes=(Pass(padded=True),),
     smoothings=(
         Smoothing("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -249,8 +154,8 @@ LANGUAGE = Component(
 HEAD = Component(
     name="head",
     blocks="language_model.lm_head",
-    used=_has_head,
-    stored=_has_head,
+    used=sizes.has_head,
+    stored=sizes.has_head,
     phases=(("language_model.lm_head",),),
     roles={"language_model.lm_head": "mlp"},
     target=r".*lm_head",
@@ -274,10 +179,12 @@ FAMILY = Family(
     fallback_prompt="USER: <image>\n{text} ASSISTANT:",
     max_new_tokens={"vqa": 10, "captioning": 64},
     tasks=("vqa", "captioning"),
-    image_tokens=_image_tokens,
-    parts=_PARTS,
-    fields=_FIELDS,
-    misfits=_misfits,
-    shapes=shapes,
+    image_tokens=sizes.image_tokens,
+    picture_side=sizes.picture_side,
+    processor_fields=sizes.processor_fields,
+    parts=sizes.PARTS,
+    fields=sizes.FIELDS,
+    misfits=sizes.misfits,
+    shapes=sizes.shapes,
     tied={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
 )

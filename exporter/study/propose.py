@@ -14,8 +14,9 @@ from exporter.checkpoint import make_folder, write_text
 from exporter.device import Device
 from exporter.errors import RecipeError
 from exporter.events import Event
-from exporter.export import export, with_data_it_knows
+from exporter.export import export
 from exporter.manifest import read_manifest
+from exporter.preparation import with_data_it_knows
 from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.recipe_file import load_recipe
 from exporter.strict_json import read_json

@@ -12,16 +12,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from exporter import calibrate, data
-from exporter.backends import load_processor
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError
 from exporter.events import ignore
-from exporter.export import training_samples, with_data_it_knows
+from exporter.export import training_samples
 from exporter.families import Family
 from exporter.passing_blocks import by_block, pass_blocks
 from exporter.plan import Plan, make_plan
 from exporter.predict import Predictor, batches
+from exporter.preparation import with_data_it_knows
+from exporter.processor import load_processor
+from exporter.processor_check import check_processor
 from exporter.recipe import Recipe, Rule
 from exporter.source import open_source
 from exporter.stream import Stream
@@ -99,6 +101,7 @@ def opened(setup: Setup) -> Opened:
     """The model of a setup."""
     recipe = with_data_it_knows(Recipe.model_validate_json(setup.recipe))
     checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype)
+    check_processor(checkpoint, family)
     return Opened(recipe, checkpoint, family, choose(setup.device))
 
 

@@ -54,8 +54,12 @@ def vision_blocks(config: Mapping[str, Any]) -> int:
 
 def image_positions(config: Mapping[str, Any]) -> int:
     """Patches and the class token."""
-    side, patch = (size_of(PARTS, config, "vision_config", key) for key in ("image_size", "patch_size"))
-    return int((side // patch) ** 2) + 1
+    return int((picture_side(config) // size_of(PARTS, config, "vision_config", "patch_size")) ** 2) + 1
+
+
+def picture_side(config: Mapping[str, Any]) -> int:
+    """Width and height of the pictures that the ViT takes, in pixels."""
+    return int(size_of(PARTS, config, "vision_config", "image_size"))
 
 
 def former_blocks(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,54 @@
+"""From a recipe to a plan: everything that can be wrong with recipe, model and device is found here."""
+
+from dataclasses import replace
+
+import torch
+
+from exporter.checkpoint import Checkpoint
+from exporter.demo import MODELS
+from exporter.device import Device
+from exporter.errors import PlanError
+from exporter.inspector import start_helper
+from exporter.plan import Plan, make_plan
+from exporter.processor_check import check_processor
+from exporter.recipe import Recipe
+from exporter.source import narrowed, open_source
+
+# Packed weights decompress to the 16 bits of their scales, and transformers multiplies no two dtypes.
+READ_IN_16_BITS = (
+    "the source's float32 tensors are read as bfloat16 (`dtype: float16` in the recipe's model changes it)"
+)
+
+
+def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple[Plan, Checkpoint]:
+    """Open the model's headers and plan; every user error in recipe, model and device is raised here.
+
+    headers_only: enough to plan; the weights of a hub model are not downloaded.
+    """
+    recipe = with_data_it_knows(recipe)
+    model = recipe.model
+    start_helper()
+    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
+    foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
+    if foreign:
+        raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))
+    plan = make_plan(recipe, checkpoint, family, device)
+    if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
+        checkpoint = narrowed(checkpoint, "bfloat16")
+        plan = make_plan(recipe, checkpoint, family, device)
+        plan = replace(plan, warnings=(*plan.warnings, READ_IN_16_BITS))
+    plan = replace(plan, warnings=(*plan.warnings, *check_processor(checkpoint, family)))
+    return plan, checkpoint
+
+
+def with_data_it_knows(recipe: Recipe) -> Recipe:
+    """The recipe, with the drawings in plain words for every model but the embedded ones.
+
+    The made-up names of `demo` mean nothing to other models. What those would say of a drawing in their own words
+    cannot be held against a fixed text either, so gates on captions need the user's data and are left out.
+    """
+    if recipe.calibration.data != ("demo",) or recipe.evaluation.data is not None or recipe.model.repo in MODELS:
+        return recipe
+    gates = tuple(gate for gate in recipe.gates if gate.task != "captioning")
+    changed = recipe.adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
+    return changed.model_copy(update={"gates": gates})

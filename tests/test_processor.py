@@ -1,0 +1,219 @@
+"""Processors of unknown origin: loaded in a helper process first, compared with config.json, never a prompt or code."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter import inspector
+from exporter.chat_template import PROBES, Template, take_apart
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.families import FAMILIES
+from exporter.inspector import inspect
+from exporter.predict import render
+from exporter.preparation import prepare
+from exporter.processor import load_processor
+from exporter.recipe_file import load_recipe
+from exporter.stream import build_skeleton
+from exporter.tasks.sample import Sample
+from tests.conftest import header_config
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODELS["demo-llava"], tmp_path / "m"))
+
+
+def change(file: Path, **values: Any) -> None:
+    """Change keys of a JSON file; ... deletes."""
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def plan(folder: Path, recipe: str = "llava-w4-vit8") -> tuple[str, ...]:
+    """Warnings of the plan."""
+    chosen = load_recipe(recipe).adjusted(model={"repo": str(folder)})
+    return prepare(chosen, choose("cpu"), headers_only=True)[0].warnings
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_embedded_models_processors_fit(name: str) -> None:
+    recipes = {"demo-llava": "llava-w4-vit8", "demo-blip2": "blip2-caption-w4", "demo-blip2-itm": "blip2-retrieval-w4"}
+    assert not any("processor" in warning for warning in plan(MODELS[name], recipes[name]))
+
+
+def test_prompts_are_those_of_the_chat_template() -> None:
+    made = load_processor(MODELS["demo-llava"])
+    for text in ("what is it?", "  two\n", "{{ 7 * 7 }} {text} %d"):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        theirs = made.theirs.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert made.template is not None
+        assert made.template.prompt(text) == theirs
+    family = FAMILIES["llava"]
+    question = Sample("s", lambda: None, "what?", ("x",))  # type: ignore[arg-type, return-value]
+    assert render(made, family, question, None) == f"USER: <image>\n{family.text('what?')} ASSISTANT:"
+
+
+def test_a_template_is_taken_apart_only_when_it_writes_texts_unchanged() -> None:
+    assert take_apart([f"<{text}>" for text in PROBES], "m") == Template("<", ">")
+    assert take_apart([f"<{text.strip()}>" for text in PROBES], "m") == Template("<", ">", strips=True)
+    assert Template("<", ">", strips=True).prompt(" a ") == "<a>"
+    for write in (
+        str.upper,
+        lambda text: f"{text}{text}",
+        lambda text: text[:9],
+        lambda text: text.replace("<", "&lt;"),
+    ):
+        with pytest.raises(CheckpointError, match="m: its chat template does not write"):
+            take_apart([f"<{write(text)}>" for text in PROBES], "m")
+
+
+TEMPLATES = {
+    "{{": "TemplateSyntaxError",
+    "{{ x.y }}": "'x' is undefined",
+    "{{ raise_exception('boo') }}": "boo",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+    "{{ 'x' * 1000000 }}": "more than 100,000 characters",
+    "{{ '%1000000000d' % 1 }}": "too long|memory|more than 100,000",
+    "{{ messages[0]['content'][1]['text'] | upper }}": "does not write a user's text unchanged",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes too long",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_cannot_be_used_is_found_by_the_plan(model: Path, template: str) -> None:
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=TEMPLATES[template]):
+        plan(model)
+
+
+FIT: list[tuple[str, str, str, dict[str, Any], str, str]] = [
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"patch_size": ...}, "cannot encode", '"patch_size": 8'),
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"patch_size": 4}, "256 image tokens", '"patch_size": 8'),
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"patch_size": 0}, "ZeroDivisionError", '"patch_size": 8'),
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"num_additional_image_tokens": ...},
+     r"63 image tokens \(id 4\), the model expects 64", '"num_additional_image_tokens": 1'),
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"vision_feature_select_strategy": "full"},
+     "65 image tokens", '"vision_feature_select_strategy": "default"'),
+    ("demo-llava", "llava-w4-vit8", "processor_config.json", {"num_additional_image_tokens": 10**7}, "signal", ""),
+    ("demo-llava", "llava-w4-vit8", "config.json", {"image_token_index": 5}, r"holds 0 image tokens \(id 5\)", ""),
+    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"crop_size": {"height": 32, "width": 32}},
+     "makes pictures of 32 x 32 pixels, the vision tower takes 64 x 64", ""),
+    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, "more memory", ""),
+    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 9000}}, "at most 8192", ""),
+    ("demo-blip2", "blip2-caption-w4", "processor_config.json", {"num_query_tokens": ...},
+     "holds 0 image tokens .* would not see the picture", '"num_query_tokens": 32'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recipe", "file", "values", "reason", "hint"), FIT, ids=[str(c[3]) for c in FIT])
+def test_a_processor_that_does_not_fit_the_config_is_found_by_the_plan(
+    tmp_path: Path, name: str, recipe: str, file: str, values: dict[str, Any], reason: str, hint: str
+) -> None:
+    folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
+    change(folder / file, **values)
+    with pytest.raises(MmqError, match=reason) as caught:
+        plan(folder, recipe)
+    assert hint in (caught.value.hint or "")
+
+
+def test_what_the_hint_says_mends_it(model: Path) -> None:
+    change(model / "processor_config.json", patch_size=..., num_additional_image_tokens=...)
+    with pytest.raises(PlanError) as caught:
+        plan(model)
+    added = json.loads("{" + (caught.value.hint or "").partition(": ")[2] + "}")
+    change(model / "processor_config.json", **added)
+    assert plan(model) == plan(MODELS["demo-llava"]) or not any("processor" in warning for warning in plan(model))
+
+
+DAMAGE = {
+    "tokenizer.json": [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff",
+        b'{"model": {"type": "WordLevel", "vocab": {"a": -1}}}',
+    ],
+    "tokenizer_config.json": [b"[", b"[]", b"null", b"\xff"],
+    "preprocessor_config.json": [b"", b"null", b'{"image_processor_type": 3}'],
+    "processor_config.json": [b"]", b"[]"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, all_ in DAMAGE.items() for content in all_])
+def test_damaged_processor_files_end_in_one_error_that_names_one(model: Path, name: str, content: bytes) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"m/{name}|{model}: its processor cannot be loaded"):
+        plan(model)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_read(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a file"):
+        plan(model)
+
+
+def test_a_folder_without_processor_is_planned_with_a_note(model: Path) -> None:
+    for path in [*model.glob("*processor*"), *model.glob("tokenizer*")]:
+        path.unlink()
+    assert any("no processor lies beside the weights" in warning for warning in plan(model))
+    with pytest.raises(CheckpointError, match="it has no processor"):
+        load_processor(model)
+
+
+def evil(folder: Path) -> None:
+    """The processor's files name code of the folder, which would write a file."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'PWNED')!r}, 'w')\nclass Evil: pass\n")
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        change(folder / name, processor_class="EvilProcessor", auto_map={"AutoProcessor": "evil.Evil"})
+
+
+def test_code_of_a_model_folder_never_runs_and_nobody_is_asked(model: Path) -> None:
+    evil(model)
+    command = [sys.executable, "-m", "exporter", "plan", "--recipe", "llava-w4-vit8", "--model", str(model)]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {model}: its processor cannot be loaded")
+    assert "Traceback" not in done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert not (model / "PWNED").exists()
+
+
+def test_attention_code_of_the_hub_is_refused(model: Path) -> None:
+    change(model / "config.json", _attn_implementation="somebody/kernel")
+    with pytest.raises(PlanError, match="_attn_implementation: expected eager or sdpa"):
+        plan(model)
+
+
+def test_the_helper_is_started_again_after_it_died() -> None:
+    folder = MODELS["demo-llava"]
+    inspect(folder, fields=[])
+    helper = inspector.helper()
+    os.kill(helper._process.pid, signal.SIGKILL)
+    helper._process.wait()
+    assert inspect(folder, fields=["patch_size"]).fields == {"patch_size": 8}
+
+
+def test_a_changed_folder_is_inspected_again(model: Path) -> None:
+    assert inspect(model, fields=["patch_size"]).fields == {"patch_size": 8}
+    change(model / "processor_config.json", patch_size=16)
+    assert inspect(model, fields=["patch_size"]).fields == {"patch_size": 16}
+
+
+def test_what_transformers_finds_wrong_with_a_config_is_an_error_of_ours() -> None:
+    import torch
+
+    config = header_config("llava-hf--llava-1.5-7b-hf")
+    config["text_config"]["rope_parameters"] = "evil"
+    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
+        build_skeleton(FAMILIES["llava"], config, torch.device("meta"))
