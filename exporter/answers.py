@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from exporter.checkpoint import make_folder, write_text
 from exporter.errors import DataError
-from exporter.events import Event
+from exporter.events import Event, ignore
 from exporter.tasks.sample import Sample
 
-VERSION = 1  # raised when the same inputs give other answers
+VERSION = 2  # raised when the same inputs give other answers, or the files another layout
 ABOUT = "about.json"
 
 Answers = dict[str, list[str]]  # task -> one answer a sample
@@ -36,12 +36,14 @@ class Model:
 
     label: what progress calls it. identity: everything but prompt and picture that decides its answers.
     prompt: what a sample is asked, whole. opened: the back end, loaded only when an answer is missing.
+    require_unchanged: raises when the weights are no longer those of the identity; called before answers are kept.
     """
 
     label: str
     identity: Mapping[str, Any]
     prompt: Callable[[Sample], str]
     opened: Callable[[], AbstractContextManager[Backend]]
+    require_unchanged: Callable[[], None] = lambda: None
 
 
 class Store:
@@ -50,13 +52,19 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, identity: Mapping[str, Any]) -> dict[str, str]:
-        """Key -> answer of one model. A file that cannot be read is as good as absent: its batch is asked again."""
-        found: dict[str, str] = {}
+    def read(self, identity: Mapping[str, Any], on_event: Callable[[Event], None] = ignore) -> dict[str, str]:
+        """Key -> answer of one model. A damaged file is deleted with a note: its batch is asked again."""
+        answers: dict[str, str] = {}
         for path in sorted(self._place(identity).glob("*.json")):
-            if path.name != ABOUT:
-                found |= _batch(path)
-        return found
+            if path.name == ABOUT:
+                continue
+            batch = _batch(path)
+            if batch is None:
+                path.unlink(missing_ok=True)
+                on_event(Event("note", 0, 0, f"{path} is damaged: its answers are asked for again"))
+            else:
+                answers |= batch
+        return answers
 
     def add(self, identity: Mapping[str, Any], answers: Mapping[str, str]) -> None:
         """Keep one finished batch; either all of it is on disk or nothing."""
@@ -64,19 +72,22 @@ class Store:
         if not (place / ABOUT).exists():
             make_folder(place)
             write_text(place / ABOUT, json.dumps(dict(identity), indent=1, sort_keys=True) + "\n")
-        write_text(place / f"{digest(sorted(answers))[:24]}.json", json.dumps(dict(answers), sort_keys=True) + "\n")
+        content = {"answers": dict(answers), "sha256": digest(dict(answers))}
+        write_text(place / f"{digest(sorted(answers))[:24]}.json", json.dumps(content, sort_keys=True) + "\n")
 
     def _place(self, identity: Mapping[str, Any]) -> Path:
         return self.folder / digest(dict(identity) | {"version": VERSION})[:24]
 
 
-def _batch(path: Path) -> dict[str, str]:
+def _batch(path: Path) -> dict[str, str] | None:
+    """The answers in one file; None when it does not hold what was written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    good = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
-    return content if good else {}
+        answers: dict[str, str] = content["answers"]
+        good = digest(answers) == content["sha256"] and all(isinstance(text, str) for text in answers.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return answers if good else None
 
 
 def digest(content: Any) -> str:
@@ -98,7 +109,7 @@ def ask(
     flat = [sample for found in samples.values() for sample in found]
     hashes = [picture for found in pictures.values() for picture in found]
     keys = [digest([model.prompt(s), picture]) for s, picture in zip(flat, hashes, strict=True)]
-    known = store.read(model.identity) if store else {}
+    known = store.read(model.identity, on_event) if store else {}
     missing = list({key: i for i, key in enumerate(keys) if key not in known}.values())
     message = f"{model.label}: {', '.join(samples)}"
     on_event(Event("evaluate", len(flat) - len(missing), len(flat), message))
@@ -106,6 +117,7 @@ def ask(
         with model.opened() as backend:
             for piece in backend.pieces([flat[i] for i in missing]):
                 batch = {keys[missing[n]]: text for n, text in piece.items()}
+                model.require_unchanged()
                 if store:
                     store.add(model.identity, batch)
                 known |= batch

@@ -1,12 +1,10 @@
 """The models an evaluation asks: the source or an artifact, by transformers in this process or behind a server."""
 
 import gc
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,21 @@ from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, free_bytes, release
-from exporter.errors import DataError
+from exporter.errors import CheckpointError, DataError
 from exporter.events import Event, ignore
 from exporter.families import Family
+from exporter.identity import package_versions
 from exporter.passing_blocks import load_passing
 from exporter.placement import Placement, place
 from exporter.predict import Predictor, render
 from exporter.predict_server import ServedPredictor, Server, generation
 from exporter.processor import load_processor
+from exporter.processor_files import processor_files
 from exporter.stream import Read, load_whole
 from exporter.tasks.sample import Sample
 from exporter.whole_model import whole_model
 
 SOURCE, ARTIFACT = "full precision", "artifact"
-PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges*")
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,16 @@ def here(
     batch: the most samples at once; fewer where memory is short. Both models are held in the same way.
     """
     held = placed(checkpoint, artifact.family, device, batch)
-    how: dict[str, Any] = {
-        "backend": "transformers",
-        "device": device.torch_device.type,
-        "dtype": str(held.dtype).removeprefix("torch."),
-    }
-    how |= {"versions": {name: version(name) for name in ("mmq", "torch", "transformers")}}
+    how = _computed(held, device)
     family = artifact.family
 
     @cache
     def processor() -> Any:
         return load_processor(checkpoint.folder)
 
-    def model(label: str, weights: str, names: Sequence[str], read: Read, rounded: Rounded = EXACT) -> Model:
+    def model(
+        label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: Rounded = EXACT
+    ) -> Model:
         @contextmanager
         def opened() -> Iterator[Backend]:
             if held.note:
@@ -80,14 +76,28 @@ def here(
                 gc.collect()  # modules and their hooks hold each other
                 release(device)
 
-        identity = _identity(family, weights, checkpoint) | how
-        identity |= rounded.described()
-        return Model(label, identity, lambda sample: _asked(processor(), family, sample), opened)
+        identity = _identity(family, weights(), checkpoint) | how | rounded.described()
+
+        def require_unchanged() -> None:
+            if weights() != identity["weights"]:
+                raise CheckpointError(f"the {label} model changed while it answered", "run the same command again")
+
+        return Model(label, identity, lambda sample: _asked(processor(), family, sample), opened, require_unchanged)
 
     return (
-        model(SOURCE, checkpoint.digest(), list(checkpoint.tensors), checkpoint.read),
-        model(ARTIFACT, weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded()),
+        model(SOURCE, lambda: checkpoint.digest(on_event), list(checkpoint.tensors), checkpoint.read),
+        model(ARTIFACT, lambda: weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded()),
     )
+
+
+def _computed(held: Placement, device: Device) -> dict[str, Any]:
+    """What computes the answers in this process."""
+    return {
+        "backend": "transformers",
+        "device": device.torch_device.type,
+        "dtype": str(held.dtype).removeprefix("torch."),
+        "versions": package_versions(),
+    }
 
 
 def placed(checkpoint: Checkpoint, family: Family, device: Device, batch: int) -> Placement:
@@ -150,18 +160,10 @@ def _check_root(server: Server, entry: dict[str, Any], folder: Path | None) -> N
 
 
 def weights_digest(artifact: Artifact) -> str:
-    """Identity of an artifact's weights: the manifest's hashes and a sample of what is on disk now."""
+    """Identity of an artifact's weights: the manifest's hashes, and every byte of its shards as they are now."""
     return digest([artifact.manifest.files, artifact.checkpoint.digest()])
 
 
 def _identity(family: Family, weights: str, texts: Checkpoint) -> dict[str, Any]:
     tasks: dict[str, Any] = {task: generation(family, task) for task in family.max_new_tokens}
-    return {"weights": weights, "processor": _texts_digest(texts.folder), "generation": tasks}
-
-
-def _texts_digest(folder: Path) -> str:
-    """sha256 over the files that turn pictures and words into numbers."""
-    hasher = hashlib.sha256()
-    for path in sorted({path for pattern in PROCESSOR_FILES for path in folder.glob(pattern)}):
-        hasher.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
-    return hasher.hexdigest()
+    return {"weights": weights, "processor": digest(processor_files(texts.folder)), "generation": tasks}

@@ -224,6 +224,8 @@ def _quality(facts: Facts) -> str:
         f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.\n\n"
         + table(head, rows)
     )
+    if other := facts.other_baseline:
+        said = f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}.\n\n{said}"
     if not gates:
         return said + "\n\nThe recipe has no gates."
     return said + "\n\n" + table(["gate", "metric", "loss", "decided by", "verdict"], gates)

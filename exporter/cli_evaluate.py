@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @artifact_argument
 @click.option("--baseline", metavar="MODEL", help="Full-precision model to compare with [the artifact's source].")
+@click.option("--other-baseline", is_flag=True, help="Allow a --baseline that the artifact was not made from.")
 @device_option
 @data_option
 @eval_samples_option
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure an artifact again beside its full-precision model and decide its gates.
 
+    The full-precision model must be the one that the artifact was made from, by the hashes in its manifest. Report and
+    card name another one that --other-baseline allowed, and `mmq publish` refuses it.
+
     Answers are kept, so a stopped evaluation goes on when the same command is given again. With one GPU, serve one
     model after the other: --baseline-server alone asks and keeps the baseline's answers, --server then compares.
 
@@ -62,6 +66,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
       mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
     from exporter import show
+    from exporter.artifact import Artifact
+    from exporter.baseline import require_source
     from exporter.device import choose
     from exporter.evaluate import raise_if_failed, write_report
     from exporter.export import evaluation_samples, measure, refuse_calibrated
@@ -73,15 +79,25 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     recipe = adjusted(own, options["baseline"], None, data=data, **more)
     chosen = choose(device)
     plan, checkpoint = prepare(recipe, chosen)
-    sources = places(data)
-    samples, store, servers = evaluation_samples(plan, sources), _store(artifact, options), _servers(options)
-    refuse_calibrated(artifact, samples)
+    sources, store, servers = places(data), _store(artifact, options), _servers(options)
     try:
         with Listener(as_json) as listen:
+            require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
+            samples = evaluation_samples(plan, sources)
+            refuse_calibrated(artifact, samples)
             if servers and not servers.artifact:
-                return say(_keep_source(checkpoint, artifact, samples, recipe, chosen, listen, store, servers))
+                return say(_keep_source(checkpoint, artifact, samples, plan.recipe, chosen, listen, store, servers))
             found = measure(
-                checkpoint, artifact, samples, recipe, chosen, listen, store=store, servers=servers, sources=sources
+                checkpoint,
+                artifact,
+                samples,
+                plan.recipe,
+                chosen,
+                listen,
+                store=store,
+                servers=servers,
+                sources=sources,
+                other_baseline=options["other_baseline"],
             )
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"

@@ -8,6 +8,7 @@ from typing import Any
 from exporter import artifact, data, evaluate, identity
 from exporter.answers import Model, Store
 from exporter.backends import Servers, here, served
+from exporter.baseline import require_source
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, peak_bytes
 from exporter.errors import DataError
@@ -155,8 +156,13 @@ def measure(
     store: Store | None = None,
     servers: Servers | None = None,
     sources: Sequence[data.Place] = (),
+    other_baseline: bool = False,
 ) -> evaluate.Report:
-    """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare."""
+    """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare.
+
+    other_baseline: whether `checkpoint` may be another model than the artifact's source; the report says so.
+    """
+    baseline = require_source(artifact.Artifact.open(out), checkpoint, other_baseline, on_event)
     before, after = models(checkpoint, out, recipe, device, servers, on_event)
     name = ", ".join(map(str, sources or tested_on(recipe)))
     method = {task: dict(TASKS[task].method()) for task in samples}
@@ -165,6 +171,7 @@ def measure(
         "samples": recipe.evaluation.samples,
         "seed": recipe.evaluation.seed,
         "scoring": method,
+        "baseline": baseline.as_json(),
     }
     if found := retrieval.searched(samples.get(retrieval.NAME, [])):
         about["searched"] = found

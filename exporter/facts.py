@@ -57,10 +57,28 @@ class Facts:
         """Bytes of all tensors."""
         return self.manifest.bytes.after
 
+    @property
+    def other_baseline(self) -> str:
+        """The model whose scores the report calls full precision, when it is not the artifact's source; else empty.
+
+        The report names it and the digest of its weights; the manifest has the digest of the source.
+        """
+        evaluation = _mapping((self.report or {}).get("evaluation"))
+        baseline, source = _mapping(evaluation.get("baseline")), self.manifest.source
+        weights = _mapping(_mapping(evaluation.get("models")).get("full precision")).get("weights")
+        if baseline.get("is_source", True) is True and (source.digest is None or weights in (None, source.digest)):
+            return ""
+        name = "".join(letter for letter in str(baseline.get("model", "unknown")) if letter.isprintable())
+        return f"{name}, not {source.model}"
+
     def metrics(self) -> dict[str, tuple[float, float]]:
         """`task metric` -> full precision, artifact; empty without a report."""
         measures = (self.report or {}).get("measures", [])
         return {f"{m['task']} {m['metric']}": (m["difference"]["before"], m["difference"]["after"]) for m in measures}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def read_place(place: str) -> Facts:

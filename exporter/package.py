@@ -83,6 +83,8 @@ def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tupl
     measured = facts.report.get("evaluation", {}).get("models", {}).get("artifact", {}).get("weights")
     if not problems and measured != weights_digest(Artifact.open(folder)):
         problems.append("its report was measured on other weights")
+    if other := facts.other_baseline:
+        problems.append(f"its report compares it with another model than its source: {other}")
     gates = facts.report["gates"]
     if not gates:
         problems.append("its recipe has no gates, so nothing says what it may lose")

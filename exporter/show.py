@@ -245,6 +245,9 @@ def report_page(report: Report) -> RenderableType:
     if searched := report.about.get("searched"):
         sizes = ", ".join(f"{count:,} {name}" for name, count in searched.items())
         more.append(f"retrieval searched: {sizes}")
+    baseline = report.about.get("baseline")
+    if baseline and not baseline["is_source"]:
+        more.append(f"the full-precision model, {baseline['model']}, is not the one that the artifact was made from")
     return Group(table, *(f"gate {verdict}" for verdict in report.verdicts), *more)
 
 

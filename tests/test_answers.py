@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from exporter.answers import ABOUT, Backend, Model, Store, ask
 from exporter.data import image_key
-from exporter.errors import DataError
+from exporter.errors import CheckpointError, DataError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
 from exporter.openai_client import retry_after
@@ -111,16 +112,53 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert rest.asked == ["s6", "s7", "s8", "s9"]
 
 
-@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", '{"k": 3}', "\x00"])
+WRONG_SUM = json.dumps({"answers": {"k": "a"}, "sha256": "0" * 64})
+DAMAGED = ["", '{"a": ', "[1]", '{"k": 3}', "\x00", '{"answers": {}}', '{"answers": [], "sha256": ""}', WRONG_SUM]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(6)]}
     whole = run(Counting(), samples, Store(tmp_path))
     kept = sorted(p for p in tmp_path.glob("*/*.json") if p.name != ABOUT)
     assert len(kept) == 2
     kept[0].write_text(content)
+    rest, notes = Counting(), list[Event]()
+    pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
+    assert ask(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
+    assert len(rest.asked) == 3
+    assert [event.message for event in notes if event.stage == "note"] == [
+        f"{kept[0]} is damaged: its answers are asked for again"
+    ]
+    assert run(Counting(), samples, Store(tmp_path)) == whole
+
+
+@pytest.mark.parametrize("place", [20, -90, -20])
+def test_a_changed_letter_in_a_file_is_noticed(place: int, tmp_path: Path) -> None:
+    samples = {"vqa": [sample(i) for i in range(3)]}
+    whole = run(Counting(), samples, Store(tmp_path))
+    [kept] = [p for p in tmp_path.glob("*/*.json") if p.name != ABOUT]
+    content = bytearray(kept.read_bytes())
+    content[place] ^= 2
+    kept.write_bytes(bytes(content))
     rest = Counting()
     assert run(rest, samples, Store(tmp_path)) == whole
     assert len(rest.asked) == 3
+
+
+def test_answers_of_weights_that_changed_meanwhile_are_not_kept(tmp_path: Path) -> None:
+    backend = Counting(size=2)
+
+    def require_unchanged() -> None:
+        if len(backend.asked) > 2:
+            raise CheckpointError("the model changed")
+
+    samples = {"vqa": [sample(i) for i in range(6)]}
+    pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
+    model = replace(backend.model(), require_unchanged=require_unchanged)
+    with pytest.raises(CheckpointError):
+        ask(model, samples, pictures, Store(tmp_path), ignore)
+    assert len(Store(tmp_path).read(model.identity)) == 2
 
 
 def test_a_sample_without_an_answer_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
