@@ -85,20 +85,11 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
             require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
             samples = evaluation_samples(plan, sources)
             refuse_calibrated(artifact, samples)
+            asked = (checkpoint, artifact, samples, plan.recipe, chosen, listen)
             if servers and not servers.artifact:
-                return say(_keep_source(checkpoint, artifact, samples, plan.recipe, chosen, listen, store, servers))
-            found = measure(
-                checkpoint,
-                artifact,
-                samples,
-                plan.recipe,
-                chosen,
-                listen,
-                store=store,
-                servers=servers,
-                sources=sources,
-                other_baseline=options["other_baseline"],
-            )
+                return say(_keep_source(*asked, store, servers))
+            other = bool(options["other_baseline"])
+            found = measure(*asked, store=store, servers=servers, sources=sources, other_baseline=other)
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
         raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
