@@ -44,7 +44,11 @@ def figures(
     """Error, scores and seconds of the artifact that the recipe makes. truth: the full model's logits on `judged`."""
     done = make(model, wanted)
     error = float((logits(model, judged) - truth).norm() / truth.norm())
-    return {"logits": error} | summary(by_kind(model, list(exams))) | {"seconds": done.seconds["quantize"]}
+    return (
+        {"logits": error}
+        | summary(by_kind(model, list(exams)))
+        | {"seconds": next(step.seconds for step in done.measured if step.name == "quantize")}
+    )
 
 
 def main() -> None:

@@ -198,10 +198,12 @@ def show_plan(
     from exporter import show
     from exporter.device import choose
     from exporter.preparation import prepare
+    from exporter.progress import Listener
     from exporter.steps import step_warnings
 
     chosen = choose(device)
-    found, checkpoint = prepare(recipe, chosen, headers_only=True)
+    with Listener(as_json) as listen:
+        found, checkpoint = prepare(recipe, chosen, headers_only=True, on_event=listen)
     if serve_on:
         from exporter.servable import refuse_plan
 

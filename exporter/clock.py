@@ -1,23 +1,31 @@
-"""Measured seconds and peaks of the steps of a job, as `steps` predicts them."""
+"""Measured seconds and peaks of the steps of a job, beside what `steps` predicts."""
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from exporter.device import Device, peak_bytes, reset_peak
-from exporter.steps import Step
+from exporter.shortage import explained
+from exporter.steps import ADVICE, Step
 
 EVERY = 0.05  # seconds between two looks at the process
 
 
 class Clock:
-    """Times named steps while it is entered; a thread watches what the process holds beside the page cache."""
+    """Measures steps while it is entered; a thread watches what the process holds beside the page cache.
+
+    predicted: steps as `predict_steps` says them, once they are known. steps: what was measured, in order.
+    """
 
     def __init__(self, device: Device) -> None:
-        self.steps: list[Step] = []
+        self.predicted: Sequence[Step] = ()
         self._device = device
+        self._measured: dict[str, Step] = {}
+        self._open: list[str] = []
         self._last = time.monotonic()
         self._host_peak = 0
         self._over = threading.Event()
@@ -34,12 +42,42 @@ class Clock:
         self._over.set()
         self._watch.join()
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap, and the peaks in it, belong to `name`."""
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every step that was open so far; the time of a step inside another one is its own."""
+        return tuple(self._measured.values())
+
+    @contextmanager
+    def step(self, name: str, kept: str = "") -> Iterator[None]:
+        """Measure the block as `name`. Running out of memory in it is a MemoryShortage.
+
+        kept: what of the work is not lost then, as a sentence.
+        """
+        self._lap()
+        self._open.append(name)
+        needs = next(((s.device_bytes, s.host_bytes) for s in self.predicted if s.name == name), (0, 0))
+        advice = f"{ADVICE[name]} takes less" + (f"; {kept}" if kept else "")
+        try:
+            with explained(name, self._device, needs, advice):
+                yield
+        finally:
+            self._lap()
+            self._open.pop()
+
+    def _lap(self) -> None:
+        """What was measured since the last lap belongs to the innermost open step."""
         now = time.monotonic()
         device_peak, resident = peak_bytes(self._device)
         host_peak = max(self._host_peak, held_bytes()) or resident
-        self.steps.append(Step(name, device_peak, host_peak, now - self._last))
+        if self._open:
+            name = self._open[-1]
+            before = self._measured.get(name, Step(name, 0, 0, 0.0))
+            self._measured[name] = Step(
+                name,
+                max(before.device_bytes, device_peak),
+                max(before.host_bytes, host_peak),
+                before.seconds + now - self._last,
+            )
         reset_peak(self._device)
         self._last, self._host_peak = now, 0
 

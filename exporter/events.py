@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 class Event:
     """One step of a stage is done.
 
-    stage: `hash` (its steps are MiB), `check`, `calibrate`, `quantize`, `write`, `verify`, `evaluate`, `study units`,
-    `study points`, or `note` (a message the user should read).
+    stage: `prepare`, `read data`, `hash` (its steps are MiB), `check`, `calibrate`, `quantize`, `write`, `verify`,
+    `evaluate`, `study units`, `study points`, or `note` (a message the user should read).
     done, total: steps of this stage. numbers: measured values of this step, such as `error`.
     """
 

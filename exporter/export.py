@@ -1,6 +1,7 @@
 """The whole job on one page: plan, calibrate and quantize, write, verify, evaluate."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,35 +11,36 @@ from exporter.answers import Model, Store
 from exporter.backends import Servers, here, served
 from exporter.baseline import require_source
 from exporter.checkpoint import Checkpoint
-from exporter.device import Device, peak_bytes
+from exporter.clock import Clock
+from exporter.device import Device
 from exporter.errors import DataError
 from exporter.events import Event, ignore
-from exporter.make_artifact import Clock, Prepared, made_already, make_artifact, remove_work
+from exporter.make_artifact import Prepared, made_already, make_artifact, remove_work
 from exporter.manifest import read_manifest
 from exporter.output import Destination, default_work
 from exporter.plan import Plan
 from exporter.preparation import prepare, with_data_it_knows
 from exporter.processor import load_processor
 from exporter.recipe import Recipe
-from exporter.steps import refuse_shortage, step_warnings
+from exporter.steps import Step, refuse_shortage, step_warnings
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified
 
 Listener = Callable[[Event], None]
 
+LIBRARIES = "loading transformers and the processor"
+
 
 @dataclass(frozen=True)
 class Export:
-    """What an export did. report: None when evaluation was skipped. seconds: wall time of each step."""
+    """What an export did. report: None when evaluation was skipped. measured: what each step took."""
 
     plan: Plan
     out: Path
     verified: Verified
     report: evaluate.Report | None
-    seconds: Mapping[str, float]
-    device_peak: int
-    host_peak: int
+    measured: tuple[Step, ...]
 
 
 def export(
@@ -58,50 +60,77 @@ def export(
     sources: where samples come from, instead of what the recipe says.
     The report is written but gates are not enforced here: call `evaluate.raise_if_failed`.
     """
-    clock = Clock()
     place = Destination(out, work or default_work(out), overwrite)
     place.refuse_places()
     place.refuse_occupied(with_data_it_knows(recipe).digest())
-    plan, checkpoint = prepare(recipe, device)
-    place.refuse_places(checkpoint.folder)
-    checkpoint.start_hashing()
-    refuse_shortage(plan.steps, device)
-    with place.reserved(on_event):
-        calibration, evaluation, seen = _samples(plan, sources, skip_evaluation)
-        steps = [step for step in plan.steps if step.name != "check"]
-        for note in (*plan.warnings, *step_warnings(steps, device, skip_evaluation), *data.notes(calibration)):
-            on_event(Event("note", 0, 0, note))
-        processor = load_processor(checkpoint.folder) if calibration or evaluation else None  # errors before the work
-        pictures = [trace.key for trace in seen]
-        inputs = identity.of_job(plan, checkpoint, processor, calibration, pictures, device, on_event)
-        job = Prepared(plan, checkpoint, processor, calibration, seen, inputs)
-        clock.lap("plan")
-        place.refuse_occupied(plan.recipe.digest(), job.fingerprint)
-        verified = made_already(job, place, device, on_event)
+    with Clock(device) as clock, ExitStack() as reserved:
+        with clock.step("plan"):
+            plan, checkpoint = prepare(recipe, device, on_event=on_event)
+            place.refuse_places(checkpoint.folder)
+            checkpoint.start_hashing()
+            refuse_shortage(plan.steps, device)
+            clock.predicted = plan.steps
+            reserved.enter_context(place.reserved(on_event))
+            samples = _samples(plan, sources, skip_evaluation, on_event)
+            _announce(plan, samples, device, skip_evaluation, on_event)
+        with clock.step("read data"):
+            job = _prepared(plan, checkpoint, samples, device, on_event)
+            place.refuse_occupied(plan.recipe.digest(), job.fingerprint)
+        verified = made_already(job, place, device, on_event, clock)
         if verified is None:
             name = ", ".join(map(str, sources or data.places(plan.recipe.calibration.data)))
             verified = make_artifact(job, place, name, device, on_event, clock)
         report = None
         if not skip_evaluation:
-            report = measure(
-                checkpoint, out, evaluation, plan.recipe, device, on_event, store=default_store(out), sources=sources
-            )
-            evaluate.write_report(out, report)
-            clock.lap("evaluate")
+            store = default_store(out)
+            with clock.step("evaluate", f"the artifact is in {out}, verified, and answers so far in {store.folder}"):
+                report = measure(
+                    checkpoint, out, samples.evaluation, plan.recipe, device, on_event, store=store, sources=sources
+                )
+                evaluate.write_report(out, report)
         if work is None:
             remove_work(place.work, job.fingerprint, on_event)
-    return Export(plan, out, verified, report, clock.laps, clock.device_peak, peak_bytes(device)[1])
+    return Export(plan, out, verified, report, clock.steps)
 
 
-def _samples(
-    plan: Plan, sources: Sequence[data.Place], skip_evaluation: bool
-) -> tuple[list[Sample], dict[str, list[Sample]], list[data.Trace]]:
-    """What to calibrate on, what to measure on, and traces of the former; DataError when they share a picture."""
+@dataclass(frozen=True)
+class _Samples:
+    """What to calibrate on, traces of it, and what to measure on."""
+
+    calibration: list[Sample]
+    traces: list[data.Trace]
+    evaluation: dict[str, list[Sample]]
+
+
+def _announce(plan: Plan, samples: _Samples, device: Device, skip_evaluation: bool, on_event: Listener) -> None:
+    """What the user should know before the work begins, one note each."""
+    steps = [step for step in plan.steps if step.name != "check"]
+    warnings = step_warnings(steps, device, skip_evaluation)
+    for note in (*plan.warnings, *warnings, *data.notes(samples.calibration)):
+        on_event(Event("note", 0, 0, note))
+
+
+def _prepared(plan: Plan, checkpoint: Checkpoint, samples: _Samples, device: Device, on_event: Listener) -> Prepared:
+    """The job with its processor and identity; what is wrong with either is said before the work."""
+    processor = None
+    if samples.calibration or samples.evaluation:
+        on_event(Event("prepare", 0, 1, LIBRARIES))
+        processor = load_processor(checkpoint.folder)  # while the source is hashed
+        on_event(Event("prepare", 1, 1, LIBRARIES))
+    pictures = [trace.key for trace in samples.traces]
+    inputs = identity.of_job(plan, checkpoint, processor, samples.calibration, pictures, device, on_event)
+    return Prepared(plan, checkpoint, processor, samples.calibration, samples.traces, inputs)
+
+
+def _samples(plan: Plan, sources: Sequence[data.Place], skip_evaluation: bool, on_event: Listener) -> _Samples:
+    """The recipe's samples; DataError when calibration and evaluation share a picture."""
+    on_event(Event("prepare", 0, 1, "reading samples"))
     evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
     calibration = calibration_samples(plan, sources)
-    seen = data.traces(calibration)
-    data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
-    return calibration, evaluation, seen
+    traces = data.traces(calibration)
+    data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
+    on_event(Event("prepare", 1, 1, "reading samples"))
+    return _Samples(calibration, traces, evaluation)
 
 
 def refuse_calibrated(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> None:

@@ -1,7 +1,6 @@
 """From samples that were read to a verified artifact: quantize what is missing, write, verify."""
 
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 from exporter import artifact, calibrate
 from exporter.changes import changes
 from exporter.checkpoint import Checkpoint
+from exporter.clock import Clock
 from exporter.data import Trace
-from exporter.device import Device, exact_math, peak_bytes, reset_peak, synchronize
+from exporter.device import Device, exact_math, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
 from exporter.events import Event
 from exporter.identity import of_source
@@ -25,21 +25,6 @@ from exporter.strict_json import read_json
 from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import JOB, LOCK, Workdir, fingerprint_of
-
-
-class Clock:
-    """Wall time of named steps, and the device memory that quantizing took at most."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.device_peak = 0
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`."""
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Prepared:
 
 
 def made_already(
-    job: Prepared, place: Destination, device: Device, on_event: Callable[[Event], None]
+    job: Prepared, place: Destination, device: Device, on_event: Callable[[Event], None], clock: Clock
 ) -> Verified | None:
     """What verifying the artifact of this job shows that an earlier run wrote; None when there is none.
 
@@ -74,7 +59,8 @@ def made_already(
         return None
     on_event(Event("note", 0, 0, f"{place.out} holds this artifact already: it is verified, and not made again"))
     try:
-        return verify(place.out, device, on_event)
+        with clock.step("verify", f"the artifact is in {place.out}"):
+            return verify(place.out, device, on_event)
     except ArtifactError as error:
         if place.overwrite:
             return None
@@ -89,36 +75,34 @@ def make_artifact(
     source: where the samples come from, for the manifest. The artifact gets its name once it was verified.
     """
     verified: list[Verified] = []
+    kept = f"finished blocks are kept in {place.work}: the same command goes on from them"
 
     def check(folder: Path) -> None:
-        clock.lap("write")
-        _require_unchanged(job, workdir)
-        verified.append(verify(folder, device, on_event))
-        clock.lap("verify")
+        with clock.step("verify", kept):
+            _require_unchanged(job, workdir)
+            verified.append(verify(folder, device, on_event))
 
     with hold(place.work / LOCK, place.work, on_event=on_event):
-        workdir = Workdir.open(place.work, job.inputs)
-        workdir.drop_damaged(job.plan.units, on_event)
-        reset_peak(device)
-        with exact_math(job.plan.recipe.calibration.seed):
-            inputs = _batches(job, workdir)
-            clock.lap("read data")
+        with clock.step("read data", kept):
+            workdir = Workdir.open(place.work, job.inputs)
+            workdir.drop_damaged(job.plan.units, on_event)
+            inputs = _batches(job, workdir, on_event)
+        with clock.step("quantize", kept), exact_math(job.plan.recipe.calibration.seed):
             calibrate.run(job.plan, job.checkpoint, workdir, inputs, device, on_event)
-        synchronize(device)
-        clock.lap("quantize")
-        clock.device_peak, _ = peak_bytes(device)
-        made_from = _provenance(job, source, device)
-        artifact.write(
-            job.plan,
-            job.checkpoint,
-            workdir,
-            place.out,
-            made_from,
-            on_event,
-            device.torch_device,
-            check,
-            overwrite=place.overwrite,
-        )
+            synchronize(device)
+        del inputs
+        with clock.step("write", kept):
+            artifact.write(
+                job.plan,
+                job.checkpoint,
+                workdir,
+                place.out,
+                _provenance(job, source, device),
+                on_event,
+                device.torch_device,
+                check,
+                overwrite=place.overwrite,
+            )
     return verified[0]
 
 
@@ -147,12 +131,16 @@ def remove_work(path: Path, fingerprint: str, on_event: Callable[[Event], None])
         on_event(Event("note", 0, 0, f"{path} is left as it is: {error.message}"))
 
 
-def _batches(job: Prepared, workdir: Workdir) -> list[dict[str, torch.Tensor]]:
+def _batches(job: Prepared, workdir: Workdir, on_event: Callable[[Event], None]) -> list[dict[str, torch.Tensor]]:
     """Calibration batches; none when every unit that needs them is finished."""
     rest = job.plan.units[workdir.done(job.plan.units) :]
     if not any(unit.needs_statistics for unit in rest):
         return []
-    return batches(job.processor, job.plan.family, job.samples, job.plan.recipe.calibration.batch)
+    size, found = job.plan.recipe.calibration.batch, []
+    for start in range(0, len(job.samples), size):
+        found += batches(job.processor, job.plan.family, job.samples[start : start + size], size)
+        on_event(Event("read data", min(start + size, len(job.samples)), len(job.samples)))
+    return found
 
 
 def _provenance(job: Prepared, source: str, device: Device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a recipe to a plan: everything that can be wrong with recipe, model and device is found here."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,11 +9,12 @@ from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.errors import PlanError
+from exporter.events import Event, ignore
 from exporter.inspector import start_helper
 from exporter.plan import Plan, make_plan
 from exporter.processor_check import check_processor
 from exporter.recipe import Recipe
-from exporter.source import narrowed, open_source
+from exporter.source import is_on_hub, narrowed, open_source
 
 # Packed weights decompress to the 16 bits of their scales, and transformers multiplies no two dtypes.
 READ_IN_16_BITS = (
@@ -20,7 +22,12 @@ READ_IN_16_BITS = (
 )
 
 
-def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple[Plan, Checkpoint]:
+def prepare(
+    recipe: Recipe,
+    device: Device,
+    headers_only: bool = False,
+    on_event: Callable[[Event], None] = ignore,
+) -> tuple[Plan, Checkpoint]:
     """Open the model's headers and plan; every user error in recipe, model and device is raised here.
 
     headers_only: enough to plan; the weights of a hub model are not downloaded.
@@ -28,7 +35,11 @@ def prepare(recipe: Recipe, device: Device, headers_only: bool = False) -> tuple
     recipe = with_data_it_knows(recipe)
     model = recipe.model
     start_helper()
+    if remote := is_on_hub(model.repo):
+        on_event(Event("prepare", 0, 1, f"finding {model.repo} on the hub"))
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
+    if remote:
+        on_event(Event("prepare", 1, 1, f"finding {model.repo} on the hub"))
     foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
     if foreign:
         raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))

@@ -13,6 +13,8 @@ from exporter.events import Event
 from exporter.interrupt import raise_if_asked
 
 NAMES = {
+    "prepare": "preparing",
+    "read data": "reading calibration samples",
     "hash": "hashing the source, MiB",
     "check": "checking finished blocks",
     "calibrate": "reading calibration data",
@@ -75,6 +77,8 @@ class Listener:
 
     def _line(self, event: Event) -> None:
         key, now = self._key(event), time.monotonic()
+        if event.stage == "prepare":
+            return None if event.done else print(key, file=sys.stderr, flush=True)
         if event.done < event.total and now - self._said.get(key, -QUIET_SECONDS) < QUIET_SECONDS:
             return
         self._said[key] = now
@@ -88,4 +92,4 @@ class Listener:
         name = NAMES.get(event.stage, event.stage)
         if event.stage == "evaluate" and ":" in event.message:
             return f"{name} {event.message}"
-        return f"{name}: {event.message}" if event.stage == "calibrate" else name
+        return f"{name}: {event.message}" if event.stage in ("prepare", "calibrate") else name

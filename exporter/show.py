@@ -130,6 +130,22 @@ def steps_table(steps: Sequence[Step], device: Device) -> Table:
     return table
 
 
+def measured_table(predicted: Sequence[Step], measured: Sequence[Step]) -> Table:
+    """What each step took, beside what was predicted of it."""
+    on_device = any(step.device_bytes for step in measured)
+    names = ["step", "time", "about", "host", "about", *(["device", "about"] if on_device else [])]
+    table = Table(title="time and peak memory, beside the prediction", title_justify="left", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name == "step" else "right", no_wrap=True)
+    expected = {step.name: step for step in predicted}
+    for step in measured:
+        about = expected[step.name]
+        cells = [duration(step.seconds), duration(about.seconds), memory(step.host_bytes), memory(about.host_bytes)]
+        cells += [memory(step.device_bytes), memory(about.device_bytes)] if on_device else []
+        table.add_row(step.name, *cells)
+    return table
+
+
 def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> dict[str, Any]:
     """The plan as plain data."""
     data: dict[str, Any] = {
@@ -179,14 +195,12 @@ def tensor_table(plan: Plan) -> Table:
 
 def export_page(result: Export) -> RenderableType:
     """What an export did: plan, checks, scores, times and how to serve."""
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-    device = f", device {memory(result.device_peak)}" if result.device_peak else ""
     return Group(
         plan_table(result.plan),
         f"{result.plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted",
         verified_line(result.verified),
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
-        f"{times}; peak memory: host {memory(result.host_peak)}{device}",
+        measured_table(result.plan.steps, result.measured),
         f"artifact: {result.out}",
         _ending(result),
     )
@@ -206,10 +220,11 @@ def export_json(result: Export) -> dict[str, Any]:
     """What an export did, as plain data."""
     return {
         "out": str(result.out),
-        "seconds": dict(result.seconds),
+        "seconds": {step.name: step.seconds for step in result.measured},
+        "measured": [step.as_json() for step in result.measured],
         "verified": asdict(result.verified),
-        "peak_device_bytes": result.device_peak,
-        "peak_host_bytes": result.host_peak,
+        "peak_device_bytes": max((step.device_bytes for step in result.measured if step.name in NEEDED), default=0),
+        "peak_host_bytes": max((step.host_bytes for step in result.measured if step.name in NEEDED), default=0),
         "plan": plan_json(result.plan, every_tensor=False),
         "report": result.report.as_json() if result.report else None,
     }

@@ -81,12 +81,12 @@ def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 
 def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoint, Family]:
-    if headers_only and _on_hub(repo):
+    if headers_only and is_on_hub(repo):
         folder = _cached(repo, revision)
         if isinstance(folder, Remote):
             return _headers_of(folder)
         return _open_folder(folder, f"{repo}@{folder.name}")
-    if _on_hub(repo):
+    if is_on_hub(repo):
         _refuse_unknown(repo, revision)
     return _open_folder(*locate(repo, revision))
 
@@ -96,7 +96,8 @@ def _open_folder(folder: Path, origin: str) -> tuple[Checkpoint, Family]:
     return without_buffers(Checkpoint.open(folder, family.canonical_name, origin), family), family
 
 
-def _on_hub(repo: str) -> bool:
+def is_on_hub(repo: str) -> bool:
+    """Whether a model's name is that of a hub repository: neither embedded nor a folder."""
     return repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1
 
 

@@ -1,0 +1,117 @@
+"""Steps are measured apart, inner ones from outer ones, and running out of memory keeps what was finished."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.clock import Clock, held_bytes
+from exporter.device import choose
+from exporter.errors import MemoryShortage
+from exporter.events import Event
+from exporter.export import export
+from exporter.recipe import Recipe
+from exporter.steps import NEEDED, Step
+from tests.test_export import contents, quick_recipe
+
+CPU = choose("cpu")
+MIB = 2**20
+
+
+def test_an_inner_step_is_not_part_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
+    monkeypatch.setattr("exporter.clock.time.monotonic", lambda: next(ticks))
+    clock = Clock(CPU)
+    with clock.step("write"), clock.step("verify"):
+        pass
+    with clock.step("write"):
+        pass
+    assert {step.name: step.seconds for step in clock.steps} == {"write": 2 + 4 + 6, "verify": 3}
+
+
+@pytest.mark.skipif(not held_bytes(), reason="the system does not say what a process holds")
+def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
+    with Clock(CPU) as clock:
+        with clock.step("plan"):
+            before = held_bytes()
+        with clock.step("quantize"):
+            held = np.ones(300 * MIB, dtype=np.uint8)
+            looked = clock._over.wait(0.3)  # the thread looks meanwhile
+            del held
+        with clock.step("write"):
+            pass
+    peaks = {step.name: step.host_bytes for step in clock.steps}
+    assert not looked
+    assert peaks["quantize"] - before > 290 * MIB
+    assert peaks["quantize"] - peaks["write"] > 200 * MIB
+    assert peaks["quantize"] - peaks["plan"] > 200 * MIB
+    assert not clock._watch.is_alive()
+
+
+def test_a_shortage_says_what_was_predicted_and_what_is_kept() -> None:
+    clock = Clock(CPU)
+    clock.predicted = [Step("write", 0, 3 * 2**30, 1.0)]
+    with pytest.raises(MemoryShortage) as caught, clock.step("write", "blocks are kept"):
+        raise MemoryError
+    assert caught.value.message.startswith("write: out of memory on the host: ")
+    assert caught.value.message.endswith("the step was predicted to take 3.00 GiB")
+    assert caught.value.hint == "--device cpu takes less; blocks are kept"
+
+
+def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
+    """A listener that raises at the first event of a stage that has come so far."""
+
+    def listen(event: Event) -> None:
+        if event.stage == stage and event.done >= done:
+            raise error
+
+    return listen
+
+
+def run(out: Path, listen: Callable[[Event], None] = lambda event: None, recipe: Recipe | None = None) -> object:
+    """An export of the demo model, with an evaluation of four samples a task."""
+    return export(recipe or quick_recipe(), out=out, device=CPU, on_event=listen)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [
+        ("quantize", torch.OutOfMemoryError("CUDA out of memory")),
+        ("write", MemoryError()),
+        ("verify", torch.OutOfMemoryError("CUDA out of memory")),
+        ("evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")),
+    ],
+)
+def test_an_export_that_runs_out_goes_on_to_the_same_bytes(
+    stage: str, error: Exception, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MemoryShortage, match=f"^{stage}: out of memory") as caught:
+        run(out, failing(stage, 2, error))
+    hint = str(caught.value.hint)
+    assert f"the artifact is in {out}" in hint if stage == "evaluate" else "finished blocks are kept in" in hint
+    units: list[int] = []
+    run(out, lambda event: units.append(event.done) if event.stage == "quantize" else None)
+    assert 1 not in units  # the first unit was finished
+    before, after = contents(whole), contents(out)
+    assert before == after
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_an_exports_steps_have_predictions(tmp_path: Path) -> None:
+    result = export(quick_recipe(), out=tmp_path / "out", device=CPU, on_event=lambda event: None)
+    measured = [step.name for step in result.measured]
+    assert measured == ["plan", "read data", "quantize", "write", "verify", "evaluate"]
+    assert set(measured) <= {step.name for step in result.plan.steps}
+    assert set(NEEDED) < set(measured)
+    assert all(step.seconds >= 0 for step in result.measured)
