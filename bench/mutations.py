@@ -33,6 +33,7 @@ TESTS = {
         "tests/test_whole_forward.py",
         "tests/test_nonfinite.py",
         "tests/test_exact_folds.py",
+        "tests/test_source_error.py",
     ],
     "folds": ["tests/test_folds.py", "tests/test_families.py"],
     "awq": ["tests/test_awq.py", "tests/test_folds.py", "tests/test_smooth.py", "tests/test_methods.py"],
@@ -170,6 +171,16 @@ MUTATIONS = (
         SMOOTH,
         "    block.restore(own)\n    size = ",
         "    size = ",
+    ),
+    Mutation(
+        "calibration",
+        "float16 scales stop at the smallest normal number",
+        "exporter/ranges.py",
+        "2.0**-24 if dtype == torch.float16",
+        "2.0**-14 if dtype == torch.float16",
+    ),
+    Mutation(
+        "calibration", "weights that got lost pass", BLOCK, "    if not error <= MOST:\n", "    if error != error:\n"
     ),
     Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(

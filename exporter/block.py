@@ -15,6 +15,7 @@ from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.quantized import QuantizedLinear
+from exporter.source_error import MOST, source_error
 from exporter.workdir import UnitResult
 
 
@@ -144,6 +145,7 @@ class Block:
         """Relative error of each quantized linear by module; puts the quantized weights into the live block."""
         errors = {}
         for row, linear, weight in zip(rows, linears, weights, strict=True):
+            _refuse_lost(row, source_error(weight, linear, statistics))
             served = linear.as_served()
             errors[row.module] = relative_error(weight, served, statistics)
             if self.inputs:
@@ -186,6 +188,22 @@ class Block:
         tokens = sum(entry.tokens for entry in self.inputs)
         text = f"the inputs of {excluded} of {tokens} calibration tokens are not finite; they are left out from here on"
         return [f"{self.unit.block}: {text}"]
+
+
+def _refuse_lost(row: PlanRow, error: float) -> None:
+    """CalibrationError when a quantized weight is further from the source's than its bits explain."""
+    if not error <= MOST:
+        scheme = row.scheme
+        assert scheme is not None
+        lost = (
+            f"its error is {error:.0f} times as large as {scheme.label()} explains"
+            if error < float("inf")
+            else ("rows of it became zero")
+        )
+        raise CalibrationError(
+            f"{row.module}: the quantized weight does not hold the source's: {lost}",
+            "this is a fault of mmq or of a kernel, please report it; bits: 16 for this component leaves it as it is",
+        )
 
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Any) -> float:

@@ -41,6 +41,15 @@ class Statistics:
             total += (times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum()
         return float(total)
 
+    def row_energies(self, matrix: Tensor) -> Tensor:
+        """Mean squared size of each row of `matrix` f32 `[out, in]` times an input row, f32 `[out]`."""
+        total = torch.zeros(len(matrix), dtype=torch.float32, device=matrix.device)
+        left = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
+        for start in range(0, matrix.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            total += (times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum(1)
+        return total
+
 
 def times(left: Tensor, right: Tensor) -> Tensor:
     """left right in float32; a 16-bit `left` makes it a 16-bit product with float32 sums."""

@@ -46,7 +46,7 @@ def _fitted(
 ) -> tuple[Tensor, Tensor]:
     if range_ == "mse" and weight.is_cuda and _fits_kernel(scheme, weight.shape[1]):
         return _search_fast(weight, scheme, scale_dtype, importance)
-    low, high = _extremes(weight, scheme)
+    low, high = full_range(weight, scheme)
     if range_ == "minmax":
         return _scale_of(low, high, scheme, scale_dtype)
     piece = CUDA_PIECE if weight.is_cuda else PIECE
@@ -83,7 +83,7 @@ def _search(
 
 def scale_within(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
     """Scale and zero for `share` of each group's full range; weights beyond it will be clipped."""
-    low, high = _extremes(weight, scheme)
+    low, high = full_range(weight, scheme)
     return _scale_of(low * share, high * share, scheme, scale_dtype)
 
 
@@ -120,7 +120,7 @@ def _launch(
     from exporter.ranges_kernel import launch
 
     sizes = (scheme.columns_per_group(weight.shape[1]), scheme.levels, scheme.middle, scheme.symmetric)
-    return launch(weight, *sizes, scale_dtype, shrink, steps, *measure, **more)
+    return launch(weight, *sizes, scale_dtype, least_scale(scale_dtype), shrink, steps, *measure, **more)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -130,7 +130,7 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     return torch.nn.functional.pad(weight, (0, groups * width - columns)).view(rows, groups, width)
 
 
-def _extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def full_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of each group, `[out, groups]`; the range always includes 0."""
     grouped = _grouped(weight, scheme)
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
@@ -151,9 +151,20 @@ def _scale_of(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtyp
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to `dtype`, never 0, subnormal or infinite: kernels flush subnormals, and codes divide by it."""
-    info = torch.finfo(dtype)
-    return scale.clamp(info.smallest_normal, info.max).to(dtype)
+    """Rounded to `dtype`, never 0 or infinite: codes are divided by it.
+
+    Scales of small float16 weights are subnormal numbers, multiples of 2^-24, rounded up so that the range is covered.
+    Weights of a float16 checkpoint are such multiples too, so that none of them gets lost. The subnormal numbers of
+    other types are too small to matter, and are not used.
+    """
+    info, least = torch.finfo(dtype), least_scale(dtype)
+    small = (scale / least).ceil_().clamp_min_(1).mul_(least)
+    return torch.where(scale < info.smallest_normal, small, scale).clamp_(max=info.max).to(dtype)
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest scale that is stored in `dtype`; those below its normal numbers are multiples of it."""
+    return 2.0**-24 if dtype == torch.float16 else float(torch.finfo(dtype).smallest_normal)
 
 
 def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts: Tensor | None) -> Tensor:

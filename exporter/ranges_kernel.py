@@ -15,13 +15,14 @@ HELD = 4096  # weights that the threads of four warps hold between them without 
 
 
 @triton.jit
-def _within(low, high, part, levels, middle, smallest, largest, scale, SYMMETRIC: tl.constexpr):
-    """Scale, as it is stored, and zero point of `part` of each row's full range."""
+def _within(low, high, part, levels, middle, least, smallest, largest, scale, SYMMETRIC: tl.constexpr):
+    """Scale, as `ranges._stored` makes it, and zero point of `part` of each row's full range."""
     if SYMMETRIC:
         size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
     else:
         size = tl.div_rn((high - low) * part, levels)
-    size = tl.minimum(tl.maximum(size, smallest), largest).to(scale.dtype.element_ty).to(tl.float32)
+    small = tl.maximum(tl.ceil(size * (1.0 / least)), 1.0) * least  # a power of two: nothing is rounded
+    size = tl.minimum(tl.where(size < smallest, small, size), largest).to(scale.dtype.element_ty).to(tl.float32)
     if SYMMETRIC:
         point = size * 0.0 + middle
     else:
@@ -49,6 +50,7 @@ def _search(
     groups,
     levels,
     middle,
+    least,
     smallest,
     largest,
     shrink,
@@ -72,7 +74,8 @@ def _search(
     low, high = tl.minimum(tl.min(value, axis=1), 0.0), tl.maximum(tl.max(value, axis=1), 0.0)
     best, best_scale, best_zero = tl.full((R,), float("inf"), tl.float32), low * 0.0, low * 0.0
     for step in range(steps):
-        size, point = _within(low, high, 1.0 - shrink * step, levels, middle, smallest, largest, scale, SYMMETRIC)
+        part = 1.0 - shrink * step
+        size, point = _within(low, high, part, levels, middle, least, smallest, largest, scale, SYMMETRIC)
         off = _off(value, size, point, levels)
         if MEASURE == "together":
             error = tl.sum(tl.dot(off, block, input_precision="tf32x3") * off, axis=1)
@@ -95,6 +98,7 @@ def launch(
     middle: int,
     symmetric: bool,
     dtype: torch.dtype,
+    least: float,
     shrink: float,
     steps: int,
     importance: Tensor | None = None,
@@ -102,7 +106,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
 
-    shrink: how much narrower each of the `steps` ranges is than the one before, as a share of the first.
+    least: the smallest scale of `dtype`, a power of two. shrink: how much narrower each of the `steps` ranges is than
+    the one before, as a share of the first.
     hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its part of the diagonal, and a
     group has from 16 to `ranges.BLOCK_WIDTH` columns. A card whose shared memory is too small for that (147 kB at 128
     columns: an H100 and an A100 have it) raises Triton's `OutOfResources`.
@@ -111,8 +116,8 @@ def launch(
     groups = triton.cdiv(columns, width)
     scale = torch.empty(rows, groups, dtype=dtype, device=weight.device)
     zero = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
-    info = torch.finfo(dtype)
-    sizes = (rows, columns, groups, float(levels), float(middle), info.smallest_normal, info.max, shrink, steps)
+    bounds = (least, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max)
+    sizes = (rows, columns, groups, float(levels), float(middle), *bounds, shrink, steps)
     held = triton.next_power_of_2(width)
     at_once = max(1, min(ROWS, HELD // held))
     grid = (triton.cdiv(rows, at_once), groups)

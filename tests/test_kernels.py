@@ -56,13 +56,24 @@ def test_the_search_of_ranges_equals_torch(
 ) -> None:
     weight, counts = _drawn(1, 40 if columns < 1000 else 6, columns), _drawn(2, columns).abs() if weighted else None
     scheme = Scheme(4, group, symmetric)  # type: ignore[arg-type]
-    low, high = ranges._extremes(weight, scheme)
+    low, high = ranges.full_range(weight, scheme)
     scale, zero = ranges._search(weight, low, high, scheme, torch.float16, counts)
     fast = ranges._search_fast(weight, scheme, torch.float16, counts)
     grouped = ranges._grouped(weight, scheme)
     share = None if counts is None else ranges._grouped(counts[None], scheme)
     errors = [ranges._errors(grouped, *found, scheme, share) for found in ((scale, zero), fast)]
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
+    assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
+def test_scales_of_small_weights_equal_torch(kernels: dict[str, ModuleType], size: float) -> None:
+    """Subnormal numbers of float16, multiples of 2^-24."""
+    weight, scheme = _drawn(1, 40, 300) * size, Scheme(8, "row")
+    low, high = ranges.full_range(weight, scheme)
+    scale, zero = ranges._search(weight, low, high, scheme, torch.float16, None)
+    fast = ranges._search_fast(weight, scheme, torch.float16, None)
+    assert float(scale.max()) < 6.1e-5
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 

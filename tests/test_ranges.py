@@ -1,14 +1,15 @@
 """Scales and zero points: exact where arithmetic says so, safe at the edges of the stored dtype."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from exporter import ranges
 from exporter.methods import rtn
-from exporter.quantized import Scheme, quantize
-from exporter.ranges import fit_scale
+from exporter.quantized import Scheme, dequantize, quantize
+from exporter.ranges import fit_scale, least_scale
 
 SCHEMES = [
     Scheme(bits, group, symmetric)
@@ -109,14 +110,42 @@ def test_tensor_schemes_repeat_one_scale() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e38])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_extreme_weights_give_finite_normal_scales(size: float, symmetric: bool, dtype: torch.dtype) -> None:
+def test_extreme_weights_give_finite_scales_above_zero(size: float, symmetric: bool, dtype: torch.dtype) -> None:
     weight, scheme = torch.tensor([[1.0, -0.5, 0.25, 0.0]]) * size, Scheme(4, "row", symmetric)
     scale, zero = fit_scale(weight, scheme, dtype, "mse")
     assert torch.isfinite(scale).all()
-    assert (scale >= torch.finfo(dtype).smallest_normal).all()
+    least = least_scale(dtype)
+    assert (scale >= least).all()
+    assert torch.equal(scale.float() / least, (scale.float() / least).round())
     codes = quantize(weight, scale, zero, scheme)
-    if size < torch.finfo(dtype).smallest_normal / 2:
+    if size < least / 2:
         assert (codes == zero).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+def test_float16_holds_the_scales_of_small_weights(bits: int, symmetric: bool, range_: Any) -> None:
+    """Weights of a float16 checkpoint, down to a few multiples of its smallest number, lose as much as large ones."""
+    shape = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).div_(4).clamp_(-1, 1)
+    scheme, errors = Scheme(bits, 32, symmetric), []
+    for size in (1e-1, 8e-3, 1e-3, 1e-4, 3e-5, 4e-6):
+        weight = (shape * size).half().float()
+        scale, zero = fit_scale(weight, scheme, torch.float16, range_)
+        rounded = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme)
+        errors.append(float((rounded - weight).norm() / weight.norm()))
+    assert max(errors) < 1.35 * errors[0], errors  # scales are rounded up to multiples of 2^-24
+    assert errors[0] < {2: 0.6, 4: 0.12, 8: 0.01}[bits]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_float16_weight_of_few_steps_is_exact(bits: int) -> None:
+    """The step is the smallest float16 number, of which every float16 weight is a multiple."""
+    steps = torch.randint(-7, 8, (8, 32), generator=torch.Generator().manual_seed(0))
+    weight, scheme = steps * 2.0**-24, Scheme(bits, "row")
+    scale, zero = fit_scale(weight, scheme, torch.float16)
+    assert (scale == 2.0**-24).all()
+    assert torch.equal(dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme), weight)
 
 
 def test_zero_is_always_exact() -> None:

@@ -1,0 +1,130 @@
+"""How far quantized weights may be from the source's: every method stays near what rounding explains, losses do not."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporter.errors import CalibrationError
+from exporter.methods import METHODS, awq, gptq, rtn
+from exporter.moments import Statistics
+from exporter.quantized import QuantizedLinear, Scheme
+from exporter.recipe import Rule
+from exporter.source_error import MOST, source_error
+from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
+from tests.test_families import tiny_inputs
+
+SCHEMES = [
+    Scheme(2, 64),
+    Scheme(3, 64, False),
+    Scheme(4, 64),
+    Scheme(4, "row"),
+    Scheme(8, "row"),
+    Scheme(8, "tensor"),
+    Scheme(8, "row", number="fp8"),
+    Scheme(4, 128, activations="fp8"),
+]
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label())
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights() -> dict[str, Tensor]:
+    """Plain ones, heavy tails, and large columns."""
+    plain = drawn(96, 256) * 0.02
+    columns = plain.clone()
+    columns[:, ::9] *= 20
+    return {"plain": plain, "heavy": plain * drawn(96, 256, seed=1).abs().pow(3), "columns": columns}
+
+
+def statistics() -> dict[str, Statistics]:
+    """Inputs without structure, in few dimensions, with outliers, an offset, or columns that are always 0."""
+    plain = drawn(600, 256, seed=2)
+    off = plain.clone()
+    off[:, ::9] = 0
+    rows = {
+        "plain": plain,
+        "few dimensions": drawn(600, 8, seed=3) @ drawn(8, 256, seed=4),
+        "outliers": plain * torch.where(torch.arange(256) % 17 == 0, 100.0, 1.0),
+        "offset": plain + 30,
+        "columns off": off,
+    }
+    found = {}
+    for name, x in rows.items():
+        found[name] = Statistics(256, torch.device("cpu"))
+        found[name].update(x)
+    return found
+
+
+@schemes
+@dtypes
+def test_every_method_stays_near_what_rounding_explains(scheme: Scheme, dtype: torch.dtype) -> None:
+    worst = 0.0
+    for weight in weights().values():
+        for options in (rtn.Options(), rtn.Options(range="mse")):
+            worst = max(worst, source_error(weight, rtn.quantize_linear(weight, None, scheme, options, dtype)[0]))
+        for seen in statistics().values():
+            for options in (gptq.Options(), gptq.Options(damping=1e-4)):
+                linear, _ = gptq.quantize_linear(weight, seen, scheme, options, dtype)
+                worst = max(worst, source_error(weight, linear, seen))
+            linear, _ = awq.quantize_linear(weight, seen, scheme, awq.Options(), dtype)
+            worst = max(worst, source_error(weight, linear, seen))
+    assert 0.3 < worst < 3 < MOST / 2
+
+
+@schemes
+@pytest.mark.parametrize("seen", [None, "plain", "outliers"])
+def test_a_row_that_is_lost_is_noticed(scheme: Scheme, seen: str | None) -> None:
+    weight = weights()["plain"]
+    linear, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.bfloat16)
+    rows = slice(None) if scheme.group_size == "tensor" else slice(5, 6)
+    codes = linear.codes.clone()
+    codes[rows] = linear.zero[rows].repeat_interleave(scheme.columns_per_group(256), 1)[:, :256]
+    lost = replace(linear, codes=codes)
+    known = statistics()[seen] if seen else None
+    assert source_error(weight, linear, known) < 3
+    assert source_error(weight, lost, known) == float("inf")
+
+
+@schemes
+def test_steps_that_are_too_coarse_are_noticed(scheme: Scheme) -> None:
+    """As 32 times too large a scale would make them, where the weight does not become zero altogether."""
+    weight = weights()["plain"]
+    linear, _ = rtn.quantize_linear(32 * weight, None, scheme, rtn.Options(), torch.bfloat16)
+    assert source_error(weight, linear) > MOST
+
+
+def test_small_float16_weights_are_as_close_as_large_ones() -> None:
+    shape = drawn(16, 128).clamp_(-3, 3) / 3
+    for size in (1e-1, 2e-3, 1e-4, 3e-5, 1e-6):
+        weight = (shape * size).half().float()
+        linear, _ = rtn.quantize_linear(weight, None, Scheme(8, "row"), rtn.Options(), torch.float16)
+        assert source_error(weight, linear) < 1.5
+
+
+def test_zero_weights_are_exact() -> None:
+    weight = torch.zeros(4, 64)
+    linear, _ = rtn.quantize_linear(weight, None, Scheme(4, 32), rtn.Options(), torch.float16)
+    assert source_error(weight, linear) == 0.0
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_calibration_that_loses_a_weight_stops(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are spoiled behind the method's back, as float16 once did without anybody noticing."""
+    quantize_linear = METHODS[method].quantize_linear
+
+    def spoiled(*arguments: Any) -> tuple[QuantizedLinear, tuple[str, ...]]:
+        linear, notes = quantize_linear(*arguments)
+        return replace(linear, scale=linear.scale * 30), notes
+
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    rule = Rule(component="language", method=method, bits=4, group_size=32)
+    monkeypatch.setattr(METHODS[method], "quantize_linear", spoiled)
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj: .* times as large as W4 g32 explains"):
+        streamed(plan_for(checkpoint, (rule,)), checkpoint, tmp_path / "work", [tiny_inputs(LLAVA)])
