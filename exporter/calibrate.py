@@ -30,7 +30,7 @@ from exporter.families import Component, Pass
 from exporter.forward_hooks import replaced_forwards
 from exporter.job import Job
 from exporter.plan import Plan, Unit
-from exporter.smooth import quantize_block
+from exporter.smooth import Folding
 from exporter.workdir import Workdir
 
 VERSION = 3  # part of a job's fingerprint: raise it when this file changes the numbers
@@ -57,7 +57,11 @@ def run(
         for component in plan.family.components:
             units = [u for u in plan.units if u.component == component.name and u.index >= job.finished]
             for block in walk(job, component, units, batches):
-                job.commit(block.unit, quantize_block(block))
+                folding, result = Folding.start(block), block.quantize()
+                if folding:
+                    result = folding.best(result, block.quantize() if folding.fold(result) else None)
+                job.commit(block.unit, result)
+                del folding, result  # a copy of the block; its codes are being written
         job.settle()
 
 

@@ -54,31 +54,51 @@ class Truth:
         return _distance(block.outputs(self.batches), self.outputs)
 
 
-def quantize_block(block: Block) -> UnitResult:
-    """Quantize a block; where a method moves scales, once without and once with them: the better result stays in it.
+class Folding:
+    """A second try at a block: quantized once as it is, then with scales folded; the better result stays in it.
 
-    A block that smoothing made worse falls back, and a note says so.
+    The caller quantizes the block before `fold`, and again when that returns True; then it asks for `best`.
     """
-    if not block.inputs or not smooths(block.unit):
-        return block.quantize()
-    original = {name: block.parameter(name).clone() for name in block.tensors}
-    truth = Truth.of(block)
-    plain = block.quantize()
-    plain_error = truth.error(block)
-    block.restore(original)
-    folded, notes = _fold_all(block, truth)
-    if not folded:
-        block.put_quantized(plain)
-        return replace(plain, notes=(*plain.notes, *notes))
-    altered = _altered(block, original)
-    smoothed = block.quantize()
-    error = truth.error(block)
-    if error < plain_error:
-        return replace(smoothed, notes=(*smoothed.notes, *notes), altered=altered)
-    block.restore(original)
-    block.put_quantized(plain)
-    note = f"smoothing left out, it made the block's error {error:.4f} instead of {plain_error:.4f}"
-    return replace(plain, notes=(*plain.notes, *notes, f"{block.unit.block}: {note}"))
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._original = {name: block.parameter(name).clone() for name in block.tensors}
+        self._truth = Truth.of(block)
+        self._plain_error = 0.0
+        self._notes: list[str] = []
+        self._altered: dict[str, Tensor] = {}
+
+    @classmethod
+    def start(cls, block: Block) -> "Folding | None":
+        """Remember the block as it is; None when no method of its unit moves scales."""
+        return cls(block) if block.inputs and smooths(block.unit) else None
+
+    def fold(self, plain: UnitResult) -> bool:
+        """Take the quantized weights `plain` out again and fold the best scales; False when no scales help."""
+        block = self._block
+        self._plain_error = self._truth.error(block)
+        block.restore(self._original)
+        folded, self._notes = _fold_all(block, self._truth)
+        if folded:
+            self._altered = _altered(block, self._original)
+        else:
+            block.put_quantized(plain)
+        return folded
+
+    def best(self, plain: UnitResult, smoothed: UnitResult | None) -> UnitResult:
+        """The result with the smaller error of the block, which is left in it.
+
+        smoothed: None when nothing was folded. A note says when smoothing made the block worse.
+        """
+        if smoothed is None:
+            return replace(plain, notes=(*plain.notes, *self._notes))
+        error = self._truth.error(self._block)
+        if error < self._plain_error:
+            return replace(smoothed, notes=(*smoothed.notes, *self._notes), altered=self._altered)
+        self._block.restore(self._original)
+        self._block.put_quantized(plain)
+        note = f"smoothing left out, it made the block's error {error:.4f} instead of {self._plain_error:.4f}"
+        return replace(plain, notes=(*plain.notes, *self._notes, f"{self._block.unit.block}: {note}"))
 
 
 def _altered(block: Block, original: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from exporter.events import ignore
 from exporter.job import Job
 from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit
-from exporter.smooth import quantize_block
+from exporter.smooth import Folding
 from exporter.workdir import UnitResult, Workdir
 
 VERSION = 1  # raise it when this file changes the numbers
@@ -118,5 +118,9 @@ def quantize(
             inputs = batches() if any(unit.needs_statistics for unit in mine) else ()
             for block in calibrate.walk(job, component, mine, inputs, sequential=False):
                 assert isinstance(block.unit, StudyUnit)
-                store.write(block.unit, quantize_block(block))
+                folding, result = Folding.start(block), block.quantize()
+                if folding:
+                    result = folding.best(result, block.quantize() if folding.fold(result) else None)
+                store.write(block.unit, result)
+                del folding, result  # a copy of the block; its codes are being written
     return len(missing)
