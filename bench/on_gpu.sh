@@ -5,12 +5,12 @@
 #
 # Parts, in the order of the arguments; what each prints is also in OUT/PART.txt:
 #   kernels   the Triton kernels beside torch, and the tests of the methods
-#   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/architecture.md)
-#   whole     a whole export at true shapes, its steps (docs/architecture.md)
-#   peer      beside llm-compressor (docs/methods.md); PEER is the Python of its environment
+#   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/measurements/quantization-time.md)
+#   whole     a whole export at true shapes, its steps (docs/measurements/quantization-time.md)
+#   peer      beside llm-compressor (docs/measurements/peers.md); PEER is the Python of its environment
 #   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; then bring it back and `compare`
 #   attention which kernel reads the cache best
-#   speed     decoding and throughput by recipe (docs/serving.md); VARIANTS are names of bench/serve_variants.py
+#   speed     decoding and throughput by recipe (docs/measurements/serving-speed.md); VARIANTS are names of bench/serve_variants.py
 #   compiled  the same with Inductor, 90 to 120 s a variant
 #   check     `mmq check` of every artifact in CASES, through `vllm serve`
 #

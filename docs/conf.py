@@ -27,11 +27,12 @@ nitpicky = True
 
 def check_repository_links(app: Any, name: str, source: list[str]) -> None:
     """Links that leave the folder of the pages: their text when the file exists, else a link that fails the build."""
+    pages = ROOT / "docs"
 
     def checked(link: re.Match[str]) -> str:
-        target = (ROOT / "docs" / link[2].partition("#")[0]).resolve()
-        inside = target.is_relative_to(ROOT) and target.exists()
-        return link[1] if inside else link[0]
+        target = ((pages / name).parent / link[2].partition("#")[0]).resolve()
+        outside = target.is_relative_to(ROOT) and not target.is_relative_to(pages)
+        return link[1] if outside and target.exists() else link[0]
 
     source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)", checked, source[0])
 

@@ -67,7 +67,7 @@ def recipe_table() -> str:
 def family_table(name: str, recipes: Sequence[Recipe]) -> str:
     """Markdown: the recipes of one family."""
     family, (model, header) = FAMILIES[name], HEADERS[name]
-    lines = [f"| recipe | what it does | {model} | bits a weight |", "|---|---|---|---|"]
+    lines = [f"| recipe | what it does | {model} | bits per weight |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         stored = Checkpoint.open(write_sparse_checkpoint(Path(folder) / "model", header), family.canonical_name)
         for recipe in recipes:
@@ -83,7 +83,7 @@ def recipe_page(sizes: str) -> str:
     """Markdown: the recipes with the findings they rest on."""
     parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
     parts += [
-        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` gives one to change.",
+        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` writes one for you to change.",
         "",
     ]
     for name in built_in():
@@ -143,12 +143,12 @@ def between(text: str, name: str, new: str) -> str:
 def pages() -> dict[Path, str]:
     """File -> the text it should have."""
     readme, sizes = ROOT / "README.md", recipe_table()
-    served = ROOT / "docs" / "serving.md"
+    served = ROOT / "docs" / "reference" / "serving.md"
     return {
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
-        ROOT / "docs" / "recipes.md": recipe_page(sizes),
-        ROOT / "docs" / "cli.md": command_reference(),
+        ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),
+        ROOT / "docs" / "reference" / "cli.md": command_reference(),
     }
 
 

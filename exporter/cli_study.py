@@ -50,7 +50,9 @@ def words(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--model", metavar="MODEL", default="demo-llava", show_default=True, help="Hub id, folder or demo model.")
 @revision_option
 @click.option(
-    "--grid", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML file; see docs/study.md."
+    "--grid",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="YAML file; see docs/how-to/choose-bits.md.",
 )
 @click.option("--components", callback=words, metavar="A,B", help="What is varied [vision, qformer, language].")
 @click.option("--bits", callback=numbers, default="2,3,4,5,6,8,16", show_default=True, help="Widths; 16 keeps.")

@@ -16,7 +16,7 @@ LISTED = 5  # problems of one kind that are written out
 # What older versions of transformers stored although it is computed from the config: newer ones ignore it.
 STORED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 QUANTIZED = ("quantization_config", "compression_config")
-MODELS_PAGE = "see docs/families.md for the models that mmq takes"
+MODELS_PAGE = "see docs/reference/families.md for the models that mmq takes"
 
 
 def known_family(config: Mapping[str, Any], where: str) -> Family:

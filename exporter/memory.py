@@ -1,6 +1,7 @@
 """Predicted peak memory of quantizing, from shapes alone.
 
-The terms are those that `calibrate` really holds at once; docs/architecture.md compares them with measured peaks.
+The terms are those that `calibrate` really holds at once; docs/measurements/quantization-time.md compares them with
+measured peaks.
 """
 
 from collections.abc import Collection, Mapping, Sequence

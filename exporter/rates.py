@@ -1,7 +1,7 @@
 """How fast each kind of device does each kind of work, as measured; what `mmq plan` makes of it is "about".
 
-CUDA: one H100 and one H200, whose quantization phases take the same (docs/architecture.md has the terms of LLaVA-1.5-7B
-by GPTQ and AWQ). CPU: of one core of an EPYC with AVX-512, float32. Other devices differ.
+CUDA: one H100 and one H200, whose quantization phases take the same (docs/measurements/quantization-time.md has the
+terms of LLaVA-1.5-7B by GPTQ and AWQ). CPU: of one core of an EPYC with AVX-512, float32. Other devices differ.
 """
 
 from dataclasses import dataclass, replace

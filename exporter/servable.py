@@ -49,7 +49,7 @@ def engine_linears(artifact: Artifact) -> list[Linear]:
 def refuse_unserved(family: Family) -> None:
     """ServeError when the engine knows no model of this family."""
     if family.unserved:
-        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/families.md")
+        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/reference/families.md")
 
 
 def needs_plugin(artifact: Artifact) -> bool:
@@ -90,4 +90,6 @@ def _hardware_rules(
 def _refuse(what: str, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:10])
-        raise ServeError(f"vllm cannot serve {what} there:\n{lines}", "docs/serving.md, Rules, says what runs where")
+        raise ServeError(
+            f"vllm cannot serve {what} there:\n{lines}", "docs/reference/serving.md, Rules, says what runs where"
+        )

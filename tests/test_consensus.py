@@ -18,7 +18,11 @@ from exporter.study.importance import REPEATS, TREES
 from exporter.study.table import Floats
 
 PAPER = Path(os.environ.get("MMQ_PAPER_DATA", Path(__file__).parents[2] / "shared" / "paper-data"))
-AGREES = ("BLIP-2 COCO, GPTQ", "BLIP-2 COCO, AWQ", "LLaVA GQA, AWQ")  # the others do not: docs/study.md says why
+AGREES = (
+    "BLIP-2 COCO, GPTQ",
+    "BLIP-2 COCO, AWQ",
+    "LLaVA GQA, AWQ",
+)  # the others do not: docs/how-to/choose-bits.md says why
 COLUMNS = ("vit_bits", "qformer_bits", "llm_bits")
 BITS = (2, 3, 4, 8)
 

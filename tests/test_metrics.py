@@ -24,7 +24,7 @@ captions = st.lists(st.sampled_from(WORDS), max_size=12)
 groups = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), min_size=1, max_size=4)
 
 
-# What the tokenizer in Python is known to do otherwise; docs/evaluation.md lists it.
+# What the tokenizer in Python is known to do otherwise; docs/explanation/evaluation.md lists it.
 OTHERWISE = {"rock 'n' roll", "y'all", "the '90s", "no. 5", "J. K. Rowling", "Co. name", "he'd've"}
 
 

@@ -3,7 +3,7 @@
 Equal pixels are found by a hash of them, and copies that were scaled or compressed again by their look: a 64-bit hash
 of the signs of low frequencies (after Zauner, 2010, "pHash"), then a 16 x 16 thumbnail in color. The hash alone would
 not do: among drawings on the same background it is equal for pictures that differ in a color. Bounds are measured in
-`docs/evaluation.md`; copies that were cropped, turned, mirrored or recolored pass.
+`docs/explanation/evaluation.md`; copies that were cropped, turned, mirrored or recolored pass.
 """
 
 import base64

@@ -18,7 +18,7 @@ from exporter.formats.group import Group
 from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "compressed_tensors"
-# All scales are 1 (docs/serving.md says when that is enough).
+# All scales are 1 (docs/explanation/float8.md says when that is enough).
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 }

@@ -1,4 +1,4 @@
-"""Flags that serve an artifact faster on a Hopper GPU than vLLM's own choice, as measured: docs/serving.md, Speed."""
+"""Flags that serve an artifact faster on a Hopper GPU than vLLM's own choice, as measured: docs/how-to/serve-on-gpu.md."""
 
 import shlex
 from collections.abc import Collection, Sequence
@@ -54,4 +54,4 @@ def advice(found: Sequence[Faster], given: Sequence[str]) -> str:
     kept = [each for each in found if not any(word in named for word in decided[each])]
     flags = shlex.join(flag for each in kept for flag in each.flags)
     lines = [f"  {each.flags[0]}: {each.what}" for each in kept]
-    return "\n".join([f"faster on a Hopper GPU: `-- {flags}` (docs/serving.md, Speed)", *lines]) if kept else ""
+    return "\n".join([f"faster on a Hopper GPU: `-- {flags}` (docs/how-to/serve-on-gpu.md)", *lines]) if kept else ""
