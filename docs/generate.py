@@ -83,7 +83,7 @@ def recipe_page(sizes: str) -> str:
     """Markdown: the recipes with the findings they rest on."""
     parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
     parts += [
-        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` writes one for you to change.",
+        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` writes one to change.",
         "",
     ]
     for name in built_in():

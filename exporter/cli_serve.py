@@ -217,7 +217,7 @@ def check(
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
         raise CheckFailed(
             f"{artifact}: vllm does not answer as the artifact should:\n{lines}",
-            "`mmq check --logs FOLDER` keeps what vllm said; docs/measurements/serving-accuracy.md tells which errors move answers how far",
+            "`mmq check --logs FOLDER` keeps what vllm said; docs/explanation/checks.md explains the bounds",
         )
 
 

@@ -161,7 +161,7 @@ class Calibration(Strict):
 
     A source that is only named (`folder`, `coco`) gets its path from --data.
     vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
-    language model). Methods then care less about the picture's errors, or more (docs/explanation/methods.md); 0 leaves it out.
+    language model); 0 leaves the picture out (docs/explanation/methods.md).
     """
 
     data: tuple[str, ...] = ("demo",)

@@ -1,10 +1,10 @@
-"""The artifact's dequantized weights in transformers, as the yardstick of what an engine answers.
+"""The artifact's dequantized weights in transformers: the reference for an engine's answers.
 
-It is asked for the log-probabilities of all tokens that the engine listed, likely or not, after the same prompt. How
-far 16-bit sums alone move them is measured, not guessed: the floor is the reference in the engine's dtype beside itself
-in float32, several times, each time with the picture moved by less than 16 bits can hold, because one pass alone says
-little. An engine that computes the same in 16 bits has the floor's mean; `docs/measurements/serving-accuracy.md` has what was measured of
-right and of wrong ones. Means, not root mean squares: one question that blows every rounding up decides those.
+It gives the log-probabilities of all tokens that the engine listed, likely or not, after the same prompt. The effect of
+16-bit sums alone is measured: the floor is the reference in the engine's dtype beside itself in float32, several times,
+each time with the picture moved by less than 16 bits can represent, because one pass alone says little. An engine that
+computes the same in 16 bits has the floor's mean (`docs/measurements/serving-accuracy.md`). Means instead of root mean
+squares: a single question that amplifies every rounding error would decide those.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Flags that serve an artifact faster on a Hopper GPU than vLLM's own choice, as measured: docs/how-to/serve-on-gpu.md."""
+"""Flags that serve an artifact faster on a Hopper GPU than vLLM's own choice (docs/measurements/serving-speed.md)."""
 
 import shlex
 from collections.abc import Collection, Sequence

@@ -1,8 +1,8 @@
 """Which vLLM kernel runs a scheme, by format and hardware: bits x kernel x architecture (vLLM 0.26-0.33).
 
 Read from vLLM's `_get_scheme_from_parts` (compressed-tensors) and kernel lists, compared with what 0.32 chooses in
-`tests/vllm/`, and tried where `docs/measurements/serving-versions.md` says so. Groups that neither Machete nor Marlin takes are left to
-Humming, which runs them all; float16 or 4 bits vLLM may give to Exllama or Triton instead.
+`tests/vllm/`, and tried where `docs/measurements/serving-versions.md` says so. Groups that neither Machete nor Marlin
+takes run with Humming, which takes all of them; vLLM may give float16 or 4 bits to Exllama or Triton instead.
 """
 
 from dataclasses import dataclass
