@@ -7,12 +7,18 @@ import sys
 
 from exporter.interrupt import install, raise_if_asked
 
+ASK_PROCESSORS = ("plan", "export")  # commands that ask a helper process about a model's processor
+
 
 def main() -> None:
     """Run the command line."""
     install()
     try:
         try:
+            if sys.argv[1:2] and sys.argv[1] in ASK_PROCESSORS and not {"-h", "--help"} & set(sys.argv):
+                from exporter.inspector import start_helper
+
+                start_helper()  # it loads its libraries while torch is loaded here
             from exporter.cli import main as run
 
             run()

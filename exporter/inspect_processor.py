@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -171,6 +171,8 @@ def main(hidden: list[str]) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    with suppress(ImportError, RuntimeError):  # a request says so again
+        from transformers import AutoProcessor  # noqa: F401 (before the first request: the parent is still starting)
     _limit_memory()
     for line in requests:
         replies.write(json.dumps(answer(json.loads(line))) + "\n")
