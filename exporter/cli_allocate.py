@@ -108,14 +108,17 @@ def command_line() -> str:
 
 def search(options: dict[str, Any]) -> "Found":
     """Run the allocation that the options ask for."""
+    from exporter.lock import hold
     from exporter.progress import Listener
     from exporter.study.search import allocate as run
     from exporter.study.work import opened
+    from exporter.workdir import LOCK
 
     setup = setup_of(options)
     try:
         with (
             Listener(options["as_json"]) as listen,
+            hold(setup.folder / LOCK, setup.folder, on_event=listen),
             pool_of(options, opened(setup).device.is_cuda, sys.maxsize) as pool,
         ):
             return run(setup, request_of(options), pool, listen, prove=not options["no_proof"])

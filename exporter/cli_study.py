@@ -105,17 +105,23 @@ def study(context: click.Context, **options: Any) -> None:
 
 def measure(options: dict[str, Any]) -> "Outcome":
     """Run the grid that the options name."""
+    from exporter.lock import hold
     from exporter.progress import Listener
     from exporter.study.grid import points, read_grid
     from exporter.study.run import run
     from exporter.study.work import opened
+    from exporter.workdir import LOCK
 
     setup = setup_of(options)
     model = opened(setup)
     grid = read_grid(options["grid"]) if options["grid"] else grid_of(options, model.family)
     chosen, notes = points(grid, model.family, model.checkpoint.config)
     try:
-        with Listener(options["as_json"]) as listen, pool_of(options, model.device.is_cuda, len(chosen)) as pool:
+        with (
+            Listener(options["as_json"]) as listen,
+            hold(setup.folder / LOCK, setup.folder, on_event=listen),
+            pool_of(options, model.device.is_cuda, len(chosen)) as pool,
+        ):
             tell(notes, listen)
             return run(setup, chosen, pool, listen)
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
 from exporter.study.records import FILE, Measured, Records, comparable, last_exam, read_records
-from exporter.study.run import Outcome, run
+from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.setting import Setting, changes
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
@@ -124,9 +124,10 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
     run(setup, [Point(rules, (("vision_bits", 3),))], pool.inline, ignore)
     model = opened(setup)
     plan = model.plan(rules)
-    units = units_of(plan, model.checkpoint.digest(), "not read by rtn")
+    keys = keys_of_run(setup, model, ignore)
+    units = units_of(plan, keys.model, "not read by rtn")
     found = changes(store_of(setup).read(unit) for unit in units)
-    setting = setting_of(setup, rules, "not read by rtn")
+    setting = setting_of(setup, rules, keys, [])
     assert {name for block in setting.blocks for name in setting.changes(block)} == found.keys()
     assert all(torch.equal(setting.tensor(name), tensor) for name, tensor in found.items())
     assert setting.tensor("language_model.model.norm.weight") is None
@@ -268,7 +269,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
     assert passing._passing
     living: list[tuple[str, weakref.ref[UnitResult]]] = []
     for chosen, scores in zip(rules, expected, strict=True):
-        setting = setting_of(setup, chosen, "not read by rtn")
+        setting = setting_of(setup, chosen, keys_of_run(setup, opened(setup), ignore), [])
         monkeypatch.setattr(setting, "_read", alone(setting._read, living))
         assert passing.grade(setting) == pytest.approx(scores, abs=1e-6)  # sums of other batches
     assert len(living) > len(passing._inside)
@@ -397,7 +398,7 @@ def test_a_retrieval_model_is_scored_by_recall_as_its_answers_are(tmp_path: Path
     assert worse["kl"] > 0.01
     assert full["score"] > worse["score"] > 0
     chosen, model = examiner(setup), opened(setup)
-    chosen.grade(setting_of(setup, broken, "not read by rtn"))
+    chosen.grade(setting_of(setup, broken, keys_of_run(setup, model, ignore), []))
     samples = exam_samples(setup)["retrieval"]
     predictor = Predictor(chosen._live, chosen._processor, model.family, torch.device("cpu"), 8)
     recalls = retrieval.score(predictor.answer(samples), samples)

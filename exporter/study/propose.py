@@ -97,12 +97,14 @@ def confirm(
     samples: int,
     on_event: Callable[[Event], None],
 ) -> Confirmed:
-    """Export a recipe into a folder named by its content and measure real answers; done before, it is only read."""
+    """Export a recipe into a folder named by its content and measure real answers.
+
+    What an earlier run made there of the same model and data is verified, and its kept answers are used.
+    """
     recipe = with_data_it_knows(recipe.model_copy(update={"evaluation": Evaluation(samples=samples)}))
     out = folder / f"{recipe.name}-{recipe.digest()[:12]}"
     make_folder(folder)
-    if not (out / REPORT).exists():
-        export(recipe, out=out, device=device, on_event=on_event, sources=sources, overwrite=out.exists())
+    export(recipe, out=out, device=device, on_event=on_event, sources=sources, overwrite=True)
     return read_confirmed(recipe.name, out)
 
 

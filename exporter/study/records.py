@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from exporter.answers import digest
 from exporter.checkpoint import make_folder
 from exporter.errors import DataError
 
@@ -31,6 +33,10 @@ CREATE TABLE IF NOT EXISTS scores (
   metric TEXT NOT NULL,
   value REAL NOT NULL,
   PRIMARY KEY (point, metric)
+);
+CREATE TABLE IF NOT EXISTS checksums (
+  point TEXT PRIMARY KEY REFERENCES points(id),
+  sha256 TEXT NOT NULL      -- of the setting and its scores; settings of older versions have none
 );
 CREATE TABLE IF NOT EXISTS runs (
   number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -72,6 +78,8 @@ class Records:
     """The file, open; use as a context manager. Every `add` is on disk when it returns."""
 
     def __init__(self, path: Path) -> None:
+        self.damaged: tuple[str, ...] = ()  # what `all` left out, in words
+        self._path = path
         make_folder(path.parent)
         try:
             self._db = sqlite3.connect(path)
@@ -91,26 +99,49 @@ class Records:
         """Keep one setting, with all its scores or not at all."""
         about = json.dumps(dict(found.about))
         plain = (found.id, found.exam, about, found.bytes, found.bits_per_weight, found.seconds, found.cpu_seconds)
-        with self._db:
+        with self._explained(), self._db:
             self._db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)", plain)
             rows = [(found.id, metric, float(value)) for metric, value in found.scores.items()]
-            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+            self._db.execute("DELETE FROM scores WHERE point = ?", (found.id,))
+            self._db.executemany("INSERT INTO scores VALUES (?, ?, ?)", rows)
+            self._db.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (found.id, checksum(found)))
 
     def begin(self, exam: str) -> None:
         """Keep that a run scores by this exam, so that its settings come last."""
-        with self._db:
+        with self._explained(), self._db:
             self._db.execute("INSERT INTO runs (exam) VALUES (?)", (exam,))
 
     def all(self) -> dict[str, Measured]:
-        """Everything measured, by id; the exam of the last run comes last."""
+        """Everything measured, by id; the exam of the last run comes last. Damaged settings are left out."""
+        with self._explained():
+            return self._all()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn an error of the database into a DataError."""
+        try:
+            yield
+        except (sqlite3.Error, ValueError) as error:
+            hint = "free some space; if the file is damaged, delete it: units are kept, and settings are scored again"
+            raise DataError(f"{self._path} cannot be used: {error}", hint) from None
+
+    def _all(self) -> dict[str, Measured]:
         scores: dict[str, dict[str, float]] = {}
         for point, metric, value in self._db.execute("SELECT point, metric, value FROM scores ORDER BY rowid"):
             scores.setdefault(point, {})[metric] = value
-        rows = [(row, scores.get(row[0], {})) for row in self._db.execute(IN_ORDER)]
-        return {
-            row[0]: Measured(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], known)
-            for row, known in rows
+        sums = dict(self._db.execute("SELECT point, sha256 FROM checksums"))
+        settings = {
+            row[0]: Measured(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], scores.get(row[0], {}))
+            for row in self._db.execute(IN_ORDER)
         }
+        wrong = [name for name, found in settings.items() if name in sums and checksum(found) != sums[name]]
+        self.damaged = tuple(f"{self._path}: setting {name} is damaged; it is scored again" for name in wrong)
+        return {name: found for name, found in settings.items() if name not in wrong}
+
+
+def checksum(found: Measured) -> str:
+    """sha256 of a setting with its scores."""
+    return digest([asdict(found) | {"about": dict(found.about), "scores": dict(found.scores)}])
 
 
 def read_records(folder: Path) -> list[Measured]:

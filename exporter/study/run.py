@@ -1,23 +1,26 @@
 """A study: which units and settings are missing, who makes them, and what came out."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any
 
 from exporter import data
+from exporter.answers import digest
 from exporter.checkpoint import make_folder, write_text
+from exporter.errors import CheckpointError
 from exporter.events import Event
 from exporter.export import training_samples
+from exporter.identity import method_versions, of_source
 from exporter.methods import METHODS
+from exporter.processor import load_processor
 from exporter.recipe import Rule
 from exporter.study.grid import Point
+from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
 from exporter.study.pool import Pool
 from exporter.study.records import Measured, Records, as_csv
 from exporter.study.units import StudyUnit, units_of
-from exporter.study.work import Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
+from exporter.study.work import CHANGED, Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
 
 Listener = Callable[[Event], None]
 
@@ -60,22 +63,26 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     """
     begun, cpu = time.monotonic(), time.process_time()
     make_folder(setup.folder)
+    opened.cache_clear()  # a process may run several studies, and the model may have changed between them
     model = opened(setup)
-    source = model.checkpoint.digest()
-    exam, calibration = _digests(setup, source)
-    jobs = [_job(setup, model, point, source, exam, calibration) for point in points]
+    keys = keys_of_run(setup, model, on_event)
+    exam = _exam(setup, keys)
+    jobs = [_job(model, point, keys, exam) for point in points]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
         records.begin(exam)
         before = records.all()
+        for note in records.damaged:
+            on_event(Event("note", 0, 0, note))
         todo = _different(job for job in jobs if job.id not in before)
         laps = {"plan": time.monotonic() - begun}
         used: dict[str, float] = {}
         if setup.sequential:
             made = sum(len(job.units) for job in todo)
         else:
-            made = _quantize(setup, todo, pool, on_event, laps, used)
-        _score(setup, todo, exam, calibration, pool, on_event, records, laps, used)
+            made = _quantize(setup, todo, keys, pool, on_event, laps, used)
+        _score(setup, todo, exam, keys, pool, on_event, records, laps, used)
         after = records.all()
+    _require_unchanged(model, keys)
     spent = Spent.since((begun, cpu), None)
     used[spent.process] = spent.cpu_seconds  # this process, with what it did itself
     write_text(setup.folder / f"{setup.table}.csv", as_csv(list(after.values())))
@@ -84,39 +91,53 @@ def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -
     return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()), setup.sequential)
 
 
-def _digests(setup: Setup, source: str) -> tuple[str, str]:
-    """Of the exam, and of the calibration data; a shared picture is an error.
-
-    Scores may stand in one table when their exams are equal: so that is the model, what it was calibrated on and which
-    version of each method did that, beside the samples and how they are scored.
-    """
-    model = opened(setup)
-    exam = exam_samples(setup)
-    training = data.traces(training_samples(model.recipe, setup.places))
+def keys_of_run(setup: Setup, model: Opened, on_event: Listener) -> Keys:
+    """What units and settings are named by; a picture that is both calibrated on and scored on is a DataError."""
+    model.checkpoint.start_hashing()
+    exam, training = exam_samples(setup), training_samples(model.recipe, setup.places)
     if setup.split != "train":
-        data.check_disjoint(training, [sample for samples in exam.values() for sample in samples])
-    asked = {task: [sample.identity for sample in samples] for task, samples in exam.items()}
-    chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
-    how = [setup.how, setup.sequential, setup.split, [str(place) for place in chosen]]
-    pictures = [(trace.identity, trace.key) for trace in training]
-    calibration = _digest([pictures, model.recipe.calibration.model_dump(mode="json", exclude={"data"})])
-    versions = {name: method.VERSION for name, method in METHODS.items()}
-    return _digest([asked, how, source, calibration, versions]), calibration
+        data.check_disjoint(data.traces(training), [sample for samples in exam.values() for sample in samples])
+    processor = load_processor(model.checkpoint.folder)
+    return keys_of(
+        model.checkpoint,
+        model.device,
+        calibration_digest(model.recipe, processor, model.family, training),
+        exam_digest(processor, model.family, exam),
+        on_event,
+    )
 
 
-def _digest(content: Any) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+def _exam(setup: Setup, keys: Keys) -> str:
+    """What two scores must have in common to stand in one table.
+
+    That is the model, what it was calibrated on and which version of each method did that, beside the samples and how
+    they are scored.
+    """
+    how = [setup.how, setup.sequential, setup.split]
+    return digest([keys.exam, how, keys.model, keys.calibration, method_versions(METHODS)])[:32]
 
 
-def _job(setup: Setup, model: Opened, point: Point, source: str, exam: str, calibration: str) -> Job:
+def _require_unchanged(model: Opened, keys: Keys) -> None:
+    """CheckpointError when the model changed since its digest was taken."""
+    if digest(of_source(model.checkpoint)) != keys.source:
+        raise CheckpointError(f"{model.checkpoint.origin} changed while the study ran", CHANGED)
+
+
+def _job(model: Opened, point: Point, keys: Keys, exam: str) -> Job:
     plan = model.plan(point.rules)
-    units = units_of(plan, source, calibration) if point.rules else ()
-    name = _digest([source, exam, sorted(unit.key for unit in units)])
+    units = units_of(plan, keys.model, keys.calibration) if point.rules else ()
+    name = digest([exam, sorted(unit.key for unit in units)])[:32]
     return Job(point, name, plan.bytes_after, plan.bits_per_weight, units)
 
 
 def _quantize(
-    setup: Setup, jobs: Sequence[Job], pool: Pool, on_event: Listener, laps: dict[str, float], used: dict[str, float]
+    setup: Setup,
+    jobs: Sequence[Job],
+    keys: Keys,
+    pool: Pool,
+    on_event: Listener,
+    laps: dict[str, float],
+    used: dict[str, float],
 ) -> int:
     """Make the units that some setting lacks, in parcels that each walk one component once."""
     store = store_of(setup)
@@ -126,7 +147,7 @@ def _quantize(
         rule = unit.rows[0].rule
         assert rule is not None
         parcels.setdefault((unit.component, rule.method, rule.bits), []).append(unit)
-    tasks = [(setup, tuple(units)) for units in sorted(parcels.values(), key=len, reverse=True)]
+    tasks = [(setup, tuple(units), keys) for units in sorted(parcels.values(), key=len, reverse=True)]
     begun, done = time.monotonic(), 0
     for number, spent in pool(make_units, tasks):
         done += len(tasks[number][1])
@@ -140,7 +161,7 @@ def _score(
     setup: Setup,
     jobs: Sequence[Job],
     exam: str,
-    calibration: str,
+    keys: Keys,
     pool: Pool,
     on_event: Listener,
     records: Records,
@@ -149,12 +170,12 @@ def _score(
 ) -> None:
     """Score the settings that were never scored; each is kept at once."""
     begun = time.monotonic()
-    tasks: list[tuple[Setup, tuple[Rule, ...], str, str]] = [
-        (setup, job.point.rules, job.id, calibration) for job in jobs
-    ]
+    tasks: list[tuple[Setup, tuple[Rule, ...], str, Keys]] = [(setup, job.point.rules, job.id, keys) for job in jobs]
     for done, (number, spent) in enumerate(pool(score_point, tasks), 1):
         job, took = jobs[number], _checked(spent)
         about = _about(setup, job.point)
+        for note in took.notes:
+            on_event(Event("note", done, len(jobs), note))
         records.add(
             Measured(job.id, exam, about, job.bytes, job.bits_per_weight, took.seconds, took.cpu_seconds, took.result)
         )

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from exporter import calibrate
+from exporter.answers import digest
 from exporter.checkpoint import Checkpoint, make_folder
 from exporter.device import Device
 from exporter.events import ignore
@@ -46,8 +46,8 @@ class StudyUnit(Unit):
 def units_of(plan: Plan, source: str, calibration: str) -> tuple[StudyUnit, ...]:
     """The plan's work as units that other plans may share.
 
-    source: digest of the checkpoint. calibration: digest of the calibration data; units of methods that do not read it
-    do not depend on it.
+    source: digest of the model and of what computes (`Keys.model`). calibration: digest of the calibration data; units
+    of methods that do not read it do not depend on it.
     """
     found = []
     for unit in plan.units:
@@ -67,13 +67,12 @@ def units_of(plan: Plan, source: str, calibration: str) -> tuple[StudyUnit, ...]
                 "versions": [VERSION, calibrate.VERSION, method.VERSION],
                 "calibration": calibration if method.Statistics is not None else None,
             }
-            key = sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
-            found.append(StudyUnit(0, unit.component, unit.block, tuple(rows), key))
+            found.append(StudyUnit(0, unit.component, unit.block, tuple(rows), digest(decides)[:32]))
     return tuple(found)
 
 
 class UnitStore:
-    """A folder of finished units; a file that is there is complete."""
+    """A folder of finished units; a file that is there was written whole."""
 
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
@@ -86,6 +85,10 @@ class UnitStore:
     def write(self, unit: StudyUnit, result: UnitResult) -> None:
         """Keep a finished unit."""
         self._workdir.commit(unit, result)
+
+    def remove(self, unit: StudyUnit) -> None:
+        """Delete a unit, so that it is made again."""
+        (self._workdir.path / unit.file).unlink(missing_ok=True)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
         """A finished unit, its tensors on `device` (WorkdirError when its file is damaged)."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from exporter import calibrate, data
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, choose, exact_math, free_bytes
-from exporter.errors import DataError
+from exporter.errors import DataError, WorkdirError
 from exporter.events import ignore
 from exporter.export import training_samples
 from exporter.families import Family
 from exporter.passing_blocks import by_block, pass_blocks
-from exporter.plan import Plan, make_plan
+from exporter.plan import Plan, Unit, make_plan
 from exporter.predict import Predictor, batches
 from exporter.preparation import with_data_it_knows
 from exporter.processor import load_processor
@@ -28,13 +28,15 @@ from exporter.recipe import Recipe, Rule
 from exporter.source import open_source
 from exporter.stream import Stream
 from exporter.study import exam
+from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
 from exporter.study.setting import Setting
 from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 from exporter.whole_model import whole_model
-from exporter.workdir import Workdir
+from exporter.workdir import UnitResult, Workdir
 
+CHANGED = "let whatever writes to it finish, then run the same command again"
 How = Literal["forced", "generated"]
 
 
@@ -80,6 +82,7 @@ class Spent:
     """What a task took: wall and processor seconds, and its result.
 
     process, process_seconds: who did it, and the processor seconds of that process since it began.
+    notes: what the user should read.
     """
 
     seconds: float
@@ -87,18 +90,19 @@ class Spent:
     process: str
     process_seconds: float
     result: Any
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def since(cls, start: tuple[float, float], result: Any) -> "Spent":
+    def since(cls, start: tuple[float, float], result: Any, notes: Sequence[str] = ()) -> "Spent":
         """What was spent since `start`, a wall time and a processor time."""
         cpu = time.process_time()
         who = f"{platform.node()}:{os.getpid()}"
-        return cls(time.monotonic() - start[0], cpu - start[1], who, cpu, result)
+        return cls(time.monotonic() - start[0], cpu - start[1], who, cpu, result, tuple(notes))
 
 
-@lru_cache(maxsize=1)
-def opened(setup: Setup) -> Opened:
-    """The model of a setup."""
+@lru_cache(maxsize=2)
+def opened(setup: Setup, source: str = "") -> Opened:
+    """The model of a setup. source: `Keys.source`, so that a process that stays opens a changed model again."""
     recipe = with_data_it_knows(Recipe.model_validate_json(setup.recipe))
     checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype)
     check_processor(checkpoint, family)
@@ -124,24 +128,32 @@ def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
     return {task: data.samples_from(chosen, task, setup.split, setup.samples, seed) for task in able}
 
 
-def calibration_batches(setup: Setup) -> list[dict[str, Tensor]]:
-    """The model inputs that units are calibrated on."""
-    model = opened(setup)
+def calibration_batches(setup: Setup, keys: Keys | None = None) -> list[dict[str, Tensor]]:
+    """The model inputs that units are calibrated on (DataError when they are no longer those of the keys)."""
+    model = opened(setup, keys.source if keys else "")
     samples = training_samples(model.recipe, setup.places)
-    return batches(load_processor(model.checkpoint.folder), model.family, samples, model.recipe.calibration.batch)
+    processor = load_processor(model.checkpoint.folder)
+    if keys and calibration_digest(model.recipe, processor, model.family, samples) != keys.calibration:
+        raise DataError("the calibration data changed while the study ran", CHANGED)
+    return batches(processor, model.family, samples, model.recipe.calibration.batch)
 
 
-def make_units(setup: Setup, units: Sequence[StudyUnit]) -> Spent:
-    """Quantize units that are not there yet; the result is how many were made."""
+def make_units(setup: Setup, units: Sequence[StudyUnit], keys: Keys | None = None) -> Spent:
+    """Quantize units that are not there yet; the result is how many were made.
+
+    keys: of the process that named the units; DataError when this one would compute other numbers.
+    """
     start = time.monotonic(), time.process_time()
-    model = opened(setup)
+    model = opened(setup, keys.source if keys else "")
+    if keys:
+        keys.require_machine(model.device, model.checkpoint)
     with exact_math(model.recipe.calibration.seed):
         made = quantize(
             model.plan(()),
             model.checkpoint,
             store_of(setup),
             units,
-            lambda: calibration_batches(setup),
+            lambda: calibration_batches(setup, keys),
             model.device,
         )
     return Spent.since(start, made)
@@ -153,13 +165,12 @@ class Examiner:
     It is on the device whole where that fits, else its blocks come and go. One block of a setting is in memory.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, keys: Keys | None = None) -> None:
         self._setup = setup
-        self._model = model = opened(setup)
+        self._model = model = opened(setup, keys.source if keys else "")
         self._device = model.device.torch_device
         checkpoint, family = model.checkpoint, model.family
-        stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
-        dtype = model.device.compute_dtype(stored)
+        dtype = model.device.compute_dtype(stored_dtype(checkpoint))
         whole, room = whole_model(checkpoint.tensors, family, checkpoint.config), free_bytes(self._device)
         self._passing = not whole.batch_within(room, dtype.itemsize)
         self._batch = max(1, min(setup.batch, whole.batch_within(room, dtype.itemsize, self._passing)))
@@ -174,6 +185,8 @@ class Examiner:
         self._changed: set[str] = set()
         self._processor = load_processor(checkpoint.folder)
         self._samples = exam_samples(setup)
+        if keys and exam_digest(self._processor, family, self._samples) != keys.exam:
+            raise DataError("the data that settings are scored on changed while the study ran", CHANGED)
         if setup.how == "forced":
             self._exam = exam.prepare(self._processor, family, self._samples, self._batch)
             self._exam.learn(self._live, self._device)
@@ -210,33 +223,48 @@ class Examiner:
 
 
 @lru_cache(maxsize=1)
-def examiner(setup: Setup) -> Examiner:
+def examiner(setup: Setup, keys: Keys | None = None) -> Examiner:
     """One for each process."""
-    return Examiner(setup)
+    return Examiner(setup, keys)
 
 
-def score_point(setup: Setup, rules: Sequence[Rule], name: str, calibration: str) -> Spent:
+def score_point(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> Spent:
     """Scores of a setting whose units are there. name: its folder when it is quantized sequentially."""
-    start = time.monotonic(), time.process_time()
-    chosen = examiner(setup)
-    sequential = setup.sequential and rules
-    setting = _in_sequence(setup, rules, name) if sequential else setting_of(setup, rules, calibration)
-    return Spent.since(start, chosen.grade(setting))
+    start, notes = (time.monotonic(), time.process_time()), list[str]()
+    chosen = examiner(setup, keys)
+    if setup.sequential and rules:
+        setting = _in_sequence(setup, rules, name, keys, notes)
+    else:
+        setting = setting_of(setup, rules, keys, notes)
+    return Spent.since(start, chosen.grade(setting), notes)
 
 
-def setting_of(setup: Setup, rules: Sequence[Rule], calibration: str) -> Setting:
-    """A setting whose units are among those of the study."""
-    model, store = opened(setup), store_of(setup)
-    units = units_of(model.plan(rules), model.checkpoint.digest(), calibration)
-    return Setting(units, lambda unit: store.read(unit, model.device.torch_device))
+def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]) -> Setting:
+    """A setting whose units are among those of the study; a damaged one is made again, with a note."""
+    model, store = opened(setup, keys.source), store_of(setup)
+
+    def read(unit: Unit) -> UnitResult:
+        assert isinstance(unit, StudyUnit)
+        try:
+            return store.read(unit, model.device.torch_device)
+        except WorkdirError as error:
+            notes.append(f"{error.message}; it is made again")
+            store.remove(unit)
+            make_units(setup, [unit], keys)
+            return store.read(unit, model.device.torch_device)
+
+    return Setting(units_of(model.plan(rules), keys.model, keys.calibration), read)
 
 
-def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str) -> Setting:
+def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys, notes: list[str]) -> Setting:
     """A setting that is quantized as an export does it, in a folder that a stopped run goes on from."""
-    model = opened(setup)
+    model = opened(setup, keys.source)
+    keys.require_machine(model.device, model.checkpoint)
     plan = model.plan(rules)
     work = Workdir.open(setup.folder / "sequential" / name, {"point": name})
+    work.drop_damaged(plan.units, lambda event: notes.append(event.message) if event.stage == "note" else None)
     needed = plan.needs_calibration and work.done(plan.units) < len(plan.units)
+    inputs = calibration_batches(setup, keys) if needed else []
     with exact_math(model.recipe.calibration.seed):
-        calibrate.run(plan, model.checkpoint, work, calibration_batches(setup) if needed else [], model.device, ignore)
+        calibrate.run(plan, model.checkpoint, work, inputs, model.device, ignore)
     return Setting(plan.units, lambda unit: work.read(unit, model.device.torch_device))
