@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.block_inputs import BlockInputs, check_excluded, cleaned, counted_rows, finite_rows, weighted
+from exporter.block_inputs import BlockInputs, check_excluded, cleaned, counted_rows, finite_rows, unnoted, weighted
 from exporter.errors import CalibrationError, CheckpointError
 from exporter.families import Component
 from exporter.forward_hooks import watch_inputs
@@ -118,7 +118,7 @@ class Block:
         """
         linears: dict[str, QuantizedLinear] = {}
         errors: dict[str, float] = {}
-        notes = self._notes()
+        notes = [f"{self.unit.block}: {note}" for note in unnoted(self.inputs)]
         for rows in self._stacks():
             statistics = self.gather(rows[:1]).get(rows[0].linear)
             weights = [self._weight(row) for row in rows]
@@ -179,15 +179,6 @@ class Block:
                 "the checkpoint is damaged, or its training diverged; download it again",
             )
         return weight
-
-    def _notes(self) -> list[str]:
-        """What the user should know of the block's inputs: tokens that stopped being finite just before it."""
-        excluded = sum(entry.newly_excluded for entry in self.inputs)
-        if not excluded:
-            return []
-        tokens = sum(entry.tokens for entry in self.inputs)
-        text = f"the inputs of {excluded} of {tokens} calibration tokens are not finite; they are left out from here on"
-        return [f"{self.unit.block}: {text}"]
 
 
 def _refuse_lost(row: PlanRow, error: float) -> None:

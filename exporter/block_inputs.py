@@ -20,6 +20,36 @@ MOST_EXCLUDED = 0.1  # share of the tokens that may be excluded before the job s
 
 
 @dataclass
+class Cleaning:
+    """Zeros in place of tokens that are not finite, wherever they appear upstream of a component for one batch.
+
+    damaged, tokens: how many were not finite where most of them were, and how many there were in all.
+    """
+
+    damaged: int = 0
+    tokens: int = 0
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's `forward` between cleaned hidden states."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                output = forward(self._clean(args[0]), *args[1:], **kwargs)
+            else:
+                output = forward(**kwargs | {"hidden_states": self._clean(kwargs["hidden_states"])})
+            return (self._clean(output[0]), *output[1:]) if isinstance(output, tuple) else self._clean(output)
+
+        return run
+
+    def _clean(self, hidden: Tensor) -> Tensor:
+        finite = torch.isfinite(hidden).all(-1)
+        damaged = int((~finite).sum())
+        if damaged > self.damaged:
+            self.damaged, self.tokens = damaged, finite.numel()
+        return cleaned(hidden) if damaged else hidden
+
+
+@dataclass
 class BlockInputs:
     """The input of the next block for one batch.
 
@@ -27,22 +57,25 @@ class BlockInputs:
     of the next block and of those after it.
     weights: f32 `[batch, tokens]` (a batch of 1 for packed pictures), how much each token counts: 0 for padding and for
     tokens that were not finite; None when all count the same.
-    tokens: how many counted at first. excluded: how many of them were not finite. newly_excluded: those that the last
-    step added.
+    tokens: how many counted at first. excluded: how many of them were not finite since. noted: of how many of these a
+    note tells. upstream: what was cleaned before the first block.
     """
 
     hidden: Tensor
     calls: tuple[BlockCall, ...]
     weights: Tensor | None
-    tokens: int = 0
+    upstream: Cleaning
+    tokens: int
     excluded: int = 0
-    newly_excluded: int = 0
+    noted: int = 0
 
     @classmethod
-    def enter(cls, entered: ChainInput, weights: Tensor | None, store: torch.device) -> "BlockInputs":
+    def enter(
+        cls, entered: ChainInput, weights: Tensor | None, store: torch.device, upstream: Cleaning | None = None
+    ) -> "BlockInputs":
         """The input of a component's first block, kept on `store`."""
         counted = entered.hidden.shape[:-1].numel() if weights is None else int((weights > 0).sum())
-        inputs = cls(entered.hidden, entered.calls, weights, counted)
+        inputs = cls(entered.hidden, entered.calls, weights, upstream or Cleaning(), counted)
         inputs._keep(entered.hidden, store)
         return inputs
 
@@ -66,7 +99,6 @@ class BlockInputs:
 
     def _keep(self, hidden: Tensor, store: torch.device) -> None:
         """Store the next block's input; tokens that are not finite count nothing from now on."""
-        before = self.excluded
         finite = torch.isfinite(hidden)
         if not finite.all():
             finite = finite.all(-1).cpu().view(-1, hidden.shape[-2])  # a row of tokens for each weight's row
@@ -74,26 +106,12 @@ class BlockInputs:
             self.weights = torch.where(finite, weights, 0.0)
             self.excluded += int(((weights > 0) & ~finite).sum())
             hidden = cleaned(hidden)
-        self.newly_excluded = self.excluded - before
         self.hidden = hidden.to(store)
 
 
 def cleaned(hidden: Tensor) -> Tensor:
     """Hidden states `[..., width]` with zeros in place of every token that is not finite."""
     return torch.where(torch.isfinite(hidden).all(-1, keepdim=True), hidden, 0.0)
-
-
-def cleaning_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's `forward` between `cleaned` hidden states."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            output = forward(cleaned(args[0]), *args[1:], **kwargs)
-        else:
-            output = forward(**kwargs | {"hidden_states": cleaned(kwargs["hidden_states"])})
-        return (cleaned(output[0]), *output[1:]) if isinstance(output, tuple) else cleaned(output)
-
-    return run
 
 
 def is_finite(entered: ChainInput) -> bool:
@@ -105,15 +123,38 @@ def is_finite(entered: ChainInput) -> bool:
 
 
 def check_excluded(block: str, inputs: Sequence[BlockInputs], also: int = 0) -> None:
-    """CalibrationError when too many tokens of the block's inputs, or `also` inside of it, are not finite."""
+    """CalibrationError when too many tokens are not finite: the block's inputs and `also` inside of it, or upstream."""
     tokens, excluded = sum(entry.tokens for entry in inputs), also + sum(entry.excluded for entry in inputs)
+    _refuse_many(block, excluded, tokens)
+    damaged = [entry.upstream for entry in inputs if entry.upstream.damaged]
+    if damaged:
+        estimated = sum(cleaning.tokens for cleaning in damaged) * len(inputs) // len(damaged)
+        _refuse_many(f"upstream of {block}", sum(cleaning.damaged for cleaning in damaged), estimated)
+
+
+def _refuse_many(where: str, excluded: int, tokens: int) -> None:
     if excluded > MOST_EXCLUDED * tokens:
         raise CalibrationError(
-            f"{block}: the activations of {excluded} of {tokens} calibration tokens ({excluded / tokens:.0%}) are not "
+            f"{where}: the activations of {excluded} of {tokens} calibration tokens ({excluded / tokens:.0%}) are not "
             f"finite; up to {MOST_EXCLUDED:.0%} would be left out",
             "float16 models overflow on a GPU: try --device cpu, which computes in float32; else look for damaged "
             "weights or pictures",
         )
+
+
+def unnoted(inputs: Sequence[BlockInputs]) -> list[str]:
+    """Notes about tokens that were not finite since `mark_noted`; they do not depend on where a stopped run went on."""
+    tokens, excluded = sum(entry.tokens for entry in inputs), sum(entry.excluded - entry.noted for entry in inputs)
+    upstream = sum(entry.upstream.damaged for entry in inputs)
+    notes = [f"tokens that are not finite upstream of it: {upstream}; they are set to zero"] * bool(upstream)
+    left = f"the inputs of {excluded} of {tokens} calibration tokens are not finite; they are left out from here on"
+    return notes + [left] * bool(excluded)
+
+
+def mark_noted(inputs: Sequence[BlockInputs]) -> None:
+    """A note tells of everything that was excluded so far."""
+    for entry in inputs:
+        entry.noted, entry.upstream = entry.excluded, Cleaning()
 
 
 def token_weights(batch: Batch, hidden: Tensor, image: int | None, vision: float) -> Tensor | None:

@@ -1,12 +1,15 @@
 """How much tokens count: padding nothing, pictures what the recipe says."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from exporter import component_inputs
 from exporter.block_inputs import counted_rows, token_weights, weighted
 from exporter.device import choose
+from exporter.errors import CalibrationError
 from exporter.methods import gptq
 from exporter.plan import make_plan
 from exporter.recipe import Rule
@@ -86,3 +89,26 @@ def inputs(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         model(**batch)
     return seen[0].flatten(0, 1).double()
+
+
+def test_a_weight_for_pictures_needs_to_know_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    rule = Rule(component="language", method="gptq", bits=3, group_size=32)
+    recipe = plan_for(checkpoint, (rule,)).recipe.adjusted(calibration={"vision_weight": 0.5})
+    plan = make_plan(recipe, checkpoint, LLAVA, choose("cpu"))
+    monkeypatch.setattr(component_inputs, "image_token", lambda config: None)
+    with pytest.raises(CalibrationError, match=r"vision_weight is given, and config\.json names no image token"):
+        streamed(plan, checkpoint, tmp_path / "work", batches_for(LLAVA))
+
+
+def test_the_image_token_has_two_names() -> None:
+    assert component_inputs.image_token(SimpleNamespace(image_token_index=7)) == 7
+    assert component_inputs.image_token(SimpleNamespace(image_token_id=0)) == 0
+    assert component_inputs.image_token(SimpleNamespace(image_token_index=None)) is None
+
+
+def test_hidden_states_that_do_not_fit_the_mask_are_refused() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    for shape in ((10, 3), (1, 10, 3)):
+        with pytest.raises(CalibrationError, match=r"expected \[batch, tokens, width\]"):
+            token_weights(batch, torch.zeros(shape), 9, 1.0)

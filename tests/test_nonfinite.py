@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from exporter import calibrate
 from exporter.block import Block
 from exporter.block_calls import BlockCall, ChainInput
-from exporter.block_inputs import BlockInputs, check_excluded
+from exporter.block_inputs import BlockInputs, check_excluded, mark_noted, unnoted
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.recipe import Rule
@@ -38,8 +38,13 @@ def test_one_infinite_pixel_excludes_its_token_alone_and_is_noted(
     with gathered(monkeypatch) as hessians:
         workdir = streamed(plan, checkpoint, tmp_path / "work", [batch])
     notes = [note for unit in plan.units for note in workdir.read(unit).notes]
-    text = "the inputs of 1 of 85 calibration tokens are not finite; they are left out from here on"
-    assert notes == [f"{plan.units[0].block}: {text}"]
+    upstream = "tokens that are not finite upstream of it: 1; they are set to zero"
+    assert notes == [
+        "vision_tower.vision_model.encoder.layers.0: the inputs of 1 of 85 calibration tokens are not finite; they are "
+        "left out from here on",
+        f"multi_modal_projector: {upstream}",
+        f"language_model.model.layers.0: {upstream}",
+    ]
     assert all(torch.isfinite(hessian).all() for hessian in hessians)
 
     rows: list[Tensor] = []
@@ -148,9 +153,14 @@ def test_what_stops_being_finite_counts_nothing_in_the_blocks_behind() -> None:
     assert torch.equal(entry.hidden[1, 7], torch.zeros(4))
     assert entry.weights is not None
     assert entry.weights[1].tolist() == [float(i not in (0, 7)) for i in range(20)]
-    assert (entry.tokens, entry.excluded, entry.newly_excluded) == (39, 1, 1)
+    assert (entry.tokens, entry.excluded) == (39, 1)
+    assert unnoted([entry]) == [
+        "the inputs of 1 of 39 calibration tokens are not finite; they are left out from here on"
+    ]
+    mark_noted([entry])
     entry.advance(nn.Identity(), CPU)
-    assert (entry.excluded, entry.newly_excluded) == (1, 0)
+    assert entry.excluded == 1
+    assert unnoted([entry]) == []
     check_excluded("block", [entry])
 
 
@@ -183,6 +193,28 @@ def test_components_behind_get_cleaned_outputs(tmp_path: Path, monkeypatch: pyte
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan = plan_for(checkpoint, (Rule(component="language", method="gptq", bits=4, group_size=32),))
     with gathered(monkeypatch) as hessians:
-        calibrate.run(plan, checkpoint, Workdir.open(tmp_path / "w", {}), [broken_patch(2)], choose("cpu"), print)
+        workdir = Workdir.open(tmp_path / "w", {})
+        calibrate.run(plan, checkpoint, workdir, [broken_patch(2)], choose("cpu"), print)
     assert len(hessians) == 8
     assert all(torch.isfinite(hessian).all() for hessian in hessians)
+    notes = [note for unit in plan.units for note in workdir.read(unit).notes]
+    assert notes == [f"{plan.units[0].block}: tokens that are not finite upstream of it: 2; they are set to zero"]
+
+
+def test_too_many_cleaned_tokens_upstream_stop_the_job(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (Rule(component="language", method="gptq", bits=4, group_size=32),))
+    batch = tiny_inputs(LLAVA, 5, 6)
+    batch["pixel_values"][:, 0, :8, :16] = float("nan")
+    text = r"upstream of language_model\.model\.layers\.0: the activations of 10 of 85 calibration tokens \(12%\)"
+    with pytest.raises(CalibrationError, match=text):
+        streamed(plan, checkpoint, tmp_path / "work", [batch])
+
+
+def test_tokens_that_are_lost_between_two_units_are_told_by_the_second(tmp_path: Path) -> None:
+    """The first block of the tower is not quantized, and nothing there could tell."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (Rule(component="vision", method="gptq", bits=4, group_size=16, blocks="1:2"),))
+    workdir = streamed(plan, checkpoint, tmp_path / "work", [broken_patch()])
+    (note,) = workdir.read(plan.units[0]).notes
+    assert note.startswith("vision_tower.vision_model.encoder.layers.1: the inputs of 1 of 85 calibration tokens")
