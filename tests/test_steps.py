@@ -74,6 +74,20 @@ def test_quantizing_takes_what_was_measured(
     assert by_name(plan)["quantize"].device_bytes / GIB == pytest.approx(gib, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "quantize", "write", "verify"),
+    [(make.LLAVA_7B, 2.66, 0.60, 0.81), (make.LLAVA_13B, 4.18, 0.92, 1.25), (make.LLAVA_34B, 7.53, 1.70, 2.35)],
+)
+def test_device_memory_of_every_step_is_what_was_measured(
+    name: str, quantize: float, write: float, verify: float, planned: Callable[..., Plan]
+) -> None:
+    """`llava-w4-vit8` on an H200 (docs/measurements/whole-export.md)."""
+    steps = by_name(planned(name, gpu(140)))
+    assert steps["quantize"].device_bytes / GIB == pytest.approx(quantize, rel=0.1)
+    assert steps["write"].device_bytes / GIB == pytest.approx(write, rel=0.1)
+    assert steps["verify"].device_bytes / GIB == pytest.approx(verify, rel=0.1)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_step_is_predicted(name: str, planned: Callable[..., Plan]) -> None:
     plan = planned(name, gpu(140))
