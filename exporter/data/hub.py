@@ -179,7 +179,7 @@ def _line(place: Path, row: Mapping[str, Any], i: int, task: str) -> dict[str, A
     try:
         with Image.open(io.BytesIO(content)) as image:
             suffix = SUFFIXES.get(image.format or "", ".img")
-    except OSError:
+    except Exception:  # noqa: BLE001 (Pillow's readers raise many kinds on damaged files)
         raise DataError(f"row {i}: its picture cannot be read") from None
     name = f"{i:06d}{suffix}"
     (place / name).write_bytes(content)

@@ -6,7 +6,6 @@ is left out in silence: a line, an id or a picture that cannot be used is a prob
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from exporter.data.pictures import PictureError, open_picture
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
@@ -75,12 +75,6 @@ def to_samples(found: Found, limit: int, seed: int, nothing: str, hint: str | No
     ]
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture in RGB, turned as its EXIF data says."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def digest(text: str) -> bytes:
     """sha256 of a text: an order that nobody chose."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
@@ -119,13 +113,12 @@ def _picture_problem(found: Found, row: Row) -> str | None:
             return f"{row.where}: '{row.name}' is a link out of the folder"
         if not row.path.is_file():
             return f"{row.where}: no picture '{row.name}'"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            open_picture(row.path)
+        open_picture(row.path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return f"{row.where}: '{row.name}' has more than {Image.MAX_IMAGE_PIXELS} pixels"
-    # What Pillow's readers raise on damaged files, and Python 3.11 and 3.12 on a link to itself (RuntimeError).
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
+    except PictureError as error:
+        return f"{row.where}: '{row.name}': {error}"
+    except Exception as error:  # noqa: BLE001 (Pillow's readers raise many kinds on damaged files)
         return f"{row.where}: '{row.name}' cannot be read ({type(error).__name__})"
     return None
 
