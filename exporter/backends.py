@@ -13,13 +13,14 @@ from exporter.answers import Backend, Model, digest
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device, free_bytes, release
+from exporter.encoding import render
 from exporter.errors import CheckpointError, DataError
 from exporter.events import Event, ignore
 from exporter.families import Family
 from exporter.identity import package_versions
 from exporter.passing_blocks import load_passing
 from exporter.placement import Placement, place
-from exporter.predict import Predictor, render
+from exporter.predict import Predictor
 from exporter.predict_server import ServedPredictor, Server, generation
 from exporter.processor import load_processor
 from exporter.processor_files import processor_files

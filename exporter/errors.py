@@ -94,6 +94,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in whole)
 
 
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters: what identifies a thing stands on one line everywhere."""
+    return " ".join("".join(c if c.isprintable() else " " for c in printable(text)).split())
+
+
 def did_you_mean(value: str, names: Iterable[str]) -> str:
     """` Did you mean 'name'?` for the nearest of `names`, empty when none is near; to append to a message."""
     close = difflib.get_close_matches(value, list(names), n=1)

@@ -13,6 +13,7 @@ from exporter.baseline import require_source
 from exporter.checkpoint import Checkpoint
 from exporter.clock import Clock
 from exporter.device import Device
+from exporter.encoding import refuse_too_long
 from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.make_artifact import Prepared, made_already, make_artifact, remove_work
@@ -101,12 +102,17 @@ class _Samples:
     traces: list[data.Trace]
     evaluation: dict[str, list[Sample]]
 
+    @property
+    def tested(self) -> list[Sample]:
+        """What to measure on, of every task."""
+        return [sample for samples in self.evaluation.values() for sample in samples]
+
 
 def _announce(plan: Plan, samples: _Samples, device: Device, skip_evaluation: bool, on_event: Listener) -> None:
     """What the user should know before the work begins, one note each."""
     steps = [step for step in plan.steps if step.name != "check"]
     warnings = step_warnings(steps, device, skip_evaluation)
-    for note in (*plan.warnings, *warnings, *data.notes(samples.calibration)):
+    for note in (*plan.warnings, *warnings, *data.notes(samples.calibration, samples.tested)):
         on_event(Event("note", 0, 0, note))
 
 
@@ -117,6 +123,7 @@ def _prepared(plan: Plan, checkpoint: Checkpoint, samples: _Samples, device: Dev
         on_event(Event("prepare", 0, 1, LIBRARIES))
         processor = load_processor(checkpoint.folder)  # while the source is hashed
         on_event(Event("prepare", 1, 1, LIBRARIES))
+        refuse_too_long(processor, plan.family, samples.calibration, samples.evaluation)
     pictures = [trace.key for trace in samples.traces]
     inputs = identity.of_job(plan, checkpoint, processor, samples.calibration, pictures, device, on_event)
     return Prepared(plan, checkpoint, processor, samples.calibration, samples.traces, inputs)

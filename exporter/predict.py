@@ -9,42 +9,11 @@ import torch
 from torch import Tensor
 
 from exporter.batch_size import BatchSize
+from exporter.encoding import Inputs, encode, render, reply_end
 from exporter.events import Event, ignore
 from exporter.families import Family
 from exporter.retrieve import ranked
-from exporter.tasks.retrieval import prepare
 from exporter.tasks.sample import Sample, task_of
-
-Inputs = dict[str, Tensor]
-
-
-def render(processor: Any, family: Family, sample: Sample, reply: str | None) -> str:
-    """The text that the processor turns into tokens: the prompt, and with `reply` the whole conversation to its end.
-
-    The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
-    LLaVA's conversations, and ends as the family's replies do; for retrieval it is the text that is searched for.
-    """
-    if reply is not None and "retrieval" in family.tasks:
-        reply = prepare(reply)
-    text = family.text(sample.question)
-    prompt = processor.template.prompt(text) if processor.template else family.fallback_prompt.format(text=text)
-    if reply is None:
-        return prompt
-    gap = " " if prompt and not prompt[-1].isspace() else ""
-    return f"{prompt}{gap}{reply}{_reply_end(processor.tokenizer, family)[0]}"
-
-
-def _reply_end(tokenizer: Any, family: Family) -> tuple[str, list[int]]:
-    """What ends a reply, as text, and the tokens at which an answer is over.
-
-    The family's own end counts where it is a token of this tokenizer, else the end-of-sequence token.
-    """
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if family.reply_end:
-        own = tokenizer(family.reply_end, add_special_tokens=False)["input_ids"]
-        if len(own) == 1 and own[0] != tokenizer.unk_token_id:
-            return family.reply_end, [*ends, int(own[0])]
-    return "" if family.reply_end == "" else tokenizer.eos_token or "", ends
 
 
 def prompt_text(family: Family, sample: Sample) -> str:
@@ -54,7 +23,7 @@ def prompt_text(family: Family, sample: Sample) -> str:
 
 def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Inputs:
     """Model inputs of one sample's picture and prompt, a batch of one on the CPU."""
-    return _encode(processor, family, [sample], [None], "right")
+    return encode(processor, family, [sample], [None], "right")
 
 
 def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Inputs]:
@@ -64,7 +33,7 @@ def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_siz
     empty), `pixel_values` f32 `[batch, 3, height, width]`, and whatever else the processor makes.
     """
     groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    return [_encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
+    return [encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
 
 
 def calibration_text(processor: Any, family: Family, sample: Sample) -> str:
@@ -92,8 +61,8 @@ def conversations(processor: Any, family: Family, samples: Sequence[Sample], bat
     found = []
     for start in range(0, len(samples), batch_size):
         group = samples[start : start + batch_size]
-        prompts = _encode(processor, family, group, [None] * len(group), "right")
-        whole = _encode(processor, family, group, [_reply(s) for s in group], "right")
+        prompts = encode(processor, family, group, [None] * len(group), "right")
+        whole = encode(processor, family, group, [_reply(s) for s in group], "right")
         ids = [(_tokens(prompts, row), _tokens(whole, row)) for row in range(len(group))]
         starts = tuple(_reply_start(prompt, full) for prompt, full in ids)
         replies = tuple(full[at:] for (_, full), at in zip(ids, starts, strict=True))
@@ -103,19 +72,6 @@ def conversations(processor: Any, family: Family, samples: Sequence[Sample], bat
 
 def _reply(sample: Sample) -> str | None:
     return sample.references[0] if sample.references else None
-
-
-def _encode(
-    processor: Any, family: Family, samples: Sequence[Sample], replies: Sequence[str | None], side: str
-) -> Inputs:
-    texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
-    start = processor.tokenizer.bos_token
-    # A chat template may write the start token itself; the tokenizer must not add a second one.
-    special = not (start and texts[0].startswith(start))
-    images = [sample.image() for sample in samples]
-    options = {"padding": True, "padding_side": side, "add_special_tokens": special, "return_tensors": "pt"}
-    encoded = processor(images=images, text=texts, **options)
-    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
 
 class Predictor:
@@ -200,7 +156,7 @@ class Predictor:
             yield task, [i for i, sample in enumerate(samples) if task_of(sample) == task]
 
     def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Inputs:
-        encoded = _encode(self._processor, self._family, samples, replies, side)
+        encoded = encode(self._processor, self._family, samples, replies, side)
         dtype = next(self._model.parameters()).dtype
         return {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in encoded.items()}
 
@@ -212,7 +168,7 @@ class Predictor:
         from transformers import GenerationConfig
 
         tokenizer = self._processor.tokenizer
-        _, ends = _reply_end(tokenizer, self._family)
+        _, ends = reply_end(tokenizer, self._family)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         longest = self._family.max_new_tokens[task]
         return GenerationConfig(

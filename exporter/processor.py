@@ -4,19 +4,26 @@ from pathlib import Path
 from typing import Any
 
 from exporter.chat_template import Template
+from exporter.config_check import known_family
 from exporter.errors import CheckpointError
 from exporter.inspector import inspect
+from exporter.strict_json import read_json
 
 
 class Processor:
     """A processor of transformers that never renders a chat template.
 
-    template: None when the model folder has none.
+    template: None when the model folder has none. positions: tokens that the model can take at most, None when nobody
+    says so. image_tokens: of them, what a picture takes.
     """
 
-    def __init__(self, theirs: Any, template: Template | None) -> None:
+    def __init__(
+        self, theirs: Any, template: Template | None, positions: int | None = None, image_tokens: int = 0
+    ) -> None:
         self.theirs = theirs
         self.template = template
+        self.positions = positions
+        self.image_tokens = image_tokens
 
     @property
     def tokenizer(self) -> Any:
@@ -33,6 +40,13 @@ class Processor:
         """The text that stands for a picture in a prompt; None when the processor has none."""
         token = getattr(self.theirs, "image_token", None)
         return None if token is None else str(token)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of that token; None when it is none."""
+        token = self.image_token
+        found = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
+        return found if isinstance(found, int) and found != self.tokenizer.unk_token_id else None
 
     def __call__(self, **inputs: Any) -> Any:
         """Model inputs of pictures and texts."""
@@ -52,4 +66,6 @@ def load_processor(folder: Path) -> Processor:
     except Exception as error:  # whatever the libraries raise here and not in the helper
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {reason}") from error
-    return Processor(theirs, inspection.template)
+    config = read_json(folder / "config.json")
+    family = known_family(config, str(folder / "config.json"))
+    return Processor(theirs, inspection.template, family.positions(config), family.image_tokens(config))

@@ -6,7 +6,7 @@ from pathlib import Path
 from exporter.checkpoint import Checkpoint, promised_files
 from exporter.config_check import known_family, without_buffers
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean
+from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean, one_line
 from exporter.families import Family
 from exporter.hub import Remote, open_remote
 from exporter.safetensors_header import DTYPES
@@ -26,7 +26,7 @@ def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
         return MODELS[repo], repo
     folder = Path(repo).expanduser()
     if folder.is_dir():
-        return folder, folder.name
+        return folder, one_line(folder.name or folder.resolve().name)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(
             f"no model '{repo}': neither a folder, nor a hub id like org/name, nor embedded ({', '.join(MODELS)})."

@@ -18,13 +18,14 @@ from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
 from exporter.demo.data import samples
 from exporter.device import Device, choose
+from exporter.encoding import render, reply_end
 from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
 from exporter.export import export
 from exporter.facts import read_place
 from exporter.families import FAMILIES, Family
 from exporter.plan import Plan, engine_linears, make_plan
-from exporter.predict import Predictor, _reply_end, prompt_inputs, render
+from exporter.predict import Predictor, prompt_inputs
 from exporter.processor import load_processor
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
@@ -288,11 +289,11 @@ def test_replies_end_as_the_family_does(models: dict[str, Path]) -> None:
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [50118] if text == "\n" else []}
 
-    assert _reply_end(Words(), BLIP2) == ("\n", [2, 50118])
-    assert _reply_end(Words(), FAMILIES["llava"]) == ("</s>", [2])
-    assert _reply_end(Words(), ITM) == ("", [2])
+    assert reply_end(Words(), BLIP2) == ("\n", [2, 50118])
+    assert reply_end(Words(), FAMILIES["llava"]) == ("</s>", [2])
+    assert reply_end(Words(), ITM) == ("", [2])
     demo = load_processor(models["blip2"]).tokenizer
-    assert _reply_end(demo, BLIP2) == ("</s>", [demo.eos_token_id])
+    assert reply_end(demo, BLIP2) == ("</s>", [demo.eos_token_id])
 
 
 def test_texts_to_calibrate_retrieval_on_are_those_that_are_searched_for(models: dict[str, Path]) -> None:

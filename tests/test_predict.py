@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from exporter.chat_template import PROBES, conversation, take_apart
+from exporter.encoding import render
 from exporter.events import Event
 from exporter.families import FAMILIES
-from exporter.predict import Predictor, batches, render
+from exporter.predict import Predictor, batches
 from exporter.processor import Processor
 from exporter.tasks.sample import Sample
 from tests.oracles import naive_log_likelihood

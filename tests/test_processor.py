@@ -15,10 +15,10 @@ from exporter import inspector
 from exporter.chat_template import PROBES, Template, take_apart
 from exporter.demo import MODELS
 from exporter.device import choose
+from exporter.encoding import render
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.families import FAMILIES
 from exporter.inspector import inspect
-from exporter.predict import render
 from exporter.preparation import prepare
 from exporter.processor import load_processor
 from exporter.recipe_file import load_recipe

@@ -4,19 +4,22 @@ A source's `samples` takes the user's folder (None when none was given), a task,
 and on the command line a source is written `NAME:PATH` (`coco:/data/coco`), `demo`, or as a bare folder.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
-from exporter.errors import DataError, did_you_mean
+from exporter.errors import DataError, did_you_mean, one_line
+from exporter.families import FAMILIES
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
 Source = Callable[[Path | None, str, str, int, int], list[Sample]]
+_MARKERS = re.compile("|".join(rf"\s*{re.escape(family.image_marker)}\s*" for family in FAMILIES.values()))
 ANY_TASK = ("captioning", "vqa", "retrieval")
 DEMO_CANDIDATES = 10  # of a thousand small drawings; the paper's 128 would only take longer
 BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-up names, and in plain words
@@ -77,7 +80,7 @@ class Place:
         """For manifests: the source, and of its path the last part alone (all of it when it is a hub id)."""
         if self.name == "hub" and self.path and hub.repo_of(self.path.as_posix()):
             return f"hub {self.path.as_posix()}"
-        return self.name if self.path is None else f"{self.name} {self.path.name}"
+        return self.name if self.path is None else one_line(f"{self.name} {self.path.name}")
 
 
 def place(written: str | Path) -> Place:
@@ -104,7 +107,7 @@ def samples(name: str, path: Path | None, task: str, split: str, limit: int, see
     name: a key of `DATA`. split: train, validation or test. Raises DataError when there are none, listing every
     problem found.
     """
-    found = DATA[name](path, task, split, limit, seed)
+    found = [_plain(sample) for sample in DATA[name](path, task, split, limit, seed)]
     if task != retrieval.NAME:
         return found
     return retrieval.pooled(found, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
@@ -122,12 +125,33 @@ def samples_from(chosen: Sequence[Place], task: str, split: str, limit: int, see
     raise DataError(f"{named} has nothing for task {task}", f"add a source that has it: {having}, folder")
 
 
-def notes(chosen: Sequence[Sample]) -> tuple[str, ...]:
-    """What the user should know about samples to calibrate on."""
-    bare = sum(not sample.references for sample in chosen)
-    if not bare:
-        return ()
-    return (f"{bare} of {len(chosen)} calibration samples have no text: the model sees picture and prompt, no reply",)
+def _plain(sample: Sample) -> Sample:
+    """The sample with an identity of one line, and without what stands for a picture in prompts in its texts.
+
+    Data for training holds such places. DataError when nothing is left of a text.
+    """
+    sample = replace(sample, identity=one_line(sample.identity))
+    texts = [text for text in (sample.question, *sample.references) if text is not None]
+    if not any(_MARKERS.search(text) for text in texts):
+        return sample
+    question = None if sample.question is None else _MARKERS.sub(" ", sample.question).strip()
+    references = tuple(_MARKERS.sub(" ", text).strip() for text in sample.references)
+    if "" in (question, *references):
+        raise DataError(f"sample {sample.identity} has a text of nothing but the place of a picture")
+    return replace(sample, question=question, references=references, marked=True)
+
+
+def notes(calibration: Sequence[Sample], tested: Iterable[Sample] = ()) -> tuple[str, ...]:
+    """What the user should know about samples to calibrate on and to test on."""
+    found = []
+    if bare := sum(not sample.references for sample in calibration):
+        share = f"{bare} of {len(calibration)} calibration samples"
+        found.append(f"{share} have no text: the model sees picture and prompt, no reply")
+    chosen = [*calibration, *tested]
+    if marked := sum(sample.marked for sample in chosen):
+        markers = " or ".join(sorted({family.image_marker for family in FAMILIES.values()}))
+        found.append(f"{marked} of {len(chosen)} samples have {markers} in a text: left out, as prompts have their own")
+    return tuple(found)
 
 
 __all__ = [

@@ -144,8 +144,10 @@ class Family:
     tiny_config: a config small enough for tests, with the real structure.
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
     image_tokens: places that a picture takes among the tokens of a prompt.
+    positions: tokens that the model can take at most, the picture's among them.
     picture_side: width and height in pixels of what the vision tower takes.
     processor_fields: settings of the processor that follow from config.json.
+    image_marker: what stands for a picture in prompts.
     reply_end: what ended replies in the model's training: None for the tokenizer's end token, "" for nothing.
     outputs: all that the model says about a batch, as one tensor: what two loadings of it must agree in.
     refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
@@ -173,8 +175,10 @@ class Family:
     max_new_tokens: Mapping[str, int]
     tasks: tuple[str, ...]
     image_tokens: Callable[[Config], int]
+    positions: Callable[[Config], int]
     picture_side: Callable[[Config], int]
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    image_marker: str = "<image>"
     reply_end: str | None = None
     outputs: Callable[[Any, Inputs], Any] = logits
     refuses: Callable[[Config], str | None] = lambda config: None

@@ -180,6 +180,7 @@ FAMILY = Family(
     max_new_tokens={"vqa": 10, "captioning": 64},
     tasks=("vqa", "captioning"),
     image_tokens=sizes.image_tokens,
+    positions=sizes.positions,
     picture_side=sizes.picture_side,
     processor_fields=sizes.processor_fields,
     parts=sizes.PARTS,

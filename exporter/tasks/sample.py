@@ -19,6 +19,7 @@ class Sample:
     kind: question type, for tables by type.
     among: for retrieval, the pictures and texts that are searched; its own are among them.
     file: the picture's file in the data set's folder; empty when it has none.
+    marked: whether its texts held what stands for a picture in prompts, which was taken out.
     """
 
     identity: str
@@ -28,6 +29,7 @@ class Sample:
     kind: str = ""
     among: "Pool | None" = None
     file: str = ""
+    marked: bool = False
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ def former_blocks(config: Mapping[str, Any]) -> int:
     return int(size_of(PARTS, config, "qformer_config", "num_hidden_layers"))
 
 
+def positions(config: Mapping[str, Any]) -> int:
+    """Tokens that OPT has positions for."""
+    return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
+
+
+def former_positions(config: Mapping[str, Any]) -> int:
+    """Tokens that the Q-Former has positions for, beside the picture's."""
+    return int(size_of(PARTS, config, "qformer_config", "max_position_embeddings")) + image_tokens(config)
+
+
 def text_blocks(config: Mapping[str, Any]) -> int:
     """Blocks of the text model."""
     return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))

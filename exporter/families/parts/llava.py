@@ -117,6 +117,11 @@ def processor_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def positions(config: Mapping[str, Any]) -> int:
+    """Tokens that the text model was trained to take."""
+    return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
+
+
 def text_blocks(config: Mapping[str, Any]) -> int:
     """Blocks of the text model."""
     return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))

@@ -1,0 +1,117 @@
+"""Samples that no model can take are named before the work; places of pictures in texts are left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from exporter import data
+from exporter.data import notes
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.encoding import encode, refuse_too_long
+from exporter.errors import DataError
+from exporter.events import Event
+from exporter.export import export
+from exporter.families import FAMILIES
+from exporter.processor import load_processor
+from exporter.recipe_file import load_recipe
+from exporter.tasks.sample import Sample
+from tests import layouts
+
+FAMILY = FAMILIES["llava"]
+DEMO = MODELS["demo-llava"]
+
+
+def sample(identity: str, question: str | None, *references: str) -> Sample:
+    return Sample(identity, lambda: Image.new("RGB", (40, 30)), question, references)
+
+
+def described(folder: Path, **texts: Any) -> Path:
+    """A data folder with one picture and line each for training and test."""
+    for split, shade in (("train", 0), ("test", 255)):
+        (folder / split).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (shade, 9, 9)).save(folder / split / "a.png")
+        layouts.write(folder / split / "metadata.jsonl", json.dumps({"file_name": "a.png"} | texts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("<image>\nwhat is it?", "what is it?"),
+        ("what is it?\n<image>", "what is it?"),
+        ("what <image> is it?", "what is it?"),
+        ("<image><image> what?", "what?"),
+        ("what <Image> is  it?", "what <Image> is  it?"),
+    ],
+)
+def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: str, asked: str) -> None:
+    folder = described(tmp_path, question=question, answer="a <image>", captions=["<image> c", "d"])
+    (found,) = data.samples("folder", folder, "vqa", "train", 9, 0)
+    assert (found.question, found.references) == (asked, ("a",))
+    (caption,) = data.samples("folder", folder, "captioning", "test", 9, 0)
+    assert caption.references == ("c", "d")
+    (note,) = notes([found], [caption])
+    assert note.startswith("2 of 2 samples have <image> in a text")
+    assert not notes([sample("s", "q", "a")])
+
+
+def test_a_text_of_nothing_but_a_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sample train/a\.png.* has a text of nothing but"):
+        data.samples("folder", described(tmp_path, question="<image>", answer="a"), "vqa", "train", 9, 0)
+
+
+def test_an_export_says_once_that_places_are_left_out(tmp_path: Path) -> None:
+    folder = described(tmp_path / "d", question="<image>\nwhat?", answer="red")
+    changes = {"calibration": {"samples": 4, "tasks": ("vqa",)}, "model": {"repo": "demo-llava"}}
+    recipe = load_recipe("llava-w4-vit8").adjusted(**changes)
+    said: list[Event] = []
+    sources = data.places([folder])
+    export(
+        recipe, out=tmp_path / "o", device=choose("cpu"), on_event=said.append, sources=sources, skip_evaluation=True
+    )
+    assert sum("<image>" in event.message for event in said) == 1
+
+
+def test_other_numbers_of_image_tokens_are_named() -> None:
+    made = load_processor(DEMO)
+    inputs = encode(made, FAMILY, [sample("a", "what?"), sample("b", "which color is it?")], [None, None], "right")
+    assert (inputs["input_ids"] == made.image_token_id).sum(dim=1).tolist() == [64, 64]
+    with pytest.raises(DataError, match=r"cannot encode a, b: StopIteration|b: the text holds '<image>'"):
+        encode(made, FAMILY, [sample("a", "what?"), sample("b", "<image> what?")], [None, None], "right")
+
+
+def test_samples_longer_than_the_models_positions_are_named() -> None:
+    made = load_processor(DEMO)
+    assert (made.positions, made.image_tokens) == (512, 64)
+    words = "red " * 500
+    long, short = sample("long", "what?", words), sample("short", "what?", "red")
+    refuse_too_long(made, FAMILY, [short], {"vqa": [short]})
+    with pytest.raises(DataError, match=r"1 samples are longer than the model's 512 positions: long \(5\d\d tokens\)"):
+        refuse_too_long(made, FAMILY, [short, long], {})
+    refuse_too_long(made, FAMILY, [], {"vqa": [long]})  # its reply is not read then
+    with pytest.raises(DataError, match="asks"):
+        refuse_too_long(made, FAMILY, [], {"vqa": [sample("asks", words)]})
+    with pytest.raises(DataError, match=r"long: .* positions"):
+        encode(made, FAMILY, [long], [words], "right")
+
+
+def test_the_length_of_a_sample_is_that_of_its_tokens() -> None:
+    for name, family in (("demo-llava", "llava"), ("demo-blip2", "blip2")):
+        made = load_processor(MODELS[name])
+        one = sample("s", "which color is the circle?", "red")
+        length = encode(made, FAMILIES[family], [one], ["red"], "right")["input_ids"].shape[1]
+        made.positions = length
+        refuse_too_long(made, FAMILIES[family], [one], {})
+        made.positions = length - 1
+        with pytest.raises(DataError, match=f"{length} tokens"):
+            refuse_too_long(made, FAMILIES[family], [one], {})
+
+
+def test_a_picture_that_the_processor_cannot_take_is_named() -> None:
+    broken = Sample("odd", lambda: "no picture", None, ())  # type: ignore[arg-type, return-value]
+    with pytest.raises(DataError, match="the processor cannot encode odd: "):
+        encode(load_processor(DEMO), FAMILY, [broken], [None], "right")
