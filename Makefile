@@ -11,7 +11,7 @@ SERVE_SECONDS   ?= 1200
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test vllm test-vllm check docs format clean
+.PHONY: help setup demo test vllm test-vllm mutations check docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,10 @@ vllm: ## install vLLM's CPU build into an environment of its own (4 GB), or leav
 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU, and check them
 	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs tests/vllm
+
+mutations: $(VENV)/.ready-dev ## put small mistakes into every room that holds a figure: its tests must notice 95 %
+	$(BIN)/python -m bench.mutate $(MUTATIONS)
+	$(BIN)/python -m bench.mutations
 
 check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated documentation
 	$(BIN)/ruff check .

@@ -107,8 +107,8 @@ def naive_pack_bits(rows: Sequence[Sequence[int]], bits: int) -> list[list[int]]
     return packed
 
 
-def awq_scales_by_hand(weights: Sequence[Tensor], x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
-    """AWQ's search for scales, weight by weight, with inputs really divided."""
+def awq_candidates_by_hand(weights: Sequence[Tensor], x: Tensor, scheme: Scheme, points: int = 20) -> list[list[float]]:
+    """The scales that AWQ tries, column by column: none, then one set for each exponent."""
     columns = x.shape[1]
     width = scheme.columns_per_group(columns)
     sizes = [float(x[:, j].square().mean()) ** 0.5 for j in range(columns)]
@@ -118,10 +118,15 @@ def awq_scales_by_hand(weights: Sequence[Tensor], x: Tensor, scheme: Scheme, sca
         shares = [float(row[j].abs() / row[group].abs().max()) for weight in weights for row in weight]
         reach.append(sum(shares) / len(shares))
     candidates = [[1.0] * columns]
-    for ratio in (i / 20 for i in range(20)):
+    for ratio in (i / points for i in range(points)):
         raw = [sizes[j] ** ratio / reach[j] ** (1 - ratio) for j in range(columns)]
         candidates.append([s / (max(raw) * min(raw)) ** 0.5 for s in raw])
-    errors = []
+    return candidates
+
+
+def awq_scales_by_hand(weights: Sequence[Tensor], x: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """AWQ's search for scales, weight by weight, with inputs really divided."""
+    candidates, errors = awq_candidates_by_hand(weights, x, scheme), []
     for scales in map(torch.tensor, candidates):
         error = 0.0
         for weight in weights:

@@ -9,7 +9,7 @@ from exporter.methods import awq, rtn
 from exporter.methods.awq import Options, find_scales
 from exporter.moments import Statistics
 from exporter.quantized import Scheme
-from tests.oracles import awq_clip_by_hand, awq_scales_by_hand
+from tests.oracles import awq_candidates_by_hand, awq_clip_by_hand, awq_scales_by_hand
 
 CPU = torch.device("cpu")
 HALF = torch.float16
@@ -103,21 +103,20 @@ def test_scales_stay_within_what_float16_holds(monkeypatch: pytest.MonkeyPatch) 
     assert float(bound.min()) >= 1 / 1.5
 
 
-def test_every_exponent_is_tried_and_the_best_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("points", [1, 7, 20])
+def test_every_exponent_is_a_candidate_after_no_scales(points: int) -> None:
     x, both = inputs(60, 40), weights(8, columns=40)
-    tried: list[torch.Tensor] = []
+    found = list(awq.candidates(both, seen(x), Scheme(4, 8), Options(points=points)))
+    expected = awq_candidates_by_hand(both, x, Scheme(4, 8), points)
+    assert len(found) == len(expected) == points + 1
+    assert torch.equal(found[0], torch.ones(40))
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=1e-4, atol=0)
 
-    def last_but_two_is_best(weights: object, scales: torch.Tensor, *_rest: object) -> float:
-        tried.append(scales)
-        return 1.0 if len(tried) == 6 else 1.0 + len(tried)
 
-    monkeypatch.setattr(awq, "rounded", last_but_two_is_best)
-    monkeypatch.setattr(awq, "_output_error", lambda error, *_rest: error)
-    scales, before, after = find_scales(both, seen(x), Scheme(4, 8), Options(points=7), HALF)
-    assert len(tried) == 8  # no scales, then 0/7 to 6/7
-    assert (before, after) == (2.0, 1.0)
-    assert torch.equal(scales, tried[5])
-    assert torch.equal(tried[0], torch.ones(40))
+def test_the_best_is_the_first_of_the_least_errors() -> None:
+    scales = [torch.full((2,), float(i)) for i in range(4)]
+    assert awq.best(zip(scales, (2.0, 3.0, 1.0, 1.0), strict=True)) == (scales[2], 2.0, 1.0)
+    assert awq.best(zip(scales, (1.0, 1.0, 3.0, 2.0), strict=True)) == (scales[0], 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

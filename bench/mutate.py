@@ -1,0 +1,221 @@
+"""Mistakes put into every room that holds a figure, and how many of them its tests notice.
+
+    python -m bench.mutate [--room methods] [--sample 40] [--seed 0] [--jobs 2] [--minutes 30]
+
+A mutant is one change of `mutation_operators` in one module; a room's mutants are sampled by seed. Each runs the tests
+of its module in a child of a fork server that has the libraries loaded, and an import hook gives that child the changed
+module: no copy of the tree, and no import of torch for every mutant. mutmut forks beside torch's threads, cosmic-ray
+starts a new interpreter for each mutant; hence this module. `bench/mutations.py` has mistakes written by hand.
+"""
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from bench.mutation_operators import Site, mutated, sites
+
+HERE = Path(__file__).resolve().parent.parent
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> the tests that belong to it, quickest first
+    "methods": {
+        "methods/rtn": ("test_methods", "test_gptq"),
+        "methods/awq": ("test_awq", "test_methods", "test_smooth"),
+        "methods/gptq": ("test_gptq", "test_methods"),
+        "columns": ("test_gptq", "test_kernels"),
+        "factor": ("test_factor", "test_gptq"),
+        "moments": ("test_gptq", "test_awq", "test_factor", "test_methods"),
+        "ranges": ("test_ranges", "test_methods", "test_gptq", "test_awq"),
+        "folds": ("test_folds", "test_exact_folds"),
+    },
+    "formats": {
+        "quantized": ("test_quantized", "test_formats", "test_float8"),
+        "formats/__init__": ("test_formats",),
+        "formats/autoawq": ("test_formats",),
+        "formats/autogptq": ("test_formats",),
+        "formats/compressed_tensors": ("test_formats", "test_float8"),
+    },
+    "tasks": {
+        "tasks/bleu": ("test_metrics", "test_tasks"),
+        "tasks/captioning": ("test_metrics", "test_tasks"),
+        "tasks/cider": ("test_tasks", "test_metrics"),
+        "tasks/ptb": ("test_metrics", "test_tasks"),
+        "tasks/retrieval": ("test_metrics", "test_retrieval"),
+        "tasks/vqa": ("test_metrics", "test_tasks"),
+        "statistics": ("test_statistics", "test_evaluate"),
+        "advice": ("test_statistics", "test_evaluate"),
+    },
+    "data": {
+        "data/coco": ("test_datasets", "test_data"),
+        "data/flickr30k": ("test_datasets", "test_data"),
+        "data/folder": ("test_data", "test_datasets"),
+        "data/gqa": ("test_datasets", "test_data"),
+        "data/overlap": ("test_data", "test_datasets"),
+        "data/rows": ("test_data", "test_datasets"),
+        "data/vqav2": ("test_datasets", "test_data"),
+    },
+    "families": {
+        "families/family": ("test_families", "test_parts", "test_headers", "test_serve_lint"),
+        "families/llava": ("test_families", "test_headers", "test_parts", "test_plan"),
+        "families/blip2": ("test_families", "test_headers", "test_parts", "test_blip2"),
+        "families/parts/text": ("test_parts", "test_families", "test_headers"),
+        "families/parts/vision": ("test_parts", "test_families", "test_headers"),
+    },
+}
+PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
+GENEROUS = 5.0  # a mutant may take so many times as long as the tests without one; then it is noticed, as a loop is
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change. module: below `exporter`, without suffix. number: as `mutation_operators` counts."""
+
+    room: str
+    module: str
+    number: int
+    site: Site
+
+    @property
+    def path(self) -> Path:
+        return HERE / "exporter" / f"{self.module}.py"
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(HERE)}:{self.site.line}: {self.site.what}"
+
+
+class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
+    """Gives one module from its changed syntax tree."""
+
+    def __init__(self, name: str, path: Path, code: CodeType) -> None:
+        self.name, self.path, self.code = name, path, code
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        package = self.path.name == "__init__.py"
+        return importlib.util.spec_from_file_location(
+            name, self.path, loader=self, submodule_search_locations=[str(self.path.parent)] if package else None
+        )
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self.code, module.__dict__)
+
+
+class _First:
+    """A pytest plugin that keeps the first failure."""
+
+    test = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.test:
+            self.test = str(report.nodeid)
+
+
+def _child(mutant: Mutant | None, tests: Sequence[str], answer: Path) -> None:
+    """Run the tests with the mutant in place; writes exit code and first failure."""
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(silent, descriptor)
+    os.chdir(HERE)
+    os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(answer.parent / "hypothesis"), "PYTHONPATH": str(HERE)}
+    if mutant:
+        name = "exporter." + mutant.module.removesuffix("/__init__").replace("/", ".")
+        code = compile(mutated(mutant.path.read_text(encoding="utf-8"), mutant.number), str(mutant.path), "exec")
+        sys.meta_path.insert(0, _Changed(name, mutant.path, code))
+    first = _First()
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(answer.parent / answer.stem)]
+    code_ = pytest.main([*options, *tests], plugins=[first])
+    answer.write_text(json.dumps([int(code_), first.test]))
+
+
+def run(mutant: Mutant | None, tests: Sequence[str], folder: Path, name: str, seconds: float) -> tuple[int, str]:
+    """pytest's exit code and the first failure; exit code -1 when it took too long or died."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    answer = folder / f"{name}.json"
+    child = context.Process(target=_child, args=(mutant, [f"tests/{test}.py" for test in tests], answer))
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return -1, "took too long"
+    if not answer.is_file():
+        return -1, f"the process ended with {child.exitcode}"
+    code, test = json.loads(answer.read_text())
+    return int(code), str(test)
+
+
+def chosen(room: str, sample: int, seed: int) -> list[Mutant]:
+    """A room's mutants, sampled."""
+    every = [
+        Mutant(room, module, number, site)
+        for module in ROOMS[room]
+        for number, site in enumerate(sites((HERE / "exporter" / f"{module}.py").read_text(encoding="utf-8")))
+    ]
+    return sorted(random.Random(f"{seed} {room}").sample(every, min(sample, len(every))), key=str)
+
+
+def tried(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Iterator[tuple[Mutant, bool, str]]:
+    """(mutant, whether a test noticed, by which), as far as there is time."""
+    limits: dict[str, float] = {}
+    for module in dict.fromkeys(mutant.module for mutant in mutants):
+        tests, begun = ROOMS[mutants[0].room][module], time.monotonic()
+        code, test = run(None, tests, folder, f"none-{module.replace('/', '-')}", 600)
+        if code:
+            raise SystemExit(f"{module}: its tests fail without a mutant: {test} (exit code {code})")
+        limits[module] = GENEROUS * (time.monotonic() - begun) + 10
+
+    def one(numbered: tuple[int, Mutant]) -> tuple[Mutant, bool, str] | None:
+        number, mutant = numbered
+        if time.monotonic() > end:
+            return None
+        tests = ROOMS[mutant.room][mutant.module]
+        code, test = run(mutant, tests, folder, f"{mutant.room}-{number}", limits[mutant.module])
+        return mutant, code != 0, test or f"exit code {code}"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from filter(None, pool.map(one, enumerate(mutants)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: exit code 1 when a room's tests notice less than the goal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--room", action="append", choices=ROOMS, help="may be repeated [all]")
+    parser.add_argument("--sample", type=int, default=40, help="mutants of each room [40]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=30.0, help="no mutant begins later [30]")
+    parser.add_argument("--goal", type=float, default=0.95, help="share of the mutants that must be noticed [0.95]")
+    options = parser.parse_args(arguments)
+    end, low = time.monotonic() + 60 * options.minutes, False
+    for room in options.room or ROOMS:
+        with tempfile.TemporaryDirectory() as folder:
+            results = list(tried(chosen(room, options.sample, options.seed), options.jobs, end, Path(folder)))
+        survivors = [mutant for mutant, noticed, _ in results if not noticed]
+        share = 1 - len(survivors) / len(results) if results else 0.0
+        low = low or share < options.goal
+        print(f"{room}: {len(results) - len(survivors)} of {len(results)} noticed ({share:.0%})", flush=True)
+        for mutant in survivors:
+            print(f"  not noticed: {mutant}", flush=True)
+    sys.exit(1 if low else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Small mistakes by syntax: every place of a module where one can be made, and the module with one of them.
+
+A mutant is a number: `sites` lists what can be changed in the order of the syntax tree, `mutated` makes one change.
+Annotations, docstrings, decorators and strings stay: a change there is no mistake in what is computed.
+"""
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.BitAnd: ast.BitOr,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a mistake can be made. line: 1 and up. what: the change in words."""
+
+    line: int
+    what: str
+
+
+class _Walk(ast.NodeTransformer):
+    """Counts the places; changes the one numbered `wanted`."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self.sites: list[Site] = []
+        self._wanted = wanted
+
+    def _at(self, node: ast.AST, what: str) -> bool:
+        self.sites.append(Site(getattr(node, "lineno", 0), what))
+        return len(self.sites) - 1 == self._wanted
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """Children first, so that the numbers do not depend on what is changed."""
+        if isinstance(node, ast.expr_context | ast.Raise):
+            return self._raise(node) if isinstance(node, ast.Raise) else node
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list", "type_params"):
+                continue
+            if isinstance(value, list):
+                value[:] = [self.visit(item) if isinstance(item, ast.AST) else item for item in value]
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.visit(value))
+        change = CHANGES.get(type(node))
+        return change(self, node) if change else node
+
+    def _raise(self, node: ast.Raise) -> ast.AST:
+        """What is raised stays as it is: its words decide nothing."""
+        return ast.copy_location(ast.Pass(), node) if self._at(node, "the raise is dropped") else node
+
+
+def _compare(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Compare)
+    for i, operator in enumerate(node.ops):
+        other = COMPARISONS[type(operator)]
+        if walk._at(node, f"{type(operator).__name__} becomes {other.__name__}"):
+            node.ops[i] = other()
+    return node
+
+
+def _arithmetic(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.BinOp | ast.AugAssign)
+    other = ARITHMETIC.get(type(node.op))
+    if other and walk._at(node, f"{type(node.op).__name__} becomes {other.__name__}"):
+        node.op = other()
+    return node
+
+
+def _boolean(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.BoolOp)
+    other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    if walk._at(node, f"{type(node.op).__name__} becomes {type(other).__name__}"):
+        node.op = other
+    return node
+
+
+def _not(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.UnaryOp)
+    if isinstance(node.op, ast.Not) and walk._at(node, "the not is dropped"):
+        return node.operand
+    if isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant) and walk._at(node, "no minus"):
+        return node.operand
+    return node
+
+
+def _condition(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.If | ast.IfExp | ast.While)
+    if not isinstance(node.test, ast.Compare | ast.UnaryOp) and walk._at(node, "the condition is negated"):
+        node.test = ast.copy_location(ast.UnaryOp(ast.Not(), node.test), node.test)
+    return node
+
+
+def _constant(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Constant)
+    value = node.value
+    changed: object
+    if isinstance(value, bool):
+        changed = not value
+    elif isinstance(value, int):
+        changed = value + 1
+    elif isinstance(value, float):
+        changed = value * 2 if value else 1.0
+    else:
+        return node
+    if walk._at(node, f"{value} becomes {changed}"):
+        return ast.copy_location(ast.Constant(changed), node)
+    return node
+
+
+def _return(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Return)
+    empty = node.value is None or (isinstance(node.value, ast.Constant) and node.value.value in (None, "", ()))
+    if not empty and walk._at(node, "None is returned"):
+        node.value = ast.copy_location(ast.Constant(None), node)
+    return node
+
+
+def _call(walk: _Walk, node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Expr)
+    if isinstance(node.value, ast.Call) and walk._at(node, "the call is dropped"):
+        return ast.copy_location(ast.Pass(), node)
+    return node
+
+
+CHANGES: dict[type[ast.AST], Callable[[_Walk, ast.AST], ast.AST]] = {
+    ast.Compare: _compare,
+    ast.BinOp: _arithmetic,
+    ast.AugAssign: _arithmetic,
+    ast.BoolOp: _boolean,
+    ast.UnaryOp: _not,
+    ast.If: _condition,
+    ast.IfExp: _condition,
+    ast.While: _condition,
+    ast.Constant: _constant,
+    ast.Return: _return,
+    ast.Expr: _call,
+}
+
+
+def sites(source: str) -> list[Site]:
+    """Every place of a module where a mistake can be made."""
+    walk = _Walk(None)
+    walk.visit(ast.parse(source))
+    return walk.sites
+
+
+def mutated(source: str, number: int) -> ast.Module:
+    """The module's syntax tree with the mistake of that number."""
+    tree = ast.parse(source)
+    _Walk(number).visit(tree)
+    return ast.fix_missing_locations(tree)
