@@ -219,9 +219,10 @@ def show_plan(
 @device_option
 @click.option("--no-load", is_flag=True, help="Check files and integers only; run nothing in transformers.")
 @click.option("--whole", is_flag=True, help="Also load it whole in transformers: 8 bytes a parameter.")
+@click.option("--source", help="The full-precision model (folder or hub id): every row is compared with its own.")
 @json_option
 @reports_errors
-def verify(artifact: str, device: str, no_load: bool, whole: bool, as_json: bool) -> None:
+def verify(artifact: str, device: str, no_load: bool, whole: bool, source: str | None, as_json: bool) -> None:
     """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
 
     ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
@@ -230,19 +231,22 @@ def verify(artifact: str, device: str, no_load: bool, whole: bool, as_json: bool
     \b
     Examples:
       mmq verify artifacts/demo-llava-w4-vit8
+      mmq verify my-artifact --source ./my-model
       mmq verify hub:me/llava-1.5-7b-w4
     """
     from exporter import show
     from exporter.device import choose
     from exporter.progress import Listener
+    from exporter.source import open_source
+    from exporter.verify import Load
     from exporter.verify import verify as run
 
     if artifact.startswith(PREFIX):
         return verify_published(artifact, as_json)
     with Listener(as_json) as listen:
-        verified = run(
-            Path(artifact), choose(device), listen, load="nothing" if no_load else "whole" if whole else "blocks"
-        )
+        load: Load = "nothing" if no_load else "whole" if whole else "blocks"
+        original = open_source(source)[0] if source else None
+        verified = run(Path(artifact), choose(device), listen, load, original)
     say(asdict(verified) if as_json else show.verified_line(verified))
 
 

@@ -26,6 +26,8 @@ from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import JOB, LOCK, Workdir, fingerprint_of
 
+SOURCE_ROWS = 256  # of each linear, compared with the source's; `mmq verify --source` compares all
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -80,7 +82,7 @@ def make_artifact(
     def check(folder: Path) -> None:
         with clock.step("verify", kept):
             _require_unchanged(job, workdir)
-            verified.append(verify(folder, device, on_event))
+            verified.append(verify(folder, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS))
 
     with hold(place.work / LOCK, place.work, on_event=on_event):
         with clock.step("read data", kept):

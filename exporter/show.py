@@ -233,6 +233,7 @@ def export_json(result: Export) -> dict[str, Any]:
 def verified_line(verified: Verified) -> str:
     """What `verify` checked, in one line."""
     line = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
+    line += " and like the source's" if verified.source else ""
     if verified.blocks is not None:
         line += (
             f"; {verified.blocks} blocks give compressed-tensors' outputs (difference {verified.block_difference:.1e})"

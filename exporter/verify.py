@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from exporter.artifact import Artifact
 from exporter.artifact_tensors import digest
-from exporter.checkpoint import sha256
+from exporter.checkpoint import Checkpoint, sha256
 from exporter.device import Device
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
@@ -23,6 +23,7 @@ from exporter.predict import prompt_inputs
 from exporter.processor import load_processor
 from exporter.tasks.sample import Sample
 from exporter.verify_blocks import compare_blocks
+from exporter.verify_source import unlike_source
 from exporter.verify_whole import logit_difference, refuse_too_large
 
 THREADS = 4  # sha256 releases the interpreter; each thread holds a linear on the host
@@ -31,7 +32,7 @@ Load = Literal["nothing", "blocks", "whole"]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked.
+    """What was checked. source: whether the linears were also compared with the source's.
 
     blocks, block_difference: how many blocks ran in transformers, and the largest difference of their outputs as a part
     of the largest output; None when `skipped` says why not. logit_difference: of the whole model, None unless asked.
@@ -39,14 +40,24 @@ class Verified:
 
     files: int
     linears: int
+    source: bool = False
     blocks: int | None = None
     block_difference: float | None = None
     logit_difference: float | None = None
     skipped: str = ""
 
 
-def verify(folder: Path, device: Device, on_event: Callable[[Event], None], load: Load = "blocks") -> Verified:
+def verify(
+    folder: Path,
+    device: Device,
+    on_event: Callable[[Event], None],
+    load: Load = "blocks",
+    source: Checkpoint | None = None,
+    rows: int | None = None,
+) -> Verified:
     """Raise ArtifactError naming everything that is wrong with the artifact.
+
+    source: the full-precision model; each quantized linear is compared with it, on `rows` rows (None: all).
 
     load: `blocks` also runs every block in transformers beside compressed-tensors' reading of it (when that library is
     installed); `whole` also loads the complete model by `from_pretrained` and compares logits (ArtifactError when the
@@ -56,10 +67,12 @@ def verify(folder: Path, device: Device, on_event: Callable[[Event], None], load
     problems = _wrong_files(folder, artifact.manifest, on_event)
     if not problems:
         problems = _wrong_linears(artifact, on_event)
+    if source and not problems:
+        problems = unlike_source(artifact, source, rows)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ArtifactError(f"{folder} does not hold what its manifest says:\n{lines}", "export it again")
-    verified = Verified(len(artifact.manifest.files), len(artifact.manifest.linears))
+    verified = Verified(len(artifact.manifest.files), len(artifact.manifest.linears), source is not None)
     reason = _why_not_load(artifact) if load != "nothing" else "not requested"
     if reason:
         return replace(verified, skipped=reason)
