@@ -75,6 +75,9 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> the tests 
     },
 }
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
+EQUIVALENT = {  # (part of the line, change): why no test can notice it
+    ("-bits < pair[2] < 8", "8 becomes 9"): "a byte shifted left by 8 is 0",
+}
 GENEROUS = 5.0  # a mutant may take so many times as long as the tests without one; then it is noticed, as a loop is
 
 
@@ -164,11 +167,13 @@ def run(mutant: Mutant | None, tests: Sequence[str], folder: Path, name: str, se
 
 def chosen(room: str, sample: int, seed: int) -> list[Mutant]:
     """A room's mutants, sampled."""
-    every = [
-        Mutant(room, module, number, site)
-        for module in ROOMS[room]
-        for number, site in enumerate(sites((HERE / "exporter" / f"{module}.py").read_text(encoding="utf-8")))
-    ]
+    every = []
+    for module in ROOMS[room]:
+        source = (HERE / "exporter" / f"{module}.py").read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for number, site in enumerate(sites(source)):
+            same = any(part in lines[site.line - 1] and site.what == what for part, what in EQUIVALENT)
+            every += [] if same else [Mutant(room, module, number, site)]
     return sorted(random.Random(f"{seed} {room}").sample(every, min(sample, len(every))), key=str)
 
 
@@ -207,7 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end, low = time.monotonic() + 60 * options.minutes, False
     for room in options.room or ROOMS:
         with tempfile.TemporaryDirectory() as folder:
-            results = list(tried(chosen(room, options.sample, options.seed), options.jobs, end, Path(folder)))
+            results = []
+            for result in tried(chosen(room, options.sample, options.seed), options.jobs, end, Path(folder)):
+                results.append(result)
+                mutant, noticed, test = result
+                print(
+                    f"{room} {len(results):3} {mutant}: {test if noticed else 'NOT NOTICED'}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         survivors = [mutant for mutant, noticed, _ in results if not noticed]
         share = 1 - len(survivors) / len(results) if results else 0.0
         low = low or share < options.goal

@@ -12,10 +12,10 @@ from exporter.quantized import Grid, dequantize, quantize
 
 
 def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
-    """Round columns `rest` f32 `[out, b]` one after the other; what each is off by changes those after it.
+    """Quantize columns `rest` f32 `[out, b]` left to right, propagating each rounding error into the rest.
 
     upper: f32 `[b, b]`, that part of the factor U. codes: uint8 `[out, b]`, written.
-    Returns the scaled errors f32 `[out, b]` that later blocks must make up for.
+    Returns the scaled errors f32 `[out, b]`, which the caller propagates into later blocks.
     """
     if grid.has_kernels:
         from exporter.columns_kernel import quantize_columns_fast
@@ -40,12 +40,12 @@ def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: Grid, codes: Tenso
 def descend_columns(
     weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
 ) -> None:
-    """Round columns `weight` f32 `[out, b]` again, one after the other, given how far all columns are off by now.
+    """Round columns `weight` f32 `[out, b]` again, left to right, given the current error of every column.
 
-    pull: f32 `[out, b]`, the product of all that is off with the other columns' part of the Hessian; hessian: `[b, b]`,
+    pull: f32 `[out, b]`, the errors of all columns times the other columns' part of the Hessian; hessian: `[b, b]`,
     that part inside the block, 0 on the diagonal; share: f32 `[b]`, the diagonal. The best value of a column is
-    `weight + pull / share`. codes uint8 and off, `[out, b]`, are rewritten; off is `weight` less what its code stands
-    for, and a change of it changes the pull on the columns after it.
+    `weight + pull / share`. codes uint8 and off, `[out, b]`, are rewritten; off is the error, `weight` minus its
+    dequantized code, and a change of it changes the pull on the later columns.
     """
     if grid.has_kernels:
         from exporter.columns_kernel import descend_columns_fast

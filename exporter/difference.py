@@ -1,4 +1,4 @@
-"""What two artifacts have not in common: recipe, bits, scores, size, versions."""
+"""Differences between two artifacts: recipe, bits, scores, size, versions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard even where Python loses them.
+"""SIGINT and SIGTERM handling that survives swallowed KeyboardInterrupts.
 
 A KeyboardInterrupt that is raised inside a callback of the interpreter (a weak reference's while modules load, a
 finalizer) is printed as "ignored" and gone. The request is therefore remembered, and raised again at the next event.
@@ -11,7 +11,7 @@ _asked: list[int] = []  # numbers of the signals that came
 
 
 def install() -> None:
-    """Hear both signals; a shell's background jobs start with SIGINT ignored, so it is set, not left as found."""
+    """Handle both signals; a shell's background jobs start with SIGINT ignored, so it is set, not left as found."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _hear)
 

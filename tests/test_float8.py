@@ -196,7 +196,7 @@ def test_the_plan_names_what_cannot_be_served(sparse_checkpoint: Callable[[str],
         refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), opt, "cpu")
     data = load_recipe("llava-w4").model_dump() | {"kv_cache": "fp8"}
     for change, said in (
-        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq cannot tell an engine so"),
+        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq has no field for the type of a cache"),
         ({"quantize": [{"component": "language", "bits": 4, "store": "dequantized"}]}, "nothing packed"),
     ):
         with pytest.raises(PlanError, match=said):

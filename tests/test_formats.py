@@ -249,6 +249,8 @@ def test_compressed_config_round_trips() -> None:
 def test_compressed_config_names_each_layout() -> None:
     module = FORMATS["compressed_tensors"]
     assert module.quantization_config(MIXED[:2], [])["format"] == "pack-quantized"
+    packed = module.quantization_config(MIXED[:2], [])["config_groups"].values()
+    assert all("format" not in group for group in packed), "vLLM reads the format of the whole file"
     config = module.quantization_config(MIXED, [])
     assert config["format"] == "mixed-precision"
     layouts = [group["format"] for group in config["config_groups"].values()]
@@ -390,3 +392,12 @@ def test_compressed_tensors_accepts_a_mixed_config() -> None:
     for group, ours in zip(found.config_groups.values(), MIXED, strict=True):
         assert (group.weights.num_bits, group.weights.symmetric) == (ours.scheme.bits, ours.scheme.symmetric)
         assert (group.input_activations is not None) == bool(ours.scheme.activations)
+
+
+def test_a_gptq_config_without_packed_linears_names_a_scheme_that_readers_know() -> None:
+    """Every linear is in a `-:` rule, and readers still ask for the base scheme."""
+    config = FORMATS["gptq"].quantization_config([], KEPT)
+    assert (config["bits"], config["group_size"], config["sym"]) == (4, 128, True)
+    assert set(config["dynamic"]) == {
+        f"-:{re.escape(name)}$" if not name.startswith("re:") else f"-:{name[3:]}" for name in KEPT
+    }

@@ -76,7 +76,7 @@ def to_samples(found: Found, limit: int, seed: int, nothing: str, hint: str | No
 
 
 def digest(text: str) -> bytes:
-    """sha256 of a text: an order that nobody chose."""
+    """sha256 of a text: a stable pseudo-random sort key."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

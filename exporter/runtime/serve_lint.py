@@ -89,12 +89,12 @@ def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
 
 
 def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str], packed: bool) -> list[str]:
-    """Rule kv-cache. able: the number types that the format's config can tell; packed: whether there is a config."""
+    """Rule kv-cache. able: the number types that the format's config can name; packed: whether there is a config."""
     if kv_cache is None or (packed and kv_cache in able):
         return []
-    why = f"format {format_name} cannot tell an engine so; use compressed_tensors"
+    why = f"format {format_name} has no field for the type of a cache; use compressed_tensors"
     if kv_cache in able:
-        why = "an artifact with nothing packed has no quantization config that could tell an engine so"
+        why = "an artifact with nothing packed has no quantization config to name it"
     return [f"rule kv-cache: kv_cache: {kv_cache}: {why}, or leave it out and serve with --kv-cache-dtype {kv_cache}"]
 
 

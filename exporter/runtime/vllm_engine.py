@@ -28,7 +28,7 @@ STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
 KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
 # Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
-BORN_TO_DIE = (
+DIE_WITH_PARENT = (
     "import ctypes, os, sys\n"
     "parent = int(sys.argv[1])\n"
     "if sys.platform == 'linux':\n"
@@ -91,7 +91,7 @@ class Engine:
             self._sockets = tempfile.TemporaryDirectory(prefix="mmq-vllm-")
             environment["VLLM_RPC_BASE_PATH"] = self._sockets.name
         self._output = self.log.open("wb") if self.log else None
-        command = [sys.executable, "-c", BORN_TO_DIE, str(os.getpid()), *self.launch.command]
+        command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), *self.launch.command]
         said = self._output or sys.stderr
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
