@@ -127,7 +127,7 @@ MUTATIONS = (
         "what is written to between blocks passes",
         CALLS,
         "if any(tensor._version != version",
-        "if any(tensor._version == -version",
+        "if any(tensor._version < version",
     ),
     Mutation(
         "calibration",

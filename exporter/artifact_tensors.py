@@ -43,7 +43,7 @@ def write_tensors(
     writer = ShardWriter(folder, shard_bytes)
     for row in plan.rows:
         if not any(_inside(row, unit) for unit in plan.units):
-            writer.add(row.tensor.name, finite(row.tensor.name, checkpoint.read(row.tensor.name)))
+            writer.add(row.tensor.name, finite(checkpoint, row.tensor.name, checkpoint.read(row.tensor.name)))
     for name in cache_scales(plan):
         writer.add(name, torch.ones(1, dtype=torch.bfloat16))
     digests: dict[str, Future[str]] = {}
@@ -79,7 +79,7 @@ def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: Un
     if row.decision == "dequantized":
         return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
     kept = result.altered[name] if name in result.altered else checkpoint.read(name)
-    return {name: finite(name, kept)}
+    return {name: finite(checkpoint, name, kept)}
 
 
 def digest(linear: QuantizedLinear) -> str:

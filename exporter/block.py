@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.block_inputs import BlockInputs, check_excluded, cleaned, counted_rows, finite_rows, unnoted, weighted
-from exporter.errors import CalibrationError, CheckpointError
+from exporter.errors import CalibrationError
 from exporter.families import Component
 from exporter.forward_hooks import watch_inputs
 from exporter.job import Job
@@ -172,12 +172,8 @@ class Block:
         """The weight f32 `[out, in]`, of the live block when it is in memory."""
         read = self.parameter if self.inputs else self.job.checkpoint.read
         weight = read(row.tensor.name).to(self.job.device.torch_device, torch.float32)
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise CheckpointError(
-                f"{row.tensor.name} holds {bad} values that are not finite ({row.tensor.file})",
-                "the checkpoint is damaged, or its training diverged; download it again",
-            )
+        if not torch.isfinite(weight).all():
+            raise self.job.checkpoint.not_finite(row.tensor.name)
         return weight
 
 

@@ -103,6 +103,28 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU (memory-mapped: pages come in as they are used)."""
+        return self._read_stored(name).to(self.tensors[name].dtype)
+
+    def not_finite(self, name: str) -> CheckpointError:
+        """The error that says why a tensor that came from here holds infinities or NaN."""
+        info, stored = self.tensors[name], self._read_stored(name)
+        bad = int((~torch.isfinite(stored)).sum())
+        if bad:
+            return CheckpointError(
+                f"{name} holds {bad} values that are not finite ({info.file})",
+                "the checkpoint is damaged, or its training diverged; download it again",
+            )
+        asked, peak = str(info.dtype).removeprefix("torch."), float(stored.abs().max())
+        most = torch.finfo(info.dtype).max
+        if peak > most:
+            return CheckpointError(
+                f"{name} holds values up to {peak:.6g} ({info.file}), and {asked} goes up to {most:.6g}",
+                f"the recipe's model.dtype reads the tensors as {asked}: set it to bfloat16 in a copy of the recipe",
+            )
+        return CheckpointError(f"{name} is finite, and no more once scales are folded into it", "use another method")
+
+    def _read_stored(self, name: str) -> Tensor:
+        """One tensor in the dtype of its file."""
         info = self.tensors[name]
         try:
             if info.file not in self._open:
@@ -110,7 +132,7 @@ class Checkpoint:
             tensor: Tensor = self._open[info.file].get_tensor(info.stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / info.file}: cannot read {name} ({error})") from None
-        return tensor.to(info.dtype)
+        return tensor
 
     def files(self) -> list[str]:
         """The shard files, sorted."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device
-from exporter.errors import CheckpointError
 from exporter.events import Event
 from exporter.plan import Plan, Unit
 from exporter.stream import Stream
@@ -52,7 +51,7 @@ class Job:
             waiting = self._ahead.pop(name, None)
             tensor = waiting.result() if waiting else self.checkpoint.read(name)
             return (
-                tensor if name in self._planned else finite(name, tensor)
+                tensor if name in self._planned else finite(self.checkpoint, name, tensor)
             )  # planned weights are checked on the device
         if self._cached is None or self._cached[0] != unit.index:
             self.settle()
@@ -97,12 +96,12 @@ class Job:
             self.on_event(Event("note", unit.index + 1, total, note))
 
 
-def finite(name: str, tensor: Tensor) -> Tensor:
+def finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; CheckpointError when it holds an infinity or a NaN."""
     if tensor.is_floating_point() and tensor.itemsize > 1:
         parts = tensor.reshape(-1).split(CHECKED_AT_ONCE)  # an embedding's own comparison would take a gigabyte
         if not all(torch.isfinite(part).all() for part in parts):
-            raise CheckpointError(f"{name} holds values that are not finite", "the checkpoint is damaged")
+            raise checkpoint.not_finite(name)
     return tensor
 
 

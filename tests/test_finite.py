@@ -1,24 +1,55 @@
 """Tensors are checked for NaN and infinity in parts, so that an embedding does not take a gigabyte for it."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from exporter import job
+from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
+from exporter.source import narrowed
+
+
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    """A checkpoint of these tensors."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    return Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize("place", [0, 7, 8, 19])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_bad_value_is_seen_wherever_it_is(place: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_value_is_seen_wherever_it_is(
+    place: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job, "CHECKED_AT_ONCE", 8)
     tensor = torch.zeros(4, 5, dtype=torch.bfloat16)
-    assert job.finite("good", tensor) is tensor
-    tensor.view(-1)[place] = value
-    with pytest.raises(CheckpointError, match="bad holds values that are not finite"):
-        job.finite("bad", tensor)
+    bad = tensor.clone()
+    bad.view(-1)[place] = value
+    checkpoint = stored(tmp_path / "model", {"good": tensor, "bad": bad})
+    assert job.finite(checkpoint, "good", tensor) is tensor
+    with pytest.raises(CheckpointError, match="bad holds 1 values that are not finite"):
+        job.finite(checkpoint, "bad", checkpoint.read("bad"))
 
 
-def test_no_more_than_a_part_is_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_the_asked_type_cannot_hold_are_not_called_damage(tmp_path: Path) -> None:
+    checkpoint = narrowed(stored(tmp_path / "model", {"large": torch.tensor([1.0, -1e5])}), "float16")
+    with pytest.raises(CheckpointError, match=r"large holds values up to 100000 .*, and float16 goes up to 65504") as e:
+        job.finite(checkpoint, "large", checkpoint.read("large"))
+    assert e.value.hint is not None
+    assert "set it to bfloat16" in e.value.hint
+
+
+def test_what_a_fold_made_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = stored(tmp_path / "model", {"norm": torch.ones(4)})
+    with pytest.raises(CheckpointError, match="norm is finite, and no more once scales are folded into it"):
+        job.finite(checkpoint, "norm", torch.full((4,), float("inf")))
+
+
+def test_no_more_than_a_part_is_compared_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     compare = torch.isfinite
 
@@ -27,6 +58,7 @@ def test_no_more_than_a_part_is_compared_at_once(monkeypatch: pytest.MonkeyPatch
         return compare(part)
 
     monkeypatch.setattr(torch, "isfinite", counted)
-    job.finite("embedding", torch.zeros(3, job.CHECKED_AT_ONCE // 2 + 1))
+    checkpoint = stored(tmp_path / "model", {"embedding": torch.zeros(1)})
+    job.finite(checkpoint, "embedding", torch.zeros(3, job.CHECKED_AT_ONCE // 2 + 1))
     assert max(sizes) <= job.CHECKED_AT_ONCE
     assert sum(sizes) == 3 * (job.CHECKED_AT_ONCE // 2 + 1)
