@@ -77,6 +77,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> the tests 
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
 EQUIVALENT = {  # (part of the line, change): why no test can notice it
     ("-bits < pair[2] < 8", "8 becomes 9"): "a byte shifted left by 8 is 0",
+    ("_DRAWN_AT_ONCE = 2**21", "2 becomes 3"): "how many indices are drawn at once changes none of them",
+    ("_DRAWN_AT_ONCE = 2**21", "21 becomes 22"): "how many indices are drawn at once changes none of them",
+    ("correct or (0,) * ORDERS", "0 becomes 1"): "an empty set has a penalty of 0",
+    ("if ratio < 1 else 1.0", "Lt becomes LtE"): "exp(1 - 1 / 1) is 1",
 }
 GENEROUS = 5.0  # a mutant may take so many times as long as the tests without one; then it is noticed, as a loop is
 

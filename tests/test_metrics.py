@@ -46,6 +46,11 @@ def test_bleu_is_that_of_pycocoevalcap(name: str) -> None:
     assert corpus_bleu(candidates, references) == pytest.approx(golden["bleus"], rel=1e-12, abs=1e-15)
 
 
+def test_a_set_without_captions_scores_nothing() -> None:
+    assert corpus_bleu([], []) == (0.0, 0.0, 0.0, 0.0)
+    assert bleu([], []) == cider([], []) == []
+
+
 @given(candidate=captions, references=groups)
 def test_bleu_of_one_caption_is_that_of_a_set_of_one(candidate: list[str], references: list[list[str]]) -> None:
     score = bleu([candidate], [references])[0]

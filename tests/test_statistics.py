@@ -129,5 +129,6 @@ def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: fl
     needed = samples_to_exclude(drop, cost)
     assert upper_end(found, needed) <= drop < upper_end(found, needed - 1)
     assert samples_to_exclude(0.01) == 368
-    with pytest.raises(ValueError, match="above 0 and below"):
-        samples_to_exclude(0.0)
+    for impossible in (0.0, cost, cost + 1):
+        with pytest.raises(ValueError, match="above 0 and below"):
+            samples_to_exclude(impossible, cost)
