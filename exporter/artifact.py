@@ -4,6 +4,7 @@ Everything is written into a temporary folder beside the destination and renamed
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from exporter.manifest import (
     Provenance,
     RecipeIdentity,
     Source,
+    as_line,
     read_manifest,
     write_manifest,
 )
@@ -77,7 +79,7 @@ def write(
         files = {**written.files, **{name: sha256(temporary / name) for name in texts}}
         made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
         source = Source(
-            model=plan.origin,
+            model=as_line(plan.origin),
             digest=checkpoint.digest(on_event),
             shards=checkpoint.shard_hashes(),
             processor=processor_files(checkpoint.folder),
@@ -153,8 +155,8 @@ class Artifact:
         """Headers, config and manifest; ArtifactError when the folder is no mmq artifact."""
         manifest = read_manifest(folder)
         checkpoint = Checkpoint.open(folder, origin=folder.name)
-        found = read_groups(manifest.format, checkpoint.config)
-        return cls(checkpoint, manifest, tuple(found), device or torch.device("cpu"))
+        groups = described_groups(manifest.format, checkpoint.config, str(folder))
+        return cls(checkpoint, manifest, groups, device or torch.device("cpu"))
 
     @property
     def family(self) -> Family:
@@ -221,3 +223,20 @@ class Artifact:
         if module in self.manifest.linears:
             return self.linear(module).as_served()
         return self.checkpoint.read(name)
+
+
+def described_groups(format_name: str, config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
+    """The schemes that an artifact's config.json describes; ArtifactError when they are not of this format.
+
+    where: names the artifact.
+    """
+    try:
+        groups = tuple(read_groups(format_name, config))
+        for target in (target for group in groups for target in group.targets):
+            re.compile(target.removeprefix("re:"))
+    except (LookupError, TypeError, AttributeError, ValueError, re.error) as error:
+        said = (
+            f"{where}: config.json does not describe weights of format {format_name} ({type(error).__name__}: {error})"
+        )
+        raise ArtifactError(said, "export the artifact again") from None
+    return groups

@@ -9,7 +9,7 @@ from exporter.changes import changes
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.events import Event, ignore
-from exporter.manifest import Manifest
+from exporter.manifest import Manifest, as_line
 from exporter.processor_files import processor_files
 
 
@@ -23,7 +23,7 @@ class Baseline:
 
     def as_json(self) -> dict[str, Any]:
         """For reports."""
-        return asdict(self) | {"differs": list(self.differs)}
+        return asdict(self) | {"model": as_line(self.model), "differs": [as_line(line) for line in self.differs]}
 
 
 def compare(manifest: Manifest, checkpoint: Checkpoint, on_event: Callable[[Event], None] = ignore) -> Baseline:

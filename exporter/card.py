@@ -13,8 +13,10 @@ from exporter.card_serving import serving
 from exporter.data import BUILT_IN
 from exporter.data.hub import repo_of
 from exporter.demo import MODELS
-from exporter.facts import Facts
+from exporter.facts import Facts, built_in
 from exporter.families import FAMILIES
+from exporter.gate_text import sentence
+from exporter.report_file import Report
 
 CARD = "README.md"
 RESULTS = ".eval_results/mmq.yaml"
@@ -114,15 +116,15 @@ def eval_results(facts: Facts) -> list[Any]:
     kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return [
         EvalResult(
-            task_type=HUB_TASKS.get(m["task"], m["task"]),
+            task_type=HUB_TASKS.get(m.task, m.task),
             dataset_type=kind,
-            dataset_name=f"{name} ({m['samples']} samples)",
+            dataset_name=f"{name} ({m.samples} samples)",
             dataset_split="test",
-            metric_type=m["metric"],
-            metric_name=f"{m['metric']} (full precision: {m['difference']['before']:.4f})",
-            metric_value=round(m["difference"]["after"], 6),
+            metric_type=m.metric,
+            metric_name=f"{m.metric} (full precision: {m.difference.before:.4f})",
+            metric_value=round(m.difference.after, 6),
         )
-        for m in (facts.report or {}).get("measures", [])
+        for m in (facts.report.measures if facts.report else ())
     ]
 
 
@@ -132,13 +134,13 @@ def benchmark_results(facts: Facts, declared: Declared) -> str:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries, seen = [], set()
-    for m in (facts.report or {}).get("measures", []):
-        if m["task"] in declared.benchmarks and m["task"] not in seen:  # a task's first metric is its main one
-            dataset, task = declared.benchmarks[m["task"]]
-            note = f"{m['metric']}, {m['samples']} samples, full precision {m['difference']['before']:.4f}"
-            value = round(m["difference"]["after"], 6)
+    for m in facts.report.measures if facts.report else ():
+        if m.task in declared.benchmarks and m.task not in seen:  # a task's first metric is its main one
+            dataset, task = declared.benchmarks[m.task]
+            note = f"{m.metric}, {m.samples} samples, full precision {m.difference.before:.4f}"
+            value = round(m.difference.after, 6)
             entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=note))
-            seen.add(m["task"])
+            seen.add(m.task)
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
 
 
@@ -152,7 +154,8 @@ def known_datasets(facts: Facts) -> list[str]:
 def data_name(facts: Facts) -> str:
     """Where the test samples come from, in words."""
     calibration = facts.manifest.provenance.calibration.data
-    return in_words((facts.report or {}).get("evaluation", {}).get("data", calibration))
+    measured = facts.report.evaluation.data if facts.report else None
+    return in_words(calibration if measured is None else measured)
 
 
 def in_words(data: str) -> str:
@@ -170,7 +173,7 @@ def _introduction(facts: Facts, declared: Declared) -> str:
         source = f"A local model (`{facts.source}`)"
     size = facts.manifest.bytes
     return (
-        f"{source}, quantized by mmq with the recipe `{facts.recipe['name']}` into an artifact that vLLM serves: "
+        f"{source}, quantized by mmq with the recipe `{facts.recipe.name}` into an artifact that vLLM serves: "
         f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
         f"{facts.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
     )
@@ -202,7 +205,7 @@ def _parts(facts: Facts) -> str:
         table(["component", "linears", "scheme", "method", "stored"], rows)
         + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
         "Activations stay in 16 bits unless the scheme says `A8` or `A-FP8`."
-        + (" Keys and values are kept in float8 (e4m3)." if facts.recipe.get("kv_cache") else "")
+        + (" Keys and values are kept in float8 (e4m3)." if facts.recipe.kv_cache else "")
     )
 
 
@@ -210,36 +213,36 @@ def _quality(facts: Facts) -> str:
     if facts.report is None:
         return "It was never measured."
     rows = []
-    for m in facts.report["measures"]:
-        d = m["difference"]
-        interval = f"{signed(-d['high'])} to {signed(-d['low'])}"
-        scores = [f"{d['before']:.4f}", f"{d['after']:.4f}", signed(-d["drop"]), interval]
-        rows.append([m["task"], m["metric"], str(m["samples"]), *scores])
+    for m in facts.report.measures:
+        d = m.difference
+        scores = [f"{d.before:.4f}", f"{d.after:.4f}", signed(d.change), f"{signed(d.low)} to {signed(d.high)}"]
+        rows.append([m.task, m.metric, str(m.samples), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
-    gates = [
-        [g["task"], g["metric"], lost(g), f"{g['decide']}", "passed" if g["passed"] else "**failed**"]
-        for g in facts.report["gates"]
+    other = facts.other_baseline
+    parts = [
+        f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}."
+        if other
+        else "",
+        f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.",
+        table(head, rows),
+        _gates(facts.report),
+        built_in(facts),
     ]
-    said = (
-        f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.\n\n"
-        + table(head, rows)
-    )
-    if other := facts.other_baseline:
-        said = f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}.\n\n{said}"
-    if not gates:
-        return said + "\n\nThe recipe has no gates."
-    return said + "\n\n" + table(["gate", "metric", "loss", "decided by", "verdict"], gates)
+    return "\n\n".join(filter(None, parts))
+
+
+def _gates(report: Report) -> str:
+    """Verdicts of the recipe's gates, and in words what they rest on."""
+    if not report.gates:
+        return "The recipe has no gates."
+    gates = [[g.task, g.metric, g.verdict if g.verdict == "passed" else f"**{g.verdict}**"] for g in report.gates]
+    lines = "\n".join(f"- {sentence(gate)}" for gate in report.gates)
+    return table(["gate", "metric", "verdict"], gates) + "\n\n" + lines
 
 
 def signed(value: float) -> str:
     """`+0.0123`; what rounds to nothing is never `-0.0000`."""
     return f"{value:+z.4f}"
-
-
-def lost(gate: Mapping[str, Any]) -> str:
-    """What a gate found and allows, as shares of the full-precision score (which may be zero: then nothing fits)."""
-    share = "not measurable" if gate["lost"] is None else f"{gate['lost']:z.1%}"
-    return f"lost {share} of the full-precision score, allowed {gate['max_drop']:.1%}"
 
 
 def _calibration(facts: Facts) -> str:

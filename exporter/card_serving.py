@@ -59,8 +59,8 @@ def _checked(facts: Facts) -> str:
     found = facts.serving
     if not found:
         return ""
-    verdict = "agreed with" if not found["problems"] else "**differed from**"
+    verdict = "agreed with" if found.passed and not found.problems else "**differed from**"
     return (
-        f"\n\nvLLM {found['engine']} ({found['build']}) served it and answered {found['questions']} questions about "
-        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found['bound']})."
+        f"\n\nvLLM {found.engine} ({found.build}) served it and answered {found.questions} questions about "
+        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found.bound})."
     )

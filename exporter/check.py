@@ -6,7 +6,7 @@ must answer far from the reference, and close to a reference that has the same d
 which scheme it gave each linear.
 """
 
-import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import REPORT, Artifact
-from exporter.checkpoint import write_text
+from exporter.artifact import Artifact
 from exporter.device import Device, release
 from exporter.events import Event
 from exporter.manifest import ServingVerdict, read_manifest, write_manifest
@@ -23,12 +22,12 @@ from exporter.openai_client import png
 from exporter.perturb import disturbed, double_scales
 from exporter.predict import prompt_text
 from exporter.reference import BOUND, Compared, Distance, Reference
+from exporter.report_file import Serving, read_report, write_report
 from exporter.runtime.launch import Program, launch
 from exporter.runtime.plugin import with_plugin
 from exporter.runtime.serve_lint import engine_class
 from exporter.runtime.vllm_engine import Engine, Reply, free_port
 from exporter.servable import hardware, needs_plugin, refuse_unservable
-from exporter.strict_json import read_json
 from exporter.tasks.sample import Sample, task_of
 
 MOVES = 5.0  # times the mean that is allowed that doubled scales must move the answers by
@@ -228,13 +227,23 @@ def _said(compared: Compared, bound: float) -> str:
     return f"mean {d.mean:.4f} of {mean:.4f} allowed, largest {d.largest:.4f} of {largest:.4f} allowed"
 
 
-def keep(folder: Path, checked: Checked) -> None:
-    """Put what a check found into the artifact's report, and its verdict into the manifest, both under `serving`."""
-    path = folder / REPORT
-    report = read_json(path) if path.exists() else {}
-    write_text(path, json.dumps({**report, "serving": as_plain(checked)}, indent=1, sort_keys=True) + "\n")
+def keep(folder: Path, checked: Checked, weights: str) -> None:
+    """Put what a check measured into the artifact's report, and its verdict into the manifest, both under `serving`.
+
+    weights: `backends.weights_digest` of what was served, so that no other artifact can claim the check.
+    """
+    report, _ = read_report(folder)
+    plain = _finite({"passed": checked.passed, **asdict(checked), "weights": weights})
+    write_report(folder, report, Serving.model_validate(plain, strict=False))
     verdict = ServingVerdict(engine=f"vllm {checked.engine}", build=checked.build, passed=checked.passed)
     write_manifest(folder, read_manifest(folder).model_copy(update={"serving": verdict}))
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for numbers that are not finite: an engine may answer such log-probabilities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_plain(checked: Checked) -> dict[str, Any]:

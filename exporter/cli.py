@@ -35,7 +35,10 @@ from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.kernels import read_hardware
 
-EXIT_CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
+    "130 interrupted."
+)
 
 
 def main() -> None:
@@ -116,7 +119,7 @@ def export(
         need_program(vllm, chosen, device)
     from exporter import show
     from exporter.device import choose
-    from exporter.evaluate import raise_if_failed
+    from exporter.evaluate import raise_unless_accepted
     from exporter.export import export as run
     from exporter.output import default_work
     from exporter.progress import Listener
@@ -139,7 +142,7 @@ def export(
         raise Interrupted(kept, "give the same command again to go on") from None
     say(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
-        raise_if_failed(result.report, target)
+        raise_unless_accepted(result.report, target)
     if serve_check:
         shared = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
         click.get_current_context().invoke(check, **shared)

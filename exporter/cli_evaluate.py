@@ -65,14 +65,14 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
       mmq evaluate artifacts/mine --data coco:/data/coco --data gqa:/data/gqa
       mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
-    from exporter import show
     from exporter.artifact import Artifact
     from exporter.baseline import require_source
     from exporter.device import choose
-    from exporter.evaluate import raise_if_failed, write_report
+    from exporter.evaluate import keep_report, raise_unless_accepted
     from exporter.export import evaluation_samples, measure, refuse_calibrated
     from exporter.preparation import prepare
     from exporter.progress import Listener
+    from exporter.show_report import report_page
 
     own = load_recipe(str(artifact / "recipe.yaml"))
     more = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
@@ -93,10 +93,10 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
         raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
-    if not write_report(artifact, found):
+    if not keep_report(artifact, found):
         click.echo("note: the artifact keeps its report, which is on more samples than these", err=True)
-    say(found.as_json() if as_json else show.report_page(found))
-    raise_if_failed(found, artifact)
+    say(found.plain() if as_json else report_page(found))
+    raise_unless_accepted(found, artifact)
 
 
 def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from exporter.data import places
 from exporter.demo import MODELS
-from exporter.errors import GateFailed, MmqError
+from exporter.errors import GateFailed, GateNotResolved, MmqError
 from exporter.recipe import Recipe
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
@@ -80,11 +80,11 @@ def _shortage(error: Exception, device: str) -> MmqError | None:
 
 def fail(error: MmqError, as_json: bool) -> NoReturn:
     """Say what went wrong and what to do next, and end with the error's exit code."""
-    if as_json and not isinstance(error, GateFailed):  # a failed gate is in the result that was printed already
+    if as_json and not isinstance(error, GateFailed | GateNotResolved):  # they are in the result, which was printed
         said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
         click.echo(json.dumps(said))
     else:
-        click.echo(f"Error: {error.message}", err=True)
+        click.echo(f"{error.label}: {error.message}", err=True)
         if error.hint:
             click.echo(f"Hint: {error.hint}", err=True)
     sys.exit(error.exit_code)

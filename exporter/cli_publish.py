@@ -19,6 +19,11 @@ from exporter.events import Event
 @click.option("--public", is_flag=True, help="Let everybody see it; without this a new repository is private.")
 @click.option("--replace", is_flag=True, help="Publish over what mmq did not put there; its weights go.")
 @click.option("--force", is_flag=True, help="Publish an artifact that is not proven; the card then says so.")
+@click.option(
+    "--accept-built-in-data",
+    is_flag=True,
+    help="Publish scores on the built-in drawings; the card says so.",
+)
 @click.option("--dry-run", is_flag=True, help="List every file and show the card; send nothing.")
 @click.option("--base-model", metavar="ORG/NAME", help="The source on the hub [known when it came from there].")
 @click.option("--license", "license_id", metavar="ID", help="License of the source [read from its card].")
@@ -52,17 +57,18 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     from exporter.device import choose
     from exporter.hub import need_token
     from exporter.progress import Listener
+    from exporter.proof import prove
 
     artifact = artifact.resolve()  # `.` has no name
     with Listener(as_json) as listen:
-        facts, problems = made.prove(artifact, choose(device), listen)
+        facts, problems = prove(artifact, choose(device), listen, said["accept_built_in_data"])
         if not force:
             made.refuse_unproven(artifact, problems)
-        wanted = facts.recipe.get("publish") or {}
-        repo = said["repo"] or wanted.get("repo")
+        wanted = facts.recipe.publish
+        repo = said["repo"] or wanted.repo
         if not repo:
             raise PublishError("no repository to publish to", "--repo ORG/NAME, or publish.repo in the recipe")
-        private = not (said["public"] or wanted.get("private") is False)
+        private = not (said["public"] or not wanted.private)
         target = work.Target(repo, said["revision"], private, said["create_pr"], said["replace"])
         work.check_target(target)
         license_keys = {"license": said["license_id"]} if said["license_id"] else {}

@@ -183,6 +183,7 @@ def check(
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
     from exporter.artifact import Artifact
+    from exporter.backends import weights_digest
     from exporter.check import Session, as_plain, keep
     from exporter.check import check as run
     from exporter.data import places
@@ -211,7 +212,7 @@ def check(
             options["disturb"],
         )
         found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
-    keep(artifact, found)
+    keep(artifact, found, weights_digest(Artifact.open(artifact)))
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])

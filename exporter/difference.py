@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.facts import Facts
+from exporter.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def verdict(facts: Facts) -> str:
     """Gates in one word."""
     if facts.report is None:
         return "never evaluated"
-    return "passed" if facts.report.get("passed") else "failed"
+    return facts.report.verdict
 
 
 def _linears(facts: Facts) -> set[str]:
@@ -89,9 +90,9 @@ def _metrics(first: Facts, second: Facts) -> list[Change]:
     return changes
 
 
-def _recipe(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Change]:
+def _recipe(first: Recipe, second: Recipe) -> list[Change]:
     """Every value of the recipes that differs, by its path; evidence and summary are prose and left out."""
-    flat = [flattened(recipe, "recipe") for recipe in (first, second)]
+    flat = [flattened(recipe.model_dump(mode="json"), "recipe") for recipe in (first, second)]
     prose = ("recipe.evidence", "recipe.summary")
     paths = [path for path in dict.fromkeys([*flat[0], *flat[1]]) if not path.startswith(prose)]
     return [c for path in paths for c in _words(path, flat[0].get(path, "(none)"), flat[1].get(path, "(none)"))]

@@ -9,6 +9,7 @@ class MmqError(Exception):
     """A problem that the user can act on: `message` says what and where, `hint` what to do next."""
 
     exit_code = 1
+    label = "Error"  # before the message
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(printable(message))
@@ -77,9 +78,16 @@ class MemoryShortage(MmqError):
 
 
 class GateFailed(MmqError):
-    """The artifact lost more of its task than the recipe allows."""
+    """The artifact lost more of its task than the recipe allows, or the full-precision model does not do the task."""
 
     exit_code = 3
+
+
+class GateNotResolved(MmqError):
+    """Too few samples, or none, say whether the artifact lost more than the recipe allows."""
+
+    exit_code = 5
+    label = "Not resolved"
 
 
 class Interrupted(MmqError):

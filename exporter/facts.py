@@ -1,26 +1,26 @@
-"""What an artifact says of itself, from its small files alone: in a folder or in a repository of the hub.
-
-Read tolerantly, because an older mmq may have written it.
-"""
+"""What an artifact says of itself, from its small files alone: in a folder or in a repository of the hub."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from exporter.artifact import REPORT
-from exporter.errors import ArtifactError
+from exporter.artifact import described_groups
+from exporter.data import BUILT_IN
+from exporter.demo import MODELS
+from exporter.errors import ArtifactError, RecipeError
 from exporter.families import FAMILIES
-from exporter.fields import RECIPE_FIELDS, require, require_report, require_serving
-from exporter.formats import read_groups
 from exporter.hub import PREFIX, open_remote, split
 from exporter.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.quantized import Scheme
+from exporter.recipe import Recipe
+from exporter.recipe_file import parse_recipe
+from exporter.report_file import REPORT, Evaluation, Report, Serving, parse_report
 from exporter.runtime.serve_lint import matches
 
+RECIPE = "recipe.yaml"
 Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
 
 
@@ -38,14 +38,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """One artifact. report: None when it was never evaluated. serving: what `mmq check` found, None before it ran."""
+    """One artifact. report: None when it was never evaluated. serving: None before `mmq check` ran."""
 
     name: str
     manifest: Manifest
-    report: Mapping[str, Any] | None
-    recipe: Mapping[str, Any]
+    report: Report | None
+    recipe: Recipe
     parts: tuple[Part, ...]
-    serving: Mapping[str, Any] | None = None
+    serving: Serving | None = None
 
     @property
     def source(self) -> str:
@@ -63,22 +63,32 @@ class Facts:
 
         The report names it and the digest of its weights; the manifest has the digest of the source.
         """
-        evaluation = _mapping((self.report or {}).get("evaluation"))
-        baseline, source = _mapping(evaluation.get("baseline")), self.manifest.source
-        weights = _mapping(_mapping(evaluation.get("models")).get("full precision")).get("weights")
-        if baseline.get("is_source", True) is True and (source.digest is None or weights in (None, source.digest)):
+        evaluation, source = self.report.evaluation if self.report else Evaluation(), self.manifest.source
+        claimed = evaluation.baseline is None or evaluation.baseline.is_source
+        asked = evaluation.models.get("full precision")
+        if claimed and (source.digest is None or asked is None or asked.weights == source.digest):
             return ""
-        name = "".join(letter for letter in str(baseline.get("model", "unknown")) if letter.isprintable())
+        name = evaluation.baseline.model if evaluation.baseline else "unknown"
         return f"{name}, not {source.model}"
 
     def metrics(self) -> dict[str, tuple[float, float]]:
         """`task metric` -> full precision, artifact; empty without a report."""
-        measures = (self.report or {}).get("measures", [])
-        return {f"{m['task']} {m['metric']}": (m["difference"]["before"], m["difference"]["after"]) for m in measures}
+        measures = self.report.measures if self.report else ()
+        return {f"{m.task} {m.metric}": (m.difference.before, m.difference.after) for m in measures}
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def built_in(facts: Facts) -> str:
+    """Why scores on the built-in drawings say little of this model; empty when it was measured on other data.
+
+    The embedded models learned the drawings: for them they are real data.
+    """
+    data = facts.report.evaluation.data if facts.report else None
+    if facts.source in MODELS or not set((data or "").split(", ")) & set(BUILT_IN):
+        return ""
+    return (
+        "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much it "
+        "lost. Captions are not judged on them."
+    )
 
 
 def read_place(place: str) -> Facts:
@@ -98,22 +108,18 @@ def folder_reader(folder: Path) -> Read:
 
 
 def read_facts(name: str, read: Read) -> Facts:
-    """ArtifactError when manifest, recipe or configuration are missing or damaged."""
+    """ArtifactError when manifest, recipe, report or configuration are missing or damaged."""
     manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
+    stored = read(REPORT)
+    report, serving = (None, None) if stored is None else parse_report(stored, f"{REPORT} of {name}")
     try:
+        recipe = parse_recipe(_needed(name, read, RECIPE).decode(), f"{RECIPE} of {name}")
         config = json.loads(_needed(name, read, "config.json"))
-        recipe = yaml.safe_load(_needed(name, read, "recipe.yaml"))
-        stored = read(REPORT)
-        report = json.loads(stored) if stored is not None else None
-        require(recipe, RECIPE_FIELDS, "recipe.yaml")
-        serving = require_serving(report) if stored is not None else None
-        if serving is not None and report is not None and set(report) == {"serving"}:
-            report = None  # checked, and never evaluated
-        if report is not None:
-            require_report(report)
         parts = _parts(manifest, config, recipe)
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ArtifactError(f"{name}: its recipe or report is damaged ({error})", "export it again") from None
+    except RecipeError as error:
+        raise ArtifactError(error.message, "export it again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise ArtifactError(f"{name}: its config.json or recipe is damaged ({error})", "export it again") from None
     return Facts(name, manifest, report, recipe, parts, serving)
 
 
@@ -124,10 +130,10 @@ def _needed(name: str, read: Read, file: str) -> bytes:
     return found
 
 
-def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[Part, ...]:
+def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[Part, ...]:
     """Count the quantized linears by component and scheme, in the order of the data through the model."""
     family = FAMILIES[manifest.family]
-    groups = read_groups(manifest.format, config)
+    groups = described_groups(manifest.format, config, "the artifact")
     counts: dict[tuple[str, Scheme | None, bool], int] = {}
     for module in {**manifest.linears, **manifest.errors}:
         packed = module in manifest.linears
@@ -138,9 +144,9 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Mapping[str, A
     order = [component.name for component in family.components]
     parts = []
     for (component, scheme, packed), count in sorted(counts.items(), key=lambda item: order.index(item[0][0])):
-        rules = [rule for rule in recipe["quantize"] if rule["component"] == component and rule["bits"] != 16]
-        bits = scheme.bits if scheme else max((rule["bits"] for rule in rules), default=16)
-        methods = {rule.get("method", "rtn") for rule in rules if rule["bits"] == bits}
+        rules = [rule for rule in recipe.quantize if rule.component == component and rule.bits != 16]
+        bits = scheme.bits if scheme else max((rule.bits for rule in rules), default=16)
+        methods = {rule.method for rule in rules if rule.bits == bits}
         label = scheme.label() if scheme else f"W{bits} in value, stored in 16 bits"
         parts.append(Part(component, label, bits, tuple(sorted(methods)), count, packed))
     return tuple(parts)

@@ -6,6 +6,7 @@ not write is None or empty, never invented.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,13 +14,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from exporter.checkpoint import write_text
-from exporter.errors import ArtifactError, did_you_mean, wording
+from exporter.errors import ArtifactError, CheckpointError, did_you_mean, wording
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
+from exporter.strict_json import parse_object, read_small
 
 MANIFEST = "mmq_manifest.json"
 VERSION = 1  # of this file's layout; a larger one is of a newer mmq
 PROBLEMS_SHOWN = 8
+AGAIN = "export or evaluate the artifact again"
 
 D = TypeVar("D", bound="Document")
 
@@ -37,9 +40,14 @@ def _plain_file_name(name: str) -> str:
 
 
 def _line(text: str) -> str:
-    if not text.isprintable():
+    if as_line(text) != text:
         raise ValueError("line breaks and control characters are not allowed")
     return text
+
+
+def as_line(text: str) -> str:
+    """A text without line breaks and control characters: what a `Line` may hold."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else " " for c in text)
 
 
 def _known(registry: Any, what: str) -> Callable[[str], str]:
@@ -88,7 +96,7 @@ class Bytes(Document):
 class CalibrationSample(Document):
     """A picture that was calibrated on. image: sha256 of size and pixels. look: see `data.overlap.Trace`."""
 
-    id: Line
+    id: str
     image: Sha256
     look: Annotated[str, StringConstraints(max_length=4000)] | None = None
 
@@ -147,18 +155,26 @@ class Manifest(Document):
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """A manifest from a file's bytes. ArtifactError lists the problems; `where` names the file in it."""
-    return parse_document(Manifest, content, where)
+    return parse_document(Manifest, parse_json(content, where), where)
 
 
-def parse_document(kind: type[D], content: bytes | str, where: str) -> D:
-    """JSON to a document, or an ArtifactError with every problem (the first few where there are many)."""
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a file's bytes, in which no key occurs twice (ArtifactError)."""
     try:
-        return kind.model_validate_json(content)
+        return parse_object(content, where, unique=True)
+    except CheckpointError as error:
+        raise ArtifactError(f"{where} is damaged:\n  {error.message.removeprefix(f'{where}: ')}", AGAIN) from None
+
+
+def parse_document(kind: type[D], plain: Any, where: str) -> D:
+    """Plain data to a document, or an ArtifactError with every problem (the first few where there are many)."""
+    try:
+        return kind.model_validate_json(json.dumps(plain))  # from JSON, where lists may become tuples
     except ValidationError as error:
         problems = [f"  {_path(problem['loc'])}{wording(problem, ())}" for problem in error.errors(include_url=False)]
     rest = [f"  and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
     lines = "\n".join([*problems[:PROBLEMS_SHOWN], *rest])
-    raise ArtifactError(f"{where} is damaged, or of a newer mmq:\n{lines}", "export the artifact again")
+    raise ArtifactError(f"{where} is damaged, or of a newer mmq:\n{lines}", AGAIN)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -170,12 +186,17 @@ def _path(location: tuple[int | str, ...]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact's folder (ArtifactError when there is none or it is damaged)."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
+    return parse_manifest(read_document(path), str(path))
+
+
+def read_document(path: Path) -> bytes:
+    """The bytes of a manifest or report on disk (ArtifactError when it is no readable file, or too large)."""
     try:
-        return parse_manifest(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror})") from None
+        return read_small(path)
+    except CheckpointError as error:
+        raise ArtifactError(error.message, AGAIN) from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
 
-from exporter.artifact import REPORT, Artifact
-from exporter.backends import weights_digest
+from exporter.artifact import REPORT
 from exporter.card import (
     BEGIN,
     CARD,
@@ -23,19 +22,16 @@ from exporter.card import (
     base_model,
     benchmark_results,
     data_name,
-    lost,
     render,
 )
 from exporter.checkpoint import sha256
-from exporter.device import Device
 from exporter.difference import difference
 from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.events import Event
-from exporter.facts import Facts, folder_reader, read_facts
+from exporter.facts import Facts, read_facts
 from exporter.hub import Remote, RemoteFile, open_remote
 from exporter.manifest import MANIFEST
 from exporter.runtime.launch import lacks_start
-from exporter.verify import verify
 
 Listener = Callable[[Event], None]
 INDEX = "model.safetensors.index.json"
@@ -69,33 +65,6 @@ def _size(found: Path | bytes) -> int:
     return len(found) if isinstance(found, bytes) else found.stat().st_size
 
 
-def prove(folder: Path, device: Device, on_event: Listener) -> tuple[Facts, tuple[str, ...]]:
-    """The artifact's facts, and every reason not to publish it (ArtifactError when it is no artifact at all)."""
-    facts = read_facts(folder.name, folder_reader(folder))
-    problems = []
-    try:
-        verify(folder, device, on_event)
-    except ArtifactError as error:
-        problems.append(error.message.replace(str(folder), folder.name))
-    if facts.report is None:
-        problems.append("it was never evaluated")
-        return facts, tuple(problems)
-    measured = facts.report.get("evaluation", {}).get("models", {}).get("artifact", {}).get("weights")
-    if not problems and measured != weights_digest(Artifact.open(folder)):
-        problems.append("its report was measured on other weights")
-    if other := facts.other_baseline:
-        problems.append(f"its report compares it with another model than its source: {other}")
-    gates = facts.report["gates"]
-    if not gates:
-        problems.append("its recipe has no gates, so nothing says what it may lose")
-    if facts.serving and facts.serving["problems"]:
-        problems.append("`mmq check` found that the engine answers otherwise")
-    for gate in gates:
-        if not gate["passed"]:
-            problems.append(f"the gate on {gate['task']} {gate['metric']} failed: {lost(gate)}")
-    return facts, tuple(problems)
-
-
 def refuse_unproven(folder: Path, problems: tuple[str, ...]) -> None:
     """PublishError with every reason."""
     if problems:
@@ -120,7 +89,7 @@ def package(
     """
     check_declared(declared)
     for task in declared.benchmarks:
-        if not any(m["task"] == task for m in (facts.report or {}).get("measures", [])):
+        if not any(measure.task == task for measure in (facts.report.measures if facts.report else ())):
             raise PublishError(f"--benchmark {task}: the artifact was not measured on this task")
         if DRAWINGS in data_name(facts):
             raise PublishError(f"--benchmark {task}: it was measured on {data_name(facts)}, which are no benchmark")
@@ -161,18 +130,14 @@ def check_declared(declared: Declared) -> None:
 def local_files(folder: Path, facts: Facts) -> dict[str, Path | bytes]:
     """What the manifest names, manifest and report; what is absent is left out (a reason not to publish without force).
 
-    The manifest may be anybody's: ArtifactError, always, when a name or a link in it leads out of the folder.
+    The manifest may be anybody's: ArtifactError, always, when it names a link, which leads out of the folder.
     """
     names = [*facts.manifest.files, MANIFEST, *([REPORT] if facts.report is not None else [])]
-    outside = [name for name in names if not _bare(name) or (folder / name).is_symlink()]
+    outside = [name for name in names if (folder / name).is_symlink()]
     if outside:
         lines = "\n".join(f"  {name}" for name in outside)
         raise ArtifactError(f"{folder}: only plain files of this folder are ever published, not\n{lines}")
     return {name: folder / name for name in names if (folder / name).is_file()}
-
-
-def _bare(name: str) -> bool:
-    return bool(name) and name == PurePosixPath(name).name and name != ".." and "\\" not in name
 
 
 def stale(remote: Remote, kept: set[str], replace: bool) -> tuple[str, ...]:
@@ -251,6 +216,6 @@ def _card_data(repo: str) -> Mapping[str, Any]:
 
 def told(facts: Facts) -> str:
     """What the publisher may not know that the files tell; empty when there is nothing."""
-    repo = str(facts.recipe["model"]["repo"])
+    repo = facts.recipe.model.repo
     local = repo.startswith((".", "/", "~")) or repo.count("/") > 1
     return f"recipe.yaml, which is published as it is, names the source as {repo}" if local else ""

@@ -55,11 +55,8 @@ def prepare(
 def with_data_it_knows(recipe: Recipe) -> Recipe:
     """The recipe, with the drawings in plain words for every model but the embedded ones.
 
-    The made-up names of `demo` mean nothing to other models. What those would say of a drawing in their own words
-    cannot be held against a fixed text either, so gates on captions need the user's data and are left out.
+    The made-up names of `demo` mean nothing to other models.
     """
     if recipe.calibration.data != ("demo",) or recipe.evaluation.data is not None or recipe.model.repo in MODELS:
         return recipe
-    gates = tuple(gate for gate in recipe.gates if gate.task != "captioning")
-    changed = recipe.adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
-    return changed.model_copy(update={"gates": gates})
+    return recipe.adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})

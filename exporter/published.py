@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, described_groups
 from exporter.checkpoint import Checkpoint
+from exporter.coverage import missing_from_manifest
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
 from exporter.facts import read_facts
-from exporter.formats import FORMATS, read_groups
+from exporter.formats import FORMATS
 from exporter.hub import Remote
 from exporter.manifest import Manifest
 
@@ -51,19 +52,26 @@ def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Publishe
         on_event(Event("verify", i + 1, len(expected), name))
     shards = {name for name in remote.files if name.endswith(".safetensors") and "/" not in name}
     problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
-    if not problems:
-        problems = _missing_tensors(remote, facts.manifest)
+    problems += _missing(remote, facts.manifest, quiet=bool(problems))
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
     return Published(remote.name, len(expected), len(facts.manifest.linears), fetched)
 
 
-def _missing_tensors(remote: Remote, manifest: Manifest) -> list[str]:
-    """Every packed linear must be found through the config's patterns, under the names that the format gives it."""
-    artifact = open_headers(remote, manifest)
-    problems = []
-    for module in manifest.linears:
+def _missing(remote: Remote, manifest: Manifest, quiet: bool) -> list[str]:
+    """The manifest must name everything, and every packed linear must have the tensors that its format gives it.
+
+    quiet: headers that cannot be read are no problem of their own, because another is known already.
+    """
+    try:
+        artifact = open_headers(remote, manifest)
+    except ArtifactError:
+        if quiet:
+            return []
+        raise
+    problems = missing_from_manifest(artifact)
+    for module in manifest.linears if not problems else ():
         try:
             names = FORMATS[manifest.format].tensor_names(module, artifact.scheme_of(module))
             problems += [f"{name}: missing" for name in names if name not in artifact.checkpoint.tensors]
@@ -81,5 +89,5 @@ def open_headers(remote: Remote, manifest: Manifest) -> Artifact:
         checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
     except CheckpointError as error:
         raise ArtifactError(error.message, "publish it again") from None
-    groups = read_groups(manifest.format, config)
-    return Artifact(checkpoint, manifest, tuple(groups), torch.device("cpu"))
+    groups = described_groups(manifest.format, config, remote.name)
+    return Artifact(checkpoint, manifest, groups, torch.device("cpu"))

@@ -195,13 +195,14 @@ class Evaluation(Strict):
 class Gate(Strict):
     """The artifact may lose at most `max_drop` (a share: 0.02 is 2 %) of the full-precision score.
 
-    decide: "point" compares the measured drop, "upper" the upper end of its 95 % interval.
+    A gate is not resolved while the 95 % interval of the change crosses the bound. decide: "upper" accepts a gate only
+    when the whole interval is within it; "point" lets the measured change decide about a gate that is not resolved.
     """
 
     task: str
     metric: str
-    max_drop: float = Field(ge=0, lt=1)
-    decide: Literal["point", "upper"] = "point"
+    max_drop: float = Field(ge=0, lt=1, allow_inf_nan=False)
+    decide: Literal["point", "upper"] = "upper"
 
     @model_validator(mode="after")
     def _metric(self) -> Self:

@@ -10,11 +10,12 @@ from rich.table import Table
 from exporter.advice import ASSUMPTION, advise, unknown
 from exporter.device import Device
 from exporter.difference import Change
-from exporter.evaluate import Report
 from exporter.export import Export
+from exporter.gate_text import SAYS
 from exporter.plan import Plan, PlanRow
 from exporter.recipe import Recipe
 from exporter.runtime.kernels import serving
+from exporter.show_report import report_page
 from exporter.steps import NEEDED, Step
 from exporter.verify import Verified
 
@@ -208,11 +209,11 @@ def export_page(result: Export) -> RenderableType:
 
 def _ending(result: Export) -> str:
     """How to serve the artifact, or why not to."""
-    verdicts = result.report.verdicts if result.report else None
-    if verdicts and not all(verdict.passed for verdict in verdicts):
-        return "it lost more than its recipe allows"
+    gates = result.report.gates if result.report else None
+    if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
+        return SAYS[result.report.verdict] if result.report else ""
     serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
-    ungated = "the recipe has no gates: no loss would have failed it\n" if verdicts == () else ""
+    ungated = "the recipe has no gates: no loss would have failed it\n" if gates == () else ""
     return ungated + (result.plan.family.unserved or serve)
 
 
@@ -226,7 +227,7 @@ def export_json(result: Export) -> dict[str, Any]:
         "peak_device_bytes": max((step.device_bytes for step in result.measured if step.name in NEEDED), default=0),
         "peak_host_bytes": max((step.host_bytes for step in result.measured if step.name in NEEDED), default=0),
         "plan": plan_json(result.plan, every_tensor=False),
-        "report": result.report.as_json() if result.report else None,
+        "report": result.report.plain() if result.report else None,
     }
 
 
@@ -243,30 +244,6 @@ def verified_line(verified: Verified) -> str:
     return f"{line}; not run in transformers: {verified.skipped}" if verified.skipped else line
 
 
-def report_page(report: Report) -> RenderableType:
-    """Scores with intervals, then the gates."""
-    table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
-    for name in ("score", "samples", "full", "artifact", "change", "95 % interval"):
-        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for m in report.measures:
-        d = m.difference
-        interval = f"{-d.high:+z.4f} to {-d.low:+z.4f}"
-        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{-d.drop:+z.4f}", interval)
-        table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
-    needed = [f"{m.needed} for {m.task} {m.metric}" for m in report.measures if m.needed]
-    more = [f"samples that would resolve 1 % of the full score: {', '.join(needed)}"] if needed else []
-    for task, figures in report.corpus.items():
-        named = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in figures.items()]
-        more += [f"{task}, of the whole set: {', '.join(named)}"] if named else []
-    if searched := report.about.get("searched"):
-        sizes = ", ".join(f"{count:,} {name}" for name, count in searched.items())
-        more.append(f"retrieval searched: {sizes}")
-    baseline = report.about.get("baseline")
-    if baseline and not baseline["is_source"]:
-        more.append(f"the full-precision model, {baseline['model']}, is not the one that the artifact was made from")
-    return Group(table, *(f"gate {verdict}" for verdict in report.verdicts), *more)
-
-
 def recipes_table(recipes: list[Recipe]) -> Table:
     """Built-in recipes, one a line."""
     table = Table(box=None, pad_edge=False)
@@ -278,7 +255,7 @@ def recipes_table(recipes: list[Recipe]) -> Table:
 
 
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
-    """What two artifacts have not in common, one a line."""
+    """Differences between two artifacts, one a line."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("what", "left"), (first, "left"), (second, "left"), ("change", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]

@@ -22,12 +22,12 @@ _DRAWN_AT_ONCE = 2**21  # indices in memory at a time, 16 MB
 class Difference:
     """Means of two models on the same samples.
 
-    drop: before - after; low, high: its interval. sd: standard deviation of the drops of single samples.
+    change: after - before; low, high: its interval. sd: standard deviation of the changes of single samples.
     """
 
     before: float
     after: float
-    drop: float
+    change: float
     low: float
     high: float
     sd: float
@@ -35,7 +35,7 @@ class Difference:
     @property
     def unchanged(self) -> bool:
         """Whether no sample's score differs: then a bootstrap cannot draw anything but zeros."""
-        return self.drop == 0 and self.sd == 0
+        return self.change == 0 and self.sd == 0
 
     @property
     def cost(self) -> float:
@@ -51,28 +51,35 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Difference:
-    """The drop from `before` to `after` (one score a sample, same order) with its interval.
+    """The change from `before` to `after` (one score a sample, same order) with its interval.
 
     Deterministic in `seed`. Raises ValueError when there is nothing to compare or the lengths differ.
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
         raise ValueError(f"scores must be two lists of the same length, not {first.shape} and {second.shape}")
-    drops = first - second
+    changes = second - first
     generator = np.random.default_rng(seed)
-    rows = max(1, _DRAWN_AT_ONCE // drops.size)
-    means = [
-        drops[generator.integers(0, drops.size, (min(rows, resamples - start), drops.size))].mean(axis=1)
+    rows = max(1, _DRAWN_AT_ONCE // changes.size)
+    drawn = [
+        changes[generator.integers(0, changes.size, (min(rows, resamples - start), changes.size))].mean(axis=1)
         for start in range(0, resamples, rows)
     ]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), (tail, 1 - tail))
-    sd = drops.std(ddof=1) if drops.size > 1 else 0.0
-    return Difference(*(float(value) for value in (first.mean(), second.mean(), drops.mean(), low, high, sd)))
+    low, high = np.quantile(np.concatenate(drawn), (tail, 1 - tail))
+    sd = changes.std(ddof=1) if changes.size > 1 else 0.0
+    return Difference(
+        before=float(first.mean()),
+        after=float(second.mean()),
+        change=float(changes.mean()),
+        low=float(low),
+        high=float(high),
+        sd=float(sd),
+    )
 
 
 def half_width(sd: float, samples: int, confidence: float = CONFIDENCE) -> float:
-    """How far the interval of a drop reaches to each side of it, by the normal approximation: z sd / sqrt(samples).
+    """How far the interval of a change reaches to each side of it, by the normal approximation: z sd / sqrt(samples).
 
     sd: standard deviation of paired differences, in the unit of the score.
     """
@@ -89,20 +96,21 @@ def samples_to_resolve(drop: float, sd: float = ASSUMED_SD, confidence: float = 
     return max(2, math.ceil((_z(confidence) * sd / drop) ** 2))
 
 
-def upper_end(found: Difference, samples: int, confidence: float = CONFIDENCE) -> float:
-    """The upper end of the drop's interval, to decide by.
+def ends(found: Difference, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Both ends of the interval of the change that gates are decided by.
 
-    The bootstrap's, but where no score differs: so many samples without a change leave room for a share of changes of
-    up to 1 - tail**(1 / samples), each of which loses `Difference.cost` (Clopper and Pearson, Biometrika 26, 1934).
+    The bootstrap's, but a bootstrap never draws what no sample showed. Among so many samples a share of up to
+    1 - tail**(1 / samples) can lose `Difference.cost` each, all of their score, without being seen once (Clopper and
+    Pearson, Biometrika 26, 1934), so the lower end is never nearer to zero than that. Where nothing changed at all, the
+    same holds for gains.
     """
-    if not found.unchanged:
-        return found.high
     tail = (1 - confidence) / 2
-    return found.cost * (1 - math.pow(tail, 1 / samples))
+    reach = found.cost * (1 - math.pow(tail, 1 / samples))
+    return min(found.low, -reach), reach if found.unchanged else found.high
 
 
 def samples_to_exclude(drop: float, cost: float = 1.0, confidence: float = CONFIDENCE) -> int:
-    """Samples without any change that put `upper_end` at most at `drop`. Raises ValueError unless 0 < drop < cost."""
+    """The fewest samples that exclude a larger drop by `ends`. Raises ValueError unless 0 < drop < cost."""
     if not 0 < drop < cost:
         raise ValueError(f"drop must be above 0 and below {cost}, not {drop}")
     return math.ceil(math.log((1 - confidence) / 2) / math.log1p(-drop / cost))

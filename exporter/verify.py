@@ -15,6 +15,7 @@ from typing import Any, Literal
 from exporter.artifact import Artifact
 from exporter.artifact_tensors import digest
 from exporter.checkpoint import Checkpoint, sha256
+from exporter.coverage import missing_from_manifest
 from exporter.device import Device
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
@@ -64,13 +65,13 @@ def verify(
     host lacks the memory). A library that fails on a right artifact does not make it wrong: `skipped` has the reason.
     """
     artifact = Artifact.open(folder, device.torch_device)
-    problems = _wrong_files(folder, artifact.manifest, on_event)
+    problems = [*missing_from_manifest(artifact), *_wrong_files(folder, artifact.manifest, on_event)]
     if not problems:
         problems = _wrong_linears(artifact, on_event)
     if source and not problems:
         problems = unlike_source(artifact, source, rows)
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         raise ArtifactError(f"{folder} does not hold what its manifest says:\n{lines}", "export it again")
     verified = Verified(len(artifact.manifest.files), len(artifact.manifest.linears), source is not None)
     reason = _why_not_load(artifact) if load != "nothing" else "not requested"

@@ -187,7 +187,7 @@ def test_the_command_proves_its_choice_beside_a_recipe(tmp_path: Path, study_fol
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["confirmed"]["worst_drop"] <= 0.2
+    assert found["confirmed"]["worst_change"] >= -0.2
     assert found["against"][0]["recipe"] == "llava-w3-vit4"
     assert found["confirmed"]["bytes"] == found["winner"]["bytes"]
     recipe = load_recipe(str(out))
@@ -224,11 +224,12 @@ def test_a_choice_that_loses_much_is_no_success(tmp_path: Path, study_folder: Pa
     result = CliRunner().invoke(cli, [*arguments, "--out", str(out), "--folder", str(study_folder), "--json"])
     assert result.exit_code == 3
     found = json.loads(result.stdout)
-    assert found["winner"]["drop"] > 0.05
+    assert found["winner"]["change"] < -0.05
     assert "on the validation split, more than 5.0%" in found["warnings"][0]
     assert f"{out} is written, but this choice loses" in result.stderr
     recipe = load_recipe(str(out))
-    lost = SimpleNamespace(worst=0.3, row=lambda: {"metrics": {}}, report={"measures": [{"samples": 1}]}, bytes=1)
+    report = SimpleNamespace(measures=[SimpleNamespace(samples=1)])
+    lost = SimpleNamespace(worst=-0.3, row=lambda: {"metrics": {}}, report=report, bytes=1)
     lost.bits_per_weight = 2.0
     assert {gate.max_drop for gate in with_evidence(recipe, lost, 0.1, 0.1, None).gates} == {0.05}  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")

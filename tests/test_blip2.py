@@ -35,6 +35,7 @@ from exporter.show import plan_notes
 from exporter.source import narrowed
 from exporter.stream import load_whole
 from exporter.targets import groups, kept_modules
+from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
@@ -54,14 +55,15 @@ def rules_for(family: Family, method: str = "gptq", bits: int = 4, group_size: A
 
 
 def recipe_for(family: Family, repo: Path, **changes: Any) -> Recipe:
-    """A recipe on a few drawings with every component quantized."""
+    """A recipe on a few drawings with every component quantized, and a gate on the family's main task."""
+    task = family.tasks[0]
     data: dict[str, Any] = {
         "name": "tiny",
         "summary": "tiny",
         "model": {"repo": str(repo), "family": family.name},
         "quantize": rules_for(family),
         "calibration": {"data": "demo", "tasks": ["captioning"], "samples": 6, "batch": 3},
-        "gates": [{"task": "captioning", "metric": "cider", "max_drop": 0.5}],
+        "gates": [{"task": task, "metric": TASKS[task].METRICS[0], "max_drop": 0.5}],
         "evidence": [{"finding": "none", "figures": "0", "source": "none"}],
     }
     return Recipe.model_validate(data | changes)

@@ -30,8 +30,10 @@ from exporter.processor import load_processor
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.reference import Compared, Distance, Reference
+from exporter.report_file import write_report
 from exporter.runtime.vllm_engine import Reply
 from exporter.servable import engine_linears, refuse_unservable
+from tests.test_evaluate import crafted
 
 A8 = {"component": "vision", "bits": 8, "activations": "int8"}
 W4 = {"component": "language", "bits": 4, "group_size": 128}
@@ -155,9 +157,9 @@ def test_both_the_largest_and_the_mean_difference_are_bounded(largest: float, me
 
 
 def test_the_result_joins_the_report(folder: Path, tmp_path: Path):
-    (tmp_path / "mmq_report.json").write_text('{"passed": true}')
+    write_report(tmp_path, crafted(1, 1), None)
     shutil.copy(folder / "mmq_manifest.json", tmp_path)
-    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)))
+    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)), "0" * 64)
     report = json.loads((tmp_path / "mmq_report.json").read_text())
     assert report["passed"] is True
     assert report["serving"]["passed"] is False

@@ -1,6 +1,7 @@
 """The command line: exit codes, JSON, errors without tracebacks, interruption."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def quick(out: Path, *more: str) -> list[str]:
 def test_export_then_verify_then_evaluate(tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     result = mmq(*quick(out, "--json"))
-    assert result.exit_code in (0, 3), result.output
+    assert result.exit_code == 5, result.output  # four samples resolve nothing
     said = json.loads(result.stdout.splitlines()[0])
     assert said["verified"]["linears"] > 10
     events = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
@@ -139,10 +140,32 @@ def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) 
     result = mmq(*quick(tmp_path / "out", "--eval-samples", "40", "--recipe", str(recipe)))
     assert result.exit_code == 3, result.output
     assert "gates failed" in result.stderr
-    assert "it lost more than its recipe allows" in result.stdout
-    assert "allowed 5.0%" in result.stderr
+    assert "a gate failed: more was lost than the recipe allows" in result.stdout
+    assert "allowed -5.0%" in result.stderr
     assert (tmp_path / "out" / "mmq_report.json").exists()
     assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["passed"] is False
+
+
+def test_an_export_that_few_samples_measured_is_not_resolved(tmp_path: Path) -> None:
+    """Neither passed nor failed: exit code 5, in other words, and with the number of samples that would do."""
+    out = tmp_path / "out"
+    result = mmq(*quick(out, "--eval-samples", "20", "--recipe", "llava-w8"))
+    assert result.exit_code == 5, result.output
+    assert "Not resolved: " in result.stderr
+    assert "2 of 2 gates are not resolved" in result.stderr
+    assert re.search(
+        r"gate vqa accuracy: not resolved with 20 samples: changed by .*; about [\d,]+ samples would", result.stdout
+    )
+    assert "passed" not in result.stdout
+    assert "Error" not in result.stderr
+    kept = json.loads((out / "mmq_report.json").read_text())
+    assert (kept["passed"], kept["verdict"]) == (False, "not resolved")
+    again = mmq("evaluate", str(out), "--eval-samples", "20", "--json")
+    assert again.exit_code == 5
+    assert [gate["verdict"] for gate in json.loads(again.stdout)["gates"]] == ["not resolved", "not resolved"]
+    refused = mmq("publish", str(out), "--repo", "me/x", "--dry-run")
+    assert refused.exit_code == 1
+    assert "gate vqa accuracy: not resolved with 20 samples" in refused.stderr
 
 
 def test_a_recipe_without_gates_is_served_whatever_it_scores(tmp_path: Path) -> None:
@@ -166,7 +189,7 @@ def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Pat
     assert "same command again" in json.loads(command.stdout.read_text())["hint"]
     assert not out.exists()
     assert list((tmp_path / "out.work").glob("*.safetensors"))
-    assert mmq(*quick(out)).exit_code in (0, 3)
+    assert mmq(*quick(out)).exit_code == 5  # of four samples
     assert out.exists()
 
 
@@ -190,7 +213,7 @@ def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
     result = mmq(*quick(tmp_path / "out", "--recipe", str(recipe), "--json"))
     assert result.exit_code == 3
     assert json.loads(result.stdout)["report"]["passed"] is False
-    assert "gates failed" in result.stderr
+    assert re.search("gates (failed|did not pass)", result.stderr)
 
 
 def test_an_interrupt_that_a_library_took_for_its_own_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from exporter.checkpoint import Checkpoint
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
+from exporter.evaluate import compare
 from exporter.events import Event
-from exporter.export import Export, export
+from exporter.export import Export, evaluation_samples, export
 from exporter.facts import read_place
 from exporter.formats import FORMATS
-from exporter.preparation import with_data_it_knows
+from exporter.preparation import prepare, with_data_it_knows
 from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
@@ -308,11 +310,26 @@ def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions(
     assert shipped.model.repo == "llava-hf/llava-1.5-7b-hf"
     fitted = with_data_it_knows(shipped)
     assert fitted.calibration.data == fitted.evaluation.data == ("drawings",)
-    assert [gate.task for gate in fitted.gates] == ["vqa"]
+    assert fitted.gates == shipped.gates  # those on captions are then not measured
     assert with_data_it_knows(fitted) == fitted
     assert with_data_it_knows(quick_recipe()) == quick_recipe()  # the embedded model knows the names
     own = shipped.adjusted(calibration={"data": ("coco",)}, evaluation={"data": ("coco",)})
     assert with_data_it_knows(own) == own
+
+
+def test_captions_are_not_judged_on_the_drawings() -> None:
+    """A gate on captions stays in the recipe and is not measured: no other model words a drawing as mmq does."""
+    recipe = quick_recipe().adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
+    plan, _ = prepare(recipe, choose("cpu"))
+    assert {gate.task for gate in plan.recipe.gates} == {"vqa", "captioning"}
+    asked = evaluation_samples(plan, ())
+    assert list(asked) == ["vqa"]
+    answers = {"vqa": [sample.references[0] for sample in asked["vqa"]]}
+    report = compare(answers, answers, asked, plan.recipe.gates, 0)
+    assert {gate.task: gate.verdict for gate in report.gates}["captioning"] == "not measured"
+    assert not report.passed
+    only = plan.recipe.model_copy(update={"gates": tuple(g for g in plan.recipe.gates if g.task == "captioning")})
+    assert list(evaluation_samples(replace(plan, recipe=only), ())) == ["vqa"]
 
 
 class Stopped(Exception):

@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import exporter.publish
-from exporter.artifact import REPORT
 from exporter.cli import cli
 from exporter.errors import ArtifactError, CheckpointError, HubMissing, PlanError, PublishError
 from exporter.events import ignore
 from exporter.hub import open_remote
 from exporter.manifest import MANIFEST
 from exporter.published import verify_remote
+from exporter.report_file import REPORT
 from exporter.source import locate, open_source
 from exporter.verify import verify
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
@@ -72,7 +72,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http.time, "sleep", waits.append)
-        monkeypatch.setattr("exporter.package.verify", partial(verify, load="nothing"))  # its own tests load models
+        monkeypatch.setattr("exporter.proof.verify", partial(verify, load="nothing"))  # its own tests load models
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
@@ -114,7 +114,8 @@ def test_one_commit_holds_everything_and_is_private(hub: Hub, artifact: Path) ->
     assert commits(hub) == 1
     assert f"{hub.url}/{REPO}/commit/" in said.output
     assert "base_model: org/llava\n" in files["README.md"].decode()
-    assert len(hub.sent("PUT /upload/")) == -(-len(local["model.safetensors"]) // (64 * 1024)) > 1
+    weights = local["model.safetensors"]
+    assert len(hub.sent(f"PUT /upload/{hashlib.sha256(weights).hexdigest()}")) == -(-len(weights) // (64 * 1024)) > 1
 
 
 def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path) -> None:
@@ -136,8 +137,8 @@ def spoil(path: Path) -> None:
 
 
 def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: Hub, artifact: Path) -> None:
-    write_scores(artifact, after=0.5, passed=False)
-    assert "the gate on vqa accuracy failed: lost 44.4% of the full-precision score" in refused(artifact)
+    write_scores(artifact, after=0.5)
+    assert "gate vqa accuracy: failed: changed by -44.4% of the full-precision score" in refused(artifact)
     foreign = json.loads((artifact / REPORT).read_text())
     foreign["evaluation"]["models"]["artifact"]["weights"] = "0" * 64
     (artifact / REPORT).write_text(json.dumps(foreign))
@@ -507,7 +508,7 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
     [
         ("model.safetensors", lambda data: data[:-1] + b"\x01", "not the one that was written"),
         ("config.json", lambda data: data + b" ", "not the one that was written"),
-        ("tokenizer_config.json", None, "missing"),
+        ("generation_config.json", None, "missing"),
         ("extra.safetensors", lambda data: b"x" * 20_000, "not in the manifest"),
     ],
 )
@@ -525,6 +526,48 @@ def test_verify_names_what_is_wrong_with_a_published_artifact(
     assert result.exit_code == 1
     assert f"{name}: " in result.output
     assert said in result.output
+
+
+EMPTIED = [
+    ({"linears": {}}, "packed, but not among the manifest's linears"),
+    ({"linears": {}, "errors": {}, "units": []}, "the manifest names no quantized linear, so it verifies nothing"),
+    ({"files": {}}, "config.json: not in the manifest"),
+    ({"errors": {}}, "the manifest has no error of it"),
+]
+
+
+@pytest.mark.parametrize(("emptied", "said"), EMPTIED)
+def test_a_manifest_that_verifies_nothing_is_an_error(
+    hub: Hub, artifact: Path, emptied: dict[str, Any], said: str
+) -> None:
+    """In a folder and on the hub: what it does not name, nobody compares."""
+    plain = json.loads((artifact / MANIFEST).read_text())
+    (artifact / MANIFEST).write_text(json.dumps(plain | emptied))
+    local = mmq("verify", artifact, "--device", "cpu")
+    hub.add(REPO, {path.name: path.read_bytes() for path in artifact.iterdir()})
+    for result in (local, mmq("verify", f"hub:{REPO}")):
+        assert result.exit_code == 1
+        assert "does not hold what its manifest says" in result.output
+        assert said in result.output
+
+
+def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: Hub, artifact: Path) -> None:
+    """The recipe's gate on captions is not measured by them; without --force, that alone is accepted."""
+    plain = json.loads((artifact / REPORT).read_text())
+    plain["evaluation"]["data"] = "drawings"
+    (artifact / REPORT).write_text(json.dumps(plain))
+    said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works"
+    assert said in refused(artifact)
+    assert not hub.log
+    published(artifact, "--accept-built-in-data")
+    card = hub.files(REPO)["README.md"].decode()
+    assert said in card
+    assert "Published by force" not in card
+    write_scores(artifact, after=0.5)
+    plain = json.loads((artifact / REPORT).read_text())
+    plain["evaluation"]["data"] = "drawings"
+    (artifact / REPORT).write_text(json.dumps(plain))
+    assert "gate vqa accuracy: failed" in refused(artifact, "--accept-built-in-data")
 
 
 def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: Path) -> None:
@@ -649,18 +692,29 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "never measured" in mmq(*arguments, "--skip-evaluation", "--push", REPO).output
     assert "not a repository name" in mmq(*arguments, "--push", "tiny").output
     assert not out.exists()
-    result = mmq(*arguments, "--push", REPO, "--device", "cpu")
+    from exporter.recipe_file import built_in
+
+    few = mmq(*arguments, "--push", REPO, "--device", "cpu")
+    assert few.exit_code == 5, few.output
+    assert REPO not in hub.repos
+    accepting = tmp_path / "accepting.yaml"
+    text = built_in()["llava-w8"].read_text()
+    accepting.write_text(
+        text.replace("max_drop: 0.01}", "max_drop: 0.01, decide: point}").replace(
+            "max_drop: 0.02}", "max_drop: 0.02, decide: point}"
+        )
+    )
+    arguments[2] = str(accepting)
+    result = mmq(*arguments, "--overwrite", "--push", REPO, "--device", "cpu")
     assert result.exit_code == 0, result.output
+    assert "| vqa | accuracy | **not resolved** |" in hub.files(REPO)["README.md"].decode()
     assert f"{hub.url}/{REPO}/commit/" in result.output
     assert (out / MANIFEST).read_bytes() == hub.files(REPO)[MANIFEST]
     assert '"add_special_tokens": true' in hub.files(REPO)["README.md"].decode()  # LLaVA's template lacks `<s>`
     monkeypatch.setattr("exporter.cli_publish.check_push", lambda repo, skip: None)
     failing = tmp_path / "failing.yaml"
-    from exporter.recipe_file import built_in
-
-    text = built_in()["llava-w8"].read_text().replace("method: rtn, bits: 8", "method: rtn, bits: 2")
-    failing.write_text(text)
-    lost = [str(failing) if word == "llava-w8" else word for word in arguments]
+    failing.write_text(text.replace("method: rtn, bits: 8", "method: rtn, bits: 2"))
+    lost = [*arguments, "--recipe", str(failing)]
     result = mmq(*lost, "--overwrite", "--push", "me/failed", "--device", "cpu")
     assert result.exit_code == 3, result.output
     assert "me/failed" not in hub.repos
@@ -681,7 +735,7 @@ def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> No
 
 
 def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -> None:
-    write_scores(artifact, after=0.5, passed=False)
+    write_scores(artifact, after=0.5)
     result = mmq("publish", artifact, "--repo", REPO, "--json")
     assert json.loads(result.stdout)["kind"] == PublishError.__name__
     assert json.loads(mmq("verify", "hub:me/nothing", "--json").stdout)["kind"] == HubMissing.__name__

@@ -5,9 +5,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,20 +15,19 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from exporter import card
-from exporter.artifact import REPORT
 from exporter.check import Checked, Control, keep
 from exporter.cli import cli
 from exporter.data import image_key
 from exporter.device import choose
-from exporter.evaluate import Verdict
 from exporter.events import ignore
 from exporter.export import export
 from exporter.facts import Facts, folder_reader, read_facts
-from exporter.recipe import Gate, Recipe
+from exporter.gate_text import sentence
+from exporter.recipe import Recipe
 from exporter.recipe_file import load_recipe
 from exporter.reference import Compared, Distance
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
-from exporter.report.content import verdict
+from exporter.report_file import REPORT, Answered, Report
 from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
@@ -58,9 +57,10 @@ def mmq(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def facts(out: Path, report: Any = None) -> Facts:
+def facts(out: Path, report: Report | None = None) -> Facts:
+    """What the artifact says, with another report where one is given."""
     found = read_facts(out.name, folder_reader(out))
-    return found if report is None else Facts(found.name, found.manifest, report, found.recipe, found.parts)
+    return found if report is None else replace(found, report=report)
 
 
 class Tags(HTMLParser):
@@ -95,7 +95,8 @@ def test_the_page_holds_what_the_artifact_says(out: Path, page: Path) -> None:
         for value in (measure["difference"]["before"], measure["difference"]["after"]):
             assert f"{value:.4f}" in text
     for gate in report["gates"]:
-        assert f"{gate['lost']:.1%}" in text
+        for value in (gate["change"], gate["low"], gate["high"]):
+            assert f"{value:+.1%}" in text
     for linear, error in manifest["errors"].items():
         assert f"{error:.5f}" in text, linear
     assert manifest["recipe"]["sha256"] in text
@@ -111,7 +112,7 @@ def test_the_page_holds_what_the_artifact_says(out: Path, page: Path) -> None:
 def test_the_json_beside_it_holds_the_same_without_pictures(out: Path, page: Path) -> None:
     said = json.loads(page.with_suffix(".json").read_text())
     manifest = json.loads((out / "mmq_manifest.json").read_text())
-    assert said["verdict"] == ("passed" if json.loads((out / "mmq_report.json").read_text())["passed"] else "failed")
+    assert said["verdict"] == json.loads((out / "mmq_report.json").read_text())["verdict"]
     assert said["bytes"] == manifest["bytes"]
     found = {
         f"{b['block']}.{name}": e for rows in said["blocks"].values() for b in rows for name, e in b["linears"].items()
@@ -139,10 +140,10 @@ def test_nothing_on_the_page_leads_out_of_it(page: Path) -> None:
 
 
 def test_answers_cannot_become_markup(out: Path) -> None:
-    report = crafted(1, 3).as_json()
-    for row in [*report["changed"], *report["examples"]]:
-        row |= {"before": HOSTILE, "after": HOSTILE, "question": HOSTILE, "id": HOSTILE, "references": [HOSTILE]}
-    text = html(collect(facts(out, report), {}))
+    report = crafted(1, 3)
+    texts = {"before": HOSTILE, "after": HOSTILE, "question": HOSTILE, "id": HOSTILE, "references": (HOSTILE,)}
+    rows = {key: tuple(row.model_copy(update=texts) for row in getattr(report, key)) for key in ("changed", "examples")}
+    text = html(collect(facts(out, report.model_copy(update=rows)), {}))
     tags = [tag for tag, _ in Tags(text).found]
     assert "script" not in tags
     assert "img" not in tags
@@ -150,21 +151,53 @@ def test_answers_cannot_become_markup(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong_after", "verdict", "said"), [(1, "passed", "No answer changed."), (40, "failed", "39 answers changed")]
+    ("wrong_after", "verdict", "tone", "said"),
+    [
+        (1, "passed", "passed", "No answer changed."),
+        (
+            4,
+            "not resolved",
+            "open",
+            "A gate is not resolved: with these samples",
+        ),
+        (40, "failed", "failed", "A gate failed: more was lost than the recipe allows."),
+        (50, "failed", "failed", "49 answers changed"),
+    ],
 )
-def test_verdicts(out: Path, wrong_after: int, verdict: str, said: str) -> None:
-    content = collect(facts(out, crafted(1, wrong_after).as_json()), {})
+def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, said: str) -> None:
+    """A gate that is not resolved has a color of its own, at the top and in its row."""
+    content = collect(facts(out, crafted(1, wrong_after)), {})
     text = html(content)
     assert content["verdict"] == verdict
-    assert f'<span class="badge {verdict}">{verdict}</span>' in text
+    assert f'<span class="badge {tone}">{verdict}</span>' in text
+    assert f'<td class="{tone}">{verdict}</td>' in text
     assert said in text
+    if tone == "open":
+        assert 'class="passed"' not in text
+        assert re.search(
+            r'<p class="open">vqa accuracy: about \d+ samples would resolve it \(--eval-samples \d+\)', text
+        )
+
+
+def test_a_baseline_at_chance_level_is_named_on_the_page(out: Path) -> None:
+    text = html(collect(facts(out, crafted(50, 50)), {}))
+    assert '<span class="badge failed">not comparable</span>' in text
+    assert "the full-precision model scores 0, so nothing can be compared" in text
 
 
 def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
-    text = html(collect(facts(out, {}), {}))
-    assert '<span class="badge unproven">' in text
-    assert "never evaluated" in text
+    text = html(collect(replace(facts(out), report=None), {}))
+    assert '<span class="badge open">never evaluated</span>' in text
     assert "Nothing was measured." in text
+
+
+def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
+    """The embedded models learned them; for others they show little."""
+    found = facts(out)
+    said = "this shows that the model still works, not how much it lost"
+    assert said not in html(collect(found, {}))
+    source = found.manifest.source.model_copy(update={"model": "org/llava@abc"})
+    assert said in html(collect(replace(found, manifest=found.manifest.model_copy(update={"source": source})), {}))
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -180,13 +213,15 @@ def test_what_the_engine_answered_is_on_the_page(
     seen, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
     control = Control("vision", Distance(9.5, 4.25, 70), Compared(seen, floor))
     found = ("0.32.0+cpu", "cpu", 16, 0.015, Compared(seen, floor), control, {"W4": 8}, ("K for W4",), 30.0, problems)
-    keep(copy, Checked(*found))
+    keep(copy, Checked(*found), "0" * 64)
     content = collect(facts(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)
     assert ("does not answer" in text) is bool(problems)
     assert ("mean 0.2 of 0.015 allowed &lt;b&gt;" in text) is bool(problems)
-    assert content["verdict"] == verdict(facts(copy).report if evaluated else None)
+    report = facts(copy).report
+    assert content["verdict"] == (report.verdict if report else "never evaluated")
+    assert bool(report) is evaluated
     for said in (
         "vllm 0.32.0+cpu, cpu build",
         "mean difference 0.0125, largest 0.0312",
@@ -197,16 +232,8 @@ def test_what_the_engine_answered_is_on_the_page(
     assert Tags(text).open == []
 
 
-def test_a_baseline_of_zero_and_an_older_report_still_make_a_page(out: Path) -> None:
-    assert "full precision scores 0" in html(collect(facts(out, crafted(50, 50).as_json()), {}))
-    old = crafted(1, 3).as_json()
-    for key in ("examples", "counts", "evaluation"):
-        del old[key]
-    for measure in old["measures"]:
-        del measure["samples_to_resolve_one_percent"]
-    for row in old["changed"]:
-        del row["kind"], row["scores"]
-    assert "Changed answers" in html(collect(facts(out, old), {}))
+def test_a_baseline_of_zero_still_makes_a_page(out: Path) -> None:
+    assert "full precision scores 0" in html(collect(facts(out, crafted(50, 50)), {}))
 
 
 def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
@@ -239,27 +266,28 @@ def test_pictures_are_small_and_right() -> None:
 
 def test_a_picture_is_shown_only_where_question_references_and_pixels_are_the_same() -> None:
     sample = Sample("1", lambda: Image.new("RGB", (4, 4), (9, 0, 0)), None, ("a dog", "a pet"))
-    row = {"task": "captioning", "id": "1", "question": None, "references": ["a dog", "a pet"]}
-    named = row | {"image": image_key(sample.image())}
+    row = Answered(task="captioning", id="1", question=None, references=("a dog", "a pet"), before="", after="")
+    named = row.model_copy(update={"image": image_key(sample.image())})
     for same in (row, named):  # a report of an older version does not name the image
         assert find_pictures([same], {"captioning": [sample]}) == {("captioning", "1"): thumbnail(sample.image())}
-    for other in ({"id": "2"}, {"question": "what?"}, {"references": ["a cat"]}, {"image": "0" * 64}):
-        assert find_pictures([named | other], {"captioning": [sample]}) == {}
+    for other in ({"id": "2"}, {"question": "what?"}, {"references": ("a cat",)}, {"image": "0" * 64}):
+        assert find_pictures([named.model_copy(update=other)], {"captioning": [sample]}) == {}
 
 
 def test_what_rounds_to_nothing_has_no_sign(out: Path) -> None:
-    report = crafted(1, 1).as_json()
-    report["measures"][0]["difference"] |= {"drop": 1e-6, "low": -1e-6, "high": 1e-6}
-    report["gates"][0]["lost"] = -1e-6
-    text = html(collect(facts(out, report), {}))
+    report = crafted(1, 1)
+    tiny = {"change": -1e-6, "low": -1e-6, "high": 1e-6}
+    (measure,), (gate,) = report.measures, report.gates
+    changed = measure.model_copy(update={"difference": measure.difference.model_copy(update=tiny)})
+    both = {"measures": (changed,), "gates": (gate.model_copy(update=tiny),)}
+    text = html(collect(facts(out, report.model_copy(update=both)), {}))
     assert "+0.0000 to +0.0000" in text
     assert "+0.0 to +0.0" in text
+    assert "+0.0% to +0.0%" in text
     assert "change +0.0%, interval +0.0% to +0.0%" in text
     assert not re.search(r"-0\.0*(?![0-9])", text.partition("</style>")[2])
     assert card.signed(-1e-6) == "+0.0000"
-    assert "lost 0.0% of" in card.lost(report["gates"][0])
-    tiny = Verdict(Gate(task="vqa", metric="accuracy", max_drop=0.1), -1e-6, True)
-    assert "lost 0.0% of" in str(tiny)
+    assert "changed by +0.0% of" in sentence(gate.model_copy(update=tiny))
 
 
 def test_data_that_is_not_there_costs_the_pictures_only_when_it_was_not_named(out: Path, tmp_path: Path) -> None:
@@ -347,7 +375,7 @@ def test_in_a_browser(chromium: Browser, page: Path, width: int, dark: bool) -> 
     )
     assert hidden == []
     colors = chromium.run(
-        "return ['body', '.soft', 'a', '.passed, .failed', '.card dt'].map(s => document.querySelector(s)).map(e => "
+        "return ['body', '.soft', 'a', '.badge', '.card dt'].map(s => document.querySelector(s)).map(e => "
         "[getComputedStyle(e).color, getComputedStyle(e.closest('.card') || document.body).backgroundColor])"
     )
     assert min(contrast(*map(rgb, pair)) for pair in colors) >= 4.5

@@ -29,7 +29,7 @@ from exporter.predict import Predictor
 from exporter.recipe_file import load_recipe
 from exporter.report import collect, html
 from exporter.retrieve import _best, _rank, ranked
-from exporter.show import report_page
+from exporter.show_report import report_page
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
 from exporter.tasks.sample import Pool, Sample, task_of
@@ -213,7 +213,7 @@ def answering(label: str, answers: Sequence[str]) -> Model:
     def opened() -> Iterator[Backend]:
         yield Given()
 
-    return Model(label, {}, lambda sample: sample.identity, opened)
+    return Model(label, {"weights": label}, lambda sample: sample.identity, opened)
 
 
 def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
@@ -222,7 +222,7 @@ def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
     bad = answering("artifact", [written(math.nan, [math.nan] * len(s.references)) for s in chosen()])
     recipe = load_recipe("blip2-retrieval-w4")
     report = compare_models(good, bad, samples, recipe, None, seen.append, {})
-    assert [verdict.passed for verdict in report.verdicts] == [False, False]
+    assert [gate.verdict for gate in report.gates] == ["failed", "failed"]
     assert [event.message for event in seen if event.stage == "note"] == [
         "artifact: scores of 12 samples are not finite numbers; they count as not found"
     ]
@@ -335,7 +335,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
     first = export(recipe, out=out, device=device, on_event=lambda event: None).report
     assert first is not None
-    assert [v.gate.metric for v in first.verdicts] == ["text_r1", "image_r1"]
+    assert [gate.metric for gate in first.gates] == ["text_r1", "image_r1"]
     assert {m.metric for m in first.measures} == set(METRICS)
     assert first.measures[0].difference.before > 0.8
     kept = sorted(p for p in default_store(out).folder.glob("*/*.json") if p.name != "about.json")
@@ -344,7 +344,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
     texts = sum(len(sample.references) for sample in samples["retrieval"])
-    assert first.about["searched"] == {"pictures": 24, "texts": texts, "candidates": 10}
+    assert first.evaluation.searched == {"pictures": 24, "texts": texts, "candidates": 10}
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
     assert f"retrieval searched: 24 pictures, {texts} texts, 10 candidates" in console.export_text()

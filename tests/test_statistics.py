@@ -6,11 +6,11 @@ import pytest
 from exporter import statistics
 from exporter.statistics import (
     ASSUMED_SD,
+    ends,
     half_width,
     paired_bootstrap,
     samples_to_exclude,
     samples_to_resolve,
-    upper_end,
 )
 from tests.oracles import naive_paired_bootstrap
 
@@ -27,21 +27,21 @@ def test_interval_is_near_that_of_the_naive_loop() -> None:
     before, after = scores(200, seed=1)
     found = paired_bootstrap(before, after, seed=0, resamples=4000)
     low, high = naive_paired_bootstrap(before, after, seed=5, resamples=4000)
-    assert found.drop == pytest.approx(found.before - found.after)
+    assert found.change == pytest.approx(found.after - found.before)
     assert found.before == pytest.approx(sum(before) / 200)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.006)
-    assert found.low < found.drop < found.high
+    assert found.low < found.change < found.high
 
 
 def test_coverage() -> None:
-    """400 experiments with a known drop of 0.1: 95 % intervals should hold it in 380, give or take 13 (3 sigma)."""
+    """400 experiments with a known change of -0.1: 95 % intervals should hold it in 380, give or take 13 (3 sigma)."""
     rng = np.random.default_rng(7)
     covered = 0
     for i in range(400):
         after = rng.normal(0.5, 1.0, 120)
         before = after + rng.normal(0.1, 0.5, 120)
         found = paired_bootstrap(before, after, seed=i, resamples=800)
-        covered += found.low <= 0.1 <= found.high
+        covered += found.low <= -0.1 <= found.high
     assert 0.95 - 0.035 <= covered / 400 <= 0.95 + 0.035
 
 
@@ -54,12 +54,12 @@ def test_confidence_widens_the_interval() -> None:
 def test_swapping_the_models_mirrors_the_interval() -> None:
     before, after = scores(150, seed=2)
     forth, back = paired_bootstrap(before, after, seed=4), paired_bootstrap(after, before, seed=4)
-    assert (back.drop, back.low, back.high) == pytest.approx((-forth.drop, -forth.high, -forth.low), abs=1e-12)
+    assert (back.change, back.low, back.high) == pytest.approx((-forth.change, -forth.high, -forth.low), abs=1e-12)
 
 
 def test_a_constant_difference_leaves_no_doubt() -> None:
     found = paired_bootstrap([1.0, 0.75, 0.5], [0.75, 0.5, 0.25], seed=0)
-    assert (found.drop, found.low, found.high) == (0.25, 0.25, 0.25)
+    assert (found.change, found.low, found.high) == (-0.25, -0.25, -0.25)
 
 
 def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,30 +104,41 @@ def test_no_doubt_needs_no_samples_and_no_drop_cannot_be_resolved() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 50, 500])
 def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
-    """At the upper end, seeing no change in n samples has a chance of just 2.5 %."""
+    """At either end, seeing no change in n samples has a chance of just 2.5 %."""
     found = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
     assert (found.low, found.high) == (0.0, 0.0)
-    assert (1 - upper_end(found, 2 * n)) ** (2 * n) == pytest.approx(0.025)
+    low, high = ends(found, 2 * n)
+    assert (1 - high) ** (2 * n) == pytest.approx(0.025)
+    assert low == -high
 
 
-def test_one_change_and_the_bootstrap_decides() -> None:
-    before, after = [1.0] * 40, [0.0] + [1.0] * 39
+def test_losses_that_were_seen_and_the_bootstrap_decides() -> None:
+    before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
     found = paired_bootstrap(before, after, seed=0)
-    assert upper_end(found, 40) == found.high
-    balanced = paired_bootstrap([1.0, 0.0, 1.0], [0.0, 1.0, 1.0], seed=0)  # a drop of nothing, but not unchanged
-    assert upper_end(balanced, 3) == balanced.high
+    assert ends(found, 40) == (found.low, found.high)
+    assert found.low < -0.15
+
+
+def test_a_total_loss_that_no_sample_showed_is_never_excluded_by_few() -> None:
+    """One sample of eight changed a little: a bootstrap of it knows nothing of samples that lose everything."""
+    for change in (0.001, -0.001):
+        found = paired_bootstrap([1.0] * 8, [1.0 + change] + [1.0] * 7, seed=0)
+        assert found.low > -0.01
+        low, high = ends(found, 8)
+        assert low == pytest.approx(0.025 ** (1 / 8) - 1)  # 37 of 100
+        assert high == found.high
 
 
 def test_a_score_beyond_one_is_taken_to_lose_its_mean() -> None:
     found = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
-    assert upper_end(found, 2) == pytest.approx(6 * (1 - 0.025**0.5))
+    assert ends(found, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
 
 
 @pytest.mark.parametrize(("drop", "cost"), [(0.01, 1.0), (0.006, 1.0), (0.03, 6.0)])
 def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: float) -> None:
     found = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
     needed = samples_to_exclude(drop, cost)
-    assert upper_end(found, needed) <= drop < upper_end(found, needed - 1)
+    assert ends(found, needed)[0] >= -drop > ends(found, needed - 1)[0]
     assert samples_to_exclude(0.01) == 368
     for impossible in (0.0, cost, cost + 1):
         with pytest.raises(ValueError, match="above 0 and below"):

@@ -77,7 +77,10 @@ class Place:
         return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK
 
     def __str__(self) -> str:
-        """For manifests: the source, and of its path the last part alone (all of it when it is a hub id)."""
+        """For manifests, one line: the source, and of its path the last part alone (all of it when it is a hub id)."""
+        return "".join(c if c.isprintable() else " " for c in self._written())
+
+    def _written(self) -> str:
         if self.name == "hub" and self.path and hub.repo_of(self.path.as_posix()):
             return f"hub {self.path.as_posix()}"
         return self.name if self.path is None else one_line(f"{self.name} {self.path.name}")

@@ -43,8 +43,8 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal; `nothing to compare` for None."""
-    return "nothing to compare" if share is None else f"{share:z.1%}"
+    """A share as a signed percentage with one decimal; empty for None."""
+    return "" if share is None else f"{share:+z.1%}"
 
 
 def write(content: Content, out: Path, study: Sequence[Mapping[str, str]] = ()) -> tuple[Path, Path]:

@@ -1,16 +1,19 @@
 """What a report says, as plain data: from the artifact's manifest, recipe and evaluation alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from exporter.facts import Facts, component_of
-from exporter.fields import DISTANCES, distance
+from exporter.facts import Facts, built_in, component_of
+from exporter.gate_text import RULES, SAYS, accepted, incomparable, more_samples
 from exporter.manifest import Manifest
+from exporter.report_file import Answered, Distance, Evaluation, GateResult, Report, Serving
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
+NEVER = "never evaluated"
+TONES = {"passed": "passed", "failed": "failed", "not comparable": "failed"}  # class on the page; others are `open`
 
 
 def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, Any]:
@@ -18,60 +21,68 @@ def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, 
 
     pictures: (task, sample id) -> data URL of a small picture; samples without one are shown without.
     """
-    report = facts.report or {}
-    manifest = facts.manifest
+    report, manifest = facts.report, facts.manifest
+    word = report.verdict if report else NEVER
     return {
         "name": facts.name,
         "source": facts.source,
-        "recipe": {"name": str(facts.recipe.get("name", "")), "summary": str(facts.recipe.get("summary", ""))},
-        "verdict": verdict(facts.report),
+        "recipe": {"name": facts.recipe.name, "summary": facts.recipe.summary},
+        "verdict": word,
+        "verdict_tone": TONES.get(word, "open"),
+        "verdict_says": SAYS[report.verdict] if report else "it was never evaluated",
+        "built_in": built_in(facts),
         "other_baseline": facts.other_baseline,
-        "gates": report.get("gates", []),
+        "gates": [_gate(gate) for gate in report.gates] if report else [],
         "bytes": manifest.bytes.model_dump(),
         "bits_per_weight": manifest.bits_per_weight,
         "parts": [asdict(part) | {"methods": list(part.methods)} for part in facts.parts],
         "scores": scores(report),
-        "by_kind": report.get("by_kind", {}),
-        "corpus": {task: figures for task, figures in report.get("corpus", {}).items() if figures},
-        "counts": report.get("counts", {}),
+        "by_kind": report.by_kind if report else {},
+        "corpus": {task: figures for task, figures in report.corpus.items() if figures} if report else {},
+        "counts": {task: counts.model_dump() for task, counts in report.counts.items()} if report else {},
         "blocks": blocks(manifest),
-        "changed": _with_pictures(report.get("changed", [])[:CHANGED_SHOWN], pictures),
-        "changed_total": sum(counts["changed"] for counts in report.get("counts", {}).values()),
-        "examples": _with_pictures(report.get("examples", []), pictures),
-        "evaluation": report.get("evaluation", {}),
-        "asked_by": _asked_by(report.get("evaluation", {})),
+        "changed": _with_pictures(report.changed[:CHANGED_SHOWN] if report else (), pictures),
+        "changed_total": sum(counts.changed for counts in report.counts.values()) if report else 0,
+        "examples": _with_pictures(report.examples if report else (), pictures),
+        "evaluation": report.evaluation.model_dump(exclude_none=True) if report else {},
+        "asked_by": _asked_by(report.evaluation) if report else "",
         "serving": _served(facts.serving) if facts.serving else None,
-        "plan": yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True),
+        "plan": yaml.safe_dump(facts.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
     }
 
 
-def verdict(report: Mapping[str, Any] | None) -> str:
-    """`passed`, `failed`, or `unproven` when nothing was measured or no gate was named."""
-    if not report or not report.get("gates"):
-        return "unproven"
-    return "passed" if report["passed"] else "failed"
+def _gate(gate: GateResult) -> dict[str, Any]:
+    """A gate for the page: its figures, the class of its verdict, and what would resolve it."""
+    return {
+        **gate.model_dump(),
+        "tone": TONES.get(gate.verdict, "open"),
+        "rule": RULES[gate.decide],
+        "accepted": accepted(gate),
+        "more": more_samples(gate) if gate.verdict == "not resolved" else "",
+        "why": incomparable(gate) if gate.verdict == "not comparable" else "",
+    }
 
 
-def scores(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def scores(report: Report | None) -> list[dict[str, Any]]:
     """One row a metric; `change`, `low`, `high` and `allowed` are shares of the full-precision score, as in gates."""
-    gates = {(gate["task"], gate["metric"]): gate for gate in report.get("gates", [])}
+    if report is None:
+        return []
+    allowed = {(gate.task, gate.metric): -gate.max_drop for gate in report.gates}
     rows = []
-    for measure in report.get("measures", []):
-        found = measure["difference"]
-        base = found["before"]
-        gate = gates.get((measure["task"], measure["metric"]))
-        share = {"change": -found["drop"], "low": -found["high"], "high": -found["low"]}
+    for measure in report.measures:
+        found = measure.difference
+        absolute = {"change": found.change, "low": found.low, "high": found.high}
         rows.append(
             {
-                "name": f"{measure['task']} {measure['metric']}",
-                "samples": measure["samples"],
-                "before": base,
-                "after": found["after"],
-                "absolute": share,
-                "relative": {key: value / base for key, value in share.items()} if base > 0 else None,
-                "allowed": -gate["max_drop"] if gate else None,
-                "needed": measure.get("samples_to_resolve_one_percent"),
+                "name": f"{measure.task} {measure.metric}",
+                "samples": measure.samples,
+                "before": found.before,
+                "after": found.after,
+                "absolute": absolute,
+                "relative": {k: v / found.before for k, v in absolute.items()} if found.before > 0 else None,
+                "allowed": allowed.get((measure.task, measure.metric)),
+                "needed": measure.samples_to_resolve_one_percent,
             }
         )
     return rows
@@ -95,33 +106,49 @@ def blocks(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _served(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What `mmq check` found: its verdict, and rows of a name and what was seen."""
-    rows = {"engine": f"vllm {found['engine']}, {found['build']} build", "questions": f"{found['questions']:,}"}
-    for path, says in DISTANCES.items():
-        if d := distance(found, path):
-            rows[says] = f"mean difference {d['mean']:.4f}, largest {d['largest']:.4f}"
-    rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(found["schemes"].items())}
-    if found["kernels"]:
-        rows["kernels"] = ", ".join(found["kernels"])
-    return {"passed": not found["problems"], "problems": list(found["problems"]), "rows": rows, "found": dict(found)}
+def _served(found: Serving) -> dict[str, Any]:
+    """What `mmq check` measured: its verdict, and rows of a name and what was seen."""
+    rows = {"engine": f"vllm {found.engine}, {found.build} build", "questions": f"{found.questions:,}"}
+    rows |= {name: _distance(distance) for name, distance in _distances(found).items()}
+    rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(found.schemes.items())}
+    if found.kernels:
+        rows["kernels"] = ", ".join(found.kernels)
+    return {
+        "passed": found.passed and not found.problems,
+        "problems": list(found.problems),
+        "rows": rows,
+        "found": found.model_dump(),
+    }
 
 
-def _asked_by(about: Mapping[str, Any]) -> str:
+def _distances(found: Serving) -> dict[str, Distance]:
+    """Every comparison that was made, by what it says to a reader."""
+    distances = {}
+    if found.compared:
+        distances["log-probabilities beside the dequantized weights'"] = found.compared.distance
+        distances["the same of 16-bit sums alone"] = found.compared.floor
+    if found.control:
+        distances["control, the scales of one component doubled"] = found.control.moved
+        distances["control, doubled on both sides"] = found.control.restored.distance
+    return distances
+
+
+def _distance(found: Distance) -> str:
+    mean, largest = ("not finite" if value is None else f"{value:.4f}" for value in (found.mean, found.largest))
+    return f"mean difference {mean}, largest {largest}"
+
+
+def _asked_by(about: Evaluation) -> str:
     """Which back end both models answered through."""
-    models = about.get("models", {}).values()
     named = {
-        f"{model['backend']} in {model['dtype']} on {model['device']}"
-        if "device" in model
-        else f"an {model['backend']} server"
-        for model in models
+        f"{model.backend} in {model.dtype} on {model.device}" if model.device else f"an {model.backend} server"
+        for model in about.models.values()
     }
     return ", ".join(sorted(named))
 
 
-def _with_pictures(rows: list[Mapping[str, Any]], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
-    empty = {"kind": "", "scores": None, "image": None, "file": ""}  # an older report lacks them
-    return [{**empty, **row, "picture": pictures.get((row["task"], row["id"]))} for row in rows]
+def _with_pictures(rows: Sequence[Answered], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+    return [row.model_dump(mode="json") | {"picture": pictures.get((row.task, row.id))} for row in rows]
 
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any
 
 from PIL.Image import Image
 
@@ -11,6 +10,7 @@ from exporter.errors import DataError
 from exporter.facts import Facts
 from exporter.openai_client import data_url
 from exporter.report.content import CHANGED_SHOWN
+from exporter.report_file import Answered
 from exporter.tasks.sample import Sample
 
 LONGEST = 288  # pixels of the longer side: sharp at 144 CSS pixels on a dense screen
@@ -23,27 +23,23 @@ def pictures_of(facts: Facts, sources: Sequence[data.Place]) -> tuple[dict[tuple
     sources: the data that was evaluated on; without any, the recipe's own when it can still be read. Raises DataError
     when named sources cannot be read.
     """
-    report = facts.report or {}
-    rows = [*report.get("changed", [])[:CHANGED_SHOWN], *report.get("examples", [])]
-    about = report.get("evaluation")
-    if not rows or not about:
-        return {}, "" if report else "the artifact was never evaluated; `mmq evaluate` measures it"
-    chosen = sources or data.places(_recipes_own(facts.recipe))
-    tasks = dict.fromkeys(row["task"] for row in rows)
+    if facts.report is None:
+        return {}, "the artifact was never evaluated; `mmq evaluate` measures it"
+    rows = [*facts.report.changed[:CHANGED_SHOWN], *facts.report.examples]
+    count, seed = facts.report.evaluation.samples, facts.report.evaluation.seed
+    if not rows or count is None or seed is None:
+        return {}, ""
+    chosen = sources or data.places(facts.recipe.evaluation.data or facts.recipe.calibration.data)
+    tasks = dict.fromkeys(row.task for row in rows)
     try:
-        samples = {task: data.samples_from(chosen, task, "test", about["samples"], about["seed"]) for task in tasks}
+        samples = {task: data.samples_from(chosen, task, "test", count, seed) for task in tasks}
     except DataError as error:
         if sources:
             raise
         return {}, f"no pictures: {error.message}; name the data by --data"
     found = find_pictures(rows, samples)
-    lost = len({(row["task"], row["id"]) for row in rows} - found.keys())
+    lost = len({(row.task, row.id) for row in rows} - found.keys())
     return found, f"{lost} of the listed samples are not in the data that was read: other data?" if lost else ""
-
-
-def _recipes_own(recipe: Mapping[str, Any]) -> Any:
-    calibration, evaluation = recipe.get("calibration", {}), recipe.get("evaluation", {})
-    return evaluation.get("data") or calibration.get("data") or "demo"
 
 
 def thumbnail(picture: Image) -> str:
@@ -57,9 +53,7 @@ def thumbnail(picture: Image) -> str:
     return data_url(buffer.getvalue())
 
 
-def find_pictures(
-    rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Sample]]
-) -> dict[tuple[str, str], str]:
+def find_pictures(rows: Sequence[Answered], samples: Mapping[str, Sequence[Sample]]) -> dict[tuple[str, str], str]:
     """(task, id) -> picture of every row whose sample is among `samples`: the same question, references and pixels.
 
     A report of an older mmq does not say which pixels.
@@ -67,12 +61,12 @@ def find_pictures(
     known = {(task, sample.identity): sample for task, found in samples.items() for sample in found}
     pictures = {}
     for row in rows:
-        key = (row["task"], row["id"])
+        key = (row.task, row.id)
         sample = known.get(key)
         if sample is None or key in pictures:
             continue
         image = sample.image()
-        told = (sample.question, list(sample.references), data.image_key(image))
-        if told == (row["question"], row["references"], row.get("image", told[2])):
+        shown = (sample.question, tuple(sample.references), data.image_key(image))
+        if shown == (row.question, row.references, row.image or shown[2]):
             pictures[key] = thumbnail(image)
     return pictures

@@ -9,17 +9,16 @@ from typing import Any
 import yaml
 
 from exporter import data
-from exporter.artifact import REPORT
 from exporter.checkpoint import make_folder, write_text
 from exporter.device import Device
-from exporter.errors import RecipeError
+from exporter.errors import ArtifactError, RecipeError
 from exporter.events import Event
 from exporter.export import export
 from exporter.manifest import read_manifest
 from exporter.preparation import with_data_it_knows
 from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.recipe_file import load_recipe
-from exporter.strict_json import read_json
+from exporter.report_file import Measure, Report, read_report
 from exporter.study.allocate import Allocation, Place, rules_of
 from exporter.tasks import TASKS
 
@@ -30,29 +29,33 @@ MARGIN = 0.01  # what a recipe's gates allow beyond the drop that was measured, 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A recipe exported and measured. drop: mean over the gates' metrics of the share of the full score that was lost.
+    """A recipe exported and measured.
 
-    report: the evaluation as plain data.
+    change: mean over the tasks' main metrics of the change, a share of the full score; worst: the lowest of them.
     """
 
     name: str
     bytes: int
     bits_per_weight: float
-    drop: float
+    change: float
     worst: float
-    report: dict[str, Any]
+    report: Report
 
     def row(self) -> dict[str, Any]:
-        """For tables and `--json`: size, drop, and each metric before and after with its interval."""
-        measures = [m for m in self.report["measures"] if _first(m["task"]) == m["metric"]]
+        """For tables and `--json`: size, change, and each metric before and after with its interval."""
         return {
             "recipe": self.name,
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
-            "drop": self.drop,
-            "worst_drop": self.worst,
-            "metrics": {f"{m['task']} {m['metric']}": m["difference"] for m in measures},
+            "change": self.change,
+            "worst_change": self.worst,
+            "metrics": {f"{m.task} {m.metric}": m.difference.model_dump() for m in _main(self.report)},
         }
+
+
+def _main(report: Report) -> list[Measure]:
+    """The first metric of every task."""
+    return [measure for measure in report.measures if measure.metric == _first(measure.task)]
 
 
 def _first(task: str) -> str:
@@ -110,14 +113,12 @@ def confirm(
 
 def read_confirmed(name: str, out: Path) -> Confirmed:
     """What an exported and measured artifact shows."""
-    report, manifest = read_json(out / REPORT), read_manifest(out)
-    drops = [
-        m["difference"]["drop"] / m["difference"]["before"]
-        for m in report["measures"]
-        if m["metric"] == _first(m["task"]) and m["difference"]["before"] > 0
-    ]
-    worst = max(drops, default=math.nan)
-    mean = sum(drops) / len(drops) if drops else math.nan
+    (report, _), manifest = read_report(out), read_manifest(out)
+    if report is None:
+        raise ArtifactError(f"{out} was never evaluated", "delete the folder and run the same command again")
+    changes = [m.difference.change / m.difference.before for m in _main(report) if m.difference.before > 0]
+    worst = min(changes, default=math.nan)
+    mean = sum(changes) / len(changes) if changes else math.nan
     return Confirmed(name, manifest.bytes.after, manifest.bits_per_weight, mean, worst, report)
 
 
@@ -137,8 +138,8 @@ def with_evidence(
     Gates allow `max_drop`; without one the measured drop and a margin, but at most CLOSE, so that a choice that lost
     much fails its own gates; or the margin alone when nothing was measured.
     """
-    worst = max(found.worst, 0) if found else 0.0
-    allowed = max_drop if max_drop is not None else min(CLOSE, math.ceil(100 * (worst + MARGIN)) / 100)
+    drop = max(-found.worst, 0) if found else 0.0
+    allowed = max_drop if max_drop is not None else min(CLOSE, math.ceil(100 * (drop + MARGIN)) / 100)
     choice = Evidence(
         finding="No other choice of these schemes of this size has a smaller sum of measured divergences.",
         figures=f"KL a token: sum {predicted:z.5f}, measured together {measured:z.5f}",
@@ -155,12 +156,13 @@ def _proof(found: Confirmed | None) -> Evidence:
     lines = []
     for name, difference in found.row()["metrics"].items():
         before, after = difference["before"], difference["after"]
-        lost, low, high = (difference[key] / before if before else 0.0 for key in ("drop", "low", "high"))
-        lines.append(f"{name} {before:.4f} -> {after:.4f} (drop {lost:z.1%}, 95 % interval {low:z.1%} to {high:z.1%})")
-    samples = found.report["measures"][0]["samples"]
+        change, low, high = (difference[key] / before if before else 0.0 for key in ("change", "low", "high"))
+        shown = f"change {change:+z.1%}, 95 % interval {low:+z.1%} to {high:+z.1%}"
+        lines.append(f"{name} {before:.4f} -> {after:.4f} ({shown})")
+    samples = found.report.measures[0].samples
     size = f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits a weight"
     return Evidence(
-        finding="Real tasks confirm it." if found.worst <= CLOSE else f"It loses {found.worst:.0%} on real tasks.",
+        finding="Real tasks confirm it." if found.worst >= -CLOSE else f"It loses {-found.worst:.0%} on real tasks.",
         figures=f"{size}; {'; '.join(lines)}; {samples} samples of each task",
         source="mmq export and evaluate, run by mmq allocate",
     )

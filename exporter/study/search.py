@@ -1,6 +1,5 @@
 """The whole allocation on one page: sensitivities, the front, the choice, and its proof by real tasks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,18 +52,18 @@ class Request:
 class Tried:
     """One choice or recipe scored without generating, on samples that neither calibration nor the proof uses.
 
-    predicted: the sum of divergences, None for hand-written recipes. drop: share of the full model's score.
+    predicted: the sum of divergences, None for hand-written recipes. change: share of the full model's score.
     """
 
     name: str
     measured: Measured
     predicted: float | None
-    drop: float
+    change: float
 
     def row(self) -> dict[str, Any]:
         """For tables, pictures and `--json`."""
         one = self.measured
-        plain = {"name": self.name, "bytes": one.bytes, "bits_per_weight": one.bits_per_weight, "drop": self.drop}
+        plain = {"name": self.name, "bytes": one.bytes, "bits_per_weight": one.bits_per_weight, "change": self.change}
         return {**plain, "score": one.scores["score"], "kl": one.scores["kl"], "predicted_kl": self.predicted}
 
 
@@ -153,11 +152,11 @@ def _require_less(model: Opened, request: Request) -> None:
 
 def _warnings(winner: Tried, confirmed: Confirmed | None, max_drop: float | None) -> tuple[str, ...]:
     """What must not look like success: a loss beyond what is allowed, or beyond CLOSE where no limit was given."""
-    lost, on = (confirmed.worst, "real tasks") if confirmed else (winner.drop, "the validation split")
+    change, on = (confirmed.worst, "real tasks") if confirmed else (winner.change, "the validation split")
     allowed = propose.CLOSE if max_drop is None else max_drop
-    if not lost > allowed and not math.isnan(lost):
+    if change >= -allowed:  # false of NaN
         return ()
-    return (f"this choice loses {lost:.1%} on {on}, more than {allowed:.1%}: allow a larger size, or more --bits",)
+    return (f"this choice loses {-change:.1%} on {on}, more than {allowed:.1%}: allow a larger size, or more --bits",)
 
 
 def _together(setup: Setup, recipe: Recipe, pool: Pool, on_event: Listener) -> float:
@@ -185,9 +184,9 @@ def _choose(
         if not prove:
             return one, None
         found = _confirm(setup, recipes[tried.index(one)], request.samples, on_event)
-        if request.max_drop is None or found.worst <= request.max_drop:
+        if request.max_drop is None or found.worst >= -request.max_drop:
             return one, found
-        on_event(Event("note", 0, 0, f"{one.name}: {found.worst:.1%} lost on real tasks; a larger one is tried"))
+        on_event(Event("note", 0, 0, f"{one.name}: {-found.worst:.1%} lost on real tasks; a larger one is tried"))
     raise PlanError(
         f"none of the choices that were tried loses at most {request.max_drop or 0:.1%} on real tasks",
         "allow more by --max-drop, or measure on more --eval-samples: small drops need many",
@@ -202,7 +201,7 @@ def score_choices(
     pool: Pool,
     on_event: Listener,
 ) -> tuple[list[Tried], tuple[Tried, ...]]:
-    """All choices and recipes on the validation split; the full model's score is what drops are shares of.
+    """All choices and recipes on the validation split; the full model's score is what changes are shares of.
 
     Inputs rounded to 8 bits are left out here; the proof has them.
     """
@@ -217,7 +216,7 @@ def score_choices(
     full = outcome.found[0].scores["score"]
     predicted = [None, *(choice.cost for choice in choices), *(None for _ in written)]
     tried = [
-        Tried(name, one, cost, 1 - one.scores["score"] / max(full, 1e-12))
+        Tried(name, one, cost, one.scores["score"] / max(full, 1e-12) - 1)
         for name, one, cost in zip(names, outcome.found, predicted, strict=True)
     ]
     return tried[1 : 1 + len(choices)], tuple(tried[1 + len(choices) :])
@@ -228,7 +227,7 @@ def _candidates(request: Request, tried: Sequence[Tried]) -> list[Tried]:
     if request.max_drop is None:
         return [tried[-1]]
     by_size = sorted((one for one in tried if one.predicted is not None), key=lambda one: one.measured.bytes)
-    good = [i for i, one in enumerate(by_size) if one.drop <= request.max_drop]
+    good = [i for i, one in enumerate(by_size) if one.change >= -request.max_drop]
     if not good:
         raise PlanError(
             f"no choice of these schemes loses at most {request.max_drop:.1%}", "allow more by --max-drop, or more bits"

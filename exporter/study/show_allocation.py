@@ -47,25 +47,25 @@ def _rules(rules: Sequence[Rule]) -> Whole:
 def _front(front: Sequence[Tried], written: Sequence[Tried], winner: Tried) -> Whole:
     title = "least cost by size, and recipes; scored by exact replies on the validation split"
     table = Table("", "name", box=None, title=title, title_justify="left")
-    for name in ("size", "bits/w", "predicted", "KL", "score", "drop"):
+    for name in ("size", "bits/w", "predicted", "KL", "score", "change"):
         table.add_column(name, justify="right")
     for one in sorted([*front, *written], key=lambda one: one.measured.bytes):
         cost = "" if one.predicted is None else f"{one.predicted:z.5f}"
         found = one.measured
         values = [size(found.bytes), f"{found.bits_per_weight:.2f}", cost, f"{found.scores['kl']:z.5f}"]
         mark = ">" if one is winner else ""
-        table.add_row(mark, one.name, *values, f"{found.scores['score']:.4f}", f"{one.drop:+z.1%}")
+        table.add_row(mark, one.name, *values, f"{found.scores['score']:.4f}", f"{one.change:+z.1%}")
     return Whole(table)
 
 
 def _proof(confirmed: Sequence[Confirmed]) -> Whole:
     table = Table("recipe", box=None, title="real tasks on test data, exported", title_justify="left")
     metrics = list(confirmed[0].row()["metrics"])
-    for name in ("size", "bits/w", *metrics, "mean drop"):
+    for name in ("size", "bits/w", *metrics, "mean change"):
         table.add_column(name, justify="right")
     for one in confirmed:
         row = one.row()
         found = [row["metrics"][name] for name in metrics]
         values = [f"{d['after']:.4f} of {d['before']:.4f}" for d in found]
-        table.add_row(one.name, size(one.bytes), f"{one.bits_per_weight:.2f}", *values, f"{one.drop:+z.1%}")
+        table.add_row(one.name, size(one.bytes), f"{one.bits_per_weight:.2f}", *values, f"{one.change:+z.1%}")
     return Whole(table)

@@ -30,6 +30,15 @@ class Task(Protocol):
         Raises DataError when a sample has no reference, ValueError when the lengths differ.
         """
 
+    def chance(
+        self, answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """Metric of `metrics` -> what each sample would score by an answer that does not depend on its picture.
+
+        A model that scores no better than this does not see the pictures, or was asked in the wrong way. answers: the
+        model's own, in the order of `samples`.
+        """
+
     def corpus(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
         """The figures that papers report for a whole set; where they are no means, `score` cannot give them."""
 

@@ -1,15 +1,16 @@
 """Image captioning: CIDEr-D and BLEU-4 against all references, and exact matches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from exporter.errors import DataError
 from exporter.tasks import ptb
 from exporter.tasks.bleu import bleu, corpus_bleu
-from exporter.tasks.cider import cider
+from exporter.tasks.cider import Words, cider
 from exporter.tasks.sample import Sample
 
 NAME = "captioning"
 METRICS = ("cider", "bleu", "exact")
+MOVES = 3  # other samples whose pictures a caption is scored beside for `chance`
 
 
 def method() -> Mapping[str, str]:
@@ -24,11 +25,33 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[f
     is 1 when a caption is one of its references, word for word.
     """
     candidates, references = _split(answers, samples)
-    return {
-        "cider": cider(candidates, references),
-        "bleu": bleu(candidates, references),
-        "exact": [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)],
-    }
+    return {metric: _SCORES[metric](candidates, references) for metric in METRICS}
+
+
+def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
+    """The model's captions beside other pictures: a caption's score is the mean over at most `MOVES` other samples.
+
+    A model that looks at its pictures scores more beside its own.
+    """
+    candidates, references = _split(answers, samples)
+    size = len(candidates)
+    steps = sorted({size * move // (MOVES + 1) for move in range(1, MOVES + 1)} - {0}) or [0]
+    found = {}
+    for metric in metrics:
+        moved = [_SCORES[metric](candidates[step:] + candidates[:step], references) for step in steps]
+        found[metric] = [sum(scores) / len(steps) for scores in zip(*moved, strict=True)]
+    return found
+
+
+def _exact(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    return [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)]
+
+
+_SCORES: dict[str, Callable[[Sequence[Words], Sequence[Sequence[Words]]], list[float]]] = {
+    "cider": cider,
+    "bleu": bleu,
+    "exact": _exact,
+}
 
 
 def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:

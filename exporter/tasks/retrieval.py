@@ -112,6 +112,24 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[f
     return scores
 
 
+def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
+    """Recalls of ranks drawn at random: k of the pool's pictures, and k of its texts of which a picture has some."""
+    pool = samples[0].among.samples if samples and samples[0].among else samples
+    texts = sum(len(sample.references) for sample in pool)
+    found: dict[str, list[float]] = {}
+    for k in RANKS:
+        found[f"image_r{k}"] = [min(1.0, k / len(pool))] * len(samples)
+        found[f"text_r{k}"] = [1 - _missed(len(sample.references), texts, k) for sample in samples]
+    pairs = zip(found["text_r1"], found["image_r1"], strict=True)
+    found["r1"] = [(text + image) / 2 for text, image in pairs]
+    return {metric: found[metric] for metric in metrics}
+
+
+def _missed(own: int, texts: int, k: int) -> float:
+    """Probability that k texts drawn without replacement are none of a picture's own."""
+    return math.comb(texts - own, k) / math.comb(texts, k) if k <= texts else 0.0
+
+
 def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
     """Recalls over all texts, and `r_mean`, the mean of all six."""
     found = [_found(answer, len(sample.references)) for answer, sample in zip(answers, samples, strict=True)]

@@ -6,6 +6,7 @@ and one of ten people's answers is right by min(1, matches / 3), averaged over l
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from exporter.errors import DataError
@@ -16,6 +17,7 @@ METRICS = ("accuracy",)
 
 PEOPLE = 10  # so many answers are a vote; fewer or more are alternatives
 AGREEING = 3
+FREQUENT = 5  # answers that are tried as the one answer to every question
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")  # 2.5 keeps its point
@@ -80,6 +82,15 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[f
     if bare:
         raise DataError(f"{len(bare)} samples have no answer to compare with, first {bare[0]}")
     return {"accuracy": [accuracy(a, s.references) for a, s in zip(answers, samples, strict=True)]}
+
+
+def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
+    """`accuracy` of giving every question the same answer: the one of the samples' references that scores best."""
+    counts = Counter(answer for sample in samples for answer in {normalize(text) for text in sample.references})
+    frequent = [answer for answer, _ in counts.most_common(FREQUENT) if answer]
+    constant = [[accuracy(answer, sample.references) for sample in samples] for answer in frequent]
+    best = max(constant, key=sum, default=[0.0] * len(samples))
+    return dict.fromkeys(metrics, best)
 
 
 def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:

@@ -1,0 +1,515 @@
+"""Edited artifacts are never published: whatever their files claim is computed again.
+
+Every edit is made as somebody would who knows the files: hashes of what changed are renewed, and the report is made to
+name the weights that are there.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from exporter.artifact import Artifact
+from exporter.backends import weights_digest
+from exporter.checkpoint import sha256
+from exporter.cli import cli
+from exporter.device import choose
+from exporter.errors import ArtifactError
+from exporter.events import ignore
+from exporter.export import export
+from exporter.manifest import MANIFEST
+from exporter.proof import prove
+from exporter.recipe import Recipe
+from exporter.recipe_file import load_recipe
+from exporter.report_file import REPORT
+from exporter.verify import verify
+
+Plain = dict[str, Any]
+Edit = Callable[["Files"], None]
+VQA, CAPTIONS = "vqa", "captioning"
+
+
+class Files:
+    """An artifact's files, to be edited: manifest and report as plain data, the folder for the rest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Plain = json.loads((folder / MANIFEST).read_text())
+        self.report: Plain = json.loads((folder / REPORT).read_text())
+
+    def text(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Change a JSON or YAML file and renew its hash."""
+        path = self.folder / name
+        data = change(yaml.safe_load(path.read_text()))
+        path.write_text(json.dumps(data) if name.endswith(".json") else yaml.safe_dump(data, sort_keys=False))
+        self.renew(name)
+
+    def renew(self, name: str) -> None:
+        """The manifest names the file as it is now."""
+        self.manifest["files"][name] = sha256(self.folder / name)
+
+    def scores(self, task: str = VQA, metric: str = "accuracy") -> Plain:
+        """The single scores of a metric."""
+        scores: Plain = self.report["samples"][task]["scores"][metric]
+        return scores
+
+    def write(self, about_these_weights: bool = True) -> None:
+        """Put manifest and report into the folder; the report is of the weights that are there now."""
+        (self.folder / MANIFEST).write_text(json.dumps(self.manifest))
+        models = self.report.get("evaluation", {}).get("models", {}) if isinstance(self.report, dict) else {}
+        if about_these_weights and "artifact" in models:
+            with suppress(ArtifactError):  # then it cannot be opened
+                models["artifact"]["weights"] = weights_digest(Artifact.open(self.folder))
+        (self.folder / REPORT).write_text(json.dumps(self.report))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """good: an artifact that may be published. other: of the same model with other bits, and published as well."""
+    place = tmp_path_factory.mktemp("proof")
+    for name, source in (("good", "llava-w4-vit8"), ("other", "llava-w8")):
+        data = load_recipe(source).adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
+        data["evaluation"]["samples"] = 400
+        data["gates"] = data["gates"][: 2 if name == "good" else 1]
+        export(Recipe.model_validate(data), out=place / name, device=choose("cpu"), on_event=ignore)
+    return place
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.setattr("exporter.proof.verify", partial(verify, load="nothing"))
+    return Files(shutil.copytree(made / "good", tmp_path / "artifact"))
+
+
+def reasons(folder: Path) -> str:
+    """Why an artifact is not published; empty when it is."""
+    try:
+        return "\n".join(prove(folder, choose("cpu"), ignore)[1])
+    except ArtifactError as error:
+        return error.message
+
+
+def served(files: Files, **changes: Any) -> Plain:
+    """What a check that passed writes, with some values changed; the manifest has its verdict."""
+    near, floor = {"mean": 0.004, "largest": 0.02, "tokens": 90}, {"mean": 0.004, "largest": 0.02, "tokens": 90}
+    far = {"mean": 1.0, "largest": 4.0, "tokens": 90}
+    close = {"distance": near, "floor": floor}
+    serving = {
+        "engine": "0.32.0",
+        "build": "cpu",
+        "questions": 16,
+        "bound": 0.015,
+        "problems": [],
+        "schemes": {"CompressedTensorsWNA16": 26},
+        "kernels": [],
+        "passed": True,
+        "compared": close,
+        "control": {"component": "vision", "moved": far, "restored": close},
+        "startup_seconds": 1.0,
+        "weights": weights_digest(Artifact.open(files.folder)),
+    }
+    files.report["serving"] = serving | changes
+    files.manifest["serving"] = {"engine": "vllm 0.32.0", "build": "cpu", "passed": serving["passed"]}
+    return files.report["serving"]
+
+
+def test_what_was_not_edited_is_published(files: Files) -> None:
+    assert reasons(files.folder) == ""
+    files.write()
+    assert reasons(files.folder) == ""
+    served(files)
+    files.write()
+    assert reasons(files.folder) == ""
+
+
+def every(rows: list[Plain], **values: Any) -> None:
+    for row in rows:
+        row.update(values)
+
+
+def lose_everything(f: Files) -> None:
+    for measure in f.report["measures"]:
+        measure["difference"].update(after=0.0, change=-measure["difference"]["before"])
+    every(f.report["gates"], change=-1.0)
+
+
+def no_numbers(f: Files) -> None:
+    every(f.report["measures"], samples=0)
+    for measure in f.report["measures"]:
+        measure["difference"].update(before=float("nan"), after=float("nan"))
+    every(f.report["gates"], change=float("nan"))
+
+
+def hidden_loss(f: Files) -> None:
+    """The single scores lose half; everything that is shown stays."""
+    scores = f.scores()
+    scores["after"] = [0.0 if i % 2 else value for i, value in enumerate(scores["after"])]
+
+
+def shortened(f: Files) -> None:
+    """Samples are left out, and nothing that followed from them is changed."""
+    task = f.report["samples"][VQA]
+    for key in ("ids", "pictures", "kinds"):
+        task[key] = task[key][:150]
+    task["changed"] = [i for i in task["changed"] if i < 150]
+    for scores in task["scores"].values():
+        scores.update({key: values[:150] for key, values in scores.items()})
+
+
+def changed_recipe(f: Files, change: Callable[[Plain], None]) -> None:
+    """recipe.yaml is changed, and the manifest has its digest."""
+
+    def edit(data: Plain) -> Plain:
+        change(data)
+        return data
+
+    f.text("recipe.yaml", edit)
+    f.manifest["recipe"]["sha256"] = load_recipe(str(f.folder / "recipe.yaml")).digest()
+
+
+def config(f: Files, change: Callable[[Plain], None]) -> None:
+    def edit(data: Plain) -> Plain:
+        change(data["quantization_config"])
+        return data
+
+    f.text("config.json", edit)
+
+
+def groups(config: Plain) -> list[Plain]:
+    return list(config["config_groups"].values())
+
+
+def foreign_weights(f: Files) -> None:
+    """Codes of one linear are swapped for those of another of the same shape."""
+    path = f.folder / "model.safetensors"
+    tensors = load_file(path)
+    names = ["language_model.model.layers.0.mlp.gate_proj", "language_model.model.layers.0.mlp.up_proj"]
+    first, second = (f"{name}.weight_packed" for name in names)
+    tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+    save_file(tensors, path, {"format": "pt"})
+    f.renew("model.safetensors")
+
+
+def calibrated_on_a_test_picture(f: Files) -> None:
+    f.manifest["provenance"]["calibration"]["samples"][0]["image"] = f.report["samples"][VQA]["pictures"][7]
+
+
+def forgotten(f: Files, task: str) -> None:
+    """A task is taken out of the whole report."""
+    for key in ("samples", "by_kind", "corpus", "counts"):
+        f.report[key].pop(task)
+    for key in ("measures", "gates", "changed", "examples"):
+        f.report[key] = [row for row in f.report[key] if row["task"] != task]
+
+
+EDITS: list[tuple[str, Edit, str]] = [
+    # the report's figures
+    ("all is lost, passed", lose_everything, "measure of its report on vqa accuracy has difference"),
+    ("NaN, no samples", no_numbers, "samples: Input should be greater than or equal to 1"),
+    ("max_drop 1e9", lambda f: every(f.report["gates"], max_drop=1e9), "max_drop: Input should be less than or equal"),
+    ("max_drop NaN", lambda f: every(f.report["gates"], max_drop=float("nan")), "max_drop: Input should be"),
+    ("max_drop -1", lambda f: every(f.report["gates"], max_drop=-1.0), "max_drop: Input should be greater"),
+    (
+        "max_drop of no recipe",
+        lambda f: every(f.report["gates"], max_drop=0.9),
+        "has max_drop 0.9, but 0.03 is computed",
+    ),
+    ("decided by another rule", lambda f: every(f.report["gates"], decide="point"), "has decide point, but upper"),
+    ("a gate of no task", lambda f: f.report["gates"][0].update(task="nope", metric="nope"), "has task nope, but vqa"),
+    ("a gate less", lambda f: f.report["gates"].pop(), "has 1 gates, and 2 follow"),
+    ("no gates", lambda f: f.report.update(gates=[]), "has 0 gates, and 2 follow"),
+    ("a gate twice", lambda f: f.report["gates"].append(f.report["gates"][0]), "has 3 gates, and 2 follow"),
+    ("no measures", lambda f: f.report.update(measures=[]), "has 0 measures, and 4 follow"),
+    ("passed: false", lambda f: f.report.update(passed=False), "says 'passed' and that it did not pass"),
+    ("another verdict", lambda f: f.report.update(verdict="failed"), "says 'failed' and that it passed"),
+    ("a gate failed", lambda f: f.report["gates"][0].update(verdict="failed"), "has verdict failed, but passed is"),
+    ("a closer interval", lambda f: f.report["gates"][1].update(low=-1e-5), "has low -1e-05, but"),
+    ("a higher full score", lambda f: f.report["measures"][1]["difference"].update(before=9.5), "has difference"),
+    ("more samples", lambda f: every(f.report["measures"], samples=50_000), "has samples 50000, but 400 is computed"),
+    (
+        "fewer needed",
+        lambda f: every(f.report["measures"], samples_to_resolve_one_percent=2),
+        "to_resolve_one_percent 2",
+    ),
+    ("counts", lambda f: f.report["counts"][CAPTIONS].update(changed=0, lost=0), "counts of changed answers do not"),
+    (
+        "scores by type",
+        lambda f: f.report["by_kind"][VQA]["color"].__setitem__(1, 0.5),
+        "by question type do not follow",
+    ),
+    ("a key of nobody", lambda f: f.report.update(lost=0.0), "lost: unknown key"),
+    ("nothing but a verdict", lambda f: f.report.clear() or f.report.update(passed=True), "is damaged"),
+    ("empty", lambda f: f.report.clear(), "it was never evaluated"),
+    # the single scores
+    ("scores of another artifact", hidden_loss, "measure of its report on vqa accuracy"),
+    (
+        "the baseline's scores",
+        lambda f: f.scores(CAPTIONS, "cider").update(after=f.scores(CAPTIONS, "cider")["before"]),
+        "captioning cider",
+    ),
+    ("lower full scores", lambda f: f.scores().update(before=[0.5] * 400), "measure of its report on vqa accuracy"),
+    ("scores beyond 1", lambda f: f.scores()["after"].__setitem__(0, 2.0), "not within 0 to 1"),
+    ("negative scores", lambda f: f.scores()["before"].__setitem__(0, -1.0), "not within 0 to 1"),
+    (
+        "an infinite score",
+        lambda f: f.scores()["after"].__setitem__(0, float("inf")),
+        "Input should be a finite number",
+    ),
+    ("a score less", lambda f: f.scores()["after"].pop(), "400 ids, but 399 accuracy after"),
+    ("no scores", lambda f: f.scores().update(before=[], after=[], chance=[]), "400 ids, but 0 accuracy before"),
+    ("samples left out", shortened, "has samples 400, but 150 is computed"),
+    (
+        "a sample twice",
+        lambda f: f.report["samples"][VQA]["ids"].__setitem__(1, f.report["samples"][VQA]["ids"][0]),
+        "counts samples of vqa twice",
+    ),
+    ("no samples", lambda f: f.report["samples"].clear(), "holds no single scores"),
+    ("no scores at all", lambda f: f.report.pop("samples"), "holds no single scores"),
+    (
+        "a metric of nobody",
+        lambda f: f.report["samples"][VQA]["scores"].update(luck=f.scores()),
+        "'luck', which is no metric of vqa",
+    ),
+    (
+        "a task of nobody",
+        lambda f: f.report["samples"].update(luck=f.report["samples"][VQA]),
+        "'luck', which is no task",
+    ),
+    ("chance hidden", lambda f: f.scores().pop("chance"), "does not say what chance scores"),
+    ("chance lowered", lambda f: f.scores().update(chance=[0.0] * 400), "has chance"),
+    ("captions forgotten", lambda f: forgotten(f, CAPTIONS), "has 1 gates, and 2 follow"),
+    (
+        "other answers listed",
+        lambda f: f.report["changed"][0].update(scores=[1.0, 1.0]),
+        "not among its samples with these",
+    ),
+    ("a picture of another sample", lambda f: f.report["examples"][0].update(image="0" * 64), "not among its samples"),
+    ("losses not listed", lambda f: f.report.update(changed=[]), "listed answers of captioning are not those that"),
+    # how it was measured
+    (
+        "other baseline",
+        lambda f: f.report["evaluation"]["models"]["full precision"].update(weights="0" * 64),
+        "compares it with another model than its source",
+    ),
+    ("no models", lambda f: f.report["evaluation"].update(models={}), "does not name the two models"),
+    (
+        "asked otherwise",
+        lambda f: f.report["evaluation"]["models"]["artifact"].update(dtype="float16"),
+        "not asked in the same way: dtype",
+    ),
+    (
+        "longer answers",
+        lambda f: f.report["evaluation"]["models"]["artifact"].update(generation={}),
+        "same way: generation",
+    ),
+    (
+        "another seed",
+        lambda f: f.report["evaluation"]["bootstrap"].update(seed=3),
+        "not those of 10,000 resamples with the",
+    ),
+    (
+        "few resamples",
+        lambda f: f.report["evaluation"]["bootstrap"].update(resamples=10),
+        "not those of 10,000 resamples",
+    ),
+    ("less confidence", lambda f: f.report["evaluation"]["bootstrap"].update(confidence=0.5), "not those of 10,000"),
+    ("chosen otherwise", lambda f: f.report["evaluation"].update(seed=7), "were not chosen by the recipe's seed"),
+    ("few were asked for", lambda f: f.report["evaluation"].update(samples=3), "says that 3 were asked for"),
+    ("calibrated on a test picture", calibrated_on_a_test_picture, "pictures of vqa were also calibrated on"),
+    # the manifest
+    ("no linears", lambda f: f.manifest.update(linears={}), "packed, but not among the manifest's linears"),
+    ("a linear less", lambda f: f.manifest["linears"].popitem(), "packed, but not among the manifest's linears"),
+    (
+        "nothing quantized",
+        lambda f: f.manifest.update(linears={}, errors={}),
+        "names no quantized linear, so it verifies",
+    ),
+    ("no errors", lambda f: f.manifest.update(errors={}), "the manifest has no error of it"),
+    ("an error less", lambda f: f.manifest["errors"].popitem(), "the manifest has no error of it"),
+    ("no units", lambda f: f.manifest.update(units=[]), "in none of the manifest's units"),
+    ("units in another order", lambda f: f.manifest["units"].reverse(), "units are not the blocks"),
+    ("no files", lambda f: f.manifest.update(files={}), "model.safetensors: not in the manifest"),
+    ("no hash of the config", lambda f: f.manifest["files"].pop("config.json"), "config.json: not in the manifest"),
+    ("no hash of the recipe", lambda f: f.manifest["files"].pop("recipe.yaml"), "recipe.yaml: not in the manifest"),
+    ("no hash of the weights", lambda f: f.manifest["files"].pop("model.safetensors"), "model.safetensors: not in the"),
+    (
+        "a smaller artifact",
+        lambda f: f.manifest["bytes"].update(after=1000),
+        "counts 1,000 bytes of tensors, the artifact",
+    ),
+    ("a larger source", lambda f: f.manifest["bytes"].update(before=10**9), "counts 1,000,000,000 bytes of source"),
+    ("fewer bits", lambda f: f.manifest.update(bits_per_weight=2.0), "2.0000 bits a weight"),
+    ("another recipe's digest", lambda f: f.manifest["recipe"].update(sha256="0" * 64), "digest is not the manifest's"),
+    ("another recipe's name", lambda f: f.manifest["recipe"].update(name="w2"), "have different names of the recipe"),
+    (
+        "no calibration samples",
+        lambda f: f.manifest["provenance"]["calibration"].update(samples=[]),
+        "the manifest names none",
+    ),
+    (
+        "more calibration samples",
+        lambda f: f.manifest["provenance"]["calibration"].update(
+            samples=f.manifest["provenance"]["calibration"]["samples"] * 2
+        ),
+        "names 16 calibration samples, its recipe asks for 8",
+    ),
+    (
+        "another calibration seed",
+        lambda f: f.manifest["provenance"]["calibration"].update(seed=5),
+        "calibration seed 5",
+    ),
+    (
+        "no digest of the source",
+        lambda f: f.manifest["source"].pop("digest"),
+        "does not identify the full-precision model",
+    ),
+    ("another format", lambda f: f.manifest.update(format="gptq"), "does not describe weights of format gptq"),
+    ("another family", lambda f: f.manifest.update(family="blip2"), ""),
+    # recipe.yaml and config.json
+    (
+        "laxer gates",
+        lambda f: f.text("recipe.yaml", lambda d: d | {"gates": [g | {"max_drop": 0.9} for g in d["gates"]]}),
+        "digest is not the manifest's",
+    ),
+    (
+        "laxer gates, digest renewed",
+        lambda f: changed_recipe(f, lambda d: every(d["gates"], max_drop=0.9)),
+        "has max_drop 0.03, but 0.9 is computed",
+    ),
+    (
+        "a gate that allows all",
+        lambda f: f.text("recipe.yaml", lambda d: d | {"gates": [g | {"max_drop": 1e9} for g in d["gates"]]}),
+        "gates[0].max_drop: Input should be less than 1",
+    ),
+    ("no gates in the recipe", lambda f: changed_recipe(f, lambda d: d.update(gates=[])), "its recipe has no gates"),
+    (
+        "more bits in the recipe",
+        lambda f: changed_recipe(f, lambda d: d["quantize"][2].update(bits=8)),
+        "its recipe W8",
+    ),
+    (
+        "another part in the recipe",
+        lambda f: changed_recipe(f, lambda d: d["quantize"].pop()),
+        "its recipe packs 12 linears",
+    ),
+    (
+        "another seed in the recipe",
+        lambda f: changed_recipe(f, lambda d: d["evaluation"].update(seed=9)),
+        "recipe's seed 9",
+    ),
+    (
+        "float8 keys and values in the recipe",
+        lambda f: changed_recipe(f, lambda d: d.update(kv_cache="fp8")),
+        "keys and values",
+    ),
+    (
+        "rounded inputs",
+        lambda f: config(
+            f,
+            lambda c: groups(c)[0].update(
+                input_activations={
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                }
+            ),
+        ),
+        "config.json",
+    ),
+    (
+        "a linear is ignored",
+        lambda f: config(f, lambda c: c["ignore"].append("language_model.model.layers.0.mlp.up_proj")),
+        "config.json is not what its recipe writes",
+    ),
+    (
+        "a wider pattern",
+        lambda f: config(f, lambda c: groups(c)[0]["targets"].append("re:.*")),
+        "config.json gives it a scheme",
+    ),
+    (
+        "a scheme of no linear",
+        lambda f: config(
+            f,
+            lambda c: c["config_groups"].update(
+                group_9=groups(c)[0] | {"targets": ["re:nothing"], "weights": groups(c)[0]["weights"] | {"num_bits": 5}}
+            ),
+        ),
+        "a scheme that no linear has",
+    ),
+    (
+        "no quantization in the config",
+        lambda f: f.text("config.json", lambda d: {k: v for k, v in d.items() if k != "quantization_config"}),
+        "schemes, expected one",
+    ),
+    (
+        "another chat template",
+        lambda f: (f.folder / "chat_template.jinja").write_text("{{ messages }}") and f.renew("chat_template.jinja"),
+        "chat_template.jinja is not the source's",
+    ),
+    (
+        "another source's processor",
+        lambda f: f.manifest["source"]["processor"].update({"vocab.json": "0" * 64}),
+        "asked by another processor than the source's",
+    ),
+    # weights
+    ("swapped codes", foreign_weights, "its codes, scales or zero points are not those that were computed"),
+    # what an engine answered
+    ("a failed check passes", lambda f: served(f, problems=["it answers otherwise"]), "the engine answers otherwise"),
+    (
+        "a failed check is contradicted",
+        lambda f: served(f, passed=False),
+        "verdicts of its check contradict each other",
+    ),
+    ("the manifest's check passes alone", lambda f: served(f) and f.report.pop("serving"), "the report has none"),
+    ("the report's check passes alone", lambda f: served(f) and f.manifest.pop("serving"), "contradict each other"),
+    ("a check of other weights", lambda f: served(f, weights="0" * 64), "its check by an engine is of other weights"),
+    ("a check of nobody's weights", lambda f: served(f).pop("weights"), "does not say of which weights it is"),
+    ("far answers", lambda f: served(f)["compared"]["distance"].update(mean=2.0), "log-probabilities are too far"),
+    ("far answers, wide bound", lambda f: served(f, bound=1e6)["compared"]["distance"].update(mean=2.0), "too far"),
+    (
+        "a control that shows nothing",
+        lambda f: served(f)["control"]["moved"].update(mean=0.0),
+        "would not notice an error",
+    ),
+    ("nothing was compared", lambda f: served(f, compared=None), "nothing was compared"),
+    ("nothing was asked", lambda f: served(f, questions=0), "nothing was compared"),
+    ("answers that are no numbers", lambda f: served(f)["compared"]["distance"].update(mean=None), "too far"),
+]
+
+
+@pytest.mark.parametrize(("edit", "said"), [edit[1:] for edit in EDITS], ids=[edit[0] for edit in EDITS])
+def test_an_edited_artifact_is_refused_with_the_reason(files: Files, edit: Edit, said: str) -> None:
+    edit(files)
+    files.write()
+    found = reasons(files.folder)
+    assert found
+    assert said in found
+
+
+def test_a_report_of_another_artifact_is_refused(files: Files, made: Path) -> None:
+    """Of the same source, on the same samples."""
+    shutil.copy(made / "other" / REPORT, files.folder / REPORT)
+    assert "its report was measured on other weights" in reasons(files.folder)
+    files.report = json.loads((made / "other" / REPORT).read_text())
+    files.write()  # and names these weights
+    assert "has 1 gates, and 2 follow" in reasons(files.folder)
+
+
+def test_the_command_says_every_reason(files: Files) -> None:
+    files.report.update(passed=False)
+    files.manifest["bytes"]["before"] = 10**9
+    files.write()
+    result = CliRunner().invoke(cli, ["publish", str(files.folder), "--repo", "me/x", "--dry-run", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "says 'passed' and that it did not pass" in result.stderr
+    assert "bytes of source tensors" in result.stderr

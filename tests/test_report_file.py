@@ -1,0 +1,218 @@
+"""The report as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.errors import ArtifactError
+from exporter.gates import decided, worst
+from exporter.report_file import REPORT, VERSION, Report, Serving, dump, parse_report, read_report, write_report
+from tests.test_evaluate import crafted
+
+# As mmq wrote it before reports had a version: drops are full precision minus artifact, gates know two verdicts.
+VERSION_1: dict[str, Any] = {
+    "passed": True,
+    "measures": [
+        {
+            "task": "vqa",
+            "metric": "accuracy",
+            "samples": 500,
+            "difference": {"before": 0.8, "after": 0.78, "drop": 0.02, "low": 0.004, "high": 0.036, "sd": 0.18},
+            "samples_to_resolve_one_percent": 1945,
+        },
+        {
+            "task": "captioning",
+            "metric": "cider",
+            "samples": 500,
+            "difference": {"before": 1.0, "after": 1.01, "drop": -0.01, "low": -0.02, "high": 0.001, "sd": 0.1},
+        },
+    ],
+    "gates": [
+        {"task": "vqa", "metric": "accuracy", "max_drop": 0.03, "decide": "point", "lost": 0.025, "passed": True},
+        {"task": "captioning", "metric": "cider", "max_drop": 0.05, "decide": "upper", "lost": 0.001, "passed": True},
+    ],
+    "by_kind": {"vqa": {"color": [0.8, 0.78, 500]}},
+    "changed": [
+        {"task": "vqa", "id": "1", "question": "q?", "references": ["a"], "before": "a", "after": "b", "note": "old"}
+    ],
+    "examples": [],
+    "corpus": {"vqa": {}},
+    "counts": {"vqa": {"changed": 9, "lost": 9, "gained": 0}},
+    "evaluation": {"data": "coco", "seed": 0, "samples": 500, "models": {"artifact": {"weights": "ab"}}},
+}
+SERVING: dict[str, Any] = {
+    "engine": "0.32.0",
+    "build": "cpu",
+    "questions": 8,
+    "bound": 0.015,
+    "problems": [],
+    "schemes": {"A": 2},
+    "kernels": ["K for A"],
+    "passed": True,
+}
+
+
+def parse(plain: Any) -> tuple[Report | None, Serving | None]:
+    return parse_report(json.dumps(plain).encode(), "the report")
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    report, serving = crafted(1, 3), parse({"serving": SERVING})[1]
+    for pair in ((report, serving), (report, None), (None, serving)):
+        write_report(tmp_path, *pair)
+        assert read_report(tmp_path) == pair
+    (tmp_path / REPORT).unlink()
+    assert read_report(tmp_path) == (None, None)
+
+
+def test_every_score_takes_little_room_and_is_exact() -> None:
+    """One line for each list of single scores, and the floats that were measured."""
+    report = crafted(1, 3, n=300)
+    third = 1 / 3
+    scores = report.samples["vqa"].scores["accuracy"].model_copy(update={"after": (third,) * 300})
+    samples = {"vqa": report.samples["vqa"].model_copy(update={"scores": {"accuracy": scores}})}
+    text = dump(report.model_copy(update={"samples": samples}), None)
+    assert len([line for line in text.splitlines() if str(third) in line]) == 1
+    found, _ = parse_report(text.encode(), "the report")
+    assert found
+    assert set(found.samples["vqa"].scores["accuracy"].after) == {third}
+
+
+def test_version_1_is_read_with_todays_signs_and_verdicts() -> None:
+    """The first gate passed by its measured drop, and its interval crosses the bound."""
+    report, serving = parse(VERSION_1)
+    assert report
+    assert serving is None
+    first, second = report.measures
+    assert (first.difference.change, first.difference.low, first.difference.high) == (-0.02, -0.036, -0.004)
+    assert (second.difference.change, second.difference.low, second.difference.high) == (0.01, -0.001, 0.02)
+    assert (first.samples_to_resolve_one_percent, second.samples_to_resolve_one_percent) == (1945, None)
+    assert [gate.verdict for gate in report.gates] == ["not resolved", "passed"]
+    assert [gate.change for gate in report.gates] == pytest.approx([-0.025, 0.01])
+    assert (report.verdict, report.passed, report.format_version) == ("not resolved", False, 1)
+    assert report.changed[0].scores is None
+    assert (report.samples, report.evaluation.bootstrap, report.gates[0].chance) == ({}, None, None)
+
+
+def test_what_version_1_did_not_always_hold_is_absent() -> None:
+    old = copy.deepcopy(VERSION_1)
+    for key in ("by_kind", "changed", "examples", "corpus", "counts", "evaluation"):
+        del old[key]
+    del old["measures"][0]["difference"]["sd"]
+    report, _ = parse(old)
+    assert report
+    assert (report.by_kind, report.changed, report.counts, report.evaluation.data) == ({}, (), {}, None)
+    assert report.measures[0].difference.sd is None
+
+
+def test_a_gate_of_version_1_without_its_measure_is_not_measured() -> None:
+    old = copy.deepcopy(VERSION_1)
+    del old["measures"][0]
+    report, _ = parse(old)
+    assert report
+    assert [gate.verdict for gate in report.gates] == ["not measured", "passed"]
+    old["measures"][0]["difference"]["before"] = 0.0
+    report, _ = parse(old)
+    assert report
+    assert report.gates[1].verdict == "not comparable"
+
+
+def test_few_samples_of_version_1_resolve_nothing() -> None:
+    """No score differed among 20: the old interval was 0 to 0."""
+    old = copy.deepcopy(VERSION_1)
+    same = {"before": 0.8, "after": 0.8, "drop": 0.0, "low": 0.0, "high": 0.0, "sd": 0.0}
+    old["measures"] = [old["measures"][0] | {"samples": 20, "difference": same}]
+    report, _ = parse(old)
+    assert report
+    assert report.gates[0].verdict == "not resolved"
+
+
+@pytest.mark.parametrize("key", ["passed", "verdict", "measures", "gates"])
+def test_every_required_key_must_be_there(key: str) -> None:
+    plain = json.loads(dump(crafted(1, 3), None))
+    del plain[key]
+    with pytest.raises(ArtifactError, match=f"the report is damaged, or of a newer mmq:\n  {key}: Field required"):
+        parse(plain)
+
+
+@pytest.mark.parametrize("key", ["measures", "gates"])
+def test_version_1_must_have_measures_and_gates(key: str) -> None:
+    with pytest.raises(ArtifactError, match=key):
+        parse({name: value for name, value in VERSION_1.items() if name != key})
+
+
+ODD: list[tuple[str, Any]] = [
+    ("format_version", VERSION + 1),
+    ("format_version", "2"),
+    ("passed", 1),
+    ("passed", "true"),
+    ("verdict", "fine"),
+    ("measures", {}),
+    ("measures", [1]),
+    ("measures", [{}]),
+    ("gates", [{}]),
+    ("gates", [None]),
+    ("samples", {"vqa": {}}),
+    ("samples", {"../vqa": {}}),
+    ("samples", {"vqa": {"ids": [], "pictures": [], "kinds": [], "changed": [], "scores": {}}}),
+    ("samples", {"vqa": {"ids": ["a"], "pictures": ["0" * 64], "kinds": [""], "changed": [1], "scores": {}}}),
+    ("samples", {"vqa": {"ids": ["a"], "pictures": ["0" * 63], "kinds": [""], "changed": [], "scores": {}}}),
+    ("changed", [{"task": "vqa"}]),
+    ("counts", {"vqa": {"changed": -1, "lost": 0, "gained": 0}}),
+    ("by_kind", {"vqa": {"color": [0.1, float("nan"), 3]}}),
+    ("by_kind", {"vqa": {"color": [0.1, 0.2, 0]}}),
+    ("corpus", {"vqa": {"bleu4": [0.1, float("inf")]}}),
+    ("evaluation", []),
+    ("evaluation", {"data": "a\nb"}),
+    ("evaluation", {"samples": -3}),
+    ("evaluation", {"models": {"artifact": {}}}),
+    ("stranger", 1),
+    ("serving", [1]),
+    ("serving", {"engine": "0.32.0"}),
+    ("serving", SERVING | {"bound": float("nan")}),
+    ("serving", SERVING | {"bound": -1.0}),
+    ("serving", SERVING | {"passed": None}),
+    ("serving", SERVING | {"problems": "none"}),
+    ("serving", SERVING | {"stranger": 1}),
+    ("serving", SERVING | {"compared": {"distance": {"mean": "x", "largest": 1.0}}}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ODD)
+def test_odd_values_are_refused_by_name(key: str, value: Any) -> None:
+    plain = json.loads(dump(crafted(1, 3), None)) | {key: value}
+    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+        parse(plain)
+    assert key in refused.value.message
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"passed": true, "passed": false}', '{"a": ' * 100_000])
+def test_what_is_no_report_at_all_is_one_error(content: str) -> None:
+    with pytest.raises(ArtifactError, match="is damaged"):
+        parse_report(content.encode(), "the report")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.03, 0.0, "passed"),
+        (-0.031, 0.0, "not resolved"),
+        (-0.5, -0.03, "not resolved"),
+        (-0.5, -0.031, "failed"),
+        (0.01, 0.02, "passed"),
+    ],
+)
+def test_a_verdict_says_on_which_side_of_the_bound_the_interval_is(low: float, high: float, verdict: str) -> None:
+    assert decided(low, high, 0.03) == verdict
+
+
+def test_a_report_is_as_good_as_its_worst_gate() -> None:
+    assert worst([]) == "no gates"
+    assert worst(["passed", "passed"]) == "passed"
+    assert worst(["passed", "not resolved"]) == "not resolved"
+    assert worst(["not resolved", "not measured"]) == "not measured"
+    assert worst(["not measured", "not comparable"]) == "not comparable"
+    assert worst(["not comparable", "failed", "passed"]) == "failed"
