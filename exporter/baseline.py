@@ -49,7 +49,7 @@ def require_source(
         source = artifact.manifest.source.model
         raise CheckpointError(
             f"{checkpoint.origin} is not the model that {artifact.checkpoint.folder} was made from ({source}):{listed}",
-            f"--baseline names the folder or hub id of {source}; --other-baseline compares with this one all the same, "
-            "and report and card say so",
+            f"give the model that it was made from as --baseline (the manifest calls it {source}), or add "
+            "--other-baseline: report and card then name this one",
         )
     return baseline

@@ -1,0 +1,136 @@
+"""Kills an export at random moments and runs it again: the artifact must have the bytes of an undisturbed run.
+
+    OMP_NUM_THREADS=1 python -m bench.kills --kills 40 --seed 0 [--recipe llava-w4-vit4] [--samples 24]
+
+Half of the trials replace another artifact (`--overwrite`). After every kill the output is absent, the older artifact
+or the new one, whole; after the last run nothing but the artifact and the kept answers is left. The exit code is 1
+otherwise. Moments are drawn evenly over the time that the undisturbed run took, so a slow machine is killed elsewhere.
+Every export is a fork of this process, which has imported everything: no kill is spent on imports.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from exporter.device import choose
+from exporter.events import Event
+from exporter.export import export
+from exporter.recipe_file import load_recipe
+
+OLDER = "llava-w8"  # recipe of the artifact that is replaced
+ENDED = "ended before its kill"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """File name -> sha256; empty when there is no folder."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def run(recipe: str, out: Path, samples: int, overwrite: bool = False, seconds: float = 600.0) -> str:
+    """Export in a child process and kill it after some seconds; the stage it was in, or ENDED."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        os._exit(_export(recipe, out, samples, overwrite, write))
+    os.close(write)
+    deadline = time.monotonic() + seconds
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with os.fdopen(read, "rb") as events:
+        stages = events.read().decode().split()
+    if ended[0] and ended[1]:
+        raise SystemExit("the export failed by itself")
+    return ENDED if ended[0] else (stages or ["start"])[-1]
+
+
+def _export(recipe: str, out: Path, samples: int, overwrite: bool, events: int) -> int:
+    """What the child does: 0 when it went well. events: where it writes the stages it is in."""
+
+    def listen(event: Event) -> None:
+        os.write(events, f"{event.stage.replace(' ', '-')} ".encode())
+
+    try:
+        chosen = load_recipe(recipe).adjusted(
+            model={"repo": "demo-llava"}, calibration={"samples": samples}, evaluation={"samples": 4}
+        )
+        export(chosen, out=out, device=choose("cpu"), on_event=listen, overwrite=overwrite)
+    except BaseException:  # noqa: BLE001 (the child ends here)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def trial(folder: Path, options: argparse.Namespace, chance: random.Random, states: list[dict[str, str]]) -> list[str]:
+    """One export that is killed once or more, and then left alone; the stages it was killed in.
+
+    states: contents of the finished artifact without a report, with one, and of the older artifact when it is replaced.
+    """
+    out, overwrite = folder / "out", len(states) > 2
+    places: list[str] = []
+    if overwrite:
+        shutil.copytree(options.older, out)
+    while not places or (chance.random() < 0.5 and places[-1] != ENDED):
+        seconds = chance.uniform(0.02, 1.0) * options.seconds
+        places.append(run(options.recipe, out, options.samples, overwrite, seconds))
+        state = contents(out)
+        if state and state not in states:
+            raise SystemExit(f"killed at '{places[-1]}', {out} is neither the older artifact nor the new one")
+    run(options.recipe, out, options.samples, overwrite)
+    if contents(out) != states[1]:
+        raise SystemExit(f"killed at {places}, the artifact has other bytes than an undisturbed run's: {out}")
+    left = {path.name for path in folder.iterdir()} - {"out", ".mmq-answers"}
+    if left:
+        raise SystemExit(f"killed at {places}, it left {sorted(left)} behind")
+    return [place for place in places if place != ENDED]
+
+
+def main() -> None:
+    """Kill exports until enough were killed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="llava-w4-vit4")
+    parser.add_argument("--samples", type=int, default=24)
+    options = parser.parse_args()
+    chance, places = random.Random(options.seed), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="mmq-kills-") as place:
+        root = Path(place)
+        begun = time.monotonic()
+        run(options.recipe, root / "whole", options.samples)
+        options.seconds = time.monotonic() - begun
+        options.older = root / "older"
+        run(OLDER, options.older, options.samples)
+        shutil.rmtree(root / ".mmq-answers")
+        whole, older = contents(root / "whole"), contents(options.older)
+        unmeasured = {name: found for name, found in whole.items() if name != "mmq_report.json"}
+        for number in range(10 * options.kills):
+            folder = root / f"trial-{number}"
+            folder.mkdir()
+            states = [unmeasured, whole, *([older] if number % 2 else [])]
+            places.update(trial(folder, options, chance, states))
+            shutil.rmtree(folder)
+            print(f"{places.total()} of {options.kills} kills", file=sys.stderr, flush=True)
+            if places.total() >= options.kills:
+                break
+    result = {"kills": places.total(), "trials": number + 1, "seed": options.seed, "identical": True}
+    print(json.dumps(result | {"seconds_undisturbed": round(options.seconds, 1), "killed_while": dict(places)}))
+
+
+if __name__ == "__main__":
+    main()
