@@ -10,7 +10,7 @@ from unittest import mock
 from torch import Tensor
 
 from bench.memory import Watch
-from exporter import block_inputs, calibrate, job, moments, smooth
+from exporter import block, block_inputs, calibrate, job, moments, smooth
 from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
 from exporter.events import ignore
 from exporter.export import calibration_samples
@@ -26,6 +26,7 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("forward passes", block_inputs.BlockInputs, "run"),
     ("Hessians", moments.Statistics, "update"),
     ("errors for the report", moments.Statistics, "energy"),
+    ("comparison with the source", block, "source_error"),
     ("factorizations", gptq, "inverse_factor"),
     ("ranges", gptq, "fit_scale"),
     ("ranges", rtn, "fit_scale"),

@@ -18,6 +18,7 @@ from exporter.errors import CalibrationError
 from exporter.forward_hooks import ForwardStopped, replaced_forwards, run_until_stopped
 
 Run = Callable[[Any, Mapping[str, Tensor]], Any]  # calls a model on one batch
+FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)  # of a forward pass
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # arguments without hidden state
 
 
@@ -58,7 +59,8 @@ def capture_calls(
 
     blocks: consecutive blocks from the first of the component on; they are not run and need no weights. Everything
     upstream of them runs. batches: on the model's device. run: calls the model on one batch.
-    CalibrationError when running the blocks one after the other would not equal the model's forward pass.
+    CalibrationError when running the blocks one after the other would not equal the model's forward pass, and when the
+    pass fails.
     """
     tuples: bool | None = None
     for batch in batches:
@@ -72,6 +74,15 @@ def capture_calls(
                 f"component '{component}' cannot be calibrated block by block: {error}",
                 "use a method that needs no calibration data (rtn) for it, or another transformers version",
             ) from None
+        except FAILURES as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split())
+            raise CalibrationError(
+                f"transformers' forward pass fails on calibration data, before component '{component}': "
+                f"{type(error).__name__}: {reason}",
+                "the model, its processor's files and the samples do not fit each other",
+            ) from error
         yield entered
 
 
@@ -81,10 +92,10 @@ def _first_pass(
     """Whether blocks return tuples, and what enters them; checks that arguments do not depend on hidden states."""
     try:
         tuples, entered = False, _one_pass(model, blocks, batch, run, tuples=False)
-    except (_NotAChain, TypeError, ValueError, IndexError, AttributeError) as first:
+    except (_NotAChain, *FAILURES) as first:
         try:
             tuples, entered = True, _one_pass(model, blocks, batch, run, tuples=True)
-        except (_NotAChain, TypeError, ValueError, IndexError, AttributeError):
+        except (_NotAChain, *FAILURES):
             raise first from None
     if len(blocks) > 1:
         other = _one_pass(model, blocks, batch, run, tuples, lambda hidden: hidden + 1)

@@ -207,6 +207,25 @@ def test_models_that_are_no_chain_of_blocks_are_refused(between: str, reason: st
         list(capture_calls(model, list(model.blocks), [{"x": torch.randn(2, 3, 4)}], lambda m, b: m(**b), "text"))
 
 
+def test_a_batch_that_the_model_cannot_run_is_an_error_without_a_stack(tmp_path: Path) -> None:
+    config = llava_config()
+    checkpoint = checkpoint_of(tmp_path / "model", config)
+    batch = inputs_for(config, 2, 9)
+    batch["input_ids"][0, 3] = 5  # one picture token less than the tower makes features
+    plan = plan_for(checkpoint, RULES[2:], ANY_LLAVA)
+    reason = "before component 'language': ValueError: Image features and image tokens do not match"
+    with pytest.raises(CalibrationError, match=f"forward pass fails on calibration data, {reason}"):
+        calibrate.run(plan, checkpoint, Workdir.open(tmp_path / "work", {}), [batch], choose("cpu"), print)
+
+
+def test_memory_that_runs_out_is_not_called_something_else() -> None:
+    def run(model: nn.Module, batch: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(capture_calls(nn.Linear(1, 1), [nn.Linear(1, 1)], [{}], run, "language"))
+
+
 def test_hidden_states_of_all_layers_are_not_kept(tmp_path: Path) -> None:
     """LLaVA asks its tower for the output of every layer: stand-ins return what they get, so it is one tensor."""
     model, batch = whole_model(llava_config()), inputs_for(llava_config(), 2, 9)
