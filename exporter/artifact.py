@@ -48,7 +48,7 @@ from exporter.workdir import Workdir
 REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT}
+NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT, "adapter_config.json"}
 PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -83,6 +83,7 @@ def write(
             digest=checkpoint.digest(on_event),
             shards=checkpoint.shard_hashes(),
             processor=processor_files(checkpoint.folder),
+            adapter=checkpoint.adapter.name if checkpoint.adapter else None,
         )
         write_manifest(temporary, _manifest(plan, workdir, written.digests, source, made, files, tuple(written.files)))
         with ThreadPoolExecutor(1, "sync") as pool:

@@ -171,6 +171,8 @@ def _introduction(facts: Facts, declared: Declared) -> str:
         source = f"The small model `{facts.source}` that comes with mmq"
     else:
         source = f"A local model (`{facts.source}`)"
+    if adapter := facts.manifest.source.adapter:
+        source += f" with the LoRA adapter `{adapter}` merged"
     size = facts.manifest.bytes
     return (
         f"{source}, quantized by mmq with the recipe `{facts.recipe.name}` into an artifact that vLLM serves: "

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from exporter.adapter import Adapter
 from exporter.errors import CheckpointError
 from exporter.events import Event, ignore
 from exporter.file_hashes import READ_BYTES, hash_files, start_hashing
@@ -52,7 +53,7 @@ class Checkpoint:
     """A folder with config.json and safetensors shards, read by tensor name.
 
     tensors: name -> TensorInfo, from the headers alone. Names are canonical (see `Family.canonical_name`).
-    ignored: names of stored tensors that are no part of the model.
+    ignored: names of stored tensors that are no part of the model. adapter: merged into tensors as they are read.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Checkpoint:
         tensors: dict[str, TensorInfo],
         origin: str,
         ignored: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
         self.origin = origin
         self.ignored = ignored
+        self.adapter = adapter
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -101,8 +104,13 @@ class Checkpoint:
                 tensors[name] = TensorInfo(name, stored, entry.dtype, entry.shape, file)
         return cls(folder, config, tensors, origin or str(folder))
 
+    def changed(self, **fields: Any) -> "Checkpoint":
+        """The same checkpoint with another `config`, `tensors`, `ignored` or `adapter`."""
+        known = {"config": self.config, "tensors": self.tensors, "ignored": self.ignored, "adapter": self.adapter}
+        return Checkpoint(self.folder, origin=self.origin, **(known | fields))
+
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU (memory-mapped: pages come in as they are used)."""
+        """One tensor on the CPU (memory-mapped: pages come in as they are used), the adapter merged."""
         return self._read_stored(name).to(self.tensors[name].dtype)
 
     def not_finite(self, name: str) -> CheckpointError:
@@ -124,7 +132,7 @@ class Checkpoint:
         return CheckpointError(f"{name} is finite, and no more once scales are folded into it", "use another method")
 
     def _read_stored(self, name: str) -> Tensor:
-        """One tensor in the dtype of its file."""
+        """One tensor in the dtype of its file, the adapter merged."""
         info = self.tensors[name]
         try:
             if info.file not in self._open:
@@ -132,7 +140,7 @@ class Checkpoint:
             tensor: Tensor = self._open[info.file].get_tensor(info.stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / info.file}: cannot read {name} ({error})") from None
-        return tensor
+        return self.adapter.merged(name, tensor) if self.adapter else tensor
 
     def files(self) -> list[str]:
         """The shard files, sorted."""
@@ -140,11 +148,11 @@ class Checkpoint:
 
     def start_hashing(self) -> None:
         """Begin to hash every shard in the background, so that `shard_hashes` and `digest` have little to wait for."""
-        start_hashing(self.folder / file for file in self.files())
+        start_hashing([self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else []))
 
     def shard_hashes(self, on_event: Callable[[Event], None] = ignore) -> dict[str, str]:
-        """Shard file -> sha256 of the whole file, hex; each is read once per process (see `file_hashes`)."""
-        paths = [self.folder / file for file in self.files()]
+        """Shard file -> sha256 of the whole file, hex, and those of the adapter; each is read once per process."""
+        paths = [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
         hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
         return {path.name: hashed for path, hashed in hashes.items()}
 
@@ -164,6 +172,9 @@ def shard_files(folder: Path) -> dict[str, set[str]]:
     if not index.exists():
         if (folder / "model.safetensors").exists():
             return {"model.safetensors": set()}
+        if (folder / "adapter_config.json").exists():
+            base = f"give the base model by --model, and this folder by --adapter {folder}"
+            raise CheckpointError(f"{folder}: it holds an adapter and no model", base)
         other = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         hint = f"mmq reads safetensors only, never pickles ({other[0]})" if other else None
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json", hint)

@@ -10,6 +10,7 @@ from exporter.cli_allocate import allocate
 from exporter.cli_data import datasets, score
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import (
+    adapter_option,
     adjusted,
     data_option,
     device_option,
@@ -64,6 +65,7 @@ def cli() -> None:
 @recipe_option
 @model_option
 @revision_option
+@adapter_option
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact folder [artifacts/MODEL-RECIPE].")
 @click.option("--work", type=click.Path(path_type=Path), help="Finished blocks [OUT.work, removed at the end].")
 @device_option
@@ -84,6 +86,7 @@ def export(
     recipe: str,
     model: str | None,
     revision: str | None,
+    adapter: str | None,
     out: Path | None,
     work: Path | None,
     device: str,
@@ -110,7 +113,7 @@ def export(
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
-    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data, eval_batch)
+    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
     if dry_run:
         return show_plan(chosen, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
     if push:
@@ -124,7 +127,8 @@ def export(
     from exporter.output import default_work
     from exporter.progress import Listener
 
-    target = out or Path("artifacts") / f"{Path(chosen.model.repo).name}-{chosen.name}"
+    made_of = [Path(path).name for path in (chosen.model.repo, chosen.model.adapter) if path]
+    target = out or Path("artifacts") / "-".join([*made_of, chosen.name])
     try:
         with Listener(as_json) as listen:
             result = run(
@@ -154,6 +158,7 @@ def export(
 @recipe_option
 @model_option
 @revision_option
+@adapter_option
 @device_option
 @samples_option
 @eval_samples_option
@@ -167,6 +172,7 @@ def plan(
     recipe: str,
     model: str | None,
     revision: str | None,
+    adapter: str | None,
     device: str,
     samples: int | None,
     eval_samples: int | None,
@@ -185,7 +191,8 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
-    chosen = adjusted(load_recipe(recipe), model, revision, None, samples, eval_samples, eval_batch=eval_batch)
+    own = load_recipe(recipe)
+    chosen = adjusted(own, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter)
     show_plan(chosen, device, every_tensor, skip_evaluation, as_json, serve_on)
 
 

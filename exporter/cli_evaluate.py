@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli_options import (
+    adapter_option,
     adjusted,
     artifact_argument,
     data_option,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @data_option
 @eval_samples_option
 @eval_batch_option
+@adapter_option
 @click.option("--server", metavar="URL", help="OpenAI-compatible server that serves the artifact.")
 @click.option("--served-model", metavar="NAME", help="The artifact's name there [the only one].")
 @click.option("--baseline-server", metavar="URL", help="Server of the full-precision model.")
@@ -76,7 +78,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
 
     own = load_recipe(str(artifact / "recipe.yaml"))
     more = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
-    recipe = adjusted(own, options["baseline"], None, data=data, **more)
+    recipe = adjusted(own, options["baseline"], None, data=data, adapter=options["adapter"], **more)
     chosen = choose(device)
     plan, checkpoint = prepare(recipe, chosen)
     sources, store, servers = places(data), _store(artifact, options), _servers(options)

@@ -21,6 +21,9 @@ model_option = click.option(
     "--model", metavar="MODEL", help=f"Hub id, local folder or {' or '.join(MODELS)} [the recipe's model]."
 )
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the model [the recipe's]."
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
@@ -107,13 +110,14 @@ def adjusted(
     eval_samples: int | None = None,
     data: Sequence[str] = (),
     eval_batch: int | None = None,
+    adapter: str | None = None,
 ) -> Recipe:
     """The recipe with what the command line overrides; another model drops the recipe's revision."""
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
     named = [one.name for one in places(data)] or None
     return recipe.adjusted(
-        model={"repo": model, "revision": revision},
+        model={"repo": model, "revision": revision, "adapter": adapter},
         calibration={"seed": seed, "samples": samples, "data": named},
         evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
     )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from exporter.adapter import SETTINGS as ADAPTER
 from exporter.checkpoint import Checkpoint
 from exporter.errors import PlanError
 from exporter.families import FAMILIES, Family
@@ -54,13 +55,18 @@ def without_buffers(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     if not ignored:
         return checkpoint
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in ignored}
-    return Checkpoint(checkpoint.folder, checkpoint.config, tensors, checkpoint.origin, ignored)
+    return checkpoint.changed(tensors=tensors, ignored=ignored)
 
 
 def refuse_misfit(checkpoint: Checkpoint, family: Family) -> None:
     """PlanError unless the checkpoint holds exactly the tensors that its config.json asks for, unquantized."""
     if refused := family.refuses(checkpoint.config):
         raise PlanError(f"{checkpoint.origin}: {refused}", MODELS_PAGE)
+    if (checkpoint.folder / ADAPTER).exists() and checkpoint.adapter is None:
+        raise PlanError(
+            f"{checkpoint.folder}: an adapter lies beside the weights ({ADAPTER})",
+            f"`--adapter {checkpoint.folder}` merges it; move it away to quantize the base model alone",
+        )
     if place := next(_quantized(checkpoint.config), None):
         raise PlanError(
             f"{checkpoint.origin} is quantized already: its config.json has {place}",

@@ -77,10 +77,11 @@ class Source(Document):
     """The full-precision model: `org/name@commit` or a local name.
 
     digest: `Checkpoint.digest`, over configuration and shards. shards, processor: file -> sha256, of the weights and of
-    everything that a processor is made from.
+    everything that a processor is made from. adapter: the LoRA adapter that was merged; its files are among `shards`.
     """
 
     model: Line
+    adapter: Line | None = None
     digest: Sha256 | None = None
     shards: dict[FileName, Sha256] = {}
     processor: dict[Line, Sha256] = {}

@@ -216,6 +216,7 @@ def _card_data(repo: str) -> Mapping[str, Any]:
 
 def told(facts: Facts) -> str:
     """What the publisher may not know that the files tell; empty when there is nothing."""
-    repo = facts.recipe.model.repo
-    local = repo.startswith((".", "/", "~")) or repo.count("/") > 1
-    return f"recipe.yaml, which is published as it is, names the source as {repo}" if local else ""
+    model = facts.recipe.model
+    paths = [path for path in (model.repo, model.adapter) if path]
+    local = [path for path in paths if path.startswith((".", "/", "~")) or path.count("/") > 1]
+    return f"recipe.yaml, which is published as it is, names the source as {' and '.join(local)}" if local else ""

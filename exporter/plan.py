@@ -114,7 +114,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     planned = {name for name, _ in chosen}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
-    warnings = (*_ignored(checkpoint), *_warnings(recipe, family, rows))
+    warnings = (*_of_source(checkpoint), *_warnings(recipe, family, rows))
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings)
 
 
@@ -143,11 +143,12 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
     return tuple(units)
 
 
-def _ignored(checkpoint: Checkpoint) -> list[str]:
-    """What the plan says of stored tensors that it leaves out."""
+def _of_source(checkpoint: Checkpoint) -> list[str]:
+    """What the plan says of stored tensors that it leaves out, and of an adapter that it merges."""
     names = checkpoint.ignored
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"left out of the artifact: {names[0]}{rest}, which models compute from the config"] if names else []
+    left = [f"left out of the artifact: {names[0]}{rest}, which models compute from the config"] if names else []
+    return left + ([checkpoint.adapter.note()] if checkpoint.adapter else [])
 
 
 def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def prepare(
     start_helper()
     if remote := is_on_hub(model.repo):
         on_event(Event("prepare", 0, 1, f"finding {model.repo} on the hub"))
-    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype)
+    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
     if remote:
         on_event(Event("prepare", 1, 1, f"finding {model.repo} on the hub"))
     foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []

@@ -37,12 +37,14 @@ class Model(Strict):
     """Which checkpoint: a hub id, a local folder or the name of an embedded model.
 
     dtype: what its float32 tensors are read as, and stored as where they are kept; None leaves them as they are.
+    adapter: folder of a LoRA adapter that is merged into it.
     """
 
     repo: str
     revision: str | None = None
     family: str
     dtype: Literal["float16", "bfloat16"] | None = None
+    adapter: str | None = None
 
     @field_validator("family")
     @classmethod

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from exporter.adapter import open_adapter
 from exporter.checkpoint import Checkpoint, promised_files
 from exporter.config_check import known_family, without_buffers
 from exporter.demo import MODELS
@@ -58,14 +59,23 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def open_source(
-    repo: str, revision: str | None = None, headers_only: bool = False, dtype: str | None = None
+    repo: str,
+    revision: str | None = None,
+    headers_only: bool = False,
+    dtype: str | None = None,
+    adapter: str | None = None,
 ) -> tuple[Checkpoint, Family]:
     """Open a model's headers and find its family (PlanError when mmq does not know its architecture).
 
     headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
     dtype: what float32 tensors are read as, `float16` or `bfloat16`; None leaves them as they are.
+    adapter: folder of a LoRA adapter that is merged into the tensors as they are read.
     """
     checkpoint, family = _open(repo, revision, headers_only)
+    if adapter:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        merging = open_adapter(Path(adapter).expanduser(), shapes, family.canonical_name)
+        checkpoint = checkpoint.changed(adapter=merging)
     return (narrowed(checkpoint, dtype) if dtype else checkpoint), family
 
 
@@ -76,8 +86,7 @@ def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     if found == tensors:
         return checkpoint
     key = "dtype" if "dtype" in checkpoint.config else "torch_dtype"
-    config = {**checkpoint.config, key: dtype}
-    return Checkpoint(checkpoint.folder, config, found, checkpoint.origin, checkpoint.ignored)
+    return checkpoint.changed(config={**checkpoint.config, key: dtype}, tensors=found)
 
 
 def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoint, Family]:

@@ -104,7 +104,9 @@ class Spent:
 def opened(setup: Setup, source: str = "") -> Opened:
     """The model of a setup. source: `Keys.source`, so that a process that stays opens a changed model again."""
     recipe = with_data_it_knows(Recipe.model_validate_json(setup.recipe))
-    checkpoint, family = open_source(recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype)
+    checkpoint, family = open_source(
+        recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype, adapter=recipe.model.adapter
+    )
     check_processor(checkpoint, family)
     return Opened(recipe, checkpoint, family, choose(setup.device))
 

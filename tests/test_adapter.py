@@ -1,0 +1,236 @@
+"""LoRA adapters are merged as peft merges them; what is not merged exactly is refused by name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exporter.adapter import SETTINGS, WEIGHTS
+from exporter.checkpoint import Checkpoint
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.events import ignore
+from exporter.export import export
+from exporter.families import FAMILIES
+from exporter.manifest import read_manifest
+from exporter.preparation import prepare
+from exporter.recipe_file import load_recipe
+from exporter.source import open_source
+from exporter.stream import load_whole
+
+DEMO = MODELS["demo-llava"]
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "fc1"], "bias": "none"}
+QUERY = "language_model.model.layers.0.self_attn.q_proj"
+WORDS = "model.language_model.embed_tokens"
+TOWER = "vision_tower.vision_model.encoder.layers.1.mlp.fc1"
+LIVE = {QUERY: "model.language_model.layers.0.self_attn.q_proj", TOWER: "model.vision_tower.encoder.layers.1.mlp.fc1"}
+
+
+def halves(rank: int = 4, names: dict[str, str] = LIVE) -> dict[str, Tensor]:
+    """Random LoRA of a language and a vision linear, under the names of transformers 5."""
+    torch.manual_seed(3)
+    found = {}
+    for hub, live in names.items():
+        outputs, inputs = (128, 128) if hub == QUERY else (512, 128)
+        found[f"base_model.model.{live}.lora_A.weight"] = torch.randn(rank, inputs) / 8
+        found[f"base_model.model.{live}.lora_B.weight"] = torch.randn(outputs, rank) / 8
+    return found
+
+
+def adapter(folder: Path, tensors: dict[str, Tensor] | None = None, **settings: Any) -> Path:
+    folder.mkdir()
+    (folder / SETTINGS).write_text(json.dumps(PLAIN | settings))
+    stored = halves() if tensors is None else tensors
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS)
+    return folder
+
+
+def merged(folder: Path) -> Checkpoint:
+    return open_source("demo-llava", adapter=str(folder))[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "query", "tower"),
+    [
+        ({}, 2.0, 2.0),
+        ({"use_rslora": True}, 4.0, 4.0),
+        ({"alpha_pattern": {"layers.0.self_attn.q_proj": 16}}, 4.0, 2.0),
+        ({"alpha_pattern": {"fc1": 2, "mlp.fc1": 4}}, 2.0, 0.5),
+        ({"alpha_pattern": {"c1": 2}}, 2.0, 2.0),
+    ],
+)
+def test_a_merged_weight_is_the_naive_sum(tmp_path: Path, settings: dict[str, Any], query: float, tower: float) -> None:
+    base, tensors = Checkpoint.open(DEMO, FAMILIES["llava"].canonical_name), halves()
+    found = merged(adapter(tmp_path / "a", **settings))
+    for module, scale in ((QUERY, query), (TOWER, tower)):
+        a, b = (tensors[f"base_model.model.{LIVE[module]}.lora_{part}.weight"] for part in "AB")
+        expected = base.read(f"{module}.weight").float() + (b @ a) * scale
+        assert torch.equal(found.read(f"{module}.weight"), expected.to(torch.bfloat16))
+    untouched = "language_model.model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(found.read(untouched), base.read(untouched))
+
+
+def test_names_of_every_transformers_version_and_tensors_trained_whole(tmp_path: Path) -> None:
+    projector = {
+        "base_model.model.multi_modal_projector.linear_1.modules_to_save.weight": torch.ones(128, 128),
+        "base_model.model.model.multi_modal_projector.linear_1.bias": torch.zeros(128),
+    }
+    old = {QUERY: QUERY, TOWER: TOWER}
+    found = merged(adapter(tmp_path / "a", halves(names=old) | projector))
+    new = merged(adapter(tmp_path / "b"))
+    for module in old:
+        assert torch.equal(found.read(f"{module}.weight"), new.read(f"{module}.weight"))
+    assert found.read("multi_modal_projector.linear_1.weight").eq(1).all()
+    assert found.read("multi_modal_projector.linear_1.bias").eq(0).all()
+    assert found.read("multi_modal_projector.linear_1.weight").dtype == torch.bfloat16
+
+
+def test_peft_merges_the_same(tmp_path: Path) -> None:
+    """Against peft itself, where it is installed."""
+    peft = pytest.importorskip("peft")
+    checkpoint, family = open_source("demo-llava")
+    names = list(checkpoint.tensors)
+    whole = load_whole(family, checkpoint.config, names, checkpoint.read, torch.device("cpu"), torch.bfloat16)
+    options = {"r": 4, "lora_alpha": 7, "use_rslora": True, "target_modules": ["q_proj", "fc1", "linear_2"]}
+    options |= {"rank_pattern": {"fc1": 2}, "alpha_pattern": {"layers.1.mlp.fc1": 3}, "modules_to_save": ["linear_1"]}
+    tuned = peft.get_peft_model(whole, peft.LoraConfig(**options), autocast_adapter_dtype=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) / 8)
+    tuned.save_pretrained(tmp_path / "a")
+    theirs = dict(tuned.merge_and_unload().named_parameters())
+    found = merged(tmp_path / "a")
+    assert found.adapter is not None
+    assert (len(found.adapter.pairs), len(found.adapter.whole)) == (7, 2)
+    for name in names:
+        assert torch.equal(found.read(name), theirs[family.live_name(name)]), name
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "IA3"}, "peft_type: expected LORA"),
+    ({"peft_type": None}, "peft_type: expected LORA, it is null"),
+    ({"use_dora": True}, "use_dora: true is not supported"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication: a list is not supported"),
+    ({"bias": "all"}, "bias: only none"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: the text 'pissa' changes the base model's own weights"),
+    ({"init_lora_weights": []}, "init_lora_weights"),
+    ({"lora_alpha": "x"}, "lora_alpha: expected a positive number"),
+    ({"lora_alpha": None}, "lora_alpha"),
+    ({"alpha_pattern": {"(a+)+$": 1}}, "is no name of a module"),
+    ({"alpha_pattern": {"a": "b"}}, "alpha_pattern"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), REFUSED, ids=[str(settings) for settings, _ in REFUSED])
+def test_settings_that_are_not_merged_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(CheckpointError, match="the adapter cannot be merged") as caught:
+        merged(adapter(tmp_path / "a", **settings))
+    assert reason in caught.value.message.replace("\n", " ")
+
+
+def renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
+    "unknown module": (renamed(halves(), "q_proj", "qkv"), "the base model has no linear"),
+    "half": ({k: v for k, v in halves().items() if "q_proj.lora_B" not in k}, "its other half is missing"),
+    "ranks": ({k: v[:3] if "lora_A" in k else v for k, v in halves().items()}, "do not make"),
+    "sizes": ({k: v[:, :64] if "lora_A" in k else v for k, v in halves().items()}, r"do not make \[128, 128\]"),
+    "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not make"),
+    "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not make"),
+    "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as torch.int8"),
+    "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "of linears only"),
+    "magnitude": ({f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)}, "of linears only"),
+    "resized": ({"base_model.model.lm_head.weight": torch.ones(300, 128)}, r"\[300, 128\], the base model has \[256"),
+    "foreign": ({"base_model.model.score.weight": torch.ones(2, 128)}, "the base model has no tensor score.weight"),
+    "nothing": ({}, "it changes nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_tensors_that_cannot_be_merged_are_refused(tmp_path: Path, what: str) -> None:
+    tensors, reason = WRONG[what]
+    with pytest.raises(CheckpointError, match=reason):
+        merged(adapter(tmp_path / "a", tensors))
+
+
+def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path: Path) -> None:
+    tensors = halves()
+    tensors[f"base_model.model.{LIVE[QUERY]}.lora_A.weight"][0, 0] = float("nan")
+    found = merged(adapter(tmp_path / "a", tensors))
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_A\.weight holds values that are not finite"):
+        found.read(f"{QUERY}.weight")
+
+
+def test_a_pickled_adapter_and_no_adapter_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no {SETTINGS}"):
+        merged(tmp_path)
+    (tmp_path / SETTINGS).write_text(json.dumps(PLAIN))
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match=f"no {WEIGHTS}") as caught:
+        merged(tmp_path)
+    assert "never pickles" in (caught.value.hint or "")
+
+
+def recipe_for(folder: Path, **model: Any) -> Any:
+    return load_recipe("llava-w8").adjusted(model={"repo": str(folder)} | model)
+
+
+def test_an_adapter_beside_the_weights_is_merged_when_asked_and_refused_else(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "m"))
+    for path in adapter(tmp_path / "a").iterdir():
+        shutil.copy(path, folder)
+    with pytest.raises(PlanError, match="an adapter lies beside the weights") as caught:
+        prepare(recipe_for(folder), choose("cpu"), headers_only=True)
+    assert f"--adapter {folder}" in (caught.value.hint or "")
+    plan, _ = prepare(recipe_for(folder, adapter=str(folder)), choose("cpu"), headers_only=True)
+    assert "adapter m: merged into 2 linears" in plan.warnings
+
+
+def test_a_folder_of_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a")
+    shutil.copy(DEMO / "config.json", folder)
+    with pytest.raises(MmqError, match="it holds an adapter and no model"):
+        prepare(recipe_for(folder), choose("cpu"), headers_only=True)
+
+
+def test_an_artifact_of_base_and_adapter_equals_that_of_the_merged_model(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a")
+    both = merged(folder)
+    whole = Path(shutil.copytree(DEMO, tmp_path / "whole"))
+    stored = load_file(whole / "model.safetensors")
+    save_file({name: both.read(name) for name in stored}, whole / "model.safetensors", {"format": "pt"})
+    outs = {}
+    for name, recipe in (("one", recipe_for(DEMO, adapter=str(folder))), ("two", recipe_for(whole))):
+        export(recipe, out=tmp_path / name, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+        outs[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert outs["one"] == outs["two"]
+    source = read_manifest(tmp_path / "one").source
+    assert source.adapter == "a"
+    assert {SETTINGS, WEIGHTS, "model.safetensors"} == source.shards.keys()
+    assert not list((tmp_path / "one").glob("adapter*"))
+
+
+def test_another_adapter_is_another_model(tmp_path: Path) -> None:
+    one, other = merged(adapter(tmp_path / "a")), merged(adapter(tmp_path / "b", lora_alpha=9))
+    assert len({checkpoint.digest() for checkpoint in (one, other, open_source("demo-llava")[0])}) == 3
+
+
+def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "exporter", "plan", "--recipe", "llava-w8", "--model", "demo-llava"]
+    folder = adapter(tmp_path / "mine")
+    done = subprocess.run([*command, "--adapter", str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "adapter mine: merged into 2 linears" in done.stdout
