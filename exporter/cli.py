@@ -25,16 +25,15 @@ from exporter.cli_options import (
     say,
     skip_evaluation_option,
 )
+from exporter.cli_plan import plan, show_plan
 from exporter.cli_publish import check_push, diff, publish, verify_published
 from exporter.cli_report import report
-from exporter.cli_serve import check, need_program, serve, serve_on_option, vllm_option
+from exporter.cli_serve import check, need_program, serve, vllm_option
 from exporter.cli_study import study
 from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.hub import PREFIX
-from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import read_hardware
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
@@ -155,84 +154,17 @@ def export(
 
 
 @cli.command()
-@recipe_option
-@model_option
-@revision_option
-@adapter_option
-@device_option
-@samples_option
-@eval_samples_option
-@eval_batch_option
-@skip_evaluation_option
-@click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
-@serve_on_option
-@json_option
-@reports_errors
-def plan(
-    recipe: str,
-    model: str | None,
-    revision: str | None,
-    adapter: str | None,
-    device: str,
-    samples: int | None,
-    eval_samples: int | None,
-    eval_batch: int | None,
-    skip_evaluation: bool,
-    every_tensor: bool,
-    serve_on: str | None,
-    as_json: bool,
-) -> None:
-    """Show what an export would do, from file headers alone: decisions, sizes, serving kernels, and of every step the
-    peak memory and the time.
-
-    \b
-    Examples:
-      mmq plan --recipe llava-w4-vit8 --model demo-llava
-      mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
-      mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
-    """
-    own = load_recipe(recipe)
-    chosen = adjusted(own, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter)
-    show_plan(chosen, device, every_tensor, skip_evaluation, as_json, serve_on)
-
-
-def show_plan(
-    recipe: Recipe,
-    device: str,
-    every_tensor: bool,
-    skip_evaluation: bool,
-    as_json: bool,
-    serve_on: str | None = None,
-) -> None:
-    """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
-    from exporter import show
-    from exporter.device import choose
-    from exporter.preparation import prepare
-    from exporter.progress import Listener
-    from exporter.steps import step_warnings
-
-    chosen = choose(device)
-    with Listener(as_json) as listen:
-        found, checkpoint = prepare(recipe, chosen, headers_only=True, on_event=listen)
-    if serve_on:
-        from exporter.servable import refuse_plan
-
-        refuse_plan(found, checkpoint.config, read_hardware(serve_on))
-    warnings = step_warnings(found.steps, chosen, skip_evaluation)
-    if as_json:
-        return say(show.plan_json(found, every_tensor, warnings))
-    say(show.plan_page(found, chosen, every_tensor, warnings))
-
-
-@cli.command()
 @click.argument("artifact")
 @device_option
 @click.option("--no-load", is_flag=True, help="Check files and integers only; run nothing in transformers.")
 @click.option("--whole", is_flag=True, help="Also load it whole in transformers: 8 bytes a parameter.")
 @click.option("--source", help="The full-precision model (folder or hub id): every row is compared with its own.")
+@adapter_option
 @json_option
 @reports_errors
-def verify(artifact: str, device: str, no_load: bool, whole: bool, source: str | None, as_json: bool) -> None:
+def verify(
+    artifact: str, device: str, no_load: bool, whole: bool, source: str | None, adapter: str | None, as_json: bool
+) -> None:
     """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
 
     ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
@@ -255,7 +187,7 @@ def verify(artifact: str, device: str, no_load: bool, whole: bool, source: str |
         return verify_published(artifact, as_json)
     with Listener(as_json) as listen:
         load: Load = "nothing" if no_load else "whole" if whole else "blocks"
-        original = open_source(source)[0] if source else None
+        original = open_source(source, adapter=adapter)[0] if source else None
         verified = run(Path(artifact), choose(device), listen, load, original)
     say(asdict(verified) if as_json else show.verified_line(verified))
 
@@ -293,6 +225,7 @@ def doctor(as_json: bool) -> None:
     say(found if as_json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
 
 
+cli.add_command(plan)
 cli.add_command(evaluate)
 cli.add_command(report)
 cli.add_command(serve)

@@ -22,7 +22,7 @@ model_option = click.option(
 )
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
 adapter_option = click.option(
-    "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the model [the recipe's]."
+    "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the full-precision model."
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 json_option = click.option(

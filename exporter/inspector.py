@@ -123,8 +123,8 @@ def start_helper() -> None:
 
 
 def has_processor(folder: Path) -> bool:
-    """Whether a folder holds files of a processor."""
-    return any(next(folder.glob(pattern), None) for pattern in PATTERNS[:2])
+    """Whether a folder holds the settings of a processor."""
+    return any(folder.glob("*processor*.json"))
 
 
 def inspect(folder: Path, **asked: Any) -> Inspection:

@@ -25,6 +25,7 @@ from exporter.preparation import prepare
 from exporter.recipe_file import load_recipe
 from exporter.source import open_source
 from exporter.stream import load_whole
+from exporter.verify import verify
 
 DEMO = MODELS["demo-llava"]
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "fc1"], "bias": "none"}
@@ -217,6 +218,7 @@ def test_an_artifact_of_base_and_adapter_equals_that_of_the_merged_model(tmp_pat
         export(recipe, out=tmp_path / name, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         outs[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert outs["one"] == outs["two"]
+    verify(tmp_path / "one", choose("cpu"), ignore, "nothing", both)
     source = read_manifest(tmp_path / "one").source
     assert source.adapter == "a"
     assert {SETTINGS, WEIGHTS, "model.safetensors"} == source.shards.keys()
