@@ -56,7 +56,7 @@ class Clock:
         self._lap()
         self._open.append(name)
         needs = next(((s.device_bytes, s.host_bytes) for s in self.predicted if s.name == name), (0, 0))
-        advice = f"{ADVICE[name]} takes less" + (f"; {kept}" if kept else "")
+        advice = "; ".join(text for text in (kept, ADVICE[name]) if text)
         try:
             with explained(name, self._device, needs, advice):
                 yield

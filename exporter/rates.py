@@ -33,7 +33,7 @@ class Rates:
 
 
 CUDA = Rates(2.5e14, 3.9e14, 2e13, 3e9, 3.5e8, 2e9, 7e8, 6e8, 1e3)
-CORE = Rates(6e10, 6e10, 2e10, 2e7, 2e6, 1e9, 1e8, 1e8, 1e3)
+CORE = Rates(6e10, 6e10, 2e10, 2e7, 2e6, 1e9, 1e8, 3e7, 1e3)
 IMPORTS = 6.0  # seconds until torch, transformers and a processor are there, once they ran on the machine before
 BLOCK = 0.06  # seconds a block takes beside its arithmetic: reading, launching, storing
 PICTURE = 0.01  # seconds that a processor takes for one picture

@@ -93,7 +93,7 @@ def search(
 
     for features, vectors in size.each(range(len(pool.samples)), look):
         seen.append(features)
-        pictures.append(vectors.float())
+        pictures.append(vectors.float().cpu())
     texts = [text for sample in pool.samples for text in sample.references]
     options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": LONGEST}
     coded = processor.tokenizer(texts, return_tensors="pt", **options)
@@ -107,7 +107,7 @@ def search(
     similarity = torch.empty(len(pool.samples), len(texts))
     start = 0
     for part in pictures:
-        similarity[start : start + len(part)] = torch.einsum("iqd,jd->iqj", part, words).amax(dim=1)
+        similarity[start : start + len(part)] = torch.einsum("iqd,jd->iqj", part.to(device), words).amax(dim=1)
         start += len(part)
     owners = tuple(i for i, sample in enumerate(pool.samples) for _ in sample.references)
     return Searched(seen, tokens, mask, owners, similarity)

@@ -30,14 +30,15 @@ HASHING = 16  # bytes of every weight of a linear while four threads unpack and 
 RECONSTRUCTING = 10  # bytes of every weight of a linear while compressed-tensors unpacks it and mmq does
 PIXEL_BYTES = 4  # float32, of three colors
 NEEDED = ("quantize", "write", "verify")
+OTHERS = "end other programs that hold memory"
 ADVICE = {
-    "plan": "end other programs",
-    "read data": "fewer --samples",
-    "quantize": "fewer --samples, a smaller calibration.batch in the recipe, or --device cpu",
-    "write": "--device cpu",
-    "verify": "--device cpu",
-    "evaluate": "a smaller --eval-batch, --device cpu, or --skip-evaluation",
-    "check": "--device cpu",
+    "plan": OTHERS,
+    "read data": "use fewer --samples",
+    "quantize": "use fewer --samples, a smaller calibration.batch in the recipe, or --device cpu",
+    "write": OTHERS,
+    "verify": OTHERS,
+    "evaluate": "use a smaller --eval-batch, --device cpu, or --skip-evaluation",
+    "check": "use --device cpu",
 }
 
 

@@ -1,11 +1,14 @@
 """Plans: a decision for every tensor of the true 7B model, from headers alone; impossible recipes are refused."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.random_checkpoint import write_processor
 from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.errors import PlanError
@@ -15,6 +18,7 @@ from exporter.plan import Plan, make_plan
 from exporter.quantized import Scheme
 from exporter.recipe import Recipe, Rule
 from exporter.recipe_file import built_in, load_recipe
+from tests.headers.read import header_config
 
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
@@ -120,3 +124,17 @@ def test_incomplete_checkpoint_is_refused(big: Checkpoint) -> None:
 def test_wide_bits_warn_of_the_kernel_they_need(big: Checkpoint) -> None:
     assert any("humming-kernels" in warning for warning in plan_of("llava-w3-vit4", big).warnings)
     assert not plan_of("llava-w4-vit8", big).warnings
+
+
+def test_a_plan_loads_neither_transformers_nor_a_compiler(sparse_checkpoint: Callable[[str], Path]) -> None:
+    """They take seconds: the processor is read by a helper process, and sizes are arithmetic."""
+    folder = sparse_checkpoint(LLAVA_7B)
+    write_processor(folder, header_config(LLAVA_7B))
+    code = (
+        "import sys; from click.testing import CliRunner; from exporter.cli import cli\n"
+        f"done = CliRunner().invoke(cli, ['plan', '--recipe', 'llava-w4-vit8', '--model', {str(folder)!r}])\n"
+        "assert done.exit_code == 0, done.output\n"
+        "print([name for name in ('transformers', 'torch._dynamo', 'sympy', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -129,13 +129,15 @@ def test_a_34b_on_a_card_of_24_gib_is_evaluated_block_by_block(planned: Callable
     assert "block by block" in by_name(plan)["evaluate"].note
     warnings = step_warnings(plan.steps, gpu(24))
     assert "block by block" in warnings[0]
-    assert warnings[1].startswith("check takes about 65.0 GiB on a card, where 24.0 are free: --device cpu")
+    assert warnings[1].startswith("check takes about 65.0 GiB on a card, where 24.0 are free: use --device cpu")
     refuse_shortage(plan.steps, gpu(24))
 
 
 def test_fewer_samples_make_a_small_card_enough(planned: Callable[..., Plan]) -> None:
     plan = planned(make.LLAVA_7B, gpu(2.5))
-    with pytest.raises(PlanError, match=r"quantize takes about 2\.\d GiB on a card, where 2\.5 are free: fewer --samp"):
+    with pytest.raises(
+        PlanError, match=r"quantize takes about 2\.\d GiB on a card, where 2\.5 are free: use fewer --s"
+    ):
         refuse_shortage(plan.steps, gpu(2.5))
     refuse_shortage(planned(make.LLAVA_7B, gpu(2.5), calibration={"samples": 32}).steps, gpu(2.5))
 
