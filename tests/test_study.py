@@ -270,17 +270,18 @@ def test_scores_are_the_same_where_only_blocks_fit(
     living: list[tuple[str, weakref.ref[UnitResult]]] = []
     for chosen, scores in zip(rules, expected, strict=True):
         setting = setting_of(setup, chosen, keys_of_run(setup, opened(setup), ignore), [])
-        monkeypatch.setattr(setting, "_read", alone(setting._read, living))
+        monkeypatch.setattr(setting, "_read", alone(setting, setting._read, living))
         assert passing.grade(setting) == pytest.approx(scores, abs=1e-6)  # sums of other batches
     assert len(living) > len(passing._inside)
 
 
 def alone(
-    read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
+    setting: Setting, read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
 ) -> Callable[[Unit], UnitResult]:
-    """Reads a unit when no unit of another block is in memory."""
+    """Reads a unit when nothing of another block is in memory."""
 
     def reading(unit: Unit) -> UnitResult:
+        assert not setting._last[1]
         assert not [block for block, result in living if block != unit.block and result() is not None]
         result = read(unit)
         living.append((unit.block, weakref.ref(result)))
