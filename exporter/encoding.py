@@ -8,6 +8,7 @@ from torch import Tensor
 from exporter.errors import DataError
 from exporter.families import Family
 from exporter.processor import Processor
+from exporter.shortage import is_shortage
 from exporter.tasks.retrieval import prepare
 from exporter.tasks.sample import Sample, task_of
 
@@ -58,6 +59,8 @@ def encode(
     try:
         encoded = processor(images=images, text=texts, **options)
     except Exception as error:  # whatever the libraries find wrong with a picture or a text
+        if is_shortage(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(f"the processor cannot encode {_named(samples)}: {reason}") from error
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}

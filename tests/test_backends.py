@@ -94,7 +94,7 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
 
         return limited
 
-    monkeypatch.setattr(predict, "_encode", scarce(predict._encode, lambda p, f, some, r, side: len(some)))
+    monkeypatch.setattr(predict, "encode", scarce(predict.encode, lambda p, f, some, r, side: len(some)))
     pixels = scarce(backends_pixels(), lambda processor, some: len(some))
     monkeypatch.setattr("exporter.retrieve.pixels_of", pixels)
     found = answers(both(out, on_event=lambda event: notes.append(event.message)), asked(out))

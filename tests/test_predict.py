@@ -147,6 +147,17 @@ def test_log_likelihood_is_that_of_the_naive_loop(model: Any, mixed: list[Sample
     assert max(expected) - min(expected) > 0.1
 
 
+def test_running_out_of_memory_is_no_fault_of_the_samples(mixed: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = processor()
+
+    def full(self: Any, **inputs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(type(made), "__call__", full)
+    with pytest.raises(MemoryError):
+        batches(made, FAMILY, mixed, 4)
+
+
 def test_log_likelihood_needs_references(model: Any) -> None:
     with pytest.raises(ValueError, match="s3 has no reference"):
         predictor(model, 2).log_likelihood([sample(3, "w1")])
