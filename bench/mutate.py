@@ -206,10 +206,13 @@ def chosen(room: str, sample: int, seed: int) -> list[Mutant]:
 
 def tried(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Iterator[tuple[Mutant, bool, str]]:
     """(mutant, whether a test noticed, by which), as far as there is time."""
+    room = ROOMS[mutants[0].room] if mutants else {}
     limits: dict[str, float] = {}
-    for module in dict.fromkeys(mutant.module for mutant in mutants):
-        tests, begun = ROOMS[mutants[0].room][module], time.monotonic()
-        code, test = run(None, tests, folder, f"none-{module.replace('/', '-')}", 600)
+
+    def without(module: str) -> None:
+        """Seconds that the module's tests take without a mutant decide how long they may take with one."""
+        begun = time.monotonic()
+        code, test = run(None, room[module], folder, f"none-{module.replace('/', '-')}", 600)
         if code:
             raise SystemExit(f"{module}: its tests fail without a mutant: {test} (exit code {code})")
         limits[module] = GENEROUS * (time.monotonic() - begun) + 10
@@ -218,11 +221,11 @@ def tried(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Ite
         number, mutant = numbered
         if time.monotonic() > end:
             return None
-        tests = ROOMS[mutant.room][mutant.module]
-        code, test = run(mutant, tests, folder, f"{mutant.room}-{number}", limits[mutant.module])
+        code, test = run(mutant, room[mutant.module], folder, f"{mutant.room}-{number}", limits[mutant.module])
         return mutant, code != 0, test or f"exit code {code}"
 
     with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(without, dict.fromkeys(mutant.module for mutant in mutants)))
         yield from filter(None, pool.map(one, enumerate(mutants)))
 
 
