@@ -6,6 +6,7 @@ File format: https://huggingface.co/docs/safetensors (8 bytes little-endian head
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -154,6 +155,8 @@ class Checkpoint:
         """Shard file -> sha256 of the whole file, hex, and those of the adapter; each is read once per process."""
         paths = [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
         hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
+        for path, hashed in hashes.items():
+            _require_hub_hash(path, hashed)
         return {path.name: hashed for path, hashed in hashes.items()}
 
     def dtypes(self) -> dict[str, int]:
@@ -164,6 +167,16 @@ class Checkpoint:
         """The checkpoint's identity: sha256 over every byte of every shard, the configuration and `dtypes`."""
         content = {"config": self.config, "shards": self.shard_hashes(on_event), "dtypes": self.dtypes()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_hub_hash(path: Path, hashed: str) -> None:
+    """CheckpointError when a file of the hub's cache is not what was downloaded: its target is named by its sha256."""
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name) and target.name != hashed:
+        raise CheckpointError(
+            f"{path}: its content is not what the hub has: it was damaged after the download, or changed",
+            f"delete {target}; the next run downloads it again",
+        )
 
 
 def shard_files(folder: Path) -> dict[str, set[str]]:

@@ -71,7 +71,9 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.baseline import require_source
     from exporter.device import choose
     from exporter.evaluate import keep_report, raise_unless_accepted
+    from exporter.events import Event
     from exporter.export import evaluation_samples, measure, refuse_calibrated
+    from exporter.output import reading
     from exporter.preparation import prepare
     from exporter.progress import Listener
     from exporter.show_report import report_page
@@ -83,7 +85,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     plan, checkpoint = prepare(recipe, chosen)
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     try:
-        with Listener(as_json) as listen:
+        with Listener(as_json) as listen, reading(artifact, listen):
             require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
             samples = evaluation_samples(plan, sources)
             refuse_calibrated(artifact, samples)
@@ -92,11 +94,11 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
                 return say(_keep_source(*asked, store, servers))
             other = bool(options["other_baseline"])
             found = measure(*asked, store=store, servers=servers, sources=sources, other_baseline=other)
+            if not keep_report(artifact, found):
+                listen(Event("note", 0, 0, "the artifact keeps its report, which is on more samples than these"))
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
         raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
-    if not keep_report(artifact, found):
-        click.echo("note: the artifact keeps its report, which is on more samples than these", err=True)
     say(found.plain() if as_json else report_page(found))
     raise_unless_accepted(found, artifact)
 

@@ -56,11 +56,12 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     from exporter.card import Declared
     from exporter.device import choose
     from exporter.hub import need_token
+    from exporter.output import reading
     from exporter.progress import Listener
     from exporter.proof import prove
 
     artifact = artifact.resolve()  # `.` has no name
-    with Listener(as_json) as listen:
+    with Listener(as_json) as listen, reading(artifact, listen):
         facts, problems = prove(artifact, choose(device), listen, said["accept_built_in_data"])
         if not force:
             made.refuse_unproven(artifact, problems)

@@ -188,6 +188,7 @@ def check(
     from exporter.check import check as run
     from exporter.data import places
     from exporter.device import choose
+    from exporter.output import reading
     from exporter.processor import load_processor
     from exporter.progress import Listener
     from exporter.reference import BOUND
@@ -199,7 +200,7 @@ def check(
     program = find_program(options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
     samples = questions(artifact, places(data), options["questions"])
-    with Listener(as_json) as listen:
+    with Listener(as_json) as listen, reading(artifact, listen):
         session = Session(
             program,
             choose(device),
@@ -212,7 +213,7 @@ def check(
             options["disturb"],
         )
         found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
-    keep(artifact, found, weights_digest(Artifact.open(artifact)))
+        keep(artifact, found, weights_digest(Artifact.open(artifact)))
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])

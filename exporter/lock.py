@@ -30,7 +30,8 @@ def hold(file: Path, folder: Path, shared: bool = False, on_event: Callable[[Eve
     """Hold the lock `file` of `folder` inside the block; LockedError names the process that holds it already.
 
     shared: several processes may hold it like this at the same time, while none holds it alone.
-    Where the file system has no locks, a note says so and the block runs without one.
+    Where the file system has no locks, or for a shared lock no room for the file, a note says so and the block runs
+    without one. CheckpointError when the file of a lock that is not shared cannot be written.
     """
     try:
         descriptor = _acquire(file, folder, shared)
@@ -47,7 +48,7 @@ def hold(file: Path, folder: Path, shared: bool = False, on_event: Callable[[Eve
 def _acquire(file: Path, folder: Path, shared: bool) -> int:
     """A descriptor that holds the lock; OSError when the file system has no locks."""
     while True:
-        descriptor = _open(file)
+        descriptor = _open(file, shared)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_open_file(file, descriptor):  # else its holder removed it after we opened it
@@ -67,8 +68,8 @@ def _acquire(file: Path, folder: Path, shared: bool) -> int:
         os.close(descriptor)
 
 
-def _open(file: Path) -> int:
-    """The lock file, made with its folder where it is absent (CheckpointError when the disk refuses)."""
+def _open(file: Path, shared: bool) -> int:
+    """The lock file, made with its folder where it is absent; else CheckpointError, for a shared lock OSError."""
     while True:
         make_folder(file.parent)
         try:
@@ -76,6 +77,8 @@ def _open(file: Path) -> int:
         except FileNotFoundError:
             continue  # another process removed the folder meanwhile
         except OSError as error:
+            if shared:
+                raise
             raise disk_error(file, error) from None
 
 

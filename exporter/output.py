@@ -8,7 +8,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +76,22 @@ class Destination:
     @contextmanager
     def reserved(self, on_event: Callable[[Event], None]) -> Iterator[None]:
         """Keep other processes from `out` inside the block, and first clear up after one that was killed."""
-        with hold(self.out.with_name(f".{self.out.name}.mmq-lock"), self.out, on_event=on_event):
+        with hold(_lock_of(self.out), self.out, on_event=on_event):
             restore(self.out, on_event)
             shutil.rmtree(temporary_folder(self.out), ignore_errors=True)
             yield
+
+
+def reading(folder: Path, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
+    """Keep an export from replacing an artifact inside the block, while others may read it too.
+
+    LockedError when an export writes to it.
+    """
+    return hold(_lock_of(folder.resolve()), folder, shared=True, on_event=on_event)
+
+
+def _lock_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.mmq-lock"
 
 
 def default_work(out: Path) -> Path:

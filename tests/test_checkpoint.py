@@ -1,5 +1,6 @@
 """Checkpoints: damage is found from headers, writes are whole or absent."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -121,3 +122,26 @@ def test_digest_sees_weights_and_config(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     assert Checkpoint.open(tmp_path / "m").digest() != first
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_of_the_hub_s_cache_that_was_damaged_is_refused(damaged: bool, tmp_path: Path) -> None:
+    """The cache keeps large files in `blobs`, each named by its sha256, and a snapshot links to them."""
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    small_checkpoint(snapshot, shard_bytes=10**9)
+    shard = snapshot / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    blob = blobs / hashlib.sha256(content).hexdigest()
+    content[-1] ^= damaged
+    blob.write_bytes(content)
+    shard.unlink()
+    shard.symlink_to(blob)
+    checkpoint = Checkpoint.open(snapshot)
+    if not damaged:
+        assert checkpoint.shard_hashes() == {"model.safetensors": blob.name}
+        return
+    with pytest.raises(CheckpointError, match="not what the hub has") as caught:
+        checkpoint.digest()
+    assert str(blob) in (caught.value.hint or "")

@@ -97,7 +97,7 @@ def test_shared_locks_go_together_and_exclude_a_single_one(tmp_path: Path) -> No
 def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_path: Path) -> None:
     """A process that opened the file before its holder removed it would hold a lock that nobody else sees."""
     file = tmp_path / ".lock"
-    opened = lock._open(file)
+    opened = lock._open(file, shared=False)
     file.unlink()
     assert not lock._is_open_file(file, opened)
     with hold(file, tmp_path):
@@ -169,3 +169,21 @@ while done < 50:
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "150"
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_folder_that_cannot_be_written_to(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading an artifact beside which nothing may be written is fine; writing one there is not."""
+
+    def refuse(path: object, flags: int, mode: int = 0) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lock.os, "open", refuse)
+    seen: list[Event] = []
+    if shared:
+        with hold(tmp_path / ".lock", tmp_path, shared=True, on_event=seen.append):
+            pass
+        assert "cannot be locked (Permission denied)" in seen[0].message
+        return
+    with pytest.raises(CheckpointError, match="Permission denied"), hold(tmp_path / ".lock", tmp_path):
+        pytest.fail("it was locked")

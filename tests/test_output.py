@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from exporter import output
+from exporter.cli import cli
 from exporter.errors import ArtifactError, LockedError, MmqError
 from exporter.events import Event
 from exporter.lock import hold
-from exporter.output import default_work, put_in_place, restore, temporary_folder
+from exporter.output import default_work, put_in_place, reading, restore, temporary_folder
 from exporter.workdir import LOCK
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
@@ -360,3 +362,22 @@ def test_the_lock_of_the_output_is_no_part_of_the_artifact(finished: Path, tmp_p
     with hold(tmp_path / ".out.mmq-lock", tmp_path / "out"):
         assert not (tmp_path / "out").exists()
     assert not [name for name in names(finished) if "lock" in name]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "publish"])
+def test_an_artifact_is_not_read_while_an_export_writes_it(command: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    options = {"evaluate": [], "publish": ["--repo", "me/x", "--dry-run"]}
+    with hold(tmp_path / ".out.mmq-lock", tmp_path / "out"):
+        done = CliRunner().invoke(cli, [command, str(tmp_path / "out"), "--device", "cpu", *options[command]])
+    assert done.exit_code == 1
+    assert "is used by another process" in done.output
+
+
+def test_an_artifact_is_not_replaced_while_it_is_read(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with reading(out, lambda event: None), reading(out, lambda event: None), pytest.raises(LockedError):
+        quick_export(out, recipe=quick_recipe(name="llava-w8"), overwrite=True)
+    assert contents(out) == contents(finished)
+    assert names(tmp_path) == {"out"}
