@@ -179,9 +179,7 @@ MUTATIONS = (
         "2.0**-24 if dtype == torch.float16",
         "2.0**-14 if dtype == torch.float16",
     ),
-    Mutation(
-        "calibration", "weights that got lost pass", BLOCK, "    if not error <= MOST:\n", "    if error != error:\n"
-    ),
+    Mutation("calibration", "weights that got lost pass", BLOCK, "    if error <= MOST:\n", "    if error == error:\n"),
     Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(
         "folds",

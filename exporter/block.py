@@ -179,18 +179,16 @@ class Block:
 
 def _refuse_lost(row: PlanRow, error: float) -> None:
     """CalibrationError when a quantized weight is further from the source's than its bits explain."""
-    if not error <= MOST:
-        scheme = row.scheme
-        assert scheme is not None
-        lost = (
-            f"its error is {error:.0f} times as large as {scheme.label()} explains"
-            if error < float("inf")
-            else ("rows of it became zero")
-        )
-        raise CalibrationError(
-            f"{row.module}: the quantized weight does not hold the source's: {lost}",
-            "this is a fault of mmq or of a kernel, please report it; bits: 16 for this component leaves it as it is",
-        )
+    if error <= MOST:
+        return
+    scheme = row.scheme
+    assert scheme is not None
+    much = f"its error is {error:.0f} times as large as {scheme.label()} explains"
+    lost = much if error < float("inf") else "rows of it became zero"
+    raise CalibrationError(
+        f"{row.module}: the quantized weight does not hold the source's: {lost}",
+        "this is a fault of mmq or of a kernel, please report it; bits: 16 for this component leaves it as it is",
+    )
 
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Any) -> float:

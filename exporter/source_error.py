@@ -28,12 +28,12 @@ def source_error(weight: Tensor, quantized: QuantizedLinear, statistics: Statist
     explained = _explained(weight, quantized, inputs)
     there = weight.abs().amax(1) >= least_scale(quantized.scale.dtype)
     served = quantized.as_served()
-    gone = (served == 0).all(1) & there
+    zero = (served == 0).all(1)
     lost = served.sub_(weight)
     errors = lost.square_().sum(1) if statistics is None else statistics.row_energies(lost)
     if quantized.scheme.group_size == "tensor":
-        errors, explained, gone = errors.sum()[None], explained.sum()[None], gone.all()[None]
-    if gone.any():
+        errors, explained, zero, there = errors.sum()[None], explained.sum()[None], zero.all()[None], there.any()[None]
+    if (zero & there).any():
         return float("inf")
     return float((errors.clamp_min(0) / explained.clamp_min(1e-38)).max().sqrt())
 

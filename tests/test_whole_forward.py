@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter import calibrate
-from exporter.block_calls import capture_calls
+from exporter.block_calls import _tensors, capture_calls
 from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
@@ -178,6 +178,16 @@ class Step(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, None]:
         output = self.linear(hidden_states) * mask + bias
         return (output, None) if self.tuples else output
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gemma3"])
+def test_arguments_are_stored_once_not_once_a_block(name: str) -> None:
+    """A mask and rotary embeddings for each kind of block, and positions."""
+    model, batch = whole_model(VARIANTS[name]), inputs_for(VARIANTS[name], 2, 14)
+    (entered,) = capture_calls(model, text_blocks(model), [batch], lambda m, b: m(**b, use_cache=False), "language")
+    tensors = [tensor for call in entered.calls for tensor in _tensors((call.args, call.kwargs))]
+    kinds = 1 if name == "llama" else 2
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) <= 3 * kinds + 1
 
 
 @pytest.mark.parametrize("tuples", [False, True])
