@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from exporter.recipe import Recipe
-from exporter.statistics import ASSUMED_SD, POINT, half_width, samples_to_resolve
+from exporter.statistics import ASSUMED_SD, POINT, half_width, samples_to_exclude, samples_to_resolve
 from exporter.tasks import retrieval
 
 ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
@@ -50,6 +50,23 @@ def unknown(recipe: Recipe) -> str:
     if not names:
         return ""
     return f"{', '.join(names)}: how many samples resolve a drop can be said after a first evaluation, not before"
+
+
+def too_few(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence for every gate that the recipe's samples cannot resolve, however few of them lose anything."""
+    lines = []
+    for gate in recipe.gates:
+        name = f"gate {gate.task} {gate.metric}"
+        if not gate.max_drop:
+            lines.append(f"{name}: no number of samples shows that nothing at all is lost (max_drop: 0)")
+            continue
+        least = samples_to_exclude(gate.max_drop)
+        if recipe.evaluation.samples < least:
+            lines.append(
+                f"{name}: {recipe.evaluation.samples} samples cannot resolve a loss of {gate.max_drop:.1%}, "
+                f"which takes at least {least} (--eval-samples {least})"
+            )
+    return tuple(lines)
 
 
 def _gated(recipe: Recipe) -> tuple[tuple[str, str], ...]:

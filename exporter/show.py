@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from exporter.advice import ASSUMPTION, advise, unknown
+from exporter.advice import ASSUMPTION, advise, too_few, unknown
 from exporter.device import Device
 from exporter.difference import Change
 from exporter.export import Export
@@ -116,6 +116,7 @@ def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
     if rest := unknown(plan.recipe):
         parts.append(rest)
+    parts += [f"warning: {line}" for line in too_few(plan.recipe)]
     return Group(*parts, *(f"warning: {warning}" for warning in (*plan.warnings, *warnings)))
 
 
@@ -162,6 +163,7 @@ def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> d
         "peak_host_bytes": max(step.host_bytes for step in plan.steps if step.name in NEEDED),
         "steps": [step.as_json() for step in plan.steps],
         "evaluation": [asdict(advice) for advice in advise(plan.recipe)],
+        "too_few_samples": list(too_few(plan.recipe)),
         "warnings": [*plan.warnings, *warnings],
     }
     if every_tensor:

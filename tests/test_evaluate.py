@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from exporter import backends
-from exporter.advice import advise, unknown
+from exporter.advice import advise, too_few, unknown
 from exporter.answers import ABOUT, Backend, Store
 from exporter.artifact import Artifact
 from exporter.cli import cli
@@ -313,6 +313,24 @@ def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
     assert found.half_width == pytest.approx(1.0, abs=1e-3)
     assert "3842 samples resolve one point" in str(found)
     assert unknown(recipe).startswith("captioning cider: ")
+
+
+def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
+    """With that many samples and no change at all the gate just passes; with one fewer it does not."""
+    recipe = load_recipe("llava-w4-vit8")
+    assert too_few(recipe) == ()
+    few = too_few(recipe.adjusted(evaluation={"samples": 100}))
+    assert few == (
+        "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which takes at least 122 (--eval-samples 122)",
+    )
+    assert [crafted(0, 0, n=n, max_drop=0.03).verdict for n in (121, 122)] == ["not resolved", "passed"]
+    nothing = recipe.model_copy(update={"gates": (Gate(task="vqa", metric="accuracy", max_drop=0.0),)})
+    assert "no number of samples" in too_few(nothing)[0]
+    assert crafted(0, 0, n=5000, max_drop=0.0).gates[0].verdict == "not resolved"
+    arguments = ["plan", "--model", "demo-llava", "--recipe", "llava-w4-vit8", "--eval-samples", "100"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert f"warning: {few[0]}" in " ".join(shown.output.split())
+    assert json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["too_few_samples"] == list(few)
 
 
 def test_retrieval_has_advice_and_captioning_says_why_not() -> None:
