@@ -36,8 +36,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
         "methods/gptq": ("test_gptq", "test_methods"),
         "columns": ("test_gptq", "test_kernels"),
         "factor": ("test_factor", "test_gptq"),
-        "moments": ("test_gptq", "test_awq", "test_factor", "test_methods"),
-        "ranges": ("test_ranges", "test_methods", "test_gptq", "test_awq"),
+        "moments": ("test_gptq", "test_awq", "test_factor", "test_methods", "test_source_error"),
+        "ranges": ("test_ranges", "test_methods", "test_gptq", "test_awq", "test_float8"),
         "folds": ("test_folds", "test_exact_folds"),
     },
     "formats": {
@@ -86,7 +86,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
     "families": {
         "families/family": ("test_families", "test_parts", "test_headers", "test_serve_lint"),
         "families/llava": ("test_families", "test_headers", "test_parts", "test_plan"),
-        "families/blip2": ("test_families", "test_headers", "test_parts", "test_plan"),
+        "families/blip2": ("test_families", "test_headers", "test_parts", "test_plan", "test_blip2"),
         "families/parts/text": ("test_parts", "test_families", "test_headers"),
         "families/parts/vision": ("test_parts", "test_families", "test_headers"),
     },

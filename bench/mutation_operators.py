@@ -1,8 +1,8 @@
 """Small mistakes by syntax: every place of a module where one can be made, and the module with one of them.
 
 A mutant is a number: `sites` lists what can be changed in the order of the syntax tree, `mutated` makes one change.
-Annotations, docstrings, decorators and strings stay: a change there is no mistake in what is computed. `assert` and
-`strict=True` stay too: they guard against states that no test can reach.
+Annotations, docstrings, decorators and strings stay: a change there is no mistake in what is computed. `assert`,
+`strict=True` and `stable=True` stay too: they guard against states that no test can reach.
 """
 
 import ast
@@ -57,8 +57,12 @@ class _Walk(ast.NodeTransformer):
         """Children first, so that the numbers do not depend on what is changed."""
         if isinstance(node, ast.Raise):
             return self._raise(node)
-        if isinstance(node, ast.expr_context | ast.Assert) or (isinstance(node, ast.keyword) and node.arg == "strict"):
+        if isinstance(node, ast.expr_context | ast.Assert) or (
+            isinstance(node, ast.keyword) and node.arg in ("strict", "stable")
+        ):
             return node
+        if isinstance(node, ast.FunctionDef) and "tiny" in node.name:
+            return node  # a configuration for tests
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "type_params"):
                 continue

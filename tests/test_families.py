@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from exporter.block_calls import capture_calls
 from exporter.families import FAMILIES, Family
+from exporter.families.parts.text import BlockKinds
 from exporter.folds import fold, misfit
 from exporter.forward_hooks import first_output, run_until_stopped, watch_inputs
 from exporter.stream import Stream, build_skeleton
@@ -181,3 +183,29 @@ def test_every_smoothing_is_an_exact_fold(family: Family) -> None:
                     folded.append(smoothing)
             torch.testing.assert_close(family.outputs(model, inputs), before, rtol=1e-9, atol=1e-9)
     assert set(folded) == {smoothing for component in family.components for smoothing in component.smoothings}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, None),
+        ({"activation_function": "relu", "do_layer_norm_before": True}, None),
+        ({"activation_function": "gelu"}, "other activations or norms"),
+        ({"do_layer_norm_before": False}, "other activations or norms"),
+        ({"model_type": "t5"}, "its language model is t5"),
+    ],
+)
+def test_blip2_takes_the_published_opts_alone(changed: dict[str, Any], expected: str | None) -> None:
+    family = FAMILIES["blip2"]
+    config = dict(family.tiny_config())
+    refused = family.refuses(config | {"text_config": config["text_config"] | changed})
+    assert refused is None if expected is None else expected in str(refused)
+    encoder_decoder = family.refuses(config | {"use_decoder_only_language_model": False})
+    assert "its language model is opt" in str(encoder_decoder)
+
+
+@pytest.mark.parametrize("kinds", [["full_attention", "other"], ["other"], "full_attention", [3], {}])
+def test_kinds_of_blocks_are_a_list_of_known_names(kinds: object) -> None:
+    field = BlockKinds()
+    assert "layer_types: expected" in f"layer_types: {field.problem(kinds)}"
+    assert field.problem(None) is field.problem([]) is field.problem(["full_attention", "sliding_attention"]) is None
