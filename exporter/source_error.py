@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.moments import Statistics
 from exporter.quantized import QuantizedLinear
-from exporter.ranges import full_range, least_scale
+from exporter.ranges import full_range
 
 MOST = 8.0  # times what rounding explains; the worst row of every method stays below 3 (`tests/test_source_error.py`)
 FLOAT8_VARIANCE = 2.0**-6 / 12  # of a number between 1 and 2 that is rounded to 3 bits behind the point
@@ -26,7 +26,7 @@ def source_error(weight: Tensor, quantized: QuantizedLinear, statistics: Statist
     """
     inputs = torch.ones(weight.shape[1], device=weight.device) if statistics is None else statistics.hessian.diagonal()
     explained = _explained(weight, quantized, inputs)
-    there = weight.abs().amax(1) >= least_scale(quantized.scale.dtype)
+    there = weight.abs().amax(1) >= _smallest(quantized.scale.dtype)
     served = quantized.as_served()
     zero = (served == 0).all(1)
     lost = served.sub_(weight)
@@ -45,8 +45,14 @@ def _explained(weight: Tensor, quantized: QuantizedLinear, inputs: Tensor) -> Te
     low, high = full_range(weight, scheme)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     steps = 2**18 if scheme.number == "fp8" else scheme.levels  # float8's smallest: 2^-9 of values up to 448
-    step = (span / steps).clamp_min(least_scale(quantized.scale.dtype))
+    step = (span / steps).clamp_min(_smallest(quantized.scale.dtype))
     size = torch.nn.functional.pad(inputs, (0, groups * width - columns)).view(groups, width).sum(1)
     whole = weight.square() @ inputs
     floating = FLOAT8_VARIANCE * whole if scheme.number == "fp8" or scheme.mixed else 0.0
     return step.square() @ size / 12 + floating + 1e-6 * whole  # products of the statistics may have 16 bits
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest step that a scale of this type can be; of subnormal numbers only those of float16 are used."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0)
