@@ -1,5 +1,6 @@
 """Where the numbers are computed: the only file that may name `torch.cuda`."""
 
+import ctypes
 import os
 import re
 import resource
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,12 @@ def release(device: Device) -> None:
     """Give cached device memory back to the system."""
     if device.is_cuda:
         torch.cuda.empty_cache()
+
+
+def return_freed_memory() -> None:
+    """Give host memory that was freed back to the system; glibc keeps what many threads freed in pieces."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def synchronize(device: Device) -> None:

@@ -13,7 +13,7 @@ from exporter.changes import changes
 from exporter.checkpoint import Checkpoint
 from exporter.clock import Clock
 from exporter.data import Trace
-from exporter.device import Device, exact_math, synchronize
+from exporter.device import Device, exact_math, return_freed_memory, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
 from exporter.events import Event
 from exporter.identity import of_source
@@ -26,7 +26,7 @@ from exporter.tasks.sample import Sample
 from exporter.verify import Verified, verify
 from exporter.workdir import JOB, LOCK, Workdir, fingerprint_of
 
-SOURCE_ROWS = 256  # of each linear, compared with the source's; `mmq verify --source` compares all
+SOURCE_ROWS = 64  # of each linear, compared with the source's; `mmq verify --source` compares all
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def make_artifact(
     kept = f"finished blocks are kept in {place.work}: the same command goes on from them"
 
     def check(folder: Path) -> None:
+        return_freed_memory()  # of shards that are written
         with clock.step("verify", kept):
             _require_unchanged(job, workdir)
             verified.append(verify(folder, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS))
@@ -93,6 +94,7 @@ def make_artifact(
             calibrate.run(job.plan, job.checkpoint, workdir, inputs, device, on_event)
             synchronize(device)
         del inputs
+        return_freed_memory()
         with clock.step("write", kept):
             artifact.write(
                 job.plan,

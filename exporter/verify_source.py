@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exporter.artifact import Artifact
 from exporter.checkpoint import Checkpoint
+from exporter.quantized import QuantizedLinear
 
 LEAST = 0.3  # cosine of a row and the source's
 TURNS = 2  # of fitting scales of columns, then of rows
@@ -34,14 +35,22 @@ def _unlike(artifact: Artifact, source: Checkpoint, module: str, rows: int | Non
     if name not in source.tensors:
         return f"{module}: the source has no such linear"
     weight = source.read(name)
-    served = artifact.linear(module).as_served() if module in artifact.manifest.linears else artifact.read(name)
-    if weight.shape != served.shape:
-        return f"{module} is {list(served.shape)}, the source's {list(weight.shape)}"
     step = max(1, len(weight) // rows) if rows else 1
     taken = weight[::step].to(artifact.device).float()
-    cosines = row_cosines(taken, served[::step].to(artifact.device).float())
+    served = _served_rows(artifact, module, step)
+    if taken.shape != served.shape:
+        return f"{module} has another shape than the source's, {list(weight.shape)}"
+    cosines = row_cosines(taken, served)
     low = int((cosines < LEAST).sum())
     return f"{module}: {low} of {len(cosines)} compared rows are unlike the source's" if low else ""
+
+
+def _served_rows(artifact: Artifact, module: str, step: int) -> Tensor:
+    """Every `step`-th row of a linear as an engine multiplies by it, f32, dequantized after it is chosen."""
+    if module not in artifact.manifest.linears:
+        return artifact.read(f"{module}.weight")[::step].to(artifact.device).float()
+    whole = artifact.linear(module)
+    return QuantizedLinear(whole.scheme, whole.codes[::step], whole.scale[::step], whole.zero[::step]).as_served()
 
 
 def row_cosines(weight: Tensor, served: Tensor) -> Tensor:
