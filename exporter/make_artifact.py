@@ -62,7 +62,7 @@ def made_already(
     on_event(Event("note", 0, 0, f"{place.out} holds this artifact already: it is verified, and not made again"))
     try:
         with clock.step("verify", f"the artifact is in {place.out}"):
-            return verify(place.out, device, on_event)
+            return verify(place.out, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS)
     except ArtifactError as error:
         if place.overwrite:
             return None

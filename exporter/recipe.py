@@ -276,6 +276,8 @@ class Recipe(Strict):
         content = self.model_dump(mode="json")
         if self.kv_cache is None:  # recipes from before there was a choice keep their digest
             del content["kv_cache"]
+        if self.model.adapter is None:
+            del content["model"]["adapter"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def foreign_tasks(self, able: Collection[str]) -> list[str]:
