@@ -118,7 +118,7 @@ def main() -> None:
         run(OLDER, options.older, options.samples)
         shutil.rmtree(root / ".mmq-answers")
         whole, older = contents(root / "whole"), contents(options.older)
-        unmeasured = {name: found for name, found in whole.items() if name != "mmq_report.json"}
+        unmeasured = {name: hashed for name, hashed in whole.items() if name != "mmq_report.json"}
         for number in range(10 * options.kills):
             folder = root / f"trial-{number}"
             folder.mkdir()

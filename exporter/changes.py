@@ -65,4 +65,4 @@ def _sample_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str,
 
 def _sample_line(field: str, places: Sequence[int], samples: Sequence[Mapping[str, Any]]) -> str:
     first = f"sample {places[0] + 1} ({samples[places[0]].get('id')})"
-    return f"{field} of {first}" if len(places) == 1 else f"{field} of {len(places)} samples, first of {first}"
+    return f"{field} of {first}" if len(places) == 1 else f"{field} of {len(places)} samples, the first is {first}"

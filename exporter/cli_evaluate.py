@@ -89,11 +89,11 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
             require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
             samples = evaluation_samples(plan, sources)
             refuse_calibrated(artifact, samples)
-            asked = (checkpoint, artifact, samples, plan.recipe, chosen, listen)
+            common = (checkpoint, artifact, samples, plan.recipe, chosen, listen)
             if servers and not servers.artifact:
-                return say(_keep_source(*asked, store, servers))
+                return say(_keep_source(*common, store, servers))
             other = bool(options["other_baseline"])
-            found = measure(*asked, store=store, servers=servers, sources=sources, other_baseline=other)
+            found = measure(*common, store=store, servers=servers, sources=sources, other_baseline=other)
             if not keep_report(artifact, found):
                 listen(Event("note", 0, 0, "the artifact keeps its report, which is on more samples than these"))
     except KeyboardInterrupt:

@@ -94,14 +94,14 @@ def hash_files(
     cannot be read, or changes while it is read.
     """
     running = {path: _hashing(path) for path in paths}
-    total = sum(one.state.size for one in running.values())
+    total = sum(hashing.state.size for hashing in running.values())
     hashes = {}
     for path, hashing in running.items():
         while path not in hashes:
             try:
                 hashes[path] = hashing.result.result(timeout=REPORT_SECONDS)
             except NotReady:
-                on_progress(sum(one.done for one in running.values()), total)
+                on_progress(sum(job.done for job in running.values()), total)
     return hashes
 
 

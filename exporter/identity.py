@@ -59,7 +59,7 @@ def of_samples(
 
 def _of_sample(sample: Sample, picture: str, prompt: Callable[[Sample], str] | None) -> Identity:
     references = "answers" if task_of(sample) == "vqa" else "caption"
-    found = {
+    described: Identity = {
         "id": sample.identity,
         "picture": picture,
         "question": sample.question,
@@ -67,8 +67,8 @@ def _of_sample(sample: Sample, picture: str, prompt: Callable[[Sample], str] | N
         "kind": sample.kind,
     }
     if sample.among is not None:
-        found["pictures and texts searched"] = sample.among.digest
-    return found | ({"prompt": prompt(sample)} if prompt else {})
+        described["pictures and texts searched"] = sample.among.digest
+    return described | ({"prompt": prompt(sample)} if prompt else {})
 
 
 def of_calibration(

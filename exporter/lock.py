@@ -56,10 +56,10 @@ def _acquire(file: Path, folder: Path, shared: bool) -> int:
                 os.pwrite(descriptor, json.dumps(_holder()).encode(), 0)
                 return descriptor
         except BlockingIOError:
-            said = _described(os.pread(descriptor, MAX_BYTES, 0))
+            holder = _described(os.pread(descriptor, MAX_BYTES, 0))
             os.close(descriptor)
             raise LockedError(
-                f"{folder} is used by another process: {said}",
+                f"{folder} is used by another process: {holder}",
                 "wait until it has ended, or stop it; the lock of a process that ended is free by itself",
             ) from None
         except OSError:

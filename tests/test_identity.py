@@ -142,14 +142,14 @@ FILES = {
         lambda root: (root / "model" / "chat_template.jinja").write_text(
             "please " + (root / "model" / "chat_template.jinja").read_text()
         ),
-        ["chat_template.jinja differs", "prompt of 8 samples, first of sample 1 (c"],
+        ["chat_template.jinja differs", "prompt of 8 samples, the first is sample 1 (c"],
     ),
     "caption": (edit_line(0, caption="a dog"), ["caption of sample ", "(c0)"]),
     "question": (edit_line(1, question="which shape?"), ["question of sample ", "(q0)"]),
     "answer": (edit_line(1, answers=["blue"]), ["answers of sample ", "(q0)"]),
     "kind": (edit_line(1, kind="shape"), ["kind of sample ", "(q0)"]),
     "id": (edit_line(0, id="other"), ["sample"]),
-    "picture": (another_picture, ["picture of 2 samples, first of sample "]),
+    "picture": (another_picture, ["picture of 2 samples, the first is sample "]),
 }
 
 
@@ -161,8 +161,8 @@ def test_a_changed_file_changes_the_identity_and_is_named(name: str, root: Path)
     change(root)
     now = identity_of(root)
     assert fingerprint_of(now) != fingerprint_of(before)
-    told = "\n".join(changes(before, now))
-    assert all(words in told for words in named), told
+    lines = "\n".join(changes(before, now))
+    assert all(words in lines for words in named), lines
 
 
 def adjusted(**sections: Any) -> Callable[[Recipe], Recipe]:
@@ -224,9 +224,9 @@ def test_another_version_of_a_method_or_of_the_calibration_is_named(
     before = identity_of(root)
     monkeypatch.setattr(METHODS["gptq"], "VERSION", 98)
     monkeypatch.setattr(calibrate, "VERSION", 99)
-    told = changes(before, identity_of(root))
-    assert [line.partition(" -> ")[2] for line in told] == ["98", "99"]
-    assert [line.partition(" -> ")[0].rsplit(" ", 1)[0] for line in told] == [
+    lines = changes(before, identity_of(root))
+    assert [line.partition(" -> ")[2] for line in lines] == ["98", "99"]
+    assert [line.partition(" -> ")[0].rsplit(" ", 1)[0] for line in lines] == [
         "version of gptq",
         "version of calibrate",
     ]
@@ -236,9 +236,9 @@ def test_device_kind_and_dtype_are_part_of_it(root: Path) -> None:
     plan, _ = prepare(recipe_of(root), CPU)
     stored = next(row.tensor.dtype for row in plan.rows if row.linear)
     gpu = replace(CPU, torch_device=torch.device("cuda", 0))
-    told = changes(identity.of_machine(CPU, stored), identity.of_machine(gpu, stored))
-    assert told[0] == "device cpu -> cuda"
-    assert told[1].startswith("compute dtype float32 -> ")
+    lines = changes(identity.of_machine(CPU, stored), identity.of_machine(gpu, stored))
+    assert lines[0] == "device cpu -> cuda"
+    assert lines[1].startswith("compute dtype float32 -> ")
 
 
 def test_tensors_read_in_another_dtype_are_another_model_though_config_and_files_are_the_same(root: Path) -> None:
@@ -255,9 +255,9 @@ def test_tensors_read_in_another_dtype_are_another_model_though_config_and_files
 
 
 def test_many_changes_are_cut_short() -> None:
-    told = changes({"files": {str(i): "a" for i in range(40)}}, {"files": {str(i): "b" for i in range(40)}})
-    assert told[0] == "0 a -> b"
-    assert told[-1] == "and 28 more"
+    lines = changes({"files": {str(i): "a" for i in range(40)}}, {"files": {str(i): "b" for i in range(40)}})
+    assert lines[0] == "0 a -> b"
+    assert lines[-1] == "and 28 more"
 
 
 def test_a_resumed_export_names_what_changed_and_what_to_do(root: Path) -> None:

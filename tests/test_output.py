@@ -69,11 +69,11 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Path]], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_places_that_would_destroy_each_other_are_refused_at_once(name: str, tmp_path: Path) -> None:
-    prepare, told = REFUSED[name]
+    prepare, message = REFUSED[name]
     out = tmp_path / "o"
     options = prepare(out)
     before = names(tmp_path)
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         quick_export(out, **options)
     assert names(tmp_path) == before
     assert not list(tmp_path.glob("real/*"))

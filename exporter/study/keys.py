@@ -86,8 +86,8 @@ def exam_digest(processor: Any, family: Family, exam: Mapping[str, Sequence[Samp
     def text(sample: Sample) -> str:
         return "" if sample.among is not None else calibration_text(processor, family, sample)
 
-    found = {task: identity.of_samples(samples, _pictures(samples), text) for task, samples in exam.items()}
-    return digest(found)
+    tasks = {task: identity.of_samples(samples, _pictures(samples), text) for task, samples in exam.items()}
+    return digest(tasks)
 
 
 def _pictures(samples: Sequence[Sample]) -> list[str]:
