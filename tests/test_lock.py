@@ -94,17 +94,24 @@ def test_shared_locks_go_together_and_exclude_a_single_one(tmp_path: Path) -> No
     assert not file.exists()
 
 
-def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_path: Path) -> None:
+def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that opened the file before its holder removed it would hold a lock that nobody else sees."""
-    file = tmp_path / ".lock"
-    opened = lock._open(file, shared=False)
-    file.unlink()
-    assert not lock._is_open_file(file, opened)
+    file, opened = tmp_path / ".lock", []
+    real = lock._open
+
+    def open_and_lose(file: Path, shared: bool) -> int:
+        opened.append(real(file, shared))
+        if len(opened) == 1:
+            file.unlink()
+        return opened[-1]
+
+    monkeypatch.setattr(lock, "_open", open_and_lose)
     with hold(file, tmp_path):
-        assert not lock._is_open_file(file, opened)
+        assert len(opened) == 2
         with pytest.raises(LockedError), hold(file, tmp_path):
             pytest.fail("it was locked")
-    os.close(opened)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b"null"])
