@@ -1,5 +1,6 @@
 """How far quantized weights may be from the source's: every method stays near what rounding explains, losses do not."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporter.checkpoint import Checkpoint
 from exporter.errors import CalibrationError
 from exporter.methods import METHODS, awq, gptq, rtn
 from exporter.moments import Statistics
 from exporter.quantized import QuantizedLinear, Scheme
 from exporter.recipe import Rule
+from exporter.shards import ShardWriter
 from exporter.source_error import MOST, source_error
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
-from tests.test_families import tiny_inputs
+from tests.test_families import live_model, tiny_inputs
 
 SCHEMES = [
     Scheme(2, 64),
@@ -135,3 +138,23 @@ def test_a_calibration_that_loses_a_weight_stops(method: str, tmp_path: Path, mo
     monkeypatch.setattr(METHODS[method], "quantize_linear", spoiled)
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj: .* times as large as W4 g32 explains"):
         streamed(plan_for(checkpoint, (rule,)), checkpoint, tmp_path / "work", [tiny_inputs(LLAVA)])
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_float16_checkpoint_keeps_its_small_linears(method: str, tmp_path: Path) -> None:
+    """One linear whose weights are 1e-4 of the others': it became zero, and the artifact was called verified."""
+    small = "language_model.model.layers.0.mlp.up_proj"
+    (tmp_path / "model").mkdir()
+    writer = ShardWriter(tmp_path / "model", 10**9)
+    for name, parameter in live_model(LLAVA).named_parameters():
+        size = 1e-4 if LLAVA.canonical_name(name) == f"{small}.weight" else 1.0
+        writer.add(LLAVA.canonical_name(name), (parameter.detach() * size).half())
+    writer.finish()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAVA.tiny_config() | {"dtype": "float16"}))
+    checkpoint = Checkpoint.open(tmp_path / "model", LLAVA.canonical_name)
+    plan = plan_for(checkpoint, (Rule(component="language", method=method, bits=8),))
+    unit = streamed(plan, checkpoint, tmp_path / "work", [tiny_inputs(LLAVA)]).read(plan.units[0])
+    weight = checkpoint.read(f"{small}.weight").float()
+    assert unit.linears[small].scale.dtype == torch.float16
+    assert float((unit.linears[small].dequantize() - weight).norm() / weight.norm()) < 0.02
+    assert unit.errors[small] < 0.02
