@@ -69,7 +69,9 @@ def main() -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")  # scales get its dtype, as mmq's
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.model, dtype="auto", trust_remote_code=False
+    )  # scales get its dtype, as mmq's
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     weights |= {"observer": options.observer, "actorder": "static"}
     text = "language_model.*" if model.config.model_type == "llava" else ""
@@ -88,7 +90,7 @@ def main() -> None:
         start = time.perf_counter()
         oneshot(
             model=part,
-            processor=AutoTokenizer.from_pretrained(options.model),
+            processor=AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
             dataset=torch.utils.data.DataLoader(data, batch_size=None),
             recipe=recipe,
             num_calibration_samples=len(data),

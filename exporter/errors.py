@@ -1,6 +1,7 @@
 """Every error that a user can cause, in one place; `cli.py` turns them into messages and exit codes."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -97,9 +98,10 @@ class Interrupted(MmqError):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates escaped: names from files may hold either."""
+    """`text` with control characters and lone surrogates escaped, and endless words cut: names come from files."""
     whole = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in whole)
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in whole)
+    return re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", shown)
 
 
 def one_line(text: str) -> str:

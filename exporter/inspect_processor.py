@@ -1,4 +1,4 @@
-"""The helper process that loads processors of unknown origin: `python -m exporter.inspect_processor [HIDDEN ...]`.
+"""The helper process for processors and configs of unknown origin: `python -m exporter.inspect_processor [HIDDEN ...]`.
 
 It reads one JSON request a line from stdin and writes one JSON reply a line to stdout; `inspector` is the other end.
 A tokenizer that aborts, a template that never ends or a file that asks for all memory end this process and no other.
@@ -20,7 +20,7 @@ from typing import Any, cast
 from exporter.chat_template import MOST_CHARACTERS, PROBES, conversation
 
 ROOM_BYTES = 2 * 2**30  # that a request may take beside what the libraries take
-LOAD_SECONDS, RENDER_SECONDS, ENCODE_SECONDS = 60, 2, 20  # of processor time
+LOAD_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 2, 20, 10  # of processor time
 MOST_TOKENS = 200_000
 
 
@@ -71,6 +71,7 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         processor = _load(request["folder"], request["state"])
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError("it has no image processor beside the tokenizer, or no tokenizer")
+        _use(processor.tokenizer)
     rendered = None
     if getattr(processor, "chat_template", None):
         with _step("template", RENDER_SECONDS):
@@ -86,6 +87,14 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
+
+
+def _use(tokenizer: Any) -> None:
+    """What mmq will ask of a tokenizer, with texts of all kinds of characters."""
+    known = (tokenizer.bos_token, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    tokenizer.convert_tokens_to_ids(str(getattr(tokenizer, "image_token", known[0])))
+    for text in (*PROBES, ""):
+        tokenizer.batch_decode([tokenizer(text)["input_ids"]], skip_special_tokens=True)
 
 
 def _plain(value: Any) -> bool:
@@ -110,13 +119,25 @@ def _encode(processor: Any, prompt: str) -> dict[str, Any]:
         raise ValueError(f"it makes more than {MOST_TOKENS:,} tokens of one picture and a short prompt")
     sides = dict(getattr(processor.image_processor, "size", None) or {})
     sides = {key: value for key, value in sides.items() if isinstance(value, int)}
-    return {"tokens": ids.tolist(), "pixels": list(np.shape(made["pixel_values"])), "sides": sides}
+    pixels = np.asarray(made["pixel_values"])
+    if not np.isfinite(pixels).all():
+        raise ValueError("its pixel values are not finite: look at image_mean, image_std and rescale_factor")
+    return {"tokens": ids.tolist(), "pixels": list(pixels.shape), "sides": sides}
+
+
+def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the object that transformers makes of a config.json: it checks the type of every key."""
+    import transformers
+
+    with _step("config", CONFIG_SECONDS):
+        getattr(transformers, request["config_class"]).from_dict(request["config"])
+    return {}
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to one request: what `inspect` found, or the step that failed and why."""
+    """The reply to one request: what `inspect` or `read_config` found, or the step that failed and why."""
     try:
-        return inspect(request)
+        return read_config(request) if "config" in request else inspect(request)
     except _Failed as failed:
         file = blame(Path(request["folder"])) if failed.step == "load" else ""
         reason = _reason(failed.error)
@@ -124,12 +145,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what a library says, and the kind of error where that says little."""
+    """What a library says, on one line, and the kind of error."""
     if isinstance(error, MemoryError):
         return "it takes more memory than a processor may"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = " ".join(str(error).split())
     kind = type(error).__name__
-    return f"{kind}: {lines[0]}"[:300] if lines else kind
+    return f"{kind}: {words}"[:300] if words else kind
 
 
 def blame(folder: Path) -> str:

@@ -150,6 +150,19 @@ def _inspect(folder: Path, state: str, asked: str) -> Inspection:
     return Inspection(template, tokens, pixels, reply.get("sides", {}), reply["fields"], reply.get("failure", ""))
 
 
+def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None:
+    """CheckpointError unless transformers' config class `name` takes a config.json; where: its model, for messages."""
+    request = {"config_class": name, "config": config}
+    try:
+        reply = helper().ask(request)
+        if needs_hidden(reply):
+            reply = helper(()).ask(request)
+    except HelperDied as death:
+        reply = {"reason": str(death), "error": "HelperDied"}
+    if "error" in reply:
+        raise CheckpointError(f"{where}: transformers cannot read its config.json: {reply['reason']}")
+
+
 def needs_hidden(reply: Mapping[str, Any]) -> bool:
     """Whether a processor failed because a package was hidden from it."""
     reason = reply.get("reason", "") + reply.get("failure", "")

@@ -12,7 +12,7 @@ from exporter.errors import PlanError
 from exporter.events import Event, ignore
 from exporter.inspector import start_helper
 from exporter.plan import Plan, make_plan
-from exporter.processor_check import check_processor
+from exporter.processor_check import check_libraries
 from exporter.recipe import Recipe
 from exporter.source import is_on_hub, narrowed, open_source
 
@@ -48,7 +48,7 @@ def prepare(
         checkpoint = narrowed(checkpoint, "bfloat16")
         plan = make_plan(recipe, checkpoint, family, device)
         plan = replace(plan, warnings=(*plan.warnings, READ_IN_16_BITS))
-    plan = replace(plan, warnings=(*plan.warnings, *check_processor(checkpoint, family)))
+    plan = replace(plan, warnings=(*plan.warnings, *check_libraries(checkpoint, family)))
     return plan, checkpoint
 
 

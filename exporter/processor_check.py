@@ -10,17 +10,20 @@ from typing import Any
 from exporter.checkpoint import Checkpoint
 from exporter.errors import PlanError
 from exporter.families import Family
-from exporter.inspector import Inspection, has_processor, inspect
+from exporter.inspector import Inspection, check_config_class, has_processor, inspect
 
 LARGEST_SIDE = 2**13  # pixels that a picture may be scaled to: larger ones take all memory
 PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
 
 
-def check_processor(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
-    """What a plan says of the model folder's processor: nothing when it is sound.
+def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
+    """What transformers makes of config.json and of the model folder's processor; what a plan says of the latter.
 
-    PlanError when it does not fit config.json, CheckpointError when it cannot be used.
+    PlanError when they do not fit each other, CheckpointError when one of them cannot be used.
     """
+    check_config_class(family.config_class, checkpoint.config, checkpoint.origin)
+    if not checkpoint.folder.is_dir():  # a model of the hub of which only headers were fetched
+        return ()
     if not has_processor(checkpoint.folder):
         return ("no processor lies beside the weights: what calibrates or evaluates needs one",)
     config = checkpoint.config
@@ -52,6 +55,10 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
 def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
     side, shape = family.picture_side(config), inspection.pixels
     problems = []
+    if len(inspection.tokens) > family.positions(config):
+        problems.append(
+            f"a prompt takes {len(inspection.tokens)} tokens, the model has {family.positions(config)} positions"
+        )
     if shape[-2:] != (side, side):
         made = " x ".join(map(str, shape[-2:]))
         problems.append(f"{PICTURES} makes pictures of {made} pixels, the vision tower takes {side} x {side}")

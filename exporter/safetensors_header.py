@@ -98,7 +98,7 @@ def _entry(name: str, value: Any, where: str) -> Entry:
         raise _damaged(where, name, f"expected an object, it is {kind(value)}")
     dtype = value.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        reason = f"unknown dtype {dtype}" if isinstance(dtype, str) else f"`dtype` is {kind(dtype)}"
+        reason = f"unknown dtype {dtype[:40]}" if isinstance(dtype, str) else f"`dtype` is {kind(dtype)}"
         raise _damaged(where, name, f"{reason}; mmq reads {', '.join(DTYPES)}")
     shape = _naturals(value.get("shape"))
     if shape is None or len(shape) > MAX_DIMENSIONS:

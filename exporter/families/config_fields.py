@@ -4,7 +4,7 @@ Anybody may have written a config.json. Its numbers become loop counts, divisors
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from exporter.strict_json import kind
@@ -96,6 +96,46 @@ class Choice:
         return f"expected {' or '.join(self.options)}, it is {kind(value)}"
 
 
+@dataclass(frozen=True)
+class Fraction:
+    """A number from 0 to 1, for instance a dropout."""
+
+    key: str
+    default: float
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """The number in `values`, or the default."""
+        return values.get(self.key, self.default)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is no number from 0 to 1, or None."""
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+            return None
+        return f"expected a number from 0 to 1, it is {kind(value)}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """An object, whose own keys transformers checks. kinds: key of it -> the texts that it may be."""
+
+    key: str
+    null: bool = False
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """The object in `values`, or an empty one."""
+        return values.get(self.key, {})
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is no such object, or None."""
+        if not isinstance(value, dict):
+            return None if value is None and self.null else f"expected an object, it is {kind(value)}"
+        for key, options in self.kinds.items():
+            if key in value and value[key] not in options:
+                return f"{key}: expected {' or '.join(options)}, it is {kind(value[key])}"
+        return None
+
+
 def read_fields(config: Mapping[str, Any], fields: Iterable[Field], where: str) -> tuple[dict[str, Any], list[str]]:
     """Every field's value, and what is wrong with those that cannot be used (their defaults stand in for them).
 
@@ -103,12 +143,12 @@ def read_fields(config: Mapping[str, Any], fields: Iterable[Field], where: str) 
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for field in fields:
-        given = {field.key: config[field.key]} if field.key in config else {}
-        value = field.of({**values, **given})
-        reason = field.problem(value)
+    for entry in fields:
+        given = {entry.key: config[entry.key]} if entry.key in config else {}
+        value = entry.of({**values, **given})
+        reason = entry.problem(value)
         if reason:
-            problems.append(f"{where}{field.key}: {reason}")
-            value = field.of(values)
-        values[field.key] = value
+            problems.append(f"{where}{entry.key}: {reason}")
+            value = entry.of(values)
+        values[entry.key] = value
     return values, problems

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from exporter.families.config_fields import Choice, Field, Number, Values, read_fields
+from exporter.families.config_fields import Choice, Field, Number, Section, Values, read_fields
 from exporter.families.parts.part import Part, Shapes
 from exporter.strict_json import kind
 
@@ -20,11 +20,15 @@ Sizes = Mapping[str, Values]  # the checked fields of a config.json: of its obje
 
 PART_NAMES = {"vision_config": "vision tower", "qformer_config": "Q-Former", "text_config": "text model"}
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Keys of any object: transformers makes two entries for each label, and loads code from the hub for other attention.
 _EVERYWHERE: tuple[Field, ...] = (
     Number("num_labels", 2, least=0, most=10**5),
     Choice("_attn_implementation", "sdpa", _ATTENTION, null=True),
     Choice("attn_implementation", "sdpa", _ATTENTION, null=True),
+    Choice("dtype", "float32", _DTYPES, null=True),
+    Choice("torch_dtype", "float32", _DTYPES, null=True),
+    Section("auto_map"),
 )
 
 
@@ -140,6 +144,7 @@ class Family:
     kept: linears that are never quantized: pattern over checkpoint names (without `.weight`) and the reason.
     canonical_name: maps names that other savers wrote to the hub's own names.
     live_name, runtime_name: checkpoint name -> name in the transformers class / inside vLLM.
+    config_class: name of the transformers class that a config.json becomes.
     skeleton: config -> transformers model, built under whatever default device is set.
     tiny_config: a config small enough for tests, with the real structure.
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
@@ -167,6 +172,7 @@ class Family:
     canonical_name: Callable[[str], str]
     live_name: Callable[[str], str]
     runtime_name: Callable[[str], str]
+    config_class: str
     skeleton: Callable[[Config], Any]
     tiny_config: Callable[[], Config]
     question_prompt: str

@@ -172,6 +172,7 @@ FAMILY = Family(
     canonical_name=canonical_name,
     live_name=live_name,
     runtime_name=runtime_name,
+    config_class="LlavaConfig",
     skeleton=skeleton,
     tiny_config=tiny_config,
     question_prompt="{question}\nAnswer the question using a single word or phrase.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import ServeError
+from exporter.strict_json import read_json
 
 TRIED = "0.32.0"  # the release of vLLM that artifacts were served with most
 CPU_LENGTH = 4096  # the cache of a CPU engine is host memory
@@ -194,7 +195,7 @@ def own_template(folder: Path) -> str | None:
         return plain.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, str) and template:
             return template
     return None
@@ -207,7 +208,10 @@ def start_token(folder: Path) -> str | None:
         return None
     from tokenizers import Tokenizer
 
-    made = Tokenizer.from_file(str(path)).encode("a")
+    try:
+        made = Tokenizer.from_file(str(path)).encode("a")
+    except Exception as error:  # noqa: BLE001 (the library has no kind of its own)
+        raise ServeError(f"{path}: the tokenizer cannot be read: {error}", "export the artifact again") from None
     return str(made.tokens[0]) if made.special_tokens_mask[:1] == [1] else None
 
 

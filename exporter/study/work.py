@@ -23,7 +23,7 @@ from exporter.plan import Plan, Unit, make_plan
 from exporter.predict import Predictor, batches
 from exporter.preparation import with_data_it_knows
 from exporter.processor import load_processor
-from exporter.processor_check import check_processor
+from exporter.processor_check import check_libraries
 from exporter.recipe import Recipe, Rule
 from exporter.source import open_source
 from exporter.stream import Stream
@@ -107,7 +107,7 @@ def opened(setup: Setup, source: str = "") -> Opened:
     checkpoint, family = open_source(
         recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype, adapter=recipe.model.adapter
     )
-    check_processor(checkpoint, family)
+    check_libraries(checkpoint, family)
     return Opened(recipe, checkpoint, family, choose(setup.device))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.families.config_fields import Field, Values
+from exporter.families.config_fields import MOST_ROWS, Field, Number, Values
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]  # tensor name below the part's prefix -> shape
@@ -54,6 +54,17 @@ def blocks(prefix: str, count: int, block: Shapes) -> Shapes:
 def below(prefix: str, shapes: Shapes) -> Shapes:
     """The same tensors below `prefix`."""
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def pad_token(default: int) -> Number:
+    """The token of padding; null where there is none."""
+    return Number("pad_token_id", default, least=-1, most=MOST_ROWS, null=lambda values: 0)
+
+
+def pad_misfit(values: Values) -> list[str]:
+    """A token of padding that the embedding does not have: it cannot be built."""
+    pad, rows = values["pad_token_id"], values["vocab_size"]
+    return [f"pad_token_id: {pad}, and vocab_size is {rows}"] if pad >= rows else []
 
 
 def heads_misfit(values: Values) -> list[str]:

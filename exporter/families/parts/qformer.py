@@ -1,7 +1,17 @@
 """BLIP-2's Q-Former: BERT blocks of which every n-th looks at the picture."""
 
-from exporter.families.config_fields import MOST_BLOCKS, MOST_ROWS, Choice, Flag, Number, Values
-from exporter.families.parts.part import ACTIVATIONS, Part, Shapes, below, heads_misfit, linear, norm
+from exporter.families.config_fields import MOST_BLOCKS, MOST_ROWS, Choice, Flag, Fraction, Number, Values
+from exporter.families.parts.part import (
+    ACTIVATIONS,
+    Part,
+    Shapes,
+    below,
+    heads_misfit,
+    linear,
+    norm,
+    pad_misfit,
+    pad_token,
+)
 
 
 def _attention(width: int, seen: int) -> Shapes:
@@ -41,7 +51,10 @@ QFORMER = Part(
         Number("max_position_embeddings", 512, most=MOST_ROWS),
         Choice("hidden_act", "gelu", ACTIVATIONS),
         Flag("use_qformer_text_input", False),
+        pad_token(0),
+        Fraction("hidden_dropout_prob", 0.1),
+        Fraction("attention_probs_dropout_prob", 0.1),
     ),
     _shapes,
-    heads_misfit,
+    lambda values: heads_misfit(values) + pad_misfit(values),
 )

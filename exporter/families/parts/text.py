@@ -3,9 +3,32 @@
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.families.config_fields import MOST_BLOCKS, MOST_ROWS, Choice, Field, Flag, Number, Values
-from exporter.families.parts.part import ACTIVATIONS, Part, Shapes, blocks, heads_misfit, linear, norm
+from exporter.families.config_fields import (
+    MOST_BLOCKS,
+    MOST_ROWS,
+    Choice,
+    Field,
+    Flag,
+    Fraction,
+    Number,
+    Section,
+    Values,
+)
+from exporter.families.parts.part import (
+    ACTIVATIONS,
+    Part,
+    Shapes,
+    blocks,
+    heads_misfit,
+    linear,
+    norm,
+    pad_misfit,
+    pad_token,
+)
 from exporter.strict_json import kind
+
+_ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+_ROPES = {"rope_type": _ROPE, "type": _ROPE}
 
 
 def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Number) -> tuple[Field, ...]:
@@ -22,6 +45,10 @@ def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Nu
         Choice("hidden_act", "silu", ACTIVATIONS),
         Flag("tie_word_embeddings", False),
         BlockKinds(),
+        pad_token(0),
+        Fraction("attention_dropout", 0.0),
+        Section("rope_parameters", null=True, kinds=_ROPES),
+        Section("rope_scaling", null=True, kinds=_ROPES),
     )
 
 
@@ -48,6 +75,7 @@ def _misfits(values: Values) -> list[str]:
     found = [f"num_key_value_heads: {shared} do not divide {heads} heads"] if heads % shared else []
     found += [f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else []
     count = values["num_hidden_layers"]
+    found += pad_misfit(values)
     return found + ([f"layer_types: {len(kinds)} for {count} blocks"] if kinds and len(kinds) != count else [])
 
 
@@ -165,7 +193,9 @@ OPT = Part(
         Flag("enable_bias", True),
         Flag("layer_norm_elementwise_affine", True),
         Flag("tie_word_embeddings", True),
+        pad_token(1),
+        *(Fraction(name, 0.1 if name == "dropout" else 0.0) for name in ("dropout", "attention_dropout", "layerdrop")),
     ),
     _opt,
-    heads_misfit,
+    lambda values: heads_misfit(values) + pad_misfit(values),
 )

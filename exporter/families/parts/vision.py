@@ -1,6 +1,6 @@
 """Vision towers: CLIP's, SigLIP's, and the EVA ViT of BLIP-2. Their blocks differ little, their embeddings more."""
 
-from exporter.families.config_fields import MOST_BLOCKS, Choice, Field, Flag, Number, Values
+from exporter.families.config_fields import MOST_BLOCKS, Choice, Field, Flag, Fraction, Number, Values
 from exporter.families.parts.part import ACTIVATIONS, Part, Shapes, blocks, heads_misfit, linear, norm
 
 
@@ -25,6 +25,7 @@ def _fields(width: int, feeds: int, count: int, heads: int, side: int, patch: in
         Number("image_size", side, most=2**14),
         Number("patch_size", patch, most=2**14),
         Choice("hidden_act", act, ACTIVATIONS),
+        Fraction("attention_dropout", 0.0),
     )
 
 

@@ -1,0 +1,199 @@
+"""Damaged model folders, adapters, data and pictures by seed: each must end in one error of mmq's own, or work.
+
+    python -m bench.attack --count 3000 --jobs 1
+    python -m bench.attack --only config:17          # one mutation again, with its traceback
+
+Workers try mutations one after the other; one that dies or does not answer in time is replaced. Outcomes: `refused`
+by an MmqError of one message; `works`: the plan was made, the model was read whole and it answered; `late`: an MmqError
+after the plan was made; `traceback`: any other exception; `hang`; `died`: the worker's process ended.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+OUTCOMES = ("refused", "works", "late", "traceback", "hang", "died")
+SECONDS = 120  # of wall time for one mutation: the helper that loads processors has limits of its own
+MOST_CHARACTERS = 3000  # of a message
+
+
+class Case(NamedTuple):
+    """One mutation."""
+
+    kind: str
+    number: int
+    seed: int
+
+
+class Result(NamedTuple):
+    """What became of it. detail: the error's message or the traceback's last lines."""
+
+    case: Case
+    outcome: str
+    detail: str = ""
+
+
+def attempt(case: Case, folder: Path) -> Result:
+    """Write the damaged input below `folder` and try it."""
+    from bench.attack_kinds import KINDS
+    from exporter.errors import MmqError
+
+    shutil.rmtree(folder, ignore_errors=True)
+    place = folder / "input"
+    place.mkdir(parents=True)
+    kind = KINDS[case.kind]
+    kind.damage(place, Random(f"{case.seed}:{case.kind}:{case.number}"))
+    accepted: list[bool] = []
+    try:
+        kind.attempt(place, lambda: accepted.append(True))
+    except MmqError as error:
+        message = f"{error.message}\n{error.hint or ''}"
+        message.encode()
+        if len(message) > MOST_CHARACTERS or not error.message.strip():
+            return Result(case, "traceback", f"a message of {len(message)} characters: {message[:200]}")
+        return Result(case, "late" if accepted else "refused", error.message)
+    except Exception:  # noqa: BLE001 (these are what is looked for)
+        return Result(case, "traceback", traceback.format_exc())
+    return Result(case, "works")
+
+
+def work(pipe: Connection, folder: Path) -> None:
+    """A worker: one case after the other, from the pipe and back."""
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        case = pipe.recv()
+        if case is None:
+            return
+        pipe.send(attempt(case, folder))
+
+
+class Worker:
+    """A process that tries cases, replaced when it dies or hangs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs, self._folder), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.case: Case | None = None
+        self.since = 0.0
+
+    def give(self, case: Case) -> None:
+        """Begin with a case."""
+        self.case, self.since = case, time.monotonic()
+        self.pipe.send(case)
+
+    def result(self) -> Result | None:
+        """What became of the case; None while it is tried."""
+        assert self.case is not None
+        case = self.case
+        try:
+            if self.pipe.poll():
+                self.case = None
+                result: Result = self.pipe.recv()
+                return result
+        except (EOFError, OSError):
+            self._process.join()
+            ended = Result(case, "died", f"exit code {self._process.exitcode}")
+            self._start()
+            return ended
+        if time.monotonic() - self.since < SECONDS:
+            return None
+        self.close()
+        self._start()
+        return Result(case, "hang", f"no answer within {SECONDS} s")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def cases(count: int, seed: int, only: str | None) -> list[Case]:
+    """`count` mutations, shared among the kinds; only: `KIND` or `KIND:NUMBER`."""
+    from bench.attack_kinds import KINDS
+
+    name, _, number = (only or "").partition(":")
+    if number:
+        return [Case(name, int(number), seed)]
+    chosen = {kind: KINDS[kind].share for kind in ([name] if name else KINDS)}
+    total = sum(chosen.values())
+    return [Case(kind, i, seed) for kind, share in chosen.items() for i in range(round(count * share / total))]
+
+
+def attack(waiting: list[Case], jobs: int) -> Iterator[Result]:
+    """Results in the order in which they come."""
+    with tempfile.TemporaryDirectory(prefix="mmq-attack-") as folder:
+        workers = [Worker(Path(folder) / f"{i}") for i in range(jobs)]
+        waiting = list(reversed(waiting))
+        try:
+            while waiting or any(worker.case for worker in workers):
+                for worker in workers:
+                    if worker.case is None and waiting:
+                        worker.give(waiting.pop())
+                busy = [worker for worker in workers if worker.case]
+                wait([worker.pipe for worker in busy], timeout=1)
+                yield from filter(None, [worker.result() for worker in busy])
+        finally:
+            for worker in workers:
+                worker.close()
+
+
+def table(results: list[Result]) -> str:
+    """Counts by kind and outcome, as Markdown."""
+    counts = Counter((result.case.kind, result.outcome) for result in results)
+    rows = [f"| kind | mutations | {' | '.join(OUTCOMES)} |", "|---|---|" + "---|" * len(OUTCOMES)]
+    for kind in [*dict.fromkeys(result.case.kind for result in results), "all"]:
+        found = {o: sum(n for (k, out), n in counts.items() if out == o and kind in (k, "all")) for o in OUTCOMES}
+        rows.append(f"| {kind} | {sum(found.values())} | {' | '.join(str(found[o]) for o in OUTCOMES)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Attack, print the table and what failed, and end with 1 when anything did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", metavar="KIND[:NUMBER]")
+    parser.add_argument("--log", type=Path, help="every result as a line of JSON")
+    options = parser.parse_args()
+    start, results = time.monotonic(), []
+    log = options.log.open("w") if options.log else None
+    for result in attack(cases(options.count, options.seed, options.only), options.jobs):
+        results.append(result)
+        if log:
+            log.write(json.dumps(as_json(result)) + "\n")
+        if result.outcome not in ("refused", "works") or options.only:
+            print(f"{result.case.kind}:{result.case.number} {result.outcome}\n{result.detail}", flush=True)
+    print(table(results))
+    print(f"seed {options.seed}, {time.monotonic() - start:.0f} s, {options.jobs} workers")
+    raise SystemExit(any(result.outcome in ("traceback", "hang", "died") for result in results))
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """One result as plain data."""
+    return {**result.case._asdict(), "outcome": result.outcome, "detail": result.detail}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A small part of `python -m bench.attack`: damaged inputs end in one error of mmq's own, or work."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from bench.attack import Case, Result, attempt, cases, table
+from bench.attack_kinds import KINDS
+from bench.damage import TEXTS, damaged_bytes, damaged_json
+from exporter.errors import CheckpointError
+
+SEED = 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_inputs_are_refused_or_work(tmp_path: Path, kind: str) -> None:
+    results = [attempt(Case(kind, number, SEED), tmp_path / "a") for number in range(6)]
+    assert [result for result in results if result.outcome not in ("refused", "works", "late")] == []
+
+
+def test_a_mutation_is_decided_by_its_seed(tmp_path: Path) -> None:
+    made = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        KINDS["config"].damage(tmp_path / name, Random("7:config:3"))
+        made.append(sorted((path.name, path.read_bytes()) for path in (tmp_path / name).rglob("*.json")))
+    assert made[0] == made[1]
+    content = {"a": [1, {"b": "c"}], "d": None}
+    assert damaged_json(content, Random("x")) == damaged_json(content, Random("x"))
+    assert len({damaged_json(content, Random(f"{i}")) for i in range(60)}) > 30
+    assert content == {"a": [1, {"b": "c"}], "d": None}
+    assert sum(damaged_bytes(b"x" * 99, Random(f"{i}")) != b"x" * 99 for i in range(60)) > 40
+    assert any(damaged_json({}, Random(f"{i}")) in TEXTS for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "works"),
+        (CheckpointError("no"), "refused"),
+        (CheckpointError(" "), "traceback"),
+        (CheckpointError("line\n" * 900), "traceback"),
+        (KeyError("x"), "traceback"),
+        (RecursionError(), "traceback"),
+    ],
+)
+def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, outcome: str) -> None:
+    def attempt_nothing(folder: Path, accepted: object) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setitem(KINDS, "rows", KINDS["rows"].__class__(1.0, KINDS["rows"].damage, attempt_nothing))
+    assert attempt(Case("rows", 0, 0), tmp_path / "a").outcome == outcome
+
+
+def test_an_error_after_the_plan_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_and_fail(folder: Path, accepted: object) -> None:
+        accepted()  # type: ignore[operator]
+        raise CheckpointError("no")
+
+    monkeypatch.setitem(KINDS, "rows", KINDS["rows"].__class__(1.0, KINDS["rows"].damage, accept_and_fail))
+    assert attempt(Case("rows", 0, 0), tmp_path / "a").outcome == "late"
+
+
+def test_kinds_share_the_count_and_the_table_counts_them() -> None:
+    chosen = cases(3000, 0, None)
+    assert abs(len(chosen) - 3000) < 9
+    assert {case.kind for case in chosen} == set(KINDS)
+    assert cases(9, 5, "config:17") == [Case("config", 17, 5)]
+    assert len(cases(9, 0, "config")) == 9
+    shown = table([Result(Case("a", 0, 0), "works"), Result(Case("a", 1, 0), "hang"), Result(Case("b", 0, 0), "works")])
+    assert "| a | 2 | 0 | 1 | 0 | 0 | 1 | 0 |" in shown
+    assert "| all | 3 | 0 | 2 | 0 | 0 | 1 | 0 |" in shown
+    assert json.dumps(shown)
