@@ -65,6 +65,7 @@ def test_an_export_with_serve_check_is_served_and_says_so(program: Program, tmp_
     assert found["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
     assert proven(found)
     report, manifest = kept(out)
+    assert len(report.pop("weights")) == 64  # of the files that were served
     assert report == found
     assert manifest == {"engine": f"vllm {program.version}", "build": "cpu", "passed": True}
     page = tmp_path / "page.html"
