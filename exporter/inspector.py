@@ -43,6 +43,10 @@ class Inspection:
     failure: str = ""
 
 
+_helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the process that was started
+_starting = threading.Lock()
+
+
 class HelperDied(Exception):
     """The helper ended or did not answer; the message says how."""
 
@@ -109,12 +113,13 @@ def _end(process: "subprocess.Popen[bytes]") -> str:
     return f"the libraries died of signal {-code}" if code < 0 else f"the helper process ended with code {code}"
 
 
-@cache
 def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
     """The helper of this process, started on first use and ended with this process."""
-    started = Helper(hidden)
-    atexit.register(started.close)
-    return started
+    with _starting:
+        if hidden not in _helpers:
+            _helpers[hidden] = Helper(hidden)
+            atexit.register(_helpers[hidden].close)
+        return _helpers[hidden]
 
 
 def start_helper() -> None:

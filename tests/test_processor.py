@@ -204,6 +204,14 @@ def test_the_helper_is_started_again_after_it_died() -> None:
     assert inspect(folder, fields=["patch_size"]).fields == {"patch_size": 8}
 
 
+def test_one_helper_answers_whoever_starts_it() -> None:
+    inspector.start_helper()
+    first = inspector.helper()
+    inspect(MODELS["demo-llava"], fields=["image_token"])
+    assert inspector.helper(inspector.HIDDEN) is first
+    assert list(inspector._helpers).count(inspector.HIDDEN) == 1
+
+
 def test_a_changed_folder_is_inspected_again(model: Path) -> None:
     assert inspect(model, fields=["patch_size"]).fields == {"patch_size": 8}
     change(model / "processor_config.json", patch_size=16)
