@@ -68,7 +68,7 @@ def export(
     with Clock(device) as clock, ExitStack() as reserved:
         with clock.step("plan"):
             plan, checkpoint = prepare(recipe, device, on_event=on_event)
-            place.refuse_places(checkpoint.folder)
+            place.refuse_places(checkpoint.folder, checkpoint.adapter.folder if checkpoint.adapter else None)
             checkpoint.start_hashing()
             refuse_shortage(plan.steps, device)
             clock.predicted = plan.steps

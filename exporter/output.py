@@ -28,8 +28,8 @@ class Destination:
     work: Path
     overwrite: bool
 
-    def refuse_places(self, source: Path | None = None) -> None:
-        """ArtifactError when artifact, work folder and `source`, the model's folder, would be in each other's way."""
+    def refuse_places(self, model: Path | None = None, adapter: Path | None = None) -> None:
+        """ArtifactError when artifact and work folder, and the folders that are read, are in each other's way."""
         if self.out.name in ("", ".."):
             raise ArtifactError(f"--out {self.out} names no folder of its own", "give a new folder, like ./artifact")
         for path in {self.out, default_work(self.out)}:
@@ -37,12 +37,13 @@ class Destination:
                 raise ArtifactError(
                     f"{path} is a symbolic link, and mmq replaces whole folders", f"give its target {path.resolve()}"
                 )
-        named = {"--out": self.out, "--work": self.work} | ({"the model": source} if source else {})
-        places = {name: path.resolve() for name, path in named.items()}
-        for first, second in (("--out", "--work"), ("--out", "the model"), ("--work", "the model")):
-            if second in places and _nested(places[first], places[second]):
+        written = {"--out": self.out, "--work": self.work}
+        read = {name: path for name, path in (("the model", model), ("the adapter", adapter)) if path}
+        for first, second in [("--out", "--work"), *((first, second) for first in written for second in read)]:
+            paths = written[first], (written | read)[second]
+            if _nested(paths[0].resolve(), paths[1].resolve()):
                 raise ArtifactError(
-                    f"{first} {named[first]} and {second} {named[second]} are the same folder, or one is in the other",
+                    f"{first} {paths[0]} and {second} {paths[1]} are the same folder, or one is in the other",
                     f"give another {first}",
                 )
 

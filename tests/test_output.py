@@ -15,7 +15,7 @@ from exporter.cli import cli
 from exporter.errors import ArtifactError, LockedError, MmqError
 from exporter.events import Event
 from exporter.lock import hold
-from exporter.output import default_work, put_in_place, reading, restore, temporary_folder
+from exporter.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
 from exporter.workdir import LOCK
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
@@ -104,6 +104,13 @@ def test_the_model_s_folder_is_never_written_to(place: str, option: str, tmp_pat
         quick_export(**options, recipe=quick_recipe(model))
     assert contents(model) == before
     assert names(tmp_path) == {"model"}
+
+
+def test_the_adapter_s_folder_is_never_written_to(tmp_path: Path) -> None:
+    place = Destination(tmp_path / "adapter" / "out", tmp_path / "work", overwrite=False)
+    with pytest.raises(ArtifactError, match=r"and the adapter .* are the same folder, or one is in the other"):
+        place.refuse_places(tmp_path / "model", tmp_path / "adapter")
+    place.refuse_places(tmp_path / "model", tmp_path / "another")
 
 
 def test_work_through_a_link_is_fine(finished: Path, tmp_path: Path) -> None:

@@ -182,10 +182,16 @@ class Meddling:
         return pool.inline(function, tasks)
 
 
-@pytest.mark.parametrize("function", ["make_units", "score_point"])
-def test_data_that_changes_meanwhile_is_an_error(function: str, root: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("make_units", "the calibration data changed while the study ran"),
+        ("score_point", "that settings are scored on changed while the study ran"),
+    ],
+)
+def test_data_that_changes_meanwhile_is_an_error(function: str, message: str, root: Path) -> None:
     meddling = Meddling(lambda: edit_line(0, caption="a dog")(root), function)
-    with pytest.raises(DataError, match="changed while the study ran"):
+    with pytest.raises(DataError, match=message):
         run(setup_of(root), POINTS, meddling, ignore)
 
 
