@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporter.clock import held_bytes
+
 GIB = 2**30
 DEFAULTS = {  # header -> recipe
     "llava-hf--llava-1.5-7b-hf": "llava-w4-vit8",
@@ -35,13 +37,7 @@ DEFAULTS = {  # header -> recipe
 def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
     """Largest anonymous memory of a running process, in bytes, into `peak`."""
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            return
-        for line in status.splitlines():
-            if line.startswith("RssAnon"):
-                peak["anonymous"] = max(peak.get("anonymous", 0), int(line.split()[1]) * 1024)
+        peak["anonymous"] = max(peak.get("anonymous", 0), held_bytes(process.pid))
         time.sleep(0.1)
 
 

@@ -1,8 +1,9 @@
 """What this process holds beside the page cache, watched while something runs."""
 
 import threading
-from pathlib import Path
 from types import TracebackType
+
+from exporter.clock import held_bytes
 
 
 class Watch:
@@ -16,9 +17,7 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-                if line.startswith("RssAnon"):
-                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            self.peak = max(self.peak, held_bytes())
             if self._over.wait(self._every):
                 return
 

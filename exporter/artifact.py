@@ -19,10 +19,11 @@ from torch import Tensor
 
 from exporter.activations import Rounded
 from exporter.artifact_tensors import write_tensors
-from exporter.checkpoint import Checkpoint, disk_error, sha256, write_text
+from exporter.checkpoint import Checkpoint, disk_error, write_text
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
+from exporter.file_hashes import sha256
 from exporter.formats import FORMATS, read_groups
 from exporter.formats.group import Group
 from exporter.manifest import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from exporter.adapter import Adapter
 from exporter.errors import CheckpointError
 from exporter.events import Event, ignore
-from exporter.file_hashes import READ_BYTES, hash_files, start_hashing
+from exporter.file_hashes import hash_files, start_hashing
 from exporter.safetensors_header import Entry, read_header
 from exporter.strict_json import kind, read_json
 
@@ -261,12 +261,3 @@ def disk_error(path: Path, error: Exception) -> CheckpointError:
     reason = "the disk is full" if "No space" in str(error) else str(error)
     hint = "free some space" if reason == "the disk is full" else None
     return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
-
-
-def sha256(path: Path) -> str:
-    """sha256 of a file as it is now, hex."""
-    hasher, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-    return hasher.hexdigest()

@@ -86,10 +86,13 @@ class Clock:
             self._host_peak = max(self._host_peak, held_bytes())
 
 
-def held_bytes() -> int:
-    """Anonymous memory of this process: what it holds beside the page cache. 0 where the system does not say."""
+def held_bytes(process: int | str = "self") -> int:
+    """Anonymous memory of a process (its id; else this one): what it holds beside the page cache.
+
+    0 where the system does not say, or when the process is gone.
+    """
     try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
+        text = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     except OSError:
         return 0
     lines = (line.split() for line in text.splitlines() if line.startswith("RssAnon"))

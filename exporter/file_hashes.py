@@ -22,6 +22,16 @@ SETTLED_NS = 10**8  # a file changed less than this before it was read may chang
 REPORT_SECONDS = 0.5  # interval of progress reports
 
 
+def sha256(path: Path, on_read: Callable[[int], None] = lambda read: None) -> str:
+    """sha256 of a file as it is now, hex. on_read: called with the bytes of every read."""
+    hasher, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+            on_read(count)
+    return hasher.hexdigest()
+
+
 class FileState(NamedTuple):
     """What changes when a file's content does. ctime_ns cannot be set by programs, unlike mtime_ns."""
 
@@ -60,18 +70,17 @@ class _Hashing:
             self.result.set_exception(error)
 
     def _digest(self) -> str:
-        path, hasher = self.state.path, hashlib.sha256()
-        buffer = memoryview(bytearray(min(READ_BYTES, max(1, self.state.size))))
+        path = self.state.path
         try:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    hasher.update(buffer[:count])
-                    self.done += count
+            digest = sha256(path, self._count)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         if FileState.of(path) != self.state:
             raise CheckpointError(f"{path} changed while it was read", "let its writer finish, then run again")
-        return hasher.hexdigest()
+        return digest
+
+    def _count(self, read: int) -> None:
+        self.done += read
 
 
 _known: dict[Path, _Hashing] = {}

@@ -63,7 +63,7 @@ def answers(url: str, seconds: float = 5.0) -> bool:
 
 
 def client(url: str) -> "Client":
-    """The shared client for a server; proxies of the environment are not asked for this machine's own addresses."""
+    """The shared client of a server. Requests to this machine's own addresses ignore the environment's proxies."""
     return _client(urlsplit(url).hostname in LOOPBACK)
 
 
@@ -71,7 +71,9 @@ def client(url: str) -> "Client":
 def _client(local: bool) -> "Client":
     import httpx2
 
-    limits = httpx2.Limits(max_connections=None)  # callers bound how many requests are open
+    # Callers bound the number of open requests. Every request to this machine opens its own connection: uvicorn closes
+    # a connection after an exception without announcing it, and the next request on it would fail.
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0 if local else None)
     return httpx2.Client(follow_redirects=False, trust_env=not local, limits=limits)
 
 

@@ -24,11 +24,11 @@ from exporter.card import (
     data_name,
     render,
 )
-from exporter.checkpoint import sha256
 from exporter.difference import difference
 from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.events import Event
 from exporter.facts import Facts, read_facts
+from exporter.file_hashes import sha256
 from exporter.hub import Remote, RemoteFile, open_remote
 from exporter.manifest import MANIFEST
 from exporter.runtime.launch import lacks_start

@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter.checkpoint import disk_error, sha256, write_text
+from exporter.checkpoint import disk_error, write_text
+from exporter.file_hashes import sha256
 
 SHARD_BYTES = 10**9  # size of the shards that mmq writes
 

@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 from exporter.artifact import Artifact
 from exporter.artifact_tensors import digest
-from exporter.checkpoint import Checkpoint, sha256
+from exporter.checkpoint import Checkpoint
 from exporter.coverage import missing_from_manifest
 from exporter.device import Device
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event
+from exporter.file_hashes import sha256
 from exporter.manifest import Manifest
 from exporter.predict import prompt_inputs
 from exporter.processor import load_processor
+from exporter.shortage import is_shortage
 from exporter.tasks.sample import Sample
 from exporter.verify_blocks import compare_blocks
 from exporter.verify_source import unlike_source
@@ -97,7 +99,9 @@ def _run(
             verified = replace(verified, logit_difference=logit_difference(folder, inputs))
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error.message}", error.hint) from None
-    except Exception as error:  # noqa: BLE001  # a library's own failure says nothing about the artifact
+    except Exception as error:  # a library's own failure says nothing about the artifact
+        if is_shortage(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return replace(verified, skipped=f"transformers fails on it ({reason})")
     return verified

@@ -19,6 +19,7 @@ from exporter.artifact import CACHE_SCALES, Artifact
 from exporter.device import Device
 from exporter.errors import ArtifactError
 from exporter.events import Event
+from exporter.forward_hooks import first_output
 from exporter.stream import Stream, build_skeleton
 
 Inputs = Mapping[str, Tensor]
@@ -49,17 +50,12 @@ def compare_blocks(artifact: Artifact, inputs: Inputs, device: Device, on_event:
     if problems:
         raise ArtifactError("\n".join(["transformers looks for other tensors than the artifact holds:", *problems]))
     walk = _Walk(artifact, ours, theirs, on_event)
-    moved = {name: _moved(tensor, ours) for name, tensor in inputs.items()}
     with torch.no_grad(), walk.hooked():
-        family.outputs(ours.model, moved)
+        family.outputs(ours.model, ours.inputs(inputs))
     if walk.problems:
         lines = "\n".join(f"  {problem}" for problem in walk.problems)
         raise ArtifactError(f"transformers reads other numbers than were computed:\n{lines}")
     return Blocks(walk.ran, walk.difference)
-
-
-def _moved(tensor: Tensor, stream: Stream) -> Tensor:
-    return tensor.to(stream.device, stream.dtype if tensor.is_floating_point() else None)
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -77,7 +73,10 @@ class _Theirs:
         self._aliases = _tied(self.model)
         if described := artifact.checkpoint.config.get("quantization_config"):
             _prepare(self.model, described)
-        self._checkpoint_names = {artifact.family.live_name(name): name for name in artifact.checkpoint.tensors}
+        live = artifact.family.live_name
+        self._checkpoint_names = {live(name): name for name in artifact.checkpoint.tensors}
+        self._linears = {live(f"{module}.weight"): module for module in artifact.manifest.linears}
+        self._wide = tuple(live(name) for name in artifact.family.float32)
 
     def name_problems(self) -> list[str]:
         """Tensors that only the artifact or only the prepared model has."""
@@ -105,7 +104,7 @@ class _Theirs:
                 module._parameters.update(parameters)
 
     def _fill(self, path: str, module: nn.Module, problems: list[str]) -> None:
-        wide = path.startswith(tuple(self._artifact.family.live_name(name) for name in self._artifact.family.float32))
+        wide = path.startswith(self._wide)
         scheme = getattr(module, "quantization_scheme", None)  # attention has one without weights: of its cache
         quantized = scheme is not None and scheme.weights is not None
         for attribute, parameter in list(module._parameters.items()):
@@ -130,8 +129,7 @@ class _Theirs:
 
         module.quantization_status = QuantizationStatus.COMPRESSED
         decompress_module(module)
-        name = next(n for n in self._checkpoint_names if n.startswith(f"{path}.weight"))
-        linear = self._artifact.linear(self._checkpoint_names[name].rpartition(".")[0])
+        linear = self._artifact.linear(self._linears[f"{path}.weight"])
         if not torch.equal(module.weight, linear.dequantize(module.weight.dtype)):
             problems.append(f"{path}: compressed-tensors decompresses another weight than was computed")
 
@@ -226,7 +224,7 @@ class _Walk:
             with self._theirs.loaded(path) as (block, problems):
                 self.problems += problems
                 if not problems:
-                    self._judge(path, _first(output), _first(block(*args, **kwargs)))
+                    self._judge(path, first_output(output).float(), first_output(block(*args, **kwargs)).float())
             self.ran += 1
             self._on_event(Event("verify", min(self.ran, len(self._blocks)), len(self._blocks), path))
 
@@ -238,11 +236,6 @@ class _Walk:
         self.difference = max(self.difference, difference)
         if not difference <= TOLERANCE:
             self.problems.append(f"{path}: its outputs differ by {difference:.1e} of the largest")
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor.float()
 
 
 def _set(stream: Stream, live: str, tensor: Tensor | None) -> None:

@@ -178,7 +178,7 @@ def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished:
 
     def forge(copy: Path) -> None:
         """Make the file hashes right again, so that only deeper checks can object."""
-        from exporter.checkpoint import sha256
+        from exporter.file_hashes import sha256
 
         manifest = json.loads((copy / "mmq_manifest.json").read_text())
         manifest["files"] = {name: sha256(copy / name) for name in manifest["files"]}

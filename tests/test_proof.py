@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from exporter.artifact import Artifact
 from exporter.backends import weights_digest
-from exporter.checkpoint import sha256
 from exporter.cli import cli
 from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.events import ignore
 from exporter.export import export
+from exporter.file_hashes import sha256
 from exporter.manifest import MANIFEST
 from exporter.proof import prove
 from exporter.recipe import Recipe

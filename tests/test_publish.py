@@ -248,7 +248,7 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
     old = shutil.copytree(made / "w4", tmp_path / "old")
     (old / "notes.txt").write_text("gone later")
     manifest = json.loads((old / MANIFEST).read_text())
-    from exporter.checkpoint import sha256
+    from exporter.file_hashes import sha256
 
     manifest["files"]["notes.txt"] = sha256(old / "notes.txt")
     (old / MANIFEST).write_text(json.dumps(manifest))

@@ -132,6 +132,18 @@ def test_a_library_that_fails_does_not_make_the_artifact_wrong(finished: Path, m
     assert verified.blocks is None
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_memory_shortage_is_not_taken_for_a_library_that_fails(
+    error: Exception, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(verify_blocks, "_prepare", runs_out)
+    with pytest.raises(type(error)):
+        verify(finished, CPU, ignore)
+
+
 def test_never_more_than_one_block_of_each_model_is_held(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, peaks = verify_blocks._Walk._judge, []
 
