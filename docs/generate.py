@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 
+from exporter.amounts import size
 from exporter.checkpoint import Checkpoint
 from exporter.cli import cli
 from exporter.device import Device
@@ -24,7 +25,6 @@ from exporter.quantized import GroupSize, Scheme
 from exporter.recipe import Recipe
 from exporter.recipe_file import built_in, load_recipe
 from exporter.runtime.kernels import ARCHITECTURES, Capability, Serving, capability_label, serving
-from exporter.show import size
 from exporter.source import narrowed
 from tests.headers.read import write_sparse_checkpoint
 

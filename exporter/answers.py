@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporter.checkpoint import make_folder, write_text
 from exporter.errors import DataError
 from exporter.events import Event, ignore
 from exporter.tasks.sample import Sample
+from exporter.writing import make_folder, write_text
 
 VERSION = 2  # raised when the same inputs give other answers, or the files another layout
 ABOUT = "about.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporter.activations import Rounded
 from exporter.artifact_tensors import write_tensors
-from exporter.checkpoint import Checkpoint, disk_error, write_text
+from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.events import Event
 from exporter.families import FAMILIES, Family
@@ -45,6 +45,7 @@ from exporter.runtime.serve_lint import matches
 from exporter.shards import SHARD_BYTES, sync_folder
 from exporter.targets import artifact_config
 from exporter.workdir import Workdir
+from exporter.writing import disk_error, write_text
 
 REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")

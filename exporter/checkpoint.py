@@ -5,18 +5,15 @@ File format: https://huggingface.co/docs/safetensors (8 bytes little-endian head
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.adapter import Adapter
@@ -211,53 +208,3 @@ def promised_files(index: Mapping[str, Any], where: str) -> dict[str, set[str]]:
     if not files:
         raise CheckpointError(f"{where}: it names no tensors")
     return files
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to a temporary neighbor, then fsync and rename: `path` is either absent, old, or complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, atomically. Disk errors become CheckpointError and leave nothing behind."""
-    try:
-        with atomic(path) as temporary:
-            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
-            temporary.chmod(0o644)  # the library makes files that only their owner may read
-    except (OSError, SafetensorError) as error:
-        raise disk_error(path, error) from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """One text file, atomically."""
-    try:
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise disk_error(path, error) from None
-
-
-def make_folder(path: Path) -> None:
-    """The folder and its parents, if they are not there; CheckpointError says what the disk objects to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(path, error) from None
-
-
-def disk_error(path: Path, error: Exception) -> CheckpointError:
-    """A write failed: say where and how much room is left."""
-    parent = next((p for p in path.parents if p.exists()), Path("/"))
-    stats = os.statvfs(parent)
-    free = stats.f_bavail * stats.f_frsize
-    reason = "the disk is full" if "No space" in str(error) else str(error)
-    hint = "free some space" if reason == "the disk is full" else None
-    return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)

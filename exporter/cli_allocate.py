@@ -88,9 +88,9 @@ def allocate(**options: Any) -> None:
     """
     if (options["max_size"] is None) == (options["max_drop"] is None):
         raise RecipeError("give either --max-size or --max-drop", "for instance --max-size 4.2GB, or --max-drop 0.01")
-    from exporter.checkpoint import make_folder
     from exporter.study.propose import write_recipe
     from exporter.study.show_allocation import allocation_page
+    from exporter.writing import make_folder
 
     make_folder(options["out"].absolute().parent)  # before anything is measured
     found = search(options)

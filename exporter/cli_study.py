@@ -241,8 +241,8 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
       mmq study plots studies/demo-llava
       mmq study plots studies/llava-1.5-7b-hf --paper llava_gptq_gqa.csv --out plots
     """
-    from exporter.checkpoint import make_folder
     from exporter.study.gallery import gather, write_page, write_pictures
+    from exporter.writing import make_folder
 
     place = out or folder / "plots"
     make_folder(place)

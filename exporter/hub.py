@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import CheckpointError, HubError, HubMissing
-from exporter.openai_client import retry_after
 from exporter.safetensors_header import Entry, check_header
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` where a local folder is as good
@@ -247,3 +246,9 @@ def clean(text: str) -> str:
 
     token = get_token()
     return text.replace(token, "[token]") if token else text
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds that a busy server asks to wait, None without a number (the header's other form, a date, is ignored)."""
+    value = (header or "").strip()
+    return float(value) if value.isascii() and value.isdigit() else None

@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import disk_error, make_folder
 from exporter.errors import LockedError
 from exporter.events import Event, ignore
+from exporter.writing import disk_error, make_folder
 
 FIELDS = ("pid", "host", "since", "command")  # what a lock file says of its holder
 MAX_BYTES = 4096  # read of a lock file

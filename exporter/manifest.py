@@ -13,11 +13,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from exporter.checkpoint import write_text
 from exporter.errors import ArtifactError, CheckpointError, did_you_mean, wording
 from exporter.families import FAMILIES
 from exporter.formats import FORMATS
 from exporter.strict_json import parse_object, read_small
+from exporter.writing import write_text
 
 MANIFEST = "mmq_manifest.json"
 VERSION = 1  # of this file's layout; a larger one is of a newer mmq

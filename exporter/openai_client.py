@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from PIL.Image import Image
 
+from exporter.hub import retry_after
+
 if TYPE_CHECKING:
     from httpx2 import Client
 
@@ -75,12 +77,6 @@ def _client(local: bool) -> "Client":
     # a connection after an exception without announcing it, and the next request on it would fail.
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0 if local else None)
     return httpx2.Client(follow_redirects=False, trust_env=not local, limits=limits)
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a busy server asks to wait, None without a number (the header's other form, a date, is ignored)."""
-    value = (header or "").strip()
-    return float(value) if value.isascii() and value.isdigit() else None
 
 
 def _own_words(text: str) -> str:

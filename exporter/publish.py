@@ -21,12 +21,12 @@ from exporter.hub import (
     is_network,
     need_token,
     open_remote,
+    retry_after,
     root,
     speaking,
     without_xet,
 )
 from exporter.manifest import MANIFEST
-from exporter.openai_client import retry_after
 from exporter.package import Package, same
 from exporter.published import verify_remote
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from exporter.checkpoint import write_text
 from exporter.gates import Overall, Verdict
 from exporter.manifest import Count, Document, Line, Sha256, parse_document, parse_json, read_document
 from exporter.report_upgrade import from_version_1
+from exporter.writing import write_text
 
 REPORT = "mmq_report.json"
 VERSION = 2

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter.checkpoint import disk_error, write_text
 from exporter.file_hashes import sha256
+from exporter.writing import disk_error, write_text
 
 SHARD_BYTES = 10**9  # size of the shards that mmq writes
 

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.advice import ASSUMPTION, advise, too_few, unknown
+from exporter.amounts import duration, memory, size
 from exporter.device import Device
 from exporter.difference import Change
 from exporter.export import Export
@@ -18,27 +19,6 @@ from exporter.runtime.kernels import serving
 from exporter.show_report import report_page
 from exporter.steps import NEEDED, Step
 from exporter.verify import Verified
-
-
-def size(count: float) -> str:
-    """Bytes for people: powers of 1000, as disks and hubs count."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def memory(count: float) -> str:
-    """Memory in GiB."""
-    return f"{count / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plan_summary(plan: Plan) -> list[dict[str, Any]]:

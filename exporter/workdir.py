@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.changes import changes
-from exporter.checkpoint import make_folder, write_tensors, write_text
 from exporter.errors import CheckpointError, WorkdirError
 from exporter.events import Event
 from exporter.plan import PlanRow, Unit
 from exporter.quantized import QuantizedLinear, pack_bits, unpack_bits
 from exporter.strict_json import read_json
+from exporter.writing import make_folder, write_tensors, write_text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from exporter.data import image_key
 from exporter.errors import CheckpointError, DataError
 from exporter.events import Event, ignore
 from exporter.families import FAMILIES
-from exporter.openai_client import retry_after
+from exporter.hub import retry_after
 from exporter.predict_server import KEY, ServedPredictor, Server
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server

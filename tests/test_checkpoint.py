@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import Checkpoint, write_tensors, write_text
+from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.shards import ShardWriter
+from exporter.writing import write_tensors, write_text
 
 
 def small_checkpoint(folder: Path, shard_bytes: int = 600) -> dict[str, torch.Tensor]:

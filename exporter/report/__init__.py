@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import make_folder, write_text
 from exporter.report import charts
 from exporter.report.content import collect
 from exporter.report.pictures import find_pictures, pictures_of, thumbnail
 from exporter.report.plots import write_plots
+from exporter.writing import make_folder, write_text
 
 TEMPLATE = "page.html.jinja"
 
@@ -23,7 +23,7 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from exporter.show import size
+    from exporter.amounts import size
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

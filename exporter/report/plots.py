@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import atomic, make_folder
 from exporter.errors import DataError
+from exporter.writing import atomic, make_folder
 
 BLUE, GRAY, RED = "#1f5fbf", "#8a8f98", "#b3261e"
 DPI = 150
@@ -36,7 +36,7 @@ def write_plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _size(figure_class: Any, content: Mapping[str, Any]) -> Any:
-    from exporter.show import size
+    from exporter.amounts import size
 
     figure = figure_class(figsize=(6, 1.8), layout="constrained")
     axes = figure.subplots()

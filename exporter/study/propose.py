@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from exporter import data
-from exporter.checkpoint import make_folder, write_text
 from exporter.device import Device
 from exporter.errors import ArtifactError, RecipeError
 from exporter.events import Event
@@ -21,6 +20,7 @@ from exporter.recipe_file import load_recipe
 from exporter.report_file import Measure, Report, read_report
 from exporter.study.allocate import Allocation, Place, rules_of
 from exporter.tasks import TASKS
+from exporter.writing import make_folder, write_text
 
 MOST = 0.99  # a gate that allows everything is none
 CLOSE = 0.05  # a drop up to this is called confirmed, and a gate allows no more unless the user does

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from exporter.answers import digest
-from exporter.checkpoint import make_folder
 from exporter.errors import DataError
+from exporter.writing import make_folder
 
 FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles

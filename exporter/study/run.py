@@ -7,7 +7,6 @@ from typing import Any
 
 from exporter import data
 from exporter.answers import digest
-from exporter.checkpoint import make_folder, write_text
 from exporter.errors import CheckpointError
 from exporter.events import Event
 from exporter.export import training_samples
@@ -21,6 +20,7 @@ from exporter.study.pool import Pool
 from exporter.study.records import Measured, Records, as_csv
 from exporter.study.units import StudyUnit, units_of
 from exporter.study.work import CHANGED, Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
+from exporter.writing import make_folder, write_text
 
 Listener = Callable[[Event], None]
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
-from exporter.show import size
+from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
 from exporter.study.records import Measured, columns
 from exporter.study.run import Outcome

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
+from exporter.amounts import size
 from exporter.recipe import Rule
-from exporter.show import size
 from exporter.study.propose import Confirmed
 from exporter.study.search import Found, Tried
 from exporter.study.show import Whole

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exporter import calibrate
 from exporter.answers import digest
-from exporter.checkpoint import Checkpoint, make_folder
+from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.events import ignore
 from exporter.job import Job
@@ -26,6 +26,7 @@ from exporter.methods import METHODS
 from exporter.plan import Plan, PlanRow, Unit
 from exporter.smooth import Folding
 from exporter.workdir import UnitResult, Workdir
+from exporter.writing import make_folder
 
 VERSION = 1  # raise it when this file changes the numbers
 Batch = dict[str, Tensor]

@@ -1,0 +1,62 @@
+"""Files appear whole or not at all: written beside their place, synced, then renamed."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exporter.errors import CheckpointError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Write to a temporary neighbor, then fsync and rename: `path` is either absent, old, or complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, atomically. Disk errors become CheckpointError and leave nothing behind."""
+    try:
+        with atomic(path) as temporary:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
+            temporary.chmod(0o644)  # the library makes files that only their owner may read
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """One text file, atomically."""
+    try:
+        with atomic(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def make_folder(path: Path) -> None:
+    """The folder and its parents, if they are not there; CheckpointError says what the disk objects to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def disk_error(path: Path, error: Exception) -> CheckpointError:
+    """A write failed: say where and how much room is left."""
+    parent = next((p for p in path.parents if p.exists()), Path("/"))
+    stats = os.statvfs(parent)
+    free = stats.f_bavail * stats.f_frsize
+    reason = "the disk is full" if "No space" in str(error) else str(error)
+    hint = "free some space" if reason == "the disk is full" else None
+    return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
