@@ -15,15 +15,15 @@ from PIL import Image
 
 from bench.damage import damaged_bytes, damaged_json
 from exporter import data
-from exporter.adapter import SETTINGS, WEIGHTS
 from exporter.demo import MODELS
 from exporter.device import choose
-from exporter.encoding import encode
 from exporter.errors import DataError
-from exporter.preparation import prepare
-from exporter.processor import load_processor
-from exporter.recipe_file import load_recipe
-from exporter.stream import load_whole
+from exporter.inference.encoding import encode
+from exporter.model.adapter import SETTINGS, WEIGHTS
+from exporter.model.processor import load_processor
+from exporter.model.stream import load_whole
+from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 
 RECIPES = {"demo-llava": "llava-w8", "demo-blip2": "blip2-caption-w4", "demo-blip2-itm": "blip2-retrieval-w4"}

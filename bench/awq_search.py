@@ -20,7 +20,7 @@ from bench.balance import FAMILY, make, recipe
 from bench.quantize_beside import judged_on
 from exporter.demo import MODELS
 from exporter.device import choose
-from exporter.recipe import Recipe
+from exporter.planning.recipe import Recipe
 from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary
 
 CPU = choose("cpu")

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact
 from exporter.data import places, samples_from
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.events import ignore
-from exporter.export import Export, export
-from exporter.families import FAMILIES
-from exporter.families.llava import live_name
-from exporter.predict import batches
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
+from exporter.inference.predict import batches
+from exporter.model.families import FAMILIES
+from exporter.model.families.llava import live_name
+from exporter.model.processor import load_processor
+from exporter.pipeline.export import Export, export
+from exporter.planning.recipe import Recipe
 from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary
 
 FAMILY = FAMILIES["llava"]

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.events import ignore
-from exporter.export import export
-from exporter.families import Family
-from exporter.quantized import GroupSize
-from exporter.recipe import Recipe
-from exporter.source import open_source
-from exporter.stream import load_whole
+from exporter.model.families import Family
+from exporter.model.source import open_source
+from exporter.model.stream import load_whole
+from exporter.numerics.quantized import GroupSize
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
 from tools.demo_training.blip2_packing import BLIP2
 from tools.demo_training.packing import LLAVA
 from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary

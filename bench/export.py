@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporter.clock import held_bytes
+from exporter.pipeline.step_clock import held_bytes
 
 GIB = 2**30
 DEFAULTS = {  # header -> recipe

@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
-from exporter.artifact import Artifact
-from exporter.check import Doubled, Session, judge, scheme_problems
-from exporter.cli_serve import questions
+from exporter.artifact.artifact import Artifact
+from exporter.commands.serve import questions
 from exporter.device import choose
-from exporter.export import export
-from exporter.openai_client import png
-from exporter.perturb import disturbed, double_scales
-from exporter.predict import prompt_inputs
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
-from exporter.reference import BOUND, Distance
-from exporter.runtime import vllm_blip2
-from exporter.runtime.launch import Program
-from exporter.runtime.vllm_engine import Reply
+from exporter.inference.openai_client import png
+from exporter.inference.predict import prompt_inputs
+from exporter.model.processor import load_processor
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
+from exporter.serving import vllm_blip2
+from exporter.serving.check import Doubled, Session, judge, scheme_problems
+from exporter.serving.launch import Program
+from exporter.serving.negative_control import disturbed, double_scales
+from exporter.serving.reference import BOUND, Distance
+from exporter.serving.vllm_engine import Reply
 from exporter.tasks.sample import Sample, task_of
 
 QUESTIONS = 16

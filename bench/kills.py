@@ -24,8 +24,8 @@ from pathlib import Path
 
 from exporter.device import choose
 from exporter.events import Event
-from exporter.export import export
-from exporter.recipe_file import load_recipe
+from exporter.pipeline.export import export
+from exporter.planning.recipe_file import load_recipe
 
 OLDER = "llava-w8"  # recipe of the artifact that is replaced
 ENDED = "ended before its kill"

@@ -3,7 +3,7 @@
 import threading
 from types import TracebackType
 
-from exporter.clock import held_bytes
+from exporter.pipeline.step_clock import held_bytes
 
 
 class Watch:

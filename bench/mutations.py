@@ -20,11 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/columns.py"
-SMOOTH, BLOCK, INPUTS = "exporter/smooth.py", "exporter/block.py", "exporter/block_inputs.py"
-CALIBRATE, CALLS = "exporter/calibrate.py", "exporter/block_calls.py"
-FOLDS, LLAVA, BLIP2 = "exporter/folds.py", "exporter/families/llava.py", "exporter/families/blip2.py"
-KERNEL, RANGES_KERNEL = "exporter/columns_kernel.py", "exporter/ranges_kernel.py"
+GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/numerics/gptq_columns.py"
+SMOOTH, BLOCK, INPUTS = (
+    "exporter/quantization/smoothing.py",
+    "exporter/quantization/block.py",
+    "exporter/quantization/block_inputs.py",
+)
+CALIBRATE, CALLS = "exporter/quantization/calibrate.py", "exporter/quantization/block_calls.py"
+FOLDS, LLAVA, BLIP2 = (
+    "exporter/numerics/scale_folding.py",
+    "exporter/model/families/llava.py",
+    "exporter/model/families/blip2.py",
+)
+KERNEL, RANGES_KERNEL = "exporter/numerics/gptq_columns_kernel.py", "exporter/numerics/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
     "kernels": ["tests/test_kernels.py"],  # on a CPU by Triton's interpreter, where Triton is installed
@@ -175,7 +183,7 @@ MUTATIONS = (
     Mutation(
         "calibration",
         "float16 scales stop at the smallest normal number",
-        "exporter/ranges.py",
+        "exporter/numerics/ranges.py",
         "2.0**-24 if dtype == torch.float16",
         "2.0**-14 if dtype == torch.float16",
     ),

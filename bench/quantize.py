@@ -26,7 +26,7 @@ from bench.quantize_phase import Terms, inputs_of, phase
 from bench.random_checkpoint import write, write_with_random_language
 from exporter.demo import MODELS
 from exporter.device import choose
-from exporter.recipe_file import load_recipe
+from exporter.planning.recipe_file import load_recipe
 
 
 def report(found: dict[str, Any]) -> str:

@@ -23,18 +23,18 @@ from torch import Tensor
 
 from bench.quantize_phase import inputs_of, phase
 from exporter import data
-from exporter.block import Block
 from exporter.demo import MODELS
 from exporter.device import Device, release
-from exporter.export import tested_on
-from exporter.forward_hooks import watch_inputs
-from exporter.plan import PlanRow
-from exporter.predict import batches
-from exporter.preparation import prepare
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
-from exporter.stream import load_whole
-from exporter.workdir import Workdir
+from exporter.inference.forward_hooks import watch_inputs
+from exporter.inference.predict import batches
+from exporter.model.processor import load_processor
+from exporter.model.stream import load_whole
+from exporter.pipeline.export import tested_on
+from exporter.pipeline.preparation import prepare
+from exporter.planning.plan import PlanRow
+from exporter.planning.recipe import Recipe
+from exporter.quantization.block import Block
+from exporter.quantization.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 Batch = dict[str, Tensor]

@@ -10,17 +10,20 @@ from unittest import mock
 from torch import Tensor
 
 from bench.memory import Watch
-from exporter import block, block_inputs, calibrate, job, moments, smooth
 from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
 from exporter.events import ignore
-from exporter.export import calibration_samples
+from exporter.inference.predict import batches
 from exporter.methods import awq, gptq, rtn
-from exporter.plan import Plan
-from exporter.predict import batches
-from exporter.preparation import prepare
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
-from exporter.workdir import Workdir
+from exporter.model.processor import load_processor
+from exporter.numerics import hessian as moments
+from exporter.pipeline.export import calibration_samples
+from exporter.pipeline.preparation import prepare
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Recipe
+from exporter.quantization import block, block_inputs, calibrate
+from exporter.quantization import block_io as job
+from exporter.quantization import smoothing as smooth
+from exporter.quantization.workdir import Workdir
 
 TERMS: tuple[tuple[str, Any, str], ...] = (
     ("forward passes", block_inputs.BlockInputs, "run"),

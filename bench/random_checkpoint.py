@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.demo import MODELS
-from exporter.safetensors_header import DTYPES
-from exporter.shards import ShardWriter
+from exporter.files.safetensors_header import DTYPES
+from exporter.files.shard_writer import ShardWriter
 from tests.headers.read import Header, load_header
 
 

@@ -32,13 +32,13 @@ import torch
 from bench.random_checkpoint import write_processor
 from bench.serve_engine import READY, TURN
 from bench.serve_variants import VARIANTS, W4, Variant
+from exporter.artifact.artifact_config import artifact_config
 from exporter.demo import MODELS
 from exporter.device import Device
-from exporter.plan import Plan, make_plan
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
-from exporter.targets import artifact_config
+from exporter.model.source import open_source
+from exporter.planning.plan import Plan, make_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
 from tests.headers.read import load_header, write_sparse_shard
 
 HEADER = "llava-hf--llava-1.5-7b-hf"

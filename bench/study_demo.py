@@ -12,7 +12,7 @@ from typing import Any
 
 from exporter.device import choose
 from exporter.events import Event
-from exporter.recipe_file import built_in, load_recipe
+from exporter.planning.recipe_file import built_in, load_recipe
 from exporter.study import propose
 from exporter.study.allocate import front, solve
 from exporter.study.pool import local

@@ -16,16 +16,16 @@ import click
 import torch
 
 from exporter.amounts import size
-from exporter.checkpoint import Checkpoint
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.device import Device
-from exporter.families import FAMILIES
-from exporter.plan import make_plan
-from exporter.quantized import GroupSize, Scheme
-from exporter.recipe import Recipe
-from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import ARCHITECTURES, Capability, Serving, capability_label, serving
-from exporter.source import narrowed
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.model.source import narrowed
+from exporter.numerics.quantized import GroupSize, Scheme
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Serving, capability_label, serving
 from tests.headers.read import write_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,11 @@ __all__ = ["choose", "export", "load_recipe", "make_plan", "open_source", "verif
 
 _HOMES = {
     "choose": "exporter.device",
-    "export": "exporter.export",
-    "load_recipe": "exporter.recipe_file",
-    "make_plan": "exporter.plan",
-    "open_source": "exporter.source",
-    "verify": "exporter.verify",
+    "export": "exporter.pipeline.export",
+    "load_recipe": "exporter.planning.recipe_file",
+    "make_plan": "exporter.planning.plan",
+    "open_source": "exporter.model.source",
+    "verify": "exporter.artifact.verify",
 }
 
 

@@ -5,7 +5,7 @@ Importing torch takes a second; an interrupt in that time must end as quietly as
 
 import sys
 
-from exporter.interrupt import install, raise_if_asked
+from exporter.commands.interrupt import install, raise_if_asked
 
 ASK_PROCESSORS = ("plan", "export")  # commands that ask a helper process about a model's processor
 
@@ -16,10 +16,10 @@ def main() -> None:
     try:
         try:
             if sys.argv[1:2] and sys.argv[1] in ASK_PROCESSORS and not {"-h", "--help"} & set(sys.argv):
-                from exporter.inspector import start_helper
+                from exporter.model.processor_inspector import start_helper
 
                 start_helper()  # it loads its libraries while torch is loaded here
-            from exporter.cli import main as run
+            from exporter.commands.main import main as run
 
             run()
         except Exception:

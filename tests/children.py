@@ -24,7 +24,7 @@ SECONDS = 120.0
 
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "exporter.cli", "exporter.export"])
+    context.set_forkserver_preload(["torch", "transformers", "exporter.commands.main", "exporter.pipeline.export"])
     return context
 
 

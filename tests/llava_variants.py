@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from exporter.families import FAMILIES, Component, Family
+from exporter.model.families import FAMILIES, Component, Family
 
 
 def _any_llava() -> Family:

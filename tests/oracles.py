@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.quantized import Scheme, dequantize, quantize
-from exporter.ranges import fit_scale
+from exporter.numerics.quantized import Scheme, dequantize, quantize
+from exporter.numerics.ranges import fit_scale
 
 
 def naive_paired_bootstrap(

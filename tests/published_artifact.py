@@ -7,18 +7,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from exporter.answers import digest
-from exporter.artifact import Artifact
-from exporter.backends import ARTIFACT, SOURCE, weights_digest
+from exporter.artifact.artifact import Artifact
 from exporter.device import choose
-from exporter.evaluate import compare
+from exporter.evaluation.answers import digest
+from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
+from exporter.evaluation.evaluate import compare
+from exporter.evaluation.report_file import Asked, Bootstrap, Evaluation, Report, write_report
+from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.events import ignore
-from exporter.export import export
-from exporter.families import FAMILIES
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.report_file import Asked, Bootstrap, Evaluation, Report, write_report
-from exporter.statistics import CONFIDENCE, RESAMPLES
+from exporter.model.families import FAMILIES
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 
 

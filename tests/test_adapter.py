@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporter.adapter import SETTINGS, WEIGHTS
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.manifest import read_manifest
+from exporter.artifact.verify import verify
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.events import ignore
-from exporter.export import export
-from exporter.families import FAMILIES
-from exporter.manifest import read_manifest
-from exporter.preparation import prepare
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
-from exporter.stream import load_whole
-from exporter.verify import verify
+from exporter.model.adapter import SETTINGS, WEIGHTS
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.model.source import open_source
+from exporter.model.stream import load_whole
+from exporter.pipeline.export import export
+from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe_file import load_recipe
 
 DEMO = MODELS["demo-llava"]
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "fc1"], "bias": "none"}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from exporter.cli import cli
-from exporter.cli_allocate import Bytes
+from exporter.commands.allocate import Bytes
+from exporter.commands.main import cli
 from exporter.errors import DataError, PlanError, RecipeError
 from exporter.events import ignore
-from exporter.families import FAMILIES
-from exporter.plan import make_plan
-from exporter.recipe import Rule
-from exporter.recipe_file import load_recipe
+from exporter.model.families import FAMILIES
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Rule
+from exporter.planning.recipe_file import load_recipe
 from exporter.study import pool
 from exporter.study.allocate import Option, Place, front, rules_of, solve
 from exporter.study.prepare import base_recipe

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.answers import ABOUT, Backend, Model, Store, ask
 from exporter.data import image_key
 from exporter.errors import CheckpointError, DataError
+from exporter.evaluation.answers import ABOUT, Backend, Model, Store, ask
 from exporter.events import Event, ignore
-from exporter.families import FAMILIES
-from exporter.hub import retry_after
-from exporter.predict_server import KEY, ServedPredictor, Server
+from exporter.inference.predict_server import KEY, ServedPredictor, Server
+from exporter.model.families import FAMILIES
+from exporter.model.hub import retry_after
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 from tests.children import run_killed

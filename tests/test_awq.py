@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.folds import fold
 from exporter.methods import awq, rtn
 from exporter.methods.awq import Options, find_scales
-from exporter.moments import Statistics
-from exporter.quantized import Scheme
+from exporter.numerics.hessian import Statistics
+from exporter.numerics.quantized import Scheme
+from exporter.numerics.scale_folding import fold
 from tests.oracles import awq_candidates_by_hand, awq_clip_by_hand, awq_scales_by_hand
 
 CPU = torch.device("cpu")

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from exporter import backends, predict
-from exporter.answers import Model, ask
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact
 from exporter.data import samples
 from exporter.device import choose
-from exporter.evaluate import picture_keys
+from exporter.evaluation import backends
+from exporter.evaluation.answers import Model, ask
+from exporter.evaluation.evaluate import picture_keys
 from exporter.events import Event, ignore
-from exporter.export import export
-from exporter.placement import Placement
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
+from exporter.inference import predict
+from exporter.model.source import open_source
+from exporter.pipeline.export import export
+from exporter.planning.placement import Placement
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.whole_model import ROOM_SHARE, whole_model
 from exporter.tasks.sample import Sample
-from exporter.whole_model import ROOM_SHARE, whole_model
 
 CPU = choose("cpu")
 RECIPES = {"demo-llava": "llava-w8", "demo-blip2-itm": "blip2-retrieval-w4"}
@@ -96,7 +97,7 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
 
     monkeypatch.setattr(predict, "encode", scarce(predict.encode, lambda p, f, some, r, side: len(some)))
     pixels = scarce(backends_pixels(), lambda processor, some: len(some))
-    monkeypatch.setattr("exporter.retrieve.pixels_of", pixels)
+    monkeypatch.setattr("exporter.inference.retrieval.pixels_of", pixels)
     found = answers(both(out, on_event=lambda event: notes.append(event.message)), asked(out))
     assert found == expected
     assert notes[0] == "out of memory with 8 samples at a time: going on with 4"
@@ -105,7 +106,7 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
 
 def backends_pixels() -> Any:
     """The function that draws pictures for retrieval."""
-    from exporter.retrieve import pixels_of
+    from exporter.inference.retrieval import pixels_of
 
     return pixels_of
 

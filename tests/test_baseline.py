@@ -10,23 +10,23 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from exporter import identity
-from exporter.answers import Model
-from exporter.artifact import Artifact
-from exporter.backends import here
-from exporter.baseline import compare
-from exporter.card import Declared, render
-from exporter.cli import cli
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.manifest import Manifest, Source, read_manifest
+from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError
+from exporter.evaluation.answers import Model
+from exporter.evaluation.backends import here
+from exporter.evaluation.baseline import compare
+from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
-from exporter.facts import read_place
-from exporter.manifest import Manifest, Source, read_manifest
-from exporter.proof import prove
+from exporter.model.source import open_source
+from exporter.publishing.artifact_summary import read_place
+from exporter.publishing.card import Declared, render
+from exporter.publishing.proof import prove
+from exporter.quantization import identity
 from exporter.report.content import collect
-from exporter.report_file import REPORT
-from exporter.source import open_source
 from tests.test_export import quick_export
 
 

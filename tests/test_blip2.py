@@ -13,28 +13,28 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from exporter import card_serving
-from exporter.artifact import Artifact
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.artifact_config import groups, kept_modules
+from exporter.commands.tables import plan_notes
 from exporter.demo.data import samples
 from exporter.device import Device, choose
-from exporter.encoding import render, reply_end
 from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
-from exporter.export import export
-from exporter.facts import read_place
-from exporter.families import FAMILIES, Family
-from exporter.plan import Plan, engine_linears, make_plan
-from exporter.predict import Predictor, prompt_inputs
-from exporter.processor import load_processor
-from exporter.recipe import Recipe, Rule
-from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.serve_lint import pattern_problems
-from exporter.servable import refuse_unservable
-from exporter.show import plan_notes
-from exporter.source import narrowed
-from exporter.stream import load_whole
-from exporter.targets import groups, kept_modules
+from exporter.inference.encoding import render, reply_end
+from exporter.inference.predict import Predictor, prompt_inputs
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES, Family
+from exporter.model.processor import load_processor
+from exporter.model.source import narrowed
+from exporter.model.stream import load_whole
+from exporter.pipeline.export import export
+from exporter.planning.plan import Plan, engine_linears, make_plan
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.vllm_rules import pattern_problems
+from exporter.publishing import card_serving
+from exporter.publishing.artifact_summary import read_place
+from exporter.serving.preflight import refuse_unservable
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after

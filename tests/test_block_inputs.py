@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exporter import component_inputs
-from exporter.block_inputs import counted_rows, token_weights, weighted
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.methods import gptq
-from exporter.plan import make_plan
-from exporter.recipe import Rule
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Rule
+from exporter.quantization import component_inputs
+from exporter.quantization.block_inputs import counted_rows, token_weights, weighted
 from tests.test_calibrate import LLAVA, batches_for, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from exporter import calibrate
-from exporter.block import relative_error
-from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.events import Event
-from exporter.families import FAMILIES, Family
+from exporter.files.shard_writer import ShardWriter
 from exporter.methods import METHODS
-from exporter.plan import Plan, make_plan
-from exporter.quantized import QuantizedLinear
-from exporter.ranges import fit_scale
-from exporter.recipe import Recipe, Rule
-from exporter.recipe_file import load_recipe
-from exporter.shards import ShardWriter
-from exporter.workdir import Workdir
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES, Family
+from exporter.numerics.quantized import QuantizedLinear
+from exporter.numerics.ranges import fit_scale
+from exporter.planning.plan import Plan, make_plan
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe_file import load_recipe
+from exporter.quantization import calibrate
+from exporter.quantization.block import relative_error
+from exporter.quantization.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
 
 LLAVA = FAMILIES["llava"]

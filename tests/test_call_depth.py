@@ -7,7 +7,7 @@ from types import FrameType
 import pytest
 from click.testing import CliRunner
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.errors import CalibrationError
 from exporter.methods import METHODS
 

@@ -10,15 +10,15 @@ import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from exporter.card import RESULTS, Declared, render, table
-from exporter.cli import cli
+from exporter.artifact.manifest import MANIFEST, Manifest
+from exporter.commands.main import cli
 from exporter.data import place
-from exporter.difference import difference, flattened
 from exporter.errors import ArtifactError, PublishError
-from exporter.facts import Facts, component_of, folder_reader, read_facts, read_place
-from exporter.manifest import MANIFEST, Manifest
-from exporter.package import package
-from exporter.report_file import REPORT, Evaluation, Serving
+from exporter.evaluation.report_file import REPORT, Evaluation, Serving
+from exporter.publishing.artifact_diff import difference, flattened
+from exporter.publishing.artifact_summary import Facts, component_of, folder_reader, read_facts, read_place
+from exporter.publishing.card import RESULTS, Declared, render, table
+from exporter.publishing.repository import package
 from tests.published_artifact import tiny_artifact, tiny_model
 
 REPO = "me/tiny"

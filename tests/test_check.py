@@ -9,30 +9,30 @@ from typing import cast
 import pytest
 import torch
 
-from exporter import reference
-from exporter.artifact import Artifact
-from exporter.check import (
+from exporter.artifact.artifact import Artifact
+from exporter.commands.serve import questions
+from exporter.device import Device, choose
+from exporter.errors import ServeError
+from exporter.evaluation.report_file import write_report
+from exporter.inference.openai_client import png
+from exporter.inference.predict import prompt_inputs
+from exporter.model.processor import load_processor
+from exporter.pipeline.export import export
+from exporter.planning.plan import engine_linears as planned_linears
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.serving import reference
+from exporter.serving.check import (
     Checked,
     Control,
     distance_problems,
     keep,
     scheme_problems,
 )
-from exporter.cli_serve import questions
-from exporter.device import Device, choose
-from exporter.errors import ServeError
-from exporter.export import export
-from exporter.openai_client import png
-from exporter.perturb import double_scales, modules_of
-from exporter.plan import engine_linears as planned_linears
-from exporter.predict import prompt_inputs
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.reference import Compared, Distance, Reference
-from exporter.report_file import write_report
-from exporter.runtime.vllm_engine import Reply
-from exporter.servable import engine_linears, refuse_unservable
+from exporter.serving.negative_control import double_scales, modules_of
+from exporter.serving.preflight import engine_linears, refuse_unservable
+from exporter.serving.reference import Compared, Distance, Reference
+from exporter.serving.vllm_engine import Reply
 from tests.test_evaluate import crafted
 
 A8 = {"component": "vision", "bits": 8, "activations": "int8"}

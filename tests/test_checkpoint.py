@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.shards import ShardWriter
-from exporter.writing import write_tensors, write_text
+from exporter.files.shard_writer import ShardWriter
+from exporter.files.writing import write_tensors, write_text
+from exporter.model.checkpoint import Checkpoint
 
 
 def small_checkpoint(folder: Path, shard_bytes: int = 600) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from exporter import interrupt
-from exporter.cli import cli
+from exporter.commands import interrupt
+from exporter.commands.main import cli
+from exporter.commands.progress import Listener
 from exporter.events import Event
-from exporter.progress import Listener
-from exporter.recipe_file import load_recipe
+from exporter.planning.recipe_file import load_recipe
 from tests.children import running_command
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.clock import Clock, held_bytes
 from exporter.device import choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
-from exporter.export import export
-from exporter.recipe import Recipe
-from exporter.steps import NEEDED, Step
+from exporter.pipeline.export import export
+from exporter.pipeline.step_clock import Clock, held_bytes
+from exporter.planning.recipe import Recipe
+from exporter.planning.steps import NEEDED, Step
 from tests.test_export import contents, quick_recipe
 
 CPU = choose("cpu")
@@ -22,7 +22,7 @@ MIB = 2**20
 
 def test_an_inner_step_is_not_part_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
-    monkeypatch.setattr("exporter.clock.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("exporter.pipeline.step_clock.time.monotonic", lambda: next(ticks))
     clock = Clock(CPU)
     with clock.step("write"), clock.step("verify"):
         pass

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.study_paper import TABLE, WITHIN, Published
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.study.importance import REPEATS, TREES
 from exporter.study.table import Floats
 

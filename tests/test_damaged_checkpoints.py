@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
-from exporter.plan import Plan
-from exporter.preparation import prepare
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
+from exporter.model.source import open_source
+from exporter.pipeline.preparation import prepare
+from exporter.planning.plan import Plan
+from exporter.planning.recipe_file import load_recipe
 
 DEMO = MODELS["demo-llava"]
 LINEAR = "language_model.model.layers.0.self_attn.q_proj.weight"

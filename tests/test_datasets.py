@@ -12,7 +12,7 @@ import pytest
 from exporter import data
 from exporter.data import CONVENTIONS, DATA, Place, hub, place, places, samples_from
 from exporter.errors import DataError
-from exporter.families import FAMILIES
+from exporter.model.families import FAMILIES
 from exporter.tasks.sample import Sample
 from tests import layouts
 

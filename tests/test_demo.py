@@ -16,7 +16,7 @@ from exporter.demo.language import QUESTIONS, caption, captions, question, vocab
 from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, residue, scenes, things
 from exporter.demo.scenes import SIZES as RADII
 from exporter.errors import DataError
-from exporter.families.llava import FAMILY, live_name
+from exporter.model.families.llava import FAMILY, live_name
 from tests.demo_figures import figures
 from tools.demo_training.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer
 from tools.demo_training.packing import PREFIX, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids

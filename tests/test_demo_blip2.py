@@ -12,7 +12,7 @@ from exporter.demo import MODELS
 from exporter.demo.data import picture
 from exporter.demo.language import caption, captions, plain_captions, question
 from exporter.demo.scenes import draw, scenes, things
-from exporter.families import FAMILIES
+from exporter.model.families import FAMILIES
 from exporter.tasks.retrieval import prepare
 from tests.demo_figures import figures, search
 from tests.headers.read import header

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.demo import MODELS
 
 ROOT = Path(__file__).parent.parent

@@ -11,13 +11,13 @@ from exporter import data
 from exporter.data import notes
 from exporter.demo import MODELS
 from exporter.device import choose
-from exporter.encoding import encode, refuse_too_long
 from exporter.errors import DataError
 from exporter.events import Event
-from exporter.export import export
-from exporter.families import FAMILIES
-from exporter.processor import load_processor
-from exporter.recipe_file import load_recipe
+from exporter.inference.encoding import encode, refuse_too_long
+from exporter.model.families import FAMILIES
+from exporter.model.processor import load_processor
+from exporter.pipeline.export import export
+from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 from tests import layouts
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.activations import round_inputs, round_rows
 from exporter.errors import ServeError
-from exporter.reference import Compared, Distance, distance_of, listed_tokens
-from exporter.runtime.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
-from exporter.runtime.vllm_engine import Engine, Reply, free_port, last_words, read_kernels, read_reply, read_schemes
+from exporter.numerics.activation_rounding import round_inputs, round_rows
+from exporter.serving.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
+from exporter.serving.reference import Compared, Distance, distance_of, listed_tokens
+from exporter.serving.vllm_engine import Engine, Reply, free_port, last_words, read_kernels, read_reply, read_schemes
 
 FAKE = '''#!{python}
 """Answers like vllm serve; --bad makes it end at once, --deaf ignores SIGTERM; it starts a child of its own."""
@@ -126,7 +126,7 @@ def test_a_refused_request_says_why_and_the_server_lives(engine):
 @linux
 @pytest.mark.parametrize("flag", [(), ("--deaf",)])
 def test_stop_leaves_no_process(folder, program, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr("exporter.runtime.vllm_engine.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("exporter.serving.vllm_engine.STOP_SECONDS", 0.5)
     with Engine(command(folder, program, *flag), tmp_path / "log") as engine:
         engine.wait_healthy(60)
         pids = [engine.pid, *children(engine)]
@@ -150,8 +150,8 @@ def test_a_killed_server_is_reported_and_can_be_started_again(engine):
 @linux
 def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from exporter.runtime.launch import *; "
-        "from exporter.runtime.vllm_engine import *; "
+        "import sys, time; from pathlib import Path; from exporter.serving.launch import *; "
+        "from exporter.serving.vllm_engine import *; "
         f"made = launch(Path({str(folder)!r}), {{}}, Program({program.path!r}, '0', False), port=free_port()); "
         f"engine = Engine(made, Path({str(tmp_path / 'log')!r})); engine.start(); engine.wait_healthy(60); "
         "print(engine.pid, flush=True); time.sleep(600)"

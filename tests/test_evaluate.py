@@ -11,23 +11,23 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from exporter import backends
-from exporter.advice import advise, too_few, unknown
-from exporter.answers import ABOUT, Backend, Store
-from exporter.artifact import Artifact
-from exporter.cli import cli
+from exporter.artifact.artifact import Artifact
+from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
 from exporter.device import choose
 from exporter.errors import DataError, GateFailed, GateNotResolved
-from exporter.evaluate import compare, keep_report, raise_unless_accepted
+from exporter.evaluation import backends
+from exporter.evaluation.answers import ABOUT, Backend, Store
+from exporter.evaluation.evaluate import compare, keep_report, raise_unless_accepted
+from exporter.evaluation.gate_text import accepted, rounded_up, sentence
+from exporter.evaluation.report_file import Counts, Evaluation, Report, Serving, read_report, write_report
+from exporter.evaluation.sample_size import advise, too_few, unknown
 from exporter.events import ignore
-from exporter.export import default_store, export, measure, models
-from exporter.gate_text import accepted, rounded_up, sentence
-from exporter.predict_server import Server
-from exporter.recipe import Gate, Recipe
-from exporter.recipe_file import load_recipe
-from exporter.report_file import Counts, Evaluation, Report, Serving, read_report, write_report
-from exporter.source import open_source
+from exporter.inference.predict_server import Server
+from exporter.model.source import open_source
+from exporter.pipeline.export import default_store, export, measure, models
+from exporter.planning.recipe import Gate, Recipe
+from exporter.planning.recipe_file import load_recipe
 from exporter.tasks import retrieval
 from exporter.tasks.bleu import corpus_bleu
 from exporter.tasks.sample import Sample

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from exporter import calibrate, smooth
-from exporter.block import Block
-from exporter.checkpoint import Checkpoint
 from exporter.device import choose
-from exporter.families import Smoothing
-from exporter.job import Job
-from exporter.plan import Plan
-from exporter.recipe import Rule
-from exporter.workdir import UnitResult, Workdir
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Smoothing
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Rule
+from exporter.quantization import calibrate
+from exporter.quantization import smoothing as smooth
+from exporter.quantization.block import Block
+from exporter.quantization.block_io import Job
+from exporter.quantization.workdir import UnitResult, Workdir
 from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for
 from tests.test_calibrate import plan_for
 from tests.test_whole_forward import checkpoint_of

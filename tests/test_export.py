@@ -12,21 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.artifact import Artifact
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.verify import verify
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
-from exporter.evaluate import compare
+from exporter.evaluation.evaluate import compare
 from exporter.events import Event
-from exporter.export import Export, evaluation_samples, export
-from exporter.facts import read_place
 from exporter.formats import FORMATS
-from exporter.preparation import prepare, with_data_it_knows
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
-from exporter.verify import verify
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.source import open_source
+from exporter.pipeline.export import Export, evaluation_samples, export
+from exporter.pipeline.preparation import prepare, with_data_it_knows
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.publishing.artifact_summary import read_place
 from tests.children import killed_after
 
 DEMO = MODELS["demo-llava"]
@@ -178,7 +178,7 @@ def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished:
 
     def forge(copy: Path) -> None:
         """Make the file hashes right again, so that only deeper checks can object."""
-        from exporter.file_hashes import sha256
+        from exporter.files.file_hashes import sha256
 
         manifest = json.loads((copy / "mmq_manifest.json").read_text())
         manifest["files"] = {name: sha256(copy / name) for name in manifest["files"]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exporter.factor import inverse_factor_
+from exporter.numerics.inverse_cholesky import inverse_factor_
 
 
 def positive(columns: int, seed: int = 0) -> torch.Tensor:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.block_calls import capture_calls
-from exporter.families import FAMILIES, Family
-from exporter.families.parts.text import BlockKinds
-from exporter.folds import fold, misfit
-from exporter.forward_hooks import first_output, run_until_stopped, watch_inputs
-from exporter.stream import Stream, build_skeleton
+from exporter.inference.forward_hooks import first_output, run_until_stopped, watch_inputs
+from exporter.model.families import FAMILIES, Family
+from exporter.model.families.parts.text import BlockKinds
+from exporter.model.stream import Stream, build_skeleton
+from exporter.numerics.scale_folding import fold, misfit
+from exporter.quantization.block_calls import capture_calls
 from tests.conftest import header, header_config
 
 HEADERS_OF = {

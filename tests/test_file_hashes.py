@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter import file_hashes
-from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.file_hashes import READ_BYTES, FileState, hash_files, start_hashing
+from exporter.files import file_hashes
+from exporter.files.file_hashes import READ_BYTES, FileState, hash_files, start_hashing
+from exporter.model.checkpoint import Checkpoint
 from tests.headers.read import shards, write_sparse_shard
 
 PAGE_BYTES = 4096

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter import job
-from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.source import narrowed
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.source import narrowed
+from exporter.quantization import block_io as job
 
 
 def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:

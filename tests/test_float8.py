@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.activations import Rounded, cut_to_float8, round_as_served, round_rows, to_float8
-from exporter.artifact import Artifact
-from exporter.card import _width
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.artifact_config import artifact_config, in_dtype
 from exporter.device import Device, choose
 from exporter.errors import PlanError, ServeError
-from exporter.export import export
-from exporter.families import FAMILIES
-from exporter.plan import make_plan
-from exporter.quantized import QuantizedLinear, Scheme, float8_scales, quantize
-from exporter.ranges import fit_scale
-from exporter.recipe import Recipe, Rule
-from exporter.recipe_file import load_recipe
-from exporter.runtime.launch import dtype
-from exporter.runtime.serve_lint import Linear, cache_problems, cpu_cache_problems, cpu_problems, kernel_problems
-from exporter.servable import refuse_plan
-from exporter.targets import artifact_config, in_dtype
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.numerics.activation_rounding import Rounded, cut_to_float8, round_as_served, round_rows, to_float8
+from exporter.numerics.quantized import QuantizedLinear, Scheme, float8_scales, quantize
+from exporter.numerics.ranges import fit_scale
+from exporter.pipeline.export import export
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_rules import Linear, cache_problems, cpu_cache_problems, cpu_problems, kernel_problems
+from exporter.publishing.card import _width
+from exporter.serving.launch import dtype
+from exporter.serving.preflight import refuse_plan
 
 RECIPE = "llava-w4a8-vitfp8-cache8"
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.folds import fold, fold_linear, misfit
+from exporter.numerics.scale_folding import fold, fold_linear, misfit
 
 HIDDEN, WIDE, HEADS, TOKENS = 24, 40, 3, 5
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from exporter.errors import ArtifactError
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
-from exporter.quantized import FP8, GroupSize, QuantizedLinear, Scheme, quantize
+from exporter.numerics.quantized import FP8, GroupSize, QuantizedLinear, Scheme, quantize
 from tests.oracles import naive_pack_bits
 
 GOLDEN = Path(__file__).parent / "golden"

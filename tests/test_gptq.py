@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from exporter import moments
 from exporter.methods import gptq, rtn
 from exporter.methods.gptq import Options, Statistics, importance, inverse_factor
-from exporter.quantized import Scheme, quantize, spread
-from exporter.ranges import fit_scale
+from exporter.numerics import hessian as moments
+from exporter.numerics.quantized import Scheme, quantize, spread
+from exporter.numerics.ranges import fit_scale
 from tests.oracles import descent_by_hand, gptq_by_inversion
 
 CPU = torch.device("cpu")

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from exporter.artifact import Artifact
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact import Artifact
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import PlanError
 from exporter.events import ignore
-from exporter.export import export
-from exporter.families import FAMILIES
-from exporter.plan import make_plan
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.pipeline.export import export
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
 from tests.test_plan import H100, LLAVA_7B
 
 HEAD = "language_model.lm_head"

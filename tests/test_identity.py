@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from exporter import calibrate, identity
-from exporter.changes import changes
 from exporter.data import places, traces
 from exporter.demo import MODELS
 from exporter.device import Device, choose
 from exporter.errors import CheckpointError, WorkdirError
 from exporter.events import Event
-from exporter.export import calibration_samples, prepare
+from exporter.files.mapping_diff import changes
 from exporter.methods import METHODS
-from exporter.processor import load_processor
-from exporter.recipe import Recipe
-from exporter.source import narrowed
-from exporter.workdir import fingerprint_of
+from exporter.model.processor import load_processor
+from exporter.model.source import narrowed
+from exporter.pipeline.export import calibration_samples, prepare
+from exporter.planning.recipe import Recipe
+from exporter.quantization import calibrate, identity
+from exporter.quantization.workdir import fingerprint_of
 from tests.test_export import contents, quick_export, quick_recipe
 
 CPU = choose("cpu")
@@ -245,7 +245,7 @@ def test_tensors_read_in_another_dtype_are_another_model_though_config_and_files
     path = root / "model" / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     edit_json(root / "model" / "config.json", lambda config: config.update(dtype="bfloat16"))
-    from exporter.source import open_source
+    from exporter.model.source import open_source
 
     whole, _ = open_source(str(root / "model"))
     cut = narrowed(whole, "bfloat16")

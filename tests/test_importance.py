@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study.importance import importance, linear_r2, marginal_drops, usable_bits
 from exporter.study.table import Table, read_csv

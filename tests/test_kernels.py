@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from exporter import columns as columns_
-from exporter import ranges
 from exporter.device import choose
 from exporter.methods import awq, gptq
-from exporter.quantized import Grid, Scheme, dequantize, quantize
+from exporter.numerics import gptq_columns as columns_
+from exporter.numerics import ranges
+from exporter.numerics.quantized import Grid, Scheme, dequantize, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from exporter import lock
 from exporter.errors import CheckpointError, LockedError
 from exporter.events import Event
-from exporter.lock import hold
+from exporter.files import folder_lock as lock
+from exporter.files.folder_lock import hold
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from exporter.lock import hold
+from exporter.files.folder_lock import hold
 with hold(Path(sys.argv[1]), Path(sys.argv[1]).parent, shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(600)
@@ -159,7 +159,7 @@ def test_many_processes_take_turns(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from exporter.errors import LockedError
-from exporter.lock import hold
+from exporter.files.folder_lock import hold
 folder = Path(sys.argv[1])
 done = 0
 while done < 50:

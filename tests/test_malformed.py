@@ -13,7 +13,7 @@ from exporter import data
 from exporter.data import CONVENTIONS
 from exporter.data.rows import SHOWN, load_json
 from exporter.errors import DataError
-from exporter.results import read_answers
+from exporter.evaluation.score_file import read_answers
 from tests import layouts
 
 BAD: dict[str, Any] = {

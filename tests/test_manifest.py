@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.manifest import (
+    MANIFEST,
+    VERSION,
+    Document,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from exporter.errors import ArtifactError
-from exporter.manifest import MANIFEST, VERSION, Document, Manifest, parse_manifest, read_manifest, write_manifest
 from tests.published_artifact import tiny_artifact, tiny_model
 
 HASH = "0" * 64

@@ -5,7 +5,7 @@ import torch
 
 from exporter.methods import METHODS, rtn
 from exporter.methods.gptq import Statistics as Hessian
-from exporter.quantized import QuantizedLinear, Scheme
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 CASES = [
     (Scheme(4, 32), (24, 96)),

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import calibrate
-from exporter.block import Block
-from exporter.block_calls import BlockCall, ChainInput
-from exporter.block_inputs import BlockInputs, check_excluded, mark_noted, unnoted
 from exporter.device import choose
 from exporter.errors import CalibrationError
-from exporter.recipe import Rule
-from exporter.workdir import Workdir
+from exporter.planning.recipe import Rule
+from exporter.quantization import calibrate
+from exporter.quantization.block import Block
+from exporter.quantization.block_calls import BlockCall, ChainInput
+from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted, unnoted
+from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, RULES, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
 from tests.test_whole_forward import gathered

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter import output
-from exporter.cli import cli
+from exporter.artifact.artifact import output
+from exporter.artifact.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
+from exporter.commands.main import cli
 from exporter.errors import ArtifactError, LockedError, MmqError
 from exporter.events import Event
-from exporter.lock import hold
-from exporter.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
-from exporter.workdir import LOCK
+from exporter.files.folder_lock import hold
+from exporter.quantization.workdir import LOCK
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.families import FAMILIES, Family
+from exporter.model.families import FAMILIES, Family
 from tests.conftest import header, header_config
 from tests.headers.read import HEADER_NAMES
 

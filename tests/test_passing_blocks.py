@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.checkpoint import Checkpoint
 from exporter.data import samples
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError
-from exporter.passing_blocks import load_passing
-from exporter.predict import prompt_inputs
-from exporter.processor import load_processor
-from exporter.source import open_source
-from exporter.stream import load_whole
+from exporter.inference.block_streaming import load_passing
+from exporter.inference.predict import prompt_inputs
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.processor import load_processor
+from exporter.model.source import open_source
+from exporter.model.stream import load_whole
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from bench.random_checkpoint import write_processor
-from exporter.checkpoint import Checkpoint
 from exporter.device import Device
 from exporter.errors import PlanError
-from exporter.families import FAMILIES
 from exporter.formats import FORMATS
-from exporter.plan import Plan, make_plan
-from exporter.quantized import Scheme
-from exporter.recipe import Recipe, Rule
-from exporter.recipe_file import built_in, load_recipe
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.numerics.quantized import Scheme
+from exporter.planning.plan import Plan, make_plan
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe_file import built_in, load_recipe
 from tests.headers.read import header_config
 
 LLAVA_7B = "llava-hf--llava-1.5-7b-hf"
@@ -131,7 +131,7 @@ def test_a_plan_loads_neither_transformers_nor_a_compiler(sparse_checkpoint: Cal
     folder = sparse_checkpoint(LLAVA_7B)
     write_processor(folder, header_config(LLAVA_7B))
     code = (
-        "import sys; from click.testing import CliRunner; from exporter.cli import cli\n"
+        "import sys; from click.testing import CliRunner; from exporter.commands.main import cli\n"
         f"done = CliRunner().invoke(cli, ['plan', '--recipe', 'llava-w4-vit8', '--model', {str(folder)!r}])\n"
         "assert done.exit_code == 0, done.output\n"
         "print([name for name in ('transformers', 'torch._dynamo', 'sympy', 'scipy') if name in sys.modules])"

@@ -12,11 +12,11 @@ from torch import nn
 
 from exporter.device import choose
 from exporter.errors import PlanError, ServeError
-from exporter.preparation import prepare
-from exporter.recipe import Recipe
-from exporter.runtime.launch import Launch
-from exporter.runtime.plugin import MODULE, plugin_folder, with_plugin
-from exporter.runtime.vllm_blip2 import refuse, register, replace_linears
+from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe import Recipe
+from exporter.serving.launch import Launch
+from exporter.serving.plugin import MODULE, plugin_folder, with_plugin
+from exporter.serving.vllm_blip2 import refuse, register, replace_linears
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.chat_template import PROBES, conversation, take_apart
-from exporter.encoding import render
 from exporter.events import Event
-from exporter.families import FAMILIES
-from exporter.predict import Predictor, batches
-from exporter.processor import Processor
+from exporter.inference.encoding import render
+from exporter.inference.predict import Predictor, batches
+from exporter.model.chat_template import PROBES, conversation, take_apart
+from exporter.model.families import FAMILIES
+from exporter.model.processor import Processor
 from exporter.tasks.sample import Sample
 from tests.oracles import naive_log_likelihood
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from exporter import inspector
-from exporter.chat_template import PROBES, Template, take_apart
 from exporter.demo import MODELS
 from exporter.device import choose
-from exporter.encoding import render
 from exporter.errors import CheckpointError, MmqError, PlanError
-from exporter.families import FAMILIES
-from exporter.inspector import inspect
-from exporter.preparation import prepare
-from exporter.processor import load_processor
-from exporter.recipe_file import load_recipe
-from exporter.stream import build_skeleton
+from exporter.inference.encoding import render
+from exporter.model import processor_inspector as inspector
+from exporter.model.chat_template import PROBES, Template, take_apart
+from exporter.model.families import FAMILIES
+from exporter.model.processor import load_processor
+from exporter.model.processor_inspector import inspect
+from exporter.model.stream import build_skeleton
+from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 from tests.conftest import header_config
 

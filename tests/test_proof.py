@@ -17,20 +17,20 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from exporter.artifact import Artifact
-from exporter.backends import weights_digest
-from exporter.cli import cli
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.manifest import MANIFEST
+from exporter.artifact.verify import verify
+from exporter.commands.main import cli
 from exporter.device import choose
 from exporter.errors import ArtifactError
+from exporter.evaluation.backends import weights_digest
+from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
-from exporter.export import export
-from exporter.file_hashes import sha256
-from exporter.manifest import MANIFEST
-from exporter.proof import prove
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.report_file import REPORT
-from exporter.verify import verify
+from exporter.files.file_hashes import sha256
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.publishing.proof import prove
 
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
@@ -85,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    monkeypatch.setattr("exporter.proof.verify", partial(verify, load="nothing"))
+    monkeypatch.setattr("exporter.publishing.proof.verify", partial(verify, load="nothing"))
     return Files(shutil.copytree(made / "good", tmp_path / "artifact"))
 
 

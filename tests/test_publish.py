@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import exporter.publish
-from exporter.cli import cli
+import exporter.publishing.upload
+from exporter.artifact.manifest import MANIFEST
+from exporter.artifact.verify import verify
+from exporter.commands.main import cli
 from exporter.errors import ArtifactError, CheckpointError, HubMissing, PlanError, PublishError
+from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
-from exporter.hub import open_remote
-from exporter.manifest import MANIFEST
-from exporter.published import verify_remote
-from exporter.report_file import REPORT
-from exporter.source import locate, open_source
-from exporter.verify import verify
+from exporter.model.hub import open_remote
+from exporter.model.source import locate, open_source
+from exporter.publishing.remote_check import verify_remote
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
 from tests.published_artifact import tiny_artifact, tiny_model, write_scores
 
@@ -72,7 +72,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http.time, "sleep", waits.append)
-        monkeypatch.setattr("exporter.proof.verify", partial(verify, load="nothing"))  # its own tests load models
+        monkeypatch.setattr(
+            "exporter.publishing.proof.verify", partial(verify, load="nothing")
+        )  # its own tests load models
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
@@ -248,7 +250,7 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
     old = shutil.copytree(made / "w4", tmp_path / "old")
     (old / "notes.txt").write_text("gone later")
     manifest = json.loads((old / MANIFEST).read_text())
-    from exporter.file_hashes import sha256
+    from exporter.files.file_hashes import sha256
 
     manifest["files"]["notes.txt"] = sha256(old / "notes.txt")
     (old / MANIFEST).write_text(json.dumps(manifest))
@@ -385,14 +387,14 @@ def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hu
 def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a change between looking and uploading is somebody else's."""
     published(made / "w4")
-    existing = exporter.publish.existing
+    existing = exporter.publishing.upload.existing
 
     def looked_then(*arguments: Any) -> Any:
         remote = existing(*arguments)
         hub.add(REPO, hub.files(REPO) | {"new.txt": b"x"})
         return remote
 
-    monkeypatch.setattr("exporter.publish.existing", looked_then)
+    monkeypatch.setattr("exporter.publishing.upload.existing", looked_then)
     assert "somebody else changed it at the same time" in refused(made / "w3")
 
 
@@ -695,7 +697,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "never measured" in mmq(*arguments, "--skip-evaluation", "--push", REPO).output
     assert "not a repository name" in mmq(*arguments, "--push", "tiny").output
     assert not out.exists()
-    from exporter.recipe_file import built_in
+    from exporter.planning.recipe_file import built_in
 
     few = mmq(*arguments, "--push", REPO, "--device", "cpu")
     assert few.exit_code == 5, few.output
@@ -714,7 +716,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert f"{hub.url}/{REPO}/commit/" in result.output
     assert (out / MANIFEST).read_bytes() == hub.files(REPO)[MANIFEST]
     assert '"add_special_tokens": true' in hub.files(REPO)["README.md"].decode()  # LLaVA's template lacks `<s>`
-    monkeypatch.setattr("exporter.cli_publish.check_push", lambda repo, skip: None)
+    monkeypatch.setattr("exporter.commands.publish.check_push", lambda repo, skip: None)
     failing = tmp_path / "failing.yaml"
     failing.write_text(text.replace("method: rtn, bits: 8", "method: rtn, bits: 2"))
     lost = [*arguments, "--recipe", str(failing)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exporter.quantized import (
+from exporter.numerics.quantized import (
     FP8,
     FP8_MAX,
     GroupSize,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from exporter import ranges
 from exporter.methods import rtn
-from exporter.quantized import Scheme, dequantize, quantize
-from exporter.ranges import fit_scale, least_scale
+from exporter.numerics import ranges
+from exporter.numerics.quantized import Scheme, dequantize, quantize
+from exporter.numerics.ranges import fit_scale, least_scale
 
 SCHEMES = [
     Scheme(bits, group, symmetric)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import RecipeError
-from exporter.recipe import Evidence, Rule
-from exporter.recipe_file import built_in, load_recipe, parse_recipe
+from exporter.planning.recipe import Evidence, Rule
+from exporter.planning.recipe_file import built_in, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 WRONG = """

@@ -14,20 +14,20 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from exporter import card
-from exporter.check import Checked, Control, keep
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.data import image_key
 from exporter.device import choose
+from exporter.evaluation.gate_text import sentence
+from exporter.evaluation.report_file import REPORT, Answered, Report
 from exporter.events import ignore
-from exporter.export import export
-from exporter.facts import Facts, folder_reader, read_facts
-from exporter.gate_text import sentence
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.reference import Compared, Distance
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.publishing import card
+from exporter.publishing.artifact_summary import Facts, folder_reader, read_facts
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
-from exporter.report_file import REPORT, Answered, Report
+from exporter.serving.check import Checked, Control, keep
+from exporter.serving.reference import Compared, Distance
 from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted

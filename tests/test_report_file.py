@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError
-from exporter.gates import decided, worst
-from exporter.report_file import REPORT, VERSION, Report, Serving, dump, parse_report, read_report, write_report
+from exporter.evaluation.gates import decided, worst
+from exporter.evaluation.report_file import (
+    REPORT,
+    VERSION,
+    Report,
+    Serving,
+    dump,
+    parse_report,
+    read_report,
+    write_report,
+)
 from tests.test_evaluate import crafted
 
 # As mmq wrote it before reports had a version: drops are full precision minus artifact, gates know two verdicts.

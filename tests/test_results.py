@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.data import CONVENTIONS
 from exporter.errors import DataError
-from exporter.results import read_answers
+from exporter.evaluation.score_file import read_answers
 from tests import layouts
 
 

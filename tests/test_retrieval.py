@@ -15,21 +15,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from exporter.answers import Backend, Model, Store, ask
-from exporter.backends import _asked
-from exporter.batch_size import BatchSize
+from exporter.commands.report_tables import report_page
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
 from exporter.errors import DataError
-from exporter.evaluate import measure as compare_models
+from exporter.evaluation.answers import Backend, Model, Store, ask
+from exporter.evaluation.backends import _asked
+from exporter.evaluation.evaluate import measure as compare_models
 from exporter.events import Event, ignore
-from exporter.facts import read_place
-from exporter.families import FAMILIES
-from exporter.predict import Predictor
-from exporter.recipe_file import load_recipe
+from exporter.inference.batch_size import BatchSize
+from exporter.inference.predict import Predictor
+from exporter.inference.retrieval import _best, _rank, ranked
+from exporter.model.families import FAMILIES
+from exporter.planning.recipe_file import load_recipe
+from exporter.publishing.artifact_summary import read_place
 from exporter.report import collect, html
-from exporter.retrieve import _best, _rank, ranked
-from exporter.show_report import report_page
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
 from exporter.tasks.sample import Pool, Sample, task_of
@@ -324,11 +324,11 @@ def test_recipes_search_as_many_pictures_as_papers_do(name: str) -> None:
 
 def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None:
     """Both models of an export, their answers kept; what was deleted alone is asked again, with the same ranks."""
-    from exporter.artifact import Artifact
-    from exporter.backends import Servers, served
+    from exporter.artifact.artifact import Artifact
     from exporter.device import choose
-    from exporter.export import default_store, evaluation_samples, export, measure
-    from exporter.preparation import prepare
+    from exporter.evaluation.backends import Servers, served
+    from exporter.pipeline.export import default_store, evaluation_samples, export, measure
+    from exporter.pipeline.preparation import prepare
 
     device, out, seen = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})

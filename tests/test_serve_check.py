@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from exporter import check as checking
-from exporter.cli import cli
+from exporter.commands.main import cli
+from exporter.serving import check as checking
 
 EXPORT = ["export", "--recipe", "llava-w4", "--model", "demo-llava", "--samples", "4", "--skip-evaluation"]
 

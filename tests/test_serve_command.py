@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import capability
-from exporter.recipe_file import load_recipe
-from exporter.runtime.faster import FLASHINFER, HUMMING, Faster, faster
-from exporter.runtime.launch import Program, launch
-from exporter.runtime.serve_lint import head_size
-from exporter.runtime.vllm_engine import ending, free_port
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_rules import head_size
+from exporter.serving.faster import FLASHINFER, HUMMING, Faster, faster
+from exporter.serving.launch import Program, launch
+from exporter.serving.vllm_engine import ending, free_port
 from tests.headers.read import load_header
 
 DEMO = str(MODELS["demo-llava"])
@@ -132,7 +132,7 @@ def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
 ) -> None:
     Path(vllm).write_text(Path(vllm).read_text().replace("+cpu", ""))
     for card, code in (((7, 0), 1), ((7, 5), 0), (None, 0)):
-        monkeypatch.setattr("exporter.servable.capability", lambda card=card: card)
+        monkeypatch.setattr("exporter.serving.preflight.capability", lambda card=card: card)
         done = serve(artifact, "--print", "--vllm", vllm)
         assert done.exit_code == code, done.output
         assert ("rule kernel: W4 g128 is not served on compute capability 7.0" in done.stderr) == bool(code)

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
 from exporter.errors import PlanError
-from exporter.families import FAMILIES
-from exporter.plan import engine_linears, make_plan
-from exporter.quantized import Scheme
-from exporter.recipe import Recipe
-from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import serving
-from exporter.runtime.serve_lint import (
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.numerics.quantized import Scheme
+from exporter.planning.plan import engine_linears, make_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_rules import (
     Linear,
     card_problems,
     cpu_problems,
@@ -29,7 +30,6 @@ from exporter.runtime.serve_lint import (
     share,
     unbuilt_problems,
 )
-from exporter.targets import groups, kept_modules
 
 W4, W8, A8 = Scheme(4, 128), Scheme(8, "row"), Scheme(8, "row", activations="int8")
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from exporter import shortage
-from exporter.batch_size import BatchSize
-from exporter.cli import cli
+from exporter import out_of_memory as shortage
+from exporter.commands.main import cli
 from exporter.device import Device
 from exporter.errors import MemoryShortage
-from exporter.shortage import explained, is_shortage, requested_bytes
+from exporter.inference.batch_size import BatchSize
+from exporter.out_of_memory import explained, is_shortage, requested_bytes
 
 CPU = Device(torch.device("cpu"), "CPU", 2**30)
 GPU = Device(torch.device("cuda", 0), "H100", 2**30)
@@ -82,7 +82,7 @@ def test_commands_end_with_the_sentence_and_exit_code_4(options: list[str], monk
     def examine() -> None:
         raise FAILURES["torch on a GPU"]
 
-    monkeypatch.setattr("exporter.doctor.examine", examine)
+    monkeypatch.setattr("exporter.commands.doctor.examine", examine)
     result = CliRunner().invoke(cli, ["doctor", *options])
     assert result.exit_code == 4
     said = json.loads(result.stdout) if options else {"error": result.stderr}

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from exporter import artifact, smooth
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact import artifact
+from exporter.files.shard_writer import ShardWriter
 from exporter.methods import rtn
-from exporter.plan import Plan
-from exporter.quantized import Scheme
-from exporter.recipe import Rule
-from exporter.shards import ShardWriter
-from exporter.workdir import UnitResult, Workdir
+from exporter.model.checkpoint import Checkpoint
+from exporter.numerics.quantized import Scheme
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Rule
+from exporter.quantization import smoothing as smooth
+from exporter.quantization.workdir import UnitResult, Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed
 from tests.test_families import live_model, tiny_inputs
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.checkpoint import Checkpoint
 from exporter.errors import CalibrationError
+from exporter.files.shard_writer import ShardWriter
 from exporter.methods import METHODS, awq, gptq, rtn
-from exporter.moments import Statistics
-from exporter.quantized import QuantizedLinear, Scheme
-from exporter.recipe import Rule
-from exporter.shards import ShardWriter
-from exporter.source_error import MOST, source_error
+from exporter.model.checkpoint import Checkpoint
+from exporter.numerics.hessian import Statistics
+from exporter.numerics.quantized import QuantizedLinear, Scheme
+from exporter.numerics.source_error import MOST, source_error
+from exporter.planning.recipe import Rule
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from exporter import statistics
-from exporter.statistics import (
+from exporter.evaluation import statistics
+from exporter.evaluation.statistics import (
     ASSUMED_SD,
     ends,
     half_width,

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter import steps
 from exporter.device import Device
 from exporter.errors import PlanError
-from exporter.plan import Plan, make_plan
-from exporter.recipe_file import load_recipe
-from exporter.source import open_source
-from exporter.steps import Step, refuse_shortage, step_warnings
+from exporter.model.source import open_source
+from exporter.planning import steps
+from exporter.planning.plan import Plan, make_plan
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.steps import Step, refuse_shortage, step_warnings
 from tests.headers import make
 
 GIB = 2**30

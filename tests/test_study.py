@@ -15,14 +15,16 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.errors import DataError, MmqError, RecipeError
 from exporter.events import Event, ignore
-from exporter.families import FAMILIES
+from exporter.inference.predict import Predictor
 from exporter.methods import METHODS
-from exporter.plan import Unit
-from exporter.predict import Predictor
-from exporter.recipe import Rule
+from exporter.model.families import FAMILIES
+from exporter.planning.plan import Unit
+from exporter.planning.recipe import Rule
+from exporter.planning.whole_model import whole_model
+from exporter.quantization.workdir import UnitResult
 from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
@@ -34,8 +36,6 @@ from exporter.study.table import read_table
 from exporter.study.units import units_of
 from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, opened, setting_of, store_of
 from exporter.tasks import retrieval
-from exporter.whole_model import whole_model
-from exporter.workdir import UnitResult
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double
 

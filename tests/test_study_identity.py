@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from exporter import identity
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.data import places
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError, DataError, LockedError
 from exporter.events import Event, ignore
-from exporter.lock import hold
-from exporter.recipe import Rule
+from exporter.files.folder_lock import hold
+from exporter.planning.recipe import Rule
+from exporter.quantization import identity
+from exporter.quantization.workdir import LOCK
 from exporter.study import pool
 from exporter.study.grid import Point
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Records, checksum
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.work import Setup, examiner, make_units, opened
-from exporter.workdir import LOCK
 from tests.test_identity import another_picture, appended, edit_config, edit_line, flip_signs_in_place, rot, write_data
 
 POINTS = [

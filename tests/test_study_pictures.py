@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.cli import cli
+from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study import gallery, pictures
 from exporter.study.gallery import components_of, gather, paper_points, write_page

@@ -10,17 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter import verify_blocks
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact, verify_blocks
+from exporter.artifact.verify import verify
+from exporter.artifact.verify_whole import refuse_too_large
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.events import ignore
-from exporter.recipe import Recipe
-from exporter.source import open_source
-from exporter.stream import Stream
-from exporter.verify import verify
-from exporter.verify_whole import refuse_too_large
+from exporter.model.source import open_source
+from exporter.model.stream import Stream
+from exporter.planning.recipe import Recipe
 from tests.test_export import quick_export, quick_recipe
 
 pytest.importorskip("compressed_tensors")
@@ -51,9 +50,9 @@ def test_the_whole_model_is_loaded_on_request_and_refused_when_it_does_not_fit(
 ) -> None:
     assert verify(finished, CPU, ignore, load="whole").logit_difference == pytest.approx(0, abs=1e-4)
     need = 8 * Artifact.open(finished).parameters()
-    monkeypatch.setattr("exporter.verify_whole.free_host_bytes", lambda: need)
+    monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need)
     refuse_too_large(Artifact.open(finished))
-    monkeypatch.setattr("exporter.verify_whole.free_host_bytes", lambda: need - 1)
+    monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need - 1)
     with pytest.raises(ArtifactError, match="two copies of the model take"):
         verify(finished, CPU, ignore, load="whole")
 
@@ -92,7 +91,7 @@ def test_a_weight_that_the_library_reads_otherwise_is_named(finished: Path, monk
             linear = replace(linear, codes=codes)
         return linear
 
-    monkeypatch.setattr("exporter.verify._wrong_linears", lambda *_: [])
+    monkeypatch.setattr("exporter.artifact.verify._wrong_linears", lambda *_: [])
     monkeypatch.setattr(Artifact, "linear", moved)
     with pytest.raises(ArtifactError, match=r"layers\.1\.mlp\.up_proj: compressed-tensors decompresses another weight"):
         verify(finished, CPU, ignore)

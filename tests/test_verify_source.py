@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.artifact import Artifact
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.verify import verify
+from exporter.artifact.verify_source import LEAST, row_cosines, unlike_source
 from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.events import ignore
 from exporter.methods import METHODS
-from exporter.quantized import QuantizedLinear, Scheme
-from exporter.source import open_source
-from exporter.verify import verify
-from exporter.verify_source import LEAST, row_cosines, unlike_source
+from exporter.model.source import open_source
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 from tests.test_export import quick_export, quick_recipe
 
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import calibrate
-from exporter.block_calls import _tensors, capture_calls
-from exporter.checkpoint import Checkpoint
 from exporter.device import choose
 from exporter.errors import CalibrationError
-from exporter.forward_hooks import first_output
+from exporter.files.shard_writer import ShardWriter
+from exporter.inference.forward_hooks import first_output
 from exporter.methods import gptq
-from exporter.plan import Plan
-from exporter.recipe import Rule
-from exporter.shards import ShardWriter
-from exporter.workdir import Workdir
+from exporter.model.checkpoint import Checkpoint
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Rule
+from exporter.quantization import calibrate
+from exporter.quantization.block_calls import _tensors, capture_calls
+from exporter.quantization.workdir import Workdir
 from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for, llava_config
 from tests.test_calibrate import plan_for
 from tests.test_families import random_weights

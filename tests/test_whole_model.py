@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exporter.checkpoint import TensorInfo
 from exporter.device import Device
-from exporter.families import FAMILIES, Family
-from exporter.placement import place
-from exporter.source import open_source
-from exporter.stream import build_skeleton
-from exporter.whole_model import ROOM_SHARE, WholeModel, whole_model
+from exporter.model.checkpoint import TensorInfo
+from exporter.model.families import FAMILIES, Family
+from exporter.model.source import open_source
+from exporter.model.stream import build_skeleton
+from exporter.planning.placement import place
+from exporter.planning.whole_model import ROOM_SHARE, WholeModel, whole_model
 from tests.headers import make
 from tests.test_families import random_weights
 

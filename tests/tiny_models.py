@@ -8,8 +8,8 @@ import torch
 
 from bench.random_checkpoint import write_blip2_processor
 from exporter.demo import MODELS
-from exporter.families import Family
-from exporter.shards import ShardWriter
+from exporter.files.shard_writer import ShardWriter
+from exporter.model.families import Family
 from tests.test_families import random_weights
 
 

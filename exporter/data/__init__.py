@@ -1,7 +1,10 @@
-"""Where samples come from. To add a source, write `data/NAME.py` and add a line to `DATA`.
+"""Data sources: where samples come from.
 
-A source's `samples` takes the user's folder (None when none was given), a task, a split, a limit and a seed. In recipes
-and on the command line a source is written `NAME:PATH` (`coco:/data/coco`), `demo`, or as a bare folder.
+Enters: `NAME:PATH` (`coco:/data/coco`), `demo`, or a bare folder; a task, a split, a limit and a seed.
+Leaves: samples with pictures and texts, or every reason why a row cannot be used.
+May import: model, demo, tasks.
+
+To add a source, write `data/NAME.py` and add a line to `DATA`.
 """
 
 import re
@@ -14,7 +17,7 @@ from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
 from exporter.errors import DataError, did_you_mean, one_line
-from exporter.families import FAMILIES
+from exporter.model.families import FAMILIES
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 

@@ -21,7 +21,7 @@ from PIL import Image
 from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
 from exporter.errors import DataError, HubError
-from exporter.hub import speaking
+from exporter.model.hub import speaking
 from exporter.tasks.sample import Sample
 
 SUMS = "sha256.json"

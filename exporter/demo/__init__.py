@@ -1,4 +1,9 @@
-"""The models that travel with mmq: name -> checkpoint folder."""
+"""The embedded models, and the drawings and questions on which they are measured.
+
+Enters: a name (`demo-llava`).
+Leaves: the folder of a checkpoint; samples.
+May import: tasks.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,10 @@
-"""Artifact formats: translations of `QuantizedLinear` into named tensors. To add one, write `formats/NAME.py`
-with what `Format` asks for and add a line to `FORMATS`.
+"""Artifact formats: the bit layout in which a `QuantizedLinear` is stored.
+
+Enters: codes, scales and zero points.
+Leaves: named tensors and the `quantization_config` of config.json; and the way back.
+May import: numerics.
+
+To add one, write `formats/NAME.py` with what `Format` requires and add a line to `FORMATS`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +14,7 @@ from torch import Tensor
 
 from exporter.formats import autoawq, autogptq, compressed_tensors
 from exporter.formats.group import Group
-from exporter.quantized import QuantizedLinear, Scheme
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 
 class Format(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
-from exporter.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "gptq"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from exporter.formats.group import Group
-from exporter.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+from exporter.numerics.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "compressed_tensors"
 # All scales are 1 (docs/explanation/float8.md says when that is enough).

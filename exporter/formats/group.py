@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exporter.quantized import Scheme
+from exporter.numerics.quantized import Scheme
 
 
 @dataclass(frozen=True)

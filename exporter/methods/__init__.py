@@ -1,6 +1,10 @@
 """Quantization methods: pure functions of tensors, one file each.
 
-To add one, write `methods/NAME.py` with what `Method` asks for and add a line to `METHODS`; one that moves scales
+Enters: the weight of a linear and the statistics of its inputs.
+Leaves: codes, scales and zero points (`QuantizedLinear`).
+May import: numerics.
+
+To add one, write `methods/NAME.py` with what `Method` requires and add a line to `METHODS`; a method that moves scales
 (`Smoother`) gets a line in `SMOOTHERS` too.
 """
 
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from exporter.methods import awq, gptq, rtn
 from exporter.methods.options import MethodOptions
-from exporter.quantized import QuantizedLinear, Scheme
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 __all__ = ["METHODS", "SMOOTHERS", "Method", "MethodOptions", "Smoother"]
 

@@ -1,9 +1,9 @@
 """AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
 
-The scales are folded into what comes before (a norm, or another linear; `exporter/folds.py`), so nothing is divided at
-run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which the second
-moments give without running the block again (on a GPU from products in bfloat16), or by that of the block's output. The
-paper's search runs the module around the linears on a sample.
+The scales are folded into the module before (a norm or another linear; `numerics/scale_folding.py`), so nothing is
+divided at run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which the
+second moments give without running the block again (on a GPU from products in bfloat16), or by that of the block's output.
+The paper's search runs the module around the linears on a sample.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from exporter.methods.options import MethodOptions
-from exporter.moments import Statistics, times
-from exporter.quantized import QuantizedLinear, Scheme, dequantize, quantize
-from exporter.ranges import clip_fast, fit_scale, scale_within
+from exporter.numerics.hessian import Statistics, times
+from exporter.numerics.quantized import QuantizedLinear, Scheme, dequantize, quantize
+from exporter.numerics.ranges import clip_fast, fit_scale, scale_within
 
 __all__ = [
     "VERSION",

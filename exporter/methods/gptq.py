@@ -11,12 +11,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from exporter.columns import descend_columns, quantize_columns
-from exporter.factor import PANEL, cut, inverse_factor_
 from exporter.methods.options import MethodOptions
-from exporter.moments import Statistics, times
-from exporter.quantized import Grid, QuantizedLinear, Scheme, dequantize, quantize
-from exporter.ranges import Range, fit_scale
+from exporter.numerics.gptq_columns import descend_columns, quantize_columns
+from exporter.numerics.hessian import Statistics, times
+from exporter.numerics.inverse_cholesky import PANEL, cut, inverse_factor_
+from exporter.numerics.quantized import Grid, QuantizedLinear, Scheme, dequantize, quantize
+from exporter.numerics.ranges import Range, fit_scale
 
 __all__ = ["VERSION", "Options", "Statistics", "quantize_linear"]
 

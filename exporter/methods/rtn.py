@@ -7,8 +7,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from exporter.methods.options import MethodOptions
-from exporter.quantized import QuantizedLinear, Scheme, quantize
-from exporter.ranges import Range, fit_scale
+from exporter.numerics.quantized import QuantizedLinear, Scheme, quantize
+from exporter.numerics.ranges import Range, fit_scale
 
 VERSION = 2
 Statistics = None

@@ -1,15 +1,20 @@
-"""An artifact's report for people: one HTML page that needs nothing else, its content as JSON, and plots as PNG."""
+"""The report of an artifact as one HTML page without external files, as JSON, and as PNG plots.
+
+Enters: the small files of an artifact: manifest, report, config.json.
+Leaves: a page, or a folder of plots.
+May import: publishing, evaluation, artifact, inference, data, tasks, files.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exporter.files.writing import make_folder, write_text
 from exporter.report import charts
 from exporter.report.content import collect
 from exporter.report.pictures import find_pictures, pictures_of, thumbnail
 from exporter.report.plots import write_plots
-from exporter.writing import make_folder, write_text
 
 TEMPLATE = "page.html.jinja"
 

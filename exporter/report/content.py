@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from exporter.facts import Facts, built_in, component_of
-from exporter.gate_text import RULES, SAYS, accepted, incomparable, more_samples
-from exporter.manifest import Manifest
-from exporter.report_file import Answered, Distance, Evaluation, GateResult, Report, Serving
+from exporter.artifact.manifest import Manifest
+from exporter.evaluation.gate_text import RULES, SAYS, accepted, incomparable, more_samples
+from exporter.evaluation.report_file import Answered, Distance, Evaluation, GateResult, Report, Serving
+from exporter.publishing.artifact_summary import Facts, built_in, component_of
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 NEVER = "never evaluated"

@@ -7,10 +7,10 @@ from PIL.Image import Image
 
 from exporter import data
 from exporter.errors import DataError
-from exporter.facts import Facts
-from exporter.openai_client import data_url
+from exporter.evaluation.report_file import Answered
+from exporter.inference.openai_client import data_url
+from exporter.publishing.artifact_summary import Facts
 from exporter.report.content import CHANGED_SHOWN
-from exporter.report_file import Answered
 from exporter.tasks.sample import Sample
 
 LONGEST = 288  # pixels of the longer side: sharp at 144 CSS pixels on a dense screen

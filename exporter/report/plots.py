@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import DataError
-from exporter.writing import atomic, make_folder
+from exporter.files.writing import atomic, make_folder
 
 BLUE, GRAY, RED = "#1f5fbf", "#8a8f98", "#b3261e"
 DPI = 150

@@ -1,1 +1,7 @@
-"""Which parts of a model matter, measured: grids of settings, importance, and bits chosen under a size budget."""
+"""Studies: which parts of a model matter, and how many bits each part gets under a size budget.
+
+Enters: a grid of settings or a budget, a model, data.
+Leaves: a table of scores with intervals, plots, a recipe.
+May import: pipeline, evaluation, artifact, quantization, planning, inference, data, model, demo, tasks, formats,
+methods, numerics, files.
+"""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.errors import DataError, PlanError
-from exporter.recipe import Rule
+from exporter.planning.recipe import Rule
 
 COST_SCALE = 1e4  # costs are scaled up to this, since the solver takes differences of 1e-6 for none
 POINTS = 25  # budgets between the smallest and the full size that make up the front

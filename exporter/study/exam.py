@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from exporter.families import Family
-from exporter.predict import Conversations, conversations
+from exporter.inference.predict import Conversations, conversations
+from exporter.model.families import Family
 from exporter.study.search_exam import Search
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample

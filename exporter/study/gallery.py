@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exporter.errors import DataError, did_you_mean
-from exporter.openai_client import data_url
+from exporter.files.writing import atomic, make_folder, write_text
+from exporter.inference.openai_client import data_url
 from exporter.study import pictures
 from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
 from exporter.study.records import FILE, Measured, columns, is_full, is_whole, kind_of, last_exam, read_records
 from exporter.study.sensitivity import TABLE
 from exporter.study.table import SUFFIX, Table, from_rows, read_csv, require_gain
-from exporter.writing import atomic, make_folder, write_text
 
 TEMPLATE = "page.html.jinja"
 ALLOCATED = "mmq allocate"

@@ -10,11 +10,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from exporter.errors import RecipeError, did_you_mean, wording
-from exporter.families import Family
-from exporter.families.family import Config
 from exporter.methods import METHODS
-from exporter.quantized import GroupSize
-from exporter.recipe import Rule, Strict, known
+from exporter.model.families import Family
+from exporter.model.families.family import Config
+from exporter.numerics.quantized import GroupSize
+from exporter.planning.recipe import Rule, Strict, known
 
 KEPT = 16
 ALL = "all"

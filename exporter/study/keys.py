@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from exporter import identity
-from exporter.answers import digest
-from exporter.changes import changes
-from exporter.checkpoint import Checkpoint
 from exporter.data import image_key
 from exporter.device import Device
 from exporter.errors import DataError
+from exporter.evaluation.answers import digest
 from exporter.events import Event
-from exporter.families import Family
-from exporter.predict import calibration_text
-from exporter.recipe import Recipe
+from exporter.files.mapping_diff import changes
+from exporter.inference.predict import calibration_text
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Family
+from exporter.planning.recipe import Recipe
+from exporter.quantization import identity
 from exporter.tasks.sample import Sample
 
 

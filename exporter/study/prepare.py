@@ -5,9 +5,9 @@ from pathlib import Path
 
 from exporter import data
 from exporter.demo import MODELS
-from exporter.families import Family
-from exporter.recipe import Calibration, Evaluation, Evidence, Model, Recipe, Rule
-from exporter.source import open_source
+from exporter.model.families import Family
+from exporter.model.source import open_source
+from exporter.planning.recipe import Calibration, Evaluation, Evidence, Model, Recipe, Rule
 
 
 def base_recipe(model: str, revision: str | None, places: Sequence[data.Place], samples: int, seed: int) -> Recipe:

@@ -9,18 +9,18 @@ from typing import Any
 import yaml
 
 from exporter import data
+from exporter.artifact.manifest import read_manifest
 from exporter.device import Device
 from exporter.errors import ArtifactError, RecipeError
+from exporter.evaluation.report_file import Measure, Report, read_report
 from exporter.events import Event
-from exporter.export import export
-from exporter.manifest import read_manifest
-from exporter.preparation import with_data_it_knows
-from exporter.recipe import Evaluation, Evidence, Gate, Recipe, Rule
-from exporter.recipe_file import load_recipe
-from exporter.report_file import Measure, Report, read_report
+from exporter.files.writing import make_folder, write_text
+from exporter.pipeline.export import export
+from exporter.pipeline.preparation import with_data_it_knows
+from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, Rule
+from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Place, rules_of
 from exporter.tasks import TASKS
-from exporter.writing import make_folder, write_text
 
 MOST = 0.99  # a gate that allows everything is none
 CLOSE = 0.05  # a drop up to this is called confirmed, and a gate allows no more unless the user does

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from exporter.answers import digest
 from exporter.errors import DataError
-from exporter.writing import make_folder
+from exporter.evaluation.answers import digest
+from exporter.files.writing import make_folder
 
 FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles

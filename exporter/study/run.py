@@ -6,21 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter import data
-from exporter.answers import digest
 from exporter.errors import CheckpointError
+from exporter.evaluation.answers import digest
 from exporter.events import Event
-from exporter.export import training_samples
-from exporter.identity import method_versions, of_source
+from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
-from exporter.processor import load_processor
-from exporter.recipe import Rule
+from exporter.model.processor import load_processor
+from exporter.pipeline.export import training_samples
+from exporter.planning.recipe import Rule
+from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
 from exporter.study.pool import Pool
 from exporter.study.records import Measured, Records, as_csv
 from exporter.study.units import StudyUnit, units_of
 from exporter.study.work import CHANGED, Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
-from exporter.writing import make_folder, write_text
 
 Listener = Callable[[Event], None]
 

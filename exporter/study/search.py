@@ -7,8 +7,8 @@ from typing import Any
 from exporter import data
 from exporter.errors import PlanError, RecipeError
 from exporter.events import Event
-from exporter.quantized import GroupSize
-from exporter.recipe import Recipe
+from exporter.numerics.quantized import GroupSize
+from exporter.planning.recipe import Recipe
 from exporter.study import propose
 from exporter.study.allocate import POINTS, Allocation, Place, front, need_solver, rules_of, solve
 from exporter.study.grid import Point

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.batch_size import BatchSize
-from exporter.retrieve import PIECE, Searched, answer, candidates, pixels_of, scored, search
-from exporter.row_store import RowStore
+from exporter.inference.batch_size import BatchSize
+from exporter.inference.retrieval import PIECE, Searched, answer, candidates, pixels_of, scored, search
+from exporter.inference.row_store import RowStore
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Pool, Sample
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from exporter.errors import PlanError
-from exporter.families import Component
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
-from exporter.quantized import GroupSize, Scheme
-from exporter.recipe import Rule
-from exporter.runtime.kernels import serving
+from exporter.model.families import Component
+from exporter.numerics.quantized import GroupSize, Scheme
+from exporter.planning.recipe import Rule
+from exporter.planning.vllm_kernels import serving
 from exporter.study.allocate import Option, Place
 from exporter.study.grid import Point
 from exporter.study.pool import Pool

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from exporter.plan import Unit
-from exporter.workdir import UnitResult
+from exporter.planning.plan import Unit
+from exporter.quantization.workdir import UnitResult
 
 
 class Setting:

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 
 from exporter.amounts import size
-from exporter.recipe import Rule
+from exporter.planning.recipe import Rule
 from exporter.study.propose import Confirmed
 from exporter.study.search import Found, Tried
 from exporter.study.show import Whole

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter import calibrate
-from exporter.answers import digest
-from exporter.checkpoint import Checkpoint
 from exporter.device import Device
+from exporter.evaluation.answers import digest
 from exporter.events import ignore
-from exporter.job import Job
+from exporter.files.writing import make_folder
 from exporter.methods import METHODS
-from exporter.plan import Plan, PlanRow, Unit
-from exporter.smooth import Folding
-from exporter.workdir import UnitResult, Workdir
-from exporter.writing import make_folder
+from exporter.model.checkpoint import Checkpoint
+from exporter.planning.plan import Plan, PlanRow, Unit
+from exporter.quantization import calibrate
+from exporter.quantization.block_io import Job
+from exporter.quantization.smoothing import Folding
+from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 1  # raise it when this file changes the numbers
 Batch = dict[str, Tensor]

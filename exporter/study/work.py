@@ -11,30 +11,31 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from exporter import calibrate, data
-from exporter.checkpoint import Checkpoint
+from exporter import data
 from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError, WorkdirError
 from exporter.events import ignore
-from exporter.export import training_samples
-from exporter.families import Family
-from exporter.passing_blocks import by_block, pass_blocks
-from exporter.plan import Plan, Unit, make_plan
-from exporter.predict import Predictor, batches
-from exporter.preparation import with_data_it_knows
-from exporter.processor import load_processor
-from exporter.processor_check import check_libraries
-from exporter.recipe import Recipe, Rule
-from exporter.source import open_source
-from exporter.stream import Stream
+from exporter.inference.block_streaming import by_block, pass_blocks
+from exporter.inference.predict import Predictor, batches
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Family
+from exporter.model.processor import load_processor
+from exporter.model.processor_check import check_libraries
+from exporter.model.source import open_source
+from exporter.model.stream import Stream
+from exporter.pipeline.export import training_samples
+from exporter.pipeline.preparation import with_data_it_knows
+from exporter.planning.plan import Plan, Unit, make_plan
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.whole_model import whole_model
+from exporter.quantization import calibrate
+from exporter.quantization.workdir import UnitResult, Workdir
 from exporter.study import exam
 from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
 from exporter.study.setting import Setting
 from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
-from exporter.whole_model import whole_model
-from exporter.workdir import UnitResult, Workdir
 
 CHANGED = "let whatever writes to it finish, then run the same command again"
 How = Literal["forced", "generated"]

@@ -1,6 +1,11 @@
-"""Tasks: how answers are scored. To add one, write `tasks/NAME.py` with what `Task` asks for and add a line to `TASKS`.
+"""Tasks: how answers are scored.
 
-Prompts belong to the family, samples to the data source; a task only scores.
+Enters: samples with their references, and answers.
+Leaves: one score per sample for each metric.
+May import: no other room.
+
+To add one, write `tasks/NAME.py` with what `Task` requires and add a line to `TASKS`. Prompts belong to the family,
+samples to the data source.
 """
 
 from collections.abc import Mapping, Sequence

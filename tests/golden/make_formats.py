@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.formats import FORMATS
-from exporter.quantized import QuantizedLinear, Scheme
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 HERE = Path(__file__).parent
 GPTQ = [Scheme(bits, 32) for bits in (2, 3, 4, 8)] + [Scheme(4, "row"), Scheme(3, "row")]

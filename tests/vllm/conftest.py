@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from exporter.device import choose
-from exporter.export import export
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.runtime.launch import Program, find_program
-from exporter.runtime.vllm_engine import free_port
+from exporter.pipeline.export import export
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.serving.launch import Program, find_program
+from exporter.serving.vllm_engine import free_port
 from tests.vllm.served import Served
 
 RECIPES = {"demo-llava": "llava-w4-vit8a8", "demo-blip2": "blip2-caption-w4"}  # what also runs on a CPU

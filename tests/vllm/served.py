@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from exporter.families import Family
-from exporter.openai_client import png
-from exporter.predict import prompt_text
-from exporter.runtime.launch import Launch, Program
-from exporter.runtime.vllm_engine import Engine, Reply
-from exporter.source import open_source
+from exporter.inference.openai_client import png
+from exporter.inference.predict import prompt_text
+from exporter.model.families import Family
+from exporter.model.source import open_source
+from exporter.serving.launch import Launch, Program
+from exporter.serving.vllm_engine import Engine, Reply
 from exporter.tasks.sample import Sample
 
 MMQ = str(Path(sys.executable).with_name("mmq"))

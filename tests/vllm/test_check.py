@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from exporter.recipe import Recipe
-from exporter.recipe_file import load_recipe
-from exporter.runtime.launch import Program
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.serving.launch import Program
 from tests.vllm.conftest import RECIPES
 from tests.vllm.served import mmq
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exporter.recipe import Recipe
-from exporter.runtime.launch import Program
-from exporter.runtime.vllm_engine import free_port
+from exporter.planning.recipe import Recipe
+from exporter.serving.launch import Program
+from exporter.serving.vllm_engine import free_port
 from tests.vllm.served import mmq
 
 SHARED = {  # groups of 32: demo-llava's row-parallel linears have inputs for two devices

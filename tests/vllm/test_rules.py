@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.checkpoint import Checkpoint
+from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
-from exporter.families import FAMILIES
 from exporter.formats.compressed_tensors import quantization_config, supports
 from exporter.formats.group import Group
-from exporter.plan import engine_linears, make_plan
-from exporter.quantized import Scheme
-from exporter.recipe_file import built_in, load_recipe
-from exporter.runtime.kernels import (
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.numerics.quantized import Scheme
+from exporter.planning.plan import engine_linears, make_plan
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.vllm_kernels import (
     ARCHITECTURES,
     FP8_CUTLASS,
     FP8_MARLIN,
@@ -29,7 +30,7 @@ from exporter.runtime.kernels import (
     W4A8_CUTLASS,
     serving,
 )
-from exporter.runtime.serve_lint import (
+from exporter.planning.vllm_rules import (
     ROW_PARALLEL,
     Linear,
     card_problems,
@@ -38,7 +39,6 @@ from exporter.runtime.serve_lint import (
     parallel_problems,
     share,
 )
-from exporter.targets import groups, kept_modules
 
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.cli_serve import questions
+from exporter.commands.serve import questions
 from exporter.errors import ServeError
-from exporter.openai_client import message, png
-from exporter.predict import prompt_text
-from exporter.runtime.vllm_engine import post
+from exporter.inference.openai_client import message, png
+from exporter.inference.predict import prompt_text
+from exporter.serving.vllm_engine import post
 from exporter.tasks.sample import Sample
 from tests.vllm.served import CLIENTS, LONGEST, Served, alive, mmq
 

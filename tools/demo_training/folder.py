@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.demo.language import vocabulary
 from exporter.demo.scenes import SIDE
-from exporter.families.llava import canonical_name
+from exporter.model.families.llava import canonical_name
 
 PATCH = 8  # pixels; 64 image tokens. Patch 16 trained worse.
 HIDDEN, VISION_MLP, TEXT_MLP, VOCABULARY = 128, 512, 384, 256  # multiples of 128: group sizes and serving kernels

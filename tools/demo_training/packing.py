@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.demo.scenes import SIDE
-from exporter.families.llava import FAMILY
+from exporter.model.families.llava import FAMILY
 from tools.demo_training.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, tokenizer
 
 IMAGE_TOKENS = (SIDE // PATCH) ** 2

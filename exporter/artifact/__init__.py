@@ -1,0 +1,6 @@
+"""The artifact: written, reopened, verified.
+
+Enters: finished units, the plan, the source checkpoint.
+Leaves: a folder that vLLM opens, its manifest, and a `Verified`.
+May import: quantization, planning, inference, model, tasks, formats, numerics, files.
+"""

@@ -1,0 +1,90 @@
+"""From finished units to the artifact's shards; units are read ahead, hashed and written at the same time."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.artifact.artifact_config import cache_scales
+from exporter.events import Event
+from exporter.files.shard_writer import SHARD_BYTES, ShardWriter
+from exporter.formats import FORMATS
+from exporter.model.checkpoint import Checkpoint
+from exporter.numerics.quantized import QuantizedLinear, pack_bits
+from exporter.planning.plan import Plan, PlanRow, Unit, stored_scale_dtype
+from exporter.quantization.block_io import finite
+from exporter.quantization.workdir import UnitResult, Workdir
+
+HASHING = 4  # threads; hashlib releases the interpreter, and each thread holds a linear on the host
+
+
+@dataclass(frozen=True)
+class Written:
+    """What lies on disk. files: shard -> sha256. digests: module of a packed linear -> `digest`."""
+
+    files: dict[str, str]
+    digests: dict[str, str]
+
+
+def write_tensors(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    workdir: Workdir,
+    folder: Path,
+    device: torch.device,
+    on_event: Callable[[Event], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> Written:
+    """Every tensor of the source, packed or as it was (CheckpointError when a source tensor is not finite)."""
+    writer = ShardWriter(folder, shard_bytes)
+    for row in plan.rows:
+        if not any(_inside(row, unit) for unit in plan.units):
+            writer.add(row.tensor.name, finite(checkpoint, row.tensor.name, checkpoint.read(row.tensor.name)))
+    for name in cache_scales(plan):
+        writer.add(name, torch.ones(1, dtype=torch.bfloat16))
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1 + HASHING, "unit") as pool:
+        ahead = {unit.index: pool.submit(workdir.read, unit, device) for unit in plan.units[:1]}
+        for unit, following in zip(plan.units, (*plan.units[1:], None), strict=True):
+            result = ahead.pop(unit.index).result()
+            if following:
+                ahead[following.index] = pool.submit(workdir.read, following, device)
+            on_event(Event("write", unit.index + 1, len(plan.units), unit.block))
+            packed = [row.module for row in unit.rows if row.decision == "packed"]
+            hashing = {module: pool.submit(digest, result.linears[module]) for module in packed}
+            for row in plan.rows:
+                if _inside(row, unit):
+                    for name, tensor in _stored_tensors(plan, checkpoint, row, result).items():
+                        writer.add(name, tensor.cpu())
+            for future in hashing.values():
+                future.result()  # before the next unit, so that no more than two are in memory
+            digests |= hashing
+    return Written(writer.finish(), {module: future.result() for module, future in digests.items()})
+
+
+def _inside(row: PlanRow, unit: Unit) -> bool:
+    """Whether a tensor lies in a unit's block: its linears, and the norms and biases beside them."""
+    return row.tensor.name.startswith(unit.block + ".")
+
+
+def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: UnitResult) -> dict[str, Tensor]:
+    """What the artifact holds for one tensor of a finished block, by the names it has there."""
+    name = row.tensor.name
+    if row.decision == "packed":
+        return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
+    if row.decision == "dequantized":
+        return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
+    kept = result.altered[name] if name in result.altered else checkpoint.read(name)
+    return {name: finite(checkpoint, name, kept)}
+
+
+def digest(linear: QuantizedLinear) -> str:
+    """sha256 over codes, scales and zero points: the identity of a quantized linear in any format."""
+    hasher = hashlib.sha256()
+    for tensor in (pack_bits(linear.codes, linear.scheme.bits), linear.scale, linear.zero):
+        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

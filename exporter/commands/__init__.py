@@ -1,0 +1,7 @@
+"""The command line: one file per command, tables, progress.
+
+Enters: arguments.
+Leaves: text, JSON lines and exit codes.
+May import: study, report, publishing, pipeline, serving, evaluation, artifact, quantization, planning, inference,
+data, model, demo, tasks, files.
+"""

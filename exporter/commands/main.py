@@ -1,0 +1,238 @@
+"""The `mmq` command and its first subcommands; `cli_NAME.py` hold the others, `cli_options.py` what they share."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from exporter.commands.allocate import allocate
+from exporter.commands.data import datasets, score
+from exporter.commands.evaluate import evaluate
+from exporter.commands.options import (
+    adapter_option,
+    adjusted,
+    data_option,
+    device_option,
+    eval_batch_option,
+    eval_samples_option,
+    json_option,
+    model_option,
+    recipe_option,
+    reports_errors,
+    revision_option,
+    samples_option,
+    say,
+    skip_evaluation_option,
+)
+from exporter.commands.plan import plan, show_plan
+from exporter.commands.publish import check_push, diff, publish, verify_published
+from exporter.commands.report import report
+from exporter.commands.serve import check, need_program, serve, vllm_option
+from exporter.commands.study import study
+from exporter.data import places
+from exporter.errors import Interrupted
+from exporter.model.hub import PREFIX
+from exporter.planning.recipe_file import built_in, load_recipe
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
+    "130 interrupted."
+)
+
+
+def main() -> None:
+    """The command line, without the library's chatter."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    cli()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(package_name="mmq", prog_name="mmq")
+def cli() -> None:
+    """Quantize LLaVA and BLIP-2 checkpoints, component by component, into artifacts that vLLM serves.
+
+    \b
+    Examples:
+      mmq export --recipe llava-w4-vit8 --model demo-llava   try it: no GPU, no network
+      mmq export --recipe llava-w4-vit8                      LLaVA-1.5-7B on a GPU
+      mmq plan --recipe llava-w4-vit8 --model ./my-llava     what would happen, in seconds
+    """
+
+
+@cli.command()
+@recipe_option
+@model_option
+@revision_option
+@adapter_option
+@click.option("--out", type=click.Path(path_type=Path), help="Artifact folder [artifacts/MODEL-RECIPE].")
+@click.option("--work", type=click.Path(path_type=Path), help="Finished blocks [OUT.work, removed at the end].")
+@device_option
+@data_option
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration choice [the recipe's].")
+@samples_option
+@eval_samples_option
+@eval_batch_option
+@skip_evaluation_option
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--serve-check", is_flag=True, help="Then prove its answers through vLLM, as `mmq check` does.")
+@vllm_option
+@click.option("--push", metavar="ORG/NAME", help="Publish it there, privately, once its gates have passed.")
+@click.option("--dry-run", is_flag=True, help="Only plan: the same as `mmq plan`.")
+@json_option
+@reports_errors
+def export(
+    recipe: str,
+    model: str | None,
+    revision: str | None,
+    adapter: str | None,
+    out: Path | None,
+    work: Path | None,
+    device: str,
+    data: tuple[str, ...],
+    seed: int | None,
+    samples: int | None,
+    eval_samples: int | None,
+    eval_batch: int | None,
+    skip_evaluation: bool,
+    overwrite: bool,
+    serve_check: bool,
+    vllm: str | None,
+    push: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize a model by a recipe, verify the artifact and measure what it lost.
+
+    A run that was stopped (Ctrl-C, kill, power) goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      mmq export --recipe llava-w4-vit8 --model demo-llava
+      mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
+      mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
+    """
+    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
+    if dry_run:
+        return show_plan(chosen, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
+    if push:
+        check_push(push, skip_evaluation)
+    if serve_check:
+        need_program(vllm, chosen, device)
+    from exporter.artifact.output import default_work
+    from exporter.commands import tables as show
+    from exporter.commands.progress import Listener
+    from exporter.device import choose
+    from exporter.evaluation.evaluate import raise_unless_accepted
+    from exporter.pipeline.export import export as run
+
+    made_of = [Path(path).name for path in (chosen.model.repo, chosen.model.adapter) if path]
+    target = out or Path("artifacts") / "-".join([*made_of, chosen.name])
+    try:
+        with Listener(as_json) as listen:
+            result = run(
+                chosen,
+                out=target,
+                device=choose(device),
+                on_event=listen,
+                work=work,
+                sources=places(data),
+                overwrite=overwrite,
+                skip_evaluation=skip_evaluation,
+            )
+    except KeyboardInterrupt:
+        kept = f"stopped; finished blocks are kept in {work or default_work(target)}"
+        raise Interrupted(kept, "give the same command again to go on") from None
+    say(show.export_json(result) if as_json else show.export_page(result))
+    if result.report:
+        raise_unless_accepted(result.report, target)
+    if serve_check:
+        shared = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
+        click.get_current_context().invoke(check, **shared)
+    if push:
+        click.get_current_context().invoke(publish, artifact=target, repo=push, device=device, as_json=as_json)
+
+
+@cli.command()
+@click.argument("artifact")
+@device_option
+@click.option("--no-load", is_flag=True, help="Check files and integers only; run nothing in transformers.")
+@click.option("--whole", is_flag=True, help="Also load it whole in transformers: 8 bytes a parameter.")
+@click.option("--source", help="The full-precision model (folder or hub id): every row is compared with its own.")
+@adapter_option
+@json_option
+@reports_errors
+def verify(
+    artifact: str, device: str, no_load: bool, whole: bool, source: str | None, adapter: str | None, as_json: bool
+) -> None:
+    """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
+
+    ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
+    manifest, and no weights are downloaded.
+
+    \b
+    Examples:
+      mmq verify artifacts/demo-llava-w4-vit8
+      mmq verify my-artifact --source ./my-model
+      mmq verify hub:me/llava-1.5-7b-w4
+    """
+    from exporter.artifact.verify import Load
+    from exporter.artifact.verify import verify as run
+    from exporter.commands import tables as show
+    from exporter.commands.progress import Listener
+    from exporter.device import choose
+    from exporter.model.source import open_source
+
+    if artifact.startswith(PREFIX):
+        return verify_published(artifact, as_json)
+    with Listener(as_json) as listen:
+        load: Load = "nothing" if no_load else "whole" if whole else "blocks"
+        original = open_source(source, adapter=adapter)[0] if source else None
+        verified = run(Path(artifact), choose(device), listen, load, original)
+    say(asdict(verified) if as_json else show.verified_line(verified))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+@reports_errors
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the built-in recipes, or print one to copy and change.
+
+    \b
+    Examples:
+      mmq recipes
+      mmq recipes llava-w4-vit8 > mine.yaml
+    """
+    from exporter.commands import tables as show
+
+    if name:
+        load_recipe(name)  # the same errors as everywhere
+        path = built_in().get(name, Path(name))
+        return click.echo(path.read_text(encoding="utf-8"), nl=False)
+    found = [load_recipe(known) for known in built_in()]
+    say([recipe.model_dump(mode="json") for recipe in found] if as_json else show.recipes_table(found))
+
+
+@cli.command()
+@json_option
+@reports_errors
+def doctor(as_json: bool) -> None:
+    """Show the machine as mmq sees it: versions, devices, memory, hub cache, optional packages."""
+    from exporter.commands.doctor import examine
+
+    found = examine()
+    say(found if as_json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
+
+
+cli.add_command(plan)
+cli.add_command(evaluate)
+cli.add_command(report)
+cli.add_command(serve)
+cli.add_command(check)
+cli.add_command(publish)
+cli.add_command(diff)
+cli.add_command(datasets)
+cli.add_command(score)
+cli.add_command(study)
+cli.add_command(allocate)

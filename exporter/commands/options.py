@@ -1,0 +1,123 @@
+"""What commands share: options, errors as messages with exit codes, and printing a result."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from exporter.data import places
+from exporter.demo import MODELS
+from exporter.errors import GateFailed, GateNotResolved, MmqError
+from exporter.planning.recipe import Recipe
+
+recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
+model_option = click.option(
+    "--model", metavar="MODEL", help=f"Hub id, local folder or {' or '.join(MODELS)} [the recipe's model]."
+)
+revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the full-precision model."
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
+)
+samples_option = click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
+eval_samples_option = click.option(
+    "--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's]."
+)
+eval_batch_option = click.option(
+    "--eval-batch",
+    type=click.IntRange(min=1),
+    help="Most test samples at once; fewer where memory is short [the recipe's].",
+)
+skip_evaluation_option = click.option(
+    "--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven."
+)
+data_option = click.option(
+    "--data",
+    metavar="SOURCE",
+    multiple=True,
+    help="Calibrate and evaluate on: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
+    "gqa, hub); repeat for a source each task. [the recipe's]",
+)
+artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an MmqError into a message and its exit code; MMQ_DEBUG=1 shows the traceback too."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MmqError as error:
+            if os.environ.get("MMQ_DEBUG"):
+                raise
+            fail(error, bool(kwargs.get("as_json")))
+        except (RuntimeError, MemoryError, OSError) as error:
+            problem = _shortage(error, str(kwargs.get("device", "cpu")))
+            if problem is None or os.environ.get("MMQ_DEBUG"):
+                raise
+            fail(problem, bool(kwargs.get("as_json")))
+
+    return run
+
+
+def _shortage(error: Exception, device: str) -> MmqError | None:
+    """What to say of an error that is no MmqError: memory ran out outside of a step that says so itself."""
+    from exporter.device import choose
+    from exporter.out_of_memory import is_shortage, shortage
+
+    if not is_shortage(error):
+        return None
+    command = click.get_current_context().command_path
+    return shortage(error, command, choose(device), advice="a smaller batch, fewer samples, or --device cpu take less")
+
+
+def fail(error: MmqError, as_json: bool) -> NoReturn:
+    """Say what went wrong and what to do next, and end with the error's exit code."""
+    if as_json and not isinstance(error, GateFailed | GateNotResolved):  # they are in the result, which was printed
+        said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
+        click.echo(json.dumps(said))
+    else:
+        click.echo(f"{error.label}: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"Hint: {error.hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+def say(result: Any) -> None:
+    """Print a result: plain data as one JSON line, anything else as rich renders it."""
+    if isinstance(result, dict | list):
+        click.echo(json.dumps(result))
+    else:
+        Console(highlight=False, markup=False, soft_wrap=True).print(result)
+
+
+def adjusted(
+    recipe: Recipe,
+    model: str | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    data: Sequence[str] = (),
+    eval_batch: int | None = None,
+    adapter: str | None = None,
+) -> Recipe:
+    """The recipe with what the command line overrides; another model drops the recipe's revision."""
+    if model:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
+    named = [one.name for one in places(data)] or None
+    return recipe.adjusted(
+        model={"repo": model, "revision": revision, "adapter": adapter},
+        calibration={"seed": seed, "samples": samples, "data": named},
+        evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
+    )

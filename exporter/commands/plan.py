@@ -1,0 +1,93 @@
+"""The command that plans: what an export would do, without doing it."""
+
+import click
+
+from exporter.commands.options import (
+    adapter_option,
+    adjusted,
+    device_option,
+    eval_batch_option,
+    eval_samples_option,
+    json_option,
+    model_option,
+    recipe_option,
+    reports_errors,
+    revision_option,
+    samples_option,
+    say,
+    skip_evaluation_option,
+)
+from exporter.commands.serve import serve_on_option
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_kernels import read_hardware
+
+
+@click.command()
+@recipe_option
+@model_option
+@revision_option
+@adapter_option
+@device_option
+@samples_option
+@eval_samples_option
+@eval_batch_option
+@skip_evaluation_option
+@click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
+@serve_on_option
+@json_option
+@reports_errors
+def plan(
+    recipe: str,
+    model: str | None,
+    revision: str | None,
+    adapter: str | None,
+    device: str,
+    samples: int | None,
+    eval_samples: int | None,
+    eval_batch: int | None,
+    skip_evaluation: bool,
+    every_tensor: bool,
+    serve_on: str | None,
+    as_json: bool,
+) -> None:
+    """Show what an export would do, from file headers alone: decisions, sizes, serving kernels, and of every step the
+    peak memory and the time.
+
+    \b
+    Examples:
+      mmq plan --recipe llava-w4-vit8 --model demo-llava
+      mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
+      mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
+    """
+    own = load_recipe(recipe)
+    chosen = adjusted(own, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter)
+    show_plan(chosen, device, every_tensor, skip_evaluation, as_json, serve_on)
+
+
+def show_plan(
+    recipe: Recipe,
+    device: str,
+    every_tensor: bool,
+    skip_evaluation: bool,
+    as_json: bool,
+    serve_on: str | None = None,
+) -> None:
+    """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
+    from exporter.commands import tables as show
+    from exporter.commands.progress import Listener
+    from exporter.device import choose
+    from exporter.pipeline.preparation import prepare
+    from exporter.planning.steps import step_warnings
+
+    chosen = choose(device)
+    with Listener(as_json) as listen:
+        found, checkpoint = prepare(recipe, chosen, headers_only=True, on_event=listen)
+    if serve_on:
+        from exporter.serving.preflight import refuse_plan
+
+        refuse_plan(found, checkpoint.config, read_hardware(serve_on))
+    warnings = step_warnings(found.steps, chosen, skip_evaluation)
+    if as_json:
+        return say(show.plan_json(found, every_tensor, warnings))
+    say(show.plan_page(found, chosen, every_tensor, warnings))

@@ -1,8 +1,0 @@
-"""Model families mmq knows. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
-
-from exporter.families import blip2, llava
-from exporter.families.family import Component, Family, Pass, Smoothing
-
-FAMILIES: dict[str, Family] = {"llava": llava.FAMILY, "blip2": blip2.FAMILY, "blip2-itm": blip2.RETRIEVAL}
-
-__all__ = ["FAMILIES", "Component", "Family", "Pass", "Smoothing"]

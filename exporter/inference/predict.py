@@ -1,0 +1,199 @@
+"""Prompts, batches, answers and log-likelihoods, by transformers in this process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.events import Event, ignore
+from exporter.inference.batch_size import BatchSize
+from exporter.inference.encoding import Inputs, encode, render, reply_end
+from exporter.inference.retrieval import ranked
+from exporter.model.families import Family
+from exporter.tasks.sample import Sample, task_of
+
+
+def prompt_text(family: Family, sample: Sample) -> str:
+    """What the user says beside the image, without any template."""
+    return family.text(sample.question)
+
+
+def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Inputs:
+    """Model inputs of one sample's picture and prompt, a batch of one on the CPU."""
+    return encode(processor, family, [sample], [None], "right")
+
+
+def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Inputs]:
+    """Model inputs to calibrate on, in order, on the CPU: prompt, first reference, end of sequence.
+
+    `input_ids` and `attention_mask` int64 `[batch, tokens]` padded on the right (no row of a causal mask is then
+    empty), `pixel_values` f32 `[batch, 3, height, width]`, and whatever else the processor makes.
+    """
+    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    return [encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
+
+
+def calibration_text(processor: Any, family: Family, sample: Sample) -> str:
+    """The text of one sample in `batches`: its prompt, its first reference, and what ends a reply."""
+    return render(processor, family, sample, _reply(sample))
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Model inputs of some samples with their replies, padded on the right, and where the replies are.
+
+    starts: for each row the place of the reply's first token. replies: for each row its token ids, the end included.
+    """
+
+    inputs: Inputs
+    starts: tuple[int, ...]
+    replies: tuple[Tensor, ...]
+
+
+def conversations(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Conversations]:
+    """Samples with their first reference as the reply, in order, on the CPU (ValueError when one has none)."""
+    bare = [sample.identity for sample in samples if not sample.references]
+    if bare:
+        raise ValueError(f"{bare[0]} has no reference")
+    found = []
+    for start in range(0, len(samples), batch_size):
+        group = samples[start : start + batch_size]
+        prompts = encode(processor, family, group, [None] * len(group), "right")
+        whole = encode(processor, family, group, [_reply(s) for s in group], "right")
+        ids = [(_tokens(prompts, row), _tokens(whole, row)) for row in range(len(group))]
+        starts = tuple(_reply_start(prompt, full) for prompt, full in ids)
+        replies = tuple(full[at:] for (_, full), at in zip(ids, starts, strict=True))
+        found.append(Conversations(whole, starts, replies))
+    return found
+
+
+def _reply(sample: Sample) -> str | None:
+    return sample.references[0] if sample.references else None
+
+
+class Predictor:
+    """A transformers model with its processor, ready to answer.
+
+    model: on `device`, in evaluation mode. Answers are greedy, so they depend on nothing but weights and inputs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        family: Family,
+        device: torch.device,
+        batch_size: int,
+        on_event: Callable[[Event], None] = ignore,
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._family = family
+        self._device = device
+        self._batch_size = BatchSize(batch_size, lambda large, small: on_event(_smaller(large, small)))
+
+    def close(self) -> None:
+        """Let go of the model, whoever still holds this."""
+        self._model = None
+
+    def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
+        """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left.
+
+        A batch that runs out of memory is halved, and so are those after it.
+        """
+        searching = [i for i, sample in enumerate(samples) if sample.among is not None]
+        if searching:
+            wanted = [samples[i] for i in searching]
+            for piece in ranked(self._model, self._processor, wanted, self._device, self._batch_size):
+                yield {searching[number]: answer for number, answer in piece.items()}
+        for task, numbers in self._by_task(samples):
+            yield from self._batch_size.each(numbers, partial(self._batch, task, samples))
+
+    @torch.inference_mode()
+    def _batch(self, task: str, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, str]:
+        inputs = self._inputs([samples[i] for i in chosen], [None] * len(chosen), "left")
+        made = self._model.generate(**inputs, generation_config=self._greedy(task))
+        new = made[:, inputs["input_ids"].shape[1] :]
+        return {i: text.strip() for i, text in zip(chosen, self._decode(new), strict=True)}
+
+    def answer(self, samples: Sequence[Sample], on_event: Callable[[Event], None] = ignore) -> list[str]:
+        """One answer a sample; one event a batch."""
+        answers: dict[int, str] = {}
+        for piece in self.pieces(samples):
+            answers |= piece
+            on_event(Event("evaluate", len(answers), len(samples), task_of(samples[min(piece)])))
+        return [answers[i] for i in range(len(samples))]
+
+    @torch.inference_mode()
+    def log_likelihood(self, samples: Sequence[Sample]) -> list[float]:
+        """Mean natural log-probability a token of the first reference and its end token, given picture and prompt.
+
+        Every sample needs a reference (ValueError).
+        """
+        bare = [sample.identity for sample in samples if not sample.references]
+        if bare:
+            raise ValueError(f"{bare[0]} has no reference")
+        likelihoods: dict[int, float] = {}
+        for _, numbers in self._by_task(samples):
+            for piece in self._batch_size.each(numbers, partial(self._likelihoods, samples)):
+                likelihoods |= piece
+        return [likelihoods[i] for i in range(len(samples))]
+
+    def _likelihoods(self, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, float]:
+        group = [samples[i] for i in chosen]
+        prompts = self._inputs(group, [None] * len(group), "right")
+        whole = self._inputs(group, [s.references[0] for s in group], "right")
+        logits = self._model(**whole, use_cache=False).logits  # [batch, tokens, vocabulary]
+        rows = enumerate(chosen)
+        return {i: _reply_likelihood(logits[row], _tokens(prompts, row), _tokens(whole, row)) for row, i in rows}
+
+    def _by_task(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
+        """Numbers of the samples of each task that is answered in words."""
+        for task in sorted({task_of(sample) for sample in samples} - {"retrieval"}):
+            yield task, [i for i, sample in enumerate(samples) if task_of(sample) == task]
+
+    def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Inputs:
+        encoded = encode(self._processor, self._family, samples, replies, side)
+        dtype = next(self._model.parameters()).dtype
+        return {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in encoded.items()}
+
+    def _decode(self, tokens: Tensor) -> list[str]:
+        return [str(text) for text in self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _greedy(self, task: str) -> Any:
+        """All that decides how tokens are chosen, whatever the checkpoint's own generation settings say."""
+        from transformers import GenerationConfig
+
+        tokenizer = self._processor.tokenizer
+        _, ends = reply_end(tokenizer, self._family)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        longest = self._family.max_new_tokens[task]
+        return GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
+        )
+
+
+def _smaller(large: int, small: int) -> Event:
+    return Event("note", 0, 0, f"out of memory with {large} samples at a time: going on with {small}")
+
+
+def _tokens(inputs: Inputs, row: int) -> Tensor:
+    """Token ids `[tokens]` of one row without padding."""
+    return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+
+
+def _reply_likelihood(logits: Tensor, prompt: Tensor, whole: Tensor) -> float:
+    """logits `[tokens, vocabulary]` of a row padded on the right; what `whole` has beyond `prompt` is the reply."""
+    start = _reply_start(prompt, whole)
+    log_probabilities = logits[start - 1 : len(whole) - 1].float().log_softmax(-1)
+    return float(log_probabilities.gather(1, whole[start:, None]).mean())
+
+
+def _reply_start(prompt: Tensor, whole: Tensor) -> int:
+    """Where the token ids `whole` leave those of `prompt`: the first token of the reply."""
+    shared = min(len(prompt), len(whole))
+    differs = (prompt[:shared] != whole[:shared]).nonzero()
+    return int(differs[0]) if len(differs) else shared

@@ -1,0 +1,106 @@
+"""What BLIP-2's config.json says: its parts and fields, counts that follow from them, and the tensors it asks for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.model.families.config_fields import MOST_ROWS, Flag, Number, Values
+from exporter.model.families.parts import qformer, text, vision
+from exporter.model.families.parts.part import Shapes, below, linear, size_of
+
+PARTS = {
+    "vision_config": {"blip_2_vision_model": vision.BLIP2},
+    "qformer_config": {"blip_2_qformer": qformer.QFORMER},
+    "text_config": {"opt": text.OPT},
+}
+FIELDS = (
+    Number("num_query_tokens", 32, most=1024),
+    Number("image_token_index", 0, least=0, most=MOST_ROWS, null=lambda values: 0),
+    Flag("use_decoder_only_language_model", True),
+)
+
+
+def _seen_shapes(sizes: Mapping[str, Values]) -> Shapes:
+    """Tensors up to the Q-Former, which reads what the ViT makes whatever its own config says of that width."""
+    former = {**sizes["qformer_config"], "encoder_hidden_size": sizes["vision_config"]["hidden_size"]}
+    whole: Shapes = {"query_tokens": (1, sizes[""]["num_query_tokens"], former["hidden_size"])}
+    whole |= below("vision_model", vision.BLIP2.shapes(sizes["vision_config"]))
+    return whole | below("qformer", qformer.QFORMER.shapes(former))
+
+
+def shapes(sizes: Mapping[str, Values]) -> Shapes:
+    """Every tensor of a checkpoint that answers in words."""
+    words, width = sizes["text_config"], sizes["qformer_config"]["hidden_size"]
+    whole = _seen_shapes(sizes) | linear("language_projection", words["hidden_size"], width)
+    whole |= below("language_model.model.decoder", text.OPT.shapes(words))
+    if not words["tie_word_embeddings"]:
+        whole["language_model.lm_head.weight"] = (words["vocab_size"], words["word_embed_proj_dim"])
+    return whole
+
+
+def retrieval_shapes(sizes: Mapping[str, Values]) -> Shapes:
+    """Every tensor of a checkpoint with contrastive and matching heads."""
+    former, joint = sizes["qformer_config"], sizes[""]["image_text_hidden_size"]
+    width = former["hidden_size"]
+    whole = _seen_shapes(sizes) | linear("vision_projection", joint, width) | linear("text_projection", joint, width)
+    whole["embeddings.word_embeddings.weight"] = (former["vocab_size"], width)
+    whole["embeddings.position_embeddings.weight"] = (former["max_position_embeddings"], width)
+    return whole | linear("itm_head", 2, width)
+
+
+def vision_blocks(config: Mapping[str, Any]) -> int:
+    """Blocks of the ViT."""
+    return int(size_of(PARTS, config, "vision_config", "num_hidden_layers"))
+
+
+def image_positions(config: Mapping[str, Any]) -> int:
+    """Patches and the class token."""
+    return int((picture_side(config) // size_of(PARTS, config, "vision_config", "patch_size")) ** 2) + 1
+
+
+def picture_side(config: Mapping[str, Any]) -> int:
+    """Width and height of the pictures that the ViT takes, in pixels."""
+    return int(size_of(PARTS, config, "vision_config", "image_size"))
+
+
+def former_blocks(config: Mapping[str, Any]) -> int:
+    """Blocks of the Q-Former."""
+    return int(size_of(PARTS, config, "qformer_config", "num_hidden_layers"))
+
+
+def positions(config: Mapping[str, Any]) -> int:
+    """Tokens that OPT has positions for."""
+    return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
+
+
+def former_positions(config: Mapping[str, Any]) -> int:
+    """Tokens that the Q-Former has positions for, beside the picture's."""
+    return int(size_of(PARTS, config, "qformer_config", "max_position_embeddings")) + image_tokens(config)
+
+
+def text_blocks(config: Mapping[str, Any]) -> int:
+    """Blocks of the text model."""
+    return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))
+
+
+def queries(config: Mapping[str, Any]) -> int:
+    """Vectors that the Q-Former makes of one picture."""
+    return int(config.get("num_query_tokens", 32))
+
+
+def image_tokens(config: Mapping[str, Any]) -> int:
+    """Retrieval checkpoints without an image token put the queries before the text by themselves."""
+    return queries(config) if config.get("image_token_index") is not None else 0
+
+
+def former_has(config: Mapping[str, Any], i: int, linear: str) -> bool:
+    """Every `cross_attention_frequency`-th block looks at the picture; only retrieval has a feed-forward for text."""
+    if linear.startswith("crossattention."):
+        return bool(i % size_of(PARTS, config, "qformer_config", "cross_attention_frequency") == 0)
+    if linear.startswith(("intermediate.", "output.")):
+        return bool(size_of(PARTS, config, "qformer_config", "use_qformer_text_input"))
+    return True
+
+
+def seen(config: Mapping[str, Any]) -> int:
+    """What cross-attention reads of one picture."""
+    return image_positions(config) * int(size_of(PARTS, config, "vision_config", "hidden_size"))

@@ -1,0 +1,201 @@
+"""Text models: Llama and its relatives, and OPT."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.files.strict_json import kind
+from exporter.model.families.config_fields import (
+    MOST_BLOCKS,
+    MOST_ROWS,
+    Choice,
+    Field,
+    Flag,
+    Fraction,
+    Number,
+    Section,
+    Values,
+)
+from exporter.model.families.parts.part import (
+    ACTIVATIONS,
+    Part,
+    Shapes,
+    blocks,
+    heads_misfit,
+    linear,
+    norm,
+    pad_misfit,
+    pad_token,
+)
+
+_ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+_ROPES = {"rope_type": _ROPE, "type": _ROPE}
+
+
+def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Number) -> tuple[Field, ...]:
+    """Fields of Llama and its relatives, with one class's defaults. heads: of keys and values; head: its width."""
+    return (
+        Number("hidden_size", 4096),
+        Number("intermediate_size", feeds, most=2**20),
+        Number("num_hidden_layers", 32, most=MOST_BLOCKS),
+        Number("num_attention_heads", 32),
+        heads,
+        head,
+        Number("vocab_size", vocabulary, most=MOST_ROWS),
+        Number("max_position_embeddings", positions, most=MOST_ROWS),
+        Choice("hidden_act", "silu", ACTIVATIONS),
+        Flag("tie_word_embeddings", False),
+        BlockKinds(),
+        pad_token(0),
+        Fraction("attention_dropout", 0.0),
+        Section("rope_parameters", null=True, kinds=_ROPES),
+        Section("rope_scaling", null=True, kinds=_ROPES),
+    )
+
+
+@dataclass(frozen=True)
+class BlockKinds:
+    """The key that says which blocks see everything and which a sliding window; None: the other fields decide."""
+
+    key: str = "layer_types"
+    options: tuple[str, ...] = ("full_attention", "sliding_attention")
+
+    def of(self, values: Values) -> Any:
+        """The list in `values`, or None."""
+        return values.get(self.key)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is no list of kinds, or None."""
+        if value is None or (isinstance(value, list) and all(entry in self.options for entry in value)):
+            return None
+        return f"expected a list of {' and '.join(self.options)}, it is {kind(value)}"
+
+
+def _misfits(values: Values) -> list[str]:
+    heads, shared, kinds = values["num_attention_heads"], values["num_key_value_heads"], values["layer_types"]
+    found = [f"num_key_value_heads: {shared} do not divide {heads} heads"] if heads % shared else []
+    found += [f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else []
+    count = values["num_hidden_layers"]
+    found += pad_misfit(values)
+    return found + ([f"layer_types: {len(kinds)} for {count} blocks"] if kinds and len(kinds) != count else [])
+
+
+def _decoder(values: Values, query_bias: bool, output_bias: bool, mlp_bias: bool, head_norms: bool) -> Shapes:
+    """Llama's names and its relatives' differences."""
+    width, feeds, head = values["hidden_size"], values["intermediate_size"], values["head_dim"]
+    queries, shared = values["num_attention_heads"] * head, values["num_key_value_heads"] * head
+    block = linear("self_attn.q_proj", queries, width, query_bias)
+    block |= linear("self_attn.k_proj", shared, width, query_bias)
+    block |= linear("self_attn.v_proj", shared, width, query_bias)
+    block |= linear("self_attn.o_proj", width, queries, output_bias)
+    if head_norms:
+        block |= norm("self_attn.q_norm", head, False) | norm("self_attn.k_norm", head, False)
+    block |= linear("mlp.gate_proj", feeds, width, mlp_bias) | linear("mlp.up_proj", feeds, width, mlp_bias)
+    block |= linear("mlp.down_proj", width, feeds, mlp_bias)
+    block |= norm("input_layernorm", width, False) | norm("post_attention_layernorm", width, False)
+    whole: Shapes = {"embed_tokens.weight": (values["vocab_size"], width)}
+    return whole | blocks("layers", values["num_hidden_layers"], block) | norm("norm", width, False)
+
+
+def _llama(values: Values) -> Shapes:
+    bias = values["attention_bias"]
+    return _decoder(values, bias, bias, values["mlp_bias"], head_norms=False)
+
+
+def _qwen3(values: Values) -> Shapes:
+    bias = values["attention_bias"]
+    return _decoder(values, bias, bias, mlp_bias=False, head_norms=True)
+
+
+def _as_many_heads(values: Values) -> int:
+    return int(values["num_attention_heads"])
+
+
+def _head_width(values: Values) -> int:
+    return int(values["hidden_size"]) // int(values["num_attention_heads"])
+
+
+_HEAD = Number("head_dim", _head_width, most=2**12, null=_head_width)
+_BIAS = Flag("attention_bias", False)
+_WINDOW = Number("sliding_window", 4096, most=MOST_ROWS, null=lambda values: MOST_ROWS)
+_WINDOWS = (Flag("use_sliding_window", False), _WINDOW, Number("max_window_layers", 28, least=0, most=MOST_BLOCKS))
+
+
+def _shared(default: int) -> Number:
+    """Heads of keys and values: as many as of queries where null is written."""
+    return Number("num_key_value_heads", default, null=_as_many_heads)
+
+
+LLAMA = Part(
+    (
+        *_fields(32000, 11008, 2048, Number("num_key_value_heads", _as_many_heads, null=_as_many_heads), _HEAD),
+        _BIAS,
+        Flag("mlp_bias", False),
+    ),
+    _llama,
+    _misfits,
+)
+MISTRAL = Part(
+    (*_fields(32000, 14336, 131072, _shared(8), _HEAD), _WINDOW),
+    lambda values: _decoder(values, False, False, False, head_norms=False),
+    _misfits,
+)
+QWEN2 = Part(
+    (*_fields(151936, 22016, 32768, _shared(32), _HEAD), *_WINDOWS),
+    lambda values: _decoder(values, True, False, False, head_norms=False),
+    _misfits,
+)
+QWEN3 = Part(
+    (*_fields(151936, 22016, 32768, _shared(32), Number("head_dim", 128, most=2**12)), _BIAS, *_WINDOWS),
+    _qwen3,
+    _misfits,
+)
+
+
+def _opt(values: Values) -> Shapes:
+    width, feeds, embedded = values["hidden_size"], values["ffn_dim"], values["word_embed_proj_dim"]
+    bias, learned = values["enable_bias"], values["layer_norm_elementwise_affine"]
+
+    def affine(name: str) -> Shapes:
+        return norm(name, width) if learned else {}
+
+    block: Shapes = {}
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        block |= linear(f"self_attn.{name}", width, width, bias)
+    block |= affine("self_attn_layer_norm") | linear("fc1", feeds, width, bias)
+    block |= linear("fc2", width, feeds, bias) | affine("final_layer_norm")
+    whole: Shapes = {
+        "embed_tokens.weight": (values["vocab_size"], embedded),
+        "embed_positions.weight": (values["max_position_embeddings"] + 2, width),  # OPT's positions start at 2
+    }
+    if embedded != width:
+        whole |= linear("project_out", embedded, width, False) | linear("project_in", width, embedded, False)
+    if values["do_layer_norm_before"] and not values["_remove_final_layer_norm"]:
+        whole |= affine("final_layer_norm")
+    return whole | blocks("layers", values["num_hidden_layers"], block)
+
+
+def _own_width(values: Values) -> int:
+    return int(values["hidden_size"])
+
+
+OPT = Part(
+    (
+        Number("hidden_size", 768),
+        Number("ffn_dim", 3072, most=2**20),
+        Number("num_hidden_layers", 12, most=MOST_BLOCKS),
+        Number("num_attention_heads", 12),
+        Number("vocab_size", 50272, most=MOST_ROWS),
+        Number("max_position_embeddings", 2048, most=MOST_ROWS),
+        Number("word_embed_proj_dim", _own_width, null=_own_width),
+        Choice("activation_function", "relu", ACTIVATIONS),
+        Flag("do_layer_norm_before", True),
+        Flag("_remove_final_layer_norm", False),
+        Flag("enable_bias", True),
+        Flag("layer_norm_elementwise_affine", True),
+        Flag("tie_word_embeddings", True),
+        pad_token(1),
+        *(Fraction(name, 0.1 if name == "dropout" else 0.0) for name in ("dropout", "attention_dropout", "layerdrop")),
+    ),
+    _opt,
+    lambda values: heads_misfit(values) + pad_misfit(values),
+)

@@ -1,0 +1,206 @@
+"""Helper process that loads processors and configs of unknown origin.
+
+Usage: `python -m exporter.model.inspector_process [HIDDEN ...]`.
+
+It reads one JSON request a line from stdin and writes one JSON reply a line to stdout; `inspector` is the other end.
+A tokenizer that aborts, a template that never ends or a file that asks for all memory end this process and no other.
+HIDDEN: packages that it does not import; without torch it starts three times as fast.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from exporter.model.chat_template import MOST_CHARACTERS, PROBES, conversation
+
+ROOM_BYTES = 2 * 2**30  # that a request may take beside what the libraries take
+LOAD_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 2, 20, 10  # of processor time
+MOST_TOKENS = 200_000
+
+
+class _Failed(Exception):
+    """A step did not succeed: its name, and the error of the library."""
+
+    def __init__(self, step: str, error: BaseException) -> None:
+        super().__init__(step)
+        self.step = step
+        self.error = error
+
+
+@contextmanager
+def _step(name: str, seconds: int) -> Iterator[None]:
+    """Errors inside are those of step `name`; it may take so many seconds of processor time.
+
+    Python code is interrupted by an exception; a library that does not return is ended after twice the time.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 (also those of Rust, which are no `Exception`)
+        raise _Failed(name, error) from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _too_slow(signum: int, frame: Any) -> None:
+    raise TimeoutError("it takes too long")
+
+
+@lru_cache(maxsize=1)
+def _load(folder: str, state: str) -> Any:
+    """The processor of a folder; state: changes with its files, so that a changed folder is loaded again."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the processor of `folder` (in its `state`) and render its template.
+
+    With `fallback`, a prompt for processors without template, also encode one small picture with a prompt.
+    """
+    with _step("load", LOAD_SECONDS):
+        processor = _load(request["folder"], request["state"])
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise ValueError("it has no image processor beside the tokenizer, or no tokenizer")
+        _use(processor.tokenizer)
+    rendered = None
+    if getattr(processor, "chat_template", None):
+        with _step("template", RENDER_SECONDS):
+            rendered = [_render(processor, text) for text in PROBES]
+    fields = {name: getattr(processor, name, None) for name in request.get("fields", ())}
+    reply: dict[str, Any] = {"rendered": rendered}
+    reply["fields"] = {name: value for name, value in fields.items() if _plain(value)}
+    if "fallback" in request:
+        try:
+            with _step("encode", ENCODE_SECONDS):
+                prompt = _render(processor, request["text"]) if rendered else request["fallback"]
+                reply |= _encode(processor, prompt)
+        except _Failed as failed:
+            reply["failure"] = _reason(failed.error)
+    return reply
+
+
+def _use(tokenizer: Any) -> None:
+    """What mmq will ask of a tokenizer, with texts of all kinds of characters."""
+    known = (tokenizer.bos_token, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    tokenizer.convert_tokens_to_ids(str(getattr(tokenizer, "image_token", known[0])))
+    for text in (*PROBES, ""):
+        tokenizer.batch_decode([tokenizer(text)["input_ids"]], skip_special_tokens=True)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _render(processor: Any, text: str) -> str:
+    prompt = processor.apply_chat_template(conversation(text), add_generation_prompt=True)
+    if not isinstance(prompt, str) or len(prompt) > MOST_CHARACTERS:
+        raise ValueError(f"it writes more than {MOST_CHARACTERS:,} characters")
+    return prompt
+
+
+def _encode(processor: Any, prompt: str) -> dict[str, Any]:
+    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides it is scaled to."""
+    import numpy as np
+    from PIL import Image
+
+    made = processor(images=[Image.new("RGB", (48, 36), "gray")], text=[prompt], return_tensors="np")
+    ids = np.asarray(made["input_ids"]).reshape(-1)
+    if len(ids) > MOST_TOKENS:
+        raise ValueError(f"it makes more than {MOST_TOKENS:,} tokens of one picture and a short prompt")
+    sides = dict(getattr(processor.image_processor, "size", None) or {})
+    sides = {key: value for key, value in sides.items() if isinstance(value, int)}
+    pixels = np.asarray(made["pixel_values"])
+    if not np.isfinite(pixels).all():
+        raise ValueError("its pixel values are not finite: look at image_mean, image_std and rescale_factor")
+    return {"tokens": ids.tolist(), "pixels": list(pixels.shape), "sides": sides}
+
+
+def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the object that transformers makes of a config.json: it checks the type of every key."""
+    import transformers
+
+    with _step("config", CONFIG_SECONDS):
+        getattr(transformers, request["config_class"]).from_dict(request["config"])
+    return {}
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply to one request: what `inspect` or `read_config` found, or the step that failed and why."""
+    try:
+        return read_config(request) if "config" in request else inspect(request)
+    except _Failed as failed:
+        file = blame(Path(request["folder"])) if failed.step == "load" else ""
+        reason = _reason(failed.error)
+        return {"step": failed.step, "error": type(failed.error).__name__, "reason": reason, "file": file}
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line, and the kind of error."""
+    if isinstance(error, MemoryError):
+        return "it takes more memory than a processor may"
+    words = " ".join(str(error).split())
+    kind = type(error).__name__
+    return f"{kind}: {words}"[:300] if words else kind
+
+
+def blame(folder: Path) -> str:
+    """The file that a processor cannot be loaded from, as far as the libraries can tell; empty when they cannot."""
+    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        try:
+            if (folder / name).exists() and not isinstance(json.loads((folder / name).read_text("utf-8")), dict):
+                return name
+        except (OSError, ValueError, RecursionError):
+            return name
+    try:
+        from tokenizers import Tokenizer
+
+        if (folder / "tokenizer.json").exists():
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except BaseException:  # noqa: BLE001 (also those of Rust)
+        return "tokenizer.json"
+    return ""
+
+
+def _limit_memory() -> None:
+    """From now on this process may take `ROOM_BYTES` more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        limit = pages * resource.getpagesize() + ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(hidden: list[str]) -> None:
+    """Answer requests until stdin ends. Libraries see no stdin, and what they print goes nowhere."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
+    signal.signal(signal.SIGPROF, _too_slow)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it ends
+    sys.modules.update(cast(dict[str, ModuleType], dict.fromkeys(hidden)))  # None: an import fails
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with suppress(ImportError, RuntimeError):  # a request says so again
+        from transformers import AutoProcessor  # noqa: F401 (before the first request: the parent is still starting)
+    _limit_memory()
+    for line in requests:
+        replies.write(json.dumps(answer(json.loads(line))) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""The files beside a model's weights that turn words and pictures into its inputs."""
+
+from pathlib import Path
+
+from exporter.files.file_hashes import hash_files
+
+PATTERNS = (  # names under which transformers looks for them, and what its generation reads
+    "*processor*.json",
+    "tokenizer*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.jinja",
+)
+
+
+def processor_files(folder: Path) -> dict[str, str]:
+    """Name in the folder -> sha256 of every file that a processor or a tokenizer is made from."""
+    paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    return {path.relative_to(folder).as_posix(): hashed for path, hashed in hash_files(paths).items()}

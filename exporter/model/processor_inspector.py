@@ -1,0 +1,203 @@
+"""What a model folder's processor does, learned in a helper process with limits on time and memory.
+
+Tokenizers, templates and processor settings are files of unknown origin, read by libraries that may abort, loop or take
+all memory. The helper (`inspect_processor`) loads them first; only what it has loaded is loaded here.
+"""
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import CheckpointError
+from exporter.model.chat_template import Template, take_apart
+from exporter.model.processor_files import PATTERNS
+
+HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # what a processor rarely needs and takes seconds
+WAIT_SECONDS = 300  # for an answer on a machine with other work; the helper has limits of its own on processor time
+HINT = "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json beside the weights"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a processor does.
+
+    template: None when it has none. tokens: ids of one picture and a prompt. pixels: shape of what the vision tower
+    gets for the picture. sides: what the picture is scaled to, by the setting's name. fields: settings that were asked
+    for. failure: why it cannot encode the picture and the prompt; empty when it can.
+    """
+
+    template: Template | None
+    tokens: tuple[int, ...] = ()
+    pixels: tuple[int, ...] = ()
+    sides: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+
+_helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the process that was started
+_starting = threading.Lock()
+
+
+class HelperDied(Exception):
+    """The helper ended or did not answer; the message says how."""
+
+
+class Helper:
+    """One helper process, started when it is made and again after it died."""
+
+    def __init__(self, hidden: Sequence[str]) -> None:
+        self._hidden = hidden
+        self._lock = threading.Lock()
+        self._process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        root = str(Path(__file__).resolve().parents[2])
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
+        command = [sys.executable, "-m", "exporter.model.inspector_process", *self._hidden]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The helper's reply. HelperDied when there is none; the next request finds a new helper."""
+        with self._lock:
+            if self._process.poll() is not None:
+                self._process = self._start()
+            process = self._process
+            try:
+                line = self._exchange(process, json.dumps(request).encode() + b"\n")
+            except BaseException:
+                self.close()
+                raise
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+
+    def _exchange(self, process: "subprocess.Popen[bytes]", line: bytes) -> bytes:
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise HelperDied(_end(process)) from None
+        if not select.select([process.stdout], [], [], WAIT_SECONDS)[0]:
+            raise HelperDied(f"no answer within {WAIT_SECONDS} s")
+        reply = process.stdout.readline()
+        if not reply.endswith(b"\n"):
+            raise HelperDied(_end(process))
+        return reply
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> str:
+    """How a process ended, in words."""
+    code = process.wait()
+    if code == -24 or code == -26:  # SIGXCPU, SIGVTALRM
+        return "the libraries did not return in time"
+    return f"the libraries died of signal {-code}" if code < 0 else f"the helper process ended with code {code}"
+
+
+def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
+    """The helper of this process, started on first use and ended with this process."""
+    with _starting:
+        if hidden not in _helpers:
+            _helpers[hidden] = Helper(hidden)
+            atexit.register(_helpers[hidden].close)
+        return _helpers[hidden]
+
+
+def start_helper() -> None:
+    """Start the helper now, so that it loads its libraries while this process does something else."""
+    helper()
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds the settings of a processor."""
+    return any(folder.glob("*processor*.json"))
+
+
+def inspect(folder: Path, **asked: Any) -> Inspection:
+    """What the processor of `folder` does; CheckpointError when it cannot be used, with the file and the reason.
+
+    asked: `text`, `fallback` and `fields` of a request, see `inspect_processor.inspect`.
+    """
+    if not has_processor(folder):
+        raise CheckpointError(f"{folder}: it has no processor", HINT)
+    return _inspect(folder, _state(folder), json.dumps(asked, sort_keys=True))
+
+
+@cache
+def _inspect(folder: Path, state: str, asked: str) -> Inspection:
+    request = {"folder": str(folder.resolve()), "state": state, **json.loads(asked)}
+    reply = _ask(folder, request)
+    if needs_hidden(reply):
+        reply = _ask(folder, request, ())
+    if "error" in reply:
+        raise _refusal(folder, reply)
+    template = None if reply["rendered"] is None else take_apart(reply["rendered"], str(folder))
+    tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
+    return Inspection(template, tokens, pixels, reply.get("sides", {}), reply["fields"], reply.get("failure", ""))
+
+
+def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None:
+    """CheckpointError unless transformers' config class `name` takes a config.json; where: its model, for messages."""
+    request = {"config_class": name, "config": config}
+    try:
+        reply = helper().ask(request)
+        if needs_hidden(reply):
+            reply = helper(()).ask(request)
+    except HelperDied as death:
+        reply = {"reason": str(death), "error": "HelperDied"}
+    if "error" in reply:
+        raise CheckpointError(f"{where}: transformers cannot read its config.json: {reply['reason']}")
+
+
+def needs_hidden(reply: Mapping[str, Any]) -> bool:
+    """Whether a processor failed because a package was hidden from it."""
+    reason = reply.get("reason", "") + reply.get("failure", "")
+    return "ImportError" in reason or any(name in reason.lower() for name in ("torch", "sklearn", "scipy"))
+
+
+def _ask(folder: Path, request: Mapping[str, Any], hidden: tuple[str, ...] = HIDDEN) -> dict[str, Any]:
+    try:
+        return helper(hidden).ask(request)
+    except HelperDied as death:
+        raise CheckpointError(f"{folder}: its processor cannot be used: {death}", "download its files again") from None
+
+
+def _state(folder: Path) -> str:
+    """What changes when a file of the processor does."""
+    paths = sorted({path for pattern in (*PATTERNS, "config.json") for path in folder.glob(pattern)})
+    if odd := [path for path in paths if not path.is_file()]:  # reading a pipe might never end
+        raise CheckpointError(f"{odd[0]}: not a file", HINT)
+    return json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths])
+
+
+_STEPS = {
+    "load": "its processor cannot be loaded",
+    "template": "its chat template cannot be used",
+    "encode": "its processor cannot encode a picture with a prompt",
+}
+
+
+def _refusal(folder: Path, reply: Mapping[str, Any]) -> CheckpointError:
+    where = folder / reply["file"] if reply["file"] else folder
+    hint = {"load": HINT, "template": "mend the template, or delete it: mmq has prompts of its own"}[reply["step"]]
+    hint = "install the package that it names" if reply["error"] == "ImportError" else hint
+    return CheckpointError(f"{where}: {_STEPS[reply['step']]}: {reply['reason']}", hint)

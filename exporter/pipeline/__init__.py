@@ -1,0 +1,6 @@
+"""The export on one page: prepare, quantize, write, verify, evaluate.
+
+Enters: a recipe, data, a device, an output folder.
+Leaves: an artifact with manifest and report.
+May import: evaluation, artifact, quantization, planning, inference, data, model, demo, tasks, files.
+"""

@@ -1,0 +1,150 @@
+"""Recipe + family + checkpoint headers -> what becomes of every tensor: packed how, dequantized, or kept and why."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from exporter.formats import FORMATS
+from exporter.methods import METHODS
+from exporter.model.checkpoint import Checkpoint, TensorInfo
+from exporter.model.families import Component, Family
+from exporter.numerics.quantized import Scheme
+from exporter.planning.recipe import Recipe, Rule
+
+LISTED = 5  # problems of one kind that are written out
+Decision = Literal["packed", "dequantized", "kept"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of the checkpoint and what becomes of it.
+
+    component: the part of the model it belongs to ("" for embeddings, norms of the whole model, heads).
+    block: checkpoint prefix of its block. reason: why it is kept. bytes_after: what it takes in the artifact.
+    """
+
+    tensor: TensorInfo
+    decision: Decision
+    reason: str = ""
+    component: str = ""
+    block: str = ""
+    linear: str = ""
+    rule: Rule | None = None
+    bytes_after: int = 0
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How it is quantized, None when kept."""
+        return self.rule.scheme() if self.rule else None
+
+    @property
+    def module(self) -> str:
+        """Checkpoint name of the linear, without `.weight`."""
+        return self.tensor.name.removesuffix(".weight")
+
+
+def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list[PlanRow], set[int], list[str]]:
+    """A row for every tensor, the indices of the rules that matched something, and what is wrong."""
+    problems: list[str] = []
+    places = _places(checkpoint, family, problems)
+    rows, used = [], set()
+    for tensor in checkpoint.tensors.values():
+        module = tensor.name.removesuffix(".weight")
+        place = places.get(module) if tensor.name.endswith(".weight") else None
+        if place is None:
+            reason = family.reason_kept(module) or _reason_not_linear(tensor, family, checkpoint.config)
+            part = family.component_of(tensor.name)
+            rows.append(PlanRow(tensor, "kept", reason, part.name if part else "", bytes_after=tensor.bytes))
+            continue
+        component, index, linear = place
+        number, rule = _first_match(recipe, component, index, linear, checkpoint.config)
+        if number is not None:
+            used.add(number)
+        rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, problems))
+    return rows, used, problems
+
+
+def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
+    """Module -> (component, block index, relative name) of every linear that runs; all must be in the header."""
+    places = {}
+    wrong = []
+    for component in family.components:
+        for i in range(component.used(checkpoint.config)):
+            for linear in component.linears_of(checkpoint.config, i):
+                module = component.module(i, linear)
+                info = checkpoint.tensors.get(f"{module}.weight")
+                if info is None or len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+                    found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
+                    wrong.append(f"{module}.weight: expected a 16 or 32 bit matrix, the checkpoint has {found}")
+                places[module] = (component, i, linear)
+    problems += wrong[:LISTED]
+    if len(wrong) > LISTED:
+        problems.append(f"and {len(wrong) - LISTED} more of the same kind")
+    return places
+
+
+def _first_match(
+    recipe: Recipe, component: Component, index: int, linear: str, config: Any
+) -> tuple[int | None, Rule | None]:
+    for number, rule in enumerate(recipe.quantize):
+        role_fits = rule.role is None or rule.role == component.roles[linear]
+        if rule.component == component.name and role_fits and rule.matches_block(index, component.used(config)):
+            return number, rule
+    return None, None
+
+
+def _linear_row(
+    tensor: TensorInfo,
+    component: Component,
+    index: int,
+    linear: str,
+    rule: Rule | None,
+    format_name: str,
+    problems: list[str],
+) -> PlanRow:
+    row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
+    if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
+        return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
+    if component.without_data and METHODS[rule.method].Statistics:
+        problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
+    if rule.store == "dequantized":
+        size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
+        reason = f"values of few bits, stored in 16: {component.unpackable or 'the recipe asks for it'}"
+        return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
+    scheme = rule.scheme()
+    assert scheme is not None
+    if component.unpackable and rule.store != "plugin":
+        ways = "remove the rule, or add `store: dequantized`, or `store: plugin` for a vLLM with mmq's plugin"
+        problems.append(f"component '{component.name}': {component.unpackable}; {ways}")
+    if rule.store == "plugin" and not component.unpackable:
+        problems.append(f"component '{component.name}' needs no plugin to be served: leave out `store: plugin`")
+    if component.formats and format_name not in component.formats:
+        usable = ", ".join(component.formats)
+        problems.append(
+            f"component '{component.name}': vLLM loads it packed only in format {usable}, not {format_name}"
+        )
+    refused = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
+    if refused:
+        problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refused}")
+        return replace(row, decision="packed", rule=rule)
+    scale_bytes = stored_scale_dtype(tensor.dtype).itemsize
+    size = FORMATS[format_name].stored_bytes(scheme, tensor.shape[1], tensor.shape[0], scale_bytes)
+    return replace(row, decision="packed", rule=rule, bytes_after=size)
+
+
+def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
+    """Scales are stored in the checkpoint's 16-bit dtype (float32 checkpoints get bfloat16 scales)."""
+    return weight if weight.itemsize == 2 else torch.bfloat16
+
+
+def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:
+    for component in family.components:
+        for i in range(component.used(config), component.stored(config)):
+            if tensor.name.startswith(component.block(i) + "."):
+                return component.unused
+    if tensor.name.endswith(".bias"):
+        return "bias"
+    if "embed" in tensor.name:
+        return "embedding: no configuration makes vLLM load it packed"
+    return "norm" if len(tensor.shape) == 1 else "not a linear that mmq quantizes"

@@ -1,0 +1,298 @@
+"""Recipes as data: which component gets which method and bits, how to calibrate, which format, which gates.
+
+Rules are tried in order; the first that matches a linear wins. `recipe_file.py` reads them from YAML.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from exporter.data import place
+from exporter.errors import DataError, did_you_mean, wording
+from exporter.formats import FORMATS
+from exporter.methods import METHODS, MethodOptions
+from exporter.model.families import FAMILIES
+from exporter.numerics.quantized import Activations, GroupSize, Scheme
+from exporter.tasks import TASKS
+
+Third = Literal["front", "middle", "end"]
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def known(value: str, registry: Any, what: str) -> str:
+    if value not in registry:
+        raise ValueError(f"unknown {what} '{value}'.{did_you_mean(value, registry)} ({', '.join(sorted(registry))})")
+    return value
+
+
+class Model(Strict):
+    """Which checkpoint: a hub id, a local folder or the name of an embedded model.
+
+    dtype: what its float32 tensors are read as, and stored as where they are kept; None leaves them as they are.
+    adapter: folder of a LoRA adapter that is merged into it.
+    """
+
+    repo: str
+    revision: str | None = None
+    family: str
+    dtype: Literal["float16", "bfloat16"] | None = None
+    adapter: str | None = None
+
+    @field_validator("family")
+    @classmethod
+    def _family(cls, value: str) -> str:
+        return known(value, FAMILIES, "family")
+
+
+class Rule(Strict):
+    """How the linears of one component, or of some of its blocks or one role, are quantized. bits 16 keeps them.
+
+    store: "dequantized" keeps values of few bits in 16; "plugin" packs what vLLM loads only with mmq's plugin.
+    """
+
+    component: str
+    bits: int
+    method: str = "rtn"
+    group_size: GroupSize = "row"
+    symmetric: bool = True
+    number: Literal["int", "fp8"] = "int"
+    activations: Activations | None = None
+    blocks: str | None = None
+    role: Literal["attention", "mlp"] | None = None
+    store: Literal["packed", "dequantized", "plugin"] = "packed"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return known(value, METHODS, "method")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"bits must be 2 to 8, or 16 to keep the component, not {value}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group(cls, value: GroupSize) -> GroupSize:
+        if isinstance(value, int) and (value < 8 or value % 8):
+            raise ValueError(f"group_size must be a multiple of 8 (usually 128), 'row' or 'tensor', not {value}")
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("front", "middle", "end"):
+            low, colon, high = value.partition(":")
+            if not (colon and (low + high).isdigit() and int(low or 0) < int(high or 10**6)):
+                raise ValueError(f"blocks must be front, middle, end or 'FIRST:LAST' like '0:8', not '{value}'")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
+            raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
+        scheme = Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+        if self.activations and not scheme.mixed:
+            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
+                raise ValueError(
+                    "activations need bits: 8, symmetric: true and group_size: row or tensor; "
+                    "activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
+                )
+            if (self.activations == "fp8") != (self.number == "fp8"):
+                raise ValueError("activations: fp8 goes with number: fp8 or with 4 bits, and int8 with int")
+        if self.parsed_options().scales_in_loop and scheme.mixed:
+            raise ValueError(
+                "scales: in_loop does not go with bits: 4 and activations: fp8, whose scales an engine rounds relative "
+                "to the largest of a row: it is not known before the last group"
+            )
+        return self
+
+    def parsed_options(self) -> MethodOptions:
+        """The method's own options, validated by the method."""
+        try:
+            return METHODS[self.method].Options(**self.options)
+        except ValidationError as error:
+            fields = METHODS[self.method].Options.model_fields
+            names = [field.alias or name for name, field in fields.items()]
+            lines = [
+                f"{'.'.join(['options', *map(str, problem['loc'])])}: {wording(problem, names, 'option')}"
+                for problem in error.errors()
+            ]
+            raise ValueError("\n".join(lines)) from None
+
+    def scheme(self) -> Scheme | None:
+        """The scheme of this rule; None when it keeps 16 bits."""
+        if self.bits == 16:
+            return None
+        return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+
+    def matches_block(self, index: int, count: int) -> bool:
+        """Whether block `index` of `count` is in this rule's range; thirds split as evenly as they can."""
+        if self.blocks is None:
+            return True
+        if self.blocks in ("front", "middle", "end"):
+            return ("front", "middle", "end")[index * 3 // count] == self.blocks
+        low, _, high = self.blocks.partition(":")
+        return int(low or 0) <= index < int(high or count)
+
+
+def sources(value: Any) -> Any:
+    """Data sources as recipes write them: one text or a list of them, each `demo`, `NAME:PATH` or a folder."""
+    listed = (value,) if isinstance(value, str) else value
+    for text in listed if isinstance(listed, list | tuple) else ():
+        try:
+            place(str(text))
+        except DataError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from None
+    return listed
+
+
+class Calibration(Strict):
+    """What the statistics are measured on. data: "demo" (the built-in drawings), or sources like `coco:/data/coco`.
+
+    A source that is only named (`folder`, `coco`) gets its path from --data.
+    vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
+    language model); 0 leaves the picture out (docs/explanation/methods.md).
+    """
+
+    data: tuple[str, ...] = ("demo",)
+    tasks: tuple[str, ...] = ("captioning", "vqa")
+    samples: int = Field(128, ge=1)
+    batch: int = Field(8, ge=1)
+    seed: int = 0
+    vision_weight: float = Field(1.0, ge=0, le=100)
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one task")
+        return tuple(known(task, TASKS, "task") for task in value)
+
+    _data = field_validator("data", mode="before")(sources)
+
+
+class Evaluation(Strict):
+    """How many test samples of each task decide; more samples, narrower intervals. data: None is calibration's."""
+
+    data: tuple[str, ...] | None = None
+    samples: int = Field(500, ge=2)
+    batch: int = Field(32, ge=1)
+    seed: int = 0
+
+    _data = field_validator("data", mode="before")(sources)
+
+
+class Gate(Strict):
+    """The artifact may lose at most `max_drop` (a share: 0.02 is 2 %) of the full-precision score.
+
+    A gate is not resolved while the 95 % interval of the change crosses the bound. decide: "upper" accepts a gate only
+    when the whole interval is within it; "point" lets the measured change decide about a gate that is not resolved.
+    """
+
+    task: str
+    metric: str
+    max_drop: float = Field(ge=0, lt=1, allow_inf_nan=False)
+    decide: Literal["point", "upper"] = "upper"
+
+    @model_validator(mode="after")
+    def _metric(self) -> Self:
+        known(self.task, TASKS, "task")
+        known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
+        return self
+
+
+class Evidence(Strict):
+    """Why this recipe: the finding, the figures, and where they come from."""
+
+    finding: str
+    figures: str
+    source: str
+
+
+class Publish(Strict):
+    """Where `mmq publish` puts the artifact."""
+
+    repo: str | None = None
+    private: bool = True
+
+
+class Recipe(Strict):
+    """A whole recipe; see `recipes/*.yaml` for documented examples.
+
+    kv_cache: how an engine keeps the keys and values of the language model: None for 16 bits, "fp8" for float8 e4m3.
+    """
+
+    name: str
+    summary: str
+    model: Model
+    quantize: tuple[Rule, ...]
+    calibration: Calibration = Calibration()
+    format: str = "compressed_tensors"
+    kv_cache: Literal["fp8"] | None = None
+    evaluation: Evaluation = Evaluation()
+    gates: tuple[Gate, ...]
+    evidence: tuple[Evidence, ...]
+    publish: Publish = Publish()
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value: str) -> str:
+        return known(value, FORMATS, "format")
+
+    @field_validator("quantize", "evidence")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("at least one entry is needed")
+        return value
+
+    @model_validator(mode="after")
+    def _components(self) -> Self:
+        names = [component.name for component in FAMILIES[self.model.family].components]
+        problems = []
+        for i, rule in enumerate(self.quantize):
+            try:
+                known(rule.component, names, f"component of family {self.model.family}")
+            except ValueError as error:
+                problems.append(f"quantize[{i}].component: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def digest(self) -> str:
+        """sha256 of the recipe's content, independent of comments and key order."""
+        content = self.model_dump(mode="json")
+        if self.kv_cache is None:  # recipes from before there was a choice keep their digest
+            del content["kv_cache"]
+        if self.model.adapter is None:
+            del content["model"]["adapter"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def foreign_tasks(self, able: Collection[str]) -> list[str]:
+        """A problem for every task this recipe names that the family, which is able to do `able`, cannot do."""
+        named = {f"gates[{i}].task": gate.task for i, gate in enumerate(self.gates)}
+        if "retrieval" in self.calibration.tasks:  # any model can read captions and questions
+            named["calibration.tasks"] = "retrieval"
+        said = f"(family {self.model.family} has {', '.join(able)})"
+        return [f"{where}: no {task} with this model {said}" for where, task in named.items() if task not in able]
+
+    def adjusted(self, **sections: dict[str, Any]) -> "Recipe":
+        """The recipe with some values of its sections replaced; None leaves a value as it is."""
+        changed = {}
+        for name, values in sections.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            section = getattr(self, name)
+            changed[name] = type(section).model_validate(section.model_dump() | given)
+        return self.model_copy(update=changed)

@@ -1,0 +1,131 @@
+"""Recipe files: YAML becomes a `Recipe`, or one error that lists every problem with the nearest known name."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from exporter.errors import RecipeError, did_you_mean, wording
+from exporter.model.families import FAMILIES
+from exporter.planning.recipe import (
+    Calibration,
+    Evaluation,
+    Evidence,
+    Gate,
+    Model,
+    Publish,
+    Recipe,
+    Rule,
+    Strict,
+    known,
+)
+from exporter.tasks import TASKS
+
+
+def recipe_folder() -> Path:
+    """Where the built-in recipes are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with mmq."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
+    names = built_in()
+    path = names.get(name_or_path, Path(name_or_path))
+    if not path.is_file() and (path.suffix in (".yaml", ".yml") or path.parent != Path()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RecipeError(f"recipe file {path} {what}", "give a YAML file or a built-in name; `mmq recipes` lists them")
+    if not path.is_file():
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, names)}",
+            f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
+        )
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise RecipeError(
+            f"{path} is not UTF-8 text", "a recipe is a YAML file; `mmq recipes NAME` shows one"
+        ) from None
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
+    data.setdefault("name", Path(where).stem)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = list(dict.fromkeys([*_problems(error), *_unknown_names(data)]))
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Every problem as `path: what is wrong`, with the nearest known key for unknown ones."""
+    lines = []
+    for problem in error.errors():
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        message = wording(problem, _keys_at(problem["loc"][:-1]))
+        if problem["type"] == "missing":
+            message = "this key is required"
+        lines += [f"{path}: {line}" if path else line for line in message.splitlines()]
+    return lines
+
+
+def _unknown_names(data: dict[str, Any]) -> list[str]:
+    """Names that pydantic checks only once everything else is right: components of the family, metrics of tasks."""
+    lines = []
+    model = data.get("model")
+    family = FAMILIES.get(str(model.get("family"))) if isinstance(model, dict) else None
+    for i, rule in enumerate(_dicts(data.get("quantize"))):
+        if family and isinstance(rule.get("component"), str):
+            names = [component.name for component in family.components]
+            lines += _unknown(
+                f"quantize[{i}].component", rule["component"], names, f"component of family {family.name}"
+            )
+    for i, gate in enumerate(_dicts(data.get("gates"))):
+        if isinstance(gate.get("task"), str) and gate["task"] in TASKS:
+            metrics = TASKS[gate["task"]].METRICS
+            lines += _unknown(f"gates[{i}]", str(gate.get("metric")), metrics, f"metric of task {gate['task']}")
+    return lines
+
+
+def _unknown(where: str, name: str, names: Collection[str], what: str) -> list[str]:
+    try:
+        known(name, names, what)
+    except ValueError as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `location` knows."""
+    sections: dict[str, type[Strict]] = {
+        "model": Model,
+        "quantize": Rule,
+        "calibration": Calibration,
+        "evaluation": Evaluation,
+        "gates": Gate,
+        "evidence": Evidence,
+        "publish": Publish,
+    }
+    section = sections.get(str(location[0]), Recipe) if location else Recipe
+    return list(section.model_fields)

@@ -1,0 +1,112 @@
+"""Differences between two artifacts: recipe, bits, scores, size, versions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.planning.recipe import Recipe
+from exporter.publishing.artifact_summary import Facts
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs. change: the difference of two numbers (second - first), None for words."""
+
+    what: str
+    first: str
+    second: str
+    change: float | None = None
+
+
+def difference(first: Facts, second: Facts) -> tuple[Change, ...]:
+    """Everything that differs, the important first; empty when both were made in the same way from the same model."""
+    changes = [
+        *_words("source model", first.source, second.source),
+        *_words("format", first.manifest.format, second.manifest.format),
+        *_parts(first, second),
+        *_numbers("bits a weight", first.manifest.bits_per_weight, second.manifest.bits_per_weight, "{:.2f}"),
+        *_numbers("bytes", first.bytes, second.bytes, "{:,.0f}"),
+        *_metrics(first, second),
+        *_words("gates", verdict(first), verdict(second)),
+        *_recipe(first.recipe, second.recipe),
+        *_versions(first.manifest.versions, second.manifest.versions),
+    ]
+    changed = {name for name in _linears(first) | _linears(second) if _digest(first, name) != _digest(second, name)}
+    if changed:
+        share = f"{len(changed)} of {len(_linears(first) | _linears(second))}"
+        changes.append(Change("quantized linears with other integers", "", share))
+    return tuple(changes)
+
+
+def verdict(facts: Facts) -> str:
+    """Gates in one word."""
+    if facts.report is None:
+        return "never evaluated"
+    return facts.report.verdict
+
+
+def _linears(facts: Facts) -> set[str]:
+    return set(facts.manifest.linears)
+
+
+def _digest(facts: Facts, name: str) -> Any:
+    return facts.manifest.linears.get(name)
+
+
+def _words(what: str, first: str, second: str) -> list[Change]:
+    return [Change(what, first, second)] if first != second else []
+
+
+def _numbers(what: str, first: float, second: float, shown: str) -> list[Change]:
+    return [Change(what, shown.format(first), shown.format(second), second - first)] if first != second else []
+
+
+def _parts(first: Facts, second: Facts) -> list[Change]:
+    said = [
+        {name: described(facts, name) for name in dict.fromkeys(part.component for part in facts.parts)}
+        for facts in (first, second)
+    ]
+    names = dict.fromkeys([*said[0], *said[1]])
+    kept = "16 bits"
+    return [c for name in names for c in _words(name, said[0].get(name, kept), said[1].get(name, kept))]
+
+
+def described(facts: Facts, component: str) -> str:
+    """`W4 g128 gptq` of one component; several when its blocks differ."""
+    parts = [part for part in facts.parts if part.component == component]
+    return ", ".join(f"{part.scheme} {'/'.join(part.methods)}".strip() for part in parts)
+
+
+def _metrics(first: Facts, second: Facts) -> list[Change]:
+    before, after = first.metrics(), second.metrics()
+    changes = []
+    for name in dict.fromkeys([*before, *after]):
+        if name not in before or name not in after:
+            one, two = (f"{m[name][1]:.4f}" if name in m else "not measured" for m in (before, after))
+            changes.append(Change(name, one, two))
+        else:
+            changes += _numbers(name, before[name][1], after[name][1], "{:.4f}")
+            changes += _numbers(f"{name} at full precision", before[name][0], after[name][0], "{:.4f}")
+    return changes
+
+
+def _recipe(first: Recipe, second: Recipe) -> list[Change]:
+    """Every value of the recipes that differs, by its path; evidence and summary are prose and left out."""
+    flat = [flattened(recipe.model_dump(mode="json"), "recipe") for recipe in (first, second)]
+    prose = ("recipe.evidence", "recipe.summary")
+    paths = [path for path in dict.fromkeys([*flat[0], *flat[1]]) if not path.startswith(prose)]
+    return [c for path in paths for c in _words(path, flat[0].get(path, "(none)"), flat[1].get(path, "(none)"))]
+
+
+def flattened(value: Any, path: str) -> dict[str, str]:
+    """Nested mappings and lists as one mapping from paths (`recipe.quantize[0].bits`) to words."""
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in flattened(item, f"{path}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, item in enumerate(value) for k, v in flattened(item, f"{path}[{i}]").items()}
+    return {path: str(value)}
+
+
+def _versions(first: Mapping[str, str], second: Mapping[str, str]) -> list[Change]:
+    names = dict.fromkeys([*first, *second])
+    return [c for n in names for c in _words(f"{n} version", first.get(n, "absent"), second.get(n, "absent"))]

@@ -1,0 +1,160 @@
+"""What an artifact says of itself, from its small files alone: in a folder or in a repository of the hub."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.artifact.artifact import described_groups
+from exporter.artifact.manifest import MANIFEST, Manifest, parse_manifest
+from exporter.data import BUILT_IN
+from exporter.demo import MODELS
+from exporter.errors import ArtifactError, RecipeError
+from exporter.evaluation.report_file import REPORT, Evaluation, Report, Serving, parse_report
+from exporter.model.families import FAMILIES
+from exporter.model.hub import PREFIX, open_remote, split
+from exporter.numerics.quantized import Scheme
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import parse_recipe
+from exporter.planning.vllm_rules import matches
+
+RECIPE = "recipe.yaml"
+Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
+
+
+@dataclass(frozen=True)
+class Part:
+    """The linears of one component that share a scheme. packed: stored as integers, else only rounded in value."""
+
+    component: str
+    scheme: str
+    bits: int
+    methods: tuple[str, ...]
+    linears: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One artifact. report: None when it was never evaluated. serving: None before `mmq check` ran."""
+
+    name: str
+    manifest: Manifest
+    report: Report | None
+    recipe: Recipe
+    parts: tuple[Part, ...]
+    serving: Serving | None = None
+
+    @property
+    def source(self) -> str:
+        """The full-precision model: `org/name@commit`, or a local name."""
+        return self.manifest.source.model
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.manifest.bytes.after
+
+    @property
+    def other_baseline(self) -> str:
+        """The model whose scores the report calls full precision, when it is not the artifact's source; else empty.
+
+        The report names it and the digest of its weights; the manifest has the digest of the source.
+        """
+        evaluation, source = self.report.evaluation if self.report else Evaluation(), self.manifest.source
+        claimed = evaluation.baseline is None or evaluation.baseline.is_source
+        asked = evaluation.models.get("full precision")
+        if claimed and (source.digest is None or asked is None or asked.weights == source.digest):
+            return ""
+        name = evaluation.baseline.model if evaluation.baseline else "unknown"
+        return f"{name}, not {source.model}"
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """`task metric` -> full precision, artifact; empty without a report."""
+        measures = self.report.measures if self.report else ()
+        return {f"{m.task} {m.metric}": (m.difference.before, m.difference.after) for m in measures}
+
+
+def built_in(facts: Facts) -> str:
+    """Why scores on the built-in drawings say little of this model; empty when it was measured on other data.
+
+    The embedded models learned the drawings: for them they are real data.
+    """
+    data = facts.report.evaluation.data if facts.report else None
+    if facts.source in MODELS or not set((data or "").split(", ")) & set(BUILT_IN):
+        return ""
+    return (
+        "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much it "
+        "lost. Captions are not judged on them."
+    )
+
+
+def read_place(place: str) -> Facts:
+    """The facts of an artifact in a folder, or of `hub:ORG/NAME[@REVISION]` (a few small files are fetched)."""
+    if place.startswith(PREFIX):
+        remote = open_remote(*split(place))
+        return read_facts(remote.name, remote.read)
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        raise ArtifactError(f"no folder {place}", f"give an artifact's folder, or {PREFIX}ORG/NAME")
+    return read_facts(folder.resolve().name, folder_reader(folder))
+
+
+def folder_reader(folder: Path) -> Read:
+    """Files of a folder by name."""
+    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
+
+
+def read_facts(name: str, read: Read) -> Facts:
+    """ArtifactError when manifest, recipe, report or configuration are missing or damaged."""
+    manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
+    stored = read(REPORT)
+    report, serving = (None, None) if stored is None else parse_report(stored, f"{REPORT} of {name}")
+    try:
+        recipe = parse_recipe(_needed(name, read, RECIPE).decode(), f"{RECIPE} of {name}")
+        config = json.loads(_needed(name, read, "config.json"))
+        parts = _parts(manifest, config, recipe)
+    except RecipeError as error:
+        raise ArtifactError(error.message, "export it again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise ArtifactError(f"{name}: its config.json or recipe is damaged ({error})", "export it again") from None
+    return Facts(name, manifest, report, recipe, parts, serving)
+
+
+def _needed(name: str, read: Read, file: str) -> bytes:
+    found = read(file)
+    if found is None:
+        raise ArtifactError(f"{name} has no {file}: not an artifact of mmq", "`mmq export` writes one")
+    return found
+
+
+def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[Part, ...]:
+    """Count the quantized linears by component and scheme, in the order of the data through the model."""
+    family = FAMILIES[manifest.family]
+    groups = described_groups(manifest.format, config, "the artifact")
+    counts: dict[tuple[str, Scheme | None, bool], int] = {}
+    for module in {**manifest.linears, **manifest.errors}:
+        packed = module in manifest.linears
+        name = family.runtime_name(module)
+        schemes = (g.scheme for g in groups if any(matches(target, name) for target in g.targets))
+        key = (component_of(module, manifest.family), next(schemes, None) if packed else None, packed)
+        counts[key] = counts.get(key, 0) + 1
+    order = [component.name for component in family.components]
+    parts = []
+    for (component, scheme, packed), count in sorted(counts.items(), key=lambda item: order.index(item[0][0])):
+        rules = [rule for rule in recipe.quantize if rule.component == component and rule.bits != 16]
+        bits = scheme.bits if scheme else max((rule.bits for rule in rules), default=16)
+        methods = {rule.method for rule in rules if rule.bits == bits}
+        label = scheme.label() if scheme else f"W{bits} in value, stored in 16 bits"
+        parts.append(Part(component, label, bits, tuple(sorted(methods)), count, packed))
+    return tuple(parts)
+
+
+def component_of(module: str, family: str) -> str:
+    """The name of the component that a linear belongs to (ArtifactError when it is in none)."""
+    component = FAMILIES[family].component_of(module)
+    if component is None:
+        raise ArtifactError(f"the manifest names {module}, which is in no component of {family}", "export it again")
+    return component.name

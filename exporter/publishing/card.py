@@ -1,0 +1,290 @@
+"""The model card: what a stranger needs to know of an artifact, from its manifest and report and nothing else.
+
+Metadata: https://github.com/huggingface/hub-docs/blob/main/modelcard.md; results of benchmarks:
+https://huggingface.co/docs/hub/eval-results.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exporter.data import BUILT_IN
+from exporter.data.hub import repo_of
+from exporter.demo import MODELS
+from exporter.evaluation.gate_text import sentence
+from exporter.evaluation.report_file import Report
+from exporter.model.families import FAMILIES
+from exporter.publishing.artifact_summary import Facts, built_in
+from exporter.publishing.card_serving import serving
+
+CARD = "README.md"
+RESULTS = ".eval_results/mmq.yaml"
+PIPELINES = {"blip2-itm": "zero-shot-image-classification"}  # as in transformers
+HUB_TASKS = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
+DRAWINGS = "mmq's built-in drawings"
+BEGIN, END = "<!-- changelog:begin -->", "<!-- changelog:end -->"
+CITATION = """```bibtex
+@article{das2026towards,
+  title   = {Towards Understanding Best Practices for Quantization of Vision-Language Models},
+  author  = {Das and La and Lau and Shrivastava and Gwilliam},
+  journal = {arXiv preprint arXiv:2601.15287},
+  year    = {2026}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the artifact cannot know of itself and its publisher says.
+
+    base_model: hub id when the source was a local folder. license: card keys (`license`, `license_name`,
+    `license_link`). benchmarks: task -> (benchmark data set on the hub, its task id), when the test samples are its.
+    """
+
+    base_model: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def base_model(facts: Facts, declared: Declared) -> str | None:
+    """Hub id of the full-precision model, None when nobody knows one."""
+    repo, at, _ = facts.source.partition("@")
+    return declared.base_model or (repo if at and repo.count("/") == 1 else None)
+
+
+def render(
+    repo: str,
+    facts: Facts,
+    declared: Declared,
+    problems: Sequence[str],
+    changelog: str,
+    lacks_start: bool = False,
+) -> str:
+    """The whole README.md. problems: why it should not have been published (with `--force`), said at the top.
+
+    lacks_start: the model's own chat template leaves out the start token, so requests must ask for it.
+    """
+    sections = [
+        f"# {repo.partition('/')[2]}",
+        _introduction(facts, declared),
+        _warning(problems),
+        "## What was quantized\n\n" + _parts(facts),
+        "## Quality\n\n" + _quality(facts),
+        "## Serving\n\n" + serving(repo, facts, lacks_start),
+        "## Calibration\n\n" + _calibration(facts),
+        "## Provenance\n\n" + _provenance(repo, facts),
+        "## Limits\n\n" + _limits(facts),
+        f"## Changelog\n\n{BEGIN}\n{changelog}\n{END}" if changelog else "",
+        "## Citation\n\nThe recipe rests on the findings of this paper:\n\n" + CITATION,
+    ]
+    return f"---\n{metadata(repo, facts, declared, problems)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str]) -> str:
+    """The card's YAML, written by the hub library's own classes."""
+    from huggingface_hub import ModelCardData
+
+    widths = sorted({_width(part.scheme) for part in facts.parts if part.packed})
+    methods = sorted({method for part in facts.parts for method in part.methods})
+    tags = ["vllm", facts.manifest.format.replace("_", "-"), *widths, *methods, "vision", "mmq"]
+    base = base_model(facts, declared)
+    results = eval_results(facts)
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(facts.manifest.family, "image-text-to-text"),
+        tags=[*tags, "unproven"] if problems else tags,
+        datasets=list(declared.datasets) or known_datasets(facts) or None,
+        language=list(declared.language) or None,
+        model_name=repo.partition("/")[2],
+        eval_results=results or None,
+        base_model_relation="quantized" if base else None,
+        quantized_by="mmq",
+        **dict(declared.license),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def eval_results(facts: Facts) -> list[Any]:
+    """The artifact's scores as entries of the card's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    name = data_name(facts)
+    kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return [
+        EvalResult(
+            task_type=HUB_TASKS.get(m.task, m.task),
+            dataset_type=kind,
+            dataset_name=f"{name} ({m.samples} samples)",
+            dataset_split="test",
+            metric_type=m.metric,
+            metric_name=f"{m.metric} (full precision: {m.difference.before:.4f})",
+            metric_value=round(m.difference.after, 6),
+        )
+        for m in (facts.report.measures if facts.report else ())
+    ]
+
+
+def benchmark_results(facts: Facts, declared: Declared) -> str:
+    """The `.eval_results` file for tasks whose test samples are a hub benchmark's; empty when there are none."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries, seen = [], set()
+    for m in facts.report.measures if facts.report else ():
+        if m.task in declared.benchmarks and m.task not in seen:  # a task's first metric is its main one
+            dataset, task = declared.benchmarks[m.task]
+            note = f"{m.metric}, {m.samples} samples, full precision {m.difference.before:.4f}"
+            value = round(m.difference.after, 6)
+            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=note))
+            seen.add(m.task)
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
+
+
+def known_datasets(facts: Facts) -> list[str]:
+    """Hub ids of the calibration data, as far as the manifest's sources are data sets of the hub."""
+    wanted = facts.manifest.provenance.calibration
+    named = [name.removeprefix("hub ") for name in wanted.data.split(", ") if name.startswith("hub ")]
+    return sorted({repo for name in named if (repo := repo_of(name))}) if wanted.samples else []
+
+
+def data_name(facts: Facts) -> str:
+    """Where the test samples come from, in words."""
+    calibration = facts.manifest.provenance.calibration.data
+    measured = facts.report.evaluation.data if facts.report else None
+    return in_words(calibration if measured is None else measured)
+
+
+def in_words(data: str) -> str:
+    """A data source as a manifest names it, for strangers."""
+    return ", ".join(DRAWINGS if name in BUILT_IN else name for name in str(data).split(", "))
+
+
+def _introduction(facts: Facts, declared: Declared) -> str:
+    base = base_model(facts, declared)
+    if base:
+        source = f"[{base}](https://huggingface.co/{base})"
+    elif facts.source in MODELS:
+        source = f"The small model `{facts.source}` that comes with mmq"
+    else:
+        source = f"A local model (`{facts.source}`)"
+    if adapter := facts.manifest.source.adapter:
+        source += f" with the LoRA adapter `{adapter}` merged"
+    size = facts.manifest.bytes
+    return (
+        f"{source}, quantized by mmq with the recipe `{facts.recipe.name}` into an artifact that vLLM serves: "
+        f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
+        f"{facts.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
+    )
+
+
+def _warning(problems: Sequence[str]) -> str:
+    if not problems:
+        return ""
+    lines = "\n".join(f"> - {line}" for problem in problems for line in problem.splitlines())
+    return f"> [!WARNING]\n> **Published by force.** mmq refused to publish this artifact:\n{lines}"
+
+
+def _width(scheme: str) -> str:
+    """A scheme's label as hubs tag it: `w4a16`, `w8a8`, `w4a8`, `fp8`."""
+    first = scheme.partition(" ")[0].lower()
+    return first if first == "fp8" else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
+
+
+def _parts(facts: Facts) -> str:
+    rows = [
+        [part.component, str(part.linears), part.scheme, "/".join(part.methods), "packed" if part.packed else "16 bits"]
+        for part in facts.parts
+    ]
+    named = {part.component for part in facts.parts}
+    components = [c.name for c in FAMILIES[facts.manifest.family].components]
+    rows += [[name, "", "16 bits, not quantized", "", "as in the source"] for name in components if name not in named]
+    rows.append(["everything else", "", "16 bits, not quantized", "", "as in the source"])
+    return (
+        table(["component", "linears", "scheme", "method", "stored"], rows)
+        + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
+        "Activations stay in 16 bits unless the scheme says `A8` or `A-FP8`."
+        + (" Keys and values are kept in float8 (e4m3)." if facts.recipe.kv_cache else "")
+    )
+
+
+def _quality(facts: Facts) -> str:
+    if facts.report is None:
+        return "It was never measured."
+    rows = []
+    for m in facts.report.measures:
+        d = m.difference
+        scores = [f"{d.before:.4f}", f"{d.after:.4f}", signed(d.change), f"{signed(d.low)} to {signed(d.high)}"]
+        rows.append([m.task, m.metric, str(m.samples), *scores])
+    head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
+    other = facts.other_baseline
+    parts = [
+        f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}."
+        if other
+        else "",
+        f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.",
+        table(head, rows),
+        _gates(facts.report),
+        built_in(facts),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _gates(report: Report) -> str:
+    """Verdicts of the recipe's gates, and in words what they rest on."""
+    if not report.gates:
+        return "The recipe has no gates."
+    gates = [[g.task, g.metric, g.verdict if g.verdict == "passed" else f"**{g.verdict}**"] for g in report.gates]
+    lines = "\n".join(f"- {sentence(gate)}" for gate in report.gates)
+    return table(["gate", "metric", "verdict"], gates) + "\n\n" + lines
+
+
+def signed(value: float) -> str:
+    """`+0.0123`; what rounds to nothing is never `-0.0000`."""
+    return f"{value:+z.4f}"
+
+
+def _calibration(facts: Facts) -> str:
+    wanted = facts.manifest.provenance.calibration
+    if not wanted.samples:
+        return "None: no method of this recipe looks at data."
+    return (
+        f"{len(wanted.samples)} training samples of {in_words(wanted.data)}, chosen with seed {wanted.seed}. "
+        "`mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares them by their pixels with "
+        "the test samples and stops when a picture is in both."
+    )
+
+
+def _provenance(repo: str, facts: Facts) -> str:
+    versions = facts.manifest.versions
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("mmq", "torch", "transformers") if name in versions)
+    return (
+        f"- source: `{facts.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
+        f"- recipe: `recipe.yaml` (sha256 `{facts.manifest.recipe.sha256}`)\n"
+        f"- made with {shown} on {facts.manifest.provenance.device}\n"
+        f"- check this repository against its manifest: `mmq verify hub:{repo}`"
+    )
+
+
+def _limits(facts: Facts) -> str:
+    lines = []
+    if DRAWINGS in data_name(facts):
+        lines.append("- The drawings are of colored shapes. They show that it works, not how good it is.")
+    lines += [f"- while quantizing: {note}" for note in facts.manifest.notes]
+    lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")
+    lines.append("- It answers no better than the source: that model's limits and license hold here too.")
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in GB, or MB below one."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,110 @@
+"""What a calibration works with: tensors in, units out, both while the device computes something else."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+
+import torch
+from torch import Tensor
+
+from exporter.device import Device
+from exporter.events import Event
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.stream import Stream
+from exporter.planning.plan import Plan, Unit
+from exporter.quantization.workdir import UnitResult, Workdir
+
+CHECKED_AT_ONCE = 2**22  # elements
+
+
+class Job:
+    """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        workdir: Workdir,
+        device: Device,
+        on_event: Callable[[Event], None],
+        pool: Executor,
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.workdir = workdir
+        self.device = device
+        self.on_event = on_event
+        self.stream = Stream(
+            plan.family, checkpoint.config, device.torch_device, device.compute_dtype(stored_dtype(plan))
+        )
+        self.finished = workdir.done(plan.units)
+        self._unit_of = {name: unit for unit in plan.units for name in self.tensors_under(unit.block)}
+        self._planned = {row.tensor.name for unit in plan.units for row in unit.rows}
+        self._cached: tuple[int, UnitResult] | None = None
+        self._pool = pool
+        self._writing: tuple[Unit, tuple[Mapping[str, float], Sequence[str]], Future[None]] | None = None
+        self._ahead: dict[str, Future[Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
+        unit = self._unit_of.get(name)
+        if unit is None or unit.index >= self.finished:
+            waiting = self._ahead.pop(name, None)
+            tensor = waiting.result() if waiting else self.checkpoint.read(name)
+            return (
+                tensor if name in self._planned else finite(self.checkpoint, name, tensor)
+            )  # planned weights are checked on the device
+        if self._cached is None or self._cached[0] != unit.index:
+            self.settle()
+            self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
+        result, module = self._cached[1], name.removesuffix(".weight")
+        if module in result.linears and name.endswith(".weight"):
+            return result.linears[module].as_served()
+        return result.altered[name] if name in result.altered else self.checkpoint.read(name)
+
+    def tensors_under(self, prefix: str) -> list[str]:
+        """Names of the checkpoint's tensors below a block's prefix."""
+        return [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Start to bring tensors that will be read soon from disk into memory that the GPU can fetch from."""
+        if not self.device.is_cuda:
+            return
+        for name in names:
+            unit = self._unit_of.get(name)
+            if unit is None or unit.index >= self.finished:
+                self._ahead[name] = self._pool.submit(self._read_pinned, name)
+
+    def _read_pinned(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).pin_memory()
+
+    def commit(self, unit: Unit, result: UnitResult) -> None:
+        """Store a unit while the next one is computed."""
+        self.settle()
+        said = (result.errors, result.notes)  # not the result: its codes leave the device once they are written
+        self._writing = (unit, said, self._pool.submit(self.workdir.commit, unit, result))
+        self.finished = unit.index + 1
+
+    def settle(self) -> None:
+        """Wait until the last unit is safely on disk, and only then tell about it."""
+        if self._writing is None:
+            return
+        (unit, (errors, notes), writing), self._writing = self._writing, None
+        writing.result()
+        total, worst = len(self.plan.units), max(errors.values(), default=0.0)
+        self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
+        for note in notes:
+            self.on_event(Event("note", unit.index + 1, total, note))
+
+
+def finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself; CheckpointError when it holds an infinity or a NaN."""
+    if tensor.is_floating_point() and tensor.itemsize > 1:
+        parts = tensor.reshape(-1).split(CHECKED_AT_ONCE)  # an embedding's own comparison would take a gigabyte
+        if not all(torch.isfinite(part).all() for part in parts):
+            raise checkpoint.not_finite(name)
+    return tensor
+
+
+def stored_dtype(plan: Plan) -> torch.dtype:
+    """The dtype of the checkpoint's linears."""
+    return next(row.tensor.dtype for row in plan.rows if row.linear)

@@ -1,0 +1,88 @@
+"""Walk through the blocks: quantize each on the inputs it gets from the quantized blocks before it, and store the unit.
+
+Components follow the data (vision, projector, language), so every block sees the error of everything before it,
+as it will when the artifact runs. Inside a block the phases do the same (GPTQ's "true sequential" order).
+A finished unit is never computed again: its block runs with the weights from its file.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from exporter.device import Device
+from exporter.events import Event
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Component
+from exporter.planning.plan import Plan, Unit
+from exporter.quantization.block import Block
+from exporter.quantization.block_inputs import Batch, check_excluded, mark_noted
+from exporter.quantization.block_io import Job
+from exporter.quantization.component_inputs import arrive
+from exporter.quantization.smoothing import Folding
+from exporter.quantization.workdir import Workdir
+
+VERSION = 3  # part of a job's fingerprint: raise it when this file changes the numbers
+
+
+def run(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    workdir: Workdir,
+    batches: Sequence[Batch],
+    device: Device,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Quantize every unit of the plan that the work folder does not hold yet.
+
+    batches: model inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) on the CPU; may be empty when no unit
+    needs statistics. Raises CheckpointError (bad weights), CalibrationError (bad activations, or a model whose blocks
+    cannot be run one after the other).
+    """
+    with ThreadPoolExecutor(2) as pool:
+        job = Job(plan, checkpoint, workdir, device, on_event, pool)
+        if job.finished:
+            on_event(Event("quantize", job.finished, len(plan.units), "resumed"))
+        for component in plan.family.components:
+            units = [u for u in plan.units if u.component == component.name and u.index >= job.finished]
+            for block in walk(job, component, units, batches):
+                folding, result = Folding.start(block), block.quantize()
+                if folding:
+                    result = folding.best(result, block.quantize() if folding.fold(result) else None)
+                job.commit(block.unit, result)
+                del folding, result  # a copy of the block; its codes are being written
+        job.settle()
+
+
+def walk(
+    job: Job, component: Component, units: Sequence[Unit], batches: Sequence[Batch], sequential: bool = True
+) -> Iterator[Block]:
+    """The blocks of a component that `units` quantize, in order; a block comes once for each of its units.
+
+    Blocks are in memory, with their inputs, up to the last one whose unit needs statistics; those after it are neither
+    read nor run. sequential: later blocks run on what the caller leaves in the earlier ones; otherwise every block is
+    as `job.read` gives it, for each of its units and for the blocks after it.
+    """
+    calibrated = [unit.block for unit in units if unit.needs_statistics]
+    names = [component.block(i) for i in range(component.used(job.checkpoint.config))]
+    count = 1 + max((names.index(block) for block in calibrated), default=-1)
+    inputs = arrive(job, component, count, batches) if count else []
+    noted = {unit.block for unit in (*job.plan.units, *units)}  # their results tell what was excluded before them
+    for i, name in enumerate(names[:count]):
+        tensors = job.tensors_under(name)
+        job.stream.load(tensors, job.read)
+        if i + 1 < count:
+            job.read_ahead(job.tensors_under(names[i + 1]))
+        for unit in (unit for unit in units if unit.block == name):
+            yield Block(job, component, unit, inputs)
+            if not sequential:
+                job.stream.load(tensors, job.read)
+        if name in noted:
+            mark_noted(inputs)
+        if i + 1 < count:
+            module = job.stream.module(name)
+            for entry in inputs:
+                entry.advance(module, job.device.torch_device)
+            check_excluded(name, inputs)
+        job.stream.unload(tensors)
+    for unit in units:
+        if unit.block not in names[:count]:
+            yield Block(job, component, unit)

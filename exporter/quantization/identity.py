@@ -1,0 +1,116 @@
+"""What decides the numbers of a job, in one place: everything that is kept on disk is looked up or refused by it.
+
+Work folders, units of studies, settings of studies and kept answers are made from these parts. Whatever can change a
+number belongs into one of them; names of folders, of data sources and of the machine do not.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from exporter.device import Device
+from exporter.events import Event, ignore
+from exporter.inference.predict import calibration_text
+from exporter.methods import METHODS
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.processor_files import processor_files
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Calibration
+from exporter.quantization import calibrate
+from exporter.tasks.sample import Sample, task_of
+
+PACKAGES = ("mmq", "torch", "transformers", "tokenizers", "pillow", "numpy", "torchvision")
+Identity = dict[str, Any]  # plain data
+
+
+def package_versions() -> dict[str, str]:
+    """Version of every package that takes part in the arithmetic; `absent` where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def of_source(checkpoint: Checkpoint, on_event: Callable[[Event], None] = ignore) -> Identity:
+    """A model: configuration, every byte of its shards and of its processor's files, and what tensors are read as."""
+    files = checkpoint.shard_hashes(on_event) | processor_files(checkpoint.folder)
+    return {"config.json": checkpoint.config, "tensors read as": checkpoint.dtypes(), "files": files}
+
+
+def of_machine(device: Device, stored: torch.dtype) -> Identity:
+    """What computes. stored: dtype of the checkpoint's linears."""
+    dtype = device.compute_dtype(stored)
+    kind = {"device": device.torch_device.type, "compute dtype": str(dtype).removeprefix("torch.")}
+    return kind | {"versions": package_versions()}
+
+
+def of_samples(
+    samples: Iterable[Sample], pictures: Iterable[str], prompt: Callable[[Sample], str] | None = None
+) -> list[Identity]:
+    """Every sample with its texts. pictures: `image_key` of each. prompt: a sample's text as the model reads it."""
+    return [_of_sample(sample, picture, prompt) for sample, picture in zip(samples, pictures, strict=True)]
+
+
+def _of_sample(sample: Sample, picture: str, prompt: Callable[[Sample], str] | None) -> Identity:
+    references = "answers" if task_of(sample) == "vqa" else "caption"
+    described: Identity = {
+        "id": sample.identity,
+        "picture": picture,
+        "question": sample.question,
+        references: list(sample.references),
+        "kind": sample.kind,
+    }
+    if sample.among is not None:
+        described["pictures and texts searched"] = sample.among.digest
+    return described | ({"prompt": prompt(sample)} if prompt else {})
+
+
+def of_calibration(
+    settings: Calibration, samples: Sequence[Sample], pictures: Sequence[str], prompt: Callable[[Sample], str]
+) -> Identity:
+    """What a method learns from. Which samples these settings choose is in `samples` and not in the settings."""
+    return {
+        "calibration": {name: getattr(settings, name) for name in ("seed", "batch", "vision_weight")},
+        "samples": of_samples(samples, pictures, prompt),
+    }
+
+
+def of_job(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    processor: Any,
+    samples: Sequence[Sample],
+    pictures: Sequence[str],
+    device: Device,
+    on_event: Callable[[Event], None] = ignore,
+) -> Identity:
+    """Everything that decides the blocks of an export. Format, gates and evaluation do not.
+
+    processor: may be None without samples. pictures: `image_key` of every sample's.
+    """
+    methods = sorted({row.rule.method for row in plan.rows if row.rule})
+    rules = [rule.model_dump(mode="json", exclude={"store"}) for rule in plan.recipe.quantize]
+    stored = next(row.tensor.dtype for row in plan.rows if row.linear)
+
+    def prompt(sample: Sample) -> str:
+        return calibration_text(processor, plan.family, sample)
+
+    return {
+        **of_source(checkpoint, on_event),
+        **of_machine(device, stored),
+        **of_calibration(plan.recipe.calibration, samples, pictures, prompt),
+        "quantize": rules,
+        "methods": method_versions(methods),
+    }
+
+
+def method_versions(methods: Iterable[str]) -> dict[str, int]:
+    """Version of every method, and of the code that streams blocks through them."""
+    versions = {name: METHODS[name].VERSION for name in methods} | {"calibrate": calibrate.VERSION}
+    return {f"version of {name}": number for name, number in versions.items()}

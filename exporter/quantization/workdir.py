@@ -1,0 +1,206 @@
+"""The work folder: one file for each finished block. The set of files is the progress; there is no other state.
+
+A unit file holds, for every quantized linear NAME of its block, `NAME.codes` (dense bit stream, int32), `NAME.scale`,
+`NAME.zero` (asymmetric only), `altered.TENSOR` for every tensor that a fold changed, and in its header the job's
+fingerprint, the notes and the errors, and a checksum of all that.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from exporter.errors import CheckpointError, WorkdirError
+from exporter.events import Event
+from exporter.files.mapping_diff import changes
+from exporter.files.strict_json import read_json
+from exporter.files.writing import make_folder, write_tensors, write_text
+from exporter.numerics.quantized import QuantizedLinear, pack_bits, unpack_bits
+from exporter.planning.plan import PlanRow, Unit
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of one block.
+
+    linears: module name -> quantized linear. errors: module name -> relative error of its output on the calibration
+    data (of its weight, for methods without data). notes: what the user should read.
+    altered: tensors of the block that are kept in 16 bits but not as they were (folded norms and biases).
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    errors: Mapping[str, float]
+    notes: tuple[str, ...]
+    altered: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+JOB = "job.json"
+LOCK = ".mmq-lock"
+AGAIN = "run the same command again: this block is then computed again"
+READERS = 4  # threads that check files; each holds one unit in memory
+
+
+class Workdir:
+    """A folder of unit files that all belong to one job."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def open(cls, path: Path, inputs: Mapping[str, Any]) -> "Workdir":
+        """Create the folder, or resume it when it belongs to the same job.
+
+        inputs: everything that changes the numbers. WorkdirError names what differs from the job that it belongs to.
+        """
+        make_folder(path)
+        if (path / JOB).exists():
+            _refuse_changes(path, inputs)
+        elif any(child.name != LOCK for child in path.iterdir()):
+            raise WorkdirError(f"{path} is not empty and is no mmq work folder", "give another --work folder")
+        else:
+            write_text(path / JOB, _job_text(inputs))
+        for leftover in path.glob(".*.tmp"):  # a killed run's half-written file
+            leftover.unlink()
+        return cls(path, fingerprint_of(inputs))
+
+    def clear(self) -> None:
+        """Delete all finished blocks."""
+        for path in self.path.glob("*.safetensors"):
+            path.unlink()
+
+    def drop_damaged(self, units: Sequence[Unit], on_event: Callable[[Event], None]) -> None:
+        """Delete the files of finished units that do not hold what was written, so that they are computed again."""
+        finished = [unit for unit in units if (self.path / unit.file).exists()]
+        with ThreadPoolExecutor(READERS) as pool:
+            for number, damage in enumerate(pool.map(self._damage, finished), 1):
+                on_event(Event("check", number, len(finished), finished[number - 1].block))
+                if damage:
+                    (self.path / finished[number - 1].file).unlink()
+                    on_event(Event("note", number, len(finished), f"{damage}; this block is computed again"))
+
+    def commit(self, unit: Unit, result: UnitResult) -> None:
+        """Store a finished block, atomically."""
+        tensors: dict[str, Tensor] = {}
+        for name, linear in result.linears.items():
+            tensors[f"{name}.codes"] = pack_bits(linear.codes, linear.scheme.bits).cpu()
+            tensors[f"{name}.scale"] = linear.scale
+            if not linear.scheme.symmetric:
+                tensors[f"{name}.zero"] = linear.zero
+        tensors |= {f"altered.{name}": tensor for name, tensor in result.altered.items()}
+        about = json.dumps({"errors": dict(result.errors), "notes": list(result.notes)}, sort_keys=True)
+        stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        checked = {"fingerprint": self.fingerprint, "result": about}
+        try:
+            write_tensors(self.path / unit.file, stored, checked | {"checksum": checksum(checked, stored)})
+        except CheckpointError as error:
+            raise WorkdirError(error.message, "free some space and run the same command again: it resumes") from None
+
+    def done(self, units: tuple[Unit, ...]) -> int:
+        """How many leading units are finished."""
+        for i, unit in enumerate(units):
+            if not (self.path / unit.file).exists():
+                return i
+        return len(units)
+
+    def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
+        """A finished block, its tensors on `device` (WorkdirError when its file does not hold what was written)."""
+        about, stored = self._checked(unit)
+        tensors = {name: tensor.to(device) for name, tensor in stored.items()}
+        linears = {row.module: _read_linear(tensors, row) for row in unit.rows}
+        prefix = "altered."
+        altered = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        return UnitResult(linears, about["errors"], tuple(about["notes"]), altered)
+
+    def read_notes(self, unit: Unit) -> tuple[dict[str, float], list[str]]:
+        """The errors and notes of a finished block, without its tensors."""
+        with self._opened(unit) as (_, metadata):
+            about = json.loads(metadata["result"])
+            return about["errors"], about["notes"]
+
+    def _damage(self, unit: Unit) -> str:
+        """What is wrong with a finished unit's file; empty when nothing is."""
+        try:
+            self._checked(unit)
+        except WorkdirError as error:
+            return error.message
+        return ""
+
+    def _checked(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Errors and notes of a finished unit, and its tensors on the CPU as they are stored."""
+        with self._opened(unit) as (file, metadata):
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            expected = metadata.pop("checksum")
+            if checksum(metadata, stored) != expected:
+                raise WorkdirError(f"{self.path / unit.file} is damaged: its checksum is wrong", AGAIN)
+            return json.loads(metadata["result"]), stored
+
+    @contextmanager
+    def _opened(self, unit: Unit) -> Iterator[tuple[Any, dict[str, str]]]:
+        """A unit's file and its metadata; whatever is wrong with it becomes a WorkdirError."""
+        path = self.path / unit.file
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("fingerprint") != self.fingerprint:
+                    raise WorkdirError(f"{path} belongs to another job", AGAIN)
+                yield file, metadata
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise WorkdirError(f"{path} is damaged ({error})", AGAIN) from None
+
+
+def fingerprint_of(inputs: Mapping[str, Any]) -> str:
+    """The identity of a job, sha256 of its inputs."""
+    return hashlib.sha256(_job_text(inputs).encode()).hexdigest()
+
+
+def _job_text(inputs: Mapping[str, Any]) -> str:
+    return json.dumps(inputs, indent=1, sort_keys=True)
+
+
+def _refuse_changes(path: Path, inputs: Mapping[str, Any]) -> None:
+    """WorkdirError unless the folder's job had these inputs, with every difference."""
+    hint = f"undo the change to go on from them, or start over: give another --work, or delete {path}"
+    try:
+        before = read_json(path / JOB)
+    except CheckpointError as error:
+        raise WorkdirError(f"{error.message}: it is not known what the blocks in {path} were made from", hint) from None
+    lines = changes(before, json.loads(_job_text(inputs)))
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise WorkdirError(f"{path} holds finished blocks of another job:{listed}", hint)
+
+
+def checksum(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over texts, and over name, dtype, shape and bytes of every tensor (on the CPU, contiguous)."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(READERS) as pool:
+        hashes = list(pool.map(lambda name: _tensor_hash(tensors[name]), names))
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    return hashlib.sha256(json.dumps([dict(texts), described, hashes], sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _read_linear(tensors: Mapping[str, Tensor], row: PlanRow) -> QuantizedLinear:
+    """One linear of a unit's tensors: codes `[out, in]`, scale and zero `[out, groups]`."""
+    scheme = row.scheme
+    assert scheme is not None
+    codes = unpack_bits(tensors[f"{row.module}.codes"], scheme.bits, row.tensor.shape[1])
+    scale = tensors[f"{row.module}.scale"]
+    if scheme.symmetric:
+        middle = 0 if scheme.number == "fp8" else scheme.middle
+        zero = torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
+    else:
+        zero = tensors[f"{row.module}.zero"]
+    return QuantizedLinear(scheme, codes, scale, zero)

@@ -1,0 +1,257 @@
+"""A vLLM server as a child process: start, wait until it is healthy, ask about images, read its log, stop.
+
+Everything goes over HTTP on the address of the `Launch`.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from exporter.errors import ServeError
+from exporter.inference.openai_client import RequestFailed, answers, ask, message
+from exporter.serving.launch import Launch
+
+START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
+ANSWER_SECONDS = 300.0
+STOP_SECONDS = 20.0
+SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
+KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
+# Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
+DIE_WITH_PARENT = (
+    "import ctypes, os, sys\n"
+    "parent = int(sys.argv[1])\n"
+    "if sys.platform == 'linux':\n"
+    "    ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)\n"
+    "if os.getppid() != parent:\n"
+    "    sys.exit(1)\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer. prompt: ids of the prompt with the image's tokens; tokens, logprobs: of the answer, one each.
+
+    top: for every token of the answer, id -> log-probability of the most likely ones.
+    """
+
+    text: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[Mapping[int, float], ...]
+
+
+class Engine:
+    """A running server; use as a context manager. log: file that takes what it says (None: our own stderr)."""
+
+    def __init__(self, launch: Launch, log: Path | None = None, debug: bool = False) -> None:
+        self.launch = launch
+        self.log = log
+        self._debug = debug
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, also the id of its process group."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server in a process group of its own (ServeError when its port is taken); does not wait."""
+        refuse_taken_port(self.launch.url)
+        environment = {**self.launch.environment, **os.environ}  # what the user set wins
+        if "PYTHONPATH" in self.launch.environment:  # but this has the user's in it
+            environment["PYTHONPATH"] = self.launch.environment["PYTHONPATH"]
+        if self._debug:
+            environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
+        if "VLLM_RPC_BASE_PATH" not in environment:  # vLLM leaves the sockets between its processes where they are
+            self._sockets = tempfile.TemporaryDirectory(prefix="mmq-vllm-")
+            environment["VLLM_RPC_BASE_PATH"] = self._sockets.name
+        self._output = self.log.open("wb") if self.log else None
+        command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), *self.launch.command]
+        said = self._output or sys.stderr
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+        )
+
+    def wait_healthy(self, seconds: float = START_SECONDS) -> float:
+        """Seconds it took; ServeError with the end of the log when it ends or is not healthy in time."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < seconds:
+            if (code := self.ended()) is not None:
+                raise ServeError(f"{ending(code)} before it was ready{self._last_words()}")
+            if answers(f"{self.launch.url}/health"):
+                return time.monotonic() - begun
+            time.sleep(0.5)
+        raise ServeError(f"vllm was not ready after {seconds:.0f} s{self._last_words()}")
+
+    def ended(self) -> int | None:
+        """Exit code of the server, None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End the server and everything it started: asked first, then killed."""
+        process, self._process = self._process, None
+        if process is not None:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_SECONDS)
+            kill_group(process.pid)
+            process.wait()
+        if self._output:
+            self._output.close()
+            self._output = None
+        if self._sockets:
+            self._sockets.cleanup()
+            self._sockets = None
+
+    def kill(self) -> None:
+        """End the server without asking, as a crash would."""
+        kill_group(self.pid)
+        assert self._process is not None
+        self._process.wait()
+
+    def ask(self, text: str, image: bytes, max_tokens: int = 16, top: int = 5, seed: int = 0) -> Reply:
+        """The greedy answer to `text` about `image` (the bytes of a PNG or JPEG), with log-probabilities."""
+        body = {
+            "model": self.launch.model,
+            "messages": [message(text, image)],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "seed": seed,
+            "logprobs": True,
+            "top_logprobs": top,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        try:
+            return read_reply(post(f"{self.launch.url}/v1/chat/completions", body))
+        except ServeError as error:
+            raise ServeError(f"{error.message}{self._last_words()}") from None
+
+    def schemes(self) -> dict[str, str]:
+        """Which class of vLLM each linear was given, by its runtime name, as the log tells (needs debug and log)."""
+        return read_schemes(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else {}
+
+    def kernels(self) -> tuple[str, ...]:
+        """Which kernels run which schemes, as the log tells (needs log)."""
+        return read_kernels(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else ()
+
+    def _last_words(self) -> str:
+        return f"; the end of its log:\n{last_words(self.log.read_text(errors='replace'))}" if self.log else ""
+
+
+def ending(code: int) -> str:
+    """What an exit code of the server means."""
+    if code >= 0:
+        return f"vllm ended with code {code}"
+    reason = " (is memory short?)" if code == -signal.SIGKILL else ""
+    return f"vllm was killed by signal {-code}{reason}"
+
+
+def kill_group(group: int) -> None:
+    """SIGKILL to every process of a group; nothing happens when none is left."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def refuse_taken_port(url: str) -> None:
+    """ServeError when something listens there already: it would answer in our server's place."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:
+        probe.settimeout(2)
+        if probe.connect_ex((host.strip("[]"), int(port))) == 0:
+            raise ServeError(f"port {port} of {host} is taken", "choose another with --port, or --port 0 for any")
+
+
+_held: list[socket.socket] = []  # sockets of `free_port`, open as long as this process runs
+
+
+def free_port() -> int:
+    """A port of the loopback address that stays ours: nothing that asks the system for any port is given it.
+
+    The socket stays bound and does not listen, so a server that sets SO_REUSEADDR, as vLLM does, can take the port.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return int(holder.getsockname()[1])
+
+
+def post(url: str, body: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
+    """The JSON answer to a request (ServeError with the server's own words when it refuses or is silent)."""
+    try:
+        return ask(url, body, seconds)
+    except RequestFailed as failed:
+        answered = f"answered {failed.status}: {failed.message}" if failed.status else failed.message
+        raise ServeError(f"{url}: {answered}") from None
+
+
+def read_reply(answer: Mapping[str, Any]) -> Reply:
+    """A chat completion with token ids and log-probabilities, as `Engine.ask` requests it."""
+    try:
+        choice = answer["choices"][0]
+        steps = choice["logprobs"]["content"]
+        return Reply(
+            choice["message"]["content"] or "",
+            tuple(answer["prompt_token_ids"]),
+            tuple(choice["token_ids"]),
+            tuple(step["logprob"] for step in steps),
+            tuple({_token_id(t["token"]): t["logprob"] for t in step["top_logprobs"]} for step in steps),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise ServeError(f"vllm's answer has no token ids or log-probabilities ({error!r})") from None
+
+
+def _token_id(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
+
+
+def read_schemes(log: str) -> dict[str, str]:
+    """Runtime name -> class of its scheme, from the lines of a log at level DEBUG."""
+    return {name: scheme for scheme, name in SCHEME_LINE.findall(log)}
+
+
+def read_kernels(log: str) -> tuple[str, ...]:
+    """`kernel for scheme`, as the log names them, each once; it does not say which linear got which."""
+    return tuple(sorted({f"{kernel} for {scheme}" for kernel, scheme in KERNEL_LINE.findall(log)}))
+
+
+def last_words(log: str, lines: int = 15) -> str:
+    """The errors of a log, or its last lines, without the notes of libraries at exit."""
+    kept = [line for line in log.splitlines() if line.strip() and not line.startswith((" - ", "nanobind:"))]
+    errors = [line for line in kept if re.search(r"\b\w*Error: |\bERROR\b", line)]
+    return "\n".join(f"  {line[:400]}" for line in (errors or kept)[-lines:])
