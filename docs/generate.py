@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of the documentation: tables of recipes and kernels, the recipes' page, the commands.
+"""Rewrite the generated parts of the documentation: the map, recipes, kernels, commands.
 
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
@@ -6,8 +6,10 @@
 Sizes come from `make_plan` on the true headers of the models, so they are what an export writes.
 """
 
+import ast
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +132,29 @@ def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]
             yield from _below(context, command)
 
 
+def room_table() -> str:
+    """Markdown: the packages of `exporter/` from top to bottom, with the first line of each docstring and its files."""
+    lines = ["| package | job | files |", "|---|---|---|"]
+    for name in rooms():
+        folder = ROOT / "exporter" / name
+        first = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or "").split("\n")[
+            0
+        ]
+        files = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        folders = sorted(f"{path.parent.name}/" for path in folder.glob("*/__init__.py"))
+        lines.append(f"| `{name}` | {first} | {' '.join(f'`{file}`' for file in [*files, *folders])} |")
+    return "\n".join(lines)
+
+
+def rooms() -> list[str]:
+    """The packages of `exporter/` in the order of the import contract, the highest first."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    names = [name for row in contracts[0]["layers"] for name in row.split(" | ")]
+    return [name for name in names if (ROOT / "exporter" / name / "__init__.py").is_file()]
+
+
 def between(text: str, name: str, new: str) -> str:
     """`text` with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -144,7 +169,9 @@ def pages() -> dict[Path, str]:
     """File -> the text it should have."""
     readme, sizes = ROOT / "README.md", recipe_table()
     served = ROOT / "docs" / "reference" / "serving.md"
+    map_page = ROOT / "docs" / "architecture.md"
     return {
+        map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
         ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),
