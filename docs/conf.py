@@ -1,7 +1,7 @@
 """Sphinx configuration of the documentation site; `make docs` builds it and treats every warning as an error.
 
-MyST reads the pages, which are plain Markdown that a code host shows as well. Links to files of the repository that are
-no pages (`../recipes/x.yaml`) are checked to exist and shown as their text.
+The pages are Markdown, read by MyST; code hosts render them too. For a link to a repository file outside the pages
+(`../recipes/x.yaml`), the build checks that the file exists and shows the link text only.
 """
 
 import re
@@ -26,7 +26,7 @@ nitpicky = True
 
 
 def check_repository_links(app: Any, name: str, source: list[str]) -> None:
-    """Links that leave the folder of the pages: their text when the file exists, else a link that fails the build."""
+    """Replace a link to a file outside the pages by its text if the file exists; otherwise the link fails the build."""
     pages = ROOT / "docs"
 
     def checked(link: re.Match[str]) -> str:

@@ -1,22 +1,26 @@
-"""Rewrite the generated parts of the documentation: the map, recipes, kernels, commands.
+"""Rewrite the generated parts of the documentation: the map, recipes, kernels, commands, the Python API.
 
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
 
-Sizes come from `make_plan` on the true headers of the models, so they are what an export writes.
+`make_plan` computes the sizes from the headers of the real models, so they equal the sizes that an export writes.
 """
 
 import ast
+import inspect
+import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
+import exporter
+from exporter import errors
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
@@ -31,7 +35,7 @@ from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Serving, c
 from tests.headers.read import write_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent
-HEADERS = {  # family -> what its column says, and the checkpoint whose header gives the sizes
+HEADERS = {  # family -> heading of its column, and the checkpoint whose header gives the sizes
     "llava": ("LLaVA-1.5-7B", "llava-hf--llava-1.5-7b-hf"),
     "blip2": ("BLIP-2 OPT-2.7b", "Salesforce--blip2-opt-2.7b"),
     "blip2-itm": ("BLIP-2 ITM", "Salesforce--blip2-itm-vit-g-coco"),
@@ -39,7 +43,7 @@ HEADERS = {  # family -> what its column says, and the checkpoint whose header g
 WHOLE: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
 ALL: tuple[GroupSize, ...] = (*WHOLE, 16, 32, 256)
 FP8 = Scheme(8, "row", number="fp8")
-KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # what has the same cells
+KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # schemes with the same cells
     ("W4, rows or groups of 64, 128", "compressed_tensors", [Scheme(4, g, s) for g in WHOLE for s in (True, False)]),
     ("W4, groups of 32", "compressed_tensors", [Scheme(4, 32), Scheme(4, 32, symmetric=False)]),
     ("W4, other groups", "compressed_tensors", [Scheme(4, 16), Scheme(4, 256)]),
@@ -82,23 +86,25 @@ def family_table(name: str, recipes: Sequence[Recipe]) -> str:
 
 
 def recipe_page(sizes: str) -> str:
-    """Markdown: the recipes with the findings they rest on."""
+    """Markdown: the recipes with their gates and evidence."""
     parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
     parts += [
-        "Sizes count scales, embeddings and everything else. `mmq recipes NAME > mine.yaml` writes one to change.",
+        "Sizes include scales, embeddings and all other tensors. `mmq recipes NAME > mine.yaml` writes one to edit.",
+        "Each section lists the gates (maximum loss as a share of the full-precision score) and the evidence.",
         "",
     ]
     for name in built_in():
         recipe = load_recipe(name)
-        gates = ", ".join(f"{g.task} {g.metric} may lose {g.max_drop:.0%}" for g in recipe.gates)
-        parts += [f"## {name}", "", f"{recipe.summary}. Gates: {gates}.", ""]
-        parts += [f"- {e.finding} {e.figures} ({e.source})" for e in recipe.evidence]
+        gates = ", ".join(f"{g.task} {g.metric} {g.max_drop:.0%}" for g in recipe.gates)
+        parts += [f"## {name}", "", f"{recipe.summary}. Maximum loss: {gates}.", ""]
+        parts += ["| finding | figures | source |", "|---|---|---|"]
+        parts += [f"| {e.finding} | {e.figures} | {e.source} |" for e in recipe.evidence]
         parts.append("")
     return "\n".join(parts)
 
 
 def kernel_table() -> str:
-    """Markdown: which kernel runs each scheme on each architecture."""
+    """Markdown: the kernel of each scheme on each architecture."""
     cards = [card for card in ARCHITECTURES if card not in ((8, 6), (12, 0))]
     heads = [f"{capability_label(card)} {ARCHITECTURES[card]}" for card in cards]
     lines = ["| scheme | format | " + " | ".join(heads) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
@@ -132,6 +138,35 @@ def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]
             yield from _below(context, command)
 
 
+API_PAGE = ROOT / "docs" / "reference" / "python-api.md"
+
+
+def api_reference() -> str:
+    """Markdown: signature and docstring of every function that `exporter` exports, and the errors with exit codes."""
+    parts = []
+    for name in exporter.__all__:
+        function = getattr(exporter, name)
+        docstring = re.sub(r"^(\w+): ", r"- `\1`: ", inspect.getdoc(function) or "", flags=re.MULTILINE)
+        parts += [f"### {name}", "", "```python", _signature(name, function), "```", "", docstring, ""]
+    parts += ["## Errors", "", "| error | exit code | meaning |", "|---|---|---|"]
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.MmqError):
+            first = (inspect.getdoc(error) or "").split("\n")[0]
+            parts.append(f"| `{error.__name__}` | {error.exit_code} | {first} |")
+    return "\n".join(parts)
+
+
+def _signature(name: str, function: Callable[..., object]) -> str:
+    """`name(...)` with an argument a line, and types without their modules."""
+    signature = inspect.signature(function)
+    arguments = [re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(value)) for value in signature.parameters.values()]
+    keyword_only = [value.kind is value.KEYWORD_ONLY for value in signature.parameters.values()]
+    if True in keyword_only:
+        arguments.insert(keyword_only.index(True), "*")
+    returns = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(signature.return_annotation))
+    return f"{name}(\n" + "".join(f"    {argument},\n" for argument in arguments) + f") -> {returns}"
+
+
 def room_table() -> str:
     """Markdown: the packages of `exporter/` from top to bottom, with the first line of each docstring and its files."""
     lines = ["| package | job | files |", "|---|---|---|"]
@@ -156,7 +191,7 @@ def rooms() -> list[str]:
 
 
 def between(text: str, name: str, new: str) -> str:
-    """`text` with what stands between the marks of `name` replaced."""
+    """`text` with a new section between the marks of `name`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
@@ -166,7 +201,7 @@ def between(text: str, name: str, new: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """File -> the text it should have."""
+    """Each page and its expected text."""
     readme, sizes = ROOT / "README.md", recipe_table()
     served = ROOT / "docs" / "reference" / "serving.md"
     map_page = ROOT / "docs" / "architecture.md"
@@ -176,6 +211,7 @@ def pages() -> dict[Path, str]:
         readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
         ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),
         ROOT / "docs" / "reference" / "cli.md": command_reference(),
+        API_PAGE: between(API_PAGE.read_text(encoding="utf-8"), "api", api_reference()),
     }
 
 
