@@ -39,8 +39,8 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("search of scales", awq, "_clip"),
     ("folds", smooth, "fold"),
     ("inputs of components", calibrate, "arrive"),
-    ("reading weights", job.Job, "read"),
-    ("writing units", job.Job, "settle"),
+    ("reading weights", job.BlockIO, "read"),
+    ("writing units", job.BlockIO, "settle"),
 )
 GIB = 2**30
 

@@ -1,6 +1,6 @@
-"""What a long job tells whoever listens: a bar on a terminal, JSON lines, a test that interrupts."""
+"""Progress events of long jobs: shown as a bar on a terminal, written as JSON lines, or handled by a callback."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -20,5 +20,9 @@ class Event:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+Listener = Callable[[Event], None]
+"""Receives every event of a job, in the order in which steps finish, from the thread that runs the job."""
+
+
 def ignore(event: Event) -> None:
-    """The listener that does nothing."""
+    """A listener that ignores every event."""

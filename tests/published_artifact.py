@@ -12,7 +12,7 @@ from exporter.device import choose
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
 from exporter.evaluation.evaluate import compare
-from exporter.evaluation.report_file import Asked, Bootstrap, Evaluation, Report, write_report
+from exporter.evaluation.report_file import AnswersRecord, Bootstrap, EvaluationRecord, Report, write_report
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.events import ignore
 from exporter.model.families import FAMILIES
@@ -71,13 +71,13 @@ def write_scores(folder: Path, after: float, before: float = 0.9, samples: int =
     artifact = Artifact.open(folder)
     weights = {SOURCE: artifact.manifest.source.digest, ARTIFACT: weights_digest(artifact)}
     processor = digest(artifact.manifest.source.processor)
-    about = Evaluation(
+    about = EvaluationRecord(
         data="folder mine",
         samples=samples,
         seed=seed,
         bootstrap=Bootstrap(resamples=RESAMPLES, confidence=CONFIDENCE, seed=seed),
         models={
-            name: Asked(weights=found or "", processor=processor, backend="transformers")
+            name: AnswersRecord(weights=found or "", processor=processor, backend="transformers")
             for name, found in weights.items()
         },
     )

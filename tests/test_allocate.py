@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from exporter.commands.allocate import Bytes
+from exporter.commands.allocate import ByteSize
 from exporter.commands.main import cli
 from exporter.errors import DataError, PlanError, RecipeError
 from exporter.events import ignore
@@ -18,7 +18,7 @@ from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Rule
 from exporter.planning.recipe_file import load_recipe
 from exporter.study import pool
-from exporter.study.allocate import Option, Place, front, rules_of, solve
+from exporter.study.allocate import Option, Slot, front, rules_of, solve
 from exporter.study.prepare import base_recipe
 from exporter.study.propose import with_evidence, write_recipe
 from exporter.study.search import Request, allocate
@@ -30,7 +30,7 @@ def rule(bits: int, component: str = "vision") -> Rule:
     return Rule(component=component, bits=bits)
 
 
-def random_places(seed: int, count: int = 5, options: int = 4) -> tuple[list[Place], int]:
+def random_places(seed: int, count: int = 5, options: int = 4) -> tuple[list[Slot], int]:
     dice = np.random.default_rng(seed)
     places = []
     for i in range(count):
@@ -39,7 +39,7 @@ def random_places(seed: int, count: int = 5, options: int = 4) -> tuple[list[Pla
         kept = [
             Option(rule(bits), size * (16 - bits) // 16, float(c)) for bits, c in zip((2, 4, 8), costs, strict=True)
         ]
-        places.append(Place("vision", i, None, (Option(None, 0, 0.0), *kept)))
+        places.append(Slot("vision", i, None, (Option(None, 0, 0.0), *kept)))
     return places, 20_000
 
 
@@ -86,8 +86,8 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rules_of_a_choice_join_what_is_alike() -> None:
-    places = [Place("vision", i, role, ()) for i in range(4) for role in ("attention", "mlp")]
-    places.append(Place("projector", 0, None, ()))
+    places = [Slot("vision", i, role, ()) for i in range(4) for role in ("attention", "mlp")]
+    places.append(Slot("projector", 0, None, ()))
     four, eight, kept = Option(rule(4), 1, 0), Option(rule(8), 1, 0), Option(None, 0, 0)
     chosen = [four, four, four, four, four, eight, kept, eight, Option(rule(8, "projector"), 1, 0)]
     found = [(r.component, r.blocks, r.role, r.bits) for r in rules_of(places, chosen)]
@@ -244,7 +244,7 @@ def test_a_choice_that_loses_much_is_no_success(tmp_path: Path, study_folder: Pa
     ("text", "size"), [("4.2GB", 4_200_000_000), ("900kB", 900_000), ("4 GiB", 2**32), ("123", 123)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert Bytes().convert(text, None, None) == size
+    assert ByteSize().convert(text, None, None) == size
 
 
 def test_bits_of_a_retrieval_model_are_chosen_and_proven_by_its_recall(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from exporter.data import image_key
 from exporter.errors import CheckpointError, DataError
-from exporter.evaluation.answers import ABOUT, Backend, Model, Store, ask
+from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, ask
 from exporter.events import Event, ignore
 from exporter.inference.predict_server import KEY, ServedPredictor, Server
 from exporter.model.families import FAMILIES
@@ -48,13 +48,13 @@ class Counting:
             self.asked += [samples[i].identity for i in chosen]
             yield {i: f"I am {samples[i].identity}" for i in chosen if samples[i].identity != self.skips}
 
-    def model(self, **identity: Any) -> Model:
+    def model(self, **identity: Any) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
             self.opened += 1
             yield self
 
-        return Model("artifact", {"weights": "w", **identity}, lambda s: str(s.question), opened)
+        return Answerer("artifact", {"weights": "w", **identity}, lambda s: str(s.question), opened)
 
 
 def run(

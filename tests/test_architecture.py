@@ -121,3 +121,18 @@ def test_importing_the_package_loads_no_heavy_library():
 def test_mistakes_to_try_are_of_lines_that_are_there(mutation):
     """`python -m bench.mutations` makes each and names the test that notices."""
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.before) == 1
+
+
+def test_a_class_name_has_one_meaning():
+    """Two classes, or aliases of types, never share a name; each method has `Options` and `Statistics` by convention."""
+    homes: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, set()).add(module_name(path))
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name[0].isupper() and not name.isupper():
+                    homes.setdefault(name, set()).add(module_name(path))
+    shared = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
+    assert set(shared) <= {"Options", "Statistics"}, shared

@@ -13,7 +13,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.data import samples
 from exporter.device import choose
 from exporter.evaluation import backends
-from exporter.evaluation.answers import Model, ask
+from exporter.evaluation.answers import Answerer, ask
 from exporter.evaluation.evaluate import picture_keys
 from exporter.events import Event, ignore
 from exporter.inference import predict
@@ -37,7 +37,7 @@ def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Model, Model]:
+def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Answerer, Answerer]:
     """The models of an artifact, named like its folder."""
     return backends.here(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
 
@@ -47,7 +47,7 @@ def asked(out: Path) -> dict[str, list[Sample]]:
     return {task: samples("demo", None, task, "test", 10, 0) for task in Artifact.open(out).family.tasks}
 
 
-def answers(models: tuple[Model, Model], found: dict[str, list[Sample]]) -> list[Any]:
+def answers(models: tuple[Answerer, Answerer], found: dict[str, list[Sample]]) -> list[Any]:
     """What both say."""
     keys = picture_keys(found)
     return [ask(model, found, keys, None, ignore) for model in models]

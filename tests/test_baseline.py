@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.manifest import Manifest, Source, read_manifest
+from exporter.artifact.manifest import Manifest, SourceRecord, read_manifest
 from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError
-from exporter.evaluation.answers import Model
+from exporter.evaluation.answers import Answerer
 from exporter.evaluation.backends import here
 from exporter.evaluation.baseline import compare
 from exporter.evaluation.report_file import REPORT
@@ -114,10 +114,10 @@ def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tm
     assert "damaged, is not the one that the artifact was made from" in output
     baseline = json.loads((artifact / REPORT).read_text())["evaluation"]["baseline"]
     assert baseline == {"model": "damaged", "is_source": False, "differs": ["model.safetensors differs"]}
-    facts = read_place(str(artifact))
-    assert facts.other_baseline == "damaged, not demo-llava"
-    assert collect(facts, {})["other_baseline"] == facts.other_baseline
-    card = render("me/x", facts, Declared(), (), "", ())
+    summary = read_place(str(artifact))
+    assert summary.other_baseline == "damaged, not demo-llava"
+    assert collect(summary, {})["other_baseline"] == summary.other_baseline
+    card = render("me/x", summary, Declared(), (), "", ())
     assert "**another model than the source**: damaged, not demo-llava" in card
     done = CliRunner().invoke(cli, ["report", str(artifact), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output
@@ -148,7 +148,7 @@ def test_an_export_is_measured_beside_its_source(measured: Path) -> None:
 
 def older(manifest: Manifest) -> Manifest:
     """The manifest as it was written before it named more than shards."""
-    source = Source(model=manifest.source.model, shards=manifest.source.shards)
+    source = SourceRecord(model=manifest.source.model, shards=manifest.source.shards)
     return manifest.model_copy(update={"source": source})
 
 
@@ -159,7 +159,7 @@ def test_a_manifest_that_names_only_shards_is_compared_by_these(measured: Path, 
         assert compare(manifest, open_source(str(folder))[0]).is_source is same
 
 
-def models_of(artifact: Path, source: Path) -> tuple[Model, Model]:
+def models_of(artifact: Path, source: Path) -> tuple[Answerer, Answerer]:
     """Source and artifact, as an evaluation asks them."""
     return here(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
 

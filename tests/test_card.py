@@ -14,9 +14,9 @@ from exporter.artifact.manifest import MANIFEST, Manifest
 from exporter.commands.main import cli
 from exporter.data import place
 from exporter.errors import ArtifactError, PublishError
-from exporter.evaluation.report_file import REPORT, Evaluation, Serving
+from exporter.evaluation.report_file import REPORT, EvaluationRecord, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
-from exporter.publishing.artifact_summary import Facts, component_of, folder_reader, read_facts, read_place
+from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
 from exporter.publishing.card import RESULTS, Declared, render, table
 from exporter.publishing.repository import package
 from tests.published_artifact import tiny_artifact, tiny_model
@@ -35,30 +35,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def facts(made: Path) -> Facts:
-    return read_facts("w4", folder_reader(made / "w4"))
+def summary(made: Path) -> Summary:
+    return read_summary("w4", folder_reader(made / "w4"))
 
 
-def changed(facts: Facts, **values: Any) -> Facts:
+def changed(summary: Summary, **values: Any) -> Summary:
     """Facts whose manifest says something else."""
-    manifest = Manifest.model_validate(facts.manifest.model_dump() | values, strict=False)
-    return replace(facts, manifest=manifest)
+    manifest = Manifest.model_validate(summary.manifest.model_dump() | values, strict=False)
+    return replace(summary, manifest=manifest)
 
 
-def measured_on(facts: Facts, data: str) -> Facts:
+def measured_on(summary: Summary, data: str) -> Summary:
     """Facts whose report was measured on other data."""
-    assert facts.report
-    return replace(facts, report=facts.report.model_copy(update={"evaluation": Evaluation(data=data)}))
+    assert summary.report
+    return replace(summary, report=summary.report.model_copy(update={"evaluation": EvaluationRecord(data=data)}))
 
 
-def card(facts: Facts, declared: Declared | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
+def card(summary: Summary, declared: Declared | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
     """The rendered card, parsed by the hub's library."""
-    return ModelCard(render(REPO, facts, declared or Declared(), problems, ""))
+    return ModelCard(render(REPO, summary, declared or Declared(), problems, ""))
 
 
-def test_metadata_is_what_the_hub_library_reads(facts: Facts) -> None:
+def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
     declared = Declared("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
-    data = card(facts, declared).data
+    data = card(summary, declared).data
     assert data.base_model == "org/llava"
     assert data.to_dict()["base_model_relation"] == "quantized"
     assert (data.license, data.license_name) == ("other", "x")
@@ -70,18 +70,18 @@ def test_metadata_is_what_the_hub_library_reads(facts: Facts) -> None:
     assert "500 samples" in result.dataset_name
 
 
-def test_the_base_model_is_the_hubs_or_none(facts: Facts) -> None:
-    assert card(facts).data.base_model is None
-    assert "base_model_relation" not in card(facts).data.to_dict()
-    from_hub = changed(facts, source={"model": "llava-hf/llava-1.5-7b-hf@abc", "shards": {}})
+def test_the_base_model_is_the_hubs_or_none(summary: Summary) -> None:
+    assert card(summary).data.base_model is None
+    assert "base_model_relation" not in card(summary).data.to_dict()
+    from_hub = changed(summary, source={"model": "llava-hf/llava-1.5-7b-hf@abc", "shards": {}})
     assert card(from_hub).data.base_model == "llava-hf/llava-1.5-7b-hf"
-    odd = changed(facts, source={"model": "my@folder", "shards": {}})
+    odd = changed(summary, source={"model": "my@folder", "shards": {}})
     assert card(odd).data.base_model is None
 
 
-def test_the_card_says_what_was_done(facts: Facts) -> None:
-    text = card(facts).text
-    assert f"| language | {len(facts.manifest.linears)} | W4 g16 | rtn | packed |" in text
+def test_the_card_says_what_was_done(summary: Summary) -> None:
+    text = card(summary).text
+    assert f"| language | {len(summary.manifest.linears)} | W4 g16 | rtn | packed |" in text
     assert "| vision |  | 16 bits, not quantized |" in text
     assert "| vqa | accuracy | 500 | 0.9000 | 0.8800 | -0.0200 | -0.0340 to -0.0080 |" in text
     assert "| vqa | accuracy | passed |" in text
@@ -89,14 +89,14 @@ def test_the_card_says_what_was_done(facts: Facts) -> None:
     assert f"- vqa accuracy: passed: {changed}" in text
     assert f"vllm serve {REPO} --limit-mm-per-prompt" in text
     assert f"--model {REPO}" in text
-    assert facts.manifest.recipe.sha256 in text
+    assert summary.manifest.recipe.sha256 in text
     assert "None: no method of this recipe looks at data." in text
     assert "Published by force" not in text
     assert "humming" not in text
 
 
-def test_requests_ask_for_the_start_token_where_the_template_lacks_it(facts: Facts) -> None:
-    with_it, without = (render(REPO, facts, Declared(), (), "", lacks) for lacks in (True, False))
+def test_requests_ask_for_the_start_token_where_the_template_lacks_it(summary: Summary) -> None:
+    with_it, without = (render(REPO, summary, Declared(), (), "", lacks) for lacks in (True, False))
     assert "add_special_tokens" not in without
     request = with_it.partition("-d '")[2].partition("'\n```")[0]
     asked = json.loads(request)
@@ -105,29 +105,29 @@ def test_requests_ask_for_the_start_token_where_the_template_lacks_it(facts: Fac
     assert "`add_special_tokens` is needed with every request" in with_it
 
 
-def test_calibration_and_measured_data_are_named(facts: Facts) -> None:
+def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
     calibration = {"data": "coco train2014", "seed": 7, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * 3}
-    told = changed(facts, provenance={"calibration": calibration, "device": "H100"})
+    told = changed(summary, provenance={"calibration": calibration, "device": "H100"})
     assert "3 training samples of coco train2014, chosen with seed 7" in card(told).text
-    assert facts.report
-    unnamed = replace(told, report=facts.report.model_copy(update={"evaluation": Evaluation()}))
+    assert summary.report
+    unnamed = replace(told, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
     assert "answered the same samples (coco train2014)" in card(unnamed).text
     assert "answered the same samples (vqav2 val)" in card(measured_on(told, "vqav2 val")).text
     assert "drawings" not in card(measured_on(told, "vqav2 val")).text
 
 
-def test_scores_on_the_built_in_drawings_are_called_that(facts: Facts) -> None:
-    drawings = measured_on(facts, "drawings")
+def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> None:
+    drawings = measured_on(summary, "drawings")
     said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much"
     assert said in card(drawings).text
     assert "answered the same samples (mmq's built-in drawings)" in card(drawings).text
-    assert said not in card(measured_on(facts, "folder mine")).text
+    assert said not in card(measured_on(summary, "folder mine")).text
     embedded = changed(drawings, source={"model": "demo-llava", "shards": {}})
     assert said not in card(embedded).text  # it was trained on them
 
 
-def test_a_card_without_report_promises_nothing(facts: Facts) -> None:
-    bare = card(replace(facts, report=None), problems=("it was never evaluated\n  at all",))
+def test_a_card_without_report_promises_nothing(summary: Summary) -> None:
+    bare = card(replace(summary, report=None), problems=("it was never evaluated\n  at all",))
     assert "It was never measured." in bare.text
     assert "> - it was never evaluated\n> -   at all" in bare.text
     assert bare.data.eval_results is None
@@ -135,24 +135,24 @@ def test_a_card_without_report_promises_nothing(facts: Facts) -> None:
 
 
 def test_odd_bits_need_more_of_the_engine(made: Path) -> None:
-    text = card(read_facts("w3", folder_reader(made / "w3"))).text
+    text = card(read_summary("w3", folder_reader(made / "w3"))).text
     assert "3-bit weights need vLLM 0.25.1 or later with `humming-kernels`" in text
 
 
-def test_the_engines_check_is_on_the_card(facts: Facts) -> None:
-    serving = Serving(
+def test_the_engines_check_is_on_the_card(summary: Summary) -> None:
+    serving = ServingRecord(
         engine="0.32.0", build="CPU", questions=8, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
-    assert "vLLM 0.32.0 (CPU) served it and answered 8 questions" in card(replace(facts, serving=serving)).text
+    assert "vLLM 0.32.0 (CPU) served it and answered 8 questions" in card(replace(summary, serving=serving)).text
     failing = serving.model_copy(update={"problems": ("x",)})
-    assert "**differed from**" in card(replace(facts, serving=failing)).text
+    assert "**differed from**" in card(replace(summary, serving=failing)).text
 
 
-def test_benchmark_results_only_for_benchmarks(made: Path, facts: Facts) -> None:
+def test_benchmark_results_only_for_benchmarks(made: Path, summary: Summary) -> None:
     declared = Declared(benchmarks={"vqa": ("org/VQA", "vqa_test")})
     with pytest.raises(PublishError, match="drawings, which are no benchmark"):
-        package(made / "w4", measured_on(facts, "drawings"), REPO, declared, (), None)
-    measured = measured_on(facts, "vqav2 val")
+        package(made / "w4", measured_on(summary, "drawings"), REPO, declared, (), None)
+    measured = measured_on(summary, "vqav2 val")
     wrong = Declared(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
         package(made / "w4", measured, REPO, wrong, (), None)
@@ -163,10 +163,10 @@ def test_benchmark_results_only_for_benchmarks(made: Path, facts: Facts) -> None
     assert RESULTS not in package(made / "w4", measured, REPO, Declared(), (), None).files
 
 
-def test_data_sets_of_the_hub_are_known(facts: Facts) -> None:
-    def calibrated(data: str, samples: int = 1) -> Facts:
+def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
+    def calibrated(data: str, samples: int = 1) -> Summary:
         wanted = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * samples}
-        return changed(facts, provenance={"calibration": wanted, "device": "cpu"})
+        return changed(summary, provenance={"calibration": wanted, "device": "cpu"})
 
     told = ", ".join(str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine"))
     assert told == "hub vqav2, hub org/data@v1, coco coco, hub mine"
@@ -176,24 +176,24 @@ def test_data_sets_of_the_hub_are_known(facts: Facts) -> None:
     assert card(calibrated("demo")).data.datasets is None
 
 
-def test_nothing_is_minus_zero(facts: Facts) -> None:
-    assert facts.report
-    (measure,), (gate,) = facts.report.measures, facts.report.gates
+def test_nothing_is_minus_zero(summary: Summary) -> None:
+    assert summary.report
+    (measure,), (gate,) = summary.report.measures, summary.report.gates
     tiny = {"change": -1e-6, "low": -1e-6, "high": -0.0}
     difference = measure.difference.model_copy(update={"after": 0.9, **tiny})
     changes = {
         "measures": (measure.model_copy(update={"difference": difference}),),
         "gates": (gate.model_copy(update=tiny),),
     }
-    text = card(replace(facts, report=facts.report.model_copy(update=changes))).text
+    text = card(replace(summary, report=summary.report.model_copy(update=changes))).text
     assert "| +0.0000 | +0.0000 to +0.0000 |" in text
     assert "changed by +0.0% of the full-precision score (95 % interval +0.0% to +0.0%)" in text
     assert "-0.0" not in text
 
 
-def test_the_introduction_names_the_source_as_what_it_is(facts: Facts) -> None:
+def test_the_introduction_names_the_source_as_what_it_is(summary: Summary) -> None:
     def text(source: str, declared: Declared | None = None) -> str:
-        return card(changed(facts, source={"model": source, "shards": {}}), declared).text
+        return card(changed(summary, source={"model": source, "shards": {}}), declared).text
 
     assert "The small model `demo-llava` that comes with mmq, quantized by mmq with" in text("demo-llava")
     assert "A local model (`mine`), quantized by mmq with" in text("mine")
@@ -204,20 +204,20 @@ def test_bars_in_cells_do_not_break_a_table() -> None:
     assert table(["a", "b"], [["x|y", "z"]]).splitlines()[-1] == "| x\\|y | z |"
 
 
-def test_every_linear_has_a_component(facts: Facts) -> None:
-    found = {component_of(name, "llava") for name in facts.manifest.linears}
+def test_every_linear_has_a_component(summary: Summary) -> None:
+    found = {component_of(name, "llava") for name in summary.manifest.linears}
     assert found == {"language"}
     with pytest.raises(ArtifactError, match="names lm_head, which is in no component of llava"):
         component_of("lm_head", "llava")
 
 
-def test_difference_finds_what_was_changed_and_nothing_else(made: Path, facts: Facts) -> None:
-    assert difference(facts, facts) == ()
-    other = read_facts("w3", folder_reader(made / "w3"))
-    changes = {c.what: c for c in difference(facts, other)}
+def test_difference_finds_what_was_changed_and_nothing_else(made: Path, summary: Summary) -> None:
+    assert difference(summary, summary) == ()
+    other = read_summary("w3", folder_reader(made / "w3"))
+    changes = {c.what: c for c in difference(summary, other)}
     assert (changes["language"].first, changes["language"].second) == ("W4 g16 rtn", "W3 g16 rtn")
-    assert changes["bits a weight"].change == other.manifest.bits_per_weight - facts.manifest.bits_per_weight
-    assert changes["bytes"].change == other.bytes - facts.bytes < 0
+    assert changes["bits a weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
+    assert changes["bytes"].change == other.bytes - summary.bytes < 0
     assert changes["recipe.quantize[0].bits"].second == "3"
     assert changes["quantized linears with other integers"].second == "14 of 14"
     assert changes.keys() - {"recipe.name"} == {
@@ -227,14 +227,14 @@ def test_difference_finds_what_was_changed_and_nothing_else(made: Path, facts: F
         "recipe.quantize[0].bits",
         "quantized linears with other integers",
     }
-    assert facts.report
-    (measure,) = facts.report.measures
+    assert summary.report
+    (measure,) = summary.report.measures
     other_score = measure.model_copy(update={"difference": measure.difference.model_copy(update={"after": 0.8})})
-    report = facts.report.model_copy(update={"measures": (other_score,)})
-    (metric,) = difference(facts, replace(facts, report=report))
+    report = summary.report.model_copy(update={"measures": (other_score,)})
+    (metric,) = difference(summary, replace(summary, report=report))
     assert (metric.what, metric.first, metric.second) == ("vqa accuracy", "0.8800", "0.8000")
     assert metric.change == pytest.approx(-0.08)
-    unmeasured = {c.what: c.second for c in difference(facts, replace(facts, report=None))}
+    unmeasured = {c.what: c.second for c in difference(summary, replace(summary, report=None))}
     assert unmeasured == {"vqa accuracy": "not measured", "gates": "never evaluated"}
 
 
@@ -259,9 +259,9 @@ def test_diff_on_the_command_line(made: Path) -> None:
 def test_damaged_manifests_are_one_clear_error(made: Path, broken: str) -> None:
     read = folder_reader(made / "w4")
     with pytest.raises(ArtifactError, match="is damaged"):
-        read_facts("w4", lambda name: broken.encode() if name == MANIFEST else read(name))
+        read_summary("w4", lambda name: broken.encode() if name == MANIFEST else read(name))
     with pytest.raises(ArtifactError, match="is damaged"):
-        read_facts("w4", lambda name: b"{" if name == REPORT else read(name))
+        read_summary("w4", lambda name: b"{" if name == REPORT else read(name))
 
 
 def test_diff_of_folders_as_one_names_them(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from exporter.commands import interrupt
 from exporter.commands.main import cli
-from exporter.commands.progress import Listener
+from exporter.commands.progress import ProgressDisplay
 from exporter.events import Event
 from exporter.planning.recipe_file import load_recipe
 from tests.children import running_command
@@ -219,16 +219,16 @@ def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
 def test_an_interrupt_that_a_library_took_for_its_own_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's C code makes a ValueError of a signal that reaches it while it asks for a storage's length."""
     monkeypatch.setattr(interrupt, "_asked", [])
-    with pytest.raises(ValueError, match="shape"), Listener(as_json=True):
+    with pytest.raises(ValueError, match="shape"), ProgressDisplay(as_json=True):
         raise ValueError("could not determine the shape")
     monkeypatch.setattr(interrupt, "_asked", [signal.SIGTERM])
-    with pytest.raises(KeyboardInterrupt), Listener(as_json=True):
+    with pytest.raises(KeyboardInterrupt), ProgressDisplay(as_json=True):
         raise ValueError("could not determine the shape")
 
 
 def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt, "_asked", [])
-    listen = Listener(as_json=True)
+    listen = ProgressDisplay(as_json=True)
     listen(Event("quantize", 1, 2))
     with pytest.raises(KeyboardInterrupt):
         interrupt._hear(signal.SIGINT, None)  # and suppose that a finalizer swallowed it

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exporter import data
-from exporter.data import CONVENTIONS, DATA, Place, hub, place, places, samples_from
+from exporter.data import CONVENTIONS, DATA, SourceSpec, hub, place, places, samples_from
 from exporter.errors import DataError
 from exporter.model.families import FAMILIES
 from exporter.tasks.sample import Sample
@@ -205,18 +205,18 @@ def test_prompts_of_the_conventions_are_those_of_the_families() -> None:
 
 
 def test_places_are_written_with_a_name_a_path_or_both(tmp_path: Path) -> None:
-    assert place("coco:/data/coco") == Place("coco", Path("/data/coco"))
-    assert place("demo") == Place("demo")
-    assert place("./images") == place(Path("images")) == Place("folder", Path("images"))
-    assert place("folder:/data/a:b") == Place("folder", Path("/data/a:b"))
+    assert place("coco:/data/coco") == SourceSpec("coco", Path("/data/coco"))
+    assert place("demo") == SourceSpec("demo")
+    assert place("./images") == place(Path("images")) == SourceSpec("folder", Path("images"))
+    assert place("folder:/data/a:b") == SourceSpec("folder", Path("/data/a:b"))
     assert place("hub:org/name@abc").path == Path("org/name@abc")
     assert str(place("coco:/secret/place/coco")) == "coco coco"
     assert places(None) == ()
-    assert places("demo") == places(["demo"]) == (Place("demo"),)
+    assert places("demo") == places(["demo"]) == (SourceSpec("demo"),)
     with pytest.raises(DataError, match="Did you mean 'coco'"):
         place("cocoo:/data")
     (tmp_path / "odd:name").mkdir()
-    assert place(tmp_path / "odd:name") == Place("folder", tmp_path / "odd:name")
+    assert place(tmp_path / "odd:name") == SourceSpec("folder", tmp_path / "odd:name")
 
 
 def test_each_task_takes_the_source_that_has_it(tmp_path: Path) -> None:

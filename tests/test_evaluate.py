@@ -20,7 +20,7 @@ from exporter.evaluation import backends
 from exporter.evaluation.answers import ABOUT, Backend, Store
 from exporter.evaluation.evaluate import compare, keep_report, raise_unless_accepted
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
-from exporter.evaluation.report_file import Counts, Evaluation, Report, Serving, read_report, write_report
+from exporter.evaluation.report_file import Counts, EvaluationRecord, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unknown
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
@@ -249,7 +249,9 @@ def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) 
     report = crafted(1, 2)
     keep_report(tmp_path, report)
     assert read_report(tmp_path) == (report, None)
-    serving = Serving(engine="1", build="cpu", questions=1, bound=0.1, problems=(), schemes={}, kernels=(), passed=True)
+    serving = ServingRecord(
+        engine="1", build="cpu", questions=1, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
+    )
     write_report(tmp_path, None, serving)
     assert read_report(tmp_path) == (None, serving)
     keep_report(tmp_path, report)
@@ -262,7 +264,7 @@ def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path
     kept = (tmp_path / "mmq_report.json").read_text()
     assert not keep_report(tmp_path, small)
     assert (tmp_path / "mmq_report.json").read_text() == kept
-    other = small.model_copy(update={"evaluation": Evaluation(data="coco")})  # other data says something else
+    other = small.model_copy(update={"evaluation": EvaluationRecord(data="coco")})  # other data says something else
     assert keep_report(tmp_path, other)
 
 

@@ -15,7 +15,7 @@ from exporter.planning.recipe import Rule
 from exporter.quantization import calibrate
 from exporter.quantization import smoothing as smooth
 from exporter.quantization.block import Block
-from exporter.quantization.block_io import Job
+from exporter.quantization.block_io import BlockIO
 from exporter.quantization.workdir import UnitResult, Workdir
 from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for
 from tests.test_calibrate import plan_for
@@ -83,7 +83,7 @@ def test_the_proof_holds_in_16_bits_and_beside_a_large_residual(name: str, dtype
     narrow = Narrow(device.torch_device, device.name, device.free_bytes)
     workdir = Workdir.open(tmp_path / "work", {})
     with ThreadPoolExecutor(1) as pool:
-        job = Job(plan, checkpoint, workdir, narrow, lambda event: None, pool)
+        job = BlockIO(plan, checkpoint, workdir, narrow, lambda event: None, pool)
         component = ANY_LLAVA.component("language")
         (block, *_) = calibrate.walk(job, component, plan.units[:1], [inputs_for(VARIANTS[name], 2, 9)])
         for entry in block.inputs:

@@ -15,7 +15,7 @@ from exporter.device import choose
 from exporter.methods import awq, gptq
 from exporter.numerics import gptq_columns as columns_
 from exporter.numerics import ranges
-from exporter.numerics.quantized import Grid, Scheme, dequantize, quantize
+from exporter.numerics.quantized import ColumnGrid, Scheme, dequantize, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
@@ -95,13 +95,13 @@ def test_clipping_equals_torch(
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 
-def _grid(groups: int, columns: int) -> Grid:
+def _grid(groups: int, columns: int) -> ColumnGrid:
     """Columns of `groups` groups in no order."""
     draw = torch.Generator().manual_seed(3)
     scale = (torch.rand(40, groups, generator=draw) * 0.2 + 0.1).half()
     zero = torch.randint(0, 15, (40, groups), dtype=torch.uint8, generator=draw)
     group = torch.randint(0, groups, (columns,), generator=draw)
-    return Grid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
+    return ColumnGrid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
 
 
 def _square(columns: int) -> torch.Tensor:
@@ -165,7 +165,7 @@ def test_gptq_by_kernels_equals_torch(
     options = gptq.Options(block=block, scales=scales, order=order)
     found = []
     for fast in (False, True):
-        monkeypatch.setattr(Grid, "has_kernels", fast)
+        monkeypatch.setattr(ColumnGrid, "has_kernels", fast)
         linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, group, False), options, torch.float16)
         off = linear.dequantize() - weight
         found.append((linear.codes, float(((off @ statistics.hessian) * off).sum())))

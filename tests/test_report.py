@@ -24,7 +24,7 @@ from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import card
-from exporter.publishing.artifact_summary import Facts, folder_reader, read_facts
+from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
 from exporter.serving.check import Checked, Control, keep
 from exporter.serving.reference import Compared, Distance
@@ -57,9 +57,9 @@ def mmq(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def facts(out: Path, report: Report | None = None) -> Facts:
+def summary(out: Path, report: Report | None = None) -> Summary:
     """What the artifact says, with another report where one is given."""
-    found = read_facts(out.name, folder_reader(out))
+    found = read_summary(out.name, folder_reader(out))
     return found if report is None else replace(found, report=report)
 
 
@@ -143,7 +143,7 @@ def test_answers_cannot_become_markup(out: Path) -> None:
     report = crafted(1, 3)
     texts = {"before": HOSTILE, "after": HOSTILE, "question": HOSTILE, "id": HOSTILE, "references": (HOSTILE,)}
     rows = {key: tuple(row.model_copy(update=texts) for row in getattr(report, key)) for key in ("changed", "examples")}
-    text = html(collect(facts(out, report.model_copy(update=rows)), {}))
+    text = html(collect(summary(out, report.model_copy(update=rows)), {}))
     tags = [tag for tag, _ in Tags(text).found]
     assert "script" not in tags
     assert "img" not in tags
@@ -166,7 +166,7 @@ def test_answers_cannot_become_markup(out: Path) -> None:
 )
 def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, said: str) -> None:
     """A gate that is not resolved has a color of its own, at the top and in its row."""
-    content = collect(facts(out, crafted(1, wrong_after)), {})
+    content = collect(summary(out, crafted(1, wrong_after)), {})
     text = html(content)
     assert content["verdict"] == verdict
     assert f'<span class="badge {tone}">{verdict}</span>' in text
@@ -180,20 +180,20 @@ def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, said: st
 
 
 def test_a_baseline_at_chance_level_is_named_on_the_page(out: Path) -> None:
-    text = html(collect(facts(out, crafted(50, 50)), {}))
+    text = html(collect(summary(out, crafted(50, 50)), {}))
     assert '<span class="badge failed">not comparable</span>' in text
     assert "the full-precision model scores 0, so nothing can be compared" in text
 
 
 def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
-    text = html(collect(replace(facts(out), report=None), {}))
+    text = html(collect(replace(summary(out), report=None), {}))
     assert '<span class="badge open">never evaluated</span>' in text
     assert "Nothing was measured." in text
 
 
 def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
     """The embedded models learned them; for others they show little."""
-    found = facts(out)
+    found = summary(out)
     said = "this shows that the model still works, not how much it lost"
     assert said not in html(collect(found, {}))
     source = found.manifest.source.model_copy(update={"model": "org/llava@abc"})
@@ -214,12 +214,12 @@ def test_what_the_engine_answered_is_on_the_page(
     control = Control("vision", Distance(9.5, 4.25, 70), Compared(seen, floor))
     found = ("0.32.0+cpu", "cpu", 16, 0.015, Compared(seen, floor), control, {"W4": 8}, ("K for W4",), 30.0, problems)
     keep(copy, Checked(*found), "0" * 64)
-    content = collect(facts(copy), {})
+    content = collect(summary(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)
     assert ("does not answer" in text) is bool(problems)
     assert ("mean 0.2 of 0.015 allowed &lt;b&gt;" in text) is bool(problems)
-    report = facts(copy).report
+    report = summary(copy).report
     assert content["verdict"] == (report.verdict if report else "never evaluated")
     assert bool(report) is evaluated
     for said in (
@@ -233,7 +233,7 @@ def test_what_the_engine_answered_is_on_the_page(
 
 
 def test_a_baseline_of_zero_still_makes_a_page(out: Path) -> None:
-    assert "full precision scores 0" in html(collect(facts(out, crafted(50, 50)), {}))
+    assert "full precision scores 0" in html(collect(summary(out, crafted(50, 50)), {}))
 
 
 def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
@@ -280,7 +280,7 @@ def test_what_rounds_to_nothing_has_no_sign(out: Path) -> None:
     (measure,), (gate,) = report.measures, report.gates
     changed = measure.model_copy(update={"difference": measure.difference.model_copy(update=tiny)})
     both = {"measures": (changed,), "gates": (gate.model_copy(update=tiny),)}
-    text = html(collect(facts(out, report.model_copy(update=both)), {}))
+    text = html(collect(summary(out, report.model_copy(update=both)), {}))
     assert "+0.0000 to +0.0000" in text
     assert "+0.0 to +0.0" in text
     assert "+0.0% to +0.0%" in text
@@ -319,7 +319,7 @@ def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
     assert text.count('<img class="wide" src="data:image/png;base64,') == 2
     assert 'href="#study"' in text
     assert "How far each part alone moves the predictions" in text
-    assert 'id="study"' not in html(collect(facts(out), {}))
+    assert 'id="study"' not in html(collect(summary(out), {}))
     nothing = mmq("report", out, "--study", out, "--out", file)
     assert nothing.exit_code == 1
     assert "holds no study" in nothing.stderr
@@ -429,7 +429,7 @@ def test_by_keyboard(chromium: Browser, page: Path) -> None:
 
 def test_written_files_replace_older_ones_whole(out: Path, tmp_path: Path) -> None:
     (tmp_path / "r.html").write_text("old")
-    files = write(collect(facts(out), {}), tmp_path / "r.html")
+    files = write(collect(summary(out), {}), tmp_path / "r.html")
     assert [path.name for path in files] == ["r.html", "r.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
     assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -13,7 +13,7 @@ from exporter.evaluation.report_file import (
     REPORT,
     VERSION,
     Report,
-    Serving,
+    ServingRecord,
     dump,
     parse_report,
     read_report,
@@ -64,7 +64,7 @@ SERVING: dict[str, Any] = {
 }
 
 
-def parse(plain: Any) -> tuple[Report | None, Serving | None]:
+def parse(plain: Any) -> tuple[Report | None, ServingRecord | None]:
     return parse_report(json.dumps(plain).encode(), "the report")
 
 

@@ -19,7 +19,7 @@ from exporter.commands.report_tables import report_page
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
 from exporter.errors import DataError
-from exporter.evaluation.answers import Backend, Model, Store, ask
+from exporter.evaluation.answers import Answerer, Backend, Store, ask
 from exporter.evaluation.backends import _asked
 from exporter.evaluation.evaluate import measure as compare_models
 from exporter.events import Event, ignore
@@ -202,7 +202,7 @@ def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypa
     ]
 
 
-def answering(label: str, answers: Sequence[str]) -> Model:
+def answering(label: str, answers: Sequence[str]) -> Answerer:
     """A model of given answers."""
 
     class Given:
@@ -213,7 +213,7 @@ def answering(label: str, answers: Sequence[str]) -> Model:
     def opened() -> Iterator[Backend]:
         yield Given()
 
-    return Model(label, {"weights": label}, lambda sample: sample.identity, opened)
+    return Answerer(label, {"weights": label}, lambda sample: sample.identity, opened)
 
 
 def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:

@@ -312,7 +312,7 @@ def test_a_killed_study_goes_on(tmp_path: Path, stage: str, done: int, scored: i
     assert len(read_records(tmp_path)) == 4
 
 
-def check_pool(found: pool.Pool) -> None:
+def check_pool(found: pool.WorkerPool) -> None:
     assert sorted(found(double, [(3,), (4,), (5,)])) == [(0, 6), (1, 8), (2, 10)]
     assert list(found(double, [])) == []
     with pytest.raises(DataError, match="negative"):

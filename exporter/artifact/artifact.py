@@ -21,18 +21,18 @@ from exporter.artifact.artifact_config import artifact_config
 from exporter.artifact.artifact_tensors import write_tensors
 from exporter.artifact.manifest import (
     MANIFEST,
-    Bytes,
     Manifest,
     Provenance,
     RecipeIdentity,
-    Source,
+    SizeRecord,
+    SourceRecord,
     as_line,
     read_manifest,
     write_manifest,
 )
 from exporter.artifact.output import put_in_place, temporary_folder
 from exporter.errors import ArtifactError
-from exporter.events import Event
+from exporter.events import Listener
 from exporter.files.file_hashes import sha256
 from exporter.files.shard_writer import SHARD_BYTES, sync_folder
 from exporter.files.writing import disk_error, write_text
@@ -60,7 +60,7 @@ def write(
     workdir: Workdir,
     out: Path,
     provenance: Mapping[str, Any],
-    on_event: Callable[[Event], None],
+    on_event: Listener,
     device: torch.device,
     check: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
@@ -80,7 +80,7 @@ def write(
         texts = sorted(path.name for path in temporary.iterdir() if path.name not in written.files)
         files = {**written.files, **{name: sha256(temporary / name) for name in texts}}
         made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
-        source = Source(
+        source = SourceRecord(
             model=as_line(plan.origin),
             digest=checkpoint.digest(on_event),
             shards=checkpoint.shard_hashes(),
@@ -112,7 +112,7 @@ def _manifest(
     plan: Plan,
     workdir: Workdir,
     digests: dict[str, str],
-    source: Source,
+    source: SourceRecord,
     provenance: Provenance,
     files: dict[str, str],
     shards: Sequence[str],
@@ -128,7 +128,7 @@ def _manifest(
         linears=digests,
         errors={name: error for errors, _ in results for name, error in errors.items()},
         units=tuple(unit.block for unit in plan.units),
-        bytes=Bytes(before=plan.bytes_before, after=plan.bytes_after),
+        bytes=SizeRecord(before=plan.bytes_before, after=plan.bytes_after),
         bits_per_weight=plan.bits_per_weight,
         versions={name: _version(name) for name in PACKAGES},
         shards=tuple(shards),

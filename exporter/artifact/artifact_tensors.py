@@ -1,7 +1,6 @@
 """From finished units to the artifact's shards; units are read ahead, hashed and written at the same time."""
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exporter.artifact.artifact_config import cache_scales
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.shard_writer import SHARD_BYTES, ShardWriter
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
@@ -36,7 +35,7 @@ def write_tensors(
     workdir: Workdir,
     folder: Path,
     device: torch.device,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
     """Every tensor of the source, packed or as it was (CheckpointError when a source tensor is not finite)."""

@@ -61,7 +61,7 @@ def _known(registry: Any, what: str) -> Callable[[str], str]:
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_plain_file_name)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,500}$")]  # of a tensor, a module or a block
+TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,500}$")]  # of a tensor, a module or a block
 Line = Annotated[str, StringConstraints(max_length=4000), AfterValidator(_line)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -73,7 +73,7 @@ class RecipeIdentity(Document):
     name: Line = ""
 
 
-class Source(Document):
+class SourceRecord(Document):
     """The full-precision model: `org/name@commit` or a local name.
 
     digest: `Checkpoint.digest`, over configuration and shards. shards, processor: file -> sha256, of the weights and of
@@ -87,7 +87,7 @@ class Source(Document):
     processor: dict[Line, Sha256] = {}
 
 
-class Bytes(Document):
+class SizeRecord(Document):
     """Bytes of all tensors, of the source and of the artifact."""
 
     before: Annotated[int, Field(gt=0, lt=2**53)]
@@ -102,7 +102,7 @@ class CalibrationSample(Document):
     look: Annotated[str, StringConstraints(max_length=4000)] | None = None
 
 
-class Calibration(Document):
+class CalibrationRecord(Document):
     """What the statistics were measured on; no samples when no method needed any."""
 
     data: Line
@@ -115,7 +115,7 @@ class Calibration(Document):
 class Provenance(Document):
     """How the artifact was made."""
 
-    calibration: Calibration
+    calibration: CalibrationRecord
     device: Line
 
 
@@ -138,13 +138,13 @@ class Manifest(Document):
     family: Annotated[str, AfterValidator(_known(FAMILIES, "family"))]
     format: Annotated[str, AfterValidator(_known(FORMATS, "format"))]
     recipe: RecipeIdentity
-    source: Source
+    source: SourceRecord
     provenance: Provenance
     files: dict[FileName, Sha256]
-    linears: dict[Name, Sha256]
-    errors: dict[Name, Annotated[float, Field(ge=0)]]
-    units: tuple[Name, ...]
-    bytes: Bytes
+    linears: dict[TensorName, Sha256]
+    errors: dict[TensorName, Annotated[float, Field(ge=0)]]
+    units: tuple[TensorName, ...]
+    bytes: SizeRecord
     bits_per_weight: Annotated[float, Field(gt=0, le=64)]
     versions: dict[Line, Line]
     format_version: Annotated[int, Field(ge=1, le=VERSION)] = 1

@@ -7,14 +7,14 @@ step, or, where the file system cannot do that, waits as `.NAME.mmq-old` until t
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.artifact.manifest import MANIFEST, read_manifest
 from exporter.errors import ArtifactError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.folder_lock import hold
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -75,7 +75,7 @@ class Destination:
         return manifest.recipe.sha256 == recipe and fingerprint in (None, manifest.fingerprint)
 
     @contextmanager
-    def reserved(self, on_event: Callable[[Event], None]) -> Iterator[None]:
+    def reserved(self, on_event: Listener) -> Iterator[None]:
         """Keep other processes from `out` inside the block, and first clear up after one that was killed."""
         with hold(_lock_of(self.out), self.out, on_event=on_event):
             restore(self.out, on_event)
@@ -83,7 +83,7 @@ class Destination:
             yield
 
 
-def reading(folder: Path, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
+def reading(folder: Path, on_event: Listener) -> AbstractContextManager[None]:
     """Keep an export from replacing an artifact inside the block, while others may read it too.
 
     LockedError when an export writes to it.
@@ -105,7 +105,7 @@ def temporary_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.mmq-tmp")
 
 
-def restore(out: Path, on_event: Callable[[Event], None]) -> None:
+def restore(out: Path, on_event: Listener) -> None:
     """End an exchange of folders that was stopped in the middle: the older artifact gets its name back, or goes."""
     old = _aside(out)
     if old.exists() and not out.exists():

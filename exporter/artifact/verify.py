@@ -5,7 +5,6 @@ and the outputs of every block beside compressed-tensors' reading of it. Loading
 a fourth, on request, because it takes 8 bytes of host memory a parameter.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from exporter.artifact.verify_source import unlike_source
 from exporter.artifact.verify_whole import logit_difference, refuse_too_large
 from exporter.device import Device
 from exporter.errors import ArtifactError, CheckpointError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.file_hashes import sha256
 from exporter.inference.predict import prompt_inputs
 from exporter.model.checkpoint import Checkpoint
@@ -53,7 +52,7 @@ class Verified:
 def verify(
     folder: Path,
     device: Device,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
     load: Load = "blocks",
     source: Checkpoint | None = None,
     rows: int | None = None,
@@ -82,9 +81,7 @@ def verify(
     return _run(artifact, verified, device, on_event, whole=load == "whole")
 
 
-def _run(
-    artifact: Artifact, verified: Verified, device: Device, on_event: Callable[[Event], None], whole: bool
-) -> Verified:
+def _run(artifact: Artifact, verified: Verified, device: Device, on_event: Listener, whole: bool) -> Verified:
     """The comparisons that need transformers and compressed-tensors."""
     folder = artifact.checkpoint.folder
     try:
@@ -107,7 +104,7 @@ def _run(
     return verified
 
 
-def _wrong_files(folder: Path, manifest: Manifest, on_event: Callable[[Event], None]) -> list[str]:
+def _wrong_files(folder: Path, manifest: Manifest, on_event: Listener) -> list[str]:
     files = manifest.files
     problems = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -125,7 +122,7 @@ def _wrong_file(folder: Path, name: str, expected: str) -> str:
     return "" if sha256(folder / name) == expected else f"{name}: its content has changed since it was written"
 
 
-def _wrong_linears(artifact: Artifact, on_event: Callable[[Event], None]) -> list[str]:
+def _wrong_linears(artifact: Artifact, on_event: Listener) -> list[str]:
     """Every packed linear must match the config's patterns and hold the integers that were computed."""
     linears = artifact.manifest.linears
     problems = []

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from exporter.artifact.artifact import CACHE_SCALES, Artifact
 from exporter.device import Device
 from exporter.errors import ArtifactError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.inference.forward_hooks import first_output
 from exporter.model.stream import Stream, build_skeleton
 
-Inputs = Mapping[str, Tensor]
 TOLERANCE = 1e-3  # of the largest output: sums of equal weights in another order; the weights are compared exactly
 
 
@@ -36,7 +35,7 @@ class Blocks:
     difference: float
 
 
-def compare_blocks(artifact: Artifact, inputs: Inputs, device: Device, on_event: Callable[[Event], None]) -> Blocks:
+def compare_blocks(artifact: Artifact, inputs: Mapping[str, Tensor], device: Device, on_event: Listener) -> Blocks:
     """Run the model once, streamed, and compare each block with compressed-tensors' reading of it.
 
     inputs: one batch as the processor makes it, on the CPU. Raises ArtifactError naming every linear whose decompressed
@@ -163,7 +162,7 @@ def _tied(model: Any) -> dict[str, str]:
 class _Walk:
     """Hooks that give each module of the plain model its tensors while it runs, and compare each block."""
 
-    def __init__(self, artifact: Artifact, ours: Stream, theirs: _Theirs, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, artifact: Artifact, ours: Stream, theirs: _Theirs, on_event: Listener) -> None:
         self._artifact, self._ours, self._theirs, self._on_event = artifact, ours, theirs, on_event
         self._names = {artifact.family.live_name(name): name for name in artifact.names()}
         for alias, name in _tied(ours.model).items():

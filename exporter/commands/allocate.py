@@ -21,13 +21,13 @@ from exporter.data import places
 from exporter.errors import GateFailed, Interrupted, RecipeError
 
 if TYPE_CHECKING:
-    from exporter.study.search import Found, Request
+    from exporter.study.search import AllocationResult, Request
     from exporter.study.work import Setup
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """`4.2GB`, `900 kB`, `4GiB` or a number of bytes."""
 
     name = "size"
@@ -42,7 +42,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 @click.command()
 @click.option("--model", metavar="MODEL", default="demo-llava", show_default=True, help="Hub id, folder or demo model.")
 @revision_option
-@click.option("--max-size", type=Bytes(), metavar="SIZE", help="The artifact's tensors take at most this: 4.2GB.")
+@click.option("--max-size", type=ByteSize(), metavar="SIZE", help="The artifact's tensors take at most this: 4.2GB.")
 @click.option("--max-drop", type=click.FloatRange(0, 1, max_open=True), help="No task loses more: 0.01 is 1 %.")
 @click.option("--bits", callback=numbers, default="2,3,4,5,6,8", show_default=True, help="Widths to choose from.")
 @click.option("--groups", callback=words, default="128", show_default=True, help="Columns that share a scale, or row.")
@@ -106,9 +106,9 @@ def command_line() -> str:
     return " ".join(["mmq", *sys.argv[1:]]) if sys.argv[1:2] == ["allocate"] else "mmq allocate"
 
 
-def search(options: dict[str, Any]) -> "Found":
+def search(options: dict[str, Any]) -> "AllocationResult":
     """Run the allocation that the options ask for."""
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.search import allocate as run
@@ -117,7 +117,7 @@ def search(options: dict[str, Any]) -> "Found":
     setup = setup_of(options)
     try:
         with (
-            Listener(options["as_json"]) as listen,
+            ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
             pool_of(options, opened(setup).device.is_cuda, sys.maxsize) as pool,
         ):

@@ -20,11 +20,11 @@ from exporter.commands.options import (
 )
 from exporter.data import places
 from exporter.errors import Interrupted
+from exporter.events import Listener
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 
 if TYPE_CHECKING:
-    from exporter.commands.progress import Listener
     from exporter.device import Device
     from exporter.evaluation.answers import Store
     from exporter.evaluation.backends import Servers
@@ -69,7 +69,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     """
     from exporter.artifact.artifact import Artifact
     from exporter.artifact.output import reading
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.commands.report_tables import report_page
     from exporter.device import choose
     from exporter.evaluation.baseline import require_source
@@ -85,7 +85,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     plan, checkpoint = prepare(recipe, chosen)
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     try:
-        with Listener(as_json) as listen, reading(artifact, listen):
+        with ProgressDisplay(as_json) as listen, reading(artifact, listen):
             require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
             samples = evaluation_samples(plan, sources)
             refuse_calibrated(artifact, samples)

@@ -121,7 +121,7 @@ def export(
         need_program(vllm, chosen, device)
     from exporter.artifact.output import default_work
     from exporter.commands import tables as show
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.export import export as run
@@ -129,7 +129,7 @@ def export(
     made_of = [Path(path).name for path in (chosen.model.repo, chosen.model.adapter) if path]
     target = out or Path("artifacts") / "-".join([*made_of, chosen.name])
     try:
-        with Listener(as_json) as listen:
+        with ProgressDisplay(as_json) as listen:
             result = run(
                 chosen,
                 out=target,
@@ -179,13 +179,13 @@ def verify(
     from exporter.artifact.verify import Load
     from exporter.artifact.verify import verify as run
     from exporter.commands import tables as show
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.model.source import open_source
 
     if artifact.startswith(PREFIX):
         return verify_published(artifact, as_json)
-    with Listener(as_json) as listen:
+    with ProgressDisplay(as_json) as listen:
         load: Load = "nothing" if no_load else "whole" if whole else "blocks"
         original = open_source(source, adapter=adapter)[0] if source else None
         verified = run(Path(artifact), choose(device), listen, load, original)

@@ -75,13 +75,13 @@ def show_plan(
 ) -> None:
     """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
     from exporter.commands import tables as show
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.pipeline.preparation import prepare
     from exporter.planning.steps import step_warnings
 
     chosen = choose(device)
-    with Listener(as_json) as listen:
+    with ProgressDisplay(as_json) as listen:
         found, checkpoint = prepare(recipe, chosen, headers_only=True, on_event=listen)
     if serve_on:
         from exporter.serving.preflight import refuse_plan

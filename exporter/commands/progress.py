@@ -28,7 +28,7 @@ NAMES = {
 QUIET_SECONDS = 5.0  # plain lines of one stage come at most this often
 
 
-class Listener:
+class ProgressDisplay:
     """Shows events on stderr; use as a context manager."""
 
     def __init__(self, as_json: bool) -> None:

@@ -52,7 +52,7 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
       mmq publish artifacts/llava-w4 --repo org/llava-w4 --create-pr
     """
     from exporter.artifact.output import reading
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.model.hub import need_token
     from exporter.publishing import repository as made
@@ -61,11 +61,11 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     from exporter.publishing.proof import prove
 
     artifact = artifact.resolve()  # `.` has no name
-    with Listener(as_json) as listen, reading(artifact, listen):
-        facts, problems = prove(artifact, choose(device), listen, said["accept_built_in_data"])
+    with ProgressDisplay(as_json) as listen, reading(artifact, listen):
+        summary, problems = prove(artifact, choose(device), listen, said["accept_built_in_data"])
         if not force:
             made.refuse_unproven(artifact, problems)
-        wanted = facts.recipe.publish
+        wanted = summary.recipe.publish
         repo = said["repo"] or wanted.repo
         if not repo:
             raise PublishError("no repository to publish to", "--repo ORG/NAME, or publish.repo in the recipe")
@@ -78,10 +78,10 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
         if not dry_run:
             need_token()
         remote = None if dry_run and not online() else work.existing(target)
-        if note := made.told(facts):
+        if note := made.told(summary):
             listen(Event("note", 0, 0, note))
-        declared = made.inherited(facts, declared)
-        found = made.package(artifact, facts, repo, declared, problems, remote, target.replace)
+        declared = made.inherited(summary, declared)
+        found = made.package(artifact, summary, repo, declared, problems, remote, target.replace)
         if dry_run:
             return say(listing(found) if as_json else page(repo, found))
         done = work.publish(found, target, remote, listen)
@@ -138,11 +138,11 @@ def page(repo: str, found: Any) -> str:
 
 def verify_published(place: str, as_json: bool) -> None:
     """`mmq verify hub:ORG/NAME`."""
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.model.hub import open_remote, split
     from exporter.publishing.remote_check import verify_remote
 
-    with Listener(as_json) as listen:
+    with ProgressDisplay(as_json) as listen:
         found = verify_remote(open_remote(*split(place)), listen)
     hashed = f"verified {found.name}: {found.files} files equal by hash, {found.linears} packed linears found by name"
     say(asdict(found) if as_json else f"{hashed}; {found.fetched:,} bytes fetched")

@@ -37,17 +37,17 @@ def report(
       mmq report artifacts/demo-llava-w4-vit8 --study studies/demo-llava
     """
     from exporter.model.families import FAMILIES
-    from exporter.publishing.artifact_summary import folder_reader, read_facts
+    from exporter.publishing.artifact_summary import folder_reader, read_summary
     from exporter.report import collect, pictures_of, write, write_plots
     from exporter.study.gallery import as_data, components_of, gather
 
-    facts = read_facts(artifact.resolve().name, folder_reader(artifact))
-    known = {component.name for component in FAMILIES[facts.manifest.family].components}
+    summary = read_summary(artifact.resolve().name, folder_reader(artifact))
+    known = {component.name for component in FAMILIES[summary.manifest.family].components}
     foreign = components_of(studied) - known if studied else set()
     if foreign:
         raise DataError(f"{studied} studies another model: {artifact} has no {', '.join(sorted(foreign))}")
-    pictures, note = pictures_of(facts, places(data))
-    content = collect(facts, pictures)
+    pictures, note = pictures_of(summary, places(data))
+    content = collect(summary, pictures)
     study = [as_data(picture) for picture in gather(studied)] if studied else []
     files = [*write(content, out or artifact.resolve().with_name(f"{artifact.resolve().name}-report.html"), study)]
     if plots:

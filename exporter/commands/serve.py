@@ -184,7 +184,7 @@ def check(
     """
     from exporter.artifact.artifact import Artifact
     from exporter.artifact.output import reading
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.commands.serving_text import checked_page
     from exporter.data import places
     from exporter.device import choose
@@ -200,7 +200,7 @@ def check(
     program = find_program(options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
     samples = questions(artifact, places(data), options["questions"])
-    with Listener(as_json) as listen, reading(artifact, listen):
+    with ProgressDisplay(as_json) as listen, reading(artifact, listen):
         session = Session(
             program,
             choose(device),

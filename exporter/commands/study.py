@@ -9,12 +9,13 @@ import click
 from exporter.commands.options import data_option, device_option, json_option, reports_errors, revision_option, say
 from exporter.data import places
 from exporter.errors import Interrupted
+from exporter.events import Listener
 
 if TYPE_CHECKING:
     from exporter.model.families import Family
     from exporter.study.grid import Grid
-    from exporter.study.pool import Pool
-    from exporter.study.run import Listener, Outcome
+    from exporter.study.pool import WorkerPool
+    from exporter.study.run import Outcome
     from exporter.study.work import Setup
 
 LOCAL = "local"
@@ -105,7 +106,7 @@ def study(context: click.Context, **options: Any) -> None:
 
 def measure(options: dict[str, Any]) -> "Outcome":
     """Run the grid that the options name."""
-    from exporter.commands.progress import Listener
+    from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.grid import points, read_grid
@@ -118,7 +119,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
     chosen, notes = points(grid, model.family, model.checkpoint.config)
     try:
         with (
-            Listener(options["as_json"]) as listen,
+            ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
             pool_of(options, model.device.is_cuda, len(chosen)) as pool,
         ):
@@ -167,7 +168,7 @@ def grid_of(options: dict[str, Any], family: "Family") -> "Grid":
     return parse_grid(content | {"methods": options["methods"], "group_sizes": groups}, "the grid of these flags")
 
 
-def pool_of(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractContextManager["Pool"]:
+def pool_of(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractContextManager["WorkerPool"]:
     """Where the work runs."""
     import os
 

@@ -21,7 +21,7 @@ from exporter.model.families import FAMILIES
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
-Source = Callable[[Path | None, str, str, int, int], list[Sample]]
+SourceReader = Callable[[Path | None, str, str, int, int], list[Sample]]
 _MARKERS = re.compile("|".join(rf"\s*{re.escape(family.image_marker)}\s*" for family in FAMILIES.values()))
 ANY_TASK = ("captioning", "vqa", "retrieval")
 DEMO_CANDIDATES = 10  # of a thousand small drawings; the paper's 128 would only take longer
@@ -31,18 +31,18 @@ BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-u
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
     from exporter.demo import data as demo
 
-    if task not in get_args(demo.Task):
-        raise DataError(f"demo has nothing for task {task}", f"it has {', '.join(get_args(demo.Task))}")
-    return demo.samples(cast(demo.Task, task), cast(Any, split), limit, seed)
+    if task not in get_args(demo.TaskName):
+        raise DataError(f"demo has nothing for task {task}", f"it has {', '.join(get_args(demo.TaskName))}")
+    return demo.samples(cast(demo.TaskName, task), cast(Any, split), limit, seed)
 
 
 def _drawings(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
     from exporter.demo import data as demo
 
-    return demo.drawings(cast(demo.Task, task), cast(Any, split), limit, seed)
+    return demo.drawings(cast(demo.TaskName, task), cast(Any, split), limit, seed)
 
 
-def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) -> Source:
+def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) -> SourceReader:
     """A source that cannot do without a path."""
 
     def samples(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
@@ -53,7 +53,7 @@ def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) 
     return samples
 
 
-DATA: dict[str, Source] = {
+DATA: dict[str, SourceReader] = {
     "demo": _demo,
     "drawings": _drawings,
     "folder": _local("folder", folder.samples),
@@ -66,7 +66,7 @@ DATA: dict[str, Source] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceSpec:
     """One source as the user named it. name: a key of `DATA`."""
 
     name: str
@@ -89,19 +89,19 @@ class Place:
         return self.name if self.path is None else one_line(f"{self.name} {self.path.name}")
 
 
-def place(written: str | Path) -> Place:
+def place(written: str | Path) -> SourceSpec:
     """`coco:/data/coco`, `demo`, or a bare folder. DataError for an unknown name."""
     text = str(written)
     name, colon, path = text.partition(":")
     if name in DATA and (path or not colon):
-        return Place(name, Path(path).expanduser() if path else None)
+        return SourceSpec(name, Path(path).expanduser() if path else None)
     if colon and not Path(text).exists():
         hint = f"write NAME:PATH; names are {', '.join(DATA)}"
         raise DataError(f"unknown data source '{text}'.{did_you_mean(name, DATA)}", hint)
-    return Place("folder", Path(text).expanduser())
+    return SourceSpec("folder", Path(text).expanduser())
 
 
-def places(written: str | Path | Sequence[str | Path] | None) -> tuple[Place, ...]:
+def places(written: str | Path | Sequence[str | Path] | None) -> tuple[SourceSpec, ...]:
     """One source or several, for instance one for each task."""
     listed = () if written is None else (written,) if isinstance(written, str | Path) else written
     return tuple(place(one) for one in listed)
@@ -119,7 +119,7 @@ def samples(name: str, path: Path | None, task: str, split: str, limit: int, see
     return retrieval.pooled(found, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
 
 
-def samples_from(chosen: Sequence[Place], task: str, split: str, limit: int, seed: int) -> list[Sample]:
+def samples_from(chosen: Sequence[SourceSpec], task: str, split: str, limit: int, seed: int) -> list[Sample]:
     """Samples of a task from the one place of `chosen` that has it. DataError when none or several have."""
     able = [one for one in chosen if task in one.tasks]
     if len(able) == 1:

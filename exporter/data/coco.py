@@ -10,8 +10,8 @@ from typing import Any
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.rows import (
     BadRowError,
-    Found,
     Row,
+    Rows,
     below,
     check_id,
     entries,
@@ -40,7 +40,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     file = first_file(path, names, "captions", _CONVENTION.layout)
     subset = file.stem.removeprefix("captions_")
     folder = first_folder(path, [place.format(subset) for place in PLACES], "pictures", _CONVENTION.layout)
-    found = Found(path)
+    found = Rows(path)
     images, captions = _read(file, found)
     for identity, name in images.items():
         where = f"{file.name}: image {identity}"
@@ -53,7 +53,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     return to_samples(found, limit, seed, f"{file} has no picture")
 
 
-def _read(file: Path, found: Found) -> tuple[dict[int, str], dict[int, list[Any]]]:
+def _read(file: Path, found: Rows) -> tuple[dict[int, str], dict[int, list[Any]]]:
     """File names and captions by image id; what is wrong goes to `found`."""
     content = load_json(file)
     listed, annotated = entries(content, "images", file), entries(content, "annotations", file)

@@ -9,8 +9,8 @@ from typing import Any
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.rows import (
     BadRowError,
-    Found,
     Row,
+    Rows,
     below,
     check_id,
     entries,
@@ -36,7 +36,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     file = first_file(path, FILES, "split file", _CONVENTION.layout)
     folder = first_folder(path, FOLDERS, "pictures", _CONVENTION.layout)
     listed = entries(load_json(file), "images", file)
-    found = Found(path)
+    found = Rows(path)
     found.problems += repeated((entry.get("filename") for entry in listed), "filename", file.name)
     found.problems += repeated((entry.get("imgid") for entry in listed), "imgid", file.name)
     wanted = _CONVENTION.splits[split]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.data.rows import BadRowError, Found, Row, below, digest, to_samples
+from exporter.data.rows import BadRowError, Row, Rows, below, digest, to_samples
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
@@ -54,7 +54,7 @@ def _split_folder(path: Path, split: str) -> Path:
     return path / split
 
 
-def _bare_rows(path: Path, folder: Path, task: str, split: str) -> Found:
+def _bare_rows(path: Path, folder: Path, task: str, split: str) -> Rows:
     """Every picture of a folder without metadata, to calibrate captioning on."""
     if task != "captioning" or split != "train":
         raise DataError(
@@ -66,12 +66,12 @@ def _bare_rows(path: Path, folder: Path, task: str, split: str) -> Found:
     if not files:
         raise DataError(f"{folder} holds neither {METADATA} nor pictures ({', '.join(sorted(SUFFIXES))})")
     names = [file.relative_to(path).as_posix() for file in files]
-    return Found(path, [Row(name, name, path / name, name, None, ()) for name in names])
+    return Rows(path, [Row(name, name, path / name, name, None, ()) for name in names])
 
 
-def _described_rows(path: Path, folder: Path, task: str) -> Found:
+def _described_rows(path: Path, folder: Path, task: str) -> Rows:
     """Lines of the metadata that fit the task, and what is wrong with any line."""
-    found = Found(path)
+    found = Rows(path)
     seen: dict[str, str] = {}
     lines = (folder / METADATA).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -10,8 +10,8 @@ from typing import Any
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.rows import (
     BadRowError,
-    Found,
     Row,
+    Rows,
     below,
     first_file,
     first_folder,
@@ -35,7 +35,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     name = f"{_CONVENTION.splits[split]}_questions.json"
     file = first_file(path, [place + name for place in PLACES], "questions", _CONVENTION.layout)
     folder = first_folder(path, ("images", "allImages/images"), "pictures", _CONVENTION.layout)
-    found = Found(path)
+    found = Rows(path)
     content = load_json(file, lambda pairs: _slim(pairs, file.name, found))
     if not isinstance(content, dict):
         raise DataError(f"{file} is not an object of questions by id", "is it the official file of this data set?")
@@ -46,7 +46,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     return to_samples(found, limit, seed, f"{file} has no question")
 
 
-def _slim(pairs: list[tuple[str, Any]], name: str, found: Found) -> dict[str, Any]:
+def _slim(pairs: list[tuple[str, Any]], name: str, found: Rows) -> dict[str, Any]:
     """An object while it is read. Python keeps the last of two equal keys in silence; here they are a problem."""
     entry = dict(pairs)
     if len(entry) < len(pairs):

@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass
-class Found:
+class Rows:
     """What a reader found so far in `folder`."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Found:
             self.problems.append(f"{where}: {error}")
 
 
-def to_samples(found: Found, limit: int, seed: int, nothing: str, hint: str | None = None) -> list[Sample]:
+def to_samples(found: Rows, limit: int, seed: int, nothing: str, hint: str | None = None) -> list[Sample]:
     """At most `limit` samples, chosen by `seed`, independent of the order of rows; every chosen picture is opened.
 
     Raises one DataError with all problems, or with `nothing` and `hint` when there is no row at all.
@@ -103,7 +103,7 @@ def _is_writable(row: Row) -> bool:
     return all(map(is_unicode, (row.name, row.identity, row.question or "", row.kind, *row.references)))
 
 
-def _picture_problem(found: Found, row: Row) -> str | None:
+def _picture_problem(found: Rows, row: Row) -> str | None:
     """Why the picture cannot be used, or None. Decodes it whole, within Pillow's limit on pixels.
 
     Nothing outside of the user's folder is opened, not even through a link.

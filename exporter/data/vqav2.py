@@ -11,8 +11,8 @@ from exporter.data.coco import PLACES
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.rows import (
     BadRowError,
-    Found,
     Row,
+    Rows,
     entries,
     first_file,
     first_folder,
@@ -39,7 +39,7 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     asked = _file(path, QUESTIONS.format(subset), "Questions/")
     answered = _file(path, ANNOTATIONS.format(subset), "Annotations/")
     folder = first_folder(path, [place.format(subset) for place in PLACES], "pictures", _CONVENTION.layout)
-    found = Found(path)
+    found = Rows(path)
     questions = _by_id(asked, "questions", found)
     annotations = _by_id(answered, "annotations", found)
     for identity in annotations.keys() - questions.keys():
@@ -62,7 +62,7 @@ def _file(path: Path, name: str, place: str) -> Path:
     return first_file(path, (name, place + name, "annotations/" + name), "file of VQAv2", _CONVENTION.layout)
 
 
-def _by_id(file: Path, key: str, found: Found) -> dict[int, dict[str, Any]]:
+def _by_id(file: Path, key: str, found: Rows) -> dict[int, dict[str, Any]]:
     """Entries by question id; what is wrong goes to `found`."""
     listed = entries(load_json(file), key, file)
     found.problems += repeated((entry.get("question_id") for entry in listed), "question_id", file.name)

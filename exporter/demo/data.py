@@ -14,7 +14,7 @@ from exporter.demo.scenes import Split, Thing, draw, scenes, things
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
-Task = Literal["vqa", "captioning", "retrieval"]
+TaskName = Literal["vqa", "captioning", "retrieval"]
 Captions = Callable[[Sequence[Thing]], tuple[str, ...]]
 SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes; train is what training drew
 EASY_EVERY = 3  # in the test split, every third question is one of easy-VQA's, as long as there are any
@@ -83,7 +83,7 @@ def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
     return mixed
 
 
-def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
+def samples(task: TaskName, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """The first `limit` samples of a task (all when None) in an order that the seed decides.
 
     captioning, retrieval: one sample a scene, the exact caption and three paraphrases as references. vqa: one question
@@ -93,17 +93,17 @@ def samples(task: Task, split: Split, limit: int | None = None, seed: int = 0) -
     return _chosen(task, split, limit, seed, captions, tuple(QUESTIONS))
 
 
-def drawings(task: Task, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
+def drawings(task: TaskName, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """`samples` for models that never learned the lexicon: captions in plain words, no question about a name."""
     plain = tuple(kind for kind in QUESTIONS if kind not in ("find", "name"))
     return _chosen(task, split, limit, seed, plain_captions, plain)
 
 
 def _chosen(
-    task: Task, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
+    task: TaskName, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
 ) -> list[Sample]:
-    if task not in get_args(Task) or split not in SIZES:
-        said = f"{', '.join(get_args(Task))}; {', '.join(SIZES)}"
+    if task not in get_args(TaskName) or split not in SIZES:
+        said = f"{', '.join(get_args(TaskName))}; {', '.join(SIZES)}"
         raise DataError(f"no demo data for task '{task}', split '{split}'", said)
     size = SIZES[split]
     easy = _easy_questions(seed) if task == "vqa" and split == "test" else []

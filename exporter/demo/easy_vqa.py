@@ -15,7 +15,7 @@ from exporter.demo.scenes import SIDE
 
 HERE = Path(__file__).parent
 COLUMNS = 20  # pictures in one row of the sheet
-Asked = tuple[str, str]  # question, answer
+QuestionAndAnswer = tuple[str, str]  # question, answer
 
 
 def kind(answer: str) -> str:
@@ -37,7 +37,7 @@ def test_picture(i: int) -> Image.Image:
     return _sheet().crop((left, top, left + SIDE, top + SIDE))
 
 
-def test_questions() -> list[tuple[int, list[Asked]]]:
+def test_questions() -> list[tuple[int, list[QuestionAndAnswer]]]:
     """(number in easy-VQA's test split, its questions with answers) of every embedded picture, in sheet order."""
     content = json.loads((HERE / "easy_vqa_test.json").read_text(encoding="utf-8"))
     return [(int(entry["image"]), [(q, a) for q, a in entry["questions"]]) for entry in content["pictures"]]

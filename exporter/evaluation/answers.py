@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exporter.errors import DataError
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.files.writing import make_folder, write_text
 from exporter.tasks.sample import Sample
 
@@ -31,7 +31,7 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class Model:
+class Answerer:
     """One model to be asked.
 
     label: what progress calls it. identity: everything but prompt and picture that decides its answers.
@@ -52,7 +52,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, identity: Mapping[str, Any], on_event: Callable[[Event], None] = ignore) -> dict[str, str]:
+    def read(self, identity: Mapping[str, Any], on_event: Listener = ignore) -> dict[str, str]:
         """Key -> answer of one model. A damaged file is deleted with a note: its batch is asked again."""
         answers: dict[str, str] = {}
         for path in sorted(self._place(identity).glob("*.json")):
@@ -96,11 +96,11 @@ def digest(content: Any) -> str:
 
 
 def ask(
-    model: Model,
+    model: Answerer,
     samples: Mapping[str, Sequence[Sample]],
     pictures: Mapping[str, Sequence[str]],
     store: Store | None,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
 ) -> Answers:
     """One answer a sample of every task; every finished batch is kept in `store`.
 

@@ -11,8 +11,8 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
-from exporter.evaluation.answers import Backend, Model, digest
-from exporter.events import Event, ignore
+from exporter.evaluation.answers import Answerer, Backend, digest
+from exporter.events import Event, Listener, ignore
 from exporter.inference.block_streaming import load_passing
 from exporter.inference.encoding import render
 from exporter.inference.predict import Predictor
@@ -44,8 +44,8 @@ def here(
     artifact: Artifact,
     device: Device,
     batch: int,
-    on_event: Callable[[Event], None] = ignore,
-) -> tuple[Model, Model]:
+    on_event: Listener = ignore,
+) -> tuple[Answerer, Answerer]:
     """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor.
 
     batch: the most samples at once; fewer where memory is short. Both models are held in the same way.
@@ -60,7 +60,7 @@ def here(
 
     def model(
         label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: Rounded = EXACT
-    ) -> Model:
+    ) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
             if held.note:
@@ -83,7 +83,7 @@ def here(
             if weights() != identity["weights"]:
                 raise CheckpointError(f"the {label} model changed while it answered", "run the same command again")
 
-        return Model(label, identity, lambda sample: _asked(processor(), family, sample), opened, require_unchanged)
+        return Answerer(label, identity, lambda sample: _asked(processor(), family, sample), opened, require_unchanged)
 
     return (
         model(SOURCE, lambda: checkpoint.digest(on_event), list(checkpoint.tensors), checkpoint.read),
@@ -118,7 +118,7 @@ def _asked(processor: Any, family: Family, sample: Sample) -> str:
     return digest([sample.among.digest, sample.identity, sample.references])
 
 
-def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Model, Model]:
+def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Answerer, Answerer]:
     """Source and artifact behind servers. A server's word is taken for which weights it holds.
 
     Where it says from which folder it serves (vLLM's `root`), another folder than the artifact's is an error.
@@ -127,7 +127,7 @@ def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tupl
     if family.unserved:
         raise DataError(f"no server answers for {family.name}: {family.unserved}", "leave --server out")
 
-    def model(label: str, weights: str, server: Server | None, folder: Path | None) -> Model:
+    def model(label: str, weights: str, server: Server | None, folder: Path | None) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
             if server is None:
@@ -138,7 +138,7 @@ def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tupl
             yield ServedPredictor(server, family, name, server.lacks_start(name))
 
         identity = _identity(family, weights, checkpoint) | {"backend": "openai", "start_token": "always"}
-        return Model(label, identity, lambda sample: family.text(sample.question), opened)
+        return Answerer(label, identity, lambda sample: family.text(sample.question), opened)
 
     return (
         model(SOURCE, checkpoint.digest(), servers.source, None),

@@ -1,13 +1,12 @@
 """Whether a full-precision model is the one that an artifact was made from, by the hashes in its manifest."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import Manifest, as_line
 from exporter.errors import CheckpointError
-from exporter.events import Event, ignore
+from exporter.events import Listener, ignore
 from exporter.files.mapping_diff import changes
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_files import processor_files
@@ -26,7 +25,7 @@ class Baseline:
         return asdict(self) | {"model": as_line(self.model), "differs": [as_line(line) for line in self.differs]}
 
 
-def compare(manifest: Manifest, checkpoint: Checkpoint, on_event: Callable[[Event], None] = ignore) -> Baseline:
+def compare(manifest: Manifest, checkpoint: Checkpoint, on_event: Listener = ignore) -> Baseline:
     """Compare every shard, the configuration and the processor's files, as far as the manifest names them."""
     source = manifest.source
     made_from, now = dict(source.shards), checkpoint.shard_hashes(on_event)
@@ -40,7 +39,7 @@ def compare(manifest: Manifest, checkpoint: Checkpoint, on_event: Callable[[Even
 
 
 def require_source(
-    artifact: Artifact, checkpoint: Checkpoint, allow_other: bool, on_event: Callable[[Event], None] = ignore
+    artifact: Artifact, checkpoint: Checkpoint, allow_other: bool, on_event: Listener = ignore
 ) -> Baseline:
     """The comparison with the artifact's source; CheckpointError when it is another model and that is not allowed."""
     baseline = compare(artifact.manifest, checkpoint, on_event)

@@ -1,29 +1,29 @@
 """Baseline beside artifact on the same samples: every score of both, measures and gates, and answers that changed."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
-from exporter.evaluation.answers import Answers, Model, Store, ask
+from exporter.evaluation.answers import Answerer, Answers, Store, ask
 from exporter.evaluation.gate_text import accepted, sentence
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import (
     REPORT,
     Answered,
     Bootstrap,
-    Evaluation,
+    EvaluationRecord,
+    MetricScores,
     Report,
-    Scores,
     TaskScores,
     read_report,
     write_report,
 )
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.planning.recipe import Gate, Recipe
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
@@ -33,12 +33,12 @@ EXAMPLES = 4  # samples of each task that are kept whatever became of them
 
 
 def measure(
-    before: Model,
-    after: Model,
+    before: Answerer,
+    after: Answerer,
     samples: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     store: Store | None,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
     about: Mapping[str, Any],
 ) -> Report:
     """Ask both models every task's samples and compare. about: what the caller knows of the data, for the report."""
@@ -48,11 +48,11 @@ def measure(
     report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed, pictures)
     bootstrap = Bootstrap(resamples=RESAMPLES, confidence=CONFIDENCE, seed=recipe.evaluation.seed)
     models = {model.label: dict(model.identity) for model in (before, after)}
-    found = Evaluation.model_validate({**about, "bootstrap": bootstrap, "models": models}, strict=False)
+    found = EvaluationRecord.model_validate({**about, "bootstrap": bootstrap, "models": models}, strict=False)
     return report.model_copy(update={"evaluation": found})
 
 
-def _judge_numbers(labels: tuple[str, str], answers: Sequence[Answers], on_event: Callable[[Event], None]) -> None:
+def _judge_numbers(labels: tuple[str, str], answers: Sequence[Answers], on_event: Listener) -> None:
     """Retrieval scores that are not finite count as misses: a note for the artifact, an error for the baseline."""
     broken = [retrieval.without_numbers(given.get(retrieval.NAME, [])) for given in answers]
     counts = zip(labels, broken, strict=True)
@@ -127,7 +127,7 @@ def _scores(
         kinds=tuple(sample.kind for sample in samples),
         changed=tuple(i for i, (b, a) in enumerate(zip(*answers, strict=True)) if b != a),
         scores={
-            metric: Scores(
+            metric: MetricScores(
                 before=tuple(before[metric]),
                 after=tuple(after[metric]),
                 chance=tuple(chance[metric]) if metric in chance else None,
@@ -141,7 +141,7 @@ def _corpus(
     task: str,
     samples: Sequence[Sample],
     answers: tuple[Sequence[str], Sequence[str]],
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, MetricScores],
 ) -> dict[str, tuple[float, float]]:
     """Figures of the whole set that the means do not show already; by kind there is `by_kind`."""
     before, after = (TASKS[task].corpus(given, samples) for given in answers)
@@ -159,7 +159,7 @@ def _rows(
     samples: Sequence[Sample],
     pictures: Sequence[str],
     answers: tuple[Sequence[str], Sequence[str]],
-    scores: Scores,
+    scores: MetricScores,
 ) -> list[Answered]:
     """Every sample with both answers and what they scored by the task's first metric."""
     return [

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from exporter.evaluation.gates import Overall, decided, worst
-from exporter.evaluation.report_file import Counts, GateResult, Measure, Scores, StoredDifference, TaskScores
+from exporter.evaluation.report_file import Counts, GateResult, Measure, MetricScores, StoredDifference, TaskScores
 from exporter.evaluation.statistics import (
     Difference,
     ends,
@@ -91,7 +91,7 @@ def _judge_gate(gate: Gate, samples: Mapping[str, TaskScores], found: Difference
     return named.model_copy(update={"verdict": verdict, **figures, **shares, "samples_needed": needed})
 
 
-def _at_chance(scores: Scores, seed: int) -> bool:
+def _at_chance(scores: MetricScores, seed: int) -> bool:
     """Whether full precision is not shown to be better than answers that do not depend on the picture."""
     return scores.chance is not None and paired_bootstrap(scores.chance, scores.before, seed=seed).low <= 0
 
@@ -110,12 +110,12 @@ def _to_resolve(found: Difference, allowed: float, samples: int) -> int | None:
     return max(needed, samples + 1) if needed <= MOST_SAMPLES else None
 
 
-def _first(task: str, found: TaskScores) -> Scores:
+def _first(task: str, found: TaskScores) -> MetricScores:
     """Scores by the task's main metric."""
     return found.scores[TASKS[task].METRICS[0]]
 
 
-def _by_kind(kinds: Sequence[str], scores: Scores) -> dict[str, tuple[float, float, int]]:
+def _by_kind(kinds: Sequence[str], scores: MetricScores) -> dict[str, tuple[float, float, int]]:
     groups: dict[str, list[tuple[float, float]]] = {}
     for kind, before, after in zip(kinds, scores.before, scores.after, strict=True):
         groups.setdefault(kind, []).append((before, after))
@@ -125,6 +125,6 @@ def _by_kind(kinds: Sequence[str], scores: Scores) -> dict[str, tuple[float, flo
     }
 
 
-def _counts(found: TaskScores, scores: Scores) -> Counts:
+def _counts(found: TaskScores, scores: MetricScores) -> Counts:
     pairs = list(zip(scores.before, scores.after, strict=True))
     return Counts(changed=len(found.changed), lost=sum(a < b for b, a in pairs), gained=sum(a > b for b, a in pairs))

@@ -21,7 +21,7 @@ from exporter.files.writing import write_text
 REPORT = "mmq_report.json"
 VERSION = 2
 
-Name = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,50}$")]  # of a task or a metric
+MetricName = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,50}$")]  # of a task or a metric
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
 
 
@@ -31,7 +31,7 @@ class Closed(Document):
     model_config = ConfigDict(extra="forbid")
 
 
-class Scores(Closed):
+class MetricScores(Closed):
     """One metric of one task, a score a sample in the order of `TaskScores.ids`.
 
     before: full precision. after: artifact. chance: what an answer scores that does not depend on the picture; kept for
@@ -50,7 +50,7 @@ class TaskScores(Closed):
     pictures: tuple[Sha256, ...]
     kinds: tuple[str, ...]
     changed: tuple[Count, ...]
-    scores: dict[Name, Scores]
+    scores: dict[MetricName, MetricScores]
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:
@@ -82,8 +82,8 @@ class StoredDifference(Closed):
 class Measure(Closed):
     """One metric of one task. samples_to_resolve_one_percent: see `verdicts.needed`."""
 
-    task: Name
-    metric: Name
+    task: MetricName
+    metric: MetricName
     samples: Positive
     difference: StoredDifference
     samples_to_resolve_one_percent: Positive | None = None
@@ -97,8 +97,8 @@ class GateResult(Closed):
     samples_needed: about how many would resolve it.
     """
 
-    task: Name
-    metric: Name
+    task: MetricName
+    metric: MetricName
     max_drop: Annotated[float, Field(ge=0, le=1)]
     decide: Literal["point", "upper"]
     verdict: Verdict
@@ -117,7 +117,7 @@ class Answered(Closed):
     scores: of the task's first metric, before and after. image: `image_key`. file: in the data's folder.
     """
 
-    task: Name
+    task: MetricName
     id: str
     question: str | None
     references: tuple[str, ...]
@@ -137,7 +137,7 @@ class Counts(Closed):
     gained: Count
 
 
-class Asked(Document):
+class AnswersRecord(Document):
     """What identifies the answers of one model. weights, processor: digests. Other keys: how it was asked."""
 
     model_config = ConfigDict(extra="allow")
@@ -149,7 +149,7 @@ class Asked(Document):
     device: Line | None = None
 
 
-class Baseline(Closed):
+class BaselineRecord(Closed):
     """The model that the full-precision scores are of. differs: from the artifact's source; see `baseline.Baseline`."""
 
     model: Line
@@ -165,7 +165,7 @@ class Bootstrap(Closed):
     seed: int
 
 
-class Evaluation(Document):
+class EvaluationRecord(Document):
     """How it was measured. samples, seed: of the choice of samples. searched: sizes of retrieval's pool."""
 
     model_config = ConfigDict(extra="allow")
@@ -173,14 +173,14 @@ class Evaluation(Document):
     data: Line | None = None
     samples: Positive | None = None
     seed: int | None = None
-    scoring: dict[Name, dict[Line, Line]] = Field(default_factory=dict)
-    searched: dict[Name, Count] | None = None
+    scoring: dict[MetricName, dict[Line, Line]] = Field(default_factory=dict)
+    searched: dict[MetricName, Count] | None = None
     bootstrap: Bootstrap | None = None
-    baseline: Baseline | None = None
-    models: dict[Line, Asked] = Field(default_factory=dict)
+    baseline: BaselineRecord | None = None
+    models: dict[Line, AnswersRecord] = Field(default_factory=dict)
 
 
-class Distance(Closed):
+class DistanceRecord(Closed):
     """Differences of log-probabilities; None where one was not a finite number."""
 
     mean: float | None
@@ -188,22 +188,22 @@ class Distance(Closed):
     tokens: Count = 0
 
 
-class Compared(Closed):
+class ComparisonRecord(Closed):
     """The engine beside the reference, and the reference in 16 bits beside itself."""
 
-    distance: Distance
-    floor: Distance
+    distance: DistanceRecord
+    floor: DistanceRecord
 
 
-class Control(Closed):
+class ControlRecord(Closed):
     """The engine with doubled scales of one component, beside the reference without and with them."""
 
     component: Line
-    moved: Distance
-    restored: Compared
+    moved: DistanceRecord
+    restored: ComparisonRecord
 
 
-class Serving(Closed):
+class ServingRecord(Closed):
     """What the last `mmq check` measured. weights: of the artifact that was served; None in older reports."""
 
     engine: Line
@@ -214,8 +214,8 @@ class Serving(Closed):
     schemes: dict[Line, Count]
     kernels: tuple[Line, ...]
     passed: bool
-    compared: Compared | None = None
-    control: Control | None = None
+    compared: ComparisonRecord | None = None
+    control: ControlRecord | None = None
     startup_seconds: Annotated[float, Field(ge=0)] | None = None
     weights: Sha256 | None = None
 
@@ -232,13 +232,13 @@ class Report(Closed):
     verdict: Overall
     measures: tuple[Measure, ...]
     gates: tuple[GateResult, ...]
-    samples: dict[Name, TaskScores] = Field(default_factory=dict)
-    by_kind: dict[Name, dict[str, tuple[float, float, Positive]]] = Field(default_factory=dict)
+    samples: dict[MetricName, TaskScores] = Field(default_factory=dict)
+    by_kind: dict[MetricName, dict[str, tuple[float, float, Positive]]] = Field(default_factory=dict)
     changed: tuple[Answered, ...] = ()
     examples: tuple[Answered, ...] = ()
-    corpus: dict[Name, dict[Line, tuple[float, float]]] = Field(default_factory=dict)
-    counts: dict[Name, Counts] = Field(default_factory=dict)
-    evaluation: Evaluation = Evaluation()
+    corpus: dict[MetricName, dict[Line, tuple[float, float]]] = Field(default_factory=dict)
+    counts: dict[MetricName, Counts] = Field(default_factory=dict)
+    evaluation: EvaluationRecord = EvaluationRecord()
     format_version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
 
     def plain(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class Report(Closed):
         return self.model_dump(mode="json", exclude={"samples"})
 
 
-def parse_report(content: bytes, where: str) -> tuple[Report | None, Serving | None]:
+def parse_report(content: bytes, where: str) -> tuple[Report | None, ServingRecord | None]:
     """A report from a file's bytes: its evaluation (None when there was none) and its check (None when there was none).
 
     ArtifactError lists the problems; `where` names the file in it.
@@ -258,10 +258,10 @@ def parse_report(content: bytes, where: str) -> tuple[Report | None, Serving | N
         if plain.get("format_version", 1) == 1:
             plain = from_version_1(plain)
         evaluated = parse_document(Report, plain, where)
-    return evaluated, None if serving is None else parse_document(Serving, serving, f"{where}: serving")
+    return evaluated, None if serving is None else parse_document(ServingRecord, serving, f"{where}: serving")
 
 
-def read_report(folder: Path) -> tuple[Report | None, Serving | None]:
+def read_report(folder: Path) -> tuple[Report | None, ServingRecord | None]:
     """The report of an artifact's folder as `parse_report` gives it; both None when there is no file."""
     path = folder / REPORT
     if not path.exists():
@@ -269,12 +269,12 @@ def read_report(folder: Path) -> tuple[Report | None, Serving | None]:
     return parse_report(read_document(path), str(path))
 
 
-def write_report(folder: Path, report: Report | None, serving: Serving | None) -> None:
+def write_report(folder: Path, report: Report | None, serving: ServingRecord | None) -> None:
     """Put a report into an artifact's folder, atomically."""
     write_text(folder / REPORT, dump(report, serving))
 
 
-def dump(report: Report | None, serving: Serving | None) -> str:
+def dump(report: Report | None, serving: ServingRecord | None) -> str:
     """The file's text: indented, but for the single scores, which take one line for each list."""
     plain: dict[str, Any] = report.plain() if report else {}
     if serving:

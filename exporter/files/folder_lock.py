@@ -10,14 +10,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import LockedError
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.files.writing import disk_error, make_folder
 
 FIELDS = ("pid", "host", "since", "command")  # what a lock file says of its holder
@@ -26,7 +26,7 @@ MAX_SHOWN = 300  # characters of a holder's command in an error
 
 
 @contextmanager
-def hold(file: Path, folder: Path, shared: bool = False, on_event: Callable[[Event], None] = ignore) -> Iterator[None]:
+def hold(file: Path, folder: Path, shared: bool = False, on_event: Listener = ignore) -> Iterator[None]:
     """Hold the lock `file` of `folder` inside the block; LockedError names the process that holds it already.
 
     shared: several processes may hold it like this at the same time, while none holds it alone.

@@ -12,7 +12,7 @@ from exporter.out_of_memory import is_shortage
 from exporter.tasks.retrieval import prepare
 from exporter.tasks.sample import Sample, task_of
 
-Inputs = dict[str, Tensor]
+Batch = dict[str, Tensor]
 SHOWN = 5  # samples that a message names
 
 
@@ -47,7 +47,7 @@ def reply_end(tokenizer: Any, family: Family) -> tuple[str, list[int]]:
 
 def encode(
     processor: Processor, family: Family, samples: Sequence[Sample], replies: Sequence[str | None], side: str
-) -> Inputs:
+) -> Batch:
     """Model inputs of one batch on the CPU: texts padded on `side`, and pictures.
 
     DataError when the processor cannot make them, or makes another number of image tokens for some sample.
@@ -78,7 +78,7 @@ def _adds_start(processor: Processor, text: str) -> bool:
     return not (start and text.startswith(start))
 
 
-def _check_pictures(processor: Processor, inputs: Inputs, samples: Sequence[Sample]) -> None:
+def _check_pictures(processor: Processor, inputs: Batch, samples: Sequence[Sample]) -> None:
     """Every prompt holds one picture, so all must hold the same number of image tokens."""
     marker = processor.image_token_id
     if marker is None:

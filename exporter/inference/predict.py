@@ -1,6 +1,6 @@
 """Prompts, batches, answers and log-likelihoods, by transformers in this process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.inference.batch_size import BatchSize
-from exporter.inference.encoding import Inputs, encode, render, reply_end
+from exporter.inference.encoding import Batch, encode, render, reply_end
 from exporter.inference.retrieval import ranked
 from exporter.model.families import Family
 from exporter.tasks.sample import Sample, task_of
@@ -21,12 +21,12 @@ def prompt_text(family: Family, sample: Sample) -> str:
     return family.text(sample.question)
 
 
-def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Inputs:
+def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Batch:
     """Model inputs of one sample's picture and prompt, a batch of one on the CPU."""
     return encode(processor, family, [sample], [None], "right")
 
 
-def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Inputs]:
+def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Batch]:
     """Model inputs to calibrate on, in order, on the CPU: prompt, first reference, end of sequence.
 
     `input_ids` and `attention_mask` int64 `[batch, tokens]` padded on the right (no row of a causal mask is then
@@ -48,7 +48,7 @@ class Conversations:
     starts: for each row the place of the reply's first token. replies: for each row its token ids, the end included.
     """
 
-    inputs: Inputs
+    inputs: Batch
     starts: tuple[int, ...]
     replies: tuple[Tensor, ...]
 
@@ -87,7 +87,7 @@ class Predictor:
         family: Family,
         device: torch.device,
         batch_size: int,
-        on_event: Callable[[Event], None] = ignore,
+        on_event: Listener = ignore,
     ) -> None:
         self._model = model
         self._processor = processor
@@ -119,7 +119,7 @@ class Predictor:
         new = made[:, inputs["input_ids"].shape[1] :]
         return {i: text.strip() for i, text in zip(chosen, self._decode(new), strict=True)}
 
-    def answer(self, samples: Sequence[Sample], on_event: Callable[[Event], None] = ignore) -> list[str]:
+    def answer(self, samples: Sequence[Sample], on_event: Listener = ignore) -> list[str]:
         """One answer a sample; one event a batch."""
         answers: dict[int, str] = {}
         for piece in self.pieces(samples):
@@ -155,7 +155,7 @@ class Predictor:
         for task in sorted({task_of(sample) for sample in samples} - {"retrieval"}):
             yield task, [i for i, sample in enumerate(samples) if task_of(sample) == task]
 
-    def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Inputs:
+    def _inputs(self, samples: Sequence[Sample], replies: Sequence[str | None], side: str) -> Batch:
         encoded = encode(self._processor, self._family, samples, replies, side)
         dtype = next(self._model.parameters()).dtype
         return {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in encoded.items()}
@@ -180,7 +180,7 @@ def _smaller(large: int, small: int) -> Event:
     return Event("note", 0, 0, f"out of memory with {large} samples at a time: going on with {small}")
 
 
-def _tokens(inputs: Inputs, row: int) -> Tensor:
+def _tokens(inputs: Batch, row: int) -> Tensor:
     """Token ids `[tokens]` of one row without padding."""
     return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
 

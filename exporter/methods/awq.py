@@ -1,8 +1,9 @@
 """AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
 
 The scales are folded into the module before (a norm or another linear; `numerics/scale_folding.py`), so nothing is
-divided at run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which the
-second moments give without running the block again (on a GPU from products in bfloat16), or by that of the block's output.
+divided at run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which
+the second moments give without running the block again (on a GPU from products in bfloat16), or by the error of the
+block's output.
 The paper's search runs the module around the linears on a sample.
 """
 

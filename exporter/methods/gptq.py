@@ -15,7 +15,7 @@ from exporter.methods.options import MethodOptions
 from exporter.numerics.gptq_columns import descend_columns, quantize_columns
 from exporter.numerics.hessian import Statistics, times
 from exporter.numerics.inverse_cholesky import PANEL, cut, inverse_factor_
-from exporter.numerics.quantized import Grid, QuantizedLinear, Scheme, dequantize, quantize
+from exporter.numerics.quantized import ColumnGrid, QuantizedLinear, Scheme, dequantize, quantize
 from exporter.numerics.ranges import Range, fit_scale
 
 __all__ = ["VERSION", "Options", "Statistics", "quantize_linear"]
@@ -73,7 +73,7 @@ def quantize_linear(
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_, counts)
     if upper is None:
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), notes
-    grid = Grid(scheme, scale, zero, order // scheme.columns_per_group(len(order)))
+    grid = ColumnGrid(scheme, scale, zero, order // scheme.columns_per_group(len(order)))
     codes = _walk(weight.index_select(1, order), upper, grid, options, counts)
     del upper  # as large as the Hessian
     if options.descent and not notes:  # a Hessian that is not positive definite has no least error to go down to
@@ -93,7 +93,7 @@ def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) ->
     return found / found.mean()
 
 
-def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, options: Options, order: Tensor) -> None:
+def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: ColumnGrid, options: Options, order: Tensor) -> None:
     """Round every column again, given all others as they are rounded; `options.descent` times.
 
     With `D = W - Q` and H damped as in the walk, the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so
@@ -153,7 +153,7 @@ def _permuted(square: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _walk(rest: Tensor, upper: Tensor, grid: Grid, options: Options, counts: Tensor | None) -> Tensor:
+def _walk(rest: Tensor, upper: Tensor, grid: ColumnGrid, options: Options, counts: Tensor | None) -> Tensor:
     """Codes of all columns, in the order given; `rest` f32 `[out, in]` is used up.
 
     When scales are "in_loop" those of the grid are rewritten, group by group. counts: `[in]`, importance of each
@@ -173,7 +173,7 @@ def _walk(rest: Tensor, upper: Tensor, grid: Grid, options: Options, counts: Ten
     return codes
 
 
-def _fit_again(grid: Grid, group: int, now: Tensor, range_: Range, counts: Tensor | None) -> None:
+def _fit_again(grid: ColumnGrid, group: int, now: Tensor, range_: Range, counts: Tensor | None) -> None:
     """Scale and zero of one group from its weights `now`, `[out, columns of the group]`."""
     first = group * grid.scheme.columns_per_group(len(grid.group))
     some = None if counts is None else counts[first : first + now.shape[1]]

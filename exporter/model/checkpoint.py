@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.errors import CheckpointError
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.files.file_hashes import hash_files, start_hashing
 from exporter.files.safetensors_header import Entry, read_header
 from exporter.files.strict_json import kind, read_json
@@ -148,7 +148,7 @@ class Checkpoint:
         """Begin to hash every shard in the background, so that `shard_hashes` and `digest` have little to wait for."""
         start_hashing([self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else []))
 
-    def shard_hashes(self, on_event: Callable[[Event], None] = ignore) -> dict[str, str]:
+    def shard_hashes(self, on_event: Listener = ignore) -> dict[str, str]:
         """Shard file -> sha256 of the whole file, hex, and those of the adapter; each is read once per process."""
         paths = [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
         hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
@@ -160,7 +160,7 @@ class Checkpoint:
         """Dtype -> how many tensors are read as it, which need not be how they are stored."""
         return dict(Counter(str(info.dtype).removeprefix("torch.") for info in self.tensors.values()))
 
-    def digest(self, on_event: Callable[[Event], None] = ignore) -> str:
+    def digest(self, on_event: Listener = ignore) -> str:
         """The checkpoint's identity: sha256 over every byte of every shard, the configuration and `dtypes`."""
         content = {"config": self.config, "shards": self.shard_hashes(on_event), "dtypes": self.dtypes()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,10 +8,10 @@ small ones.
 import torch
 from torch import Tensor
 
-from exporter.numerics.quantized import Grid, dequantize, quantize
+from exporter.numerics.quantized import ColumnGrid, dequantize, quantize
 
 
-def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+def quantize_columns(rest: Tensor, upper: Tensor, grid: ColumnGrid, codes: Tensor) -> Tensor:
     """Quantize columns `rest` f32 `[out, b]` left to right, propagating each rounding error into the rest.
 
     upper: f32 `[b, b]`, that part of the factor U. codes: uint8 `[out, b]`, written.
@@ -24,7 +24,7 @@ def quantize_columns(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> 
     return quantize_columns_plain(rest, upper, grid, codes)
 
 
-def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: ColumnGrid, codes: Tensor) -> Tensor:
     """`quantize_columns` in torch, on any device."""
     rest = rest.clone()
     errors = torch.empty_like(rest)
@@ -38,7 +38,7 @@ def quantize_columns_plain(rest: Tensor, upper: Tensor, grid: Grid, codes: Tenso
 
 
 def descend_columns(
-    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: ColumnGrid, codes: Tensor, off: Tensor
 ) -> None:
     """Round columns `weight` f32 `[out, b]` again, left to right, given the current error of every column.
 
@@ -56,7 +56,7 @@ def descend_columns(
 
 
 def descend_columns_plain(
-    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: Grid, codes: Tensor, off: Tensor
+    weight: Tensor, pull: Tensor, hessian: Tensor, share: Tensor, grid: ColumnGrid, codes: Tensor, off: Tensor
 ) -> None:
     """`descend_columns` in torch, on any device."""
     best = weight + pull / share

@@ -157,7 +157,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Te
 
 
 @dataclass(frozen=True)
-class Grid:
+class ColumnGrid:
     """What the columns of a linear are rounded to, in the order in which they are walked.
 
     scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
@@ -168,9 +168,9 @@ class Grid:
     zero: Tensor
     group: Tensor
 
-    def part(self, here: slice) -> "Grid":
+    def part(self, here: slice) -> "ColumnGrid":
         """The grid of some columns."""
-        return Grid(self.scheme, self.scale, self.zero, self.group[here])
+        return ColumnGrid(self.scheme, self.scale, self.zero, self.group[here])
 
     def spread(self) -> tuple[Tensor, Tensor, Scheme]:
         """Scale and zero of every column, `[out, in]`, and the scheme with one a column: as `quantize` takes them."""

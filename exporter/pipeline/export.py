@@ -1,6 +1,6 @@
 """The whole job on one page: plan, calibrate and quantize, write, verify, evaluate."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from exporter.artifact.verify import Verified
 from exporter.device import Device
 from exporter.errors import DataError
 from exporter.evaluation import evaluate
-from exporter.evaluation.answers import Model, Store
+from exporter.evaluation.answers import Answerer, Store
 from exporter.evaluation.backends import Servers, here, served
 from exporter.evaluation.baseline import require_source
 from exporter.evaluation.report_file import Report
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.inference.encoding import refuse_too_long
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor import load_processor
@@ -31,8 +31,6 @@ from exporter.planning.steps import Step, refuse_shortage, step_warnings
 from exporter.quantization import identity
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
-
-Listener = Callable[[Event], None]
 
 LIBRARIES = "loading transformers and the processor"
 
@@ -55,7 +53,7 @@ def export(
     device: Device,
     on_event: Listener,
     work: Path | None = None,
-    sources: Sequence[data.Place] = (),
+    sources: Sequence[data.SourceSpec] = (),
     overwrite: bool = False,
     skip_evaluation: bool = False,
 ) -> Export:
@@ -133,7 +131,7 @@ def _prepared(plan: Plan, checkpoint: Checkpoint, samples: _Samples, device: Dev
     return Prepared(plan, checkpoint, processor, samples.calibration, samples.traces, inputs)
 
 
-def _samples(plan: Plan, sources: Sequence[data.Place], skip_evaluation: bool, on_event: Listener) -> _Samples:
+def _samples(plan: Plan, sources: Sequence[data.SourceSpec], skip_evaluation: bool, on_event: Listener) -> _Samples:
     """The recipe's samples; DataError when calibration and evaluation share a picture."""
     on_event(Event("prepare", 0, 1, "reading samples"))
     evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
@@ -151,12 +149,12 @@ def refuse_calibrated(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> 
     data.check_disjoint(seen, [sample for samples in evaluation.values() for sample in samples])
 
 
-def calibration_samples(plan: Plan, sources: Sequence[data.Place]) -> list[Sample]:
+def calibration_samples(plan: Plan, sources: Sequence[data.SourceSpec]) -> list[Sample]:
     """The recipe's calibration set; empty when no method needs data."""
     return training_samples(plan.recipe, sources) if plan.needs_calibration else []
 
 
-def training_samples(recipe: Recipe, sources: Sequence[data.Place]) -> list[Sample]:
+def training_samples(recipe: Recipe, sources: Sequence[data.SourceSpec]) -> list[Sample]:
     """What a recipe calibrates on, its tasks in turn (DataError when there is nothing)."""
     wanted = recipe.calibration
     share = -(-wanted.samples // len(wanted.tasks))
@@ -168,7 +166,7 @@ def training_samples(recipe: Recipe, sources: Sequence[data.Place]) -> list[Samp
     return mixed
 
 
-def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, list[Sample]]:
+def evaluation_samples(plan: Plan, sources: Sequence[data.SourceSpec]) -> dict[str, list[Sample]]:
     """Test samples of every task that a gate names, else of every task the family can do.
 
     Captions of the drawings have one fixed wording, which no other model uses: they are calibrated on and never judged,
@@ -187,7 +185,7 @@ def evaluation_samples(plan: Plan, sources: Sequence[data.Place]) -> dict[str, l
         raise DataError(error.message, f"{error.hint}; {asked}" if error.hint else asked) from None
 
 
-def tested_on(recipe: Recipe) -> tuple[data.Place, ...]:
+def tested_on(recipe: Recipe) -> tuple[data.SourceSpec, ...]:
     """The recipe's sources of test samples: those of calibration when it names no others."""
     return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)
 
@@ -202,7 +200,7 @@ def measure(
     *,
     store: Store | None = None,
     servers: Servers | None = None,
-    sources: Sequence[data.Place] = (),
+    sources: Sequence[data.SourceSpec] = (),
     other_baseline: bool = False,
 ) -> Report:
     """Ask the source model and the artifact all samples, in this process or behind `servers`, and compare.
@@ -232,7 +230,7 @@ def models(
     device: Device,
     servers: Servers | None,
     on_event: Listener = ignore,
-) -> tuple[Model, Model]:
+) -> tuple[Answerer, Answerer]:
     """Source and artifact, ready to be asked by the same back end."""
     finished = artifact.Artifact.open(out, device.torch_device)
     if servers:

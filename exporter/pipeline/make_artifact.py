@@ -1,7 +1,7 @@
 """From samples that were read to a verified artifact: quantize what is missing, write, verify."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from exporter.artifact.verify import Verified, verify
 from exporter.data import Trace
 from exporter.device import Device, exact_math, return_freed_memory, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.folder_lock import hold
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
@@ -52,7 +52,7 @@ class Prepared:
 
 
 def made_already(
-    job: Prepared, place: Destination, device: Device, on_event: Callable[[Event], None], clock: Clock
+    job: Prepared, place: Destination, device: Device, on_event: Listener, clock: Clock
 ) -> Verified | None:
     """What verifying the artifact of this job shows that an earlier run wrote; None when there is none.
 
@@ -71,7 +71,7 @@ def made_already(
 
 
 def make_artifact(
-    job: Prepared, place: Destination, source: str, device: Device, on_event: Callable[[Event], None], clock: Clock
+    job: Prepared, place: Destination, source: str, device: Device, on_event: Listener, clock: Clock
 ) -> Verified:
     """Quantize every block that the work folder does not hold yet, and write the artifact.
 
@@ -123,7 +123,7 @@ def _require_unchanged(job: Prepared, workdir: Workdir) -> None:
         )
 
 
-def remove_work(path: Path, fingerprint: str, on_event: Callable[[Event], None]) -> None:
+def remove_work(path: Path, fingerprint: str, on_event: Listener) -> None:
     """Delete the work folder of a job that is done; one of another job stays."""
     if not (path / JOB).exists():
         return
@@ -136,7 +136,7 @@ def remove_work(path: Path, fingerprint: str, on_event: Callable[[Event], None])
         on_event(Event("note", 0, 0, f"{path} is left as it is: {error.message}"))
 
 
-def _batches(job: Prepared, workdir: Workdir, on_event: Callable[[Event], None]) -> list[dict[str, torch.Tensor]]:
+def _batches(job: Prepared, workdir: Workdir, on_event: Listener) -> list[dict[str, torch.Tensor]]:
     """Calibration batches; none when every unit that needs them is finished."""
     rest = job.plan.units[workdir.done(job.plan.units) :]
     if not any(unit.needs_statistics for unit in rest):

@@ -1,6 +1,5 @@
 """From a recipe to a plan: everything that can be wrong with recipe, model and device is found here."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.errors import PlanError
-from exporter.events import Event, ignore
+from exporter.events import Event, Listener, ignore
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries
 from exporter.model.processor_inspector import start_helper
@@ -26,7 +25,7 @@ def prepare(
     recipe: Recipe,
     device: Device,
     headers_only: bool = False,
-    on_event: Callable[[Event], None] = ignore,
+    on_event: Listener = ignore,
 ) -> tuple[Plan, Checkpoint]:
     """Open the model's headers and plan; every user error in recipe, model and device is raised here.
 

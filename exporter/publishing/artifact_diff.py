@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.planning.recipe import Recipe
-from exporter.publishing.artifact_summary import Facts
+from exporter.publishing.artifact_summary import Summary
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Change:
     change: float | None = None
 
 
-def difference(first: Facts, second: Facts) -> tuple[Change, ...]:
+def difference(first: Summary, second: Summary) -> tuple[Change, ...]:
     """Everything that differs, the important first; empty when both were made in the same way from the same model."""
     changes = [
         *_words("source model", first.source, second.source),
@@ -38,19 +38,19 @@ def difference(first: Facts, second: Facts) -> tuple[Change, ...]:
     return tuple(changes)
 
 
-def verdict(facts: Facts) -> str:
+def verdict(summary: Summary) -> str:
     """Gates in one word."""
-    if facts.report is None:
+    if summary.report is None:
         return "never evaluated"
-    return facts.report.verdict
+    return summary.report.verdict
 
 
-def _linears(facts: Facts) -> set[str]:
-    return set(facts.manifest.linears)
+def _linears(summary: Summary) -> set[str]:
+    return set(summary.manifest.linears)
 
 
-def _digest(facts: Facts, name: str) -> Any:
-    return facts.manifest.linears.get(name)
+def _digest(summary: Summary, name: str) -> Any:
+    return summary.manifest.linears.get(name)
 
 
 def _words(what: str, first: str, second: str) -> list[Change]:
@@ -61,23 +61,23 @@ def _numbers(what: str, first: float, second: float, shown: str) -> list[Change]
     return [Change(what, shown.format(first), shown.format(second), second - first)] if first != second else []
 
 
-def _parts(first: Facts, second: Facts) -> list[Change]:
+def _parts(first: Summary, second: Summary) -> list[Change]:
     said = [
-        {name: described(facts, name) for name in dict.fromkeys(part.component for part in facts.parts)}
-        for facts in (first, second)
+        {name: described(summary, name) for name in dict.fromkeys(part.component for part in summary.parts)}
+        for summary in (first, second)
     ]
     names = dict.fromkeys([*said[0], *said[1]])
     kept = "16 bits"
     return [c for name in names for c in _words(name, said[0].get(name, kept), said[1].get(name, kept))]
 
 
-def described(facts: Facts, component: str) -> str:
+def described(summary: Summary, component: str) -> str:
     """`W4 g128 gptq` of one component; several when its blocks differ."""
-    parts = [part for part in facts.parts if part.component == component]
+    parts = [part for part in summary.parts if part.component == component]
     return ", ".join(f"{part.scheme} {'/'.join(part.methods)}".strip() for part in parts)
 
 
-def _metrics(first: Facts, second: Facts) -> list[Change]:
+def _metrics(first: Summary, second: Summary) -> list[Change]:
     before, after = first.metrics(), second.metrics()
     changes = []
     for name in dict.fromkeys([*before, *after]):

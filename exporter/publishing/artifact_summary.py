@@ -12,7 +12,7 @@ from exporter.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.data import BUILT_IN
 from exporter.demo import MODELS
 from exporter.errors import ArtifactError, RecipeError
-from exporter.evaluation.report_file import REPORT, Evaluation, Report, Serving, parse_report
+from exporter.evaluation.report_file import REPORT, EvaluationRecord, Report, ServingRecord, parse_report
 from exporter.model.families import FAMILIES
 from exporter.model.hub import PREFIX, open_remote, split
 from exporter.numerics.quantized import Scheme
@@ -21,11 +21,11 @@ from exporter.planning.recipe_file import parse_recipe
 from exporter.planning.vllm_rules import matches
 
 RECIPE = "recipe.yaml"
-Read = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
+ReadFile = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
 
 
 @dataclass(frozen=True)
-class Part:
+class SchemeGroup:
     """The linears of one component that share a scheme. packed: stored as integers, else only rounded in value."""
 
     component: str
@@ -37,15 +37,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Summary:
     """One artifact. report: None when it was never evaluated. serving: None before `mmq check` ran."""
 
     name: str
     manifest: Manifest
     report: Report | None
     recipe: Recipe
-    parts: tuple[Part, ...]
-    serving: Serving | None = None
+    parts: tuple[SchemeGroup, ...]
+    serving: ServingRecord | None = None
 
     @property
     def source(self) -> str:
@@ -63,7 +63,7 @@ class Facts:
 
         The report names it and the digest of its weights; the manifest has the digest of the source.
         """
-        evaluation, source = self.report.evaluation if self.report else Evaluation(), self.manifest.source
+        evaluation, source = self.report.evaluation if self.report else EvaluationRecord(), self.manifest.source
         claimed = evaluation.baseline is None or evaluation.baseline.is_source
         asked = evaluation.models.get("full precision")
         if claimed and (source.digest is None or asked is None or asked.weights == source.digest):
@@ -77,13 +77,13 @@ class Facts:
         return {f"{m.task} {m.metric}": (m.difference.before, m.difference.after) for m in measures}
 
 
-def built_in(facts: Facts) -> str:
+def built_in(summary: Summary) -> str:
     """Why scores on the built-in drawings say little of this model; empty when it was measured on other data.
 
     The embedded models learned the drawings: for them they are real data.
     """
-    data = facts.report.evaluation.data if facts.report else None
-    if facts.source in MODELS or not set((data or "").split(", ")) & set(BUILT_IN):
+    data = summary.report.evaluation.data if summary.report else None
+    if summary.source in MODELS or not set((data or "").split(", ")) & set(BUILT_IN):
         return ""
     return (
         "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much it "
@@ -91,23 +91,23 @@ def built_in(facts: Facts) -> str:
     )
 
 
-def read_place(place: str) -> Facts:
-    """The facts of an artifact in a folder, or of `hub:ORG/NAME[@REVISION]` (a few small files are fetched)."""
+def read_place(place: str) -> Summary:
+    """The summary of an artifact in a folder, or of `hub:ORG/NAME[@REVISION]` (a few small files are fetched)."""
     if place.startswith(PREFIX):
         remote = open_remote(*split(place))
-        return read_facts(remote.name, remote.read)
+        return read_summary(remote.name, remote.read)
     folder = Path(place).expanduser()
     if not folder.is_dir():
         raise ArtifactError(f"no folder {place}", f"give an artifact's folder, or {PREFIX}ORG/NAME")
-    return read_facts(folder.resolve().name, folder_reader(folder))
+    return read_summary(folder.resolve().name, folder_reader(folder))
 
 
-def folder_reader(folder: Path) -> Read:
+def folder_reader(folder: Path) -> ReadFile:
     """Files of a folder by name."""
     return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
 
 
-def read_facts(name: str, read: Read) -> Facts:
+def read_summary(name: str, read: ReadFile) -> Summary:
     """ArtifactError when manifest, recipe, report or configuration are missing or damaged."""
     manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
     stored = read(REPORT)
@@ -120,17 +120,17 @@ def read_facts(name: str, read: Read) -> Facts:
         raise ArtifactError(error.message, "export it again") from None
     except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise ArtifactError(f"{name}: its config.json or recipe is damaged ({error})", "export it again") from None
-    return Facts(name, manifest, report, recipe, parts, serving)
+    return Summary(name, manifest, report, recipe, parts, serving)
 
 
-def _needed(name: str, read: Read, file: str) -> bytes:
+def _needed(name: str, read: ReadFile, file: str) -> bytes:
     found = read(file)
     if found is None:
         raise ArtifactError(f"{name} has no {file}: not an artifact of mmq", "`mmq export` writes one")
     return found
 
 
-def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[Part, ...]:
+def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[SchemeGroup, ...]:
     """Count the quantized linears by component and scheme, in the order of the data through the model."""
     family = FAMILIES[manifest.family]
     groups = described_groups(manifest.format, config, "the artifact")
@@ -148,7 +148,7 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tup
         bits = scheme.bits if scheme else max((rule.bits for rule in rules), default=16)
         methods = {rule.method for rule in rules if rule.bits == bits}
         label = scheme.label() if scheme else f"W{bits} in value, stored in 16 bits"
-        parts.append(Part(component, label, bits, tuple(sorted(methods)), count, packed))
+        parts.append(SchemeGroup(component, label, bits, tuple(sorted(methods)), count, packed))
     return tuple(parts)
 
 

@@ -15,7 +15,7 @@ from exporter.demo import MODELS
 from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import Report
 from exporter.model.families import FAMILIES
-from exporter.publishing.artifact_summary import Facts, built_in
+from exporter.publishing.artifact_summary import Summary, built_in
 from exporter.publishing.card_serving import serving
 
 CARD = "README.md"
@@ -49,15 +49,15 @@ class Declared:
     benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def base_model(facts: Facts, declared: Declared) -> str | None:
+def base_model(summary: Summary, declared: Declared) -> str | None:
     """Hub id of the full-precision model, None when nobody knows one."""
-    repo, at, _ = facts.source.partition("@")
+    repo, at, _ = summary.source.partition("@")
     return declared.base_model or (repo if at and repo.count("/") == 1 else None)
 
 
 def render(
     repo: str,
-    facts: Facts,
+    summary: Summary,
     declared: Declared,
     problems: Sequence[str],
     changelog: str,
@@ -69,35 +69,35 @@ def render(
     """
     sections = [
         f"# {repo.partition('/')[2]}",
-        _introduction(facts, declared),
+        _introduction(summary, declared),
         _warning(problems),
-        "## What was quantized\n\n" + _parts(facts),
-        "## Quality\n\n" + _quality(facts),
-        "## Serving\n\n" + serving(repo, facts, lacks_start),
-        "## Calibration\n\n" + _calibration(facts),
-        "## Provenance\n\n" + _provenance(repo, facts),
-        "## Limits\n\n" + _limits(facts),
+        "## What was quantized\n\n" + _parts(summary),
+        "## Quality\n\n" + _quality(summary),
+        "## Serving\n\n" + serving(repo, summary, lacks_start),
+        "## Calibration\n\n" + _calibration(summary),
+        "## Provenance\n\n" + _provenance(repo, summary),
+        "## Limits\n\n" + _limits(summary),
         f"## Changelog\n\n{BEGIN}\n{changelog}\n{END}" if changelog else "",
         "## Citation\n\nThe recipe rests on the findings of this paper:\n\n" + CITATION,
     ]
-    return f"---\n{metadata(repo, facts, declared, problems)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return f"---\n{metadata(repo, summary, declared, problems)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str]) -> str:
+def metadata(repo: str, summary: Summary, declared: Declared, problems: Sequence[str]) -> str:
     """The card's YAML, written by the hub library's own classes."""
     from huggingface_hub import ModelCardData
 
-    widths = sorted({_width(part.scheme) for part in facts.parts if part.packed})
-    methods = sorted({method for part in facts.parts for method in part.methods})
-    tags = ["vllm", facts.manifest.format.replace("_", "-"), *widths, *methods, "vision", "mmq"]
-    base = base_model(facts, declared)
-    results = eval_results(facts)
+    widths = sorted({_width(part.scheme) for part in summary.parts if part.packed})
+    methods = sorted({method for part in summary.parts for method in part.methods})
+    tags = ["vllm", summary.manifest.format.replace("_", "-"), *widths, *methods, "vision", "mmq"]
+    base = base_model(summary, declared)
+    results = eval_results(summary)
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(facts.manifest.family, "image-text-to-text"),
+        pipeline_tag=PIPELINES.get(summary.manifest.family, "image-text-to-text"),
         tags=[*tags, "unproven"] if problems else tags,
-        datasets=list(declared.datasets) or known_datasets(facts) or None,
+        datasets=list(declared.datasets) or known_datasets(summary) or None,
         language=list(declared.language) or None,
         model_name=repo.partition("/")[2],
         eval_results=results or None,
@@ -108,11 +108,11 @@ def metadata(repo: str, facts: Facts, declared: Declared, problems: Sequence[str
     return str(data.to_yaml()).strip()
 
 
-def eval_results(facts: Facts) -> list[Any]:
+def eval_results(summary: Summary) -> list[Any]:
     """The artifact's scores as entries of the card's `model-index`."""
     from huggingface_hub import EvalResult
 
-    name = data_name(facts)
+    name = data_name(summary)
     kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return [
         EvalResult(
@@ -124,17 +124,17 @@ def eval_results(facts: Facts) -> list[Any]:
             metric_name=f"{m.metric} (full precision: {m.difference.before:.4f})",
             metric_value=round(m.difference.after, 6),
         )
-        for m in (facts.report.measures if facts.report else ())
+        for m in (summary.report.measures if summary.report else ())
     ]
 
 
-def benchmark_results(facts: Facts, declared: Declared) -> str:
+def benchmark_results(summary: Summary, declared: Declared) -> str:
     """The `.eval_results` file for tasks whose test samples are a hub benchmark's; empty when there are none."""
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries, seen = [], set()
-    for m in facts.report.measures if facts.report else ():
+    for m in summary.report.measures if summary.report else ():
         if m.task in declared.benchmarks and m.task not in seen:  # a task's first metric is its main one
             dataset, task = declared.benchmarks[m.task]
             note = f"{m.metric}, {m.samples} samples, full precision {m.difference.before:.4f}"
@@ -144,17 +144,17 @@ def benchmark_results(facts: Facts, declared: Declared) -> str:
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
 
 
-def known_datasets(facts: Facts) -> list[str]:
+def known_datasets(summary: Summary) -> list[str]:
     """Hub ids of the calibration data, as far as the manifest's sources are data sets of the hub."""
-    wanted = facts.manifest.provenance.calibration
+    wanted = summary.manifest.provenance.calibration
     named = [name.removeprefix("hub ") for name in wanted.data.split(", ") if name.startswith("hub ")]
     return sorted({repo for name in named if (repo := repo_of(name))}) if wanted.samples else []
 
 
-def data_name(facts: Facts) -> str:
+def data_name(summary: Summary) -> str:
     """Where the test samples come from, in words."""
-    calibration = facts.manifest.provenance.calibration.data
-    measured = facts.report.evaluation.data if facts.report else None
+    calibration = summary.manifest.provenance.calibration.data
+    measured = summary.report.evaluation.data if summary.report else None
     return in_words(calibration if measured is None else measured)
 
 
@@ -163,21 +163,21 @@ def in_words(data: str) -> str:
     return ", ".join(DRAWINGS if name in BUILT_IN else name for name in str(data).split(", "))
 
 
-def _introduction(facts: Facts, declared: Declared) -> str:
-    base = base_model(facts, declared)
+def _introduction(summary: Summary, declared: Declared) -> str:
+    base = base_model(summary, declared)
     if base:
         source = f"[{base}](https://huggingface.co/{base})"
-    elif facts.source in MODELS:
-        source = f"The small model `{facts.source}` that comes with mmq"
+    elif summary.source in MODELS:
+        source = f"The small model `{summary.source}` that comes with mmq"
     else:
-        source = f"A local model (`{facts.source}`)"
-    if adapter := facts.manifest.source.adapter:
+        source = f"A local model (`{summary.source}`)"
+    if adapter := summary.manifest.source.adapter:
         source += f" with the LoRA adapter `{adapter}` merged"
-    size = facts.manifest.bytes
+    size = summary.manifest.bytes
     return (
-        f"{source}, quantized by mmq with the recipe `{facts.recipe.name}` into an artifact that vLLM serves: "
+        f"{source}, quantized by mmq with the recipe `{summary.recipe.name}` into an artifact that vLLM serves: "
         f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
-        f"{facts.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
+        f"{summary.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
     )
 
 
@@ -194,41 +194,41 @@ def _width(scheme: str) -> str:
     return first if first == "fp8" else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
 
 
-def _parts(facts: Facts) -> str:
+def _parts(summary: Summary) -> str:
     rows = [
         [part.component, str(part.linears), part.scheme, "/".join(part.methods), "packed" if part.packed else "16 bits"]
-        for part in facts.parts
+        for part in summary.parts
     ]
-    named = {part.component for part in facts.parts}
-    components = [c.name for c in FAMILIES[facts.manifest.family].components]
+    named = {part.component for part in summary.parts}
+    components = [c.name for c in FAMILIES[summary.manifest.family].components]
     rows += [[name, "", "16 bits, not quantized", "", "as in the source"] for name in components if name not in named]
     rows.append(["everything else", "", "16 bits, not quantized", "", "as in the source"])
     return (
         table(["component", "linears", "scheme", "method", "stored"], rows)
         + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
         "Activations stay in 16 bits unless the scheme says `A8` or `A-FP8`."
-        + (" Keys and values are kept in float8 (e4m3)." if facts.recipe.kv_cache else "")
+        + (" Keys and values are kept in float8 (e4m3)." if summary.recipe.kv_cache else "")
     )
 
 
-def _quality(facts: Facts) -> str:
-    if facts.report is None:
+def _quality(summary: Summary) -> str:
+    if summary.report is None:
         return "It was never measured."
     rows = []
-    for m in facts.report.measures:
+    for m in summary.report.measures:
         d = m.difference
         scores = [f"{d.before:.4f}", f"{d.after:.4f}", signed(d.change), f"{signed(d.low)} to {signed(d.high)}"]
         rows.append([m.task, m.metric, str(m.samples), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
-    other = facts.other_baseline
+    other = summary.other_baseline
     parts = [
         f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}."
         if other
         else "",
-        f"Both models answered the same samples ({data_name(facts)}), greedily; intervals are paired bootstraps.",
+        f"Both models answered the same samples ({data_name(summary)}), greedily; intervals are paired bootstraps.",
         table(head, rows),
-        _gates(facts.report),
-        built_in(facts),
+        _gates(summary.report),
+        built_in(summary),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -247,8 +247,8 @@ def signed(value: float) -> str:
     return f"{value:+z.4f}"
 
 
-def _calibration(facts: Facts) -> str:
-    wanted = facts.manifest.provenance.calibration
+def _calibration(summary: Summary) -> str:
+    wanted = summary.manifest.provenance.calibration
     if not wanted.samples:
         return "None: no method of this recipe looks at data."
     return (
@@ -258,22 +258,22 @@ def _calibration(facts: Facts) -> str:
     )
 
 
-def _provenance(repo: str, facts: Facts) -> str:
-    versions = facts.manifest.versions
+def _provenance(repo: str, summary: Summary) -> str:
+    versions = summary.manifest.versions
     shown = ", ".join(f"{name} {versions[name]}" for name in ("mmq", "torch", "transformers") if name in versions)
     return (
-        f"- source: `{facts.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
-        f"- recipe: `recipe.yaml` (sha256 `{facts.manifest.recipe.sha256}`)\n"
-        f"- made with {shown} on {facts.manifest.provenance.device}\n"
+        f"- source: `{summary.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
+        f"- recipe: `recipe.yaml` (sha256 `{summary.manifest.recipe.sha256}`)\n"
+        f"- made with {shown} on {summary.manifest.provenance.device}\n"
         f"- check this repository against its manifest: `mmq verify hub:{repo}`"
     )
 
 
-def _limits(facts: Facts) -> str:
+def _limits(summary: Summary) -> str:
     lines = []
-    if DRAWINGS in data_name(facts):
+    if DRAWINGS in data_name(summary):
         lines.append("- The drawings are of colored shapes. They show that it works, not how good it is.")
-    lines += [f"- while quantizing: {note}" for note in facts.manifest.notes]
+    lines += [f"- while quantizing: {note}" for note in summary.manifest.notes]
     lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")
     lines.append("- It answers no better than the source: that model's limits and license hold here too.")
     return "\n".join(lines)

@@ -1,19 +1,19 @@
 """The part of the model card that tells how to serve the artifact."""
 
 from exporter.model.families import FAMILIES, Family
-from exporter.publishing.artifact_summary import Facts
+from exporter.publishing.artifact_summary import Summary
 from exporter.serving.launch import TRIED
 
 VLLM_IMAGE = f"vllm/vllm-openai:v{TRIED}"
 
 
-def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
+def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
     """Commands for vLLM and Docker, a request, and what `mmq check` found. lacks_start: see `card.render`."""
-    family = FAMILIES[facts.manifest.family]
+    family = FAMILIES[summary.manifest.family]
     if family.unserved:
         return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"
-    odd = sorted({part.bits for part in facts.parts if part.packed and part.bits not in (4, 8)})
+    odd = sorted({part.bits for part in summary.parts if part.packed and part.bits not in (4, 8)})
     note = ""
     if odd:
         widths = " and ".join(map(str, odd))
@@ -36,7 +36,7 @@ def serving(repo: str, facts: Facts, lacks_start: bool) -> str:
         + ('  "add_special_tokens": true,\n' if lacks_start else "")
         + '  "messages": [{"role": "user", "content": [\n'
         '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
-        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(facts)
+        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(summary)
     )
 
 
@@ -54,9 +54,9 @@ def _by_transformers(repo: str, family: Family) -> str:
     )
 
 
-def _checked(facts: Facts) -> str:
+def _checked(summary: Summary) -> str:
     """What `mmq check` found in the engine, when it ran."""
-    found = facts.serving
+    found = summary.serving
     if not found:
         return ""
     verdict = "agreed with" if found.passed and not found.problems else "**differed from**"

@@ -6,7 +6,7 @@ together. Each difference is a reason not to publish.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from exporter.artifact.artifact import Artifact
@@ -17,10 +17,10 @@ from exporter.evaluation import report_file
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
 from exporter.evaluation.gate_text import accepted, sentence
-from exporter.evaluation.report_file import Report, Serving
-from exporter.events import Event
+from exporter.evaluation.report_file import Report, ServingRecord
+from exporter.events import Listener
 from exporter.model.processor_files import processor_files
-from exporter.publishing.artifact_summary import Facts, built_in, folder_reader, read_facts
+from exporter.publishing.artifact_summary import Summary, built_in, folder_reader, read_summary
 from exporter.publishing.proof_plan import against_plan
 from exporter.publishing.proof_report import against_scores
 from exporter.serving.check import Control, distance_problems
@@ -30,49 +30,52 @@ ASKED_ALIKE = ("backend", "device", "dtype", "generation", "processor", "version
 
 
 def prove(
-    folder: Path, device: Device, on_event: Callable[[Event], None], accept_built_in: bool = False
-) -> tuple[Facts, tuple[str, ...]]:
-    """The artifact's facts, and every reason not to publish it (ArtifactError when it is no artifact at all).
+    folder: Path, device: Device, on_event: Listener, accept_built_in: bool = False
+) -> tuple[Summary, tuple[str, ...]]:
+    """The artifact's summary, and every reason not to publish it (ArtifactError when it is no artifact at all).
 
     accept_built_in: scores on the built-in drawings count, although they say little of this model.
     """
-    facts = read_facts(folder.name, folder_reader(folder))
+    summary = read_summary(folder.name, folder_reader(folder))
     problems: list[str] = []
     try:
         verify(folder, device, on_event)
     except ArtifactError as error:
         problems.append(error.message.replace(str(folder), folder.name))
-    problems += against_plan(facts, Artifact.open(folder))
-    source = facts.manifest.source.processor
+    problems += against_plan(summary, Artifact.open(folder))
+    source = summary.manifest.source.processor
     other = [name for name, found in processor_files(folder).items() if source and source.get(name) != found]
     problems += [f"{name} is not the source's: prompts or pictures may be read otherwise" for name in other]
-    if facts.report is None:
+    if summary.report is None:
         problems.append("it was never evaluated")
     else:
         weights = weights_digest(Artifact.open(folder))
-        problems += [*_of_report(facts, facts.report, weights), *_of_gates(facts, facts.report, accept_built_in)]
-    if facts.serving:
-        problems += _of_serving(facts, facts.serving, weights_digest(Artifact.open(folder)))
-    elif facts.manifest.serving:
+        problems += [
+            *_of_report(summary, summary.report, weights),
+            *_of_gates(summary, summary.report, accept_built_in),
+        ]
+    if summary.serving:
+        problems += _of_serving(summary, summary.serving, weights_digest(Artifact.open(folder)))
+    elif summary.manifest.serving:
         problems.append("the manifest has a verdict of `mmq check`, the report has none: run `mmq check` again")
-    return facts, tuple(dict.fromkeys(problems))
+    return summary, tuple(dict.fromkeys(problems))
 
 
-def _of_report(facts: Facts, report: Report, weights: str) -> Iterator[str]:
+def _of_report(summary: Summary, report: Report, weights: str) -> Iterator[str]:
     """What the report says otherwise than its scores, its recipe and the manifest do."""
     if not report.samples:
         yield "its report is of an older mmq and holds no single scores, so nothing can be computed again"
         return
-    yield from against_scores(report, facts.recipe)
-    yield from _of_models(facts, report, weights)
-    calibrated = {sample.image for sample in facts.manifest.provenance.calibration.samples}
+    yield from against_scores(report, summary.recipe)
+    yield from _of_models(summary, report, weights)
+    calibrated = {sample.image for sample in summary.manifest.provenance.calibration.samples}
     for task, scores in report.samples.items():
         shared = sum(picture in calibrated for picture in scores.pictures)
         if shared:
             yield f"{shared} pictures of {task} were also calibrated on: scores on them prove nothing"
 
 
-def _of_models(facts: Facts, report: Report, weights: str) -> Iterator[str]:
+def _of_models(summary: Summary, report: Report, weights: str) -> Iterator[str]:
     """The report must be about this artifact and its source, asked in the same way."""
     models = report.evaluation.models
     if models.keys() != {SOURCE, ARTIFACT}:
@@ -80,11 +83,11 @@ def _of_models(facts: Facts, report: Report, weights: str) -> Iterator[str]:
         return
     if models[ARTIFACT].weights != weights:
         yield "its report was measured on other weights"
-    source = facts.manifest.source
+    source = summary.manifest.source
     if source.digest is None:
         yield "its manifest is of an older mmq and does not identify the full-precision model: export it again"
-    elif facts.other_baseline:
-        yield f"its report compares it with another model than its source: {facts.other_baseline}"
+    elif summary.other_baseline:
+        yield f"its report compares it with another model than its source: {summary.other_baseline}"
     if source.processor and models[ARTIFACT].processor != digest(source.processor):
         yield "its two models were asked by another processor than the source's"
     before, after = (models[label].model_dump() for label in (SOURCE, ARTIFACT))
@@ -93,11 +96,11 @@ def _of_models(facts: Facts, report: Report, weights: str) -> Iterator[str]:
         yield f"its two models were not asked in the same way: {', '.join(unlike)} differ"
 
 
-def _of_gates(facts: Facts, report: Report, accept_built_in: bool) -> Iterator[str]:
+def _of_gates(summary: Summary, report: Report, accept_built_in: bool) -> Iterator[str]:
     """Gates that the recipe does not accept, and data that says little."""
-    if not facts.recipe.gates:
+    if not summary.recipe.gates:
         yield "its recipe has no gates, so nothing says what it may lose"
-    drawings = built_in(facts)
+    drawings = built_in(summary)
     if drawings and not accept_built_in:
         yield f"{drawings} `mmq evaluate --data SOURCE` measures it; --accept-built-in-data publishes it as it is"
     for gate in report.gates:  # those that follow from the scores, or the report is refused already
@@ -106,7 +109,7 @@ def _of_gates(facts: Facts, report: Report, accept_built_in: bool) -> Iterator[s
             yield f"gate {sentence(gate)}"
 
 
-def _of_serving(facts: Facts, serving: Serving, weights: str) -> Iterator[str]:
+def _of_serving(summary: Summary, serving: ServingRecord, weights: str) -> Iterator[str]:
     """What `mmq check` measured must be of these weights, and its verdict must follow from it."""
     again = "run `mmq check` again"
     if serving.weights is None:
@@ -115,29 +118,29 @@ def _of_serving(facts: Facts, serving: Serving, weights: str) -> Iterator[str]:
         yield f"its check by an engine is of other weights: {again}"
     if serving.problems:
         yield "`mmq check` measured that the engine answers otherwise"
-    verdict = facts.manifest.serving
+    verdict = summary.manifest.serving
     if serving.passed == bool(serving.problems) or verdict is None or verdict.passed != serving.passed:
         yield f"the verdicts of its check contradict each other: {again}"
     elif serving.passed:
-        yield from (f"its check passed, although {line}: {again}" for line in _unproven(facts, serving))
+        yield from (f"its check passed, although {line}: {again}" for line in _unproven(summary, serving))
 
 
-def _distance(stored: report_file.Distance) -> Distance:
+def _distance(stored: report_file.DistanceRecord) -> Distance:
     largest, mean = (math.nan if value is None else value for value in (stored.largest, stored.mean))
     return Distance(largest, mean, stored.tokens)
 
 
-def _compared(stored: report_file.Compared) -> Compared:
+def _compared(stored: report_file.ComparisonRecord) -> Compared:
     return Compared(_distance(stored.distance), _distance(stored.floor))
 
 
-def _unproven(facts: Facts, serving: Serving) -> list[str]:
+def _unproven(summary: Summary, serving: ServingRecord) -> list[str]:
     """Why a check that passed should not have."""
     if not serving.questions or serving.compared is None or not serving.compared.distance.tokens:
         return ["nothing was compared"]
     found = serving.control
     control = Control(found.component, _distance(found.moved), _compared(found.restored)) if found else None
     problems = distance_problems(_compared(serving.compared), control, min(serving.bound, BOUND))
-    if facts.manifest.format == "compressed_tensors" and facts.manifest.linears and not serving.schemes:
+    if summary.manifest.format == "compressed_tensors" and summary.manifest.linears and not serving.schemes:
         problems.append("the engine's log named no scheme")
     return problems

@@ -14,12 +14,12 @@ from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan, make_plan
-from exporter.publishing.artifact_summary import Facts
+from exporter.publishing.artifact_summary import Summary
 
 
-def against_plan(facts: Facts, artifact: Artifact) -> list[str]:
+def against_plan(summary: Summary, artifact: Artifact) -> list[str]:
     """Everything in which the artifact is not what its recipe makes; empty when it is that."""
-    recipe, manifest = facts.recipe, facts.manifest
+    recipe, manifest = summary.recipe, summary.manifest
     if recipe.digest() != manifest.recipe.sha256:
         return ["recipe.yaml is not the recipe that made it: its digest is not the manifest's"]
     try:
@@ -27,11 +27,11 @@ def against_plan(facts: Facts, artifact: Artifact) -> list[str]:
         schemes = {module: artifact.scheme_of(module) for module in manifest.linears}
     except MmqError as error:
         return [f"it does not fit its own recipe: {error.message}"]
-    problems = [*_of_linears(plan, facts, schemes), *_of_config(plan, artifact), *_of_calibration(plan, facts)]
+    problems = [*_of_linears(plan, summary, schemes), *_of_config(plan, artifact), *_of_calibration(plan, summary)]
     if recipe.name != manifest.recipe.name:
         problems.append("the manifest and recipe.yaml have different names of the recipe")
     if not problems:
-        problems += _of_sizes(plan, facts, artifact)
+        problems += _of_sizes(plan, summary, artifact)
     return problems
 
 
@@ -56,7 +56,7 @@ def source_headers(artifact: Artifact) -> Checkpoint:
     return Checkpoint(artifact.checkpoint.folder, config, tensors, artifact.checkpoint.origin)
 
 
-def _of_linears(plan: Plan, facts: Facts, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _of_linears(plan: Plan, summary: Summary, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """Which linears are packed, and how; which are quantized at all, and in which blocks."""
     planned = {row.module: _stored(row.scheme) for row in plan.rows if row.decision == "packed" and row.scheme}
     quantized = {row.module for unit in plan.units for row in unit.rows}
@@ -67,9 +67,9 @@ def _of_linears(plan: Plan, facts: Facts, schemes: Mapping[str, Scheme]) -> Iter
     if other:
         name = min(other)
         yield f"config.json gives {name} the scheme {schemes[name].label()}, its recipe {planned[name].label()}"
-    if quantized != facts.manifest.errors.keys():
+    if quantized != summary.manifest.errors.keys():
         yield "the manifest's errors are not those of the linears that the recipe quantizes"
-    if facts.manifest.units != tuple(unit.block for unit in plan.units):
+    if summary.manifest.units != tuple(unit.block for unit in plan.units):
         yield "the manifest's units are not the blocks that the recipe quantizes"
 
 
@@ -104,9 +104,9 @@ def _unordered(value: Any) -> Any:
     return value
 
 
-def _of_calibration(plan: Plan, facts: Facts) -> Iterator[str]:
+def _of_calibration(plan: Plan, summary: Summary) -> Iterator[str]:
     """Samples where a method needs them, and no more than the recipe asks for; the recipe's settings."""
-    kept, recipe = facts.manifest.provenance.calibration, plan.recipe.calibration
+    kept, recipe = summary.manifest.provenance.calibration, plan.recipe.calibration
     if plan.needs_calibration != bool(kept.samples):
         yield (
             "its methods look at calibration samples, and the manifest names none"
@@ -123,9 +123,9 @@ def _of_calibration(plan: Plan, facts: Facts) -> Iterator[str]:
             yield f"the manifest has calibration {name} {value}, its recipe {getattr(recipe, name)}"
 
 
-def _of_sizes(plan: Plan, facts: Facts, artifact: Artifact) -> Iterator[str]:
+def _of_sizes(plan: Plan, summary: Summary, artifact: Artifact) -> Iterator[str]:
     """Bytes before and after, and bits a weight."""
-    manifest = facts.manifest
+    manifest = summary.manifest
     tensors = artifact.checkpoint.tensors.values()
     held = sum(info.bytes for info in tensors if not info.name.endswith(CACHE_SCALES))
     if not manifest.bytes.after == plan.bytes_after == held:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from exporter.evaluation.judge import Judged, judge
-from exporter.evaluation.report_file import Answered, Report, Scores, TaskScores
+from exporter.evaluation.report_file import Answered, MetricScores, Report, TaskScores
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.planning.recipe import Recipe
 from exporter.tasks import TASKS
@@ -106,7 +106,7 @@ def _of_rows(report: Report) -> Iterator[str]:
 
 def _is_sample(row: Answered, found: TaskScores) -> bool:
     index = found.ids.index(row.id)
-    scores: Scores = found.scores[TASKS[row.task].METRICS[0]]
+    scores: MetricScores = found.scores[TASKS[row.task].METRICS[0]]
     pair = (scores.before[index], scores.after[index])
     return (row.image, row.kind, row.scores) == (found.pictures[index], found.kinds[index], pair)
 

@@ -6,7 +6,6 @@ and hashed; the names of packed tensors come from the headers, by range requests
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from exporter.artifact.artifact import Artifact, described_groups
 from exporter.artifact.coverage import missing_from_manifest
 from exporter.artifact.manifest import Manifest
 from exporter.errors import ArtifactError, CheckpointError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.hub import Remote
-from exporter.publishing.artifact_summary import read_facts
+from exporter.publishing.artifact_summary import read_summary
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Published:
     fetched: int
 
 
-def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Published:
+def verify_remote(remote: Remote, on_event: Listener) -> Published:
     """ArtifactError naming everything in which the repository is not what its manifest says."""
-    facts = read_facts(remote.name, remote.read)
-    expected = facts.manifest.files
+    summary = read_summary(remote.name, remote.read)
+    expected = summary.manifest.files
     problems, fetched = [], 0
     for i, (name, digest) in enumerate(sorted(expected.items())):
         found = remote.files.get(name)
@@ -52,11 +51,11 @@ def verify_remote(remote: Remote, on_event: Callable[[Event], None]) -> Publishe
         on_event(Event("verify", i + 1, len(expected), name))
     shards = {name for name in remote.files if name.endswith(".safetensors") and "/" not in name}
     problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
-    problems += _missing(remote, facts.manifest, quiet=bool(problems))
+    problems += _missing(remote, summary.manifest, quiet=bool(problems))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
-    return Published(remote.name, len(expected), len(facts.manifest.linears), fetched)
+    return Published(remote.name, len(expected), len(summary.manifest.linears), fetched)
 
 
 def _missing(remote: Remote, manifest: Manifest, quiet: bool) -> list[str]:

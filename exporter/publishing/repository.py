@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,11 +14,10 @@ from yaml import YAMLError
 from exporter.artifact.artifact import REPORT
 from exporter.artifact.manifest import MANIFEST
 from exporter.errors import ArtifactError, HubError, PublishError
-from exporter.events import Event
 from exporter.files.file_hashes import sha256
 from exporter.model.hub import Remote, RemoteFile, open_remote
 from exporter.publishing.artifact_diff import difference
-from exporter.publishing.artifact_summary import Facts, read_facts
+from exporter.publishing.artifact_summary import Summary, read_summary
 from exporter.publishing.card import (
     BEGIN,
     CARD,
@@ -33,7 +32,6 @@ from exporter.publishing.card import (
 )
 from exporter.serving.launch import lacks_start
 
-Listener = Callable[[Event], None]
 INDEX = "model.safetensors.index.json"
 
 
@@ -75,7 +73,7 @@ def refuse_unproven(folder: Path, problems: tuple[str, ...]) -> None:
 
 def package(
     folder: Path,
-    facts: Facts,
+    summary: Summary,
     repo: str,
     declared: Declared,
     problems: tuple[str, ...],
@@ -89,21 +87,21 @@ def package(
     """
     check_declared(declared)
     for task in declared.benchmarks:
-        if not any(measure.task == task for measure in (facts.report.measures if facts.report else ())):
+        if not any(measure.task == task for measure in (summary.report.measures if summary.report else ())):
             raise PublishError(f"--benchmark {task}: the artifact was not measured on this task")
-        if DRAWINGS in data_name(facts):
-            raise PublishError(f"--benchmark {task}: it was measured on {data_name(facts)}, which are no benchmark")
-    files = local_files(folder, facts)
-    results = benchmark_results(facts, declared)
+        if DRAWINGS in data_name(summary):
+            raise PublishError(f"--benchmark {task}: it was measured on {data_name(summary)}, which are no benchmark")
+    files = local_files(folder, summary)
+    results = benchmark_results(summary, declared)
     if results:
         files[RESULTS] = results.encode()
     removed = stale(remote, {*files, CARD}, replace) if remote else ()
     earlier = changelog(remote)
     lacking = lacks_start(folder)
-    files[CARD] = render(repo, facts, declared, problems, earlier, lacking).encode()
+    files[CARD] = render(repo, summary, declared, problems, earlier, lacking).encode()
     if remote and not removed and all(same(found, remote.files.get(name)) for name, found in files.items()):
         return Package(files, (), problems, unchanged=True)
-    files[CARD] = render(repo, facts, declared, problems, history(facts, remote, earlier), lacking).encode()
+    files[CARD] = render(repo, summary, declared, problems, history(summary, remote, earlier), lacking).encode()
     return Package(files, removed, problems)
 
 
@@ -127,12 +125,12 @@ def check_declared(declared: Declared) -> None:
         raise PublishError("the card would not be valid:\n" + "\n".join(f"  {line}" for line in problems))
 
 
-def local_files(folder: Path, facts: Facts) -> dict[str, Path | bytes]:
+def local_files(folder: Path, summary: Summary) -> dict[str, Path | bytes]:
     """What the manifest names, manifest and report; what is absent is left out (a reason not to publish without force).
 
     The manifest may be anybody's: ArtifactError, always, when it names a link, which leads out of the folder.
     """
-    names = [*facts.manifest.files, MANIFEST, *([REPORT] if facts.report is not None else [])]
+    names = [*summary.manifest.files, MANIFEST, *([REPORT] if summary.report is not None else [])]
     outside = [name for name in names if (folder / name).is_symlink()]
     if outside:
         lines = "\n".join(f"  {name}" for name in outside)
@@ -149,7 +147,7 @@ def stale(remote: Remote, kept: set[str], replace: bool) -> tuple[str, ...]:
     if MANIFEST in remote.files:
         ours |= {MANIFEST, REPORT}
         with suppress(ArtifactError):  # a damaged manifest does not say what else was mmq's
-            ours |= set(read_facts(remote.name, remote.read).manifest.files)
+            ours |= set(read_summary(remote.name, remote.read).manifest.files)
     there = remote.files.keys() - kept - {".gitattributes"}
     weights = {name for name in there - ours if "/" not in name and (name.endswith(".safetensors") or name == INDEX)}
     if weights and not replace:
@@ -176,12 +174,12 @@ def changelog(remote: Remote | None) -> str:
     return rest.partition(END)[0].strip()
 
 
-def history(facts: Facts, remote: Remote | None, earlier: str) -> str:
+def history(summary: Summary, remote: Remote | None, earlier: str) -> str:
     """The card's changelog: what changed since the artifact that is there now, before the `earlier` entries."""
     if remote is None or MANIFEST not in remote.files:
         return ""
     try:
-        changes = difference(read_facts(remote.name, remote.read), facts)
+        changes = difference(read_summary(remote.name, remote.read), summary)
     except ArtifactError:
         lines = ["- the artifact that was here could not be read, so nothing says what changed"]
     else:
@@ -191,11 +189,11 @@ def history(facts: Facts, remote: Remote | None, earlier: str) -> str:
     return f"{entry}\n\n{earlier}" if earlier else entry
 
 
-def inherited(facts: Facts, declared: Declared) -> Declared:
+def inherited(summary: Summary, declared: Declared) -> Declared:
     """`declared` with the license of the full-precision model where none is given and the hub tells."""
     from dataclasses import replace
 
-    base = base_model(facts, declared)
+    base = base_model(summary, declared)
     if declared.license or not base:
         return declared
     try:
@@ -214,9 +212,9 @@ def _card_data(repo: str) -> Mapping[str, Any]:
     return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict()) if text.startswith("---") else {}
 
 
-def told(facts: Facts) -> str:
+def told(summary: Summary) -> str:
     """What the publisher may not know that the files tell; empty when there is nothing."""
-    model = facts.recipe.model
+    model = summary.recipe.model
     paths = [path for path in (model.repo, model.adapter) if path]
     local = [path for path in paths if path.startswith((".", "/", "~")) or path.count("/") > 1]
     return f"recipe.yaml, which is published as it is, names the source as {' and '.join(local)}" if local else ""

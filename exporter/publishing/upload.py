@@ -6,14 +6,13 @@ anything of them until the one commit that names all files. What is there afterw
 
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from exporter.artifact.manifest import MANIFEST
 from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.model.hub import (
     Remote,
     check_name,
@@ -30,7 +29,6 @@ from exporter.publishing.card import CARD
 from exporter.publishing.remote_check import verify_remote
 from exporter.publishing.repository import Package, same
 
-Listener = Callable[[Event], None]
 TRIES = 3  # of the commit; uploads are tried again by the hub library itself
 LONGEST_WAIT = 120.0
 

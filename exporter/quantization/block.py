@@ -23,7 +23,7 @@ from exporter.quantization.block_inputs import (
     unnoted,
     weighted,
 )
-from exporter.quantization.block_io import Job
+from exporter.quantization.block_io import BlockIO
 from exporter.quantization.workdir import UnitResult
 
 
@@ -35,7 +35,7 @@ class Block:
     memory, its weights are read one at a time, and only `quantize` can be called.
     """
 
-    job: Job
+    io: BlockIO
     component: Component
     unit: Unit
     inputs: Sequence[BlockInputs] = ()
@@ -43,20 +43,20 @@ class Block:
     @property
     def module(self) -> nn.Module:
         """The live module."""
-        return self.job.stream.module(self.unit.block)
+        return self.io.stream.module(self.unit.block)
 
     @property
     def tensors(self) -> list[str]:
         """Checkpoint names of its tensors."""
-        return self.job.tensors_under(self.unit.block)
+        return self.io.tensors_under(self.unit.block)
 
     def parameter(self, name: str) -> Tensor:
         """A tensor of the block by its checkpoint name."""
-        return self.job.stream.parameter(name)
+        return self.io.stream.parameter(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Replace a tensor of the block; the old one is left as it is."""
-        self.job.stream.put(name, tensor)
+        self.io.stream.put(name, tensor)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors back."""
@@ -74,7 +74,7 @@ class Block:
         Tokens that are not finite are zeros.
         """
         for entry in self.inputs[:batches]:
-            output = entry.output(self.module, self.job.device.torch_device)
+            output = entry.output(self.module, self.io.device.torch_device)
             yield weighted(output if torch.isfinite(output).all() else cleaned(output), entry.weights)
 
     def gather(self, rows: Sequence[PlanRow]) -> dict[str, Any]:
@@ -101,10 +101,10 @@ class Block:
         self, rows: Sequence[PlanRow], kinds: Mapping[str, Any], clean: bool
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """Statistics by linear, and how many rows of its input were left out because they are not finite."""
-        device = self.job.device.torch_device
+        device = self.io.device.torch_device
         statistics = {row.linear: kinds[row.linear](row.tensor.shape[1], device) for row in rows}
         excluded = dict.fromkeys(statistics, 0)
-        linears = {row.linear: self.job.stream.module(row.module) for row in rows}
+        linears = {row.linear: self.io.stream.module(row.module) for row in rows}
         for entry in self.inputs:
 
             def see(name: str, x: Tensor, entry: BlockInputs = entry) -> None:
@@ -178,10 +178,10 @@ class Block:
 
     def _weight(self, row: PlanRow) -> Tensor:
         """The weight f32 `[out, in]`, of the live block when it is in memory."""
-        read = self.parameter if self.inputs else self.job.checkpoint.read
-        weight = read(row.tensor.name).to(self.job.device.torch_device, torch.float32)
+        read = self.parameter if self.inputs else self.io.checkpoint.read
+        weight = read(row.tensor.name).to(self.io.device.torch_device, torch.float32)
         if not torch.isfinite(weight).all():
-            raise self.job.checkpoint.not_finite(row.tensor.name)
+            raise self.io.checkpoint.not_finite(row.tensor.name)
         return weight
 
 

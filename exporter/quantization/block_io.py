@@ -1,13 +1,13 @@
 """What a calibration works with: tensors in, units out, both while the device computes something else."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 
 import torch
 from torch import Tensor
 
 from exporter.device import Device
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.stream import Stream
 from exporter.planning.plan import Plan, Unit
@@ -16,7 +16,7 @@ from exporter.quantization.workdir import UnitResult, Workdir
 CHECKED_AT_ONCE = 2**22  # elements
 
 
-class Job:
+class BlockIO:
     """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
 
     def __init__(
@@ -25,7 +25,7 @@ class Job:
         checkpoint: Checkpoint,
         workdir: Workdir,
         device: Device,
-        on_event: Callable[[Event], None],
+        on_event: Listener,
         pool: Executor,
     ) -> None:
         self.plan = plan

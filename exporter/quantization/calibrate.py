@@ -5,17 +5,18 @@ as it will when the artifact runs. Inside a block the phases do the same (GPTQ's
 A finished unit is never computed again: its block runs with the weights from its file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from exporter.device import Device
-from exporter.events import Event
+from exporter.events import Event, Listener
+from exporter.inference.encoding import Batch
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Component
 from exporter.planning.plan import Plan, Unit
 from exporter.quantization.block import Block
-from exporter.quantization.block_inputs import Batch, check_excluded, mark_noted
-from exporter.quantization.block_io import Job
+from exporter.quantization.block_inputs import check_excluded, mark_noted
+from exporter.quantization.block_io import BlockIO
 from exporter.quantization.component_inputs import arrive
 from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import Workdir
@@ -29,7 +30,7 @@ def run(
     workdir: Workdir,
     batches: Sequence[Batch],
     device: Device,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
 ) -> None:
     """Quantize every unit of the plan that the work folder does not hold yet.
 
@@ -38,51 +39,51 @@ def run(
     cannot be run one after the other).
     """
     with ThreadPoolExecutor(2) as pool:
-        job = Job(plan, checkpoint, workdir, device, on_event, pool)
-        if job.finished:
-            on_event(Event("quantize", job.finished, len(plan.units), "resumed"))
+        io = BlockIO(plan, checkpoint, workdir, device, on_event, pool)
+        if io.finished:
+            on_event(Event("quantize", io.finished, len(plan.units), "resumed"))
         for component in plan.family.components:
-            units = [u for u in plan.units if u.component == component.name and u.index >= job.finished]
-            for block in walk(job, component, units, batches):
+            units = [u for u in plan.units if u.component == component.name and u.index >= io.finished]
+            for block in walk(io, component, units, batches):
                 folding, result = Folding.start(block), block.quantize()
                 if folding:
                     result = folding.best(result, block.quantize() if folding.fold(result) else None)
-                job.commit(block.unit, result)
+                io.commit(block.unit, result)
                 del folding, result  # a copy of the block; its codes are being written
-        job.settle()
+        io.settle()
 
 
 def walk(
-    job: Job, component: Component, units: Sequence[Unit], batches: Sequence[Batch], sequential: bool = True
+    io: BlockIO, component: Component, units: Sequence[Unit], batches: Sequence[Batch], sequential: bool = True
 ) -> Iterator[Block]:
     """The blocks of a component that `units` quantize, in order; a block comes once for each of its units.
 
     Blocks are in memory, with their inputs, up to the last one whose unit needs statistics; those after it are neither
     read nor run. sequential: later blocks run on what the caller leaves in the earlier ones; otherwise every block is
-    as `job.read` gives it, for each of its units and for the blocks after it.
+    as `io.read` gives it, for each of its units and for the blocks after it.
     """
     calibrated = [unit.block for unit in units if unit.needs_statistics]
-    names = [component.block(i) for i in range(component.used(job.checkpoint.config))]
+    names = [component.block(i) for i in range(component.used(io.checkpoint.config))]
     count = 1 + max((names.index(block) for block in calibrated), default=-1)
-    inputs = arrive(job, component, count, batches) if count else []
-    noted = {unit.block for unit in (*job.plan.units, *units)}  # their results tell what was excluded before them
+    inputs = arrive(io, component, count, batches) if count else []
+    noted = {unit.block for unit in (*io.plan.units, *units)}  # their results tell what was excluded before them
     for i, name in enumerate(names[:count]):
-        tensors = job.tensors_under(name)
-        job.stream.load(tensors, job.read)
+        tensors = io.tensors_under(name)
+        io.stream.load(tensors, io.read)
         if i + 1 < count:
-            job.read_ahead(job.tensors_under(names[i + 1]))
+            io.read_ahead(io.tensors_under(names[i + 1]))
         for unit in (unit for unit in units if unit.block == name):
-            yield Block(job, component, unit, inputs)
+            yield Block(io, component, unit, inputs)
             if not sequential:
-                job.stream.load(tensors, job.read)
+                io.stream.load(tensors, io.read)
         if name in noted:
             mark_noted(inputs)
         if i + 1 < count:
-            module = job.stream.module(name)
+            module = io.stream.module(name)
             for entry in inputs:
-                entry.advance(module, job.device.torch_device)
+                entry.advance(module, io.device.torch_device)
             check_excluded(name, inputs)
-        job.stream.unload(tensors)
+        io.stream.unload(tensors)
     for unit in units:
         if unit.block not in names[:count]:
-            yield Block(job, component, unit)
+            yield Block(io, component, unit)

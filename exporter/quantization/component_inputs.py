@@ -8,21 +8,22 @@ from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
 from exporter.events import Event
+from exporter.inference.encoding import Batch
 from exporter.inference.forward_hooks import replaced_forwards
 from exporter.model.families import Component, Pass
 from exporter.quantization.block_calls import ChainInput, capture_calls
-from exporter.quantization.block_inputs import Batch, BlockInputs, Cleaning, check_excluded, is_finite, token_weights
-from exporter.quantization.block_io import Job
+from exporter.quantization.block_inputs import BlockInputs, Cleaning, check_excluded, is_finite, token_weights
+from exporter.quantization.block_io import BlockIO
 
 
-def arrive(job: Job, component: Component, count: int, batches: Sequence[Batch]) -> list[BlockInputs]:
+def arrive(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> list[BlockInputs]:
     """Run everything upstream of the component on all batches: the inputs of its first block.
 
     count: how many of its blocks will run.
     """
     if not batches:
         raise CalibrationError("the recipe's methods need calibration data and there is none")
-    family, config = job.plan.family, job.checkpoint.config
+    family, config = io.plan.family, io.checkpoint.config
     position = family.components.index(component)
     upstream = family.components[:position]
     unused = [part.block(i) for part in upstream for i in range(part.used(config), part.stored(config))]
@@ -30,13 +31,13 @@ def arrive(job: Job, component: Component, count: int, batches: Sequence[Batch])
     not_read = (*behind, *(f"{block}." for block in unused))
     names = [
         name
-        for name in job.checkpoint.tensors
+        for name in io.checkpoint.tensors
         if not name.startswith(not_read) and not family.reason_kept(name.removesuffix(".weight"))
     ]
-    job.stream.load(names, job.read)
-    with replaced_forwards([(job.stream.module(block), _pass_on) for block in unused]):
-        inputs = list(_enter(job, component, count, batches))
-    job.stream.unload(names)
+    io.stream.load(names, io.read)
+    with replaced_forwards([(io.stream.module(block), _pass_on) for block in unused]):
+        inputs = list(_enter(io, component, count, batches))
+    io.stream.unload(names)
     check_excluded(component.block(0), inputs)
     return inputs
 
@@ -46,25 +47,25 @@ def _pass_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def _enter(job: Job, component: Component, count: int, batches: Sequence[Batch]) -> Iterator[BlockInputs]:
+def _enter(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> Iterator[BlockInputs]:
     """The inputs of the component's first block, pass by pass and batch by batch."""
-    blocks = [job.stream.module(component.block(i)) for i in range(count)]
-    store = job.device.torch_device if _fits(job) else torch.device("cpu")
-    image, vision = image_token(job.stream.model.config), job.plan.recipe.calibration.vision_weight
+    blocks = [io.stream.module(component.block(i)) for i in range(count)]
+    store = io.device.torch_device if _fits(io) else torch.device("cpu")
+    image, vision = image_token(io.stream.model.config), io.plan.recipe.calibration.vision_weight
     pictures = image is not None or vision == 1
     done, total = 0, len(component.passes) * len(batches)
     for entry in component.passes:
-        placed = map(job.stream.inputs, batches)
-        captured = capture_calls(job.stream.model, blocks, placed, entry.run, component.name)
+        placed = map(io.stream.inputs, batches)
+        captured = capture_calls(io.stream.model, blocks, placed, entry.run, component.name)
         for batch, first_try in zip(batches, captured, strict=True):
             entered, upstream = first_try, Cleaning()
             if not is_finite(first_try):
-                entered = _enter_cleaned(job, component, blocks, batch, entry, upstream)
+                entered = _enter_cleaned(io, component, blocks, batch, entry, upstream)
             weights = token_weights(batch, entered.hidden, image, vision) if entry.padded else None
             pictures = pictures or (entry.padded and entered.hidden.shape[1] > batch["attention_mask"].shape[1])
             yield BlockInputs.enter(entered, weights, store, upstream)
             done += 1
-            job.on_event(Event("calibrate", done, total, f"inputs of {component.name}"))
+            io.on_event(Event("calibrate", done, total, f"inputs of {component.name}"))
     if not pictures and any(entry.padded for entry in component.passes):
         raise CalibrationError(
             "calibration.vision_weight is given, and config.json names no image token (image_token_index, "
@@ -80,18 +81,18 @@ def image_token(config: Any) -> int | None:
 
 
 def _enter_cleaned(
-    job: Job, component: Component, blocks: Sequence[nn.Module], batch: Batch, entry: Pass, cleaning: Cleaning
+    io: BlockIO, component: Component, blocks: Sequence[nn.Module], batch: Batch, entry: Pass, cleaning: Cleaning
 ) -> ChainInput:
     """The same for a batch with activations that are not finite: they become zeros before they spread."""
-    family, config = job.plan.family, job.checkpoint.config
+    family, config = io.plan.family, io.checkpoint.config
     upstream = family.components[: family.components.index(component)]
-    modules = [job.stream.module(part.block(i)) for part in upstream for i in range(part.used(config))]
+    modules = [io.stream.module(part.block(i)) for part in upstream for i in range(part.used(config))]
     with replaced_forwards([(module, cleaning.around(module.forward)) for module in modules]):
-        placed = [job.stream.inputs(batch)]
-        (entered,) = capture_calls(job.stream.model, blocks, placed, entry.run, component.name)
+        placed = [io.stream.inputs(batch)]
+        (entered,) = capture_calls(io.stream.model, blocks, placed, entry.run, component.name)
     return entered
 
 
-def _fits(job: Job) -> bool:
+def _fits(io: BlockIO) -> bool:
     """Keep activations on the device when they take less than a quarter of what was free there."""
-    return job.plan.memory.activation_bytes < job.device.free_bytes / 4
+    return io.plan.memory.activation_bytes < io.device.free_bytes / 4

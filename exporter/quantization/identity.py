@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exporter.device import Device
-from exporter.events import Event, ignore
+from exporter.events import Listener, ignore
 from exporter.inference.predict import calibration_text
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def of_source(checkpoint: Checkpoint, on_event: Callable[[Event], None] = ignore) -> Identity:
+def of_source(checkpoint: Checkpoint, on_event: Listener = ignore) -> Identity:
     """A model: configuration, every byte of its shards and of its processor's files, and what tensors are read as."""
     files = checkpoint.shard_hashes(on_event) | processor_files(checkpoint.folder)
     return {"config.json": checkpoint.config, "tensors read as": checkpoint.dtypes(), "files": files}
@@ -88,7 +88,7 @@ def of_job(
     samples: Sequence[Sample],
     pictures: Sequence[str],
     device: Device,
-    on_event: Callable[[Event], None] = ignore,
+    on_event: Listener = ignore,
 ) -> Identity:
     """Everything that decides the blocks of an export. Format, gates and evaluation do not.
 

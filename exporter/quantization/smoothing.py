@@ -105,7 +105,7 @@ def _altered(block: Block, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that folds changed and that are not quantized, as the artifact stores them."""
     planned = {row.tensor.name for row in block.unit.rows}
     changed = [name for name in original if not torch.equal(block.parameter(name), original[name])]
-    dtypes = block.job.checkpoint.tensors
+    dtypes = block.io.checkpoint.tensors
     return {name: block.parameter(name).to(dtypes[name].dtype) for name in changed if name not in planned}
 
 
@@ -185,7 +185,7 @@ def folds_exactly(block: Block, smoothing: Smoothing) -> bool:
     entry = next((entry for entry in block.inputs if _reaches(block, entry, smoothing.targets)), None)
     if entry is None:
         return False
-    device = block.job.device.torch_device
+    device = block.io.device.torch_device
     before, hidden = cleaned(entry.output(block.module, device)), entry.hidden.to(device)
     own = {name: block.parameter(name) for name in block.tensors}
     columns = block.parameter(f"{block.unit.block}.{smoothing.targets[0]}.weight").shape[1]
@@ -203,7 +203,7 @@ def _reaches(block: Block, entry: BlockInputs, linears: Sequence[str]) -> bool:
     reached: set[str] = set()
     live = {name: block.module.get_submodule(name) for name in linears}
     with watch_inputs(live, lambda name, _: reached.add(name), stop=True):
-        entry.run(block.module, block.job.device.torch_device)
+        entry.run(block.module, block.io.device.torch_device)
     return len(reached) == len(linears)
 
 
@@ -211,7 +211,7 @@ def _round_as_stored(block: Block, name: str, rows: Mapping[str, PlanRow]) -> No
     """Live float32 tensors that the artifact keeps in 16 bits get the value they will have there."""
     planned = {row.tensor.name for row in rows.values()}
     if name not in planned:
-        block.put(name, block.parameter(name).to(block.job.checkpoint.tensors[name].dtype))
+        block.put(name, block.parameter(name).to(block.io.checkpoint.tensors[name].dtype))
 
 
 def _applies(smoothing: Smoothing, rows: Mapping[str, PlanRow]) -> bool:

@@ -7,7 +7,7 @@ fingerprint, the notes and the errors, and a checksum of all that.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.errors import CheckpointError, WorkdirError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
 from exporter.files.writing import make_folder, write_tensors, write_text
@@ -77,7 +77,7 @@ class Workdir:
         for path in self.path.glob("*.safetensors"):
             path.unlink()
 
-    def drop_damaged(self, units: Sequence[Unit], on_event: Callable[[Event], None]) -> None:
+    def drop_damaged(self, units: Sequence[Unit], on_event: Listener) -> None:
         """Delete the files of finished units that do not hold what was written, so that they are computed again."""
         finished = [unit for unit in units if (self.path / unit.file).exists()]
         with ThreadPoolExecutor(READERS) as pool:

@@ -8,34 +8,41 @@ import yaml
 
 from exporter.artifact.manifest import Manifest
 from exporter.evaluation.gate_text import RULES, SAYS, accepted, incomparable, more_samples
-from exporter.evaluation.report_file import Answered, Distance, Evaluation, GateResult, Report, Serving
-from exporter.publishing.artifact_summary import Facts, built_in, component_of
+from exporter.evaluation.report_file import (
+    Answered,
+    DistanceRecord,
+    EvaluationRecord,
+    GateResult,
+    Report,
+    ServingRecord,
+)
+from exporter.publishing.artifact_summary import Summary, built_in, component_of
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 NEVER = "never evaluated"
 TONES = {"passed": "passed", "failed": "failed", "not comparable": "failed"}  # class on the page; others are `open`
 
 
-def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[str, Any]:
     """Everything the page shows, ready for JSON.
 
     pictures: (task, sample id) -> data URL of a small picture; samples without one are shown without.
     """
-    report, manifest = facts.report, facts.manifest
+    report, manifest = summary.report, summary.manifest
     word = report.verdict if report else NEVER
     return {
-        "name": facts.name,
-        "source": facts.source,
-        "recipe": {"name": facts.recipe.name, "summary": facts.recipe.summary},
+        "name": summary.name,
+        "source": summary.source,
+        "recipe": {"name": summary.recipe.name, "summary": summary.recipe.summary},
         "verdict": word,
         "verdict_tone": TONES.get(word, "open"),
         "verdict_says": SAYS[report.verdict] if report else "it was never evaluated",
-        "built_in": built_in(facts),
-        "other_baseline": facts.other_baseline,
+        "built_in": built_in(summary),
+        "other_baseline": summary.other_baseline,
         "gates": [_gate(gate) for gate in report.gates] if report else [],
         "bytes": manifest.bytes.model_dump(),
         "bits_per_weight": manifest.bits_per_weight,
-        "parts": [asdict(part) | {"methods": list(part.methods)} for part in facts.parts],
+        "parts": [asdict(part) | {"methods": list(part.methods)} for part in summary.parts],
         "scores": scores(report),
         "by_kind": report.by_kind if report else {},
         "corpus": {task: figures for task, figures in report.corpus.items() if figures} if report else {},
@@ -46,8 +53,8 @@ def collect(facts: Facts, pictures: Mapping[tuple[str, str], str]) -> dict[str, 
         "examples": _with_pictures(report.examples if report else (), pictures),
         "evaluation": report.evaluation.model_dump(exclude_none=True) if report else {},
         "asked_by": _asked_by(report.evaluation) if report else "",
-        "serving": _served(facts.serving) if facts.serving else None,
-        "plan": yaml.safe_dump(facts.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "serving": _served(summary.serving) if summary.serving else None,
+        "plan": yaml.safe_dump(summary.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
     }
 
@@ -106,7 +113,7 @@ def blocks(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _served(found: Serving) -> dict[str, Any]:
+def _served(found: ServingRecord) -> dict[str, Any]:
     """What `mmq check` measured: its verdict, and rows of a name and what was seen."""
     rows = {"engine": f"vllm {found.engine}, {found.build} build", "questions": f"{found.questions:,}"}
     rows |= {name: _distance(distance) for name, distance in _distances(found).items()}
@@ -121,7 +128,7 @@ def _served(found: Serving) -> dict[str, Any]:
     }
 
 
-def _distances(found: Serving) -> dict[str, Distance]:
+def _distances(found: ServingRecord) -> dict[str, DistanceRecord]:
     """Every comparison that was made, by what it says to a reader."""
     distances = {}
     if found.compared:
@@ -133,12 +140,12 @@ def _distances(found: Serving) -> dict[str, Distance]:
     return distances
 
 
-def _distance(found: Distance) -> str:
+def _distance(found: DistanceRecord) -> str:
     mean, largest = ("not finite" if value is None else f"{value:.4f}" for value in (found.mean, found.largest))
     return f"mean difference {mean}, largest {largest}"
 
 
-def _asked_by(about: Evaluation) -> str:
+def _asked_by(about: EvaluationRecord) -> str:
     """Which back end both models answered through."""
     named = {
         f"{model.backend} in {model.dtype} on {model.device}" if model.device else f"an {model.backend} server"

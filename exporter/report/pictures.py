@@ -9,7 +9,7 @@ from exporter import data
 from exporter.errors import DataError
 from exporter.evaluation.report_file import Answered
 from exporter.inference.openai_client import data_url
-from exporter.publishing.artifact_summary import Facts
+from exporter.publishing.artifact_summary import Summary
 from exporter.report.content import CHANGED_SHOWN
 from exporter.tasks.sample import Sample
 
@@ -17,19 +17,19 @@ LONGEST = 288  # pixels of the longer side: sharp at 144 CSS pixels on a dense s
 SMALL = 96  # up to here a picture is kept pixel by pixel
 
 
-def pictures_of(facts: Facts, sources: Sequence[data.Place]) -> tuple[dict[tuple[str, str], str], str]:
+def pictures_of(summary: Summary, sources: Sequence[data.SourceSpec]) -> tuple[dict[tuple[str, str], str], str]:
     """(task, sample id) -> small picture of what the report lists, and what the user should know, or nothing.
 
     sources: the data that was evaluated on; without any, the recipe's own when it can still be read. Raises DataError
     when named sources cannot be read.
     """
-    if facts.report is None:
+    if summary.report is None:
         return {}, "the artifact was never evaluated; `mmq evaluate` measures it"
-    rows = [*facts.report.changed[:CHANGED_SHOWN], *facts.report.examples]
-    count, seed = facts.report.evaluation.samples, facts.report.evaluation.seed
+    rows = [*summary.report.changed[:CHANGED_SHOWN], *summary.report.examples]
+    count, seed = summary.report.evaluation.samples, summary.report.evaluation.seed
     if not rows or count is None or seed is None:
         return {}, ""
-    chosen = sources or data.places(facts.recipe.evaluation.data or facts.recipe.calibration.data)
+    chosen = sources or data.places(summary.recipe.evaluation.data or summary.recipe.calibration.data)
     tasks = dict.fromkeys(row.task for row in rows)
     try:
         samples = {task: data.samples_from(chosen, task, "test", count, seed) for task in tasks}

@@ -9,7 +9,7 @@ which scheme it gave each linear.
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
 from exporter.device import Device, release
-from exporter.evaluation.report_file import Serving, read_report, write_report
-from exporter.events import Event
+from exporter.evaluation.report_file import ServingRecord, read_report, write_report
+from exporter.events import Event, Listener
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_class
@@ -78,7 +78,7 @@ class Session:
 
     program: Program
     device: Device
-    on_event: Callable[[Event], None]
+    on_event: Listener
     tensor_parallel: int = 1
     extra: tuple[str, ...] = ()
     start_seconds: float = 900.0
@@ -88,7 +88,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EngineRun:
     """What one start of the engine gave. schemes: of every linear by its log. seconds: until it was ready."""
 
     replies: list[Reply]
@@ -156,7 +156,7 @@ def judge(
 
 
 def _checked(
-    session: Session, asked: Asked, compared: Compared | None, control: Control | None, problems: Sequence[str]
+    session: Session, asked: EngineRun, compared: Compared | None, control: Control | None, problems: Sequence[str]
 ) -> Checked:
     return Checked(
         session.program.version,
@@ -174,7 +174,7 @@ def _checked(
 
 def _ask_engine(
     folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
-) -> Asked:
+) -> EngineRun:
     made = launch(
         folder,
         artifact.checkpoint.config,
@@ -193,7 +193,7 @@ def _ask_engine(
             longest = artifact.family.max_new_tokens[task_of(sample)]
             replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample.image()), longest))
             session.on_event(Event("ask", i + 1, len(samples), folder.name))
-    return Asked(replies, engine.schemes(), engine.kernels(), seconds)
+    return EngineRun(replies, engine.schemes(), engine.kernels(), seconds)
 
 
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
@@ -234,7 +234,7 @@ def keep(folder: Path, checked: Checked, weights: str) -> None:
     """
     report, _ = read_report(folder)
     plain = _finite({"passed": checked.passed, **asdict(checked), "weights": weights})
-    write_report(folder, report, Serving.model_validate(plain, strict=False))
+    write_report(folder, report, ServingRecord.model_validate(plain, strict=False))
     verdict = ServingVerdict(engine=f"vllm {checked.engine}", build=checked.build, passed=checked.passed)
     write_manifest(folder, read_manifest(folder).model_copy(update={"serving": verdict}))
 

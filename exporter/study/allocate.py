@@ -31,7 +31,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """What gets one scheme. blocks, role: None for all of them."""
 
     component: str
@@ -49,7 +49,7 @@ class Allocation:
     cost: float
 
 
-def solve(places: Sequence[Place], full_bytes: int, max_bytes: int) -> Allocation:
+def solve(places: Sequence[Slot], full_bytes: int, max_bytes: int) -> Allocation:
     """The cheapest choice of at most `max_bytes`. PlanError when nothing is that small, DataError without scipy.
 
     full_bytes: size of the model with everything kept.
@@ -78,7 +78,7 @@ def need_solver() -> None:
         raise DataError("allocation needs scipy", "pip install 'mmq[study]'") from None
 
 
-def _program(places: Sequence[Place], full_bytes: int, budget: int) -> list[int]:
+def _program(places: Sequence[Slot], full_bytes: int, budget: int) -> list[int]:
     """The number of the option of each place."""
     need_solver()
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -124,7 +124,7 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-def front(places: Sequence[Place], full_bytes: int, points: int = POINTS) -> list[Allocation]:
+def front(places: Sequence[Slot], full_bytes: int, points: int = POINTS) -> list[Allocation]:
     """The cheapest choices for budgets from the smallest size up, smallest first, none twice."""
     least = full_bytes - sum(max(option.saved for option in place.options) for place in places)
     budgets = np.geomspace(least, full_bytes, points)
@@ -135,7 +135,7 @@ def front(places: Sequence[Place], full_bytes: int, points: int = POINTS) -> lis
     return [found[key] for key in sorted(found)]
 
 
-def rules_of(places: Sequence[Place], options: Sequence[Option]) -> tuple[Rule, ...]:
+def rules_of(places: Sequence[Slot], options: Sequence[Option]) -> tuple[Rule, ...]:
     """The rules of a choice, blocks in a row and roles that got the same joined; what is kept is left out."""
     rules: list[Rule] = []
     for component in dict.fromkeys(place.component for place in places):

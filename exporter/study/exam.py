@@ -19,16 +19,16 @@ from exporter.study.search_exam import Search
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
-Scores = dict[str, float]  # `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score` and `kl`
+ExamScores = dict[str, float]  # `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score` and `kl`
 
 
-class Part(Protocol):
+class TaskExam(Protocol):
     """The exam of one task."""
 
     def learn(self, model: Any, device: torch.device) -> None:
         """Keep the predictions of the full model, to compare others with."""
 
-    def grade(self, model: Any, device: torch.device) -> Scores:
+    def grade(self, model: Any, device: torch.device) -> ExamScores:
         """Metric -> value, what counts first; `kl` only once the full model's predictions are known."""
 
 
@@ -43,7 +43,7 @@ class Replies:
         """See `Part`."""
         self.truth = [predictions(model, batch, device) for batch in self.batches]
 
-    def grade(self, model: Any, device: torch.device) -> Scores:
+    def grade(self, model: Any, device: torch.device) -> ExamScores:
         """See `Part`."""
         exact: list[float] = []
         nll: list[float] = []
@@ -65,14 +65,14 @@ class Replies:
 class Exam:
     """The exam of each task."""
 
-    tasks: Mapping[str, Part]
+    tasks: Mapping[str, TaskExam]
 
     def learn(self, model: Any, device: torch.device) -> None:
         """Keep the predictions of `model`, the full one, to compare others with."""
         for part in self.tasks.values():
             part.learn(model, device)
 
-    def grade(self, model: Any, device: torch.device) -> Scores:
+    def grade(self, model: Any, device: torch.device) -> ExamScores:
         """Scores of a model: means over samples, tasks weigh the same."""
         found = {task: part.grade(model, device) for task, part in self.tasks.items()}
         scores = {f"{task} {metric}": value for task, part in found.items() for metric, value in part.items()}
@@ -85,7 +85,7 @@ class Exam:
 def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:
     """An exam of the samples of each task; ValueError when one has no reference."""
 
-    def part(task: str, chosen: Sequence[Sample]) -> Part:
+    def part(task: str, chosen: Sequence[Sample]) -> TaskExam:
         if task == retrieval.NAME:
             return Search(processor, chosen, batch)
         return Replies(conversations(processor, family, chosen, batch))

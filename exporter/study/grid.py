@@ -73,7 +73,7 @@ class Grid(Strict):
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComponentChoice:
     """What happens to one component of a setting."""
 
     component: str
@@ -139,7 +139,7 @@ def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], lis
     return list(found.values()), list(dict.fromkeys(notes))
 
 
-def _combined(grid: Grid) -> Iterator[tuple[Choice, ...]]:
+def _combined(grid: Grid) -> Iterator[tuple[ComponentChoice, ...]]:
     choices = {name: list(_choices(name, axis)) for name, axis in grid.components.items()}
     if grid.combine == "product":
         yield from product(*choices.values())
@@ -152,15 +152,15 @@ def _combined(grid: Grid) -> Iterator[tuple[Choice, ...]]:
         yield from zip(*choices.values(), strict=True)
 
 
-def _choices(name: str, axis: Axis) -> Iterator[Choice]:
+def _choices(name: str, axis: Axis) -> Iterator[ComponentChoice]:
     for bits in axis.bits:
         if bits == KEPT:
-            yield Choice(name, bits)
+            yield ComponentChoice(name, bits)
         else:
-            yield from (Choice(name, bits, blocks, role) for blocks, role in product(axis.blocks, axis.roles))
+            yield from (ComponentChoice(name, bits, blocks, role) for blocks, role in product(axis.blocks, axis.roles))
 
 
-def _rules(choice: Choice, grid: Grid, method: str, group: GroupSize, family: Family) -> Iterable[Rule]:
+def _rules(choice: ComponentChoice, grid: Grid, method: str, group: GroupSize, family: Family) -> Iterable[Rule]:
     if choice.bits == KEPT:
         return []
     store = "dequantized" if family.component(choice.component).unpackable else "packed"
@@ -188,7 +188,12 @@ def _matches(rule: Rule, family: Family, config: Config) -> bool:
 
 
 def _about(
-    names: Sequence[str], chosen: Sequence[Choice], rules: Sequence[Rule], grid: Grid, method: str, group: GroupSize
+    names: Sequence[str],
+    chosen: Sequence[ComponentChoice],
+    rules: Sequence[Rule],
+    grid: Grid,
+    method: str,
+    group: GroupSize,
 ) -> tuple[tuple[str, str | int], ...]:
     bits = {choice.component: choice.bits for choice in chosen}
     touched = [choice for choice in chosen if choice.bits != KEPT]

@@ -1,7 +1,7 @@
 """What names the units and settings of a study: digests of everything that decides their numbers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from exporter.data import image_key
 from exporter.device import Device
 from exporter.errors import DataError
 from exporter.evaluation.answers import digest
-from exporter.events import Event
+from exporter.events import Listener
 from exporter.files.mapping_diff import changes
 from exporter.inference.predict import calibration_text
 from exporter.model.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ def keys_of(
     device: Device,
     calibration: str,
     exam: str,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
 ) -> Keys:
     """The keys of a run. calibration, exam: as `calibration_digest` and `exam_digest` give them."""
     source = digest(identity.of_source(checkpoint, on_event))

@@ -20,11 +20,11 @@ from exporter.errors import DataError, MmqError
 _START = "`ray start --head` starts one; where Ray asks for a token, give RAY_AUTH_TOKEN as its machines have it"
 
 Function = Callable[..., Any]
-Task = tuple[Any, ...]  # the function's arguments
-Pool = Callable[[Function, Sequence[Task]], Iterator[tuple[int, Any]]]  # (number of the task, its result)
+Call = tuple[Any, ...]  # the function's arguments
+WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (number of the task, its result)
 
 
-def inline(function: Function, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+def inline(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
     """One after the other, here."""
     for i, task in enumerate(tasks):
         yield i, function(*task)
@@ -53,7 +53,7 @@ class Processes:
                 child.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def __call__(self, function: Function, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+    def __call__(self, function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         if self._executor is None:
             context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
             self._executor = ProcessPoolExecutor(self._workers, context, _begin)
@@ -69,7 +69,7 @@ class Processes:
 
 
 @contextmanager
-def local(workers: int) -> Iterator[Pool]:
+def local(workers: int) -> Iterator[WorkerPool]:
     """This machine: processes, or for one worker this process."""
     if workers < 2:
         yield inline
@@ -95,7 +95,7 @@ def _begin() -> None:
 
 
 @contextmanager
-def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[Pool]:
+def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
     """A Ray cluster; address None starts one on this machine. gpus: what a task asks for (shares are allowed).
 
     DataError when Ray is not installed or does not answer.
@@ -112,7 +112,7 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[Pool]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DataError(f"no Ray cluster at {address}: {error}", _START) from None
 
-    def run(function: Function, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+    def run(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
         waiting = {remote.remote(*task): i for i, task in enumerate(tasks)}
         try:

@@ -10,7 +10,7 @@ from exporter.model.source import open_source
 from exporter.planning.recipe import Calibration, Evaluation, Evidence, Model, Recipe, Rule
 
 
-def base_recipe(model: str, revision: str | None, places: Sequence[data.Place], samples: int, seed: int) -> Recipe:
+def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSpec], samples: int, seed: int) -> Recipe:
     """A recipe that names model and data and keeps everything: what settings are made from.
 
     samples: how many of both tasks together are calibrated on. PlanError for a model of no known family.

@@ -1,7 +1,7 @@
 """From a choice of bits to a recipe with its evidence: the choice is exported and measured like any recipe."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from exporter.artifact.manifest import read_manifest
 from exporter.device import Device
 from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.report_file import Measure, Report, read_report
-from exporter.events import Event
+from exporter.events import Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import with_data_it_knows
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.planning.recipe_file import load_recipe
-from exporter.study.allocate import Allocation, Place, rules_of
+from exporter.study.allocate import Allocation, Slot, rules_of
 from exporter.tasks import TASKS
 
 MOST = 0.99  # a gate that allows everything is none
@@ -63,7 +63,7 @@ def _first(task: str) -> str:
 
 
 def recipe_of(
-    base: Recipe, name: str, places: Sequence[Place], chosen: Allocation, tasks: Sequence[str], max_drop: float
+    base: Recipe, name: str, places: Sequence[Slot], chosen: Allocation, tasks: Sequence[str], max_drop: float
 ) -> Recipe:
     """The recipe of a choice, with gates on each task's first metric and no evidence yet."""
     rules = rules_of(places, chosen.options)
@@ -96,9 +96,9 @@ def confirm(
     recipe: Recipe,
     folder: Path,
     device: Device,
-    sources: Sequence[data.Place],
+    sources: Sequence[data.SourceSpec],
     samples: int,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
 ) -> Confirmed:
     """Export a recipe into a folder named by its content and measure real answers.
 

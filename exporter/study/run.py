@@ -1,14 +1,14 @@
 """A study: which units and settings are missing, who makes them, and what came out."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter import data
 from exporter.errors import CheckpointError
 from exporter.evaluation.answers import digest
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
@@ -17,12 +17,10 @@ from exporter.planning.recipe import Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
-from exporter.study.pool import Pool
+from exporter.study.pool import WorkerPool
 from exporter.study.records import Measured, Records, as_csv
 from exporter.study.units import StudyUnit, units_of
 from exporter.study.work import CHANGED, Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
-
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Job:
+class PendingSetting:
     """One setting on its way: its plan's size and units, and the name under which it is kept."""
 
     point: Point
@@ -56,7 +54,7 @@ class Job:
     units: tuple[StudyUnit, ...]
 
 
-def run(setup: Setup, points: Sequence[Point], pool: Pool, on_event: Listener) -> Outcome:
+def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Listener) -> Outcome:
     """Measure settings; those measured before are read. Stopped at any moment, the same call goes on.
 
     PlanError when a setting does not fit the model, DataError when calibration and exam share a picture.
@@ -123,18 +121,18 @@ def _require_unchanged(model: Opened, keys: Keys) -> None:
         raise CheckpointError(f"{model.checkpoint.origin} changed while the study ran", CHANGED)
 
 
-def _job(model: Opened, point: Point, keys: Keys, exam: str) -> Job:
+def _job(model: Opened, point: Point, keys: Keys, exam: str) -> PendingSetting:
     plan = model.plan(point.rules)
     units = units_of(plan, keys.model, keys.calibration) if point.rules else ()
     name = digest([exam, sorted(unit.key for unit in units)])[:32]
-    return Job(point, name, plan.bytes_after, plan.bits_per_weight, units)
+    return PendingSetting(point, name, plan.bytes_after, plan.bits_per_weight, units)
 
 
 def _quantize(
     setup: Setup,
-    jobs: Sequence[Job],
+    jobs: Sequence[PendingSetting],
     keys: Keys,
-    pool: Pool,
+    pool: WorkerPool,
     on_event: Listener,
     laps: dict[str, float],
     used: dict[str, float],
@@ -159,10 +157,10 @@ def _quantize(
 
 def _score(
     setup: Setup,
-    jobs: Sequence[Job],
+    jobs: Sequence[PendingSetting],
     exam: str,
     keys: Keys,
-    pool: Pool,
+    pool: WorkerPool,
     on_event: Listener,
     records: Records,
     laps: dict[str, float],
@@ -184,9 +182,9 @@ def _score(
     laps["score"] = time.monotonic() - begun
 
 
-def _different(jobs: Iterable[Job]) -> list[Job]:
+def _different(jobs: Iterable[PendingSetting]) -> list[PendingSetting]:
     """Jobs that are not the same work under another name; the first name stays (`all` comes before `front+middle`)."""
-    found: dict[str, Job] = {}
+    found: dict[str, PendingSetting] = {}
     for job in jobs:
         found.setdefault(job.id, job)
     return list(found.values())
@@ -204,6 +202,3 @@ def _checked(spent: Any) -> Spent:
 def left(begun: float, done: int, total: int) -> dict[str, float]:
     """Seconds that are left when the rest goes as the part that is done."""
     return {"left": (time.monotonic() - begun) / max(done, 1) * (total - done)}
-
-
-__all__ = ["Job", "Listener", "Outcome", "left", "run"]

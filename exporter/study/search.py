@@ -6,16 +6,16 @@ from typing import Any
 
 from exporter import data
 from exporter.errors import PlanError, RecipeError
-from exporter.events import Event
+from exporter.events import Event, Listener
 from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Recipe
 from exporter.study import propose
-from exporter.study.allocate import POINTS, Allocation, Place, front, need_solver, rules_of, solve
+from exporter.study.allocate import POINTS, Allocation, Slot, front, need_solver, rules_of, solve
 from exporter.study.grid import Point
-from exporter.study.pool import Pool
+from exporter.study.pool import WorkerPool
 from exporter.study.propose import Confirmed
 from exporter.study.records import Measured
-from exporter.study.run import Listener, run
+from exporter.study.run import run
 from exporter.study.sensitivity import TABLE, Per, measure, on_training, rules, table, without_extras
 from exporter.study.work import Opened, Setup, exam_samples, opened
 
@@ -68,7 +68,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class AllocationResult:
     """The recipe with its evidence, and everything it rests on.
 
     sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken; together: its
@@ -105,7 +105,9 @@ class Found:
         }
 
 
-def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, prove: bool = True) -> Found:
+def allocate(
+    setup: Setup, request: Request, pool: WorkerPool, on_event: Listener, prove: bool = True
+) -> AllocationResult:
     """Choose bits, and measure the choice. PlanError when nothing is small enough, or nothing loses little enough."""
     need_solver()  # before anything is measured
     model = opened(setup)
@@ -125,7 +127,7 @@ def allocate(setup: Setup, request: Request, pool: Pool, on_event: Listener, pro
     together = _together(setup, recipe, pool, on_event)
     recipe = propose.with_evidence(recipe, confirmed, winner.predicted or 0.0, together, request.max_drop)
     rivals = [_confirm(setup, other, request.samples, on_event) for _, other in written if prove]
-    return Found(
+    return AllocationResult(
         recipe=recipe,
         sensitivity=table(measured.found[1:]),
         front=tuple(sorted(tried, key=lambda one: one.measured.bytes)),
@@ -159,13 +161,13 @@ def _warnings(winner: Tried, confirmed: Confirmed | None, max_drop: float | None
     return (f"this choice loses {-change:.1%} on {on}, more than {allowed:.1%}: allow a larger size, or more --bits",)
 
 
-def _together(setup: Setup, recipe: Recipe, pool: Pool, on_event: Listener) -> float:
+def _together(setup: Setup, recipe: Recipe, pool: WorkerPool, on_event: Listener) -> float:
     """The divergence of a whole choice on the samples that single ones were measured on."""
     point = Point(recipe.quantize, (("place", "together"), ("scheme", "chosen")))
     return run(on_training(setup), [point], pool, on_event).found[0].scores["kl"]
 
 
-def _recipe(setup: Setup, request: Request, places: Sequence[Place], choice: Allocation) -> Recipe:
+def _recipe(setup: Setup, request: Request, places: Sequence[Slot], choice: Allocation) -> Recipe:
     """A choice as a recipe, with gates on the tasks that the data has."""
     allowed = propose.CLOSE if request.max_drop is None else request.max_drop
     return propose.recipe_of(opened(setup).recipe, request.name, places, choice, list(exam_samples(setup)), allowed)
@@ -195,10 +197,10 @@ def _choose(
 
 def score_choices(
     setup: Setup,
-    places: Sequence[Place],
+    places: Sequence[Slot],
     choices: Sequence[Allocation],
     written: Sequence[tuple[str, Recipe]],
-    pool: Pool,
+    pool: WorkerPool,
     on_event: Listener,
 ) -> tuple[list[Tried], tuple[Tried, ...]]:
     """All choices and recipes on the validation split; the full model's score is what changes are shares of.
@@ -236,6 +238,6 @@ def _candidates(request: Request, tried: Sequence[Tried]) -> list[Tried]:
 
 
 def _confirm(setup: Setup, recipe: Recipe, samples: int, on_event: Listener) -> Confirmed:
-    sources: tuple[data.Place, ...] = setup.places
+    sources: tuple[data.SourceSpec, ...] = setup.places
     device = opened(setup).device
     return propose.confirm(recipe, setup.folder / "confirmed", device, sources, samples, on_event)

@@ -7,17 +7,18 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from exporter.errors import PlanError
+from exporter.events import Listener
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
 from exporter.model.families import Component
 from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.recipe import Rule
 from exporter.planning.vllm_kernels import serving
-from exporter.study.allocate import Option, Place
+from exporter.study.allocate import Option, Slot
 from exporter.study.grid import Point
-from exporter.study.pool import Pool
+from exporter.study.pool import WorkerPool
 from exporter.study.records import Measured
-from exporter.study.run import Listener, Outcome, run
+from exporter.study.run import Outcome, run
 from exporter.study.work import Opened, Setup, opened
 
 Per = Literal["role", "block", "component"]
@@ -85,8 +86,13 @@ def on_training(setup: Setup) -> Setup:
 
 
 def measure(
-    setup: Setup, per: Per, names: Sequence[str], schemes: Sequence[dict[str, Any]], pool: Pool, on_event: Listener
-) -> tuple[list[Place], int, Outcome]:
+    setup: Setup,
+    per: Per,
+    names: Sequence[str],
+    schemes: Sequence[dict[str, Any]],
+    pool: WorkerPool,
+    on_event: Listener,
+) -> tuple[list[Slot], int, Outcome]:
     """Every place with its options, the full size, and what measuring took. It scores on the training split."""
     model = opened(setup)
     found = list(spots(model, per, names))
@@ -107,7 +113,7 @@ def measure(
     for owner, point, measured in list(zip(owners, points, outcome.found, strict=True))[1:]:
         options[owner].append(Option(point.rules[0], full - measured.bytes, measured.scores["kl"]))
     places = [
-        Place(component.name, block, role, _undominated(options[i])) for i, (component, block, role) in enumerate(found)
+        Slot(component.name, block, role, _undominated(options[i])) for i, (component, block, role) in enumerate(found)
     ]
     return places, full, outcome
 

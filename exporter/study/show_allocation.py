@@ -9,11 +9,11 @@ from rich.table import Table
 from exporter.amounts import size
 from exporter.planning.recipe import Rule
 from exporter.study.propose import Confirmed
-from exporter.study.search import Found, Tried
+from exporter.study.search import AllocationResult, Tried
 from exporter.study.show import Whole
 
 
-def allocation_page(found: Found, file: Path) -> Group:
+def allocation_page(found: AllocationResult, file: Path) -> Group:
     """The choice, the front it is on, and what real tasks say of it."""
     parts: list[Whole | str] = [_rules(found.recipe.quantize)]
     one = found.winner.measured

@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from exporter.device import Device
 from exporter.evaluation.answers import digest
 from exporter.events import ignore
 from exporter.files.writing import make_folder
+from exporter.inference.encoding import Batch
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
 from exporter.planning.plan import Plan, PlanRow, Unit
 from exporter.quantization import calibrate
-from exporter.quantization.block_io import Job
+from exporter.quantization.block_io import BlockIO
 from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 1  # raise it when this file changes the numbers
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,11 @@ def quantize(
     """
     missing = [unit for unit in wanted if not store.has(unit)]
     with ThreadPoolExecutor(2) as pool:
-        job = Job(replace(plan, units=()), checkpoint, store.workdir, device, ignore, pool)
+        io = BlockIO(replace(plan, units=()), checkpoint, store.workdir, device, ignore, pool)
         for component in plan.family.components:
             mine = [unit for unit in missing if unit.component == component.name]
             inputs = batches() if any(unit.needs_statistics for unit in mine) else ()
-            for block in calibrate.walk(job, component, mine, inputs, sequential=False):
+            for block in calibrate.walk(io, component, mine, inputs, sequential=False):
                 assert isinstance(block.unit, StudyUnit)
                 folding, result = Folding.start(block), block.quantize()
                 if folding:

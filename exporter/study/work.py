@@ -52,7 +52,7 @@ class Setup:
 
     folder: Path
     recipe: str
-    places: tuple[data.Place, ...] = ()
+    places: tuple[data.SourceSpec, ...] = ()
     split: str = "test"
     samples: int = 250
     batch: int = 32
@@ -194,7 +194,7 @@ class Examiner:
             self._exam = exam.prepare(self._processor, family, self._samples, self._batch)
             self._exam.learn(self._live, self._device)
 
-    def grade(self, setting: Setting) -> exam.Scores:
+    def grade(self, setting: Setting) -> exam.ExamScores:
         """Scores of a setting; what it does not change has the checkpoint's own weights."""
         self._setting, before, self._changed = setting, self._changed, set()
         for block in setting.blocks:
@@ -215,9 +215,9 @@ class Examiner:
         tensor = self._setting.tensor(name)
         return self._model.checkpoint.read(name) if tensor is None else tensor
 
-    def _answers(self) -> exam.Scores:
+    def _answers(self) -> exam.ExamScores:
         predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._batch)
-        scores: exam.Scores = {}
+        scores: exam.ExamScores = {}
         for task, samples in self._samples.items():
             found = TASKS[task].score(predictor.answer(samples), samples)
             scores |= {f"{task} {metric}": sum(values) / len(values) for metric, values in found.items()}

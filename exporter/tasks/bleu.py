@@ -13,8 +13,6 @@ from dataclasses import dataclass
 ORDERS = 4
 TINY, SMALL = 1e-15, 1e-9
 
-Words = Sequence[str]
-
 
 @dataclass(frozen=True)
 class _Counts:
@@ -26,12 +24,14 @@ class _Counts:
     reference: int
 
 
-def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """BLEU-4 of each caption, 0 to 1. references: at least one a candidate."""
     return [_scores(_count(c, group))[-1] for c, group in zip(candidates, references, strict=True)]
 
 
-def corpus_bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[float, ...]:
+def corpus_bleu(
+    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> tuple[float, ...]:
     """BLEU-1 to BLEU-4 of the whole set, 0 to 1: the figures that papers report."""
     counts = [_count(c, group) for c, group in zip(candidates, references, strict=True)]
     correct = tuple(sum(column) for column in zip(*(count.correct for count in counts), strict=True))
@@ -40,7 +40,7 @@ def corpus_bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words
     return _scores(_Counts(correct or (0,) * ORDERS, guessed or (0,) * ORDERS, *lengths))
 
 
-def _count(candidate: Words, references: Sequence[Words]) -> _Counts:
+def _count(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> _Counts:
     """An n-gram counts as often as the reference that has it most often."""
     most: Counter[tuple[str, ...]] = Counter()
     for reference in references:
@@ -53,7 +53,7 @@ def _count(candidate: Words, references: Sequence[Words]) -> _Counts:
     return _Counts(tuple(correct), guessed, len(candidate), closest)
 
 
-def _grams(words: Words) -> Counter[tuple[str, ...]]:
+def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(words) - n + 1))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from exporter.errors import DataError
 from exporter.tasks import ptb
 from exporter.tasks.bleu import bleu, corpus_bleu
-from exporter.tasks.cider import Words, cider
+from exporter.tasks.cider import cider
 from exporter.tasks.sample import Sample
 
 NAME = "captioning"
@@ -43,11 +43,11 @@ def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[
     return found
 
 
-def _exact(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def _exact(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     return [float(bool(c) and c in r) for c, r in zip(candidates, references, strict=True)]
 
 
-_SCORES: dict[str, Callable[[Sequence[Words], Sequence[Sequence[Words]]], list[float]]] = {
+_SCORES: dict[str, Callable[[Sequence[Sequence[str]], Sequence[Sequence[Sequence[str]]]], list[float]]] = {
     "cider": cider,
     "bleu": bleu,
     "exact": _exact,
@@ -62,7 +62,7 @@ def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float
 
 
 def _split(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Words of every answer, and of every reference."""
+    """Sequence[str] of every answer, and of every reference."""
     bare = [sample.identity for sample in samples if not sample.references]
     if bare:
         raise DataError(f"{len(bare)} samples have no caption to compare with, first {bare[0]}")

@@ -13,7 +13,6 @@ ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
 SCALE = 10.0
 
-Words = Sequence[str]
 Gram = tuple[str, ...]
 
 
@@ -29,7 +28,7 @@ class _Vector:
     length: int
 
 
-def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """One score (0 to 10) a candidate; the mean is the corpus' CIDEr-D.
 
     references: at least one a candidate. With a single image every n-gram is in every document: all scores are 0.
@@ -46,7 +45,7 @@ def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
     return scores
 
 
-def _count(words: Words) -> Counter[Gram]:
+def _count(words: Sequence[str]) -> Counter[Gram]:
     """All n-grams of a sentence, every order."""
     return Counter(tuple(words[i : i + n]) for n in ORDERS for i in range(len(words) - n + 1))
 
