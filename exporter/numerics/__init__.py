@@ -2,5 +2,5 @@
 
 Enters: tensors of one linear or one block.
 Leaves: integers, scales, zero points, and sums of calibration inputs.
-May import: @@
+May import: no other room.
 """
