@@ -124,7 +124,7 @@ def test_mistakes_to_try_are_of_lines_that_are_there(mutation):
 
 
 def test_a_class_name_has_one_meaning():
-    """Two classes, or aliases of types, never share a name; each method has `Options` and `Statistics` by convention."""
+    """Classes and aliases of types have unique names; each method has `Options` and `Statistics` by convention."""
     homes: dict[str, set[str]] = {}
     for path in FILES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
