@@ -22,7 +22,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # everything already there.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > /tmp/installed.txt \
-    && python3 -m pip install --no-cache-dir --no-deps /wheels/mmq-*.whl \
+    && python3 -m pip install --no-cache-dir --no-deps /wheels/mmq_vlm-*.whl \
     && python3 -m pip install --no-cache-dir -c /tmp/installed.txt \
        "click>=8.1" "rich>=13" "pydantic>=2.7,<3" "PyYAML>=6" "jinja2>=3.1" "httpx2>=2.10" \
     && rm /tmp/installed.txt \

@@ -5,15 +5,16 @@ The pages are Markdown, read by MyST; code hosts render them too. For a link to 
 """
 
 import re
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
+
+from exporter.distribution import VERSION
 
 ROOT = Path(__file__).parent.parent
 
 project = "mmq"
 author = "the mmq authors"
-release = version = installed("mmq")
+release = version = VERSION
 extensions = ["myst_parser"]
 exclude_patterns = ["_build", "__pycache__"]
 html_theme = "furo"

@@ -82,7 +82,7 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(DataError) as caught:
         solve(*random_places(0), 19_000)
-    assert "mmq[study]" in (caught.value.hint or "")
+    assert "pip install '.[study]'" in (caught.value.hint or "")
 
 
 def test_rules_of_a_choice_join_what_is_alike() -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from exporter.commands import interrupt
 from exporter.commands.main import cli
 from exporter.commands.progress import ProgressDisplay
+from exporter.distribution import DISTRIBUTION, VERSION
 from exporter.events import Event
 from exporter.planning.recipe_file import load_recipe
 from tests.children import running_command
@@ -108,9 +109,14 @@ def test_recipes_are_listed_and_printed() -> None:
     assert mmq("recipes", "nonsense").exit_code == 1
 
 
+def test_version_names_the_distribution() -> None:
+    assert mmq("--version").output == f"mmq {VERSION} (distribution {DISTRIBUTION})\n"
+
+
 def test_doctor_names_versions_and_device() -> None:
     found = json.loads(mmq("doctor", "--json").stdout)
     assert {"python", "torch", "transformers", "device", "hub cache"} <= found.keys()
+    assert (found["mmq"], found["distribution"]) == (VERSION, DISTRIBUTION)
 
 
 def quick(out: Path, *more: str) -> list[str]:

@@ -351,7 +351,7 @@ def test_plots_without_matplotlib_name_the_extra(out: Path, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = mmq("report", out, "--out", tmp_path / "r.html", "--plots", tmp_path / "plots")
     assert result.exit_code == 1
-    assert "mmq[report]" in result.stderr
+    assert "pip install '.[report]'" in result.stderr
     assert (tmp_path / "r.html").exists()
 
 

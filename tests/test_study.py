@@ -342,7 +342,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(DataError, match="ray") as caught, pool.ray_cluster(None):
         pass
     assert caught.value.hint is not None
-    assert "mmq[ray]" in caught.value.hint
+    assert "pip install '.[ray]'" in caught.value.hint
 
 
 def test_progress_says_how_much_is_left(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from exporter.artifact.manifest import (
     write_manifest,
 )
 from exporter.artifact.output import put_in_place, temporary_folder
+from exporter.distribution import PROGRAM, installed_version
 from exporter.errors import ArtifactError
 from exporter.events import Listener
 from exporter.files.file_hashes import sha256
@@ -51,7 +51,7 @@ REPORT = "mmq_report.json"
 CACHE_SCALES = (".k_scale", ".v_scale")
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT, "adapter_config.json"}
-PACKAGES = ("mmq", "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")
+PACKAGES = (PROGRAM, "torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow")
 
 
 def write(
@@ -130,18 +130,11 @@ def _manifest(
         units=tuple(unit.block for unit in plan.units),
         bytes=SizeRecord(before=plan.bytes_before, after=plan.bytes_after),
         bits_per_weight=plan.bits_per_weight,
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: installed_version(name) or "absent" for name in PACKAGES},
         shards=tuple(shards),
         fingerprint=workdir.fingerprint,
         notes=tuple(note for _, notes in results for note in notes),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from exporter.artifact.verify_blocks import compare_blocks
 from exporter.artifact.verify_source import unlike_source
 from exporter.artifact.verify_whole import logit_difference, refuse_too_large
 from exporter.device import Device
+from exporter.distribution import install_extra
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event, Listener
 from exporter.files.file_hashes import sha256
@@ -150,7 +151,7 @@ def _why_not_load(artifact: Artifact) -> str:
     if artifact.manifest.format != "compressed_tensors":
         return f"transformers needs another package for format {artifact.manifest.format}"
     if find_spec("compressed_tensors") is None:
-        return "compressed-tensors is not installed: pip install 'mmq[verify]'"
+        return f"compressed-tensors is not installed: {install_extra('verify')}"
     return ""
 
 

@@ -31,6 +31,7 @@ from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
 from exporter.commands.study import study
 from exporter.data import places
+from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import Interrupted
 from exporter.model.hub import PREFIX
 from exporter.planning.recipe_file import built_in, load_recipe
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
-@click.version_option(package_name="mmq", prog_name="mmq")
+@click.version_option(VERSION, message=f"{PROGRAM} {VERSION} (distribution {DISTRIBUTION})")
 def cli() -> None:
     """Quantize LLaVA and BLIP-2 checkpoints, component by component, into artifacts that vLLM serves.
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
+from exporter.distribution import install_extra
 from exporter.errors import DataError, HubError
 from exporter.model.hub import speaking
 from exporter.tasks.sample import Sample
@@ -124,7 +125,7 @@ def stream(
     try:
         import datasets
     except ImportError:
-        raise DataError("hub data sets need the `datasets` package", "pip install 'mmq[hub]'") from None
+        raise DataError("hub data sets need the `datasets` package", install_extra("hub")) from None
     from huggingface_hub.errors import HfHubHTTPError
 
     if repo.startswith(("/", ".", "~")) and not Path(repo).expanduser().is_dir():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.artifact.manifest import MANIFEST
+from exporter.distribution import DISTRIBUTION, VERSION
 from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
 from exporter.events import Event, Listener
 from exporter.model.hub import (
@@ -100,7 +101,7 @@ def publish(found: Package, target: Target, remote: Remote | None, on_event: Lis
     need_token()
     with speaking(target.repo, "checking the card"):
         ModelCard(found.card).validate(repo_type="model")
-    api = HfApi(library_name="mmq")
+    api = HfApi(library_name=DISTRIBUTION, library_version=VERSION)
     with without_xet():
         if remote is None:
             remote = _created(api, target)

@@ -5,12 +5,12 @@ number belongs into one of them; names of folders, of data sources and of the ma
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from exporter.device import Device
+from exporter.distribution import PROGRAM, installed_version
 from exporter.events import Listener, ignore
 from exporter.inference.predict import calibration_text
 from exporter.methods import METHODS
@@ -21,7 +21,7 @@ from exporter.planning.recipe import Calibration
 from exporter.quantization import calibrate
 from exporter.tasks.sample import Sample, task_of
 
-PACKAGES = ("mmq", "torch", "transformers", "tokenizers", "pillow", "numpy", "torchvision")
+PACKAGES = (PROGRAM, "torch", "transformers", "tokenizers", "pillow", "numpy", "torchvision")
 Identity = dict[str, Any]  # plain data
 
 
@@ -31,10 +31,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+    return installed_version(package) or "absent"
 
 
 def of_source(checkpoint: Checkpoint, on_event: Listener = ignore) -> Identity:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.files.writing import atomic, make_folder
 
@@ -19,9 +20,8 @@ def write_plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, no global state
     except ImportError:
-        raise DataError(
-            "PNG plots need matplotlib", "pip install 'mmq[report]'; the HTML page does not need it"
-        ) from None
+        hint = f"{install_extra('report')}; the HTML page does not need it"
+        raise DataError("PNG plots need matplotlib", hint) from None
 
     figures: dict[str, Any] = {"size.png": _size(Figure, content)}
     if any(row["relative"] for row in content["scores"]):

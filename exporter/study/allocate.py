@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exporter.distribution import install_extra
 from exporter.errors import DataError, PlanError
 from exporter.planning.recipe import Rule
 
@@ -75,7 +76,7 @@ def need_solver() -> None:
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
-        raise DataError("allocation needs scipy", "pip install 'mmq[study]'") from None
+        raise DataError("allocation needs scipy", install_extra("study")) from None
 
 
 def _program(places: Sequence[Slot], full_bytes: int, budget: int) -> list[int]:

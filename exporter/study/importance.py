@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.study.table import Floats, Table
 
@@ -107,7 +108,7 @@ def need_forest() -> None:
         import shap  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError:
-        raise DataError("importance needs scikit-learn and shap", "pip install 'mmq[study]'") from None
+        raise DataError("importance needs scikit-learn and shap", install_extra("study")) from None
 
 
 def shares(table: Table, seed: int) -> Shares:

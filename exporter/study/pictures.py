@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.study.importance import Importance
 from exporter.study.records import Measured
@@ -41,7 +42,7 @@ def figure(width: float, height: float, parts: int = 1) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, no global state
     except ImportError:
-        raise DataError("pictures need matplotlib", "pip install 'mmq[study]'") from None
+        raise DataError("pictures need matplotlib", install_extra("study")) from None
     made = Figure(figsize=(width, height), layout="constrained")
     axes = made.subplots(1, parts)
     for part in np.ravel(axes):

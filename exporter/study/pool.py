@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from exporter.distribution import install_extra
 from exporter.errors import DataError, MmqError
 
 _START = "`ray start --head` starts one; where Ray asks for a token, give RAY_AUTH_TOKEN as its machines have it"
@@ -103,7 +104,7 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
     try:
         import ray
     except ImportError:
-        raise DataError("--ray needs the package ray", "pip install 'mmq[ray]'; --workers N needs nothing") from None
+        raise DataError("--ray needs the package ray", f"{install_extra('ray')}; --workers N needs nothing") from None
 
     started = not ray.is_initialized()
     if started:
