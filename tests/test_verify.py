@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.artifact.artifact import Artifact, verify_blocks
+from exporter.artifact import verify_blocks
+from exporter.artifact.artifact import Artifact
 from exporter.artifact.verify import verify
 from exporter.artifact.verify_whole import refuse_too_large
 from exporter.demo import MODELS
