@@ -34,14 +34,14 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
         "methods/rtn": ("test_methods", "test_gptq"),
         "methods/awq": ("test_awq", "test_methods", "test_smooth"),
         "methods/gptq": ("test_gptq", "test_methods"),
-        "columns": ("test_gptq", "test_kernels"),
-        "factor": ("test_factor", "test_gptq"),
-        "moments": ("test_gptq", "test_awq", "test_factor", "test_methods", "test_source_error"),
-        "ranges": ("test_ranges", "test_methods", "test_gptq", "test_awq", "test_float8"),
-        "folds": ("test_folds", "test_exact_folds"),
+        "numerics/gptq_columns": ("test_gptq", "test_kernels"),
+        "numerics/inverse_cholesky": ("test_factor", "test_gptq"),
+        "numerics/hessian": ("test_gptq", "test_awq", "test_factor", "test_methods", "test_source_error"),
+        "numerics/ranges": ("test_ranges", "test_methods", "test_gptq", "test_awq", "test_float8"),
+        "numerics/scale_folding": ("test_folds", "test_exact_folds"),
     },
     "formats": {
-        "quantized": ("test_quantized", "test_formats", "test_float8"),
+        "numerics/quantized": ("test_quantized", "test_formats", "test_float8"),
         "formats/__init__": ("test_formats",),
         "formats/autoawq": ("test_formats",),
         "formats/autogptq": ("test_formats",),
@@ -67,8 +67,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
             ),
         ),
         "tasks/vqa": ("test_metrics", "test_tasks"),
-        "statistics": ("test_statistics", "test_evaluate::test_a_gate_decides_by_the_share_that_is_lost"),
-        "advice": (
+        "evaluation/statistics": ("test_statistics", "test_evaluate::test_a_gate_decides_by_the_share_that_is_lost"),
+        "evaluation/sample_size": (
             "test_statistics",
             "test_evaluate::test_a_plan_says_how_many_samples_a_gate_needs",
             "test_evaluate::test_retrieval_has_advice_and_captioning_says_why_not",
@@ -84,11 +84,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
         "data/vqav2": ("test_datasets", "test_data"),
     },
     "families": {
-        "families/family": ("test_families", "test_parts", "test_headers", "test_serve_lint"),
-        "families/llava": ("test_families", "test_headers", "test_parts", "test_plan"),
-        "families/blip2": ("test_families", "test_headers", "test_parts", "test_plan", "test_blip2"),
-        "families/parts/text": ("test_parts", "test_families", "test_headers"),
-        "families/parts/vision": ("test_parts", "test_families", "test_headers"),
+        "model/families/family": ("test_families", "test_parts", "test_headers", "test_serve_lint"),
+        "model/families/llava": ("test_families", "test_headers", "test_parts", "test_plan"),
+        "model/families/blip2": ("test_families", "test_headers", "test_parts", "test_plan", "test_blip2"),
+        "model/families/parts/text": ("test_parts", "test_families", "test_headers"),
+        "model/families/parts/vision": ("test_parts", "test_families", "test_headers"),
     },
 }
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]

@@ -43,5 +43,5 @@ def test_a_tensor_is_quantized_six_calls_below_the_command(
     command = ["export", "--recipe", recipe, "--model", model, "--samples", "8", "--skip-evaluation", "--out", str(out)]
     result = CliRunner().invoke(cli, command)
     assert "far enough" in result.stderr
-    path = frames[: frames.index("cli.export") + 1]
+    path = frames[: frames.index("main.export") + 1]
     assert len(path) <= MOST, " <- ".join(path)

@@ -31,7 +31,9 @@ def _nearest(value: Any) -> Any:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The modules of the kernels."""
-    modules = {name: importlib.import_module(f"exporter.{name}") for name in ("ranges_kernel", "columns_kernel")}
+    modules = {
+        name: importlib.import_module(f"exporter.numerics.{name}") for name in ("ranges_kernel", "gptq_columns_kernel")
+    }
     if DEVICE.type == "cpu":
         for module in modules.values():
             monkeypatch.setattr(module, "libdevice", SimpleNamespace(rint=_nearest))
@@ -117,7 +119,7 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
     inputs = (weight[:, here], upper[here, here], grid.part(here))
     errors = columns_.quantize_columns_plain(*inputs, codes[0, :, here])
     steps = grid.part(here).steps
-    fast = kernels["columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, here])
+    fast = kernels["gptq_columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, here])
     assert codes.any()
     same = _rows_alike(codes)
     torch.testing.assert_close(errors[same], fast[same])
@@ -135,7 +137,7 @@ def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.
     columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])
     assert (codes[0] != codes[1]).any(), "no code moved: the test says nothing"
     fast = (*inputs[:4], grid.part(here).steps, 15, codes[1, :, here], off[1, :, here])
-    kernels["columns_kernel"].descend_columns_fast(*fast)
+    kernels["gptq_columns_kernel"].descend_columns_fast(*fast)
     same = _rows_alike(codes)
     torch.testing.assert_close(off[0, same], off[1, same])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact.artifact import output
+from exporter.artifact import output
 from exporter.artifact.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
 from exporter.commands.main import cli
 from exporter.errors import ArtifactError, LockedError, MmqError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.artifact.artifact import artifact
+from exporter.artifact import artifact
 from exporter.files.shard_writer import ShardWriter
 from exporter.methods import rtn
 from exporter.model.checkpoint import Checkpoint
