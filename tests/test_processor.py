@@ -82,7 +82,7 @@ TEMPLATES = {
     "{{ raise_exception('boo') }}": "boo",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
     "{{ 'x' * 1000000 }}": "more than 100,000 characters",
-    "{{ '%1000000000d' % 1 }}": "too long|memory|more than 100,000",
+    "{{ '%1000000000d' % 1 }}": "too long|memory|in time|more than 100,000",
     "{{ messages[0]['content'][1]['text'] | upper }}": "does not write a user's text unchanged",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes too long",
 }
@@ -154,6 +154,83 @@ def test_damaged_processor_files_end_in_one_error_that_names_one(model: Path, na
     (model / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"m/{name}|{model}: its processor cannot be loaded"):
         plan(model)
+
+
+def tokenizer_with(folder: Path, model: dict[str, Any] | None = None, **values: Any) -> None:
+    """The embedded words in a tokenizer of another kind."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    if model:
+        listed = [[word, -1.0] for word in sorted(words, key=words.__getitem__)]
+        content["model"] = {"vocab": listed if model["type"] == "Unigram" else words, "unk_token": "<unk>"} | model
+    if more := values.pop("vocab", None):
+        content["model"]["vocab"] |= more
+    (folder / "tokenizer.json").write_text(json.dumps(content | values))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "WordLevel": {},
+    "WordPiece": {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+    "BPE": {"merges": []},
+    "Unigram": {"unk_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_that_cannot_encode_unknown_words_is_found_by_the_plan(model: Path, kind: str) -> None:
+    tokenizer_with(model, {"type": kind, **KINDS[kind]})
+    plan(model)
+    shutil.copy(MODELS["demo-llava"] / "tokenizer.json", model)
+    tokenizer_with(model, {"type": kind, **KINDS[kind], "unk_token": "nope", "unk_id": None})
+    with pytest.raises(
+        CheckpointError, match=r"m/tokenizer\.json: its tokenizer cannot encode and decode texts"
+    ) as caught:
+        plan(model)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE"])
+def test_two_tokens_of_one_id_are_refused_whichever_the_library_keeps(model: Path, kind: str) -> None:
+    tokenizer_with(model, {"type": kind, **KINDS[kind]}, vocab={"zz": 0})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*: two tokens have the id 0: '<unk>', 'zz'"):
+        plan(model)
+
+
+def test_tokens_that_the_model_has_no_embedding_of_are_found_by_the_plan(model: Path) -> None:
+    change(model / "special_tokens_map.json", eos_token="<end>", pad_token="<fill>")
+    with pytest.raises(PlanError, match=r"tokens of ids 256 \('<(end|fill)>'\), 257 \(.*\), the model has 256 tokens"):
+        plan(model)
+    shutil.copy(MODELS["demo-llava"] / "special_tokens_map.json", model)
+    tokenizer_with(model, vocab={"zz": 9999})
+    with pytest.raises(PlanError, match=r"tokens of ids 9999 \('zz'\), the model has 256 tokens"):
+        plan(model)
+
+
+def test_an_image_token_without_embedding_is_right_where_no_prompt_holds_it(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODELS["demo-blip2-itm"], tmp_path / "m"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["added_tokens"].pop()["content"] == "<image>"
+    content["model"]["vocab"]["<old>"] = content["model"]["vocab"].pop("<image>")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    plan(folder, "blip2-retrieval-w4")
+    assert inspect(folder, rows=256).beyond == (("<image>", 256),)
+    assert load_processor(folder).tokenizer.convert_tokens_to_ids("<image>") == 256
+
+
+def test_a_tokenizer_that_cannot_pad_is_found_by_the_plan(model: Path) -> None:
+    change(model / "special_tokens_map.json", pad_token=...)
+    change(model / "tokenizer_config.json", pad_token=...)
+    with pytest.raises(CheckpointError, match="does not have a padding token"):
+        plan(model)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("demo-llava", "llava-w4-vit8"), ("demo-blip2", "blip2-caption-w4")])
+def test_padding_with_the_image_token_is_found_by_the_plan(tmp_path: Path, name: str, recipe: str) -> None:
+    folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        change(folder / file, pad_token="<image>")
+    with pytest.raises(PlanError, match=r"Mismatch in `image` token|a padded prompt .* image tokens \(id 4\), not 32"):
+        plan(folder, recipe)
 
 
 def test_a_pipe_in_place_of_a_file_is_not_read(model: Path) -> None:

@@ -20,9 +20,10 @@ from types import ModuleType
 from typing import Any, cast
 
 from exporter.model.chat_template import MOST_CHARACTERS, PROBES, conversation
+from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
 
 ROOM_BYTES = 2 * 2**30  # that a request may take beside what the libraries take
-LOAD_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 2, 20, 10  # of processor time
+LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time
 MOST_TOKENS = 200_000
 
 
@@ -65,21 +66,24 @@ def _load(folder: str, state: str) -> Any:
 
 
 def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the processor of `folder` (in its `state`) and render its template.
+    """Load the processor of `folder` (in its `state`), try its tokenizer and render its template.
 
-    With `fallback`, a prompt for processors without template, also encode one small picture with a prompt.
+    With `fallback`, a prompt for processors without template, also encode small pictures with prompts. `rows`: tokens
+    that the model has embeddings of.
     """
     with _step("load", LOAD_SECONDS):
+        refuse_shared_ids(Path(request["folder"]))
         processor = _load(request["folder"], request["state"])
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError("it has no image processor beside the tokenizer, or no tokenizer")
-        _use(processor.tokenizer)
+    with _step("tokenizer", USE_SECONDS):
+        beyond = try_out(processor.tokenizer, request.get("rows"))
     rendered = None
     if getattr(processor, "chat_template", None):
         with _step("template", RENDER_SECONDS):
             rendered = [_render(processor, text) for text in PROBES]
     fields = {name: getattr(processor, name, None) for name in request.get("fields", ())}
-    reply: dict[str, Any] = {"rendered": rendered}
+    reply: dict[str, Any] = {"rendered": rendered, "beyond": beyond}
     reply["fields"] = {name: value for name, value in fields.items() if _plain(value)}
     if "fallback" in request:
         try:
@@ -89,14 +93,6 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
-
-
-def _use(tokenizer: Any) -> None:
-    """What mmq will ask of a tokenizer, with texts of all kinds of characters."""
-    known = (tokenizer.bos_token, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
-    tokenizer.convert_tokens_to_ids(str(getattr(tokenizer, "image_token", known[0])))
-    for text in (*PROBES, ""):
-        tokenizer.batch_decode([tokenizer(text)["input_ids"]], skip_special_tokens=True)
 
 
 def _plain(value: Any) -> bool:
@@ -111,11 +107,15 @@ def _render(processor: Any, text: str) -> str:
 
 
 def _encode(processor: Any, prompt: str) -> dict[str, Any]:
-    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides it is scaled to."""
+    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides it is scaled to.
+
+    padded: token ids of prompts and replies of two lengths, padded on either side as `encoding` does.
+    """
     import numpy as np
     from PIL import Image
 
-    made = processor(images=[Image.new("RGB", (48, 36), "gray")], text=[prompt], return_tensors="np")
+    picture = Image.new("RGB", (48, 36), "gray")
+    made = processor(images=[picture], text=[prompt], return_tensors="np")
     ids = np.asarray(made["input_ids"]).reshape(-1)
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"it makes more than {MOST_TOKENS:,} tokens of one picture and a short prompt")
@@ -124,7 +124,11 @@ def _encode(processor: Any, prompt: str) -> dict[str, Any]:
     pixels = np.asarray(made["pixel_values"])
     if not np.isfinite(pixels).all():
         raise ValueError("its pixel values are not finite: look at image_mean, image_std and rescale_factor")
-    return {"tokens": ids.tolist(), "pixels": list(pixels.shape), "sides": sides}
+    texts, padded = [prompt, f"{prompt} {PROBES[1]}{processor.tokenizer.eos_token or ''}"], []
+    for side in ("left", "right"):
+        made = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
+        padded += np.asarray(made["input_ids"]).tolist()
+    return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape), "sides": sides}
 
 
 def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +145,18 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return read_config(request) if "config" in request else inspect(request)
     except _Failed as failed:
-        file = blame(Path(request["folder"])) if failed.step == "load" else ""
+        file = _file(failed, request)
         reason = _reason(failed.error)
         return {"step": failed.step, "error": type(failed.error).__name__, "reason": reason, "file": file}
+
+
+def _file(failed: _Failed, request: Mapping[str, Any]) -> str:
+    """The file to look at; empty when nobody can tell."""
+    if isinstance(failed.error, DamagedFile):
+        return failed.error.file
+    if failed.step == "tokenizer" and (Path(request["folder"]) / "tokenizer.json").exists():
+        return "tokenizer.json"
+    return blame(Path(request["folder"])) if failed.step == "load" else ""
 
 
 def _reason(error: BaseException) -> str:
@@ -152,6 +165,8 @@ def _reason(error: BaseException) -> str:
         return "it takes more memory than a processor may"
     words = " ".join(str(error).split())
     kind = type(error).__name__
+    if isinstance(error, DamagedFile):
+        return words[:300]
     return f"{kind}: {words}"[:300] if words else kind
 
 

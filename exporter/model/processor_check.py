@@ -13,6 +13,7 @@ from exporter.model.families import Family
 from exporter.model.processor_inspector import Inspection, check_config_class, has_processor, inspect
 
 LARGEST_SIDE = 2**13  # pixels that a picture may be scaled to: larger ones take all memory
+SHOWN = 3  # tokens that a message names
 PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
 
 
@@ -29,11 +30,13 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     config = checkpoint.config
     expected = family.processor_fields(config)
     asked = {"text": family.text(None if "captioning" in family.tasks else "a"), "fields": sorted(expected)}
-    inspection = inspect(checkpoint.folder, **asked, fallback=family.fallback_prompt.format(text=asked["text"]))
+    fallback = family.fallback_prompt.format(text=asked["text"])
+    inspection = inspect(checkpoint.folder, **asked, fallback=fallback, rows=family.vocabulary(config))
     if inspection.failure:
         problems = [f"the processor cannot encode a picture with a prompt: {inspection.failure}"]
     else:
-        problems = [*_token_problems(config, family, inspection), *_pixel_problems(config, family, inspection)]
+        looked = (_vocabulary_problems, _token_problems, _pixel_problems)
+        problems = [problem for look in looked for problem in look(config, family, inspection)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         message = f"{checkpoint.origin}: its processor and config.json do not fit each other:\n{lines}"
@@ -45,11 +48,25 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     marker, expected = config.get("image_token_index"), family.image_tokens(config)
     if marker is None or not expected:
         return []
-    count = inspection.tokens.count(marker)
-    if count == expected:
+    counts = [row.count(marker) for row in (inspection.tokens, *inspection.padded)]
+    if counts[0] != expected:
+        blamed = "" if counts[0] else ", so that the model would not see the picture"
+        made = f"a prompt with one picture holds {counts[0]} image tokens (id {marker})"
+        return [f"{made}, the model expects {expected}{blamed}"]
+    if wrong := [count for count in counts if count != expected]:
+        return [f"a padded prompt with one picture holds {wrong[0]} image tokens (id {marker}), not {expected}"]
+    return []
+
+
+def _vocabulary_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
+    """Tokens that the model has no embedding of. An image token that its prompts leave out may be one."""
+    used = set(inspection.tokens).union(*inspection.padded)
+    beyond = [(token, number) for token, number in inspection.beyond if number in used or token != family.image_marker]
+    if not beyond:
         return []
-    blamed = "" if count else ", so that the model would not see the picture"
-    return [f"a prompt with one picture holds {count} image tokens (id {marker}), the model expects {expected}{blamed}"]
+    listed = ", ".join(f"{number} ({token[:40]!r})" for token, number in beyond[:SHOWN])
+    rest = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
+    return [f"the tokenizer has tokens of ids {listed}{rest}, the model has {family.vocabulary(config):,} tokens"]
 
 
 def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,8 @@ class Inspection:
 
     template: None when it has none. tokens: ids of one picture and a prompt. pixels: shape of what the vision tower
     gets for the picture. sides: what the picture is scaled to, by the setting's name. fields: settings that were asked
-    for. failure: why it cannot encode the picture and the prompt; empty when it can.
+    for. failure: why it cannot encode the picture and the prompt; empty when it can. padded: ids of padded prompts.
+    beyond: tokens, and their ids, that the model has no embedding of.
     """
 
     template: Template | None
@@ -41,6 +43,8 @@ class Inspection:
     sides: Mapping[str, int] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
+    padded: tuple[tuple[int, ...], ...] = ()
+    beyond: tuple[tuple[str, int], ...] = ()
 
 
 _helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the process that was started
@@ -71,6 +75,7 @@ class Helper:
         """The helper's reply. HelperDied when there is none; the next request finds a new helper."""
         with self._lock:
             if self._process.poll() is not None:
+                self.close()
                 self._process = self._start()
             process = self._process
             try:
@@ -102,7 +107,8 @@ class Helper:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
-                stream.close()
+                with suppress(BrokenPipeError):  # a request that it never read
+                    stream.close()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> str:
@@ -135,7 +141,7 @@ def has_processor(folder: Path) -> bool:
 def inspect(folder: Path, **asked: Any) -> Inspection:
     """What the processor of `folder` does; CheckpointError when it cannot be used, with the file and the reason.
 
-    asked: `text`, `fallback` and `fields` of a request, see `inspect_processor.inspect`.
+    asked: `text`, `fallback`, `fields` and `rows` of a request, see `inspect_processor.inspect`.
     """
     if not has_processor(folder):
         raise CheckpointError(f"{folder}: it has no processor", HINT)
@@ -152,7 +158,10 @@ def _inspect(folder: Path, state: str, asked: str) -> Inspection:
         raise _refusal(folder, reply)
     template = None if reply["rendered"] is None else take_apart(reply["rendered"], str(folder))
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
-    return Inspection(template, tokens, pixels, reply.get("sides", {}), reply["fields"], reply.get("failure", ""))
+    padded = tuple(map(tuple, reply.get("padded", ())))
+    beyond = tuple((token, number) for token, number in reply["beyond"])
+    sides, failure = reply.get("sides", {}), reply.get("failure", "")
+    return Inspection(template, tokens, pixels, sides, reply["fields"], failure, padded, beyond)
 
 
 def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None:
@@ -191,13 +200,21 @@ def _state(folder: Path) -> str:
 
 _STEPS = {
     "load": "its processor cannot be loaded",
+    "tokenizer": "its tokenizer cannot encode and decode texts",
     "template": "its chat template cannot be used",
     "encode": "its processor cannot encode a picture with a prompt",
 }
 
 
+_HINTS = {
+    "load": HINT,
+    "tokenizer": "give the tokenizer that was saved with these weights",
+    "template": "mend the template, or delete it: mmq has prompts of its own",
+}
+
+
 def _refusal(folder: Path, reply: Mapping[str, Any]) -> CheckpointError:
     where = folder / reply["file"] if reply["file"] else folder
-    hint = {"load": HINT, "template": "mend the template, or delete it: mmq has prompts of its own"}[reply["step"]]
+    hint = _HINTS[reply["step"]]
     hint = "install the package that it names" if reply["error"] == "ImportError" else hint
     return CheckpointError(f"{where}: {_STEPS[reply['step']]}: {reply['reason']}", hint)

@@ -150,6 +150,7 @@ class Family:
     question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
     image_tokens: places that a picture takes among the tokens of a prompt.
     positions: tokens that the model can take at most, the picture's among them.
+    vocabulary: tokens that the model has embeddings of.
     picture_side: width and height in pixels of what the vision tower takes.
     processor_fields: settings of the processor that follow from config.json.
     image_marker: what stands for a picture in prompts.
@@ -182,6 +183,7 @@ class Family:
     tasks: tuple[str, ...]
     image_tokens: Callable[[Config], int]
     positions: Callable[[Config], int]
+    vocabulary: Callable[[Config], int]
     picture_side: Callable[[Config], int]
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     image_marker: str = "<image>"

@@ -182,6 +182,7 @@ FAMILY = Family(
     tasks=("vqa", "captioning"),
     image_tokens=sizes.image_tokens,
     positions=sizes.positions,
+    vocabulary=sizes.vocabulary,
     picture_side=sizes.picture_side,
     processor_fields=sizes.processor_fields,
     parts=sizes.PARTS,

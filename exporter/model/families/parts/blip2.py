@@ -72,6 +72,16 @@ def positions(config: Mapping[str, Any]) -> int:
     return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
 
 
+def vocabulary(config: Mapping[str, Any]) -> int:
+    """Tokens that OPT has embeddings of."""
+    return int(size_of(PARTS, config, "text_config", "vocab_size"))
+
+
+def former_vocabulary(config: Mapping[str, Any]) -> int:
+    """Tokens that the Q-Former has embeddings of."""
+    return int(size_of(PARTS, config, "qformer_config", "vocab_size"))
+
+
 def former_positions(config: Mapping[str, Any]) -> int:
     """Tokens that the Q-Former has positions for, beside the picture's."""
     return int(size_of(PARTS, config, "qformer_config", "max_position_embeddings")) + image_tokens(config)

@@ -122,6 +122,11 @@ def positions(config: Mapping[str, Any]) -> int:
     return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
 
 
+def vocabulary(config: Mapping[str, Any]) -> int:
+    """Tokens that the text model has embeddings of."""
+    return int(size_of(PARTS, config, "text_config", "vocab_size"))
+
+
 def text_blocks(config: Mapping[str, Any]) -> int:
     """Blocks of the text model."""
     return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))
