@@ -16,7 +16,7 @@ from PIL import Image
 
 from exporter.data import image_key
 from exporter.errors import CheckpointError, DataError
-from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, ask
+from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, collect_answers
 from exporter.events import Event, ignore
 from exporter.inference.predict_server import KEY, ServedPredictor, Server
 from exporter.model.families import FAMILIES
@@ -61,7 +61,7 @@ def run(
     backend: Counting, samples: Mapping[str, Sequence[Sample]], store: Store | None, **identity: Any
 ) -> dict[str, list[str]]:
     pictures = {task: [image_key(s.image()) for s in found] for task, found in samples.items()}
-    return ask(backend.model(**identity), samples, pictures, store, ignore)
+    return collect_answers(backend.model(**identity), samples, pictures, store, ignore)
 
 
 def test_a_second_evaluation_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> No
     kept[0].write_text(content)
     rest, notes = Counting(), list[Event]()
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
-    assert ask(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
+    assert collect_answers(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
     assert len(rest.asked) == 3
     assert [event.message for event in notes if event.stage == "note"] == [
-        f"{kept[0]} is damaged: its answers are asked for again"
+        f"{kept[0]} was damaged and is deleted: its samples run again"
     ]
     assert run(Counting(), samples, Store(tmp_path)) == whole
 
@@ -157,7 +157,7 @@ def test_answers_of_weights_that_changed_meanwhile_are_not_kept(tmp_path: Path) 
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
     model = replace(backend.model(), require_unchanged=require_unchanged)
     with pytest.raises(CheckpointError):
-        ask(model, samples, pictures, Store(tmp_path), ignore)
+        collect_answers(model, samples, pictures, Store(tmp_path), ignore)
     assert len(Store(tmp_path).read(model.identity)) == 2
 
 
@@ -171,7 +171,7 @@ def test_progress_counts_what_was_kept(tmp_path: Path) -> None:
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
     run(Counting(), {"vqa": samples["vqa"][:2]}, Store(tmp_path))
     seen: list[Event] = []
-    ask(Counting(size=2).model(), samples, pictures, Store(tmp_path), seen.append)
+    collect_answers(Counting(size=2).model(), samples, pictures, Store(tmp_path), seen.append)
     assert [(e.done, e.total) for e in seen] == [(2, 5), (4, 5), (5, 5)]
     assert {e.message for e in seen} == {"artifact: vqa"}
 

@@ -13,7 +13,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.data import samples
 from exporter.device import choose
 from exporter.evaluation import backends
-from exporter.evaluation.answers import Answerer, ask
+from exporter.evaluation.answers import Answerer, collect_answers
 from exporter.evaluation.evaluate import picture_keys
 from exporter.events import Event, ignore
 from exporter.inference import predict
@@ -39,7 +39,7 @@ def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Answerer, Answerer]:
     """The models of an artifact, named like its folder."""
-    return backends.here(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
+    return backends.local_answerers(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
 
 
 def asked(out: Path) -> dict[str, list[Sample]]:
@@ -50,7 +50,7 @@ def asked(out: Path) -> dict[str, list[Sample]]:
 def answers(models: tuple[Answerer, Answerer], found: dict[str, list[Sample]]) -> list[Any]:
     """What both say."""
     keys = picture_keys(found)
-    return [ask(model, found, keys, None, ignore) for model in models]
+    return [collect_answers(model, found, keys, None, ignore) for model in models]
 
 
 @pytest.mark.parametrize("loader", ["load_whole", "load_passing"])
@@ -70,7 +70,7 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
         free(device)
 
     held = Placement(torch.float32, 4, loader == "load_passing", 0)
-    monkeypatch.setattr(backends, "placed", lambda *arguments: held)
+    monkeypatch.setattr(backends, "placement_of", lambda *arguments: held)
     monkeypatch.setattr(backends, loader, counted)
     monkeypatch.setattr(backends, "release", release)
     gc.disable()  # it must not need the collector's good luck
@@ -114,7 +114,7 @@ def backends_pixels() -> Any:
 def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
     source, family = open_source(out.name)
-    held = backends.placed(source, family, CPU, 8)
+    held = backends.placement_of(source, family, CPU, 8)
     assert (held.dtype, held.note) == (torch.float32, "")
     model = whole_model(source.tensors, family, source.config)
     room = (model.weight_bytes(itemsize=2) + model.sample_bytes(itemsize=2)) / ROOM_SHARE

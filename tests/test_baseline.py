@@ -17,7 +17,7 @@ from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.evaluation.answers import Answerer
-from exporter.evaluation.backends import here
+from exporter.evaluation.backends import local_answerers
 from exporter.evaluation.baseline import compare
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
@@ -92,7 +92,7 @@ def test_another_model_is_refused_by_name_and_the_report_stays(name: str, artifa
     before = (artifact / REPORT).read_bytes()
     code, output = evaluate(artifact, "--baseline", str(model_with(tmp_path / "damaged", change)))
     assert code == 1
-    assert f"damaged is not the model that {artifact} was made from (demo-llava)" in output
+    assert f"damaged is not the source model of {artifact} (demo-llava)" in output
     assert named in output
     assert "--other-baseline" in output
     assert (artifact / REPORT).read_bytes() == before
@@ -161,7 +161,7 @@ def test_a_manifest_that_names_only_shards_is_compared_by_these(measured: Path, 
 
 def models_of(artifact: Path, source: Path) -> tuple[Answerer, Answerer]:
     """Source and artifact, as an evaluation asks them."""
-    return here(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
+    return local_answerers(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
 
 
 def weights_of(folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_kept_answers_are_of_every_byte_of_the_weights(changed: str, artifact: P
     now = models_of(artifact, source)
     differs = [one.identity != other.identity for one, other in zip(before, now, strict=True)]
     assert differs == [changed == "source", changed == "artifact"]
-    with pytest.raises(CheckpointError, match="changed while it answered"):
+    with pytest.raises(CheckpointError, match="model changed during the evaluation"):
         before[differs.index(True)].require_unchanged()
     before[differs.index(False)].require_unchanged()
 

@@ -252,7 +252,7 @@ def test_diff_on_the_command_line(made: Path) -> None:
     assert "no difference" in run(cli, ["diff", str(made / "w4"), str(made / "w4")]).output
     nothing = run(cli, ["diff", str(made / "model"), str(made / "w4")])
     assert nothing.exit_code == 1
-    assert f"has no {MANIFEST}: not an artifact of mmq" in nothing.output
+    assert f"has no {MANIFEST}: it is not an mmq artifact" in nothing.output
 
 
 @pytest.mark.parametrize("broken", ["{", '{"source": 1}', "[]"])

@@ -11,7 +11,7 @@ from exporter.device import choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
 from exporter.pipeline.export import export
-from exporter.pipeline.step_clock import Clock, held_bytes
+from exporter.pipeline.step_clock import Clock, anonymous_bytes
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from tests.test_export import contents, quick_recipe
@@ -31,11 +31,11 @@ def test_an_inner_step_is_not_part_of_the_outer_one(monkeypatch: pytest.MonkeyPa
     assert {step.name: step.seconds for step in clock.steps} == {"write": 2 + 4 + 6, "verify": 3}
 
 
-@pytest.mark.skipif(not held_bytes(), reason="the system does not say what a process holds")
+@pytest.mark.skipif(not anonymous_bytes(), reason="the system does not say what a process holds")
 def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
     with Clock(CPU) as clock:
         with clock.step("plan"):
-            before = held_bytes()
+            before = anonymous_bytes()
         with clock.step("quantize"):
             held = np.ones(300 * MIB, dtype=np.uint8)
             looked = clock._over.wait(0.3)  # the thread looks meanwhile

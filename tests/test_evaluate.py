@@ -18,14 +18,14 @@ from exporter.device import choose
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends
 from exporter.evaluation.answers import ABOUT, Backend, Store
-from exporter.evaluation.evaluate import compare, keep_report, raise_unless_accepted
+from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.report_file import Counts, EvaluationRecord, Report, ServingRecord, read_report, write_report
-from exporter.evaluation.sample_size import advise, too_few, unknown
+from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
 from exporter.model.source import open_source
-from exporter.pipeline.export import default_store, export, measure, models
+from exporter.pipeline.export import answerers, default_store, export, measure
 from exporter.planning.recipe import Gate, Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks import retrieval
@@ -146,7 +146,7 @@ def test_a_baseline_of_zero_proves_nothing() -> None:
     assert report.gates[0].verdict == report.verdict == "not comparable"
     assert report.measures[0].samples_to_resolve_one_percent is None
     assert json.loads(json.dumps(report.plain(), allow_nan=False))["gates"][0]["change"] is None
-    with pytest.raises(GateFailed, match="the full-precision model scores 0, so nothing can be compared") as raised:
+    with pytest.raises(GateFailed, match="the full-precision model scores 0, so a relative change is undefined") as raised:
         raise_unless_accepted(report, Path("out"))
     assert "bits" not in f"{raised.value.message} {raised.value.hint}"
 
@@ -168,7 +168,7 @@ def test_a_full_precision_model_at_chance_level_is_named_as_such() -> None:
         "the full-precision model scores at chance level (0.5000 on 400 samples; answers that ignore the picture score"
     )
     assert said in sentence(guessing)
-    assert sentence(guessing).endswith("so nothing can be compared; check prompt and data")
+    assert sentence(guessing).endswith("so a relative change has no meaning; check prompt and data")
     assert yes_or_no(0.4).gates[0].verdict == "not comparable"
     assert yes_or_no(0.8).gates[0].verdict == "passed"
     with pytest.raises(GateFailed, match="1 of 1 gates could not be decided") as raised:
@@ -247,25 +247,25 @@ def test_figures_of_the_whole_set_are_told_where_they_are_no_means() -> None:
 
 def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) -> None:
     report = crafted(1, 2)
-    keep_report(tmp_path, report)
+    store_report(tmp_path, report)
     assert read_report(tmp_path) == (report, None)
     serving = ServingRecord(
         engine="1", build="cpu", questions=1, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
     write_report(tmp_path, None, serving)
     assert read_report(tmp_path) == (None, serving)
-    keep_report(tmp_path, report)
+    store_report(tmp_path, report)
     assert read_report(tmp_path) == (report, serving)
 
 
 def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path) -> None:
     large, small = crafted(1, 2), crafted(1, 2, n=49)
-    assert keep_report(tmp_path, large)
+    assert store_report(tmp_path, large)
     kept = (tmp_path / "mmq_report.json").read_text()
-    assert not keep_report(tmp_path, small)
+    assert not store_report(tmp_path, small)
     assert (tmp_path / "mmq_report.json").read_text() == kept
     other = small.model_copy(update={"evaluation": EvaluationRecord(data="coco")})  # other data says something else
-    assert keep_report(tmp_path, other)
+    assert store_report(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_samples_are_counted_by_task_whatever_metrics_there_are(
         return report.model_copy(update={"measures": tuple(named)})
 
     report = crafted(1, 2)
-    assert keep_report(tmp_path, of(had))
-    assert keep_report(tmp_path, of(has)) == replaced
+    assert store_report(tmp_path, of(had))
+    assert store_report(tmp_path, of(has)) == replaced
 
 
 def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
@@ -313,8 +313,8 @@ def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
     (found,) = advise(recipe)  # of CIDEr nothing can be assumed
     assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
     assert found.half_width == pytest.approx(1.0, abs=1e-3)
-    assert "3842 samples resolve one point" in str(found)
-    assert unknown(recipe).startswith("captioning cider: ")
+    assert "3842 samples measure it to within one point" in str(found)
+    assert unpredictable(recipe).startswith("captioning cider: ")
 
 
 def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
@@ -323,7 +323,7 @@ def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
     assert too_few(recipe) == ()
     few = too_few(recipe.adjusted(evaluation={"samples": 100}))
     assert few == (
-        "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which takes at least 122 (--eval-samples 122)",
+        "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which needs at least 122 (--eval-samples 122)",
     )
     assert [crafted(0, 0, n=n, max_drop=0.03).verdict for n in (121, 122)] == ["not resolved", "passed"]
     nothing = recipe.model_copy(update={"gates": (Gate(task="vqa", metric="accuracy", max_drop=0.0),)})
@@ -341,7 +341,7 @@ def test_retrieval_has_advice_and_captioning_says_why_not() -> None:
         ("retrieval", "text_r1", 3842),
         ("retrieval", "image_r1", 3842),
     ]
-    assert unknown(load_recipe("blip2-retrieval-w4")) == ""
+    assert unpredictable(load_recipe("blip2-retrieval-w4")) == ""
     with_plan = CliRunner().invoke(cli, ["plan", "--model", "demo-llava", "--recipe", "llava-w4-vit8"])
     assert "after a first evaluation" in " ".join(with_plan.output.split())
 
@@ -410,7 +410,7 @@ def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> 
     flat = [sample for found in samples.values() for sample in found]
     with chat_server(lambda *asked: "", "source") as first, chat_server(lambda *asked: "", "mine", "other") as second:
         for server, model in zip(
-            (first, second), models(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
+            (first, second), answerers(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
         ):
             with model.opened() as backend:
                 server.answer = table(backend, flat, family)

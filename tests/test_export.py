@@ -23,7 +23,7 @@ from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.source import open_source
 from exporter.pipeline.export import Export, evaluation_samples, export
-from exporter.pipeline.preparation import prepare, with_data_it_knows
+from exporter.pipeline.preparation import prepare, with_suitable_data
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
@@ -185,8 +185,8 @@ def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished:
         (copy / "mmq_manifest.json").write_text(json.dumps(manifest))
 
     assert "content has changed" in broken(flip)
-    assert "not those that were computed" in broken(flip_and_rehash)
-    assert "schemes, expected one" in broken(retarget)
+    assert "differ from the computed ones" in broken(flip_and_rehash)
+    assert "; expected one" in broken(retarget)
     assert "missing" in broken(lambda copy: (copy / "tokenizer.json").unlink())
 
 
@@ -308,13 +308,13 @@ def test_full_disk_while_storing_a_block_can_be_resumed(finished: Path, small_di
 def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions() -> None:
     shipped = load_recipe("llava-w4-vit8")
     assert shipped.model.repo == "llava-hf/llava-1.5-7b-hf"
-    fitted = with_data_it_knows(shipped)
+    fitted = with_suitable_data(shipped)
     assert fitted.calibration.data == fitted.evaluation.data == ("drawings",)
     assert fitted.gates == shipped.gates  # those on captions are then not measured
-    assert with_data_it_knows(fitted) == fitted
-    assert with_data_it_knows(quick_recipe()) == quick_recipe()  # the embedded model knows the names
+    assert with_suitable_data(fitted) == fitted
+    assert with_suitable_data(quick_recipe()) == quick_recipe()  # the embedded model knows the names
     own = shipped.adjusted(calibration={"data": ("coco",)}, evaluation={"data": ("coco",)})
-    assert with_data_it_knows(own) == own
+    assert with_suitable_data(own) == own
 
 
 def test_captions_are_not_judged_on_the_drawings() -> None:

@@ -64,7 +64,9 @@ def test_every_required_key_must_be_there(plain: dict[str, Any], path: str) -> N
     for part in outer[:-1]:
         holder = holder[part]
     del holder[outer[-1]]
-    with pytest.raises(ArtifactError, match=rf"the manifest is damaged, or of a newer mmq:\n  {path}: Field required"):
+    with pytest.raises(
+        ArtifactError, match=rf"the manifest is damaged, or a newer mmq wrote it:\n  {path}: Field required"
+    ):
         parse(plain)
 
 
@@ -133,7 +135,7 @@ ODD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("key", "value", "said"), ODD)
 def test_odd_values_are_refused_by_name(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
-    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+    with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain | {key: value})
     assert said in refused.value.message.partition("\n")[2]
 
@@ -150,7 +152,7 @@ def test_many_problems_are_counted(plain: dict[str, Any]) -> None:
 
 
 def test_a_damaged_manifest_is_an_error_of_every_reader(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: not an artifact of mmq"):
+    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: it is not an mmq artifact"):
         Artifact.open(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):

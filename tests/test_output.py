@@ -89,7 +89,7 @@ def test_a_folder_linked_into_the_artifact_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", [".", "..", "/", "a/.."])
 def test_names_that_are_no_names_are_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="names no folder of its own"):
+    with pytest.raises(ArtifactError, match="is not the name of a new folder"):
         quick_export(Path(out))
 
 
@@ -193,7 +193,7 @@ def test_an_artifact_that_another_run_made_meanwhile(finished: Path, tmp_path: P
         assert contents(out)["model.safetensors"] != contents(finished)["model.safetensors"]
         assert names(tmp_path) == {"out"}
         return
-    with pytest.raises(ArtifactError, match="made by another run meanwhile") as caught:
+    with pytest.raises(ArtifactError, match=r"another run wrote .* in the meantime") as caught:
         quick_export(out, another, recipe=recipe)
     assert contents(out) == contents(finished)
     assert "--work" in str(caught.value.hint)
@@ -255,7 +255,7 @@ def test_a_finished_artifact_is_not_believed_without_being_verified(finished: Pa
     (out / "model.safetensors").write_bytes(bytes(data))
     with pytest.raises(ArtifactError, match=r"model\.safetensors") as caught:
         quick_export(out)
-    assert "--overwrite makes it again" in str(caught.value.hint)
+    assert "give --overwrite to export it again" in str(caught.value.hint)
     quick_export(out, overwrite=True)
     assert contents(out) == contents(finished)
 

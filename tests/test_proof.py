@@ -332,8 +332,8 @@ EDITS: list[tuple[str, Edit, str]] = [
         lambda f: f.manifest.update(linears={}, errors={}),
         "names no quantized linear, so it verifies",
     ),
-    ("no errors", lambda f: f.manifest.update(errors={}), "the manifest has no error of it"),
-    ("an error less", lambda f: f.manifest["errors"].popitem(), "the manifest has no error of it"),
+    ("no errors", lambda f: f.manifest.update(errors={}), "the manifest has no quantization error for it"),
+    ("an error less", lambda f: f.manifest["errors"].popitem(), "the manifest has no quantization error for it"),
     ("no units", lambda f: f.manifest.update(units=[]), "in none of the manifest's units"),
     ("units in another order", lambda f: f.manifest["units"].reverse(), "units are not the blocks"),
     ("no files", lambda f: f.manifest.update(files={}), "model.safetensors: not in the manifest"),
@@ -444,12 +444,12 @@ EDITS: list[tuple[str, Edit, str]] = [
                 group_9=groups(c)[0] | {"targets": ["re:nothing"], "weights": groups(c)[0]["weights"] | {"num_bits": 5}}
             ),
         ),
-        "a scheme that no linear has",
+        "a scheme that no linear uses",
     ),
     (
         "no quantization in the config",
         lambda f: f.text("config.json", lambda d: {k: v for k, v in d.items() if k != "quantization_config"}),
-        "schemes, expected one",
+        "; expected one",
     ),
     (
         "another chat template",
@@ -462,7 +462,7 @@ EDITS: list[tuple[str, Edit, str]] = [
         "asked by another processor than the source's",
     ),
     # weights
-    ("swapped codes", foreign_weights, "its codes, scales or zero points are not those that were computed"),
+    ("swapped codes", foreign_weights, "its codes, scales or zero points differ from the computed ones"),
     # what an engine answered
     ("a failed check passes", lambda f: served(f, problems=["it answers otherwise"]), "the engine answers otherwise"),
     (

@@ -296,7 +296,7 @@ def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Pa
     manifest = json.loads((artifact / MANIFEST).read_text())
     for name in (str(secret), "../secret", "x/../../secret", "..", "a\\b"):
         (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {name: "0" * 64}}))
-        assert f"files.{name}: {name!r} is not the plain name of a file" in refused(artifact, "--force")
+        assert f"files.{name}: {name!r} is not a plain file name" in refused(artifact, "--force")
     (artifact / "link.txt").symlink_to(secret)
     (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"link.txt": "0" * 64}}))
     assert "link.txt" in refused(artifact, "--force", "--dry-run")
@@ -534,7 +534,7 @@ EMPTIED = [
     ({"linears": {}}, "packed, but not among the manifest's linears"),
     ({"linears": {}, "errors": {}, "units": []}, "the manifest names no quantized linear, so it verifies nothing"),
     ({"files": {}}, "config.json: not in the manifest"),
-    ({"errors": {}}, "the manifest has no error of it"),
+    ({"errors": {}}, "the manifest has no quantization error for it"),
 ]
 
 
@@ -549,7 +549,7 @@ def test_a_manifest_that_verifies_nothing_is_an_error(
     hub.add(REPO, {path.name: path.read_bytes() for path in artifact.iterdir()})
     for result in (local, mmq("verify", f"hub:{REPO}")):
         assert result.exit_code == 1
-        assert "does not hold what its manifest says" in result.output
+        assert "does not match its manifest" in result.output
         assert said in result.output
 
 
@@ -599,7 +599,7 @@ def test_the_artifact_may_be_the_current_folder(hub: Hub, artifact: Path, monkey
     spoil(artifact / "model.safetensors")
     text = refused(Path())
     assert f"Error: {artifact} is not published:" in text
-    assert "\n  w4 does not hold what its manifest says" in text
+    assert "\n  w4 does not match its manifest" in text
 
 
 def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) -> None:

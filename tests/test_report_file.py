@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError
-from exporter.evaluation.gates import decided, worst
+from exporter.evaluation.gates import interval_verdict, worst
 from exporter.evaluation.report_file import (
     REPORT,
     VERSION,
@@ -143,7 +143,9 @@ def test_few_samples_of_version_1_resolve_nothing() -> None:
 def test_every_required_key_must_be_there(key: str) -> None:
     plain = json.loads(dump(crafted(1, 3), None))
     del plain[key]
-    with pytest.raises(ArtifactError, match=f"the report is damaged, or of a newer mmq:\n  {key}: Field required"):
+    with pytest.raises(
+        ArtifactError, match=f"the report is damaged, or a newer mmq wrote it:\n  {key}: Field required"
+    ):
         parse(plain)
 
 
@@ -193,7 +195,7 @@ ODD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("key", "value"), ODD)
 def test_odd_values_are_refused_by_name(key: str, value: Any) -> None:
     plain = json.loads(dump(crafted(1, 3), None)) | {key: value}
-    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+    with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain)
     assert key in refused.value.message
 
@@ -215,7 +217,7 @@ def test_what_is_no_report_at_all_is_one_error(content: str) -> None:
     ],
 )
 def test_a_verdict_says_on_which_side_of_the_bound_the_interval_is(low: float, high: float, verdict: str) -> None:
-    assert decided(low, high, 0.03) == verdict
+    assert interval_verdict(low, high, 0.03) == verdict
 
 
 def test_a_report_is_as_good_as_its_worst_gate() -> None:

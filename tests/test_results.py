@@ -73,9 +73,9 @@ def test_answers_to_another_set_are_an_error(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}], "1 repeated ids: id 1 twice"),
-        ([{"caption": "a"}, 4, {"id": 2}], "has 3 entries that are no answers"),
+        ([{"caption": "a"}, 4, {"id": 2}], "has 3 invalid entries"),
         ({"1": None}, "entry 0"),
-        (4, "neither a list of answers"),
+        (4, "must be a JSON list of answers"),
         ("{", "is not a JSON file"),
     ],
 )

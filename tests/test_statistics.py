@@ -6,7 +6,7 @@ import pytest
 from exporter.evaluation import statistics
 from exporter.evaluation.statistics import (
     ASSUMED_SD,
-    ends,
+    gate_interval,
     half_width,
     paired_bootstrap,
     samples_to_exclude,
@@ -107,7 +107,7 @@ def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
     """At either end, seeing no change in n samples has a chance of just 2.5 %."""
     found = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
     assert (found.low, found.high) == (0.0, 0.0)
-    low, high = ends(found, 2 * n)
+    low, high = gate_interval(found, 2 * n)
     assert (1 - high) ** (2 * n) == pytest.approx(0.025)
     assert low == -high
 
@@ -115,7 +115,7 @@ def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
 def test_losses_that_were_seen_and_the_bootstrap_decides() -> None:
     before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
     found = paired_bootstrap(before, after, seed=0)
-    assert ends(found, 40) == (found.low, found.high)
+    assert gate_interval(found, 40) == (found.low, found.high)
     assert found.low < -0.15
 
 
@@ -124,21 +124,21 @@ def test_a_total_loss_that_no_sample_showed_is_never_excluded_by_few() -> None:
     for change in (0.001, -0.001):
         found = paired_bootstrap([1.0] * 8, [1.0 + change] + [1.0] * 7, seed=0)
         assert found.low > -0.01
-        low, high = ends(found, 8)
+        low, high = gate_interval(found, 8)
         assert low == pytest.approx(0.025 ** (1 / 8) - 1)  # 37 of 100
         assert high == found.high
 
 
 def test_a_score_beyond_one_is_taken_to_lose_its_mean() -> None:
     found = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
-    assert ends(found, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
+    assert gate_interval(found, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
 
 
 @pytest.mark.parametrize(("drop", "cost"), [(0.01, 1.0), (0.006, 1.0), (0.03, 6.0)])
 def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: float) -> None:
     found = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
     needed = samples_to_exclude(drop, cost)
-    assert ends(found, needed)[0] >= -drop > ends(found, needed - 1)[0]
+    assert gate_interval(found, needed)[0] >= -drop > gate_interval(found, needed - 1)[0]
     assert samples_to_exclude(0.01) == 368
     for impossible in (0.0, cost, cost + 1):
         with pytest.raises(ValueError, match="above 0 and below"):

@@ -54,7 +54,7 @@ def test_the_whole_model_is_loaded_on_request_and_refused_when_it_does_not_fit(
     monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need)
     refuse_too_large(Artifact.open(finished))
     monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need - 1)
-    with pytest.raises(ArtifactError, match="two copies of the model take"):
+    with pytest.raises(ArtifactError, match="two copies of the model need"):
         verify(finished, CPU, ignore, load="whole")
 
 
@@ -118,7 +118,7 @@ def test_names_that_transformers_lacks_are_problems(finished: Path, monkeypatch:
         prepare(model, dict(described) | {"config_groups": groups})
 
     monkeypatch.setattr(verify_blocks, "_prepare", with_fewer)
-    with pytest.raises(ArtifactError, match="looks for other tensors than the artifact holds"):
+    with pytest.raises(ArtifactError, match="expects other tensors than the artifact has"):
         verify(finished, CPU, ignore)
 
 

@@ -242,11 +242,11 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:
     """Test samples of every task of the artifact's gates, in turn, from `places` or else by its own recipe."""
     from exporter.data import samples_from
-    from exporter.pipeline.export import tested_on
+    from exporter.pipeline.export import test_sources
     from exporter.planning.recipe_file import load_recipe
 
     recipe = load_recipe(str(artifact / "recipe.yaml"))
     tasks = list(dict.fromkeys(gate.task for gate in recipe.gates)) or ["vqa"]
-    chosen, seed = places or tested_on(recipe), recipe.evaluation.seed
+    chosen, seed = places or test_sources(recipe), recipe.evaluation.seed
     lists = [samples_from(chosen, task, "test", -(-count // len(tasks)), seed) for task in tasks]
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]

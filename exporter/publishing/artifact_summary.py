@@ -126,7 +126,7 @@ def read_summary(name: str, read: ReadFile) -> Summary:
 def _needed(name: str, read: ReadFile, file: str) -> bytes:
     found = read(file)
     if found is None:
-        raise ArtifactError(f"{name} has no {file}: not an artifact of mmq", "`mmq export` writes one")
+        raise ArtifactError(f"{name} has no {file}: it is not an mmq artifact", "`mmq export` writes an artifact")
     return found
 
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from exporter.evaluation.judge import Judged, judge
-from exporter.evaluation.report_file import Answered, MetricScores, Report, TaskScores
+from exporter.evaluation.judge import Judgement, judge
+from exporter.evaluation.report_file import AnswerPair, MetricScores, Report, TaskScores
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.planning.recipe import Recipe
 from exporter.tasks import TASKS
@@ -63,7 +63,7 @@ def _of_bootstrap(report: Report, recipe: Recipe) -> Iterator[str]:
         yield "its report does not say how many pictures and texts were searched"
 
 
-def _of_figures(report: Report, judged: Judged) -> Iterator[str]:
+def _of_figures(report: Report, judged: Judgement) -> Iterator[str]:
     """Every figure that is computed from the scores."""
     for name, stored, computed in (
         ("measures", report.measures, judged.measures),
@@ -104,7 +104,7 @@ def _of_rows(report: Report) -> Iterator[str]:
             yield f"its listed answers of {task} are not those that changed"
 
 
-def _is_sample(row: Answered, found: TaskScores) -> bool:
+def _is_sample(row: AnswerPair, found: TaskScores) -> bool:
     index = found.ids.index(row.id)
     scores: MetricScores = found.scores[TASKS[row.task].METRICS[0]]
     pair = (scores.before[index], scores.after[index])

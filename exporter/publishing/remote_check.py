@@ -54,7 +54,7 @@ def verify_remote(remote: Remote, on_event: Listener) -> Published:
     problems += _missing(remote, summary.manifest, quiet=bool(problems))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
+        raise ArtifactError(f"{remote.name} does not match its manifest:\n{lines}", "publish it again")
     return Published(remote.name, len(expected), len(summary.manifest.linears), fetched)
 
 
