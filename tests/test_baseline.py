@@ -23,7 +23,7 @@ from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
 from exporter.model.source import open_source
 from exporter.publishing.artifact_summary import read_place
-from exporter.publishing.card import Declared, render
+from exporter.publishing.card import CardDeclarations, render
 from exporter.publishing.proof import prove
 from exporter.quantization import identity
 from exporter.report.content import collect
@@ -117,7 +117,7 @@ def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tm
     summary = read_place(str(artifact))
     assert summary.other_baseline == "damaged, not demo-llava"
     assert collect(summary, {})["other_baseline"] == summary.other_baseline
-    card = render("me/x", summary, Declared(), (), "", ())
+    card = render("me/x", summary, CardDeclarations(), (), "", ())
     assert "**another model than the source**: damaged, not demo-llava" in card
     done = CliRunner().invoke(cli, ["report", str(artifact), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output

@@ -17,7 +17,7 @@ from exporter.errors import ArtifactError, PublishError
 from exporter.evaluation.report_file import REPORT, EvaluationRecord, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
 from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
-from exporter.publishing.card import RESULTS, Declared, render, table
+from exporter.publishing.card import RESULTS, CardDeclarations, render, table
 from exporter.publishing.repository import package
 from tests.published_artifact import tiny_artifact, tiny_model
 
@@ -51,13 +51,13 @@ def measured_on(summary: Summary, data: str) -> Summary:
     return replace(summary, report=summary.report.model_copy(update={"evaluation": EvaluationRecord(data=data)}))
 
 
-def card(summary: Summary, declared: Declared | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
+def card(summary: Summary, declared: CardDeclarations | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
     """The rendered card, parsed by the hub's library."""
-    return ModelCard(render(REPO, summary, declared or Declared(), problems, ""))
+    return ModelCard(render(REPO, summary, declared or CardDeclarations(), problems, ""))
 
 
 def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
-    declared = Declared("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
+    declared = CardDeclarations("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
     data = card(summary, declared).data
     assert data.base_model == "org/llava"
     assert data.to_dict()["base_model_relation"] == "quantized"
@@ -90,25 +90,25 @@ def test_the_card_says_what_was_done(summary: Summary) -> None:
     assert f"vllm serve {REPO} --limit-mm-per-prompt" in text
     assert f"--model {REPO}" in text
     assert summary.manifest.recipe.sha256 in text
-    assert "None: no method of this recipe looks at data." in text
+    assert "None: no method of this recipe needs data." in text
     assert "Published by force" not in text
     assert "humming" not in text
 
 
 def test_requests_ask_for_the_start_token_where_the_template_lacks_it(summary: Summary) -> None:
-    with_it, without = (render(REPO, summary, Declared(), (), "", lacks) for lacks in (True, False))
+    with_it, without = (render(REPO, summary, CardDeclarations(), (), "", lacks) for lacks in (True, False))
     assert "add_special_tokens" not in without
     request = with_it.partition("-d '")[2].partition("'\n```")[0]
     asked = json.loads(request)
     assert asked.pop("add_special_tokens") is True
     assert asked == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
-    assert "`add_special_tokens` is needed with every request" in with_it
+    assert "Every request needs `add_special_tokens`" in with_it
 
 
 def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
     calibration = {"data": "coco train2014", "seed": 7, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * 3}
     told = changed(summary, provenance={"calibration": calibration, "device": "H100"})
-    assert "3 training samples of coco train2014, chosen with seed 7" in card(told).text
+    assert "3 training samples of coco train2014, selected with seed 7" in card(told).text
     assert summary.report
     unnamed = replace(told, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
     assert "answered the same samples (coco train2014)" in card(unnamed).text
@@ -118,7 +118,7 @@ def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
 
 def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> None:
     drawings = measured_on(summary, "drawings")
-    said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much"
+    said = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much"
     assert said in card(drawings).text
     assert "answered the same samples (mmq's built-in drawings)" in card(drawings).text
     assert said not in card(measured_on(summary, "folder mine")).text
@@ -128,7 +128,7 @@ def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> No
 
 def test_a_card_without_report_promises_nothing(summary: Summary) -> None:
     bare = card(replace(summary, report=None), problems=("it was never evaluated\n  at all",))
-    assert "It was never measured." in bare.text
+    assert "The artifact was never evaluated." in bare.text
     assert "> - it was never evaluated\n> -   at all" in bare.text
     assert bare.data.eval_results is None
     assert "unproven" in bare.data.tags
@@ -143,24 +143,27 @@ def test_the_engines_check_is_on_the_card(summary: Summary) -> None:
     serving = ServingRecord(
         engine="0.32.0", build="CPU", questions=8, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
-    assert "vLLM 0.32.0 (CPU) served it and answered 8 questions" in card(replace(summary, serving=serving)).text
+    assert (
+        "vLLM 0.32.0 (CPU) served this artifact and answered 8 questions"
+        in card(replace(summary, serving=serving)).text
+    )
     failing = serving.model_copy(update={"problems": ("x",)})
     assert "**differed from**" in card(replace(summary, serving=failing)).text
 
 
 def test_benchmark_results_only_for_benchmarks(made: Path, summary: Summary) -> None:
-    declared = Declared(benchmarks={"vqa": ("org/VQA", "vqa_test")})
-    with pytest.raises(PublishError, match="drawings, which are no benchmark"):
+    declared = CardDeclarations(benchmarks={"vqa": ("org/VQA", "vqa_test")})
+    with pytest.raises(PublishError, match="drawings, not on a benchmark data set"):
         package(made / "w4", measured_on(summary, "drawings"), REPO, declared, (), None)
     measured = measured_on(summary, "vqav2 val")
-    wrong = Declared(benchmarks={"captioning": ("org/COCO", "x")})
+    wrong = CardDeclarations(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
         package(made / "w4", measured, REPO, wrong, (), None)
     found = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
     assert isinstance(found, bytes)
     (entry,) = parse_eval_result_entries(yaml.safe_load(found))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
-    assert RESULTS not in package(made / "w4", measured, REPO, Declared(), (), None).files
+    assert RESULTS not in package(made / "w4", measured, REPO, CardDeclarations(), (), None).files
 
 
 def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
@@ -171,7 +174,7 @@ def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
     told = ", ".join(str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine"))
     assert told == "hub vqav2, hub org/data@v1, coco coco, hub mine"
     assert card(calibrated(told)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
-    assert card(calibrated(told), Declared(datasets=("me/data",))).data.datasets == ["me/data"]
+    assert card(calibrated(told), CardDeclarations(datasets=("me/data",))).data.datasets == ["me/data"]
     assert card(calibrated(told, samples=0)).data.datasets is None
     assert card(calibrated("demo")).data.datasets is None
 
@@ -192,12 +195,12 @@ def test_nothing_is_minus_zero(summary: Summary) -> None:
 
 
 def test_the_introduction_names_the_source_as_what_it_is(summary: Summary) -> None:
-    def text(source: str, declared: Declared | None = None) -> str:
+    def text(source: str, declared: CardDeclarations | None = None) -> str:
         return card(changed(summary, source={"model": source, "shards": {}}), declared).text
 
-    assert "The small model `demo-llava` that comes with mmq, quantized by mmq with" in text("demo-llava")
+    assert "The small model `demo-llava` that mmq includes, quantized by mmq with" in text("demo-llava")
     assert "A local model (`mine`), quantized by mmq with" in text("mine")
-    assert "[org/x](https://huggingface.co/org/x), quantized by mmq with" in text("mine", Declared("org/x"))
+    assert "[org/x](https://huggingface.co/org/x), quantized by mmq with" in text("mine", CardDeclarations("org/x"))
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:
@@ -216,16 +219,16 @@ def test_difference_finds_what_was_changed_and_nothing_else(made: Path, summary:
     other = read_summary("w3", folder_reader(made / "w3"))
     changes = {c.what: c for c in difference(summary, other)}
     assert (changes["language"].first, changes["language"].second) == ("W4 g16 rtn", "W3 g16 rtn")
-    assert changes["bits a weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
+    assert changes["bits per weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
     assert changes["bytes"].change == other.bytes - summary.bytes < 0
     assert changes["recipe.quantize[0].bits"].second == "3"
-    assert changes["quantized linears with other integers"].second == "14 of 14"
+    assert changes["quantized linears with different integers"].second == "14 of 14"
     assert changes.keys() - {"recipe.name"} == {
         "language",
-        "bits a weight",
+        "bits per weight",
         "bytes",
         "recipe.quantize[0].bits",
-        "quantized linears with other integers",
+        "quantized linears with different integers",
     }
     assert summary.report
     (measure,) = summary.report.measures
@@ -269,4 +272,4 @@ def test_diff_of_folders_as_one_names_them(made: Path, monkeypatch: pytest.Monke
     assert read_place(".").name == "w4"
     nothing = CliRunner().invoke(cli, ["diff", "/nope", "."])
     assert nothing.exit_code == 1
-    assert "Error: no folder /nope" in nothing.output
+    assert "Error: folder /nope does not exist" in nothing.output

@@ -17,8 +17,8 @@ import torch
 from exporter.errors import ServeError
 from exporter.numerics.activation_rounding import round_inputs, round_rows
 from exporter.serving.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
-from exporter.serving.reference import Compared, Distance, distance_of, listed_tokens
-from exporter.serving.vllm_engine import Engine, Reply, free_port, last_words, read_kernels, read_reply, read_schemes
+from exporter.serving.reference import Distance, EngineComparison, distance_of, listed_tokens
+from exporter.serving.vllm_engine import Engine, Reply, free_port, log_tail, read_kernels, read_reply, read_schemes
 
 FAKE = '''#!{python}
 """Answers like vllm serve; --bad makes it end at once, --deaf ignores SIGTERM; it starts a child of its own."""
@@ -177,7 +177,7 @@ def test_a_server_that_ends_is_reported_with_its_own_words(folder, program, tmp_
 
 
 def test_a_taken_port_is_refused(engine):
-    with pytest.raises(ServeError, match="is taken"):
+    with pytest.raises(ServeError, match="is in use"):
         Engine(engine.launch).start()
 
 
@@ -271,12 +271,12 @@ def test_a_model_without_template_gets_the_familys_prompt(folder):
 def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("MMQ_VLLM", raising=False)
-    with pytest.raises(ServeError, match="no program 'vllm'"):
+    with pytest.raises(ServeError, match="the program 'vllm' does not exist"):
         find_program()
     silent = tmp_path / "vllm"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
-    with pytest.raises(ServeError, match="does not say which version"):
+    with pytest.raises(ServeError, match="does not print a version"):
         find_program()
     silent.write_text("#!/bin/sh\necho noise\necho 0.32.0+cpu\n")
     assert find_program(str(silent)) == Program(str(silent), "0.32.0+cpu", True)
@@ -294,14 +294,14 @@ def test_a_command_of_several_words_is_a_program(tmp_path, monkeypatch):
     serve = made.command.index("serve")
     assert made.command[1:serve] == (f"PYTHONPATH={tmp_path}", sys.executable, "-m", "vllm.entrypoints.cli.main")
     monkeypatch.setenv("MMQ_VLLM", "nosuchprogram -m vllm")
-    with pytest.raises(ServeError, match="no program 'nosuchprogram -m vllm'"):
+    with pytest.raises(ServeError, match="the program 'nosuchprogram -m vllm' does not exist"):
         find_program()
 
 
 def test_logs_are_read():
     log = "x\nINFO a\nERROR [core] one\nnanobind: leaked\n - leaked\nValueError: two\ny\n"
-    assert last_words(log) == "  ERROR [core] one\n  ValueError: two"
-    assert last_words("a\n\nb\n") == "  a\n  b"
+    assert log_tail(log) == "  ERROR [core] one\n  ValueError: two"
+    assert log_tail("a\n\nb\n") == "  a\n  b"
     twice = "INFO Using MacheteLinearKernel for A\n" * 2
     assert read_kernels(f"{twice}INFO Selected FooKernel for B") == ("FooKernel for B", "MacheteLinearKernel for A")
     two = "DEBUG Using scheme: A for m.0\nDEBUG Using scheme: B for m.1 \n"
@@ -318,15 +318,15 @@ def test_every_listed_token_is_compared():
 
 def test_nothing_compared_is_never_close():
     nothing = distance_of([])
-    assert not Compared(nothing, nothing).close(0.015)
+    assert not EngineComparison(nothing, nothing).close(0.015)
     floor = Distance(0.4, 0.1, 9)
-    assert Compared(Distance(0.79, 0.139, 9), floor).close(0.015)
-    assert not Compared(Distance(0.81, 0.139, 9), floor).close(0.015)
-    assert not Compared(Distance(0.79, 0.141, 9), floor).close(0.015)
+    assert EngineComparison(Distance(0.79, 0.139, 9), floor).close(0.015)
+    assert not EngineComparison(Distance(0.81, 0.139, 9), floor).close(0.015)
+    assert not EngineComparison(Distance(0.79, 0.141, 9), floor).close(0.015)
     still = Distance(0.001, 0.0002, 9)
-    assert Compared(Distance(0.059, 0.014, 9), still).close(0.015)
-    assert not Compared(Distance(0.059, 0.016, 9), still).close(0.015)
-    assert not Compared(Distance(0.061, 0.014, 9), still).close(0.015)
+    assert EngineComparison(Distance(0.059, 0.014, 9), still).close(0.015)
+    assert not EngineComparison(Distance(0.059, 0.016, 9), still).close(0.015)
+    assert not EngineComparison(Distance(0.061, 0.014, 9), still).close(0.015)
 
 
 def test_rows_are_rounded_to_their_own_scale():

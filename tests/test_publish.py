@@ -125,7 +125,7 @@ def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path
     for path in artifact.iterdir():
         assert f"{path.stat().st_size:,}  {path.name}" in text
     assert "## What was quantized" in text
-    assert "note: recipe.yaml, which is published as it is, names the source" in text  # a local path
+    assert "note: recipe.yaml is published unchanged and contains the local path" in text  # a local path
     assert not hub.sent("^(POST|PUT)")
     found = json.loads(published(artifact, "--dry-run", "--json").stdout)
     assert found["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
@@ -146,7 +146,7 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: 
     (artifact / REPORT).write_text(json.dumps(foreign))
     assert "measured on other weights" in refused(artifact)
     (artifact / REPORT).unlink()
-    assert "it was never evaluated" in refused(artifact)
+    assert "the artifact was never evaluated" in refused(artifact)
     spoil(artifact / "model.safetensors")
     text = refused(artifact)
     assert "model.safetensors: its content has changed" in text
@@ -155,7 +155,7 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: 
     published(artifact, "--force")
     card = hub.files(REPO)["README.md"].decode()
     assert "Published by force" in card
-    assert "> - it was never evaluated" in card
+    assert "> - the artifact was never evaluated" in card
     assert "- unproven\n" in card
 
 
@@ -271,11 +271,11 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
 
 def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> None:
     hub.add(REPO, {"model.safetensors": b"precious"}, private=True)
-    assert "something that mmq did not put there (model.safetensors, 1 files)" in refused(artifact)
+    assert "has 1 files that mmq did not publish, such as model.safetensors" in refused(artifact)
     assert hub.files(REPO) == {"model.safetensors": b"precious"}
     published(artifact, "--replace")
     hub.repos[REPO].private = False
-    assert "there already, and public" in refused(artifact)
+    assert "exists and is public" in refused(artifact)
     published(artifact, "--public")
 
 
@@ -315,7 +315,7 @@ def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
     files = hub.files(REPO)
     assert {name: files[name] for name in mine} == mine
     hub.add(REPO, files | {"adapter.safetensors": b"x" * 20_000})
-    assert "weights that mmq did not put there: adapter.safetensors" in refused(made / "w4")
+    assert "weights that mmq did not publish: adapter.safetensors" in refused(made / "w4")
     published(made / "w4", "--replace")
     assert "adapter.safetensors" not in hub.files(REPO)
     assert hub.files(REPO)["LICENSE"] == b"mine"
@@ -334,7 +334,7 @@ def test_a_branch_of_somebody_else_is_left_alone(hub: Hub, artifact: Path) -> No
     published(artifact)
     repo = hub.repos[REPO]
     repo.commit("gguf", {"model.gguf": Entry(b"precious", False)})
-    assert f"{REPO}@gguf holds something that mmq did not put there" in refused(artifact, "--revision", "gguf")
+    assert f"{REPO}@gguf has 1 files that mmq did not publish" in refused(artifact, "--revision", "gguf")
     assert hub.files(REPO, "gguf") == {"model.gguf": b"precious"}
     hub.add("me/other", {"model.gguf": b"precious"}, private=True)
     hub.repos["me/other"].commit("mmq", hub.repos[REPO].commits[repo.branches["main"]])
@@ -347,7 +347,7 @@ def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path)
     hub.add(REPO, hub.files(REPO) | {MANIFEST: b"{"})
     assert mmq("verify", f"hub:{REPO}").exit_code == 1
     published(artifact)
-    assert "- the artifact that was here could not be read" in hub.files(REPO)["README.md"].decode()
+    assert "- mmq could not read the previous artifact" in hub.files(REPO)["README.md"].decode()
     open_artifact()
     files = hub.files(REPO)
     del files["recipe.yaml"]
@@ -358,13 +358,13 @@ def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path)
 
 def test_targets_that_make_no_sense_are_refused_before_anything_is_asked(hub: Hub, artifact: Path) -> None:
     assert "a pull request is always against main" in refused(artifact, "--create-pr", "--revision", "dev")
-    assert "is a commit, which never changes" in refused(artifact, "--revision", "0" * 40)
+    assert "is a commit, which cannot change" in refused(artifact, "--revision", "0" * 40)
     assert not hub.log
 
 
 def test_public_does_not_change_an_existing_private_repository(hub: Hub, artifact: Path) -> None:
     published(artifact)
-    assert "there already, and private: --public is for new" in refused(artifact, "--public")
+    assert "exists and is private; --public applies only to new" in refused(artifact, "--public")
     published(artifact, "--repo", "me/open", "--public")
     assert not hub.repos["me/open"].private
 
@@ -375,19 +375,19 @@ def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hu
 
     hub.add("me/race", {"weights.bin": b"foreign"})
     unseen("me/race")
-    assert "there already, and public" in refused(artifact, "--repo", "me/race")
+    assert "exists and is public" in refused(artifact, "--repo", "me/race")
     unseen("me/race")
-    assert "mmq did not put there (weights.bin" in refused(artifact, "--repo", "me/race", "--public")
+    assert "mmq did not publish, such as weights.bin" in refused(artifact, "--repo", "me/race", "--public")
     assert hub.files("me/race") == {"weights.bin": b"foreign"}
     published(artifact)
     unseen(REPO)
-    assert "somebody else made it at the same time" in refused(artifact)
+    assert "another process created" in refused(artifact)
 
 
 def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a change between looking and uploading is somebody else's."""
     published(made / "w4")
-    existing = exporter.publishing.upload.existing
+    existing = exporter.publishing.upload.existing_repository
 
     def looked_then(*arguments: Any) -> Any:
         remote = existing(*arguments)
@@ -404,7 +404,7 @@ def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) ->
     hub.faults.append(fault)
     said = refused(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
-    assert f"the commit was made ({hub.url}/{REPO}/commit/{head}), but reading it back failed" in said
+    assert f"the commit exists ({hub.url}/{REPO}/commit/{head}), but mmq could not read it back" in said
     assert f"mmq verify hub:{REPO}@{head}" in said
 
 
@@ -437,10 +437,10 @@ def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Pa
 def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: Hub, artifact: Path) -> None:
     wrong = ["--license", "No Such License", "--language", "English", "--base-model", "a b", "--dataset", "x/y/z"]
     text = refused(artifact, *wrong, "--dry-run")
-    assert "--license No Such License: not an identifier" in text
-    assert "--language English: not a code" in text
-    assert "--base-model a b: not a hub id" in text
-    assert "--dataset x/y/z: not a hub id" in text
+    assert "--license No Such License is not a license identifier" in text
+    assert "--language English is not a language code" in text
+    assert "--base-model a b is not a hub id" in text
+    assert "--dataset x/y/z is not a hub id" in text
     assert "must be one of the known identifiers" in refused(artifact, "--license", "wrong")
     assert REPO not in hub.repos
 
@@ -508,8 +508,8 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("model.safetensors", lambda data: data[:-1] + b"\x01", "not the one that was written"),
-        ("config.json", lambda data: data + b" ", "not the one that was written"),
+        ("model.safetensors", lambda data: data[:-1] + b"\x01", "its content differs from the export"),
+        ("config.json", lambda data: data + b" ", "its content differs from the export"),
         ("generation_config.json", None, "missing"),
         ("extra.safetensors", lambda data: b"x" * 20_000, "not in the manifest"),
     ],
@@ -598,7 +598,7 @@ def test_the_artifact_may_be_the_current_folder(hub: Hub, artifact: Path, monkey
     monkeypatch.chdir(artifact)
     spoil(artifact / "model.safetensors")
     text = refused(Path())
-    assert f"Error: {artifact} is not published:" in text
+    assert f"Error: mmq does not publish {artifact}:" in text
     assert "\n  w4 does not match its manifest" in text
 
 

@@ -26,8 +26,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import card
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
-from exporter.serving.check import Checked, Control, keep
-from exporter.serving.reference import Compared, Distance
+from exporter.serving.check import CheckResult, Control, store_result
+from exporter.serving.reference import Distance, EngineComparison
 from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
@@ -194,7 +194,7 @@ def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
 def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
     """The embedded models learned them; for others they show little."""
     found = summary(out)
-    said = "this shows that the model still works, not how much it lost"
+    said = "the scores show that the model works, not how much accuracy it lost"
     assert said not in html(collect(found, {}))
     source = found.manifest.source.model_copy(update={"model": "org/llava@abc"})
     assert said in html(collect(replace(found, manifest=found.manifest.model_copy(update={"source": source})), {}))
@@ -211,9 +211,20 @@ def test_what_the_engine_answered_is_on_the_page(
     if not evaluated:
         (copy / REPORT).unlink()
     seen, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
-    control = Control("vision", Distance(9.5, 4.25, 70), Compared(seen, floor))
-    found = ("0.32.0+cpu", "cpu", 16, 0.015, Compared(seen, floor), control, {"W4": 8}, ("K for W4",), 30.0, problems)
-    keep(copy, Checked(*found), "0" * 64)
+    control = Control("vision", Distance(9.5, 4.25, 70), EngineComparison(seen, floor))
+    found = (
+        "0.32.0+cpu",
+        "cpu",
+        16,
+        0.015,
+        EngineComparison(seen, floor),
+        control,
+        {"W4": 8},
+        ("K for W4",),
+        30.0,
+        problems,
+    )
+    store_result(copy, CheckResult(*found), "0" * 64)
     content = collect(summary(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)

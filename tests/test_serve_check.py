@@ -55,10 +55,10 @@ def test_what_it_finds_is_kept_and_decides(
 ) -> None:
     asked: list[tuple[Path, int]] = []
 
-    def stand_in(folder: Path, samples: Any, processor: Any, session: Any, control: bool) -> checking.Checked:
+    def stand_in(folder: Path, samples: Any, processor: Any, session: Any, control: bool) -> checking.CheckResult:
         asked.append((folder, len(samples)))
         assert control
-        return checking.Checked("0.32.0+cpu", "cpu", len(samples), 0.06, None, None, {}, (), 1.0, problems)
+        return checking.CheckResult("0.32.0+cpu", "cpu", len(samples), 0.06, None, None, {}, (), 1.0, problems)
 
     monkeypatch.setattr(checking, "check", stand_in)
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--json")

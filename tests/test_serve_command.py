@@ -15,7 +15,7 @@ from exporter.demo import MODELS
 from exporter.device import capability
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import head_size
-from exporter.serving.faster import FLASHINFER, HUMMING, Faster, faster
+from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.vllm_engine import ending, free_port
 from tests.headers.read import load_header
@@ -57,7 +57,7 @@ def test_a_vllm_that_was_named_must_be_there(named: str, monkeypatch: pytest.Mon
         monkeypatch.setenv("MMQ_VLLM", "/nowhere/vllm")
     done = serve(DEMO, "--print", *(["--vllm", "/nowhere/vllm"] if named == "option" else []))
     assert done.exit_code == 1
-    assert "no program '/nowhere/vllm'" in done.stderr
+    assert "the program '/nowhere/vllm' does not exist" in done.stderr
 
 
 def test_nothing_is_started_without_vllm() -> None:
@@ -152,14 +152,14 @@ def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
     ],
 )
 def test_faster_flags_are_known_for_what_they_were_seen_to_serve(
-    recipe: str, cache: str | None, known: list[Faster]
+    recipe: str, cache: str | None, known: list[FlagAdvice]
 ) -> None:
     schemes = [(rule.component, rule.scheme()) for rule in load_recipe(recipe).quantize]
     language = {scheme for component, scheme in schemes if scheme and component == "language"}
     others = {scheme for _, scheme in schemes if scheme} - language
     true = head_size(load_header("llava-hf--llava-1.5-7b-hf")[0])
-    assert faster(language, others, cache, true) == known
-    assert FLASHINFER not in faster(language, others, cache, 80)
+    assert faster_flags(language, others, cache, true) == known
+    assert FLASHINFER not in faster_flags(language, others, cache, 80)
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
@@ -175,8 +175,8 @@ def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -
 def test_where_it_listens_and_on_how_many_gpus_is_asked_of_mmq(flags: tuple[str, ...]) -> None:
     done = serve(DEMO, "--print", "--", *flags)
     assert done.exit_code == 1
-    assert "behind `--`: mmq asks the server itself" in done.stderr
-    assert "give it before `--`" in done.stderr
+    assert "is not allowed after `--`: mmq needs this value" in done.stderr
+    assert "before `--`, give" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [("--served-model-name", "mine"), ("--served_model_name=mine",)])
@@ -190,13 +190,13 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
     command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["error"].startswith("vllm was killed by signal 9 (is memory short?) before it was")
+    assert json.loads(done.stdout)["error"].startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (1, "vllm ended with code 1"),
+        (1, "vllm exited with code 1"),
         (-11, "vllm was killed by signal 11"),
         (-9, "vllm was killed by signal 9 (is"),
     ],

@@ -16,7 +16,7 @@ from exporter.evaluation.report_file import (
     Report,
     ServingRecord,
 )
-from exporter.publishing.artifact_summary import Summary, built_in, component_of
+from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 NEVER = "never evaluated"
@@ -37,7 +37,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "verdict": word,
         "verdict_tone": TONES.get(word, "open"),
         "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",
-        "built_in": built_in(summary),
+        "built_in": drawings_note(summary),
         "other_baseline": summary.other_baseline,
         "gates": [_gate(gate) for gate in report.gates] if report else [],
         "bytes": manifest.bytes.model_dump(),
