@@ -190,7 +190,8 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
     command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["error"].startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
+    error = json.loads(done.stdout)["error"]
+    assert error.startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
 
 
 @pytest.mark.parametrize(
