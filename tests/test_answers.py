@@ -64,7 +64,7 @@ def run(
     return collect_answers(backend.model(**identity), samples, pictures, store, ignore)
 
 
-def test_a_second_evaluation_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: Path) -> None:
+def test_a_second_evaluation_runs_no_samples_and_a_larger_one_only_new_samples(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = Counting()
     tasks = {"vqa": [sample(i) for i in range(7)], "captioning": [sample(i, None) for i in range(2)]}
@@ -79,7 +79,7 @@ def test_a_second_evaluation_asks_nothing_and_a_larger_one_only_what_is_new(tmp_
     assert larger.asked == ["s7", "s8"]
 
 
-def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
+def test_everything_that_determines_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
     store = Store(tmp_path)
     run(Counting(), {"vqa": [sample(1)]}, store, dtype="float32")
     for other, identity in (
@@ -97,13 +97,13 @@ def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
     assert renamed.asked == []
 
 
-def test_equal_samples_are_asked_once_and_all_answered() -> None:
+def test_equal_samples_run_once_and_all_get_the_answer() -> None:
     backend = Counting()
     assert run(backend, {"vqa": [sample(1), sample(2), sample(1)]}, None) == {"vqa": ["I am s1", "I am s2", "I am s1"]}
     assert backend.asked == ["s1", "s2"]
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_at_the_same_place(tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(10)]}
     whole = run(Counting(), samples, None)
     run_killed(run, Counting(dies_at=6), samples, Store(tmp_path))
@@ -117,7 +117,7 @@ DAMAGED = ["", '{"a": ', "[1]", '{"k": 3}', "\x00", '{"answers": {}}', '{"answer
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_loses_only_its_batch(content: str, tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(6)]}
     whole = run(Counting(), samples, Store(tmp_path))
     kept = sorted(p for p in tmp_path.glob("*/*.json") if p.name != ABOUT)
@@ -134,7 +134,7 @@ def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("place", [20, -90, -20])
-def test_a_changed_letter_in_a_file_is_noticed(place: int, tmp_path: Path) -> None:
+def test_a_changed_letter_in_a_file_is_detected(place: int, tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(3)]}
     whole = run(Counting(), samples, Store(tmp_path))
     [kept] = [p for p in tmp_path.glob("*/*.json") if p.name != ABOUT]
@@ -146,7 +146,7 @@ def test_a_changed_letter_in_a_file_is_noticed(place: int, tmp_path: Path) -> No
     assert len(rest.asked) == 3
 
 
-def test_answers_of_weights_that_changed_meanwhile_are_not_kept(tmp_path: Path) -> None:
+def test_answers_of_changed_weights_are_not_stored(tmp_path: Path) -> None:
     backend = Counting(size=2)
 
     def require_unchanged() -> None:
@@ -166,7 +166,7 @@ def test_a_sample_without_an_answer_is_an_error_not_an_empty_one(tmp_path: Path)
         run(Counting(skips="s2"), {"vqa": [sample(i) for i in range(4)]}, Store(tmp_path))
 
 
-def test_progress_counts_what_was_kept(tmp_path: Path) -> None:
+def test_progress_counts_stored_answers(tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(5)]}
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
     run(Counting(), {"vqa": samples["vqa"][:2]}, Store(tmp_path))

@@ -126,7 +126,7 @@ def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypa
     assert "in bfloat16" in events[0].message
 
 
-def test_an_artifact_is_asked_like_its_source(out: Path) -> None:
+def test_an_artifact_gets_the_same_prompts_as_its_source(out: Path) -> None:
     identities = [dict(model.identity) for model in both(out)]
     assert identities[0].pop("weights") != identities[1].pop("weights")
     assert identities[0] == identities[1]

@@ -107,7 +107,7 @@ def test_the_same_model_in_another_folder_is_the_source(artifact: Path, tmp_path
     assert read_place(str(artifact)).other_baseline == ""
 
 
-def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tmp_path: Path) -> None:
+def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, tmp_path: Path) -> None:
     other = model_with(tmp_path / "damaged", other_norm)
     code, output = evaluate(artifact, "--baseline", str(other), "--other-baseline")
     assert code == 5, output
@@ -127,7 +127,7 @@ def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tm
 
 
 @pytest.mark.parametrize("claim", [{"is_source": True, "model": "demo-llava", "differs": []}, None])
-def test_a_report_that_claims_the_source_is_compared_by_the_digest(claim: object, artifact: Path) -> None:
+def test_a_report_that_claims_the_source_is_checked_by_digest(claim: object, artifact: Path) -> None:
     report = json.loads((artifact / REPORT).read_text())
     report["evaluation"]["baseline"] = claim
     report["evaluation"]["models"]["full precision"]["weights"] = "0" * 64
@@ -139,7 +139,7 @@ def test_a_report_that_claims_the_source_is_compared_by_the_digest(claim: object
         read_place(str(artifact))
 
 
-def test_an_export_is_measured_beside_its_source(measured: Path) -> None:
+def test_an_export_is_compared_with_its_source(measured: Path) -> None:
     evaluation = json.loads((measured / REPORT).read_text())["evaluation"]
     assert evaluation["baseline"] == {"model": "demo-llava", "is_source": True, "differs": []}
     assert evaluation["models"]["full precision"]["weights"] == read_manifest(measured).source.digest
@@ -174,7 +174,7 @@ def weights_of(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["source", "artifact"])
-def test_kept_answers_are_of_every_byte_of_the_weights(changed: str, artifact: Path, tmp_path: Path) -> None:
+def test_stored_answers_depend_on_every_byte_of_the_weights(changed: str, artifact: Path, tmp_path: Path) -> None:
     source = model_with(tmp_path / "model", lambda folder: None)
     before = models_of(artifact, source)
     for model in before:
@@ -189,7 +189,7 @@ def test_kept_answers_are_of_every_byte_of_the_weights(changed: str, artifact: P
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "vocab.json"])
-def test_kept_answers_are_of_every_file_of_the_processor(name: str, artifact: Path, tmp_path: Path) -> None:
+def test_stored_answers_depend_on_every_file_of_the_processor(name: str, artifact: Path, tmp_path: Path) -> None:
     source = model_with(tmp_path / "model", lambda folder: None)
     before = models_of(artifact, source)
     with (source / name).open("a") as file:
@@ -199,7 +199,7 @@ def test_kept_answers_are_of_every_file_of_the_processor(name: str, artifact: Pa
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "pillow"])
-def test_kept_answers_are_of_the_versions_of_packages(
+def test_stored_answers_depend_on_package_versions(
     package: str, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = models_of(artifact, MODELS["demo-llava"])

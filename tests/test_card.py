@@ -56,7 +56,7 @@ def card(summary: Summary, declared: CardDeclarations | None = None, problems: t
     return ModelCard(render(REPO, summary, declared or CardDeclarations(), problems, ""))
 
 
-def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
+def test_the_hub_library_reads_the_metadata(summary: Summary) -> None:
     declared = CardDeclarations("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
     data = card(summary, declared).data
     assert data.base_model == "org/llava"
@@ -70,7 +70,7 @@ def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
     assert "500 samples" in result.dataset_name
 
 
-def test_the_base_model_is_the_hubs_or_none(summary: Summary) -> None:
+def test_the_base_model_is_a_hub_id_or_absent(summary: Summary) -> None:
     assert card(summary).data.base_model is None
     assert "base_model_relation" not in card(summary).data.to_dict()
     from_hub = changed(summary, source={"model": "llava-hf/llava-1.5-7b-hf@abc", "shards": {}})
@@ -79,7 +79,7 @@ def test_the_base_model_is_the_hubs_or_none(summary: Summary) -> None:
     assert card(odd).data.base_model is None
 
 
-def test_the_card_says_what_was_done(summary: Summary) -> None:
+def test_the_card_lists_schemes_scores_and_provenance(summary: Summary) -> None:
     text = card(summary).text
     assert f"| language | {len(summary.manifest.linears)} | W4 g16 | rtn | packed |" in text
     assert "| vision |  | 16 bits, not quantized |" in text
@@ -95,7 +95,7 @@ def test_the_card_says_what_was_done(summary: Summary) -> None:
     assert "humming" not in text
 
 
-def test_requests_ask_for_the_start_token_where_the_template_lacks_it(summary: Summary) -> None:
+def test_requests_set_the_start_token_flag_where_the_template_lacks_it(summary: Summary) -> None:
     with_it, without = (render(REPO, summary, CardDeclarations(), (), "", lacks) for lacks in (True, False))
     assert "add_special_tokens" not in without
     request = with_it.partition("-d '")[2].partition("'\n```")[0]
@@ -116,7 +116,7 @@ def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
     assert "drawings" not in card(measured_on(told, "vqav2 val")).text
 
 
-def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> None:
+def test_scores_on_the_built_in_drawings_are_marked(summary: Summary) -> None:
     drawings = measured_on(summary, "drawings")
     said = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much"
     assert said in card(drawings).text
@@ -126,7 +126,7 @@ def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> No
     assert said not in card(embedded).text  # it was trained on them
 
 
-def test_a_card_without_report_promises_nothing(summary: Summary) -> None:
+def test_a_card_without_report_states_that_there_was_no_evaluation(summary: Summary) -> None:
     bare = card(replace(summary, report=None), problems=("it was never evaluated\n  at all",))
     assert "The artifact was never evaluated." in bare.text
     assert "> - it was never evaluated\n> -   at all" in bare.text
@@ -134,12 +134,12 @@ def test_a_card_without_report_promises_nothing(summary: Summary) -> None:
     assert "unproven" in bare.data.tags
 
 
-def test_odd_bits_need_more_of_the_engine(made: Path) -> None:
+def test_unusual_widths_need_a_newer_engine(made: Path) -> None:
     text = card(read_summary("w3", folder_reader(made / "w3"))).text
     assert "3-bit weights need vLLM 0.25.1 or later with `humming-kernels`" in text
 
 
-def test_the_engines_check_is_on_the_card(summary: Summary) -> None:
+def test_the_card_has_the_result_of_mmq_check(summary: Summary) -> None:
     serving = ServingRecord(
         engine="0.32.0", build="CPU", questions=8, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
@@ -179,7 +179,7 @@ def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
     assert card(calibrated("demo")).data.datasets is None
 
 
-def test_nothing_is_minus_zero(summary: Summary) -> None:
+def test_a_rounded_zero_has_no_minus_sign(summary: Summary) -> None:
     assert summary.report
     (measure,), (gate,) = summary.report.measures, summary.report.gates
     tiny = {"change": -1e-6, "low": -1e-6, "high": -0.0}
@@ -194,7 +194,7 @@ def test_nothing_is_minus_zero(summary: Summary) -> None:
     assert "-0.0" not in text
 
 
-def test_the_introduction_names_the_source_as_what_it_is(summary: Summary) -> None:
+def test_the_introduction_names_the_kind_of_source(summary: Summary) -> None:
     def text(source: str, declared: CardDeclarations | None = None) -> str:
         return card(changed(summary, source={"model": source, "shards": {}}), declared).text
 
@@ -214,7 +214,7 @@ def test_every_linear_has_a_component(summary: Summary) -> None:
         component_of("lm_head", "llava")
 
 
-def test_difference_finds_what_was_changed_and_nothing_else(made: Path, summary: Summary) -> None:
+def test_difference_lists_exactly_the_changes(made: Path, summary: Summary) -> None:
     assert difference(summary, summary) == ()
     other = read_summary("w3", folder_reader(made / "w3"))
     changes = {c.what: c for c in difference(summary, other)}
@@ -267,7 +267,7 @@ def test_damaged_manifests_are_one_clear_error(made: Path, broken: str) -> None:
         read_summary("w4", lambda name: b"{" if name == REPORT else read(name))
 
 
-def test_diff_of_folders_as_one_names_them(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diff_takes_relative_folders(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made / "w4")
     assert read_place(".").name == "w4"
     nothing = CliRunner().invoke(cli, ["diff", "/nope", "."])

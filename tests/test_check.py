@@ -64,7 +64,7 @@ def test_shapes_from_headers_are_those_of_the_plan(tmp_path: Path, format_name: 
     assert {(n, x.engine, x.shape) for n, x in found.items()} == {(n, x.engine, x.shape) for n, x in planned.items()}
 
 
-def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, tmp_path: Path):
+def test_an_unservable_artifact_is_refused_before_the_engine_starts(folder: Path, tmp_path: Path):
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, on="cpu", tensor_parallel=1)
     with pytest.raises(ServeError, match="rule tensor-parallel: "):
@@ -132,7 +132,7 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
     assert "prompts differ" in reference.prompt_problems(samples, cut)[0]
 
 
-def test_a_control_that_shows_nothing_is_a_problem():
+def test_a_control_without_effect_is_a_problem():
     near, far, floor = Distance(0.02, 0.005, 50), Distance(4.0, 1.0, 50), Distance(0.02, 0.005, 50)
     good = EngineComparison(near, floor)
     assert distance_problems(good, Control("vision", far, good), 0.015) == []
@@ -156,7 +156,7 @@ def test_both_the_largest_and_the_mean_difference_are_bounded(largest: float, me
     assert [len(distance_problems(good, Control("vision", each, good), 0.015)) for each in moved] == [1, 0]
 
 
-def test_the_result_joins_the_report(folder: Path, tmp_path: Path):
+def test_the_result_is_written_into_the_report(folder: Path, tmp_path: Path):
     write_report(tmp_path, crafted(1, 1), None)
     shutil.copy(folder / "mmq_manifest.json", tmp_path)
     store_result(

@@ -32,7 +32,7 @@ def test_an_inner_step_is_not_part_of_the_outer_one(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not anonymous_bytes(), reason="the system does not say what a process holds")
-def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
+def test_a_memory_peak_counts_for_the_step_that_allocated_it() -> None:
     with Clock(CPU) as clock:
         with clock.step("plan"):
             before = anonymous_bytes()
@@ -50,7 +50,7 @@ def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
     assert not clock._watch.is_alive()
 
 
-def test_a_shortage_says_what_was_predicted_and_what_is_kept() -> None:
+def test_a_memory_shortage_reports_the_prediction_and_the_finished_work() -> None:
     clock = Clock(CPU)
     clock.predicted = [Step("write", 0, 3 * 2**30, 1.0)]
     with pytest.raises(MemoryShortage) as caught, clock.step("write", "blocks are kept"):
@@ -92,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")),
     ],
 )
-def test_an_export_that_runs_out_goes_on_to_the_same_bytes(
+def test_an_export_resumes_after_a_memory_shortage_with_identical_bytes(
     stage: str, error: Exception, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

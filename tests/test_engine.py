@@ -117,7 +117,7 @@ def test_an_answer_is_read_with_its_log_probabilities(engine):
     assert engine.schemes() == {"language_model.model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16"}
 
 
-def test_a_refused_request_says_why_and_the_server_lives(engine):
+def test_a_refused_request_has_the_servers_message_and_the_server_keeps_running(engine):
     with pytest.raises(ServeError, match=r"answered 400.*not a picture"):
         engine.ask("What color?", b"\xff\xd8 a jpeg")
     assert engine.ask("What color?", PNG).text == "red"
@@ -168,7 +168,7 @@ def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
     assert ended
 
 
-def test_a_server_that_ends_is_reported_with_its_own_words(folder, program, tmp_path):
+def test_a_server_that_exits_is_reported_with_the_end_of_its_log(folder, program, tmp_path):
     with (
         Engine(command(folder, program, "--bad"), tmp_path / "log") as engine,
         pytest.raises(ServeError, match=r"ended with code 1(.|\n)*There is no module named 'x'"),
@@ -185,7 +185,7 @@ def flags(made: Launch) -> dict[str, str]:
     return dict(zip(made.command[3::2], made.command[4::2], strict=False))
 
 
-def test_the_command_has_what_the_artifact_needs(folder):
+def test_the_command_has_the_flags_that_the_artifact_needs(folder):
     config = {"dtype": "float16", "text_config": {"max_position_embeddings": 8192}}
     gpu = launch(folder, config, Program("vllm", "0.32.0", False), tensor_parallel=2)
     assert gpu.command[:3] == ("vllm", "serve", str(folder))
@@ -316,7 +316,7 @@ def test_every_listed_token_is_compared():
     assert distance_of([0.1, 0.3]) == Distance(0.3, pytest.approx(0.2), 2)
 
 
-def test_nothing_compared_is_never_close():
+def test_an_empty_comparison_is_never_close():
     nothing = distance_of([])
     assert not EngineComparison(nothing, nothing).close(0.015)
     floor = Distance(0.4, 0.1, 9)
@@ -346,7 +346,7 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
     assert not torch.equal(round_rows(hidden, "int8"), hidden)
 
 
-def test_a_free_port_stays_ours_until_a_server_takes_it() -> None:
+def test_a_free_port_stays_reserved_until_a_server_uses_it() -> None:
     """Nothing that asks the system for any port is given it, and a server that reuses addresses can listen there."""
     port = free_port()
     given = []

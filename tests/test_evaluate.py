@@ -64,7 +64,7 @@ def test_means_change_and_kinds() -> None:
     assert (first.references, first.scores, first.before, first.after) == (("right 10",), (1.0, 0.0), "right 10", "no")
 
 
-def test_every_score_of_both_models_is_kept() -> None:
+def test_every_score_of_both_models_is_stored() -> None:
     kept = crafted(wrong_before=10, wrong_after=13).samples["vqa"]
     assert kept.ids == tuple(f"s{i}" for i in range(50))
     assert kept.scores["accuracy"].before == (0.0,) * 10 + (1.0,) * 40
@@ -84,7 +84,7 @@ def test_the_interval_decides_and_not_the_measured_change() -> None:
     assert -0.065 < gate.low < -0.055 < gate.high < -0.035
 
 
-def test_a_gate_decides_by_the_share_that_is_lost() -> None:
+def test_a_gate_decides_by_the_relative_loss() -> None:
     """Of 800 right answers of 1000 24 are lost: 3 % of the score, 2.4 points."""
     gate = crafted(200, 224, 1000, max_drop=0.05).gates[0]
     assert gate.change == pytest.approx(-0.03)
@@ -106,7 +106,7 @@ def test_few_samples_resolve_nothing() -> None:
     assert crafted(0, 0, n=368, max_drop=0.01).verdict == "passed"
 
 
-def test_so_many_samples_as_a_gate_asks_for_resolve_it() -> None:
+def test_the_estimated_number_of_samples_resolves_a_gate() -> None:
     """Of 500, 7 right answers are lost and 3 % are allowed; the number named is not far from the least that will do."""
     gate = crafted(0, 7, 500, max_drop=0.02).gates[0]
     assert gate.verdict == "not resolved"
@@ -141,7 +141,7 @@ def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
         raise_unless_accepted(failed, Path("out"))
 
 
-def test_a_baseline_of_zero_proves_nothing() -> None:
+def test_a_baseline_of_zero_is_not_comparable() -> None:
     report = crafted(50, 50)
     assert report.gates[0].verdict == report.verdict == "not comparable"
     assert report.measures[0].samples_to_resolve_one_percent is None
@@ -160,7 +160,7 @@ def yes_or_no(share: float, n: int = 400) -> Report:
     return compare(answers, answers, samples, [Gate(task="vqa", metric="accuracy", max_drop=0.05)], seed=0)
 
 
-def test_a_full_precision_model_at_chance_level_is_named_as_such() -> None:
+def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
     """Half of the answers are yes: a model that is right in every second question does not see the pictures."""
     guessing = yes_or_no(0.5).gates[0]
     assert (guessing.verdict, guessing.before, guessing.chance) == ("not comparable", 0.5, 0.5)
@@ -207,7 +207,7 @@ def test_ranks_at_random_are_chance_level() -> None:
     assert [gate.verdict for gate in compare(good, good, {"retrieval": made}, gates, 0).gates] == ["passed"] * 3
 
 
-def test_a_gate_whose_task_was_not_asked_is_not_measured() -> None:
+def test_a_gate_without_samples_of_its_task_is_not_measured() -> None:
     gates = [Gate(task="vqa", metric="accuracy", max_drop=0.1), Gate(task="captioning", metric="cider", max_drop=0.1)]
     samples = {"vqa": [sample(i, f"right {i}") for i in range(100)]}
     answers = {"vqa": [f"right {i}" for i in range(100)]}
@@ -218,7 +218,7 @@ def test_a_gate_whose_task_was_not_asked_is_not_measured() -> None:
         raise_unless_accepted(report, Path("out"))
 
 
-def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
+def test_changed_answers_alternate_between_tasks_with_the_largest_losses_first() -> None:
     samples = {
         "captioning": [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (f"a dog {i}",)) for i in range(3)],
         "vqa": [sample(i, "yes") for i in range(3)],
@@ -229,7 +229,7 @@ def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
     assert listed == ["c1", "s1", "c0", "s0", "c2"]
 
 
-def test_figures_of_the_whole_set_are_told_where_they_are_no_means() -> None:
+def test_corpus_metrics_are_listed_where_they_are_not_means() -> None:
     """BLEU of a corpus is not the mean of its captions' BLEU; an accuracy is the mean of its samples'."""
     texts = ["a red ball on the table", "two dogs run on a long beach", "a man rides one horse"]
     given = ["a red ball on the table", "two dogs run on a beach", "a man rides one"]
@@ -245,7 +245,7 @@ def test_figures_of_the_whole_set_are_told_where_they_are_no_means() -> None:
     assert json.loads(json.dumps(report.plain()))["corpus"]["captioning"]["bleu4"] == [one[3] for one in expected]
 
 
-def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) -> None:
+def test_a_new_report_keeps_the_result_of_mmq_check(tmp_path: Path) -> None:
     report = crafted(1, 2)
     store_report(tmp_path, report)
     assert read_report(tmp_path) == (report, None)
@@ -308,7 +308,7 @@ def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
         assert told == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
 
 
-def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
+def test_a_plan_reports_the_number_of_samples_that_a_gate_needs() -> None:
     recipe = load_recipe("llava-w4-vit8").adjusted(evaluation={"samples": 3842})
     (found,) = advise(recipe)  # of CIDEr nothing can be assumed
     assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
@@ -317,7 +317,7 @@ def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
     assert unpredictable(recipe).startswith("captioning cider: ")
 
 
-def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
+def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
     """With that many samples and no change at all the gate just passes; with one fewer it does not."""
     recipe = load_recipe("llava-w4-vit8")
     assert too_few(recipe) == ()
@@ -335,7 +335,7 @@ def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
     assert json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["too_few_samples"] == list(few)
 
 
-def test_retrieval_has_advice_and_captioning_says_why_not() -> None:
+def test_retrieval_has_advice_and_captioning_has_a_reason_for_none() -> None:
     found = advise(load_recipe("blip2-retrieval-w4"))
     assert [(one.task, one.metric, one.needed) for one in found] == [
         ("retrieval", "text_r1", 3842),
@@ -374,7 +374,7 @@ def report(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Repor
     return measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, store=default_store(out))
 
 
-def test_kept_answers_give_the_same_report_without_loading_a_model(
+def test_stored_answers_give_the_same_report_without_loading_a_model(
     out: Path,
     recipe: Recipe,
     samples: dict[str, list[Sample]],
@@ -395,7 +395,7 @@ def test_kept_answers_give_the_same_report_without_loading_a_model(
         measure(source, out, samples, recipe, CPU, ignore)
 
 
-def test_other_weights_are_asked_anew(out: Path, report: Report) -> None:
+def test_other_weights_run_again(out: Path, report: Report) -> None:
     artifact = Artifact.open(out)
     kept = backends.weights_digest(artifact)
     assert kept == report.evaluation.models["artifact"].weights
@@ -468,7 +468,7 @@ def test_a_server_that_serves_another_folder_is_refused(
 
 
 @pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
-def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
+def test_calibration_pictures_are_refused_as_test_pictures(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
     """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
     (tmp_path / "test").mkdir()
     lines = []
@@ -485,13 +485,13 @@ def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, 
     assert not kept.exists()
 
 
-def test_half_named_servers_are_wrong_usage(out: Path) -> None:
+def test_one_server_without_the_other_is_a_usage_error(out: Path) -> None:
     assert mmq("evaluate", out, "--served-model", "x").exit_code == 2
     assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
     """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
     store = tmp_path / "answers"
     arguments = ["evaluate", str(out), "--answers", str(store), "--device", "cpu", "--json"]

@@ -305,7 +305,7 @@ def test_full_disk_while_storing_a_block_can_be_resumed(finished: Path, small_di
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions() -> None:
+def test_real_models_use_drawings_in_english_and_are_scored_on_questions() -> None:
     shipped = load_recipe("llava-w4-vit8")
     assert shipped.model.repo == "llava-hf/llava-1.5-7b-hf"
     fitted = with_suitable_data(shipped)
@@ -317,7 +317,7 @@ def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions(
     assert with_suitable_data(own) == own
 
 
-def test_captions_are_not_judged_on_the_drawings() -> None:
+def test_captions_are_not_scored_on_the_drawings() -> None:
     """A gate on captions stays in the recipe and is not measured: no other model words a drawing as mmq does."""
     recipe = quick_recipe().adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
     plan, _ = prepare(recipe, choose("cpu"))
@@ -346,7 +346,7 @@ def stop_at(stage: str) -> Callable[[Event], None]:
     return listen
 
 
-def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_the_same_command_resumes_a_stopped_evaluation(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         quick_export(out, stop_at("evaluate"), skip_evaluation=False)
@@ -357,7 +357,7 @@ def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_
 
 
 @pytest.mark.parametrize("stage", ["write", "verify"])
-def test_an_artifact_gets_its_name_only_after_it_was_verified(stage: str, finished: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_renamed_to_out_only_after_verification(stage: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         quick_export(out, stop_at(stage))
@@ -366,7 +366,7 @@ def test_an_artifact_gets_its_name_only_after_it_was_verified(stage: str, finish
     assert contents(out) == contents(finished)
 
 
-def test_replacing_an_artifact_keeps_the_old_one_until_the_new_one_is_good(finished: Path, tmp_path: Path) -> None:
+def test_an_old_artifact_stays_until_the_new_one_is_verified(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     with pytest.raises(Stopped):
@@ -374,12 +374,12 @@ def test_replacing_an_artifact_keeps_the_old_one_until_the_new_one_is_good(finis
     assert contents(out) == contents(finished)
 
 
-def test_everyone_may_read_what_was_written(finished: Path) -> None:
+def test_written_files_are_readable_by_everyone(finished: Path) -> None:
     assert {oct(path.stat().st_mode & 0o444) for path in finished.iterdir()} == {"0o444"}
 
 
 @pytest.mark.parametrize("absent", ["preprocessor_config.json", "tokenizer.json"])
-def test_a_model_without_its_processor_is_refused_before_the_work(absent: str, tmp_path: Path) -> None:
+def test_a_model_without_processor_is_refused_before_the_work(absent: str, tmp_path: Path) -> None:
     def remove(folder: Path) -> None:
         for name in {absent, "processor_config.json"}:
             (folder / name).unlink(missing_ok=True)
@@ -390,7 +390,7 @@ def test_a_model_without_its_processor_is_refused_before_the_work(absent: str, t
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_what_the_plan_warns_of_is_said_by_the_export_too(tmp_path: Path) -> None:
+def test_the_export_reports_the_warnings_of_the_plan(tmp_path: Path) -> None:
     seen: list[Event] = []
     model = damaged_model(tmp_path / "model", lambda folder: None)
     quick_export(tmp_path / "out", seen.append, recipe=quick_recipe(model))

@@ -40,7 +40,7 @@ def parse(plain: Any) -> Manifest:
     return parse_manifest(json.dumps(plain).encode(), "the manifest")
 
 
-def test_what_is_read_is_what_was_written(folder: Path, tmp_path: Path) -> None:
+def test_a_written_manifest_is_read_back_unchanged(folder: Path, tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     write_manifest(tmp_path, manifest)
     assert (tmp_path / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
@@ -70,7 +70,7 @@ def test_every_required_key_must_be_there(plain: dict[str, Any], path: str) -> N
         parse(plain)
 
 
-def test_what_an_older_version_did_not_write_is_absent(plain: dict[str, Any]) -> None:
+def test_keys_that_an_older_version_did_not_write_are_absent(plain: dict[str, Any]) -> None:
     for key in ("format_version", "fingerprint", "shards", "notes"):
         del plain[key]
     calibration = plain["provenance"]["calibration"]
@@ -84,7 +84,7 @@ def test_what_an_older_version_did_not_write_is_absent(plain: dict[str, Any]) ->
     assert manifest.source.shards == {}
 
 
-def test_a_key_of_nobody_is_ignored(plain: dict[str, Any]) -> None:
+def test_an_unknown_key_is_ignored(plain: dict[str, Any]) -> None:
     assert parse(plain | {"colour": "red"}) == parse(plain)
 
 
@@ -134,14 +134,14 @@ ODD: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "said"), ODD)
-def test_odd_values_are_refused_by_name(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain | {key: value})
     assert said in refused.value.message.partition("\n")[2]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff"])
-def test_what_is_no_manifest_at_all_is_one_error(folder: Path, content: str) -> None:
+def test_a_file_that_is_not_a_manifest_gives_one_error(folder: Path, content: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged"):
         parse_manifest(content.encode("latin-1"), "the manifest")
 
@@ -151,7 +151,7 @@ def test_many_problems_are_counted(plain: dict[str, Any]) -> None:
         parse(plain | {"errors": {str(i): -1.0 for i in range(40)}})
 
 
-def test_a_damaged_manifest_is_an_error_of_every_reader(folder: Path, tmp_path: Path) -> None:
+def test_every_reader_refuses_a_damaged_manifest(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: it is not an mmq artifact"):
         Artifact.open(tmp_path)
     (tmp_path / MANIFEST).write_text("{")

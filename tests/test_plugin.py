@@ -36,7 +36,7 @@ def test_the_folder_is_found_by_its_entry_point_and_is_off_by_default() -> None:
     assert done.stdout.split() == [f"{MODULE}:register", "False"], done.stderr
 
 
-def test_a_changed_copy_is_written_anew() -> None:
+def test_a_changed_copy_is_written_again() -> None:
     path = plugin_folder() / f"{MODULE}.py"
     path.write_text("raise SystemExit")
     assert "PackedBlip2" in (plugin_folder() / f"{MODULE}.py").read_text()
@@ -60,18 +60,18 @@ def test_other_versions_of_vllm_are_refused(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev3"])
-def test_these_versions_are_taken(version: str) -> None:
+def test_these_versions_are_supported(version: str) -> None:
     refuse(version)
 
 
-def test_another_version_is_refused_before_it_is_started() -> None:
+def test_another_version_is_refused_before_the_start() -> None:
     made = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
     with pytest.raises(ServeError, match=r"is for vLLM 0\.26 to 0\.33, and this is 0\.40\.1") as caught:
         with_plugin(made, "0.40.1")
     assert caught.value.hint
 
 
-def test_switched_on_in_another_vllm_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_enabled_plugin_in_an_unsupported_vllm_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = ModuleType("vllm")
     vllm.__version__, vllm.ModelRegistry = "0.40.0", None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)

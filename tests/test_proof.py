@@ -121,7 +121,7 @@ def served(files: Files, **changes: Any) -> Plain:
     return files.report["serving"]
 
 
-def test_what_was_not_edited_is_published(files: Files) -> None:
+def test_an_unedited_artifact_is_published(files: Files) -> None:
     assert reasons(files.folder) == ""
     files.write()
     assert reasons(files.folder) == ""
@@ -549,7 +549,7 @@ def test_a_report_of_another_artifact_is_refused(files: Files, made: Path) -> No
     assert "has 1 gates, but its scores and the recipe give 2" in reasons(files.folder)
 
 
-def test_the_command_says_every_reason(files: Files) -> None:
+def test_the_command_lists_every_reason(files: Files) -> None:
     files.report.update(passed=False)
     files.manifest["bytes"]["before"] = 10**9
     files.write()

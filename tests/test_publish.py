@@ -106,7 +106,7 @@ def commits(hub: Hub, repo: str = REPO) -> int:
     return len(hub.repos[repo].commits) - 1 if repo in hub.repos else 0
 
 
-def test_one_commit_holds_everything_and_is_private(hub: Hub, artifact: Path) -> None:
+def test_one_commit_has_all_files_and_is_private(hub: Hub, artifact: Path) -> None:
     said = published(artifact, "--license", "mit", "--base-model", "org/llava")
     files = hub.files(REPO)
     local = {path.name: path.read_bytes() for path in artifact.iterdir()}
@@ -138,7 +138,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: Hub, artifact: Path) -> None:
+def test_unproven_artifacts_are_refused_unless_forced_and_the_card_lists_the_reasons(hub: Hub, artifact: Path) -> None:
     write_scores(artifact, after=0.5)
     assert "gate vqa accuracy: failed: changed by -44.4% of the full-precision score" in refused(artifact)
     foreign = json.loads((artifact / REPORT).read_text())
@@ -169,7 +169,7 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: 
         (WRITER, "tiny", "not a repository name"),
     ],
 )
-def test_tokens_and_names_that_do_not_do(
+def test_invalid_tokens_and_names_are_refused(
     hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, said: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
@@ -202,7 +202,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "said"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
-def test_every_fault_ends_in_a_message_or_a_whole_revision(
+def test_every_fault_ends_in_a_message_or_a_complete_revision(
     hub: Hub, artifact: Path, waits: list[float], fault: Fault, said: str | None
 ) -> None:
     fault = Fault(**vars(fault))  # faults count down
@@ -221,7 +221,7 @@ def test_every_fault_ends_in_a_message_or_a_whole_revision(
     open_artifact()
 
 
-def test_a_repository_made_by_somebody_else_meanwhile_is_fine(hub: Hub, artifact: Path) -> None:
+def test_a_repository_that_another_process_created_in_the_meantime_is_used(hub: Hub, artifact: Path) -> None:
     hub.add(REPO, {}, private=True)
     hub.faults.append(Fault(rf"GET /api/models/{REPO}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
     published(artifact)
@@ -234,7 +234,7 @@ def open_artifact() -> None:
     verify_remote(open_remote(REPO), ignore)
 
 
-def test_what_has_arrived_is_not_sent_again(hub: Hub, made: Path) -> None:
+def test_uploaded_files_are_not_sent_again(hub: Hub, made: Path) -> None:
     hub.faults.append(Fault(r"POST .*/commit/", 403))
     refused(made / "w4")
     sent = len(hub.sent("PUT /upload/"))
@@ -269,7 +269,7 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
     open_artifact()
 
 
-def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> None:
+def test_repositories_with_foreign_files_are_refused(hub: Hub, artifact: Path) -> None:
     hub.add(REPO, {"model.safetensors": b"precious"}, private=True)
     assert "has 1 files that mmq did not publish, such as model.safetensors" in refused(artifact)
     assert hub.files(REPO) == {"model.safetensors": b"precious"}
@@ -279,7 +279,7 @@ def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> 
     published(artifact, "--public")
 
 
-def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: Path) -> None:
+def test_xet_is_used_only_when_the_environment_enables_it(hub: Hub, artifact: Path) -> None:
     published(artifact)
     assert not hub.sent("xet")
     weights = (artifact / "model.safetensors").read_bytes()
@@ -290,7 +290,7 @@ def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: P
     assert hub.sent("xet-write-token")
 
 
-def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_names_in_a_manifest_cannot_leave_the_folder(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hf_secret")
     manifest = json.loads((artifact / MANIFEST).read_text())
@@ -307,7 +307,7 @@ def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Pa
     assert not hub.sent("^(POST|PUT)")
 
 
-def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
+def test_an_update_keeps_foreign_files(hub: Hub, made: Path) -> None:
     published(made / "w4")
     mine = {"LICENSE": b"mine", "assets/figure.png": b"png", ".eval_results/community.yaml": b"- x"}
     hub.add(REPO, hub.files(REPO) | mine)
@@ -321,7 +321,7 @@ def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
     assert hub.files(REPO)["LICENSE"] == b"mine"
 
 
-def test_an_answer_that_is_lost_is_found_again_beside_foreign_files(hub: Hub, made: Path) -> None:
+def test_a_commit_with_a_lost_response_is_recognized_beside_foreign_files(hub: Hub, made: Path) -> None:
     published(made / "w4")
     hub.add(REPO, hub.files(REPO) | {"LICENSE": b"mine"})
     before = commits(hub)
@@ -330,7 +330,7 @@ def test_an_answer_that_is_lost_is_found_again_beside_foreign_files(hub: Hub, ma
     assert commits(hub) == before + 1
 
 
-def test_a_branch_of_somebody_else_is_left_alone(hub: Hub, artifact: Path) -> None:
+def test_a_branch_with_foreign_files_is_refused(hub: Hub, artifact: Path) -> None:
     published(artifact)
     repo = hub.repos[REPO]
     repo.commit("gguf", {"model.gguf": Entry(b"precious", False)})
@@ -356,7 +356,7 @@ def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path)
     open_artifact()
 
 
-def test_targets_that_make_no_sense_are_refused_before_anything_is_asked(hub: Hub, artifact: Path) -> None:
+def test_invalid_targets_are_refused_before_any_request(hub: Hub, artifact: Path) -> None:
     assert "a pull request is always against main" in refused(artifact, "--create-pr", "--revision", "dev")
     assert "is a commit, which cannot change" in refused(artifact, "--revision", "0" * 40)
     assert not hub.log
@@ -369,7 +369,7 @@ def test_public_does_not_change_an_existing_private_repository(hub: Hub, artifac
     assert not hub.repos["me/open"].private
 
 
-def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hub, artifact: Path) -> None:
+def test_a_repository_that_appears_in_the_meantime_is_checked(hub: Hub, artifact: Path) -> None:
     def unseen(name: str) -> None:
         hub.faults.append(Fault(rf"GET /api/models/{name}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
 
@@ -384,7 +384,9 @@ def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hu
     assert "another process created" in refused(artifact)
 
 
-def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parent_of_the_commit_is_the_checked_revision(
+    hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also a change between looking and uploading is somebody else's."""
     published(made / "w4")
     existing = exporter.publishing.upload.existing_repository
@@ -394,7 +396,7 @@ def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypa
         hub.add(REPO, hub.files(REPO) | {"new.txt": b"x"})
         return remote
 
-    monkeypatch.setattr("exporter.publishing.upload.existing", looked_then)
+    monkeypatch.setattr("exporter.publishing.upload.existing_repository", looked_then)
     assert "somebody else changed it at the same time" in refused(made / "w3")
 
 
@@ -408,7 +410,7 @@ def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) ->
     assert f"mmq verify hub:{REPO}@{head}" in said
 
 
-def test_publishing_the_same_again_does_nothing(hub: Hub, artifact: Path) -> None:
+def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: Path) -> None:
     published(artifact)
     published(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
@@ -421,7 +423,7 @@ def test_publishing_the_same_again_does_nothing(hub: Hub, artifact: Path) -> Non
     assert hub.repos[REPO].branches == {"main": head, "copy": head}
 
 
-def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Path) -> None:
+def test_the_license_defaults_to_the_sources(hub: Hub, artifact: Path) -> None:
     source = b"---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\ntags: [x]\n---\n# LLaVA"
     hub.add("org/llava", {"README.md": source})
     published(artifact, "--base-model", "org/llava")
@@ -434,7 +436,7 @@ def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Pa
     assert "\nlicense:" not in hub.files(REPO)["README.md"].decode()
 
 
-def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: Hub, artifact: Path) -> None:
+def test_an_invalid_card_is_refused_before_the_repository_is_created(hub: Hub, artifact: Path) -> None:
     wrong = ["--license", "No Such License", "--language", "English", "--base-model", "a b", "--dataset", "x/y/z"]
     text = refused(artifact, *wrong, "--dry-run")
     assert "--license No Such License is not a license identifier" in text
@@ -445,7 +447,7 @@ def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: 
     assert REPO not in hub.repos
 
 
-def test_hints_are_of_the_action(hub: Hub, artifact: Path) -> None:
+def test_hints_name_the_action(hub: Hub, artifact: Path) -> None:
     published(artifact)
     resumed = "large files that have arrived are not sent a second time"
     for status, said in ((403, "needs read access to 'me'"), (429, "wait some time, then give"), (500, "later give")):
@@ -458,7 +460,7 @@ def test_hints_are_of_the_action(hub: Hub, artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["hf_\u00e9_secret", "hf_a\x01secret", "hf_a secret"])
-def test_a_token_that_no_header_can_carry_is_said_plainly(
+def test_a_token_that_is_invalid_in_a_header_has_a_clear_error(
     hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
@@ -514,7 +516,7 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
         ("extra.safetensors", lambda data: b"x" * 20_000, "not in the manifest"),
     ],
 )
-def test_verify_names_what_is_wrong_with_a_published_artifact(
+def test_verify_lists_the_problems_of_a_published_artifact(
     hub: Hub, artifact: Path, name: str, change: Any, said: str
 ) -> None:
     published(artifact)
@@ -572,7 +574,7 @@ def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: H
     assert "gate vqa accuracy: failed" in refused(artifact, "--accept-built-in-data")
 
 
-def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: Path) -> None:
+def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, made: Path) -> None:
     files = {path.name: path.read_bytes() for path in (made / "w4").iterdir()}
     manifest = json.loads(files[MANIFEST])
     header = b'{"a": {"dtype": "F16"}}'
@@ -585,7 +587,7 @@ def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: P
         assert "model.safetensors has no header of a safetensors file" in result.stdout
 
 
-def test_an_unknown_architecture_is_refused_before_its_weights_come(hub: Hub, made: Path) -> None:
+def test_an_unknown_architecture_is_refused_before_the_download_of_weights(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     config = json.loads(source["config.json"]) | {"architectures": ["FooForX"]}
     hub.add("org/foo", source | {"config.json": json.dumps(config).encode()})
@@ -620,7 +622,7 @@ def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) ->
     assert json.loads((made / "w4" / MANIFEST).read_text())["linears"] == manifest["linears"]
 
 
-def test_a_download_that_is_cut_goes_on(hub: Hub, made: Path) -> None:
+def test_an_interrupted_download_resumes(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /large/", cut=100_000))
@@ -647,7 +649,7 @@ def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: 
     assert by_headers == local
 
 
-def test_plan_uses_what_is_in_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
+def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /api/models/org/llava", 500, times=99))
@@ -675,7 +677,9 @@ def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> N
             open_source("org/llava", headers_only=True)
 
 
-def test_the_token_is_nowhere(hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_the_token_is_in_no_output_or_file(
+    hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     with caplog.at_level(logging.DEBUG):
         hub.faults.append(Fault(r"PUT /upload/", 503))
         text = published(artifact).output + mmq("verify", f"hub:{REPO}").output
@@ -725,7 +729,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "me/failed" not in hub.repos
 
 
-def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_publish_runs_as_a_separate_process(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     """Nothing is patched here: the environment alone points the library at the hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
@@ -739,7 +743,7 @@ def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> No
     assert not hub.sent("xet-write-token")
 
 
-def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -> None:
+def test_errors_have_the_kind_that_scripts_expect(hub: Hub, artifact: Path) -> None:
     write_scores(artifact, after=0.5)
     result = mmq("publish", artifact, "--repo", REPO, "--json")
     assert json.loads(result.stdout)["kind"] == PublishError.__name__

@@ -42,7 +42,7 @@ def test_vqav2_results_by_answer_type(tmp_path: Path) -> None:
     assert (found["unanswered"], found["unknown"], found["samples"]) == (["73002"], ["1"], 3)
 
 
-def test_coco_results_and_what_was_left_out_is_said(tmp_path: Path) -> None:
+def test_coco_results_list_unanswered_samples(tmp_path: Path) -> None:
     layouts.coco(tmp_path)
     content = [{"image_id": i, "caption": f"caption 0 of picture {i}"} for i in (1, 2, 3)]
     found = score(tmp_path, content, "--data", f"coco:{tmp_path}", "--task", "captioning")
@@ -62,7 +62,7 @@ def test_gqa_answers_by_id(tmp_path: Path) -> None:
     assert found["figures"]["accuracy choose"] == 0
 
 
-def test_answers_to_another_set_are_an_error(tmp_path: Path) -> None:
+def test_answers_to_other_samples_are_an_error(tmp_path: Path) -> None:
     layouts.gqa(tmp_path)
     found = score(tmp_path, {"9": "no"}, "--data", f"gqa:{tmp_path}", "--task", "vqa")
     assert "answers none of the 3 samples" in found["error"]
@@ -79,7 +79,7 @@ def test_answers_to_another_set_are_an_error(tmp_path: Path) -> None:
         ("{", "is not a JSON file"),
     ],
 )
-def test_files_that_hold_no_answers(tmp_path: Path, content: Any, said: str) -> None:
+def test_files_without_answers_are_refused(tmp_path: Path, content: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_answers(layouts.write(tmp_path / "a.json", content))
 

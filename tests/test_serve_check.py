@@ -35,7 +35,7 @@ def test_without_vllm_it_is_refused_before_the_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_this_vllm_cannot_serve_is_refused_before_the_work(tmp_path: Path, vllm: str) -> None:
+def test_a_recipe_that_this_vllm_cannot_serve_is_refused_before_the_work(tmp_path: Path, vllm: str) -> None:
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--recipe", "llava-w4-vit8")
     assert done.exit_code == 1
     assert "rule kernel: W8 row is not served on a CPU" in done.output
@@ -50,7 +50,7 @@ def test_an_engine_that_does_not_start_fails_the_export(tmp_path: Path, vllm: st
 
 
 @pytest.mark.parametrize(("problems", "code"), [((), 0), (("too far",), 3)])
-def test_what_it_finds_is_kept_and_decides(
+def test_the_result_of_the_check_is_stored_and_decides_the_exit_code(
     tmp_path: Path, vllm: str, monkeypatch: pytest.MonkeyPatch, problems: tuple[str, ...], code: int
 ) -> None:
     asked: list[tuple[Path, int]] = []

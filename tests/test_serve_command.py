@@ -88,14 +88,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
         (("--attention_backend=TRITON_ATTN",), shlex.join(HUMMING.flags)),
     ],
 )
-def test_flags_that_serve_it_faster_are_told_unless_given(given: tuple[str, ...], told: str, artifact: str) -> None:
+def test_faster_flags_are_printed_unless_the_user_set_them(given: tuple[str, ...], told: str, artifact: str) -> None:
     done = serve(artifact, "--print", "--", *given)
     assert done.exit_code == 0, done.output
     assert (f"note: faster on a Hopper GPU: `-- {told}" in done.stderr) == bool(told)
     assert ("faster" in done.stderr) == bool(told)
 
 
-def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
+def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
     assert "faster" not in done.stderr
@@ -112,7 +112,7 @@ def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
         (None, "NVIDIA-SMI has failed\n", 9, None),
     ],
 )
-def test_the_driver_tells_the_compute_capability(
+def test_the_driver_reports_the_compute_capability(
     visible: str | None, said: str, code: int, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -151,7 +151,7 @@ def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
         ("llava-w8", None, []),
     ],
 )
-def test_faster_flags_are_known_for_what_they_were_seen_to_serve(
+def test_faster_flags_depend_on_schemes_cache_and_head_size(
     recipe: str, cache: str | None, known: list[FlagAdvice]
 ) -> None:
     schemes = [(rule.component, rule.scheme()) for rule in load_recipe(recipe).quantize]
@@ -163,7 +163,7 @@ def test_faster_flags_are_known_for_what_they_were_seen_to_serve(
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -> None:
+def test_the_error_for_a_misplaced_vllm_flag_names_its_place(command: str) -> None:
     done = CliRunner().invoke(cli, [command, DEMO, "--max-num-seqs", "4"])
     assert done.exit_code == 2
     assert "'--max-num-seqs'. Flags of `vllm serve` go behind `--`." in done.stderr
@@ -172,7 +172,7 @@ def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -
 @pytest.mark.parametrize(
     "flags", [("--port", "9"), ("--port=9",), ("--host", "::"), ("-tp", "3"), ("--tensor_parallel_size=3",)]
 )
-def test_where_it_listens_and_on_how_many_gpus_is_asked_of_mmq(flags: tuple[str, ...]) -> None:
+def test_address_and_number_of_gpus_are_options_of_mmq(flags: tuple[str, ...]) -> None:
     done = serve(DEMO, "--print", "--", *flags)
     assert done.exit_code == 1
     assert "is not allowed after `--`: mmq needs this value" in done.stderr
@@ -180,7 +180,7 @@ def test_where_it_listens_and_on_how_many_gpus_is_asked_of_mmq(flags: tuple[str,
 
 
 @pytest.mark.parametrize("flags", [("--served-model-name", "mine"), ("--served_model_name=mine",)])
-def test_another_name_of_the_model_is_the_one_that_is_asked_for(flags: tuple[str, ...]) -> None:
+def test_requests_use_the_served_model_name(flags: tuple[str, ...]) -> None:
     made = launch(MODELS["demo-llava"], {}, Program("vllm", "0.32.0", cpu=False), extra=flags)
     assert made.model == "mine"
     assert "demo-llava" not in made.command
@@ -202,5 +202,5 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
         (-9, "vllm was killed by signal 9 (is"),
     ],
 )
-def test_an_ending_is_told(code: int, said: str) -> None:
+def test_an_exit_of_the_server_is_reported(code: int, said: str) -> None:
     assert ending(code).startswith(said)

@@ -57,7 +57,7 @@ def test_fused_linears_share_a_scheme():
         assert "q_proj, k_proj, v_proj" in problem
 
 
-def test_a_packed_linear_in_a_block_that_never_runs_is_found():
+def test_a_packed_linear_in_a_block_that_never_runs_is_a_problem():
     last = Linear("vision_tower.vision_model.encoder.layers.23.mlp.fc1", "x", (8, 8), W8, built=False)
     assert [p.partition(":")[0] for p in unbuilt_problems([last])] == ["rule unbuilt-block"]
     assert unbuilt_problems([Linear(last.name, "x", (8, 8), None, built=False)]) == []
@@ -80,7 +80,7 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(4, 128, symmetric=False), "awq", True, True),
     ],
 )
-def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
+def test_a_scheme_without_kernel_is_a_problem(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
     chosen = [linear("mlp.down_proj", scheme)]
     assert bool(kernel_problems(chosen, format_name)) is not (gpu or cpu)
     assert bool(cpu_problems(chosen, format_name)) is not cpu
@@ -122,7 +122,7 @@ def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
 
 
-def test_what_serving_needs_is_told():
+def test_the_requirements_of_serving_are_listed():
     asymmetric = serving(Scheme(8, 128, symmetric=False), "compressed_tensors")
     assert asymmetric.needs() == "needs the humming-kernels package except on 9.0"
     assert serving(Scheme(4, 16), "compressed_tensors").needs() == "needs the humming-kernels package"

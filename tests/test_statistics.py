@@ -33,7 +33,7 @@ def test_interval_is_near_that_of_the_naive_loop() -> None:
     assert found.low < found.change < found.high
 
 
-def test_coverage() -> None:
+def test_the_interval_covers_the_true_change_at_its_confidence() -> None:
     """400 experiments with a known change of -0.1: 95 % intervals should hold it in 380, give or take 13 (3 sigma)."""
     rng = np.random.default_rng(7)
     covered = 0
@@ -57,7 +57,7 @@ def test_swapping_the_models_mirrors_the_interval() -> None:
     assert (back.change, back.low, back.high) == pytest.approx((-forth.change, -forth.high, -forth.low), abs=1e-12)
 
 
-def test_a_constant_difference_leaves_no_doubt() -> None:
+def test_a_constant_difference_gives_an_interval_of_width_zero() -> None:
     found = paired_bootstrap([1.0, 0.75, 0.5], [0.75, 0.5, 0.25], seed=0)
     assert (found.change, found.low, found.high) == (-0.25, -0.25, -0.25)
 
@@ -73,7 +73,7 @@ def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: p
 
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([1.0], [1.0, 0.0])])
-def test_nothing_to_compare_is_refused(before: list[float], after: list[float]) -> None:
+def test_empty_or_unequal_lists_are_refused(before: list[float], after: list[float]) -> None:
     with pytest.raises(ValueError, match="same length"):
         paired_bootstrap(before, after, seed=0)
 
@@ -96,14 +96,14 @@ def test_the_advised_number_of_samples_resolves_the_drop() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(0.01, rel=0.05)
 
 
-def test_no_doubt_needs_no_samples_and_no_drop_cannot_be_resolved() -> None:
+def test_zero_deviation_needs_the_minimum_and_zero_drop_is_refused() -> None:
     assert samples_to_resolve(0.01, sd=0.0) == 2
     with pytest.raises(ValueError, match="above 0"):
         samples_to_resolve(0.0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 50, 500])
-def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
+def test_samples_without_a_change_have_a_binomial_interval(n: int) -> None:
     """At either end, seeing no change in n samples has a chance of just 2.5 %."""
     found = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
     assert (found.low, found.high) == (0.0, 0.0)
@@ -112,14 +112,14 @@ def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
     assert low == -high
 
 
-def test_losses_that_were_seen_and_the_bootstrap_decides() -> None:
+def test_the_bootstrap_interval_decides_when_losses_were_observed() -> None:
     before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
     found = paired_bootstrap(before, after, seed=0)
     assert gate_interval(found, 40) == (found.low, found.high)
     assert found.low < -0.15
 
 
-def test_a_total_loss_that_no_sample_showed_is_never_excluded_by_few() -> None:
+def test_few_samples_do_not_exclude_an_unobserved_total_loss() -> None:
     """One sample of eight changed a little: a bootstrap of it knows nothing of samples that lose everything."""
     for change in (0.001, -0.001):
         found = paired_bootstrap([1.0] * 8, [1.0 + change] + [1.0] * 7, seed=0)
@@ -129,13 +129,13 @@ def test_a_total_loss_that_no_sample_showed_is_never_excluded_by_few() -> None:
         assert high == found.high
 
 
-def test_a_score_beyond_one_is_taken_to_lose_its_mean() -> None:
+def test_a_score_above_one_is_assumed_to_lose_its_mean() -> None:
     found = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
     assert gate_interval(found, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
 
 
 @pytest.mark.parametrize(("drop", "cost"), [(0.01, 1.0), (0.006, 1.0), (0.03, 6.0)])
-def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: float) -> None:
+def test_the_computed_number_of_unchanged_samples_excludes_the_drop(drop: float, cost: float) -> None:
     found = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
     needed = samples_to_exclude(drop, cost)
     assert gate_interval(found, needed)[0] >= -drop > gate_interval(found, needed - 1)[0]

@@ -37,7 +37,7 @@ def test_rounding_and_folds_keep_the_direction_of_rows(bits: int, size: float) -
     assert row_cosines(weight * size, quantized(weight * columns * rows, bits, 32)).min() > 2 * MIN_COSINE
 
 
-def test_lost_exchanged_and_random_rows_are_seen_and_zero_rows_of_the_source_are_not() -> None:
+def test_lost_exchanged_and_random_rows_are_detected_and_zero_source_rows_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 256, generator=generator)
     weight[9] = 0

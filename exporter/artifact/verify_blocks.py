@@ -45,14 +45,14 @@ def compare_blocks(
     """
     family, config = artifact.family, artifact.source_config()
     stored = _stored_dtype(artifact.checkpoint.config)
-    ours = Stream(family, config, device.torch_device, device.compute_dtype(stored))
-    theirs = _TransformersModel(artifact, device, stored, ours.dtype)
-    problems = theirs.name_problems()
+    plain = Stream(family, config, device.torch_device, device.compute_dtype(stored))
+    prepared = _TransformersModel(artifact, device, stored, plain.dtype)
+    problems = prepared.name_problems()
     if problems:
         raise ArtifactError("\n".join(["transformers expects other tensors than the artifact has:", *problems]))
-    walk = _ComparisonPass(artifact, ours, theirs, on_event)
+    walk = _ComparisonPass(artifact, plain, prepared, on_event)
     with torch.no_grad(), walk.hooked():
-        family.outputs(ours.model, ours.inputs(inputs))
+        family.outputs(plain.model, plain.inputs(inputs))
     if walk.problems:
         lines = "\n".join(f"  {problem}" for problem in walk.problems)
         raise ArtifactError(f"transformers reads other weights than mmq computed:\n{lines}")
@@ -168,14 +168,14 @@ def _tied(model: Any) -> dict[str, str]:
 class _ComparisonPass:
     """Hooks that load the tensors of each module of the plain model while it runs, and compare each block."""
 
-    def __init__(self, artifact: Artifact, ours: Stream, theirs: _TransformersModel, on_event: Listener) -> None:
-        self._artifact, self._ours, self._theirs, self._on_event = artifact, ours, theirs, on_event
+    def __init__(self, artifact: Artifact, plain: Stream, prepared: _TransformersModel, on_event: Listener) -> None:
+        self._artifact, self._plain, self._prepared, self._on_event = artifact, plain, prepared, on_event
         self._names = {artifact.family.live_name(name): name for name in artifact.names()}
-        for alias, name in _tied(ours.model).items():
+        for alias, name in _tied(plain.model).items():
             if alias not in self._names and name in self._names:
                 self._names[alias] = self._names[name]
-        for live, _ in list(ours.model.named_parameters(remove_duplicate=False)):
-            _set(ours, live, None)
+        for live, _ in list(plain.model.named_parameters(remove_duplicate=False)):
+            _set(plain, live, None)
         self._blocks = dict.fromkeys(_block_paths(artifact))
         self.problems: list[str] = []
         self.difference = 0.0
@@ -185,8 +185,8 @@ class _ComparisonPass:
     def hooked(self) -> Iterator[None]:
         """Register the hooks inside the `with` block: modules receive their tensors when they are called."""
         handles = []
-        for path, names in _owners(self._ours.model, self._blocks):
-            module = self._ours.model.get_submodule(path)
+        for path, names in _owners(self._plain.model, self._blocks):
+            module = self._plain.model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(self._loading(module, names)))
             after = self._comparing(path, module, names) if path in self._blocks else self._unloading(module, names)
             handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -199,7 +199,7 @@ class _ComparisonPass:
     def _loading(self, module: nn.Module, names: list[str]) -> Callable[..., None]:
         def load(_: nn.Module, args: Any) -> None:
             for name in names:
-                _set(self._ours, name, self._artifact_tensor(name))
+                _set(self._plain, name, self._artifact_tensor(name))
 
         return load
 
@@ -209,15 +209,15 @@ class _ComparisonPass:
         name = self._names[live]
         module = name.removesuffix(".weight")
         wide = name.startswith(self._artifact.family.float32)
-        stored = torch.float32 if wide else self._theirs._stored
+        stored = torch.float32 if wide else self._prepared._stored
         packed = module in self._artifact.manifest.linears
         tensor = self._artifact.linear(module).dequantize(stored) if packed else self._artifact.read(name)
-        return tensor.to(self._ours.device, stored).to(torch.float32 if wide else self._ours.dtype)
+        return tensor.to(self._plain.device, stored).to(torch.float32 if wide else self._plain.dtype)
 
     def _unloading(self, module: nn.Module, names: list[str]) -> Callable[..., None]:
         def unload(*_: Any) -> None:
             for name in names:
-                _set(self._ours, name, None)
+                _set(self._plain, name, None)
 
         return unload
 
@@ -226,7 +226,7 @@ class _ComparisonPass:
 
         def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             unload()
-            with self._theirs.loaded(path) as (block, problems):
+            with self._prepared.loaded(path) as (block, problems):
                 self.problems += problems
                 if not problems:
                     self._judge(path, first_output(output).float(), first_output(block(*args, **kwargs)).float())
@@ -235,9 +235,9 @@ class _ComparisonPass:
 
         return compare
 
-    def _judge(self, path: str, ours: Tensor, theirs: Tensor) -> None:
-        size = float(ours.abs().max())
-        difference = float((ours - theirs).abs().max()) / max(size, 1e-30)
+    def _judge(self, path: str, plain: Tensor, prepared: Tensor) -> None:
+        size = float(plain.abs().max())
+        difference = float((plain - prepared).abs().max()) / max(size, 1e-30)
         self.difference = max(self.difference, difference)
         if not difference <= TOLERANCE:
             self.problems.append(f"{path}: its outputs differ by {difference:.1e} of the largest output")

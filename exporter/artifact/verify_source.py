@@ -65,8 +65,8 @@ def row_cosines(weight: Tensor, served: Tensor) -> Tensor:
     rows = torch.ones(len(weight), 1, device=weight.device)
     scaled = weight
     for _ in range(FIT_ITERATIONS):
-        ours = weight * rows
-        columns = (served * ours).sum(0) / ours.square().sum(0).clamp_min(tiny)
+        scaled_rows = weight * rows
+        columns = (served * scaled_rows).sum(0) / scaled_rows.square().sum(0).clamp_min(tiny)
         scaled = weight * columns
         rows = (served * scaled).sum(1, keepdim=True) / scaled.square().sum(1, keepdim=True).clamp_min(tiny)
     lengths = served.norm(dim=1) * scaled.norm(dim=1)

@@ -44,8 +44,8 @@ def logit_difference(folder: Path, inputs: Mapping[str, Tensor]) -> float:
     family, config = artifact.family, artifact.source_config()
     with redirect_stderr(StringIO()):  # the libraries draw progress bars
         kind = getattr(transformers, config["architectures"][0])
-        theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    loaded = {name: tensor.dtype for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
+        opened = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    loaded = {name: tensor.dtype for name, tensor in [*opened.named_parameters(), *opened.named_buffers()]}
 
     def rounded(name: str) -> Tensor:
         module = name.removesuffix(".weight")
@@ -53,12 +53,12 @@ def logit_difference(folder: Path, inputs: Mapping[str, Tensor]) -> float:
             return artifact.linear(module).dequantize(loaded[f"{family.live_name(module)}.weight_scale"])
         return artifact.read(name).to(loaded[family.live_name(name)])
 
-    ours = load_whole(family, config, artifact.names(), rounded, torch.device("cpu"), torch.float32)
+    reference = load_whole(family, config, artifact.names(), rounded, torch.device("cpu"), torch.float32)
     with redirect_stderr(StringIO()):
-        _without_activations(theirs)
-        family.outputs(theirs, inputs)  # the first pass decompresses the weights
-    torch.nn.Module.float(theirs)  # transformers forbids its own `.float()` on quantized models
-    difference = float((family.outputs(ours, inputs) - family.outputs(theirs, inputs)).abs().max())
+        _without_activations(opened)
+        family.outputs(opened, inputs)  # the first pass decompresses the weights
+    torch.nn.Module.float(opened)  # transformers forbids its own `.float()` on quantized models
+    difference = float((family.outputs(reference, inputs) - family.outputs(opened, inputs)).abs().max())
     if not difference <= TOLERANCE:
         raise ArtifactError(f"transformers computes other logits (difference {difference:.2e}, at most {TOLERANCE:g})")
     return difference

@@ -33,7 +33,7 @@ def plugin_folder() -> Path:
     return folder
 
 
-def with_plugin(launch: Launch, version: str, ours: Mapping[str, str] = os.environ) -> Launch:
+def with_plugin(launch: Launch, version: str, environment: Mapping[str, str] = os.environ) -> Launch:
     """Add the plugin to a launch: enable it and add its folder to PYTHONPATH, also where the command sets PYTHONPATH.
 
     version: version of vLLM (ServeError when the plugin does not support it).
@@ -47,5 +47,5 @@ def with_plugin(launch: Launch, version: str, ours: Mapping[str, str] = os.envir
         f"{word}{os.pathsep}{folder}" if word.startswith("PYTHONPATH=") and i < launch.command.index("serve") else word
         for i, word in enumerate(launch.command)
     ]
-    path = os.pathsep.join(part for part in (ours.get("PYTHONPATH"), folder) if part)
+    path = os.pathsep.join(part for part in (environment.get("PYTHONPATH"), folder) if part)
     return replace(launch, command=tuple(command), environment={**launch.environment, SWITCH: "1", "PYTHONPATH": path})

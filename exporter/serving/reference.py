@@ -101,10 +101,10 @@ class Reference:
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
         """First sample whose prompt tokens differ in the engine: another chat template or number of image tokens."""
         for sample, reply in zip(samples, replies, strict=True):
-            ours = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
-            if ours != list(reply.prompt):
-                text = f"{len(reply.prompt)} tokens in the engine, {len(ours)} in the reference"
-                start = f"they begin with {reply.prompt[:3]} and {ours[:3]}"
+            expected = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
+            if expected != list(reply.prompt):
+                text = f"{len(reply.prompt)} tokens in the engine, {len(expected)} in the reference"
+                start = f"they begin with {reply.prompt[:3]} and {expected[:3]}"
                 return [f"{sample.identity}: the prompts differ: {text}; {start}"]
         return []
 
@@ -126,8 +126,8 @@ class Reference:
         """Compare the engine with the reference only, without the floor."""
         differences = []
         for sample, reply in zip(samples, replies, strict=True):
-            ours = self.log_probabilities(sample, reply)
-            differences += [abs(t[2] - float(ours[t[:2]])) for t in listed_tokens(reply)]
+            expected = self.log_probabilities(sample, reply)
+            differences += [abs(t[2] - float(expected[t[:2]])) for t in listed_tokens(reply)]
         return distance_of(differences)
 
     @torch.inference_mode()
