@@ -1,4 +1,4 @@
-"""A baseline is the model that the manifest names, or everything that shows its scores says otherwise."""
+"""The baseline must be the source in the manifest, or report and card name another model."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def artifact(measured: Path, tmp_path: Path) -> Path:
 
 
 def model_with(folder: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of the source with something changed."""
+    """A changed copy of the source."""
     shutil.copytree(MODELS["demo-llava"], folder)
     change(folder)
     return folder
@@ -60,13 +60,13 @@ def other_norm(folder: Path) -> None:
 
 
 def other_template(folder: Path) -> None:
-    """Another prompt."""
+    """Change the chat template."""
     path = folder / "chat_template.jinja"
     path.write_text("please " + path.read_text())
 
 
 def other_config(folder: Path) -> None:
-    """Another epsilon."""
+    """Change the epsilon of a norm."""
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-3
     (folder / "config.json").write_text(json.dumps(config))
@@ -147,7 +147,7 @@ def test_an_export_is_compared_with_its_source(measured: Path) -> None:
 
 
 def older(manifest: Manifest) -> Manifest:
-    """The manifest as it was written before it named more than shards."""
+    """A manifest of an older mmq, which names only shards."""
     source = SourceRecord(model=manifest.source.model, shards=manifest.source.shards)
     return manifest.model_copy(update={"source": source})
 
@@ -160,7 +160,7 @@ def test_a_manifest_that_names_only_shards_is_compared_by_these(measured: Path, 
 
 
 def models_of(artifact: Path, source: Path) -> tuple[Answerer, Answerer]:
-    """Source and artifact, as an evaluation asks them."""
+    """Answerers of source and artifact."""
     return local_answerers(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
 
 
@@ -181,7 +181,7 @@ def test_stored_answers_depend_on_every_byte_of_the_weights(changed: str, artifa
         model.require_unchanged()
     weights_of(source if changed == "source" else artifact)
     now = models_of(artifact, source)
-    differs = [one.identity != other.identity for one, other in zip(before, now, strict=True)]
+    differs = [first.identity != second.identity for first, second in zip(before, now, strict=True)]
     assert differs == [changed == "source", changed == "artifact"]
     with pytest.raises(CheckpointError, match="model changed during the evaluation"):
         before[differs.index(True)].require_unchanged()
@@ -195,7 +195,7 @@ def test_stored_answers_depend_on_every_file_of_the_processor(name: str, artifac
     with (source / name).open("a") as file:
         file.write(" ")
     now = models_of(artifact, source)
-    assert all(one.identity != other.identity for one, other in zip(before, now, strict=True))
+    assert all(first.identity != second.identity for first, second in zip(before, now, strict=True))
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "pillow"])
@@ -206,4 +206,4 @@ def test_stored_answers_depend_on_package_versions(
     true = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "99.1" if name == package else true(name))
     now = models_of(artifact, MODELS["demo-llava"])
-    assert all(one.identity != other.identity for one, other in zip(before, now, strict=True))
+    assert all(first.identity != second.identity for first, second in zip(before, now, strict=True))

@@ -1,4 +1,4 @@
-"""Model cards and differences of artifacts: every figure is the manifest's or the report's, and nothing is made up."""
+"""Model cards and differences between artifacts: every figure comes from the manifest or the report."""
 
 import json
 from dataclasses import replace
@@ -40,13 +40,13 @@ def summary(made: Path) -> Summary:
 
 
 def changed(summary: Summary, **values: Any) -> Summary:
-    """Facts whose manifest says something else."""
+    """A summary with changed manifest values."""
     manifest = Manifest.model_validate(summary.manifest.model_dump() | values, strict=False)
     return replace(summary, manifest=manifest)
 
 
 def measured_on(summary: Summary, data: str) -> Summary:
-    """Facts whose report was measured on other data."""
+    """A summary whose report names other data."""
     assert summary.report
     return replace(summary, report=summary.report.model_copy(update={"evaluation": EvaluationRecord(data=data)}))
 
@@ -99,31 +99,31 @@ def test_requests_set_the_start_token_flag_where_the_template_lacks_it(summary: 
     with_it, without = (render(REPO, summary, CardDeclarations(), (), "", lacks) for lacks in (True, False))
     assert "add_special_tokens" not in without
     request = with_it.partition("-d '")[2].partition("'\n```")[0]
-    asked = json.loads(request)
-    assert asked.pop("add_special_tokens") is True
-    assert asked == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
+    body = json.loads(request)
+    assert body.pop("add_special_tokens") is True
+    assert body == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
     assert "Every request needs `add_special_tokens`" in with_it
 
 
 def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
     calibration = {"data": "coco train2014", "seed": 7, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * 3}
-    told = changed(summary, provenance={"calibration": calibration, "device": "H100"})
-    assert "3 training samples of coco train2014, selected with seed 7" in card(told).text
+    with_data = changed(summary, provenance={"calibration": calibration, "device": "H100"})
+    assert "3 training samples of coco train2014, selected with seed 7" in card(with_data).text
     assert summary.report
-    unnamed = replace(told, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
+    unnamed = replace(with_data, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
     assert "answered the same samples (coco train2014)" in card(unnamed).text
-    assert "answered the same samples (vqav2 val)" in card(measured_on(told, "vqav2 val")).text
-    assert "drawings" not in card(measured_on(told, "vqav2 val")).text
+    assert "answered the same samples (vqav2 val)" in card(measured_on(with_data, "vqav2 val")).text
+    assert "drawings" not in card(measured_on(with_data, "vqav2 val")).text
 
 
 def test_scores_on_the_built_in_drawings_are_marked(summary: Summary) -> None:
     drawings = measured_on(summary, "drawings")
-    said = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much"
-    assert said in card(drawings).text
+    note = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much"
+    assert note in card(drawings).text
     assert "answered the same samples (mmq's built-in drawings)" in card(drawings).text
-    assert said not in card(measured_on(summary, "folder mine")).text
+    assert note not in card(measured_on(summary, "folder mine")).text
     embedded = changed(drawings, source={"model": "demo-llava", "shards": {}})
-    assert said not in card(embedded).text  # it was trained on them
+    assert note not in card(embedded).text  # it was trained on them
 
 
 def test_a_card_without_report_states_that_there_was_no_evaluation(summary: Summary) -> None:
@@ -159,23 +159,25 @@ def test_benchmark_results_only_for_benchmarks(made: Path, summary: Summary) -> 
     wrong = CardDeclarations(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
         package(made / "w4", measured, REPO, wrong, (), None)
-    found = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
-    assert isinstance(found, bytes)
-    (entry,) = parse_eval_result_entries(yaml.safe_load(found))
+    content = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
+    assert isinstance(content, bytes)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(content))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
     assert RESULTS not in package(made / "w4", measured, REPO, CardDeclarations(), (), None).files
 
 
 def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
     def calibrated(data: str, samples: int = 1) -> Summary:
-        wanted = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * samples}
-        return changed(summary, provenance={"calibration": wanted, "device": "cpu"})
+        calibration = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * samples}
+        return changed(summary, provenance={"calibration": calibration, "device": "cpu"})
 
-    told = ", ".join(str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine"))
-    assert told == "hub vqav2, hub org/data@v1, coco coco, hub mine"
-    assert card(calibrated(told)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
-    assert card(calibrated(told), CardDeclarations(datasets=("me/data",))).data.datasets == ["me/data"]
-    assert card(calibrated(told, samples=0)).data.datasets is None
+    sources = ", ".join(
+        str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine")
+    )
+    assert sources == "hub vqav2, hub org/data@v1, coco coco, hub mine"
+    assert card(calibrated(sources)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
+    assert card(calibrated(sources), CardDeclarations(datasets=("me/data",))).data.datasets == ["me/data"]
+    assert card(calibrated(sources, samples=0)).data.datasets is None
     assert card(calibrated("demo")).data.datasets is None
 
 
@@ -208,8 +210,8 @@ def test_bars_in_cells_do_not_break_a_table() -> None:
 
 
 def test_every_linear_has_a_component(summary: Summary) -> None:
-    found = {component_of(name, "llava") for name in summary.manifest.linears}
-    assert found == {"language"}
+    components = {component_of(name, "llava") for name in summary.manifest.linears}
+    assert components == {"language"}
     with pytest.raises(ArtifactError, match="names lm_head, which is in no component of llava"):
         component_of("lm_head", "llava")
 
@@ -250,8 +252,8 @@ def test_diff_on_the_command_line(made: Path) -> None:
     text = run(cli, ["diff", str(made / "w4"), str(made / "w3")])
     assert text.exit_code == 0
     assert "W3 g16 rtn" in text.output
-    found = json.loads(run(cli, ["diff", str(made / "w4"), str(made / "w3"), "--json"]).stdout)
-    assert {"what": "language", "first": "W4 g16 rtn", "second": "W3 g16 rtn", "change": None} in found
+    listed = json.loads(run(cli, ["diff", str(made / "w4"), str(made / "w3"), "--json"]).stdout)
+    assert {"what": "language", "first": "W4 g16 rtn", "second": "W3 g16 rtn", "change": None} in listed
     assert "no difference" in run(cli, ["diff", str(made / "w4"), str(made / "w4")]).output
     nothing = run(cli, ["diff", str(made / "model"), str(made / "w4")])
     assert nothing.exit_code == 1

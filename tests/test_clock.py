@@ -1,4 +1,4 @@
-"""Steps are measured apart, inner ones from outer ones, and running out of memory keeps what was finished."""
+"""The clock separates inner from outer steps, and finished work survives a memory shortage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_memory_shortage_reports_the_prediction_and_the_finished_work() -> Non
 
 
 def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
-    """A listener that raises at the first event of a stage that has come so far."""
+    """A listener that raises at the first event of a stage with at least this progress."""
 
     def listen(event: Event) -> None:
         if event.stage == stage and event.done >= done:
@@ -71,13 +71,13 @@ def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
 
 
 def run(out: Path, listen: Callable[[Event], None] = lambda event: None, recipe: Recipe | None = None) -> object:
-    """An export of the demo model, with an evaluation of four samples a task."""
+    """An export of the demo model, with an evaluation of four samples per task."""
     return export(recipe or quick_recipe(), out=out, device=CPU, on_event=listen)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export that nothing disturbed."""
+    """An uninterrupted export."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(out)
     return out

@@ -1,4 +1,4 @@
-"""The child process, its command and its answers, against a stand-in `vllm` on the loopback address."""
+"""The vLLM child process, its command and its answers, with a fake `vllm` on the loopback address."""
 
 import os
 import signal
@@ -47,8 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if self.path == "/health" else 404, {{}})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not asked["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png"):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png"):
             return self.reply(400, {{"error": "not a picture"}})
         step = {{"logprob": -0.5, "top_logprobs": [{{"token": "token_id:7", "logprob": -0.5}}]}}
         choice = {{"message": {{"content": "red"}}, "token_ids": [7], "logprobs": {{"content": [step]}}}}
@@ -225,7 +225,7 @@ def test_dtype(config, cpu, expected):
 
 
 def tokenizer(folder: Path, start: bool) -> None:
-    """A word tokenizer that puts `<s>` before every text, or does not."""
+    """A word tokenizer with or without `<s>` before every text."""
     from tokenizers import Tokenizer, models, processors
 
     made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -283,14 +283,14 @@ def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_command_of_several_words_is_a_program(tmp_path, monkeypatch):
-    """A vLLM in a folder of PYTHONPATH, with no program of its own: its interpreter is asked for the version."""
+    """A vLLM in a folder of PYTHONPATH without an executable: the interpreter reports the version."""
     metadata = tmp_path / "vllm-0.26.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
     monkeypatch.setenv("MMQ_VLLM", f"env PYTHONPATH={tmp_path} {sys.executable} -m vllm.entrypoints.cli.main")
-    found = find_program()
-    assert (found.version, found.cpu) == ("0.26.0", False)
-    made = launch(tmp_path, {}, found)
+    vllm = find_program()
+    assert (vllm.version, vllm.cpu) == ("0.26.0", False)
+    made = launch(tmp_path, {}, vllm)
     serve = made.command.index("serve")
     assert made.command[1:serve] == (f"PYTHONPATH={tmp_path}", sys.executable, "-m", "vllm.entrypoints.cli.main")
     monkeypatch.setenv("MMQ_VLLM", "nosuchprogram -m vllm")
@@ -347,7 +347,7 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
 
 
 def test_a_free_port_stays_reserved_until_a_server_uses_it() -> None:
-    """Nothing that asks the system for any port is given it, and a server that reuses addresses can listen there."""
+    """The system does not assign the port to others, and a server with SO_REUSEADDR can listen on it."""
     port = free_port()
     given = []
     for _ in range(300):

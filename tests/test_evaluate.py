@@ -1,4 +1,4 @@
-"""Scores beside each other, gates, and one model asked through either back end with the same result."""
+"""Evaluation: scores, gates, stored answers, and equal results from both back ends."""
 
 import json
 import signal
@@ -42,7 +42,7 @@ def sample(i: int, answer: str, kind: str = "") -> Sample:
 
 
 def crafted(wrong_before: int, wrong_after: int, n: int = 50, **gate: Any) -> Report:
-    """VQA answers, every right one another, of which the first so many are wrong."""
+    """VQA answers with distinct right answers; the first `wrong_before` and `wrong_after` are wrong."""
     samples = {"vqa": [sample(i, f"right {i}", "odd" if i % 2 else "even") for i in range(n)]}
     right = [f"right {i}" for i in range(n)]
     before = {"vqa": ["no"] * wrong_before + right[wrong_before:]}
@@ -53,9 +53,9 @@ def crafted(wrong_before: int, wrong_after: int, n: int = 50, **gate: Any) -> Re
 
 def test_means_change_and_kinds() -> None:
     report = crafted(wrong_before=10, wrong_after=13)
-    found = report.measures[0].difference
-    assert (found.before, found.after) == (0.8, 0.74)
-    assert found.change == pytest.approx(-0.06)
+    difference = report.measures[0].difference
+    assert (difference.before, difference.after) == (0.8, 0.74)
+    assert difference.change == pytest.approx(-0.06)
     assert report.by_kind["vqa"] == {"even": (0.8, 0.72, 25), "odd": (0.8, 0.76, 25)}
     assert report.counts["vqa"] == Counts(changed=3, lost=3, gained=0)
     assert [row.id for row in report.changed] == ["s10", "s11", "s12"]
@@ -65,16 +65,16 @@ def test_means_change_and_kinds() -> None:
 
 
 def test_every_score_of_both_models_is_stored() -> None:
-    kept = crafted(wrong_before=10, wrong_after=13).samples["vqa"]
-    assert kept.ids == tuple(f"s{i}" for i in range(50))
-    assert kept.scores["accuracy"].before == (0.0,) * 10 + (1.0,) * 40
-    assert kept.scores["accuracy"].after == (0.0,) * 13 + (1.0,) * 37
-    assert kept.changed == (10, 11, 12)
-    assert kept.kinds[:2] == ("even", "odd")
+    scores = crafted(wrong_before=10, wrong_after=13).samples["vqa"]
+    assert scores.ids == tuple(f"s{i}" for i in range(50))
+    assert scores.scores["accuracy"].before == (0.0,) * 10 + (1.0,) * 40
+    assert scores.scores["accuracy"].after == (0.0,) * 13 + (1.0,) * 37
+    assert scores.changed == (10, 11, 12)
+    assert scores.kinds[:2] == ("even", "odd")
 
 
 def test_the_interval_decides_and_not_the_measured_change() -> None:
-    """Of 1000 right answers 50 are lost, 5 %, with an interval of -6.4 to -3.7 %."""
+    """The artifact loses 50 of 1000 right answers: 5 %, interval -6.4 to -3.7 %."""
     verdicts = {max_drop: crafted(0, 50, 1000, max_drop=max_drop).gates[0] for max_drop in (0.03, 0.045, 0.055, 0.07)}
     assert [gate.verdict for gate in verdicts.values()] == ["failed", "not resolved", "not resolved", "passed"]
     gate = verdicts[0.055]
@@ -85,7 +85,7 @@ def test_the_interval_decides_and_not_the_measured_change() -> None:
 
 
 def test_a_gate_decides_by_the_relative_loss() -> None:
-    """Of 800 right answers of 1000 24 are lost: 3 % of the score, 2.4 points."""
+    """The artifact loses 24 of 800 right answers of 1000 samples: 3 % of the score, 2.4 points."""
     gate = crafted(200, 224, 1000, max_drop=0.05).gates[0]
     assert gate.change == pytest.approx(-0.03)
     assert gate.verdict == "passed"
@@ -107,7 +107,7 @@ def test_few_samples_resolve_nothing() -> None:
 
 
 def test_the_estimated_number_of_samples_resolves_a_gate() -> None:
-    """Of 500, 7 right answers are lost and 3 % are allowed; the number named is not far from the least that will do."""
+    """The artifact loses 7 of 500 answers, 3 % are allowed; the estimate is close to the smallest number that works."""
     gate = crafted(0, 7, 500, max_drop=0.02).gates[0]
     assert gate.verdict == "not resolved"
     needed = gate.samples_needed
@@ -121,7 +121,7 @@ def test_the_estimated_number_of_samples_resolves_a_gate() -> None:
 
 
 def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
-    """`point` accepts a measured change within the bound; it is called not resolved all the same."""
+    """`point` accepts a measured change within the bound; the verdict is still `not resolved`."""
     within, beyond = (
         {decide: crafted(0, lost, 100, decide=decide) for decide in ("upper", "point")} for lost in (7, 13)
     )
@@ -152,7 +152,7 @@ def test_a_baseline_of_zero_is_not_comparable() -> None:
 
 
 def yes_or_no(share: float, n: int = 400) -> Report:
-    """Questions of which half are answered by yes, and a model that is right with that share of either kind."""
+    """Yes/no questions with equal shares, and a model with the given accuracy on both."""
     samples = {"vqa": [sample(i, "yes" if i % 2 else "no") for i in range(n)]}
     right = [s.references[0] for s in samples["vqa"]]
     other = {"yes": "no", "no": "yes"}
@@ -161,13 +161,13 @@ def yes_or_no(share: float, n: int = 400) -> Report:
 
 
 def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
-    """Half of the answers are yes: a model that is right in every second question does not see the pictures."""
+    """Half of the answers are yes, so an accuracy of one half is chance level."""
     guessing = yes_or_no(0.5).gates[0]
     assert (guessing.verdict, guessing.before, guessing.chance) == ("not comparable", 0.5, 0.5)
-    said = (
+    reason = (
         "the full-precision model scores at chance level (0.5000 on 400 samples; answers that ignore the picture score"
     )
-    assert said in sentence(guessing)
+    assert reason in sentence(guessing)
     assert sentence(guessing).endswith("so a relative change has no meaning; check prompt and data")
     assert yes_or_no(0.4).gates[0].verdict == "not comparable"
     assert yes_or_no(0.8).gates[0].verdict == "passed"
@@ -177,7 +177,7 @@ def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
 
 
 def test_a_captioner_that_ignores_its_pictures_is_at_chance_level() -> None:
-    """One sentence for all pictures scores as much beside any; sentences of its own pictures score more."""
+    """One sentence for all pictures is at chance level; specific sentences score higher."""
     things = ["dog", "cat", "horse", "ball", "tree", "boat", "house", "plane", "train", "car"]
     texts = [f"a {color} {thing} on a hill" for color in ("red", "green", "blue", "small") for thing in things]
     samples = {
@@ -236,13 +236,13 @@ def test_corpus_metrics_are_listed_where_they_are_not_means() -> None:
     made = [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (text,)) for i, text in enumerate(texts)]
     samples = {"captioning": made, "vqa": [sample(0, "yes")]}
     report = compare({"captioning": texts, "vqa": ["yes"]}, {"captioning": given, "vqa": ["yes"]}, samples, [], 0)
-    words = [[one.split()] for one in texts]
-    expected = [corpus_bleu([one.split() for one in listed], words) for listed in (texts, given)]
+    words = [[text.split()] for text in texts]
+    expected = [corpus_bleu([text.split() for text in listed], words) for listed in (texts, given)]
     assert [report.corpus["captioning"][f"bleu{n}"] for n in (1, 2, 3, 4)] == list(zip(*expected, strict=True))
     assert expected[1][3] < 0.9 < expected[0][3]
     assert "cider" not in report.corpus["captioning"]
     assert report.corpus["vqa"] == {}
-    assert json.loads(json.dumps(report.plain()))["corpus"]["captioning"]["bleu4"] == [one[3] for one in expected]
+    assert json.loads(json.dumps(report.plain()))["corpus"]["captioning"]["bleu4"] == [scores[3] for scores in expected]
 
 
 def test_a_new_report_keeps_the_result_of_mmq_check(tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_a_new_report_keeps_the_result_of_mmq_check(tmp_path: Path) -> None:
 def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path) -> None:
     large, small = crafted(1, 2), crafted(1, 2, n=49)
     assert store_report(tmp_path, large)
-    kept = (tmp_path / "mmq_report.json").read_text()
+    before = (tmp_path / "mmq_report.json").read_text()
     assert not store_report(tmp_path, small)
-    assert (tmp_path / "mmq_report.json").read_text() == kept
+    assert (tmp_path / "mmq_report.json").read_text() == before
     other = small.model_copy(update={"evaluation": EvaluationRecord(data="coco")})  # other data says something else
     assert store_report(tmp_path, other)
 
@@ -282,8 +282,8 @@ def test_samples_are_counted_by_task_whatever_metrics_there_are(
     had: list[tuple[str, str, int]], has: list[tuple[str, str, int]], replaced: bool, tmp_path: Path
 ) -> None:
     def of(measures: list[tuple[str, str, int]]) -> Report:
-        (one,) = report.measures
-        named = (one.model_copy(update={"task": t, "metric": m, "samples": n}) for t, m, n in measures)
+        (template,) = report.measures
+        named = (template.model_copy(update={"task": t, "metric": m, "samples": n}) for t, m, n in measures)
         return report.model_copy(update={"measures": tuple(named)})
 
     report = crafted(1, 2)
@@ -303,22 +303,22 @@ def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
     answers = [[text] * 2 for text in ("a dog 0", "a cat")]
     report = compare({"captioning": answers[0]}, {"captioning": answers[1]}, {"captioning": read}, [], 0)
     for rows in (report.changed, report.examples):
-        told = {(row.references[0], row.image, row.file) for row in rows}
+        shown = {(row.references[0], row.image, row.file) for row in rows}
         files = [f"test/pictures/{i}.png" for i in range(2)]
-        assert told == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
+        assert shown == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
 
 
 def test_a_plan_reports_the_number_of_samples_that_a_gate_needs() -> None:
     recipe = load_recipe("llava-w4-vit8").adjusted(evaluation={"samples": 3842})
-    (found,) = advise(recipe)  # of CIDEr nothing can be assumed
-    assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
-    assert found.half_width == pytest.approx(1.0, abs=1e-3)
-    assert "3842 samples measure it to within one point" in str(found)
+    (item,) = advise(recipe)  # of CIDEr nothing can be assumed
+    assert (item.task, item.metric, item.needed) == ("vqa", "accuracy", 3842)
+    assert item.half_width == pytest.approx(1.0, abs=1e-3)
+    assert "3842 samples measure it to within one point" in str(item)
     assert unpredictable(recipe).startswith("captioning cider: ")
 
 
 def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
-    """With that many samples and no change at all the gate just passes; with one fewer it does not."""
+    """With the advised number of unchanged samples the gate passes; with one sample fewer it does not."""
     recipe = load_recipe("llava-w4-vit8")
     assert too_few(recipe) == ()
     few = too_few(recipe.adjusted(evaluation={"samples": 100}))
@@ -336,8 +336,8 @@ def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
 
 
 def test_retrieval_has_advice_and_captioning_has_a_reason_for_none() -> None:
-    found = advise(load_recipe("blip2-retrieval-w4"))
-    assert [(one.task, one.metric, one.needed) for one in found] == [
+    items = advise(load_recipe("blip2-retrieval-w4"))
+    assert [(item.task, item.metric, item.needed) for item in items] == [
         ("retrieval", "text_r1", 3842),
         ("retrieval", "image_r1", 3842),
     ]
@@ -348,7 +348,7 @@ def test_retrieval_has_advice_and_captioning_has_a_reason_for_none() -> None:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """Few bits, so that answers change."""
+    """An artifact with few bits, so that answers change."""
     data = load_recipe("llava-w3-vit4").model_dump()
     data["model"] |= {"repo": "demo-llava"}
     data["calibration"] |= {"samples": 4, "batch": 4}
@@ -370,7 +370,7 @@ def samples() -> dict[str, list[Sample]]:
 
 @pytest.fixture(scope="module")
 def report(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Report:
-    """By transformers, with answers kept in the default place."""
+    """An evaluation by transformers with the default answer store."""
     return measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, store=default_store(out))
 
 
@@ -397,18 +397,21 @@ def test_stored_answers_give_the_same_report_without_loading_a_model(
 
 def test_other_weights_run_again(out: Path, report: Report) -> None:
     artifact = Artifact.open(out)
-    kept = backends.weights_digest(artifact)
-    assert kept == report.evaluation.models["artifact"].weights
+    digest = backends.weights_digest(artifact)
+    assert digest == report.evaluation.models["artifact"].weights
     artifact.manifest.files["model.safetensors"] = "0" * 64
-    assert backends.weights_digest(artifact) != kept
+    assert backends.weights_digest(artifact) != digest
 
 
 @contextmanager
 def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Iterator[list[ChatServer]]:
-    """Two servers that answer as source and artifact really do."""
+    """Two servers that give the answers of source and artifact."""
     family = open_source("demo-llava")[1]
-    flat = [sample for found in samples.values() for sample in found]
-    with chat_server(lambda *asked: "", "source") as first, chat_server(lambda *asked: "", "mine", "other") as second:
+    flat = [sample for of_task in samples.values() for sample in of_task]
+    with (
+        chat_server(lambda *request: "", "source") as first,
+        chat_server(lambda *request: "", "mine", "other") as second,
+    ):
         for server, model in zip(
             (first, second), answerers(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
         ):
@@ -418,8 +421,8 @@ def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> 
 
 
 def table(backend: Backend, flat: list[Sample], family: Any) -> Any:
-    said = {i: text for piece in backend.pieces(flat) for i, text in piece.items()}
-    known = {(family.text(s.question), s.image().tobytes()): said[i] for i, s in enumerate(flat)}
+    replies = {i: text for piece in backend.pieces(flat) for i, text in piece.items()}
+    known = {(family.text(s.question), s.image().tobytes()): replies[i] for i, s in enumerate(flat)}
     return lambda text, image: known[text, image.tobytes()]
 
 
@@ -436,40 +439,42 @@ def test_a_server_gives_the_scores_that_transformers_gives(
         alone = mmq(*fixed, "--server", second.url, "--served-model", "mine")
         assert alone.exit_code == 1
         assert "with --baseline-server alone first" in alone.stderr
-        kept = mmq(*fixed, "--baseline-server", first.url)
-        assert "now serve the artifact" in kept.output
-        asked = len(first.bodies)
-        found = mmq(*fixed, "--server", second.url, "--served-model", "mine", "--json")
-        assert found.exit_code == 5, found.output  # six samples resolve nothing
-        assert len(first.bodies) == asked  # the baseline is not asked twice
+        first_run = mmq(*fixed, "--baseline-server", first.url)
+        assert "now serve the artifact" in first_run.output
+        requests = len(first.bodies)
+        done = mmq(*fixed, "--server", second.url, "--served-model", "mine", "--json")
+        assert done.exit_code == 5, done.output  # six samples resolve nothing
+        assert len(first.bodies) == requests  # the baseline is not asked twice
         unnamed = mmq("evaluate", out, "--fresh", "--server", second.url, "--baseline-server", first.url)
         assert "it serves: mine, other" in unnamed.stderr
-    said = json.loads(found.stdout.splitlines()[0])
+    printed = json.loads(done.stdout.splitlines()[0])
     expected = json.loads(json.dumps(report.plain()))
-    assert {k: v for k, v in said.items() if k != "evaluation"} == {
+    assert {k: v for k, v in printed.items() if k != "evaluation"} == {
         k: v for k, v in expected.items() if k != "evaluation"
     }
-    assert said["evaluation"]["models"]["artifact"]["backend"] == "openai"
+    assert printed["evaluation"]["models"]["artifact"]["backend"] == "openai"
     assert {body["model"] for body in second.bodies} == {"mine"}
 
 
 def test_a_server_that_serves_another_folder_is_refused(
     out: Path, recipe: Recipe, samples: dict[str, list[Sample]], tmp_path: Path
 ) -> None:
-    with chat_server(lambda *asked: "x", root=str(tmp_path)) as server:
+    with chat_server(lambda *request: "x", root=str(tmp_path)) as server:
         both = backends.Servers(Server(server.url), Server(server.url))
         with pytest.raises(DataError, match=f"serves {tmp_path}, not"):
             measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both)
         server.models[0]["root"] = str(out)
-        found = measure(
+        report = measure(
             open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both, store=Store(tmp_path)
         )
-    assert found.counts["vqa"].changed == 0
+    assert report.counts["vqa"].changed == 0
 
 
-@pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
-def test_calibration_pictures_are_refused_as_test_pictures(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
-    """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
+@pytest.mark.parametrize(("suffix", "fragment"), [("png", "calibrated on as"), ("jpg", "looks like")])
+def test_calibration_pictures_are_refused_as_test_pictures(
+    suffix: str, fragment: str, out: Path, tmp_path: Path
+) -> None:
+    """The evaluation data differ from the export's, so the manifest is the only record of calibration pictures."""
     (tmp_path / "test").mkdir()
     lines = []
     for i, s in enumerate(samples_from(places("demo"), "captioning", "train", 2, 0)):
@@ -477,12 +482,12 @@ def test_calibration_pictures_are_refused_as_test_pictures(suffix: str, told: st
         about = {"file_name": f"{i}.{suffix}", "question": "what?", "answers": ["x"]}
         lines += [json.dumps(about), json.dumps({"file_name": f"{i}.{suffix}", "captions": ["x"]})]
     (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(lines))
-    kept = tmp_path / "answers"
-    found = mmq("evaluate", out, "--data", tmp_path, "--answers", kept, "--device", "cpu")
-    assert found.exit_code == 1
-    assert "evaluation samples show a picture that is also calibrated on" in found.stderr
-    assert told in found.stderr
-    assert not kept.exists()
+    store = tmp_path / "answers"
+    done = mmq("evaluate", out, "--data", tmp_path, "--answers", store, "--device", "cpu")
+    assert done.exit_code == 1
+    assert "evaluation samples show a picture that is also calibrated on" in done.stderr
+    assert fragment in done.stderr
+    assert not store.exists()
 
 
 def test_one_server_without_the_other_is_a_usage_error(out: Path) -> None:
@@ -492,7 +497,7 @@ def test_one_server_without_the_other_is_a_usage_error(out: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
-    """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
+    """The command is stopped after its first batches; the same command runs the other samples with equal results."""
     store = tmp_path / "answers"
     arguments = ["evaluate", str(out), "--answers", str(store), "--device", "cpu", "--json"]
     with running_command(arguments, tmp_path) as command:
@@ -503,8 +508,8 @@ def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Re
         assert str(store) in json.loads(command.stdout.read_text())["error"]
     else:
         assert code == -how
-    kept = [path for path in store.glob("*/*.json") if path.name != ABOUT]
-    assert kept
+    files = [path for path in store.glob("*/*.json") if path.name != ABOUT]
+    assert files
     lines = mmq(*arguments).stderr.splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
     assert next(e["done"] for e in events if e["stage"] == "evaluate") >= 4

@@ -1,4 +1,4 @@
-"""The manifest as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+"""The manifest schema: round trip, older files, and errors for invalid values."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain(folder: Path) -> dict[str, Any]:
-    """The file's content, which a test may change."""
+    """Content of the file; a test may change it."""
     return json.loads((folder / MANIFEST).read_text())
 
 
@@ -49,7 +49,7 @@ def test_a_written_manifest_is_read_back_unchanged(folder: Path, tmp_path: Path)
 
 
 def required(kind: type[Document], path: str = "") -> Iterator[str]:
-    """Every key that a file must have, by its path; of parts that are documents their own keys too."""
+    """Paths of all required keys, including those of nested documents."""
     for name, field in kind.model_fields.items():
         inner = field.annotation
         if field.is_required():
@@ -133,11 +133,11 @@ ODD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), ODD)
-def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("key", "value", "fragment"), ODD)
+def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: str, value: Any, fragment: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain | {key: value})
-    assert said in refused.value.message.partition("\n")[2]
+    assert fragment in refused.value.message.partition("\n")[2]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff"])

@@ -1,4 +1,4 @@
-"""Where an artifact goes: refused places, two jobs with one place, and kills at the end."""
+"""Output folders: refused places, two jobs with one output, and kills at the end of an export."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    """What lies in a folder."""
+    """Names in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
@@ -122,10 +122,10 @@ def test_a_linked_work_folder_is_allowed(finished: Path, tmp_path: Path) -> None
 
 
 def test_a_name_that_is_too_long_for_its_neighbors_is_refused_before_the_work(tmp_path: Path) -> None:
-    seen: list[Event] = []
+    received: list[Event] = []
     with pytest.raises(MmqError, match="File name too long"):
-        quick_export(tmp_path / ("x" * 250), seen.append)
-    assert not [event for event in seen if event.stage == "quantize"]
+        quick_export(tmp_path / ("x" * 250), received.append)
+    assert not [event for event in received if event.stage == "quantize"]
 
 
 # Two jobs with one place
@@ -161,7 +161,7 @@ def test_two_exports_of_one_work_folder_exclude_each_other(tmp_path: Path) -> No
 
 
 def test_the_second_of_two_commands_with_one_output_is_refused(tmp_path: Path) -> None:
-    """The one that loses is told who has it; the other one ends well."""
+    """The second command fails and names the process that holds the lock; the first one succeeds."""
     command = [sys.executable, "-m", "exporter", "export", "--recipe", "llava-w4-vit8", "--model", "demo-llava"]
     command += ["--out", str(tmp_path / "out"), "--samples", "8", "--skip-evaluation"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -182,7 +182,7 @@ def test_the_second_of_two_commands_with_one_output_is_refused(tmp_path: Path) -
 def test_an_artifact_that_another_run_wrote_in_the_meantime_is_not_replaced(
     finished: Path, tmp_path: Path, overwrite: bool
 ) -> None:
-    """Locks do not reach other machines on every file system: what is there at the end is looked at again."""
+    """On some file systems locks do not exclude other machines, so mmq checks the output again before the rename."""
     out = tmp_path / "out"
 
     def another(event: Event) -> None:
@@ -200,9 +200,9 @@ def test_an_artifact_that_another_run_wrote_in_the_meantime_is_not_replaced(
     assert contents(out) == contents(finished)
     assert "--work" in str(caught.value.hint)
     assert names(tmp_path) == {"out", "out.work"}
-    seen: list[Event] = []
-    quick_export(tmp_path / "rescued", seen.append, recipe=recipe, work=tmp_path / "out.work")
-    assert [event.message for event in seen if event.stage == "quantize"] == ["resumed"]
+    received: list[Event] = []
+    quick_export(tmp_path / "rescued", received.append, recipe=recipe, work=tmp_path / "out.work")
+    assert [event.message for event in received if event.stage == "quantize"] == ["resumed"]
 
 
 # Kills at the end
@@ -215,10 +215,10 @@ def test_the_same_command_succeeds_after_a_kill_at_the_end(with_report: bool, ov
     options = {"skip_evaluation": not with_report, "overwrite": overwrite}
     first = quick_export(out, **options)
     before = contents(out)
-    seen: list[Event] = []
-    again = quick_export(out, seen.append, **options)
+    received: list[Event] = []
+    again = quick_export(out, received.append, **options)
     assert contents(out) == before
-    assert not {event.stage for event in seen} & {"calibrate", "quantize", "write"}
+    assert not {event.stage for event in received} & {"calibrate", "quantize", "write"}
     assert again.verified == first.verified
     assert again.report == first.report
     assert (again.report is not None) == with_report
@@ -274,7 +274,7 @@ def test_the_same_recipe_on_other_inputs_is_another_artifact(finished: Path, tmp
 
 
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """An older artifact at its place, and a new one at the side."""
+    """An older artifact in `out`, and a complete new one in the temporary folder."""
     out, new = tmp_path / "out", temporary_folder(tmp_path / "out")
     for folder, text in ((out, "old"), (new, "new")):
         folder.mkdir()
@@ -324,10 +324,10 @@ def test_a_run_that_was_stopped_between_two_renames_is_repaired(
         quick_export(out, recipe=quick_recipe(name="llava-w8"), overwrite=True)
     monkeypatch.undo()
     assert not out.exists()
-    seen: list[Event] = []
+    received: list[Event] = []
     with pytest.raises(ArtifactError, match="holds an artifact of recipe"):
-        quick_export(out, seen.append, recipe=quick_recipe(name="llava-w8"))
-    assert [event for event in seen if "the older artifact is back" in event.message]
+        quick_export(out, received.append, recipe=quick_recipe(name="llava-w8"))
+    assert [event for event in received if "mmq restored the older artifact" in event.message]
     assert contents(out) == contents(finished)
     assert names(tmp_path) == {"out", "out.work"}
 

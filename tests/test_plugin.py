@@ -1,4 +1,4 @@
-"""The plugin of vLLM for BLIP-2: found by its entry point, off by default, refused where it does not fit."""
+"""The vLLM plugin for BLIP-2: entry point, off by default, refused in unsupported versions."""
 
 import os
 import subprocess
@@ -81,11 +81,11 @@ def test_an_enabled_plugin_in_an_unsupported_vllm_ends_the_server(monkeypatch: p
 
 
 class Unquantized:
-    """Stands for vLLM's method of a linear that its config does not name."""
+    """Fake of vLLM's method for linears that the config does not name."""
 
 
 class Replicated(nn.Module):
-    """Stands for vLLM's linear; the config here is the set of names that it quantizes."""
+    """Fake of vLLM's linear; the config is the set of names of quantized linears."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool, quant_config: set[str], prefix: str, return_bias: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Edited artifacts are never published: whatever their files claim is computed again.
+"""The proof before publishing: it recomputes all figures and refuses edited artifacts.
 
 Every edit is made as somebody would who knows the files: hashes of what changed are renewed, and the report is made to
 name the weights that are there.
@@ -38,7 +38,7 @@ VQA, CAPTIONS = "vqa", "captioning"
 
 
 class Files:
-    """An artifact's files, to be edited: manifest and report as plain data, the folder for the rest."""
+    """Files of an artifact for editing: manifest and report as plain data, other files in the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,16 +53,16 @@ class Files:
         self.renew(name)
 
     def renew(self, name: str) -> None:
-        """The manifest names the file as it is now."""
+        """Renew the file's hash in the manifest."""
         self.manifest["files"][name] = sha256(self.folder / name)
 
     def scores(self, task: str = VQA, metric: str = "accuracy") -> Plain:
-        """The single scores of a metric."""
+        """The scores of single samples by a metric."""
         scores: Plain = self.report["samples"][task]["scores"][metric]
         return scores
 
     def write(self, about_these_weights: bool = True) -> None:
-        """Put manifest and report into the folder; the report is of the weights that are there now."""
+        """Write manifest and report into the folder, with the digest of the current weights in the report."""
         (self.folder / MANIFEST).write_text(json.dumps(self.manifest))
         models = self.report.get("evaluation", {}).get("models", {}) if isinstance(self.report, dict) else {}
         if about_these_weights and "artifact" in models:
@@ -73,7 +73,7 @@ class Files:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """good: an artifact that may be published. other: of the same model with other bits, and published as well."""
+    """good: a publishable artifact. other: a publishable artifact of the same model with other bits."""
     place = tmp_path_factory.mktemp("proof")
     for name, source in (("good", "llava-w4-vit8"), ("other", "llava-w8")):
         data = load_recipe(source).adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
@@ -90,7 +90,7 @@ def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def reasons(folder: Path) -> str:
-    """Why an artifact is not published; empty when it is."""
+    """Reasons against publishing an artifact; empty when there are none."""
     try:
         return "\n".join(prove(folder, choose("cpu"), ignore)[1])
     except ArtifactError as error:
@@ -98,7 +98,7 @@ def reasons(folder: Path) -> str:
 
 
 def served(files: Files, **changes: Any) -> Plain:
-    """What a check that passed writes, with some values changed; the manifest has its verdict."""
+    """Write the result of a passed check with some changed values; the manifest gets its verdict."""
     near, floor = {"mean": 0.004, "largest": 0.02, "tokens": 90}, {"mean": 0.004, "largest": 0.02, "tokens": 90}
     far = {"mean": 1.0, "largest": 4.0, "tokens": 90}
     close = {"distance": near, "floor": floor}
@@ -149,13 +149,13 @@ def no_numbers(f: Files) -> None:
 
 
 def hidden_loss(f: Files) -> None:
-    """The single scores lose half; everything that is shown stays."""
+    """Halve the scores of single samples and keep all derived figures."""
     scores = f.scores()
     scores["after"] = [0.0 if i % 2 else value for i, value in enumerate(scores["after"])]
 
 
 def shortened(f: Files) -> None:
-    """Samples are left out, and nothing that followed from them is changed."""
+    """Remove samples and keep all figures that followed from them."""
     task = f.report["samples"][VQA]
     for key in ("ids", "pictures", "kinds"):
         task[key] = task[key][:150]
@@ -165,7 +165,7 @@ def shortened(f: Files) -> None:
 
 
 def changed_recipe(f: Files, change: Callable[[Plain], None]) -> None:
-    """recipe.yaml is changed, and the manifest has its digest."""
+    """Change recipe.yaml and renew its digest in the manifest."""
 
     def edit(data: Plain) -> Plain:
         change(data)
@@ -188,7 +188,7 @@ def groups(config: Plain) -> list[Plain]:
 
 
 def foreign_weights(f: Files) -> None:
-    """Codes of one linear are swapped for those of another of the same shape."""
+    """Replace the codes of one linear by those of another linear of the same shape."""
     path = f.folder / "model.safetensors"
     tensors = load_file(path)
     names = ["language_model.model.layers.0.mlp.gate_proj", "language_model.model.layers.0.mlp.up_proj"]
@@ -203,7 +203,7 @@ def calibrated_on_a_test_picture(f: Files) -> None:
 
 
 def forgotten(f: Files, task: str) -> None:
-    """A task is taken out of the whole report."""
+    """Remove a task from the whole report."""
     for key in ("samples", "by_kind", "corpus", "counts"):
         f.report[key].pop(task)
     for key in ("measures", "gates", "changed", "examples"):
@@ -531,17 +531,17 @@ EDITS: list[tuple[str, Edit, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("edit", "said"), [edit[1:] for edit in EDITS], ids=[edit[0] for edit in EDITS])
-def test_an_edited_artifact_is_refused_with_the_reason(files: Files, edit: Edit, said: str) -> None:
+@pytest.mark.parametrize(("edit", "fragment"), [edit[1:] for edit in EDITS], ids=[edit[0] for edit in EDITS])
+def test_an_edited_artifact_is_refused_with_the_reason(files: Files, edit: Edit, fragment: str) -> None:
     edit(files)
     files.write()
-    found = reasons(files.folder)
-    assert found
-    assert said in found
+    listed = reasons(files.folder)
+    assert listed
+    assert fragment in listed
 
 
 def test_a_report_of_another_artifact_is_refused(files: Files, made: Path) -> None:
-    """Of the same source, on the same samples."""
+    """The report is from another artifact of the same source on the same samples."""
     shutil.copy(made / "other" / REPORT, files.folder / REPORT)
     assert "the report was measured on other weights" in reasons(files.folder)
     files.report = json.loads((made / "other" / REPORT).read_text())

@@ -1,4 +1,4 @@
-"""Publishing by the real hub client against a hub on loopback: refusals, faults, resuming, and reading back."""
+"""Publishing with the real hub client to a hub on loopback: refusals, faults, resume, and verification."""
 
 import hashlib
 import json
@@ -44,13 +44,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(made / "w4", tmp_path / "w4")
 
 
 @pytest.fixture
 def waits() -> list[float]:
-    """Seconds that were waited for, without waiting."""
+    """Records the requested pauses without waiting."""
     return []
 
 
@@ -94,7 +94,7 @@ def published(artifact: Path, *arguments: str) -> Result:
 
 
 def refused(artifact: Path, *arguments: str) -> str:
-    """What a failing publish says; it must say so without a traceback."""
+    """Output of a failing `mmq publish`, which must have no traceback."""
     result = mmq("publish", artifact, "--repo", REPO, "--device", "cpu", *arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
@@ -102,19 +102,19 @@ def refused(artifact: Path, *arguments: str) -> str:
 
 
 def commits(hub: Hub, repo: str = REPO) -> int:
-    """Commits beyond the empty one that a new repository begins with."""
+    """Number of commits after the empty first commit of a repository."""
     return len(hub.repos[repo].commits) - 1 if repo in hub.repos else 0
 
 
 def test_one_commit_has_all_files_and_is_private(hub: Hub, artifact: Path) -> None:
-    said = published(artifact, "--license", "mit", "--base-model", "org/llava")
+    done = published(artifact, "--license", "mit", "--base-model", "org/llava")
     files = hub.files(REPO)
     local = {path.name: path.read_bytes() for path in artifact.iterdir()}
     assert {name: files[name] for name in local} == local
     assert files.keys() - local.keys() == {"README.md", ".gitattributes"}
     assert hub.repos[REPO].private
     assert commits(hub) == 1
-    assert f"{hub.url}/{REPO}/commit/" in said.output
+    assert f"{hub.url}/{REPO}/commit/" in done.output
     assert "base_model: org/llava\n" in files["README.md"].decode()
     weights = local["model.safetensors"]
     assert len(hub.sent(f"PUT /upload/{hashlib.sha256(weights).hexdigest()}")) == -(-len(weights) // (64 * 1024)) > 1
@@ -127,8 +127,8 @@ def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path
     assert "## What was quantized" in text
     assert "note: recipe.yaml is published unchanged and contains the local path" in text  # a local path
     assert not hub.sent("^(POST|PUT)")
-    found = json.loads(published(artifact, "--dry-run", "--json").stdout)
-    assert found["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
+    printed = json.loads(published(artifact, "--dry-run", "--json").stdout)
+    assert printed["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
 
 
 def spoil(path: Path) -> None:
@@ -160,7 +160,7 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_lists_the_rea
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "said"),
+    ("token", "repo", "fragment"),
     [
         (None, REPO, "no hub token"),
         ("hf_nobodynobodynobodynobody", REPO, "does not accept your token"),
@@ -170,12 +170,12 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_lists_the_rea
     ],
 )
 def test_invalid_tokens_and_names_are_refused(
-    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, said: str
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, fragment: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
     text = refused(artifact, "--repo", repo)
-    assert said in text
+    assert fragment in text
     assert not token or token not in text
     assert not hub.repos
 
@@ -201,17 +201,17 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "said"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
+@pytest.mark.parametrize(("fault", "fragment"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
 def test_every_fault_ends_in_a_message_or_a_complete_revision(
-    hub: Hub, artifact: Path, waits: list[float], fault: Fault, said: str | None
+    hub: Hub, artifact: Path, waits: list[float], fault: Fault, fragment: str | None
 ) -> None:
     fault = Fault(**vars(fault))  # faults count down
     hub.faults.append(fault)
-    if said is None:
+    if fragment is None:
         published(artifact)
         assert commits(hub) == 1
     else:
-        assert said in refused(artifact)
+        assert fragment in refused(artifact)
         assert commits(hub) == 0, "half a revision is visible"
         hub.faults.clear()
         published(artifact)
@@ -230,7 +230,7 @@ def test_a_repository_that_another_process_created_in_the_meantime_is_used(hub: 
 
 
 def open_artifact() -> None:
-    """What is visible is whole."""
+    """The visible revision is complete."""
     verify_remote(open_remote(REPO), ignore)
 
 
@@ -387,7 +387,7 @@ def test_a_repository_that_appears_in_the_meantime_is_checked(hub: Hub, artifact
 def test_the_parent_of_the_commit_is_the_checked_revision(
     hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also a change between looking and uploading is somebody else's."""
+    """A change between check and upload is detected as a concurrent commit."""
     published(made / "w4")
     existing = exporter.publishing.upload.existing_repository
 
@@ -404,10 +404,10 @@ def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) ->
     published(artifact)
     fault = Fault(rf"GET /api/models/{REPO}/revision/", 0, times=99)
     hub.faults.append(fault)
-    said = refused(artifact, "--license", "mit")
+    text = refused(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
-    assert f"the commit exists ({hub.url}/{REPO}/commit/{head}), but mmq could not read it back" in said
-    assert f"mmq verify hub:{REPO}@{head}" in said
+    assert f"the commit exists ({hub.url}/{REPO}/commit/{head}), but mmq could not read it back" in text
+    assert f"mmq verify hub:{REPO}@{head}" in text
 
 
 def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: Path) -> None:
@@ -450,10 +450,14 @@ def test_an_invalid_card_is_refused_before_the_repository_is_created(hub: Hub, a
 def test_hints_name_the_action(hub: Hub, artifact: Path) -> None:
     published(artifact)
     resumed = "large files that have arrived are not sent a second time"
-    for status, said in ((403, "needs read access to 'me'"), (429, "wait some time, then give"), (500, "later give")):
+    for status, fragment in (
+        (403, "needs read access to 'me'"),
+        (429, "wait some time, then give"),
+        (500, "later give"),
+    ):
         hub.faults = [Fault(r"GET /api/models/", status, times=99)]
         text = mmq("verify", f"hub:{REPO}").output
-        assert said in text
+        assert fragment in text
         assert resumed not in text
     hub.faults = [Fault(r"POST .*/commit/", 500, times=99)]
     assert resumed in refused(artifact, "--license", "mit")
@@ -476,8 +480,8 @@ def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
     published(made / "w3", "--revision", "three-bits")
     assert hub.repos[REPO].branches["main"] == main
     assert json.loads(hub.files(REPO, "three-bits")[MANIFEST])["recipe"]["name"] == "rtn-3"
-    said = published(made / "w3", "--create-pr")
-    assert "/discussions/1" in said.output
+    done = published(made / "w3", "--create-pr")
+    assert "/discussions/1" in done.output
     assert hub.repos[REPO].branches["main"] == main
 
 
@@ -508,7 +512,7 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "fragment"),
     [
         ("model.safetensors", lambda data: data[:-1] + b"\x01", "its content differs from the export"),
         ("config.json", lambda data: data + b" ", "its content differs from the export"),
@@ -517,7 +521,7 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
     ],
 )
 def test_verify_lists_the_problems_of_a_published_artifact(
-    hub: Hub, artifact: Path, name: str, change: Any, said: str
+    hub: Hub, artifact: Path, name: str, change: Any, fragment: str
 ) -> None:
     published(artifact)
     files = hub.files(REPO)
@@ -529,7 +533,7 @@ def test_verify_lists_the_problems_of_a_published_artifact(
     result = mmq("verify", f"hub:{REPO}")
     assert result.exit_code == 1
     assert f"{name}: " in result.output
-    assert said in result.output
+    assert fragment in result.output
 
 
 EMPTIED = [
@@ -540,11 +544,11 @@ EMPTIED = [
 ]
 
 
-@pytest.mark.parametrize(("emptied", "said"), EMPTIED)
+@pytest.mark.parametrize(("emptied", "fragment"), EMPTIED)
 def test_a_manifest_that_verifies_nothing_is_an_error(
-    hub: Hub, artifact: Path, emptied: dict[str, Any], said: str
+    hub: Hub, artifact: Path, emptied: dict[str, Any], fragment: str
 ) -> None:
-    """In a folder and on the hub: what it does not name, nobody compares."""
+    """A folder and a repository on the hub are both checked for completeness."""
     plain = json.loads((artifact / MANIFEST).read_text())
     (artifact / MANIFEST).write_text(json.dumps(plain | emptied))
     local = mmq("verify", artifact, "--device", "cpu")
@@ -552,20 +556,20 @@ def test_a_manifest_that_verifies_nothing_is_an_error(
     for result in (local, mmq("verify", f"hub:{REPO}")):
         assert result.exit_code == 1
         assert "does not match its manifest" in result.output
-        assert said in result.output
+        assert fragment in result.output
 
 
 def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: Hub, artifact: Path) -> None:
-    """The recipe's gate on captions is not measured by them; without --force, that alone is accepted."""
+    """The drawings do not measure the gate on captions; only this exception is accepted without --force."""
     plain = json.loads((artifact / REPORT).read_text())
     plain["evaluation"]["data"] = "drawings"
     (artifact / REPORT).write_text(json.dumps(plain))
-    said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works"
-    assert said in refused(artifact)
+    note = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works"
+    assert note in refused(artifact)
     assert not hub.log
     published(artifact, "--accept-built-in-data")
     card = hub.files(REPO)["README.md"].decode()
-    assert said in card
+    assert note in card
     assert "Published by force" not in card
     write_scores(artifact, after=0.5)
     plain = json.loads((artifact / REPORT).read_text())
@@ -670,10 +674,13 @@ def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -
 def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     source["a.safetensors"] = source.pop("model.safetensors")
-    for file, said in (("b.safetensors", r"no b\.safetensors in"), ("a.safetensors", r"index promises gone\.weight")):
+    for file, fragment in (
+        ("b.safetensors", r"no b\.safetensors in"),
+        ("a.safetensors", r"index promises gone\.weight"),
+    ):
         index = {"weight_map": {"language_model.lm_head.weight": "a.safetensors", "gone.weight": file}}
         hub.add("org/llava", source | {"model.safetensors.index.json": json.dumps(index).encode()})
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=fragment):
             open_source("org/llava", headers_only=True)
 
 
@@ -730,7 +737,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_publish_runs_as_a_separate_process(hub: Hub, artifact: Path, tmp_path: Path) -> None:
-    """Nothing is patched here: the environment alone points the library at the hub."""
+    """This test patches nothing: environment variables point the library at the hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
     environment |= {"OMP_NUM_THREADS": "1"}

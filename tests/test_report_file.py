@@ -1,4 +1,4 @@
-"""The report as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+"""The report schema: round trip, version 1, and errors for invalid values."""
 
 import copy
 import json
@@ -78,20 +78,20 @@ def test_a_written_report_is_read_back_unchanged(tmp_path: Path) -> None:
 
 
 def test_scores_are_stored_compactly_and_exactly() -> None:
-    """One line for each list of single scores, and the floats that were measured."""
+    """Each list of scores takes one line and keeps the exact floats."""
     report = crafted(1, 3, n=300)
     third = 1 / 3
     scores = report.samples["vqa"].scores["accuracy"].model_copy(update={"after": (third,) * 300})
     samples = {"vqa": report.samples["vqa"].model_copy(update={"scores": {"accuracy": scores}})}
     text = dump(report.model_copy(update={"samples": samples}), None)
     assert len([line for line in text.splitlines() if str(third) in line]) == 1
-    found, _ = parse_report(text.encode(), "the report")
-    assert found
-    assert set(found.samples["vqa"].scores["accuracy"].after) == {third}
+    parsed, _ = parse_report(text.encode(), "the report")
+    assert parsed
+    assert set(parsed.samples["vqa"].scores["accuracy"].after) == {third}
 
 
 def test_version_1_is_read_with_current_signs_and_verdicts() -> None:
-    """The first gate passed by its measured drop, and its interval crosses the bound."""
+    """The first gate passed by its measured drop, but its interval contains the bound."""
     report, serving = parse(VERSION_1)
     assert report
     assert serving is None
@@ -130,7 +130,7 @@ def test_a_gate_of_version_1_without_its_measure_is_not_measured() -> None:
 
 
 def test_few_samples_of_version_1_resolve_nothing() -> None:
-    """No score differed among 20: the old interval was 0 to 0."""
+    """No score of 20 differs: the old interval is 0 to 0."""
     old = copy.deepcopy(VERSION_1)
     same = {"before": 0.8, "after": 0.8, "drop": 0.0, "low": 0.0, "high": 0.0, "sd": 0.0}
     old["measures"] = [old["measures"][0] | {"samples": 20, "difference": same}]

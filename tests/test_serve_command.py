@@ -1,4 +1,4 @@
-"""`mmq serve` without an engine: the command it shows, what it refuses, and what it says of a server that ends."""
+"""`mmq serve` without an engine: the printed command, refusals, and errors for a server that exits."""
 
 import json
 import shlex
@@ -32,7 +32,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def vllm(tmp_path: Path) -> str:
-    """A program that says it is vLLM, and ends when it should serve."""
+    """A fake vLLM that reports a version and exits instead of serving."""
     path = tmp_path / "stand-in"
     path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 0.32.0+cpu && exit 0\nkill -9 $$\n')
     path.chmod(0o755)
@@ -80,7 +80,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "flags"),
     [
         ((), shlex.join(HUMMING.flags + FLASHINFER.flags)),
         (("--linear-backend", "machete"), shlex.join(FLASHINFER.flags)),
@@ -88,11 +88,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
         (("--attention_backend=TRITON_ATTN",), shlex.join(HUMMING.flags)),
     ],
 )
-def test_faster_flags_are_printed_unless_the_user_set_them(given: tuple[str, ...], told: str, artifact: str) -> None:
+def test_faster_flags_are_printed_unless_the_user_set_them(given: tuple[str, ...], flags: str, artifact: str) -> None:
     done = serve(artifact, "--print", "--", *given)
     assert done.exit_code == 0, done.output
-    assert (f"note: faster on a Hopper GPU: `-- {told}" in done.stderr) == bool(told)
-    assert ("faster" in done.stderr) == bool(told)
+    assert (f"note: faster on a Hopper GPU: `-- {flags}" in done.stderr) == bool(flags)
+    assert ("faster" in done.stderr) == bool(flags)
 
 
 def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
@@ -102,7 +102,7 @@ def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "said", "code", "found"),
+    ("visible", "printed", "code", "expected"),
     [
         (None, "9.0\n", 0, (9, 0)),
         (None, "12.0\n12.0\n", 0, (12, 0)),
@@ -113,18 +113,18 @@ def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
     ],
 )
 def test_the_driver_reports_the_compute_capability(
-    visible: str | None, said: str, code: int, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, printed: str, code: int, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert capability() is None  # there is no such program
     program = tmp_path / "nvidia-smi"
     program.write_text(
-        f"#!/bin/sh\nprintf '%s' '{said}'\necho \"$@\" >&2\n[ \"$4\" = '{visible or ''}' ] && exit {code}\n"
+        f"#!/bin/sh\nprintf '%s' '{printed}'\necho \"$@\" >&2\n[ \"$4\" = '{visible or ''}' ] && exit {code}\n"
     )
     program.chmod(0o755)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert capability() == found
+    assert capability() == expected
 
 
 def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
@@ -195,12 +195,12 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "fragment"),
     [
         (1, "vllm exited with code 1"),
         (-11, "vllm was killed by signal 11"),
         (-9, "vllm was killed by signal 9 (is"),
     ],
 )
-def test_an_exit_of_the_server_is_reported(code: int, said: str) -> None:
-    assert ending(code).startswith(said)
+def test_an_exit_of_the_server_is_reported(code: int, fragment: str) -> None:
+    assert ending(code).startswith(fragment)

@@ -1,4 +1,4 @@
-"""Verification, streamed: it sees what is wrong in any block, and never holds more than a block of either model."""
+"""Verification: it detects errors in any block, and holds at most one block of each model in memory."""
 
 import gc
 import json

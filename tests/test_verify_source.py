@@ -1,4 +1,4 @@
-"""A quantized linear is compared with the source's: whatever scales a fold moved, a lost row is seen."""
+"""Comparison of quantized linears with the source: it accepts folds and detects lost rows."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.test_export import quick_export, quick_recipe
 
 
 def quantized(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Rounded to nearest."""
+    """A linear rounded to nearest."""
     method = METHODS["rtn"]
     linear: QuantizedLinear = method.quantize_linear(
         weight, None, Scheme(bits, group), method.Options(), torch.bfloat16
@@ -62,9 +62,9 @@ def test_an_artifact_is_compared_with_its_source_and_with_another(tmp_path: Path
     read = source.read
     name = "language_model.model.layers.1.mlp.up_proj"
 
-    def changed(asked: str) -> torch.Tensor:
-        tensor = read(asked)
-        return tensor.roll(1, 0) if asked == f"{name}.weight" else tensor
+    def changed(requested: str) -> torch.Tensor:
+        tensor = read(requested)
+        return tensor.roll(1, 0) if requested == f"{name}.weight" else tensor
 
     source.read = changed  # type: ignore[method-assign]
     with pytest.raises(ArtifactError, match=rf"{name}: \d+ of \d+ compared rows do not match the source's"):
