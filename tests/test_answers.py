@@ -162,7 +162,7 @@ def test_answers_of_changed_weights_are_not_stored(tmp_path: Path) -> None:
 
 
 def test_a_sample_without_an_answer_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no answer to 1 of 4 samples, first s2"):
+    with pytest.raises(DataError, match="did not answer 1 of 4 samples, first s2"):
         run(Counting(skips="s2"), {"vqa": [sample(i) for i in range(4)]}, Store(tmp_path))
 
 

@@ -183,7 +183,7 @@ def test_stored_answers_depend_on_every_byte_of_the_weights(changed: str, artifa
     now = models_of(artifact, source)
     differs = [first.identity != second.identity for first, second in zip(before, now, strict=True)]
     assert differs == [changed == "source", changed == "artifact"]
-    with pytest.raises(CheckpointError, match="model changed during the evaluation"):
+    with pytest.raises(CheckpointError, match="model changed during the run"):
         before[differs.index(True)].require_unchanged()
     before[differs.index(False)].require_unchanged()
 

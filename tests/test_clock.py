@@ -99,7 +99,9 @@ def test_an_export_resumes_after_a_memory_shortage_with_identical_bytes(
     with pytest.raises(MemoryShortage, match=f"^{stage}: out of memory") as caught:
         run(out, failing(stage, 2, error))
     hint = str(caught.value.hint)
-    assert f"the artifact is in {out}" in hint if stage == "evaluate" else "finished blocks are kept in" in hint
+    assert (
+        f"the verified artifact is in {out}" in hint if stage == "evaluate" else "finished blocks are kept in" in hint
+    )
     units: list[int] = []
     run(out, lambda event: units.append(event.done) if event.stage == "quantize" else None)
     assert 1 not in units  # the first unit was finished

@@ -438,7 +438,7 @@ def test_a_server_gives_the_scores_that_transformers_gives(
         fixed = ["evaluate", out, "--answers", tmp_path, "--device", "cpu"]
         alone = mmq(*fixed, "--server", second.url, "--served-model", "mine")
         assert alone.exit_code == 1
-        assert "with --baseline-server alone first" in alone.stderr
+        assert "with --baseline-server only, then serve the artifact" in alone.stderr
         first_run = mmq(*fixed, "--baseline-server", first.url)
         assert "now serve the artifact" in first_run.output
         requests = len(first.bodies)

@@ -81,9 +81,7 @@ def local_answerers(
 
         def require_unchanged() -> None:
             if weights() != identity["weights"]:
-                raise CheckpointError(
-                    f"the files of the {label} model changed during the evaluation", "run the same command again"
-                )
+                raise CheckpointError(f"the {label} model changed during the run", "run the same command again")
 
         return Answerer(label, identity, lambda sample: _query(processor(), family, sample), opened, require_unchanged)
 

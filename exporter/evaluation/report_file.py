@@ -34,8 +34,7 @@ class Closed(Document):
 class MetricScores(Closed):
     """One metric of one task, one score per sample in the order of `TaskScores.ids`.
 
-    before: full precision. after: artifact. chance: score of an answer that ignores the picture; only for the metrics
-    of gates.
+    before: full precision. after: artifact. chance: of answers that ignore the picture; only for metrics of gates.
     """
 
     before: tuple[float, ...]
@@ -60,9 +59,7 @@ class TaskScores(Closed):
         lists: dict[str, tuple[Any, ...] | None] = {"pictures": self.pictures, "kinds": self.kinds}
         for metric, scores in self.scores.items():
             lists |= {f"{metric} {key}": getattr(scores, key) for key in ("before", "after", "chance")}
-        wrong = [
-            f"{len(values)} {name}" for name, values in lists.items() if values is not None and len(values) != size
-        ]
+        wrong = [f"{len(part)} {name}" for name, part in lists.items() if part is not None and len(part) != size]
         if wrong:
             raise ValueError(f"{size} ids, but {', '.join(wrong)}")
         if list(self.changed) != sorted(set(self.changed)) or (self.changed and self.changed[-1] >= size):
@@ -201,10 +198,7 @@ class ComparisonRecord(Closed):
 
 
 class ControlRecord(Closed):
-    """Negative control: the engine with doubled scales of one component.
-
-    moved: distance to the unchanged reference. restored: comparison with the reference with the same doubled scales.
-    """
+    """Control with doubled scales. moved: distance to the true reference. restored: comparison with a doubled one."""
 
     component: Line
     moved: DistanceRecord
