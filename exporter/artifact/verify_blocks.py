@@ -83,8 +83,8 @@ class _TransformersModel:
         """One line per tensor that only the artifact or only the prepared model has."""
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         expected = {name for name in parameters if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
-        held = {name for name in self._checkpoint_names if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
-        missing = [f"  {name}: transformers expects it, the artifact lacks it" for name in sorted(expected - held)]
+        stored = {name for name in self._checkpoint_names if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
+        missing = [f"  {name}: transformers expects it, the artifact lacks it" for name in sorted(expected - stored)]
         packed = {self._artifact.family.live_name(name) for name in self._artifact.packed_names()}
         extra = [
             f"  {name}: the artifact has it, transformers has no such parameter" for name in sorted(packed - expected)
@@ -256,7 +256,7 @@ def _set(stream: Stream, live: str, tensor: Tensor | None) -> None:
 
 
 def _dtype(stream: Stream, live: str) -> torch.dtype:
-    """The dtype in which a parameter is held while it is loaded."""
+    """The dtype in which a parameter is stored while it is loaded."""
     wide = tuple(stream.family.live_name(name) for name in stream.family.float32)
     return torch.float32 if live.startswith(wide) else stream.dtype
 

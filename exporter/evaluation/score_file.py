@@ -41,11 +41,11 @@ def read_answers(file: Path) -> dict[str, str]:
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else list(_object(content, file).items())
     wrong = [f"entry {i}" for i, pair in enumerate(pairs) if None in pair or not is_unicode("".join(map(str, pair)))]
     counts = Counter(str(identity) for identity, _ in pairs if identity is not None)
-    twice = [identity for identity, count in counts.items() if count > 1]
-    if wrong or twice:
-        problems = ", ".join([*wrong[:SHOWN], *(f"id {identity} twice" for identity in twice[:SHOWN])])
+    repeated = [identity for identity, count in counts.items() if count > 1]
+    if wrong or repeated:
+        problems = ", ".join([*wrong[:SHOWN], *(f"id {identity} twice" for identity in repeated[:SHOWN])])
         raise DataError(
-            f"{file} has {len(wrong)} invalid entries and {len(twice)} repeated ids: {problems}",
+            f"{file} has {len(wrong)} invalid entries and {len(repeated)} repeated ids: {problems}",
             f"each entry needs an id under one of {', '.join(IDS)} and a text under one of {', '.join(ANSWERS)}",
         )
     return {str(identity): str(answer) for identity, answer in pairs}

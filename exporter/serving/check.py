@@ -183,7 +183,7 @@ def _result(
 def _run_engine(
     folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
 ) -> EngineRun:
-    made = launch(
+    command = launch(
         folder,
         artifact.checkpoint.config,
         session.program,
@@ -192,9 +192,9 @@ def _run_engine(
         tensor_parallel=session.tensor_parallel,
         extra=session.extra,
     )
-    made = with_plugin(made, session.program.version) if needs_plugin(artifact) else made
+    command = with_plugin(command, session.program.version) if needs_plugin(artifact) else command
     session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}{note}"))
-    with Engine(made, log, debug=True) as engine:
+    with Engine(command, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)
         replies = []
         for i, sample in enumerate(samples):

@@ -41,8 +41,8 @@ def __getattr__(name: str) -> Any:
     """Create the model class when vLLM loads it, so that the import of this file does not import vLLM."""
     if name != "PackedBlip2":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = made = _make()
-    return made
+    globals()[name] = model = _make()
+    return model
 
 
 def _make() -> Any:
