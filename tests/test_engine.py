@@ -171,7 +171,7 @@ def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
 def test_a_server_that_exits_is_reported_with_the_end_of_its_log(folder, program, tmp_path):
     with (
         Engine(command(folder, program, "--bad"), tmp_path / "log") as engine,
-        pytest.raises(ServeError, match=r"ended with code 1(.|\n)*There is no module named 'x'"),
+        pytest.raises(ServeError, match=r"exited with code 1(.|\n)*There is no module named 'x'"),
     ):
         engine.wait_healthy(60)
 

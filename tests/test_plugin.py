@@ -55,7 +55,7 @@ def test_the_launch_switches_it_on_and_keeps_the_users_path() -> None:
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "0.34.0rc1+cpu", "dev"])
 def test_other_versions_of_vllm_are_refused(version: str) -> None:
-    with pytest.raises(RuntimeError, match=r"is for vLLM 0\.26 to 0\.33"):
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.26 to 0\.33"):
         refuse(version)
 
 
@@ -66,7 +66,7 @@ def test_these_versions_are_supported(version: str) -> None:
 
 def test_another_version_is_refused_before_the_start() -> None:
     made = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
-    with pytest.raises(ServeError, match=r"is for vLLM 0\.26 to 0\.33, and this is 0\.40\.1") as caught:
+    with pytest.raises(ServeError, match=r"supports vLLM 0\.26 to 0\.33, this is 0\.40\.1") as caught:
         with_plugin(made, "0.40.1")
     assert caught.value.hint
 
