@@ -199,7 +199,7 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
     [
         (1, "vllm exited with code 1"),
         (-11, "vllm was killed by signal 11"),
-        (-9, "vllm was killed by signal 9 (is"),
+        (-9, "vllm was killed by signal 9 (possibly"),
     ],
 )
 def test_an_exit_of_the_server_is_reported(code: int, fragment: str) -> None:
