@@ -165,7 +165,7 @@ MUTATIONS = (
         "                    counted = finite\n",
         "",
     ),
-    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MOST_EXCLUDED = 0.1", "MOST_EXCLUDED = 1.0"),
+    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MAX_EXCLUDED = 0.1", "MAX_EXCLUDED = 1.0"),
     Mutation(
         "calibration",
         "folds that are not exact are made",

@@ -38,7 +38,7 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("search of scales", awq, "find_scales"),
     ("search of scales", awq, "_clip"),
     ("folds", smooth, "fold"),
-    ("inputs of components", calibrate, "arrive"),
+    ("inputs of components", calibrate, "first_block_inputs"),
     ("reading weights", job.BlockIO, "read"),
     ("writing units", job.BlockIO, "settle"),
 )

@@ -117,7 +117,7 @@ def test_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
         quick_export(tmp_path / "second", work=work, recipe=quick_recipe(name="llava-w3-vit4"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(WorkdirError, match="no mmq work folder"):
+    with pytest.raises(WorkdirError, match="is not an mmq work folder"):
         quick_export(tmp_path / "second", work=tmp_path / "mine")
     assert not (tmp_path / "second").exists()
 

@@ -14,7 +14,7 @@ from exporter.planning.recipe import Rule
 from exporter.quantization import calibrate
 from exporter.quantization.block import Block
 from exporter.quantization.block_calls import BlockCall, ChainInput
-from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted, unnoted
+from exporter.quantization.block_inputs import BlockInputs, check_excluded, excluded_token_notes, mark_noted
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, RULES, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
@@ -154,13 +154,13 @@ def test_what_stops_being_finite_counts_nothing_in_the_blocks_behind() -> None:
     assert entry.weights is not None
     assert entry.weights[1].tolist() == [float(i not in (0, 7)) for i in range(20)]
     assert (entry.tokens, entry.excluded) == (39, 1)
-    assert unnoted([entry]) == [
+    assert excluded_token_notes([entry]) == [
         "the inputs of 1 of 39 calibration tokens are not finite; they are left out from here on"
     ]
     mark_noted([entry])
     entry.advance(nn.Identity(), CPU)
     assert entry.excluded == 1
-    assert unnoted([entry]) == []
+    assert excluded_token_notes([entry]) == []
     check_excluded("block", [entry])
 
 
