@@ -139,7 +139,7 @@ def test_too_many_rows_that_overflow_inside_a_block_stop_the_job() -> None:
 
 
 def test_inputs_whose_squares_overflow_are_an_error_of_their_own() -> None:
-    with pytest.raises(CalibrationError, match=r"block\.up: its inputs are too large"):
+    with pytest.raises(CalibrationError, match=r"block\.up: the squares of its inputs overflow float32"):
         block_of(Overflowing(), [inputs_of(torch.full((1, 20, 4), 1e30))]).gather([row_of("up")])
 
 
