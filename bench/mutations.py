@@ -141,7 +141,7 @@ MUTATIONS = (
         "calibration",
         "a block whose input is another passes",
         CALLS,
-        "if index and hidden is not self._handed:",
+        "if index and hidden is not self._output:",
         "if index and hidden is None:",
     ),
     Mutation(
@@ -177,7 +177,7 @@ MUTATIONS = (
         "calibration",
         "a proof leaves its scales in the block",
         SMOOTH,
-        "    block.restore(own)\n    size = ",
+        "    block.restore(original)\n    size = ",
         "    size = ",
     ),
     Mutation(
@@ -212,7 +212,7 @@ MUTATIONS = (
         "awq",
         "a tried weight stays in the block",
         SMOOTH,
-        "    block.restore(own)\n    return error\n",
+        "    block.restore(original)\n    return error\n",
         "    return error\n",
     ),
     Mutation(

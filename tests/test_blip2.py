@@ -357,7 +357,7 @@ def test_answers_are_those_of_one_token_at_a_time(models: dict[str, Path]) -> No
 def test_what_the_plan_says_of_parts_that_are_not_served(sparse_checkpoint: Callable[[str], Path]) -> None:
     plan = plan_of(big(OPT_27B, BLIP2, sparse_checkpoint), BLIP2)
     notes = "\n".join(plan_notes(plan))
-    assert "qformer: W4 g128, vLLM: values of few bits, stored in 16: vLLM" in notes
+    assert "qformer: W4 g128, vLLM: quantized values, stored in 16 bits: vLLM" in notes
     assert "plain linears" in notes
     assert "vision: W4 g128, vLLM: Machete" in notes
     retrieval = "\n".join(plan_notes(plan_of(big(ITM_COCO, ITM, sparse_checkpoint), ITM)))

@@ -172,10 +172,10 @@ def test_recipes_say_which_pairs_exist() -> None:
     assert MIXED.label() == "W4 g128 A-FP8"
     for change in ({"group_size": 64}, {"symmetric": False}, {"bits": 3}, {"activations": "int8"}):
         with pytest.raises(
-            ValueError, match="activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
+            ValueError, match="activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
         ):
             Rule.model_validate(rule | change)
-    with pytest.raises(ValueError, match="in_loop does not go with bits: 4 and activations: fp8"):
+    with pytest.raises(ValueError, match="in_loop is not possible with bits: 4 and activations: fp8"):
         Rule.model_validate(rule | {"options": {"scales": "in_loop", "order": "none"}})
 
 
@@ -196,14 +196,14 @@ def test_the_plan_names_what_cannot_be_served(sparse_checkpoint: Callable[[str],
     assert plan.warnings[-1].endswith("needs a Hopper GPU, compute capability 9.0 to be served")
     refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), {}, "cpu")
     opt = {"text_config": {"hidden_size": 2560, "num_attention_heads": 32}}
-    with pytest.raises(ServeError, match="rule kv-cache: heads of 80"):
+    with pytest.raises(ServeError, match="rule kv-cache: attention heads of 80"):
         refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), opt, "cpu")
     data = load_recipe("llava-w4").model_dump() | {"kv_cache": "fp8"}
-    for change, said in (
-        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq has no field for the type of a cache"),
-        ({"quantize": [{"component": "language", "bits": 4, "store": "dequantized"}]}, "nothing packed"),
+    for change, message in (
+        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq has no field for the KV-cache dtype"),
+        ({"quantize": [{"component": "language", "bits": 4, "store": "dequantized"}]}, "without packed linears"),
     ):
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(PlanError, match=message):
             make_plan(Recipe.model_validate(data | change), big, family, H100)
 
 

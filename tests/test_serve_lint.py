@@ -15,19 +15,19 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import built_in, load_recipe
-from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import (
     Linear,
-    card_problems,
     cpu_problems,
-    engine_class,
+    engine_classes,
     fused_problems,
+    gpu_problems,
     hardware_problems,
     head_problems,
     kernel_problems,
     parallel_problems,
     pattern_problems,
-    share,
+    shard,
     unbuilt_problems,
 )
 
@@ -109,36 +109,36 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
 )
 def test_an_architecture_runs_what_it_has_a_kernel_for(scheme: Scheme, format_name: str, runs: str):
     for card, name in zip([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], runs.split(), strict=True):
-        found = serving(scheme, format_name).on(card)
+        found = serving_kernels(scheme, format_name).on_gpu(card)
         assert (found.name if found else "-") == name.replace("_", " ")
-        problems = card_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
+        problems = gpu_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
         assert [problem.partition(":")[0] for problem in problems] == (["rule kernel"] if name == "-" else [])
     assert hardware_problems([linear("mlp.down_proj", scheme)], format_name, None) == []
 
 
 def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
-    (problem,) = card_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
+    (problem,) = gpu_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
     where = "is not served on compute capability 10.0 (Blackwell)"
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
 
 
 def test_what_serving_needs_is_told():
-    asymmetric = serving(Scheme(8, 128, symmetric=False), "compressed_tensors")
-    assert asymmetric.needs() == "needs the humming-kernels package except on 9.0"
-    assert serving(Scheme(4, 16), "compressed_tensors").needs() == "needs the humming-kernels package"
-    assert serving(W4, "compressed_tensors").needs() == serving(A8, "compressed_tensors").needs() == ""
+    asymmetric = serving_kernels(Scheme(8, 128, symmetric=False), "compressed_tensors")
+    assert asymmetric.requirement() == "needs the humming-kernels package except on 9.0"
+    assert serving_kernels(Scheme(4, 16), "compressed_tensors").requirement() == "needs the humming-kernels package"
+    assert [serving_kernels(scheme, "compressed_tensors").requirement() for scheme in (W4, A8)] == ["", ""]
     (problem,) = cpu_problems([linear("mlp.down_proj", Scheme(3, 128))], "compressed_tensors")
-    assert problem.endswith("no CPU kernel")  # a package for GPUs would not help
-    for problems in (kernel_problems, lambda found, name: card_problems(found, name, (9, 0))):
+    assert problem.endswith("vLLM has no CPU kernel for it")  # a package for GPUs would not help
+    for problems in (kernel_problems, lambda found, name: gpu_problems(found, name, (9, 0))):
         assert "groups of 32, 64, 128" in problems([linear("mlp.down_proj", Scheme(4, 256))], "gptq")[0]
 
 
 def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
     mixed = Scheme(4, 128, activations="fp8")
     halves = [linear(f"mlp.{name}", mixed, (192, 256), "mlp.gate_up_proj") for name in ("gate_proj", "up_proj")]
-    assert card_problems(halves, "compressed_tensors", (9, 0)) == []
-    (problem,) = card_problems(halves[:1], "compressed_tensors", (9, 0))
-    assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 takes multiples of 128")
+    assert gpu_problems(halves, "compressed_tensors", (9, 0)) == []
+    (problem,) = gpu_problems(halves[:1], "compressed_tensors", (9, 0))
+    assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 needs multiples of 128")
 
 
 def test_heads_are_shared_whole():
@@ -149,8 +149,8 @@ def test_heads_are_shared_whole():
 
 
 def test_one_device_holds_its_share():
-    assert share(linear("mlp.down_proj", W4, (96, 256)), 2).shape == (96, 128)
-    assert share(linear("mlp.up_proj", W4, (96, 256)), 4).shape == (24, 256)
+    assert shard(linear("mlp.down_proj", W4, (96, 256)), 2).shape == (96, 128)
+    assert shard(linear("mlp.up_proj", W4, (96, 256)), 4).shape == (24, 256)
 
 
 def test_the_cpu_kernel_takes_multiples_of_32():
@@ -201,8 +201,8 @@ def test_patterns_are_matched_as_the_engine_does():
     assert pattern_problems(attention(None, None, None), q, ignore=names) == []  # `ignore` comes first
     assert pattern_problems(attention(W4, W4, W4), q, ignore=names)
     assert pattern_problems(attention(None, None, None), [], ignore=names) == []
-    assert "members alone" in pattern_problems(attention(W4, W4, W4), q, ignore=names[:2])[0]
-    assert "2 groups name it" in pattern_problems(attention(W4, W4, W4), [*q, (W8, names)])[0]
+    assert "names only some of its members" in pattern_problems(attention(W4, W4, W4), q, ignore=names[:2])[0]
+    assert "2 groups match it" in pattern_problems(attention(W4, W4, W4), [*q, (W8, names)])[0]
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("llava")])
@@ -228,7 +228,7 @@ def test_a_plan_names_the_rule(sparse_checkpoint: Callable[[str], Path]):
 
 
 def test_engine_classes_are_those_of_the_loader():
-    assert engine_class(W4) == engine_class(W8) == ("CompressedTensorsWNA16",)
-    assert engine_class(A8) == ("CompressedTensorsW8A8Int8",)
-    assert engine_class(Scheme(4, 128, activations="fp8")) == ("CompressedTensorsW4A8Fp8",)
-    assert engine_class(Scheme(8, "row", number="fp8")) == ("CompressedTensorsW8A16Fp8",)
+    assert engine_classes(W4) == engine_classes(W8) == ("CompressedTensorsWNA16",)
+    assert engine_classes(A8) == ("CompressedTensorsW8A8Int8",)
+    assert engine_classes(Scheme(4, 128, activations="fp8")) == ("CompressedTensorsW4A8Fp8",)
+    assert engine_classes(Scheme(8, "row", number="fp8")) == ("CompressedTensorsW8A16Fp8",)

@@ -23,7 +23,7 @@ from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.stream import Read, load_whole
 from exporter.numerics.activation_rounding import EXACT, Rounded, round_as_served
-from exporter.planning.placement import Placement, place
+from exporter.planning.placement import Placement, choose_placement
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.identity import package_versions
 from exporter.tasks.sample import Sample
@@ -105,7 +105,7 @@ def placed(checkpoint: Checkpoint, family: Family, device: Device, batch: int) -
     """How a model of this checkpoint's shapes is held in the memory that is free now."""
     stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
     model = whole_model(checkpoint.tensors, family, checkpoint.config)
-    return place(model, stored, device, free_bytes(device.torch_device), batch)
+    return choose_placement(model, stored, device, free_bytes(device.torch_device), batch)
 
 
 def _asked(processor: Any, family: Family, sample: Sample) -> str:
