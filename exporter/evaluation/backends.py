@@ -13,7 +13,7 @@ from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
 from exporter.evaluation.answers import Answerer, Backend, digest
 from exporter.events import Event, Listener, ignore
-from exporter.inference.block_streaming import load_passing
+from exporter.inference.block_streaming import load_streamed
 from exporter.inference.encoding import render
 from exporter.inference.predict import Predictor
 from exporter.inference.predict_server import ServedPredictor, Server, generation
@@ -65,7 +65,7 @@ def here(
         def opened() -> Iterator[Backend]:
             if held.note:
                 on_event(Event("note", 0, 0, held.note))
-            load = load_passing if held.streamed else load_whole
+            load = load_streamed if held.streamed else load_whole
             loaded = load(family, checkpoint.config, names, read, device.torch_device, held.dtype)
             round_as_served(loaded, rounded, gpu=True)
             predictor = Predictor(loaded, processor(), family, device.torch_device, held.batch, on_event)
