@@ -81,7 +81,7 @@ def test_unknown_device_and_model() -> None:
 def test_what_no_engine_serves_is_served_nowhere():
     result = mmq("plan", "--recipe", "blip2-retrieval-w4", "--model", "demo-blip2-itm", "--serve-on", "9.0")
     assert result.exit_code == 1
-    assert "vLLM has no image-text retrieval" in result.stderr
+    assert "vLLM does not support image-text retrieval" in result.stderr
 
 
 @pytest.mark.parametrize(

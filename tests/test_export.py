@@ -239,7 +239,7 @@ def misfit_config(folder: Path) -> None:
             CheckpointError,
             "class_embedding.*not finite",
         ),
-        (rename_architecture, PlanError, "does not know MysteryForCausalLM"),
+        (rename_architecture, PlanError, "does not support MysteryForCausalLM"),
         (misfit_config, PlanError, "the shape is"),
     ],
     ids=["truncated", "missing", "nan-linear", "nan-kept", "nan-upstream", "architecture", "config"],

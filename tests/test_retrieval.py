@@ -350,5 +350,5 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing
-    with pytest.raises(DataError, match="vLLM has no image-text retrieval"):
+    with pytest.raises(DataError, match="vLLM does not support image-text retrieval"):
         served(checkpoint, Artifact.open(out), Servers(None, None))

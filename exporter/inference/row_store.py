@@ -50,13 +50,10 @@ class RowStore:
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
     folder = tempfile.gettempdir()
-    with tempfile.NamedTemporaryFile(
-        dir=folder, prefix="mmq-rows-"
-    ) as file:  # the mapping stays valid after the file is unlinked
+    # The file is unlinked at the end of this block; its mapping stays valid.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="mmq-rows-") as file:
         try:
-            os.posix_fallocate(
-                file.fileno(), 0, size
-            )  # raises an error now if the disk is full, instead of a signal on a later write
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk raises here, instead of a signal on a later write
         except OSError as error:
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
             raise DataError(

@@ -18,12 +18,12 @@ from exporter.model.hub import (
     Remote,
     check_name,
     explain,
+    hub_errors,
     is_network,
-    need_token,
     open_remote,
+    require_token,
     retry_after,
-    root,
-    speaking,
+    root_cause,
     without_xet,
 )
 from exporter.publishing.card import CARD
@@ -98,15 +98,15 @@ def publish(found: Package, target: Target, remote: Remote | None, on_event: Lis
     from huggingface_hub import HfApi, ModelCard
 
     check_target(target)
-    need_token()
-    with speaking(target.repo, "checking the card"):
+    require_token()
+    with hub_errors(target.repo, "checking the card"):
         ModelCard(found.card).validate(repo_type="model")
     api = HfApi(library_name=DISTRIBUTION, library_version=VERSION)
     with without_xet():
         if remote is None:
             remote = _created(api, target)
         if target.revision:
-            with speaking(target.repo, "making the branch"):
+            with hub_errors(target.repo, "making the branch"):
                 api.create_branch(target.repo, branch=target.revision, revision=remote.commit, exist_ok=True)
         if found.unchanged:
             return Done(_url(api, target, remote.commit), remote.commit, 0, 0)
@@ -119,7 +119,7 @@ def publish(found: Package, target: Target, remote: Remote | None, on_event: Lis
 
 def _created(api: Any, target: Target) -> Remote:
     """The new repository. Somebody else may have made it meanwhile, so what is in it is looked at like any other's."""
-    with speaking(target.repo, "creating the repository"):
+    with hub_errors(target.repo, "creating the repository"):
         api.create_repo(target.repo, private=target.private, exist_ok=True)
     remote = existing(target)
     if remote is None or MANIFEST in remote.files:
@@ -166,7 +166,7 @@ def _commit(api: Any, found: Package, target: Target, parent: Remote) -> tuple[s
             arrived = None if target.create_pr else _arrived(found, target, parent)
             if arrived:
                 return arrived, _url(api, target, arrived)
-            wait = _wait(root(error), attempt)
+            wait = _wait(root_cause(error), attempt)
             if wait is None or target.create_pr or attempt == TRIES - 1:
                 raise explained from None
             time.sleep(wait)
