@@ -33,7 +33,7 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("factorizations", gptq, "inverse_factor"),
     ("ranges", gptq, "fit_scale"),
     ("ranges", rtn, "fit_scale"),
-    ("column loops", gptq, "_walk"),
+    ("column loops", gptq, "_codes_of_columns"),
     ("descent", gptq, "descend_"),
     ("search of scales", awq, "find_scales"),
     ("search of scales", awq, "_clip"),

@@ -22,7 +22,7 @@ from exporter.model.families import Family
 from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.stream import Read, load_whole
-from exporter.numerics.activation_rounding import EXACT, Rounded, round_as_served
+from exporter.numerics.activation_rounding import EXACT, ServedRounding, round_as_served
 from exporter.planning.placement import Placement, choose_placement
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.identity import package_versions
@@ -59,7 +59,7 @@ def here(
         return load_processor(checkpoint.folder)
 
     def model(
-        label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: Rounded = EXACT
+        label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: ServedRounding = EXACT
     ) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:

@@ -101,10 +101,12 @@ def _quantize(width: int, sizes: Sequence[int], device: Device) -> int:
     if not width:
         return weights + ROUND_BYTES * count
     half = HALF_BYTES if device.is_cuda else FLOAT_BYTES
-    spread = 0 if device.is_cuda else FLOAT_BYTES * count  # without a kernel, scales are expanded to every weight
+    expanded_scales = (
+        0 if device.is_cuda else FLOAT_BYTES * count
+    )  # without a kernel, scales are expanded to every weight
     factor = weights + 2 * SQUARE_BYTES * square + STRIP_BYTES * width
-    column_loop = weights + 2 * SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + spread
-    descent = weights + (SQUARE_BYTES + half) * square + (FLOAT_BYTES + CODE_BYTES + half) * count + spread
+    column_loop = weights + 2 * SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + expanded_scales
+    descent = weights + (SQUARE_BYTES + half) * square + (FLOAT_BYTES + CODE_BYTES + half) * count + expanded_scales
     report = SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + REPORT_BYTES * max(sizes)
     return max(factor, column_loop, descent, report)
 

@@ -12,7 +12,7 @@ from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import METHODS
 from exporter.model.families import Component
 from exporter.numerics.quantized import QuantizedLinear
-from exporter.numerics.source_error import MOST, source_error
+from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block_inputs import (
     BlockInputs,
@@ -195,7 +195,7 @@ class Block:
 
 def _refuse_lost(row: PlanRow, error: float) -> None:
     """CalibrationError when a quantized weight differs from the source weight by more than rounding explains."""
-    if error <= MOST:
+    if error <= MAX_RATIO:
         return
     scheme = row.scheme
     assert scheme is not None

@@ -146,27 +146,17 @@ class Family:
     kept: linears that are never quantized: pattern over checkpoint names (without `.weight`), and the reason.
     canonical_name: maps names that other programs saved to the hub's names.
     live_name, runtime_name: checkpoint name -> name in the transformers class / inside vLLM.
-<<<<<<< HEAD
-    config_class: name of the transformers class that a config.json becomes.
-    skeleton: config -> transformers model, built under whatever default device is set.
-    tiny_config: a config small enough for tests, with the real structure.
-    question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
-    image_tokens: places that a picture takes among the tokens of a prompt.
-    positions: tokens that the model can take at most, the picture's among them.
-    vocabulary: tokens that the model has embeddings of.
-    picture_side: width and height in pixels of what the vision tower takes.
-=======
     config_class: name of the transformers config class.
     skeleton: config -> transformers model, built on the current default device.
     tiny_config: a small config for tests with the real structure.
-    question_prompt contains `{question}`; fallback_prompt (for processors without a chat template) contains `{text}`.
+    question_prompt contains `{question}`, fallback_prompt (for processors without chat template) `{text}`.
     image_tokens: number of tokens of a picture in a prompt.
     positions: the largest number of tokens of the model, including those of the picture.
+    vocabulary: the number of tokens that the model has embeddings for.
     picture_side: width and height in pixels of the vision tower's input.
->>>>>>> 912dab4 (Plain English in exporter/model (all but processors))
     processor_fields: settings of the processor that follow from config.json.
     image_marker: the placeholder of a picture in prompts.
-    reply_end: the text that ends replies in the model's training: None for the tokenizer's end token, "" for nothing.
+    reply_end: the text that ended replies in training: None for the tokenizer's end token, "" for no text.
     outputs: all outputs of the model for a batch as one tensor, to compare two loadings of it.
     refuses: why mmq does not support a model of this family, from its config.json, or None.
     float32: prefixes of checkpoint names that transformers always computes in float32.
