@@ -184,9 +184,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vision_config__model_type": "pixtral"}, "its vision tower is pixtral"),
     ({"vision_config__model_type": 3}, "its vision tower is the number 3"),
     ({"text_config__layer_types": ["full_attention", 3]}, "expected a list of full_attention and sliding_attention"),
-    ({"text_config__layer_types": ["full_attention"] * 9}, "layer_types: 9 for "),
-    ({"text_config__model_type": "qwen2", "text_config__sliding_window": "x"}, "sliding_window: expected a whole"),
-    ({"text_config__model_type": "qwen3", "text_config__max_window_layers": -1}, "max_window_layers: expected a whole"),
+    ({"text_config__layer_types": ["full_attention"] * 9}, "layer_types: 9 entries for "),
+    ({"text_config__model_type": "qwen2", "text_config__sliding_window": "x"}, "sliding_window: expected an integer"),
+    ({"text_config__model_type": "qwen3", "text_config__max_window_layers": -1}, "max_window_layers: expected an integer"),
 ]  # fmt: skip
 
 
@@ -233,7 +233,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         resize,
         r"embed_tokens\.weight: the shape is \[320, 128\], but config.json requires \[256, 128\]",
     ),
-    "foreign tensor": (lambda t: t.update({"value_head.weight": torch.rand(1, 128)}), "value_head.weight: no part of"),
+    "foreign tensor": (
+        lambda t: t.update({"value_head.weight": torch.rand(1, 128)}),
+        "value_head.weight: not a tensor of",
+    ),
     "missing bias": (lambda t: t.pop(BIAS), f"{BIAS}: missing"),
     "missing head": (lambda t: t.pop("language_model.lm_head.weight"), "lm_head.weight: missing"),
     "float64": (widen, "stored as torch.float64"),

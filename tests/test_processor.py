@@ -232,7 +232,7 @@ def test_padding_with_the_image_token_is_found_by_the_plan(tmp_path: Path, name:
     folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         change(folder / file, pad_token="<image>")
-    with pytest.raises(PlanError, match=r"Mismatch in `image` token|a padded prompt .* image tokens \(id 4\), expected 32"):
+    with pytest.raises(PlanError, match=r"Mismatch in `image` token|padded prompt .* \(id 4\), expected 32"):
         plan(folder, recipe)
 
 

@@ -448,10 +448,11 @@ def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: 
 def test_hints_are_of_the_action(hub: Hub, artifact: Path) -> None:
     published(artifact)
     resumed = "it does not repeat large files that are already uploaded"
-    for status, said in ((403, "needs read access to 'me'"), (429, "wait some time, then give"), (500, "later give")):
+    hints = {403: "needs read access to 'me'", 429: "wait some time, then run", 500: "wait some minutes, then run"}
+    for status, hint in hints.items():
         hub.faults = [Fault(r"GET /api/models/", status, times=99)]
         text = mmq("verify", f"hub:{REPO}").output
-        assert said in text
+        assert hint in text
         assert resumed not in text
     hub.faults = [Fault(r"POST .*/commit/", 500, times=99)]
     assert resumed in refused(artifact, "--license", "mit")

@@ -56,8 +56,7 @@ class Model(Strict):
 class Rule(Strict):
     """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
 
-    store: "packed" stores codes, "dequantized" stores quantized values in 16 bits, and "plugin" packs what vLLM loads
-    only with mmq's plugin.
+    store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
     """
 
     component: str
@@ -112,9 +111,7 @@ class Rule(Strict):
                     "activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
                 )
             if (self.activations == "fp8") != (self.number == "fp8"):
-                raise ValueError(
-                    "activations: fp8 needs number: fp8 or bits: 4, and activations: int8 needs number: int"
-                )
+                raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
         if self.parsed_options().scales_in_loop and scheme.mixed:
             raise ValueError(
                 "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
@@ -152,10 +149,7 @@ class Rule(Strict):
 
 
 def parse_sources(value: Any) -> Any:
-    """The data sources of a recipe, each `demo`, `NAME:PATH` or a folder; a single string becomes a list.
-
-    ValueError when a source cannot be parsed.
-    """
+    """The data sources of a recipe (`demo`, `NAME:PATH` or a folder); a single string becomes a list."""
     listed = (value,) if isinstance(value, str) else value
     for text in listed if isinstance(listed, list | tuple) else ():
         try:
@@ -191,9 +185,7 @@ class Calibration(Strict):
 
 
 class Evaluation(Strict):
-    """The test data. samples: number of test samples per task; more samples give narrower intervals. data: None uses
-    calibration's.
-    """
+    """The test data. samples: per task; more samples give narrower intervals. data: None uses calibration's."""
 
     data: tuple[str, ...] | None = None
     samples: int = Field(500, ge=2)
@@ -204,11 +196,10 @@ class Evaluation(Strict):
 
 
 class Gate(Strict):
-    """A bound on the loss of quality: the score may drop by at most the share `max_drop` of the full-precision score.
+    """A bound: the score may drop by at most the share `max_drop` of the full-precision score (0.02 is 2 %).
 
-    For example, 0.02 is 2 %. A gate is unresolved while the 95 % interval of the change contains the bound. decide:
-    with "upper" a gate passes only when the whole interval is within the bound; with "point" the measured change
-    decides unresolved gates.
+    A gate is unresolved while the 95 % interval of the change contains the bound. decide: "upper" passes a gate only
+    when the whole interval is within the bound; "point" decides an unresolved gate by the measured change.
     """
 
     task: str
