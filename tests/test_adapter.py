@@ -155,8 +155,11 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not multiply to"),
     "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not multiply to"),
     "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as torch.int8"),
-    "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "only LoRA matrices of linears"),
-    "magnitude": ({f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)}, "only LoRA matrices of linears"),
+    "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "LoRA matrices of linears"),
+    "magnitude": (
+        {f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)},
+        "LoRA matrices of linears",
+    ),
     "resized": ({"base_model.model.lm_head.weight": torch.ones(300, 128)}, r"\[300, 128\], expected \[256"),
     "foreign": ({"base_model.model.score.weight": torch.ones(2, 128)}, "the base model has no tensor score.weight"),
     "nothing": ({}, "it has no tensors"),

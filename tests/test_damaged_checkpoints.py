@@ -186,7 +186,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"text_config__layer_types": ["full_attention", 3]}, "expected a list of full_attention and sliding_attention"),
     ({"text_config__layer_types": ["full_attention"] * 9}, "layer_types: 9 entries for "),
     ({"text_config__model_type": "qwen2", "text_config__sliding_window": "x"}, "sliding_window: expected an integer"),
-    ({"text_config__model_type": "qwen3", "text_config__max_window_layers": -1}, "max_window_layers: expected an integer"),
+    ({"text_config__model_type": "qwen3", "text_config__max_window_layers": -1}, "max_window_layers: expected an"),
 ]  # fmt: skip
 
 
