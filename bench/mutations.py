@@ -64,15 +64,15 @@ MUTATIONS = (
         "gptq",
         "errors are added instead of made up for",
         COLUMNS,
-        "upper[here, later], alpha=-1)",
-        "upper[here, later])",
+        "upper[column, later], alpha=-1)",
+        "upper[column, later])",
     ),
     Mutation(
         "gptq",
         "later blocks learn nothing of a block's errors",
         GPTQ,
-        "addmm_(errors, upper[here, end:], alpha=-1)",
-        "addmm_(errors, upper[here, end:], alpha=0)",
+        "addmm_(errors, upper[part, end:], alpha=-1)",
+        "addmm_(errors, upper[part, end:], alpha=0)",
     ),
     Mutation("gptq", "errors are not divided by the pivot", COLUMNS, ") / upper[i, i]", ")"),
     Mutation(
@@ -91,20 +91,20 @@ MUTATIONS = (
         "diagonal().reciprocal()",
     ),
     Mutation("gptq", "descent counts a column's own error", GPTQ, "    hessian.diagonal().zero_()\n", ""),
-    Mutation("gptq", "descent forgets what a column was off by before", COLUMNS, "now - off[:, here]", "now"),
+    Mutation("gptq", "descent forgets what a column was off by before", COLUMNS, "error - errors[:, column]", "error"),
     Mutation(
         "gptq",
         "a column that was always 0 is damped by nothing",
         GPTQ,
-        "torch.where(seen, diagonal, typical) + damping",
+        "torch.where(active, diagonal, mean) + damping",
         "diagonal + damping",
     ),
     Mutation(
         "gptq",
         "a group's scale in the loop looks at the first columns' importance",
         GPTQ,
-        "counts[first : first + now.shape[1]]",
-        "counts[: now.shape[1]]",
+        "counts[first : first + weight.shape[1]]",
+        "counts[: weight.shape[1]]",
     ),
     Mutation(
         "gptq", "descent goes down an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"
@@ -141,7 +141,7 @@ MUTATIONS = (
         "calibration",
         "a block whose input is another passes",
         CALLS,
-        "if index and hidden is not self._handed:",
+        "if index and hidden is not self._output:",
         "if index and hidden is None:",
     ),
     Mutation(
@@ -165,7 +165,7 @@ MUTATIONS = (
         "                    counted = finite\n",
         "",
     ),
-    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MOST_EXCLUDED = 0.1", "MOST_EXCLUDED = 1.0"),
+    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MAX_EXCLUDED = 0.1", "MAX_EXCLUDED = 1.0"),
     Mutation(
         "calibration",
         "folds that are not exact are made",
@@ -177,7 +177,7 @@ MUTATIONS = (
         "calibration",
         "a proof leaves its scales in the block",
         SMOOTH,
-        "    block.restore(own)\n    size = ",
+        "    block.restore(original)\n    size = ",
         "    size = ",
     ),
     Mutation(
@@ -187,7 +187,9 @@ MUTATIONS = (
         "2.0**-24 if dtype == torch.float16",
         "2.0**-14 if dtype == torch.float16",
     ),
-    Mutation("calibration", "weights that got lost pass", BLOCK, "    if error <= MOST:\n", "    if error == error:\n"),
+    Mutation(
+        "calibration", "weights that got lost pass", BLOCK, "    if error <= MAX_RATIO:\n", "    if error == error:\n"
+    ),
     Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(
         "folds",
@@ -200,8 +202,8 @@ MUTATIONS = (
         "awq",
         "large weights raise a scale",
         AWQ,
-        "size**ratio / reach ** (1 - ratio)",
-        "size**ratio * reach ** (1 - ratio)",
+        "size**ratio / relative ** (1 - ratio)",
+        "size**ratio * relative ** (1 - ratio)",
     ),
     Mutation(
         "awq", "scales are not centred", AWQ, "scales.clamp(1 / LARGEST_SCALE", "(7 * scales).clamp(1 / LARGEST_SCALE"
@@ -212,7 +214,7 @@ MUTATIONS = (
         "awq",
         "a tried weight stays in the block",
         SMOOTH,
-        "    block.restore(own)\n    return error\n",
+        "    block.restore(original)\n    return error\n",
         "    return error\n",
     ),
     Mutation(
@@ -235,8 +237,10 @@ MUTATIONS = (
     Mutation(
         "awq", "a norm's bias is divided by what was asked for", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
     ),
-    Mutation("kernels", "errors are added instead of made up for", KERNEL, "rest -= error", "rest += error"),
-    Mutation("kernels", "descent forgets what a column was off by", KERNEL, "(now - before)[:, None]", "now[:, None]"),
+    Mutation("kernels", "errors are added instead of made up for", KERNEL, "remaining -= error", "remaining += error"),
+    Mutation(
+        "kernels", "descent forgets what a column was off by", KERNEL, "(error - old_error)[:, None]", "error[:, None]"
+    ),
     Mutation("kernels", "the worst range wins", RANGES_KERNEL, "(error < best)", "(error > best)"),
 )
 

@@ -31,7 +31,7 @@ from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import built_in, load_recipe
-from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Serving, capability_label, serving
+from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, SchemeKernels, capability_label, serving_kernels
 from tests.headers.read import write_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -109,14 +109,14 @@ def kernel_table() -> str:
     heads = [f"{capability_label(card)} {ARCHITECTURES[card]}" for card in cards]
     lines = ["| scheme | format | " + " | ".join(heads) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
     for what, format_name, schemes in KERNEL_ROWS:
-        (cells,) = {_cells(serving(scheme, format_name), cards) for scheme in schemes}
+        (cells,) = {_cells(serving_kernels(scheme, format_name), cards) for scheme in schemes}
         lines.append(f"| {what} | {format_name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(runs: Serving, cards: Sequence[Capability]) -> tuple[str, ...]:
+def _cells(runs: SchemeKernels, cards: Sequence[Capability]) -> tuple[str, ...]:
     """The kernel on every card, and on a CPU."""
-    return (*(kernel.name if (kernel := runs.on(card)) else "-" for card in cards), runs.cpu or "-")
+    return (*(kernel.name if (kernel := runs.on_gpu(card)) else "-" for card in cards), runs.cpu or "-")
 
 
 def command_reference() -> str:

@@ -119,16 +119,19 @@ def test_peft_merges_the_same(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "IA3"}, "peft_type: expected LORA"),
-    ({"peft_type": None}, "peft_type: expected LORA, it is null"),
+    ({"peft_type": None}, "peft_type: expected LORA, got null"),
     ({"use_dora": True}, "use_dora: true is not supported"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"layer_replication": [[0, 2]]}, "layer_replication: a list is not supported"),
     ({"bias": "all"}, "bias: only none"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights: the text 'pissa' changes the base model's own weights"),
+    (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights: the text 'pissa' changes the base model's weights, which is not supported",
+    ),
     ({"init_lora_weights": []}, "init_lora_weights"),
     ({"lora_alpha": "x"}, "lora_alpha: expected a positive number"),
     ({"lora_alpha": None}, "lora_alpha"),
-    ({"alpha_pattern": {"(a+)+$": 1}}, "is no name of a module"),
+    ({"alpha_pattern": {"(a+)+$": 1}}, "is not a module name"),
     ({"alpha_pattern": {"a": "b"}}, "alpha_pattern"),
 ]
 
@@ -146,17 +149,20 @@ def renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]
 
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "unknown module": (renamed(halves(), "q_proj", "qkv"), "the base model has no linear"),
-    "half": ({k: v for k, v in halves().items() if "q_proj.lora_B" not in k}, "its other half is missing"),
-    "ranks": ({k: v[:3] if "lora_A" in k else v for k, v in halves().items()}, "do not make"),
-    "sizes": ({k: v[:, :64] if "lora_A" in k else v for k, v in halves().items()}, r"do not make \[128, 128\]"),
-    "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not make"),
-    "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not make"),
+    "half": ({k: v for k, v in halves().items() if "q_proj.lora_B" not in k}, "other matrix of the pair is missing"),
+    "ranks": ({k: v[:3] if "lora_A" in k else v for k, v in halves().items()}, "do not multiply to"),
+    "sizes": ({k: v[:, :64] if "lora_A" in k else v for k, v in halves().items()}, r"do not multiply to \[128, 128\]"),
+    "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not multiply to"),
+    "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not multiply to"),
     "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as torch.int8"),
-    "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "of linears only"),
-    "magnitude": ({f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)}, "of linears only"),
-    "resized": ({"base_model.model.lm_head.weight": torch.ones(300, 128)}, r"\[300, 128\], the base model has \[256"),
+    "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "LoRA matrices of linears"),
+    "magnitude": (
+        {f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)},
+        "LoRA matrices of linears",
+    ),
+    "resized": ({"base_model.model.lm_head.weight": torch.ones(300, 128)}, r"\[300, 128\], expected \[256"),
     "foreign": ({"base_model.model.score.weight": torch.ones(2, 128)}, "the base model has no tensor score.weight"),
-    "nothing": ({}, "it changes nothing"),
+    "nothing": ({}, "it has no tensors"),
 }  # fmt: skip
 
 
@@ -171,7 +177,7 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path: Path)
     tensors = halves()
     tensors[f"base_model.model.{LIVE[QUERY]}.lora_A.weight"][0, 0] = float("nan")
     found = merged(adapter(tmp_path / "a", tensors))
-    with pytest.raises(CheckpointError, match=r"q_proj\.lora_A\.weight holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_A\.weight has values that are not finite"):
         found.read(f"{QUERY}.weight")
 
 
@@ -182,7 +188,7 @@ def test_a_pickled_adapter_and_no_adapter_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
     with pytest.raises(CheckpointError, match=f"no {WEIGHTS}") as caught:
         merged(tmp_path)
-    assert "never pickles" in (caught.value.hint or "")
+    assert "not pickles" in (caught.value.hint or "")
 
 
 def recipe_for(folder: Path, **model: Any) -> Any:
@@ -193,7 +199,7 @@ def test_an_adapter_beside_the_weights_is_merged_when_asked_and_refused_else(tmp
     folder = Path(shutil.copytree(DEMO, tmp_path / "m"))
     for path in adapter(tmp_path / "a").iterdir():
         shutil.copy(path, folder)
-    with pytest.raises(PlanError, match="an adapter lies beside the weights") as caught:
+    with pytest.raises(PlanError, match="contains both weights and an adapter") as caught:
         prepare(recipe_for(folder), choose("cpu"), headers_only=True)
     assert f"--adapter {folder}" in (caught.value.hint or "")
     plan, _ = prepare(recipe_for(folder, adapter=str(folder)), choose("cpu"), headers_only=True)
@@ -203,7 +209,7 @@ def test_an_adapter_beside_the_weights_is_merged_when_asked_and_refused_else(tmp
 def test_a_folder_of_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a")
     shutil.copy(DEMO / "config.json", folder)
-    with pytest.raises(MmqError, match="it holds an adapter and no model"):
+    with pytest.raises(MmqError, match="contains an adapter but no model"):
         prepare(recipe_for(folder), choose("cpu"), headers_only=True)
 
 

@@ -53,7 +53,7 @@ def answers(models: tuple[Answerer, Answerer], samples: dict[str, list[Sample]])
     return [collect_answers(model, samples, keys, None, ignore) for model in models]
 
 
-@pytest.mark.parametrize("loader", ["load_whole", "load_passing"])
+@pytest.mark.parametrize("loader", ["load_whole", "load_streamed"])
 def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     living: list[weakref.ref[Any]] = []
     load, free = getattr(backends, loader), backends.release
@@ -69,7 +69,7 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
         released.append(sum(model() is not None for model in living))
         free(device)
 
-    held = Placement(torch.float32, 4, loader == "load_passing", 0)
+    held = Placement(torch.float32, 4, loader == "load_streamed", 0)
     monkeypatch.setattr(backends, "placement_of", lambda *arguments: held)
     monkeypatch.setattr(backends, loader, counted)
     monkeypatch.setattr(backends, "release", release)
@@ -100,8 +100,8 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
     monkeypatch.setattr("exporter.inference.retrieval.pixels_of", pixels)
     actual = answers(both(out, on_event=lambda event: notes.append(event.message)), samples_of(out))
     assert actual == expected
-    assert notes[0] == "out of memory with 8 samples at a time: going on with 4"
-    assert notes[1] == "out of memory with 4 samples at a time: going on with 2"
+    assert notes[0] == "out of memory with 8 samples at a time: continuing with 4"
+    assert notes[1] == "out of memory with 4 samples at a time: continuing with 2"
 
 
 def backends_pixels() -> Any:

@@ -251,7 +251,7 @@ def test_flan_t5_is_refused_with_the_reason(sparse_checkpoint: Callable[[str], P
     checkpoint = big(OPT_27B, BLIP2, sparse_checkpoint)
     checkpoint.config["use_decoder_only_language_model"] = False
     checkpoint.config["text_config"]["model_type"] = "t5"
-    with pytest.raises(PlanError, match=r"its language model is t5.* with OPT only"):
+    with pytest.raises(PlanError, match=r"its language model is t5.* BLIP-2 only with OPT"):
         plan_of(checkpoint, BLIP2)
 
 
@@ -275,7 +275,7 @@ def test_the_engine_gives_every_linear_its_scheme(bits: int, sparse_checkpoint: 
 
 def test_a_retrieval_plan_says_that_no_engine_serves_it(sparse_checkpoint: Callable[[str], Path]) -> None:
     plan = plan_of(big(ITM_COCO, ITM, sparse_checkpoint), ITM, rules_for(ITM, "gptq", 3, 128))
-    assert "vLLM has no image-text retrieval" in plan.warnings[0]
+    assert "vLLM does not support image-text retrieval" in plan.warnings[0]
     assert not any("humming" in warning for warning in plan.warnings)
     heads = {row.module: row.reason for row in plan.rows if row.module.endswith(("_projection", "itm_head"))}
     assert heads.keys() == {"vision_projection", "text_projection", "itm_head"}
@@ -357,17 +357,17 @@ def test_answers_are_those_of_one_token_at_a_time(models: dict[str, Path]) -> No
 def test_what_the_plan_says_of_parts_that_are_not_served(sparse_checkpoint: Callable[[str], Path]) -> None:
     plan = plan_of(big(OPT_27B, BLIP2, sparse_checkpoint), BLIP2)
     notes = "\n".join(plan_notes(plan))
-    assert "qformer: W4 g128, vLLM: values of few bits, stored in 16: vLLM" in notes
+    assert "qformer: W4 g128, vLLM: quantized values, stored in 16 bits: vLLM" in notes
     assert "plain linears" in notes
     assert "vision: W4 g128, vLLM: Machete" in notes
     retrieval = "\n".join(plan_notes(plan_of(big(ITM_COCO, ITM, sparse_checkpoint), ITM)))
-    assert "qformer: W4 g128, transformers: vLLM has no image-text retrieval" in retrieval
+    assert "qformer: W4 g128, transformers: vLLM does not support image-text retrieval" in retrieval
     assert "Machete" not in retrieval
 
 
 def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path], tmp_path: Path) -> None:
     quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
-    with pytest.raises(ServeError, match="vLLM has no image-text retrieval"):
+    with pytest.raises(ServeError, match="vLLM does not support image-text retrieval"):
         refuse_unservable(Artifact.open(tmp_path / "out"), on=None, tensor_parallel=1)
     said = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
     assert "Blip2ForImageTextRetrieval.from_pretrained(" in said

@@ -97,7 +97,7 @@ def test_a_weight_for_pictures_needs_to_know_their_tokens(tmp_path: Path, monkey
     recipe = plan_for(checkpoint, (rule,)).recipe.adjusted(calibration={"vision_weight": 0.5})
     plan = make_plan(recipe, checkpoint, LLAVA, choose("cpu"))
     monkeypatch.setattr(component_inputs, "image_token", lambda config: None)
-    with pytest.raises(CalibrationError, match=r"vision_weight is given, and config\.json names no image token"):
+    with pytest.raises(CalibrationError, match=r"vision_weight needs the image token's id .* config\.json has neither"):
         streamed(plan, checkpoint, tmp_path / "work", batches_for(LLAVA))
 
 

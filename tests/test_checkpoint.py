@@ -78,7 +78,7 @@ def test_missing_shard_tensor_and_config_are_refused(tmp_path: Path) -> None:
 def test_index_may_not_leave_the_folder(tmp_path: Path, name: str) -> None:
     small_checkpoint(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="leaves the folder"):
+    with pytest.raises(CheckpointError, match="is outside of the folder"):
         Checkpoint.open(tmp_path / "m")
 
 
@@ -87,7 +87,7 @@ def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(tmp_path)
-    assert "never pickles" in (caught.value.hint or "")
+    assert "not pickles" in (caught.value.hint or "")
 
 
 def test_two_stored_names_may_not_become_one(tmp_path: Path) -> None:
@@ -143,6 +143,6 @@ def test_a_file_of_the_hub_s_cache_that_was_damaged_is_refused(damaged: bool, tm
     if not damaged:
         assert checkpoint.shard_hashes() == {"model.safetensors": blob.name}
         return
-    with pytest.raises(CheckpointError, match="not what the hub has") as caught:
+    with pytest.raises(CheckpointError, match="differs from the hub's") as caught:
         checkpoint.digest()
     assert str(blob) in (caught.value.hint or "")

@@ -117,7 +117,7 @@ def test_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
         quick_export(tmp_path / "second", work=work, recipe=quick_recipe(name="llava-w3-vit4"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(WorkdirError, match="no mmq work folder"):
+    with pytest.raises(WorkdirError, match="is not an mmq work folder"):
         quick_export(tmp_path / "second", work=tmp_path / "mine")
     assert not (tmp_path / "second").exists()
 
@@ -239,7 +239,7 @@ def misfit_config(folder: Path) -> None:
             CheckpointError,
             "class_embedding.*not finite",
         ),
-        (rename_architecture, PlanError, "does not know MysteryForCausalLM"),
+        (rename_architecture, PlanError, "does not support MysteryForCausalLM"),
         (misfit_config, PlanError, "the shape is"),
     ],
     ids=["truncated", "missing", "nan-linear", "nan-kept", "nan-upstream", "architecture", "config"],
@@ -385,7 +385,7 @@ def test_a_model_without_processor_is_refused_before_the_work(absent: str, tmp_p
             (folder / name).unlink(missing_ok=True)
 
     model = damaged_model(tmp_path / "model", remove)
-    with pytest.raises(CheckpointError, match=r"it has no processor|its processor cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"the folder has no processor|its processor cannot be loaded"):
         quick_export(tmp_path / "out", recipe=quick_recipe(model))
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 

@@ -1,4 +1,4 @@
-"""Tensors are checked for NaN and infinity in parts, so that an embedding does not take a gigabyte for it."""
+"""Tensors are checked for NaN and infinity in parts, because a mask of an embedding takes a gigabyte."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from exporter.errors import CheckpointError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.source import narrowed
-from exporter.quantization import block_io as job
+from exporter.quantization import block_io
 
 
 def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
@@ -22,34 +22,34 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
 
 @pytest.mark.parametrize("place", [0, 7, 8, 19])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_bad_value_is_seen_wherever_it_is(
+def test_a_bad_value_is_reported_at_any_position(
     place: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "CHECKED_AT_ONCE", 8)
+    monkeypatch.setattr(block_io, "CHECKED_AT_ONCE", 8)
     tensor = torch.zeros(4, 5, dtype=torch.bfloat16)
     bad = tensor.clone()
     bad.view(-1)[place] = value
     checkpoint = stored(tmp_path / "model", {"good": tensor, "bad": bad})
-    assert job.finite(checkpoint, "good", tensor) is tensor
-    with pytest.raises(CheckpointError, match="bad holds 1 values that are not finite"):
-        job.finite(checkpoint, "bad", checkpoint.read("bad"))
+    assert block_io.require_finite(checkpoint, "good", tensor) is tensor
+    with pytest.raises(CheckpointError, match="bad has 1 values that are not finite"):
+        block_io.require_finite(checkpoint, "bad", checkpoint.read("bad"))
 
 
-def test_values_that_the_asked_type_cannot_hold_are_not_called_damage(tmp_path: Path) -> None:
+def test_values_outside_the_requested_dtype_are_not_reported_as_damage(tmp_path: Path) -> None:
     checkpoint = narrowed(stored(tmp_path / "model", {"large": torch.tensor([1.0, -1e5])}), "float16")
-    with pytest.raises(CheckpointError, match=r"large holds values up to 100000 .*, and float16 goes up to 65504") as e:
-        job.finite(checkpoint, "large", checkpoint.read("large"))
+    with pytest.raises(CheckpointError, match=r"large has values up to 100000 .* largest float16 is 65504") as e:
+        block_io.require_finite(checkpoint, "large", checkpoint.read("large"))
     assert e.value.hint is not None
     assert "set it to bfloat16" in e.value.hint
 
 
-def test_what_a_fold_made_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+def test_values_that_a_fold_made_infinite_are_not_reported_as_damage(tmp_path: Path) -> None:
     checkpoint = stored(tmp_path / "model", {"norm": torch.ones(4)})
-    with pytest.raises(CheckpointError, match="norm is finite, and no more once scales are folded into it"):
-        job.finite(checkpoint, "norm", torch.full((4,), float("inf")))
+    with pytest.raises(CheckpointError, match="norm is finite, but folding scales into it overflows"):
+        block_io.require_finite(checkpoint, "norm", torch.full((4,), float("inf")))
 
 
-def test_no_more_than_a_part_is_compared_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_checked_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     compare = torch.isfinite
 
@@ -59,6 +59,6 @@ def test_no_more_than_a_part_is_compared_at_once(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(torch, "isfinite", counted)
     checkpoint = stored(tmp_path / "model", {"embedding": torch.zeros(1)})
-    job.finite(checkpoint, "embedding", torch.zeros(3, job.CHECKED_AT_ONCE // 2 + 1))
-    assert max(sizes) <= job.CHECKED_AT_ONCE
-    assert sum(sizes) == 3 * (job.CHECKED_AT_ONCE // 2 + 1)
+    block_io.require_finite(checkpoint, "embedding", torch.zeros(3, block_io.CHECKED_AT_ONCE // 2 + 1))
+    assert max(sizes) <= block_io.CHECKED_AT_ONCE
+    assert sum(sizes) == 3 * (block_io.CHECKED_AT_ONCE // 2 + 1)

@@ -16,7 +16,13 @@ from exporter.device import Device, choose
 from exporter.errors import PlanError, ServeError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
-from exporter.numerics.activation_rounding import Rounded, cut_to_float8, round_as_served, round_rows, to_float8
+from exporter.numerics.activation_rounding import (
+    ServedRounding,
+    round_as_served,
+    round_rows,
+    to_float8,
+    truncate_to_float8,
+)
 from exporter.numerics.quantized import QuantizedLinear, Scheme, float8_scales, quantize
 from exporter.numerics.ranges import fit_scale
 from exporter.pipeline.export import export
@@ -70,8 +76,8 @@ def test_both_roundings_are_those_of_a_table() -> None:
     x = numbers()
     assert len(VALUES) == 127
     assert to_float8(x).tolist() == [nearest(v) for v in x.tolist()]
-    assert cut_to_float8(x).tolist() == [below(v) for v in x.tolist()]
-    assert cut_to_float8(x.bfloat16()).dtype == torch.bfloat16
+    assert truncate_to_float8(x).tolist() == [below(v) for v in x.tolist()]
+    assert truncate_to_float8(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_mixed_weights_are_products_in_float8() -> None:
@@ -135,13 +141,13 @@ def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool)
     vision = model.config.vision_config._attn_implementation
     with torch.no_grad():
         before = asked()
-        round_as_served(model, Rounded(kv_cache="fp8"), cuda)
+        round_as_served(model, ServedRounding(kv_cache="fp8"), cuda)
         shape = (1, 9, -1, attention.head_dim)
         q, k, v = (
             part(hidden).view(shape).transpose(1, 2) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *turns)
-        hold = to_float8 if cuda else cut_to_float8
+        hold = to_float8 if cuda else truncate_to_float8
         q, k, v = to_float8(q) if cuda else q, *(repeat_kv(hold(t), attention.num_key_value_groups) for t in (k, v))
         scores = (q @ k.transpose(2, 3) * attention.scaling).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
         expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 9, -1))
@@ -154,7 +160,7 @@ def test_padding_is_still_masked_with_a_float8_cache() -> None:
     family = FAMILIES["llava"]
     torch.manual_seed(0)
     model = family.skeleton(family.tiny_config()).float().eval()
-    round_as_served(model, Rounded(kv_cache="fp8"), gpu=True)
+    round_as_served(model, ServedRounding(kv_cache="fp8"), gpu=True)
     words = torch.randint(3, 60, (1, 6))
     padded = torch.cat([torch.full((1, 3), 1), words], 1)
     mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 6)], 1).long()
@@ -172,10 +178,10 @@ def test_recipes_say_which_pairs_exist() -> None:
     assert MIXED.label() == "W4 g128 A-FP8"
     for change in ({"group_size": 64}, {"symmetric": False}, {"bits": 3}, {"activations": "int8"}):
         with pytest.raises(
-            ValueError, match="activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
+            ValueError, match="activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
         ):
             Rule.model_validate(rule | change)
-    with pytest.raises(ValueError, match="in_loop does not go with bits: 4 and activations: fp8"):
+    with pytest.raises(ValueError, match="in_loop is not possible with bits: 4 and activations: fp8"):
         Rule.model_validate(rule | {"options": {"scales": "in_loop", "order": "none"}})
 
 
@@ -196,14 +202,14 @@ def test_the_plan_names_what_cannot_be_served(sparse_checkpoint: Callable[[str],
     assert plan.warnings[-1].endswith("needs a Hopper GPU, compute capability 9.0 to be served")
     refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), {}, "cpu")
     opt = {"text_config": {"hidden_size": 2560, "num_attention_heads": 32}}
-    with pytest.raises(ServeError, match="rule kv-cache: heads of 80"):
+    with pytest.raises(ServeError, match="rule kv-cache: attention heads of 80"):
         refuse_plan(make_plan(load_recipe("llava-fp8-vit16-cache8"), big, family, H100), opt, "cpu")
     data = load_recipe("llava-w4").model_dump() | {"kv_cache": "fp8"}
-    for change, said in (
-        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq has no field for the type of a cache"),
-        ({"quantize": [{"component": "language", "bits": 4, "store": "dequantized"}]}, "nothing packed"),
+    for change, message in (
+        ({"format": "gptq"}, "rule kv-cache: kv_cache: fp8: format gptq has no field for the KV-cache dtype"),
+        ({"quantize": [{"component": "language", "bits": 4, "store": "dequantized"}]}, "without packed linears"),
     ):
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(PlanError, match=message):
             make_plan(Recipe.model_validate(data | change), big, family, H100)
 
 

@@ -8,7 +8,7 @@ import torch
 from exporter.methods import gptq, rtn
 from exporter.methods.gptq import Options, Statistics, importance, inverse_factor
 from exporter.numerics import hessian as moments
-from exporter.numerics.quantized import Scheme, quantize, spread
+from exporter.numerics.quantized import Scheme, expand_groups, quantize
 from exporter.numerics.ranges import fit_scale
 from tests.oracles import descent_by_hand, gptq_by_inversion
 
@@ -84,7 +84,7 @@ def test_descent_equals_trying_every_code(scheme: Scheme, block: int) -> None:
     weight, statistics = correlated(300, 30)
     start, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
     once, _ = gptq.quantize_linear(weight, statistics, scheme, Options(block=block), torch.float16)
-    steps, zeros = (spread(part.float(), 30, scheme) for part in (start.scale, start.zero))
+    steps, zeros = (expand_groups(part.float(), 30, scheme) for part in (start.scale, start.zero))
     codes = descent_by_hand(weight, start.codes, steps, zeros, scheme.levels, damped(statistics))
     assert torch.equal(once.scale, start.scale)
     assert int((codes != start.codes).sum()) > 10  # it has something to do

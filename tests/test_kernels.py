@@ -130,8 +130,8 @@ def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.
     here, grid, square = slice(100, 164), _grid(3, 300), _square(300)
     share = square.diagonal().clone()
     square.diagonal().zero_()
-    codes = torch.stack([quantize(weight + 0.2, *grid.spread())] * 2)
-    off = torch.stack([(weight - dequantize(codes[0], *grid.spread())).to(dtype)] * 2)
+    codes = torch.stack([quantize(weight + 0.2, *grid.expanded())] * 2)
+    off = torch.stack([(weight - dequantize(codes[0], *grid.expanded())).to(dtype)] * 2)
     pull = off[0].float() @ square[here].T
     inputs = (weight[:, here], pull, square[here, here].to(dtype), share[here], grid.part(here))
     columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])

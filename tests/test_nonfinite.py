@@ -14,7 +14,7 @@ from exporter.planning.recipe import Rule
 from exporter.quantization import calibrate
 from exporter.quantization.block import Block
 from exporter.quantization.block_calls import BlockCall, ChainInput
-from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted, unnoted
+from exporter.quantization.block_inputs import BlockInputs, check_excluded, excluded_token_notes, mark_noted
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, RULES, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
@@ -139,7 +139,7 @@ def test_too_many_rows_that_overflow_inside_a_block_stop_the_job() -> None:
 
 
 def test_inputs_whose_squares_overflow_are_an_error_of_their_own() -> None:
-    with pytest.raises(CalibrationError, match=r"block\.up: its inputs are too large"):
+    with pytest.raises(CalibrationError, match=r"block\.up: the squares of its inputs overflow float32"):
         block_of(Overflowing(), [inputs_of(torch.full((1, 20, 4), 1e30))]).gather([row_of("up")])
 
 
@@ -154,13 +154,13 @@ def test_what_stops_being_finite_counts_nothing_in_the_blocks_behind() -> None:
     assert entry.weights is not None
     assert entry.weights[1].tolist() == [float(i not in (0, 7)) for i in range(20)]
     assert (entry.tokens, entry.excluded) == (39, 1)
-    assert unnoted([entry]) == [
+    assert excluded_token_notes([entry]) == [
         "the inputs of 1 of 39 calibration tokens are not finite; they are left out from here on"
     ]
     mark_noted([entry])
     entry.advance(nn.Identity(), CPU)
     assert entry.excluded == 1
-    assert unnoted([entry]) == []
+    assert excluded_token_notes([entry]) == []
     check_excluded("block", [entry])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
 
-from exporter.inference.openai_client import ask
+from exporter.inference.openai_client import request_json
 
 REPLY = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"answer": 42}'
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
@@ -40,4 +40,4 @@ def answer_once(connection: socket.socket) -> None:
 
 def test_a_request_to_this_machine_never_uses_a_connection_that_the_server_may_have_closed():
     with server_of_one_request_a_connection() as url:
-        assert [ask(url)["answer"] for _ in range(3)] == [42, 42, 42]
+        assert [request_json(url)["answer"] for _ in range(3)] == [42, 42, 42]

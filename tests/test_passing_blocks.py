@@ -9,7 +9,7 @@ import torch
 from exporter.data import samples
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError
-from exporter.inference.block_streaming import load_passing
+from exporter.inference.block_streaming import load_streamed
 from exporter.inference.predict import prompt_inputs
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor import load_processor
@@ -29,7 +29,7 @@ def test_passes_equal_those_of_the_whole_model(name: str) -> None:
     checkpoint, family = open_source(name)
     arguments = (family, checkpoint.config, list(checkpoint.tensors), checkpoint.read, CPU, torch.float32)
     inputs = inputs_of(checkpoint.folder, family)
-    passing, whole = load_passing(*arguments), load_whole(*arguments)
+    passing, whole = load_streamed(*arguments), load_whole(*arguments)
     with torch.inference_mode():
         assert torch.equal(family.outputs(passing, inputs), family.outputs(whole, inputs))
         if family.max_new_tokens:
@@ -51,7 +51,7 @@ def test_no_block_stays_and_never_two_are_there() -> None:
         return {name.rpartition(".layers.")[0] + name.rpartition(".layers.")[2].partition(".")[0] for name in names}
 
     model: Any = None
-    model = load_passing(family, checkpoint.config, list(checkpoint.tensors), read, CPU, torch.float32)
+    model = load_streamed(family, checkpoint.config, list(checkpoint.tensors), read, CPU, torch.float32)
     with torch.inference_mode():
         model(**inputs_of(checkpoint.folder, family))
     assert most == 1
@@ -65,4 +65,4 @@ def test_a_lost_tensor_is_an_error_at_once(lost: str) -> None:
     assert len(cut) + 1 == len(checkpoint.tensors)
     partial = Checkpoint(checkpoint.folder, checkpoint.config, cut, checkpoint.origin)
     with pytest.raises(CheckpointError, match="1 parameters missing"):
-        load_passing(family, partial.config, list(cut), partial.read, CPU, torch.float32)
+        load_streamed(family, partial.config, list(cut), partial.read, CPU, torch.float32)

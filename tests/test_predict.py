@@ -12,7 +12,7 @@ from PIL import Image
 from exporter.events import Event
 from exporter.inference.encoding import render
 from exporter.inference.predict import Predictor, batches
-from exporter.model.chat_template import PROBES, conversation, take_apart
+from exporter.model.chat_template import PROBES, conversation, parse_template
 from exporter.model.families import FAMILIES
 from exporter.model.processor import Processor
 from exporter.tasks.sample import Sample
@@ -51,7 +51,7 @@ def processor(template: str | None = TEMPLATE) -> Any:
     if template is None:
         return Processor(theirs, None)
     rendered = [theirs.apply_chat_template(conversation(text), add_generation_prompt=True) for text in PROBES]
-    return Processor(theirs, take_apart(rendered, "test"))
+    return Processor(theirs, parse_template(rendered, "test"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.inference.encoding import render
 from exporter.model import processor_inspector as inspector
-from exporter.model.chat_template import PROBES, Template, take_apart
+from exporter.model.chat_template import PROBES, Template, parse_template
 from exporter.model.families import FAMILIES
 from exporter.model.processor import load_processor
 from exporter.model.processor_inspector import inspect
@@ -54,7 +54,7 @@ def test_prompts_are_those_of_the_chat_template() -> None:
     made = load_processor(MODELS["demo-llava"])
     for text in ("what is it?", "  two\n", "{{ 7 * 7 }} {text} %d"):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        theirs = made.theirs.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        theirs = made.library.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert made.template is not None
         assert made.template.prompt(text) == theirs
     family = FAMILIES["llava"]
@@ -63,8 +63,8 @@ def test_prompts_are_those_of_the_chat_template() -> None:
 
 
 def test_a_template_is_taken_apart_only_when_it_writes_texts_unchanged() -> None:
-    assert take_apart([f"<{text}>" for text in PROBES], "m") == Template("<", ">")
-    assert take_apart([f"<{text.strip()}>" for text in PROBES], "m") == Template("<", ">", strips=True)
+    assert parse_template([f"<{text}>" for text in PROBES], "m") == Template("<", ">")
+    assert parse_template([f"<{text.strip()}>" for text in PROBES], "m") == Template("<", ">", strips=True)
     assert Template("<", ">", strips=True).prompt(" a ") == "<a>"
     for write in (
         str.upper,
@@ -73,7 +73,7 @@ def test_a_template_is_taken_apart_only_when_it_writes_texts_unchanged() -> None
         lambda text: text.replace("<", "&lt;"),
     ):
         with pytest.raises(CheckpointError, match="m: its chat template does not write"):
-            take_apart([f"<{write(text)}>" for text in PROBES], "m")
+            parse_template([f"<{write(text)}>" for text in PROBES], "m")
 
 
 TEMPLATES = {
@@ -82,9 +82,9 @@ TEMPLATES = {
     "{{ raise_exception('boo') }}": "boo",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
     "{{ 'x' * 1000000 }}": "more than 100,000 characters",
-    "{{ '%1000000000d' % 1 }}": "too long|memory|in time|more than 100,000",
-    "{{ messages[0]['content'][1]['text'] | upper }}": "does not write a user's text unchanged",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes too long",
+    "{{ '%1000000000d' % 1 }}": "time limit|memory|more than 100,000",
+    "{{ messages[0]['content'][1]['text'] | upper }}": "does not write a user's text exactly once and unchanged",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "exceeds the time limit",
 }
 
 
@@ -100,17 +100,18 @@ FIT: list[tuple[str, str, str, dict[str, Any], str, str]] = [
     ("demo-llava", "llava-w4-vit8", "processor_config.json", {"patch_size": 4}, "256 image tokens", '"patch_size": 8'),
     ("demo-llava", "llava-w4-vit8", "processor_config.json", {"patch_size": 0}, "ZeroDivisionError", '"patch_size": 8'),
     ("demo-llava", "llava-w4-vit8", "processor_config.json", {"num_additional_image_tokens": ...},
-     r"63 image tokens \(id 4\), the model expects 64", '"num_additional_image_tokens": 1'),
+     r"63 image tokens \(id 4\), but the model expects 64", '"num_additional_image_tokens": 1'),
     ("demo-llava", "llava-w4-vit8", "processor_config.json", {"vision_feature_select_strategy": "full"},
      "65 image tokens", '"vision_feature_select_strategy": "default"'),
     ("demo-llava", "llava-w4-vit8", "processor_config.json", {"num_additional_image_tokens": 10**7}, "signal", ""),
-    ("demo-llava", "llava-w4-vit8", "config.json", {"image_token_index": 5}, r"holds 0 image tokens \(id 5\)", ""),
+    ("demo-llava", "llava-w4-vit8", "config.json", {"image_token_index": 5}, r"has 0 image tokens \(id 5\)", ""),
     ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"crop_size": {"height": 32, "width": 32}},
-     "makes pictures of 32 x 32 pixels, the vision tower takes 64 x 64", ""),
-    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, "more memory", ""),
-    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 9000}}, "at most 8192", ""),
+     "makes pictures of 32 x 32 pixels, but the vision tower expects 64 x 64", ""),
+    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, "memory limit", ""),
+    ("demo-llava", "llava-w4-vit8", "preprocessor_config.json", {"size": {"shortest_edge": 9000}},
+     "exceeds the limit of 8192", ""),
     ("demo-blip2", "blip2-caption-w4", "processor_config.json", {"num_query_tokens": ...},
-     "holds 0 image tokens .* would not see the picture", '"num_query_tokens": 32'),
+     "has 0 image tokens .* would not see the picture", '"num_query_tokens": 32'),
 ]  # fmt: skip
 
 
@@ -198,11 +199,13 @@ def test_two_tokens_of_one_id_are_refused_whichever_the_library_keeps(model: Pat
 
 def test_tokens_that_the_model_has_no_embedding_of_are_found_by_the_plan(model: Path) -> None:
     change(model / "special_tokens_map.json", eos_token="<end>", pad_token="<fill>")
-    with pytest.raises(PlanError, match=r"tokens of ids 256 \('<(end|fill)>'\), 257 \(.*\), the model has 256 tokens"):
+    with pytest.raises(
+        PlanError, match=r"tokens with the ids 256 \('<(end|fill)>'\), 257 \(.*\), but the model has only 256 tokens"
+    ):
         plan(model)
     shutil.copy(MODELS["demo-llava"] / "special_tokens_map.json", model)
     tokenizer_with(model, vocab={"zz": 9999})
-    with pytest.raises(PlanError, match=r"tokens of ids 9999 \('zz'\), the model has 256 tokens"):
+    with pytest.raises(PlanError, match=r"tokens with the ids 9999 \('zz'\), but the model has only 256 tokens"):
         plan(model)
 
 
@@ -229,22 +232,22 @@ def test_padding_with_the_image_token_is_found_by_the_plan(tmp_path: Path, name:
     folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         change(folder / file, pad_token="<image>")
-    with pytest.raises(PlanError, match=r"Mismatch in `image` token|a padded prompt .* image tokens \(id 4\), not 32"):
+    with pytest.raises(PlanError, match=r"Mismatch in `image` token|padded prompt .* \(id 4\), expected 32"):
         plan(folder, recipe)
 
 
 def test_a_pipe_in_place_of_a_file_is_not_read(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     os.mkfifo(model / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a regular file"):
         plan(model)
 
 
 def test_a_folder_without_processor_is_planned_with_a_note(model: Path) -> None:
     for path in [*model.glob("*processor*"), *model.glob("tokenizer*")]:
         path.unlink()
-    assert any("no processor lies beside the weights" in warning for warning in plan(model))
-    with pytest.raises(CheckpointError, match="it has no processor"):
+    assert any("the model folder has no processor" in warning for warning in plan(model))
+    with pytest.raises(CheckpointError, match="the folder has no processor"):
         load_processor(model)
 
 
@@ -300,5 +303,5 @@ def test_what_transformers_finds_wrong_with_a_config_is_an_error_of_ours() -> No
 
     config = header_config("llava-hf--llava-1.5-7b-hf")
     config["text_config"]["rope_parameters"] = "evil"
-    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
+    with pytest.raises(CheckpointError, match="transformers cannot build a model"):
         build_skeleton(FAMILIES["llava"], config, torch.device("meta"))

@@ -164,7 +164,7 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_lists_the_rea
     [
         (None, REPO, "no hub token"),
         ("hf_nobodynobodynobodynobody", REPO, "does not accept your token"),
-        (READER, REPO, "your token may not do this"),
+        (READER, REPO, "your token does not have the permission"),
         (WRITER, "them/tiny", "needs write access to 'them'"),
         (WRITER, "tiny", "not a repository name"),
     ],
@@ -186,7 +186,7 @@ FAULTS = [
     (Fault(r"PUT /upload/.*part=3", 503, times=2), None),
     (Fault(r"PUT /upload/.*part=3", 429, headers={"Retry-After": "7"}), None),
     (Fault(r"PUT /upload/.*part=3", cut=20_000, times=99), "the connection failed"),
-    (Fault(r"PUT /upload/.*part=3", 500, times=99), "problem of its own (HTTP 500)"),
+    (Fault(r"PUT /upload/.*part=3", 500, times=99), "hub error (HTTP 500)"),
     (Fault(r"PUT /upload/.*part=3", corrupt=True), "does not have the announced sha256"),
     (Fault(r"POST .*/commit/", 0), None),
     (Fault(r"POST .*/commit/", 0, after=True), None),
@@ -194,10 +194,10 @@ FAULTS = [
     (Fault(r"POST .*/commit/", 503), None),
     (Fault(r"POST .*/commit/", 429, headers={"Retry-After": "7"}), None),
     (Fault(r"POST .*/commit/", 429, times=99, headers={"Retry-After": "3600"}), "wait 3600 seconds"),
-    (Fault(r"POST .*/commit/", 500, times=99), "problem of its own (HTTP 500)"),
-    (Fault(r"POST .*/commit/", 412, times=99), "somebody else changed it"),
-    (Fault(r"POST .*/preupload/", 403, times=99), "your token may not do this"),
-    (Fault(r"POST /api/repos/create", 500, times=99), "problem of its own (HTTP 500)"),
+    (Fault(r"POST .*/commit/", 500, times=99), "hub error (HTTP 500)"),
+    (Fault(r"POST .*/commit/", 412, times=99), "another upload changed it"),
+    (Fault(r"POST .*/preupload/", 403, times=99), "your token does not have the permission"),
+    (Fault(r"POST /api/repos/create", 500, times=99), "hub error (HTTP 500)"),
 ]
 
 
@@ -286,7 +286,7 @@ def test_xet_is_used_only_when_the_environment_enables_it(hub: Hub, artifact: Pa
     (artifact / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_DISABLE_XET", "0")
-        assert "Xet hides what its servers say" in refused(artifact, "--force")
+        assert "Xet hides the messages of its servers" in refused(artifact, "--force")
     assert hub.sent("xet-write-token")
 
 
@@ -397,7 +397,7 @@ def test_the_parent_of_the_commit_is_the_checked_revision(
         return remote
 
     monkeypatch.setattr("exporter.publishing.upload.existing_repository", looked_then)
-    assert "somebody else changed it at the same time" in refused(made / "w3")
+    assert "another upload changed it at the same time" in refused(made / "w3")
 
 
 def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) -> None:
@@ -449,11 +449,11 @@ def test_an_invalid_card_is_refused_before_the_repository_is_created(hub: Hub, a
 
 def test_hints_name_the_action(hub: Hub, artifact: Path) -> None:
     published(artifact)
-    resumed = "large files that have arrived are not sent a second time"
+    resumed = "it does not repeat large files that are already uploaded"
     for status, fragment in (
         (403, "needs read access to 'me'"),
-        (429, "wait some time, then give"),
-        (500, "later give"),
+        (429, "wait some time, then run"),
+        (500, "wait some minutes, then run"),
     ):
         hub.faults = [Fault(r"GET /api/models/", status, times=99)]
         text = mmq("verify", f"hub:{REPO}").output
@@ -470,7 +470,7 @@ def test_a_token_that_is_invalid_in_a_header_has_a_clear_error(
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
     for text in (refused(artifact), mmq("verify", f"hub:{REPO}").output):
-        assert "the hub token holds a blank, a control character" in text
+        assert "the hub token contains a space, a control character" in text
         assert "secret" not in text
 
 
@@ -497,7 +497,7 @@ def test_a_concurrent_commit_is_not_overwritten(hub: Hub, made: Path, monkeypatc
 
     original = HfApi.create_commit
     monkeypatch.setattr(HfApi, "create_commit", meanwhile)
-    assert "somebody else changed it at the same time" in refused(made / "w3")
+    assert "another upload changed it at the same time" in refused(made / "w3")
 
 
 def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact: Path) -> None:
@@ -588,14 +588,14 @@ def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, made: Pa
         hub.add(REPO, files | changed)
         result = mmq("verify", f"hub:{REPO}", "--json")
         assert json.loads(result.stdout)["kind"] == ArtifactError.__name__
-        assert "model.safetensors has no header of a safetensors file" in result.stdout
+        assert "model.safetensors has no valid safetensors header" in result.stdout
 
 
 def test_an_unknown_architecture_is_refused_before_the_download_of_weights(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     config = json.loads(source["config.json"]) | {"architectures": ["FooForX"]}
     hub.add("org/foo", source | {"config.json": json.dumps(config).encode()})
-    with pytest.raises(PlanError, match="mmq does not know FooForX"):
+    with pytest.raises(PlanError, match="mmq does not support FooForX"):
         open_source("org/foo")
     assert not hub.sent("GET .*(large|safetensors)")
 
@@ -647,7 +647,7 @@ def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: 
     local = json.loads(mmq(*arguments, str(made / "model")).stdout)
     assert by_headers.pop("model").startswith("org/llava@")
     local.pop("model")
-    only_local = [text for text in local["warnings"] if text.startswith("no processor lies beside the weights")]
+    only_local = [text for text in local["warnings"] if text.startswith("the model folder has no processor")]
     assert len(only_local) == 1  # headers alone do not show a processor, and none is asked for
     local["warnings"].remove(only_local[0])
     assert by_headers == local
@@ -660,7 +660,7 @@ def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -
     with pytest.raises(CheckpointError, match="not in the hub cache"):
         open_source("org/llava", headers_only=True)
     hub.faults.clear()
-    with pytest.raises(CheckpointError, match="no such repository"):
+    with pytest.raises(CheckpointError, match="the repository does not exist"):
         open_source("org/nothing", headers_only=True)
     assert not hub.sent("GET /large/")
     locate("org/llava")
@@ -676,7 +676,7 @@ def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> N
     source["a.safetensors"] = source.pop("model.safetensors")
     for file, fragment in (
         ("b.safetensors", r"no b\.safetensors in"),
-        ("a.safetensors", r"index promises gone\.weight"),
+        ("a.safetensors", r"index lists gone\.weight"),
     ):
         index = {"weight_map": {"language_model.lm_head.weight": "a.safetensors", "gone.weight": file}}
         hub.add("org/llava", source | {"model.safetensors.index.json": json.dumps(index).encode()})

@@ -13,9 +13,9 @@ from exporter.numerics.quantized import (
     QuantizedLinear,
     Scheme,
     dequantize,
+    expand_groups,
     pack_bits,
     quantize,
-    spread,
     unpack_bits,
 )
 from tests.oracles import naive_pack_bits
@@ -108,7 +108,7 @@ def test_quantizing_what_codes_stand_for_gives_the_codes(case: tuple[Tensor, Ten
 def test_spread_gives_each_column_its_own_group(columns: int, size: GroupSize) -> None:
     scheme = Scheme(4, size)
     per_group = torch.arange(2 * scheme.groups(columns)).view(2, -1)
-    wide = spread(per_group, columns, scheme)
+    wide = expand_groups(per_group, columns, scheme)
     assert wide.shape == (2, columns)
     for column in range(columns):
         group = 0 if isinstance(size, str) else column // size

@@ -25,7 +25,7 @@ from exporter.evaluation.evaluate import measure as compare_models
 from exporter.events import Event, ignore
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.predict import Predictor
-from exporter.inference.retrieval import _best, _rank, ranked
+from exporter.inference.retrieval import _best, _rank, rank
 from exporter.model.families import FAMILIES
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
@@ -87,7 +87,7 @@ def naive(processor: Any) -> dict[str, list[float]]:
 
 
 def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
-    answers = {k: v for piece in ranked(model(), processor, chosen(), CPU, BatchSize(5)) for k, v in piece.items()}
+    answers = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(5)) for k, v in piece.items()}
     expected = naive(processor)
     found = [retrieval._found(answers[i], len(s.references)) for i, s in enumerate(chosen())]
     for k in RANKS:
@@ -99,8 +99,8 @@ def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
 
 def test_a_part_of_the_pool_has_the_ranks_of_the_whole(processor: Any) -> None:
     """What a resumed evaluation asks for."""
-    whole = {k: v for piece in ranked(model(), processor, chosen(), CPU, BatchSize(8)) for k, v in piece.items()}
-    part = {k: v for piece in ranked(model(), processor, chosen()[9:], CPU, BatchSize(3)) for k, v in piece.items()}
+    whole = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(8)) for k, v in piece.items()}
+    part = {k: v for piece in rank(model(), processor, chosen()[9:], CPU, BatchSize(3)) for k, v in piece.items()}
     assert part == {i: whole[i + 9] for i in range(3)}
 
 
@@ -108,13 +108,13 @@ def test_predictors_mix_tasks(processor: Any) -> None:
     predictor = Predictor(model(), processor, FAMILIES["blip2-itm"], CPU, 4)
     answers = predictor.answer(chosen()[:2])
     assert answers == [
-        piece for part in ranked(model(), processor, chosen()[:2], CPU, BatchSize(4)) for piece in part.values()
+        piece for part in rank(model(), processor, chosen()[:2], CPU, BatchSize(4)) for piece in part.values()
     ]
 
 
 def test_samples_of_two_pools_are_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match="one pool"):
-        list(ranked(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, BatchSize(4)))
+        list(rank(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, BatchSize(4)))
 
 
 # Ties, and scores that are not numbers
@@ -175,9 +175,7 @@ def broken(part: str) -> Any:
 
 @pytest.mark.parametrize("part", ["head", "vision"])
 def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
-    answers = [
-        text for piece in ranked(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()
-    ]
+    answers = [text for piece in rank(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()]
     scores = score(answers, chosen())
     assert {value for metric in METRICS for value in scores[metric]} == {0.0}
     missed = retrieval.without_numbers(answers)  # what the head spoils can have missed the candidates already
@@ -185,7 +183,7 @@ def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
 
 
 def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [text for piece in ranked(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
+    whole = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
     see = model().vision_model.forward
 
     def forward(**inputs: Any) -> Any:
@@ -194,7 +192,7 @@ def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypa
         return seen
 
     monkeypatch.setattr(model().vision_model, "forward", forward)
-    found = [text for piece in ranked(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
+    found = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
     assert found[4] == written(math.nan, [math.nan] * len(chosen()[4].references))
     assert retrieval.without_numbers(found) == 1
     assert [text.partition(" | ")[0] for i, text in enumerate(found) if i != 4] == [
@@ -352,5 +350,5 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing
-    with pytest.raises(DataError, match="vLLM has no image-text retrieval"):
+    with pytest.raises(DataError, match="vLLM does not support image-text retrieval"):
         served_answerers(checkpoint, Artifact.open(out), Servers(None, None))

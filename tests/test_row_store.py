@@ -41,6 +41,6 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DataError, match="has no room") as caught:
+    with pytest.raises(DataError, match="no space left on the disk") as caught:
         RowStore(4, bound=0).append(torch.zeros(2, 5))
     assert "TMPDIR" in str(caught.value.hint)

@@ -1,4 +1,4 @@
-"""vLLM's rules on plain data, and for every built-in recipe on the real 7B header."""
+"""vLLM's rules on plain data, and for every shipped recipe on the real 7B header."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +15,19 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import built_in, load_recipe
-from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import (
     Linear,
-    card_problems,
     cpu_problems,
-    engine_class,
+    engine_classes,
     fused_problems,
+    gpu_problems,
     hardware_problems,
     head_problems,
     kernel_problems,
     parallel_problems,
     pattern_problems,
-    share,
+    shard,
     unbuilt_problems,
 )
 
@@ -42,7 +42,7 @@ def linear(name: str, scheme: Scheme | None, shape: tuple[int, int] = (256, 256)
 
 
 def attention(*schemes: Scheme | None) -> list[Linear]:
-    """q, k and v with one scheme each."""
+    """q, k and v with a scheme each."""
     names = ("q_proj", "k_proj", "v_proj")
     pairs = zip(names, schemes, strict=True)
     return [linear(f"self_attn.{name}", scheme, engine="self_attn.qkv_proj") for name, scheme in pairs]
@@ -57,7 +57,7 @@ def test_fused_linears_share_a_scheme():
         assert "q_proj, k_proj, v_proj" in problem
 
 
-def test_a_packed_linear_in_a_block_that_never_runs_is_a_problem():
+def test_a_packed_linear_in_a_block_that_never_runs_is_found():
     last = Linear("vision_tower.vision_model.encoder.layers.23.mlp.fc1", "x", (8, 8), W8, built=False)
     assert [p.partition(":")[0] for p in unbuilt_problems([last])] == ["rule unbuilt-block"]
     assert unbuilt_problems([Linear(last.name, "x", (8, 8), None, built=False)]) == []
@@ -80,10 +80,10 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_a_problem():
         (Scheme(4, 128, symmetric=False), "awq", True, True),
     ],
 )
-def test_a_scheme_without_kernel_is_a_problem(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
-    linears = [linear("mlp.down_proj", scheme)]
-    assert bool(kernel_problems(linears, format_name)) is not (gpu or cpu)
-    assert bool(cpu_problems(linears, format_name)) is not cpu
+def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
+    chosen = [linear("mlp.down_proj", scheme)]
+    assert bool(kernel_problems(chosen, format_name)) is not (gpu or cpu)
+    assert bool(cpu_problems(chosen, format_name)) is not cpu
 
 
 @pytest.mark.parametrize(
@@ -109,36 +109,36 @@ def test_a_scheme_without_kernel_is_a_problem(scheme: Scheme, format_name: str, 
 )
 def test_an_architecture_runs_what_it_has_a_kernel_for(scheme: Scheme, format_name: str, runs: str):
     for card, name in zip([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], runs.split(), strict=True):
-        kernel = serving(scheme, format_name).on(card)
-        assert (kernel.name if kernel else "-") == name.replace("_", " ")
-        problems = card_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
+        found = serving_kernels(scheme, format_name).on_gpu(card)
+        assert (found.name if found else "-") == name.replace("_", " ")
+        problems = gpu_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
         assert [problem.partition(":")[0] for problem in problems] == (["rule kernel"] if name == "-" else [])
     assert hardware_problems([linear("mlp.down_proj", scheme)], format_name, None) == []
 
 
-def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
-    (problem,) = card_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
+def test_a_gpu_without_the_kernel_is_named_with_those_that_have_it():
+    (problem,) = gpu_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
     where = "is not served on compute capability 10.0 (Blackwell)"
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
 
 
-def test_the_requirements_of_serving_are_listed():
-    asymmetric = serving(Scheme(8, 128, symmetric=False), "compressed_tensors")
-    assert asymmetric.needs() == "needs the humming-kernels package except on 9.0"
-    assert serving(Scheme(4, 16), "compressed_tensors").needs() == "needs the humming-kernels package"
-    assert serving(W4, "compressed_tensors").needs() == serving(A8, "compressed_tensors").needs() == ""
+def test_the_requirement_for_serving_is_reported():
+    asymmetric = serving_kernels(Scheme(8, 128, symmetric=False), "compressed_tensors")
+    assert asymmetric.requirement() == "needs the humming-kernels package except on 9.0"
+    assert serving_kernels(Scheme(4, 16), "compressed_tensors").requirement() == "needs the humming-kernels package"
+    assert [serving_kernels(scheme, "compressed_tensors").requirement() for scheme in (W4, A8)] == ["", ""]
     (problem,) = cpu_problems([linear("mlp.down_proj", Scheme(3, 128))], "compressed_tensors")
-    assert problem.endswith("no CPU kernel")  # a package for GPUs would not help
-    for problems in (kernel_problems, lambda packed, name: card_problems(packed, name, (9, 0))):
+    assert problem.endswith("vLLM has no CPU kernel for it")  # a package for GPUs would not help
+    for problems in (kernel_problems, lambda found, name: gpu_problems(found, name, (9, 0))):
         assert "groups of 32, 64, 128" in problems([linear("mlp.down_proj", Scheme(4, 256))], "gptq")[0]
 
 
 def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
     mixed = Scheme(4, 128, activations="fp8")
     halves = [linear(f"mlp.{name}", mixed, (192, 256), "mlp.gate_up_proj") for name in ("gate_proj", "up_proj")]
-    assert card_problems(halves, "compressed_tensors", (9, 0)) == []
-    (problem,) = card_problems(halves[:1], "compressed_tensors", (9, 0))
-    assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 takes multiples of 128")
+    assert gpu_problems(halves, "compressed_tensors", (9, 0)) == []
+    (problem,) = gpu_problems(halves[:1], "compressed_tensors", (9, 0))
+    assert problem.endswith("gate_up_proj [192, 256]: Cutlass W4A8 needs multiples of 128")
 
 
 def test_heads_are_shared_whole():
@@ -148,9 +148,9 @@ def test_heads_are_shared_whole():
     assert problem == "rule tensor-parallel: vision_config: 16 attention heads cannot be divided among 32 GPUs"
 
 
-def test_one_device_holds_its_share():
-    assert share(linear("mlp.down_proj", W4, (96, 256)), 2).shape == (96, 128)
-    assert share(linear("mlp.up_proj", W4, (96, 256)), 4).shape == (24, 256)
+def test_one_device_holds_its_shard():
+    assert shard(linear("mlp.down_proj", W4, (96, 256)), 2).shape == (96, 128)
+    assert shard(linear("mlp.up_proj", W4, (96, 256)), 4).shape == (24, 256)
 
 
 def test_the_cpu_kernel_takes_multiples_of_32():
@@ -175,8 +175,8 @@ def test_the_cpu_kernel_takes_multiples_of_32():
 )
 def test_groups_cannot_straddle_gpus(columns: int, group: int, fails_at: set[int]):
     scheme = Scheme(4, group)
-    failing = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
-    assert failing == fails_at
+    found = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
+    assert found == fails_at
     assert parallel_problems([linear("mlp.up_proj", scheme, (4096, columns))], 8) == []  # divided along its outputs
     assert parallel_problems([linear("mlp.up_proj", scheme, (4100, columns))], 8)
 
@@ -201,8 +201,8 @@ def test_patterns_are_matched_as_the_engine_does():
     assert pattern_problems(attention(None, None, None), q, ignore=names) == []  # `ignore` comes first
     assert pattern_problems(attention(W4, W4, W4), q, ignore=names)
     assert pattern_problems(attention(None, None, None), [], ignore=names) == []
-    assert "members alone" in pattern_problems(attention(W4, W4, W4), q, ignore=names[:2])[0]
-    assert "2 groups name it" in pattern_problems(attention(W4, W4, W4), [*q, (W8, names)])[0]
+    assert "names only some of its members" in pattern_problems(attention(W4, W4, W4), q, ignore=names[:2])[0]
+    assert "2 groups match it" in pattern_problems(attention(W4, W4, W4), [*q, (W8, names)])[0]
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("llava")])
@@ -212,9 +212,9 @@ def test_every_recipe_passes_every_rule_on_the_true_model(name: str, sparse_chec
     plan = make_plan(load_recipe(name), checkpoint, family, H100)
     linears = engine_linears(plan.rows, family)
     assert len(linears) == 23 * 6 + 2 + 32 * 7 + 1
-    assert len({item.engine for item in linears}) == 23 * 4 + 2 + 32 * 4 + 1
-    patterns = [(group.scheme, group.targets) for group in groups(plan)]
-    assert pattern_problems(linears, patterns, kept_modules(plan)) == []
+    assert len({found.engine for found in linears}) == 23 * 4 + 2 + 32 * 4 + 1
+    found = [(group.scheme, group.targets) for group in groups(plan)]
+    assert pattern_problems(linears, found, kept_modules(plan)) == []
     assert parallel_problems(linears, 2) == []
 
 
@@ -228,7 +228,7 @@ def test_a_plan_names_the_rule(sparse_checkpoint: Callable[[str], Path]):
 
 
 def test_engine_classes_are_those_of_the_loader():
-    assert engine_class(W4) == engine_class(W8) == ("CompressedTensorsWNA16",)
-    assert engine_class(A8) == ("CompressedTensorsW8A8Int8",)
-    assert engine_class(Scheme(4, 128, activations="fp8")) == ("CompressedTensorsW4A8Fp8",)
-    assert engine_class(Scheme(8, "row", number="fp8")) == ("CompressedTensorsW8A16Fp8",)
+    assert engine_classes(W4) == engine_classes(W8) == ("CompressedTensorsWNA16",)
+    assert engine_classes(A8) == ("CompressedTensorsW8A8Int8",)
+    assert engine_classes(Scheme(4, 128, activations="fp8")) == ("CompressedTensorsW4A8Fp8",)
+    assert engine_classes(Scheme(8, "row", number="fp8")) == ("CompressedTensorsW8A16Fp8",)

@@ -15,7 +15,7 @@ from exporter.methods import METHODS, awq, gptq, rtn
 from exporter.model.checkpoint import Checkpoint
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.quantized import QuantizedLinear, Scheme
-from exporter.numerics.source_error import MOST, source_error
+from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.recipe import Rule
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
@@ -76,7 +76,7 @@ def test_every_method_stays_near_what_rounding_explains(scheme: Scheme) -> None:
                 worst = max(worst, source_error(weight, linear, seen))
             linear, _ = awq.quantize_linear(weight, seen, scheme, awq.Options(), dtype)
             worst = max(worst, source_error(weight, linear, seen))
-    assert 0.3 < worst < 3 < MOST / 2
+    assert 0.3 < worst < 3 < MAX_RATIO / 2
 
 
 @schemes
@@ -107,7 +107,7 @@ def test_steps_that_are_too_coarse_are_noticed(scheme: Scheme) -> None:
     """As 32 times too large a scale would make them, where the weight does not become zero altogether."""
     weight = weights()["plain"]
     linear, _ = rtn.quantize_linear(32 * weight, None, scheme, rtn.Options(), torch.bfloat16)
-    assert source_error(weight, linear) > MOST
+    assert source_error(weight, linear) > MAX_RATIO
 
 
 def test_small_float16_weights_are_as_close_as_large_ones() -> None:

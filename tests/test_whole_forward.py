@@ -204,8 +204,8 @@ def test_blocks_may_return_tuples(tuples: bool) -> None:
     ("between", "reason"),
     [
         ("adds", "the input of block 1 is not the output of block 0"),
-        ("writes", "writes into the arguments"),
-        ("masks", "writes into the arguments"),
+        ("writes", "modifies block arguments in place"),
+        ("masks", "modifies block arguments in place"),
         ("depends", "arguments of block 1 depend on the output"),
         ("skips", "runs block 2 where block 1 is expected"),
         ("cache", "receives a Cache"),

@@ -14,7 +14,7 @@ from exporter.model.checkpoint import TensorInfo
 from exporter.model.families import FAMILIES, Family
 from exporter.model.source import open_source
 from exporter.model.stream import build_skeleton
-from exporter.planning.placement import place
+from exporter.planning.placement import choose_placement
 from exporter.planning.whole_model import ROOM_SHARE, WholeModel, whole_model
 from tests.headers import make
 from tests.test_families import random_weights
@@ -154,7 +154,7 @@ def seven(sparse_checkpoint: Callable[[str], Path]) -> WholeModel:
 def test_a_7b_is_held_in_the_first_way_that_fits(
     device: Device, room: int, dtype: torch.dtype, batch: int, streamed: bool, seven: WholeModel
 ) -> None:
-    held = place(seven, torch.float16, device, room * GIB, 32)
+    held = choose_placement(seven, torch.float16, device, room * GIB, 32)
     assert (held.dtype, held.batch, held.streamed, held.fits) == (dtype, batch, streamed, True)
     assert held.bytes <= ROOM_SHARE * room * GIB
     more = seven.weight_bytes(dtype.itemsize, streamed) + (batch + 1) * seven.sample_bytes(dtype.itemsize)
@@ -163,11 +163,11 @@ def test_a_7b_is_held_in_the_first_way_that_fits(
 
 
 def test_a_7b_that_fits_in_no_way_says_what_the_least_takes(seven: WholeModel) -> None:
-    held = place(seven, torch.float16, GPU, GIB, 32)
+    held = choose_placement(seven, torch.float16, GPU, GIB, 32)
     assert (held.fits, held.batch, held.streamed) == (False, 1, True)
-    assert "one sample at a time, and even that takes 1.7 GiB" in held.note
+    assert "one sample at a time, and even that needs 1.7 GiB" in held.note
 
 
 def test_a_smaller_batch_is_taken_as_asked_for(seven: WholeModel) -> None:
-    assert place(seven, torch.float16, GPU, 24 * GIB, 4).batch == 4
-    assert place(seven, torch.float16, GPU, 24 * GIB, 4).note == ""
+    assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).batch == 4
+    assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).note == ""

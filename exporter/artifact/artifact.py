@@ -41,7 +41,7 @@ from exporter.formats.group import Group
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.model.processor_files import processor_files
-from exporter.numerics.activation_rounding import Rounded
+from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.vllm_rules import matches
@@ -208,10 +208,12 @@ class Artifact:
         described = (self.checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
         return "fp8" if described else None
 
-    def rounded(self) -> Rounded:
+    def rounded(self) -> ServedRounding:
         """Rounding of activations and KV cache that vLLM applies while it computes."""
         kinds = {module: self.scheme_of(module).activations for module in self.manifest.linears}
-        return Rounded({self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache)
+        return ServedRounding(
+            {self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache
+        )
 
     def linear(self, module: str) -> QuantizedLinear:
         """Unpack one packed linear."""

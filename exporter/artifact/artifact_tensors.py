@@ -15,7 +15,7 @@ from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.numerics.quantized import QuantizedLinear, pack_bits
 from exporter.planning.plan import Plan, PlanRow, Unit, stored_scale_dtype
-from exporter.quantization.block_io import finite
+from exporter.quantization.block_io import require_finite
 from exporter.quantization.workdir import UnitResult, Workdir
 
 HASHING = 4  # threads; hashlib releases the GIL, and each thread holds one linear in host memory
@@ -42,7 +42,7 @@ def write_tensors(
     writer = ShardWriter(folder, shard_bytes)
     for row in plan.rows:
         if not any(_inside(row, unit) for unit in plan.units):
-            writer.add(row.tensor.name, finite(checkpoint, row.tensor.name, checkpoint.read(row.tensor.name)))
+            writer.add(row.tensor.name, require_finite(checkpoint, row.tensor.name, checkpoint.read(row.tensor.name)))
     for name in cache_scales(plan):
         writer.add(name, torch.ones(1, dtype=torch.bfloat16))
     digests: dict[str, Future[str]] = {}
@@ -78,7 +78,7 @@ def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: Un
     if row.decision == "dequantized":
         return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
     tensor = result.altered[name] if name in result.altered else checkpoint.read(name)
-    return {name: finite(checkpoint, name, tensor)}
+    return {name: require_finite(checkpoint, name, tensor)}
 
 
 def digest(linear: QuantizedLinear) -> str:

@@ -54,7 +54,7 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     from exporter.artifact.output import reading
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
-    from exporter.model.hub import need_token
+    from exporter.model.hub import require_token
     from exporter.publishing import repository as made
     from exporter.publishing import upload as work
     from exporter.publishing.card import CardDeclarations
@@ -76,7 +76,7 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
         tasks = dict(benchmark(text) for text in said["benchmarks"])
         declared = CardDeclarations(said["base_model"], license_keys, said["datasets"], said["languages"], tasks)
         if not dry_run:
-            need_token()
+            require_token()
         remote = None if dry_run and not online() else work.existing_repository(target)
         if note := made.disclosure_note(summary):
             listen(Event("note", 0, 0, note))
@@ -92,12 +92,12 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
 
 def check_push(repo: str, skip_evaluation: bool) -> None:
     """What `mmq export --push` can know before hours of work: name, token, and that something will be measured."""
-    from exporter.model.hub import check_name, need_token
+    from exporter.model.hub import check_name, require_token
 
     if skip_evaluation:
         raise PublishError("--push and --skip-evaluation: what was never measured is not published", "leave one out")
     check_name(repo)
-    need_token()
+    require_token()
 
 
 def benchmark(text: str) -> tuple[str, tuple[str, str]]:
@@ -139,11 +139,11 @@ def page(repo: str, found: Any) -> str:
 def verify_published(place: str, as_json: bool) -> None:
     """`mmq verify hub:ORG/NAME`."""
     from exporter.commands.progress import ProgressDisplay
-    from exporter.model.hub import open_remote, split
+    from exporter.model.hub import open_remote, parse_place
     from exporter.publishing.remote_check import verify_remote
 
     with ProgressDisplay(as_json) as listen:
-        found = verify_remote(open_remote(*split(place)), listen)
+        found = verify_remote(open_remote(*parse_place(place)), listen)
     hashed = f"verified {found.name}: {found.files} files equal by hash, {found.linears} packed linears found by name"
     say(asdict(found) if as_json else f"{hashed}; {found.fetched:,} bytes fetched")
 

@@ -17,7 +17,7 @@ from exporter.pipeline.export import Export
 from exporter.planning.plan import Plan, PlanRow
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
-from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.publishing.artifact_diff import Change
 
 
@@ -50,7 +50,7 @@ def plan_summary(plan: Plan) -> list[dict[str, Any]]:
 def _runs(plan: Plan, row: PlanRow) -> str:
     """What runs a packed linear."""
     assert row.scheme is not None
-    return plan.family.unserved or serving(row.scheme, plan.recipe.format).label()
+    return plan.family.unserved or serving_kernels(row.scheme, plan.recipe.format).label()
 
 
 def _reasons(rows: list[PlanRow]) -> str:

@@ -22,7 +22,7 @@ from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
 from exporter.distribution import install_extra
 from exporter.errors import DataError, HubError
-from exporter.model.hub import speaking
+from exporter.model.hub import hub_errors
 from exporter.tasks.sample import Sample
 
 SUMS = "sha256.json"
@@ -112,7 +112,7 @@ def _commit(repo: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        with speaking(repo, "looking it up"):
+        with hub_errors(repo, "looking it up"):
             return HfApi().dataset_info(repo, revision=revision, timeout=PATIENCE).sha or None
     except HubError:
         return None

@@ -13,7 +13,7 @@ from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
 from exporter.evaluation.answers import Answerer, Backend, digest
 from exporter.events import Event, Listener, ignore
-from exporter.inference.block_streaming import load_passing
+from exporter.inference.block_streaming import load_streamed
 from exporter.inference.encoding import render
 from exporter.inference.predict import Predictor
 from exporter.inference.predict_server import ServedPredictor, Server, generation
@@ -22,8 +22,8 @@ from exporter.model.families import Family
 from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.stream import Read, load_whole
-from exporter.numerics.activation_rounding import EXACT, Rounded, round_as_served
-from exporter.planning.placement import Placement, place
+from exporter.numerics.activation_rounding import EXACT, ServedRounding, round_as_served
+from exporter.planning.placement import Placement, choose_placement
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.identity import package_versions
 from exporter.tasks.sample import Sample
@@ -59,13 +59,13 @@ def local_answerers(
         return load_processor(checkpoint.folder)
 
     def model(
-        label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: Rounded = EXACT
+        label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: ServedRounding = EXACT
     ) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
             if placement.note:
                 on_event(Event("note", 0, 0, placement.note))
-            load = load_passing if placement.streamed else load_whole
+            load = load_streamed if placement.streamed else load_whole
             loaded = load(family, checkpoint.config, names, read, device.torch_device, placement.dtype)
             round_as_served(loaded, rounded, gpu=True)
             predictor = Predictor(loaded, processor(), family, device.torch_device, placement.batch, on_event)
@@ -105,7 +105,7 @@ def placement_of(checkpoint: Checkpoint, family: Family, device: Device, batch: 
     """Placement (whole or streamed, batch, dtype) of a model of this checkpoint's shapes in the memory now free."""
     stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
     model = whole_model(checkpoint.tensors, family, checkpoint.config)
-    return place(model, stored, device, free_bytes(device.torch_device), batch)
+    return choose_placement(model, stored, device, free_bytes(device.torch_device), batch)
 
 
 def _query(processor: Any, family: Family, sample: Sample) -> str:

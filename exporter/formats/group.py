@@ -1,4 +1,4 @@
-"""Linears that share one scheme, as a quantization config lists them."""
+"""`Group`: linears that share one scheme, as a quantization config lists them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from exporter.numerics.quantized import Scheme
 
 @dataclass(frozen=True)
 class Group:
-    """scheme, and targets: `re:` patterns or whole names, in the naming of the runtime that reads them."""
+    """A scheme, and its targets: `re:` patterns or exact names, in the reading runtime's naming."""
 
     scheme: Scheme
     targets: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How many samples go through a model at once: fewer, for good, whenever memory runs out."""
+"""A batch size that is halved whenever memory runs out, and stays at the smaller size."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -11,16 +11,19 @@ R = TypeVar("R")
 
 
 class BatchSize:
-    """The size `now`; it only shrinks. on_smaller: called with the size that did not fit and the next one."""
+    """A batch size that only shrinks.
+
+    now: the current size. on_smaller: called with the size that did not fit and the next size.
+    """
 
     def __init__(self, size: int, on_smaller: Callable[[int, int], None] = lambda large, small: None) -> None:
         self.now = size
         self._on_smaller = on_smaller
 
     def each(self, items: Sequence[T], work: Callable[[Sequence[T]], R], times: int = 1) -> Iterator[R]:
-        """`work` on the items in order, at most `times` the size at once.
+        """Yield the results of `work` on consecutive batches of the items, each at most `times` the current size.
 
-        A batch that runs out of memory is halved; one of a single item raises what it ran into.
+        When a batch runs out of memory, the size is halved and the batch is repeated; at size 1 the error is raised.
         """
         start = 0
         while start < len(items):
@@ -38,7 +41,7 @@ class BatchSize:
         except (RuntimeError, MemoryError, OSError) as error:
             if self.now == 1 or not is_shortage(error):
                 raise
-        return False, None  # outside of the handler: the error's frames hold what took the memory
+        return False, None  # outside of the handler, because the error's frames hold references to the tensors
 
     def _shrink(self) -> None:
         empty_caches()

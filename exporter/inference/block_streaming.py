@@ -1,4 +1,4 @@
-"""A transformers model whose blocks are in memory only while a pass is inside them."""
+"""Loads a transformers model whose blocks are in memory only while a forward pass runs them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,19 +11,19 @@ from exporter.model.families.family import Config
 from exporter.model.stream import Read, Stream
 
 
-def load_passing(
+def load_streamed(
     family: Family, config: Config, names: Iterable[str], read: Read, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """A complete model on `device`: blocks are read through `read` when a pass reaches them, and dropped behind it.
+    """A complete model on `device`: each block is loaded through `read` before it runs, and unloaded after it ran.
 
-    The numbers are those of a model that is loaded whole. CheckpointError when tensors are missing.
+    Its outputs equal those of a model that is loaded whole. CheckpointError when tensors are missing.
     """
-    return pass_blocks(Stream(family, config, device, dtype), config, names, read)
+    return stream_blocks(Stream(family, config, device, dtype), config, names, read)
 
 
-def pass_blocks(stream: Stream, config: Config, names: Iterable[str], read: Read) -> Any:
-    """The complete model of an empty stream; what lies outside of its blocks stays in the stream."""
-    blocks, outside = by_block(stream.family, config, names)
+def stream_blocks(stream: Stream, config: Config, names: Iterable[str], read: Read) -> Any:
+    """The complete model of an empty stream, with hooks that load and unload its blocks; other tensors stay loaded."""
+    blocks, outside = names_by_block(stream.family, config, names)
     stream.load(outside, read)
     model: Any = stream.model
     model.tie_weights()
@@ -35,8 +35,8 @@ def pass_blocks(stream: Stream, config: Config, names: Iterable[str], read: Read
     return model
 
 
-def by_block(family: Family, config: Config, names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Checkpoint names by block, and those outside of all blocks."""
+def names_by_block(family: Family, config: Config, names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Checkpoint names grouped by block, and the names that are in no block."""
     blocks: dict[str, list[str]] = {
         component.block(i): []
         for component in family.components
@@ -61,7 +61,7 @@ def _unloader(stream: Stream, names: Sequence[str]) -> Callable[..., None]:
 
 
 def _refuse_incomplete(stream: Stream, blocks: dict[str, list[str]]) -> None:
-    """CheckpointError when a parameter would stay empty: outside of blocks, or inside one that has no tensor for it."""
+    """CheckpointError when the checkpoint has no tensor for a parameter, inside or outside of the blocks."""
     inside = {stream.family.live_name(name) for names in blocks.values() for name in names}
     empty = [name for name, parameter in stream.model.named_parameters() if parameter.is_meta and name not in inside]
     if empty:

@@ -1,4 +1,4 @@
-"""Samples as model inputs: prompts with replies, pictures, and what no model can take, named by sample."""
+"""Encodes samples as model inputs: prompts, replies and pictures. DataError names samples that cannot be encoded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from exporter.tasks.retrieval import prepare
 from exporter.tasks.sample import Sample, task_of
 
 Batch = dict[str, Tensor]
-SHOWN = 5  # samples that a message names
+MAX_NAMED = 5  # samples that an error message names
 
 
 def render(processor: Any, family: Family, sample: Sample, reply: str | None) -> str:
-    """The text that the processor turns into tokens: the prompt, and with `reply` the whole conversation to its end.
+    """The text of a sample for the tokenizer: the prompt, or with `reply` the whole conversation including its end.
 
-    The processor's own chat template is used when it has one. A reply follows the prompt after one space, as in
-    LLaVA's conversations, and ends as the family's replies do; for retrieval it is the text that is searched for.
+    Uses the processor's chat template when it has one. A reply follows the prompt after one space, as in LLaVA's
+    conversations, and ends like the family's replies; for retrieval the reply is the text to search for.
     """
     if reply is not None and "retrieval" in family.tasks:
         reply = prepare(reply)
@@ -33,15 +33,15 @@ def render(processor: Any, family: Family, sample: Sample, reply: str | None) ->
 
 
 def reply_end(tokenizer: Any, family: Family) -> tuple[str, list[int]]:
-    """What ends a reply, as text, and the tokens at which an answer is over.
+    """The text that ends a reply, and the ids of the tokens that end generation.
 
-    The family's own end counts where it is a token of this tokenizer, else the end-of-sequence token.
+    The family's own end is used if it is one token of this tokenizer, otherwise the end-of-sequence token.
     """
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if family.reply_end:
-        own = tokenizer(family.reply_end, add_special_tokens=False)["input_ids"]
-        if len(own) == 1 and own[0] != tokenizer.unk_token_id:
-            return family.reply_end, [*ends, int(own[0])]
+        tokens = tokenizer(family.reply_end, add_special_tokens=False)["input_ids"]
+        if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
+            return family.reply_end, [*ends, int(tokens[0])]
     return "" if family.reply_end == "" else tokenizer.eos_token or "", ends
 
 
@@ -50,7 +50,8 @@ def encode(
 ) -> Batch:
     """Model inputs of one batch on the CPU: texts padded on `side`, and pictures.
 
-    DataError when the processor cannot make them, or makes another number of image tokens for some sample.
+    DataError when the processor fails, when a text has more tokens than the model has positions, or when the samples
+    differ in their number of image tokens.
     """
     texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
     images = [sample.image() for sample in samples]
@@ -58,7 +59,7 @@ def encode(
     options["add_special_tokens"] = _adds_start(processor, texts[0])
     try:
         encoded = processor(images=images, text=texts, **options)
-    except Exception as error:  # whatever the libraries find wrong with a picture or a text
+    except Exception as error:  # the libraries raise many types for a bad picture or text
         if is_shortage(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -66,55 +67,58 @@ def encode(
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
     length = inputs["input_ids"].shape[1]
     if processor.positions is not None and length > processor.positions:
-        message = f"{_named(samples)}: {length:,} tokens, and the model has {processor.positions:,} positions"
-        raise DataError(message, "shorten their texts, or leave them out")
+        message = f"{_named(samples)}: {length:,} tokens exceed the model's {processor.positions:,} positions"
+        raise DataError(message, "shorten the texts of these samples, or remove the samples")
     _check_pictures(processor, inputs, samples)
     return inputs
 
 
 def _adds_start(processor: Processor, text: str) -> bool:
-    """Whether the tokenizer is to add special tokens: a chat template may write the start token itself."""
+    """Whether the tokenizer must add special tokens: False when the chat template writes the start token itself."""
     start = processor.tokenizer.bos_token
     return not (start and text.startswith(start))
 
 
 def _check_pictures(processor: Processor, inputs: Batch, samples: Sequence[Sample]) -> None:
-    """Every prompt holds one picture, so all must hold the same number of image tokens."""
+    """DataError unless all prompts have the same number of image tokens, that of one picture."""
     marker = processor.image_token_id
     if marker is None:
         return
     counts = (inputs["input_ids"] == marker).sum(dim=1).tolist()
-    odd = [sample for sample, count in zip(samples, counts, strict=True) if count != min(counts)]
-    if odd:
+    wrong = [sample for sample, count in zip(samples, counts, strict=True) if count != min(counts)]
+    if wrong:
         raise DataError(
-            f"{_named(odd)}: the text holds {processor.image_token!r}, which stands for a picture",
-            "take it out of the text",
+            f"{_named(wrong)}: the text contains {processor.image_token!r}, the placeholder of a picture",
+            "remove it from the text",
         )
 
 
 def refuse_too_long(
     processor: Processor, family: Family, calibration: Sequence[Sample], tested: Mapping[str, Sequence[Sample]]
 ) -> None:
-    """DataError naming the samples whose tokens, and those of an answer, are more than the model has positions for."""
+    """DataError that names the samples with more tokens than the model has positions.
+
+    calibration: counted with their replies. tested: samples by task, counted with the longest answer.
+    """
     if processor.positions is None:
         return
-    measured = [(sample, _length(processor, family, sample, _reply(sample))) for sample in calibration]
+    sizes = [(sample, _length(processor, family, sample, _reply(sample))) for sample in calibration]
     for sample in (sample for samples in tested.values() for sample in samples):
         room = family.max_new_tokens.get(task_of(sample), 0)
-        measured.append((sample, _length(processor, family, sample, None) + room))
+        sizes.append((sample, _length(processor, family, sample, None) + room))
     lengths: dict[str, int] = {}
-    for sample, length in measured:
+    for sample, length in sizes:
         lengths[sample.identity] = max(length, lengths.get(sample.identity, 0))
     long = {name: length for name, length in lengths.items() if length > processor.positions}
     if long:
-        listed = ", ".join(f"{name} ({length:,} tokens)" for name, length in list(long.items())[:SHOWN])
-        rest = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
-        message = f"{len(long)} samples are longer than the model's {processor.positions:,} positions: {listed}{rest}"
-        raise DataError(message, "shorten their texts, or leave them out")
+        listed = ", ".join(f"{name} ({length:,} tokens)" for name, length in list(long.items())[:MAX_NAMED])
+        more = f" and {len(long) - MAX_NAMED} more" if len(long) > MAX_NAMED else ""
+        message = f"{len(long)} samples are longer than the model's {processor.positions:,} positions: {listed}{more}"
+        raise DataError(message, "shorten the texts of these samples, or remove the samples")
 
 
 def _length(processor: Processor, family: Family, sample: Sample, reply: str | None) -> int:
-    """Tokens of a sample's text, the picture's among them."""
+    """The number of tokens of a sample's text, including those of the picture."""
     text = render(processor, family, sample, reply)
     tokens: list[int] = processor.tokenizer(text, add_special_tokens=_adds_start(processor, text))["input_ids"]
     return len(tokens) - sum(token == processor.image_token_id for token in tokens) + processor.image_tokens
@@ -125,5 +129,6 @@ def _reply(sample: Sample) -> str | None:
 
 
 def _named(samples: Sequence[Sample]) -> str:
-    names = ", ".join(sample.identity for sample in samples[:SHOWN])
-    return f"{names} and {len(samples) - SHOWN} more" if len(samples) > SHOWN else names
+    """Identities of the samples for an error message, at most `MAX_NAMED`."""
+    names = ", ".join(sample.identity for sample in samples[:MAX_NAMED])
+    return f"{names} and {len(samples) - MAX_NAMED} more" if len(samples) > MAX_NAMED else names

@@ -1,4 +1,4 @@
-"""Forward passes that are watched, stopped, or run with some modules replaced."""
+"""Runs forward passes that are observed, stopped early, or run with replaced modules."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,20 +23,20 @@ def run_until_stopped(module: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 @contextmanager
 def watch_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], stop: bool) -> Iterator[None]:
-    """Call `see(name, x)` with the input of each linear; with `stop`, the pass ends after the last of them."""
-    waiting: set[str] = set()
+    """Call `see(name, x)` with the input of each linear; with `stop`, the pass ends once all of them have run."""
+    pending: set[str] = set()  # linears that have not run in this pass
 
     def hook(name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(name, args[0] if args else kwargs["input"])
-            waiting.discard(name)
-            if stop and not waiting:
-                waiting.update(linears)
+            pending.discard(name)
+            if stop and not pending:
+                pending.update(linears)
                 raise ForwardStopped
 
         return watch
 
-    waiting.update(linears)
+    pending.update(linears)
     handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in linears.items()]
     try:
         yield
@@ -47,16 +47,16 @@ def watch_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
 
 @contextmanager
 def replaced_forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Call other functions instead of the modules' own `forward`; hooks of the modules run as before."""
+    """Replace the `forward` functions of modules inside the context; hooks of the modules still run."""
     for module, function in replacements:
         module.forward = function
     try:
         yield
     finally:
         for module, _ in replacements:
-            del module.forward  # the attribute of the instance: the method of the class shows again
+            del module.forward  # deletes the instance attribute, so that the class's method applies again
 
 
 def first_output(output: Any) -> Any:
-    """The hidden states of a block's output: some blocks return a tuple."""
+    """The hidden states in a block's output; some blocks return a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""Requests to a server that speaks OpenAI's chat completions: one request, its errors, and messages with a picture."""
+"""HTTP client for servers with OpenAI's chat-completions API: requests, their errors, and messages with a picture."""
 
 import base64
 import json
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from httpx2 import Client
 
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-SHOWN = 500  # characters of a server's own message
+MAX_MESSAGE = 500  # characters of a server's message in an error
 
 
 class RequestFailed(Exception):
-    """A request without a usable answer.
+    """A request without a usable response.
 
-    status: the HTTP status, None when nothing came or it was not JSON. sent: whether a whole answer came.
-    pause: seconds that the server asks to wait.
+    status: the HTTP status, None when there was no response or it was not JSON. sent: whether a complete response
+    arrived. pause: seconds to wait according to the server.
     """
 
     def __init__(self, message: str, status: int | None = None, pause: float | None = None, sent: bool = True) -> None:
@@ -31,31 +31,33 @@ class RequestFailed(Exception):
         self.message, self.status, self.pause, self.sent = message, status, pause, sent
 
 
-def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = 300.0, key: str | None = None) -> Any:
-    """The JSON that GET (or POST of `body`) answers; RequestFailed with the server's own words.
+def request_json(
+    url: str, body: Mapping[str, Any] | None = None, seconds: float = 300.0, key: str | None = None
+) -> Any:
+    """The JSON response of GET, or of POST with `body`; RequestFailed with the server's message.
 
-    No redirect is followed: it would carry the key to another host. key: an API key.
+    Redirects are not followed, because they would send the key to another host. key: an API key.
     """
     import httpx2
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = client(url).request(
+        response = client(url).request(
             "GET" if body is None else "POST", url, json=body, headers=headers, timeout=seconds
         )
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise RequestFailed(f"no answer ({type(error).__name__}: {error})", sent=False) from None
-    if not answer.is_success:
-        pause = retry_after(answer.headers.get("Retry-After"))
-        raise RequestFailed(_own_words(answer.text), answer.status_code, pause)
+        raise RequestFailed(f"no response ({type(error).__name__}: {error})", sent=False) from None
+    if not response.is_success:
+        pause = retry_after(response.headers.get("Retry-After"))
+        raise RequestFailed(_error_message(response.text), response.status_code, pause)
     try:
-        return answer.json()
+        return response.json()
     except ValueError:
-        raise RequestFailed("it did not answer in JSON") from None
+        raise RequestFailed("the response is not JSON") from None
 
 
-def answers(url: str, seconds: float = 5.0) -> bool:
-    """Whether GET succeeds, whatever comes back."""
+def responds(url: str, seconds: float = 5.0) -> bool:
+    """Whether GET succeeds, with any content."""
     import httpx2
 
     try:
@@ -65,7 +67,7 @@ def answers(url: str, seconds: float = 5.0) -> bool:
 
 
 def client(url: str) -> "Client":
-    """The shared client of a server. Requests to this machine's own addresses ignore the environment's proxies."""
+    """The shared client for a server; requests to this machine's own addresses ignore the environment's proxies."""
     return _client(urlsplit(url).hostname in LOOPBACK)
 
 
@@ -73,37 +75,37 @@ def client(url: str) -> "Client":
 def _client(local: bool) -> "Client":
     import httpx2
 
-    # Callers bound the number of open requests. Every request to this machine opens its own connection: uvicorn closes
-    # a connection after an exception without announcing it, and the next request on it would fail.
+    # Callers limit the number of open requests. Every request to this machine opens a new connection, because uvicorn
+    # closes a connection after an exception without a notice, and the next request on it would fail.
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0 if local else None)
     return httpx2.Client(follow_redirects=False, trust_env=not local, limits=limits)
 
 
-def _own_words(text: str) -> str:
-    """A server's message, cut short; OpenAI's and FastAPI's forms are unwrapped."""
+def _error_message(text: str) -> str:
+    """The message in a server's error response, shortened; unwraps OpenAI's and FastAPI's formats."""
     try:
         content = json.loads(text)
         inner = content.get("error", content)
         text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
     except (ValueError, AttributeError):
         pass
-    return " ".join(text.split())[:SHOWN]
+    return " ".join(text.split())[:MAX_MESSAGE]
 
 
 def png(image: Image) -> bytes:
-    """The picture as an RGB PNG: its pixels arrive as they are."""
+    """The picture as an RGB PNG, which preserves its pixels."""
     file = BytesIO()
     image.convert("RGB").save(file, "PNG")
     return file.getvalue()
 
 
 def data_url(content: bytes) -> str:
-    """The bytes of a PNG or JPEG file as a data URL."""
+    """The content of a PNG or JPEG file as a data URL."""
     kind = "jpeg" if content.startswith(b"\xff\xd8") else "png"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def message(text: str, image: bytes) -> dict[str, Any]:
-    """One message of a user: the picture (the bytes of a PNG or JPEG file), then the text."""
+    """A user message with a picture (the content of a PNG or JPEG file), then the text."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": text}]
     return {"role": "user", "content": parts}

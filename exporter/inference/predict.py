@@ -1,4 +1,4 @@
-"""Prompts, batches, answers and log-likelihoods, by transformers in this process."""
+"""Answers, log-likelihoods and calibration batches of a transformers model in this process."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch import Tensor
 from exporter.events import Event, Listener, ignore
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.encoding import Batch, encode, render, reply_end
-from exporter.inference.retrieval import ranked
+from exporter.inference.retrieval import rank
 from exporter.model.families import Family
 from exporter.tasks.sample import Sample, task_of
 
 
 def prompt_text(family: Family, sample: Sample) -> str:
-    """What the user says beside the image, without any template."""
+    """The user's text next to the picture, without a chat template."""
     return family.text(sample.question)
 
 
@@ -27,25 +27,27 @@ def prompt_inputs(processor: Any, family: Family, sample: Sample) -> Batch:
 
 
 def batches(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Batch]:
-    """Model inputs to calibrate on, in order, on the CPU: prompt, first reference, end of sequence.
+    """Calibration inputs of the samples, in order, on the CPU: prompt, first reference, end of sequence.
 
-    `input_ids` and `attention_mask` int64 `[batch, tokens]` padded on the right (no row of a causal mask is then
-    empty), `pixel_values` f32 `[batch, 3, height, width]`, and whatever else the processor makes.
+    Each batch has `input_ids` and `attention_mask`, int64 `[batch, tokens]`, `pixel_values` f32 `[batch, 3, height,
+    width]`, and other tensors that the processor makes. Texts are padded on the right, so that no row of a causal mask
+    is empty.
     """
     groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     return [encode(processor, family, group, [_reply(s) for s in group], "right") for group in groups]
 
 
 def calibration_text(processor: Any, family: Family, sample: Sample) -> str:
-    """The text of one sample in `batches`: its prompt, its first reference, and what ends a reply."""
+    """The text of one sample in `batches`: its prompt, its first reference, and the end of the reply."""
     return render(processor, family, sample, _reply(sample))
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Model inputs of some samples with their replies, padded on the right, and where the replies are.
+    """Model inputs of some samples with their replies, padded on the right, and the positions of the replies.
 
-    starts: for each row the place of the reply's first token. replies: for each row its token ids, the end included.
+    starts: for each row the position of the reply's first token. replies: for each row its token ids, including the
+    end.
     """
 
     inputs: Batch
@@ -54,11 +56,9 @@ class Conversations:
 
 
 def conversations(processor: Any, family: Family, samples: Sequence[Sample], batch_size: int) -> list[Conversations]:
-    """Samples with their first reference as the reply, in order, on the CPU (ValueError when one has none)."""
-    bare = [sample.identity for sample in samples if not sample.references]
-    if bare:
-        raise ValueError(f"{bare[0]} has no reference")
-    found = []
+    """Samples with their first reference as the reply, in order, on the CPU (ValueError without a reference)."""
+    _require_references(samples)
+    groups = []
     for start in range(0, len(samples), batch_size):
         group = samples[start : start + batch_size]
         prompts = encode(processor, family, group, [None] * len(group), "right")
@@ -66,8 +66,14 @@ def conversations(processor: Any, family: Family, samples: Sequence[Sample], bat
         ids = [(_tokens(prompts, row), _tokens(whole, row)) for row in range(len(group))]
         starts = tuple(_reply_start(prompt, full) for prompt, full in ids)
         replies = tuple(full[at:] for (_, full), at in zip(ids, starts, strict=True))
-        found.append(Conversations(whole, starts, replies))
-    return found
+        groups.append(Conversations(whole, starts, replies))
+    return groups
+
+
+def _require_references(samples: Sequence[Sample]) -> None:
+    missing = [sample.identity for sample in samples if not sample.references]
+    if missing:
+        raise ValueError(f"{missing[0]} has no reference")
 
 
 def _reply(sample: Sample) -> str | None:
@@ -75,9 +81,9 @@ def _reply(sample: Sample) -> str | None:
 
 
 class Predictor:
-    """A transformers model with its processor, ready to answer.
+    """Answers questions with a transformers model and its processor.
 
-    model: on `device`, in evaluation mode. Answers are greedy, so they depend on nothing but weights and inputs.
+    model: on `device`, in evaluation mode. Decoding is greedy, so answers depend only on weights and inputs.
     """
 
     def __init__(
@@ -96,31 +102,31 @@ class Predictor:
         self._batch_size = BatchSize(batch_size, lambda large, small: on_event(_smaller(large, small)))
 
     def close(self) -> None:
-        """Let go of the model, whoever still holds this."""
+        """Drop the reference to the model, so that its memory is freed even while this object lives."""
         self._model = None
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
-        """Sample number -> answer without surrounding spaces, a batch at a time. Padding is on the left.
+        """Yield sample number -> answer without surrounding spaces, batch by batch. Prompts are padded on the left.
 
-        A batch that runs out of memory is halved, and so are those after it.
+        When a batch runs out of memory, this batch and all later ones are halved.
         """
-        searching = [i for i, sample in enumerate(samples) if sample.among is not None]
-        if searching:
-            wanted = [samples[i] for i in searching]
-            for piece in ranked(self._model, self._processor, wanted, self._device, self._batch_size):
-                yield {searching[number]: answer for number, answer in piece.items()}
+        retrieval = [i for i, sample in enumerate(samples) if sample.among is not None]
+        if retrieval:
+            queries = [samples[i] for i in retrieval]
+            for piece in rank(self._model, self._processor, queries, self._device, self._batch_size):
+                yield {retrieval[number]: answer for number, answer in piece.items()}
         for task, numbers in self._by_task(samples):
             yield from self._batch_size.each(numbers, partial(self._batch, task, samples))
 
     @torch.inference_mode()
-    def _batch(self, task: str, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, str]:
-        inputs = self._inputs([samples[i] for i in chosen], [None] * len(chosen), "left")
-        made = self._model.generate(**inputs, generation_config=self._greedy(task))
-        new = made[:, inputs["input_ids"].shape[1] :]
-        return {i: text.strip() for i, text in zip(chosen, self._decode(new), strict=True)}
+    def _batch(self, task: str, samples: Sequence[Sample], numbers: Sequence[int]) -> dict[int, str]:
+        inputs = self._inputs([samples[i] for i in numbers], [None] * len(numbers), "left")
+        tokens = self._model.generate(**inputs, generation_config=self._greedy(task))
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return {i: text.strip() for i, text in zip(numbers, self._decode(new), strict=True)}
 
     def answer(self, samples: Sequence[Sample], on_event: Listener = ignore) -> list[str]:
-        """One answer a sample; one event a batch."""
+        """One answer per sample; sends one event per batch."""
         answers: dict[int, str] = {}
         for piece in self.pieces(samples):
             answers |= piece
@@ -129,29 +135,27 @@ class Predictor:
 
     @torch.inference_mode()
     def log_likelihood(self, samples: Sequence[Sample]) -> list[float]:
-        """Mean natural log-probability a token of the first reference and its end token, given picture and prompt.
+        """Mean natural log-probability per token of the first reference with its end token, given picture and prompt.
 
-        Every sample needs a reference (ValueError).
+        ValueError when a sample has no reference.
         """
-        bare = [sample.identity for sample in samples if not sample.references]
-        if bare:
-            raise ValueError(f"{bare[0]} has no reference")
+        _require_references(samples)
         likelihoods: dict[int, float] = {}
         for _, numbers in self._by_task(samples):
             for piece in self._batch_size.each(numbers, partial(self._likelihoods, samples)):
                 likelihoods |= piece
         return [likelihoods[i] for i in range(len(samples))]
 
-    def _likelihoods(self, samples: Sequence[Sample], chosen: Sequence[int]) -> dict[int, float]:
-        group = [samples[i] for i in chosen]
+    def _likelihoods(self, samples: Sequence[Sample], numbers: Sequence[int]) -> dict[int, float]:
+        group = [samples[i] for i in numbers]
         prompts = self._inputs(group, [None] * len(group), "right")
         whole = self._inputs(group, [s.references[0] for s in group], "right")
         logits = self._model(**whole, use_cache=False).logits  # [batch, tokens, vocabulary]
-        rows = enumerate(chosen)
+        rows = enumerate(numbers)
         return {i: _reply_likelihood(logits[row], _tokens(prompts, row), _tokens(whole, row)) for row, i in rows}
 
     def _by_task(self, samples: Sequence[Sample]) -> Iterator[tuple[str, list[int]]]:
-        """Numbers of the samples of each task that is answered in words."""
+        """Sample numbers by task, for the tasks that are answered with generated text."""
         for task in sorted({task_of(sample) for sample in samples} - {"retrieval"}):
             yield task, [i for i, sample in enumerate(samples) if task_of(sample) == task]
 
@@ -164,7 +168,7 @@ class Predictor:
         return [str(text) for text in self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _greedy(self, task: str) -> Any:
-        """All that decides how tokens are chosen, whatever the checkpoint's own generation settings say."""
+        """Greedy decoding settings, independent of the checkpoint's own generation settings."""
         from transformers import GenerationConfig
 
         tokenizer = self._processor.tokenizer
@@ -177,23 +181,26 @@ class Predictor:
 
 
 def _smaller(large: int, small: int) -> Event:
-    return Event("note", 0, 0, f"out of memory with {large} samples at a time: going on with {small}")
+    return Event("note", 0, 0, f"out of memory with a batch of {large} samples: continuing with {small}")
 
 
 def _tokens(inputs: Batch, row: int) -> Tensor:
-    """Token ids `[tokens]` of one row without padding."""
+    """Token ids `[tokens]` of one row, without padding."""
     return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
 
 
 def _reply_likelihood(logits: Tensor, prompt: Tensor, whole: Tensor) -> float:
-    """logits `[tokens, vocabulary]` of a row padded on the right; what `whole` has beyond `prompt` is the reply."""
+    """Mean log-probability of the reply's tokens, those of `whole` after `prompt`.
+
+    logits: `[tokens, vocabulary]` of a row that is padded on the right.
+    """
     start = _reply_start(prompt, whole)
     log_probabilities = logits[start - 1 : len(whole) - 1].float().log_softmax(-1)
     return float(log_probabilities.gather(1, whole[start:, None]).mean())
 
 
 def _reply_start(prompt: Tensor, whole: Tensor) -> int:
-    """Where the token ids `whole` leave those of `prompt`: the first token of the reply."""
+    """Position of the reply's first token: the first position at which the ids of `whole` and `prompt` differ."""
     shared = min(len(prompt), len(whole))
     differs = (prompt[:shared] != whole[:shared]).nonzero()
     return int(differs[0]) if len(differs) else shared

@@ -1,7 +1,7 @@
-"""Answers by a server that speaks OpenAI's chat completions, such as `vllm serve`, over HTTP.
+"""Answers questions through a server with OpenAI's chat-completions API over HTTP, such as `vllm serve`.
 
-Decoding is greedy. Several questions are in flight at a time, never more than a bound; what a server cannot do right
-now (no connection, 429, 5xx) is tried again after a growing pause, and what it refuses (4xx) is an error at once.
+Decoding is greedy. A bounded number of requests is open at a time. Temporary failures (no connection, 429, 5xx) are
+retried after a growing pause; refusals (4xx) are errors at once.
 """
 
 import os
@@ -14,32 +14,32 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from exporter.errors import DataError
-from exporter.inference.openai_client import RequestFailed, ask, message, png
+from exporter.inference.openai_client import RequestFailed, message, png, request_json
 from exporter.model.families import Family
 from exporter.tasks.sample import Sample, task_of
 
-KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key; it is sent, never shown or stored
+KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key, which is sent but never shown or stored
 BUSY = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
 UNKNOWN = frozenset((404, 405, 501))
-LONGEST_PAUSE = 60.0  # seconds, also when the server asks for more
-PIECE = 32  # answers handed on together
+LONGEST_PAUSE = 60.0  # seconds; a limit on the server's Retry-After too
+PIECE = 32  # answers that `pieces` yields together
 
 
 class _Busy(Exception):
-    """The server cannot answer now. pause: seconds it asks to wait, or None."""
+    """The server cannot answer now. pause: seconds to wait according to the server, or None."""
 
-    def __init__(self, why: str, pause: float | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, message: str, pause: float | None = None) -> None:
+        super().__init__(message)
         self.pause = pause
 
 
 @dataclass(frozen=True)
 class Server:
-    """One OpenAI-compatible server.
+    """An OpenAI-compatible server.
 
-    url: with or without the closing /v1. model: the name it serves under, None when it serves one model only.
-    concurrent: questions in flight. tries: attempts at one question. timeout: seconds for one answer.
-    pause: waits so many seconds before another try; None really does.
+    url: with or without /v1 at the end. model: the name under which the server serves the model; None when it serves
+    only one model. concurrent: number of open requests. tries: attempts per request. timeout: seconds per request.
+    pause: called with the seconds to wait before a retry; None waits for real.
     """
 
     url: str
@@ -51,16 +51,16 @@ class Server:
 
     @property
     def base(self) -> str:
-        """The address up to and without /v1 (DataError when it is no HTTP address, or carries a password)."""
+        """The URL without /v1 (DataError when it is not an HTTP URL, or contains a password)."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise DataError(f"'{self.url}' is no server address", "give one like http://127.0.0.1:8000")
+            raise DataError(f"'{self.url}' is not an HTTP server URL", "pass a URL like http://127.0.0.1:8000")
         if parts.username or parts.password:
-            raise DataError("a server address must not hold a password", f"set {KEY} instead")
+            raise DataError("a server URL must not contain a user name or password", f"set {KEY} instead")
         return self.url.rstrip("/").removesuffix("/v1")
 
     def served(self) -> dict[str, Any]:
-        """The entry of /v1/models that will answer (DataError when the server has no such model)."""
+        """The entry of /v1/models for the model to use (DataError when the server does not serve it)."""
         listed = self.fetch("/v1/models").get("data")
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         names = [str(entry.get("id")) for entry in entries]
@@ -68,52 +68,54 @@ class Server:
             return dict(entries[0])
         if self.model in names:
             return dict(entries[names.index(self.model)])
-        said = f"'{self.model}'" if self.model else "one model"
+        problem = f"does not serve '{self.model}'" if self.model else "does not serve exactly one model"
         raise DataError(
-            f"{self.base} does not serve {said}; it serves: {', '.join(names) or 'nothing'}", "pass its name, as listed"
+            f"{self.base} {problem}; it serves: {', '.join(names) or 'nothing'}", "pass one of the listed names"
         )
 
     def lacks_start(self, name: str) -> bool:
-        """Whether the served chat template leaves out the token that the tokenizer puts before every text.
+        """Whether the served chat template leaves out the start token that the tokenizer puts before every text.
 
-        Asked of vLLM's own `/tokenize`; a server without it is taken to know its model's prompt.
+        Uses vLLM's `/tokenize`; False for a server without it.
         """
 
-        def tokens(**said: Any) -> list[Any]:
-            found = self.fetch("/tokenize", {"model": name, **said}, optional=True).get("tokens")
-            return found if isinstance(found, list) else []
+        def tokens(**request: Any) -> list[Any]:
+            response = self.fetch("/tokenize", {"model": name, **request}, optional=True).get("tokens")
+            return response if isinstance(response, list) else []
 
         bare, whole = (tokens(prompt="a", add_special_tokens=add) for add in (False, True))
         start = whole[: len(whole) - len(bare)]
         if not bare or not start or whole[len(start) :] != bare:
-            return False  # it puts nothing there, or the server does not say
-        asked = tokens(messages=[{"role": "user", "content": "a"}], add_special_tokens=False)
-        return bool(asked) and asked[: len(start)] != start
+            return False  # the tokenizer has no start token, or the server does not report tokens
+        chat = tokens(messages=[{"role": "user", "content": "a"}], add_special_tokens=False)
+        return bool(chat) and chat[: len(start)] != start
 
     def fetch(
         self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None, optional: bool = False
     ) -> dict[str, Any]:
-        """The JSON object that GET (or POST of `body`) answers, with retries. DataError says what the server said.
+        """The JSON object that GET, or POST of `body`, returns, with retries. DataError contains the server's message.
 
-        stopped: once set, nothing is tried again and no pause goes on. optional: {} when the server knows no such path.
+        stopped: once set, nothing is retried and pauses end. optional: return {} when the server does not have the
+        path.
         """
         stopped = stopped or Event()
         for attempt in range(self.tries):
             try:
-                return self._once(path, body, optional)
+                return self._fetch_once(path, body, optional)
             except _Busy as busy:
                 if attempt + 1 == self.tries or stopped.is_set():
                     raise DataError(
                         f"{self.base}{path}: {busy} (tried {attempt + 1} times)",
-                        "is the server up, and not overloaded? Answers so far are kept: give the same command again",
+                        "check that the server runs and is not overloaded, then run the same command again: it keeps "
+                        "the answers so far",
                     ) from None
-                wanted = 0.5 * 2**attempt if busy.pause is None else busy.pause
-                (self.pause or stopped.wait)(min(wanted, LONGEST_PAUSE))
+                seconds = 0.5 * 2**attempt if busy.pause is None else busy.pause
+                (self.pause or stopped.wait)(min(seconds, LONGEST_PAUSE))
         raise ValueError(f"tries must be at least 1, not {self.tries}")
 
-    def _once(self, path: str, body: dict[str, Any] | None, optional: bool) -> dict[str, Any]:
+    def _fetch_once(self, path: str, body: dict[str, Any] | None, optional: bool) -> dict[str, Any]:
         try:
-            answer = ask(f"{self.base}{path}", body, self.timeout, os.environ.get(KEY))
+            response = request_json(f"{self.base}{path}", body, self.timeout, os.environ.get(KEY))
         except RequestFailed as failed:
             if failed.status in BUSY or not failed.sent:
                 raise _Busy(f"{failed.status or ''} {failed.message}".strip(), failed.pause) from None
@@ -122,19 +124,21 @@ class Server:
             if failed.status is None:
                 raise self._not_json(path) from None
             hint = f"set {KEY} to its API key" if failed.status in (401, 403) else None
-            raise DataError(f"{self.base}{path} refused with {failed.status}: {failed.message}", hint) from None
-        if not isinstance(answer, dict):
+            raise DataError(f"{self.base}{path} failed with HTTP {failed.status}: {failed.message}", hint) from None
+        if not isinstance(response, dict):
             raise self._not_json(path)
-        return answer
+        return response
 
     def _not_json(self, path: str) -> DataError:
-        return DataError(f"{self.base}{path} did not answer in JSON", "is this an OpenAI-compatible server?")
+        return DataError(
+            f"{self.base}{path} did not return a JSON object", "check that this is an OpenAI-compatible server"
+        )
 
 
 class ServedPredictor:
-    """A model behind a server, ready to answer; the same interface as `predict.Predictor`.
+    """Answers questions with a model behind a server; has the same interface as `predict.Predictor`.
 
-    lacks_start: the served chat template leaves out the start token, so every request asks for it.
+    lacks_start: the served chat template leaves out the start token, so every request adds it.
     """
 
     def __init__(self, server: Server, family: Family, name: str, lacks_start: bool = False) -> None:
@@ -145,23 +149,23 @@ class ServedPredictor:
         self._stopped = Event()
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
-        """Sample number -> answer without surrounding spaces, as the server finishes them.
+        """Yield sample number -> answer without surrounding spaces, in the order in which the server finishes them.
 
-        Questions are handed out one by one, so a bounded number of pictures is in memory. The first error stops all,
-        and answers not yet handed on are lost with it.
+        Samples are submitted one at a time, so that a bounded number of pictures is in memory. The first error stops
+        all requests, and loses the answers that were not yet yielded.
         """
-        rest = iter(enumerate(samples))
+        remaining = iter(enumerate(samples))
         with ThreadPoolExecutor(self._server.concurrent) as pool:
-            flying: dict[Future[str], int] = {}
+            pending: dict[Future[str], int] = {}
             piece: dict[int, str] = {}
             try:
                 while True:
-                    for i, sample in islice(rest, self._server.concurrent - len(flying)):
-                        flying[pool.submit(self._answer, sample)] = i
-                    if not flying:
+                    for i, sample in islice(remaining, self._server.concurrent - len(pending)):
+                        pending[pool.submit(self._answer, sample)] = i
+                    if not pending:
                         break
-                    for future in wait(flying, return_when=FIRST_COMPLETED)[0]:
-                        piece[flying.pop(future)] = future.result()
+                    for future in wait(pending, return_when=FIRST_COMPLETED)[0]:
+                        piece[pending.pop(future)] = future.result()
                     if len(piece) >= PIECE:
                         yield piece
                         piece = {}
@@ -171,20 +175,20 @@ class ServedPredictor:
                 yield piece
 
     def body(self, sample: Sample) -> dict[str, Any]:
-        """The request: picture, then text, as the family asks; the server applies the chat template."""
-        asked = {"model": self._name, "messages": [message(self._family.text(sample.question), png(sample.image()))]}
-        return asked | self._extra | generation(self._family, task_of(sample))
+        """The request body: picture, then the family's text; the server applies the chat template."""
+        messages = [message(self._family.text(sample.question), png(sample.image()))]
+        return {"model": self._name, "messages": messages} | self._extra | generation(self._family, task_of(sample))
 
     def _answer(self, sample: Sample) -> str:
         reply = self._server.fetch("/v1/chat/completions", self.body(sample), self._stopped)
         try:
             text = reply["choices"][0]["message"]["content"]
         except (LookupError, TypeError):
-            raise DataError(f"{self._server.base} answered {sample.identity} without a message") from None
+            raise DataError(f"{self._server.base} returned no message for sample {sample.identity}") from None
         return str(text or "").strip()
 
 
 def generation(family: Family, task: str) -> dict[str, Any]:
-    """Greedy decoding, whatever the served model's own generation settings say."""
+    """Request fields for greedy decoding, independent of the served model's own generation settings."""
     greedy = {"max_tokens": family.max_new_tokens[task], "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 0}
     return greedy | ({"stop": [family.reply_end]} if family.reply_end else {})

@@ -1,6 +1,6 @@
-"""Rows of one shape: in memory while they are few, beyond a bound in a file that the page cache holds.
+"""Stores tensor rows of one shape, in memory up to a limit and beyond it in a temporary file.
 
-An image-text retrieval keeps what every picture became, 1.9 MB each in 16 bits: 9.5 GB of COCO's 5,000.
+Image-text retrieval stores the ViT features of every picture, 1.9 MB each in 16 bits: 9.5 GB for COCO's 5,000 pictures.
 """
 
 import errno
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from exporter.errors import DataError
 
-BOUND = 2**30  # bytes that are held in memory
+BOUND = 2**30  # bytes; a larger store is a file
 
 
 class RowStore:
     """A tensor `[rows, ...]` on the CPU that is filled from its first row to its last.
 
-    rows: how many there will be. bound: the most bytes to hold in memory; more go to a file without a name in the
-    folder for temporary files (TMPDIR), which is gone when the store is (DataError when that disk lacks the room).
+    rows: the final number of rows. bound: the largest size in bytes that is kept in memory. A larger store is an
+    unnamed file in the folder for temporary files (TMPDIR), which the system deletes with the store (DataError when the
+    disk lacks space).
     """
 
     def __init__(self, rows: int, bound: int = BOUND) -> None:
@@ -42,20 +43,21 @@ class RowStore:
         self._filled += len(rows)
 
     def __getitem__(self, numbers: Tensor | slice) -> Tensor:
-        """Some rows, by numbers int64 `[n]` or as a slice."""
+        """Rows by number, int64 `[n]`, or as a slice."""
         assert self._values is not None
         return self._values[numbers]
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
     folder = tempfile.gettempdir()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="mmq-rows-") as file:  # the mapping outlives the name
+    # The file is unlinked at the end of this block; its mapping stays valid.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="mmq-rows-") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a signal later
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk raises here, instead of a signal on a later write
         except OSError as error:
-            reason = "has no room" if error.errno == errno.ENOSPC else error.strerror
+            reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
             raise DataError(
-                f"{folder}: {size / 2**30:.1f} GiB of picture features are to be kept there: {reason}",
+                f"{folder}: cannot store {size / 2**30:.1f} GiB of picture features: {reason}",
                 "set TMPDIR to a folder on a larger disk, or evaluate on fewer samples (--eval-samples)",
             ) from None
         values = torch.from_file(file.name, shared=True, size=size // dtype.itemsize, dtype=dtype)

@@ -1,10 +1,10 @@
-"""Quantization methods: pure functions of tensors, one file each.
+"""Quantization methods: pure functions of tensors, one file per method.
 
 Enters: the weight of a linear and the statistics of its inputs.
 Leaves: codes, scales and zero points (`QuantizedLinear`).
 May import: numerics.
 
-To add one, write `methods/NAME.py` with what `Method` requires and add a line to `METHODS`; a method that moves scales
+To add one, write `methods/NAME.py` with the members of `Method` and add a line to `METHODS`; a method that moves scales
 (`Smoother`) gets a line in `SMOOTHERS` too.
 """
 
@@ -25,8 +25,8 @@ class Method(Protocol):
     """A module that turns one weight into a `QuantizedLinear`.
 
     Options: frozen pydantic model of the recipe's `options:`, derived from `MethodOptions`.
-    Statistics: `moments.Statistics`, or None when the method needs no calibration data.
-    VERSION: raised whenever results change; part of the job's fingerprint.
+    Statistics: `hessian.Statistics`, or None when the method needs no calibration data.
+    VERSION: incremented when a change alters results; part of the job's fingerprint.
     """
 
     VERSION: int
@@ -40,11 +40,11 @@ class Method(Protocol):
     def quantize_linear(
         self, weight: Tensor, statistics: Any, scheme: Scheme, options: Any, scale_dtype: torch.dtype
     ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-        """Quantize `weight` f32 `[out, in]`; also returns notes the user should read (empty when all went well)."""
+        """Quantize `weight` f32 `[out, in]`; also returns notes for the user (usually empty)."""
 
 
 class Smoother(Method, Protocol):
-    """A method that moves scales between linears before they are quantized: it also proposes column scales.
+    """A method that also moves scales between linears before they are quantized.
 
     weights: f32 `[out_i, in]` of the linears that share an input. Scales: f32 `[in]`.
     """
@@ -52,18 +52,21 @@ class Smoother(Method, Protocol):
     def find_scales(
         self, weights: Sequence[Tensor], statistics: Any, scheme: Scheme, options: Any, scale_dtype: torch.dtype
     ) -> tuple[Tensor, float, float]:
-        """The best scales by the linears' own outputs; errors without and with them."""
+        """The best scales by the linears' own output error, and this error without and with the scales."""
 
     def candidates(self, weights: Sequence[Tensor], statistics: Any, scheme: Scheme, options: Any) -> Iterator[Tensor]:
-        """Scales worth trying, ones first; tried on the whole block where `options.runs_block`."""
+        """Candidate scales, starting with ones.
+
+        With `options.runs_block` the caller evaluates them on the whole block.
+        """
 
     def rounded(
         self, weights: Iterable[Tensor], scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Iterator[Tensor]:
-        """What each weight becomes with these scales, for inputs as they are without them."""
+        """Each weight quantized with these scales, divided by them so that it applies to unscaled inputs."""
 
     def best(self, tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
-        """Of (scales, error) pairs: the best scales, the error of the first pair, and the least."""
+        """From (scales, error) pairs: the best scales, the error of the first pair, and the smallest error."""
 
 
 METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "awq": awq}

@@ -1,10 +1,9 @@
-"""AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
+"""AWQ (Lin et al., arXiv 2306.00978): scale up important columns before rounding, and clip the ranges.
 
-The scales are folded into the module before (a norm or another linear; `numerics/scale_folding.py`), so nothing is
-divided at run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which
-the second moments give without running the block again (on a GPU from products in bfloat16), or by the error of the
-block's output.
-The paper's search runs the module around the linears on a sample.
+The scales are folded into the previous module (a norm or another linear; `numerics/scale_folding.py`), so inference has
+no division. Candidates are compared on all calibration rows: by the error of the linears' own outputs, which follows
+from the second moments without running the block (on a GPU with bfloat16 products), or by the error of the block's
+output. The paper's search runs the module around the linears on a sample.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,15 +30,15 @@ __all__ = [
 ]
 
 VERSION = 2
-ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
-LARGEST_SCALE = 1e4  # and its inverse, where AutoAWQ stops too
+ROWS = 4096  # rows per range search, because a candidate's errors take as much memory as its weights
+LARGEST_SCALE = 1e4  # the smallest scale is its inverse; AutoAWQ has the same limits
 
 
 class Options(MethodOptions):
-    """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs.
+    """points: number of exponents to try for the column scales. clip: search narrower ranges, weighted by the inputs.
 
-    search: what tells a good scale, the outputs of the "linears" it is for or of the whole "block", which is run on all
-    batches for every point.
+    search: how candidates are compared: by the outputs of the "linears" that they scale, or by the output of the whole
+    "block", which then runs on all batches for every point.
     """
 
     points: int = Field(20, ge=1, le=100)
@@ -60,34 +59,34 @@ def find_scales(
 
     The best of `candidates` by the error of the linears' own outputs (`search: linears`).
     """
-    tried = (
+    results = (
         (scales, _output_error(rounded(weights, scales, scheme, scale_dtype), weights, statistics))
         for scales in candidates(weights, statistics, scheme, options)
     )
-    return best(tried)
+    return best(results)
 
 
 def candidates(weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options) -> Iterator[Tensor]:
-    """Column scales f32 `[in]` worth trying, ones first, so that the best is never worse than none.
+    """Candidate column scales f32 `[in]`, starting with ones, so that the best is never worse than no scales.
 
     The others are `x^r / w^(1-r)`, r = 0, 1/points, ... below 1 ("duo scaling"): x is the root mean square of each
-    input, w how large its weights are in their groups. Scales are divided by sqrt(max * min); a column without inputs
-    or weights keeps 1 and does not stretch the others.
+    input, w the mean relative size of its weights in their groups. Scales are divided by sqrt(max * min). A column
+    without inputs or weights gets 1 and is excluded from max and min.
     """
     size = statistics.hessian.diagonal().sqrt()
-    reach = _reach(torch.cat(list(weights)), scheme)
-    alive = (size > 0) & (reach > 0)
+    relative = _relative_size(torch.cat(list(weights)), scheme)
+    alive = (size > 0) & (relative > 0)
     yield torch.ones_like(size)
     for point in range(options.points if alive.any() else 0):
         ratio = point / options.points
-        scales = size**ratio / reach ** (1 - ratio)
+        scales = size**ratio / relative ** (1 - ratio)
         scales = scales / (scales[alive].max() * scales[alive].min()).sqrt()
         yield torch.where(alive, scales.clamp(1 / LARGEST_SCALE, LARGEST_SCALE), 1.0)
 
 
-def best(tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
-    """Of (scales, error) pairs: the scales with the least error, the error of the first pair, and the least."""
-    pairs = iter(tried)
+def best(results: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
+    """From (scales, error) pairs: the scales with the smallest error, the error of the first pair, and the smallest."""
+    pairs = iter(results)
     scales, first = next(pairs)
     least = first
     for others, error in pairs:
@@ -97,15 +96,15 @@ def best(tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
 
 
 def rounded(weights: Iterable[Tensor], scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Iterator[Tensor]:
-    """`Q(W s) / s` of each weight: what the fold makes of it, for inputs as they are without the fold."""
+    """`Q(W s) / s` of each weight: the weight that the fold gives, for unscaled inputs."""
     for weight in weights:
         scaled = weight * scales
         scale, zero = fit_scale(scaled, scheme, scale_dtype)
         yield dequantize(quantize(scaled, scale, zero, scheme), scale, zero, scheme) / scales
 
 
-def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Mean over rows of |w| as a share of the largest in its group, `[in]`."""
+def _relative_size(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Mean over rows of |w| divided by the largest |w| of its group, `[in]`."""
     rows, columns = weight.shape
     width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
     magnitude = torch.nn.functional.pad(weight.abs(), (0, groups * width - columns)).view(rows, groups, width)
@@ -113,29 +112,32 @@ def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
     return share.view(rows, -1)[:, :columns].mean(0)
 
 
-def _output_error(tried: Iterable[Tensor], weights: Sequence[Tensor], statistics: Statistics) -> float:
-    """`tr(D H D^T)` summed over the linears, with `D = tried - W`."""
-    return sum(statistics.energy(rounded - weight) for rounded, weight in zip(tried, weights, strict=True))
+def _output_error(quantized: Iterable[Tensor], weights: Sequence[Tensor], statistics: Statistics) -> float:
+    """`tr(D H D^T)` summed over the linears, with `D = Q - W`."""
+    return sum(statistics.energy(q - weight) for q, weight in zip(quantized, weights, strict=True))
 
 
 def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """Rounding of `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
+    """Round `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":
         parts = [part.split(ROWS) for part in (weight, scale, zero)]
-        found = [_clip(w, statistics.hessian, scheme, options.clip_steps, s, z) for w, s, z in zip(*parts, strict=True)]
-        scale, zero = torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
+        ranges = [
+            _clip(w, statistics.hessian, scheme, options.clip_steps, s, z) for w, s, z in zip(*parts, strict=True)
+        ]
+        scale, zero = torch.cat([s for s, _ in ranges]), torch.cat([z for _, z in ranges])
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
 
 
 def _clip(
     weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, down to half, with the least error of that group's own contribution to the output.
+    """The range of each group, down to half, with the smallest error of this group's own contribution to the output.
 
-    Contributions add up, and their errors may too: a row keeps the full ranges when it does better as a whole.
+    The contributions of a row's groups add up, so the clipped ranges can be worse together: then the row keeps the full
+    ranges.
     """
     full = scale, zero
     scale, zero = clip_fast(weight, hessian, scheme, scale.dtype, steps) or _clip_plain(
@@ -148,27 +150,27 @@ def _clip(
 def _clip_plain(
     weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best range of each group by itself, in torch, on any device."""
+    """The best range of each group on its own, in torch, on any device."""
     blocks = _diagonal_blocks(hessian, scheme)
     error = _group_output_error(weight, blocks, scale, zero, scheme)
     for step in range(1, steps + 1):
-        tried = scale_within(weight, scheme, scale.dtype, 1 - 0.5 * step / steps)
-        found = _group_output_error(weight, blocks, *tried, scheme)
-        better = found < error
-        error = torch.where(better, found, error)
-        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+        candidate = scale_within(weight, scheme, scale.dtype, 1 - 0.5 * step / steps)
+        candidate_error = _group_output_error(weight, blocks, *candidate, scheme)
+        better = candidate_error < error
+        error = torch.where(better, candidate_error, error)
+        scale, zero = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero)
     return scale, zero
 
 
 def _row_errors(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """`d H d^T` of each whole row, `[out, 1]`."""
+    """`d H d^T` of each row, `[out, 1]`."""
     difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
-    left = difference.to(torch.bfloat16) if difference.is_cuda else difference  # two sums are compared, not kept
+    left = difference.to(torch.bfloat16) if difference.is_cuda else difference  # precise enough to compare two sums
     return (times(left, hessian) * difference).sum(1, keepdim=True)
 
 
 def _diagonal_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
-    """The part of the Hessian inside each group, `[groups, width, width]`, zero where the last group is short."""
+    """The Hessian's diagonal block of each group, `[groups, width, width]`, zero where the last group is short."""
     columns = len(hessian)
     width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
     blocks = torch.zeros(groups, width, width, device=hessian.device)

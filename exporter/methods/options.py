@@ -1,4 +1,4 @@
-"""What every method's options have in common; the rest is each method's own."""
+"""`MethodOptions`, the base class of every method's options."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,10 +10,10 @@ class MethodOptions(BaseModel):
 
     @property
     def runs_block(self) -> bool:
-        """Whether a search for column scales runs the whole block for every candidate."""
+        """Whether the search for column scales runs the whole block for every candidate."""
         return False
 
     @property
     def scales_in_loop(self) -> bool:
-        """Whether a group's scale is known only once the columns before it are rounded."""
+        """Whether a group's scale is known only after the earlier columns are quantized."""
         return False

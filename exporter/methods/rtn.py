@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the nearest value its scale allows; needs no data."""
+"""Round to nearest (RTN): rounds every weight to the nearest value of its grid, without calibration data."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Models as they are stored: checkpoints, families, processors, and a transformers model with weights on demand.
+"""Models as stored: checkpoints, families, processors, and transformers models whose weights are loaded on demand.
 
 Enters: a folder, an embedded name, or a repository of the hub.
 Leaves: a `Checkpoint`, its `Family`, a `Processor`, a `Stream`.

@@ -1,8 +1,8 @@
-"""A LoRA adapter in peft's format, merged into the base model's tensors while they are read.
+"""LoRA adapters in peft's format, merged into the base model's tensors when these are read.
 
-`adapter_config.json` says how, `adapter_model.safetensors` holds two narrow matrices for every linear that was trained:
-its weight becomes W + scale * B A, summed in float32 as peft's `merge_and_unload` does. Tensors that were trained whole
-(`modules_to_save`) replace the base model's. What this does not compute exactly is refused by name.
+`adapter_config.json` has the settings; `adapter_model.safetensors` has two low-rank matrices A and B for every trained
+linear. Its weight becomes W + scale * B A, computed in float32 like peft's `merge_and_unload`. Tensors that were
+trained in full (`modules_to_save`) replace the base model's. Settings that mmq cannot merge exactly are errors.
 """
 
 import re
@@ -21,7 +21,7 @@ from exporter.files.strict_json import kind, read_json
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PLAIN_STARTS = (True, False, None, "gaussian", "eva")  # others change the base model's weights before training
+PLAIN_STARTS = (True, False, None, "gaussian", "eva")  # initializations that leave the base weights unchanged
 UNSUPPORTED = (  # settings that change the arithmetic
     *("alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias"),
     *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
@@ -33,7 +33,7 @@ _SAVED = re.compile(r"\.(modules_to_save|original_module)(\.default)?(?=\.)")
 
 @dataclass(frozen=True)
 class Pair:
-    """The two stored names of one linear's LoRA, and what their product is multiplied with."""
+    """The two tensor names of one linear's LoRA, and the factor of their product."""
 
     a: str
     b: str
@@ -41,7 +41,7 @@ class Pair:
 
 
 class Adapter:
-    """What an adapter changes. pairs: weight (checkpoint name) -> its LoRA; whole: checkpoint name -> stored name."""
+    """An adapter. pairs: checkpoint name of a weight -> its LoRA. whole: checkpoint name -> tensor name in the file."""
 
     def __init__(self, folder: Path, pairs: Mapping[str, Pair], whole: Mapping[str, str]) -> None:
         self.folder = folder
@@ -51,28 +51,28 @@ class Adapter:
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what it changes."""
+        """The files that determine the adapter's content."""
         return [self.folder / SETTINGS, self.folder / WEIGHTS]
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the adapter's folder."""
         return one_line(self.folder.resolve().name)
 
     def note(self) -> str:
-        """What a plan says of it."""
+        """A sentence about the adapter for plans."""
         whole = f", {len(self.whole)} tensors replaced" if self.whole else ""
         return f"adapter {self.name}: merged into {len(self.pairs)} linears{whole}"
 
     def merged(self, name: str, tensor: Tensor) -> Tensor:
-        """The base model's tensor with the adapter in it, in the same dtype; the tensor itself when it has no part."""
+        """The base model's tensor with the adapter merged, in the same dtype; unchanged without a part in it."""
         if name in self.whole:
             return self._read(self.whole[name]).to(tensor.dtype)
         pair = self.pairs.get(name)
         if pair is None:
             return tensor
-        change = self._read(pair.b).float() @ self._read(pair.a).float()
-        return (tensor.float() + pair.scale * change).to(tensor.dtype)
+        product = self._read(pair.b).float() @ self._read(pair.a).float()
+        return (tensor.float() + pair.scale * product).to(tensor.dtype)
 
     def _read(self, stored: str) -> Tensor:
         try:
@@ -82,21 +82,20 @@ class Adapter:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / WEIGHTS}: cannot read {stored} ({error})") from None
         if not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{self.folder / WEIGHTS}: {stored} holds values that are not finite")
+            raise CheckpointError(f"{self.folder / WEIGHTS}: {stored} has values that are not finite")
         return tensor
 
 
 def open_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str]) -> Adapter:
-    """The adapter in `folder`, for a base model whose tensors have these shapes by checkpoint name.
+    """The adapter in `folder` for a base model with these tensor shapes, by checkpoint name.
 
-    rename: a name that transformers saves -> checkpoint name. Raises one CheckpointError with everything that cannot be
-    merged.
+    rename: name in transformers -> checkpoint name. CheckpointError lists everything that cannot be merged.
     """
     if not (folder / SETTINGS).exists():
-        raise CheckpointError(f"{folder}: no {SETTINGS}", "--adapter takes a folder that peft's save_pretrained wrote")
+        raise CheckpointError(f"{folder}: no {SETTINGS}", "--adapter needs a folder written by peft's save_pretrained")
     if not (folder / WEIGHTS).exists():
-        found = sorted(path.name for path in folder.glob("adapter_model.*"))
-        hint = f"mmq reads safetensors only, never pickles ({found[0]})" if found else None
+        others = sorted(path.name for path in folder.glob("adapter_model.*"))
+        hint = f"mmq reads only safetensors files, not pickles ({others[0]})" if others else None
         raise CheckpointError(f"{folder}: no {WEIGHTS}", hint)
     settings = read_json(folder / SETTINGS)
     problems = _setting_problems(settings)
@@ -104,31 +103,33 @@ def open_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], rename: Ca
     pairs, whole = _sort(entries, settings, rename, problems) if not problems else ({}, {})
     problems += _shape_problems(entries, pairs, whole, shapes)
     if not problems and not (pairs or whole):
-        problems = ["it changes nothing"]
+        problems = ["it has no tensors"]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:9])
-        raise CheckpointError(f"{folder}: the adapter cannot be merged:{lines}", "merge it with peft, and export that")
+        raise CheckpointError(
+            f"{folder}: the adapter cannot be merged:{lines}", "merge it with peft, and export the merged model"
+        )
     return Adapter(folder, pairs, whole)
 
 
 def _setting_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What adapter_config.json asks for that is not merged here."""
+    """Settings of adapter_config.json that mmq cannot merge, as problems."""
     problems = []
     if settings.get("peft_type") != "LORA":
-        problems.append(f"peft_type: expected LORA, it is {kind(settings.get('peft_type'))}")
+        problems.append(f"peft_type: expected LORA, got {kind(settings.get('peft_type'))}")
     problems += [f"{key}: {kind(settings[key])} is not supported" for key in UNSUPPORTED if settings.get(key)]
     if settings.get("bias", "none") != "none":
-        problems.append(f"bias: only none is supported, it is {kind(settings['bias'])}")
+        problems.append(f"bias: only none is supported, got {kind(settings['bias'])}")
     start = settings.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
-        problems.append(f"init_lora_weights: {kind(start)} changes the base model's own weights")
+        problems.append(f"init_lora_weights: {kind(start)} changes the base model's weights, which is not supported")
     if not _positive(settings.get("lora_alpha")):
-        problems.append(f"lora_alpha: expected a positive number, it is {kind(settings.get('lora_alpha'))}")
+        problems.append(f"lora_alpha: expected a positive number, got {kind(settings.get('lora_alpha'))}")
     alphas = settings.get("alpha_pattern") or {}
     if not isinstance(alphas, dict) or not all(_positive(value) for value in alphas.values()):
         problems.append("alpha_pattern: expected an object of positive numbers")
-    elif odd := [pattern for pattern in alphas if not re.fullmatch(r"[\w.]+", pattern)]:  # others could match for ever
-        problems.append(f"alpha_pattern: {odd[0]!r} is no name of a module")
+    elif invalid := [pattern for pattern in alphas if not re.fullmatch(r"[\w.]+", pattern)]:  # no regular expressions
+        problems.append(f"alpha_pattern: {invalid[0]!r} is not a module name")
     if not isinstance(settings.get("use_rslora", False), bool):
         problems.append("use_rslora: expected true or false")
     return problems
@@ -141,7 +142,7 @@ def _positive(value: Any) -> bool:
 def _sort(
     entries: Mapping[str, Entry], settings: Mapping[str, Any], rename: Callable[[str], str], problems: list[str]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """Pairs and whole tensors by checkpoint name; what is neither becomes a problem."""
+    """LoRA pairs and fully trained tensors by checkpoint name; appends a problem for every other tensor."""
     halves: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for stored in entries:
@@ -150,13 +151,13 @@ def _sort(
         if match:
             halves.setdefault(match["module"], {})[match["part"]] = stored
         elif "lora_" in name:
-            problems.append(f"{stored}: mmq merges the LoRA of linears only")
+            problems.append(f"{stored}: mmq merges only LoRA matrices of linears")
         else:
             whole[rename(_SAVED.sub("", name))] = stored
     pairs = {}
     for module, parts in halves.items():
         if len(parts) < 2:
-            problems.append(f"{next(iter(parts.values()))}: its other half is missing")
+            problems.append(f"{next(iter(parts.values()))}: the other matrix of the pair is missing")
             continue
         rank = entries[parts["A"]].shape[0] if entries[parts["A"]].shape else 0
         pairs[rename(f"{module}.weight")] = Pair(parts["A"], parts["B"], _scale(settings, module, rank))
@@ -164,7 +165,7 @@ def _sort(
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r); alpha may be set for some modules, by the end of their name."""
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; `alpha_pattern` sets alpha for modules by the end of their name."""
     patterns = settings.get("alpha_pattern") or {}
     matching = [alpha for pattern, alpha in patterns.items() if f".{module}".endswith(f".{pattern}")]
     alpha = matching[0] if matching else settings["lora_alpha"]
@@ -178,20 +179,20 @@ def _shape_problems(
     whole: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Tensors of the adapter that have no place in the base model, or do not fit theirs."""
+    """Tensors of the adapter that are not in the base model, or do not match its shapes, as problems."""
     problems = []
     for name, pair in pairs.items():
         a, b, base = entries[pair.a].shape, entries[pair.b].shape, shapes.get(name)
         if base is None or len(base) != 2:
             problems.append(f"{pair.a}: the base model has no linear {name.removesuffix('.weight')}")
         elif not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (b[0], a[1]) == base):
-            problems.append(f"{pair.a} {list(a)} and {pair.b} {list(b)} do not make {list(base)}")
+            problems.append(f"{pair.a} {list(a)} and {pair.b} {list(b)} do not multiply to {list(base)}")
     for name, stored in whole.items():
         if name not in shapes:
             problems.append(f"{stored}: the base model has no tensor {name}")
         elif entries[stored].shape != shapes[name]:
-            problems.append(f"{stored}: {list(entries[stored].shape)}, the base model has {list(shapes[name])}")
+            problems.append(f"{stored}: its shape is {list(entries[stored].shape)}, expected {list(shapes[name])}")
     used = [stored for pair in pairs.values() for stored in (pair.a, pair.b)] + list(whole.values())
     types = {stored: entries[stored].dtype for stored in used}
-    odd = [stored for stored, dtype in types.items() if not dtype.is_floating_point or dtype.itemsize == 1]
-    return problems + [f"{stored}: stored as {types[stored]}" for stored in odd]
+    wrong = [stored for stored, dtype in types.items() if not dtype.is_floating_point or dtype.itemsize == 1]
+    return problems + [f"{stored}: stored as {types[stored]}, expected 16-bit or 32-bit floats" for stored in wrong]

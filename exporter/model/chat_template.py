@@ -1,7 +1,7 @@
-"""A chat template taken apart: what it writes before and after a user's text.
+"""Chat templates as `Template`s: the text before and after a user's message, found by rendering probe texts.
 
-A template is a program of whoever made the model folder. It is rendered for a few probe texts only, in a helper process
-with limits (`inspector`); prompts are then made by putting texts between the two parts, which cannot take long.
+A template is a program of unknown origin. A helper process with limits (`processor_inspector`) renders it for a few
+probe texts; prompts are then made by inserting texts between the two parts, without running the template.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,15 @@ from typing import Any
 from exporter.errors import CheckpointError
 
 PROBES = ("mmq probe {text} {{ x }} %d <b>&amp;\"'\\ é\n\nline", "Zwei", " \n edges \n ")
-MOST_CHARACTERS = 100_000  # of one rendered probe: a prompt of the longest contexts has fewer
+MAX_CHARACTERS = 100_000  # of one rendered probe; prompts for the longest contexts have fewer
 
 
 @dataclass(frozen=True)
 class Template:
-    """before, after: what surrounds the user's text. strips: whether white space around the text is removed."""
+    """The texts around a user's text: `before` and `after`.
+
+    strips: whether white space around the user's text is removed.
+    """
 
     before: str
     after: str
@@ -28,14 +31,14 @@ class Template:
 
 
 def conversation(text: str) -> list[dict[str, Any]]:
-    """One user turn: a picture and a text."""
+    """One user turn with a picture and a text."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
-def take_apart(rendered: Sequence[str], where: str) -> Template:
-    """The template that wrote `rendered` for `PROBES`; where: its folder, for messages.
+def parse_template(rendered: Sequence[str], where: str) -> Template:
+    """The template that renders `PROBES` as `rendered`. where: its folder, for messages.
 
-    CheckpointError when it does not write a user's text unchanged.
+    CheckpointError when it does not write a user's text exactly once and unchanged.
     """
     probe = PROBES[0]
     before, _, after = rendered[0].partition(probe)
@@ -45,6 +48,6 @@ def take_apart(rendered: Sequence[str], where: str) -> Template:
             if [template.prompt(text) for text in PROBES] == list(rendered):
                 return template
     raise CheckpointError(
-        f"{where}: its chat template does not write a user's text unchanged and once",
-        "give a chat_template.jinja that does: mmq puts each question between what the template writes around it",
+        f"{where}: its chat template does not write a user's text exactly once and unchanged",
+        "use a chat_template.jinja that does: mmq inserts each question between the texts that the template adds",
     )

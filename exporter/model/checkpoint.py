@@ -1,4 +1,4 @@
-"""Checkpoints as named tensors in safetensors files: headers first, one tensor at a time, atomic writes.
+"""Checkpoints in safetensors files: reads headers first, then one tensor at a time, by name; hashes the shards.
 
 File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data).
 """
@@ -23,12 +23,15 @@ from exporter.files.safetensors_header import Entry, read_header
 from exporter.files.strict_json import kind, read_json
 from exporter.model.adapter import Adapter
 
-SHARD_BYTES = 10**9  # size of the shards we write; one is held in memory until it is complete
+SHARD_BYTES = 10**9  # size of written shards; one is in memory until it is complete
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. stored: its name in the file; file: the shard. dtype: what it is read as."""
+    """A tensor's entry in a header.
+
+    name: checkpoint name. stored: its name in the file. dtype: the dtype in which it is read. file: the shard.
+    """
 
     name: str
     stored: str
@@ -43,15 +46,16 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Bytes of data."""
+        """Bytes of data in the dtype in which the tensor is read."""
         return self.size * self.dtype.itemsize
 
 
 class Checkpoint:
     """A folder with config.json and safetensors shards, read by tensor name.
 
-    tensors: name -> TensorInfo, from the headers alone. Names are canonical (see `Family.canonical_name`).
-    ignored: names of stored tensors that are no part of the model. adapter: merged into tensors as they are read.
+    tensors: name -> TensorInfo, from the headers. Names are canonical (see `Family.canonical_name`). origin: the source
+    in messages. ignored: names of stored tensors that are not part of the model. adapter: merged into tensors when they
+    are read.
     """
 
     def __init__(
@@ -73,11 +77,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, rename: Callable[[str], str] = str, origin: str = "") -> "Checkpoint":
-        """Read config.json and every shard's header; no tensor data is touched."""
+        """Read config.json and the headers of all shards; reads no tensor data."""
         config = read_json(folder / "config.json")
-        promised = shard_files(folder)
-        headers = {file: read_header(folder / file) for file in promised}
-        return cls.from_headers(folder, config, headers, promised, rename, origin)
+        indexed = shard_files(folder)
+        headers = {file: read_header(folder / file) for file in indexed}
+        return cls.from_headers(folder, config, headers, indexed, rename, origin)
 
     @classmethod
     def from_headers(
@@ -85,16 +89,17 @@ class Checkpoint:
         folder: Path,
         config: dict[str, Any],
         headers: Mapping[str, Mapping[str, Entry]],
-        promised: Mapping[str, set[str]],
+        indexed: Mapping[str, set[str]],
         rename: Callable[[str], str] = str,
         origin: str = "",
     ) -> "Checkpoint":
-        """From headers that are already read. promised: shard -> the tensors that its index names."""
+        """A checkpoint from parsed headers. indexed: shard -> the tensor names that the index lists for it."""
         tensors: dict[str, TensorInfo] = {}
         for file, header in headers.items():
-            absent = sorted(promised[file] - header.keys())
+            absent = sorted(indexed[file] - header.keys())
             if absent:
-                raise CheckpointError(f"{folder / file}: the index promises {absent[0]} ({len(absent)} missing)")
+                problem = f"the index lists {absent[0]}, which the shard lacks ({len(absent)} missing)"
+                raise CheckpointError(f"{folder / file}: {problem}")
             for stored, entry in header.items():
                 name = rename(stored)
                 if name in tensors:
@@ -104,33 +109,33 @@ class Checkpoint:
 
     def changed(self, **fields: Any) -> "Checkpoint":
         """The same checkpoint with another `config`, `tensors`, `ignored` or `adapter`."""
-        known = {"config": self.config, "tensors": self.tensors, "ignored": self.ignored, "adapter": self.adapter}
-        return Checkpoint(self.folder, origin=self.origin, **(known | fields))
+        current = {"config": self.config, "tensors": self.tensors, "ignored": self.ignored, "adapter": self.adapter}
+        return Checkpoint(self.folder, origin=self.origin, **(current | fields))
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU (memory-mapped: pages come in as they are used), the adapter merged."""
+        """One tensor on the CPU with the adapter merged (memory-mapped: pages are read when they are used)."""
         return self._read_stored(name).to(self.tensors[name].dtype)
 
     def not_finite(self, name: str) -> CheckpointError:
-        """The error that says why a tensor that came from here holds infinities or NaN."""
+        """The error that explains why the tensor `name` has an infinity or NaN after it was read and changed."""
         info, stored = self.tensors[name], self._read_stored(name)
         bad = int((~torch.isfinite(stored)).sum())
         if bad:
             return CheckpointError(
-                f"{name} holds {bad} values that are not finite ({info.file})",
+                f"{name} has {bad} values that are not finite ({info.file})",
                 "the checkpoint is damaged, or its training diverged; download it again",
             )
-        asked, peak = str(info.dtype).removeprefix("torch."), float(stored.abs().max())
-        most = torch.finfo(info.dtype).max
-        if peak > most:
+        dtype, peak = str(info.dtype).removeprefix("torch."), float(stored.abs().max())
+        limit = torch.finfo(info.dtype).max
+        if peak > limit:
             return CheckpointError(
-                f"{name} holds values up to {peak:.6g} ({info.file}), and {asked} goes up to {most:.6g}",
-                f"the recipe's model.dtype reads the tensors as {asked}: set it to bfloat16 in a copy of the recipe",
+                f"{name} has values up to {peak:.6g} ({info.file}), but the largest {dtype} is {limit:.6g}",
+                f"the recipe's model.dtype reads the tensors as {dtype}: set it to bfloat16 in a copy of the recipe",
             )
-        return CheckpointError(f"{name} is finite, and no more once scales are folded into it", "use another method")
+        return CheckpointError(f"{name} is finite, but folding scales into it overflows", "use another method")
 
     def _read_stored(self, name: str) -> Tensor:
-        """One tensor in the dtype of its file, the adapter merged."""
+        """One tensor in the dtype of its file, with the adapter merged."""
         info = self.tensors[name]
         try:
             if info.file not in self._open:
@@ -145,19 +150,22 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values()})
 
     def start_hashing(self) -> None:
-        """Begin to hash every shard in the background, so that `shard_hashes` and `digest` have little to wait for."""
+        """Start to hash all shards in the background, so that `shard_hashes` and `digest` wait less."""
         start_hashing([self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else []))
 
     def shard_hashes(self, on_event: Listener = ignore) -> dict[str, str]:
-        """Shard file -> sha256 of the whole file, hex, and those of the adapter; each is read once per process."""
+        """File name -> hex sha256 of every shard and of the adapter's files; each file is read once per process.
+
+        CheckpointError when a file of the hub's cache was modified after the download.
+        """
         paths = [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
         hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
-        for path, hashed in hashes.items():
-            _require_hub_hash(path, hashed)
-        return {path.name: hashed for path, hashed in hashes.items()}
+        for path, digest in hashes.items():
+            _require_hub_hash(path, digest)
+        return {path.name: digest for path, digest in hashes.items()}
 
     def dtypes(self) -> dict[str, int]:
-        """Dtype -> how many tensors are read as it, which need not be how they are stored."""
+        """Dtype -> number of tensors that are read in it, which can differ from the stored dtype."""
         return dict(Counter(str(info.dtype).removeprefix("torch.") for info in self.tensors.values()))
 
     def digest(self, on_event: Listener = ignore) -> str:
@@ -166,45 +174,45 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _require_hub_hash(path: Path, hashed: str) -> None:
-    """CheckpointError when a file of the hub's cache is not what was downloaded: its target is named by its sha256."""
+def _require_hub_hash(path: Path, digest: str) -> None:
+    """CheckpointError when a file of the hub's cache does not match the sha256 that names its target."""
     target = path.resolve()
-    if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name) and target.name != hashed:
+    if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name) and target.name != digest:
         raise CheckpointError(
-            f"{path}: its content is not what the hub has: it was damaged after the download, or changed",
+            f"{path}: its content differs from the hub's: the file was damaged or modified after the download",
             f"delete {target}; the next run downloads it again",
         )
 
 
 def shard_files(folder: Path) -> dict[str, set[str]]:
-    """Shard file name -> the tensor names its index promises (empty without an index)."""
+    """Shard file name -> the tensor names that the index lists (empty without an index)."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if (folder / "model.safetensors").exists():
             return {"model.safetensors": set()}
         if (folder / "adapter_config.json").exists():
-            base = f"give the base model by --model, and this folder by --adapter {folder}"
-            raise CheckpointError(f"{folder}: it holds an adapter and no model", base)
-        other = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        hint = f"mmq reads safetensors only, never pickles ({other[0]})" if other else None
+            options = f"pass the base model with --model, and this folder with --adapter {folder}"
+            raise CheckpointError(f"{folder}: the folder contains an adapter but no model", options)
+        others = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        hint = f"mmq reads only safetensors files, not pickles ({others[0]})" if others else None
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json", hint)
-    return promised_files(read_json(index), str(index))
+    return indexed_files(read_json(index), str(index))
 
 
-def promised_files(index: Mapping[str, Any], where: str) -> dict[str, set[str]]:
-    """Shard file name -> the tensor names that a parsed index promises. where: the index, for messages."""
+def indexed_files(index: Mapping[str, Any], where: str) -> dict[str, set[str]]:
+    """Shard file name -> the tensor names that a parsed index lists. where: the index, for messages."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{where}: `weight_map` must be an object, it is {kind(weight_map)}")
+        raise CheckpointError(f"{where}: `weight_map` must be an object, got {kind(weight_map)}")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{where}: {name}: expected the name of a shard, it is {kind(file)}")
+            raise CheckpointError(f"{where}: {name}: expected the name of a shard, got {kind(file)}")
         if Path(file).name != file or "\0" in file:
-            raise CheckpointError(f"{where}: shard path {file!r} leaves the folder")
+            raise CheckpointError(f"{where}: shard path {file!r} is outside of the folder")
         if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{where}: {name} is in {file!r}; mmq reads safetensors only, never pickles")
+            raise CheckpointError(f"{where}: {name} is in {file!r}; mmq reads only safetensors files, not pickles")
         files.setdefault(file, set()).add(name)
     if not files:
-        raise CheckpointError(f"{where}: it names no tensors")
+        raise CheckpointError(f"{where}: `weight_map` lists no tensors")
     return files

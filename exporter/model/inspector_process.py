@@ -2,9 +2,9 @@
 
 Usage: `python -m exporter.model.inspector_process [HIDDEN ...]`.
 
-It reads one JSON request a line from stdin and writes one JSON reply a line to stdout; `inspector` is the other end.
-A tokenizer that aborts, a template that never ends or a file that asks for all memory end this process and no other.
-HIDDEN: packages that it does not import; without torch it starts three times as fast.
+It reads one JSON request per line from stdin and writes one JSON reply per line to stdout; `processor_inspector` sends
+the requests. A tokenizer that aborts, a template that never ends or a file that exhausts memory ends only this process.
+HIDDEN: packages that it must not import; without torch it starts three times as fast.
 """
 
 import json
@@ -19,16 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from exporter.model.chat_template import MOST_CHARACTERS, PROBES, conversation
+from exporter.model.chat_template import MAX_CHARACTERS, PROBES, conversation
 from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
 
-ROOM_BYTES = 2 * 2**30  # that a request may take beside what the libraries take
+ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
 LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time
-MOST_TOKENS = 200_000
+MAX_TOKENS = 200_000
 
 
 class _Failed(Exception):
-    """A step did not succeed: its name, and the error of the library."""
+    """A failed step: its name, and the library's error."""
 
     def __init__(self, step: str, error: BaseException) -> None:
         super().__init__(step)
@@ -38,15 +38,15 @@ class _Failed(Exception):
 
 @contextmanager
 def _step(name: str, seconds: int) -> Iterator[None]:
-    """Errors inside are those of step `name`; it may take so many seconds of processor time.
+    """Assign errors inside the context to step `name`, and limit its processor time to `seconds`.
 
-    Python code is interrupted by an exception; a library that does not return is ended after twice the time.
+    An exception interrupts Python code; a library that does not return is ended after twice the time.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
     try:
         yield
-    except BaseException as error:  # noqa: BLE001 (also those of Rust, which are no `Exception`)
+    except BaseException as error:  # noqa: BLE001 (Rust panics are not an `Exception`)
         raise _Failed(name, error) from None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -54,12 +54,12 @@ def _step(name: str, seconds: int) -> Iterator[None]:
 
 
 def _too_slow(signum: int, frame: Any) -> None:
-    raise TimeoutError("it takes too long")
+    raise TimeoutError("it exceeds the time limit")
 
 
 @lru_cache(maxsize=1)
 def _load(folder: str, state: str) -> Any:
-    """The processor of a folder; state: changes with its files, so that a changed folder is loaded again."""
+    """The processor of a folder. state: changes with its files, so that a changed folder is loaded again."""
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -68,14 +68,14 @@ def _load(folder: str, state: str) -> Any:
 def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
     """Load the processor of `folder` (in its `state`), try its tokenizer and render its template.
 
-    With `fallback`, a prompt for processors without template, also encode small pictures with prompts. `rows`: tokens
-    that the model has embeddings of.
+    fallback: a prompt for processors without a template; when given, also encode small pictures with prompts. rows:
+    number of tokens for which the model has embeddings.
     """
     with _step("load", LOAD_SECONDS):
         refuse_shared_ids(Path(request["folder"]))
         processor = _load(request["folder"], request["state"])
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ValueError("it has no image processor beside the tokenizer, or no tokenizer")
+            raise ValueError("the tokenizer or the image processor is missing")
     with _step("tokenizer", USE_SECONDS):
         beyond = try_out(processor.tokenizer, request.get("rows"))
     rendered = None
@@ -101,38 +101,38 @@ def _plain(value: Any) -> bool:
 
 def _render(processor: Any, text: str) -> str:
     prompt = processor.apply_chat_template(conversation(text), add_generation_prompt=True)
-    if not isinstance(prompt, str) or len(prompt) > MOST_CHARACTERS:
-        raise ValueError(f"it writes more than {MOST_CHARACTERS:,} characters")
+    if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"it writes more than {MAX_CHARACTERS:,} characters")
     return prompt
 
 
 def _encode(processor: Any, prompt: str) -> dict[str, Any]:
-    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides it is scaled to.
+    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides to which it is scaled.
 
-    padded: token ids of prompts and replies of two lengths, padded on either side as `encoding` does.
+    padded: token ids of prompts and replies of two lengths, padded on both sides as in `encoding`.
     """
     import numpy as np
     from PIL import Image
 
     picture = Image.new("RGB", (48, 36), "gray")
-    made = processor(images=[picture], text=[prompt], return_tensors="np")
-    ids = np.asarray(made["input_ids"]).reshape(-1)
-    if len(ids) > MOST_TOKENS:
-        raise ValueError(f"it makes more than {MOST_TOKENS:,} tokens of one picture and a short prompt")
+    inputs = processor(images=[picture], text=[prompt], return_tensors="np")
+    ids = np.asarray(inputs["input_ids"]).reshape(-1)
+    if len(ids) > MAX_TOKENS:
+        raise ValueError(f"it makes more than {MAX_TOKENS:,} tokens from one picture and a short prompt")
     sides = dict(getattr(processor.image_processor, "size", None) or {})
     sides = {key: value for key, value in sides.items() if isinstance(value, int)}
-    pixels = np.asarray(made["pixel_values"])
+    pixels = np.asarray(inputs["pixel_values"])
     if not np.isfinite(pixels).all():
-        raise ValueError("its pixel values are not finite: look at image_mean, image_std and rescale_factor")
+        raise ValueError("its pixel values are not finite: check image_mean, image_std and rescale_factor")
     texts, padded = [prompt, f"{prompt} {PROBES[1]}{processor.tokenizer.eos_token or ''}"], []
     for side in ("left", "right"):
-        made = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
-        padded += np.asarray(made["input_ids"]).tolist()
+        inputs = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
+        padded += np.asarray(inputs["input_ids"]).tolist()
     return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape), "sides": sides}
 
 
 def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the object that transformers makes of a config.json: it checks the type of every key."""
+    """Load a config.json with transformers' config class, which checks the type of every key."""
     import transformers
 
     with _step("config", CONFIG_SECONDS):
@@ -141,7 +141,7 @@ def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to one request: what `inspect` or `read_config` found, or the step that failed and why."""
+    """The reply to one request: the result of `inspect` or `read_config`, or the failed step and the reason."""
     try:
         return read_config(request) if "config" in request else inspect(request)
     except _Failed as failed:
@@ -151,7 +151,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file(failed: _Failed, request: Mapping[str, Any]) -> str:
-    """The file to look at; empty when nobody can tell."""
+    """The file that probably caused the failure; empty when unknown."""
     if isinstance(failed.error, DamagedFile):
         return failed.error.file
     if failed.step == "tokenizer" and (Path(request["folder"]) / "tokenizer.json").exists():
@@ -160,18 +160,18 @@ def _file(failed: _Failed, request: Mapping[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What a library says, on one line, and the kind of error."""
+    """A library's error type and message, on one line."""
     if isinstance(error, MemoryError):
-        return "it takes more memory than a processor may"
-    words = " ".join(str(error).split())
+        return "it exceeds the memory limit for processors"
+    message = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, DamagedFile):
-        return words[:300]
-    return f"{kind}: {words}"[:300] if words else kind
+        return message[:300]
+    return f"{kind}: {message}"[:300] if message else kind
 
 
 def blame(folder: Path) -> str:
-    """The file that a processor cannot be loaded from, as far as the libraries can tell; empty when they cannot."""
+    """The file because of which a processor cannot be loaded, as far as the libraries tell; empty when unknown."""
     for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
         try:
             if (folder / name).exists() and not isinstance(json.loads((folder / name).read_text("utf-8")), dict):
@@ -183,13 +183,13 @@ def blame(folder: Path) -> str:
 
         if (folder / "tokenizer.json").exists():
             Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except BaseException:  # noqa: BLE001 (also those of Rust)
+    except BaseException:  # noqa: BLE001 (Rust panics are not an `Exception`)
         return "tokenizer.json"
     return ""
 
 
 def _limit_memory() -> None:
-    """From now on this process may take `ROOM_BYTES` more than it has."""
+    """Limit the memory of this process to `ROOM_BYTES` more than it uses now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         limit = pages * resource.getpagesize() + ROOM_BYTES
@@ -198,19 +198,19 @@ def _limit_memory() -> None:
 
 
 def main(hidden: list[str]) -> None:
-    """Answer requests until stdin ends. Libraries see no stdin, and what they print goes nowhere."""
+    """Answer requests until stdin ends. The libraries get no stdin, and their output is discarded."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
     signal.signal(signal.SIGPROF, _too_slow)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it ends
-    sys.modules.update(cast(dict[str, ModuleType], dict.fromkeys(hidden)))  # None: an import fails
+    sys.modules.update(cast(dict[str, ModuleType], dict.fromkeys(hidden)))  # None makes the import fail
     import transformers
 
     transformers.logging.set_verbosity_error()
-    with suppress(ImportError, RuntimeError):  # a request says so again
-        from transformers import AutoProcessor  # noqa: F401 (before the first request: the parent is still starting)
+    with suppress(ImportError, RuntimeError):  # a request will report the error again
+        from transformers import AutoProcessor  # noqa: F401 (imported while the parent is still starting)
     _limit_memory()
     for line in requests:
         replies.write(json.dumps(answer(json.loads(line))) + "\n")

@@ -1,10 +1,10 @@
-"""The files beside a model's weights that turn words and pictures into its inputs."""
+"""Names and hashes of the processor's files: settings, tokenizer and chat templates next to a model's weights."""
 
 from pathlib import Path
 
 from exporter.files.file_hashes import hash_files
 
-PATTERNS = (  # names under which transformers looks for them, and what its generation reads
+PATTERNS = (  # file names that transformers reads for processors, tokenizers and generation
     "*processor*.json",
     "tokenizer*",
     "chat_template*",
@@ -20,6 +20,6 @@ PATTERNS = (  # names under which transformers looks for them, and what its gene
 
 
 def processor_files(folder: Path) -> dict[str, str]:
-    """Name in the folder -> sha256 of every file that a processor or a tokenizer is made from."""
+    """Name in the folder -> sha256 of every file that a processor or a tokenizer reads."""
     paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
-    return {path.relative_to(folder).as_posix(): hashed for path, hashed in hash_files(paths).items()}
+    return {path.relative_to(folder).as_posix(): digest for path, digest in hash_files(paths).items()}

@@ -1,7 +1,8 @@
-"""What a model folder's processor does, learned in a helper process with limits on time and memory.
+"""Inspects a model folder's processor in a helper process with limits on time and memory.
 
-Tokenizers, templates and processor settings are files of unknown origin, read by libraries that may abort, loop or take
-all memory. The helper (`inspect_processor`) loads them first; only what it has loaded is loaded here.
+Tokenizers, templates and processor settings are untrusted files, and the libraries that read them can abort, loop
+forever or exhaust memory. The helper (`inspector_process`) loads them first; this process loads only what the helper
+has loaded.
 """
 
 import atexit
@@ -19,22 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import CheckpointError
-from exporter.model.chat_template import Template, take_apart
+from exporter.model.chat_template import Template, parse_template
 from exporter.model.processor_files import PATTERNS
 
-HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # what a processor rarely needs and takes seconds
-WAIT_SECONDS = 300  # for an answer on a machine with other work; the helper has limits of its own on processor time
-HINT = "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json beside the weights"
+HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # slow imports that processors rarely need
+WAIT_SECONDS = 300  # for a reply on a busy machine; the helper itself limits its processor time
+HINT = "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json next to the weights"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a processor does.
+    """The properties of a processor.
 
-    template: None when it has none. tokens: ids of one picture and a prompt. pixels: shape of what the vision tower
-    gets for the picture. sides: what the picture is scaled to, by the setting's name. fields: settings that were asked
-    for. failure: why it cannot encode the picture and the prompt; empty when it can. padded: ids of padded prompts.
-    beyond: tokens, and their ids, that the model has no embedding of.
+    template: None when it has none. tokens: ids of one picture with a prompt. pixels: shape of the vision tower's input
+    for the picture. sides: sizes to which the picture is scaled, by the setting's name. fields: the requested settings.
+    failure: why it cannot encode the picture with the prompt; empty when it can. padded: ids of padded prompts. beyond:
+    tokens, with their ids, for which the model has no embedding.
     """
 
     template: Template | None
@@ -47,16 +48,16 @@ class Inspection:
     beyond: tuple[tuple[str, int], ...] = ()
 
 
-_helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the process that was started
+_helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the running helper
 _starting = threading.Lock()
 
 
 class HelperDied(Exception):
-    """The helper ended or did not answer; the message says how."""
+    """The helper process ended or did not reply; the message describes how."""
 
 
 class Helper:
-    """One helper process, started when it is made and again after it died."""
+    """One helper process, restarted when it has died."""
 
     def __init__(self, hidden: Sequence[str]) -> None:
         self._hidden = hidden
@@ -72,7 +73,7 @@ class Helper:
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The helper's reply. HelperDied when there is none; the next request finds a new helper."""
+        """The helper's reply. HelperDied when there is none; the next request starts a new helper."""
         with self._lock:
             if self._process.poll() is not None:
                 self.close()
@@ -107,16 +108,16 @@ class Helper:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
-                with suppress(BrokenPipeError):  # a request that it never read
+                with suppress(BrokenPipeError):  # raised by a request that the helper has not read
                     stream.close()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> str:
-    """How a process ended, in words."""
+    """A description of how a process ended."""
     code = process.wait()
     if code == -24 or code == -26:  # SIGXCPU, SIGVTALRM
-        return "the libraries did not return in time"
-    return f"the libraries died of signal {-code}" if code < 0 else f"the helper process ended with code {code}"
+        return "the libraries exceeded the time limit"
+    return f"signal {-code} ended the libraries" if code < 0 else f"the helper process ended with code {code}"
 
 
 def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
@@ -129,34 +130,34 @@ def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
 
 
 def start_helper() -> None:
-    """Start the helper now, so that it loads its libraries while this process does something else."""
+    """Start the helper now, so that it loads its libraries in the background."""
     helper()
 
 
 def has_processor(folder: Path) -> bool:
-    """Whether a folder holds the settings of a processor."""
+    """Whether a folder has the settings of a processor."""
     return any(folder.glob("*processor*.json"))
 
 
-def inspect(folder: Path, **asked: Any) -> Inspection:
-    """What the processor of `folder` does; CheckpointError when it cannot be used, with the file and the reason.
+def inspect(folder: Path, **request: Any) -> Inspection:
+    """The properties of the processor in `folder`; CheckpointError with the file and the reason when it cannot be used.
 
-    asked: `text`, `fallback`, `fields` and `rows` of a request, see `inspect_processor.inspect`.
+    request: `text`, `fallback`, `fields` and `rows`, see `inspector_process.inspect`.
     """
     if not has_processor(folder):
-        raise CheckpointError(f"{folder}: it has no processor", HINT)
-    return _inspect(folder, _state(folder), json.dumps(asked, sort_keys=True))
+        raise CheckpointError(f"{folder}: the folder has no processor", HINT)
+    return _inspect(folder, _state(folder), json.dumps(request, sort_keys=True))
 
 
 @cache
-def _inspect(folder: Path, state: str, asked: str) -> Inspection:
-    request = {"folder": str(folder.resolve()), "state": state, **json.loads(asked)}
+def _inspect(folder: Path, state: str, options: str) -> Inspection:
+    request = {"folder": str(folder.resolve()), "state": state, **json.loads(options)}
     reply = _ask(folder, request)
     if needs_hidden(reply):
         reply = _ask(folder, request, ())
     if "error" in reply:
         raise _refusal(folder, reply)
-    template = None if reply["rendered"] is None else take_apart(reply["rendered"], str(folder))
+    template = None if reply["rendered"] is None else parse_template(reply["rendered"], str(folder))
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
     beyond = tuple((token, number) for token, number in reply["beyond"])
@@ -165,7 +166,10 @@ def _inspect(folder: Path, state: str, asked: str) -> Inspection:
 
 
 def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None:
-    """CheckpointError unless transformers' config class `name` takes a config.json; where: its model, for messages."""
+    """CheckpointError unless transformers' config class `name` accepts a config.json.
+
+    where: the model, for messages.
+    """
     request = {"config_class": name, "config": config}
     try:
         reply = helper().ask(request)
@@ -191,10 +195,10 @@ def _ask(folder: Path, request: Mapping[str, Any], hidden: tuple[str, ...] = HID
 
 
 def _state(folder: Path) -> str:
-    """What changes when a file of the processor does."""
+    """A text that changes when a file of the processor changes."""
     paths = sorted({path for pattern in (*PATTERNS, "config.json") for path in folder.glob(pattern)})
-    if odd := [path for path in paths if not path.is_file()]:  # reading a pipe might never end
-        raise CheckpointError(f"{odd[0]}: not a file", HINT)
+    if special := [path for path in paths if not path.is_file()]:  # reading a pipe might never end
+        raise CheckpointError(f"{special[0]}: not a regular file", HINT)
     return json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths])
 
 
@@ -208,13 +212,13 @@ _STEPS = {
 
 _HINTS = {
     "load": HINT,
-    "tokenizer": "give the tokenizer that was saved with these weights",
-    "template": "mend the template, or delete it: mmq has prompts of its own",
+    "tokenizer": "use the tokenizer that was saved with these weights",
+    "template": "correct the template, or delete it: mmq then uses its own prompts",
 }
 
 
 def _refusal(folder: Path, reply: Mapping[str, Any]) -> CheckpointError:
     where = folder / reply["file"] if reply["file"] else folder
     hint = _HINTS[reply["step"]]
-    hint = "install the package that it names" if reply["error"] == "ImportError" else hint
+    hint = "install the named package" if reply["error"] == "ImportError" else hint
     return CheckpointError(f"{where}: {_STEPS[reply['step']]}: {reply['reason']}", hint)

@@ -1,4 +1,4 @@
-"""Where a model comes from: an embedded one, a local folder, the hub cache or the hub."""
+"""Opens a model's checkpoint from its source: an embedded model, a local folder, the hub cache or the hub."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +8,19 @@ from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean,
 from exporter.files.safetensors_header import DTYPES
 from exporter.files.strict_json import parse_object, read_json
 from exporter.model.adapter import open_adapter
-from exporter.model.checkpoint import Checkpoint, promised_files
+from exporter.model.checkpoint import Checkpoint, indexed_files
 from exporter.model.config_check import known_family, without_buffers
 from exporter.model.families import Family
 from exporter.model.hub import Remote, open_remote
 
-# Weights come as safetensors only; everything else a processor or an engine reads is small text.
+# Weights only as safetensors; all other files that a processor or vLLM reads are small texts.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
 
 
 def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
-    """The local folder of `repo` and where it came from (`demo-llava`, a path, or `org/name@commit`).
+    """The local folder of `repo`, and its origin (`demo-llava`, a path, or `org/name@commit`).
 
-    Hub models are looked up in the hub library's cache and downloaded when absent. CheckpointError when neither
-    can be reached.
+    Hub models are taken from the hub library's cache, or downloaded. CheckpointError when neither is possible.
     """
     if repo in MODELS:
         return MODELS[repo], repo
@@ -30,29 +29,30 @@ def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
         return folder, one_line(folder.name or folder.resolve().name)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no model '{repo}': neither a folder, nor a hub id like org/name, nor embedded ({', '.join(MODELS)})."
+            f"no model '{repo}': not a folder, a hub id like org/name, or an embedded model ({', '.join(MODELS)})."
             + did_you_mean(repo, MODELS),
-            "give a local folder, a hub id, or --model demo-llava",
+            "pass a local folder, a hub id, or --model demo-llava",
         )
     return _from_hub(repo, revision)
 
 
-def _elsewhere(repo: str) -> str:
+def _offline_hint(repo: str) -> str:
     embedded = " or ".join(MODELS)
-    return f"download it elsewhere and pass its folder (--model ./{repo.split('/')[1]}), or try --model {embedded}"
+    folder = f"./{repo.split('/')[1]}"
+    return f"download it on another machine and pass its folder (--model {folder}), or try --model {embedded}"
 
 
 def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    hint = _elsewhere(repo)
+    hint = _offline_hint(repo)
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
     except RepositoryNotFoundError:
-        raise CheckpointError(f"the hub has no model '{repo}', or your token may not see it", hint) from None
+        raise CheckpointError(f"the hub has no model '{repo}', or your token has no access to it", hint) from None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"the hub refused '{repo}' ({error.__class__.__name__})", hint) from None
+        raise CheckpointError(f"the hub refused to send '{repo}' ({error.__class__.__name__})", hint) from None
     except (LocalEntryNotFoundError, OSError):
         raise CheckpointError(f"'{repo}' is not in the hub cache and the hub cannot be reached", hint) from None
     return path, f"{repo}@{path.name}"
@@ -65,28 +65,28 @@ def open_source(
     dtype: str | None = None,
     adapter: str | None = None,
 ) -> tuple[Checkpoint, Family]:
-    """Open a model's headers and find its family (PlanError when mmq does not know its architecture).
+    """Open a model's headers, and find its family (PlanError when mmq does not support it).
 
-    headers_only: nothing but headers and configuration of a hub model is fetched; its tensors cannot be read then.
-    dtype: what float32 tensors are read as, `float16` or `bfloat16`; None leaves them as they are.
-    adapter: folder of a LoRA adapter that is merged into the tensors as they are read.
+    headers_only: fetch only the headers and the configuration of a hub model; its tensors cannot be read then.
+    dtype: read float32 tensors as `float16` or `bfloat16`; None keeps float32.
+    adapter: folder of a LoRA adapter that is merged into the tensors when they are read.
     """
     checkpoint, family = _open(repo, revision, headers_only)
     if adapter:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        merging = open_adapter(Path(adapter).expanduser(), shapes, family.canonical_name)
-        checkpoint = checkpoint.changed(adapter=merging)
+        lora = open_adapter(Path(adapter).expanduser(), shapes, family.canonical_name)
+        checkpoint = checkpoint.changed(adapter=lora)
     return (narrowed(checkpoint, dtype) if dtype else checkpoint), family
 
 
 def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint with its float32 tensors read as 16-bit ones and its config saying so."""
+    """The checkpoint with float32 tensors read in a 16-bit dtype, and that dtype in its config."""
     kind, tensors = DTYPES[{"float16": "F16", "bfloat16": "BF16"}[dtype]], checkpoint.tensors
-    found = {n: replace(info, dtype=kind) if info.dtype == DTYPES["F32"] else info for n, info in tensors.items()}
-    if found == tensors:
+    infos = {n: replace(info, dtype=kind) if info.dtype == DTYPES["F32"] else info for n, info in tensors.items()}
+    if infos == tensors:
         return checkpoint
     key = "dtype" if "dtype" in checkpoint.config else "torch_dtype"
-    return checkpoint.changed(config={**checkpoint.config, key: dtype}, tensors=found)
+    return checkpoint.changed(config={**checkpoint.config, key: dtype}, tensors=infos)
 
 
 def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoint, Family]:
@@ -96,7 +96,7 @@ def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoi
             return _headers_of(folder)
         return _open_folder(folder, f"{repo}@{folder.name}")
     if is_on_hub(repo):
-        _refuse_unknown(repo, revision)
+        _refuse_unsupported(repo, revision)
     return _open_folder(*locate(repo, revision))
 
 
@@ -106,14 +106,14 @@ def _open_folder(folder: Path, origin: str) -> tuple[Checkpoint, Family]:
 
 
 def is_on_hub(repo: str) -> bool:
-    """Whether a model's name is that of a hub repository: neither embedded nor a folder."""
+    """Whether a model's name is a hub repository: neither embedded nor a local folder."""
     return repo not in MODELS and not Path(repo).expanduser().is_dir() and repo.count("/") == 1
 
 
-def _refuse_unknown(repo: str, revision: str | None) -> None:
-    """PlanError when config.json alone says that nothing can be done with the model: before its weights are downloaded.
+def _refuse_unsupported(repo: str, revision: str | None) -> None:
+    """PlanError when config.json shows that mmq does not support the model, before its weights are downloaded.
 
-    What keeps config.json from being read will keep `locate` too, which says so.
+    Errors while config.json is read are ignored, because `locate` reports them.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -126,7 +126,7 @@ def _refuse_unknown(repo: str, revision: str | None) -> None:
 
 
 def _cached(repo: str, revision: str | None) -> Path | Remote:
-    """A hub model's folder when all its files are here already, else where it lies; nothing is downloaded."""
+    """A hub model's folder when the cache has all its files, otherwise its `Remote`; downloads nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -137,30 +137,30 @@ def _cached(repo: str, revision: str | None) -> Path | Remote:
         problem = error.message
     except HubError:
         pass  # the cache may have it
-    wanted = remote.commit if remote else revision
+    commit = remote.commit if remote else revision
     try:
-        return Path(snapshot_download(repo, revision=wanted, allow_patterns=PATTERNS, local_files_only=True))
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=PATTERNS, local_files_only=True))
     except HFValidationError:
-        raise CheckpointError(f"no folder '{repo}', and no hub id has such a name", _elsewhere(repo)) from None
+        raise CheckpointError(f"'{repo}' is neither a folder nor a valid hub id", _offline_hint(repo)) from None
     except LocalEntryNotFoundError:
         if remote is None:
-            raise CheckpointError(problem, _elsewhere(repo)) from None
+            raise CheckpointError(problem, _offline_hint(repo)) from None
         return remote
 
 
 def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
-    """A hub model by range requests."""
+    """A hub model whose headers are read by range requests."""
     config = parse_object(remote.read("config.json") or b"{}", f"{remote.repo}: config.json")
     family = known_family(config, f"{remote.repo}: config.json")
     headers = remote.headers()
-    promised: dict[str, set[str]] = {file: set() for file in headers}
-    if index := remote.read("model.safetensors.index.json"):  # files that it does not name are no part of the model
+    indexed: dict[str, set[str]] = {file: set() for file in headers}
+    if index := remote.read("model.safetensors.index.json"):  # other files are not part of the model
         where = f"{remote.repo}: model.safetensors.index.json"
-        promised = promised_files(parse_object(index, where), where)
-    absent = sorted(promised.keys() - headers.keys())
+        indexed = indexed_files(parse_object(index, where), where)
+    absent = sorted(indexed.keys() - headers.keys())
     if absent or not headers:
         raise CheckpointError(f"{remote.name}: no {absent[0] if absent else 'safetensors file'} in the repository")
-    headers = {file: headers[file] for file in promised}
+    headers = {file: headers[file] for file in indexed}
     rename = family.canonical_name
-    checkpoint = Checkpoint.from_headers(Path(remote.repo), config, headers, promised, rename, remote.name)
+    checkpoint = Checkpoint.from_headers(Path(remote.repo), config, headers, indexed, rename, remote.name)
     return without_buffers(checkpoint, family), family

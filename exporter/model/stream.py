@@ -1,7 +1,6 @@
-"""A transformers model that is never whole in memory: parameters come and go by checkpoint name.
+"""A transformers model that is partly in memory: its parameters are loaded and unloaded by checkpoint name.
 
-The skeleton has its parameters on the meta device and its buffers real. `Stream` puts tensors into it and takes
-them out again.
+The skeleton has its parameters on the meta device and real buffers; `Stream` loads tensors into it and unloads them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +13,14 @@ from exporter.errors import CheckpointError
 from exporter.model.families import Family
 from exporter.model.families.family import Config
 
-Read = Callable[[str], Tensor]  # checkpoint name -> tensor on any device, quantized parts dequantized
+Read = Callable[[str], Tensor]  # checkpoint name -> tensor on any device; quantized tensors are dequantized
 
 
 class Stream:
-    """A model skeleton on `device` whose floating parameters are held in `dtype` while they are loaded."""
+    """A model skeleton on `device` into which tensors are loaded by checkpoint name.
+
+    dtype: of loaded floating-point parameters, except those that the family always computes in float32.
+    """
 
     def __init__(self, family: Family, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         self.family = family
@@ -27,12 +29,12 @@ class Stream:
         self.model: nn.Module = build_skeleton(family, config, device)
 
     def load(self, names: Iterable[str], read: Read) -> None:
-        """Put tensors into the skeleton, by checkpoint name."""
+        """Load tensors into the skeleton, by checkpoint name."""
         for name in names:
             self.put(name, read(name))
 
     def load_all(self, names: Iterable[str], read: Read) -> Any:
-        """The complete model, every parameter read (CheckpointError when some are missing)."""
+        """The complete model with every parameter loaded (CheckpointError when some are missing)."""
         self.load(names, read)
         model: Any = self.model
         model.tie_weights()
@@ -42,11 +44,11 @@ class Stream:
         return model
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor into the skeleton (CheckpointError when its shape is not what the config asks for)."""
+        """Load one tensor into the skeleton (CheckpointError when its shape differs from the config's)."""
         module, attribute = self._place(name)
         expected = getattr(module, attribute).shape
         if tensor.shape != expected:
-            shapes = f"{list(tensor.shape)}, its config.json asks for {list(expected)}"
+            shapes = f"{list(tensor.shape)}, but config.json requires {list(expected)}"
             raise CheckpointError(f"{name} has the shape {shapes}")
         wide = name.startswith(self.family.float32)
         self._set(module, attribute, tensor.to(self.device, torch.float32 if wide else self.dtype))
@@ -58,7 +60,7 @@ class Stream:
             self._set(module, attribute, getattr(module, attribute).to("meta"))
 
     def module(self, name: str) -> nn.Module:
-        """The live module of a checkpoint name without `.weight`."""
+        """The live module with this checkpoint name (without `.weight`)."""
         return self.model.get_submodule(self.family.live_name(name))
 
     def parameter(self, name: str) -> Tensor:
@@ -73,7 +75,7 @@ class Stream:
             module = self.model.get_submodule(path)
             getattr(module, attribute)
         except AttributeError:
-            raise CheckpointError(f"{name} has no place in {type(self.model).__name__}") from None
+            raise CheckpointError(f"{type(self.model).__name__} has no tensor {name}") from None
         return module, attribute
 
     @staticmethod
@@ -84,7 +86,7 @@ class Stream:
             setattr(module, attribute, tensor)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the model's device, its floating tensors in the model's dtype."""
+        """A batch on the model's device, with floating-point tensors in the model's dtype."""
         return {name: self._input(tensor) for name, tensor in batch.items()}
 
     def _input(self, tensor: Tensor) -> Tensor:
@@ -92,30 +94,34 @@ class Stream:
 
 
 def build_skeleton(family: Family, config: Config, device: torch.device) -> nn.Module:
-    """The model with meta parameters and real buffers (rotary frequencies, position ids), in evaluation mode.
+    """The model in evaluation mode: parameters on the meta device, real buffers (rotary frequencies, position ids).
 
-    Non-persistent buffers are in no checkpoint, so the initializer of the model that owns them makes them.
+    Checkpoints lack the non-persistent buffers, so the initializer of the model that owns them computes them.
+    CheckpointError when transformers rejects the config.
     """
     try:
         with torch.device("meta"):
             model: nn.Module = family.skeleton(config)
-    except Exception as error:  # whatever transformers finds wrong with a config.json
+    except Exception as error:  # transformers raises many types for an invalid config.json
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers cannot build the model of this config.json: {reason}") from error
+        raise CheckpointError(f"transformers cannot build a model from this config.json: {reason}") from error
     _fill_buffers(model, model, device)
     return model.eval()
 
 
 @torch.no_grad()
 def _fill_buffers(module: nn.Module, owner: Any, device: torch.device) -> None:
-    """owner: the nearest enclosing transformers model; only its own `_init_weights` knows the module."""
+    """Compute the buffers of a module and its children on `device`.
+
+    owner: the nearest enclosing transformers model, whose `_init_weights` initializes the module.
+    """
     if hasattr(module, "_init_weights"):
         owner = module
     names = [name for name, _ in module.named_buffers(recurse=False)]
     for name in names:
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
     if names:
-        owner._init_weights(module)  # writes the buffers; does nothing to meta parameters
+        owner._init_weights(module)  # writes the buffers; has no effect on meta parameters
     for child in module.children():
         _fill_buffers(child, owner, device)
 
@@ -123,5 +129,5 @@ def _fill_buffers(module: nn.Module, owner: Any, device: torch.device) -> None:
 def load_whole(
     family: Family, config: Config, names: Iterable[str], read: Read, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """A complete model on `device`, every parameter read through `read` (quantized ones dequantized)."""
+    """A complete model on `device`, with every parameter read through `read` (quantized ones dequantized)."""
     return Stream(family, config, device, dtype).load_all(names, read)

@@ -1,11 +1,11 @@
-"""What a serving engine rounds while it computes, done to a transformers model: inputs of linears, keys and values.
+"""Applies vLLM's rounding of activations to a transformers model: inputs of linears, and keys and values of the cache.
 
-Inputs of linears whose scheme has 8-bit activations: dynamic, one scale a token. int8 rounds to 127 steps either side
-of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales).
+Inputs of linears whose scheme has 8-bit activations: dynamic, one scale per token. int8 rounds to 127 steps on both
+sides of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales).
 
-Keys and values of a float8 cache: to float8 e4m3 as they are, with a scale of 1. On a GPU flash attention multiplies
-float8 by float8, so queries are rounded too (vLLM's `Attention.query_quant`); what it rounds inside its softmax is not
-done here. vLLM's CPU build cuts instead of rounding to nearest, and leaves queries alone (measured with 0.32).
+Keys and values of a float8 cache: to float8 e4m3 with a scale of 1. On a GPU, flash attention multiplies float8 by
+float8, so queries are rounded too (vLLM's `Attention.query_quant`); rounding inside its softmax is not reproduced here.
+vLLM's CPU build truncates instead of rounding to nearest, and does not round queries (measured with 0.32).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,47 +15,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.numerics.quantized import FP8, FP8_LEAST, FP8_MAX, Activations
+from exporter.numerics.quantized import FP8, FP8_MAX, FP8_MIN_SCALE, Activations
 
 INT8_MAX = 127.0
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """What an engine rounds. linears: live name -> kind of its inputs; kv_cache: "fp8", or None for 16 bits."""
+class ServedRounding:
+    """The activations that vLLM rounds. linears: live name -> number type; kv_cache: "fp8", or None for 16 bits."""
 
     linears: Mapping[str, Activations] = field(default_factory=dict)
     kv_cache: str | None = None
 
     def described(self) -> dict[str, Any]:
-        """Only what is rounded, as plain data."""
+        """JSON-compatible data with only the rounded activations."""
         inputs = {"activations": dict(self.linears)} if self.linears else {}
         return inputs | ({"kv_cache": self.kv_cache} if self.kv_cache else {})
 
 
-EXACT = Rounded()
+EXACT = ServedRounding()
 
 
-def round_as_served(model: nn.Module, rounded: Rounded, gpu: bool) -> None:
-    """From now on `model` rounds what an engine on a GPU or on a CPU would."""
+def round_as_served(model: nn.Module, rounded: ServedRounding, gpu: bool) -> None:
+    """Add vLLM's rounding, on a GPU or on a CPU, to all later forward passes of `model`."""
     round_inputs(model, rounded.linears)
     if rounded.kv_cache:
         round_cache(model, gpu)
 
 
 def round_rows(x: Tensor, kind: Activations) -> Tensor:
-    """`x` `[..., in]` as 8 bits hold it, one scale a row; in its own dtype. Rows of zeros stay zeros."""
+    """`x` `[..., in]` rounded to 8 bits with one scale per row, in its own dtype. Rows of zeros stay zeros."""
     wide = x.float()
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     scale = wide.abs().amax(dim=-1, keepdim=True) / largest
-    scale = scale if kind == "int8" else scale.clamp_min(FP8_LEAST)
+    scale = scale if kind == "int8" else scale.clamp_min(FP8_MIN_SCALE)
     steps = wide / torch.where(scale == 0, 1.0, scale)
     rounded = steps.round().clamp(-largest, largest) if kind == "int8" else steps.clamp(-largest, largest).to(FP8)
     return (rounded.float() * scale).to(x.dtype)
 
 
 def round_inputs(model: nn.Module, linears: Mapping[str, Activations]) -> None:
-    """From now on `model` rounds the input of each linear, given by its live name."""
+    """Round the inputs of these linears (by live name) in all later forward passes of `model`."""
     for name, kind in linears.items():
 
         def hook(module: nn.Module, args: tuple[Any, ...], kind: Activations = kind) -> tuple[Any, ...]:
@@ -65,22 +65,22 @@ def round_inputs(model: nn.Module, linears: Mapping[str, Activations]) -> None:
 
 
 def to_float8(x: Tensor) -> Tensor:
-    """`x` as float8 e4m3 holds it, in its own dtype; what is beyond 448 becomes 448."""
+    """`x` rounded to float8 e4m3, in its own dtype; values beyond 448 become 448."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8).to(x.dtype)
 
 
-def cut_to_float8(x: Tensor) -> Tensor:
-    """The float8 e4m3 value next to `x` towards zero, in its own dtype: what vLLM 0.32's CPU build stores."""
+def truncate_to_float8(x: Tensor) -> Tensor:
+    """`x` truncated to float8 e4m3 (towards zero), in its own dtype, as vLLM 0.32's CPU build does."""
     inside = x.clamp(-FP8_MAX, FP8_MAX)
     nearest = inside.to(FP8)
-    beyond = nearest.float().abs() > inside.float().abs()
-    return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(FP8).to(x.dtype)
+    too_large = nearest.float().abs() > inside.float().abs()
+    return (nearest.view(torch.uint8) - too_large.to(torch.uint8)).view(FP8).to(x.dtype)
 
 
 def round_cache(model: nn.Module, gpu: bool) -> None:
-    """From now on every causal self-attention of `model` sees keys and values as a float8 cache holds them.
+    """Round keys and values like a float8 cache, in all causal self-attentions and later forward passes of `model`.
 
-    They are rounded where attention reads them, behind any rotation, on every pass, whether or not a cache is used.
+    They are rounded where attention reads them, after rotary embedding, in every pass, with or without a cache.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -96,9 +96,9 @@ def round_cache(model: nn.Module, gpu: bool) -> None:
 
 
 def _rounded_attention(attention: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
-    hold = to_float8 if gpu else cut_to_float8
+    store = to_float8 if gpu else truncate_to_float8
 
     def rounded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return attention(module, to_float8(query) if gpu else query, hold(key), hold(value), *args, **kwargs)
+        return attention(module, to_float8(query) if gpu else query, store(key), store(value), *args, **kwargs)
 
     return rounded

@@ -1,8 +1,8 @@
-"""The one numeric type: what a quantized linear is, before any file format.
+"""The quantized linear, independent of any file format: schemes, codes, scales, zero points, bit packing.
 
-Shapes are `[out, in]`; `groups = ceil(in / group_size)`. Integers are computed once, by a method; a format
-only translates them. Scales are rounded to the dtype they are stored in *before* codes are computed, so the
-reference `dequantize` sees exactly what a runtime sees.
+Shapes are `[out, in]`; `groups = ceil(in / group_size)`. A method computes the integers once; a format only rearranges
+them. Scales are rounded to their stored dtype *before* codes are computed, so the reference `dequantize` uses exactly
+the values that vLLM uses.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ Activations = Literal["int8", "fp8"]
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-FP8_LEAST = 1 / (512 * FP8_MAX)  # vLLM's least scale of a dynamic float8 row
+FP8_MIN_SCALE = 1 / (512 * FP8_MAX)  # vLLM's smallest scale of a dynamic float8 row
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear is stored.
+    """How one linear is quantized.
 
-    bits: 2 to 8, bits of one code.
-    group_size: columns that share a scale; "row" is one scale an output row, "tensor" one for all.
+    bits: bits per code, 2 to 8.
+    group_size: number of columns that share a scale; "row" is one scale per output row, "tensor" one for all.
     symmetric: the zero point is fixed at the middle code, `2**(bits-1)`.
     number: "int" (uniform integers) or "fp8" (float8 e4m3; 8 bits, symmetric, no zero point).
-    activations: None (weight only), or the dynamic per-token quantization the runtime applies to the input.
-        int8 goes with 8-bit integers, fp8 with float8 weights or with 4 bits (see `mixed`).
+    activations: None (weight only), or the dynamic per-token quantization of the input at run time. int8 requires 8-bit
+        integers; fp8 requires float8 weights or 4 bits (see `mixed`).
     """
 
     bits: int
@@ -51,20 +51,20 @@ class Scheme:
 
     @property
     def mixed(self) -> bool:
-        """4-bit integers that meet float8 inputs: the one pair of unlike types that a kernel multiplies (Hopper's)."""
+        """4-bit integer weights with float8 inputs, the only mixed types that a vLLM kernel multiplies (on Hopper)."""
         integers = self.bits == 4 and self.symmetric and self.number == "int"
         return self.activations == "fp8" and integers and self.group_size == 128
 
     def columns_per_group(self, columns: int) -> int:
-        """Columns sharing one scale in a linear of `columns` inputs."""
+        """Number of columns that share a scale in a linear of `columns` inputs."""
         return min(self.group_size, columns) if isinstance(self.group_size, int) else columns
 
     def groups(self, columns: int) -> int:
-        """Number of scales along one row, `ceil(in / group_size)`."""
+        """Number of scales per row, `ceil(in / group_size)`."""
         return -(-columns // self.columns_per_group(columns))
 
     def label(self) -> str:
-        """Short name used in tables: `W4 g128`, `W8 row A8`, `FP8 row`."""
+        """Short name for tables: `W4 g128`, `W8 row A8`, `FP8 row`."""
         name = "FP8" if self.number == "fp8" else f"W{self.bits}"
         group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
         extra = "" if self.symmetric else " asym"
@@ -77,7 +77,7 @@ class QuantizedLinear:
     """Codes, scales and zero points of one linear.
 
     codes: uint8 `[out, in]`, values `0..2**bits-1` (for fp8: the byte of each float8 e4m3 value).
-    scale: floating, `[out, groups]`, in the dtype the artifact stores ("tensor" schemes repeat one value).
+    scale: floating point, `[out, groups]`, in the dtype that the artifact stores ("tensor" schemes repeat one value).
     zero: uint8 `[out, groups]`; `2**(bits-1)` everywhere when symmetric; all 0 for fp8.
     """
 
@@ -91,21 +91,20 @@ class QuantizedLinear:
         return dequantize(self.codes, self.scale, self.zero, self.scheme).to(dtype)
 
     def as_served(self) -> Tensor:
-        """The float32 weight `[out, in]` that an engine multiplies by; `dequantize` but for `mixed` schemes.
+        """The float32 weight `[out, in]` that vLLM multiplies by: `dequantize`, except for `mixed` schemes.
 
-        vLLM's kernel for these has no 16-bit scales: it makes a float8 number of every scale, relative to the largest
-        of its row, and another of every product of scale and code (`convert_bf16_scales_to_fp8`, Cutlass'
-        `packed_scale_t`).
+        For these, vLLM's kernel has no 16-bit scales: it rounds every scale to float8, relative to the largest of its
+        row, and every product of scale and code too (`convert_bf16_scales_to_fp8`, Cutlass' `packed_scale_t`).
         """
         if not self.scheme.mixed:
             return self.dequantize()
         eighths, row = float8_scales(self.scale)
         signed = self.codes.float() - self.scheme.middle
-        products = signed.mul_(spread(eighths, self.codes.shape[1], self.scheme)).to(FP8)  # at most 8 eighths of 448
+        products = signed.mul_(expand_groups(eighths, self.codes.shape[1], self.scheme)).to(FP8)  # at most 448
         return products.float().mul_(8 * row)
 
     def split(self, rows: Sequence[int]) -> list["QuantizedLinear"]:
-        """The linears of `rows` output rows each that this one is made of."""
+        """Split a stacked linear into linears of `rows` output rows each."""
         parts = zip(
             self.codes.split(list(rows)), self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True
         )
@@ -116,51 +115,51 @@ class QuantizedLinear:
         return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
 
 
-def spread(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
+def expand_groups(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Repeat a per-group tensor `[out, groups]` to its columns, `[out, in]`; the last group may be short."""
     return per_group.repeat_interleave(scheme.columns_per_group(columns), dim=1)[:, :columns]
 
 
 def float8_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`scale` `[out, groups]` as `mixed` schemes are served: eighths of a float8 number, and a factor for each row.
+    """`scale` `[out, groups]` as vLLM rounds it for `mixed` schemes: eighths of a float8 number, and a factor per row.
 
-    Returns float32 `[out, groups]` (values of float8 e4m3) and `[out, 1]`; a scale is about `8 * eighths * row`.
+    Returns float32 `[out, groups]` (float8 e4m3 values) and `[out, 1]`; a scale is about `8 * eighths * row`.
     """
     wide = scale.float()
-    row = (wide.amax(dim=1, keepdim=True) / FP8_MAX).clamp_min(FP8_LEAST)
-    whole = (wide / row).clamp_max(FP8_MAX).to(FP8).float()
-    return (whole / 8).to(FP8).float(), row
+    row = (wide.amax(dim=1, keepdim=True) / FP8_MAX).clamp_min(FP8_MIN_SCALE)
+    rounded = (wide / row).clamp_max(FP8_MAX).to(FP8).float()
+    return (rounded / 8).to(FP8).float(), row
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Nearest codes (ties to even) of `weight` f32 `[out, in]` under `scale`, `zero` `[out, groups]`.
+    """Nearest codes (ties to even) of `weight` f32 `[out, in]` for `scale` and `zero` `[out, groups]`.
 
-    Returns uint8 `[out, in]`. A zero scale (an all-zero group) gives the zero point.
+    Returns uint8 `[out, in]`. A zero scale (of an all-zero group) gives the zero point.
     """
     columns = weight.shape[1]
-    steps = spread(scale.float(), columns, scheme)
-    nothing = steps == 0
-    ratio = (weight / steps).masked_fill_(nothing, 0.0)
-    del steps, nothing  # a matrix each
+    steps = expand_groups(scale.float(), columns, scheme)
+    empty = steps == 0
+    ratio = (weight / steps).masked_fill_(empty, 0.0)
+    del steps, empty  # each is as large as the weight
     if scheme.number == "fp8":
         return ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
-    return ratio.round_().add_(spread(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
+    return ratio.round_().add_(expand_groups(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """The float32 weight `[out, in]` that `codes` stand for."""
+    """The float32 weight `[out, in]` of `codes`."""
     columns = codes.shape[1]
     if scheme.number == "fp8":
-        return codes.view(FP8).float() * spread(scale.float(), columns, scheme)
-    weight = codes.float().sub_(spread(zero.float(), columns, scheme))
-    return weight.mul_(spread(scale.float(), columns, scheme))  # in place: never more than two matrices at once
+        return codes.view(FP8).float() * expand_groups(scale.float(), columns, scheme)
+    weight = codes.float().sub_(expand_groups(zero.float(), columns, scheme))
+    return weight.mul_(expand_groups(scale.float(), columns, scheme))  # in place, to hold at most two matrices
 
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """What the columns of a linear are rounded to, in the order in which they are walked.
+    """Scales and zero points of a linear's columns, in the order in which GPTQ quantizes them.
 
-    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
+    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, the group of each column.
     """
 
     scheme: Scheme
@@ -168,28 +167,28 @@ class ColumnGrid:
     zero: Tensor
     group: Tensor
 
-    def part(self, here: slice) -> "ColumnGrid":
-        """The grid of some columns."""
-        return ColumnGrid(self.scheme, self.scale, self.zero, self.group[here])
+    def part(self, columns: slice) -> "ColumnGrid":
+        """The grid of these columns."""
+        return ColumnGrid(self.scheme, self.scale, self.zero, self.group[columns])
 
-    def spread(self) -> tuple[Tensor, Tensor, Scheme]:
-        """Scale and zero of every column, `[out, in]`, and the scheme with one a column: as `quantize` takes them."""
+    def expanded(self) -> tuple[Tensor, Tensor, Scheme]:
+        """Scale and zero of every column, `[out, in]`, and the scheme with groups of 1, for `quantize`."""
         single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
         return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
 
     @property
     def steps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero and group: what a kernel is told."""
+        """Scale, zero and group: the arguments of a kernel."""
         return self.scale, self.zero, self.group
 
     @property
     def has_kernels(self) -> bool:
-        """Whether Triton's kernels can round to it."""
+        """Whether Triton's kernels support it: on a CUDA device, with integers."""
         return self.scale.is_cuda and self.scheme.number == "int"
 
 
 def packed_words(count: int, bits: int) -> int:
-    """Words of 32 bits in one row of what `pack_bits` makes of `count` codes."""
+    """Number of 32-bit words in a row of `pack_bits` with `count` codes."""
     return -(-count * bits // 32)
 
 
@@ -223,9 +222,9 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """How codes lie across bytes: `period` codes fill `octets` bytes exactly, and then the pattern repeats.
+    """How codes overlap bytes: `period` codes fill exactly `octets` bytes, then the pattern repeats.
 
-    Returns period, octets and every `(code, octet, left shift of the code)` of the pair that shares bits.
+    Returns period, octets, and `(code, octet, left shift of the code)` for every pair that shares bits.
     """
     period, octets = 8 // gcd(8, bits), bits // gcd(8, bits)
     pairs = [(code, octet, code * bits - octet * 8) for code in range(period) for octet in range(octets)]
@@ -233,5 +232,5 @@ def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
 
 
 def _shifted(octets: Tensor, left: int) -> Tensor:
-    """Bytes shifted left, or right when negative; bits that leave the byte are lost."""
+    """Bytes shifted left, or right when negative; bits outside of the byte are dropped."""
     return octets << left if left >= 0 else octets >> -left

@@ -1,6 +1,6 @@
-"""Triton kernel of the range search: a group's weights are read once and every range is tried in registers.
+"""Triton kernel of the range search: reads a group's weights once, and tries every range in registers.
 
-Imported only where there is a CUDA device, since Triton comes with it.
+Imported only with a CUDA device, because Triton is installed with it.
 """
 
 # mypy: ignore-errors
@@ -10,18 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-ROWS = 16  # rows of one program, at most
-HELD = 4096  # weights that the threads of four warps hold between them without spilling
+ROWS = 16  # largest number of rows per program
+HELD = 4096  # weights that four warps hold in registers without spilling
 
 
 @triton.jit
 def _within(low, high, part, levels, middle, least, smallest, largest, scale, SYMMETRIC: tl.constexpr):
-    """Scale, as `ranges._stored` makes it, and zero point of `part` of each row's full range."""
+    """Scale, rounded like `ranges._stored`, and zero point for `part` of each row's full range."""
     if SYMMETRIC:
         size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
     else:
         size = tl.div_rn((high - low) * part, levels)
-    small = tl.maximum(tl.ceil(size * (1.0 / least)), 1.0) * least  # a power of two: nothing is rounded
+    small = tl.maximum(tl.ceil(size * (1.0 / least)), 1.0) * least  # `least` is a power of two, so this does not round
     size = tl.minimum(tl.where(size < smallest, small, size), largest).to(scale.dtype.element_ty).to(tl.float32)
     if SYMMETRIC:
         point = size * 0.0 + middle
@@ -31,14 +31,14 @@ def _within(low, high, part, levels, middle, least, smallest, largest, scale, SY
 
 
 @triton.jit
-def _off(value, size, point, levels):
-    """Error of every weight, rounded with its row's scale and zero point."""
+def _differences(value, size, point, levels):
+    """Rounding error of every weight with its row's scale and zero point."""
     code = libdevice.rint(tl.div_rn(value, size[:, None] + value * 0.0)) + point[:, None]
     code = tl.minimum(tl.maximum(code, 0.0), levels)
     return (code - point[:, None]) * size[:, None] - value
 
 
-@triton.jit(do_not_specialize=("rows", "groups"))  # one compilation, of seconds, does for all
+@triton.jit(do_not_specialize=("rows", "groups"))  # one compilation, which takes seconds, covers all values
 def _search(
     weight,
     importance,
@@ -63,26 +63,26 @@ def _search(
 ):
     row, group, offset = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1), tl.arange(0, W)
     column = group * G + offset
-    own = (offset < G) & (column < columns)
+    valid = (offset < G) & (column < columns)
     at = row[:, None].to(tl.int64) * columns + column[None, :]
-    value = tl.load(weight + at, mask=(row[:, None] < rows) & own[None, :], other=0.0)
+    value = tl.load(weight + at, mask=(row[:, None] < rows) & valid[None, :], other=0.0)
     if MEASURE == "weighted":
-        counts = tl.load(importance + column, mask=own, other=0.0)[None, :]
+        counts = tl.load(importance + column, mask=valid, other=0.0)[None, :]
     if MEASURE == "together":
         square = column[:, None].to(tl.int64) * columns + column[None, :]
-        block = tl.load(hessian + square, mask=own[:, None] & own[None, :], other=0.0)
+        block = tl.load(hessian + square, mask=valid[:, None] & valid[None, :], other=0.0)
     low, high = tl.minimum(tl.min(value, axis=1), 0.0), tl.maximum(tl.max(value, axis=1), 0.0)
     best, best_scale, best_zero = tl.full((R,), float("inf"), tl.float32), low * 0.0, low * 0.0
     for step in range(steps):
         part = 1.0 - shrink * step
         size, point = _within(low, high, part, levels, middle, least, smallest, largest, scale, SYMMETRIC)
-        off = _off(value, size, point, levels)
+        difference = _differences(value, size, point, levels)
         if MEASURE == "together":
-            error = tl.sum(tl.dot(off, block, input_precision="tf32x3") * off, axis=1)
+            error = tl.sum(tl.dot(difference, block, input_precision="tf32x3") * difference, axis=1)
         elif MEASURE == "weighted":
-            error = tl.sum(off * off * tl.sqrt(tl.abs(off)) * counts, axis=1)
+            error = tl.sum(difference * difference * tl.sqrt(tl.abs(difference)) * counts, axis=1)
         else:
-            error = tl.sum(off * off, axis=1)
+            error = tl.sum(difference * difference, axis=1)
         better = (error < best) | (step == 0)
         best = tl.where(better, error, best)
         best_scale, best_zero = tl.where(better, size, best_scale), tl.where(better, point, best_zero)
@@ -106,11 +106,11 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
 
-    least: the smallest scale of `dtype`, a power of two. shrink: how much narrower each of the `steps` ranges is than
-    the one before, as a share of the first.
-    hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its part of the diagonal, and a
-    group has from 16 to `ranges.BLOCK_WIDTH` columns. A card whose shared memory is too small for that (147 kB at 128
-    columns: an H100 and an A100 have it) raises Triton's `OutOfResources`.
+    least: the smallest scale of `dtype`, a power of two. shrink: by how much each of the `steps` ranges is narrower
+    than the previous one, as a share of the full range. hessian: f32 `[in, in]`. With it, the error of a group with
+    differences d is `d H d^T`, where H is the group's diagonal block, and groups must have 16 to `ranges.BLOCK_WIDTH`
+    columns. Triton raises `OutOfResources` on GPUs with too little shared memory (147 kB for 128 columns; H100 and A100
+    have enough).
     """
     rows, columns = weight.shape
     groups = triton.cdiv(columns, width)

@@ -1,4 +1,4 @@
-"""Recipe + family + checkpoint headers -> what becomes of every tensor: packed how, dequantized, or kept and why."""
+"""Decides for every checkpoint tensor, from recipe and headers, whether it is packed, stored dequantized, or kept."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,16 +12,17 @@ from exporter.model.families import Component, Family
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe import Recipe, Rule
 
-LISTED = 5  # problems of one kind that are written out
+MAX_LISTED = 5  # problems of one kind that an error lists
 Decision = Literal["packed", "dequantized", "kept"]
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One tensor of the checkpoint and what becomes of it.
+    """One tensor of the checkpoint and the decision about it.
 
-    component: the part of the model it belongs to ("" for embeddings, norms of the whole model, heads).
-    block: checkpoint prefix of its block. reason: why it is kept. bytes_after: what it takes in the artifact.
+    component: the part of the model that the tensor belongs to ("" for embeddings, heads and norms outside of
+    components). block: checkpoint prefix of its block. linear: name of the linear inside the block. rule: the recipe
+    rule that quantizes it. reason: why it is not packed. bytes_after: its size in the artifact.
     """
 
     tensor: TensorInfo
@@ -35,7 +36,7 @@ class PlanRow:
 
     @property
     def scheme(self) -> Scheme | None:
-        """How it is quantized, None when kept."""
+        """The quantization scheme; None when the tensor is kept."""
         return self.rule.scheme() if self.rule else None
 
     @property
@@ -45,7 +46,7 @@ class PlanRow:
 
 
 def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list[PlanRow], set[int], list[str]]:
-    """A row for every tensor, the indices of the rules that matched something, and what is wrong."""
+    """A row for every tensor, the indices of the rules that match a linear, and a list of problems."""
     problems: list[str] = []
     places = _places(checkpoint, family, problems)
     rows, used = [], set()
@@ -66,7 +67,10 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list
 
 
 def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
-    """Module -> (component, block index, relative name) of every linear that runs; all must be in the header."""
+    """Module name -> (component, block index, name inside the block) of every linear that a forward pass runs.
+
+    Appends a problem for every linear without a 16- or 32-bit matrix in the checkpoint.
+    """
     places = {}
     wrong = []
     for component in family.components:
@@ -75,12 +79,12 @@ def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict
                 module = component.module(i, linear)
                 info = checkpoint.tensors.get(f"{module}.weight")
                 if info is None or len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-                    found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
-                    wrong.append(f"{module}.weight: expected a 16 or 32 bit matrix, the checkpoint has {found}")
+                    actual = f"has {info.dtype} {list(info.shape)}" if info else "does not have it"
+                    wrong.append(f"{module}.weight: expected a 16-bit or 32-bit matrix, but the checkpoint {actual}")
                 places[module] = (component, i, linear)
-    problems += wrong[:LISTED]
-    if len(wrong) > LISTED:
-        problems.append(f"and {len(wrong) - LISTED} more of the same kind")
+    problems += wrong[:MAX_LISTED]
+    if len(wrong) > MAX_LISTED:
+        problems.append(f"and {len(wrong) - MAX_LISTED} more of the same kind")
     return places
 
 
@@ -105,28 +109,28 @@ def _linear_row(
 ) -> PlanRow:
     row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
-        return replace(row, reason="the recipe keeps it at 16 bits" if rule else "no rule of the recipe names it")
+        return replace(row, reason="the recipe keeps it in 16 bits" if rule else "no rule of the recipe matches it")
     if component.without_data and METHODS[rule.method].Statistics:
         problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
-        reason = f"values of few bits, stored in 16: {component.unpackable or 'the recipe asks for it'}"
+        reason = f"quantized values, stored in 16 bits: {component.unpackable or 'the recipe has store: dequantized'}"
         return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
     scheme = rule.scheme()
     assert scheme is not None
     if component.unpackable and rule.store != "plugin":
-        ways = "remove the rule, or add `store: dequantized`, or `store: plugin` for a vLLM with mmq's plugin"
-        problems.append(f"component '{component.name}': {component.unpackable}; {ways}")
+        remedy = "remove the rule, or add `store: dequantized`, or `store: plugin` for a vLLM with mmq's plugin"
+        problems.append(f"component '{component.name}': {component.unpackable}; {remedy}")
     if rule.store == "plugin" and not component.unpackable:
-        problems.append(f"component '{component.name}' needs no plugin to be served: leave out `store: plugin`")
+        problems.append(f"component '{component.name}' needs no plugin in vLLM: remove `store: plugin`")
     if component.formats and format_name not in component.formats:
-        usable = ", ".join(component.formats)
+        supported = ", ".join(component.formats)
         problems.append(
-            f"component '{component.name}': vLLM loads it packed only in format {usable}, not {format_name}"
+            f"component '{component.name}': vLLM loads it packed only in format {supported}, not {format_name}"
         )
-    refused = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
-    if refused:
-        problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refused}")
+    refusal = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
+    if refusal:
+        problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refusal}")
         return replace(row, decision="packed", rule=rule)
     scale_bytes = stored_scale_dtype(tensor.dtype).itemsize
     size = FORMATS[format_name].stored_bytes(scheme, tensor.shape[1], tensor.shape[0], scale_bytes)
@@ -134,7 +138,7 @@ def _linear_row(
 
 
 def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
-    """Scales are stored in the checkpoint's 16-bit dtype (float32 checkpoints get bfloat16 scales)."""
+    """Dtype of stored scales: that of a 16-bit weight, bfloat16 for float32 weights."""
     return weight if weight.itemsize == 2 else torch.bfloat16
 
 
@@ -146,5 +150,5 @@ def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:
     if tensor.name.endswith(".bias"):
         return "bias"
     if "embed" in tensor.name:
-        return "embedding: no configuration makes vLLM load it packed"
-    return "norm" if len(tensor.shape) == 1 else "not a linear that mmq quantizes"
+        return "embedding: vLLM cannot load it packed"
+    return "norm" if len(tensor.shape) == 1 else "mmq does not quantize this linear"

@@ -1,7 +1,7 @@
-"""Predicted peak memory of quantizing, from shapes alone.
+"""Predicts the peak memory of quantizing, from tensor shapes alone.
 
-The terms are those that `calibrate` really holds at once; docs/measurements/quantization-time.md compares them with
-measured peaks.
+The terms are the tensors that `calibrate` holds at the same time; docs/measurements/quantization-time.md compares the
+predictions with measured peaks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,21 +14,22 @@ from exporter.model.families.family import Config
 from exporter.numerics.inverse_cholesky import PANEL
 from exporter.planning.recipe import Calibration
 
-SQUARE_BYTES = 4  # float32: a square matrix of the inputs; a Hessian, or its factor
-HALF_BYTES = 2  # bfloat16
-STRIP_BYTES = 3 * 4 * PANEL  # strips of the factorization, for every input
-FLOAT_BYTES = 4  # of every weight: float32
-CODE_BYTES = 1  # of every weight: its code
-ROUND_BYTES = 9  # of every weight while all are rounded at once: steps, where these are 0, the ratio
-REPORT_BYTES = 14  # of every weight of one linear, for its error: what it became, the difference, products
-SMOOTH_BYTES = 28  # of every weight of one linear: what a candidate for scales makes of it
+SQUARE_BYTES = 4  # per element of an [in, in] matrix: a float32 Hessian or its factor
+HALF_BYTES = 2  # per bfloat16 element
+STRIP_BYTES = 3 * 4 * PANEL  # per input: strips of the factorization
+FLOAT_BYTES = 4  # per weight: its float32 value
+CODE_BYTES = 1  # per weight: its code
+ROUND_BYTES = 9  # per weight while all are rounded at once: the scales, a mask of zero scales, the ratios
+REPORT_BYTES = 14  # per weight of one linear, to compute its error: the dequantized weight, the difference, products
+SMOOTH_BYTES = 28  # per weight of one linear: the temporaries of one candidate for the column scales
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peaks in bytes of quantizing, on the compute device. largest: what takes device_bytes.
+    """Predicted peaks of quantizing, in bytes on the compute device.
 
-    activation_bytes: inputs of a block, of all samples, which are kept from block to block.
+    device_bytes: the highest peak. largest: the phase that has it. activation_bytes: the block inputs of all samples,
+    which stay in memory from block to block.
     """
 
     device_bytes: int
@@ -44,10 +45,10 @@ def predict_memory(
     statistics: Mapping[str, bool],
     device: Device,
 ) -> Memory:
-    """Peaks of quantizing the `planned` components: those named in `statistics` are calibrated, the others need the
-    linears that share an input at a time.
+    """Predict the peaks of quantizing the `planned` components.
 
-    statistics: whether a method moves scales between the component's linears.
+    statistics: components that are calibrated -> whether a method moves scales between their linears. The other
+    components hold only the linears that share an input at a time.
     """
     itemsize = 2 if device.is_cuda else 4
     peaks = {"one block": 0}
@@ -61,59 +62,63 @@ def predict_memory(
             continue
         size = FLOAT_BYTES if component.blocks.startswith(family.float32) else itemsize
         tokens = component.tokens(checkpoint.config)
-        kept = calibration.samples * (tokens * phases[0][0] + component.context(checkpoint.config)) * size
-        masks = calibration.samples * tokens * tokens if any(way.padded for way in component.passes) else 0
+        inputs = calibration.samples * (tokens * phases[0][0] + component.context(checkpoint.config)) * size
+        masks = calibration.samples * tokens * tokens if any(entry.padded for entry in component.passes) else 0
         batch = calibration.batch * pass_elements(checkpoint.tensors, component, checkpoint.config) * size
         block = _block_elements(checkpoint, component, 0) * size
         solve = _solve(phases, True, device)
-        if statistics[component.name]:  # codes with scales and without, those of the block before; the block as it was
+        if statistics[component.name]:  # codes with and without folded scales, codes of the last block, original block
             solve = max(solve, 3 * CODE_BYTES * _weights(phases) + _smooth(phases)) + block
         upstream = _upstream(checkpoint, family, component) * itemsize
-        peaks[f"{component.name}: statistics of one block"] = kept + masks + block + max(batch, solve)
-        peaks[f"{component.name}: upstream forward"] = kept + upstream + batch
-        activations = max(activations, kept)
+        peaks[f"{component.name}: statistics of one block"] = inputs + masks + block + max(batch, solve)
+        peaks[f"{component.name}: upstream forward"] = inputs + upstream + batch
+        activations = max(activations, inputs)
     largest = max(peaks, key=lambda name: peaks[name])
     return Memory(peaks[largest], activations, largest)
 
 
 def _solve(phases: Sequence[tuple[int, Sequence[int]]], calibrated: bool, device: Device) -> int:
-    """Peak of quantizing one block beside its weights, phase by phase.
+    """Peak bytes of quantizing one block phase by phase, without the block's own weights.
 
-    The codes of earlier phases stay until the block is done, and those of the block before until they are written.
+    The codes of earlier phases stay until the block is finished, and those of the previous block until they are
+    written.
     """
-    peaks, before = [], _weights(phases)
+    peaks, codes = [], _weights(phases)
     for width, sizes in phases:
-        peaks.append(CODE_BYTES * before + _quantize(width if calibrated else 0, sizes, device))
-        before += sum(sizes)
+        peaks.append(CODE_BYTES * codes + _quantize(width if calibrated else 0, sizes, device))
+        codes += sum(sizes)
     return max(peaks)
 
 
 def _quantize(width: int, sizes: Sequence[int], device: Device) -> int:
-    """Peak of quantizing linears of `sizes` weights that share `width` inputs (0: without a Hessian), beside the block.
+    """Peak bytes of quantizing linears that share an input, without the block's own weights.
 
-    Weights are held in float32, linears that share an input also stacked.
+    width: the number of inputs, 0 when no Hessian is used. sizes: the number of weights of each linear. Weights are
+    weights in float32; linears that share an input are also weights concatenated.
     """
     count, square = sum(sizes), width * width
-    held = FLOAT_BYTES * count * (2 if len(sizes) > 1 else 1)
+    weights = FLOAT_BYTES * count * (2 if len(sizes) > 1 else 1)
     if not width:
-        return held + ROUND_BYTES * count
+        return weights + ROUND_BYTES * count
     half = HALF_BYTES if device.is_cuda else FLOAT_BYTES
-    spread = 0 if device.is_cuda else FLOAT_BYTES * count  # where no kernel does it, scales are written out
-    factor = held + 2 * SQUARE_BYTES * square + STRIP_BYTES * width
-    walk = held + 2 * SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + spread
-    descent = held + (SQUARE_BYTES + half) * square + (FLOAT_BYTES + CODE_BYTES + half) * count + spread
+    expanded_scales = (
+        0 if device.is_cuda else FLOAT_BYTES * count
+    )  # without a kernel, scales are expanded to every weight
+    factor = weights + 2 * SQUARE_BYTES * square + STRIP_BYTES * width
+    column_loop = weights + 2 * SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + expanded_scales
+    descent = weights + (SQUARE_BYTES + half) * square + (FLOAT_BYTES + CODE_BYTES + half) * count + expanded_scales
     report = SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + REPORT_BYTES * max(sizes)
-    return max(factor, walk, descent, report)
+    return max(factor, column_loop, descent, report)
 
 
 def _smooth(phases: Sequence[tuple[int, Sequence[int]]]) -> int:
-    """Peak of a search for scales: every Hessian at once, and what a candidate makes of one linear."""
+    """Peak bytes of a search for column scales: all Hessians, and one candidate's temporaries for one linear."""
     squares = SQUARE_BYTES * sum(width * width for width, _ in phases)
     return squares + max(SMOOTH_BYTES * max(sizes) + FLOAT_BYTES * sum(sizes) for _, sizes in phases)
 
 
 def pass_elements(tensors: Mapping[str, TensorInfo], component: Component, config: Config) -> int:
-    """Elements that one sample's forward pass through a block of `component` holds at its widest point.
+    """The largest number of elements that a forward pass of one sample through a block of `component` holds.
 
     Attention: its input, the normed input, queries, keys, values (repeated for every head that shares them), output
     and sum. Feed-forward: its input, sum and normed sum beside two branches and their product.
@@ -124,6 +129,7 @@ def pass_elements(tensors: Mapping[str, TensorInfo], component: Component, confi
 
 
 def _weights(phases: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """The number of weights of all phases."""
     return sum(sum(sizes) for _, sizes in phases)
 
 
@@ -132,7 +138,7 @@ def _phases(checkpoint: Checkpoint, component: Component) -> list[tuple[int, lis
 
 
 def _phases_of(tensors: Mapping[str, TensorInfo], component: Component, config: Config) -> list[tuple[int, list[int]]]:
-    """(inputs, how many weights each has) of each group of linears of the first block that share an input."""
+    """(number of inputs, weights of each linear) for each group of the first block's linears that share an input."""
     phases = []
     for phase in component.phases:
         names = [f"{component.module(0, linear)}.weight" for linear in phase if component.has(config, 0, linear)]
@@ -143,12 +149,13 @@ def _phases_of(tensors: Mapping[str, TensorInfo], component: Component, config: 
 
 
 def _block_elements(checkpoint: Checkpoint, component: Component, index: int) -> int:
+    """Elements of all tensors of block `index`."""
     prefix = component.block(index) + "."
     return sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(prefix))
 
 
 def _upstream(checkpoint: Checkpoint, family: Family, component: Component) -> int:
-    """Elements of everything that runs before the component's first block."""
+    """Elements of all tensors that are used before the component's first block."""
     names = [other.name for other in family.components]
     before = family.components[: names.index(component.name)]
     prefixes = tuple(other.blocks.partition(".")[0] + "." for other in before)

@@ -1,7 +1,7 @@
-"""How a whole model is held while it answers: in which numbers, how many samples at a time, whole or block by block.
+"""Chooses how a whole model is held for inference: dtype, batch size, and whole or block by block.
 
-The first way that fits into free memory is taken. On a GPU: whole, in the checkpoint's own numbers; else block by
-block, each fetched from the files for every pass. On a CPU: whole in float32; whole in bfloat16; block by block.
+The first placement that fits into free memory is used. On a GPU: whole in the checkpoint's dtype, then block by block
+(every pass loads each block from the files). On a CPU: whole in float32, whole in bfloat16, block by block.
 """
 
 from dataclasses import dataclass, replace
@@ -16,10 +16,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Placement:
-    """A way to hold a model.
+    """How a model is held in memory.
 
-    batch: samples at a time. streamed: blocks come and go. bytes: what weights and a batch take together.
-    fits: whether free memory holds that. note: how it differs from what was asked for, and why; empty when it does not.
+    dtype: of the weights. batch: samples per forward pass. streamed: whether blocks are loaded when they run and freed
+    afterwards. bytes: weights and one batch together. fits: whether that is within free memory. note: how the placement
+    differs from the requested one, and why; empty when it does not differ.
     """
 
     dtype: torch.dtype
@@ -30,42 +31,42 @@ class Placement:
     note: str = ""
 
 
-def place(model: WholeModel, stored: torch.dtype, device: Device, room: int, batch: int) -> Placement:
-    """The first way that fits; when none does, the smallest one, which says so.
+def choose_placement(model: WholeModel, stored: torch.dtype, device: Device, room: int, batch: int) -> Placement:
+    """The first placement that fits into free memory; when none does, the smallest one, with `fits` False.
 
-    stored: dtype of the checkpoint's linears. room: free bytes of the device's memory. batch: the most samples at once.
+    stored: dtype of the checkpoint's linears. room: free bytes of the device's memory. batch: the largest batch size.
     """
     dtype = device.compute_dtype(stored)
-    usual = _way(model, dtype, batch)
-    ways = (
+    requested = _placement(model, dtype, batch)
+    candidates = (
         [(dtype, False), (dtype, True)] if device.is_cuda else [(dtype, False), (torch.bfloat16, False), (dtype, True)]
     )
-    for numbers, streamed in ways:
-        most = min(batch, model.batch_within(room, numbers.itemsize, streamed))
-        if most:
-            chosen = _way(model, numbers, most, streamed)
+    for candidate, streamed in candidates:
+        largest = min(batch, model.batch_within(room, candidate.itemsize, streamed))
+        if largest:
+            placement = _placement(model, candidate, largest, streamed)
             break
     else:
-        chosen = replace(_way(model, dtype, 1, streamed=True), fits=False)
-    return replace(chosen, note=_note(usual, chosen, device, room))
+        placement = replace(_placement(model, dtype, 1, streamed=True), fits=False)
+    return replace(placement, note=_note(requested, placement, device, room))
 
 
-def _way(model: WholeModel, dtype: torch.dtype, batch: int, streamed: bool = False) -> Placement:
+def _placement(model: WholeModel, dtype: torch.dtype, batch: int, streamed: bool = False) -> Placement:
     size = model.weight_bytes(dtype.itemsize, streamed) + batch * model.sample_bytes(dtype.itemsize)
     return Placement(dtype, batch, streamed, size)
 
 
-def _note(usual: Placement, chosen: Placement, device: Device, room: int) -> str:
-    """The difference between two ways in words."""
+def _note(requested: Placement, placement: Placement, device: Device, room: int) -> str:
+    """A sentence about how `placement` differs from `requested`; empty when it does not."""
     changes = []
-    if chosen.dtype != usual.dtype:
-        changes.append(f"in {str(chosen.dtype).removeprefix('torch.')}")
-    if chosen.streamed:
+    if placement.dtype != requested.dtype:
+        changes.append(f"in {str(placement.dtype).removeprefix('torch.')}")
+    if placement.streamed:
         changes.append("block by block, which is slow")
-    if chosen.batch != usual.batch:
-        changes.append("one sample at a time" if chosen.batch == 1 else f"{chosen.batch} samples at a time")
+    if placement.batch != requested.batch:
+        changes.append("one sample at a time" if placement.batch == 1 else f"{placement.batch} samples at a time")
     if not changes:
         return ""
-    need = f"{usual.bytes / GIB:.1f} GiB for {usual.batch} samples at a time and {room / GIB:.1f} GiB are free"
-    said = f"the whole model takes {need} on {device.name}: it runs {', '.join(changes)}"
-    return said if chosen.fits else f"{said}, and even that takes {chosen.bytes / GIB:.1f} GiB"
+    need = f"{requested.bytes / GIB:.1f} GiB for {requested.batch} samples at a time and {room / GIB:.1f} GiB are free"
+    note = f"the whole model needs {need} on {device.name}: it runs {', '.join(changes)}"
+    return note if placement.fits else f"{note}, and even that needs {placement.bytes / GIB:.1f} GiB"

@@ -1,6 +1,6 @@
-"""Recipe + family + checkpoint headers + device -> an explicit decision for every tensor, in seconds.
+"""The `Plan`: a decision for every tensor with units of work, predicted memory and steps. `make_plan` computes it.
 
-Every mistake a user can make in choosing is found here, before the first tensor is read.
+It takes seconds and reads only tensor headers. PlanError reports every problem of the recipe before a tensor is read.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from exporter.planning.decisions import PlanRow, decide, stored_scale_dtype
 from exporter.planning.memory import Memory, predict_memory
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import Step, predict_steps
-from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import Linear, cache_problems, lint
 
 __all__ = ["Plan", "PlanRow", "Unit", "engine_linears", "make_plan", "stored_scale_dtype"]
@@ -25,7 +25,7 @@ __all__ = ["Plan", "PlanRow", "Unit", "engine_linears", "make_plan", "stored_sca
 
 @dataclass(frozen=True)
 class Unit:
-    """One block's worth of work: quantized together, stored in one file."""
+    """The linears of one block that are quantized together and stored in one file."""
 
     index: int
     component: str
@@ -34,18 +34,18 @@ class Unit:
 
     @property
     def file(self) -> str:
-        """Name of its file in the work folder."""
+        """Name of the unit's file in the work folder."""
         return f"{self.index:03d}-{self.block}.safetensors"
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether a method in it wants calibration data."""
+        """Whether a method of the unit needs calibration data."""
         return any(row.rule and METHODS[row.rule.method].Statistics is not None for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. rows: one for every tensor of the checkpoint, in header order. steps: what each takes."""
+    """The plan of an export. rows: one per checkpoint tensor, in header order. steps: predicted memory and seconds."""
 
     recipe: Recipe
     family: Family
@@ -58,27 +58,27 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole checkpoint."""
+        """Number of parameters of the whole checkpoint."""
         return sum(row.tensor.size for row in self.rows)
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of tensors in the source."""
+        """Bytes of the source's tensors."""
         return sum(row.tensor.bytes for row in self.rows)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of tensors in the artifact, scales and zero points counted."""
+        """Bytes of the artifact's tensors, including scales and zero points."""
         return sum(row.bytes_after for row in self.rows)
 
     @property
     def bits_per_weight(self) -> float:
-        """Artifact bits over all parameters, kept tensors and scales counted."""
+        """Bits of the artifact's tensors per parameter, including kept tensors and scales."""
         return 8 * self.bytes_after / self.parameters
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any unit wants calibration data."""
+        """Whether any unit needs calibration data."""
         return any(unit.needs_statistics for unit in self.units)
 
     def of(self, component: str) -> tuple[PlanRow, ...]:
@@ -87,48 +87,49 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
-    """Decide every tensor; PlanError lists all problems at once."""
+    """Decide every tensor; PlanError lists all problems."""
     if family.name != recipe.model.family:
         raise PlanError(
-            f"recipe '{recipe.name}' is for family {recipe.model.family}, the model is {family.name}",
+            f"recipe '{recipe.name}' is for family {recipe.model.family}, but the model's family is {family.name}",
             "`mmq recipes` lists the recipes of each family",
         )
     refuse_misfit(checkpoint, family)
     rows, used, problems = decide(recipe, checkpoint, family)
     problems += [
-        f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters leave none"
+        f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters exclude it"
         for i, rule in enumerate(recipe.quantize)
         if i not in used
     ]
     problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
-    together = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
-    problems += [f"format {recipe.format}: {together}"] if together else []
+    conflict = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
+    problems += [f"format {recipe.format}: {conflict}"] if conflict else []
     packed = any(row.decision == "packed" for row in rows)
     problems += cache_problems(recipe.kv_cache, recipe.format, FORMATS[recipe.format].KV_CACHES, packed)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
     units = _units(rows, family, checkpoint)
-    chosen = [(row.component, row.rule.method) for row in rows if row.rule]
-    statistics = dict(sorted((name, m in SMOOTHERS) for name, m in chosen if METHODS[m].Statistics))  # True comes last
-    planned = {name for name, _ in chosen}
+    methods = [(row.component, row.rule.method) for row in rows if row.rule]
+    # Sorting puts True last, so that a component with any smoothing method gets True.
+    statistics = dict(sorted((name, m in SMOOTHERS) for name, m in methods if METHODS[m].Statistics))
+    planned = {name for name, _ in methods}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
-    warnings = (*_of_source(checkpoint), *_warnings(recipe, family, rows))
+    warnings = (*_source_notes(checkpoint), *_warnings(recipe, family, rows))
     return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings)
 
 
 def engine_linears(rows: Iterable[PlanRow], family: Family) -> list[Linear]:
-    """The planned linears as the serving engine sees them."""
-    found = [(row, row.scheme if row.decision == "packed" else None) for row in rows if row.linear]
+    """The checkpoint's block linears as vLLM builds them, with their schemes (None when not packed)."""
+    linears = [(row, row.scheme if row.decision == "packed" else None) for row in rows if row.linear]
     return [
         Linear(family.runtime_name(row.module), family.engine_name(row.module), row.tensor.shape, scheme)
-        for row, scheme in found
+        for row, scheme in linears
     ]
 
 
 def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple[Unit, ...]:
-    """Blocks with something to quantize, in data order (a header may list its tensors in any order)."""
+    """A unit for each block with linears to quantize, in data order (headers can list tensors in any order)."""
     blocks: dict[str, dict[str, PlanRow]] = {}
     for row in rows:
         if row.decision != "kept":
@@ -136,27 +137,31 @@ def _units(rows: list[PlanRow], family: Family, checkpoint: Checkpoint) -> tuple
     units: list[Unit] = []
     for component in family.components:
         for i in range(component.used(checkpoint.config)):
-            found = blocks.get(component.block(i))
-            if found:
-                ordered = tuple(found[linear] for linear in component.linears if linear in found)
+            block_rows = blocks.get(component.block(i))
+            if block_rows:
+                ordered = tuple(block_rows[linear] for linear in component.linears if linear in block_rows)
                 units.append(Unit(len(units), component.name, component.block(i), ordered))
     return tuple(units)
 
 
-def _of_source(checkpoint: Checkpoint) -> list[str]:
-    """What the plan says of stored tensors that it leaves out, and of an adapter that it merges."""
+def _source_notes(checkpoint: Checkpoint) -> list[str]:
+    """Notes about stored tensors that the artifact leaves out, and about a merged adapter."""
     names = checkpoint.ignored
-    rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    left = [f"left out of the artifact: {names[0]}{rest}, which models compute from the config"] if names else []
-    return left + ([checkpoint.adapter.note()] if checkpoint.adapter else [])
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    omitted = [f"left out of the artifact: {names[0]}{more}, which models compute from the config"] if names else []
+    return omitted + ([checkpoint.adapter.note()] if checkpoint.adapter else [])
 
 
 def _warnings(recipe: Recipe, family: Family, rows: list[PlanRow]) -> tuple[str, ...]:
-    found = [family.unserved] if family.unserved else []
+    """Warnings about how the artifact can be served, and about calibration on the built-in drawings."""
+    warnings = [family.unserved] if family.unserved else []
     if recipe.calibration.data == ("drawings",):
-        found.append("built-in drawings calibrate it and judge its answers, not its captions: pass --data for your own")
+        warnings.append(
+            "it is calibrated on the built-in drawings, which evaluate its answers but not its captions: pass --data "
+            "to use your own data"
+        )
     schemes = {(row.component, row.scheme) for row in rows if row.decision == "packed" and row.scheme}
     for component, scheme in sorted(schemes, key=str):
-        if scheme and not family.unserved and (needs := serving(scheme, recipe.format).needs()):
-            found.append(f"{component} {scheme.label()}: {needs} to be served")
-    return tuple(found)
+        if scheme and not family.unserved and (requirement := serving_kernels(scheme, recipe.format).requirement()):
+            warnings.append(f"{component} {scheme.label()}: {requirement} to be served")
+    return tuple(warnings)

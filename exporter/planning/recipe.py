@@ -1,6 +1,6 @@
-"""Recipes as data: which component gets which method and bits, how to calibrate, which format, which gates.
+"""Recipes as validated data: which component gets which method and bits, the calibration, the format and the gates.
 
-Rules are tried in order; the first that matches a linear wins. `recipe_file.py` reads them from YAML.
+The first rule that matches a linear applies. `recipe_file.py` reads recipes from YAML.
 """
 
 import hashlib
@@ -22,22 +22,23 @@ Third = Literal["front", "middle", "end"]
 
 
 class Strict(BaseModel):
-    """Frozen, and unknown keys are errors."""
+    """Base of all recipe sections: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def known(value: str, registry: Any, what: str) -> str:
+def require_known(value: str, registry: Any, what: str) -> str:
+    """The value itself; ValueError with the allowed names when the registry does not have it."""
     if value not in registry:
         raise ValueError(f"unknown {what} '{value}'.{did_you_mean(value, registry)} ({', '.join(sorted(registry))})")
     return value
 
 
 class Model(Strict):
-    """Which checkpoint: a hub id, a local folder or the name of an embedded model.
+    """The checkpoint: a hub id, a local folder or the name of an embedded model.
 
-    dtype: what its float32 tensors are read as, and stored as where they are kept; None leaves them as they are.
-    adapter: folder of a LoRA adapter that is merged into it.
+    dtype: the dtype in which float32 tensors are read, and stored when they are kept; None keeps float32.
+    adapter: folder of a LoRA adapter that is merged into the checkpoint.
     """
 
     repo: str
@@ -49,13 +50,13 @@ class Model(Strict):
     @field_validator("family")
     @classmethod
     def _family(cls, value: str) -> str:
-        return known(value, FAMILIES, "family")
+        return require_known(value, FAMILIES, "family")
 
 
 class Rule(Strict):
-    """How the linears of one component, or of some of its blocks or one role, are quantized. bits 16 keeps them.
+    """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
 
-    store: "dequantized" keeps values of few bits in 16; "plugin" packs what vLLM loads only with mmq's plugin.
+    store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
     """
 
     component: str
@@ -73,7 +74,7 @@ class Rule(Strict):
     @field_validator("method")
     @classmethod
     def _method(cls, value: str) -> str:
-        return known(value, METHODS, "method")
+        return require_known(value, METHODS, "method")
 
     @field_validator("bits")
     @classmethod
@@ -95,7 +96,7 @@ class Rule(Strict):
         if value is not None and value not in ("front", "middle", "end"):
             low, colon, high = value.partition(":")
             if not (colon and (low + high).isdigit() and int(low or 0) < int(high or 10**6)):
-                raise ValueError(f"blocks must be front, middle, end or 'FIRST:LAST' like '0:8', not '{value}'")
+                raise ValueError(f"blocks must be front, middle, end or a range like '0:8', not '{value}'")
         return value
 
     @model_validator(mode="after")
@@ -107,19 +108,19 @@ class Rule(Strict):
             if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
                 raise ValueError(
                     "activations need bits: 8, symmetric: true and group_size: row or tensor; "
-                    "activations: fp8 also go with bits: 4, symmetric: true and group_size: 128"
+                    "activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
                 )
             if (self.activations == "fp8") != (self.number == "fp8"):
-                raise ValueError("activations: fp8 goes with number: fp8 or with 4 bits, and int8 with int")
+                raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
         if self.parsed_options().scales_in_loop and scheme.mixed:
             raise ValueError(
-                "scales: in_loop does not go with bits: 4 and activations: fp8, whose scales an engine rounds relative "
-                "to the largest of a row: it is not known before the last group"
+                "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
+                "to the row's largest scale, which is known only after the last group"
             )
         return self
 
     def parsed_options(self) -> MethodOptions:
-        """The method's own options, validated by the method."""
+        """The method's options, validated by the method (ValueError lists all problems)."""
         try:
             return METHODS[self.method].Options(**self.options)
         except ValidationError as error:
@@ -132,13 +133,13 @@ class Rule(Strict):
             raise ValueError("\n".join(lines)) from None
 
     def scheme(self) -> Scheme | None:
-        """The scheme of this rule; None when it keeps 16 bits."""
+        """The quantization scheme of this rule; None for bits 16."""
         if self.bits == 16:
             return None
         return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
 
     def matches_block(self, index: int, count: int) -> bool:
-        """Whether block `index` of `count` is in this rule's range; thirds split as evenly as they can."""
+        """Whether block `index` of `count` is in this rule's range; thirds are split as evenly as possible."""
         if self.blocks is None:
             return True
         if self.blocks in ("front", "middle", "end"):
@@ -147,8 +148,8 @@ class Rule(Strict):
         return int(low or 0) <= index < int(high or count)
 
 
-def sources(value: Any) -> Any:
-    """Data sources as recipes write them: one text or a list of them, each `demo`, `NAME:PATH` or a folder."""
+def parse_sources(value: Any) -> Any:
+    """The data sources of a recipe (`demo`, `NAME:PATH` or a folder); a single string becomes a list."""
     listed = (value,) if isinstance(value, str) else value
     for text in listed if isinstance(listed, list | tuple) else ():
         try:
@@ -159,11 +160,11 @@ def sources(value: Any) -> Any:
 
 
 class Calibration(Strict):
-    """What the statistics are measured on. data: "demo" (the built-in drawings), or sources like `coco:/data/coco`.
+    """The data on which statistics are measured.
 
-    A source that is only named (`folder`, `coco`) gets its path from --data.
-    vision_weight: how much a token of the picture counts beside one of the text, where both go through a component (the
-    language model); 0 leaves the picture out (docs/explanation/methods.md).
+    data: "demo" (the built-in drawings), or sources like `coco:/data/coco`. A source without a path (`folder`, `coco`)
+    gets its path from --data. vision_weight: the weight of a picture token relative to a text token in components that
+    process both (the language model); 0 excludes picture tokens (docs/explanation/methods.md).
     """
 
     data: tuple[str, ...] = ("demo",)
@@ -177,28 +178,28 @@ class Calibration(Strict):
     @classmethod
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("name at least one task")
-        return tuple(known(task, TASKS, "task") for task in value)
+            raise ValueError("at least one task is required")
+        return tuple(require_known(task, TASKS, "task") for task in value)
 
-    _data = field_validator("data", mode="before")(sources)
+    _data = field_validator("data", mode="before")(parse_sources)
 
 
 class Evaluation(Strict):
-    """How many test samples of each task decide; more samples, narrower intervals. data: None is calibration's."""
+    """The test data. samples: per task; more samples give narrower intervals. data: None uses calibration's."""
 
     data: tuple[str, ...] | None = None
     samples: int = Field(500, ge=2)
     batch: int = Field(32, ge=1)
     seed: int = 0
 
-    _data = field_validator("data", mode="before")(sources)
+    _data = field_validator("data", mode="before")(parse_sources)
 
 
 class Gate(Strict):
-    """The artifact may lose at most `max_drop` (a share: 0.02 is 2 %) of the full-precision score.
+    """A bound: the score may drop by at most the share `max_drop` of the full-precision score (0.02 is 2 %).
 
-    A gate is not resolved while the 95 % interval of the change crosses the bound. decide: "upper" accepts a gate only
-    when the whole interval is within it; "point" lets the measured change decide about a gate that is not resolved.
+    A gate is unresolved while the 95 % interval of the change contains the bound. decide: "upper" passes a gate only
+    when the whole interval is within the bound; "point" decides an unresolved gate by the measured change.
     """
 
     task: str
@@ -208,13 +209,13 @@ class Gate(Strict):
 
     @model_validator(mode="after")
     def _metric(self) -> Self:
-        known(self.task, TASKS, "task")
-        known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
+        require_known(self.task, TASKS, "task")
+        require_known(self.metric, TASKS[self.task].METRICS, f"metric of task {self.task}")
         return self
 
 
 class Evidence(Strict):
-    """Why this recipe: the finding, the figures, and where they come from."""
+    """Evidence for the recipe: a finding, its figures, and their source."""
 
     finding: str
     figures: str
@@ -222,16 +223,16 @@ class Evidence(Strict):
 
 
 class Publish(Strict):
-    """Where `mmq publish` puts the artifact."""
+    """The repository to which `mmq publish` uploads the artifact."""
 
     repo: str | None = None
     private: bool = True
 
 
 class Recipe(Strict):
-    """A whole recipe; see `recipes/*.yaml` for documented examples.
+    """A complete recipe; `recipes/*.yaml` are documented examples.
 
-    kv_cache: how an engine keeps the keys and values of the language model: None for 16 bits, "fp8" for float8 e4m3.
+    kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3.
     """
 
     name: str
@@ -249,13 +250,13 @@ class Recipe(Strict):
     @field_validator("format")
     @classmethod
     def _format(cls, value: str) -> str:
-        return known(value, FORMATS, "format")
+        return require_known(value, FORMATS, "format")
 
     @field_validator("quantize", "evidence")
     @classmethod
     def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
-            raise ValueError("at least one entry is needed")
+            raise ValueError("at least one entry is required")
         return value
 
     @model_validator(mode="after")
@@ -264,7 +265,7 @@ class Recipe(Strict):
         problems = []
         for i, rule in enumerate(self.quantize):
             try:
-                known(rule.component, names, f"component of family {self.model.family}")
+                require_known(rule.component, names, f"component of family {self.model.family}")
             except ValueError as error:
                 problems.append(f"quantize[{i}].component: {error}")
         if problems:
@@ -274,25 +275,25 @@ class Recipe(Strict):
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of comments and key order."""
         content = self.model_dump(mode="json")
-        if self.kv_cache is None:  # recipes from before there was a choice keep their digest
+        if self.kv_cache is None:  # so that older recipes, which lack the key, keep their digest
             del content["kv_cache"]
         if self.model.adapter is None:
             del content["model"]["adapter"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def foreign_tasks(self, able: Collection[str]) -> list[str]:
-        """A problem for every task this recipe names that the family, which is able to do `able`, cannot do."""
+        """A problem for every task that this recipe names and that is not in `able`, the family's tasks."""
         named = {f"gates[{i}].task": gate.task for i, gate in enumerate(self.gates)}
-        if "retrieval" in self.calibration.tasks:  # any model can read captions and questions
+        if "retrieval" in self.calibration.tasks:  # every family can be calibrated on captions and questions
             named["calibration.tasks"] = "retrieval"
-        said = f"(family {self.model.family} has {', '.join(able)})"
-        return [f"{where}: no {task} with this model {said}" for where, task in named.items() if task not in able]
+        supported = f"family {self.model.family} supports {', '.join(able)}"
+        return [f"{where}: {supported}, not {task}" for where, task in named.items() if task not in able]
 
     def adjusted(self, **sections: dict[str, Any]) -> "Recipe":
-        """The recipe with some values of its sections replaced; None leaves a value as it is."""
+        """The recipe with some values of its sections replaced; None keeps a value."""
         changed = {}
         for name, values in sections.items():
-            given = {key: value for key, value in values.items() if value is not None}
+            overrides = {key: value for key, value in values.items() if value is not None}
             section = getattr(self, name)
-            changed[name] = type(section).model_validate(section.model_dump() | given)
+            changed[name] = type(section).model_validate(section.model_dump() | overrides)
         return self.model_copy(update=changed)

@@ -1,4 +1,4 @@
-"""Recipe files: YAML becomes a `Recipe`, or one error that lists every problem with the nearest known name."""
+"""Reads recipe files: parses YAML into a `Recipe`; RecipeError lists every problem with the nearest known name."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -19,34 +19,34 @@ from exporter.planning.recipe import (
     Recipe,
     Rule,
     Strict,
-    known,
+    require_known,
 )
 from exporter.tasks import TASKS
 
 
 def recipe_folder() -> Path:
-    """Where the built-in recipes are: inside the installed package, or beside it in a checkout."""
+    """Folder of the built-in recipes: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def built_in() -> dict[str, Path]:
-    """Name -> file of every recipe that ships with mmq."""
+    """Name -> file of every built-in recipe."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A built-in recipe by name, or one from a YAML file. RecipeError lists all problems at once."""
+    """A built-in recipe by name, or a recipe from a YAML file. RecipeError lists all problems."""
     names = built_in()
     path = names.get(name_or_path, Path(name_or_path))
     if not path.is_file() and (path.suffix in (".yaml", ".yml") or path.parent != Path()):
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise RecipeError(f"recipe file {path} {what}", "give a YAML file or a built-in name; `mmq recipes` lists them")
+        raise RecipeError(f"recipe file {path} {what}", "pass a YAML file or a built-in name; `mmq recipes` lists them")
     if not path.is_file():
         raise RecipeError(
             f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, names)}",
-            f"built in: {', '.join(names)}; or give the path of a YAML file. `mmq recipes` describes them",
+            f"built-in recipes: {', '.join(names)}; or pass the path of a YAML file. `mmq recipes` describes them",
         )
     try:
         return parse_recipe(path.read_text(encoding="utf-8"), str(path))
@@ -57,11 +57,11 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
-    """A recipe from YAML text; `where` names it in errors."""
+    """A recipe from YAML text; `where` is the file's name in errors."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        raise RecipeError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
     data.setdefault("name", Path(where).stem)
@@ -75,7 +75,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 
 def _problems(error: ValidationError) -> list[str]:
-    """Every problem as `path: what is wrong`, with the nearest known key for unknown ones."""
+    """Every problem as `path: what is wrong`, with the nearest known key for unknown keys."""
     lines = []
     for problem in error.errors():
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
@@ -87,7 +87,10 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def _unknown_names(data: dict[str, Any]) -> list[str]:
-    """Names that pydantic checks only once everything else is right: components of the family, metrics of tasks."""
+    """Problems about unknown components of the family and unknown metrics of tasks.
+
+    Pydantic checks these names only after everything else is valid.
+    """
     lines = []
     model = data.get("model")
     family = FAMILIES.get(str(model.get("family"))) if isinstance(model, dict) else None
@@ -106,7 +109,7 @@ def _unknown_names(data: dict[str, Any]) -> list[str]:
 
 def _unknown(where: str, name: str, names: Collection[str], what: str) -> list[str]:
     try:
-        known(name, names, what)
+        require_known(name, names, what)
     except ValueError as error:
         return [f"{where}: {error}"]
     return []
@@ -117,7 +120,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `location` knows."""
+    """The keys of the recipe section at `location`."""
     sections: dict[str, type[Strict]] = {
         "model": Model,
         "quantize": Rule,

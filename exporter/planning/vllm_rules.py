@@ -1,13 +1,13 @@
-"""What vLLM asks of a quantized model, as rules on plain data: neither vLLM nor a GPU is needed.
+"""Requirements of vLLM on a quantized model, as rules on plain data; neither vLLM nor a GPU is needed.
 
 Read from vLLM 0.32 (`compressed_tensors/utils.py`, `compressed_tensors.py`, kernel lists) and compared with its own
 functions in `tests/vllm/`. Every problem starts with the name of its rule:
 
-fused-scheme     linears that the engine fuses (q/k/v, gate/up) share one scheme, or are all kept
-pattern          the config's targets give every linear, under the engine's fused name, its scheme and no other
-unbuilt-block    blocks that the engine does not build (after CLIP's feature block) hold nothing packed
-kernel           some kernel of the engine runs the scheme in this format, on the hardware if one is named
-kv-cache         the artifact can say in which number type the cache is kept, and the engine can keep it so
+fused-scheme     linears that vLLM fuses (q/k/v, gate/up) share one scheme, or are all kept
+pattern          the config's targets match every linear, under its fused name, to its own scheme and no other
+unbuilt-block    blocks that vLLM does not build (after CLIP's feature block) have no packed linears
+kernel           a kernel of vLLM runs the scheme in this format, on the given hardware
+kv-cache         the artifact's config can name the number type of the KV cache, and vLLM supports it
 tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
 
@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.numerics.quantized import Scheme
-from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving
+from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
 
-# Divided along their inputs; all others are divided along their outputs.
+# Linears that tensor parallelism divides along their inputs; it divides all others along their outputs.
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "projection", "linear_2", "dense")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear as the engine sees it.
+    """One linear as vLLM builds it.
 
-    name: its own runtime name; engine: the linear it becomes, the fused one's name if it is fused. shape: `(out, in)`.
-    scheme: None when it stays in 16 bits. built: whether the engine makes its block at all.
+    name: its own name at runtime. engine: the name of vLLM's linear that contains it, which differs if it is fused.
+    shape: `(out, in)`. scheme: None when it stays in 16 bits. built: whether vLLM builds its block.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Linear:
 
 
 def lint(linears: Sequence[Linear], format_name: str) -> list[str]:
-    """Problems that any server of this model would have, on one GPU."""
+    """Problems on one GPU of unknown kind: rules fused-scheme, unbuilt-block and kernel."""
     return [*fused_problems(linears), *unbuilt_problems(linears), *kernel_problems(linears, format_name)]
 
 
 def fused_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule fused-scheme."""
     return [
-        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in found)} into {engine}; they need one scheme"
-        for engine, found in _fused(linears).items()
-        if len({m.scheme for m in found}) > 1
+        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in members)} into {engine}; they need one scheme"
+        for engine, members in _fused(linears).items()
+        if len({m.scheme for m in members}) > 1
     ]
 
 
 def _fused(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
-    """Name in the engine -> the linears that it fuses into that one."""
+    """Name of vLLM's linear -> the checkpoint's linears in it."""
     members: dict[str, list[Linear]] = {}
     for linear in linears:
         members.setdefault(linear.engine, []).append(linear)
@@ -67,39 +67,44 @@ def _last(name: str) -> str:
 def unbuilt_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule unbuilt-block."""
     return [
-        f"rule unbuilt-block: {linear.name} is packed, and vLLM does not build its block: its tensors have no place"
+        f"rule unbuilt-block: {linear.name} is packed, but vLLM does not build its block and cannot load its tensors"
         for linear in linears
         if linear.scheme and not linear.built
     ]
 
 
 def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
-    """Rule kernel: one line for every scheme that neither a GPU nor a CPU can run."""
+    """Rule kernel: one problem for every scheme that vLLM runs neither on a GPU nor on a CPU."""
     first: dict[Scheme, Linear] = {}
     for linear in linears:
         if linear.scheme:
             first.setdefault(linear.scheme, linear)
     problems = []
     for scheme, linear in first.items():
-        found = serving(scheme, format_name)
-        if not found.cuda and not found.cpu:
-            reason = found.note or f"it has none for {scheme.label()} in format {format_name}"
+        kernels = serving_kernels(scheme, format_name)
+        if not kernels.cuda and not kernels.cpu:
+            reason = kernels.note or f"format {format_name} does not support {scheme.label()}"
             problems.append(f"rule kernel: {linear.name}, {scheme.label()}: vLLM has no kernel for it: {reason}")
     return problems
 
 
 def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str], packed: bool) -> list[str]:
-    """Rule kv-cache. able: the number types that the format's config can name; packed: whether there is a config."""
+    """Rule kv-cache.
+
+    able: the number types that the format's config can name. packed: whether the artifact has a quantization config.
+    """
     if kv_cache is None or (packed and kv_cache in able):
         return []
-    why = f"format {format_name} has no field for the type of a cache; use compressed_tensors"
+    reason = f"format {format_name} has no field for the KV-cache dtype; use compressed_tensors"
     if kv_cache in able:
-        why = "an artifact with nothing packed has no quantization config to name it"
-    return [f"rule kv-cache: kv_cache: {kv_cache}: {why}, or leave it out and serve with --kv-cache-dtype {kv_cache}"]
+        reason = "an artifact without packed linears has no quantization config for the KV-cache dtype"
+    return [
+        f"rule kv-cache: kv_cache: {kv_cache}: {reason}, or remove kv_cache and serve with --kv-cache-dtype {kv_cache}"
+    ]
 
 
 def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
-    """Rule tensor-parallel: what `degree` GPUs cannot share; one shares everything."""
+    """Rule tensor-parallel: linears that cannot be divided among `degree` GPUs; none for one GPU."""
     problems = []
     for linear in linears:
         rows, columns = linear.shape
@@ -116,7 +121,7 @@ def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
 
 
 def head_problems(config: Mapping[str, Any], degree: int) -> list[str]:
-    """Rule tensor-parallel: attention heads that `degree` GPUs cannot share. config: of the whole model."""
+    """Rule tensor-parallel: attention heads that cannot be divided among `degree` GPUs. config: of the whole model."""
     heads = {part: (config.get(part) or {}).get("num_attention_heads") for part in ("text_config", "vision_config")}
     return [
         f"rule tensor-parallel: {part}: {number} attention heads cannot be divided among {degree} GPUs"
@@ -125,7 +130,7 @@ def head_problems(config: Mapping[str, Any], degree: int) -> list[str]:
     ]
 
 
-def share(linear: Linear, degree: int) -> Linear:
+def shard(linear: Linear, degree: int) -> Linear:
     """The part of a linear that one of `degree` devices holds."""
     rows, columns = linear.shape
     by_inputs = _last(linear.name) in ROW_PARALLEL
@@ -137,28 +142,34 @@ def pattern_problems(
 ) -> list[str]:
     """Rule pattern, for compressed-tensors. groups: scheme and targets of every config group, in order."""
     problems = []
-    for engine, found in _fused(linear for linear in linears if linear.built).items():
-        wanted = found[0].scheme
-        names = [linear.name for linear in found]
+    for engine, members in _fused(linear for linear in linears if linear.built).items():
+        expected = members[0].scheme
+        names = [linear.name for linear in members]
         if len({_ignored(name, ignore) for name in names}) > 1:
-            problems.append(f"rule pattern: {engine}: `ignore` names some of its members alone: vLLM stops at that")
+            problems.append(f"rule pattern: {engine}: `ignore` names only some of its members, which vLLM refuses")
             continue
-        given = matched_scheme(engine, names, groups, ignore)
-        every = {scheme for scheme, targets in groups if any(matches(t, n) for t in targets for n in [engine, *names])}
-        if given != wanted or len(every) > 1:
-            said = [scheme.label() if scheme else "16 bits" for scheme in (wanted, given)]
-            more = f" ({len(every)} groups name it)" if len(every) > 1 else ""
-            problems.append(f"rule pattern: {engine} should be {said[0]}, vLLM's matching gives it {said[1]}{more}")
+        actual = matched_scheme(engine, names, groups, ignore)
+        schemes = {
+            scheme for scheme, targets in groups if any(matches(t, n) for t in targets for n in [engine, *names])
+        }
+        if actual != expected or len(schemes) > 1:
+            labels = [scheme.label() if scheme else "16 bits" for scheme in (expected, actual)]
+            more = f" ({len(schemes)} groups match it)" if len(schemes) > 1 else ""
+            problems.append(f"rule pattern: {engine} should be {labels[0]}, but vLLM matches it to {labels[1]}{more}")
     return problems
 
 
 def matched_scheme(
     engine: str, members: Sequence[str], groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
 ) -> Scheme | None:
-    """The scheme vLLM gives a linear: `ignore` first, then the first target that names it or all of its members."""
+    """The scheme that vLLM gives a linear; None for 16 bits.
+
+    `ignore` comes first, then the first target that matches the linear, then the targets of its members if all match
+    one.
+    """
     if all(_ignored(name, ignore) for name in members):
         return None
-    targets = [(scheme, target) for scheme, found in groups for target in found]
+    targets = [(scheme, target) for scheme, patterns in groups for target in patterns]
     for scheme, target in targets:
         if matches(target, engine):
             return scheme
@@ -171,57 +182,57 @@ def _ignored(name: str, ignore: Sequence[str]) -> bool:
 
 
 def matches(target: str, name: str) -> bool:
-    """vLLM's rule: `re:` patterns match from the start, other targets are whole names."""
+    """vLLM's matching: `re:` patterns match from the start of the name, other targets equal the whole name."""
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
 def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
-    """What keeps the CPU build from serving the model; its 4-bit kernel takes multiples of 32 either way."""
+    """Rule kernel on a CPU: schemes without a CPU kernel, and 4-bit linears with a side that is no multiple of 32."""
     problems = []
     for linear in linears:
         if linear.scheme is None:
             continue
-        kernel = serving(linear.scheme, format_name)
+        kernel = serving_kernels(linear.scheme, format_name)
         if kernel.cpu is None:
-            why = kernel.note or "no CPU kernel"
-            problems.append(f"rule kernel: {linear.scheme.label()} is not served on a CPU: {why}")
+            reason = kernel.note or "vLLM has no CPU kernel for it"
+            problems.append(f"rule kernel: {linear.scheme.label()} is not served on a CPU: {reason}")
         elif linear.scheme.bits == 4 and any(side % 32 for side in linear.shape):
-            problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel takes multiples of 32")
+            problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel needs multiples of 32")
     return sorted(set(problems), key=problems.index)
 
 
 def hardware_problems(linears: Sequence[Linear], format_name: str, on: Hardware) -> list[str]:
-    """Rule kernel for the machine that is to serve, as far as it is known."""
+    """Rule kernel on the serving hardware; none when the GPU is unknown."""
     if on == "cpu":
         return cpu_problems(linears, format_name)
-    return card_problems(linears, format_name, on) if on else []
+    return gpu_problems(linears, format_name, on) if on else []
 
 
-def card_problems(linears: Sequence[Linear], format_name: str, card: Capability) -> list[str]:
-    """Rule kernel: what a GPU of this compute capability cannot run."""
+def gpu_problems(linears: Sequence[Linear], format_name: str, gpu: Capability) -> list[str]:
+    """Rule kernel: schemes that a GPU of this compute capability cannot run."""
     problems = []
-    where = f"compute capability {capability_label(card)} ({ARCHITECTURES.get(card, 'a GPU')})"
+    where = f"compute capability {capability_label(gpu)} ({ARCHITECTURES.get(gpu, 'a GPU')})"
     for scheme in dict.fromkeys(linear.scheme for linear in linears if linear.scheme):
-        kernels = serving(scheme, format_name)
-        if kernels.on(card) is None:
-            why = f"its kernel is {kernels.cards()}" if kernels.cuda else kernels.note
-            problems.append(f"rule kernel: {scheme.label()} is not served on {where}: {why}")
+        kernels = serving_kernels(scheme, format_name)
+        if kernels.on_gpu(gpu) is None:
+            reason = f"its kernel is {kernels.gpu_label()}" if kernels.cuda else kernels.note
+            problems.append(f"rule kernel: {scheme.label()} is not served on {where}: {reason}")
     return problems or mixed_problems(linears)
 
 
 def mixed_problems(linears: Iterable[Linear]) -> list[str]:
-    """Rule kernel: Cutlass W4A8 takes multiples of 128 either way, of the linear as the engine fuses it."""
+    """Rule kernel: Cutlass W4A8 needs multiples of 128 on both sides of a linear after fusion."""
     fused = _fused(linear for linear in linears if linear.scheme and linear.scheme.mixed)
-    shapes = {engine: (sum(m.shape[0] for m in found), found[0].shape[1]) for engine, found in fused.items()}
+    shapes = {engine: (sum(m.shape[0] for m in members), members[0].shape[1]) for engine, members in fused.items()}
     return [
-        f"rule kernel: {engine} {list(shape)}: Cutlass W4A8 takes multiples of 128"
+        f"rule kernel: {engine} {list(shape)}: Cutlass W4A8 needs multiples of 128"
         for engine, shape in shapes.items()
         if any(side % 128 for side in shape)
     ]
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
-    """Numbers of one attention head of the language model, None if the whole model's config says nothing of it."""
+    """Width of one attention head of the language model; None if the model's config does not have it."""
     text = config.get("text_config") or {}
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
     size: int | None = text.get("head_dim") or (width // heads if heads and width else None)
@@ -229,17 +240,20 @@ def head_size(config: Mapping[str, Any]) -> int | None:
 
 
 def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
-    """Rule kv-cache on a CPU (which also needs AVX-512 for float8; vLLM says so itself). config: of the whole model."""
+    """Rule kv-cache on a CPU. config: of the whole model.
+
+    A float8 cache also needs AVX-512; vLLM itself reports that.
+    """
     size = head_size(config)
     if kv_cache is None or size is None or size % 32 == 0:
         return []
-    return [f"rule kv-cache: heads of {size}: the CPU build keeps a float8 cache for heads in multiples of 32"]
+    return [f"rule kv-cache: attention heads of {size}: on a CPU, vLLM's float8 cache needs heads in multiples of 32"]
 
 
-def engine_class(scheme: Scheme) -> tuple[str, ...]:
-    """Classes of vLLM's compressed-tensors loader that a scheme may be given."""
+def engine_classes(scheme: Scheme) -> tuple[str, ...]:
+    """Names of vLLM's compressed-tensors classes that can load a scheme."""
     if scheme.number == "fp8":
-        weight_only = "CompressedTensorsW8A16Fp8"  # also what 8.0 cards make of float8 activations
+        weight_only = "CompressedTensorsW8A16Fp8"  # GPUs of capability 8.0 use it for float8 activations too
         return ("CompressedTensorsW8A8Fp8", weight_only) if scheme.activations else (weight_only,)
     if scheme.mixed:
         return ("CompressedTensorsW4A8Fp8",)

@@ -1,7 +1,7 @@
-"""What a whole model takes in memory while it answers: weights, keys and values, activations.
+"""Memory of a whole model during inference: weights, key-value cache, activations.
 
-Parameters are counted, never the words that they are packed into: transformers computes with dequantized weights.
-Quantizing needs one block at a time (`memory`); evaluation and the reference of `mmq check` need all of this.
+Counts parameters, not the packed words, because transformers computes with dequantized weights. Quantizing needs one
+block at a time (`memory`); evaluation and the reference of `mmq check` need the whole model.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,24 @@ from exporter.model.families import Component, Family
 from exporter.model.families.family import Config
 from exporter.planning.memory import pass_elements
 
-WIDE_BYTES = 4  # of what transformers computes in float32 whatever the others are
-ROOM_FOR_ACTIVATIONS = 1.25  # times the weights, of one sample at a time
-ROOM_SHARE = 0.9  # of free memory that is filled: allocators round up, and libraries have workspaces
-PAIRS_OF_PICTURE = 6 * 128  # of retrieval: a picture and its five texts, each with the candidates of the paper
-EMBEDDED = 2  # inputs of the first block that stay until the last one is done: before and after pictures were put in
-CROSS = 1.5  # times what cross-attention reads: as it came, in float32, as keys, as values; of both passes over it
+WIDE_BYTES = 4  # per element that transformers always computes in float32
+ROOM_FOR_ACTIVATIONS = 1.25  # memory of weights and one sample's activations, relative to that of the weights
+ROOM_SHARE = 0.9  # share of free memory to fill: allocators round up, and libraries need workspaces
+PAIRS_OF_PICTURE = 6 * 128  # pairs in retrieval: a picture and its five texts, each with the paper's candidates
+EMBEDDED = 2  # embeddings that live until the last block is done: before and after picture features are inserted
+CROSS = 1.5  # memory relative to the input of cross-attention: the input, its float32 copy, keys and values
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Counts of elements of one model.
+    """Element and operation counts of one model.
 
-    parameters, wide: all of them, and those among them that are always float32.
-    outside: parameters that lie in no block: they stay when blocks come and go. block: those of the largest block.
-    cache: keys and values that one sample leaves with its longest answer.
-    activations, wide_activations: the most that a pass over one sample holds beside them, in the model's own numbers
-    and in float32.
-    operations: floating-point operations of all passes over one sample, but for those of generated tokens.
-    depth: blocks that a generated token passes.
+    parameters: of the whole model. wide: those that are always float32. outside: parameters that are in no block, which
+    stay in memory when blocks are streamed. block: parameters of the largest block.
+    cache: elements of the key-value cache of one sample with its longest answer.
+    activations, wide_activations: the most elements of activations per sample, in the model's dtype and in float32.
+    operations: floating-point operations of all passes over one sample, except those of generated tokens.
+    depth: blocks that run for one generated token.
     """
 
     parameters: int
@@ -45,26 +44,26 @@ class WholeModel:
     depth: int
 
     def weight_bytes(self, itemsize: int, streamed: bool = False) -> int:
-        """Bytes of the weights, in numbers of `itemsize` bytes.
+        """Bytes of the weights in a dtype of `itemsize` bytes.
 
-        streamed: blocks come and go, the next one is loaded beside the last.
+        streamed: blocks are loaded and freed, and the next one is loaded while the previous one is in memory.
         """
         if streamed:
             return (self.outside + 2 * self.block) * itemsize + self.wide * WIDE_BYTES
         return (self.parameters - self.wide) * itemsize + self.wide * WIDE_BYTES
 
     def sample_bytes(self, itemsize: int) -> int:
-        """Bytes that one sample of a batch takes."""
+        """Bytes of cache and activations per sample of a batch."""
         return self.cache * itemsize + max(self.activations * itemsize, self.wide_activations * WIDE_BYTES)
 
     def batch_within(self, room: int, itemsize: int, streamed: bool = False) -> int:
-        """How many samples fit into `room` bytes beside the weights; 0 when not even these fit."""
-        rest = int(room * ROOM_SHARE) - self.weight_bytes(itemsize, streamed)
-        return max(0, rest) // self.sample_bytes(itemsize)
+        """The largest batch that fits into `room` bytes together with the weights; 0 when none fits."""
+        available = int(room * ROOM_SHARE) - self.weight_bytes(itemsize, streamed)
+        return max(0, available) // self.sample_bytes(itemsize)
 
 
 def whole_model(tensors: Mapping[str, TensorInfo], family: Family, config: Config) -> WholeModel:
-    """The counts of a checkpoint in full precision; an artifact of it has the same, once it is dequantized."""
+    """The counts of a checkpoint in full precision; those of its dequantized artifact are the same."""
     blocks: dict[str, int] = {}
     stacked = {component.blocks.partition("{i}")[0] for component in family.components if "{i}" in component.blocks}
     for info in tensors.values():
@@ -93,7 +92,7 @@ def whole_model(tensors: Mapping[str, TensorInfo], family: Family, config: Confi
 
 
 def _operations(tensors: Mapping[str, TensorInfo], family: Family, component: Component, config: Config) -> int:
-    """Multiplications and additions of one sample's linears in this component, for retrieval of all its pairs."""
+    """Operations (multiplications and additions) of the component's linears per sample; for retrieval, of all pairs."""
     names = [f"{component.module(0, linear)}.weight" for linear in component.linears_of(config, 0)]
     weights = sum(tensors[name].size for name in names) * component.used(config)
     pairs = PAIRS_OF_PICTURE if component.context(config) and not family.max_new_tokens else 1
@@ -101,18 +100,18 @@ def _operations(tensors: Mapping[str, TensorInfo], family: Family, component: Co
 
 
 def _activations(tensors: Mapping[str, TensorInfo], family: Family, component: Component, config: Config) -> int:
-    """Elements that a pass over one sample holds in this component, beside keys and values that stay."""
+    """Most elements of activations per sample in this component, without the key-value cache."""
     elements = pass_elements(tensors, component, config) + int(CROSS * component.context(config))
     outputs = EMBEDDED
     if component is family.components[0] and "vision_feature_layer" in config:
-        outputs = component.stored(config) + 1  # transformers keeps all where features are those of one of them
+        outputs = component.stored(config) + 1  # transformers returns every block's output when features come from one
     hidden = tensors[f"{component.module(0, component.phases[0][0])}.weight"].shape[1]
     elements += component.tokens(config) * hidden * outputs
     return elements * (PAIRS if component.context(config) and not family.max_new_tokens else 1)
 
 
 def _cache(tensors: Mapping[str, TensorInfo], family: Family, config: Config) -> int:
-    """Keys and values of one sample and its longest answer: shared by heads where the model shares them."""
+    """Elements of keys and values of one sample with its longest answer, counting shared heads once."""
     if not family.max_new_tokens:
         return 0
     language = family.component("language")

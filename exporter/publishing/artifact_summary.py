@@ -14,7 +14,7 @@ from exporter.demo import MODELS
 from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.report_file import REPORT, EvaluationRecord, Report, ServingRecord, parse_report
 from exporter.model.families import FAMILIES
-from exporter.model.hub import PREFIX, open_remote, split
+from exporter.model.hub import PREFIX, open_remote, parse_place
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import parse_recipe
@@ -94,7 +94,7 @@ def drawings_note(summary: Summary) -> str:
 def read_place(place: str) -> Summary:
     """Summary of an artifact in a folder or in `hub:ORG/NAME[@REVISION]` (downloads only a few small files)."""
     if place.startswith(PREFIX):
-        remote = open_remote(*split(place))
+        remote = open_remote(*parse_place(place))
         return read_summary(remote.name, remote.read)
     folder = Path(place).expanduser()
     if not folder.is_dir():

@@ -18,12 +18,12 @@ from exporter.model.hub import (
     Remote,
     check_name,
     explain,
+    hub_errors,
     is_network,
-    need_token,
     open_remote,
+    require_token,
     retry_after,
-    root,
-    speaking,
+    root_cause,
     without_xet,
 )
 from exporter.publishing.card import CARD
@@ -102,15 +102,15 @@ def publish(package: Package, target: Target, remote: Remote | None, on_event: L
     from huggingface_hub import HfApi, ModelCard
 
     check_target(target)
-    need_token()
-    with speaking(target.repo, "checking the card"):
+    require_token()
+    with hub_errors(target.repo, "checking the card"):
         ModelCard(package.card).validate(repo_type="model")
     api = HfApi(library_name=DISTRIBUTION, library_version=VERSION)
     with without_xet():
         if remote is None:
             remote = _created(api, target)
         if target.revision:
-            with speaking(target.repo, "making the branch"):
+            with hub_errors(target.repo, "making the branch"):
                 api.create_branch(target.repo, branch=target.revision, revision=remote.commit, exist_ok=True)
         if package.unchanged:
             return Publication(_url(api, target, remote.commit), remote.commit, 0, 0)
@@ -130,7 +130,7 @@ def publish(package: Package, target: Target, remote: Remote | None, on_event: L
 
 def _created(api: Any, target: Target) -> Remote:
     """Create the repository. Another process may have created it in the meantime, so its content is checked too."""
-    with speaking(target.repo, "creating the repository"):
+    with hub_errors(target.repo, "creating the repository"):
         api.create_repo(target.repo, private=target.private, exist_ok=True)
     remote = existing_repository(target)
     if remote is None or MANIFEST in remote.files:
@@ -177,7 +177,7 @@ def _commit(api: Any, package: Package, target: Target, parent: Remote) -> tuple
             arrived = None if target.create_pr else _arrived(package, target, parent)
             if arrived:
                 return arrived, _url(api, target, arrived)
-            wait = _wait(root(error), attempt)
+            wait = _wait(root_cause(error), attempt)
             if wait is None or target.create_pr or attempt == TRIES - 1:
                 raise explained from None
             time.sleep(wait)

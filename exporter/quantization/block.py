@@ -1,4 +1,4 @@
-"""One block of the model while it is quantized: its weights, its inputs, and what methods do with both."""
+"""One transformer block during calibration: input statistics, quantization of its linears, and their errors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import METHODS
 from exporter.model.families import Component
 from exporter.numerics.quantized import QuantizedLinear
-from exporter.numerics.source_error import MOST, source_error
+from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block_inputs import (
     BlockInputs,
     check_excluded,
-    cleaned,
     counted_rows,
+    excluded_token_notes,
     finite_rows,
-    unnoted,
     weighted,
+    zero_nonfinite,
 )
 from exporter.quantization.block_io import BlockIO
 from exporter.quantization.workdir import UnitResult
@@ -29,10 +29,10 @@ from exporter.quantization.workdir import UnitResult
 
 @dataclass(frozen=True)
 class Block:
-    """A block of which `unit` quantizes linears.
+    """A block with the `unit` that lists its linears to quantize.
 
-    inputs: of the block, one entry a batch. Empty when no method of the unit needs them: then the block is not in
-    memory, its weights are read one at a time, and only `quantize` can be called.
+    inputs: the block's inputs, one entry per batch. When no method of the unit needs them, they are empty, the block
+    is not in memory, `quantize` reads one weight at a time from the checkpoint, and no other method may be called.
     """
 
     io: BlockIO
@@ -42,72 +42,76 @@ class Block:
 
     @property
     def module(self) -> nn.Module:
-        """The live module."""
+        """The block's module in the live model."""
         return self.io.stream.module(self.unit.block)
 
     @property
     def tensors(self) -> list[str]:
-        """Checkpoint names of its tensors."""
+        """Checkpoint names of the block's tensors."""
         return self.io.tensors_under(self.unit.block)
 
     def parameter(self, name: str) -> Tensor:
-        """A tensor of the block by its checkpoint name."""
+        """The block's live tensor with this checkpoint name."""
         return self.io.stream.parameter(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Replace a tensor of the block; the old one is left as it is."""
+        """Replace a tensor of the block by another tensor; the old tensor object is not modified."""
         self.io.stream.put(name, tensor)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors back."""
+        """Put saved tensors back into the block, by checkpoint name."""
         for name, tensor in tensors.items():
             self.put(name, tensor)
 
     def put_quantized(self, result: UnitResult) -> None:
-        """Replace weights by those that codes stand for, one at a time: a second block of them would not be small."""
+        """Replace each weight by its dequantized value, one at a time to avoid a second copy of the block."""
         for row in self.unit.rows:
             self.put(row.tensor.name, result.linears[row.module].as_served())
 
     def outputs(self, batches: int | None = None) -> Iterator[Tensor]:
-        """The block's outputs for the first `batches` batches (None: all), weighted as their tokens count.
+        """The block's outputs for the first `batches` batches (None: all), scaled by the square roots of token weights.
 
-        Tokens that are not finite are zeros.
+        Tokens with a non-finite value are zeros.
         """
         for entry in self.inputs[:batches]:
             output = entry.output(self.module, self.io.device.torch_device)
-            yield weighted(output if torch.isfinite(output).all() else cleaned(output), entry.weights)
+            yield weighted(output if torch.isfinite(output).all() else zero_nonfinite(output), entry.weights)
 
     def gather(self, rows: Sequence[PlanRow]) -> dict[str, Any]:
-        """Statistics of the inputs of linears over all batches, by linear; none for methods without statistics.
+        """Input statistics over all batches, by linear; linears whose method uses no statistics are absent.
 
-        Rows of the inputs that are not finite are left out. CalibrationError when they are too many.
+        Input rows with a non-finite value are excluded. CalibrationError when too many rows are excluded, or when the
+        squares of finite inputs overflow float32.
         """
         kinds = {row.linear: METHODS[row.rule.method].Statistics for row in rows if row.rule}
         watched = [row for row in rows if kinds.get(row.linear) is not None]
         if not watched or not self.inputs:
             return {}
-        statistics, _ = self._one_pass(watched, kinds, clean=False)
+        statistics, _ = self._gather_once(watched, kinds, clean=False)
         damaged = [row for row in watched if not statistics[row.linear].is_finite()]
         if damaged:
-            again, excluded = self._one_pass(damaged, kinds, clean=True)
+            clean, excluded = self._gather_once(damaged, kinds, clean=True)
             check_excluded(self.unit.block, self.inputs, also=max(excluded.values()))
             for row in damaged:
-                if not again[row.linear].is_finite():
-                    raise CalibrationError(f"{row.module}: its inputs are too large to be squared in float32")
-            statistics |= again
+                if not clean[row.linear].is_finite():
+                    raise CalibrationError(f"{row.module}: the squares of its inputs overflow float32")
+            statistics |= clean
         return statistics
 
-    def _one_pass(
+    def _gather_once(
         self, rows: Sequence[PlanRow], kinds: Mapping[str, Any], clean: bool
     ) -> tuple[dict[str, Any], dict[str, int]]:
-        """Statistics by linear, and how many rows of its input were left out because they are not finite."""
+        """Statistics by linear, and the number of excluded input rows by linear (0 unless `clean`).
+
+        clean: exclude input rows with a non-finite value.
+        """
         device = self.io.device.torch_device
         statistics = {row.linear: kinds[row.linear](row.tensor.shape[1], device) for row in rows}
         excluded = dict.fromkeys(statistics, 0)
         linears = {row.linear: self.io.stream.module(row.module) for row in rows}
         for entry in self.inputs:
 
-            def see(name: str, x: Tensor, entry: BlockInputs = entry) -> None:
+            def update(name: str, x: Tensor, entry: BlockInputs = entry) -> None:
                 counted, weights = counted_rows(x, None if name in self.component.unpadded else entry.weights)
                 if clean:
                     finite, weights = finite_rows(counted, weights)
@@ -115,25 +119,25 @@ class Block:
                     counted = finite
                 statistics[name].update(counted, weights)
 
-            with watch_inputs(linears, see, stop=True):
+            with watch_inputs(linears, update, stop=True):
                 entry.run(self.module, device)
         return statistics, excluded
 
     def quantize(self) -> UnitResult:
-        """Quantize the unit's linears, each on inputs that show the errors of those before it.
+        """Quantize the unit's linears in data order; each is calibrated on inputs computed with the quantized ones.
 
-        Leaves the quantized weights in the block when it is in memory.
+        When the block is in memory, its weights are replaced by the dequantized ones.
         """
         linears: dict[str, QuantizedLinear] = {}
         errors: dict[str, float] = {}
-        notes = [f"{self.unit.block}: {note}" for note in unnoted(self.inputs)]
+        notes = [f"{self.unit.block}: {note}" for note in excluded_token_notes(self.inputs)]
         for rows in self._stacks():
             statistics = self.gather(rows[:1]).get(rows[0].linear)
             weights = [self._weight(row) for row in rows]
             rule, scheme = rows[0].rule, rows[0].scheme
             assert rule is not None
             assert scheme is not None
-            whole, remarks = METHODS[rule.method].quantize_linear(
+            stacked, remarks = METHODS[rule.method].quantize_linear(
                 weights[0] if len(weights) == 1 else torch.cat(weights),
                 statistics,
                 scheme,
@@ -141,16 +145,19 @@ class Block:
                 stored_scale_dtype(rows[0].tensor.dtype),
             )
             notes += [f"{self.unit.block}: {', '.join(row.linear for row in rows)}: {remark}" for remark in remarks]
-            parts = whole.split([len(weight) for weight in weights])
+            parts = stacked.split([len(weight) for weight in weights])
             linears |= {row.module: part for row, part in zip(rows, parts, strict=True)}
             errors |= self._errors(rows, parts, weights, statistics)
-            del weights, whole, statistics  # not beside the statistics of the next linears
+            del weights, stacked, statistics  # free them before the next linears' statistics are gathered
         return UnitResult(linears, errors, tuple(notes))
 
     def _errors(
         self, rows: Sequence[PlanRow], linears: Sequence[QuantizedLinear], weights: Sequence[Tensor], statistics: Any
     ) -> dict[str, float]:
-        """Relative error of each quantized linear by module; puts the quantized weights into the live block."""
+        """Relative error of each quantized linear by module; also puts the dequantized weights into the live block.
+
+        CalibrationError when a weight's error is larger than rounding explains.
+        """
         errors = {}
         for row, linear, weight in zip(rows, linears, weights, strict=True):
             _refuse_lost(row, source_error(weight, linear, statistics))
@@ -161,9 +168,10 @@ class Block:
         return errors
 
     def _stacks(self) -> Iterator[list[PlanRow]]:
-        """Rows that one call may quantize, in data order: same input, same rule.
+        """Plan rows that one call quantizes together, in data order: linears with the same input and the same rule.
 
-        Rows of a weight do not influence each other, except through the one scale of a "tensor" scheme.
+        Their weights are concatenated along the outputs. That changes no result, because output rows are quantized
+        independently; only a "tensor" scheme shares a scale between rows, so its linears stay alone.
         """
         for phase in self.component.phases:
             stack: list[PlanRow] = []
@@ -177,7 +185,7 @@ class Block:
                 yield stack
 
     def _weight(self, row: PlanRow) -> Tensor:
-        """The weight f32 `[out, in]`, of the live block when it is in memory."""
+        """The weight f32 `[out, in]`, from the live block when it is in memory; CheckpointError when not finite."""
         read = self.parameter if self.inputs else self.io.checkpoint.read
         weight = read(row.tensor.name).to(self.io.device.torch_device, torch.float32)
         if not torch.isfinite(weight).all():
@@ -186,25 +194,25 @@ class Block:
 
 
 def _refuse_lost(row: PlanRow, error: float) -> None:
-    """CalibrationError when a quantized weight is further from the source's than its bits explain."""
-    if error <= MOST:
+    """CalibrationError when a quantized weight differs from the source weight by more than rounding explains."""
+    if error <= MAX_RATIO:
         return
     scheme = row.scheme
     assert scheme is not None
-    much = f"its error is {error:.0f} times as large as {scheme.label()} explains"
-    lost = much if error < float("inf") else "rows of it became zero"
+    excess = f"its error is {error:.0f} times as large as rounding to {scheme.label()} explains"
+    reason = excess if error < float("inf") else "some of its rows are zero"
     raise CalibrationError(
-        f"{row.module}: the quantized weight does not hold the source's: {lost}",
-        "this is a fault of mmq or of a kernel, please report it; bits: 16 for this component leaves it as it is",
+        f"{row.module}: the quantized weight does not approximate the source weight: {reason}",
+        "this is a bug in mmq or in a kernel, please report it; set bits: 16 to keep this component unquantized",
     )
 
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Any) -> float:
-    """Size of the output's error over the size of the output on the calibration rows; without statistics, of weights.
+    """Norm of the output error over the norm of the output, on the calibration rows; without statistics, of the weight.
 
     weight, approximation: f32 `[out, in]`.
     """
     if statistics is None:
         return float(torch.linalg.norm(weight - approximation) / torch.linalg.norm(weight).clamp_min(1e-30))
-    lost, whole = statistics.energy(weight - approximation), statistics.energy(weight)
-    return float((max(lost, 0.0) / max(whole, 1e-30)) ** 0.5)  # rounding can bring a tiny loss below zero
+    error, energy = statistics.energy(weight - approximation), statistics.energy(weight)
+    return float((max(error, 0.0) / max(energy, 1e-30)) ** 0.5)  # float rounding can make a tiny error negative

@@ -1,9 +1,9 @@
-"""The arguments that a model's own forward pass gives to each block of a component.
+"""Records the arguments that a model's forward pass gives to each block of a component.
 
-Blocks are later run one at a time, each on the output of the one before. That equals the model's forward pass only
-when the model passes hidden states from block to block untouched, and when the other arguments (masks, rotary
-embeddings, windows) do not depend on them. Both are checked here with blocks that compute nothing and hand their
-input on, so that no weights are needed; a model of another structure is refused.
+Calibration later runs the blocks one at a time, each on the output of the previous block. That equals the model's
+forward pass only if the model passes hidden states between blocks unchanged, and if the other arguments (masks, rotary
+embeddings, windows) do not depend on the hidden states. This module checks both conditions with stub blocks that return
+their input, so it needs no block weights. CalibrationError when a model does not fulfil them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ from exporter.inference.forward_hooks import ForwardStopped, replaced_forwards, 
 
 Run = Callable[[Any, Mapping[str, Tensor]], Any]  # calls a model on one batch
 FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)  # of a forward pass
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # arguments without hidden state
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # immutable argument types
 
 
 @dataclass(frozen=True)
 class BlockCall:
     """The arguments of one call of a block, without the hidden states.
 
-    named: the hidden states were passed as `hidden_states=`, not as the first argument.
+    named: whether the hidden states were passed as `hidden_states=` instead of as the first argument.
     """
 
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class BlockCall:
     named: bool
 
     def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Call `block` with these arguments on other hidden states."""
+        """Call `block` with these arguments and the given hidden states."""
         if self.named:
             return block(*self.args, **self.kwargs, hidden_states=hidden)
         return block(hidden, *self.args, **self.kwargs)
@@ -42,25 +42,25 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class ChainInput:
-    """What enters a chain of blocks for one batch: the hidden states of the first, and the arguments of each."""
+    """Input of consecutive blocks for one batch: hidden states of the first block, other arguments of each block."""
 
     hidden: Tensor
     calls: tuple[BlockCall, ...]
 
 
 class _NotAChain(Exception):
-    """The model does something else between its blocks than passing the hidden states on."""
+    """The model does more between its blocks than pass the hidden states from one to the next."""
 
 
 def capture_calls(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]], run: Run, component: str
 ) -> Iterator[ChainInput]:
-    """Run the model on each batch up to the last of `blocks`; yields what enters them.
+    """Run the model on each batch up to the last of `blocks`, and yield the input of these blocks.
 
-    blocks: consecutive blocks from the first of the component on; they are not run and need no weights. Everything
-    upstream of them runs. batches: on the model's device. run: calls the model on one batch.
+    blocks: consecutive blocks, starting with the component's first; they are replaced by stubs and need no weights.
+    The model runs everything before them. batches: on the model's device. run: calls the model on one batch.
     CalibrationError when running the blocks one after the other would not equal the model's forward pass, and when the
-    pass fails.
+    forward pass fails.
     """
     tuples: bool | None = None
     for batch in batches:
@@ -72,7 +72,7 @@ def capture_calls(
         except _NotAChain as error:
             raise CalibrationError(
                 f"component '{component}' cannot be calibrated block by block: {error}",
-                "use a method that needs no calibration data (rtn) for it, or another transformers version",
+                "use a method without calibration data (rtn) for this component, or another transformers version",
             ) from None
         except FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -81,7 +81,7 @@ def capture_calls(
             raise CalibrationError(
                 f"transformers' forward pass fails on calibration data, before component '{component}': "
                 f"{type(error).__name__}: {reason}",
-                "the model, its processor's files and the samples do not fit each other",
+                "check that the model, the processor's files and the samples belong together",
             ) from error
         yield entered
 
@@ -89,7 +89,10 @@ def capture_calls(
 def _first_pass(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Tensor], run: Run
 ) -> tuple[bool, ChainInput]:
-    """Whether blocks return tuples, and what enters them; checks that arguments do not depend on hidden states."""
+    """Whether the model expects tuples from its blocks, and the blocks' input for this batch.
+
+    Runs a second pass with changed hidden states to check that the other arguments do not depend on them.
+    """
     try:
         tuples, entered = False, _one_pass(model, blocks, batch, run, tuples=False)
     except (_NotAChain, *FAILURES) as first:
@@ -99,9 +102,9 @@ def _first_pass(
             raise first from None
     if len(blocks) > 1:
         other = _one_pass(model, blocks, batch, run, tuples, lambda hidden: hidden + 1)
-        for i, (one, two) in enumerate(zip(entered.calls, other.calls, strict=True)):
-            if not _same((one.args, one.kwargs), (two.args, two.kwargs)):
-                raise _NotAChain(f"arguments of block {i} depend on the output of the blocks before it")
+        for i, (call, changed) in enumerate(zip(entered.calls, other.calls, strict=True)):
+            if not _equal((call.args, call.kwargs), (changed.args, changed.kwargs)):
+                raise _NotAChain(f"arguments of block {i} depend on the outputs of earlier blocks")
     return tuples, entered
 
 
@@ -113,25 +116,28 @@ def _one_pass(
     tuples: bool,
     change: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> ChainInput:
-    """One forward pass in which block 0 returns `change(input)` and every other block its input."""
+    """One forward pass with stubs: block 0 returns `change(input)`, every other block returns its input."""
     recorder = _Recorder(len(blocks), tuples, change)
-    with replaced_forwards([(block, recorder.stand_in(i)) for i, block in enumerate(blocks)]):
+    with replaced_forwards([(block, recorder.stub(i)) for i, block in enumerate(blocks)]):
         run_until_stopped(run, model, batch)
     return recorder.result()
 
 
 class _Recorder:
-    """Records the calls of `count` blocks during one pass and checks that they form a chain."""
+    """Records the calls of `count` blocks during one pass, and checks that each block reads the previous one's output.
+
+    tuples: whether a stub returns its output in a tuple. change: applied to the hidden states by block 0.
+    """
 
     def __init__(self, count: int, tuples: bool, change: Callable[[Tensor], Tensor]) -> None:
         self._count, self._tuples, self._change = count, tuples, change
         self._calls: list[BlockCall] = []
-        self._versions: list[tuple[Tensor, int]] = []  # tensors seen so far and how often each was written to
-        self._entered: Tensor | None = None
-        self._handed: Tensor | None = None
+        self._versions: list[tuple[Tensor, int]] = []  # argument tensors and their in-place version counters
+        self._first_input: Tensor | None = None
+        self._output: Tensor | None = None  # of every stub
 
-    def stand_in(self, index: int) -> Callable[..., Any]:
-        """What is called instead of block `index`."""
+    def stub(self, index: int) -> Callable[..., Any]:
+        """The forward function that replaces that of block `index`."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._record(index, args, kwargs)
@@ -142,44 +148,44 @@ class _Recorder:
         hidden, call = _split(args, kwargs)
         if index != len(self._calls):
             raise _NotAChain(f"the model runs block {index} where block {len(self._calls)} is expected")
-        if index and hidden is not self._handed:
+        if index and hidden is not self._output:
             raise _NotAChain(f"the input of block {index} is not the output of block {index - 1}")
         self._calls.append(call)
         tensors = list(_tensors((call.args, call.kwargs)))
         if index == 0:
-            self._entered, self._handed = hidden, self._change(hidden)
-            tensors.append(self._handed)
+            self._first_input, self._output = hidden, self._change(hidden)
+            tensors.append(self._output)
         self._versions += [(tensor, tensor._version) for tensor in tensors]
         if index + 1 == self._count:
             raise ForwardStopped
-        return (self._handed,) if self._tuples else self._handed
+        return (self._output,) if self._tuples else self._output
 
     def result(self) -> ChainInput:
-        """What was recorded; `_NotAChain` when the pass ended early or wrote into what blocks share."""
-        if len(self._calls) < self._count or self._entered is None:
+        """The recorded input; `_NotAChain` when the pass ended early or modified a recorded tensor in place."""
+        if len(self._calls) < self._count or self._first_input is None:
             raise _NotAChain(f"the model's forward pass ran {len(self._calls)} of its {self._count} blocks")
         if any(tensor._version != version for tensor, version in self._versions):
-            raise _NotAChain("the model writes into the arguments of its blocks between them")
-        return ChainInput(self._entered, tuple(self._calls))
+            raise _NotAChain("the model modifies block arguments in place between its blocks")
+        return ChainInput(self._first_input, tuple(self._calls))
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    """The hidden states and the other arguments of a block's call."""
+    """The hidden states and the other arguments of a block's call; `_NotAChain` for mutable arguments."""
     if args:
         hidden, call = args[0], BlockCall(args[1:], kwargs, named=False)
     else:
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        hidden, call = kwargs.get("hidden_states"), BlockCall((), rest, named=True)
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        hidden, call = kwargs.get("hidden_states"), BlockCall((), others, named=True)
     if not isinstance(hidden, Tensor):
         raise _NotAChain("a block is called without hidden states")
     for value in _leaves((call.args, call.kwargs)):
         if not isinstance(value, (Tensor, *PLAIN)):
-            raise _NotAChain(f"a block receives a {type(value).__name__}, which may change while the block runs")
+            raise _NotAChain(f"a block receives a {type(value).__name__}, which the block may modify")
     return hidden, call
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Everything inside nested tuples, lists and dicts."""
+    """All values inside nested tuples, lists and dicts."""
     if isinstance(value, tuple | list):
         yield from chain.from_iterable(map(_leaves, value))
     elif isinstance(value, dict):
@@ -192,12 +198,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
 
 
-def _same(one: Any, two: Any) -> bool:
-    """Whether two sets of arguments have equal values in equal places."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and torch.equal(one.nan_to_num(), two.nan_to_num())
-    if isinstance(one, tuple | list):
-        return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
-    if isinstance(one, dict):
-        return isinstance(two, dict) and one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
-    return bool(one == two)
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nested argument structures are equal; NaN equals NaN."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a == b)

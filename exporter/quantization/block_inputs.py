@@ -1,7 +1,8 @@
-"""The input of the next block for every calibration batch, and how much each of its tokens counts.
+"""Inputs of the next block for every calibration batch, with a weight per token; non-finite tokens are excluded.
 
-Tokens whose hidden states are not finite (float16 overflows on some pictures) are set to zero and count nothing from
-there on, so that attention does not spread them; a job in which too many do so stops.
+A token with a non-finite hidden state (float16 overflows on some pictures) is set to zero and gets weight 0, so that
+attention does not spread the value to other tokens. CalibrationError when more than `MAX_EXCLUDED` of the tokens are
+excluded.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +17,21 @@ from exporter.inference.encoding import Batch
 from exporter.inference.forward_hooks import first_output, run_until_stopped
 from exporter.quantization.block_calls import BlockCall, ChainInput
 
-MOST_EXCLUDED = 0.1  # share of the tokens that may be excluded before the job stops
+MAX_EXCLUDED = 0.1  # share of the tokens that may be excluded before the job stops
 
 
 @dataclass
 class Cleaning:
-    """Zeros in place of tokens that are not finite, wherever they appear upstream of a component for one batch.
+    """Zeroes non-finite tokens in the blocks upstream of a component, for one batch, and counts them.
 
-    damaged, tokens: how many were not finite where most of them were, and how many there were in all.
+    damaged: the number of non-finite tokens at the place that had most of them. tokens: the number of all tokens there.
     """
 
     damaged: int = 0
     tokens: int = 0
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's `forward` between cleaned hidden states."""
+        """`forward` of a block, wrapped so that non-finite tokens of its input and output become zeros."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if args:
@@ -46,19 +47,19 @@ class Cleaning:
         damaged = int((~finite).sum())
         if damaged > self.damaged:
             self.damaged, self.tokens = damaged, finite.numel()
-        return cleaned(hidden) if damaged else hidden
+        return zero_nonfinite(hidden) if damaged else hidden
 
 
 @dataclass
 class BlockInputs:
     """The input of the next block for one batch.
 
-    hidden: `[batch, tokens, width]`, or `[tokens, width]` where a model packs its pictures. calls: the other arguments
-    of the next block and of those after it.
-    weights: f32 `[batch, tokens]` (a batch of 1 for packed pictures), how much each token counts: 0 for padding and for
-    tokens that were not finite; None when all count the same.
-    tokens: how many counted at first. excluded: how many of them were not finite since. noted: of how many of these a
-    note tells. upstream: what was cleaned before the first block.
+    hidden: `[batch, tokens, width]`, or `[tokens, width]` when the model packs the pictures of a batch into one
+    sequence. calls: the other arguments of the next block and of the blocks after it. weights: f32 `[batch, tokens]`
+    (`[1, tokens]` for packed pictures), the weight of each token in the statistics: 0 for padding and excluded tokens;
+    None when all weights are 1. upstream: counts of the tokens that were zeroed before the first block. tokens: the
+    number of tokens with a positive weight at the first block. excluded: how many of these were excluded since then.
+    noted: how many of the excluded tokens a note already reports.
     """
 
     hidden: Tensor
@@ -73,7 +74,7 @@ class BlockInputs:
     def enter(
         cls, entered: ChainInput, weights: Tensor | None, store: torch.device, upstream: Cleaning | None = None
     ) -> "BlockInputs":
-        """The input of a component's first block, kept on `store`."""
+        """The input of a component's first block; the hidden states are stored on the device `store`."""
         counted = entered.hidden.shape[:-1].numel() if weights is None else int((weights > 0).sum())
         inputs = cls(entered.hidden, entered.calls, weights, upstream or Cleaning(), counted)
         inputs._keep(entered.hidden, store)
@@ -86,64 +87,74 @@ class BlockInputs:
         return output
 
     def output(self, block: nn.Module, device: torch.device) -> Tensor:
-        """The block's output on `device`, of a whole pass."""
+        """The block's output on `device`; no hook may end the pass early."""
         output = self.run(block, device)
         assert output is not None
         return output
 
     def advance(self, block: nn.Module, device: torch.device) -> None:
-        """Run the block: its output becomes the input of the next one."""
+        """Run the block and make its output the input of the next block."""
         output = self.output(block, device)
         self.calls = self.calls[1:]
         self._keep(output, self.hidden.device)
 
     def _keep(self, hidden: Tensor, store: torch.device) -> None:
-        """Store the next block's input; tokens that are not finite count nothing from now on."""
+        """Store the next block's input on `store`; exclude tokens with a non-finite value."""
         finite = torch.isfinite(hidden)
         if not finite.all():
-            finite = finite.all(-1).cpu().view(-1, hidden.shape[-2])  # a row of tokens for each weight's row
+            finite = finite.all(-1).cpu().view(-1, hidden.shape[-2])  # the shape of `weights`
             weights = torch.ones(finite.shape) if self.weights is None else self.weights
             self.weights = torch.where(finite, weights, 0.0)
             self.excluded += int(((weights > 0) & ~finite).sum())
-            hidden = cleaned(hidden)
+            hidden = zero_nonfinite(hidden)
         self.hidden = hidden.to(store)
 
 
-def cleaned(hidden: Tensor) -> Tensor:
-    """Hidden states `[..., width]` with zeros in place of every token that is not finite."""
+def zero_nonfinite(hidden: Tensor) -> Tensor:
+    """Hidden states `[..., width]`, with zeros for every token that has a non-finite value."""
     return torch.where(torch.isfinite(hidden).all(-1, keepdim=True), hidden, 0.0)
 
 
 def is_finite(entered: ChainInput) -> bool:
-    """Whether no hidden state is infinite or NaN, those that cross-attention reads included (masks may hold -inf)."""
+    """Whether all hidden states are finite, including those that cross-attention reads.
+
+    Other floating-point arguments may hold -inf, because attention masks do.
+    """
     if not torch.isfinite(entered.hidden).all():
         return False
-    beside = {id(x): x for call in entered.calls for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)}
-    return all(bool((tensor < torch.inf).all()) for tensor in beside.values() if tensor.is_floating_point())
+    others = {id(x): x for call in entered.calls for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)}
+    return all(bool((tensor < torch.inf).all()) for tensor in others.values() if tensor.is_floating_point())
 
 
 def check_excluded(block: str, inputs: Sequence[BlockInputs], also: int = 0) -> None:
-    """CalibrationError when too many tokens are not finite: the block's inputs and `also` inside of it, or upstream."""
+    """CalibrationError when more than `MAX_EXCLUDED` of the calibration tokens are excluded.
+
+    Checks the tokens excluded from the block's inputs plus `also` tokens excluded inside the block, and separately the
+    tokens zeroed upstream of it.
+    """
     tokens, excluded = sum(entry.tokens for entry in inputs), also + sum(entry.excluded for entry in inputs)
-    _refuse_many(block, excluded, tokens)
+    _refuse_too_many(block, excluded, tokens)
     damaged = [entry.upstream for entry in inputs if entry.upstream.damaged]
     if damaged:
         estimated = sum(cleaning.tokens for cleaning in damaged) * len(inputs) // len(damaged)
-        _refuse_many(f"upstream of {block}", sum(cleaning.damaged for cleaning in damaged), estimated)
+        _refuse_too_many(f"upstream of {block}", sum(cleaning.damaged for cleaning in damaged), estimated)
 
 
-def _refuse_many(where: str, excluded: int, tokens: int) -> None:
-    if excluded > MOST_EXCLUDED * tokens:
+def _refuse_too_many(where: str, excluded: int, tokens: int) -> None:
+    if excluded > MAX_EXCLUDED * tokens:
         raise CalibrationError(
             f"{where}: the activations of {excluded} of {tokens} calibration tokens ({excluded / tokens:.0%}) are not "
-            f"finite; up to {MOST_EXCLUDED:.0%} would be left out",
-            "float16 models overflow on a GPU: try --device cpu, which computes in float32; else look for damaged "
-            "weights or pictures",
+            f"finite; at most {MAX_EXCLUDED:.0%} may be excluded",
+            "float16 models can overflow on a GPU: try --device cpu, which computes in float32; otherwise check the "
+            "weights and pictures for damage",
         )
 
 
-def unnoted(inputs: Sequence[BlockInputs]) -> list[str]:
-    """Notes about tokens that were not finite since `mark_noted`; they do not depend on where a stopped run went on."""
+def excluded_token_notes(inputs: Sequence[BlockInputs]) -> list[str]:
+    """Notes about the tokens that were excluded since `mark_noted`, empty when there are none.
+
+    The notes of a block are the same whether or not the run was interrupted and resumed before it.
+    """
     tokens, excluded = sum(entry.tokens for entry in inputs), sum(entry.excluded - entry.noted for entry in inputs)
     upstream = sum(entry.upstream.damaged for entry in inputs)
     notes = [f"tokens that are not finite upstream of it: {upstream}; they are set to zero"] * bool(upstream)
@@ -152,22 +163,22 @@ def unnoted(inputs: Sequence[BlockInputs]) -> list[str]:
 
 
 def mark_noted(inputs: Sequence[BlockInputs]) -> None:
-    """A note tells of everything that was excluded so far."""
+    """Record that all tokens excluded so far are reported in a note."""
     for entry in inputs:
         entry.noted, entry.upstream = entry.excluded, Cleaning()
 
 
 def token_weights(batch: Batch, hidden: Tensor, image: int | None, vision: float) -> Tensor | None:
-    """How much each of a padded block's tokens counts, f32 `[batch, tokens]`; None when all count the same.
+    """Weight of each token of a padded block, f32 `[batch, tokens]`; None when all weights are 1.
 
-    hidden: `[batch, tokens, width]`, whose last tokens are those of the attention mask. Padding counts 0, text 1, and
-    the picture `vision`: tokens `image` of the prompt, and those before the prompt. CalibrationError when the hidden
-    states do not fit the mask.
+    hidden: `[batch, tokens, width]`; its last tokens are those of the attention mask. Padding gets weight 0, text 1,
+    and the picture's tokens `vision`: those with the id `image`, and those that the model inserts before the prompt.
+    CalibrationError when the shape of the hidden states does not match the mask.
     """
     real = batch["attention_mask"].float()
     if hidden.dim() != 3 or len(hidden) != len(real):
         shapes = f"hidden states {list(hidden.shape)} and an attention mask {list(real.shape)}"
-        raise CalibrationError(f"a block receives {shapes}: expected [batch, tokens, width] and [batch, tokens]")
+        raise CalibrationError(f"a block receives {shapes}; expected [batch, tokens, width] and [batch, tokens]")
     tokens = hidden.shape[1]
     if "input_ids" in batch and image is not None:
         real = torch.where(batch["input_ids"] == image, vision * real, real)
@@ -177,26 +188,30 @@ def token_weights(batch: Batch, hidden: Tensor, image: int | None, vision: float
 
 
 def counted_rows(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows `[rows, in]` that count, and how much each does `[rows]` (None: 1).
+    """Rows `[rows, in]` with a weight above 0, and their weights `[rows]` (None: all are 1).
 
-    x: `[batch, tokens, in]` or `[batch * tokens, in]`, the last tokens of `weights`.
+    x: `[batch, tokens, in]` or `[batch * tokens, in]`; its tokens are the last ones of `weights`.
     """
     if weights is None:
         return x.reshape(-1, x.shape[-1]), None
     tokens = x.reshape(len(weights), -1, x.shape[-1])  # OPT flattens before its feed-forward
-    own = weights[:, -tokens.shape[1] :].to(x.device)
-    counted = own > 0
-    return tokens[counted], None if (own[counted] == 1).all() else own[counted]
+    token_weights = weights[:, -tokens.shape[1] :].to(x.device)
+    counted = token_weights > 0
+    row_weights = token_weights[counted]
+    return tokens[counted], None if (row_weights == 1).all() else row_weights
 
 
 def finite_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The rows `[rows, in]` that are finite, and their weights `[rows]`."""
+    """The rows `[rows, in]` without non-finite values, and their weights `[rows]`."""
     finite = torch.isfinite(rows).all(-1)
     return rows[finite], None if weights is None else weights[finite]
 
 
 def weighted(output: Tensor, weights: Tensor | None) -> Tensor:
-    """A block's output, such that squared errors of its tokens count as much as the tokens do."""
+    """A block's output scaled by the square root of each token's weight.
+
+    Squared errors of the scaled outputs are then weighted by the token weights.
+    """
     if weights is None:
         return output
     return output.float() * weights[:, -output.shape[-2] :].sqrt().to(output.device).view(*output.shape[:-1], 1)

@@ -1,4 +1,4 @@
-"""What a calibration works with: tensors in, units out, both while the device computes something else."""
+"""Tensor reads and unit writes of a calibration, both in the background while the device computes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -17,7 +17,10 @@ CHECKED_AT_ONCE = 2**22  # elements
 
 
 class BlockIO:
-    """What every step needs: the plan, where tensors come from, where units go, the device and who listens."""
+    """Reads tensors and stores finished units; holds the plan, device, event listener and live model of a calibration.
+
+    finished: the number of leading units of the plan that the work folder holds or is about to hold.
+    """
 
     def __init__(
         self,
@@ -45,14 +48,13 @@ class BlockIO:
         self._ahead: dict[str, Future[Tensor]] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor as the artifact's reader will see it: dequantized once its unit is finished."""
+        """A tensor as the artifact will provide it: dequantized or folded once its unit is finished."""
         unit = self._unit_of.get(name)
         if unit is None or unit.index >= self.finished:
-            waiting = self._ahead.pop(name, None)
-            tensor = waiting.result() if waiting else self.checkpoint.read(name)
-            return (
-                tensor if name in self._planned else finite(self.checkpoint, name, tensor)
-            )  # planned weights are checked on the device
+            pending = self._ahead.pop(name, None)
+            tensor = pending.result() if pending else self.checkpoint.read(name)
+            # Weights to quantize are checked on the device, when `Block` reads them.
+            return tensor if name in self._planned else require_finite(self.checkpoint, name, tensor)
         if self._cached is None or self._cached[0] != unit.index:
             self.settle()
             self._cached = (unit.index, self.workdir.read(unit, self.device.torch_device))
@@ -62,11 +64,11 @@ class BlockIO:
         return result.altered[name] if name in result.altered else self.checkpoint.read(name)
 
     def tensors_under(self, prefix: str) -> list[str]:
-        """Names of the checkpoint's tensors below a block's prefix."""
+        """Names of the checkpoint's tensors that start with this prefix and a dot."""
         return [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Start to bring tensors that will be read soon from disk into memory that the GPU can fetch from."""
+        """Start reading tensors from disk into pinned host memory in the background; does nothing without a GPU."""
         if not self.device.is_cuda:
             return
         for name in names:
@@ -78,14 +80,14 @@ class BlockIO:
         return self.checkpoint.read(name).pin_memory()
 
     def commit(self, unit: Unit, result: UnitResult) -> None:
-        """Store a unit while the next one is computed."""
+        """Write a finished unit to the work folder in the background, after the previous write has ended."""
         self.settle()
-        said = (result.errors, result.notes)  # not the result: its codes leave the device once they are written
-        self._writing = (unit, said, self._pool.submit(self.workdir.commit, unit, result))
+        summary = (result.errors, result.notes)  # not `result`, so that its codes are freed once they are written
+        self._writing = (unit, summary, self._pool.submit(self.workdir.commit, unit, result))
         self.finished = unit.index + 1
 
     def settle(self) -> None:
-        """Wait until the last unit is safely on disk, and only then tell about it."""
+        """Wait until the last committed unit is on disk, then send its events."""
         if self._writing is None:
             return
         (unit, (errors, notes), writing), self._writing = self._writing, None
@@ -96,15 +98,15 @@ class BlockIO:
             self.on_event(Event("note", unit.index + 1, total, note))
 
 
-def finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself; CheckpointError when it holds an infinity or a NaN."""
+def require_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """The given tensor; CheckpointError when it has an infinity or a NaN."""
     if tensor.is_floating_point() and tensor.itemsize > 1:
-        parts = tensor.reshape(-1).split(CHECKED_AT_ONCE)  # an embedding's own comparison would take a gigabyte
+        parts = tensor.reshape(-1).split(CHECKED_AT_ONCE)  # the mask of a whole embedding takes a gigabyte
         if not all(torch.isfinite(part).all() for part in parts):
             raise checkpoint.not_finite(name)
     return tensor
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:
-    """The dtype of the checkpoint's linears."""
+    """The checkpoint's dtype of the linears."""
     return next(row.tensor.dtype for row in plan.rows if row.linear)

@@ -1,8 +1,8 @@
-"""Walk through the blocks: quantize each on the inputs it gets from the quantized blocks before it, and store the unit.
+"""Runs the quantization: goes through the blocks in data order, quantizes each, and stores one unit per block.
 
-Components follow the data (vision, projector, language), so every block sees the error of everything before it,
-as it will when the artifact runs. Inside a block the phases do the same (GPTQ's "true sequential" order).
-A finished unit is never computed again: its block runs with the weights from its file.
+Components follow the data (vision, projector, language), so every block is calibrated on inputs that include the
+quantization error of everything before it, as in the finished artifact. The phases inside a block do the same (GPTQ's
+"true sequential" order). Units in the work folder are not computed again: their blocks run with the stored weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from exporter.planning.plan import Plan, Unit
 from exporter.quantization.block import Block
 from exporter.quantization.block_inputs import check_excluded, mark_noted
 from exporter.quantization.block_io import BlockIO
-from exporter.quantization.component_inputs import arrive
+from exporter.quantization.component_inputs import first_block_inputs
 from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import Workdir
 
-VERSION = 3  # part of a job's fingerprint: raise it when this file changes the numbers
+VERSION = 3  # part of a job's fingerprint; increment it when a change in this file changes results
 
 
 def run(
@@ -32,11 +32,11 @@ def run(
     device: Device,
     on_event: Listener,
 ) -> None:
-    """Quantize every unit of the plan that the work folder does not hold yet.
+    """Quantize every unit of the plan that is not yet in the work folder.
 
     batches: model inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) on the CPU; may be empty when no unit
-    needs statistics. Raises CheckpointError (bad weights), CalibrationError (bad activations, or a model whose blocks
-    cannot be run one after the other).
+    needs statistics. Raises CheckpointError for damaged weights, and CalibrationError for non-finite activations or a
+    model whose blocks cannot be run one after the other.
     """
     with ThreadPoolExecutor(2) as pool:
         io = BlockIO(plan, checkpoint, workdir, device, on_event, pool)
@@ -49,24 +49,24 @@ def run(
                 if folding:
                     result = folding.best(result, block.quantize() if folding.fold(result) else None)
                 io.commit(block.unit, result)
-                del folding, result  # a copy of the block; its codes are being written
+                del folding, result  # frees a copy of the block, and the codes once they are written
         io.settle()
 
 
 def walk(
     io: BlockIO, component: Component, units: Sequence[Unit], batches: Sequence[Batch], sequential: bool = True
 ) -> Iterator[Block]:
-    """The blocks of a component that `units` quantize, in order; a block comes once for each of its units.
+    """Yield the blocks of a component that `units` quantize, in order, once for each of their units.
 
-    Blocks are in memory, with their inputs, up to the last one whose unit needs statistics; those after it are neither
-    read nor run. sequential: later blocks run on what the caller leaves in the earlier ones; otherwise every block is
-    as `io.read` gives it, for each of its units and for the blocks after it.
+    Blocks are in memory, with their inputs, up to the last block whose unit needs statistics; later blocks are neither
+    loaded nor run. sequential: later blocks run on the weights that the caller leaves in earlier blocks; otherwise the
+    block is reloaded through `io.read` after each yield.
     """
     calibrated = [unit.block for unit in units if unit.needs_statistics]
     names = [component.block(i) for i in range(component.used(io.checkpoint.config))]
     count = 1 + max((names.index(block) for block in calibrated), default=-1)
-    inputs = arrive(io, component, count, batches) if count else []
-    noted = {unit.block for unit in (*io.plan.units, *units)}  # their results tell what was excluded before them
+    inputs = first_block_inputs(io, component, count, batches) if count else []
+    noted = {unit.block for unit in (*io.plan.units, *units)}  # their notes report tokens excluded before them
     for i, name in enumerate(names[:count]):
         tensors = io.tensors_under(name)
         io.stream.load(tensors, io.read)

@@ -1,4 +1,4 @@
-"""The inputs of a component's first block: everything upstream of it runs on all batches."""
+"""Computes the inputs of a component's first block, by running everything upstream of it on all calibration batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,39 +16,40 @@ from exporter.quantization.block_inputs import BlockInputs, Cleaning, check_excl
 from exporter.quantization.block_io import BlockIO
 
 
-def arrive(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> list[BlockInputs]:
-    """Run everything upstream of the component on all batches: the inputs of its first block.
+def first_block_inputs(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> list[BlockInputs]:
+    """Run everything upstream of the component on all batches, and return the inputs of its first block.
 
-    count: how many of its blocks will run.
+    count: the number of the component's blocks that will run. CalibrationError without batches, and when too many
+    tokens are not finite.
     """
     if not batches:
-        raise CalibrationError("the recipe's methods need calibration data and there is none")
+        raise CalibrationError("the recipe's methods need calibration data, but there are no samples")
     family, config = io.plan.family, io.checkpoint.config
     position = family.components.index(component)
     upstream = family.components[:position]
     unused = [part.block(i) for part in upstream for i in range(part.used(config), part.stored(config))]
-    behind = [part.blocks.partition("{i}")[0] for part in family.components[position:]]
-    not_read = (*behind, *(f"{block}." for block in unused))
+    downstream = [part.blocks.partition("{i}")[0] for part in family.components[position:]]
+    skipped = (*downstream, *(f"{block}." for block in unused))
     names = [
         name
         for name in io.checkpoint.tensors
-        if not name.startswith(not_read) and not family.reason_kept(name.removesuffix(".weight"))
+        if not name.startswith(skipped) and not family.reason_kept(name.removesuffix(".weight"))
     ]
     io.stream.load(names, io.read)
-    with replaced_forwards([(io.stream.module(block), _pass_on) for block in unused]):
-        inputs = list(_enter(io, component, count, batches))
+    with replaced_forwards([(io.stream.module(block), _identity) for block in unused]):
+        inputs = list(_inputs_by_batch(io, component, count, batches))
     io.stream.unload(names)
     check_excluded(component.block(0), inputs)
     return inputs
 
 
-def _pass_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """Instead of a block whose output nothing reads."""
+def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    """Forward function that replaces an upstream block whose output is not used."""
     return hidden_states
 
 
-def _enter(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> Iterator[BlockInputs]:
-    """The inputs of the component's first block, pass by pass and batch by batch."""
+def _inputs_by_batch(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> Iterator[BlockInputs]:
+    """The inputs of the component's first block: for each pass of the component, for each batch."""
     blocks = [io.stream.module(component.block(i)) for i in range(count)]
     store = io.device.torch_device if _fits(io) else torch.device("cpu")
     image, vision = image_token(io.stream.model.config), io.plan.recipe.calibration.vision_weight
@@ -57,9 +58,9 @@ def _enter(io: BlockIO, component: Component, count: int, batches: Sequence[Batc
     for entry in component.passes:
         placed = map(io.stream.inputs, batches)
         captured = capture_calls(io.stream.model, blocks, placed, entry.run, component.name)
-        for batch, first_try in zip(batches, captured, strict=True):
-            entered, upstream = first_try, Cleaning()
-            if not is_finite(first_try):
+        for batch, uncleaned in zip(batches, captured, strict=True):
+            entered, upstream = uncleaned, Cleaning()
+            if not is_finite(uncleaned):
                 entered = _enter_cleaned(io, component, blocks, batch, entry, upstream)
             weights = token_weights(batch, entered.hidden, image, vision) if entry.padded else None
             pictures = pictures or (entry.padded and entered.hidden.shape[1] > batch["attention_mask"].shape[1])
@@ -68,14 +69,14 @@ def _enter(io: BlockIO, component: Component, count: int, batches: Sequence[Batc
             io.on_event(Event("calibrate", done, total, f"inputs of {component.name}"))
     if not pictures and any(entry.padded for entry in component.passes):
         raise CalibrationError(
-            "calibration.vision_weight is given, and config.json names no image token (image_token_index, "
-            "image_token_id) by which the picture's tokens are known",
-            "leave vision_weight out",
+            "calibration.vision_weight needs the image token's id to locate the picture's tokens, and config.json has "
+            "neither image_token_index nor image_token_id",
+            "remove vision_weight from the recipe",
         )
 
 
 def image_token(config: Any) -> int | None:
-    """Id of the token that stands for a picture, by a transformers configuration; None when the model has none."""
+    """Id of the image placeholder token in a transformers configuration; None when it names none."""
     ids = (getattr(config, key, None) for key in ("image_token_id", "image_token_index"))
     return next((int(value) for value in ids if value is not None), None)
 
@@ -83,7 +84,10 @@ def image_token(config: Any) -> int | None:
 def _enter_cleaned(
     io: BlockIO, component: Component, blocks: Sequence[nn.Module], batch: Batch, entry: Pass, cleaning: Cleaning
 ) -> ChainInput:
-    """The same for a batch with activations that are not finite: they become zeros before they spread."""
+    """The component's input for a batch with non-finite activations, which the upstream blocks replace by zeros.
+
+    cleaning: receives the counts of the replaced tokens.
+    """
     family, config = io.plan.family, io.checkpoint.config
     upstream = family.components[: family.components.index(component)]
     modules = [io.stream.module(part.block(i)) for part in upstream for i in range(part.used(config))]
@@ -94,5 +98,5 @@ def _enter_cleaned(
 
 
 def _fits(io: BlockIO) -> bool:
-    """Keep activations on the device when they take less than a quarter of what was free there."""
+    """Whether the activations take less than a quarter of the device's free memory, so that they can stay there."""
     return io.plan.memory.activation_bytes < io.device.free_bytes / 4

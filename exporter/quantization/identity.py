@@ -1,7 +1,8 @@
-"""What decides the numbers of a job, in one place: everything that is kept on disk is looked up or refused by it.
+"""Identities: plain data that holds everything that can change a job's numbers. Fingerprints are hashes of identities.
 
-Work folders, units of studies, settings of studies and kept answers are made from these parts. Whatever can change a
-number belongs into one of them; names of folders, of data sources and of the machine do not.
+Work folders, units and settings of studies, and stored answers are looked up or refused by an identity made of these
+parts. Every input that can change a number belongs into one of them; names of folders, data sources and machines do
+not.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +23,11 @@ from exporter.quantization import calibrate
 from exporter.tasks.sample import Sample, task_of
 
 PACKAGES = (PROGRAM, "torch", "transformers", "tokenizers", "pillow", "numpy", "torchvision")
-Identity = dict[str, Any]  # plain data
+Identity = dict[str, Any]  # plain data that can be written as JSON
 
 
 def package_versions() -> dict[str, str]:
-    """Version of every package that takes part in the arithmetic; `absent` where it is not installed."""
+    """Version of every package that takes part in the computation; `absent` when it is not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -35,13 +36,13 @@ def _version(package: str) -> str:
 
 
 def of_source(checkpoint: Checkpoint, on_event: Listener = ignore) -> Identity:
-    """A model: configuration, every byte of its shards and of its processor's files, and what tensors are read as."""
+    """Identity of a checkpoint: config, dtypes that tensors are read as, hashes of its shards and processor files."""
     files = checkpoint.shard_hashes(on_event) | processor_files(checkpoint.folder)
     return {"config.json": checkpoint.config, "tensors read as": checkpoint.dtypes(), "files": files}
 
 
 def of_machine(device: Device, stored: torch.dtype) -> Identity:
-    """What computes. stored: dtype of the checkpoint's linears."""
+    """Identity of the hardware and software that compute. stored: dtype of the checkpoint's linears."""
     dtype = device.compute_dtype(stored)
     kind = {"device": device.torch_device.type, "compute dtype": str(dtype).removeprefix("torch.")}
     return kind | {"versions": package_versions()}
@@ -50,7 +51,10 @@ def of_machine(device: Device, stored: torch.dtype) -> Identity:
 def of_samples(
     samples: Iterable[Sample], pictures: Iterable[str], prompt: Callable[[Sample], str] | None = None
 ) -> list[Identity]:
-    """Every sample with its texts. pictures: `image_key` of each. prompt: a sample's text as the model reads it."""
+    """Identity of each sample with its texts.
+
+    pictures: `image_key` of each sample. prompt: returns a sample's text as the model reads it.
+    """
     return [_of_sample(sample, picture, prompt) for sample, picture in zip(samples, pictures, strict=True)]
 
 
@@ -71,7 +75,10 @@ def _of_sample(sample: Sample, picture: str, prompt: Callable[[Sample], str] | N
 def of_calibration(
     settings: Calibration, samples: Sequence[Sample], pictures: Sequence[str], prompt: Callable[[Sample], str]
 ) -> Identity:
-    """What a method learns from. Which samples these settings choose is in `samples` and not in the settings."""
+    """Identity of the calibration data.
+
+    Settings that only select samples are left out, because the selected samples themselves are in `samples`.
+    """
     return {
         "calibration": {name: getattr(settings, name) for name in ("seed", "batch", "vision_weight")},
         "samples": of_samples(samples, pictures, prompt),
@@ -87,9 +94,9 @@ def of_job(
     device: Device,
     on_event: Listener = ignore,
 ) -> Identity:
-    """Everything that decides the blocks of an export. Format, gates and evaluation do not.
+    """Identity of everything that determines the quantized blocks of an export; format, gates and evaluation do not.
 
-    processor: may be None without samples. pictures: `image_key` of every sample's.
+    processor: may be None without samples. pictures: `image_key` of each sample.
     """
     methods = sorted({row.rule.method for row in plan.rows if row.rule})
     rules = [rule.model_dump(mode="json", exclude={"store"}) for rule in plan.recipe.quantize]
@@ -108,6 +115,6 @@ def of_job(
 
 
 def method_versions(methods: Iterable[str]) -> dict[str, int]:
-    """Version of every method, and of the code that streams blocks through them."""
+    """Version of every method, and of the code that runs the blocks through them."""
     versions = {name: METHODS[name].VERSION for name in methods} | {"calibrate": calibrate.VERSION}
     return {f"version of {name}": number for name, number in versions.items()}

@@ -1,8 +1,8 @@
-"""The work folder: one file for each finished block. The set of files is the progress; there is no other state.
+"""The work folder: one safetensors file per finished block. The files present are the only record of progress.
 
-A unit file holds, for every quantized linear NAME of its block, `NAME.codes` (dense bit stream, int32), `NAME.scale`,
-`NAME.zero` (asymmetric only), `altered.TENSOR` for every tensor that a fold changed, and in its header the job's
-fingerprint, the notes and the errors, and a checksum of all that.
+A unit file holds for every quantized linear NAME of its block `NAME.codes` (dense bit stream, int32), `NAME.scale` and
+`NAME.zero` (asymmetric only), and `altered.TENSOR` for every tensor that a fold changed. Its header holds the job's
+fingerprint, the notes, the errors, and a checksum over tensors and header.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from exporter.planning.plan import PlanRow, Unit
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of one block.
+    """The result of quantizing one block.
 
-    linears: module name -> quantized linear. errors: module name -> relative error of its output on the calibration
-    data (of its weight, for methods without data). notes: what the user should read.
-    altered: tensors of the block that are kept in 16 bits but not as they were (folded norms and biases).
+    linears: module name -> quantized linear. errors: module name -> relative error of the linear's output on the
+    calibration data (of its weight, for methods without data). notes: messages for the user.
+    altered: tensors of the block that stay in 16 bits and were changed by a fold (norms and biases).
     """
 
     linears: Mapping[str, QuantizedLinear]
@@ -44,12 +44,12 @@ class UnitResult:
 
 JOB = "job.json"
 LOCK = ".mmq-lock"
-AGAIN = "run the same command again: this block is then computed again"
-READERS = 4  # threads that check files; each holds one unit in memory
+AGAIN = "run the same command again: it recomputes this block"
+READERS = 4  # threads that check files; each thread holds one unit in memory
 
 
 class Workdir:
-    """A folder of unit files that all belong to one job."""
+    """A folder of unit files that belong to one job."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
@@ -59,16 +59,17 @@ class Workdir:
     def open(cls, path: Path, inputs: Mapping[str, Any]) -> "Workdir":
         """Create the folder, or resume it when it belongs to the same job.
 
-        inputs: everything that changes the numbers. WorkdirError names what differs from the job that it belongs to.
+        inputs: everything that determines the results. WorkdirError lists every difference from the folder's own
+        inputs.
         """
         make_folder(path)
         if (path / JOB).exists():
             _refuse_changes(path, inputs)
         elif any(child.name != LOCK for child in path.iterdir()):
-            raise WorkdirError(f"{path} is not empty and is no mmq work folder", "give another --work folder")
+            raise WorkdirError(f"{path} is not empty and is not an mmq work folder", "choose another --work folder")
         else:
             write_text(path / JOB, _job_text(inputs))
-        for leftover in path.glob(".*.tmp"):  # a killed run's half-written file
+        for leftover in path.glob(".*.tmp"):  # incomplete file of a killed run
             leftover.unlink()
         return cls(path, fingerprint_of(inputs))
 
@@ -78,17 +79,17 @@ class Workdir:
             path.unlink()
 
     def drop_damaged(self, units: Sequence[Unit], on_event: Listener) -> None:
-        """Delete the files of finished units that do not hold what was written, so that they are computed again."""
+        """Delete the files of finished units whose content fails the checksum, so that the blocks are recomputed."""
         finished = [unit for unit in units if (self.path / unit.file).exists()]
         with ThreadPoolExecutor(READERS) as pool:
-            for number, damage in enumerate(pool.map(self._damage, finished), 1):
+            for number, damage in enumerate(pool.map(self._find_damage, finished), 1):
                 on_event(Event("check", number, len(finished), finished[number - 1].block))
                 if damage:
                     (self.path / finished[number - 1].file).unlink()
-                    on_event(Event("note", number, len(finished), f"{damage}; this block is computed again"))
+                    on_event(Event("note", number, len(finished), f"{damage}; this block is recomputed"))
 
     def commit(self, unit: Unit, result: UnitResult) -> None:
-        """Store a finished block, atomically."""
+        """Store a finished block atomically; WorkdirError when the file cannot be written."""
         tensors: dict[str, Tensor] = {}
         for name, linear in result.linears.items():
             tensors[f"{name}.codes"] = pack_bits(linear.codes, linear.scheme.bits).cpu()
@@ -96,46 +97,46 @@ class Workdir:
             if not linear.scheme.symmetric:
                 tensors[f"{name}.zero"] = linear.zero
         tensors |= {f"altered.{name}": tensor for name, tensor in result.altered.items()}
-        about = json.dumps({"errors": dict(result.errors), "notes": list(result.notes)}, sort_keys=True)
+        summary = json.dumps({"errors": dict(result.errors), "notes": list(result.notes)}, sort_keys=True)
         stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        checked = {"fingerprint": self.fingerprint, "result": about}
+        checked = {"fingerprint": self.fingerprint, "result": summary}
         try:
             write_tensors(self.path / unit.file, stored, checked | {"checksum": checksum(checked, stored)})
         except CheckpointError as error:
-            raise WorkdirError(error.message, "free some space and run the same command again: it resumes") from None
+            raise WorkdirError(error.message, "free disk space and run the same command again: it resumes") from None
 
     def done(self, units: tuple[Unit, ...]) -> int:
-        """How many leading units are finished."""
+        """The number of leading units that are finished."""
         for i, unit in enumerate(units):
             if not (self.path / unit.file).exists():
                 return i
         return len(units)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
-        """A finished block, its tensors on `device` (WorkdirError when its file does not hold what was written)."""
-        about, stored = self._checked(unit)
+        """A finished block with its tensors on `device`; WorkdirError when its file is missing or damaged."""
+        summary, stored = self._read_checked(unit)
         tensors = {name: tensor.to(device) for name, tensor in stored.items()}
         linears = {row.module: _read_linear(tensors, row) for row in unit.rows}
         prefix = "altered."
         altered = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-        return UnitResult(linears, about["errors"], tuple(about["notes"]), altered)
+        return UnitResult(linears, summary["errors"], tuple(summary["notes"]), altered)
 
     def read_notes(self, unit: Unit) -> tuple[dict[str, float], list[str]]:
-        """The errors and notes of a finished block, without its tensors."""
+        """The errors and notes of a finished block, without reading its tensors."""
         with self._opened(unit) as (_, metadata):
-            about = json.loads(metadata["result"])
-            return about["errors"], about["notes"]
+            summary = json.loads(metadata["result"])
+            return summary["errors"], summary["notes"]
 
-    def _damage(self, unit: Unit) -> str:
-        """What is wrong with a finished unit's file; empty when nothing is."""
+    def _find_damage(self, unit: Unit) -> str:
+        """The problem with a finished unit's file; empty when it is intact."""
         try:
-            self._checked(unit)
+            self._read_checked(unit)
         except WorkdirError as error:
             return error.message
         return ""
 
-    def _checked(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Errors and notes of a finished unit, and its tensors on the CPU as they are stored."""
+    def _read_checked(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Errors and notes of a finished unit, and its tensors on the CPU as stored; WorkdirError when damaged."""
         with self._opened(unit) as (file, metadata):
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             expected = metadata.pop("checksum")
@@ -145,7 +146,7 @@ class Workdir:
 
     @contextmanager
     def _opened(self, unit: Unit) -> Iterator[tuple[Any, dict[str, str]]]:
-        """A unit's file and its metadata; whatever is wrong with it becomes a WorkdirError."""
+        """A unit's open file and its metadata; every read error becomes a WorkdirError."""
         path = self.path / unit.file
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -158,7 +159,7 @@ class Workdir:
 
 
 def fingerprint_of(inputs: Mapping[str, Any]) -> str:
-    """The identity of a job, sha256 of its inputs."""
+    """The fingerprint of a job: sha256 of its inputs."""
     return hashlib.sha256(_job_text(inputs).encode()).hexdigest()
 
 
@@ -167,12 +168,12 @@ def _job_text(inputs: Mapping[str, Any]) -> str:
 
 
 def _refuse_changes(path: Path, inputs: Mapping[str, Any]) -> None:
-    """WorkdirError unless the folder's job had these inputs, with every difference."""
-    hint = f"undo the change to go on from them, or start over: give another --work, or delete {path}"
+    """WorkdirError that lists every difference, unless the folder's job had the same inputs."""
+    hint = f"undo the change to resume, or start over: choose another --work folder, or delete {path}"
     try:
         before = read_json(path / JOB)
     except CheckpointError as error:
-        raise WorkdirError(f"{error.message}: it is not known what the blocks in {path} were made from", hint) from None
+        raise WorkdirError(f"{error.message}: the job of the blocks in {path} is unknown", hint) from None
     lines = changes(before, json.loads(_job_text(inputs)))
     if lines:
         listed = "".join(f"\n  {line}" for line in lines)
@@ -193,7 +194,7 @@ def _tensor_hash(tensor: Tensor) -> str:
 
 
 def _read_linear(tensors: Mapping[str, Tensor], row: PlanRow) -> QuantizedLinear:
-    """One linear of a unit's tensors: codes `[out, in]`, scale and zero `[out, groups]`."""
+    """One quantized linear from a unit's tensors: codes `[out, in]`, scale and zero `[out, groups]`."""
     scheme = row.scheme
     assert scheme is not None
     codes = unpack_bits(tensors[f"{row.module}.codes"], scheme.bits, row.tensor.shape[1])

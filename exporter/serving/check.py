@@ -21,7 +21,7 @@ from exporter.evaluation.report_file import ServingRecord, read_report, write_re
 from exporter.events import Event, Listener
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
-from exporter.planning.vllm_rules import engine_class
+from exporter.planning.vllm_rules import engine_classes
 from exporter.serving.launch import Program, launch
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
@@ -209,7 +209,7 @@ def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
     problems = []
     for module in artifact.manifest.linears:
         name = artifact.family.engine_name(module)
-        expected, actual = engine_class(artifact.scheme_of(module)), log.get(name) or log.get(module)
+        expected, actual = engine_classes(artifact.scheme_of(module)), log.get(name) or log.get(module)
         if actual not in expected:
             text = actual or "none (the linear runs unquantized or under another name)"
             problems.append(f"{name}: the scheme in vllm's log is {text}; expected {' or '.join(expected)}")

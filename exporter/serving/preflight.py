@@ -16,7 +16,7 @@ from exporter.planning.vllm_rules import (
     hardware_problems,
     head_problems,
     parallel_problems,
-    share,
+    shard,
 )
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
@@ -63,7 +63,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     """ServeError with the rules of vLLM that the artifact violates on this hardware."""
     refuse_unserved(artifact.family)
     config, linears = artifact.checkpoint.config, engine_linears(artifact)
-    parts = [share(linear, tensor_parallel) for linear in linears]
+    parts = [shard(linear, tensor_parallel) for linear in linears]
     problems = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
     problems += head_problems(config, tensor_parallel) + parallel_problems(linears, tensor_parallel)
     _refuse("this artifact", problems)

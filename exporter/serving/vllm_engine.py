@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from exporter.errors import ServeError
-from exporter.inference.openai_client import RequestFailed, answers, ask, message
+from exporter.inference.openai_client import RequestFailed, message, request_json, responds
 from exporter.serving.launch import Launch
 
 START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
@@ -103,7 +103,7 @@ class Engine:
         while time.monotonic() - start < seconds:
             if (code := self.ended()) is not None:
                 raise ServeError(f"{ending(code)} before it was ready{self._log_tail()}")
-            if answers(f"{self.launch.url}/health"):
+            if responds(f"{self.launch.url}/health"):
                 return time.monotonic() - start
             time.sleep(0.5)
         raise ServeError(f"vllm was not ready after {seconds:.0f} s{self._log_tail()}")
@@ -216,7 +216,7 @@ def free_port() -> int:
 def post(url: str, body: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
     """JSON answer to a request; ServeError with the server's message when it refuses or does not answer in time."""
     try:
-        return ask(url, body, seconds)
+        return request_json(url, body, seconds)
     except RequestFailed as failed:
         problem = f"answered {failed.status}: {failed.message}" if failed.status else failed.message
         raise ServeError(f"{url}: {problem}") from None

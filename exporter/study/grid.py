@@ -14,7 +14,7 @@ from exporter.methods import METHODS
 from exporter.model.families import Family
 from exporter.model.families.family import Config
 from exporter.numerics.quantized import GroupSize
-from exporter.planning.recipe import Rule, Strict, known
+from exporter.planning.recipe import Rule, Strict, require_known
 
 KEPT = 16
 ALL = "all"
@@ -62,7 +62,7 @@ class Grid(Strict):
     @field_validator("methods")
     @classmethod
     def _methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(known(name, METHODS, "method") for name in value)
+        return tuple(require_known(name, METHODS, "method") for name in value)
 
     @field_validator("group_sizes")
     @classmethod

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from exporter.inference.batch_size import BatchSize
-from exporter.inference.retrieval import PIECE, Searched, answer, candidates, pixels_of, scored, search
+from exporter.inference.retrieval import (
+    PIECE,
+    EncodedPool,
+    candidates,
+    encode_pool,
+    format_ranks,
+    pixels_of,
+    score_pairs,
+)
 from exporter.inference.row_store import RowStore
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Pool, Sample
@@ -68,14 +76,14 @@ class Search:
             wanted = [candidates(self.pool, searched, number) for number in numbers]
             known = self.truth[start : start + PIECE]
             scores = self._scored(model, searched, [*wanted, *(pairs for pairs, _ in known)], device)
-            answers += [answer(searched, n, w, s) for n, w, s in zip(numbers, wanted, scores, strict=False)]
+            answers += [format_ranks(searched, n, w, s) for n, w, s in zip(numbers, wanted, scores, strict=False)]
             rest = zip(known, scores[len(wanted) :], strict=True)
             lost += [divergence(truth, found, pairs[2]) for (pairs, truth), found in rest]
         means = {name: sum(v) / len(v) for name, v in retrieval.score(answers, self.samples).items() if name in SHOWN}
         return means | ({"kl": sum(lost) / len(lost)} if lost else {})
 
-    def _search(self, model: Any, device: torch.device) -> Searched:
-        return search(model, self.processor, self.pool, device, BatchSize(self.batch), self.pixels)
+    def _search(self, model: Any, device: torch.device) -> EncodedPool:
+        return encode_pool(model, self.processor, self.pool, device, BatchSize(self.batch), self.pixels)
 
     def _pieces(self) -> Iterator[list[int]]:
         """Places in the pool, a few pictures at a time."""
@@ -83,9 +91,11 @@ class Search:
         numbers = [places[sample.identity] for sample in self.samples]
         return (numbers[start : start + PIECE] for start in range(0, len(numbers), PIECE))
 
-    def _scored(self, model: Any, searched: Searched, wanted: Sequence[Wanted], device: torch.device) -> list[Tensor]:
+    def _scored(
+        self, model: Any, searched: EncodedPool, wanted: Sequence[Wanted], device: torch.device
+    ) -> list[Tensor]:
         pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
-        scores = scored(model, searched, pairs, device, BatchSize(self.batch))
+        scores = score_pairs(model, searched, pairs, device, BatchSize(self.batch))
         return list(scores.split([len(one[0]) for one in wanted]))
 
 

@@ -13,7 +13,7 @@ from exporter.methods import METHODS
 from exporter.model.families import Component
 from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.recipe import Rule
-from exporter.planning.vllm_kernels import serving
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.study.allocate import Option, Slot
 from exporter.study.grid import Point
 from exporter.study.pool import WorkerPool
@@ -39,7 +39,7 @@ def rules(
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 raise PlanError(f"{where}: {first['msg']}", "see --bits, --groups and --method of --help") from None
-            kernels = serving(Scheme(width, group, symmetric), format_name)
+            kernels = serving_kernels(Scheme(width, group, symmetric), format_name)
             if unserved or kernels.cuda or kernels.cpu:
                 found.append(rule)
     if not found:
@@ -51,8 +51,8 @@ def without_extras(found: Sequence[dict[str, Any]], format_name: str) -> list[di
     """Those schemes whose kernels a plain installation of the engine has."""
 
     def plain(rule: dict[str, Any]) -> bool:
-        kernels = serving(Scheme(rule["bits"], rule["group_size"], rule["symmetric"]), format_name)
-        return not kernels.needs()
+        kernels = serving_kernels(Scheme(rule["bits"], rule["group_size"], rule["symmetric"]), format_name)
+        return not kernels.requirement()
 
     return [rule for rule in found if plain(rule)]
 

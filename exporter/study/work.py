@@ -15,7 +15,7 @@ from exporter import data
 from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError, WorkdirError
 from exporter.events import ignore
-from exporter.inference.block_streaming import by_block, pass_blocks
+from exporter.inference.block_streaming import names_by_block, stream_blocks
 from exporter.inference.predict import Predictor, batches
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
@@ -180,9 +180,9 @@ class Examiner:
         self._setting = Setting((), lambda unit: store_of(setup).read(unit))
         self._stream = Stream(family, checkpoint.config, self._device, dtype)
         names = list(checkpoint.tensors)
-        self._inside, _ = by_block(family, checkpoint.config, names) if self._passing else ({}, names)
+        self._inside, _ = names_by_block(family, checkpoint.config, names) if self._passing else ({}, names)
         if self._passing:
-            self._live = pass_blocks(self._stream, checkpoint.config, names, self._read)
+            self._live = stream_blocks(self._stream, checkpoint.config, names, self._read)
         else:
             self._live = self._stream.load_all(names, checkpoint.read)
         self._changed: set[str] = set()

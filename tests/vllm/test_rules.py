@@ -28,16 +28,16 @@ from exporter.planning.vllm_kernels import (
     MACHETE,
     MARLIN,
     W4A8_CUTLASS,
-    serving,
+    serving_kernels,
 )
 from exporter.planning.vllm_rules import (
     ROW_PARALLEL,
     Linear,
-    card_problems,
     cpu_problems,
+    gpu_problems,
     matched_scheme,
     parallel_problems,
-    share,
+    shard,
 )
 
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
@@ -130,7 +130,7 @@ def test_shapes_of_4_bits_with_float8_inputs_are_refused_as_vllm_does(engine_pyt
     questions = [question(linear, degree=degree, capability=card) for linear, degree in asked]
     answers = ask(engine_python, questions, "choose.py")
     for (linear, degree), answer in zip(asked, answers, strict=True):
-        ours = card_problems([share(linear, degree)], "compressed_tensors", card)
+        ours = gpu_problems([shard(linear, degree)], "compressed_tensors", card)
         assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
@@ -141,7 +141,9 @@ def test_kernels_of_every_architecture_are_those_that_vllm_chooses(engine_python
     linears = [(Linear("up_proj", "up_proj", (4096, 4096), scheme), card) for scheme, card in asked]
     questions = [question(linear, capability=card, humming=humming) for linear, card in linears]
     for (scheme, card), answer in zip(asked, ask(engine_python, questions, "choose.py"), strict=True):
-        kernels = [kernel for kernel in serving(scheme, "compressed_tensors").cuda if humming or not kernel.package]
+        kernels = [
+            kernel for kernel in serving_kernels(scheme, "compressed_tensors").cuda if humming or not kernel.package
+        ]
         if humming and card == (9, 0) and MARLIN in kernels:  # there 0.32 takes Humming first
             kernels.remove(MARLIN)
         ours = next((kernel for kernel in kernels if kernel.runs_on(card)), None)
@@ -168,10 +170,10 @@ def test_what_a_cpu_or_several_devices_refuse_is_what_vllm_refuses(engine_python
     asked += [(Linear("up_proj", "up_proj", (4096, 4096), scheme), 1) for scheme in SCHEMES]
     answers = ask(engine_python, [question(linear, degree=degree) for linear, degree in asked], "choose.py")
     for (linear, degree), answer in zip(asked, answers, strict=True):
-        ours = parallel_problems([linear], degree) + cpu_problems([share(linear, degree)], "compressed_tensors")
+        ours = parallel_problems([linear], degree) + cpu_problems([shard(linear, degree)], "compressed_tensors")
         assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
         if not ours:
-            assert answer == CPU_CLASSES[serving(linear.scheme, "compressed_tensors").cpu], (linear, answer)
+            assert answer == CPU_CLASSES[serving_kernels(linear.scheme, "compressed_tensors").cpu], (linear, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
 

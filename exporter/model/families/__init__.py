@@ -1,4 +1,4 @@
-"""Model families mmq knows. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
+"""The model families that mmq supports. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
 
 from exporter.model.families import blip2, llava
 from exporter.model.families.family import Component, Family, Pass, Smoothing

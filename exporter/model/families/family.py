@@ -1,7 +1,7 @@
-"""What mmq knows of a model family: data tables and small pure functions, no behavior.
+"""The data that describes a model family: `Family`, its `Component`s, smoothings and passes.
 
-Names: a *checkpoint name* is the tensor's name on the hub and the only identity; the live module name (in the
-transformers class) and the runtime name (inside vLLM) are derived from it.
+Names: a *checkpoint name* is the tensor's name on the hub, which identifies it; the live name (in the transformers
+class) and the runtime name (inside vLLM) are derived from it.
 """
 
 import re
@@ -15,13 +15,13 @@ from exporter.model.families.parts.part import Part, Shapes
 
 Role = Literal["attention", "mlp"]
 Config = Mapping[str, Any]  # a parsed config.json
-Inputs = Mapping[str, Any]  # a batch as the processor makes it: names and tensors
-Sizes = Mapping[str, Values]  # the checked fields of a config.json: of its objects by key, of itself under ""
+Inputs = Mapping[str, Any]  # the processor's output for a batch: name -> tensor
+Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 
 PART_NAMES = {"vision_config": "vision tower", "qformer_config": "Q-Former", "text_config": "text model"}
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Keys of any object: transformers makes two entries for each label, and loads code from the hub for other attention.
+# Keys of all objects: transformers allocates two entries per label, and other attention values load code from the hub.
 _EVERYWHERE: tuple[Field, ...] = (
     Number("num_labels", 2, least=0, most=10**5),
     Choice("_attn_implementation", "sdpa", _ATTENTION, null=True),
@@ -34,10 +34,10 @@ _EVERYWHERE: tuple[Field, ...] = (
 
 @dataclass(frozen=True)
 class Smoothing:
-    """One exact fold: divide `source`'s output by s, multiply the input columns of every target by s.
+    """One exact fold: divides `source`'s output by s, and multiplies the input columns of every target by s.
 
-    source, targets: names relative to the block. rows: which part of a fused source feeds the targets,
-    as (index, parts): (2, 3) is the last third of a fused qkv.
+    source, targets: names relative to the block. rows: the part of a fused source that feeds the targets, as
+    (index, parts): (2, 3) is the last third of a fused qkv.
     """
 
     source: str
@@ -46,22 +46,22 @@ class Smoothing:
 
 
 def run_whole(model: Any, inputs: Inputs) -> Any:
-    """The model's own forward pass."""
+    """Run the model's own forward pass."""
     return model(**inputs, use_cache=False)
 
 
 def logits(model: Any, inputs: Inputs) -> Any:
-    """Scores of the next token, `[batch, tokens, vocabulary]`."""
+    """Logits of the next token, `[batch, tokens, vocabulary]`."""
     return run_whole(model, inputs).logits
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One way in which the model reaches a component.
+    """One way in which the model runs a component.
 
     run: calls the model on a batch (calibration stops it at the component's first block).
-    padded: what the first block receives is `[batch, tokens, in]` with padding, and its last tokens are those that the
-    attention mask is about (whatever comes before them is never padding).
+    padded: whether the first block's input is `[batch, tokens, in]` with padding; its last tokens are those of the
+    attention mask, and tokens before them are never padding.
     """
 
     run: Callable[[Any, Inputs], Any] = run_whole
@@ -72,21 +72,23 @@ class Pass:
 class Component:
     """A part of the model that is quantized as a chain of blocks.
 
-    blocks: checkpoint prefix of block `{i}`; a component of one block has no `{i}`, and one that is a single linear
-    has that linear's name here and as its only linear.
-    used: blocks that run at inference; stored: blocks the checkpoint holds (the rest is kept, with `unused`).
-    phases: linears of a block in the order the data meets them; members of one phase share their input.
+    blocks: checkpoint prefix of block `{i}`. A component of one block has no `{i}`; one that is a single linear has the
+    linear's name here and as its only linear.
+    used: number of blocks that run at inference.
+    stored: number of blocks in the checkpoint; unused ones are kept, for the reason `unused`.
+    phases: linears of a block in data order; linears of one phase share their input.
+    roles: role of each linear.
     has: whether block `i` has a linear, for components whose blocks differ.
-    target: pattern that finds block `{i}` under its runtime name and its live name alike (what configs are made of).
-    tokens: rows of its input that one sample makes over all passes, to predict memory.
-    context: values that one sample's blocks are given beside their input over all passes (what cross-attention reads).
-    passes: how calibration reaches it; every pass over a batch makes inputs of its first block.
-    unpadded: linears whose input never holds padding even when the block's does; the others receive the block's last
-    tokens, or all of them.
-    fused: runtime module -> the linears the serving engine fuses into it; these must share one scheme.
-    unpackable: None, or why the serving engine cannot load this component packed.
-    formats: the formats in which the serving engine loads it packed; None: all.
-    without_data: None, or why only methods that need no calibration data can quantize it.
+    target: pattern that matches block `{i}` by its runtime name and its live name, for quantization configs.
+    tokens: number of input rows per sample over all passes, to predict memory.
+    context: number of values per sample that blocks receive besides their input over all passes (cross-attention).
+    passes: how calibration runs the component; every pass over a batch gives inputs of its first block.
+    unpadded: linears whose input has no padding even if the block's input has; other linears receive the block's
+    last tokens, or all of them.
+    fused: runtime module -> the linears that vLLM fuses into it, which must share one scheme.
+    unpackable: why vLLM cannot load this component packed, or None.
+    formats: the formats in which vLLM loads it packed; None: all.
+    without_data: why only methods without calibration data can quantize it, or None.
     """
 
     name: str
@@ -110,7 +112,7 @@ class Component:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear that a block may have, in data order."""
+        """All linears that a block can have, in data order."""
         return tuple(name for phase in self.phases for name in phase)
 
     def linears_of(self, config: Config, i: int) -> tuple[str, ...]:
@@ -127,11 +129,11 @@ class Component:
 
     @property
     def prefix(self) -> str:
-        """What the checkpoint names of all its blocks begin with, without the number and the point before it."""
+        """The common prefix of the checkpoint names of all its blocks, without the final dot."""
         return self.blocks.partition("{i}")[0].rstrip(".")
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor or module of this checkpoint name lies in one of its blocks."""
+        """Whether a tensor or module with this checkpoint name is in one of its blocks."""
         return f"{name}.".startswith(f"{self.prefix}.")
 
 
@@ -139,31 +141,31 @@ class Component:
 class Family:
     """Everything that differs between model families.
 
-    architectures: values of config.json's `architectures` it answers to.
+    architectures: values of config.json's `architectures` that select the family.
     components: in data order, upstream first.
-    kept: linears that are never quantized: pattern over checkpoint names (without `.weight`) and the reason.
-    canonical_name: maps names that other savers wrote to the hub's own names.
+    kept: linears that are never quantized: pattern over checkpoint names (without `.weight`), and the reason.
+    canonical_name: maps names that other programs saved to the hub's names.
     live_name, runtime_name: checkpoint name -> name in the transformers class / inside vLLM.
-    config_class: name of the transformers class that a config.json becomes.
-    skeleton: config -> transformers model, built under whatever default device is set.
-    tiny_config: a config small enough for tests, with the real structure.
-    question_prompt has `{question}`; fallback_prompt (for processors without chat template) has `{text}`.
-    image_tokens: places that a picture takes among the tokens of a prompt.
-    positions: tokens that the model can take at most, the picture's among them.
-    vocabulary: tokens that the model has embeddings of.
-    picture_side: width and height in pixels of what the vision tower takes.
+    config_class: name of the transformers config class.
+    skeleton: config -> transformers model, built on the current default device.
+    tiny_config: a small config for tests with the real structure.
+    question_prompt contains `{question}`, fallback_prompt (for processors without chat template) `{text}`.
+    image_tokens: number of tokens of a picture in a prompt.
+    positions: the largest number of tokens of the model, including those of the picture.
+    vocabulary: the number of tokens that the model has embeddings for.
+    picture_side: width and height in pixels of the vision tower's input.
     processor_fields: settings of the processor that follow from config.json.
-    image_marker: what stands for a picture in prompts.
-    reply_end: what ended replies in the model's training: None for the tokenizer's end token, "" for nothing.
-    outputs: all that the model says about a batch, as one tensor: what two loadings of it must agree in.
-    refuses: why mmq cannot take a model of this family, from its config.json; None when it can.
-    float32: beginnings of checkpoint names that transformers computes in float32 whatever dtype is asked for.
-    unserved: why the serving engine cannot open this family at all; such artifacts are for transformers.
-    parts: object of config.json -> `model_type` -> the part; the first is what counts when none is named.
-    fields: what mmq reads of config.json beside its parts' objects.
-    misfits: which fields do not fit each other.
-    shapes: of all tensors that a checkpoint holds, by checkpoint name, as transformers builds them.
-    tied: output head -> the embedding that it may be one tensor with; such a head may be stored or not.
+    image_marker: the placeholder of a picture in prompts.
+    reply_end: the text that ended replies in training: None for the tokenizer's end token, "" for no text.
+    outputs: all outputs of the model for a batch as one tensor, to compare two loadings of it.
+    refuses: why mmq does not support a model of this family, from its config.json, or None.
+    float32: prefixes of checkpoint names that transformers always computes in float32.
+    unserved: why vLLM cannot load this family, or ""; its artifacts are for transformers.
+    parts: object of config.json -> `model_type` -> the part; the first is the default.
+    fields: the fields that mmq reads from config.json's top level.
+    misfits: problems between fields of different objects.
+    shapes: shapes of all tensors of a checkpoint, by checkpoint name, as transformers builds them.
+    tied: output head -> the embedding that can share its tensor; such a head may be stored or not.
     """
 
     name: str
@@ -203,11 +205,11 @@ class Family:
         return {component.name: component for component in self.components}[name]
 
     def component_of(self, name: str) -> Component | None:
-        """The component whose blocks hold a tensor or module of this checkpoint name, also a norm; None outside."""
+        """The component with this tensor or module in its blocks, by checkpoint name; None when it is in none."""
         return next((component for component in self.components if component.holds(name)), None)
 
     def text(self, question: str | None) -> str:
-        """What a user says beside the picture: the question in the family's wording, or the request for a caption."""
+        """The user's text next to the picture: the question in the family's wording, or the caption request."""
         return self.caption_prompt if question is None else self.question_prompt.format(question=question)
 
     def reason_kept(self, module: str) -> str | None:
@@ -215,7 +217,7 @@ class Family:
         return next((reason for pattern, reason in self.kept if re.fullmatch(pattern, module)), None)
 
     def engine_name(self, module: str) -> str:
-        """Runtime name of the linear that `module` (a checkpoint name) becomes: the fused one's if it is fused."""
+        """Runtime name of vLLM's linear that contains `module` (a checkpoint name), which differs if it is fused."""
         name = self.runtime_name(module)
         component = self.component_of(module)
         for fused, members in component.fused.items() if component else ():
@@ -225,20 +227,20 @@ class Family:
         return name
 
     def read(self, config: Config) -> tuple[Sizes, list[str]]:
-        """Fields of a config.json with their defaults, and what is wrong with it (some fields may then be absent)."""
+        """Validated fields of a config.json with defaults, and its problems (invalid objects have no fields)."""
         values, problems = read_fields(config, (*self.fields, *_EVERYWHERE), "")
         sizes: dict[str, Values] = {"": values}
-        for key, known in self.parts.items():
+        for key, supported in self.parts.items():
             section = config.get(key)
             if not isinstance(section, dict):
-                problems.append(f"{key}: expected an object, it is {kind(section) if key in config else 'absent'}")
+                problems.append(f"{key}: expected an object, got {kind(section) if key in config else 'no value'}")
                 continue
-            name = section.get("model_type", next(iter(known)))
-            if not isinstance(name, str) or name not in known:
-                named = name if isinstance(name, str) else kind(name)
-                problems.append(f"its {PART_NAMES[key]} is {named}; mmq takes {', '.join(known)}")
+            name = section.get("model_type", next(iter(supported)))
+            if not isinstance(name, str) or name not in supported:
+                label = name if isinstance(name, str) else kind(name)
+                problems.append(f"its {PART_NAMES[key]} is {label}; mmq supports {', '.join(supported)}")
                 continue
-            part = known[name]
+            part = supported[name]
             values, wrong = read_fields(section, (*part.fields, *_EVERYWHERE), f"{key}.")
             problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
             sizes[key] = values | {"model_type": name}

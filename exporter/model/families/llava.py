@@ -1,7 +1,7 @@
-"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): CLIP ViT -> two-linear projector -> Llama.
+"""The LLaVA-1.5 family (Liu et al., arXiv 2310.03744): CLIP ViT -> two-linear projector -> Llama.
 
 Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py) builds the tower only up to
-`vision_feature_layer` and fuses q/k/v and gate/up.
+`vision_feature_layer`, and fuses q/k/v and gate/up.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import exporter.model.families.parts.llava as sizes
 from exporter.model.families.family import Component, Config, Family, Pass, Smoothing
 
-_CANONICAL = (  # what newer savers write -> the hub's names (transformers 4.52 and 5.x)
+_CANONICAL = (  # names that transformers 4.52 and 5.x save -> the hub's names
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
@@ -24,14 +24,14 @@ _LIVE = (
 
 
 def canonical_name(name: str) -> str:
-    """The hub's name of a tensor that a newer transformers saved under another one."""
+    """The hub's name of a tensor that a newer transformers version saved under another name."""
     for new, hub in _CANONICAL:
         if name.startswith(new):
             name = hub + name.removeprefix(new)
             break
     tower = "vision_tower."
     if name.startswith(tower) and not name.startswith(tower + "vision_model."):
-        name = tower + "vision_model." + name.removeprefix(tower)  # vLLM refuses the tower without it
+        name = tower + "vision_model." + name.removeprefix(tower)  # vLLM requires this prefix
     return name
 
 
@@ -44,19 +44,19 @@ def live_name(name: str) -> str:
 
 
 def runtime_name(name: str) -> str:
-    """Name inside vLLM's `LlavaForConditionalGeneration`: the hub's own."""
+    """Name inside vLLM's `LlavaForConditionalGeneration`, which is the hub's name."""
     return name
 
 
 def skeleton(config: Config) -> Any:
-    """The transformers model for a config.json, uninitialized weights."""
+    """The transformers model for a config.json, with uninitialized weights."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration(LlavaConfig.from_dict(dict(config)))
 
 
 def tiny_config() -> Config:
-    """Two blocks each, odd sizes: in != out, 96 is no multiple of 64."""
+    """Two or three blocks per component, odd sizes: in != out, and 96 is not a multiple of 64."""
     text = {"model_type": "llama", "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 128, "max_position_embeddings": 256}
     vision = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3}
@@ -82,7 +82,7 @@ VISION = Component(
     stored=sizes.blocks_stored,
     target=r".*vision_tower\.(?:vision_model\.)?encoder\.layers\.{i}",
     tokens=lambda config: sizes.image_tokens(config) + 1,
-    unused="this block never runs: vision_feature_layer takes the features before it",
+    unused="this block never runs: vision_feature_layer selects the output of an earlier block",
     phases=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.out_proj",),
@@ -97,7 +97,7 @@ VISION = Component(
         "mlp.fc1": "mlp",
         "mlp.fc2": "mlp",
     },
-    smoothings=(  # fc1 -> fc2 is none: GELU is not homogeneous
+    smoothings=(  # fc1 -> fc2 cannot be folded, because GELU is not homogeneous
         Smoothing("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Smoothing("self_attn.v_proj", ("self_attn.out_proj",)),
         Smoothing("layer_norm2", ("mlp.fc1",)),
@@ -137,7 +137,7 @@ LANGUAGE = Component(
         "mlp.down_proj": "mlp",
     },
     target=r".*language_model\.(?:model\.)?layers\.{i}",
-    tokens=lambda config: sizes.image_tokens(config) + 64,  # prompt and reply are short beside the image
+    tokens=lambda config: sizes.image_tokens(config) + 64,  # prompt and reply are short relative to the image
     passes=(Pass(padded=True),),
     smoothings=(
         Smoothing("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -160,8 +160,8 @@ HEAD = Component(
     roles={"language_model.lm_head": "mlp"},
     target=r".*lm_head",
     tokens=lambda config: 0,
-    formats=("compressed_tensors",),  # vLLM's readers of the others ask for one switch for the whole file
-    without_data="its inputs are the outputs of the whole model; use rtn, whose 8 bits lose nothing measurable",
+    formats=("compressed_tensors",),  # vLLM's other loaders have one setting for the whole file
+    without_data="its inputs are the outputs of the whole model; use rtn, which has no measurable loss at 8 bits",
 )
 
 FAMILY = Family(

@@ -1,5 +1,5 @@
-"""Towers and text models, shared by families: the fields of their configs and the shapes of all their tensors.
+"""Vision towers and text models that families share: fields of their configs, and shapes of all their tensors.
 
-The shapes are those that transformers builds (`tests/test_parts.py` compares them). Computing them takes no library, so
-that a plan can compare a checkpoint with its config.json in milliseconds.
+The shapes are those that transformers builds (`tests/test_parts.py` compares them). They are computed without
+transformers, so that a plan can compare a checkpoint with its config.json within milliseconds.
 """

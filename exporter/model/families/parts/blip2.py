@@ -1,9 +1,9 @@
-"""What BLIP-2's config.json says: its parts and fields, counts that follow from them, and the tensors it asks for."""
+"""BLIP-2's config.json: its parts and fields, counts derived from them, and the shapes of all tensors."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.model.families.config_fields import MOST_ROWS, Flag, Number, Values
+from exporter.model.families.config_fields import MAX_ROWS, Flag, Number, Values
 from exporter.model.families.parts import qformer, text, vision
 from exporter.model.families.parts.part import Shapes, below, linear, size_of
 
@@ -14,61 +14,68 @@ PARTS = {
 }
 FIELDS = (
     Number("num_query_tokens", 32, most=1024),
-    Number("image_token_index", 0, least=0, most=MOST_ROWS, null=lambda values: 0),
+    Number("image_token_index", 0, least=0, most=MAX_ROWS, null=lambda values: 0),
     Flag("use_decoder_only_language_model", True),
 )
 
 
-def _seen_shapes(sizes: Mapping[str, Values]) -> Shapes:
-    """Tensors up to the Q-Former, which reads what the ViT makes whatever its own config says of that width."""
+def _vision_and_qformer_shapes(sizes: Mapping[str, Values]) -> Shapes:
+    """Shapes of the ViT and the Q-Former.
+
+    The Q-Former's input width is the ViT's, whatever its own config states.
+    """
     former = {**sizes["qformer_config"], "encoder_hidden_size": sizes["vision_config"]["hidden_size"]}
-    whole: Shapes = {"query_tokens": (1, sizes[""]["num_query_tokens"], former["hidden_size"])}
-    whole |= below("vision_model", vision.BLIP2.shapes(sizes["vision_config"]))
-    return whole | below("qformer", qformer.QFORMER.shapes(former))
+    tensors: Shapes = {"query_tokens": (1, sizes[""]["num_query_tokens"], former["hidden_size"])}
+    tensors |= below("vision_model", vision.BLIP2.shapes(sizes["vision_config"]))
+    return tensors | below("qformer", qformer.QFORMER.shapes(former))
 
 
 def shapes(sizes: Mapping[str, Values]) -> Shapes:
-    """Every tensor of a checkpoint that answers in words."""
+    """Shapes of all tensors of a checkpoint with a language model."""
     words, width = sizes["text_config"], sizes["qformer_config"]["hidden_size"]
-    whole = _seen_shapes(sizes) | linear("language_projection", words["hidden_size"], width)
-    whole |= below("language_model.model.decoder", text.OPT.shapes(words))
+    tensors = _vision_and_qformer_shapes(sizes) | linear("language_projection", words["hidden_size"], width)
+    tensors |= below("language_model.model.decoder", text.OPT.shapes(words))
     if not words["tie_word_embeddings"]:
-        whole["language_model.lm_head.weight"] = (words["vocab_size"], words["word_embed_proj_dim"])
-    return whole
+        tensors["language_model.lm_head.weight"] = (words["vocab_size"], words["word_embed_proj_dim"])
+    return tensors
 
 
 def retrieval_shapes(sizes: Mapping[str, Values]) -> Shapes:
-    """Every tensor of a checkpoint with contrastive and matching heads."""
+    """Shapes of all tensors of a checkpoint with contrastive and matching heads."""
     former, joint = sizes["qformer_config"], sizes[""]["image_text_hidden_size"]
     width = former["hidden_size"]
-    whole = _seen_shapes(sizes) | linear("vision_projection", joint, width) | linear("text_projection", joint, width)
-    whole["embeddings.word_embeddings.weight"] = (former["vocab_size"], width)
-    whole["embeddings.position_embeddings.weight"] = (former["max_position_embeddings"], width)
-    return whole | linear("itm_head", 2, width)
+    tensors = (
+        _vision_and_qformer_shapes(sizes)
+        | linear("vision_projection", joint, width)
+        | linear("text_projection", joint, width)
+    )
+    tensors["embeddings.word_embeddings.weight"] = (former["vocab_size"], width)
+    tensors["embeddings.position_embeddings.weight"] = (former["max_position_embeddings"], width)
+    return tensors | linear("itm_head", 2, width)
 
 
 def vision_blocks(config: Mapping[str, Any]) -> int:
-    """Blocks of the ViT."""
+    """Number of blocks of the ViT."""
     return int(size_of(PARTS, config, "vision_config", "num_hidden_layers"))
 
 
 def image_positions(config: Mapping[str, Any]) -> int:
-    """Patches and the class token."""
+    """Number of patches and the class token."""
     return int((picture_side(config) // size_of(PARTS, config, "vision_config", "patch_size")) ** 2) + 1
 
 
 def picture_side(config: Mapping[str, Any]) -> int:
-    """Width and height of the pictures that the ViT takes, in pixels."""
+    """Width and height of the ViT's input pictures, in pixels."""
     return int(size_of(PARTS, config, "vision_config", "image_size"))
 
 
 def former_blocks(config: Mapping[str, Any]) -> int:
-    """Blocks of the Q-Former."""
+    """Number of blocks of the Q-Former."""
     return int(size_of(PARTS, config, "qformer_config", "num_hidden_layers"))
 
 
 def positions(config: Mapping[str, Any]) -> int:
-    """Tokens that OPT has positions for."""
+    """Number of positions of OPT."""
     return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
 
 
@@ -83,27 +90,33 @@ def former_vocabulary(config: Mapping[str, Any]) -> int:
 
 
 def former_positions(config: Mapping[str, Any]) -> int:
-    """Tokens that the Q-Former has positions for, beside the picture's."""
+    """Number of positions of the Q-Former, plus the picture's tokens."""
     return int(size_of(PARTS, config, "qformer_config", "max_position_embeddings")) + image_tokens(config)
 
 
 def text_blocks(config: Mapping[str, Any]) -> int:
-    """Blocks of the text model."""
+    """Number of blocks of the text model."""
     return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))
 
 
 def queries(config: Mapping[str, Any]) -> int:
-    """Vectors that the Q-Former makes of one picture."""
+    """Number of query vectors of the Q-Former per picture."""
     return int(config.get("num_query_tokens", 32))
 
 
 def image_tokens(config: Mapping[str, Any]) -> int:
-    """Retrieval checkpoints without an image token put the queries before the text by themselves."""
+    """Number of image tokens in a prompt.
+
+    0 for retrieval checkpoints without an image token, because the model itself puts the queries before the text.
+    """
     return queries(config) if config.get("image_token_index") is not None else 0
 
 
 def former_has(config: Mapping[str, Any], i: int, linear: str) -> bool:
-    """Every `cross_attention_frequency`-th block looks at the picture; only retrieval has a feed-forward for text."""
+    """Whether block `i` of the Q-Former has a linear.
+
+    Every `cross_attention_frequency`-th block attends to the picture; only retrieval has a feed-forward for text.
+    """
     if linear.startswith("crossattention."):
         return bool(i % size_of(PARTS, config, "qformer_config", "cross_attention_frequency") == 0)
     if linear.startswith(("intermediate.", "output.")):
@@ -111,6 +124,6 @@ def former_has(config: Mapping[str, Any], i: int, linear: str) -> bool:
     return True
 
 
-def seen(config: Mapping[str, Any]) -> int:
-    """What cross-attention reads of one picture."""
+def cross_attention_values(config: Mapping[str, Any]) -> int:
+    """Number of values that cross-attention reads per picture."""
     return image_positions(config) * int(size_of(PARTS, config, "vision_config", "hidden_size"))

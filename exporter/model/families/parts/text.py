@@ -1,12 +1,12 @@
-"""Text models: Llama and its relatives, and OPT."""
+"""Text models: Llama and related models, and OPT."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from exporter.files.strict_json import kind
 from exporter.model.families.config_fields import (
-    MOST_BLOCKS,
-    MOST_ROWS,
+    MAX_BLOCKS,
+    MAX_ROWS,
     Choice,
     Field,
     Flag,
@@ -32,16 +32,16 @@ _ROPES = {"rope_type": _ROPE, "type": _ROPE}
 
 
 def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Number) -> tuple[Field, ...]:
-    """Fields of Llama and its relatives, with one class's defaults. heads: of keys and values; head: its width."""
+    """Fields of Llama-like models with the defaults of one class. heads: of keys and values. head: width of a head."""
     return (
         Number("hidden_size", 4096),
         Number("intermediate_size", feeds, most=2**20),
-        Number("num_hidden_layers", 32, most=MOST_BLOCKS),
+        Number("num_hidden_layers", 32, most=MAX_BLOCKS),
         Number("num_attention_heads", 32),
         heads,
         head,
-        Number("vocab_size", vocabulary, most=MOST_ROWS),
-        Number("max_position_embeddings", positions, most=MOST_ROWS),
+        Number("vocab_size", vocabulary, most=MAX_ROWS),
+        Number("max_position_embeddings", positions, most=MAX_ROWS),
         Choice("hidden_act", "silu", ACTIVATIONS),
         Flag("tie_word_embeddings", False),
         BlockKinds(),
@@ -54,7 +54,7 @@ def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Nu
 
 @dataclass(frozen=True)
 class BlockKinds:
-    """The key that says which blocks see everything and which a sliding window; None: the other fields decide."""
+    """The key that selects blocks with full or sliding-window attention; None: other fields determine it."""
 
     key: str = "layer_types"
     options: tuple[str, ...] = ("full_attention", "sliding_attention")
@@ -64,23 +64,24 @@ class BlockKinds:
         return values.get(self.key)
 
     def problem(self, value: Any) -> str | None:
-        """Why `value` is no list of kinds, or None."""
+        """Why `value` is not a list of kinds, or None."""
         if value is None or (isinstance(value, list) and all(entry in self.options for entry in value)):
             return None
-        return f"expected a list of {' and '.join(self.options)}, it is {kind(value)}"
+        return f"expected a list of {' and '.join(self.options)}, got {kind(value)}"
 
 
 def _misfits(values: Values) -> list[str]:
     heads, shared, kinds = values["num_attention_heads"], values["num_key_value_heads"], values["layer_types"]
-    found = [f"num_key_value_heads: {shared} do not divide {heads} heads"] if heads % shared else []
-    found += [f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else []
+    problems = [f"num_key_value_heads: {shared} does not divide num_attention_heads {heads}"] if heads % shared else []
+    problems += [f"head_dim: {values['head_dim']} is odd"] if values["head_dim"] % 2 else []
     count = values["num_hidden_layers"]
-    found += pad_misfit(values)
-    return found + ([f"layer_types: {len(kinds)} for {count} blocks"] if kinds and len(kinds) != count else [])
+    problems += pad_misfit(values)
+    wrong_count = bool(kinds) and len(kinds) != count
+    return problems + ([f"layer_types: {len(kinds)} entries for {count} blocks"] if wrong_count else [])
 
 
 def _decoder(values: Values, query_bias: bool, output_bias: bool, mlp_bias: bool, head_norms: bool) -> Shapes:
-    """Llama's names and its relatives' differences."""
+    """Shapes of a decoder with Llama's names; the flags are the differences between models."""
     width, feeds, head = values["hidden_size"], values["intermediate_size"], values["head_dim"]
     queries, shared = values["num_attention_heads"] * head, values["num_key_value_heads"] * head
     block = linear("self_attn.q_proj", queries, width, query_bias)
@@ -92,8 +93,8 @@ def _decoder(values: Values, query_bias: bool, output_bias: bool, mlp_bias: bool
     block |= linear("mlp.gate_proj", feeds, width, mlp_bias) | linear("mlp.up_proj", feeds, width, mlp_bias)
     block |= linear("mlp.down_proj", width, feeds, mlp_bias)
     block |= norm("input_layernorm", width, False) | norm("post_attention_layernorm", width, False)
-    whole: Shapes = {"embed_tokens.weight": (values["vocab_size"], width)}
-    return whole | blocks("layers", values["num_hidden_layers"], block) | norm("norm", width, False)
+    tensors: Shapes = {"embed_tokens.weight": (values["vocab_size"], width)}
+    return tensors | blocks("layers", values["num_hidden_layers"], block) | norm("norm", width, False)
 
 
 def _llama(values: Values) -> Shapes:
@@ -106,7 +107,7 @@ def _qwen3(values: Values) -> Shapes:
     return _decoder(values, bias, bias, mlp_bias=False, head_norms=True)
 
 
-def _as_many_heads(values: Values) -> int:
+def _query_heads(values: Values) -> int:
     return int(values["num_attention_heads"])
 
 
@@ -116,18 +117,18 @@ def _head_width(values: Values) -> int:
 
 _HEAD = Number("head_dim", _head_width, most=2**12, null=_head_width)
 _BIAS = Flag("attention_bias", False)
-_WINDOW = Number("sliding_window", 4096, most=MOST_ROWS, null=lambda values: MOST_ROWS)
-_WINDOWS = (Flag("use_sliding_window", False), _WINDOW, Number("max_window_layers", 28, least=0, most=MOST_BLOCKS))
+_WINDOW = Number("sliding_window", 4096, most=MAX_ROWS, null=lambda values: MAX_ROWS)
+_WINDOWS = (Flag("use_sliding_window", False), _WINDOW, Number("max_window_layers", 28, least=0, most=MAX_BLOCKS))
 
 
 def _shared(default: int) -> Number:
-    """Heads of keys and values: as many as of queries where null is written."""
-    return Number("num_key_value_heads", default, null=_as_many_heads)
+    """The field of key and value heads; null means as many as query heads."""
+    return Number("num_key_value_heads", default, null=_query_heads)
 
 
 LLAMA = Part(
     (
-        *_fields(32000, 11008, 2048, Number("num_key_value_heads", _as_many_heads, null=_as_many_heads), _HEAD),
+        *_fields(32000, 11008, 2048, Number("num_key_value_heads", _query_heads, null=_query_heads), _HEAD),
         _BIAS,
         Flag("mlp_bias", False),
     ),
@@ -163,18 +164,18 @@ def _opt(values: Values) -> Shapes:
         block |= linear(f"self_attn.{name}", width, width, bias)
     block |= affine("self_attn_layer_norm") | linear("fc1", feeds, width, bias)
     block |= linear("fc2", width, feeds, bias) | affine("final_layer_norm")
-    whole: Shapes = {
+    tensors: Shapes = {
         "embed_tokens.weight": (values["vocab_size"], embedded),
         "embed_positions.weight": (values["max_position_embeddings"] + 2, width),  # OPT's positions start at 2
     }
     if embedded != width:
-        whole |= linear("project_out", embedded, width, False) | linear("project_in", width, embedded, False)
+        tensors |= linear("project_out", embedded, width, False) | linear("project_in", width, embedded, False)
     if values["do_layer_norm_before"] and not values["_remove_final_layer_norm"]:
-        whole |= affine("final_layer_norm")
-    return whole | blocks("layers", values["num_hidden_layers"], block)
+        tensors |= affine("final_layer_norm")
+    return tensors | blocks("layers", values["num_hidden_layers"], block)
 
 
-def _own_width(values: Values) -> int:
+def _hidden_width(values: Values) -> int:
     return int(values["hidden_size"])
 
 
@@ -182,11 +183,11 @@ OPT = Part(
     (
         Number("hidden_size", 768),
         Number("ffn_dim", 3072, most=2**20),
-        Number("num_hidden_layers", 12, most=MOST_BLOCKS),
+        Number("num_hidden_layers", 12, most=MAX_BLOCKS),
         Number("num_attention_heads", 12),
-        Number("vocab_size", 50272, most=MOST_ROWS),
-        Number("max_position_embeddings", 2048, most=MOST_ROWS),
-        Number("word_embed_proj_dim", _own_width, null=_own_width),
+        Number("vocab_size", 50272, most=MAX_ROWS),
+        Number("max_position_embeddings", 2048, most=MAX_ROWS),
+        Number("word_embed_proj_dim", _hidden_width, null=_hidden_width),
         Choice("activation_function", "relu", ACTIVATIONS),
         Flag("do_layer_norm_before", True),
         Flag("_remove_final_layer_norm", False),

@@ -1,11 +1,11 @@
-"""Vision towers: CLIP's, SigLIP's, and the EVA ViT of BLIP-2. Their blocks differ little, their embeddings more."""
+"""Vision towers: CLIP, SigLIP, and the EVA ViT of BLIP-2. Their blocks differ little, their embeddings differ more."""
 
-from exporter.model.families.config_fields import MOST_BLOCKS, Choice, Field, Flag, Fraction, Number, Values
+from exporter.model.families.config_fields import MAX_BLOCKS, Choice, Field, Flag, Fraction, Number, Values
 from exporter.model.families.parts.part import ACTIVATIONS, Part, Shapes, blocks, heads_misfit, linear, norm
 
 
 def patches(values: Values) -> int:
-    """Patches of one picture of a vision config's size."""
+    """Number of patches of one picture."""
     return int((values["image_size"] // values["patch_size"]) ** 2)
 
 
@@ -16,11 +16,11 @@ def _misfits(values: Values) -> list[str]:
 
 
 def _fields(width: int, feeds: int, count: int, heads: int, side: int, patch: int, act: str) -> tuple[Field, ...]:
-    """Fields that every tower has, with one class's defaults."""
+    """Fields of every tower, with the defaults of one class."""
     return (
         Number("hidden_size", width),
         Number("intermediate_size", feeds),
-        Number("num_hidden_layers", count, most=MOST_BLOCKS),
+        Number("num_hidden_layers", count, most=MAX_BLOCKS),
         Number("num_attention_heads", heads),
         Number("image_size", side, most=2**14),
         Number("patch_size", patch, most=2**14),
@@ -30,7 +30,7 @@ def _fields(width: int, feeds: int, count: int, heads: int, side: int, patch: in
 
 
 def _encoder(values: Values) -> Shapes:
-    """CLIP's and SigLIP's blocks and the norm after them."""
+    """Shapes of CLIP's and SigLIP's blocks and the norm after them."""
     width, feeds = values["hidden_size"], values["intermediate_size"]
     block: Shapes = {}
     for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
@@ -57,13 +57,13 @@ def _siglip(values: Values) -> Shapes:
         "embeddings.patch_embedding.bias": (width,),
         "embeddings.position_embedding.weight": (patches(values), width),
     }
-    whole = embeddings | _encoder(values)
+    tensors = embeddings | _encoder(values)
     if values["vision_use_head"]:
-        whole |= {"head.probe": (1, 1, width), "head.attention.in_proj_weight": (3 * width, width)}
-        whole |= {"head.attention.in_proj_bias": (3 * width,)} | linear("head.attention.out_proj", width, width)
-        whole |= norm("head.layernorm", width) | linear("head.mlp.fc1", feeds, width)
-        whole |= linear("head.mlp.fc2", width, feeds)
-    return whole
+        tensors |= {"head.probe": (1, 1, width), "head.attention.in_proj_weight": (3 * width, width)}
+        tensors |= {"head.attention.in_proj_bias": (3 * width,)} | linear("head.attention.out_proj", width, width)
+        tensors |= norm("head.layernorm", width) | linear("head.mlp.fc1", feeds, width)
+        tensors |= linear("head.mlp.fc2", width, feeds)
+    return tensors
 
 
 def _blip2(values: Values) -> Shapes:
