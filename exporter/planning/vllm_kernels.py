@@ -8,6 +8,7 @@ takes run with Humming, which takes all of them; vLLM may give float16 or 4 bits
 from dataclasses import dataclass
 from typing import Literal
 
+from exporter.errors import PlanError
 from exporter.numerics.quantized import Scheme
 
 Capability = tuple[int, int]  # of an NVIDIA GPU: major, minor
@@ -29,7 +30,10 @@ def capability_label(capability: Capability) -> str:
 
 
 def read_hardware(where: str) -> Hardware:
-    """What `9.0` or `cpu` means."""
+    """What `9.0` or `cpu` means (PlanError for anything else)."""
+    known = (*map(capability_label, ARCHITECTURES), "cpu")
+    if where not in known:
+        raise PlanError(f"unknown hardware '{where}'", f"use one of {', '.join(known)}")
     if where == "cpu":
         return "cpu"
     major, minor = where.split(".")
