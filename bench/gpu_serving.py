@@ -21,12 +21,12 @@ from typing import Any
 
 from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact.artifact import Artifact
-from exporter.commands.serve import questions
 from exporter.device import choose
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
+from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe import Recipe
 from exporter.serving import vllm_blip2
 from exporter.serving.check import DoubledRun, Session, judge, scheme_problems

@@ -20,7 +20,7 @@ import click
 import torch
 
 import exporter
-from exporter import errors
+from exporter import OpenedArtifact, api, errors
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
@@ -141,14 +141,23 @@ def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]
 API_PAGE = ROOT / "docs" / "reference" / "python-api.md"
 
 
+ARGUMENTS = r"^([a-z_]+(?:, [a-z_]+)*): "  # a line of a docstring that describes arguments
+
+
 def api_reference() -> str:
-    """Markdown: signature and docstring of every function that `exporter` exports, and the errors with exit codes."""
+    """Markdown: every function of the Python API, its types with their attributes, and the errors with exit codes."""
+    tree = ast.parse(inspect.getsource(api))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in exporter.__all__]
     parts = []
+    for node in functions:
+        function = getattr(exporter, node.name)
+        docstring = re.sub(ARGUMENTS, _as_item, inspect.getdoc(function) or "", flags=re.MULTILINE)
+        parts += [f"### {node.name}", "", "```text", _signature(node, function), "```", "", docstring, ""]
+    parts += ["## Types", "", "| type | meaning | attributes |", "|---|---|---|"]
     for name in exporter.__all__:
-        function = getattr(exporter, name)
-        docstring = re.sub(r"^(\w+): ", r"- `\1`: ", inspect.getdoc(function) or "", flags=re.MULTILINE)
-        parts += [f"### {name}", "", "```python", _signature(name, function), "```", "", docstring, ""]
-    parts += ["## Errors", "", "| error | exit code | meaning |", "|---|---|---|"]
+        if name not in {node.name for node in functions}:
+            parts.append(f"| `{name}` | {_meaning(name)} | {' '.join(f'`{one}`' for one in _attributes(name))} |")
+    parts += ["", "## Errors", "", "| error | exit code | meaning |", "|---|---|---|"]
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.MmqError):
             first = (inspect.getdoc(error) or "").split("\n")[0]
@@ -156,15 +165,45 @@ def api_reference() -> str:
     return "\n".join(parts)
 
 
-def _signature(name: str, function: Callable[..., object]) -> str:
-    """`name(...)` with an argument a line, and types without their modules."""
-    signature = inspect.signature(function)
-    arguments = [re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(value)) for value in signature.parameters.values()]
-    keyword_only = [value.kind is value.KEYWORD_ONLY for value in signature.parameters.values()]
-    if True in keyword_only:
-        arguments.insert(keyword_only.index(True), "*")
-    returns = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(signature.return_annotation))
-    return f"{name}(\n" + "".join(f"    {argument},\n" for argument in arguments) + f") -> {returns}"
+def _as_item(match: re.Match[str]) -> str:
+    """`a, b: ` of a docstring as the start of a list item."""
+    return f"- {', '.join(f'`{name}`' for name in match[1].split(', '))}: "
+
+
+def _signature(node: ast.FunctionDef, function: Callable[..., object]) -> str:
+    """`name(...) -> type` with an argument a line: types as the code has them, defaults as values."""
+    defaults = {name: found.default for name, found in inspect.signature(function).parameters.items()}
+    lines = []
+    for argument in [*node.args.args, None, *node.args.kwonlyargs] if node.args.kwonlyargs else node.args.args:
+        if argument is None:
+            lines.append("*")
+            continue
+        default = defaults[argument.arg]
+        value = "" if default is inspect.Parameter.empty else f" = {getattr(default, '__name__', repr(default))}"
+        assert argument.annotation
+        lines.append(f"{argument.arg}: {ast.unparse(argument.annotation)}{value}")
+    assert node.returns
+    return f"{node.name}(\n" + "".join(f"    {line},\n" for line in lines) + f") -> {ast.unparse(node.returns)}"
+
+
+def _meaning(name: str) -> str:
+    """The first sentence of a type's docstring."""
+    found = getattr(exporter, name)
+    if not isinstance(found, type):
+        return "What `on_event` takes: a function of one `Event`."
+    return re.split(r"(?<=\.)\s", " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split()))[0]
+
+
+def _attributes(name: str) -> list[str]:
+    """Public fields and properties of a type, as its class declares them."""
+    found = getattr(exporter, name)
+    if not isinstance(found, type):
+        return []
+    if issubclass(found, errors.MmqError):
+        return ["message", "hint", "exit_code"]
+    declared = inspect.get_annotations(found) if found is not OpenedArtifact else ["manifest", "report"]
+    properties = [key for key, value in vars(found).items() if isinstance(value, property)]
+    return [key for key in dict.fromkeys([*declared, *properties]) if not key.startswith(("_", "model_config"))]
 
 
 def room_table() -> str:

@@ -1,23 +1,70 @@
-"""mmq: LLaVA and BLIP-2 checkpoints as quantized artifacts that vLLM serves, with measured proof."""
+"""mmq: LLaVA and BLIP-2 checkpoints as quantized artifacts that vLLM serves, with measured proof.
 
-from typing import Any
+The names in `__all__` are the Python API; docs/reference/python-api.md documents them.
+"""
 
-__all__ = ["choose", "export", "load_recipe", "make_plan", "open_source", "verify"]
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "choose": "exporter.device",
-    "export": "exporter.pipeline.export",
-    "load_recipe": "exporter.planning.recipe_file",
-    "make_plan": "exporter.planning.plan",
-    "open_source": "exporter.model.source",
-    "verify": "exporter.artifact.verify",
-}
+if TYPE_CHECKING:
+    from exporter.api import (
+        CheckResult,
+        Device,
+        Event,
+        Export,
+        Listener,
+        Manifest,
+        MmqError,
+        OpenedArtifact,
+        Plan,
+        Publication,
+        Recipe,
+        Report,
+        Verification,
+        check,
+        evaluate,
+        export,
+        load_recipe,
+        open_artifact,
+        plan,
+        publish,
+        verify,
+    )
+
+__all__ = [
+    "CheckResult",
+    "Device",
+    "Event",
+    "Export",
+    "Listener",
+    "Manifest",
+    "MmqError",
+    "OpenedArtifact",
+    "Plan",
+    "Publication",
+    "Recipe",
+    "Report",
+    "Verification",
+    "check",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "open_artifact",
+    "plan",
+    "publish",
+    "verify",
+]
 
 
-def __getattr__(name: str) -> Any:
-    """Load the public API on first use, so that `mmq --help` does not wait for torch."""
-    from importlib import import_module
+if not TYPE_CHECKING:  # with a `__getattr__`, type checkers accept every name
 
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        """Load the API on first use, so that `import exporter` does not import torch."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module("exporter.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from exporter.artifact.artifact import Artifact
-from exporter.commands.serve import questions
 from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.evaluation.report_file import write_report
@@ -18,6 +17,7 @@ from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
+from exporter.pipeline.serving_check import questions
 from exporter.planning.plan import engine_linears as planned_linears
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe

@@ -16,6 +16,7 @@ from exporter.artifact.manifest import MANIFEST, read_manifest
 from exporter.errors import ArtifactError
 from exporter.events import Event, Listener
 from exporter.files.folder_lock import hold
+from exporter.planning.recipe import Recipe
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -96,6 +97,12 @@ def reading(folder: Path, on_event: Listener) -> AbstractContextManager[None]:
 
 def _lock_of(out: Path) -> Path:
     return out.parent / f".{out.name}.mmq-lock"
+
+
+def default_out(recipe: Recipe) -> Path:
+    """Folder of the artifact when the user names none: `artifacts/MODEL-RECIPE`."""
+    made_of = [Path(path).name for path in (recipe.model.repo, recipe.model.adapter) if path]
+    return Path("artifacts") / "-".join([*made_of, recipe.name])
 
 
 def default_work(out: Path) -> Path:

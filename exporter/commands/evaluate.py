@@ -1,6 +1,6 @@
 """`mmq evaluate`: measure an artifact beside its full-precision model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,6 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
-    adjusted,
     artifact_argument,
     data_option,
     device_option,
@@ -20,16 +19,12 @@ from exporter.commands.options import (
 )
 from exporter.data import places
 from exporter.errors import Interrupted
-from exporter.events import Listener
-from exporter.planning.recipe import Recipe
+from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import load_recipe
 
 if TYPE_CHECKING:
-    from exporter.device import Device
     from exporter.evaluation.answers import Store
     from exporter.evaluation.backends import Servers
-    from exporter.model.checkpoint import Checkpoint
-    from exporter.tasks.sample import Sample
 
 
 @click.command()
@@ -67,35 +62,24 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
       mmq evaluate artifacts/mine --data coco:/data/coco --data gqa:/data/gqa
       mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
-    from exporter.artifact.artifact import Artifact
-    from exporter.artifact.output import reading
     from exporter.commands.progress import ProgressDisplay
     from exporter.commands.report_tables import report_page
     from exporter.device import choose
-    from exporter.evaluation.baseline import require_source
-    from exporter.evaluation.evaluate import raise_unless_accepted, store_report
-    from exporter.events import Event
-    from exporter.pipeline.export import evaluation_samples, measure, refuse_calibration_pictures
-    from exporter.pipeline.preparation import prepare
+    from exporter.evaluation.evaluate import raise_unless_accepted
+    from exporter.pipeline.reevaluation import Reevaluation
 
     own = load_recipe(str(artifact / "recipe.yaml"))
     more = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
     recipe = adjusted(own, options["baseline"], None, data=data, adapter=options["adapter"], **more)
-    chosen = choose(device)
-    plan, checkpoint = prepare(recipe, chosen)
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
+    other = bool(options["other_baseline"])
     try:
-        with ProgressDisplay(as_json) as listen, reading(artifact, listen):
-            require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
-            samples = evaluation_samples(plan, sources)
-            refuse_calibration_pictures(artifact, samples)
-            common = (checkpoint, artifact, samples, plan.recipe, chosen, listen)
+        with ProgressDisplay(as_json) as listen:
+            job = Reevaluation(artifact, recipe, choose(device), listen, sources, store, servers, other)
             if servers and not servers.artifact:
-                return say(_keep_source(*common, store, servers))
-            other = bool(options["other_baseline"])
-            found = measure(*common, store=store, servers=servers, sources=sources, other_baseline=other)
-            if not store_report(artifact, found):
-                listen(Event("note", 0, 0, "the artifact keeps its report, which is on more samples than these"))
+                job.collect_baseline()
+                return say(_baseline_kept(store))
+            found = job.measure()
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
         raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
@@ -133,22 +117,6 @@ def _servers(options: Mapping[str, Any]) -> "Servers | None":
     return Servers(*found)
 
 
-def _keep_source(
-    checkpoint: "Checkpoint",
-    artifact: Path,
-    samples: "Mapping[str, Sequence[Sample]]",
-    recipe: Recipe,
-    device: "Device",
-    listen: "Listener",
-    store: "Store | None",
-    servers: "Servers",
-) -> str:
-    """Ask the full-precision model alone, for a comparison once the artifact is served."""
-    from exporter.evaluation.answers import collect_answers
-    from exporter.evaluation.evaluate import picture_keys
-    from exporter.pipeline.export import answerers
-
-    source, _ = answerers(checkpoint, artifact, recipe, device, servers, listen)
-    collect_answers(source, samples, picture_keys(samples), store, listen)
+def _baseline_kept(store: "Store | None") -> str:
     folder = store.folder if store else ""
     return f"answers of the full-precision model are kept in {folder}; now serve the artifact and give --server"

@@ -11,7 +11,6 @@ from exporter.commands.data import datasets, score
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
-    adjusted,
     data_option,
     device_option,
     eval_batch_option,
@@ -34,6 +33,7 @@ from exporter.data import places
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import Interrupted
 from exporter.model.hub import PREFIX
+from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import built_in, load_recipe
 
 EXIT_CODES = (
@@ -120,15 +120,14 @@ def export(
         check_push(push, skip_evaluation)
     if serve_check:
         need_program(vllm, chosen, device)
-    from exporter.artifact.output import default_work
+    from exporter.artifact.output import default_out, default_work
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.export import export as run
 
-    made_of = [Path(path).name for path in (chosen.model.repo, chosen.model.adapter) if path]
-    target = out or Path("artifacts") / "-".join([*made_of, chosen.name])
+    target = out or default_out(chosen)
     try:
         with ProgressDisplay(as_json) as listen:
             result = run(

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from exporter.data import places
 from exporter.demo import MODELS
 from exporter.errors import GateFailed, GateNotResolved, MmqError
-from exporter.planning.recipe import Recipe
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
@@ -99,25 +97,3 @@ def say(result: Any) -> None:
         click.echo(json.dumps(result))
     else:
         Console(highlight=False, markup=False, soft_wrap=True).print(result)
-
-
-def adjusted(
-    recipe: Recipe,
-    model: str | None = None,
-    revision: str | None = None,
-    seed: int | None = None,
-    samples: int | None = None,
-    eval_samples: int | None = None,
-    data: Sequence[str] = (),
-    eval_batch: int | None = None,
-    adapter: str | None = None,
-) -> Recipe:
-    """The recipe with what the command line overrides; another model drops the recipe's revision."""
-    if model:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
-    named = [one.name for one in places(data)] or None
-    return recipe.adjusted(
-        model={"repo": model, "revision": revision, "adapter": adapter},
-        calibration={"seed": seed, "samples": samples, "data": named},
-        evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
-    )

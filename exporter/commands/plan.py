@@ -4,7 +4,6 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
-    adjusted,
     device_option,
     eval_batch_option,
     eval_samples_option,
@@ -18,6 +17,7 @@ from exporter.commands.options import (
     skip_evaluation_option,
 )
 from exporter.commands.serve import serve_on_option
+from exporter.planning.overrides import adjusted
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_kernels import read_hardware

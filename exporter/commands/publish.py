@@ -8,7 +8,8 @@ import click
 
 from exporter.commands.options import artifact_argument, device_option, json_option, reports_errors, say
 from exporter.errors import PublishError
-from exporter.events import Event
+
+PASSED = ("repo", "revision", "public", "create_pr", "replace", "force", "accept_built_in_data", "dry_run")
 
 
 @click.command()
@@ -39,7 +40,7 @@ from exporter.events import Event
 @device_option
 @json_option
 @reports_errors
-def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bool, **said: Any) -> None:
+def publish(artifact: Path, device: str, as_json: bool, **said: Any) -> None:
     """Put a proven artifact on the hub, in one commit: weights, processor, model card, manifest and report.
 
     Refused when `mmq verify` fails, a gate failed or nothing was measured. An upload that was cut goes on when the
@@ -51,40 +52,23 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
       mmq publish artifacts/llava-w4 --repo me/llava-1.5-7b-w4 --public
       mmq publish artifacts/llava-w4 --repo org/llava-w4 --create-pr
     """
-    from exporter.artifact.output import reading
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
-    from exporter.model.hub import require_token
-    from exporter.publishing import repository as made
-    from exporter.publishing import upload as work
     from exporter.publishing.card import CardDeclarations
-    from exporter.publishing.proof import prove
+    from exporter.publishing.publication import PublishRequest, benchmark, publish_artifact
 
-    artifact = artifact.resolve()  # `.` has no name
-    with ProgressDisplay(as_json) as listen, reading(artifact, listen):
-        summary, problems = prove(artifact, choose(device), listen, said["accept_built_in_data"])
-        if not force:
-            made.refuse_unproven(artifact, problems)
-        wanted = summary.recipe.publish
-        repo = said["repo"] or wanted.repo
-        if not repo:
-            raise PublishError("no repository to publish to", "--repo ORG/NAME, or publish.repo in the recipe")
-        private = not (said["public"] or not wanted.private)
-        target = work.Target(repo, said["revision"], private, said["create_pr"], said["replace"])
-        work.check_target(target)
-        license_keys = {"license": said["license_id"]} if said["license_id"] else {}
-        tasks = dict(benchmark(text) for text in said["benchmarks"])
-        declared = CardDeclarations(said["base_model"], license_keys, said["datasets"], said["languages"], tasks)
-        if not dry_run:
-            require_token()
-        remote = None if dry_run and not online() else work.existing_repository(target)
-        if note := made.disclosure_note(summary):
-            listen(Event("note", 0, 0, note))
-        declared = made.with_source_license(summary, declared)
-        found = made.package(artifact, summary, repo, declared, problems, remote, target.replace)
-        if dry_run:
-            return say(listing(found) if as_json else page(repo, found))
-        done = work.publish(found, target, remote, listen)
+    license_keys = {"license": said["license_id"]} if said["license_id"] else {}
+    tasks = dict(benchmark(text) for text in said["benchmarks"])
+    wanted = PublishRequest(
+        artifact,
+        declared=CardDeclarations(said["base_model"], license_keys, said["datasets"], said["languages"], tasks),
+        **{name: said[name] for name in PASSED},
+    )
+    with ProgressDisplay(as_json) as listen:
+        result = publish_artifact(wanted, choose(device), listen)
+    done = result.publication
+    if done is None:
+        return say(listing(result.package) if as_json else page(result.repo, result.package))
     if not done.files and not as_json:
         return say(f"nothing to do: {done.url} holds exactly this")
     say(asdict(done) if as_json else f"published {done.files} files, {done.bytes:,} bytes: {done.url}")
@@ -98,23 +82,6 @@ def check_push(repo: str, skip_evaluation: bool) -> None:
         raise PublishError("--push and --skip-evaluation: what was never measured is not published", "leave one out")
     check_name(repo)
     require_token()
-
-
-def benchmark(text: str) -> tuple[str, tuple[str, str]]:
-    """`vqa=org/dataset:task` -> task, (data set, its task id)."""
-    task, equals, place = text.partition("=")
-    dataset, colon, identity = place.rpartition(":")
-    if not (task and equals and dataset.count("/") == 1 and colon and identity):
-        raise PublishError(f"--benchmark {text}: not understood", "write TASK=ORG/DATASET:TASK_ID")
-    return task, (dataset, identity)
-
-
-def online() -> bool:
-    """Whether a dry run may look at the hub: it can do without."""
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import is_offline_mode
-
-    return not is_offline_mode() and bool(get_token())
 
 
 def listing(found: Any) -> dict[str, Any]:

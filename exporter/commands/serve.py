@@ -182,25 +182,18 @@ def check(
       mmq check artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm
       mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
     """
-    from exporter.artifact.artifact import Artifact
-    from exporter.artifact.output import reading
     from exporter.commands.progress import ProgressDisplay
     from exporter.commands.serving_text import checked_page
     from exporter.data import places
     from exporter.device import choose
-    from exporter.evaluation.backends import weights_digest
-    from exporter.model.processor import load_processor
-    from exporter.serving.check import Session, as_plain, store_result
-    from exporter.serving.check import check as run
-    from exporter.serving.launch import find_program
-    from exporter.serving.preflight import refuse_unserved
+    from exporter.pipeline.serving_check import check_artifact, program_for, questions
+    from exporter.serving.check import Session, as_plain
     from exporter.serving.reference import BOUND
 
-    refuse_unserved(Artifact.open(artifact).family)
-    program = find_program(options["vllm"])
+    program = program_for(artifact, options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
     samples = questions(artifact, places(data), options["questions"])
-    with ProgressDisplay(as_json) as listen, reading(artifact, listen):
+    with ProgressDisplay(as_json) as listen:
         session = Session(
             program,
             choose(device),
@@ -212,8 +205,7 @@ def check(
             options["logs"],
             options["disturb"],
         )
-        found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
-        store_result(artifact, found, weights_digest(Artifact.open(artifact)))
+        found = check_artifact(artifact, samples, session, control=not options["no_control"])
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
@@ -237,16 +229,3 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
     program = find_program(vllm)
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
     refuse_plan(plan, checkpoint.config, hardware(program))
-
-
-def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:
-    """Test samples of every task of the artifact's gates, in turn, from `places` or else by its own recipe."""
-    from exporter.data import samples_from
-    from exporter.pipeline.export import test_sources
-    from exporter.planning.recipe_file import load_recipe
-
-    recipe = load_recipe(str(artifact / "recipe.yaml"))
-    tasks = list(dict.fromkeys(gate.task for gate in recipe.gates)) or ["vqa"]
-    chosen, seed = places or test_sources(recipe), recipe.evaluation.seed
-    lists = [samples_from(chosen, task, "test", -(-count // len(tasks)), seed) for task in tasks]
-    return [sample for group in zip(*lists, strict=False) for sample in group][:count]

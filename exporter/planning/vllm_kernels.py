@@ -8,6 +8,7 @@ Marlin supports run with Humming, which supports all; vLLM may use Exllama or Tr
 from dataclasses import dataclass
 from typing import Literal
 
+from exporter.errors import PlanError
 from exporter.numerics.quantized import Scheme
 
 Capability = tuple[int, int]  # compute capability of an NVIDIA GPU: major, minor
@@ -29,7 +30,10 @@ def capability_label(capability: Capability) -> str:
 
 
 def read_hardware(where: str) -> Hardware:
-    """Parse `cpu` or a compute capability like `9.0`."""
+    """What `9.0` or `cpu` means (PlanError for anything else)."""
+    known = (*map(capability_label, ARCHITECTURES), "cpu")
+    if where not in known:
+        raise PlanError(f"unknown hardware '{where}'", f"use one of {', '.join(known)}")
     if where == "cpu":
         return "cpu"
     major, minor = where.split(".")

@@ -1,0 +1,76 @@
+"""The evaluation of an existing artifact beside its full-precision model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.output import reading
+from exporter.data import SourceSpec
+from exporter.device import Device
+from exporter.evaluation.answers import Store, collect_answers
+from exporter.evaluation.backends import Servers
+from exporter.evaluation.baseline import require_source
+from exporter.evaluation.evaluate import picture_keys, store_report
+from exporter.evaluation.report_file import Report
+from exporter.events import Event, Listener
+from exporter.model.checkpoint import Checkpoint
+from exporter.pipeline.export import answerers, evaluation_samples, measure, refuse_calibration_pictures
+from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe import Recipe
+from exporter.tasks.sample import Sample
+
+
+@dataclass(frozen=True)
+class Reevaluation:
+    """One evaluation of an artifact in a folder.
+
+    recipe: the artifact's own, with the values that the user changes. store: None stores no answers. servers: None
+    computes the answers in this process. other_baseline: `recipe` may name another model than the artifact's source.
+    """
+
+    artifact: Path
+    recipe: Recipe
+    device: Device
+    on_event: Listener
+    sources: Sequence[SourceSpec] = ()
+    store: Store | None = None
+    servers: Servers | None = None
+    other_baseline: bool = False
+
+    def measure(self) -> Report:
+        """The report of both models. It replaces the artifact's report, unless that one is on more samples."""
+        with self._opened() as (checkpoint, recipe, samples):
+            report = measure(
+                checkpoint,
+                self.artifact,
+                samples,
+                recipe,
+                self.device,
+                self.on_event,
+                store=self.store,
+                servers=self.servers,
+                sources=self.sources,
+                other_baseline=self.other_baseline,
+            )
+            if not store_report(self.artifact, report):
+                note = "the artifact keeps its report, which is on more samples than these"
+                self.on_event(Event("note", 0, 0, note))
+        return report
+
+    def collect_baseline(self) -> None:
+        """Collect and store the answers of the full-precision model only; a later `measure` compares with them."""
+        with self._opened() as (checkpoint, recipe, samples):
+            source, _ = answerers(checkpoint, self.artifact, recipe, self.device, self.servers, self.on_event)
+            collect_answers(source, samples, picture_keys(samples), self.store, self.on_event)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Checkpoint, Recipe, Mapping[str, Sequence[Sample]]]]:
+        """Source, recipe and samples, while no export can replace the artifact."""
+        plan, checkpoint = prepare(self.recipe, self.device)
+        with reading(self.artifact, self.on_event):
+            require_source(Artifact.open(self.artifact), checkpoint, self.other_baseline, self.on_event)
+            samples = evaluation_samples(plan, self.sources)
+            refuse_calibration_pictures(self.artifact, samples)
+            yield checkpoint, plan.recipe, samples

@@ -1,0 +1,40 @@
+"""Values that a command or a call of the Python API puts in place of the recipe's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from exporter.data import places
+from exporter.errors import RecipeError, wording
+from exporter.planning.recipe import Recipe
+
+
+def adjusted(
+    recipe: Recipe,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    data: str | Path | Sequence[str | Path] = (),
+    eval_batch: int | None = None,
+    adapter: str | Path | None = None,
+) -> Recipe:
+    """The recipe with other values; None and no data keep the recipe's. Another model drops the recipe's revision.
+
+    RecipeError when the recipe does not allow a value, DataError for an unknown data source.
+    """
+    if model:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
+    repo, folder = (None if path is None else str(path) for path in (model, adapter))
+    named = [one.name for one in places(data)] or None
+    try:
+        return recipe.adjusted(
+            model={"repo": repo, "revision": revision, "adapter": folder},
+            calibration={"seed": seed, "samples": samples, "data": named},
+            evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
+        )
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, row['loc']))}: {wording(row, ())}" for row in error.errors()]
+        raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None
