@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporter.pipeline.step_clock import held_bytes
+from exporter.pipeline.step_clock import anonymous_bytes
 
 GIB = 2**30
 DEFAULTS = {  # header -> recipe
@@ -37,7 +37,7 @@ DEFAULTS = {  # header -> recipe
 def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
     """Largest anonymous memory of a running process, in bytes, into `peak`."""
     while process.poll() is None:
-        peak["anonymous"] = max(peak.get("anonymous", 0), held_bytes(process.pid))
+        peak["anonymous"] = max(peak.get("anonymous", 0), anonymous_bytes(process.pid))
         time.sleep(0.1)
 
 

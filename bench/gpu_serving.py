@@ -29,9 +29,9 @@ from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.serving import vllm_blip2
-from exporter.serving.check import Doubled, Session, judge, scheme_problems
+from exporter.serving.check import DoubledRun, Session, judge, scheme_problems
 from exporter.serving.launch import Program
-from exporter.serving.negative_control import disturbed, double_scales
+from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.reference import BOUND, Distance
 from exporter.serving.vllm_engine import Reply
 from exporter.tasks.sample import Sample, task_of
@@ -119,7 +119,7 @@ def prepare(folder: Path, name: str) -> str:
     shutil.copyfile(vllm_blip2.__file__, folder / "mmq_vllm_blip2.py")
     export(recipe(name), out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
     artifact = Artifact.open(out)
-    component = disturbed(artifact, CASES[name].disturb)
+    component = disturbed_component(artifact, CASES[name].disturb)
     if component:
         double_scales(artifact, out, component, folder / name / "doubled")
         for path in (folder / name / "doubled").iterdir():
@@ -175,9 +175,9 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
     artifact, processor = Artifact.open(case / "artifact"), load_processor(case / "artifact")
     samples = questions(case / "artifact", (), QUESTIONS)
     session = Session(Program("", found["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
-    doubled, component = None, disturbed(artifact, CASES[name].disturb)
+    doubled, component = None, disturbed_component(artifact, CASES[name].disturb)
     if component and "doubled" in found:
-        doubled = Doubled(component, case / "doubled", read_replies(found["doubled"]))
+        doubled = DoubledRun(component, case / "doubled", read_replies(found["doubled"]))
     linears = found["plain"]["linears"]
     told = artifact.manifest.format == "compressed_tensors"
     problems = scheme_problems(artifact, {n: pair[0] for n, pair in linears.items()}) if told else []

@@ -3,7 +3,7 @@
 import threading
 from types import TracebackType
 
-from exporter.pipeline.step_clock import held_bytes
+from exporter.pipeline.step_clock import anonymous_bytes
 
 
 class Watch:
@@ -17,7 +17,7 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            self.peak = max(self.peak, held_bytes())
+            self.peak = max(self.peak, anonymous_bytes())
             if self._over.wait(self._every):
                 return
 

@@ -67,11 +67,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
             ),
         ),
         "tasks/vqa": ("test_metrics", "test_tasks"),
-        "evaluation/statistics": ("test_statistics", "test_evaluate::test_a_gate_decides_by_the_share_that_is_lost"),
+        "evaluation/statistics": ("test_statistics", "test_evaluate::test_a_gate_decides_by_the_relative_loss"),
         "evaluation/sample_size": (
             "test_statistics",
-            "test_evaluate::test_a_plan_says_how_many_samples_a_gate_needs",
-            "test_evaluate::test_retrieval_has_advice_and_captioning_says_why_not",
+            "test_evaluate::test_a_plan_reports_the_number_of_samples_that_a_gate_needs",
+            "test_evaluate::test_retrieval_has_advice_and_captioning_has_a_reason_for_none",
         ),
     },
     "data": {

@@ -29,7 +29,7 @@ from exporter.inference.forward_hooks import watch_inputs
 from exporter.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
-from exporter.pipeline.export import tested_on
+from exporter.pipeline.export import test_sources
 from exporter.pipeline.preparation import prepare
 from exporter.planning.plan import PlanRow
 from exporter.planning.recipe import Recipe
@@ -86,7 +86,7 @@ def judged_on(recipe: Recipe, count: int, device: Device) -> list[Batch]:
     """Batches of the test split, of the recipe's tasks, `count` samples in all."""
     plan, checkpoint = prepare(recipe, device)
     tasks = recipe.calibration.tasks
-    places = tested_on(plan.recipe)
+    places = test_sources(plan.recipe)
     found = [s for task in tasks for s in data.samples_from(places, task, "test", -(-count // len(tasks)), 0)]
     return batches(load_processor(checkpoint.folder), plan.family, found, recipe.calibration.batch)
 

@@ -1,4 +1,4 @@
-"""Answers are kept batch by batch and never mixed up; a server's troubles end in answers or in a clear error."""
+"""The answer store and the server back end: keys, resume, retries and errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from PIL import Image
 
 from exporter.data import image_key
 from exporter.errors import CheckpointError, DataError
-from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, ask
+from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, collect_answers
 from exporter.events import Event, ignore
 from exporter.inference.predict_server import KEY, ServedPredictor, Server
 from exporter.model.families import FAMILIES
@@ -33,20 +33,20 @@ def sample(i: int, question: str | None = "what?") -> Sample:
 
 
 class Counting:
-    """Answers with the sample's identity, `size` at a time, and notes what it was asked."""
+    """Answers with the sample's identity in batches of `size`, and records the samples."""
 
     def __init__(self, size: int = 3, dies_at: int | None = None, skips: str = "") -> None:
         self.size, self.dies_at, self.skips = size, dies_at, skips
-        self.asked: list[str] = []
+        self.answered: list[str] = []
         self.opened = 0
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
         for start in range(0, len(samples), self.size):
-            chosen = range(start, min(start + self.size, len(samples)))
-            if self.dies_at is not None and len(self.asked) >= self.dies_at:
+            indices = range(start, min(start + self.size, len(samples)))
+            if self.dies_at is not None and len(self.answered) >= self.dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.asked += [samples[i].identity for i in chosen]
-            yield {i: f"I am {samples[i].identity}" for i in chosen if samples[i].identity != self.skips}
+            self.answered += [samples[i].identity for i in indices]
+            yield {i: f"I am {samples[i].identity}" for i in indices if samples[i].identity != self.skips}
 
     def model(self, **identity: Any) -> Answerer:
         @contextmanager
@@ -60,26 +60,26 @@ class Counting:
 def run(
     backend: Counting, samples: Mapping[str, Sequence[Sample]], store: Store | None, **identity: Any
 ) -> dict[str, list[str]]:
-    pictures = {task: [image_key(s.image()) for s in found] for task, found in samples.items()}
-    return ask(backend.model(**identity), samples, pictures, store, ignore)
+    pictures = {task: [image_key(s.image()) for s in of_task] for task, of_task in samples.items()}
+    return collect_answers(backend.model(**identity), samples, pictures, store, ignore)
 
 
-def test_a_second_evaluation_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: Path) -> None:
+def test_a_second_evaluation_runs_no_samples_and_a_larger_one_only_new_samples(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = Counting()
     tasks = {"vqa": [sample(i) for i in range(7)], "captioning": [sample(i, None) for i in range(2)]}
-    found = run(first, tasks, store)
-    assert found == {"vqa": [f"I am s{i}" for i in range(7)], "captioning": ["I am s0", "I am s1"]}
-    assert len(first.asked) == 9
+    first_answers = run(first, tasks, store)
+    assert first_answers == {"vqa": [f"I am s{i}" for i in range(7)], "captioning": ["I am s0", "I am s1"]}
+    assert len(first.answered) == 9
     again = Counting()
-    assert run(again, tasks, Store(tmp_path)) == found
-    assert (again.asked, again.opened) == ([], 0)
+    assert run(again, tasks, Store(tmp_path)) == first_answers
+    assert (again.answered, again.opened) == ([], 0)
     larger = Counting()
     run(larger, {"vqa": [sample(i) for i in range(9)]}, store)
-    assert larger.asked == ["s7", "s8"]
+    assert larger.answered == ["s7", "s8"]
 
 
-def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
+def test_everything_that_determines_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
     store = Store(tmp_path)
     run(Counting(), {"vqa": [sample(1)]}, store, dtype="float32")
     for other, identity in (
@@ -89,27 +89,27 @@ def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path: Path) -> None:
     ):
         backend = Counting()
         run(backend, {"vqa": [other]}, store, **identity)
-        assert len(backend.asked) == 1
+        assert len(backend.answered) == 1
     assert sorted(json.loads(p.read_text())["dtype"] for p in tmp_path.glob(f"*/{ABOUT}")) == ["bfloat16", "float32"]
     renamed = Counting()
-    one = sample(1)
-    run(renamed, {"vqa": [Sample("other name", one.image, one.question, ("no",))]}, store, dtype="float32")
-    assert renamed.asked == []
+    original = sample(1)
+    run(renamed, {"vqa": [Sample("other name", original.image, original.question, ("no",))]}, store, dtype="float32")
+    assert renamed.answered == []
 
 
-def test_equal_samples_are_asked_once_and_all_answered() -> None:
+def test_equal_samples_run_once_and_all_get_the_answer() -> None:
     backend = Counting()
     assert run(backend, {"vqa": [sample(1), sample(2), sample(1)]}, None) == {"vqa": ["I am s1", "I am s2", "I am s1"]}
-    assert backend.asked == ["s1", "s2"]
+    assert backend.answered == ["s1", "s2"]
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_at_the_same_place(tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(10)]}
     whole = run(Counting(), samples, None)
     run_killed(run, Counting(dies_at=6), samples, Store(tmp_path))
     rest = Counting()
     assert run(rest, samples, Store(tmp_path)) == whole
-    assert rest.asked == ["s6", "s7", "s8", "s9"]
+    assert rest.answered == ["s6", "s7", "s8", "s9"]
 
 
 WRONG_SUM = json.dumps({"answers": {"k": "a"}, "sha256": "0" * 64})
@@ -117,63 +117,63 @@ DAMAGED = ["", '{"a": ', "[1]", '{"k": 3}', "\x00", '{"answers": {}}', '{"answer
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_file_costs_its_batch_only(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_loses_only_its_batch(content: str, tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(6)]}
     whole = run(Counting(), samples, Store(tmp_path))
-    kept = sorted(p for p in tmp_path.glob("*/*.json") if p.name != ABOUT)
-    assert len(kept) == 2
-    kept[0].write_text(content)
+    files = sorted(p for p in tmp_path.glob("*/*.json") if p.name != ABOUT)
+    assert len(files) == 2
+    files[0].write_text(content)
     rest, notes = Counting(), list[Event]()
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
-    assert ask(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
-    assert len(rest.asked) == 3
+    assert collect_answers(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
+    assert len(rest.answered) == 3
     assert [event.message for event in notes if event.stage == "note"] == [
-        f"{kept[0]} is damaged: its answers are asked for again"
+        f"{files[0]} was damaged and is deleted: its samples run again"
     ]
     assert run(Counting(), samples, Store(tmp_path)) == whole
 
 
 @pytest.mark.parametrize("place", [20, -90, -20])
-def test_a_changed_letter_in_a_file_is_noticed(place: int, tmp_path: Path) -> None:
+def test_a_changed_letter_in_a_file_is_detected(place: int, tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(3)]}
     whole = run(Counting(), samples, Store(tmp_path))
-    [kept] = [p for p in tmp_path.glob("*/*.json") if p.name != ABOUT]
-    content = bytearray(kept.read_bytes())
+    [file] = [p for p in tmp_path.glob("*/*.json") if p.name != ABOUT]
+    content = bytearray(file.read_bytes())
     content[place] ^= 2
-    kept.write_bytes(bytes(content))
+    file.write_bytes(bytes(content))
     rest = Counting()
     assert run(rest, samples, Store(tmp_path)) == whole
-    assert len(rest.asked) == 3
+    assert len(rest.answered) == 3
 
 
-def test_answers_of_weights_that_changed_meanwhile_are_not_kept(tmp_path: Path) -> None:
+def test_answers_of_changed_weights_are_not_stored(tmp_path: Path) -> None:
     backend = Counting(size=2)
 
     def require_unchanged() -> None:
-        if len(backend.asked) > 2:
+        if len(backend.answered) > 2:
             raise CheckpointError("the model changed")
 
     samples = {"vqa": [sample(i) for i in range(6)]}
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
     model = replace(backend.model(), require_unchanged=require_unchanged)
     with pytest.raises(CheckpointError):
-        ask(model, samples, pictures, Store(tmp_path), ignore)
+        collect_answers(model, samples, pictures, Store(tmp_path), ignore)
     assert len(Store(tmp_path).read(model.identity)) == 2
 
 
 def test_a_sample_without_an_answer_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no answer to 1 of 4 samples, first s2"):
+    with pytest.raises(DataError, match="did not answer 1 of 4 samples, first s2"):
         run(Counting(skips="s2"), {"vqa": [sample(i) for i in range(4)]}, Store(tmp_path))
 
 
-def test_progress_counts_what_was_kept(tmp_path: Path) -> None:
+def test_progress_counts_stored_answers(tmp_path: Path) -> None:
     samples = {"vqa": [sample(i) for i in range(5)]}
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
     run(Counting(), {"vqa": samples["vqa"][:2]}, Store(tmp_path))
-    seen: list[Event] = []
-    ask(Counting(size=2).model(), samples, pictures, Store(tmp_path), seen.append)
-    assert [(e.done, e.total) for e in seen] == [(2, 5), (4, 5), (5, 5)]
-    assert {e.message for e in seen} == {"artifact: vqa"}
+    received: list[Event] = []
+    collect_answers(Counting(size=2).model(), samples, pictures, Store(tmp_path), received.append)
+    assert [(e.done, e.total) for e in received] == [(2, 5), (4, 5), (5, 5)]
+    assert {e.message for e in received} == {"artifact: vqa"}
 
 
 def color(text: str, image: Image.Image) -> str:
@@ -181,14 +181,14 @@ def color(text: str, image: Image.Image) -> str:
 
 
 def served(server: ChatServer, samples: Sequence[Sample], **options: Any) -> tuple[list[str], list[float]]:
-    """Answers in order, and the pauses between tries."""
+    """Answers in order, and the pauses between attempts."""
     pauses: list[float] = []
     where = Server(server.url, pause=pauses.append, **options)
-    found: dict[int, str] = {}
+    by_index: dict[int, str] = {}
     for piece in ServedPredictor(where, FAMILY, str(where.served()["id"])).pieces(samples):
-        assert not found.keys() & piece.keys()
-        found |= piece
-    return [found[i] for i in range(len(samples))], pauses
+        assert not by_index.keys() & piece.keys()
+        by_index |= piece
+    return [by_index[i] for i in range(len(samples))], pauses
 
 
 def test_a_server_gets_pictures_and_the_familys_words_and_greedy_settings() -> None:
@@ -212,15 +212,15 @@ def test_requests_in_flight_reach_the_bound_and_never_pass_it() -> None:
 
 def test_pictures_arrive_pixel_by_pixel() -> None:
     noise = Image.effect_noise((9, 5), 80).convert("RGB")
-    seen: list[bytes] = []
+    decoded: list[bytes] = []
 
     def keep(text: str, image: Image.Image) -> str:
-        seen.append(image.convert("RGB").tobytes())
+        decoded.append(image.convert("RGB").tobytes())
         return "ok"
 
     with chat_server(keep) as server:
         served(server, [Sample("n", lambda: noise, "q?", ())])
-    assert seen == [noise.tobytes()]
+    assert decoded == [noise.tobytes()]
     assert server.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
@@ -242,7 +242,7 @@ def test_a_server_that_stays_busy_is_named_with_what_it_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "fragment"),
     [
         (400, '{"error": {"message": "image too large"}}', "400: image too large"),
         (404, '{"detail": "Not Found"}', "404: .*Not Found"),
@@ -251,10 +251,10 @@ def test_a_server_that_stays_busy_is_named_with_what_it_said() -> None:
         (307, "", "307"),
     ],
 )
-def test_a_refusal_is_an_error_at_once(status: int, body: str, said: str) -> None:
+def test_a_refusal_is_an_error_at_once(status: int, body: str, fragment: str) -> None:
     with chat_server(color) as server:
         server.faults = [(status, {"Location": "http://127.0.0.1:1/"}, body)]
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=fragment):
             served(server, [sample(3)], concurrent=1)
     assert len(server.headers) == 1
 
@@ -329,6 +329,6 @@ def test_the_start_token_is_asked_for_where_the_template_lacks_it(start: tuple[s
 
 def test_retry_after_is_seconds_or_nothing() -> None:
     assert retry_after(" 7 ") == 7.0
-    assert [retry_after(said) for said in (None, "", "soon", "-1", "\u0663", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+    assert [retry_after(header) for header in (None, "", "soon", "-1", "\u0663", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
         None
     ] * 6

@@ -1,4 +1,4 @@
-"""Source and artifact are asked one after the other, within the memory that is there, with the same answers."""
+"""Local back ends: source and artifact load one after the other within the free memory, with equal answers."""
 
 import gc
 import weakref
@@ -13,7 +13,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.data import samples
 from exporter.device import choose
 from exporter.evaluation import backends
-from exporter.evaluation.answers import Answerer, ask
+from exporter.evaluation.answers import Answerer, collect_answers
 from exporter.evaluation.evaluate import picture_keys
 from exporter.events import Event, ignore
 from exporter.inference import predict
@@ -30,7 +30,7 @@ RECIPES = {"demo-llava": "llava-w8", "demo-blip2-itm": "blip2-retrieval-w4"}
 
 @pytest.fixture(scope="module", params=RECIPES)
 def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of each way to answer: in words, and by ranks."""
+    """One artifact per kind of answer: texts and ranks."""
     folder = tmp_path_factory.mktemp("backends") / str(request.param)
     recipe = load_recipe(RECIPES[request.param]).adjusted(model={"repo": request.param}, calibration={"samples": 2})
     export(recipe, out=folder, device=CPU, on_event=ignore, skip_evaluation=True)
@@ -38,19 +38,19 @@ def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Answerer, Answerer]:
-    """The models of an artifact, named like its folder."""
-    return backends.here(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
+    """Answerers of an artifact and its source; the folder's name is the model's."""
+    return backends.local_answerers(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
 
 
-def asked(out: Path) -> dict[str, list[Sample]]:
+def samples_of(out: Path) -> dict[str, list[Sample]]:
     """A few samples of every task of the model."""
     return {task: samples("demo", None, task, "test", 10, 0) for task in Artifact.open(out).family.tasks}
 
 
-def answers(models: tuple[Answerer, Answerer], found: dict[str, list[Sample]]) -> list[Any]:
-    """What both say."""
-    keys = picture_keys(found)
-    return [ask(model, found, keys, None, ignore) for model in models]
+def answers(models: tuple[Answerer, Answerer], samples: dict[str, list[Sample]]) -> list[Any]:
+    """Answers of both models."""
+    keys = picture_keys(samples)
+    return [collect_answers(model, samples, keys, None, ignore) for model in models]
 
 
 @pytest.mark.parametrize("loader", ["load_whole", "load_passing"])
@@ -70,12 +70,12 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
         free(device)
 
     held = Placement(torch.float32, 4, loader == "load_passing", 0)
-    monkeypatch.setattr(backends, "placed", lambda *arguments: held)
+    monkeypatch.setattr(backends, "placement_of", lambda *arguments: held)
     monkeypatch.setattr(backends, loader, counted)
     monkeypatch.setattr(backends, "release", release)
     gc.disable()  # it must not need the collector's good luck
     try:
-        answers(both(out), asked(out))
+        answers(both(out), samples_of(out))
     finally:
         gc.enable()
     assert len(living) == 2
@@ -83,7 +83,7 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
 
 
 def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answers(both(out), asked(out))
+    expected = answers(both(out), samples_of(out))
     notes: list[str] = []
     room = 3
 
@@ -98,8 +98,8 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
     monkeypatch.setattr(predict, "encode", scarce(predict.encode, lambda p, f, some, r, side: len(some)))
     pixels = scarce(backends_pixels(), lambda processor, some: len(some))
     monkeypatch.setattr("exporter.inference.retrieval.pixels_of", pixels)
-    found = answers(both(out, on_event=lambda event: notes.append(event.message)), asked(out))
-    assert found == expected
+    actual = answers(both(out, on_event=lambda event: notes.append(event.message)), samples_of(out))
+    assert actual == expected
     assert notes[0] == "out of memory with 8 samples at a time: going on with 4"
     assert notes[1] == "out of memory with 4 samples at a time: going on with 2"
 
@@ -114,7 +114,7 @@ def backends_pixels() -> Any:
 def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
     source, family = open_source(out.name)
-    held = backends.placed(source, family, CPU, 8)
+    held = backends.placement_of(source, family, CPU, 8)
     assert (held.dtype, held.note) == (torch.float32, "")
     model = whole_model(source.tensors, family, source.config)
     room = (model.weight_bytes(itemsize=2) + model.sample_bytes(itemsize=2)) / ROOM_SHARE
@@ -126,7 +126,7 @@ def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypa
     assert "in bfloat16" in events[0].message
 
 
-def test_an_artifact_is_asked_like_its_source(out: Path) -> None:
+def test_an_artifact_gets_the_same_prompts_as_its_source(out: Path) -> None:
     identities = [dict(model.identity) for model in both(out)]
     assert identities[0].pop("weights") != identities[1].pop("weights")
     assert identities[0] == identities[1]

@@ -1,4 +1,4 @@
-"""A baseline is the model that the manifest names, or everything that shows its scores says otherwise."""
+"""The baseline must be the source in the manifest, or report and card name another model."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.evaluation.answers import Answerer
-from exporter.evaluation.backends import here
+from exporter.evaluation.backends import local_answerers
 from exporter.evaluation.baseline import compare
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
 from exporter.model.source import open_source
 from exporter.publishing.artifact_summary import read_place
-from exporter.publishing.card import Declared, render
+from exporter.publishing.card import CardDeclarations, render
 from exporter.publishing.proof import prove
 from exporter.quantization import identity
 from exporter.report.content import collect
@@ -46,7 +46,7 @@ def artifact(measured: Path, tmp_path: Path) -> Path:
 
 
 def model_with(folder: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of the source with something changed."""
+    """A changed copy of the source."""
     shutil.copytree(MODELS["demo-llava"], folder)
     change(folder)
     return folder
@@ -60,13 +60,13 @@ def other_norm(folder: Path) -> None:
 
 
 def other_template(folder: Path) -> None:
-    """Another prompt."""
+    """Change the chat template."""
     path = folder / "chat_template.jinja"
     path.write_text("please " + path.read_text())
 
 
 def other_config(folder: Path) -> None:
-    """Another epsilon."""
+    """Change the epsilon of a norm."""
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-3
     (folder / "config.json").write_text(json.dumps(config))
@@ -92,7 +92,7 @@ def test_another_model_is_refused_by_name_and_the_report_stays(name: str, artifa
     before = (artifact / REPORT).read_bytes()
     code, output = evaluate(artifact, "--baseline", str(model_with(tmp_path / "damaged", change)))
     assert code == 1
-    assert f"damaged is not the model that {artifact} was made from (demo-llava)" in output
+    assert f"damaged is not the source model of {artifact} (demo-llava)" in output
     assert named in output
     assert "--other-baseline" in output
     assert (artifact / REPORT).read_bytes() == before
@@ -107,7 +107,7 @@ def test_the_same_model_in_another_folder_is_the_source(artifact: Path, tmp_path
     assert read_place(str(artifact)).other_baseline == ""
 
 
-def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tmp_path: Path) -> None:
+def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, tmp_path: Path) -> None:
     other = model_with(tmp_path / "damaged", other_norm)
     code, output = evaluate(artifact, "--baseline", str(other), "--other-baseline")
     assert code == 5, output
@@ -117,17 +117,17 @@ def test_another_baseline_that_is_allowed_is_named_everywhere(artifact: Path, tm
     summary = read_place(str(artifact))
     assert summary.other_baseline == "damaged, not demo-llava"
     assert collect(summary, {})["other_baseline"] == summary.other_baseline
-    card = render("me/x", summary, Declared(), (), "", ())
+    card = render("me/x", summary, CardDeclarations(), (), "", ())
     assert "**another model than the source**: damaged, not demo-llava" in card
     done = CliRunner().invoke(cli, ["report", str(artifact), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output
     assert "of another model than the source: damaged, not demo-llava" in (tmp_path / "page.html").read_text()
     _, problems = prove(artifact, choose("cpu"), ignore)
-    assert "its report compares it with another model than its source: damaged, not demo-llava" in problems
+    assert "the report compares the artifact with another model than its source: damaged, not demo-llava" in problems
 
 
 @pytest.mark.parametrize("claim", [{"is_source": True, "model": "demo-llava", "differs": []}, None])
-def test_a_report_that_claims_the_source_is_compared_by_the_digest(claim: object, artifact: Path) -> None:
+def test_a_report_that_claims_the_source_is_checked_by_digest(claim: object, artifact: Path) -> None:
     report = json.loads((artifact / REPORT).read_text())
     report["evaluation"]["baseline"] = claim
     report["evaluation"]["models"]["full precision"]["weights"] = "0" * 64
@@ -139,7 +139,7 @@ def test_a_report_that_claims_the_source_is_compared_by_the_digest(claim: object
         read_place(str(artifact))
 
 
-def test_an_export_is_measured_beside_its_source(measured: Path) -> None:
+def test_an_export_is_compared_with_its_source(measured: Path) -> None:
     evaluation = json.loads((measured / REPORT).read_text())["evaluation"]
     assert evaluation["baseline"] == {"model": "demo-llava", "is_source": True, "differs": []}
     assert evaluation["models"]["full precision"]["weights"] == read_manifest(measured).source.digest
@@ -147,7 +147,7 @@ def test_an_export_is_measured_beside_its_source(measured: Path) -> None:
 
 
 def older(manifest: Manifest) -> Manifest:
-    """The manifest as it was written before it named more than shards."""
+    """A manifest of an older mmq, which names only shards."""
     source = SourceRecord(model=manifest.source.model, shards=manifest.source.shards)
     return manifest.model_copy(update={"source": source})
 
@@ -160,8 +160,8 @@ def test_a_manifest_that_names_only_shards_is_compared_by_these(measured: Path, 
 
 
 def models_of(artifact: Path, source: Path) -> tuple[Answerer, Answerer]:
-    """Source and artifact, as an evaluation asks them."""
-    return here(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
+    """Answerers of source and artifact."""
+    return local_answerers(open_source(str(source))[0], Artifact.open(artifact), choose("cpu"), batch=4)
 
 
 def weights_of(folder: Path) -> None:
@@ -174,36 +174,36 @@ def weights_of(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["source", "artifact"])
-def test_kept_answers_are_of_every_byte_of_the_weights(changed: str, artifact: Path, tmp_path: Path) -> None:
+def test_stored_answers_depend_on_every_byte_of_the_weights(changed: str, artifact: Path, tmp_path: Path) -> None:
     source = model_with(tmp_path / "model", lambda folder: None)
     before = models_of(artifact, source)
     for model in before:
         model.require_unchanged()
     weights_of(source if changed == "source" else artifact)
     now = models_of(artifact, source)
-    differs = [one.identity != other.identity for one, other in zip(before, now, strict=True)]
+    differs = [first.identity != second.identity for first, second in zip(before, now, strict=True)]
     assert differs == [changed == "source", changed == "artifact"]
-    with pytest.raises(CheckpointError, match="changed while it answered"):
+    with pytest.raises(CheckpointError, match="model changed during the run"):
         before[differs.index(True)].require_unchanged()
     before[differs.index(False)].require_unchanged()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "vocab.json"])
-def test_kept_answers_are_of_every_file_of_the_processor(name: str, artifact: Path, tmp_path: Path) -> None:
+def test_stored_answers_depend_on_every_file_of_the_processor(name: str, artifact: Path, tmp_path: Path) -> None:
     source = model_with(tmp_path / "model", lambda folder: None)
     before = models_of(artifact, source)
     with (source / name).open("a") as file:
         file.write(" ")
     now = models_of(artifact, source)
-    assert all(one.identity != other.identity for one, other in zip(before, now, strict=True))
+    assert all(first.identity != second.identity for first, second in zip(before, now, strict=True))
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "pillow"])
-def test_kept_answers_are_of_the_versions_of_packages(
+def test_stored_answers_depend_on_package_versions(
     package: str, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = models_of(artifact, MODELS["demo-llava"])
     true = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "99.1" if name == package else true(name))
     now = models_of(artifact, MODELS["demo-llava"])
-    assert all(one.identity != other.identity for one, other in zip(before, now, strict=True))
+    assert all(first.identity != second.identity for first, second in zip(before, now, strict=True))

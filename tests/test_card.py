@@ -1,4 +1,4 @@
-"""Model cards and differences of artifacts: every figure is the manifest's or the report's, and nothing is made up."""
+"""Model cards and differences between artifacts: every figure comes from the manifest or the report."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from exporter.errors import ArtifactError, PublishError
 from exporter.evaluation.report_file import REPORT, EvaluationRecord, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
 from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
-from exporter.publishing.card import RESULTS, Declared, render, table
+from exporter.publishing.card import RESULTS, CardDeclarations, render, table
 from exporter.publishing.repository import package
 from tests.published_artifact import tiny_artifact, tiny_model
 
@@ -40,24 +40,24 @@ def summary(made: Path) -> Summary:
 
 
 def changed(summary: Summary, **values: Any) -> Summary:
-    """Facts whose manifest says something else."""
+    """A summary with changed manifest values."""
     manifest = Manifest.model_validate(summary.manifest.model_dump() | values, strict=False)
     return replace(summary, manifest=manifest)
 
 
 def measured_on(summary: Summary, data: str) -> Summary:
-    """Facts whose report was measured on other data."""
+    """A summary whose report names other data."""
     assert summary.report
     return replace(summary, report=summary.report.model_copy(update={"evaluation": EvaluationRecord(data=data)}))
 
 
-def card(summary: Summary, declared: Declared | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
+def card(summary: Summary, declared: CardDeclarations | None = None, problems: tuple[str, ...] = ()) -> ModelCard:
     """The rendered card, parsed by the hub's library."""
-    return ModelCard(render(REPO, summary, declared or Declared(), problems, ""))
+    return ModelCard(render(REPO, summary, declared or CardDeclarations(), problems, ""))
 
 
-def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
-    declared = Declared("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
+def test_the_hub_library_reads_the_metadata(summary: Summary) -> None:
+    declared = CardDeclarations("org/llava", {"license": "other", "license_name": "x"}, ("org/data",), ("en",))
     data = card(summary, declared).data
     assert data.base_model == "org/llava"
     assert data.to_dict()["base_model_relation"] == "quantized"
@@ -70,7 +70,7 @@ def test_metadata_is_what_the_hub_library_reads(summary: Summary) -> None:
     assert "500 samples" in result.dataset_name
 
 
-def test_the_base_model_is_the_hubs_or_none(summary: Summary) -> None:
+def test_the_base_model_is_a_hub_id_or_absent(summary: Summary) -> None:
     assert card(summary).data.base_model is None
     assert "base_model_relation" not in card(summary).data.to_dict()
     from_hub = changed(summary, source={"model": "llava-hf/llava-1.5-7b-hf@abc", "shards": {}})
@@ -79,7 +79,7 @@ def test_the_base_model_is_the_hubs_or_none(summary: Summary) -> None:
     assert card(odd).data.base_model is None
 
 
-def test_the_card_says_what_was_done(summary: Summary) -> None:
+def test_the_card_lists_schemes_scores_and_provenance(summary: Summary) -> None:
     text = card(summary).text
     assert f"| language | {len(summary.manifest.linears)} | W4 g16 | rtn | packed |" in text
     assert "| vision |  | 16 bits, not quantized |" in text
@@ -90,93 +90,98 @@ def test_the_card_says_what_was_done(summary: Summary) -> None:
     assert f"vllm serve {REPO} --limit-mm-per-prompt" in text
     assert f"--model {REPO}" in text
     assert summary.manifest.recipe.sha256 in text
-    assert "None: no method of this recipe looks at data." in text
+    assert "None: no method of this recipe needs data." in text
     assert "Published by force" not in text
     assert "humming" not in text
 
 
-def test_requests_ask_for_the_start_token_where_the_template_lacks_it(summary: Summary) -> None:
-    with_it, without = (render(REPO, summary, Declared(), (), "", lacks) for lacks in (True, False))
+def test_requests_set_the_start_token_flag_where_the_template_lacks_it(summary: Summary) -> None:
+    with_it, without = (render(REPO, summary, CardDeclarations(), (), "", lacks) for lacks in (True, False))
     assert "add_special_tokens" not in without
     request = with_it.partition("-d '")[2].partition("'\n```")[0]
-    asked = json.loads(request)
-    assert asked.pop("add_special_tokens") is True
-    assert asked == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
-    assert "`add_special_tokens` is needed with every request" in with_it
+    body = json.loads(request)
+    assert body.pop("add_special_tokens") is True
+    assert body == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
+    assert "Every request needs `add_special_tokens`" in with_it
 
 
 def test_calibration_and_measured_data_are_named(summary: Summary) -> None:
     calibration = {"data": "coco train2014", "seed": 7, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * 3}
-    told = changed(summary, provenance={"calibration": calibration, "device": "H100"})
-    assert "3 training samples of coco train2014, chosen with seed 7" in card(told).text
+    with_data = changed(summary, provenance={"calibration": calibration, "device": "H100"})
+    assert "3 training samples of coco train2014, selected with seed 7" in card(with_data).text
     assert summary.report
-    unnamed = replace(told, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
+    unnamed = replace(with_data, report=summary.report.model_copy(update={"evaluation": EvaluationRecord()}))
     assert "answered the same samples (coco train2014)" in card(unnamed).text
-    assert "answered the same samples (vqav2 val)" in card(measured_on(told, "vqav2 val")).text
-    assert "drawings" not in card(measured_on(told, "vqav2 val")).text
+    assert "answered the same samples (vqav2 val)" in card(measured_on(with_data, "vqav2 val")).text
+    assert "drawings" not in card(measured_on(with_data, "vqav2 val")).text
 
 
-def test_scores_on_the_built_in_drawings_are_called_that(summary: Summary) -> None:
+def test_scores_on_the_built_in_drawings_are_marked(summary: Summary) -> None:
     drawings = measured_on(summary, "drawings")
-    said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much"
-    assert said in card(drawings).text
+    note = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much"
+    assert note in card(drawings).text
     assert "answered the same samples (mmq's built-in drawings)" in card(drawings).text
-    assert said not in card(measured_on(summary, "folder mine")).text
+    assert note not in card(measured_on(summary, "folder mine")).text
     embedded = changed(drawings, source={"model": "demo-llava", "shards": {}})
-    assert said not in card(embedded).text  # it was trained on them
+    assert note not in card(embedded).text  # it was trained on them
 
 
-def test_a_card_without_report_promises_nothing(summary: Summary) -> None:
+def test_a_card_without_report_states_that_there_was_no_evaluation(summary: Summary) -> None:
     bare = card(replace(summary, report=None), problems=("it was never evaluated\n  at all",))
-    assert "It was never measured." in bare.text
+    assert "The artifact was never evaluated." in bare.text
     assert "> - it was never evaluated\n> -   at all" in bare.text
     assert bare.data.eval_results is None
     assert "unproven" in bare.data.tags
 
 
-def test_odd_bits_need_more_of_the_engine(made: Path) -> None:
+def test_unusual_widths_need_a_newer_engine(made: Path) -> None:
     text = card(read_summary("w3", folder_reader(made / "w3"))).text
     assert "3-bit weights need vLLM 0.25.1 or later with `humming-kernels`" in text
 
 
-def test_the_engines_check_is_on_the_card(summary: Summary) -> None:
+def test_the_card_has_the_result_of_mmq_check(summary: Summary) -> None:
     serving = ServingRecord(
         engine="0.32.0", build="CPU", questions=8, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
-    assert "vLLM 0.32.0 (CPU) served it and answered 8 questions" in card(replace(summary, serving=serving)).text
+    assert (
+        "vLLM 0.32.0 (CPU) served this artifact and answered 8 questions"
+        in card(replace(summary, serving=serving)).text
+    )
     failing = serving.model_copy(update={"problems": ("x",)})
     assert "**differed from**" in card(replace(summary, serving=failing)).text
 
 
 def test_benchmark_results_only_for_benchmarks(made: Path, summary: Summary) -> None:
-    declared = Declared(benchmarks={"vqa": ("org/VQA", "vqa_test")})
-    with pytest.raises(PublishError, match="drawings, which are no benchmark"):
+    declared = CardDeclarations(benchmarks={"vqa": ("org/VQA", "vqa_test")})
+    with pytest.raises(PublishError, match="drawings, not on a benchmark data set"):
         package(made / "w4", measured_on(summary, "drawings"), REPO, declared, (), None)
     measured = measured_on(summary, "vqav2 val")
-    wrong = Declared(benchmarks={"captioning": ("org/COCO", "x")})
+    wrong = CardDeclarations(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
         package(made / "w4", measured, REPO, wrong, (), None)
-    found = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
-    assert isinstance(found, bytes)
-    (entry,) = parse_eval_result_entries(yaml.safe_load(found))
+    content = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
+    assert isinstance(content, bytes)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(content))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
-    assert RESULTS not in package(made / "w4", measured, REPO, Declared(), (), None).files
+    assert RESULTS not in package(made / "w4", measured, REPO, CardDeclarations(), (), None).files
 
 
 def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
     def calibrated(data: str, samples: int = 1) -> Summary:
-        wanted = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * samples}
-        return changed(summary, provenance={"calibration": wanted, "device": "cpu"})
+        calibration = {"data": data, "seed": 0, "batch": 8, "samples": [{"id": "a", "image": "b" * 64}] * samples}
+        return changed(summary, provenance={"calibration": calibration, "device": "cpu"})
 
-    told = ", ".join(str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine"))
-    assert told == "hub vqav2, hub org/data@v1, coco coco, hub mine"
-    assert card(calibrated(told)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
-    assert card(calibrated(told), Declared(datasets=("me/data",))).data.datasets == ["me/data"]
-    assert card(calibrated(told, samples=0)).data.datasets is None
+    sources = ", ".join(
+        str(place(text)) for text in ("hub:vqav2", "hub:org/data@v1", "coco:/data/coco", "hub:/data/mine")
+    )
+    assert sources == "hub vqav2, hub org/data@v1, coco coco, hub mine"
+    assert card(calibrated(sources)).data.datasets == ["lmms-lab/VQAv2", "org/data"]
+    assert card(calibrated(sources), CardDeclarations(datasets=("me/data",))).data.datasets == ["me/data"]
+    assert card(calibrated(sources, samples=0)).data.datasets is None
     assert card(calibrated("demo")).data.datasets is None
 
 
-def test_nothing_is_minus_zero(summary: Summary) -> None:
+def test_a_rounded_zero_has_no_minus_sign(summary: Summary) -> None:
     assert summary.report
     (measure,), (gate,) = summary.report.measures, summary.report.gates
     tiny = {"change": -1e-6, "low": -1e-6, "high": -0.0}
@@ -191,13 +196,13 @@ def test_nothing_is_minus_zero(summary: Summary) -> None:
     assert "-0.0" not in text
 
 
-def test_the_introduction_names_the_source_as_what_it_is(summary: Summary) -> None:
-    def text(source: str, declared: Declared | None = None) -> str:
+def test_the_introduction_names_the_kind_of_source(summary: Summary) -> None:
+    def text(source: str, declared: CardDeclarations | None = None) -> str:
         return card(changed(summary, source={"model": source, "shards": {}}), declared).text
 
-    assert "The small model `demo-llava` that comes with mmq, quantized by mmq with" in text("demo-llava")
+    assert "The small model `demo-llava` that mmq includes, quantized by mmq with" in text("demo-llava")
     assert "A local model (`mine`), quantized by mmq with" in text("mine")
-    assert "[org/x](https://huggingface.co/org/x), quantized by mmq with" in text("mine", Declared("org/x"))
+    assert "[org/x](https://huggingface.co/org/x), quantized by mmq with" in text("mine", CardDeclarations("org/x"))
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:
@@ -205,27 +210,27 @@ def test_bars_in_cells_do_not_break_a_table() -> None:
 
 
 def test_every_linear_has_a_component(summary: Summary) -> None:
-    found = {component_of(name, "llava") for name in summary.manifest.linears}
-    assert found == {"language"}
+    components = {component_of(name, "llava") for name in summary.manifest.linears}
+    assert components == {"language"}
     with pytest.raises(ArtifactError, match="names lm_head, which is in no component of llava"):
         component_of("lm_head", "llava")
 
 
-def test_difference_finds_what_was_changed_and_nothing_else(made: Path, summary: Summary) -> None:
+def test_difference_lists_exactly_the_changes(made: Path, summary: Summary) -> None:
     assert difference(summary, summary) == ()
     other = read_summary("w3", folder_reader(made / "w3"))
     changes = {c.what: c for c in difference(summary, other)}
     assert (changes["language"].first, changes["language"].second) == ("W4 g16 rtn", "W3 g16 rtn")
-    assert changes["bits a weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
+    assert changes["bits per weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
     assert changes["bytes"].change == other.bytes - summary.bytes < 0
     assert changes["recipe.quantize[0].bits"].second == "3"
-    assert changes["quantized linears with other integers"].second == "14 of 14"
+    assert changes["quantized linears with different integers"].second == "14 of 14"
     assert changes.keys() - {"recipe.name"} == {
         "language",
-        "bits a weight",
+        "bits per weight",
         "bytes",
         "recipe.quantize[0].bits",
-        "quantized linears with other integers",
+        "quantized linears with different integers",
     }
     assert summary.report
     (measure,) = summary.report.measures
@@ -247,12 +252,12 @@ def test_diff_on_the_command_line(made: Path) -> None:
     text = run(cli, ["diff", str(made / "w4"), str(made / "w3")])
     assert text.exit_code == 0
     assert "W3 g16 rtn" in text.output
-    found = json.loads(run(cli, ["diff", str(made / "w4"), str(made / "w3"), "--json"]).stdout)
-    assert {"what": "language", "first": "W4 g16 rtn", "second": "W3 g16 rtn", "change": None} in found
+    listed = json.loads(run(cli, ["diff", str(made / "w4"), str(made / "w3"), "--json"]).stdout)
+    assert {"what": "language", "first": "W4 g16 rtn", "second": "W3 g16 rtn", "change": None} in listed
     assert "no difference" in run(cli, ["diff", str(made / "w4"), str(made / "w4")]).output
     nothing = run(cli, ["diff", str(made / "model"), str(made / "w4")])
     assert nothing.exit_code == 1
-    assert f"has no {MANIFEST}: not an artifact of mmq" in nothing.output
+    assert f"has no {MANIFEST}: it is not an mmq artifact" in nothing.output
 
 
 @pytest.mark.parametrize("broken", ["{", '{"source": 1}', "[]"])
@@ -264,9 +269,9 @@ def test_damaged_manifests_are_one_clear_error(made: Path, broken: str) -> None:
         read_summary("w4", lambda name: b"{" if name == REPORT else read(name))
 
 
-def test_diff_of_folders_as_one_names_them(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diff_takes_relative_folders(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made / "w4")
     assert read_place(".").name == "w4"
     nothing = CliRunner().invoke(cli, ["diff", "/nope", "."])
     assert nothing.exit_code == 1
-    assert "Error: no folder /nope" in nothing.output
+    assert "Error: folder /nope does not exist" in nothing.output

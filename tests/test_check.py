@@ -1,4 +1,4 @@
-"""What a check asks of an artifact, without an engine: shapes, schemes, doubled scales, prompts, the report."""
+"""`mmq check` without an engine: shapes, schemes, doubled scales, prompts, and the report."""
 
 import json
 import shutil
@@ -23,15 +23,15 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving import reference
 from exporter.serving.check import (
-    Checked,
+    CheckResult,
     Control,
     distance_problems,
-    keep,
     scheme_problems,
+    store_result,
 )
 from exporter.serving.negative_control import double_scales, modules_of
 from exporter.serving.preflight import engine_linears, refuse_unservable
-from exporter.serving.reference import Compared, Distance, Reference
+from exporter.serving.reference import Distance, EngineComparison, Reference
 from exporter.serving.vllm_engine import Reply
 from tests.test_evaluate import crafted
 
@@ -42,7 +42,7 @@ RULES = {"compressed_tensors": [A8, W4], "gptq": [W4], "awq": [ASYMMETRIC]}
 
 
 def made(out: Path, format_name: str) -> tuple[Path, object]:
-    """The demo model rounded to nearest, in one format."""
+    """An artifact of the demo model, rounded to nearest, in the given format."""
     data = load_recipe("llava-w4").model_dump() | {"format": format_name, "quantize": RULES[format_name]}
     data["model"] |= {"repo": "demo-llava"}
     recipe = Recipe.model_validate(data)
@@ -59,12 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shapes_from_headers_are_those_of_the_plan(tmp_path: Path, format_name: str):
     out, plan = made(tmp_path / "artifact", format_name)
     planned = {x.name: x for x in planned_linears(plan.rows, plan.family) if x.scheme}
-    found = {x.name: x for x in engine_linears(Artifact.open(out))}
-    assert found.keys() == planned.keys()
-    assert {(n, x.engine, x.shape) for n, x in found.items()} == {(n, x.engine, x.shape) for n, x in planned.items()}
+    actual = {x.name: x for x in engine_linears(Artifact.open(out))}
+    assert actual.keys() == planned.keys()
+    assert {(n, x.engine, x.shape) for n, x in actual.items()} == {(n, x.engine, x.shape) for n, x in planned.items()}
 
 
-def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, tmp_path: Path):
+def test_an_unservable_artifact_is_refused_before_the_engine_starts(folder: Path, tmp_path: Path):
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, on="cpu", tensor_parallel=1)
     with pytest.raises(ServeError, match="rule tensor-parallel: "):
@@ -81,10 +81,10 @@ def test_what_an_engine_cannot_serve_is_refused_before_it_starts(folder: Path, t
 
 
 def log_of(artifact: Artifact) -> dict[str, str]:
-    """What the engine says when all is well."""
+    """Schemes in the log of a correct engine."""
     classes = {"vision": "CompressedTensorsW8A8Int8", "language": "CompressedTensorsWNA16"}
     names = {name: modules_of(artifact, name) for name in classes}
-    return {artifact.family.engine_name(m): classes[name] for name, found in names.items() for m in found}
+    return {artifact.family.engine_name(m): classes[name] for name, modules in names.items() for m in modules}
 
 
 def test_every_linear_must_have_its_scheme_in_the_log(folder: Path):
@@ -93,7 +93,7 @@ def test_every_linear_must_have_its_scheme_in_the_log(folder: Path):
     assert scheme_problems(artifact, log) == []
     name = "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj"
     (problem,) = scheme_problems(artifact, {k: v for k, v in log.items() if k != name})
-    assert problem.startswith(f"{name}: vllm's log gives it the scheme none")
+    assert problem.startswith(f"{name}: the scheme in vllm's log is none")
     assert len(scheme_problems(artifact, log | {name: "CompressedTensorsWNA16"})) == 1
 
 
@@ -108,7 +108,7 @@ def test_doubled_scales_double_one_component_and_nothing_else(folder: Path, tmp_
 
 
 def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Path, tmp_path: Path):
-    """An engine that answers exactly as the reference does passes; the control's twin does not."""
+    """An engine with the reference's answers passes; the control with doubled scales does not."""
     samples = questions(folder, (), 4)
     artifact, processor, cpu = Artifact.open(folder), load_processor(folder), choose("cpu")
     reference = Reference(artifact, processor, cpu)
@@ -119,8 +119,8 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
         bare = Reply("", prompt, tokens, (), ({},) * 3)
         ours = reference.log_probabilities(sample, bare)
         tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in ours)
-        said = tuple(float(row[token]) for row, token in zip(ours, tokens, strict=True))
-        replies.append(Reply("", prompt, tokens, said, tops))
+        logprobs = tuple(float(row[token]) for row, token in zip(ours, tokens, strict=True))
+        replies.append(Reply("", prompt, tokens, logprobs, tops))
     assert reference.prompt_problems(samples, replies) == []
     compared = reference.compare(samples, replies)
     assert compared.distance.largest < 1e-6
@@ -132,13 +132,13 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
     assert "prompts differ" in reference.prompt_problems(samples, cut)[0]
 
 
-def test_a_control_that_shows_nothing_is_a_problem():
+def test_a_control_without_effect_is_a_problem():
     near, far, floor = Distance(0.02, 0.005, 50), Distance(4.0, 1.0, 50), Distance(0.02, 0.005, 50)
-    good = Compared(near, floor)
+    good = EngineComparison(near, floor)
     assert distance_problems(good, Control("vision", far, good), 0.015) == []
-    assert "would not notice" in distance_problems(good, Control("vision", near, good), 0.015)[0]
-    assert "on both sides" in distance_problems(good, Control("vision", far, Compared(far, floor)), 0.015)[0]
-    assert "too far" in distance_problems(Compared(far, floor), None, 0.015)[0]
+    assert "cannot detect an error" in distance_problems(good, Control("vision", near, good), 0.015)[0]
+    assert "on both sides" in distance_problems(good, Control("vision", far, EngineComparison(far, floor)), 0.015)[0]
+    assert "too far" in distance_problems(EngineComparison(far, floor), None, 0.015)[0]
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,23 @@ def test_a_control_that_shows_nothing_is_a_problem():
 )
 def test_both_the_largest_and_the_mean_difference_are_bounded(largest: float, mean: float, passes: bool):
     floor = Distance(1.0, 0.1, 50)
-    found = Compared(Distance(largest, mean, 50), floor)
-    assert found.close(0.015) is passes
-    assert (distance_problems(found, None, 0.015) == []) is passes
-    assert Compared(Distance(0.06, 0.015, 50), Distance(0.0, 0.0, 50)).close(0.015)  # what is always allowed
+    comparison = EngineComparison(Distance(largest, mean, 50), floor)
+    assert comparison.close(0.015) is passes
+    assert (distance_problems(comparison, None, 0.015) == []) is passes
+    assert EngineComparison(Distance(0.06, 0.015, 50), Distance(0.0, 0.0, 50)).close(0.015)  # what is always allowed
     moved = [Distance(9.0, 0.14 * times, 50) for times in (4.9, 5.1)]
-    good = Compared(floor, floor)
+    good = EngineComparison(floor, floor)
     assert [len(distance_problems(good, Control("vision", each, good), 0.015)) for each in moved] == [1, 0]
 
 
-def test_the_result_joins_the_report(folder: Path, tmp_path: Path):
+def test_the_result_is_written_into_the_report(folder: Path, tmp_path: Path):
     write_report(tmp_path, crafted(1, 1), None)
     shutil.copy(folder / "mmq_manifest.json", tmp_path)
-    keep(tmp_path, Checked("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)), "0" * 64)
+    store_result(
+        tmp_path,
+        CheckResult("0.32.0+cpu", "cpu", 8, 0.015, None, None, {"A": 2}, ("K for A",), 30.0, ("why",)),
+        "0" * 64,
+    )
     report = json.loads((tmp_path / "mmq_report.json").read_text())
     assert report["passed"] is True
     assert report["serving"]["passed"] is False
@@ -197,8 +201,8 @@ def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
     gpu = Device(torch.device("cuda", 0), "GPU", gpu_gib * 2**30)
     monkeypatch.setattr(reference, "choose", lambda name: Device(torch.device("cpu"), "CPU", host_gib * 2**30))
     if place is None:
-        with pytest.raises(ServeError, match=r"needs 16\.4 GiB, there are 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
-            reference.placed(artifact, gpu)
+        with pytest.raises(ServeError, match=r"needs 16\.4 GiB; free memory: 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
+            reference.reference_placement(artifact, gpu)
     else:
-        chosen, held = reference.placed(artifact, gpu)
-        assert (chosen.torch_device.type, held) == (place, dtype)
+        device, held = reference.reference_placement(artifact, gpu)
+        assert (device.torch_device.type, held) == (place, dtype)

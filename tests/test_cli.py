@@ -146,7 +146,7 @@ def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) 
     result = mmq(*quick(tmp_path / "out", "--eval-samples", "40", "--recipe", str(recipe)))
     assert result.exit_code == 3, result.output
     assert "gates failed" in result.stderr
-    assert "a gate failed: more was lost than the recipe allows" in result.stdout
+    assert "a gate failed: the loss is larger than the recipe allows" in result.stdout
     assert "allowed -5.0%" in result.stderr
     assert (tmp_path / "out" / "mmq_report.json").exists()
     assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["passed"] is False

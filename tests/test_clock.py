@@ -1,4 +1,4 @@
-"""Steps are measured apart, inner ones from outer ones, and running out of memory keeps what was finished."""
+"""The clock separates inner from outer steps, and finished work survives a memory shortage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from exporter.device import choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
 from exporter.pipeline.export import export
-from exporter.pipeline.step_clock import Clock, held_bytes
+from exporter.pipeline.step_clock import Clock, anonymous_bytes
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from tests.test_export import contents, quick_recipe
@@ -31,11 +31,11 @@ def test_an_inner_step_is_not_part_of_the_outer_one(monkeypatch: pytest.MonkeyPa
     assert {step.name: step.seconds for step in clock.steps} == {"write": 2 + 4 + 6, "verify": 3}
 
 
-@pytest.mark.skipif(not held_bytes(), reason="the system does not say what a process holds")
-def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
+@pytest.mark.skipif(not anonymous_bytes(), reason="the system does not say what a process holds")
+def test_a_memory_peak_counts_for_the_step_that_allocated_it() -> None:
     with Clock(CPU) as clock:
         with clock.step("plan"):
-            before = held_bytes()
+            before = anonymous_bytes()
         with clock.step("quantize"):
             held = np.ones(300 * MIB, dtype=np.uint8)
             looked = clock._over.wait(0.3)  # the thread looks meanwhile
@@ -50,7 +50,7 @@ def test_peaks_belong_to_the_step_that_held_the_memory() -> None:
     assert not clock._watch.is_alive()
 
 
-def test_a_shortage_says_what_was_predicted_and_what_is_kept() -> None:
+def test_a_memory_shortage_reports_the_prediction_and_the_finished_work() -> None:
     clock = Clock(CPU)
     clock.predicted = [Step("write", 0, 3 * 2**30, 1.0)]
     with pytest.raises(MemoryShortage) as caught, clock.step("write", "blocks are kept"):
@@ -61,7 +61,7 @@ def test_a_shortage_says_what_was_predicted_and_what_is_kept() -> None:
 
 
 def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
-    """A listener that raises at the first event of a stage that has come so far."""
+    """A listener that raises at the first event of a stage with at least this progress."""
 
     def listen(event: Event) -> None:
         if event.stage == stage and event.done >= done:
@@ -71,13 +71,13 @@ def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
 
 
 def run(out: Path, listen: Callable[[Event], None] = lambda event: None, recipe: Recipe | None = None) -> object:
-    """An export of the demo model, with an evaluation of four samples a task."""
+    """An export of the demo model, with an evaluation of four samples per task."""
     return export(recipe or quick_recipe(), out=out, device=CPU, on_event=listen)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export that nothing disturbed."""
+    """An uninterrupted export."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(out)
     return out
@@ -92,14 +92,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")),
     ],
 )
-def test_an_export_that_runs_out_goes_on_to_the_same_bytes(
+def test_an_export_resumes_after_a_memory_shortage_with_identical_bytes(
     stage: str, error: Exception, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(MemoryShortage, match=f"^{stage}: out of memory") as caught:
         run(out, failing(stage, 2, error))
     hint = str(caught.value.hint)
-    assert f"the artifact is in {out}" in hint if stage == "evaluate" else "finished blocks are kept in" in hint
+    assert (
+        f"the verified artifact is in {out}" in hint if stage == "evaluate" else "finished blocks are kept in" in hint
+    )
     units: list[int] = []
     run(out, lambda event: units.append(event.done) if event.stage == "quantize" else None)
     assert 1 not in units  # the first unit was finished

@@ -1,4 +1,4 @@
-"""The Dockerfile and the examples of `serving/`: linted, and what they run is a command line that mmq takes."""
+"""The Dockerfile and the examples of `serving/`: lint, and valid mmq command lines."""
 
 import json
 import re
@@ -38,15 +38,15 @@ def compose_service() -> dict[str, Any]:
 
 def container() -> dict[str, Any]:
     documents = {document["kind"]: document for document in yaml.safe_load_all(KUBERNETES.read_text(encoding="utf-8"))}
-    found: dict[str, Any] = documents["Deployment"]["spec"]["template"]["spec"]["containers"][0]
-    return found
+    container: dict[str, Any] = documents["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    return container
 
 
 def image() -> list[str]:
     """The arguments of `serve` in the Dockerfile's first lines."""
     comment = re.sub(r" \\\n#", "", (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nARG ")[0])
-    (found,) = re.findall(r" mmq\s+(serve .*)", comment)
-    return shlex.split(found.replace("artifacts/", "/artifacts/"))
+    (command,) = re.findall(r" mmq\s+(serve .*)", comment)
+    return shlex.split(command.replace("artifacts/", "/artifacts/"))
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_what_they_run_is_a_command_of_mmq(arguments: list[str], tmp_path: Path)
     vllm = tmp_path / "vllm"
     vllm.write_text("#!/bin/sh\necho 0.32.0\n")
     vllm.chmod(0o755)
-    here = [str(MODELS["demo-llava"]) if word.startswith("/artifacts/") else word for word in arguments]
-    done = CliRunner().invoke(cli, [*here, "--vllm", str(vllm), "--print", "--json"])
+    local = [str(MODELS["demo-llava"]) if word.startswith("/artifacts/") else word for word in arguments]
+    done = CliRunner().invoke(cli, [*local, "--vllm", str(vllm), "--print", "--json"])
     assert done.exit_code == 0, done.output
     command = json.loads(done.output)["command"]
     assert command[command.index("--host") + 1] == "0.0.0.0"

@@ -1,4 +1,4 @@
-"""The child process, its command and its answers, against a stand-in `vllm` on the loopback address."""
+"""The vLLM child process, its command and its answers, with a fake `vllm` on the loopback address."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ import torch
 from exporter.errors import ServeError
 from exporter.numerics.activation_rounding import round_inputs, round_rows
 from exporter.serving.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
-from exporter.serving.reference import Compared, Distance, distance_of, listed_tokens
-from exporter.serving.vllm_engine import Engine, Reply, free_port, last_words, read_kernels, read_reply, read_schemes
+from exporter.serving.reference import Distance, EngineComparison, distance_of, listed_tokens
+from exporter.serving.vllm_engine import Engine, Reply, free_port, log_tail, read_kernels, read_reply, read_schemes
 
 FAKE = '''#!{python}
 """Answers like vllm serve; --bad makes it end at once, --deaf ignores SIGTERM; it starts a child of its own."""
@@ -47,8 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if self.path == "/health" else 404, {{}})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not asked["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png"):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png"):
             return self.reply(400, {{"error": "not a picture"}})
         step = {{"logprob": -0.5, "top_logprobs": [{{"token": "token_id:7", "logprob": -0.5}}]}}
         choice = {{"message": {{"content": "red"}}, "token_ids": [7], "logprobs": {{"content": [step]}}}}
@@ -117,7 +117,7 @@ def test_an_answer_is_read_with_its_log_probabilities(engine):
     assert engine.schemes() == {"language_model.model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16"}
 
 
-def test_a_refused_request_says_why_and_the_server_lives(engine):
+def test_a_refused_request_has_the_servers_message_and_the_server_keeps_running(engine):
     with pytest.raises(ServeError, match=r"answered 400.*not a picture"):
         engine.ask("What color?", b"\xff\xd8 a jpeg")
     assert engine.ask("What color?", PNG).text == "red"
@@ -168,16 +168,16 @@ def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
     assert ended
 
 
-def test_a_server_that_ends_is_reported_with_its_own_words(folder, program, tmp_path):
+def test_a_server_that_exits_is_reported_with_the_end_of_its_log(folder, program, tmp_path):
     with (
         Engine(command(folder, program, "--bad"), tmp_path / "log") as engine,
-        pytest.raises(ServeError, match=r"ended with code 1(.|\n)*There is no module named 'x'"),
+        pytest.raises(ServeError, match=r"exited with code 1(.|\n)*There is no module named 'x'"),
     ):
         engine.wait_healthy(60)
 
 
 def test_a_taken_port_is_refused(engine):
-    with pytest.raises(ServeError, match="is taken"):
+    with pytest.raises(ServeError, match="is in use"):
         Engine(engine.launch).start()
 
 
@@ -185,7 +185,7 @@ def flags(made: Launch) -> dict[str, str]:
     return dict(zip(made.command[3::2], made.command[4::2], strict=False))
 
 
-def test_the_command_has_what_the_artifact_needs(folder):
+def test_the_command_has_the_flags_that_the_artifact_needs(folder):
     config = {"dtype": "float16", "text_config": {"max_position_embeddings": 8192}}
     gpu = launch(folder, config, Program("vllm", "0.32.0", False), tensor_parallel=2)
     assert gpu.command[:3] == ("vllm", "serve", str(folder))
@@ -225,7 +225,7 @@ def test_dtype(config, cpu, expected):
 
 
 def tokenizer(folder: Path, start: bool) -> None:
-    """A word tokenizer that puts `<s>` before every text, or does not."""
+    """A word tokenizer with or without `<s>` before every text."""
     from tokenizers import Tokenizer, models, processors
 
     made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -271,37 +271,37 @@ def test_a_model_without_template_gets_the_familys_prompt(folder):
 def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("MMQ_VLLM", raising=False)
-    with pytest.raises(ServeError, match="no program 'vllm'"):
+    with pytest.raises(ServeError, match="the program 'vllm' does not exist"):
         find_program()
     silent = tmp_path / "vllm"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
-    with pytest.raises(ServeError, match="does not say which version"):
+    with pytest.raises(ServeError, match="does not print a version"):
         find_program()
     silent.write_text("#!/bin/sh\necho noise\necho 0.32.0+cpu\n")
     assert find_program(str(silent)) == Program(str(silent), "0.32.0+cpu", True)
 
 
 def test_a_command_of_several_words_is_a_program(tmp_path, monkeypatch):
-    """A vLLM in a folder of PYTHONPATH, with no program of its own: its interpreter is asked for the version."""
+    """A vLLM in a folder of PYTHONPATH without an executable: the interpreter reports the version."""
     metadata = tmp_path / "vllm-0.26.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
     monkeypatch.setenv("MMQ_VLLM", f"env PYTHONPATH={tmp_path} {sys.executable} -m vllm.entrypoints.cli.main")
-    found = find_program()
-    assert (found.version, found.cpu) == ("0.26.0", False)
-    made = launch(tmp_path, {}, found)
+    vllm = find_program()
+    assert (vllm.version, vllm.cpu) == ("0.26.0", False)
+    made = launch(tmp_path, {}, vllm)
     serve = made.command.index("serve")
     assert made.command[1:serve] == (f"PYTHONPATH={tmp_path}", sys.executable, "-m", "vllm.entrypoints.cli.main")
     monkeypatch.setenv("MMQ_VLLM", "nosuchprogram -m vllm")
-    with pytest.raises(ServeError, match="no program 'nosuchprogram -m vllm'"):
+    with pytest.raises(ServeError, match="the program 'nosuchprogram -m vllm' does not exist"):
         find_program()
 
 
 def test_logs_are_read():
     log = "x\nINFO a\nERROR [core] one\nnanobind: leaked\n - leaked\nValueError: two\ny\n"
-    assert last_words(log) == "  ERROR [core] one\n  ValueError: two"
-    assert last_words("a\n\nb\n") == "  a\n  b"
+    assert log_tail(log) == "  ERROR [core] one\n  ValueError: two"
+    assert log_tail("a\n\nb\n") == "  a\n  b"
     twice = "INFO Using MacheteLinearKernel for A\n" * 2
     assert read_kernels(f"{twice}INFO Selected FooKernel for B") == ("FooKernel for B", "MacheteLinearKernel for A")
     two = "DEBUG Using scheme: A for m.0\nDEBUG Using scheme: B for m.1 \n"
@@ -316,17 +316,17 @@ def test_every_listed_token_is_compared():
     assert distance_of([0.1, 0.3]) == Distance(0.3, pytest.approx(0.2), 2)
 
 
-def test_nothing_compared_is_never_close():
+def test_an_empty_comparison_is_never_close():
     nothing = distance_of([])
-    assert not Compared(nothing, nothing).close(0.015)
+    assert not EngineComparison(nothing, nothing).close(0.015)
     floor = Distance(0.4, 0.1, 9)
-    assert Compared(Distance(0.79, 0.139, 9), floor).close(0.015)
-    assert not Compared(Distance(0.81, 0.139, 9), floor).close(0.015)
-    assert not Compared(Distance(0.79, 0.141, 9), floor).close(0.015)
+    assert EngineComparison(Distance(0.79, 0.139, 9), floor).close(0.015)
+    assert not EngineComparison(Distance(0.81, 0.139, 9), floor).close(0.015)
+    assert not EngineComparison(Distance(0.79, 0.141, 9), floor).close(0.015)
     still = Distance(0.001, 0.0002, 9)
-    assert Compared(Distance(0.059, 0.014, 9), still).close(0.015)
-    assert not Compared(Distance(0.059, 0.016, 9), still).close(0.015)
-    assert not Compared(Distance(0.061, 0.014, 9), still).close(0.015)
+    assert EngineComparison(Distance(0.059, 0.014, 9), still).close(0.015)
+    assert not EngineComparison(Distance(0.059, 0.016, 9), still).close(0.015)
+    assert not EngineComparison(Distance(0.061, 0.014, 9), still).close(0.015)
 
 
 def test_rows_are_rounded_to_their_own_scale():
@@ -346,8 +346,8 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
     assert not torch.equal(round_rows(hidden, "int8"), hidden)
 
 
-def test_a_free_port_stays_ours_until_a_server_takes_it() -> None:
-    """Nothing that asks the system for any port is given it, and a server that reuses addresses can listen there."""
+def test_a_free_port_stays_reserved_until_a_server_uses_it() -> None:
+    """The system does not assign the port to others, and a server with SO_REUSEADDR can listen on it."""
     port = free_port()
     given = []
     for _ in range(300):

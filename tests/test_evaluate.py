@@ -1,4 +1,4 @@
-"""Scores beside each other, gates, and one model asked through either back end with the same result."""
+"""Evaluation: scores, gates, stored answers, and equal results from both back ends."""
 
 import json
 import signal
@@ -18,14 +18,14 @@ from exporter.device import choose
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends
 from exporter.evaluation.answers import ABOUT, Backend, Store
-from exporter.evaluation.evaluate import compare, keep_report, raise_unless_accepted
+from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.report_file import Counts, EvaluationRecord, Report, ServingRecord, read_report, write_report
-from exporter.evaluation.sample_size import advise, too_few, unknown
+from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
 from exporter.model.source import open_source
-from exporter.pipeline.export import default_store, export, measure, models
+from exporter.pipeline.export import answerers, default_store, export, measure
 from exporter.planning.recipe import Gate, Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks import retrieval
@@ -42,7 +42,7 @@ def sample(i: int, answer: str, kind: str = "") -> Sample:
 
 
 def crafted(wrong_before: int, wrong_after: int, n: int = 50, **gate: Any) -> Report:
-    """VQA answers, every right one another, of which the first so many are wrong."""
+    """VQA answers with distinct right answers; the first `wrong_before` and `wrong_after` are wrong."""
     samples = {"vqa": [sample(i, f"right {i}", "odd" if i % 2 else "even") for i in range(n)]}
     right = [f"right {i}" for i in range(n)]
     before = {"vqa": ["no"] * wrong_before + right[wrong_before:]}
@@ -53,9 +53,9 @@ def crafted(wrong_before: int, wrong_after: int, n: int = 50, **gate: Any) -> Re
 
 def test_means_change_and_kinds() -> None:
     report = crafted(wrong_before=10, wrong_after=13)
-    found = report.measures[0].difference
-    assert (found.before, found.after) == (0.8, 0.74)
-    assert found.change == pytest.approx(-0.06)
+    difference = report.measures[0].difference
+    assert (difference.before, difference.after) == (0.8, 0.74)
+    assert difference.change == pytest.approx(-0.06)
     assert report.by_kind["vqa"] == {"even": (0.8, 0.72, 25), "odd": (0.8, 0.76, 25)}
     assert report.counts["vqa"] == Counts(changed=3, lost=3, gained=0)
     assert [row.id for row in report.changed] == ["s10", "s11", "s12"]
@@ -64,17 +64,17 @@ def test_means_change_and_kinds() -> None:
     assert (first.references, first.scores, first.before, first.after) == (("right 10",), (1.0, 0.0), "right 10", "no")
 
 
-def test_every_score_of_both_models_is_kept() -> None:
-    kept = crafted(wrong_before=10, wrong_after=13).samples["vqa"]
-    assert kept.ids == tuple(f"s{i}" for i in range(50))
-    assert kept.scores["accuracy"].before == (0.0,) * 10 + (1.0,) * 40
-    assert kept.scores["accuracy"].after == (0.0,) * 13 + (1.0,) * 37
-    assert kept.changed == (10, 11, 12)
-    assert kept.kinds[:2] == ("even", "odd")
+def test_every_score_of_both_models_is_stored() -> None:
+    scores = crafted(wrong_before=10, wrong_after=13).samples["vqa"]
+    assert scores.ids == tuple(f"s{i}" for i in range(50))
+    assert scores.scores["accuracy"].before == (0.0,) * 10 + (1.0,) * 40
+    assert scores.scores["accuracy"].after == (0.0,) * 13 + (1.0,) * 37
+    assert scores.changed == (10, 11, 12)
+    assert scores.kinds[:2] == ("even", "odd")
 
 
 def test_the_interval_decides_and_not_the_measured_change() -> None:
-    """Of 1000 right answers 50 are lost, 5 %, with an interval of -6.4 to -3.7 %."""
+    """The artifact loses 50 of 1000 right answers: 5 %, interval -6.4 to -3.7 %."""
     verdicts = {max_drop: crafted(0, 50, 1000, max_drop=max_drop).gates[0] for max_drop in (0.03, 0.045, 0.055, 0.07)}
     assert [gate.verdict for gate in verdicts.values()] == ["failed", "not resolved", "not resolved", "passed"]
     gate = verdicts[0.055]
@@ -84,8 +84,8 @@ def test_the_interval_decides_and_not_the_measured_change() -> None:
     assert -0.065 < gate.low < -0.055 < gate.high < -0.035
 
 
-def test_a_gate_decides_by_the_share_that_is_lost() -> None:
-    """Of 800 right answers of 1000 24 are lost: 3 % of the score, 2.4 points."""
+def test_a_gate_decides_by_the_relative_loss() -> None:
+    """The artifact loses 24 of 800 right answers of 1000 samples: 3 % of the score, 2.4 points."""
     gate = crafted(200, 224, 1000, max_drop=0.05).gates[0]
     assert gate.change == pytest.approx(-0.03)
     assert gate.verdict == "passed"
@@ -106,8 +106,8 @@ def test_few_samples_resolve_nothing() -> None:
     assert crafted(0, 0, n=368, max_drop=0.01).verdict == "passed"
 
 
-def test_so_many_samples_as_a_gate_asks_for_resolve_it() -> None:
-    """Of 500, 7 right answers are lost and 3 % are allowed; the number named is not far from the least that will do."""
+def test_the_estimated_number_of_samples_resolves_a_gate() -> None:
+    """The artifact loses 7 of 500 answers, 3 % are allowed; the estimate is close to the smallest number that works."""
     gate = crafted(0, 7, 500, max_drop=0.02).gates[0]
     assert gate.verdict == "not resolved"
     needed = gate.samples_needed
@@ -121,7 +121,7 @@ def test_so_many_samples_as_a_gate_asks_for_resolve_it() -> None:
 
 
 def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
-    """`point` accepts a measured change within the bound; it is called not resolved all the same."""
+    """`point` accepts a measured change within the bound; the verdict is still `not resolved`."""
     within, beyond = (
         {decide: crafted(0, lost, 100, decide=decide) for decide in ("upper", "point")} for lost in (7, 13)
     )
@@ -141,18 +141,18 @@ def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
         raise_unless_accepted(failed, Path("out"))
 
 
-def test_a_baseline_of_zero_proves_nothing() -> None:
+def test_a_baseline_of_zero_is_not_comparable() -> None:
     report = crafted(50, 50)
     assert report.gates[0].verdict == report.verdict == "not comparable"
     assert report.measures[0].samples_to_resolve_one_percent is None
     assert json.loads(json.dumps(report.plain(), allow_nan=False))["gates"][0]["change"] is None
-    with pytest.raises(GateFailed, match="the full-precision model scores 0, so nothing can be compared") as raised:
+    with pytest.raises(GateFailed, match="scores 0, so a relative change is undefined") as raised:
         raise_unless_accepted(report, Path("out"))
     assert "bits" not in f"{raised.value.message} {raised.value.hint}"
 
 
 def yes_or_no(share: float, n: int = 400) -> Report:
-    """Questions of which half are answered by yes, and a model that is right with that share of either kind."""
+    """Yes/no questions with equal shares, and a model with the given accuracy on both."""
     samples = {"vqa": [sample(i, "yes" if i % 2 else "no") for i in range(n)]}
     right = [s.references[0] for s in samples["vqa"]]
     other = {"yes": "no", "no": "yes"}
@@ -160,15 +160,15 @@ def yes_or_no(share: float, n: int = 400) -> Report:
     return compare(answers, answers, samples, [Gate(task="vqa", metric="accuracy", max_drop=0.05)], seed=0)
 
 
-def test_a_full_precision_model_at_chance_level_is_named_as_such() -> None:
-    """Half of the answers are yes: a model that is right in every second question does not see the pictures."""
+def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
+    """Half of the answers are yes, so an accuracy of one half is chance level."""
     guessing = yes_or_no(0.5).gates[0]
     assert (guessing.verdict, guessing.before, guessing.chance) == ("not comparable", 0.5, 0.5)
-    said = (
+    reason = (
         "the full-precision model scores at chance level (0.5000 on 400 samples; answers that ignore the picture score"
     )
-    assert said in sentence(guessing)
-    assert sentence(guessing).endswith("so nothing can be compared; check prompt and data")
+    assert reason in sentence(guessing)
+    assert sentence(guessing).endswith("so a relative change has no meaning; check prompt and data")
     assert yes_or_no(0.4).gates[0].verdict == "not comparable"
     assert yes_or_no(0.8).gates[0].verdict == "passed"
     with pytest.raises(GateFailed, match="1 of 1 gates could not be decided") as raised:
@@ -177,7 +177,7 @@ def test_a_full_precision_model_at_chance_level_is_named_as_such() -> None:
 
 
 def test_a_captioner_that_ignores_its_pictures_is_at_chance_level() -> None:
-    """One sentence for all pictures scores as much beside any; sentences of its own pictures score more."""
+    """One sentence for all pictures is at chance level; specific sentences score higher."""
     things = ["dog", "cat", "horse", "ball", "tree", "boat", "house", "plane", "train", "car"]
     texts = [f"a {color} {thing} on a hill" for color in ("red", "green", "blue", "small") for thing in things]
     samples = {
@@ -207,7 +207,7 @@ def test_ranks_at_random_are_chance_level() -> None:
     assert [gate.verdict for gate in compare(good, good, {"retrieval": made}, gates, 0).gates] == ["passed"] * 3
 
 
-def test_a_gate_whose_task_was_not_asked_is_not_measured() -> None:
+def test_a_gate_without_samples_of_its_task_is_not_measured() -> None:
     gates = [Gate(task="vqa", metric="accuracy", max_drop=0.1), Gate(task="captioning", metric="cider", max_drop=0.1)]
     samples = {"vqa": [sample(i, f"right {i}") for i in range(100)]}
     answers = {"vqa": [f"right {i}" for i in range(100)]}
@@ -218,7 +218,7 @@ def test_a_gate_whose_task_was_not_asked_is_not_measured() -> None:
         raise_unless_accepted(report, Path("out"))
 
 
-def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
+def test_changed_answers_alternate_between_tasks_with_the_largest_losses_first() -> None:
     samples = {
         "captioning": [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (f"a dog {i}",)) for i in range(3)],
         "vqa": [sample(i, "yes") for i in range(3)],
@@ -229,43 +229,43 @@ def test_tasks_are_listed_in_turn_with_the_largest_losses_first() -> None:
     assert listed == ["c1", "s1", "c0", "s0", "c2"]
 
 
-def test_figures_of_the_whole_set_are_told_where_they_are_no_means() -> None:
+def test_corpus_metrics_are_listed_where_they_are_not_means() -> None:
     """BLEU of a corpus is not the mean of its captions' BLEU; an accuracy is the mean of its samples'."""
     texts = ["a red ball on the table", "two dogs run on a long beach", "a man rides one horse"]
     given = ["a red ball on the table", "two dogs run on a beach", "a man rides one"]
     made = [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (text,)) for i, text in enumerate(texts)]
     samples = {"captioning": made, "vqa": [sample(0, "yes")]}
     report = compare({"captioning": texts, "vqa": ["yes"]}, {"captioning": given, "vqa": ["yes"]}, samples, [], 0)
-    words = [[one.split()] for one in texts]
-    expected = [corpus_bleu([one.split() for one in listed], words) for listed in (texts, given)]
+    words = [[text.split()] for text in texts]
+    expected = [corpus_bleu([text.split() for text in listed], words) for listed in (texts, given)]
     assert [report.corpus["captioning"][f"bleu{n}"] for n in (1, 2, 3, 4)] == list(zip(*expected, strict=True))
     assert expected[1][3] < 0.9 < expected[0][3]
     assert "cider" not in report.corpus["captioning"]
     assert report.corpus["vqa"] == {}
-    assert json.loads(json.dumps(report.plain()))["corpus"]["captioning"]["bleu4"] == [one[3] for one in expected]
+    assert json.loads(json.dumps(report.plain()))["corpus"]["captioning"]["bleu4"] == [scores[3] for scores in expected]
 
 
-def test_a_new_report_keeps_what_the_engine_was_found_to_answer(tmp_path: Path) -> None:
+def test_a_new_report_keeps_the_result_of_mmq_check(tmp_path: Path) -> None:
     report = crafted(1, 2)
-    keep_report(tmp_path, report)
+    store_report(tmp_path, report)
     assert read_report(tmp_path) == (report, None)
     serving = ServingRecord(
         engine="1", build="cpu", questions=1, bound=0.1, problems=(), schemes={}, kernels=(), passed=True
     )
     write_report(tmp_path, None, serving)
     assert read_report(tmp_path) == (None, serving)
-    keep_report(tmp_path, report)
+    store_report(tmp_path, report)
     assert read_report(tmp_path) == (report, serving)
 
 
 def test_a_report_on_more_samples_is_not_replaced_by_one_on_fewer(tmp_path: Path) -> None:
     large, small = crafted(1, 2), crafted(1, 2, n=49)
-    assert keep_report(tmp_path, large)
-    kept = (tmp_path / "mmq_report.json").read_text()
-    assert not keep_report(tmp_path, small)
-    assert (tmp_path / "mmq_report.json").read_text() == kept
+    assert store_report(tmp_path, large)
+    before = (tmp_path / "mmq_report.json").read_text()
+    assert not store_report(tmp_path, small)
+    assert (tmp_path / "mmq_report.json").read_text() == before
     other = small.model_copy(update={"evaluation": EvaluationRecord(data="coco")})  # other data says something else
-    assert keep_report(tmp_path, other)
+    assert store_report(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_samples_are_counted_by_task_whatever_metrics_there_are(
     had: list[tuple[str, str, int]], has: list[tuple[str, str, int]], replaced: bool, tmp_path: Path
 ) -> None:
     def of(measures: list[tuple[str, str, int]]) -> Report:
-        (one,) = report.measures
-        named = (one.model_copy(update={"task": t, "metric": m, "samples": n}) for t, m, n in measures)
+        (template,) = report.measures
+        named = (template.model_copy(update={"task": t, "metric": m, "samples": n}) for t, m, n in measures)
         return report.model_copy(update={"measures": tuple(named)})
 
     report = crafted(1, 2)
-    assert keep_report(tmp_path, of(had))
-    assert keep_report(tmp_path, of(has)) == replaced
+    assert store_report(tmp_path, of(had))
+    assert store_report(tmp_path, of(has)) == replaced
 
 
 def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
@@ -303,27 +303,27 @@ def test_every_listed_sample_names_its_picture(tmp_path: Path) -> None:
     answers = [[text] * 2 for text in ("a dog 0", "a cat")]
     report = compare({"captioning": answers[0]}, {"captioning": answers[1]}, {"captioning": read}, [], 0)
     for rows in (report.changed, report.examples):
-        told = {(row.references[0], row.image, row.file) for row in rows}
+        shown = {(row.references[0], row.image, row.file) for row in rows}
         files = [f"test/pictures/{i}.png" for i in range(2)]
-        assert told == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
+        assert shown == {(f"a dog {i}", image_key(Image.open(tmp_path / files[i])), files[i]) for i in range(2)}
 
 
-def test_a_plan_says_how_many_samples_a_gate_needs() -> None:
+def test_a_plan_reports_the_number_of_samples_that_a_gate_needs() -> None:
     recipe = load_recipe("llava-w4-vit8").adjusted(evaluation={"samples": 3842})
-    (found,) = advise(recipe)  # of CIDEr nothing can be assumed
-    assert (found.task, found.metric, found.needed) == ("vqa", "accuracy", 3842)
-    assert found.half_width == pytest.approx(1.0, abs=1e-3)
-    assert "3842 samples resolve one point" in str(found)
-    assert unknown(recipe).startswith("captioning cider: ")
+    (item,) = advise(recipe)  # of CIDEr nothing can be assumed
+    assert (item.task, item.metric, item.needed) == ("vqa", "accuracy", 3842)
+    assert item.half_width == pytest.approx(1.0, abs=1e-3)
+    assert "3842 samples measure it to within one point" in str(item)
+    assert unpredictable(recipe).startswith("captioning cider: ")
 
 
-def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
-    """With that many samples and no change at all the gate just passes; with one fewer it does not."""
+def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
+    """With the advised number of unchanged samples the gate passes; with one sample fewer it does not."""
     recipe = load_recipe("llava-w4-vit8")
     assert too_few(recipe) == ()
     few = too_few(recipe.adjusted(evaluation={"samples": 100}))
     assert few == (
-        "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which takes at least 122 (--eval-samples 122)",
+        "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which needs at least 122 (--eval-samples 122)",
     )
     assert [crafted(0, 0, n=n, max_drop=0.03).verdict for n in (121, 122)] == ["not resolved", "passed"]
     nothing = recipe.model_copy(update={"gates": (Gate(task="vqa", metric="accuracy", max_drop=0.0),)})
@@ -335,20 +335,20 @@ def test_a_plan_warns_of_gates_that_so_few_samples_cannot_resolve() -> None:
     assert json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["too_few_samples"] == list(few)
 
 
-def test_retrieval_has_advice_and_captioning_says_why_not() -> None:
-    found = advise(load_recipe("blip2-retrieval-w4"))
-    assert [(one.task, one.metric, one.needed) for one in found] == [
+def test_retrieval_has_advice_and_captioning_has_a_reason_for_none() -> None:
+    items = advise(load_recipe("blip2-retrieval-w4"))
+    assert [(item.task, item.metric, item.needed) for item in items] == [
         ("retrieval", "text_r1", 3842),
         ("retrieval", "image_r1", 3842),
     ]
-    assert unknown(load_recipe("blip2-retrieval-w4")) == ""
+    assert unpredictable(load_recipe("blip2-retrieval-w4")) == ""
     with_plan = CliRunner().invoke(cli, ["plan", "--model", "demo-llava", "--recipe", "llava-w4-vit8"])
     assert "after a first evaluation" in " ".join(with_plan.output.split())
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """Few bits, so that answers change."""
+    """An artifact with few bits, so that answers change."""
     data = load_recipe("llava-w3-vit4").model_dump()
     data["model"] |= {"repo": "demo-llava"}
     data["calibration"] |= {"samples": 4, "batch": 4}
@@ -370,11 +370,11 @@ def samples() -> dict[str, list[Sample]]:
 
 @pytest.fixture(scope="module")
 def report(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Report:
-    """By transformers, with answers kept in the default place."""
+    """An evaluation by transformers with the default answer store."""
     return measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, store=default_store(out))
 
 
-def test_kept_answers_give_the_same_report_without_loading_a_model(
+def test_stored_answers_give_the_same_report_without_loading_a_model(
     out: Path,
     recipe: Recipe,
     samples: dict[str, list[Sample]],
@@ -395,22 +395,25 @@ def test_kept_answers_give_the_same_report_without_loading_a_model(
         measure(source, out, samples, recipe, CPU, ignore)
 
 
-def test_other_weights_are_asked_anew(out: Path, report: Report) -> None:
+def test_other_weights_run_again(out: Path, report: Report) -> None:
     artifact = Artifact.open(out)
-    kept = backends.weights_digest(artifact)
-    assert kept == report.evaluation.models["artifact"].weights
+    digest = backends.weights_digest(artifact)
+    assert digest == report.evaluation.models["artifact"].weights
     artifact.manifest.files["model.safetensors"] = "0" * 64
-    assert backends.weights_digest(artifact) != kept
+    assert backends.weights_digest(artifact) != digest
 
 
 @contextmanager
 def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> Iterator[list[ChatServer]]:
-    """Two servers that answer as source and artifact really do."""
+    """Two servers that give the answers of source and artifact."""
     family = open_source("demo-llava")[1]
-    flat = [sample for found in samples.values() for sample in found]
-    with chat_server(lambda *asked: "", "source") as first, chat_server(lambda *asked: "", "mine", "other") as second:
+    flat = [sample for of_task in samples.values() for sample in of_task]
+    with (
+        chat_server(lambda *request: "", "source") as first,
+        chat_server(lambda *request: "", "mine", "other") as second,
+    ):
         for server, model in zip(
-            (first, second), models(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
+            (first, second), answerers(open_source("demo-llava")[0], out, recipe, CPU, None), strict=True
         ):
             with model.opened() as backend:
                 server.answer = table(backend, flat, family)
@@ -418,8 +421,8 @@ def both_served(out: Path, recipe: Recipe, samples: dict[str, list[Sample]]) -> 
 
 
 def table(backend: Backend, flat: list[Sample], family: Any) -> Any:
-    said = {i: text for piece in backend.pieces(flat) for i, text in piece.items()}
-    known = {(family.text(s.question), s.image().tobytes()): said[i] for i, s in enumerate(flat)}
+    replies = {i: text for piece in backend.pieces(flat) for i, text in piece.items()}
+    known = {(family.text(s.question), s.image().tobytes()): replies[i] for i, s in enumerate(flat)}
     return lambda text, image: known[text, image.tobytes()]
 
 
@@ -435,41 +438,43 @@ def test_a_server_gives_the_scores_that_transformers_gives(
         fixed = ["evaluate", out, "--answers", tmp_path, "--device", "cpu"]
         alone = mmq(*fixed, "--server", second.url, "--served-model", "mine")
         assert alone.exit_code == 1
-        assert "with --baseline-server alone first" in alone.stderr
-        kept = mmq(*fixed, "--baseline-server", first.url)
-        assert "now serve the artifact" in kept.output
-        asked = len(first.bodies)
-        found = mmq(*fixed, "--server", second.url, "--served-model", "mine", "--json")
-        assert found.exit_code == 5, found.output  # six samples resolve nothing
-        assert len(first.bodies) == asked  # the baseline is not asked twice
+        assert "with --baseline-server only, then serve the artifact" in alone.stderr
+        first_run = mmq(*fixed, "--baseline-server", first.url)
+        assert "now serve the artifact" in first_run.output
+        requests = len(first.bodies)
+        done = mmq(*fixed, "--server", second.url, "--served-model", "mine", "--json")
+        assert done.exit_code == 5, done.output  # six samples resolve nothing
+        assert len(first.bodies) == requests  # the baseline is not asked twice
         unnamed = mmq("evaluate", out, "--fresh", "--server", second.url, "--baseline-server", first.url)
         assert "it serves: mine, other" in unnamed.stderr
-    said = json.loads(found.stdout.splitlines()[0])
+    printed = json.loads(done.stdout.splitlines()[0])
     expected = json.loads(json.dumps(report.plain()))
-    assert {k: v for k, v in said.items() if k != "evaluation"} == {
+    assert {k: v for k, v in printed.items() if k != "evaluation"} == {
         k: v for k, v in expected.items() if k != "evaluation"
     }
-    assert said["evaluation"]["models"]["artifact"]["backend"] == "openai"
+    assert printed["evaluation"]["models"]["artifact"]["backend"] == "openai"
     assert {body["model"] for body in second.bodies} == {"mine"}
 
 
 def test_a_server_that_serves_another_folder_is_refused(
     out: Path, recipe: Recipe, samples: dict[str, list[Sample]], tmp_path: Path
 ) -> None:
-    with chat_server(lambda *asked: "x", root=str(tmp_path)) as server:
+    with chat_server(lambda *request: "x", root=str(tmp_path)) as server:
         both = backends.Servers(Server(server.url), Server(server.url))
         with pytest.raises(DataError, match=f"serves {tmp_path}, not"):
             measure(open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both)
         server.models[0]["root"] = str(out)
-        found = measure(
+        report = measure(
             open_source("demo-llava")[0], out, samples, recipe, CPU, ignore, servers=both, store=Store(tmp_path)
         )
-    assert found.counts["vqa"].changed == 0
+    assert report.counts["vqa"].changed == 0
 
 
-@pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
-def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
-    """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
+@pytest.mark.parametrize(("suffix", "fragment"), [("png", "calibrated on as"), ("jpg", "looks like")])
+def test_calibration_pictures_are_refused_as_test_pictures(
+    suffix: str, fragment: str, out: Path, tmp_path: Path
+) -> None:
+    """The evaluation data differ from the export's, so the manifest is the only record of calibration pictures."""
     (tmp_path / "test").mkdir()
     lines = []
     for i, s in enumerate(samples_from(places("demo"), "captioning", "train", 2, 0)):
@@ -477,22 +482,22 @@ def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, 
         about = {"file_name": f"{i}.{suffix}", "question": "what?", "answers": ["x"]}
         lines += [json.dumps(about), json.dumps({"file_name": f"{i}.{suffix}", "captions": ["x"]})]
     (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(lines))
-    kept = tmp_path / "answers"
-    found = mmq("evaluate", out, "--data", tmp_path, "--answers", kept, "--device", "cpu")
-    assert found.exit_code == 1
-    assert "evaluation samples show a picture that is also calibrated on" in found.stderr
-    assert told in found.stderr
-    assert not kept.exists()
+    store = tmp_path / "answers"
+    done = mmq("evaluate", out, "--data", tmp_path, "--answers", store, "--device", "cpu")
+    assert done.exit_code == 1
+    assert "evaluation samples show a picture that is also calibrated on" in done.stderr
+    assert fragment in done.stderr
+    assert not store.exists()
 
 
-def test_half_named_servers_are_wrong_usage(out: Path) -> None:
+def test_one_server_without_the_other_is_a_usage_error(out: Path) -> None:
     assert mmq("evaluate", out, "--served-model", "x").exit_code == 2
     assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
-    """Stopped after its first finished batches; the same command then asks the rest and finds the same."""
+def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
+    """The command is stopped after its first batches; the same command runs the other samples with equal results."""
     store = tmp_path / "answers"
     arguments = ["evaluate", str(out), "--answers", str(store), "--device", "cpu", "--json"]
     with running_command(arguments, tmp_path) as command:
@@ -503,8 +508,8 @@ def test_a_stopped_evaluation_goes_on(how: signal.Signals, out: Path, report: Re
         assert str(store) in json.loads(command.stdout.read_text())["error"]
     else:
         assert code == -how
-    kept = [path for path in store.glob("*/*.json") if path.name != ABOUT]
-    assert kept
+    files = [path for path in store.glob("*/*.json") if path.name != ABOUT]
+    assert files
     lines = mmq(*arguments).stderr.splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
     assert next(e["done"] for e in events if e["stage"] == "evaluate") >= 4

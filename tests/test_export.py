@@ -1,4 +1,4 @@
-"""The whole job on the embedded model: byte-identical, killed and resumed, and every kind of bad input."""
+"""Exports of the embedded model: byte-identical results, kill and resume, and errors for all kinds of bad input."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.source import open_source
 from exporter.pipeline.export import Export, evaluation_samples, export
-from exporter.pipeline.preparation import prepare, with_data_it_knows
+from exporter.pipeline.preparation import prepare, with_suitable_data
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
@@ -81,9 +81,9 @@ def test_killed_after_every_unit_and_resumed_is_byte_identical(finished: Path, t
         killed_after(unit, quick_export, out, work=work)
         assert len(list(work.glob("*.safetensors"))) == unit
         assert not out.exists()
-    seen: list[Event] = []
-    quick_export(out, seen.append, work=work)
-    assert [event.message for event in seen if event.stage == "quantize"] == ["resumed"]
+    received: list[Event] = []
+    quick_export(out, received.append, work=work)
+    assert [event.message for event in received if event.stage == "quantize"] == ["resumed"]
     assert contents(out) == contents(finished)
 
 
@@ -140,11 +140,11 @@ def test_artifact_keeps_names_files_and_untouched_tensors(finished: Path) -> Non
 
 
 def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished: Path, tmp_path: Path) -> None:
-    found = verify(finished, choose("cpu"), lambda event: None)
+    verified = verify(finished, choose("cpu"), lambda event: None)
     if find_spec("compressed_tensors"):
-        assert found.block_difference == pytest.approx(0, abs=1e-4)
+        assert verified.block_difference == pytest.approx(0, abs=1e-4)
     else:
-        assert "not installed" in found.skipped
+        assert "not installed" in verified.skipped
 
     def broken(change: Callable[[Path], None]) -> str:
         copy = tmp_path / "copy"
@@ -177,21 +177,21 @@ def test_verify_finds_a_flipped_bit_a_missing_file_and_a_wrong_pattern(finished:
         forge(copy)
 
     def forge(copy: Path) -> None:
-        """Make the file hashes right again, so that only deeper checks can object."""
+        """Renew the file hashes, so that only deeper checks can fail."""
         from exporter.files.file_hashes import sha256
 
         manifest = json.loads((copy / "mmq_manifest.json").read_text())
         manifest["files"] = {name: sha256(copy / name) for name in manifest["files"]}
         (copy / "mmq_manifest.json").write_text(json.dumps(manifest))
 
-    assert "content has changed" in broken(flip)
-    assert "not those that were computed" in broken(flip_and_rehash)
-    assert "schemes, expected one" in broken(retarget)
+    assert "content changed after the export" in broken(flip)
+    assert "differ from the computed ones" in broken(flip_and_rehash)
+    assert "; expected one" in broken(retarget)
     assert "missing" in broken(lambda copy: (copy / "tokenizer.json").unlink())
 
 
 def damaged_model(folder: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of the demo model with something wrong."""
+    """A damaged copy of the demo model."""
     shutil.copytree(DEMO, folder)
     change(folder)
     return folder
@@ -215,20 +215,20 @@ def truncate(folder: Path) -> None:
 
 
 def rename_architecture(folder: Path) -> None:
-    """Claim to be a model that mmq does not know."""
+    """Name an architecture that mmq does not support."""
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["MysteryForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def misfit_config(folder: Path) -> None:
-    """A config of another size than the weights."""
+    """Write a config with other sizes than the weights."""
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 128
     (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "said"),
+    ("change", "kind", "fragment"),
     [
         (truncate, CheckpointError, "truncated"),
         (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "no model.safetensors"),
@@ -245,10 +245,10 @@ def misfit_config(folder: Path) -> None:
     ids=["truncated", "missing", "nan-linear", "nan-kept", "nan-upstream", "architecture", "config"],
 )
 def test_bad_models_end_in_a_clear_error_and_leave_nothing(
-    change: Callable[[Path], None], kind: type[MmqError], said: str, tmp_path: Path
+    change: Callable[[Path], None], kind: type[MmqError], fragment: str, tmp_path: Path
 ) -> None:
     model = damaged_model(tmp_path / "model", change)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=fragment):
         quick_export(tmp_path / "out", recipe=quick_recipe(model))
     left = {path.name for path in tmp_path.iterdir()} - {"model", "out.work"}
     assert not left
@@ -273,7 +273,7 @@ def test_occupied_output_is_never_touched_without_overwrite(finished: Path, tmp_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of one megabyte; needs the right to mount."""
+    """A real file system of one megabyte; needs permission to mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
@@ -305,27 +305,27 @@ def test_full_disk_while_storing_a_block_can_be_resumed(finished: Path, small_di
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def test_models_without_the_lexicon_get_plain_words_and_are_judged_by_questions() -> None:
+def test_real_models_use_drawings_in_english_and_are_scored_on_questions() -> None:
     shipped = load_recipe("llava-w4-vit8")
     assert shipped.model.repo == "llava-hf/llava-1.5-7b-hf"
-    fitted = with_data_it_knows(shipped)
+    fitted = with_suitable_data(shipped)
     assert fitted.calibration.data == fitted.evaluation.data == ("drawings",)
     assert fitted.gates == shipped.gates  # those on captions are then not measured
-    assert with_data_it_knows(fitted) == fitted
-    assert with_data_it_knows(quick_recipe()) == quick_recipe()  # the embedded model knows the names
+    assert with_suitable_data(fitted) == fitted
+    assert with_suitable_data(quick_recipe()) == quick_recipe()  # the embedded model knows the names
     own = shipped.adjusted(calibration={"data": ("coco",)}, evaluation={"data": ("coco",)})
-    assert with_data_it_knows(own) == own
+    assert with_suitable_data(own) == own
 
 
-def test_captions_are_not_judged_on_the_drawings() -> None:
-    """A gate on captions stays in the recipe and is not measured: no other model words a drawing as mmq does."""
+def test_captions_are_not_scored_on_the_drawings() -> None:
+    """A gate on captions stays in the recipe but is not measured: no other model uses the wording of mmq's captions."""
     recipe = quick_recipe().adjusted(calibration={"data": ("drawings",)}, evaluation={"data": ("drawings",)})
     plan, _ = prepare(recipe, choose("cpu"))
     assert {gate.task for gate in plan.recipe.gates} == {"vqa", "captioning"}
-    asked = evaluation_samples(plan, ())
-    assert list(asked) == ["vqa"]
-    answers = {"vqa": [sample.references[0] for sample in asked["vqa"]]}
-    report = compare(answers, answers, asked, plan.recipe.gates, 0)
+    samples = evaluation_samples(plan, ())
+    assert list(samples) == ["vqa"]
+    answers = {"vqa": [sample.references[0] for sample in samples["vqa"]]}
+    report = compare(answers, answers, samples, plan.recipe.gates, 0)
     assert {gate.task: gate.verdict for gate in report.gates}["captioning"] == "not measured"
     assert not report.passed
     only = plan.recipe.model_copy(update={"gates": tuple(g for g in plan.recipe.gates if g.task == "captioning")})
@@ -333,7 +333,7 @@ def test_captions_are_not_judged_on_the_drawings() -> None:
 
 
 class Stopped(Exception):
-    """Stands for a kill at a chosen event."""
+    """Simulates a kill at a given event."""
 
 
 def stop_at(stage: str) -> Callable[[Event], None]:
@@ -346,7 +346,7 @@ def stop_at(stage: str) -> Callable[[Event], None]:
     return listen
 
 
-def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_the_same_command_resumes_a_stopped_evaluation(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         quick_export(out, stop_at("evaluate"), skip_evaluation=False)
@@ -357,7 +357,7 @@ def test_stopped_in_its_evaluation_the_same_command_goes_on(finished: Path, tmp_
 
 
 @pytest.mark.parametrize("stage", ["write", "verify"])
-def test_an_artifact_gets_its_name_only_after_it_was_verified(stage: str, finished: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_renamed_to_out_only_after_verification(stage: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         quick_export(out, stop_at(stage))
@@ -366,7 +366,7 @@ def test_an_artifact_gets_its_name_only_after_it_was_verified(stage: str, finish
     assert contents(out) == contents(finished)
 
 
-def test_replacing_an_artifact_keeps_the_old_one_until_the_new_one_is_good(finished: Path, tmp_path: Path) -> None:
+def test_an_old_artifact_stays_until_the_new_one_is_verified(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     with pytest.raises(Stopped):
@@ -374,12 +374,12 @@ def test_replacing_an_artifact_keeps_the_old_one_until_the_new_one_is_good(finis
     assert contents(out) == contents(finished)
 
 
-def test_everyone_may_read_what_was_written(finished: Path) -> None:
+def test_written_files_are_readable_by_everyone(finished: Path) -> None:
     assert {oct(path.stat().st_mode & 0o444) for path in finished.iterdir()} == {"0o444"}
 
 
 @pytest.mark.parametrize("absent", ["preprocessor_config.json", "tokenizer.json"])
-def test_a_model_without_its_processor_is_refused_before_the_work(absent: str, tmp_path: Path) -> None:
+def test_a_model_without_processor_is_refused_before_the_work(absent: str, tmp_path: Path) -> None:
     def remove(folder: Path) -> None:
         for name in {absent, "processor_config.json"}:
             (folder / name).unlink(missing_ok=True)
@@ -390,16 +390,16 @@ def test_a_model_without_its_processor_is_refused_before_the_work(absent: str, t
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_what_the_plan_warns_of_is_said_by_the_export_too(tmp_path: Path) -> None:
-    seen: list[Event] = []
+def test_the_export_reports_the_warnings_of_the_plan(tmp_path: Path) -> None:
+    received: list[Event] = []
     model = damaged_model(tmp_path / "model", lambda folder: None)
-    quick_export(tmp_path / "out", seen.append, recipe=quick_recipe(model))
-    assert any("not its captions" in event.message for event in seen if event.stage == "note")
+    quick_export(tmp_path / "out", received.append, recipe=quick_recipe(model))
+    assert any("not its captions" in event.message for event in received if event.stage == "note")
 
 
 @pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_an_artifact_with_nothing_packed_is_a_plain_model(format_name: str, tmp_path: Path) -> None:
-    """No quantization config names schemes that no tensor has: loaders fail on it."""
+    """config.json has no quantization config, because loaders fail on schemes without tensors."""
     data = quick_recipe().model_dump()
     data["format"], data["gates"] = format_name, []
     rule = {"component": "vision", "method": "rtn", "bits": 4, "group_size": 32, "store": "dequantized"}

@@ -158,7 +158,7 @@ def test_a_link_to_itself_and_a_file_name_that_is_no_text(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", [{"\ud800": "x"}, {"1": "\ud800"}, [{"id": "\ud800", "answer": "x"}]])
 def test_answers_that_cannot_be_written(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(DataError, match="1 entries that are no answers and 0 repeated ids: entry 0"):
+    with pytest.raises(DataError, match="1 invalid entries and 0 repeated ids: entry 0"):
         read_answers(layouts.write(tmp_path / "x.json", content))
 
 

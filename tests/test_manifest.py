@@ -1,4 +1,4 @@
-"""The manifest as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+"""The manifest schema: round trip, older files, and errors for invalid values."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain(folder: Path) -> dict[str, Any]:
-    """The file's content, which a test may change."""
+    """Content of the file; a test may change it."""
     return json.loads((folder / MANIFEST).read_text())
 
 
@@ -40,7 +40,7 @@ def parse(plain: Any) -> Manifest:
     return parse_manifest(json.dumps(plain).encode(), "the manifest")
 
 
-def test_what_is_read_is_what_was_written(folder: Path, tmp_path: Path) -> None:
+def test_a_written_manifest_is_read_back_unchanged(folder: Path, tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     write_manifest(tmp_path, manifest)
     assert (tmp_path / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
@@ -49,7 +49,7 @@ def test_what_is_read_is_what_was_written(folder: Path, tmp_path: Path) -> None:
 
 
 def required(kind: type[Document], path: str = "") -> Iterator[str]:
-    """Every key that a file must have, by its path; of parts that are documents their own keys too."""
+    """Paths of all required keys, including those of nested documents."""
     for name, field in kind.model_fields.items():
         inner = field.annotation
         if field.is_required():
@@ -64,11 +64,13 @@ def test_every_required_key_must_be_there(plain: dict[str, Any], path: str) -> N
     for part in outer[:-1]:
         holder = holder[part]
     del holder[outer[-1]]
-    with pytest.raises(ArtifactError, match=rf"the manifest is damaged, or of a newer mmq:\n  {path}: Field required"):
+    with pytest.raises(
+        ArtifactError, match=rf"the manifest is damaged, or a newer mmq wrote it:\n  {path}: Field required"
+    ):
         parse(plain)
 
 
-def test_what_an_older_version_did_not_write_is_absent(plain: dict[str, Any]) -> None:
+def test_keys_that_an_older_version_did_not_write_are_absent(plain: dict[str, Any]) -> None:
     for key in ("format_version", "fingerprint", "shards", "notes"):
         del plain[key]
     calibration = plain["provenance"]["calibration"]
@@ -82,7 +84,7 @@ def test_what_an_older_version_did_not_write_is_absent(plain: dict[str, Any]) ->
     assert manifest.source.shards == {}
 
 
-def test_a_key_of_nobody_is_ignored(plain: dict[str, Any]) -> None:
+def test_an_unknown_key_is_ignored(plain: dict[str, Any]) -> None:
     assert parse(plain | {"colour": "red"}) == parse(plain)
 
 
@@ -131,15 +133,15 @@ ODD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), ODD)
-def test_odd_values_are_refused_by_name(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
-    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+@pytest.mark.parametrize(("key", "value", "fragment"), ODD)
+def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: str, value: Any, fragment: str) -> None:
+    with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain | {key: value})
-    assert said in refused.value.message.partition("\n")[2]
+    assert fragment in refused.value.message.partition("\n")[2]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff"])
-def test_what_is_no_manifest_at_all_is_one_error(folder: Path, content: str) -> None:
+def test_a_file_that_is_not_a_manifest_gives_one_error(folder: Path, content: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged"):
         parse_manifest(content.encode("latin-1"), "the manifest")
 
@@ -149,8 +151,8 @@ def test_many_problems_are_counted(plain: dict[str, Any]) -> None:
         parse(plain | {"errors": {str(i): -1.0 for i in range(40)}})
 
 
-def test_a_damaged_manifest_is_an_error_of_every_reader(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: not an artifact of mmq"):
+def test_every_reader_refuses_a_damaged_manifest(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}: it is not an mmq artifact"):
         Artifact.open(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):

@@ -1,4 +1,4 @@
-"""Where an artifact goes: refused places, two jobs with one place, and kills at the end."""
+"""Output folders: refused places, two jobs with one output, and kills at the end of an export."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    """What lies in a folder."""
+    """Names in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Path]], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_places_that_would_destroy_each_other_are_refused_at_once(name: str, tmp_path: Path) -> None:
+def test_nested_output_and_work_folders_are_refused(name: str, tmp_path: Path) -> None:
     prepare, message = REFUSED[name]
     out = tmp_path / "o"
     options = prepare(out)
@@ -79,7 +79,7 @@ def test_places_that_would_destroy_each_other_are_refused_at_once(name: str, tmp
     assert not list(tmp_path.glob("real/*"))
 
 
-def test_a_folder_linked_into_the_artifact_is_seen(tmp_path: Path) -> None:
+def test_a_link_into_the_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "alias").symlink_to("o")
     with pytest.raises(ArtifactError, match="the same folder"):
@@ -87,9 +87,9 @@ def test_a_folder_linked_into_the_artifact_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "a/.."])
-def test_names_that_are_no_names_are_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_without_a_folder_name_is_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="names no folder of its own"):
+    with pytest.raises(ArtifactError, match="is not the name of a new folder"):
         quick_export(Path(out))
 
 
@@ -113,7 +113,7 @@ def test_the_adapter_s_folder_is_never_written_to(tmp_path: Path) -> None:
     place.refuse_places(tmp_path / "model", tmp_path / "another")
 
 
-def test_work_through_a_link_is_fine(finished: Path, tmp_path: Path) -> None:
+def test_a_linked_work_folder_is_allowed(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "work").symlink_to("scratch")
     quick_export(tmp_path / "out", work=tmp_path / "work")
@@ -122,10 +122,10 @@ def test_work_through_a_link_is_fine(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long_for_its_neighbors_is_refused_before_the_work(tmp_path: Path) -> None:
-    seen: list[Event] = []
+    received: list[Event] = []
     with pytest.raises(MmqError, match="File name too long"):
-        quick_export(tmp_path / ("x" * 250), seen.append)
-    assert not [event for event in seen if event.stage == "quantize"]
+        quick_export(tmp_path / ("x" * 250), received.append)
+    assert not [event for event in received if event.stage == "quantize"]
 
 
 # Two jobs with one place
@@ -160,8 +160,8 @@ def test_two_exports_of_one_work_folder_exclude_each_other(tmp_path: Path) -> No
     assert LOCK not in names(tmp_path / "work")
 
 
-def test_two_commands_with_one_output(tmp_path: Path) -> None:
-    """The one that loses is told who has it; the other one ends well."""
+def test_the_second_of_two_commands_with_one_output_is_refused(tmp_path: Path) -> None:
+    """The second command fails and names the process that holds the lock; the first one succeeds."""
     command = [sys.executable, "-m", "exporter", "export", "--recipe", "llava-w4-vit8", "--model", "demo-llava"]
     command += ["--out", str(tmp_path / "out"), "--samples", "8", "--skip-evaluation"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -179,8 +179,10 @@ def test_two_commands_with_one_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_artifact_that_another_run_made_meanwhile(finished: Path, tmp_path: Path, overwrite: bool) -> None:
-    """Locks do not reach other machines on every file system: what is there at the end is looked at again."""
+def test_an_artifact_that_another_run_wrote_in_the_meantime_is_not_replaced(
+    finished: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    """On some file systems locks do not exclude other machines, so mmq checks the output again before the rename."""
     out = tmp_path / "out"
 
     def another(event: Event) -> None:
@@ -193,14 +195,14 @@ def test_an_artifact_that_another_run_made_meanwhile(finished: Path, tmp_path: P
         assert contents(out)["model.safetensors"] != contents(finished)["model.safetensors"]
         assert names(tmp_path) == {"out"}
         return
-    with pytest.raises(ArtifactError, match="made by another run meanwhile") as caught:
+    with pytest.raises(ArtifactError, match=r"another run wrote .* in the meantime") as caught:
         quick_export(out, another, recipe=recipe)
     assert contents(out) == contents(finished)
     assert "--work" in str(caught.value.hint)
     assert names(tmp_path) == {"out", "out.work"}
-    seen: list[Event] = []
-    quick_export(tmp_path / "rescued", seen.append, recipe=recipe, work=tmp_path / "out.work")
-    assert [event.message for event in seen if event.stage == "quantize"] == ["resumed"]
+    received: list[Event] = []
+    quick_export(tmp_path / "rescued", received.append, recipe=recipe, work=tmp_path / "out.work")
+    assert [event.message for event in received if event.stage == "quantize"] == ["resumed"]
 
 
 # Kills at the end
@@ -208,17 +210,15 @@ def test_an_artifact_that_another_run_made_meanwhile(finished: Path, tmp_path: P
 
 @pytest.mark.parametrize("with_report", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_after_everything_was_done_the_same_command_ends_with_success(
-    with_report: bool, overwrite: bool, tmp_path: Path
-) -> None:
+def test_the_same_command_succeeds_after_a_kill_at_the_end(with_report: bool, overwrite: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"skip_evaluation": not with_report, "overwrite": overwrite}
     first = quick_export(out, **options)
     before = contents(out)
-    seen: list[Event] = []
-    again = quick_export(out, seen.append, **options)
+    received: list[Event] = []
+    again = quick_export(out, received.append, **options)
     assert contents(out) == before
-    assert not {event.stage for event in seen} & {"calibrate", "quantize", "write"}
+    assert not {event.stage for event in received} & {"calibrate", "quantize", "write"}
     assert again.verified == first.verified
     assert again.report == first.report
     assert (again.report is not None) == with_report
@@ -247,7 +247,7 @@ def test_the_work_folder_of_another_job_is_not_removed(tmp_path: Path) -> None:
     assert names(tmp_path / "out.work") == units
 
 
-def test_a_finished_artifact_is_not_believed_without_being_verified(finished: Path, tmp_path: Path) -> None:
+def test_a_finished_artifact_is_verified_again(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     data = bytearray((out / "model.safetensors").read_bytes())
@@ -255,7 +255,7 @@ def test_a_finished_artifact_is_not_believed_without_being_verified(finished: Pa
     (out / "model.safetensors").write_bytes(bytes(data))
     with pytest.raises(ArtifactError, match=r"model\.safetensors") as caught:
         quick_export(out)
-    assert "--overwrite makes it again" in str(caught.value.hint)
+    assert "give --overwrite to export it again" in str(caught.value.hint)
     quick_export(out, overwrite=True)
     assert contents(out) == contents(finished)
 
@@ -274,7 +274,7 @@ def test_the_same_recipe_on_other_inputs_is_another_artifact(finished: Path, tmp
 
 
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """An older artifact at its place, and a new one at the side."""
+    """An older artifact in `out`, and a complete new one in the temporary folder."""
     out, new = tmp_path / "out", temporary_folder(tmp_path / "out")
     for folder, text in ((out, "old"), (new, "new")):
         folder.mkdir()
@@ -324,15 +324,15 @@ def test_a_run_that_was_stopped_between_two_renames_is_repaired(
         quick_export(out, recipe=quick_recipe(name="llava-w8"), overwrite=True)
     monkeypatch.undo()
     assert not out.exists()
-    seen: list[Event] = []
+    received: list[Event] = []
     with pytest.raises(ArtifactError, match="holds an artifact of recipe"):
-        quick_export(out, seen.append, recipe=quick_recipe(name="llava-w8"))
-    assert [event for event in seen if "the older artifact is back" in event.message]
+        quick_export(out, received.append, recipe=quick_recipe(name="llava-w8"))
+    assert [event for event in received if "mmq restored the older artifact" in event.message]
     assert contents(out) == contents(finished)
     assert names(tmp_path) == {"out", "out.work"}
 
 
-def test_a_rename_that_fails_gives_the_old_artifact_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_restores_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, new = folders(tmp_path)
     monkeypatch.setattr(output, "_exchange", lambda first, second: False)
     real = Path.rename
@@ -348,7 +348,7 @@ def test_a_rename_that_fails_gives_the_old_artifact_back(tmp_path: Path, monkeyp
     assert (out / "mmq_manifest.json").read_text() == "old"
 
 
-def test_leftovers_of_a_finished_exchange_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_finished_exchange_are_removed(tmp_path: Path) -> None:
     out, new = folders(tmp_path)
     new.rename(tmp_path / ".out.mmq-old")
     restore(out, lambda event: None)
@@ -356,7 +356,7 @@ def test_leftovers_of_a_finished_exchange_go(tmp_path: Path) -> None:
     assert (out / "mmq_manifest.json").read_text() == "old"
 
 
-def test_what_a_killed_run_left_at_the_side_goes(finished: Path, tmp_path: Path) -> None:
+def test_temporary_folders_of_a_killed_run_are_removed(finished: Path, tmp_path: Path) -> None:
     temporary_folder(tmp_path / "out").mkdir()
     (temporary_folder(tmp_path / "out") / "part").write_bytes(b"x")
     (tmp_path / ".out.mmq-lock").write_text("of a dead process")
@@ -365,7 +365,7 @@ def test_what_a_killed_run_left_at_the_side_goes(finished: Path, tmp_path: Path)
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def test_the_lock_of_the_output_is_no_part_of_the_artifact(finished: Path, tmp_path: Path) -> None:
+def test_the_lock_file_is_not_part_of_the_artifact(finished: Path, tmp_path: Path) -> None:
     with hold(tmp_path / ".out.mmq-lock", tmp_path / "out"):
         assert not (tmp_path / "out").exists()
     assert not [name for name in names(finished) if "lock" in name]

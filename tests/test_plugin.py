@@ -1,4 +1,4 @@
-"""The plugin of vLLM for BLIP-2: found by its entry point, off by default, refused where it does not fit."""
+"""The vLLM plugin for BLIP-2: entry point, off by default, refused in unsupported versions."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_the_folder_is_found_by_its_entry_point_and_is_off_by_default() -> None:
     assert done.stdout.split() == [f"{MODULE}:register", "False"], done.stderr
 
 
-def test_a_changed_copy_is_written_anew() -> None:
+def test_a_changed_copy_is_written_again() -> None:
     path = plugin_folder() / f"{MODULE}.py"
     path.write_text("raise SystemExit")
     assert "PackedBlip2" in (plugin_folder() / f"{MODULE}.py").read_text()
@@ -55,23 +55,23 @@ def test_the_launch_switches_it_on_and_keeps_the_users_path() -> None:
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "0.34.0rc1+cpu", "dev"])
 def test_other_versions_of_vllm_are_refused(version: str) -> None:
-    with pytest.raises(RuntimeError, match=r"is for vLLM 0\.26 to 0\.33"):
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.26 to 0\.33"):
         refuse(version)
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev3"])
-def test_these_versions_are_taken(version: str) -> None:
+def test_these_versions_are_supported(version: str) -> None:
     refuse(version)
 
 
-def test_another_version_is_refused_before_it_is_started() -> None:
+def test_another_version_is_refused_before_the_start() -> None:
     made = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
-    with pytest.raises(ServeError, match=r"is for vLLM 0\.26 to 0\.33, and this is 0\.40\.1") as caught:
+    with pytest.raises(ServeError, match=r"supports vLLM 0\.26 to 0\.33, this is 0\.40\.1") as caught:
         with_plugin(made, "0.40.1")
     assert caught.value.hint
 
 
-def test_switched_on_in_another_vllm_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_enabled_plugin_in_an_unsupported_vllm_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = ModuleType("vllm")
     vllm.__version__, vllm.ModelRegistry = "0.40.0", None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
@@ -81,11 +81,11 @@ def test_switched_on_in_another_vllm_the_server_ends(monkeypatch: pytest.MonkeyP
 
 
 class Unquantized:
-    """Stands for vLLM's method of a linear that its config does not name."""
+    """Fake of vLLM's method for linears that the config does not name."""
 
 
 class Replicated(nn.Module):
-    """Stands for vLLM's linear; the config here is the set of names that it quantizes."""
+    """Fake of vLLM's linear; the config is the set of names of quantized linears."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool, quant_config: set[str], prefix: str, return_bias: bool):
         super().__init__()

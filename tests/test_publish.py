@@ -1,4 +1,4 @@
-"""Publishing by the real hub client against a hub on loopback: refusals, faults, resuming, and reading back."""
+"""Publishing with the real hub client to a hub on loopback: refusals, faults, resume, and verification."""
 
 import hashlib
 import json
@@ -44,13 +44,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(made / "w4", tmp_path / "w4")
 
 
 @pytest.fixture
 def waits() -> list[float]:
-    """Seconds that were waited for, without waiting."""
+    """Records the requested pauses without waiting."""
     return []
 
 
@@ -94,7 +94,7 @@ def published(artifact: Path, *arguments: str) -> Result:
 
 
 def refused(artifact: Path, *arguments: str) -> str:
-    """What a failing publish says; it must say so without a traceback."""
+    """Output of a failing `mmq publish`, which must have no traceback."""
     result = mmq("publish", artifact, "--repo", REPO, "--device", "cpu", *arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
@@ -102,19 +102,19 @@ def refused(artifact: Path, *arguments: str) -> str:
 
 
 def commits(hub: Hub, repo: str = REPO) -> int:
-    """Commits beyond the empty one that a new repository begins with."""
+    """Number of commits after the empty first commit of a repository."""
     return len(hub.repos[repo].commits) - 1 if repo in hub.repos else 0
 
 
-def test_one_commit_holds_everything_and_is_private(hub: Hub, artifact: Path) -> None:
-    said = published(artifact, "--license", "mit", "--base-model", "org/llava")
+def test_one_commit_has_all_files_and_is_private(hub: Hub, artifact: Path) -> None:
+    done = published(artifact, "--license", "mit", "--base-model", "org/llava")
     files = hub.files(REPO)
     local = {path.name: path.read_bytes() for path in artifact.iterdir()}
     assert {name: files[name] for name in local} == local
     assert files.keys() - local.keys() == {"README.md", ".gitattributes"}
     assert hub.repos[REPO].private
     assert commits(hub) == 1
-    assert f"{hub.url}/{REPO}/commit/" in said.output
+    assert f"{hub.url}/{REPO}/commit/" in done.output
     assert "base_model: org/llava\n" in files["README.md"].decode()
     weights = local["model.safetensors"]
     assert len(hub.sent(f"PUT /upload/{hashlib.sha256(weights).hexdigest()}")) == -(-len(weights) // (64 * 1024)) > 1
@@ -125,10 +125,10 @@ def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path
     for path in artifact.iterdir():
         assert f"{path.stat().st_size:,}  {path.name}" in text
     assert "## What was quantized" in text
-    assert "note: recipe.yaml, which is published as it is, names the source" in text  # a local path
+    assert "note: recipe.yaml is published unchanged and contains the local path" in text  # a local path
     assert not hub.sent("^(POST|PUT)")
-    found = json.loads(published(artifact, "--dry-run", "--json").stdout)
-    assert found["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
+    printed = json.loads(published(artifact, "--dry-run", "--json").stdout)
+    assert printed["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
 
 
 def spoil(path: Path) -> None:
@@ -138,7 +138,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: Hub, artifact: Path) -> None:
+def test_unproven_artifacts_are_refused_unless_forced_and_the_card_lists_the_reasons(hub: Hub, artifact: Path) -> None:
     write_scores(artifact, after=0.5)
     assert "gate vqa accuracy: failed: changed by -44.4% of the full-precision score" in refused(artifact)
     foreign = json.loads((artifact / REPORT).read_text())
@@ -146,21 +146,21 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: 
     (artifact / REPORT).write_text(json.dumps(foreign))
     assert "measured on other weights" in refused(artifact)
     (artifact / REPORT).unlink()
-    assert "it was never evaluated" in refused(artifact)
+    assert "the artifact was never evaluated" in refused(artifact)
     spoil(artifact / "model.safetensors")
     text = refused(artifact)
-    assert "model.safetensors: its content has changed" in text
+    assert "model.safetensors: its content changed after the export" in text
     assert "never evaluated" in text
     assert not hub.log
     published(artifact, "--force")
     card = hub.files(REPO)["README.md"].decode()
     assert "Published by force" in card
-    assert "> - it was never evaluated" in card
+    assert "> - the artifact was never evaluated" in card
     assert "- unproven\n" in card
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "said"),
+    ("token", "repo", "fragment"),
     [
         (None, REPO, "no hub token"),
         ("hf_nobodynobodynobodynobody", REPO, "does not accept your token"),
@@ -169,13 +169,13 @@ def test_unproven_artifacts_are_refused_unless_forced_and_the_card_says_so(hub: 
         (WRITER, "tiny", "not a repository name"),
     ],
 )
-def test_tokens_and_names_that_do_not_do(
-    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, said: str
+def test_invalid_tokens_and_names_are_refused(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, fragment: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
     text = refused(artifact, "--repo", repo)
-    assert said in text
+    assert fragment in text
     assert not token or token not in text
     assert not hub.repos
 
@@ -201,17 +201,17 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "said"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
-def test_every_fault_ends_in_a_message_or_a_whole_revision(
-    hub: Hub, artifact: Path, waits: list[float], fault: Fault, said: str | None
+@pytest.mark.parametrize(("fault", "fragment"), FAULTS, ids=lambda part: getattr(part, "pattern", "")[:24] or None)
+def test_every_fault_ends_in_a_message_or_a_complete_revision(
+    hub: Hub, artifact: Path, waits: list[float], fault: Fault, fragment: str | None
 ) -> None:
     fault = Fault(**vars(fault))  # faults count down
     hub.faults.append(fault)
-    if said is None:
+    if fragment is None:
         published(artifact)
         assert commits(hub) == 1
     else:
-        assert said in refused(artifact)
+        assert fragment in refused(artifact)
         assert commits(hub) == 0, "half a revision is visible"
         hub.faults.clear()
         published(artifact)
@@ -221,7 +221,7 @@ def test_every_fault_ends_in_a_message_or_a_whole_revision(
     open_artifact()
 
 
-def test_a_repository_made_by_somebody_else_meanwhile_is_fine(hub: Hub, artifact: Path) -> None:
+def test_a_repository_that_another_process_created_in_the_meantime_is_used(hub: Hub, artifact: Path) -> None:
     hub.add(REPO, {}, private=True)
     hub.faults.append(Fault(rf"GET /api/models/{REPO}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
     published(artifact)
@@ -230,11 +230,11 @@ def test_a_repository_made_by_somebody_else_meanwhile_is_fine(hub: Hub, artifact
 
 
 def open_artifact() -> None:
-    """What is visible is whole."""
+    """The visible revision is complete."""
     verify_remote(open_remote(REPO), ignore)
 
 
-def test_what_has_arrived_is_not_sent_again(hub: Hub, made: Path) -> None:
+def test_uploaded_files_are_not_sent_again(hub: Hub, made: Path) -> None:
     hub.faults.append(Fault(r"POST .*/commit/", 403))
     refused(made / "w4")
     sent = len(hub.sent("PUT /upload/"))
@@ -269,17 +269,17 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
     open_artifact()
 
 
-def test_other_peoples_repositories_are_left_alone(hub: Hub, artifact: Path) -> None:
+def test_repositories_with_foreign_files_are_refused(hub: Hub, artifact: Path) -> None:
     hub.add(REPO, {"model.safetensors": b"precious"}, private=True)
-    assert "something that mmq did not put there (model.safetensors, 1 files)" in refused(artifact)
+    assert "has 1 files that mmq did not publish, such as model.safetensors" in refused(artifact)
     assert hub.files(REPO) == {"model.safetensors": b"precious"}
     published(artifact, "--replace")
     hub.repos[REPO].private = False
-    assert "there already, and public" in refused(artifact)
+    assert "exists and is public" in refused(artifact)
     published(artifact, "--public")
 
 
-def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: Path) -> None:
+def test_xet_is_used_only_when_the_environment_enables_it(hub: Hub, artifact: Path) -> None:
     published(artifact)
     assert not hub.sent("xet")
     weights = (artifact / "model.safetensors").read_bytes()
@@ -290,13 +290,13 @@ def test_xet_is_used_only_when_the_environment_asks_for_it(hub: Hub, artifact: P
     assert hub.sent("xet-write-token")
 
 
-def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_names_in_a_manifest_cannot_leave_the_folder(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hf_secret")
     manifest = json.loads((artifact / MANIFEST).read_text())
     for name in (str(secret), "../secret", "x/../../secret", "..", "a\\b"):
         (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {name: "0" * 64}}))
-        assert f"files.{name}: {name!r} is not the plain name of a file" in refused(artifact, "--force")
+        assert f"files.{name}: {name!r} is not a plain file name" in refused(artifact, "--force")
     (artifact / "link.txt").symlink_to(secret)
     (artifact / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"link.txt": "0" * 64}}))
     assert "link.txt" in refused(artifact, "--force", "--dry-run")
@@ -307,7 +307,7 @@ def test_names_in_a_manifest_never_lead_out_of_the_folder(hub: Hub, artifact: Pa
     assert not hub.sent("^(POST|PUT)")
 
 
-def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
+def test_an_update_keeps_foreign_files(hub: Hub, made: Path) -> None:
     published(made / "w4")
     mine = {"LICENSE": b"mine", "assets/figure.png": b"png", ".eval_results/community.yaml": b"- x"}
     hub.add(REPO, hub.files(REPO) | mine)
@@ -315,13 +315,13 @@ def test_an_update_keeps_what_mmq_never_wrote(hub: Hub, made: Path) -> None:
     files = hub.files(REPO)
     assert {name: files[name] for name in mine} == mine
     hub.add(REPO, files | {"adapter.safetensors": b"x" * 20_000})
-    assert "weights that mmq did not put there: adapter.safetensors" in refused(made / "w4")
+    assert "weights that mmq did not publish: adapter.safetensors" in refused(made / "w4")
     published(made / "w4", "--replace")
     assert "adapter.safetensors" not in hub.files(REPO)
     assert hub.files(REPO)["LICENSE"] == b"mine"
 
 
-def test_an_answer_that_is_lost_is_found_again_beside_foreign_files(hub: Hub, made: Path) -> None:
+def test_a_commit_with_a_lost_response_is_recognized_beside_foreign_files(hub: Hub, made: Path) -> None:
     published(made / "w4")
     hub.add(REPO, hub.files(REPO) | {"LICENSE": b"mine"})
     before = commits(hub)
@@ -330,11 +330,11 @@ def test_an_answer_that_is_lost_is_found_again_beside_foreign_files(hub: Hub, ma
     assert commits(hub) == before + 1
 
 
-def test_a_branch_of_somebody_else_is_left_alone(hub: Hub, artifact: Path) -> None:
+def test_a_branch_with_foreign_files_is_refused(hub: Hub, artifact: Path) -> None:
     published(artifact)
     repo = hub.repos[REPO]
     repo.commit("gguf", {"model.gguf": Entry(b"precious", False)})
-    assert f"{REPO}@gguf holds something that mmq did not put there" in refused(artifact, "--revision", "gguf")
+    assert f"{REPO}@gguf has 1 files that mmq did not publish" in refused(artifact, "--revision", "gguf")
     assert hub.files(REPO, "gguf") == {"model.gguf": b"precious"}
     hub.add("me/other", {"model.gguf": b"precious"}, private=True)
     hub.repos["me/other"].commit("mmq", hub.repos[REPO].commits[repo.branches["main"]])
@@ -347,7 +347,7 @@ def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path)
     hub.add(REPO, hub.files(REPO) | {MANIFEST: b"{"})
     assert mmq("verify", f"hub:{REPO}").exit_code == 1
     published(artifact)
-    assert "- the artifact that was here could not be read" in hub.files(REPO)["README.md"].decode()
+    assert "- mmq could not read the previous artifact" in hub.files(REPO)["README.md"].decode()
     open_artifact()
     files = hub.files(REPO)
     del files["recipe.yaml"]
@@ -356,45 +356,47 @@ def test_a_damaged_artifact_on_the_hub_can_be_repaired(hub: Hub, artifact: Path)
     open_artifact()
 
 
-def test_targets_that_make_no_sense_are_refused_before_anything_is_asked(hub: Hub, artifact: Path) -> None:
+def test_invalid_targets_are_refused_before_any_request(hub: Hub, artifact: Path) -> None:
     assert "a pull request is always against main" in refused(artifact, "--create-pr", "--revision", "dev")
-    assert "is a commit, which never changes" in refused(artifact, "--revision", "0" * 40)
+    assert "is a commit, which cannot change" in refused(artifact, "--revision", "0" * 40)
     assert not hub.log
 
 
 def test_public_does_not_change_an_existing_private_repository(hub: Hub, artifact: Path) -> None:
     published(artifact)
-    assert "there already, and private: --public is for new" in refused(artifact, "--public")
+    assert "exists and is private; --public applies only to new" in refused(artifact, "--public")
     published(artifact, "--repo", "me/open", "--public")
     assert not hub.repos["me/open"].private
 
 
-def test_a_repository_that_appears_meanwhile_is_looked_at_like_any_other(hub: Hub, artifact: Path) -> None:
+def test_a_repository_that_appears_in_the_meantime_is_checked(hub: Hub, artifact: Path) -> None:
     def unseen(name: str) -> None:
         hub.faults.append(Fault(rf"GET /api/models/{name}$", 404, headers={"X-Error-Code": "RepoNotFound"}))
 
     hub.add("me/race", {"weights.bin": b"foreign"})
     unseen("me/race")
-    assert "there already, and public" in refused(artifact, "--repo", "me/race")
+    assert "exists and is public" in refused(artifact, "--repo", "me/race")
     unseen("me/race")
-    assert "mmq did not put there (weights.bin" in refused(artifact, "--repo", "me/race", "--public")
+    assert "mmq did not publish, such as weights.bin" in refused(artifact, "--repo", "me/race", "--public")
     assert hub.files("me/race") == {"weights.bin": b"foreign"}
     published(artifact)
     unseen(REPO)
-    assert "somebody else made it at the same time" in refused(artifact)
+    assert "another process created" in refused(artifact)
 
 
-def test_the_commit_is_made_on_what_was_looked_at(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a change between looking and uploading is somebody else's."""
+def test_the_parent_of_the_commit_is_the_checked_revision(
+    hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change between check and upload is detected as a concurrent commit."""
     published(made / "w4")
-    existing = exporter.publishing.upload.existing
+    existing = exporter.publishing.upload.existing_repository
 
     def looked_then(*arguments: Any) -> Any:
         remote = existing(*arguments)
         hub.add(REPO, hub.files(REPO) | {"new.txt": b"x"})
         return remote
 
-    monkeypatch.setattr("exporter.publishing.upload.existing", looked_then)
+    monkeypatch.setattr("exporter.publishing.upload.existing_repository", looked_then)
     assert "somebody else changed it at the same time" in refused(made / "w3")
 
 
@@ -402,13 +404,13 @@ def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) ->
     published(artifact)
     fault = Fault(rf"GET /api/models/{REPO}/revision/", 0, times=99)
     hub.faults.append(fault)
-    said = refused(artifact, "--license", "mit")
+    text = refused(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
-    assert f"the commit was made ({hub.url}/{REPO}/commit/{head}), but reading it back failed" in said
-    assert f"mmq verify hub:{REPO}@{head}" in said
+    assert f"the commit exists ({hub.url}/{REPO}/commit/{head}), but mmq could not read it back" in text
+    assert f"mmq verify hub:{REPO}@{head}" in text
 
 
-def test_publishing_the_same_again_does_nothing(hub: Hub, artifact: Path) -> None:
+def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: Path) -> None:
     published(artifact)
     published(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
@@ -421,7 +423,7 @@ def test_publishing_the_same_again_does_nothing(hub: Hub, artifact: Path) -> Non
     assert hub.repos[REPO].branches == {"main": head, "copy": head}
 
 
-def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Path) -> None:
+def test_the_license_defaults_to_the_sources(hub: Hub, artifact: Path) -> None:
     source = b"---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\ntags: [x]\n---\n# LLaVA"
     hub.add("org/llava", {"README.md": source})
     published(artifact, "--base-model", "org/llava")
@@ -434,31 +436,35 @@ def test_the_license_is_the_sources_unless_said_otherwise(hub: Hub, artifact: Pa
     assert "\nlicense:" not in hub.files(REPO)["README.md"].decode()
 
 
-def test_a_card_that_the_hub_would_refuse_is_found_before_anything_is_made(hub: Hub, artifact: Path) -> None:
+def test_an_invalid_card_is_refused_before_the_repository_is_created(hub: Hub, artifact: Path) -> None:
     wrong = ["--license", "No Such License", "--language", "English", "--base-model", "a b", "--dataset", "x/y/z"]
     text = refused(artifact, *wrong, "--dry-run")
-    assert "--license No Such License: not an identifier" in text
-    assert "--language English: not a code" in text
-    assert "--base-model a b: not a hub id" in text
-    assert "--dataset x/y/z: not a hub id" in text
+    assert "--license No Such License is not a license identifier" in text
+    assert "--language English is not a language code" in text
+    assert "--base-model a b is not a hub id" in text
+    assert "--dataset x/y/z is not a hub id" in text
     assert "must be one of the known identifiers" in refused(artifact, "--license", "wrong")
     assert REPO not in hub.repos
 
 
-def test_hints_are_of_the_action(hub: Hub, artifact: Path) -> None:
+def test_hints_name_the_action(hub: Hub, artifact: Path) -> None:
     published(artifact)
     resumed = "large files that have arrived are not sent a second time"
-    for status, said in ((403, "needs read access to 'me'"), (429, "wait some time, then give"), (500, "later give")):
+    for status, fragment in (
+        (403, "needs read access to 'me'"),
+        (429, "wait some time, then give"),
+        (500, "later give"),
+    ):
         hub.faults = [Fault(r"GET /api/models/", status, times=99)]
         text = mmq("verify", f"hub:{REPO}").output
-        assert said in text
+        assert fragment in text
         assert resumed not in text
     hub.faults = [Fault(r"POST .*/commit/", 500, times=99)]
     assert resumed in refused(artifact, "--license", "mit")
 
 
 @pytest.mark.parametrize("token", ["hf_\u00e9_secret", "hf_a\x01secret", "hf_a secret"])
-def test_a_token_that_no_header_can_carry_is_said_plainly(
+def test_a_token_that_is_invalid_in_a_header_has_a_clear_error(
     hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
@@ -474,8 +480,8 @@ def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
     published(made / "w3", "--revision", "three-bits")
     assert hub.repos[REPO].branches["main"] == main
     assert json.loads(hub.files(REPO, "three-bits")[MANIFEST])["recipe"]["name"] == "rtn-3"
-    said = published(made / "w3", "--create-pr")
-    assert "/discussions/1" in said.output
+    done = published(made / "w3", "--create-pr")
+    assert "/discussions/1" in done.output
     assert hub.repos[REPO].branches["main"] == main
 
 
@@ -506,16 +512,16 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "fragment"),
     [
-        ("model.safetensors", lambda data: data[:-1] + b"\x01", "not the one that was written"),
-        ("config.json", lambda data: data + b" ", "not the one that was written"),
+        ("model.safetensors", lambda data: data[:-1] + b"\x01", "its content differs from the export"),
+        ("config.json", lambda data: data + b" ", "its content differs from the export"),
         ("generation_config.json", None, "missing"),
         ("extra.safetensors", lambda data: b"x" * 20_000, "not in the manifest"),
     ],
 )
-def test_verify_names_what_is_wrong_with_a_published_artifact(
-    hub: Hub, artifact: Path, name: str, change: Any, said: str
+def test_verify_lists_the_problems_of_a_published_artifact(
+    hub: Hub, artifact: Path, name: str, change: Any, fragment: str
 ) -> None:
     published(artifact)
     files = hub.files(REPO)
@@ -527,43 +533,43 @@ def test_verify_names_what_is_wrong_with_a_published_artifact(
     result = mmq("verify", f"hub:{REPO}")
     assert result.exit_code == 1
     assert f"{name}: " in result.output
-    assert said in result.output
+    assert fragment in result.output
 
 
 EMPTIED = [
     ({"linears": {}}, "packed, but not among the manifest's linears"),
     ({"linears": {}, "errors": {}, "units": []}, "the manifest names no quantized linear, so it verifies nothing"),
     ({"files": {}}, "config.json: not in the manifest"),
-    ({"errors": {}}, "the manifest has no error of it"),
+    ({"errors": {}}, "the manifest has no quantization error for it"),
 ]
 
 
-@pytest.mark.parametrize(("emptied", "said"), EMPTIED)
+@pytest.mark.parametrize(("emptied", "fragment"), EMPTIED)
 def test_a_manifest_that_verifies_nothing_is_an_error(
-    hub: Hub, artifact: Path, emptied: dict[str, Any], said: str
+    hub: Hub, artifact: Path, emptied: dict[str, Any], fragment: str
 ) -> None:
-    """In a folder and on the hub: what it does not name, nobody compares."""
+    """A folder and a repository on the hub are both checked for completeness."""
     plain = json.loads((artifact / MANIFEST).read_text())
     (artifact / MANIFEST).write_text(json.dumps(plain | emptied))
     local = mmq("verify", artifact, "--device", "cpu")
     hub.add(REPO, {path.name: path.read_bytes() for path in artifact.iterdir()})
     for result in (local, mmq("verify", f"hub:{REPO}")):
         assert result.exit_code == 1
-        assert "does not hold what its manifest says" in result.output
-        assert said in result.output
+        assert "does not match its manifest" in result.output
+        assert fragment in result.output
 
 
 def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: Hub, artifact: Path) -> None:
-    """The recipe's gate on captions is not measured by them; without --force, that alone is accepted."""
+    """The drawings do not measure the gate on captions; only this exception is accepted without --force."""
     plain = json.loads((artifact / REPORT).read_text())
     plain["evaluation"]["data"] = "drawings"
     (artifact / REPORT).write_text(json.dumps(plain))
-    said = "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works"
-    assert said in refused(artifact)
+    note = "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works"
+    assert note in refused(artifact)
     assert not hub.log
     published(artifact, "--accept-built-in-data")
     card = hub.files(REPO)["README.md"].decode()
-    assert said in card
+    assert note in card
     assert "Published by force" not in card
     write_scores(artifact, after=0.5)
     plain = json.loads((artifact / REPORT).read_text())
@@ -572,7 +578,7 @@ def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: H
     assert "gate vqa accuracy: failed" in refused(artifact, "--accept-built-in-data")
 
 
-def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: Path) -> None:
+def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, made: Path) -> None:
     files = {path.name: path.read_bytes() for path in (made / "w4").iterdir()}
     manifest = json.loads(files[MANIFEST])
     header = b'{"a": {"dtype": "F16"}}'
@@ -585,7 +591,7 @@ def test_a_file_that_is_no_safetensors_file_is_one_clear_error(hub: Hub, made: P
         assert "model.safetensors has no header of a safetensors file" in result.stdout
 
 
-def test_an_unknown_architecture_is_refused_before_its_weights_come(hub: Hub, made: Path) -> None:
+def test_an_unknown_architecture_is_refused_before_the_download_of_weights(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     config = json.loads(source["config.json"]) | {"architectures": ["FooForX"]}
     hub.add("org/foo", source | {"config.json": json.dumps(config).encode()})
@@ -598,8 +604,8 @@ def test_the_artifact_may_be_the_current_folder(hub: Hub, artifact: Path, monkey
     monkeypatch.chdir(artifact)
     spoil(artifact / "model.safetensors")
     text = refused(Path())
-    assert f"Error: {artifact} is not published:" in text
-    assert "\n  w4 does not hold what its manifest says" in text
+    assert f"Error: mmq does not publish {artifact}:" in text
+    assert "\n  w4 does not match its manifest" in text
 
 
 def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) -> None:
@@ -620,7 +626,7 @@ def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) ->
     assert json.loads((made / "w4" / MANIFEST).read_text())["linears"] == manifest["linears"]
 
 
-def test_a_download_that_is_cut_goes_on(hub: Hub, made: Path) -> None:
+def test_an_interrupted_download_resumes(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /large/", cut=100_000))
@@ -647,7 +653,7 @@ def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: 
     assert by_headers == local
 
 
-def test_plan_uses_what_is_in_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
+def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /api/models/org/llava", 500, times=99))
@@ -668,14 +674,19 @@ def test_plan_uses_what_is_in_the_cache_and_never_downloads_weights(hub: Hub, ma
 def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> None:
     source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
     source["a.safetensors"] = source.pop("model.safetensors")
-    for file, said in (("b.safetensors", r"no b\.safetensors in"), ("a.safetensors", r"index promises gone\.weight")):
+    for file, fragment in (
+        ("b.safetensors", r"no b\.safetensors in"),
+        ("a.safetensors", r"index promises gone\.weight"),
+    ):
         index = {"weight_map": {"language_model.lm_head.weight": "a.safetensors", "gone.weight": file}}
         hub.add("org/llava", source | {"model.safetensors.index.json": json.dumps(index).encode()})
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=fragment):
             open_source("org/llava", headers_only=True)
 
 
-def test_the_token_is_nowhere(hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_the_token_is_in_no_output_or_file(
+    hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     with caplog.at_level(logging.DEBUG):
         hub.faults.append(Fault(r"PUT /upload/", 503))
         text = published(artifact).output + mmq("verify", f"hub:{REPO}").output
@@ -725,8 +736,8 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "me/failed" not in hub.repos
 
 
-def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> None:
-    """Nothing is patched here: the environment alone points the library at the hub."""
+def test_publish_runs_as_a_separate_process(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    """This test patches nothing: environment variables point the library at the hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_DEBUG": "1"}
     environment |= {"OMP_NUM_THREADS": "1"}
@@ -739,7 +750,7 @@ def test_as_a_process_of_its_own(hub: Hub, artifact: Path, tmp_path: Path) -> No
     assert not hub.sent("xet-write-token")
 
 
-def test_errors_carry_the_kind_that_scripts_look_for(hub: Hub, artifact: Path) -> None:
+def test_errors_have_the_kind_that_scripts_expect(hub: Hub, artifact: Path) -> None:
     write_scores(artifact, after=0.5)
     result = mmq("publish", artifact, "--repo", REPO, "--json")
     assert json.loads(result.stdout)["kind"] == PublishError.__name__

@@ -18,7 +18,7 @@ from exporter.commands.main import cli
 from exporter.data import image_key
 from exporter.device import choose
 from exporter.evaluation.gate_text import sentence
-from exporter.evaluation.report_file import REPORT, Answered, Report
+from exporter.evaluation.report_file import REPORT, AnswerPair, Report
 from exporter.events import ignore
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
@@ -26,8 +26,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import card
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
-from exporter.serving.check import Checked, Control, keep
-from exporter.serving.reference import Compared, Distance
+from exporter.serving.check import CheckResult, Control, store_result
+from exporter.serving.reference import Distance, EngineComparison
 from exporter.tasks.sample import Sample
 from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
 from tests.test_evaluate import crafted
@@ -160,7 +160,7 @@ def test_answers_cannot_become_markup(out: Path) -> None:
             "open",
             "A gate is not resolved: with these samples",
         ),
-        (40, "failed", "failed", "A gate failed: more was lost than the recipe allows."),
+        (40, "failed", "failed", "A gate failed: the loss is larger than the recipe allows."),
         (50, "failed", "failed", "49 answers changed"),
     ],
 )
@@ -182,7 +182,7 @@ def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, said: st
 def test_a_baseline_at_chance_level_is_named_on_the_page(out: Path) -> None:
     text = html(collect(summary(out, crafted(50, 50)), {}))
     assert '<span class="badge failed">not comparable</span>' in text
-    assert "the full-precision model scores 0, so nothing can be compared" in text
+    assert "the full-precision model scores 0, so a relative change is undefined" in text
 
 
 def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
@@ -194,7 +194,7 @@ def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
 def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
     """The embedded models learned them; for others they show little."""
     found = summary(out)
-    said = "this shows that the model still works, not how much it lost"
+    said = "the scores show that the model works, not how much accuracy it lost"
     assert said not in html(collect(found, {}))
     source = found.manifest.source.model_copy(update={"model": "org/llava@abc"})
     assert said in html(collect(replace(found, manifest=found.manifest.model_copy(update={"source": source})), {}))
@@ -211,9 +211,20 @@ def test_what_the_engine_answered_is_on_the_page(
     if not evaluated:
         (copy / REPORT).unlink()
     seen, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
-    control = Control("vision", Distance(9.5, 4.25, 70), Compared(seen, floor))
-    found = ("0.32.0+cpu", "cpu", 16, 0.015, Compared(seen, floor), control, {"W4": 8}, ("K for W4",), 30.0, problems)
-    keep(copy, Checked(*found), "0" * 64)
+    control = Control("vision", Distance(9.5, 4.25, 70), EngineComparison(seen, floor))
+    found = (
+        "0.32.0+cpu",
+        "cpu",
+        16,
+        0.015,
+        EngineComparison(seen, floor),
+        control,
+        {"W4": 8},
+        ("K for W4",),
+        30.0,
+        problems,
+    )
+    store_result(copy, CheckResult(*found), "0" * 64)
     content = collect(summary(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)
@@ -266,7 +277,7 @@ def test_pictures_are_small_and_right() -> None:
 
 def test_a_picture_is_shown_only_where_question_references_and_pixels_are_the_same() -> None:
     sample = Sample("1", lambda: Image.new("RGB", (4, 4), (9, 0, 0)), None, ("a dog", "a pet"))
-    row = Answered(task="captioning", id="1", question=None, references=("a dog", "a pet"), before="", after="")
+    row = AnswerPair(task="captioning", id="1", question=None, references=("a dog", "a pet"), before="", after="")
     named = row.model_copy(update={"image": image_key(sample.image())})
     for same in (row, named):  # a report of an older version does not name the image
         assert find_pictures([same], {"captioning": [sample]}) == {("captioning", "1"): thumbnail(sample.image())}
@@ -328,7 +339,7 @@ def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
 def test_an_artifact_is_needed(tmp_path: Path) -> None:
     result = mmq("report", tmp_path)
     assert result.exit_code == 1
-    assert "not an artifact of mmq" in result.stderr
+    assert "it is not an mmq artifact" in result.stderr
 
 
 def test_plots(out: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report as typed data: what is written is read back, older files are read, and nothing odd is believed."""
+"""The report schema: round trip, version 1, and errors for invalid values."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError
-from exporter.evaluation.gates import decided, worst
+from exporter.evaluation.gates import interval_verdict, worst
 from exporter.evaluation.report_file import (
     REPORT,
     VERSION,
@@ -68,7 +68,7 @@ def parse(plain: Any) -> tuple[Report | None, ServingRecord | None]:
     return parse_report(json.dumps(plain).encode(), "the report")
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_a_written_report_is_read_back_unchanged(tmp_path: Path) -> None:
     report, serving = crafted(1, 3), parse({"serving": SERVING})[1]
     for pair in ((report, serving), (report, None), (None, serving)):
         write_report(tmp_path, *pair)
@@ -77,21 +77,21 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert read_report(tmp_path) == (None, None)
 
 
-def test_every_score_takes_little_room_and_is_exact() -> None:
-    """One line for each list of single scores, and the floats that were measured."""
+def test_scores_are_stored_compactly_and_exactly() -> None:
+    """Each list of scores takes one line and keeps the exact floats."""
     report = crafted(1, 3, n=300)
     third = 1 / 3
     scores = report.samples["vqa"].scores["accuracy"].model_copy(update={"after": (third,) * 300})
     samples = {"vqa": report.samples["vqa"].model_copy(update={"scores": {"accuracy": scores}})}
     text = dump(report.model_copy(update={"samples": samples}), None)
     assert len([line for line in text.splitlines() if str(third) in line]) == 1
-    found, _ = parse_report(text.encode(), "the report")
-    assert found
-    assert set(found.samples["vqa"].scores["accuracy"].after) == {third}
+    parsed, _ = parse_report(text.encode(), "the report")
+    assert parsed
+    assert set(parsed.samples["vqa"].scores["accuracy"].after) == {third}
 
 
-def test_version_1_is_read_with_todays_signs_and_verdicts() -> None:
-    """The first gate passed by its measured drop, and its interval crosses the bound."""
+def test_version_1_is_read_with_current_signs_and_verdicts() -> None:
+    """The first gate passed by its measured drop, but its interval contains the bound."""
     report, serving = parse(VERSION_1)
     assert report
     assert serving is None
@@ -106,7 +106,7 @@ def test_version_1_is_read_with_todays_signs_and_verdicts() -> None:
     assert (report.samples, report.evaluation.bootstrap, report.gates[0].chance) == ({}, None, None)
 
 
-def test_what_version_1_did_not_always_hold_is_absent() -> None:
+def test_optional_keys_of_version_1_may_be_absent() -> None:
     old = copy.deepcopy(VERSION_1)
     for key in ("by_kind", "changed", "examples", "corpus", "counts", "evaluation"):
         del old[key]
@@ -130,7 +130,7 @@ def test_a_gate_of_version_1_without_its_measure_is_not_measured() -> None:
 
 
 def test_few_samples_of_version_1_resolve_nothing() -> None:
-    """No score differed among 20: the old interval was 0 to 0."""
+    """No score of 20 differs: the old interval is 0 to 0."""
     old = copy.deepcopy(VERSION_1)
     same = {"before": 0.8, "after": 0.8, "drop": 0.0, "low": 0.0, "high": 0.0, "sd": 0.0}
     old["measures"] = [old["measures"][0] | {"samples": 20, "difference": same}]
@@ -143,7 +143,9 @@ def test_few_samples_of_version_1_resolve_nothing() -> None:
 def test_every_required_key_must_be_there(key: str) -> None:
     plain = json.loads(dump(crafted(1, 3), None))
     del plain[key]
-    with pytest.raises(ArtifactError, match=f"the report is damaged, or of a newer mmq:\n  {key}: Field required"):
+    with pytest.raises(
+        ArtifactError, match=f"the report is damaged, or a newer mmq wrote it:\n  {key}: Field required"
+    ):
         parse(plain)
 
 
@@ -191,15 +193,15 @@ ODD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), ODD)
-def test_odd_values_are_refused_by_name(key: str, value: Any) -> None:
+def test_invalid_values_are_refused_with_their_key(key: str, value: Any) -> None:
     plain = json.loads(dump(crafted(1, 3), None)) | {key: value}
-    with pytest.raises(ArtifactError, match="is damaged, or of a newer mmq") as refused:
+    with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain)
     assert key in refused.value.message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"passed": true, "passed": false}', '{"a": ' * 100_000])
-def test_what_is_no_report_at_all_is_one_error(content: str) -> None:
+def test_a_file_that_is_not_a_report_gives_one_error(content: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged"):
         parse_report(content.encode(), "the report")
 
@@ -214,11 +216,11 @@ def test_what_is_no_report_at_all_is_one_error(content: str) -> None:
         (0.01, 0.02, "passed"),
     ],
 )
-def test_a_verdict_says_on_which_side_of_the_bound_the_interval_is(low: float, high: float, verdict: str) -> None:
-    assert decided(low, high, 0.03) == verdict
+def test_a_verdict_follows_from_the_interval_and_the_bound(low: float, high: float, verdict: str) -> None:
+    assert interval_verdict(low, high, 0.03) == verdict
 
 
-def test_a_report_is_as_good_as_its_worst_gate() -> None:
+def test_the_verdict_of_a_report_is_that_of_its_worst_gate() -> None:
     assert worst([]) == "no gates"
     assert worst(["passed", "passed"]) == "passed"
     assert worst(["passed", "not resolved"]) == "not resolved"

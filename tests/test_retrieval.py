@@ -19,8 +19,8 @@ from exporter.commands.report_tables import report_page
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
 from exporter.errors import DataError
-from exporter.evaluation.answers import Answerer, Backend, Store, ask
-from exporter.evaluation.backends import _asked
+from exporter.evaluation.answers import Answerer, Backend, Store, collect_answers
+from exporter.evaluation.backends import _query
 from exporter.evaluation.evaluate import measure as compare_models
 from exporter.events import Event, ignore
 from exporter.inference.batch_size import BatchSize
@@ -224,7 +224,7 @@ def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
     report = compare_models(good, bad, samples, recipe, None, seen.append, {})
     assert [gate.verdict for gate in report.gates] == ["failed", "failed"]
     assert [event.message for event in seen if event.stage == "note"] == [
-        "artifact: scores of 12 samples are not finite numbers; they count as not found"
+        "artifact: scores of 12 samples are not finite numbers; they count as misses"
     ]
     with pytest.raises(DataError, match="full precision: scores of 12 samples are not finite"):
         compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
@@ -235,9 +235,9 @@ def test_equal_pixels_with_other_texts_have_answers_of_their_own(tmp_path: Path)
     picture = partial(Image.new, "RGB", (4, 4))
     found = {"retrieval": pooled([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])}
     given, family = [written(1, [1, 2]), written(2, [2])], FAMILIES["blip2-itm"]
-    model = replace(answering("artifact", given), prompt=partial(_asked, None, family))
+    model = replace(answering("artifact", given), prompt=partial(_query, None, family))
     hashes = {"retrieval": ["the same", "the same"]}
-    assert ask(model, found, hashes, Store(tmp_path), ignore) == {"retrieval": given}
+    assert collect_answers(model, found, hashes, Store(tmp_path), ignore) == {"retrieval": given}
     renamed = {"retrieval": pooled([replace(s, references=(*s.references, "more")) for s in found["retrieval"]])}
     assert len({model.prompt(s) for s in (*found["retrieval"], *renamed["retrieval"])}) == 4
 
@@ -326,7 +326,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     """Both models of an export, their answers kept; what was deleted alone is asked again, with the same ranks."""
     from exporter.artifact.artifact import Artifact
     from exporter.device import choose
-    from exporter.evaluation.backends import Servers, served
+    from exporter.evaluation.backends import Servers, served_answerers
     from exporter.pipeline.export import default_store, evaluation_samples, export, measure
     from exporter.pipeline.preparation import prepare
 
@@ -353,4 +353,4 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing
     with pytest.raises(DataError, match="vLLM has no image-text retrieval"):
-        served(checkpoint, Artifact.open(out), Servers(None, None))
+        served_answerers(checkpoint, Artifact.open(out), Servers(None, None))

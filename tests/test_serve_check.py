@@ -1,4 +1,4 @@
-"""`mmq export --serve-check`: refused before the work where it cannot be, else the same check as `mmq check`."""
+"""`mmq export --serve-check`: refused before the work, or the same check as `mmq check`."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ EXPORT = ["export", "--recipe", "llava-w4", "--model", "demo-llava", "--samples"
 
 @pytest.fixture
 def vllm(tmp_path: Path) -> str:
-    """A program that says it is vLLM, and cannot serve."""
+    """A fake vLLM that reports a version but cannot serve."""
     path = tmp_path / "vllm"
     path.write_text(
         "#!/bin/sh\n[ \"$1\" = --version ] && echo 0.32.0+cpu && exit 0\necho 'RuntimeError: no kernel'\nexit 1\n"
@@ -31,11 +31,11 @@ def export(tmp_path: Path, *more: str) -> Any:
 def test_without_vllm_it_is_refused_before_the_work(tmp_path: Path) -> None:
     done = export(tmp_path, "--serve-check", "--vllm", str(tmp_path / "none"))
     assert done.exit_code == 1
-    assert "no program" in done.output
+    assert "does not exist" in done.output
     assert not (tmp_path / "out").exists()
 
 
-def test_what_this_vllm_cannot_serve_is_refused_before_the_work(tmp_path: Path, vllm: str) -> None:
+def test_a_recipe_that_this_vllm_cannot_serve_is_refused_before_the_work(tmp_path: Path, vllm: str) -> None:
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--recipe", "llava-w4-vit8")
     assert done.exit_code == 1
     assert "rule kernel: W8 row is not served on a CPU" in done.output
@@ -50,19 +50,19 @@ def test_an_engine_that_does_not_start_fails_the_export(tmp_path: Path, vllm: st
 
 
 @pytest.mark.parametrize(("problems", "code"), [((), 0), (("too far",), 3)])
-def test_what_it_finds_is_kept_and_decides(
+def test_the_result_of_the_check_is_stored_and_decides_the_exit_code(
     tmp_path: Path, vllm: str, monkeypatch: pytest.MonkeyPatch, problems: tuple[str, ...], code: int
 ) -> None:
-    asked: list[tuple[Path, int]] = []
+    checks: list[tuple[Path, int]] = []
 
-    def stand_in(folder: Path, samples: Any, processor: Any, session: Any, control: bool) -> checking.Checked:
-        asked.append((folder, len(samples)))
+    def stand_in(folder: Path, samples: Any, processor: Any, session: Any, control: bool) -> checking.CheckResult:
+        checks.append((folder, len(samples)))
         assert control
-        return checking.Checked("0.32.0+cpu", "cpu", len(samples), 0.06, None, None, {}, (), 1.0, problems)
+        return checking.CheckResult("0.32.0+cpu", "cpu", len(samples), 0.06, None, None, {}, (), 1.0, problems)
 
     monkeypatch.setattr(checking, "check", stand_in)
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--json")
     assert done.exit_code == code
-    assert asked == [(tmp_path / "out", 16)]
+    assert checks == [(tmp_path / "out", 16)]
     assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["serving"]["problems"] == list(problems)
     assert json.loads((tmp_path / "out" / "mmq_manifest.json").read_text())["serving"]["passed"] is not bool(problems)

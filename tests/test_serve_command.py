@@ -1,4 +1,4 @@
-"""`mmq serve` without an engine: the command it shows, what it refuses, and what it says of a server that ends."""
+"""`mmq serve` without an engine: the printed command, refusals, and errors for a server that exits."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from exporter.demo import MODELS
 from exporter.device import capability
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import head_size
-from exporter.serving.faster import FLASHINFER, HUMMING, Faster, faster
+from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.vllm_engine import ending, free_port
 from tests.headers.read import load_header
@@ -32,7 +32,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def vllm(tmp_path: Path) -> str:
-    """A program that says it is vLLM, and ends when it should serve."""
+    """A fake vLLM that reports a version and exits instead of serving."""
     path = tmp_path / "stand-in"
     path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 0.32.0+cpu && exit 0\nkill -9 $$\n')
     path.chmod(0o755)
@@ -57,7 +57,7 @@ def test_a_vllm_that_was_named_must_be_there(named: str, monkeypatch: pytest.Mon
         monkeypatch.setenv("MMQ_VLLM", "/nowhere/vllm")
     done = serve(DEMO, "--print", *(["--vllm", "/nowhere/vllm"] if named == "option" else []))
     assert done.exit_code == 1
-    assert "no program '/nowhere/vllm'" in done.stderr
+    assert "the program '/nowhere/vllm' does not exist" in done.stderr
 
 
 def test_nothing_is_started_without_vllm() -> None:
@@ -80,7 +80,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "flags"),
     [
         ((), shlex.join(HUMMING.flags + FLASHINFER.flags)),
         (("--linear-backend", "machete"), shlex.join(FLASHINFER.flags)),
@@ -88,21 +88,21 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
         (("--attention_backend=TRITON_ATTN",), shlex.join(HUMMING.flags)),
     ],
 )
-def test_flags_that_serve_it_faster_are_told_unless_given(given: tuple[str, ...], told: str, artifact: str) -> None:
+def test_faster_flags_are_printed_unless_the_user_set_them(given: tuple[str, ...], flags: str, artifact: str) -> None:
     done = serve(artifact, "--print", "--", *given)
     assert done.exit_code == 0, done.output
-    assert (f"note: faster on a Hopper GPU: `-- {told}" in done.stderr) == bool(told)
-    assert ("faster" in done.stderr) == bool(told)
+    assert (f"note: faster on a Hopper GPU: `-- {flags}" in done.stderr) == bool(flags)
+    assert ("faster" in done.stderr) == bool(flags)
 
 
-def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
+def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
     assert "faster" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("visible", "said", "code", "found"),
+    ("visible", "printed", "code", "expected"),
     [
         (None, "9.0\n", 0, (9, 0)),
         (None, "12.0\n12.0\n", 0, (12, 0)),
@@ -112,19 +112,19 @@ def test_a_cpu_is_told_of_no_faster_flags(artifact: str, vllm: str) -> None:
         (None, "NVIDIA-SMI has failed\n", 9, None),
     ],
 )
-def test_the_driver_tells_the_compute_capability(
-    visible: str | None, said: str, code: int, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_driver_reports_the_compute_capability(
+    visible: str | None, printed: str, code: int, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert capability() is None  # there is no such program
     program = tmp_path / "nvidia-smi"
     program.write_text(
-        f"#!/bin/sh\nprintf '%s' '{said}'\necho \"$@\" >&2\n[ \"$4\" = '{visible or ''}' ] && exit {code}\n"
+        f"#!/bin/sh\nprintf '%s' '{printed}'\necho \"$@\" >&2\n[ \"$4\" = '{visible or ''}' ] && exit {code}\n"
     )
     program.chmod(0o755)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert capability() == found
+    assert capability() == expected
 
 
 def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
@@ -151,19 +151,19 @@ def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
         ("llava-w8", None, []),
     ],
 )
-def test_faster_flags_are_known_for_what_they_were_seen_to_serve(
-    recipe: str, cache: str | None, known: list[Faster]
+def test_faster_flags_depend_on_schemes_cache_and_head_size(
+    recipe: str, cache: str | None, known: list[FlagAdvice]
 ) -> None:
     schemes = [(rule.component, rule.scheme()) for rule in load_recipe(recipe).quantize]
     language = {scheme for component, scheme in schemes if scheme and component == "language"}
     others = {scheme for _, scheme in schemes if scheme} - language
     true = head_size(load_header("llava-hf--llava-1.5-7b-hf")[0])
-    assert faster(language, others, cache, true) == known
-    assert FLASHINFER not in faster(language, others, cache, 80)
+    assert faster_flags(language, others, cache, true) == known
+    assert FLASHINFER not in faster_flags(language, others, cache, 80)
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -> None:
+def test_the_error_for_a_misplaced_vllm_flag_names_its_place(command: str) -> None:
     done = CliRunner().invoke(cli, [command, DEMO, "--max-num-seqs", "4"])
     assert done.exit_code == 2
     assert "'--max-num-seqs'. Flags of `vllm serve` go behind `--`." in done.stderr
@@ -172,15 +172,15 @@ def test_a_flag_of_vllm_in_the_wrong_place_is_told_where_it_goes(command: str) -
 @pytest.mark.parametrize(
     "flags", [("--port", "9"), ("--port=9",), ("--host", "::"), ("-tp", "3"), ("--tensor_parallel_size=3",)]
 )
-def test_where_it_listens_and_on_how_many_gpus_is_asked_of_mmq(flags: tuple[str, ...]) -> None:
+def test_address_and_number_of_gpus_are_options_of_mmq(flags: tuple[str, ...]) -> None:
     done = serve(DEMO, "--print", "--", *flags)
     assert done.exit_code == 1
-    assert "behind `--`: mmq asks the server itself" in done.stderr
-    assert "give it before `--`" in done.stderr
+    assert "is not allowed after `--`: mmq needs this value" in done.stderr
+    assert "before `--`, give" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [("--served-model-name", "mine"), ("--served_model_name=mine",)])
-def test_another_name_of_the_model_is_the_one_that_is_asked_for(flags: tuple[str, ...]) -> None:
+def test_requests_use_the_served_model_name(flags: tuple[str, ...]) -> None:
     made = launch(MODELS["demo-llava"], {}, Program("vllm", "0.32.0", cpu=False), extra=flags)
     assert made.model == "mine"
     assert "demo-llava" not in made.command
@@ -190,16 +190,17 @@ def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
     command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["error"].startswith("vllm was killed by signal 9 (is memory short?) before it was")
+    error = json.loads(done.stdout)["error"]
+    assert error.startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "fragment"),
     [
-        (1, "vllm ended with code 1"),
+        (1, "vllm exited with code 1"),
         (-11, "vllm was killed by signal 11"),
-        (-9, "vllm was killed by signal 9 (is"),
+        (-9, "vllm was killed by signal 9 (possibly"),
     ],
 )
-def test_an_ending_is_told(code: int, said: str) -> None:
-    assert ending(code).startswith(said)
+def test_an_exit_of_the_server_is_reported(code: int, fragment: str) -> None:
+    assert ending(code).startswith(fragment)

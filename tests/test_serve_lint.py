@@ -1,4 +1,4 @@
-"""The engine's rules on plain data, and over every shipped recipe on the true 7B header."""
+"""vLLM's rules on plain data, and for every built-in recipe on the real 7B header."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def linear(name: str, scheme: Scheme | None, shape: tuple[int, int] = (256, 256)
 
 
 def attention(*schemes: Scheme | None) -> list[Linear]:
-    """q, k and v with a scheme each."""
+    """q, k and v with one scheme each."""
     names = ("q_proj", "k_proj", "v_proj")
     pairs = zip(names, schemes, strict=True)
     return [linear(f"self_attn.{name}", scheme, engine="self_attn.qkv_proj") for name, scheme in pairs]
@@ -57,7 +57,7 @@ def test_fused_linears_share_a_scheme():
         assert "q_proj, k_proj, v_proj" in problem
 
 
-def test_a_packed_linear_in_a_block_that_never_runs_is_found():
+def test_a_packed_linear_in_a_block_that_never_runs_is_a_problem():
     last = Linear("vision_tower.vision_model.encoder.layers.23.mlp.fc1", "x", (8, 8), W8, built=False)
     assert [p.partition(":")[0] for p in unbuilt_problems([last])] == ["rule unbuilt-block"]
     assert unbuilt_problems([Linear(last.name, "x", (8, 8), None, built=False)]) == []
@@ -80,10 +80,10 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(4, 128, symmetric=False), "awq", True, True),
     ],
 )
-def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
-    chosen = [linear("mlp.down_proj", scheme)]
-    assert bool(kernel_problems(chosen, format_name)) is not (gpu or cpu)
-    assert bool(cpu_problems(chosen, format_name)) is not cpu
+def test_a_scheme_without_kernel_is_a_problem(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
+    linears = [linear("mlp.down_proj", scheme)]
+    assert bool(kernel_problems(linears, format_name)) is not (gpu or cpu)
+    assert bool(cpu_problems(linears, format_name)) is not cpu
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
 )
 def test_an_architecture_runs_what_it_has_a_kernel_for(scheme: Scheme, format_name: str, runs: str):
     for card, name in zip([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], runs.split(), strict=True):
-        found = serving(scheme, format_name).on(card)
-        assert (found.name if found else "-") == name.replace("_", " ")
+        kernel = serving(scheme, format_name).on(card)
+        assert (kernel.name if kernel else "-") == name.replace("_", " ")
         problems = card_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
         assert [problem.partition(":")[0] for problem in problems] == (["rule kernel"] if name == "-" else [])
     assert hardware_problems([linear("mlp.down_proj", scheme)], format_name, None) == []
@@ -122,14 +122,14 @@ def test_a_card_that_lacks_the_kernel_is_named_with_what_has_it():
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
 
 
-def test_what_serving_needs_is_told():
+def test_the_requirements_of_serving_are_listed():
     asymmetric = serving(Scheme(8, 128, symmetric=False), "compressed_tensors")
     assert asymmetric.needs() == "needs the humming-kernels package except on 9.0"
     assert serving(Scheme(4, 16), "compressed_tensors").needs() == "needs the humming-kernels package"
     assert serving(W4, "compressed_tensors").needs() == serving(A8, "compressed_tensors").needs() == ""
     (problem,) = cpu_problems([linear("mlp.down_proj", Scheme(3, 128))], "compressed_tensors")
     assert problem.endswith("no CPU kernel")  # a package for GPUs would not help
-    for problems in (kernel_problems, lambda found, name: card_problems(found, name, (9, 0))):
+    for problems in (kernel_problems, lambda packed, name: card_problems(packed, name, (9, 0))):
         assert "groups of 32, 64, 128" in problems([linear("mlp.down_proj", Scheme(4, 256))], "gptq")[0]
 
 
@@ -175,8 +175,8 @@ def test_the_cpu_kernel_takes_multiples_of_32():
 )
 def test_groups_cannot_straddle_gpus(columns: int, group: int, fails_at: set[int]):
     scheme = Scheme(4, group)
-    found = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
-    assert found == fails_at
+    failing = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
+    assert failing == fails_at
     assert parallel_problems([linear("mlp.up_proj", scheme, (4096, columns))], 8) == []  # divided along its outputs
     assert parallel_problems([linear("mlp.up_proj", scheme, (4100, columns))], 8)
 
@@ -212,9 +212,9 @@ def test_every_recipe_passes_every_rule_on_the_true_model(name: str, sparse_chec
     plan = make_plan(load_recipe(name), checkpoint, family, H100)
     linears = engine_linears(plan.rows, family)
     assert len(linears) == 23 * 6 + 2 + 32 * 7 + 1
-    assert len({found.engine for found in linears}) == 23 * 4 + 2 + 32 * 4 + 1
-    found = [(group.scheme, group.targets) for group in groups(plan)]
-    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    assert len({item.engine for item in linears}) == 23 * 4 + 2 + 32 * 4 + 1
+    patterns = [(group.scheme, group.targets) for group in groups(plan)]
+    assert pattern_problems(linears, patterns, kept_modules(plan)) == []
     assert parallel_problems(linears, 2) == []
 
 

@@ -1,4 +1,4 @@
-"""The operator's scripts against a stand-in server on the loopback address, and a stand-in `vllm` command."""
+"""The operator's scripts with a fake server on the loopback address and a fake `vllm` command."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ SERVING = Path(__file__).parent.parent / "serving"
 
 
 class Server(HTTPServer):
-    """Answers as vLLM does; keeps the last chat request."""
+    """Answers like vLLM and stores the last chat request."""
 
     answer: str | None = "red"
     status = 200
@@ -116,7 +116,7 @@ def test_smoke_fails_without_a_server(server):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs launch.sh with a `vllm` that prints its arguments, one a line."""
+    """Runs launch.sh with a `vllm` that prints its arguments, one per line."""
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "offline=$HF_HUB_OFFLINE"\nprintf "%s\\n" "$@"\n')

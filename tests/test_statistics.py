@@ -1,4 +1,4 @@
-"""The interval covers the truth as often as it says, and behaves under swaps and constants."""
+"""Bootstrap intervals: coverage, symmetry, constants, and sample sizes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from exporter.evaluation import statistics
 from exporter.evaluation.statistics import (
     ASSUMED_SD,
-    ends,
+    gate_interval,
     half_width,
     paired_bootstrap,
     samples_to_exclude,
@@ -16,7 +16,7 @@ from tests.oracles import naive_paired_bootstrap
 
 
 def scores(n: int, seed: int) -> tuple[list[float], list[float]]:
-    """Right or wrong, correlated: the second model differs from the first on about a fifth."""
+    """Correlated scores of 0 and 1: the models differ on about a fifth of the samples."""
     rng = np.random.default_rng(seed)
     first = rng.random(n) < 0.7
     second = np.where(rng.random(n) < 0.2, rng.random(n) < 0.5, first)
@@ -25,23 +25,23 @@ def scores(n: int, seed: int) -> tuple[list[float], list[float]]:
 
 def test_interval_is_near_that_of_the_naive_loop() -> None:
     before, after = scores(200, seed=1)
-    found = paired_bootstrap(before, after, seed=0, resamples=4000)
+    interval = paired_bootstrap(before, after, seed=0, resamples=4000)
     low, high = naive_paired_bootstrap(before, after, seed=5, resamples=4000)
-    assert found.change == pytest.approx(found.after - found.before)
-    assert found.before == pytest.approx(sum(before) / 200)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.006)
-    assert found.low < found.change < found.high
+    assert interval.change == pytest.approx(interval.after - interval.before)
+    assert interval.before == pytest.approx(sum(before) / 200)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.006)
+    assert interval.low < interval.change < interval.high
 
 
-def test_coverage() -> None:
+def test_the_interval_covers_the_true_change_at_its_confidence() -> None:
     """400 experiments with a known change of -0.1: 95 % intervals should hold it in 380, give or take 13 (3 sigma)."""
     rng = np.random.default_rng(7)
     covered = 0
     for i in range(400):
         after = rng.normal(0.5, 1.0, 120)
         before = after + rng.normal(0.1, 0.5, 120)
-        found = paired_bootstrap(before, after, seed=i, resamples=800)
-        covered += found.low <= -0.1 <= found.high
+        interval = paired_bootstrap(before, after, seed=i, resamples=800)
+        covered += interval.low <= -0.1 <= interval.high
     assert 0.95 - 0.035 <= covered / 400 <= 0.95 + 0.035
 
 
@@ -57,9 +57,9 @@ def test_swapping_the_models_mirrors_the_interval() -> None:
     assert (back.change, back.low, back.high) == pytest.approx((-forth.change, -forth.high, -forth.low), abs=1e-12)
 
 
-def test_a_constant_difference_leaves_no_doubt() -> None:
-    found = paired_bootstrap([1.0, 0.75, 0.5], [0.75, 0.5, 0.25], seed=0)
-    assert (found.change, found.low, found.high) == (-0.25, -0.25, -0.25)
+def test_a_constant_difference_gives_an_interval_of_width_zero() -> None:
+    interval = paired_bootstrap([1.0, 0.75, 0.5], [0.75, 0.5, 0.25], seed=0)
+    assert (interval.change, interval.low, interval.high) == (-0.25, -0.25, -0.25)
 
 
 def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,72 +73,72 @@ def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: p
 
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([1.0], [1.0, 0.0])])
-def test_nothing_to_compare_is_refused(before: list[float], after: list[float]) -> None:
+def test_empty_or_unequal_lists_are_refused(before: list[float], after: list[float]) -> None:
     with pytest.raises(ValueError, match="same length"):
         paired_bootstrap(before, after, seed=0)
 
 
 def test_half_width_is_that_of_the_bootstrap() -> None:
     before, after = scores(2000, seed=6)
-    found = paired_bootstrap(before, after, seed=0)
-    assert found.sd == pytest.approx(np.std(np.subtract(before, after), ddof=1))
-    assert half_width(found.sd, 2000) == pytest.approx((found.high - found.low) / 2, rel=0.05)
+    interval = paired_bootstrap(before, after, seed=0)
+    assert interval.sd == pytest.approx(np.std(np.subtract(before, after), ddof=1))
+    assert half_width(interval.sd, 2000) == pytest.approx((interval.high - interval.low) / 2, rel=0.05)
 
 
 def test_the_advised_number_of_samples_resolves_the_drop() -> None:
-    """With so many samples the interval reaches just the wanted distance; with a tenth fewer it reaches further."""
+    """The advised number of samples gives the requested half width; a tenth fewer gives a larger one."""
     needed = samples_to_resolve(0.01)
     assert needed == 3842  # (1.96 * sqrt(0.1) / 0.01)**2
     assert half_width(ASSUMED_SD, needed) <= 0.01 < half_width(ASSUMED_SD, needed * 9 // 10)
     rng = np.random.default_rng(1)
     changes = rng.permutation(np.r_[np.ones(needed // 20), -np.ones(needed // 20), np.zeros(needed - needed // 10)])
-    found = paired_bootstrap(changes.tolist(), [0.0] * len(changes), seed=0, resamples=4000)
-    assert (found.high - found.low) / 2 == pytest.approx(0.01, rel=0.05)
+    interval = paired_bootstrap(changes.tolist(), [0.0] * len(changes), seed=0, resamples=4000)
+    assert (interval.high - interval.low) / 2 == pytest.approx(0.01, rel=0.05)
 
 
-def test_no_doubt_needs_no_samples_and_no_drop_cannot_be_resolved() -> None:
+def test_zero_deviation_needs_the_minimum_and_zero_drop_is_refused() -> None:
     assert samples_to_resolve(0.01, sd=0.0) == 2
     with pytest.raises(ValueError, match="above 0"):
         samples_to_resolve(0.0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 50, 500])
-def test_samples_without_a_change_leave_the_doubt_of_a_binomial(n: int) -> None:
-    """At either end, seeing no change in n samples has a chance of just 2.5 %."""
-    found = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
-    assert (found.low, found.high) == (0.0, 0.0)
-    low, high = ends(found, 2 * n)
+def test_samples_without_a_change_have_a_binomial_interval(n: int) -> None:
+    """At either end of the interval, the probability of no change in n samples is 2.5 %."""
+    interval = paired_bootstrap([1.0, 0.0] * n, [1.0, 0.0] * n, seed=0, resamples=50)
+    assert (interval.low, interval.high) == (0.0, 0.0)
+    low, high = gate_interval(interval, 2 * n)
     assert (1 - high) ** (2 * n) == pytest.approx(0.025)
     assert low == -high
 
 
-def test_losses_that_were_seen_and_the_bootstrap_decides() -> None:
+def test_the_bootstrap_interval_decides_when_losses_were_observed() -> None:
     before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
-    found = paired_bootstrap(before, after, seed=0)
-    assert ends(found, 40) == (found.low, found.high)
-    assert found.low < -0.15
+    interval = paired_bootstrap(before, after, seed=0)
+    assert gate_interval(interval, 40) == (interval.low, interval.high)
+    assert interval.low < -0.15
 
 
-def test_a_total_loss_that_no_sample_showed_is_never_excluded_by_few() -> None:
-    """One sample of eight changed a little: a bootstrap of it knows nothing of samples that lose everything."""
+def test_few_samples_do_not_exclude_an_unobserved_total_loss() -> None:
+    """One of eight samples changed slightly; the bootstrap cannot show samples that lose their whole score."""
     for change in (0.001, -0.001):
-        found = paired_bootstrap([1.0] * 8, [1.0 + change] + [1.0] * 7, seed=0)
-        assert found.low > -0.01
-        low, high = ends(found, 8)
+        interval = paired_bootstrap([1.0] * 8, [1.0 + change] + [1.0] * 7, seed=0)
+        assert interval.low > -0.01
+        low, high = gate_interval(interval, 8)
         assert low == pytest.approx(0.025 ** (1 / 8) - 1)  # 37 of 100
-        assert high == found.high
+        assert high == interval.high
 
 
-def test_a_score_beyond_one_is_taken_to_lose_its_mean() -> None:
-    found = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
-    assert ends(found, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
+def test_a_score_above_one_is_assumed_to_lose_its_mean() -> None:
+    interval = paired_bootstrap([4.0, 8.0], [4.0, 8.0], seed=0)
+    assert gate_interval(interval, 2)[0] == pytest.approx(-6 * (1 - 0.025**0.5))
 
 
 @pytest.mark.parametrize(("drop", "cost"), [(0.01, 1.0), (0.006, 1.0), (0.03, 6.0)])
-def test_so_many_samples_without_a_change_exclude_the_drop(drop: float, cost: float) -> None:
-    found = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
+def test_the_computed_number_of_unchanged_samples_excludes_the_drop(drop: float, cost: float) -> None:
+    interval = paired_bootstrap([cost, cost], [cost, cost], seed=0, resamples=50)
     needed = samples_to_exclude(drop, cost)
-    assert ends(found, needed)[0] >= -drop > ends(found, needed - 1)[0]
+    assert gate_interval(interval, needed)[0] >= -drop > gate_interval(interval, needed - 1)[0]
     assert samples_to_exclude(0.01) == 368
     for impossible in (0.0, cost, cost + 1):
         with pytest.raises(ValueError, match="above 0 and below"):

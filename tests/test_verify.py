@@ -1,4 +1,4 @@
-"""Verification, streamed: it sees what is wrong in any block, and never holds more than a block of either model."""
+"""Verification: it detects errors in any block, and holds at most one block of each model in memory."""
 
 import gc
 import json
@@ -54,7 +54,7 @@ def test_the_whole_model_is_loaded_on_request_and_refused_when_it_does_not_fit(
     monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need)
     refuse_too_large(Artifact.open(finished))
     monkeypatch.setattr("exporter.artifact.verify_whole.free_host_bytes", lambda: need - 1)
-    with pytest.raises(ArtifactError, match="two copies of the model take"):
+    with pytest.raises(ArtifactError, match="two copies of the model need"):
         verify(finished, CPU, ignore, load="whole")
 
 
@@ -69,9 +69,7 @@ def test_the_whole_model_is_loaded_on_request_and_refused_when_it_does_not_fit(
         ("llava-w4", "awq"),
     ],
 )
-def test_parameters_are_those_of_the_source_whatever_the_words_hold(
-    name: str, format_name: str, tmp_path: Path
-) -> None:
+def test_the_number_of_parameters_equals_that_of_the_source(name: str, format_name: str, tmp_path: Path) -> None:
     recipe = quick_recipe(name=name).model_copy(update={"format": format_name})
     if format_name == "awq":
         rules = [rule.model_copy(update={"symmetric": False}) for rule in recipe.quantize]
@@ -81,7 +79,9 @@ def test_parameters_are_those_of_the_source_whatever_the_words_hold(
     assert Artifact.open(tmp_path / "out").parameters() == sum(info.size for info in source.tensors.values())
 
 
-def test_a_weight_that_the_library_reads_otherwise_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_compressed_tensors_decompresses_differently_is_named(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = Artifact.linear
 
     def moved(self: Artifact, module: str) -> Any:
@@ -98,7 +98,7 @@ def test_a_weight_that_the_library_reads_otherwise_is_named(finished: Path, monk
         verify(finished, CPU, ignore)
 
 
-def test_a_block_whose_kept_tensors_differ_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_with_different_unquantized_tensors_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = Artifact.read
 
     def moved(self: Artifact, name: str) -> torch.Tensor:
@@ -118,11 +118,11 @@ def test_names_that_transformers_lacks_are_problems(finished: Path, monkeypatch:
         prepare(model, dict(described) | {"config_groups": groups})
 
     monkeypatch.setattr(verify_blocks, "_prepare", with_fewer)
-    with pytest.raises(ArtifactError, match="looks for other tensors than the artifact holds"):
+    with pytest.raises(ArtifactError, match="expects other tensors than the artifact has"):
         verify(finished, CPU, ignore)
 
 
-def test_a_library_that_fails_does_not_make_the_artifact_wrong(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_a_library_does_not_fail_the_artifact(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise AttributeError("'Linear' object has no attribute 'weight'")
 
@@ -133,7 +133,7 @@ def test_a_library_that_fails_does_not_make_the_artifact_wrong(finished: Path, m
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_a_memory_shortage_is_not_taken_for_a_library_that_fails(
+def test_a_memory_shortage_is_not_a_library_failure(
     error: Exception, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def runs_out(*_: Any) -> None:
@@ -144,8 +144,8 @@ def test_a_memory_shortage_is_not_taken_for_a_library_that_fails(
         verify(finished, CPU, ignore)
 
 
-def test_never_more_than_one_block_of_each_model_is_held(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, peaks = verify_blocks._Walk._judge, []
+def test_at_most_one_block_of_each_model_is_in_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, peaks = verify_blocks._ComparisonPass._judge, []
 
     def measured(self: Any, *args: Any) -> None:
         peaks.append(held_bytes() - before)
@@ -159,7 +159,7 @@ def test_never_more_than_one_block_of_each_model_is_held(finished: Path, monkeyp
     def tensors() -> list[torch.Tensor]:
         return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
 
-    monkeypatch.setattr(verify_blocks._Walk, "_judge", measured)
+    monkeypatch.setattr(verify_blocks._ComparisonPass, "_judge", measured)
     before = held_bytes()
     verify(finished, CPU, ignore)
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The artifact: written, reopened, verified.
+"""The artifact folder: write it, open it, verify it.
 
 Enters: finished units, the plan, the source checkpoint.
 Leaves: a folder that vLLM opens, its manifest, and a `Verified`.

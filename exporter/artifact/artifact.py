@@ -1,6 +1,6 @@
-"""The artifact: packed units and untouched source tensors in one folder that an engine opens; and reading it back.
+"""Write an artifact folder (packed linears, unchanged source tensors, config.json, manifest) and open it.
 
-Everything is written into a temporary folder beside the destination and renamed when it is complete.
+`write` completes a temporary folder beside the destination and then renames it.
 """
 
 import json
@@ -66,10 +66,11 @@ def write(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the artifact to `out`, with `overwrite` over another one (CheckpointError when a source is bad).
+    """Write the artifact to `out` (CheckpointError when a source tensor is not finite).
 
-    provenance: of calibration data and device, for the manifest. device: where codes are packed.
-    check: called with the complete folder before it gets its name; what it raises leaves `out` as it was.
+    provenance: calibration data and device, for the manifest. device: device that packs the codes.
+    check: called with the complete folder before the rename; an exception from it leaves `out` unchanged.
+    overwrite: whether the artifact may replace another one in `out`.
     """
     temporary = temporary_folder(out)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +80,7 @@ def write(
         _write_texts(plan, checkpoint, temporary)
         texts = sorted(path.name for path in temporary.iterdir() if path.name not in written.files)
         files = {**written.files, **{name: sha256(temporary / name) for name in texts}}
-        made = Provenance.model_validate(provenance, strict=False)  # its lists become tuples
+        record = Provenance.model_validate(provenance, strict=False)  # converts lists to tuples
         source = SourceRecord(
             model=as_line(plan.origin),
             digest=checkpoint.digest(on_event),
@@ -87,11 +88,13 @@ def write(
             processor=processor_files(checkpoint.folder),
             adapter=checkpoint.adapter.name if checkpoint.adapter else None,
         )
-        write_manifest(temporary, _manifest(plan, workdir, written.digests, source, made, files, tuple(written.files)))
+        write_manifest(
+            temporary, _manifest(plan, workdir, written.digests, source, record, files, tuple(written.files))
+        )
         with ThreadPoolExecutor(1, "sync") as pool:
-            synced = pool.submit(sync_folder, temporary)  # the check reads the page cache meanwhile
+            sync = pool.submit(sync_folder, temporary)  # meanwhile the check reads from the page cache
             check(temporary)
-            synced.result()
+            sync.result()
         put_in_place(temporary, out, overwrite)
     except OSError as error:
         raise disk_error(out, error) from None
@@ -100,6 +103,7 @@ def write(
 
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write config.json and recipe.yaml, and copy tokenizer, processor, chat template and license files."""
     write_text(folder / "config.json", json.dumps(artifact_config(plan, checkpoint.config), indent=2) + "\n")
     for pattern in COPIED:
         for path in sorted(checkpoint.folder.glob(pattern)):
@@ -139,7 +143,7 @@ def _manifest(
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact, read back: its tensors by checkpoint name, quantized ones unpacked on `device`."""
+    """A finished artifact, opened for reading: tensors by checkpoint name, quantized linears unpacked on `device`."""
 
     checkpoint: Checkpoint
     manifest: Manifest
@@ -148,7 +152,7 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | None = None) -> "Artifact":
-        """Headers, config and manifest; ArtifactError when the folder is no mmq artifact."""
+        """Read headers, config and manifest; ArtifactError when the folder is not an mmq artifact."""
         manifest = read_manifest(folder)
         checkpoint = Checkpoint.open(folder, origin=folder.name)
         groups = described_groups(manifest.format, checkpoint.config, str(folder))
@@ -160,25 +164,28 @@ class Artifact:
         return FAMILIES[self.manifest.family]
 
     def source_config(self) -> dict[str, Any]:
-        """config.json as the source had it: what builds the model that the dequantized tensors go into."""
+        """config.json without its quantization config; it builds the model for the dequantized tensors."""
         return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
 
     def names(self) -> list[str]:
-        """Checkpoint names of all tensors, as if nothing were packed."""
-        inside = self.packed_names()
-        whole = [name for name in self.checkpoint.tensors if name not in inside and not name.endswith(CACHE_SCALES)]
-        return whole + [f"{module}.weight" for module in self.manifest.linears]
+        """Checkpoint names of all tensors of the dequantized model."""
+        packed = self.packed_names()
+        plain = [name for name in self.checkpoint.tensors if name not in packed and not name.endswith(CACHE_SCALES)]
+        return plain + [f"{module}.weight" for module in self.manifest.linears]
 
     def packed_names(self) -> set[str]:
-        """Names of the stored tensors that stand for packed linears."""
+        """Names of the stored tensors of all packed linears: codes, scales and zero points."""
         return {name for module in self.manifest.linears for name in self._stored(module)}
 
     def scheme_of(self, module: str) -> Scheme:
-        """The scheme that the config's patterns give to a module, as the engine will match it."""
+        """Scheme of a module, matched against the patterns of config.json as vLLM matches them.
+
+        ArtifactError when no scheme or several schemes match.
+        """
         name = self.family.runtime_name(module)
         schemes: set[Scheme] = {g.scheme for g in self.groups if any(matches(target, name) for target in g.targets)}
         if len(schemes) != 1:
-            raise ArtifactError(f"config.json gives {name} {len(schemes)} schemes, expected one")
+            raise ArtifactError(f"config.json has {len(schemes)} schemes for {name}; expected one")
         return schemes.pop()
 
     def _stored(self, module: str) -> tuple[str, ...]:
@@ -186,7 +193,7 @@ class Artifact:
         return names
 
     def parameters(self) -> int:
-        """Parameters of the model that the artifact stands for: weights, never the words that hold several of them."""
+        """Number of parameters of the dequantized model; one for each weight, not for each word of packed weights."""
         counts = {name: info.size for name, info in self.checkpoint.tensors.items() if not name.endswith(CACHE_SCALES)}
         for module in self.manifest.linears:
             codes, *others = self._stored(module)
@@ -197,24 +204,24 @@ class Artifact:
 
     @property
     def kv_cache(self) -> str | None:
-        """What an engine keeps keys and values in: "fp8", or None for the model's 16 bits."""
+        """Dtype of the KV cache: "fp8", or None for the model's 16-bit dtype."""
         described = (self.checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
         return "fp8" if described else None
 
     def rounded(self) -> Rounded:
-        """What an engine rounds while it computes."""
+        """Rounding of activations and KV cache that vLLM applies while it computes."""
         kinds = {module: self.scheme_of(module).activations for module in self.manifest.linears}
         return Rounded({self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache)
 
     def linear(self, module: str) -> QuantizedLinear:
-        """One packed linear, unpacked."""
+        """Unpack one packed linear."""
         scheme = self.scheme_of(module)
         tensors = {name: self.checkpoint.read(name).to(self.device) for name in self._stored(module)}
         linear: QuantizedLinear = FORMATS[self.manifest.format].unpack(module, tensors, scheme)
         return linear
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its checkpoint name, as an engine multiplies by it where it is packed."""
+        """Read one tensor by its checkpoint name; a packed weight is dequantized as vLLM serves it."""
         module = name.removesuffix(".weight")
         if module in self.manifest.linears:
             return self.linear(module).as_served()
@@ -222,17 +229,17 @@ class Artifact:
 
 
 def described_groups(format_name: str, config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
-    """The schemes that an artifact's config.json describes; ArtifactError when they are not of this format.
+    """Read the schemes from an artifact's config.json; ArtifactError when they do not fit the format.
 
-    where: names the artifact.
+    where: name of the artifact for the error.
     """
     try:
         groups = tuple(read_groups(format_name, config))
         for target in (target for group in groups for target in group.targets):
             re.compile(target.removeprefix("re:"))
     except (LookupError, TypeError, AttributeError, ValueError, re.error) as error:
-        said = (
-            f"{where}: config.json does not describe weights of format {format_name} ({type(error).__name__}: {error})"
-        )
-        raise ArtifactError(said, "export the artifact again") from None
+        raise ArtifactError(
+            f"{where}: config.json does not describe weights of format {format_name} ({type(error).__name__}: {error})",
+            "export the artifact again",
+        ) from None
     return groups

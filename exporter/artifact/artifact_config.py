@@ -1,7 +1,7 @@
-"""From a plan to the artifact's config.json: which patterns name the linears of each scheme.
+"""Build the artifact's config.json from a plan, with the `re:` patterns that match the linears of each scheme.
 
-vLLM matches `re:` patterns against its own (fused, sometimes unprefixed) module names and transformers against
-live names, so every pattern is made from `Component.target`, which finds both.
+vLLM matches the patterns against its own module names (fused, sometimes without prefix), transformers against the
+names of the live model. Every pattern is therefore built from `Component.target`, which matches both.
 """
 
 from collections.abc import Mapping
@@ -15,30 +15,30 @@ from exporter.planning.plan import Plan, PlanRow
 
 
 def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The artifact's config.json from the source's; the same where all is dequantized, which makes a plain model.
+    """The source's config.json with a quantization config; without packed linears there is no quantization config.
 
-    It asks for bfloat16 where an engine's kernels write nothing else: those for 4-bit weights with float8 inputs
-    (Cutlass), and FlashAttention 3 when keys and values are float8 ("output must have dtype BF16").
+    The dtype becomes bfloat16 where vLLM's kernels have no other output dtype: Cutlass kernels for 4-bit weights with
+    float8 inputs, and FlashAttention 3 with float8 keys and values ("output must have dtype BF16").
     """
-    found, described = groups(plan), dict(config)
-    if found:
+    schemes, result = groups(plan), dict(config)
+    if schemes:
         write = FORMATS[plan.recipe.format].quantization_config
-        described["quantization_config"] = write(found, kept_modules(plan), plan.recipe.kv_cache)
-    if plan.recipe.kv_cache or any(group.scheme.mixed for group in found):
-        described = in_dtype(described, "bfloat16")
-    return described
+        result["quantization_config"] = write(schemes, kept_modules(plan), plan.recipe.kv_cache)
+    if plan.recipe.kv_cache or any(group.scheme.mixed for group in schemes):
+        result = in_dtype(result, "bfloat16")
+    return result
 
 
 def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that asks for `dtype`, for the whole model and for every part that names one."""
+    """A config.json with `dtype` as the dtype of the model and of every sub-config that has a dtype key."""
     changed = {key: in_dtype(value, dtype) if key.endswith("_config") else value for key, value in config.items()}
-    named = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
-    whole = ["dtype"] if "architectures" in changed and not named else named
-    return changed | dict.fromkeys(whole, dtype)
+    present = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
+    keys = ["dtype"] if "architectures" in changed and not present else present
+    return changed | dict.fromkeys(keys, dtype)
 
 
 def groups(plan: Plan) -> list[Group]:
-    """One group for every scheme among the packed linears, in plan order."""
+    """One group per scheme of the packed linears, in plan order."""
     packed = [row for row in plan.rows if row.decision == "packed"]
     schemes: dict[Scheme, list[PlanRow]] = {}
     for row in packed:
@@ -48,15 +48,15 @@ def groups(plan: Plan) -> list[Group]:
 
 
 def kept_modules(plan: Plan) -> list[str]:
-    """Runtime names of the linears that stay in 16 bits."""
+    """Runtime names of the linears that are not packed."""
     modules = [row for row in plan.rows if row.decision != "packed" and _is_linear(plan, row)]
     return [plan.family.runtime_name(row.module) for row in modules]
 
 
 def cache_scales(plan: Plan) -> list[str]:
-    """Names of the scales of keys and values that the artifact holds: none unless the recipe narrows the cache.
+    """Names of the key and value scales that the artifact stores; empty unless the recipe sets `kv_cache`.
 
-    Engines take 1 where there is none; transformers then leaves them as memory happened to be.
+    vLLM uses 1 for a missing scale, but transformers leaves the parameter uninitialized, so mmq stores them.
     """
     if plan.recipe.kv_cache is None:
         return []
@@ -66,7 +66,7 @@ def cache_scales(plan: Plan) -> list[str]:
 
 
 def _is_linear(plan: Plan, row: PlanRow) -> bool:
-    """Planned linears, heads the family keeps, and the linears of blocks that never run."""
+    """Whether a row is a planned linear, a head that the family keeps, or a linear of a block that never runs."""
     if row.linear or plan.family.reason_kept(row.module):
         return True
     return any(
@@ -76,8 +76,8 @@ def _is_linear(plan: Plan, row: PlanRow) -> bool:
 
 
 def _patterns(plan: Plan, rows: list[PlanRow]) -> list[str]:
-    """`re:` patterns that name exactly `rows`: one for each component and set of blocks."""
-    found: list[str] = []
+    """`re:` patterns that match exactly `rows`: one per component and set of blocks."""
+    patterns: list[str] = []
     for component in plan.family.components:
         blocks: dict[str, set[int]] = {}
         for row in rows:
@@ -86,11 +86,12 @@ def _patterns(plan: Plan, rows: list[PlanRow]) -> list[str]:
         together: dict[tuple[int, ...], list[str]] = {}
         for linear, indices in blocks.items():
             together.setdefault(tuple(sorted(indices)), []).append(linear)
-        found += [_pattern(component, indices, linears) for indices, linears in together.items()]
-    return found
+        patterns += [_pattern(component, indices, linears) for indices, linears in together.items()]
+    return patterns
 
 
 def _index(component: Component, block: str) -> int:
+    """Index of a block in its component; 0 when the component has one block."""
     before, placeholder, after = component.blocks.partition("{i}")
     return int(block.removeprefix(before).removesuffix(after)) if placeholder else 0
 

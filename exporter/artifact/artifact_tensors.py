@@ -1,4 +1,4 @@
-"""From finished units to the artifact's shards; units are read ahead, hashed and written at the same time."""
+"""Write the artifact's shards from finished units; reading ahead, hashing and writing run in parallel."""
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +18,12 @@ from exporter.planning.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block_io import finite
 from exporter.quantization.workdir import UnitResult, Workdir
 
-HASHING = 4  # threads; hashlib releases the interpreter, and each thread holds a linear on the host
+HASHING = 4  # threads; hashlib releases the GIL, and each thread holds one linear in host memory
 
 
 @dataclass(frozen=True)
-class Written:
-    """What lies on disk. files: shard -> sha256. digests: module of a packed linear -> `digest`."""
+class WrittenShards:
+    """Hashes of the shards on disk. files: shard -> sha256. digests: module of a packed linear -> `digest`."""
 
     files: dict[str, str]
     digests: dict[str, str]
@@ -37,8 +37,8 @@ def write_tensors(
     device: torch.device,
     on_event: Listener,
     shard_bytes: int = SHARD_BYTES,
-) -> Written:
-    """Every tensor of the source, packed or as it was (CheckpointError when a source tensor is not finite)."""
+) -> WrittenShards:
+    """Write every tensor of the source, packed or unchanged (CheckpointError when a source tensor is not finite)."""
     writer = ShardWriter(folder, shard_bytes)
     for row in plan.rows:
         if not any(_inside(row, unit) for unit in plan.units):
@@ -60,25 +60,25 @@ def write_tensors(
                     for name, tensor in _stored_tensors(plan, checkpoint, row, result).items():
                         writer.add(name, tensor.cpu())
             for future in hashing.values():
-                future.result()  # before the next unit, so that no more than two are in memory
+                future.result()  # waits here, so that at most two units are in memory
             digests |= hashing
-    return Written(writer.finish(), {module: future.result() for module, future in digests.items()})
+    return WrittenShards(writer.finish(), {module: future.result() for module, future in digests.items()})
 
 
 def _inside(row: PlanRow, unit: Unit) -> bool:
-    """Whether a tensor lies in a unit's block: its linears, and the norms and biases beside them."""
+    """Whether a tensor belongs to a unit's block: linears, norms and biases."""
     return row.tensor.name.startswith(unit.block + ".")
 
 
 def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: UnitResult) -> dict[str, Tensor]:
-    """What the artifact holds for one tensor of a finished block, by the names it has there."""
+    """Stored name -> tensor, of everything that the artifact stores for one tensor of a finished block."""
     name = row.tensor.name
     if row.decision == "packed":
         return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
     if row.decision == "dequantized":
         return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
-    kept = result.altered[name] if name in result.altered else checkpoint.read(name)
-    return {name: finite(checkpoint, name, kept)}
+    tensor = result.altered[name] if name in result.altered else checkpoint.read(name)
+    return {name: finite(checkpoint, name, tensor)}
 
 
 def digest(linear: QuantizedLinear) -> str:

@@ -1,8 +1,8 @@
-"""`mmq_manifest.json` as typed data: what an artifact holds, where it came from, and the hashes that prove both.
+"""Schema of `mmq_manifest.json`: contents of an artifact, its source, and the hashes of both.
 
-Anybody may have written the file, so every value is checked when it is read: numbers are finite and in bounds, hashes
-are hashes, names are plain file names. A key that no version of mmq writes is ignored; a key that an older version did
-not write is None or empty, never invented.
+Files from the hub are untrusted, so every value is validated on reading: numbers are finite and in bounds, hashes are
+64 hexadecimal digits, names are plain file names. Unknown keys are ignored; keys that an older mmq did not write are
+None or empty.
 """
 
 import json
@@ -20,7 +20,7 @@ from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES
 
 MANIFEST = "mmq_manifest.json"
-VERSION = 1  # of this file's layout; a larger one is of a newer mmq
+VERSION = 1  # layout of this file; a newer mmq writes a larger number
 PROBLEMS_SHOWN = 8
 AGAIN = "export or evaluate the artifact again"
 
@@ -28,14 +28,14 @@ D = TypeVar("D", bound="Document")
 
 
 class Document(BaseModel):
-    """A part of a file that anybody may have written: frozen, no conversions between types, no NaN or infinity."""
+    """Base of all records in untrusted files: frozen, no type conversions, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _plain_file_name(name: str) -> str:
     if not name or name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
-        raise ValueError(f"{name!r} is not the plain name of a file of this folder")
+        raise ValueError(f"{name!r} is not a plain file name without folders")
     return name
 
 
@@ -46,7 +46,7 @@ def _line(text: str) -> str:
 
 
 def as_line(text: str) -> str:
-    """A text without line breaks and control characters: what a `Line` may hold."""
+    """Replace line breaks and control characters by spaces, so that the text is a valid `Line`."""
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else " " for c in text)
 
 
@@ -61,7 +61,7 @@ def _known(registry: Any, what: str) -> Callable[[str], str]:
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_plain_file_name)]
-TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,500}$")]  # of a tensor, a module or a block
+TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,500}$")]  # name of a tensor, module or block
 Line = Annotated[str, StringConstraints(max_length=4000), AfterValidator(_line)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -77,7 +77,7 @@ class SourceRecord(Document):
     """The full-precision model: `org/name@commit` or a local name.
 
     digest: `Checkpoint.digest`, over configuration and shards. shards, processor: file -> sha256, of the weights and of
-    everything that a processor is made from. adapter: the LoRA adapter that was merged; its files are among `shards`.
+    the files that the processor is loaded from. adapter: the merged LoRA adapter; its files are among `shards`.
     """
 
     model: Line
@@ -88,14 +88,14 @@ class SourceRecord(Document):
 
 
 class SizeRecord(Document):
-    """Bytes of all tensors, of the source and of the artifact."""
+    """Size of all tensors in bytes. before: of the source. after: of the artifact."""
 
     before: Annotated[int, Field(gt=0, lt=2**53)]
     after: Annotated[int, Field(gt=0, lt=2**53)]
 
 
 class CalibrationSample(Document):
-    """A picture that was calibrated on. image: sha256 of size and pixels. look: see `data.overlap.Trace`."""
+    """One calibration picture. image: sha256 of size and pixels. look: see `data.overlap.Trace`."""
 
     id: str
     image: Sha256
@@ -103,7 +103,7 @@ class CalibrationSample(Document):
 
 
 class CalibrationRecord(Document):
-    """What the statistics were measured on; no samples when no method needed any."""
+    """The calibration set; `samples` is empty when no method needs data."""
 
     data: Line
     seed: int
@@ -113,7 +113,7 @@ class CalibrationRecord(Document):
 
 
 class Provenance(Document):
-    """How the artifact was made."""
+    """Calibration set and device of the export."""
 
     calibration: CalibrationRecord
     device: Line
@@ -130,9 +130,9 @@ class ServingVerdict(Document):
 class Manifest(Document):
     """The whole file.
 
-    files: every file of the artifact but manifest, report and card -> sha256. linears: packed linears -> `digest` of
-    their integers. errors: every quantized linear -> relative error. units: blocks that were quantized, in order.
-    shards: files of weights, in order. fingerprint: of the job that wrote it. notes: what happened on the way.
+    files: every file of the artifact except manifest, report and card -> sha256. linears: packed linear -> `digest` of
+    its integers. errors: quantized linear -> relative error. units: quantized blocks, in order. shards: weight files,
+    in order. fingerprint: identity of the export job. notes: notes of the quantization.
     """
 
     family: Annotated[str, AfterValidator(_known(FAMILIES, "family"))]
@@ -155,12 +155,12 @@ class Manifest(Document):
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """A manifest from a file's bytes. ArtifactError lists the problems; `where` names the file in it."""
+    """Parse a manifest from a file's bytes. ArtifactError lists the problems; `where` is the file's name in it."""
     return parse_document(Manifest, parse_json(content, where), where)
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in a file's bytes, in which no key occurs twice (ArtifactError)."""
+    """Parse the JSON object in a file's bytes; ArtifactError for invalid JSON or a duplicate key."""
     try:
         return parse_object(content, where, unique=True)
     except CheckpointError as error:
@@ -168,32 +168,34 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_document(kind: type[D], plain: Any, where: str) -> D:
-    """Plain data to a document, or an ArtifactError with every problem (the first few where there are many)."""
+    """Validate plain data as a document; ArtifactError lists the first `PROBLEMS_SHOWN` problems."""
     try:
-        return kind.model_validate_json(json.dumps(plain))  # from JSON, where lists may become tuples
+        return kind.model_validate_json(json.dumps(plain))  # JSON mode converts lists to tuples in spite of strict
     except ValidationError as error:
         problems = [f"  {_path(problem['loc'])}{wording(problem, ())}" for problem in error.errors(include_url=False)]
-    rest = [f"  and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
-    lines = "\n".join([*problems[:PROBLEMS_SHOWN], *rest])
-    raise ArtifactError(f"{where} is damaged, or of a newer mmq:\n{lines}", AGAIN)
+    omitted = [f"  and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+    lines = "\n".join([*problems[:PROBLEMS_SHOWN], *omitted])
+    raise ArtifactError(f"{where} is damaged, or a newer mmq wrote it:\n{lines}", AGAIN)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    parts = [part for part in location if part != "[key]"]  # pydantic's mark of a key that is wrong itself
+    parts = [
+        part for part in location if part != "[key]"
+    ]  # pydantic appends "[key]" when the key is invalid, not the value
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     return f"{text}: " if text else ""
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact's folder (ArtifactError when there is none or it is damaged)."""
+    """Read the manifest of an artifact's folder; ArtifactError when it is missing or damaged."""
     path = folder / MANIFEST
     if not path.exists():
-        raise ArtifactError(f"{folder} has no {MANIFEST}: not an artifact of mmq", "`mmq export` writes one")
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is not an mmq artifact", "`mmq export` writes an artifact")
     return parse_manifest(read_document(path), str(path))
 
 
 def read_document(path: Path) -> bytes:
-    """The bytes of a manifest or report on disk (ArtifactError when it is no readable file, or too large)."""
+    """Read the bytes of a manifest or report; ArtifactError when the file is unreadable or too large."""
     try:
         return read_small(path)
     except CheckpointError as error:
@@ -201,6 +203,6 @@ def read_document(path: Path) -> bytes:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put the manifest into an artifact's folder, atomically."""
+    """Write the manifest into an artifact's folder, atomically."""
     plain = manifest.model_dump(mode="json", exclude_none=True)
     write_text(folder / MANIFEST, json.dumps(plain, indent=1, sort_keys=True) + "\n")

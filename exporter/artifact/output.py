@@ -1,7 +1,7 @@
-"""Where an export writes: places that are refused, what is there already, and how an artifact gets its name.
+"""Output folders of an export: checks of --out and --work, locks, and the atomic replacement of an artifact.
 
-A new artifact is completed in `.NAME.mmq-tmp` and then renamed. An older one at its place is exchanged with it in one
-step, or, where the file system cannot do that, waits as `.NAME.mmq-old` until the new one has its name.
+A new artifact is completed in `.NAME.mmq-tmp` and then renamed. An older artifact is exchanged with it in one step;
+where the file system cannot exchange names, the older one is `.NAME.mmq-old` until the new one has its name.
 """
 
 import ctypes
@@ -17,25 +17,28 @@ from exporter.errors import ArtifactError
 from exporter.events import Event, Listener
 from exporter.files.folder_lock import hold
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The artifact folder of an export, its work folder, and whether another artifact may be replaced."""
+    """Artifact folder and work folder of an export. overwrite: whether it may replace another artifact."""
 
     out: Path
     work: Path
     overwrite: bool
 
     def refuse_places(self, model: Path | None = None, adapter: Path | None = None) -> None:
-        """ArtifactError when artifact and work folder, and the folders that are read, are in each other's way."""
+        """ArtifactError when one of artifact, work, model and adapter folder is the same as or inside another one."""
         if self.out.name in ("", ".."):
-            raise ArtifactError(f"--out {self.out} names no folder of its own", "give a new folder, like ./artifact")
+            raise ArtifactError(
+                f"--out {self.out} is not the name of a new folder", "give a new folder, like ./artifact"
+            )
         for path in {self.out, default_work(self.out)}:
             if path.is_symlink():
                 raise ArtifactError(
-                    f"{path} is a symbolic link, and mmq replaces whole folders", f"give its target {path.resolve()}"
+                    f"{path} is a symbolic link, and mmq replaces folders, not links",
+                    f"give its target {path.resolve()}",
                 )
         written = {"--out": self.out, "--work": self.work}
         read = {name: path for name, path in (("the model", model), ("the adapter", adapter)) if path}
@@ -50,7 +53,7 @@ class Destination:
     def refuse_occupied(self, recipe: str, fingerprint: str | None = None) -> None:
         """ArtifactError unless `out` is absent, empty, the artifact of this same job, or may be replaced.
 
-        recipe, fingerprint: as the manifest of this job names them; the fingerprint may not be known yet.
+        recipe: sha256 of the recipe. fingerprint: fingerprint of the job, or None when it is not known yet.
         """
         if not self.out.exists() or _is_empty(self.out):
             return
@@ -58,7 +61,7 @@ class Destination:
             raise ArtifactError(f"{self.out} is a file", "give another --out")
         if not (self.out / MANIFEST).exists():
             raise ArtifactError(
-                f"{self.out} holds something that mmq did not write; it is not replaced", "give another --out"
+                f"{self.out} holds files that mmq did not write; mmq does not replace it", "give another --out"
             )
         if self.overwrite or self.is_made(recipe, fingerprint):
             return
@@ -68,7 +71,7 @@ class Destination:
         )
 
     def is_made(self, recipe: str, fingerprint: str | None) -> bool:
-        """Whether `out` holds the artifact of this job already: an earlier run was stopped after it wrote it."""
+        """Whether `out` already holds the artifact of this job, from an earlier run."""
         if not (self.out / MANIFEST).is_file():
             return False
         manifest = read_manifest(self.out)
@@ -76,7 +79,7 @@ class Destination:
 
     @contextmanager
     def reserved(self, on_event: Listener) -> Iterator[None]:
-        """Keep other processes from `out` inside the block, and first clear up after one that was killed."""
+        """Lock `out` against other processes inside the `with` block; first remove the remains of a killed run."""
         with hold(_lock_of(self.out), self.out, on_event=on_event):
             restore(self.out, on_event)
             shutil.rmtree(temporary_folder(self.out), ignore_errors=True)
@@ -84,9 +87,9 @@ class Destination:
 
 
 def reading(folder: Path, on_event: Listener) -> AbstractContextManager[None]:
-    """Keep an export from replacing an artifact inside the block, while others may read it too.
+    """Shared lock on an artifact: inside the `with` block no export can replace it.
 
-    LockedError when an export writes to it.
+    LockedError when an export is writing to it.
     """
     return hold(_lock_of(folder.resolve()), folder, shared=True, on_event=on_event)
 
@@ -96,28 +99,28 @@ def _lock_of(out: Path) -> Path:
 
 
 def default_work(out: Path) -> Path:
-    """Where finished blocks are kept when the user names no folder: beside the artifact."""
+    """Default work folder for finished blocks: beside the artifact."""
     return out.parent / f"{out.name}.work"
 
 
 def temporary_folder(out: Path) -> Path:
-    """Where an artifact is completed before it gets its name."""
+    """Folder in which an artifact is completed before the rename."""
     return out.with_name(f".{out.name}.mmq-tmp")
 
 
 def restore(out: Path, on_event: Listener) -> None:
-    """End an exchange of folders that was stopped in the middle: the older artifact gets its name back, or goes."""
+    """Repair an interrupted exchange of folders: rename the older artifact back if `out` is missing, else delete it."""
     old = _aside(out)
     if old.exists() and not out.exists():
         old.rename(out)
-        on_event(Event("note", 0, 0, f"{out} was being replaced when that run was stopped; the older artifact is back"))
+        on_event(Event("note", 0, 0, f"a run was stopped while it replaced {out}; mmq restored the older artifact"))
     shutil.rmtree(old, ignore_errors=True)
 
 
 def put_in_place(new: Path, out: Path, overwrite: bool) -> None:
-    """Give a complete artifact its name; ArtifactError when another one has it and may not be replaced.
+    """Rename a complete artifact to `out`; ArtifactError when `out` exists and may not be replaced.
 
-    At every moment `out` is the older artifact or the new one, where the system can exchange two names in one step.
+    Where the system can exchange two names in one step, `out` is the older or the new artifact at every moment.
     """
     if not out.exists() or _is_empty(out):
         try:
@@ -128,7 +131,7 @@ def put_in_place(new: Path, out: Path, overwrite: bool) -> None:
                 raise
     if not overwrite or not (out / MANIFEST).is_file():
         raise ArtifactError(
-            f"{out} was made by another run meanwhile; it is not replaced",
+            f"another run wrote {out} in the meantime; mmq does not replace it",
             "finished blocks are kept: give another --out and their folder as --work, or --overwrite to replace it",
         )
     if _exchange(new, out):
@@ -149,7 +152,7 @@ def _aside(out: Path) -> Path:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; False where the operating system or the file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -167,6 +170,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _described(out: Path, recipe: str) -> str:
-    """The artifact in `out`, which is of another job than one of `recipe`."""
-    made = read_manifest(out).recipe
-    return f"recipe '{made.name}'" if made.sha256 != recipe else f"recipe '{made.name}' made from other inputs"
+    """Description of the artifact in `out` for an error: its recipe, or that its inputs differ."""
+    existing = read_manifest(out).recipe
+    return (
+        f"recipe '{existing.name}'" if existing.sha256 != recipe else f"recipe '{existing.name}' made from other inputs"
+    )

@@ -1,8 +1,8 @@
-"""Does an artifact hold what its manifest and plan say? It is reopened from disk, hashed, unpacked and run.
+"""Verify an artifact: compare its files, packed linears and blocks on disk with its manifest.
 
-Three comparisons, each within the memory of a few blocks: the hash of every file, the digest of every packed linear,
-and the outputs of every block beside compressed-tensors' reading of it. Loading the whole model by `from_pretrained` is
-a fourth, on request, because it takes 8 bytes of host memory a parameter.
+Three comparisons need the memory of a few blocks: the hash of every file, the digest of every packed linear, and the
+outputs of every block against compressed-tensors. The fourth, on request, loads the whole model by `from_pretrained`;
+it takes 8 bytes of host memory per parameter.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +29,17 @@ from exporter.model.processor import load_processor
 from exporter.out_of_memory import is_shortage
 from exporter.tasks.sample import Sample
 
-THREADS = 4  # sha256 releases the interpreter; each thread holds a linear on the host
+THREADS = 4  # sha256 releases the GIL; each thread holds one linear in host memory
 Load = Literal["nothing", "blocks", "whole"]
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What was checked. source: whether the linears were also compared with the source's.
+class Verification:
+    """Result of a verification. files, linears: numbers of checked files and packed linears.
 
-    blocks, block_difference: how many blocks ran in transformers, and the largest difference of their outputs as a part
-    of the largest output; None when `skipped` says why not. logit_difference: of the whole model, None unless asked.
+    source: whether the linears were also compared with the source's. blocks: number of blocks that ran in transformers.
+    block_difference: largest difference of their outputs relative to the largest output. Both are None when the
+    comparison was skipped; `skipped` is the reason. logit_difference: of the whole model; None unless requested.
     """
 
     files: int
@@ -57,14 +58,14 @@ def verify(
     load: Load = "blocks",
     source: Checkpoint | None = None,
     rows: int | None = None,
-) -> Verified:
-    """Raise ArtifactError naming everything that is wrong with the artifact.
+) -> Verification:
+    """Check an artifact; ArtifactError lists every problem.
 
-    source: the full-precision model; each quantized linear is compared with it, on `rows` rows (None: all).
+    source: full-precision model; each quantized linear is compared with it on `rows` rows (None: all rows).
 
-    load: `blocks` also runs every block in transformers beside compressed-tensors' reading of it (when that library is
-    installed); `whole` also loads the complete model by `from_pretrained` and compares logits (ArtifactError when the
-    host lacks the memory). A library that fails on a right artifact does not make it wrong: `skipped` has the reason.
+    load: `blocks` also runs every block in transformers and compares it with compressed-tensors (if installed);
+    `whole` also loads the complete model by `from_pretrained` and compares logits (ArtifactError when host memory is
+    too small). When a library fails, the artifact still passes and `skipped` is the reason.
     """
     artifact = Artifact.open(folder, device.torch_device)
     problems = [*missing_from_manifest(artifact), *_wrong_files(folder, artifact.manifest, on_event)]
@@ -74,34 +75,34 @@ def verify(
         problems = unlike_source(artifact, source, rows)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ArtifactError(f"{folder} does not hold what its manifest says:\n{lines}", "export it again")
-    verified = Verified(len(artifact.manifest.files), len(artifact.manifest.linears), source is not None)
+        raise ArtifactError(f"{folder} does not match its manifest:\n{lines}", "export it again")
+    verified = Verification(len(artifact.manifest.files), len(artifact.manifest.linears), source is not None)
     reason = _why_not_load(artifact) if load != "nothing" else "not requested"
     if reason:
         return replace(verified, skipped=reason)
     return _run(artifact, verified, device, on_event, whole=load == "whole")
 
 
-def _run(artifact: Artifact, verified: Verified, device: Device, on_event: Listener, whole: bool) -> Verified:
-    """The comparisons that need transformers and compressed-tensors."""
+def _run(artifact: Artifact, verified: Verification, device: Device, on_event: Listener, whole: bool) -> Verification:
+    """Run the comparisons that need transformers and compressed-tensors."""
     folder = artifact.checkpoint.folder
     try:
         inputs = _probe(artifact)
     except CheckpointError as error:
         return replace(verified, skipped=error.message)
     try:
-        found = compare_blocks(artifact, inputs, device, on_event)
-        verified = replace(verified, blocks=found.blocks, block_difference=found.difference)
+        comparison = compare_blocks(artifact, inputs, device, on_event)
+        verified = replace(verified, blocks=comparison.blocks, block_difference=comparison.difference)
         if whole:
             refuse_too_large(artifact)
             verified = replace(verified, logit_difference=logit_difference(folder, inputs))
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error.message}", error.hint) from None
-    except Exception as error:  # a library's own failure says nothing about the artifact
+    except Exception as error:  # a failure inside a library is no evidence against the artifact
         if is_shortage(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return replace(verified, skipped=f"transformers fails on it ({reason})")
+        return replace(verified, skipped=f"transformers fails on the artifact ({reason})")
     return verified
 
 
@@ -120,11 +121,11 @@ def _wrong_files(folder: Path, manifest: Manifest, on_event: Listener) -> list[s
 def _wrong_file(folder: Path, name: str, expected: str) -> str:
     if not (folder / name).is_file():
         return f"{name}: missing"
-    return "" if sha256(folder / name) == expected else f"{name}: its content has changed since it was written"
+    return "" if sha256(folder / name) == expected else f"{name}: its content changed after the export"
 
 
 def _wrong_linears(artifact: Artifact, on_event: Listener) -> list[str]:
-    """Every packed linear must match the config's patterns and hold the integers that were computed."""
+    """One line per packed linear that matches no pattern of the config or whose integers differ from the digest."""
     linears = artifact.manifest.linears
     problems = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -138,7 +139,7 @@ def _wrong_linears(artifact: Artifact, on_event: Listener) -> list[str]:
 def _wrong_linear(artifact: Artifact, module: str, expected: str) -> str:
     try:
         if digest(artifact.linear(module)) != expected:
-            return f"{module}: its codes, scales or zero points are not those that were computed"
+            return f"{module}: its codes, scales or zero points differ from the computed ones"
     except (ArtifactError, KeyError) as error:
         return f"{module}: {error}"
     return ""
@@ -156,7 +157,7 @@ def _why_not_load(artifact: Artifact) -> str:
 
 
 def _probe(artifact: Artifact) -> dict[str, Any]:
-    """One picture of noise and a question, as the artifact's own processor makes them."""
+    """Inputs for one picture of noise and one question, made by the artifact's own processor."""
     import numpy as np
     from PIL import Image
 

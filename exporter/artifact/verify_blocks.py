@@ -1,9 +1,9 @@
-"""Compare an artifact's blocks with compressed-tensors' reading of them, one block in memory at a time.
+"""Compare an artifact's blocks, dequantized by mmq, with the same blocks decompressed by compressed-tensors.
 
-transformers builds the model for the artifact's config.json twice on the meta device: plain, and prepared by its own
-quantizer as for loading the artifact. The plain model's own forward pass then runs on one picture and question. Before
-a block runs, it receives the weights that mmq dequantizes; afterwards the block of the second model receives the stored
-tensors, compressed-tensors decompresses them, and it runs on the same arguments.
+transformers builds the model for the artifact's config.json twice on the meta device: plain, and prepared by its
+quantizer as for loading the artifact. The forward pass of the plain model then runs on one picture and question, with
+one block in memory at a time. Each block runs with the weights that mmq dequantizes; then the block of the prepared
+model receives the stored tensors, compressed-tensors decompresses them, and the block runs on the same arguments.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,49 +22,51 @@ from exporter.events import Event, Listener
 from exporter.inference.forward_hooks import first_output
 from exporter.model.stream import Stream, build_skeleton
 
-TOLERANCE = 1e-3  # of the largest output: sums of equal weights in another order; the weights are compared exactly
+TOLERANCE = 1e-3  # of the largest output: the order of summation may differ; weights are compared exactly
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """What the comparison saw. blocks: how many ran. difference: the largest of any block's outputs, in parts of its
-    largest output; 0 where both are bit for bit the same.
+class BlockComparison:
+    """Result of the comparison. blocks: number of blocks that ran. difference: largest difference of a block's outputs
+    relative to its largest output; 0 when all outputs are bit-identical.
     """
 
     blocks: int
     difference: float
 
 
-def compare_blocks(artifact: Artifact, inputs: Mapping[str, Tensor], device: Device, on_event: Listener) -> Blocks:
-    """Run the model once, streamed, and compare each block with compressed-tensors' reading of it.
+def compare_blocks(
+    artifact: Artifact, inputs: Mapping[str, Tensor], device: Device, on_event: Listener
+) -> BlockComparison:
+    """Run the model once, streamed, and compare each block with its decompression by compressed-tensors.
 
-    inputs: one batch as the processor makes it, on the CPU. Raises ArtifactError naming every linear whose decompressed
-    weight is not the dequantized one, every block whose outputs differ, and every name that one side lacks.
+    inputs: one batch of the processor's output, on the CPU. ArtifactError lists every linear whose decompressed weight
+    differs from the dequantized one, every block whose outputs differ, and every name that one side lacks.
     """
     family, config = artifact.family, artifact.source_config()
     stored = _stored_dtype(artifact.checkpoint.config)
-    ours = Stream(family, config, device.torch_device, device.compute_dtype(stored))
-    theirs = _Theirs(artifact, device, stored, ours.dtype)
-    problems = theirs.name_problems()
+    plain = Stream(family, config, device.torch_device, device.compute_dtype(stored))
+    prepared = _TransformersModel(artifact, device, stored, plain.dtype)
+    problems = prepared.name_problems()
     if problems:
-        raise ArtifactError("\n".join(["transformers looks for other tensors than the artifact holds:", *problems]))
-    walk = _Walk(artifact, ours, theirs, on_event)
+        raise ArtifactError("\n".join(["transformers expects other tensors than the artifact has:", *problems]))
+    walk = _ComparisonPass(artifact, plain, prepared, on_event)
     with torch.no_grad(), walk.hooked():
-        family.outputs(ours.model, ours.inputs(inputs))
+        family.outputs(plain.model, plain.inputs(inputs))
     if walk.problems:
         lines = "\n".join(f"  {problem}" for problem in walk.problems)
-        raise ArtifactError(f"transformers reads other numbers than were computed:\n{lines}")
-    return Blocks(walk.ran, walk.difference)
+        raise ArtifactError(f"transformers reads other weights than mmq computed:\n{lines}")
+    return BlockComparison(walk.ran, walk.difference)
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which transformers loads the model: what config.json says, else float32."""
+    """The dtype in which transformers loads the model: `dtype` of config.json, else float32."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]
 
 
-class _Theirs:
-    """The model as transformers' quantizer prepares it; its blocks hold tensors only while they run."""
+class _TransformersModel:
+    """The model that transformers' quantizer prepares; a block holds tensors only while it runs."""
 
     def __init__(self, artifact: Artifact, device: Device, stored: torch.dtype, compute: torch.dtype) -> None:
         self._artifact, self._device, self._stored, self._compute = artifact, device.torch_device, stored, compute
@@ -78,18 +80,20 @@ class _Theirs:
         self._wide = tuple(live(name) for name in artifact.family.float32)
 
     def name_problems(self) -> list[str]:
-        """Tensors that only the artifact or only the prepared model has."""
+        """One line per tensor that only the artifact or only the prepared model has."""
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         expected = {name for name in parameters if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
-        held = {name for name in self._checkpoint_names if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
-        lacks = [f"  {name}: transformers expects it, the artifact lacks it" for name in sorted(expected - held)]
+        stored = {name for name in self._checkpoint_names if not name.endswith(CACHE_SCALES)} - self._aliases.keys()
+        missing = [f"  {name}: transformers expects it, the artifact lacks it" for name in sorted(expected - stored)]
         packed = {self._artifact.family.live_name(name) for name in self._artifact.packed_names()}
-        extra = [f"  {name}: transformers has no place for it" for name in sorted(packed - expected)]
-        return lacks + extra
+        extra = [
+            f"  {name}: the artifact has it, transformers has no such parameter" for name in sorted(packed - expected)
+        ]
+        return missing + extra
 
     @contextmanager
     def loaded(self, path: str) -> Iterator[tuple[nn.Module, list[str]]]:
-        """The live block `path` with its stored tensors decompressed, and what is wrong with them."""
+        """The block at live name `path` with its stored tensors decompressed, and the problems of its tensors."""
         block = self.model.get_submodule(path)
         before = [(module, dict(module._parameters)) for module in block.modules()]
         problems: list[str] = []
@@ -104,7 +108,9 @@ class _Theirs:
 
     def _fill(self, path: str, module: nn.Module, problems: list[str]) -> None:
         wide = path.startswith(self._wide)
-        scheme = getattr(module, "quantization_scheme", None)  # attention has one without weights: of its cache
+        scheme = getattr(
+            module, "quantization_scheme", None
+        )  # attention has a scheme for its KV cache, without weights
         quantized = scheme is not None and scheme.weights is not None
         for attribute, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -130,11 +136,11 @@ class _Theirs:
         decompress_module(module)
         linear = self._artifact.linear(self._linears[f"{path}.weight"])
         if not torch.equal(module.weight, linear.dequantize(module.weight.dtype)):
-            problems.append(f"{path}: compressed-tensors decompresses another weight than was computed")
+            problems.append(f"{path}: compressed-tensors decompresses another weight than mmq computed")
 
 
 def _prepare(model: Any, quantization_config: Mapping[str, Any]) -> None:
-    """Give the linears of a plain model on the meta device the parameters of packed ones, as `from_pretrained` does."""
+    """Replace the linears of a plain model on the meta device by packed linears, as `from_pretrained` does."""
     from transformers.quantizers import AutoHfQuantizer
 
     with redirect_stderr(StringIO()), torch.device("meta"):  # the library draws progress bars
@@ -143,11 +149,11 @@ def _prepare(model: Any, quantization_config: Mapping[str, Any]) -> None:
         quantizer.preprocess_model(model=model)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-            scheme.input_activations = None  # weights alone are compared: engines round inputs and caches
+            scheme.input_activations = None  # only weights are compared; vLLM rounds inputs and caches itself
 
 
 def _tied(model: Any) -> dict[str, str]:
-    """Name of a parameter that shares another's tensor -> that other's name."""
+    """Name of a tied parameter -> name of the parameter whose tensor it shares."""
     model.tie_weights()
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -159,17 +165,17 @@ def _tied(model: Any) -> dict[str, str]:
     return aliases
 
 
-class _Walk:
-    """Hooks that give each module of the plain model its tensors while it runs, and compare each block."""
+class _ComparisonPass:
+    """Hooks that load the tensors of each module of the plain model while it runs, and compare each block."""
 
-    def __init__(self, artifact: Artifact, ours: Stream, theirs: _Theirs, on_event: Listener) -> None:
-        self._artifact, self._ours, self._theirs, self._on_event = artifact, ours, theirs, on_event
+    def __init__(self, artifact: Artifact, plain: Stream, prepared: _TransformersModel, on_event: Listener) -> None:
+        self._artifact, self._plain, self._prepared, self._on_event = artifact, plain, prepared, on_event
         self._names = {artifact.family.live_name(name): name for name in artifact.names()}
-        for alias, name in _tied(ours.model).items():
+        for alias, name in _tied(plain.model).items():
             if alias not in self._names and name in self._names:
                 self._names[alias] = self._names[name]
-        for live, _ in list(ours.model.named_parameters(remove_duplicate=False)):
-            _set(ours, live, None)
+        for live, _ in list(plain.model.named_parameters(remove_duplicate=False)):
+            _set(plain, live, None)
         self._blocks = dict.fromkeys(_block_paths(artifact))
         self.problems: list[str] = []
         self.difference = 0.0
@@ -177,10 +183,10 @@ class _Walk:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """While inside, modules receive their tensors as they are called."""
+        """Register the hooks inside the `with` block: modules receive their tensors when they are called."""
         handles = []
-        for path, names in _owners(self._ours.model, self._blocks):
-            module = self._ours.model.get_submodule(path)
+        for path, names in _owners(self._plain.model, self._blocks):
+            module = self._plain.model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(self._loading(module, names)))
             after = self._comparing(path, module, names) if path in self._blocks else self._unloading(module, names)
             handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -193,7 +199,7 @@ class _Walk:
     def _loading(self, module: nn.Module, names: list[str]) -> Callable[..., None]:
         def load(_: nn.Module, args: Any) -> None:
             for name in names:
-                _set(self._ours, name, self._artifact_tensor(name))
+                _set(self._plain, name, self._artifact_tensor(name))
 
         return load
 
@@ -203,15 +209,15 @@ class _Walk:
         name = self._names[live]
         module = name.removesuffix(".weight")
         wide = name.startswith(self._artifact.family.float32)
-        stored = torch.float32 if wide else self._theirs._stored
+        stored = torch.float32 if wide else self._prepared._stored
         packed = module in self._artifact.manifest.linears
         tensor = self._artifact.linear(module).dequantize(stored) if packed else self._artifact.read(name)
-        return tensor.to(self._ours.device, stored).to(torch.float32 if wide else self._ours.dtype)
+        return tensor.to(self._plain.device, stored).to(torch.float32 if wide else self._plain.dtype)
 
     def _unloading(self, module: nn.Module, names: list[str]) -> Callable[..., None]:
         def unload(*_: Any) -> None:
             for name in names:
-                _set(self._ours, name, None)
+                _set(self._plain, name, None)
 
         return unload
 
@@ -220,7 +226,7 @@ class _Walk:
 
         def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             unload()
-            with self._theirs.loaded(path) as (block, problems):
+            with self._prepared.loaded(path) as (block, problems):
                 self.problems += problems
                 if not problems:
                     self._judge(path, first_output(output).float(), first_output(block(*args, **kwargs)).float())
@@ -229,28 +235,28 @@ class _Walk:
 
         return compare
 
-    def _judge(self, path: str, ours: Tensor, theirs: Tensor) -> None:
-        size = float(ours.abs().max())
-        difference = float((ours - theirs).abs().max()) / max(size, 1e-30)
+    def _judge(self, path: str, plain: Tensor, prepared: Tensor) -> None:
+        size = float(plain.abs().max())
+        difference = float((plain - prepared).abs().max()) / max(size, 1e-30)
         self.difference = max(self.difference, difference)
         if not difference <= TOLERANCE:
-            self.problems.append(f"{path}: its outputs differ by {difference:.1e} of the largest")
+            self.problems.append(f"{path}: its outputs differ by {difference:.1e} of the largest output")
 
 
 def _set(stream: Stream, live: str, tensor: Tensor | None) -> None:
-    """Give the live parameter a tensor, or None: take it away and leave its shape."""
+    """Give the live parameter a tensor; None removes its tensor and keeps its shape."""
     path, _, attribute = live.rpartition(".")
     module = stream.model.get_submodule(path)
     parameter = getattr(module, attribute)
     if tensor is not None and tensor.shape != parameter.shape:
-        raise ArtifactError(f"{live} is {list(tensor.shape)}, its config.json asks for {list(parameter.shape)}")
-    if tensor is None:  # no memory, but the shape, dtype and device that forward passes ask of absent weights too
+        raise ArtifactError(f"{live} has shape {list(tensor.shape)}; config.json requires {list(parameter.shape)}")
+    if tensor is None:  # uses no memory, but has the shape, dtype and device that forward passes read
         tensor = torch.zeros(1, dtype=_dtype(stream, live), device=stream.device).expand(parameter.shape)
     module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _dtype(stream: Stream, live: str) -> torch.dtype:
-    """The dtype in which a parameter is held while it is loaded."""
+    """The dtype in which a parameter is stored while it is loaded."""
     wide = tuple(stream.family.live_name(name) for name in stream.family.float32)
     return torch.float32 if live.startswith(wide) else stream.dtype
 
@@ -263,10 +269,10 @@ def _block_paths(artifact: Artifact) -> list[str]:
 
 
 def _owners(model: nn.Module, blocks: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Modules that are loaded when they are called, with the live names of what they need.
+    """Modules that are loaded when they are called, with the live names of their parameters.
 
-    These are whole blocks, torch's attention (it reads its children's parameters itself), and every other module that
-    has parameters of its own.
+    These are whole blocks, `nn.MultiheadAttention` (it reads its children's parameters itself), and every other module
+    that has parameters.
     """
     whole = set(blocks)
     inside: set[str] = set()

@@ -73,9 +73,9 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.commands.report_tables import report_page
     from exporter.device import choose
     from exporter.evaluation.baseline import require_source
-    from exporter.evaluation.evaluate import keep_report, raise_unless_accepted
+    from exporter.evaluation.evaluate import raise_unless_accepted, store_report
     from exporter.events import Event
-    from exporter.pipeline.export import evaluation_samples, measure, refuse_calibrated
+    from exporter.pipeline.export import evaluation_samples, measure, refuse_calibration_pictures
     from exporter.pipeline.preparation import prepare
 
     own = load_recipe(str(artifact / "recipe.yaml"))
@@ -88,13 +88,13 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
         with ProgressDisplay(as_json) as listen, reading(artifact, listen):
             require_source(Artifact.open(artifact), checkpoint, options["other_baseline"], listen)
             samples = evaluation_samples(plan, sources)
-            refuse_calibrated(artifact, samples)
+            refuse_calibration_pictures(artifact, samples)
             common = (checkpoint, artifact, samples, plan.recipe, chosen, listen)
             if servers and not servers.artifact:
                 return say(_keep_source(*common, store, servers))
             other = bool(options["other_baseline"])
             found = measure(*common, store=store, servers=servers, sources=sources, other_baseline=other)
-            if not keep_report(artifact, found):
+            if not store_report(artifact, found):
                 listen(Event("note", 0, 0, "the artifact keeps its report, which is on more samples than these"))
     except KeyboardInterrupt:
         kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
@@ -144,11 +144,11 @@ def _keep_source(
     servers: "Servers",
 ) -> str:
     """Ask the full-precision model alone, for a comparison once the artifact is served."""
-    from exporter.evaluation.answers import ask
+    from exporter.evaluation.answers import collect_answers
     from exporter.evaluation.evaluate import picture_keys
-    from exporter.pipeline.export import models
+    from exporter.pipeline.export import answerers
 
-    source, _ = models(checkpoint, artifact, recipe, device, servers, listen)
-    ask(source, samples, picture_keys(samples), store, listen)
+    source, _ = answerers(checkpoint, artifact, recipe, device, servers, listen)
+    collect_answers(source, samples, picture_keys(samples), store, listen)
     folder = store.folder if store else ""
     return f"answers of the full-precision model are kept in {folder}; now serve the artifact and give --server"

@@ -57,7 +57,7 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
     from exporter.model.hub import need_token
     from exporter.publishing import repository as made
     from exporter.publishing import upload as work
-    from exporter.publishing.card import Declared
+    from exporter.publishing.card import CardDeclarations
     from exporter.publishing.proof import prove
 
     artifact = artifact.resolve()  # `.` has no name
@@ -74,13 +74,13 @@ def publish(artifact: Path, device: str, as_json: bool, dry_run: bool, force: bo
         work.check_target(target)
         license_keys = {"license": said["license_id"]} if said["license_id"] else {}
         tasks = dict(benchmark(text) for text in said["benchmarks"])
-        declared = Declared(said["base_model"], license_keys, said["datasets"], said["languages"], tasks)
+        declared = CardDeclarations(said["base_model"], license_keys, said["datasets"], said["languages"], tasks)
         if not dry_run:
             need_token()
-        remote = None if dry_run and not online() else work.existing(target)
-        if note := made.told(summary):
+        remote = None if dry_run and not online() else work.existing_repository(target)
+        if note := made.disclosure_note(summary):
             listen(Event("note", 0, 0, note))
-        declared = made.inherited(summary, declared)
+        declared = made.with_source_license(summary, declared)
         found = made.package(artifact, summary, repo, declared, problems, remote, target.replace)
         if dry_run:
             return say(listing(found) if as_json else page(repo, found))

@@ -95,7 +95,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
 
 def _program(request: str | None, only_print: bool) -> tuple[Program, Hardware]:
     """The installed vLLM and what it runs on; to be shown, a command needs neither."""
-    from exporter.serving.launch import TRIED, find_program
+    from exporter.serving.launch import TESTED_VERSION, find_program
     from exporter.serving.preflight import hardware
 
     try:
@@ -104,21 +104,21 @@ def _program(request: str | None, only_print: bool) -> tuple[Program, Hardware]:
         if request or os.environ.get("MMQ_VLLM") or not only_print:
             raise
         click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
-        return Program("vllm", TRIED, cpu=False), None
+        return Program("vllm", TESTED_VERSION, cpu=False), None
     return found, hardware(found)
 
 
 def _faster(artifact: "Artifact", flags: tuple[str, ...], on: Hardware) -> str:
     """What to tell of flags that serve it faster on this GPU, empty if none are known."""
     from exporter.planning.vllm_rules import head_size
-    from exporter.serving.faster import CARD, advice, faster
+    from exporter.serving.faster import HOPPER, advice, faster_flags
     from exporter.serving.negative_control import modules_of
 
-    if artifact.manifest.format != "compressed_tensors" or on not in (None, CARD):
+    if artifact.manifest.format != "compressed_tensors" or on not in (None, HOPPER):
         return ""
     language = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
     others = {group.scheme for group in artifact.groups} - language
-    return advice(faster(language, others, artifact.kv_cache, head_size(artifact.checkpoint.config)), flags)
+    return advice(faster_flags(language, others, artifact.kv_cache, head_size(artifact.checkpoint.config)), flags)
 
 
 def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
@@ -190,7 +190,7 @@ def check(
     from exporter.device import choose
     from exporter.evaluation.backends import weights_digest
     from exporter.model.processor import load_processor
-    from exporter.serving.check import Session, as_plain, keep
+    from exporter.serving.check import Session, as_plain, store_result
     from exporter.serving.check import check as run
     from exporter.serving.launch import find_program
     from exporter.serving.preflight import refuse_unserved
@@ -213,7 +213,7 @@ def check(
             options["disturb"],
         )
         found = run(artifact, samples, load_processor(artifact), session, control=not options["no_control"])
-        keep(artifact, found, weights_digest(Artifact.open(artifact)))
+        store_result(artifact, found, weights_digest(Artifact.open(artifact)))
     say(as_plain(found) if as_json else checked_page(found))
     if not found.passed:
         lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
@@ -242,11 +242,11 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
 def questions(artifact: Path, places: tuple[Any, ...], count: int) -> list[Any]:
     """Test samples of every task of the artifact's gates, in turn, from `places` or else by its own recipe."""
     from exporter.data import samples_from
-    from exporter.pipeline.export import tested_on
+    from exporter.pipeline.export import test_sources
     from exporter.planning.recipe_file import load_recipe
 
     recipe = load_recipe(str(artifact / "recipe.yaml"))
     tasks = list(dict.fromkeys(gate.task for gate in recipe.gates)) or ["vqa"]
-    chosen, seed = places or tested_on(recipe), recipe.evaluation.seed
+    chosen, seed = places or test_sources(recipe), recipe.evaluation.seed
     lists = [samples_from(chosen, task, "test", -(-count // len(tasks)), seed) for task in tasks]
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]

@@ -4,7 +4,7 @@ import json
 import shlex
 
 from exporter.inference.openai_client import message, png
-from exporter.serving.check import Checked
+from exporter.serving.check import CheckResult
 from exporter.serving.launch import Launch
 
 QUESTION = "What color is the picture?"
@@ -38,7 +38,7 @@ def python_line(launch: Launch) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def checked_page(found: Checked) -> str:
+def checked_page(found: CheckResult) -> str:
     """What a check found, in a few lines."""
     lines = [f"vllm {found.engine}, ready after {found.startup_seconds:.0f} s, answered {found.questions} questions"]
     if found.compared:

@@ -8,11 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.amounts import duration, memory, size
-from exporter.artifact.verify import Verified
+from exporter.artifact.verify import Verification
 from exporter.commands.report_tables import report_page
 from exporter.device import Device
-from exporter.evaluation.gate_text import SAYS
-from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unknown
+from exporter.evaluation.gate_text import VERDICT_SENTENCES
+from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unpredictable
 from exporter.pipeline.export import Export
 from exporter.planning.plan import Plan, PlanRow
 from exporter.planning.recipe import Recipe
@@ -94,7 +94,7 @@ def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence
     advice = advise(plan.recipe)
     if advice:
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
-    if rest := unknown(plan.recipe):
+    if rest := unpredictable(plan.recipe):
         parts.append(rest)
     parts += [f"warning: {line}" for line in too_few(plan.recipe)]
     return Group(*parts, *(f"warning: {warning}" for warning in (*plan.warnings, *warnings)))
@@ -193,7 +193,7 @@ def _ending(result: Export) -> str:
     """How to serve the artifact, or why not to."""
     gates = result.report.gates if result.report else None
     if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
-        return SAYS[result.report.verdict] if result.report else ""
+        return VERDICT_SENTENCES[result.report.verdict] if result.report else ""
     serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
     ungated = "the recipe has no gates: no loss would have failed it\n" if gates == () else ""
     return ungated + (result.plan.family.unserved or serve)
@@ -213,7 +213,7 @@ def export_json(result: Export) -> dict[str, Any]:
     }
 
 
-def verified_line(verified: Verified) -> str:
+def verified_line(verified: Verification) -> str:
     """What `verify` checked, in one line."""
     line = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
     line += " and like the source's" if verified.source else ""

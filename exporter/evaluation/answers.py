@@ -1,7 +1,7 @@
-"""Answers kept on disk, so that a stopped evaluation goes on and the same question is never asked twice.
+"""Answers of models, stored on disk so that a stopped evaluation resumes and no question runs twice.
 
-An answer is looked up by everything that decides it: the model's identity (weights, generation, library versions),
-the prompt and the picture. Finished batches are files of their own, written atomically, so a kill loses one batch.
+The key of an answer is everything that determines it: the model's identity (weights, generation, library versions), the
+prompt and the picture. Each finished batch is one file, written atomically, so a kill loses at most one batch.
 """
 
 import hashlib
@@ -17,26 +17,26 @@ from exporter.events import Event, Listener, ignore
 from exporter.files.writing import make_folder, write_text
 from exporter.tasks.sample import Sample
 
-VERSION = 2  # raised when the same inputs give other answers, or the files another layout
+VERSION = 2  # increase it when the same inputs give other answers, or when the layout of the files changes
 ABOUT = "about.json"
 
-Answers = dict[str, list[str]]  # task -> one answer a sample
+Answers = dict[str, list[str]]  # task -> one answer per sample
 
 
 class Backend(Protocol):
-    """Whatever answers: transformers in this process, or a server."""
+    """A source of answers: transformers in this process, or a server."""
 
     def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
-        """Number of a sample -> its answer without surrounding spaces, in pieces, as they are finished."""
+        """Yield finished pieces: index of a sample -> its answer without surrounding spaces."""
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """One model to be asked.
+    """One model that answers samples.
 
-    label: what progress calls it. identity: everything but prompt and picture that decides its answers.
-    prompt: what a sample is asked, whole. opened: the back end, loaded only when an answer is missing.
-    require_unchanged: raises when the weights are no longer those of the identity; called before answers are kept.
+    label: name of the model in progress events. identity: everything but prompt and picture that determines answers.
+    prompt: complete prompt of a sample. opened: context of the back end, entered only when an answer is missing.
+    require_unchanged: raises when the weights no longer match the identity; called before answers are stored.
     """
 
     label: str
@@ -47,13 +47,13 @@ class Answerer:
 
 
 class Store:
-    """Answers below one folder, a folder a model and a file a finished batch. Safe for several writers."""
+    """Answers below one folder: one subfolder per model, one file per finished batch. Safe for several writers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, identity: Mapping[str, Any], on_event: Listener = ignore) -> dict[str, str]:
-        """Key -> answer of one model. A damaged file is deleted with a note: its batch is asked again."""
+        """Key -> answer of one model. Delete damaged files with a note; their batches run again."""
         answers: dict[str, str] = {}
         for path in sorted(self._place(identity).glob("*.json")):
             if path.name == ABOUT:
@@ -61,13 +61,13 @@ class Store:
             batch = _batch(path)
             if batch is None:
                 path.unlink(missing_ok=True)
-                on_event(Event("note", 0, 0, f"{path} is damaged: its answers are asked for again"))
+                on_event(Event("note", 0, 0, f"{path} was damaged and is deleted: its samples run again"))
             else:
                 answers |= batch
         return answers
 
     def add(self, identity: Mapping[str, Any], answers: Mapping[str, str]) -> None:
-        """Keep one finished batch; either all of it is on disk or nothing."""
+        """Store one finished batch atomically."""
         place = self._place(identity)
         if not (place / ABOUT).exists():
             make_folder(place)
@@ -80,14 +80,14 @@ class Store:
 
 
 def _batch(path: Path) -> dict[str, str] | None:
-    """The answers in one file; None when it does not hold what was written."""
+    """Read the answers in one file; None when the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         answers: dict[str, str] = content["answers"]
-        good = digest(answers) == content["sha256"] and all(isinstance(text, str) for text in answers.values())
+        valid = digest(answers) == content["sha256"] and all(isinstance(text, str) for text in answers.values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return answers if good else None
+    return answers if valid else None
 
 
 def digest(content: Any) -> str:
@@ -95,19 +95,19 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def ask(
+def collect_answers(
     model: Answerer,
     samples: Mapping[str, Sequence[Sample]],
     pictures: Mapping[str, Sequence[str]],
     store: Store | None,
     on_event: Listener,
 ) -> Answers:
-    """One answer a sample of every task; every finished batch is kept in `store`.
+    """Answers of one model to all samples, from `store` where it has them; store every new batch.
 
-    pictures: the content hash of every sample's picture. store None keeps nothing.
+    pictures: content hash of every sample's picture. store: None stores nothing. DataError when an answer is missing.
     """
-    flat = [sample for found in samples.values() for sample in found]
-    hashes = [picture for found in pictures.values() for picture in found]
+    flat = [sample for of_task in samples.values() for sample in of_task]
+    hashes = [picture for of_task in pictures.values() for picture in of_task]
     keys = [digest([model.prompt(s), picture]) for s, picture in zip(flat, hashes, strict=True)]
     known = store.read(model.identity, on_event) if store else {}
     missing = list({key: i for i, key in enumerate(keys) if key not in known}.values())
@@ -123,8 +123,10 @@ def ask(
                 known |= batch
                 left = sum(keys[i] not in known for i in missing)
                 on_event(Event("evaluate", len(flat) - left, len(flat), message))
-    lost = [s.identity for s, key in zip(flat, keys, strict=True) if key not in known]
-    if lost:
-        raise DataError(f"{model.label} gave no answer to {len(lost)} of {len(flat)} samples, first {lost[0]}")
-    given = iter(keys)
-    return {task: [known[next(given)] for _ in found] for task, found in samples.items()}
+    unanswered = [s.identity for s, key in zip(flat, keys, strict=True) if key not in known]
+    if unanswered:
+        raise DataError(
+            f"the {model.label} model did not answer {len(unanswered)} of {len(flat)} samples, first {unanswered[0]}"
+        )
+    remaining = iter(keys)
+    return {task: [known[next(remaining)] for _ in of_task] for task, of_task in samples.items()}

@@ -1,4 +1,4 @@
-"""The models an evaluation asks: the source or an artifact, by transformers in this process or behind a server."""
+"""Back ends of an evaluation: source and artifact run by transformers in this process, or by a server."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -33,25 +33,25 @@ SOURCE, ARTIFACT = "full precision", "artifact"
 
 @dataclass(frozen=True)
 class Servers:
-    """Where both models are served. None: the answers must be on disk already."""
+    """Servers of both models. None: the answers of that model must already be on disk."""
 
     source: Server | None
     artifact: Server | None
 
 
-def here(
+def local_answerers(
     checkpoint: Checkpoint,
     artifact: Artifact,
     device: Device,
     batch: int,
     on_event: Listener = ignore,
 ) -> tuple[Answerer, Answerer]:
-    """Source and artifact, each loaded by transformers when its turn comes; both with the source's processor.
+    """Answerers that load source and artifact with transformers on demand; both use the source's processor.
 
-    batch: the most samples at once; fewer where memory is short. Both models are held in the same way.
+    batch: largest number of samples at once; less where memory is short. Both models use the same placement.
     """
-    held = placed(checkpoint, artifact.family, device, batch)
-    how = _computed(held, device)
+    placement = placement_of(checkpoint, artifact.family, device, batch)
+    settings = _computed(placement, device)
     family = artifact.family
 
     @cache
@@ -63,27 +63,27 @@ def here(
     ) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
-            if held.note:
-                on_event(Event("note", 0, 0, held.note))
-            load = load_passing if held.streamed else load_whole
-            loaded = load(family, checkpoint.config, names, read, device.torch_device, held.dtype)
+            if placement.note:
+                on_event(Event("note", 0, 0, placement.note))
+            load = load_passing if placement.streamed else load_whole
+            loaded = load(family, checkpoint.config, names, read, device.torch_device, placement.dtype)
             round_as_served(loaded, rounded, gpu=True)
-            predictor = Predictor(loaded, processor(), family, device.torch_device, held.batch, on_event)
+            predictor = Predictor(loaded, processor(), family, device.torch_device, placement.batch, on_event)
             del loaded
             try:
                 yield predictor
             finally:
                 predictor.close()
-                gc.collect()  # modules and their hooks hold each other
+                gc.collect()  # modules and their hooks form reference cycles
                 release(device)
 
-        identity = _identity(family, weights(), checkpoint) | how | rounded.described()
+        identity = _identity(family, weights(), checkpoint) | settings | rounded.described()
 
         def require_unchanged() -> None:
             if weights() != identity["weights"]:
-                raise CheckpointError(f"the {label} model changed while it answered", "run the same command again")
+                raise CheckpointError(f"the {label} model changed during the run", "run the same command again")
 
-        return Answerer(label, identity, lambda sample: _asked(processor(), family, sample), opened, require_unchanged)
+        return Answerer(label, identity, lambda sample: _query(processor(), family, sample), opened, require_unchanged)
 
     return (
         model(SOURCE, lambda: checkpoint.digest(on_event), list(checkpoint.tensors), checkpoint.read),
@@ -91,47 +91,49 @@ def here(
     )
 
 
-def _computed(held: Placement, device: Device) -> dict[str, Any]:
-    """What computes the answers in this process."""
+def _computed(placement: Placement, device: Device) -> dict[str, Any]:
+    """Back end, device, dtype and package versions, for the identity of answers from this process."""
     return {
         "backend": "transformers",
         "device": device.torch_device.type,
-        "dtype": str(held.dtype).removeprefix("torch."),
+        "dtype": str(placement.dtype).removeprefix("torch."),
         "versions": package_versions(),
     }
 
 
-def placed(checkpoint: Checkpoint, family: Family, device: Device, batch: int) -> Placement:
-    """How a model of this checkpoint's shapes is held in the memory that is free now."""
+def placement_of(checkpoint: Checkpoint, family: Family, device: Device, batch: int) -> Placement:
+    """Placement (whole or streamed, batch, dtype) of a model of this checkpoint's shapes in the memory now free."""
     stored = next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
     model = whole_model(checkpoint.tensors, family, checkpoint.config)
     return place(model, stored, device, free_bytes(device.torch_device), batch)
 
 
-def _asked(processor: Any, family: Family, sample: Sample) -> str:
-    """What decides an answer besides picture and weights: the prompt, or the pool and the place in it.
+def _query(processor: Any, family: Family, sample: Sample) -> str:
+    """Key of a sample besides picture and weights: its prompt; for retrieval its pool and position in the pool.
 
-    Two pictures of a pool can have the same pixels and other texts, and then other ranks.
+    Two pictures of a pool may have the same pixels but different texts, and therefore different ranks.
     """
     if sample.among is None:
         return render(processor, family, sample, None)
     return digest([sample.among.digest, sample.identity, sample.references])
 
 
-def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Answerer, Answerer]:
-    """Source and artifact behind servers. A server's word is taken for which weights it holds.
+def served_answerers(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Answerer, Answerer]:
+    """Answerers of source and artifact behind servers. mmq trusts the server about which weights it serves.
 
-    Where it says from which folder it serves (vLLM's `root`), another folder than the artifact's is an error.
+    When the server reports its model folder (vLLM's `root`), DataError if it is not the artifact's folder.
     """
     family = artifact.family
     if family.unserved:
-        raise DataError(f"no server answers for {family.name}: {family.unserved}", "leave --server out")
+        raise DataError(f"mmq cannot evaluate {family.name} behind a server: {family.unserved}", "leave out --server")
 
     def model(label: str, weights: str, server: Server | None, folder: Path | None) -> Answerer:
         @contextmanager
         def opened() -> Iterator[Backend]:
             if server is None:
-                raise DataError(f"no server for the {label} model, and its answers are not all kept", _STEPS)
+                raise DataError(
+                    f"the {label} model has no server, and some of its answers are not in the answer store", _STEPS
+                )
             entry = server.served()
             _check_root(server, entry, folder)
             name = str(entry["id"])
@@ -147,8 +149,8 @@ def served(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tupl
 
 
 _STEPS = (
-    "both models are asked the same way: give --baseline-server beside --server; with one GPU, serve the source and "
-    "run with --baseline-server alone first, then serve the artifact and run with --server"
+    "both models need a server: give --baseline-server and --server; with one GPU, first serve the source and run with "
+    "--baseline-server only, then serve the artifact and run with --server"
 )
 
 
@@ -161,7 +163,7 @@ def _check_root(server: Server, entry: dict[str, Any], folder: Path | None) -> N
 
 
 def weights_digest(artifact: Artifact) -> str:
-    """Identity of an artifact's weights: the manifest's hashes, and every byte of its shards as they are now."""
+    """Identity of an artifact's weights: sha256 of the manifest's hashes and of the shards' current content."""
     return digest([artifact.manifest.files, artifact.checkpoint.digest()])
 
 

@@ -1,4 +1,4 @@
-"""Baseline beside artifact on the same samples: every score of both, measures and gates, and answers that changed."""
+"""Evaluate baseline and artifact on the same samples: scores of both, measures, gates and changed answers."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
-from exporter.evaluation.answers import Answerer, Answers, Store, ask
+from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
 from exporter.evaluation.gate_text import accepted, sentence
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import (
     REPORT,
-    Answered,
+    AnswerPair,
     Bootstrap,
     EvaluationRecord,
     MetricScores,
@@ -28,8 +28,8 @@ from exporter.planning.recipe import Gate, Recipe
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
 
-CHANGED_KEPT = 200  # answers that changed in one report, the worst first; `counts` counts all
-EXAMPLES = 4  # samples of each task that are kept whatever became of them
+MAX_CHANGED = 200  # changed answers in one report, largest loss first; `counts` counts all of them
+EXAMPLES = 4  # samples per task in the report, whether their answers changed or not
 
 
 def measure(
@@ -41,31 +41,33 @@ def measure(
     on_event: Listener,
     about: Mapping[str, Any],
 ) -> Report:
-    """Ask both models every task's samples and compare. about: what the caller knows of the data, for the report."""
+    """Run both models on the samples of every task and compare. about: facts about the data, for the report."""
     pictures = picture_keys(samples)
-    answers = [ask(model, samples, pictures, store, on_event) for model in (before, after)]
-    _judge_numbers((before.label, after.label), answers, on_event)
+    answers = [collect_answers(model, samples, pictures, store, on_event) for model in (before, after)]
+    _check_finite((before.label, after.label), answers, on_event)
     report = compare(answers[0], answers[1], samples, recipe.gates, recipe.evaluation.seed, pictures)
     bootstrap = Bootstrap(resamples=RESAMPLES, confidence=CONFIDENCE, seed=recipe.evaluation.seed)
     models = {model.label: dict(model.identity) for model in (before, after)}
-    found = EvaluationRecord.model_validate({**about, "bootstrap": bootstrap, "models": models}, strict=False)
-    return report.model_copy(update={"evaluation": found})
+    record = EvaluationRecord.model_validate({**about, "bootstrap": bootstrap, "models": models}, strict=False)
+    return report.model_copy(update={"evaluation": record})
 
 
-def _judge_numbers(labels: tuple[str, str], answers: Sequence[Answers], on_event: Listener) -> None:
-    """Retrieval scores that are not finite count as misses: a note for the artifact, an error for the baseline."""
-    broken = [retrieval.without_numbers(given.get(retrieval.NAME, [])) for given in answers]
+def _check_finite(labels: tuple[str, str], answers: Sequence[Answers], on_event: Listener) -> None:
+    """Check retrieval scores: non-finite scores of the artifact give a note, those of the baseline a DataError."""
+    broken = [retrieval.without_numbers(of_model.get(retrieval.NAME, [])) for of_model in answers]
     counts = zip(labels, broken, strict=True)
     texts = [f"{label}: scores of {count} samples are not finite numbers" for label, count in counts]
     if broken[0]:
-        raise DataError(texts[0], "its weights are damaged or overflow here: check the files, or try another device")
+        raise DataError(
+            texts[0], "the weights are damaged or overflow on this device: check the files, or try another device"
+        )
     if broken[1]:
-        on_event(Event("note", 1, 1, f"{texts[1]}; they count as not found"))
+        on_event(Event("note", 1, 1, f"{texts[1]}; they count as misses"))
 
 
 def picture_keys(samples: Mapping[str, Sequence[Sample]]) -> dict[str, list[str]]:
     """Content hash of every sample's picture."""
-    return {task: [image_key(sample.image()) for sample in found] for task, found in samples.items()}
+    return {task: [image_key(sample.image()) for sample in of_task] for task, of_task in samples.items()}
 
 
 def compare(
@@ -76,21 +78,22 @@ def compare(
     seed: int,
     pictures: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
-    """Score both sets of answers and decide the gates. pictures: `picture_keys` of the samples, where known already."""
+    """Score both sets of answers and decide the gates. pictures: `picture_keys` of the samples; None computes them."""
     keys = picture_keys(samples) if pictures is None else pictures
     scored, corpus = {}, {}
-    changed: list[list[Answered]] = []
-    examples: list[Answered] = []
-    for task, found in samples.items():
+    changed: list[list[AnswerPair]] = []
+    examples: list[AnswerPair] = []
+    for task, of_task in samples.items():
         gated = [gate.metric for gate in gates if gate.task == task]
         answers = (before[task], after[task])
-        scored[task] = _scores(task, found, keys[task], answers, gated)
-        corpus[task] = _corpus(task, found, answers, scored[task].scores)
-        rows = _rows(task, found, keys[task], answers, scored[task].scores[TASKS[task].METRICS[0]])
+        scored[task] = _scores(task, of_task, keys[task], answers, gated)
+        corpus[task] = _corpus(task, of_task, answers, scored[task].scores)
+        rows = _rows(task, of_task, keys[task], answers, scored[task].scores[TASKS[task].METRICS[0]])
         examples += rows[:EXAMPLES]
         changed.append(sorted((row for row in rows if row.before != row.after), key=_loss, reverse=True))
     judged = judge(scored, gates, seed)
-    in_turn = [row for turn in zip_longest(*changed) for row in turn if row]  # scores of two tasks do not compare
+    # Scores of different tasks are not comparable, so the changed answers alternate between the tasks.
+    alternating = [row for group in zip_longest(*changed) for row in group if row]
     return Report(
         passed=judged.verdict == "passed",
         verdict=judged.verdict,
@@ -98,15 +101,15 @@ def compare(
         gates=judged.gates,
         samples=scored,
         by_kind=judged.by_kind,
-        changed=tuple(in_turn[:CHANGED_KEPT]),
+        changed=tuple(alternating[:MAX_CHANGED]),
         examples=tuple(examples),
         corpus=corpus,
         counts=judged.counts,
     )
 
 
-def _loss(row: Answered) -> float:
-    """By how much the artifact scores less on one sample."""
+def _loss(row: AnswerPair) -> float:
+    """Score of full precision minus score of the artifact on one sample."""
     assert row.scores
     return row.scores[0] - row.scores[1]
 
@@ -118,8 +121,8 @@ def _scores(
     answers: tuple[Sequence[str], Sequence[str]],
     gated: Sequence[str],
 ) -> TaskScores:
-    """Every score of both models, and for the metrics of gates what chance would score."""
-    before, after = (TASKS[task].score(given, samples) for given in answers)
+    """Every score of both models, and for gated metrics the score of answers that ignore the picture."""
+    before, after = (TASKS[task].score(of_model, samples) for of_model in answers)
     chance = TASKS[task].chance(answers[0], samples, gated)
     return TaskScores(
         ids=tuple(sample.identity for sample in samples),
@@ -143,8 +146,8 @@ def _corpus(
     answers: tuple[Sequence[str], Sequence[str]],
     scores: Mapping[str, MetricScores],
 ) -> dict[str, tuple[float, float]]:
-    """Figures of the whole set that the means do not show already; by kind there is `by_kind`."""
-    before, after = (TASKS[task].corpus(given, samples) for given in answers)
+    """Corpus metrics of both models that are not means of the scores; `by_kind` has those per question type."""
+    before, after = (TASKS[task].corpus(of_model, samples) for of_model in answers)
     known = {metric: sum(values.before) / max(1, len(values.before)) for metric, values in scores.items()}
     names = [name for name, value in before.items() if " " not in name and not _same(value, known.get(name))]
     return {name: (before[name], after[name]) for name in names}
@@ -160,10 +163,10 @@ def _rows(
     pictures: Sequence[str],
     answers: tuple[Sequence[str], Sequence[str]],
     scores: MetricScores,
-) -> list[Answered]:
-    """Every sample with both answers and what they scored by the task's first metric."""
+) -> list[AnswerPair]:
+    """Every sample with both answers and their scores by the task's first metric."""
     return [
-        Answered(
+        AnswerPair(
             task=task,
             id=s.identity,
             question=s.question,
@@ -181,15 +184,16 @@ def _rows(
     ]
 
 
-def keep_report(folder: Path, report: Report) -> bool:
-    """Put the report beside the weights it judges; what `mmq check` measured stays.
+def store_report(folder: Path, report: Report) -> bool:
+    """Write the report into the artifact's folder, with the results of `mmq check` from the old report.
 
-    A report on the same data is not replaced by one that has fewer samples of a task and more of none: False then.
+    Return False and keep the old report when it is on the same data and the new one has fewer samples of some task and
+    more of none.
     """
     old, serving = read_report(folder)
     if old and old.evaluation.data == report.evaluation.data:
-        had, has = ({m.task: m.samples for m in each.measures} for each in (old, report))
-        gained = [has.get(task, 0) - had.get(task, 0) for task in had | has]
+        before, after = ({m.task: m.samples for m in stored.measures} for stored in (old, report))
+        gained = [after.get(task, 0) - before.get(task, 0) for task in before | after]
         if min(gained, default=0) < 0 and max(gained) <= 0:
             return False
     write_report(folder, report, serving)
@@ -197,23 +201,27 @@ def keep_report(folder: Path, report: Report) -> bool:
 
 
 def raise_unless_accepted(report: Report, where: Path) -> None:
-    """GateFailed when a gate failed or could not be decided, GateNotResolved when one needs more samples or data."""
-    rest = [gate for gate in report.gates if not accepted(gate)]
-    if not rest:
+    """GateFailed when a gate failed or is not comparable, GateNotResolved when one needs more samples or data."""
+    open_gates = [gate for gate in report.gates if not accepted(gate)]
+    if not open_gates:
         return
-    lines = "\n".join(f"  {sentence(gate)}" for gate in rest)
-    verdicts = {gate.verdict for gate in rest}
-    count = f"{where}: {len(rest)} of {len(report.gates)} gates"
+    lines = "\n".join(f"  {sentence(gate)}" for gate in open_gates)
+    verdicts = {gate.verdict for gate in open_gates}
+    count = f"{where}: {len(open_gates)} of {len(report.gates)} gates"
     if "failed" in verdicts:
         hint = f"{REPORT} lists changed answers; more bits, smaller groups or another method may help"
         raise GateFailed(f"{count} {'failed' if verdicts == {'failed'} else 'did not pass'}\n{lines}", hint)
     if "not comparable" in verdicts:
-        raise GateFailed(f"{count} could not be decided\n{lines}", "ask the full-precision model a few samples by hand")
-    raise GateNotResolved(f"{count} are not resolved\n{lines}", _more(verdicts))
+        hint = "check some answers of the full-precision model by hand"
+        raise GateFailed(f"{count} could not be decided\n{lines}", hint)
+    raise GateNotResolved(f"{count} are not resolved\n{lines}", _resolution_hint(verdicts))
 
 
-def _more(verdicts: Collection[str]) -> str:
-    """What resolves gates that neither passed nor failed."""
-    samples = "`mmq evaluate --eval-samples N` asks only the new ones; `decide: point` in a recipe's gate accepts this"
-    data = "`mmq evaluate --data SOURCE` measures them on data that has these tasks"
+def _resolution_hint(verdicts: Collection[str]) -> str:
+    """Hint for gates that neither passed nor failed."""
+    samples = (
+        "`mmq evaluate --eval-samples N` runs only the additional samples; `decide: point` in the recipe's gate "
+        "decides by the measured change"
+    )
+    data = "`mmq evaluate --data SOURCE` measures the gates on data with samples of these tasks"
     return "; ".join([samples] * ("not resolved" in verdicts) + [data] * ("not measured" in verdicts))

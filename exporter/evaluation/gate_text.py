@@ -1,16 +1,16 @@
-"""Verdicts of gates in words, the same in the terminal, on the report's page and on the model card."""
+"""Texts for the verdicts of gates, shared by the terminal, the HTML report and the model card."""
 
 from exporter.evaluation.gates import Overall
 from exporter.evaluation.report_file import GateResult
 
-RULES = {  # of `decide`: what a gate that is not resolved counts as
+DECIDE_RULES = {  # `decide` of a gate -> what decides it
     "upper": "the whole interval",
     "point": "the measured change when the interval crosses the bound",
 }
 
 
 def accepted(gate: GateResult) -> bool:
-    """Whether the recipe is content: the gate passed, or it lets the measured change decide and that is in bounds."""
+    """Whether a gate passed, or is not resolved but `decide: point` accepts its measured change."""
     if gate.verdict == "not resolved" and gate.decide == "point":
         return gate.change is not None and gate.change >= -gate.max_drop
     return gate.verdict == "passed"
@@ -23,7 +23,7 @@ def sentence(gate: GateResult) -> str:
 
 def _why(gate: GateResult) -> str:
     if gate.verdict == "not measured":
-        return ", no samples of it were asked"
+        return ", the evaluation has no samples of this task"
     if gate.verdict == "not comparable":
         return f", {incomparable(gate)}; check prompt and data"
     text = f" with {gate.samples:,} samples" if gate.verdict == "not resolved" else ""
@@ -32,7 +32,7 @@ def _why(gate: GateResult) -> str:
 
 
 def bounds(gate: GateResult) -> str:
-    """The measured change, its interval and what is allowed, as shares of the full-precision score."""
+    """The measured change, its interval and the allowed change, relative to the full-precision score."""
     if gate.change is None or gate.low is None or gate.high is None:
         return f"allowed {-gate.max_drop:+z.1%}"
     interval = f"95 % interval {gate.low:+z.1%} to {gate.high:+z.1%}"
@@ -40,34 +40,34 @@ def bounds(gate: GateResult) -> str:
 
 
 def incomparable(gate: GateResult) -> str:
-    """Why nothing can be compared with this full-precision score."""
+    """The reason why a relative change from this full-precision score has no meaning."""
     if gate.before is None or gate.before <= 0:
-        return "the full-precision model scores 0, so nothing can be compared"
+        return "the full-precision model scores 0, so a relative change is undefined"
     return (
         f"the full-precision model scores at chance level ({gate.before:.4f} on {gate.samples or 0:,} samples; answers "
-        f"that ignore the picture score {gate.chance or 0:.4f}), so nothing can be compared"
+        f"that ignore the picture score {gate.chance or 0:.4f}), so a relative change has no meaning"
     )
 
 
 def more_samples(gate: GateResult) -> str:
-    """How many samples would resolve a gate that is not."""
+    """The estimated number of samples that resolves a gate."""
     if gate.samples_needed is None:
-        return "the measured change is too near to the bound to be resolved by more samples"
+        return "the measured change is too close to the bound for more samples to resolve it"
     needed = rounded_up(gate.samples_needed)
     return f"about {needed:,} samples would resolve it (--eval-samples {needed})"
 
 
 def rounded_up(count: int) -> int:
-    """A count with two digits that are not 0: what it is an estimate of is not known better."""
+    """Round a count up to two significant digits, the precision of the estimate."""
     step = int(10 ** max(0, len(str(count)) - 2))
     return -(-count // step) * step
 
 
-SAYS: dict[Overall, str] = {
+VERDICT_SENTENCES: dict[Overall, str] = {
     "passed": "every gate passed",
-    "failed": "a gate failed: more was lost than the recipe allows",
+    "failed": "a gate failed: the loss is larger than the recipe allows",
     "not comparable": "a gate could not be decided: the full-precision model itself scores at chance level or 0",
     "not measured": "a gate was not measured",
-    "not resolved": "a gate is not resolved: with these samples the loss may be within its bound or beyond",
-    "no gates": "the recipe names no gates",
+    "not resolved": "a gate is not resolved: with this number of samples the loss may be within its bound or beyond it",
+    "no gates": "the recipe has no gates",
 }

@@ -1,16 +1,17 @@
-"""What the interval of a change says of a gate, as pure functions of numbers."""
+"""Verdicts of gates from confidence intervals, as pure functions of numbers."""
 
 from collections.abc import Collection
 from typing import Literal, get_args
 
-Verdict = Literal["failed", "not comparable", "not measured", "not resolved", "passed"]  # the worst first
+Verdict = Literal["failed", "not comparable", "not measured", "not resolved", "passed"]  # worst first
 Overall = Literal[Verdict, "no gates"]
 
 
-def decided(low: float, high: float, max_drop: float) -> Verdict:
-    """A gate's verdict by the interval of the change. All are shares of the full score; a drop is a negative change.
+def interval_verdict(low: float, high: float, max_drop: float) -> Verdict:
+    """Verdict of a gate from the interval `low` to `high` of the change, relative to the full-precision score.
 
-    passed: the whole interval is within the bound. failed: the whole interval is beyond it. not resolved: it crosses.
+    A drop is a negative change. passed: the whole interval is within the bound. failed: the whole interval is beyond
+    it. not resolved: the interval contains the bound.
     """
     if low >= -max_drop:
         return "passed"
@@ -18,6 +19,6 @@ def decided(low: float, high: float, max_drop: float) -> Verdict:
 
 
 def worst(verdicts: Collection[Verdict]) -> Overall:
-    """The verdict of a report from those of its gates."""
+    """Verdict of a report: the worst verdict of its gates."""
     named: tuple[Verdict, ...] = get_args(Verdict)
     return next((verdict for verdict in named if verdict in verdicts), "no gates")

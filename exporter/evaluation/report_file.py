@@ -1,9 +1,9 @@
-"""`mmq_report.json` as typed data: scores of both models, gates, answers that changed, and what `mmq check` measured.
+"""Schema of `mmq_report.json`: scores of both models, gates, changed answers, and the result of `mmq check`.
 
-Anybody may have written the file, so it is checked when it is read. `samples` holds every score of both models:
-measures, intervals and gates follow from it (`verdicts`), and `mmq publish` computes them again. Every change is
-artifact minus full precision. Reports of version 1 had drops, full precision minus artifact, and no `samples`; they are
-read with the signs of today.
+Files from the hub are untrusted, so every value is validated on reading. `samples` holds every score of both models;
+`judge` computes measures, intervals and gates from it, and `mmq publish` recomputes them. A change is artifact minus
+full precision. Reports of version 1 have drops (full precision minus artifact) and no `samples`; `report_upgrade`
+converts them.
 """
 
 import json
@@ -21,7 +21,7 @@ from exporter.files.writing import write_text
 REPORT = "mmq_report.json"
 VERSION = 2
 
-MetricName = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,50}$")]  # of a task or a metric
+MetricName = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,50}$")]  # name of a task or a metric
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
 
 
@@ -32,10 +32,9 @@ class Closed(Document):
 
 
 class MetricScores(Closed):
-    """One metric of one task, a score a sample in the order of `TaskScores.ids`.
+    """One metric of one task, one score per sample in the order of `TaskScores.ids`.
 
-    before: full precision. after: artifact. chance: what an answer scores that does not depend on the picture; kept for
-    the metrics of gates.
+    before: full precision. after: artifact. chance: of answers that ignore the picture; only for metrics of gates.
     """
 
     before: tuple[float, ...]
@@ -56,11 +55,11 @@ class TaskScores(Closed):
     def _same_length(self) -> Self:
         size = len(self.ids)
         if not size:
-            raise ValueError("there are no samples")
+            raise ValueError("ids is empty; a task has at least one sample")
         lists: dict[str, tuple[Any, ...] | None] = {"pictures": self.pictures, "kinds": self.kinds}
         for metric, scores in self.scores.items():
             lists |= {f"{metric} {key}": getattr(scores, key) for key in ("before", "after", "chance")}
-        wrong = [f"{len(each)} {name}" for name, each in lists.items() if each is not None and len(each) != size]
+        wrong = [f"{len(part)} {name}" for name, part in lists.items() if part is not None and len(part) != size]
         if wrong:
             raise ValueError(f"{size} ids, but {', '.join(wrong)}")
         if list(self.changed) != sorted(set(self.changed)) or (self.changed and self.changed[-1] >= size):
@@ -69,7 +68,10 @@ class TaskScores(Closed):
 
 
 class StoredDifference(Closed):
-    """Means of both models, their difference `change` (after - before), and the ends of its 95 % interval."""
+    """Means of both models, their difference `change` (after - before) and its 95 % interval `low` to `high`.
+
+    sd: standard deviation of the changes per sample.
+    """
 
     before: float
     after: float
@@ -80,7 +82,7 @@ class StoredDifference(Closed):
 
 
 class Measure(Closed):
-    """One metric of one task. samples_to_resolve_one_percent: see `verdicts.needed`."""
+    """One metric of one task. samples_to_resolve_one_percent: number of samples for an interval of +- 1 %."""
 
     task: MetricName
     metric: MetricName
@@ -92,9 +94,9 @@ class Measure(Closed):
 class GateResult(Closed):
     """One gate of the recipe and its verdict.
 
-    change, low, high: the measured change and the ends of its 95 % interval, as shares of the full-precision score;
-    None where nothing can be compared. chance: mean score of answers that do not depend on the picture.
-    samples_needed: about how many would resolve it.
+    change, low, high: measured change and its 95 % interval, relative to the full-precision score; None when the gate
+    is not comparable. chance: mean score of answers that ignore the picture. samples_needed: estimated number of
+    samples that resolves the gate.
     """
 
     task: MetricName
@@ -111,10 +113,10 @@ class GateResult(Closed):
     samples_needed: Positive | None = None
 
 
-class Answered(Closed):
+class AnswerPair(Closed):
     """One sample with both answers.
 
-    scores: of the task's first metric, before and after. image: `image_key`. file: in the data's folder.
+    scores: (before, after) of the task's first metric. image: `image_key`. file: path in the data source's folder.
     """
 
     task: MetricName
@@ -130,7 +132,7 @@ class Answered(Closed):
 
 
 class Counts(Closed):
-    """How many answers of a task changed, and how many samples lost or gained score."""
+    """Numbers of changed answers of a task, and of samples with a lower and a higher score."""
 
     changed: Count
     lost: Count
@@ -138,7 +140,7 @@ class Counts(Closed):
 
 
 class AnswersRecord(Document):
-    """What identifies the answers of one model. weights, processor: digests. Other keys: how it was asked."""
+    """Identity of the answers of one model. weights, processor: digests. Other keys: generation settings, versions."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -150,7 +152,7 @@ class AnswersRecord(Document):
 
 
 class BaselineRecord(Closed):
-    """The model that the full-precision scores are of. differs: from the artifact's source; see `baseline.Baseline`."""
+    """The model of the full-precision scores. differs: differences from the artifact's source (`baseline.Baseline`)."""
 
     model: Line
     is_source: bool
@@ -158,7 +160,7 @@ class BaselineRecord(Closed):
 
 
 class Bootstrap(Closed):
-    """How intervals were computed."""
+    """Parameters of the bootstrap intervals."""
 
     resamples: Positive
     confidence: Annotated[float, Field(gt=0, lt=1)]
@@ -166,7 +168,7 @@ class Bootstrap(Closed):
 
 
 class EvaluationRecord(Document):
-    """How it was measured. samples, seed: of the choice of samples. searched: sizes of retrieval's pool."""
+    """Settings of the evaluation. samples, seed: of the random selection. searched: pool sizes of retrieval."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -181,7 +183,7 @@ class EvaluationRecord(Document):
 
 
 class DistanceRecord(Closed):
-    """Differences of log-probabilities; None where one was not a finite number."""
+    """Absolute differences of log-probabilities; None when one of them was not finite."""
 
     mean: float | None
     largest: float | None
@@ -189,14 +191,14 @@ class DistanceRecord(Closed):
 
 
 class ComparisonRecord(Closed):
-    """The engine beside the reference, and the reference in 16 bits beside itself."""
+    """distance: engine against the reference. floor: reference in 16 bits against the reference in float32."""
 
     distance: DistanceRecord
     floor: DistanceRecord
 
 
 class ControlRecord(Closed):
-    """The engine with doubled scales of one component, beside the reference without and with them."""
+    """Control with doubled scales. moved: distance to the true reference. restored: comparison with a doubled one."""
 
     component: Line
     moved: DistanceRecord
@@ -204,7 +206,7 @@ class ControlRecord(Closed):
 
 
 class ServingRecord(Closed):
-    """What the last `mmq check` measured. weights: of the artifact that was served; None in older reports."""
+    """Result of the last `mmq check`. weights: digest of the served artifact; None in older reports."""
 
     engine: Line
     build: Line
@@ -221,11 +223,11 @@ class ServingRecord(Closed):
 
 
 class Report(Closed):
-    """Everything an evaluation measured.
+    """Result of an evaluation.
 
-    samples: by task; empty in reports of version 1. by_kind: task -> question type -> (before, after, samples) of the
-    first metric. changed: samples whose answer changed, the tasks in turn, each with its largest loss first. examples:
-    the first samples of each task. corpus: task -> figure of the whole set that is no mean of samples -> both models'.
+    samples: task -> scores; empty in reports of version 1. by_kind: task -> question type -> (before, after, samples)
+    of the first metric. changed: samples with a changed answer, alternating between tasks, largest loss first.
+    examples: first samples of each task. corpus: task -> corpus metric -> (before, after).
     """
 
     passed: bool
@@ -234,22 +236,22 @@ class Report(Closed):
     gates: tuple[GateResult, ...]
     samples: dict[MetricName, TaskScores] = Field(default_factory=dict)
     by_kind: dict[MetricName, dict[str, tuple[float, float, Positive]]] = Field(default_factory=dict)
-    changed: tuple[Answered, ...] = ()
-    examples: tuple[Answered, ...] = ()
+    changed: tuple[AnswerPair, ...] = ()
+    examples: tuple[AnswerPair, ...] = ()
     corpus: dict[MetricName, dict[Line, tuple[float, float]]] = Field(default_factory=dict)
     counts: dict[MetricName, Counts] = Field(default_factory=dict)
     evaluation: EvaluationRecord = EvaluationRecord()
     format_version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
 
     def plain(self) -> dict[str, Any]:
-        """Plain data for `--json`, without the single scores."""
+        """Plain data for `--json`, without the scores of single samples."""
         return self.model_dump(mode="json", exclude={"samples"})
 
 
 def parse_report(content: bytes, where: str) -> tuple[Report | None, ServingRecord | None]:
-    """A report from a file's bytes: its evaluation (None when there was none) and its check (None when there was none).
+    """Parse a report: its evaluation and its `mmq check` result, each None when the file has none.
 
-    ArtifactError lists the problems; `where` names the file in it.
+    ArtifactError lists the problems; `where` is the file's name in it.
     """
     plain = parse_json(content, where)
     serving = plain.pop("serving", None)
@@ -262,7 +264,7 @@ def parse_report(content: bytes, where: str) -> tuple[Report | None, ServingReco
 
 
 def read_report(folder: Path) -> tuple[Report | None, ServingRecord | None]:
-    """The report of an artifact's folder as `parse_report` gives it; both None when there is no file."""
+    """Read the report of an artifact's folder (see `parse_report`); both None when there is no file."""
     path = folder / REPORT
     if not path.exists():
         return None, None
@@ -270,12 +272,12 @@ def read_report(folder: Path) -> tuple[Report | None, ServingRecord | None]:
 
 
 def write_report(folder: Path, report: Report | None, serving: ServingRecord | None) -> None:
-    """Put a report into an artifact's folder, atomically."""
+    """Write a report into an artifact's folder, atomically."""
     write_text(folder / REPORT, dump(report, serving))
 
 
 def dump(report: Report | None, serving: ServingRecord | None) -> str:
-    """The file's text: indented, but for the single scores, which take one line for each list."""
+    """Text of the report file: indented JSON, with the scores of single samples in one line per list."""
     plain: dict[str, Any] = report.plain() if report else {}
     if serving:
         plain["serving"] = serving.model_dump(mode="json")

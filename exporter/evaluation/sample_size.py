@@ -1,4 +1,4 @@
-"""How many test samples a gate needs, before anything is measured."""
+"""Estimate how many test samples a gate needs, before the first evaluation."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from exporter.planning.recipe import Recipe
 from exporter.tasks import retrieval
 
 ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
-RIGHT_OR_WRONG = {  # by task; of other scores nothing can be assumed
+RIGHT_OR_WRONG = {  # task -> metrics with scores 0 or 1; the spread of other metrics is unknown before an evaluation
     "vqa": ("accuracy", "exact"),
-    "retrieval": retrieval.METRICS,  # shares of a picture's texts vary less than right or wrong
+    "retrieval": retrieval.METRICS,  # the fraction of a picture's texts varies less than a score of 0 or 1
 }
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What a recipe's number of samples can show of one metric.
+    """Expected precision of one metric with a recipe's number of samples.
 
-    half_width: how far the 95 % interval of the drop reaches to each side, in points (hundredths of a score's 1).
-    needed: samples that make it one point.
+    half_width: half width of the 95 % interval of the drop, in points (a score of 1 is 100 points).
+    needed: number of samples for a half width of one point.
     """
 
     task: str
@@ -30,41 +30,41 @@ class Advice:
     def __str__(self) -> str:
         """The advice as a sentence."""
         return (
-            f"{self.task} {self.metric}: {self.samples} samples show a drop to within {self.half_width:.1f} points; "
-            f"{self.needed} samples resolve one point"
+            f"{self.task} {self.metric}: {self.samples} samples measure a drop to within {self.half_width:.1f} points; "
+            f"{self.needed} samples measure it to within one point"
         )
 
 
 def advise(recipe: Recipe) -> tuple[Advice, ...]:
-    """Advice for every metric that a gate names, each once, and of which something can be assumed."""
+    """Advice for every metric of a gate whose spread can be assumed, each once."""
     samples = recipe.evaluation.samples
     reach, needed = half_width(ASSUMED_SD, samples) / POINT, samples_to_resolve(POINT)
     return tuple(
-        Advice(task, metric, samples, reach, needed) for task, metric in _gated(recipe) if _known(task, metric)
+        Advice(task, metric, samples, reach, needed) for task, metric in _gated(recipe) if _is_predictable(task, metric)
     )
 
 
-def unknown(recipe: Recipe) -> str:
-    """A sentence on the metrics that a gate names and `advise` leaves out; empty when there are none."""
-    names = [f"{task} {metric}" for task, metric in _gated(recipe) if not _known(task, metric)]
+def unpredictable(recipe: Recipe) -> str:
+    """A sentence about the metrics of gates that `advise` leaves out; empty when there are none."""
+    names = [f"{task} {metric}" for task, metric in _gated(recipe) if not _is_predictable(task, metric)]
     if not names:
         return ""
-    return f"{', '.join(names)}: how many samples resolve a drop can be said after a first evaluation, not before"
+    return f"{', '.join(names)}: the number of samples to resolve a drop is known only after a first evaluation"
 
 
 def too_few(recipe: Recipe) -> tuple[str, ...]:
-    """A sentence for every gate that the recipe's samples cannot resolve, however few of them lose anything."""
+    """One sentence per gate that the recipe's number of samples cannot resolve even when no score drops."""
     lines = []
     for gate in recipe.gates:
         name = f"gate {gate.task} {gate.metric}"
         if not gate.max_drop:
-            lines.append(f"{name}: no number of samples shows that nothing at all is lost (max_drop: 0)")
+            lines.append(f"{name}: no number of samples can exclude every loss (max_drop: 0)")
             continue
         least = samples_to_exclude(gate.max_drop)
         if recipe.evaluation.samples < least:
             lines.append(
                 f"{name}: {recipe.evaluation.samples} samples cannot resolve a loss of {gate.max_drop:.1%}, "
-                f"which takes at least {least} (--eval-samples {least})"
+                f"which needs at least {least} (--eval-samples {least})"
             )
     return tuple(lines)
 
@@ -74,5 +74,5 @@ def _gated(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys((gate.task, gate.metric) for gate in recipe.gates))
 
 
-def _known(task: str, metric: str) -> bool:
+def _is_predictable(task: str, metric: str) -> bool:
     return metric in RIGHT_OR_WRONG.get(task, ())

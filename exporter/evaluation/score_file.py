@@ -1,4 +1,4 @@
-"""Scores of answers that something else gave: a results file in the layout of COCO, VQAv2 or GQA."""
+"""Score a file with answers from another tool, in the results format of COCO, VQAv2 or GQA."""
 
 import json
 from collections import Counter
@@ -18,8 +18,8 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Figures of a whole set. unanswered, unknown: ids of samples without answer, and of answers without sample."""
+class FileScores:
+    """Scores of a results file. unanswered: ids of samples without answer. unknown: ids of answers without sample."""
 
     task: str
     figures: Mapping[str, float]
@@ -30,9 +30,9 @@ class Scored:
 
 
 def read_answers(file: Path) -> dict[str, str]:
-    """Answers by sample id: a list of objects with an id and a text, or one object of texts by id.
+    """Sample id -> answer, from a list of objects with an id and a text, or from one object with ids as keys.
 
-    DataError lists entries without either, and ids that come twice.
+    DataError lists entries without id or text, and repeated ids.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -41,12 +41,12 @@ def read_answers(file: Path) -> dict[str, str]:
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else list(_object(content, file).items())
     wrong = [f"entry {i}" for i, pair in enumerate(pairs) if None in pair or not is_unicode("".join(map(str, pair)))]
     counts = Counter(str(identity) for identity, _ in pairs if identity is not None)
-    twice = [identity for identity, count in counts.items() if count > 1]
-    if wrong or twice:
-        said = ", ".join([*wrong[:SHOWN], *(f"id {identity} twice" for identity in twice[:SHOWN])])
+    repeated = [identity for identity, count in counts.items() if count > 1]
+    if wrong or repeated:
+        problems = ", ".join([*wrong[:SHOWN], *(f"id {identity} twice" for identity in repeated[:SHOWN])])
         raise DataError(
-            f"{file} has {len(wrong)} entries that are no answers and {len(twice)} repeated ids: {said}",
-            f"each entry has one of {', '.join(IDS)} and a text under one of {', '.join(ANSWERS)}",
+            f"{file} has {len(wrong)} invalid entries and {len(repeated)} repeated ids: {problems}",
+            f"each entry needs an id under one of {', '.join(IDS)} and a text under one of {', '.join(ANSWERS)}",
         )
     return {str(identity): str(answer) for identity, answer in pairs}
 
@@ -60,19 +60,24 @@ def _pair(entry: Any) -> tuple[Any, str | None]:
 
 def _object(content: Any, file: Path) -> dict[str, str | None]:
     if not isinstance(content, dict):
-        raise DataError(f"{file} is neither a list of answers nor an object of answers by id")
+        raise DataError(
+            f"{file} must be a JSON list of answers, or a JSON object with ids as keys and answers as values"
+        )
     return {identity: answer if isinstance(answer, str) else None for identity, answer in content.items()}
 
 
-def score(file: Path, sources: Sequence[str], task: str, split: str, limit: int, seed: int) -> Scored:
-    """Score a file's answers to the samples of a split. A sample without an answer counts as answered by nothing."""
+def score(file: Path, sources: Sequence[str], task: str, split: str, limit: int, seed: int) -> FileScores:
+    """Score a file's answers to the samples of a split; a sample without an answer has the empty answer.
+
+    DataError when the file answers none of the samples.
+    """
     answers = read_answers(file)
-    found = samples_from(places(sources), task, split, limit, seed)
-    ids = [sample.identity for sample in found]
-    given = [answers.get(identity, "") for identity in ids]
+    samples = samples_from(places(sources), task, split, limit, seed)
+    ids = [sample.identity for sample in samples]
+    texts = [answers.get(identity, "") for identity in ids]
     unanswered = tuple(identity for identity in ids if identity not in answers)
     unknown = tuple(sorted(answers.keys() - set(ids)))
     if len(unanswered) == len(ids):
-        some = f"its ids are like {next(iter(answers), '(none)')}, the samples' like {ids[0]}"
-        raise DataError(f"{file} answers none of the {len(ids)} samples", some)
-    return Scored(task, TASKS[task].corpus(given, found), TASKS[task].method(), len(ids), unanswered, unknown)
+        hint = f"an id in the file is {next(iter(answers), '(none)')}; an id of the samples is {ids[0]}"
+        raise DataError(f"{file} answers none of the {len(ids)} samples", hint)
+    return FileScores(task, TASKS[task].corpus(texts, samples), TASKS[task].method(), len(ids), unanswered, unknown)

@@ -1,7 +1,7 @@
-"""Paired bootstrap: how far a measured drop may be off because the test samples are only a sample.
+"""Paired bootstrap: confidence interval of a measured change, and sample sizes for a given precision.
 
 Percentile interval of Efron and Tibshirani (An Introduction to the Bootstrap, 1993, chapter 13). Both models answer
-the same samples, so samples are drawn in pairs: what makes a sample hard for both cancels.
+the same samples, so the bootstrap resamples pairs; the difficulty of a sample for both models cancels.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 POINT = 0.01  # one point of a score from 0 to 1; a CIDEr of 1.20 is 120 points
-ASSUMED_SD = math.sqrt(0.1)  # of paired differences before anything is measured: one sample in ten changes by a whole 1
+ASSUMED_SD = math.sqrt(0.1)  # of paired differences before a measurement: one sample in ten changes by 1
 _DRAWN_AT_ONCE = 2**21  # indices in memory at a time, 16 MB
 
 
@@ -22,7 +22,7 @@ _DRAWN_AT_ONCE = 2**21  # indices in memory at a time, 16 MB
 class Difference:
     """Means of two models on the same samples.
 
-    change: after - before; low, high: its interval. sd: standard deviation of the changes of single samples.
+    change: after - before. low, high: its interval. sd: standard deviation of the changes per sample.
     """
 
     before: float
@@ -34,12 +34,12 @@ class Difference:
 
     @property
     def unchanged(self) -> bool:
-        """Whether no sample's score differs: then a bootstrap cannot draw anything but zeros."""
+        """Whether no sample's score differs; every bootstrap resample is then 0."""
         return self.change == 0 and self.sd == 0
 
     @property
     def cost(self) -> float:
-        """What one changed sample is taken to lose: all of a score from 0 to 1; the mean where that is above 1."""
+        """Assumed loss of one changed sample: 1, or the mean of `before` where it is above 1 (CIDEr)."""
         return max(1.0, self.before)
 
 
@@ -51,9 +51,9 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Difference:
-    """The change from `before` to `after` (one score a sample, same order) with its interval.
+    """Change from `before` to `after` (one score per sample, same order) with its percentile interval.
 
-    Deterministic in `seed`. Raises ValueError when there is nothing to compare or the lengths differ.
+    Deterministic in `seed`. Raises ValueError when the lists are empty or their lengths differ.
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
@@ -79,38 +79,41 @@ def paired_bootstrap(
 
 
 def half_width(sd: float, samples: int, confidence: float = CONFIDENCE) -> float:
-    """How far the interval of a change reaches to each side of it, by the normal approximation: z sd / sqrt(samples).
+    """Half width of the interval of a change by the normal approximation: z sd / sqrt(samples).
 
-    sd: standard deviation of paired differences, in the unit of the score.
+    sd: standard deviation of paired differences, in units of the score.
     """
     return _z(confidence) * sd / math.sqrt(samples)
 
 
 def samples_to_resolve(drop: float, sd: float = ASSUMED_SD, confidence: float = CONFIDENCE) -> int:
-    """Samples that make the interval reach at most `drop` to each side, so that a drop of more than it shows.
+    """Number of samples for an interval with a half width of at most `drop`, so that a larger drop is significant.
 
-    The inverse of `half_width`, rounded up and at least 2. Raises ValueError unless drop > 0 and sd >= 0.
+    Inverse of `half_width`, rounded up and at least 2. Raises ValueError unless drop > 0 and sd >= 0.
     """
     if not (drop > 0 and sd >= 0):
-        raise ValueError(f"drop must be above 0 and sd not below, not {drop} and {sd}")
+        raise ValueError(f"drop must be above 0 and sd at least 0, not {drop} and {sd}")
     return max(2, math.ceil((_z(confidence) * sd / drop) ** 2))
 
 
-def ends(found: Difference, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Both ends of the interval of the change that gates are decided by.
+def gate_interval(difference: Difference, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Both ends of the interval of the change that decides gates.
 
-    The bootstrap's, but a bootstrap never draws what no sample showed. Among so many samples a share of up to
-    1 - tail**(1 / samples) can lose `Difference.cost` each, all of their score, without being seen once (Clopper and
-    Pearson, Biometrika 26, 1934), so the lower end is never nearer to zero than that. Where nothing changed at all, the
-    same holds for gains.
+    This is the bootstrap interval, widened because a bootstrap never draws a change that no sample showed. A fraction
+    of up to 1 - tail**(1 / samples) of all samples may lose `Difference.cost` each and still be absent from the test
+    samples (Clopper and Pearson, Biometrika 26, 1934), so the lower end is at most minus that loss. When no score
+    differs, the upper end is widened in the same way.
     """
     tail = (1 - confidence) / 2
-    reach = found.cost * (1 - math.pow(tail, 1 / samples))
-    return min(found.low, -reach), reach if found.unchanged else found.high
+    reach = difference.cost * (1 - math.pow(tail, 1 / samples))
+    return min(difference.low, -reach), reach if difference.unchanged else difference.high
 
 
 def samples_to_exclude(drop: float, cost: float = 1.0, confidence: float = CONFIDENCE) -> int:
-    """The fewest samples that exclude a larger drop by `ends`. Raises ValueError unless 0 < drop < cost."""
+    """Smallest number of samples with which `gate_interval` excludes a larger drop when no score differs.
+
+    Raises ValueError unless 0 < drop < cost.
+    """
     if not 0 < drop < cost:
         raise ValueError(f"drop must be above 0 and below {cost}, not {drop}")
     return math.ceil(math.log((1 - confidence) / 2) / math.log1p(-drop / cost))

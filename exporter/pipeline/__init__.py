@@ -1,4 +1,4 @@
-"""The export on one page: prepare, quantize, write, verify, evaluate.
+"""The export pipeline: prepare, quantize, write, verify, evaluate.
 
 Enters: a recipe, data, a device, an output folder.
 Leaves: an artifact with manifest and report.

@@ -1,4 +1,4 @@
-"""From samples that were read to a verified artifact: quantize what is missing, write, verify."""
+"""Make an artifact of a prepared job: quantize the missing blocks, write the artifact, verify it."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 
 from exporter.artifact import artifact
 from exporter.artifact.output import Destination
-from exporter.artifact.verify import Verified, verify
+from exporter.artifact.verify import Verification, verify
 from exporter.data import Trace
 from exporter.device import Device, exact_math, return_freed_memory, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
@@ -27,14 +27,14 @@ from exporter.quantization.identity import of_source
 from exporter.quantization.workdir import JOB, LOCK, Workdir, fingerprint_of
 from exporter.tasks.sample import Sample
 
-SOURCE_ROWS = 64  # of each linear, compared with the source's; `mmq verify --source` compares all
+SOURCE_ROWS = 64  # rows per linear to compare with the source; `mmq verify --source` compares all rows
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What an export has read before its work begins.
+class ExportJob:
+    """Inputs of an export, read before its work begins.
 
-    processor: None when no sample needs it. samples, traces: what is calibrated on, and what the manifest keeps of it.
+    processor: None when no sample needs it. samples: calibration samples. traces: their records in the manifest.
     inputs: the identity of the job (`identity.of_job`).
     """
 
@@ -47,84 +47,84 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """What work folder and manifest name the job by."""
+        """Identity of the job in the work folder and in the manifest."""
         return fingerprint_of(self.inputs)
 
 
-def made_already(
-    job: Prepared, place: Destination, device: Device, on_event: Listener, clock: Clock
-) -> Verified | None:
-    """What verifying the artifact of this job shows that an earlier run wrote; None when there is none.
+def verify_existing(
+    job: ExportJob, destination: Destination, device: Device, on_event: Listener, clock: Clock
+) -> Verification | None:
+    """Verify the artifact of this job that an earlier run wrote; None when there is no such artifact.
 
-    A damaged one is an ArtifactError, or None where it may be replaced.
+    A damaged artifact raises ArtifactError, or gives None where `overwrite` allows its replacement.
     """
-    if not place.is_made(job.plan.recipe.digest(), job.fingerprint):
+    if not destination.is_made(job.plan.recipe.digest(), job.fingerprint):
         return None
-    on_event(Event("note", 0, 0, f"{place.out} holds this artifact already: it is verified, and not made again"))
+    on_event(Event("note", 0, 0, f"{destination.out} already holds this artifact: mmq only verifies it"))
     try:
-        with clock.step("verify", f"the artifact is in {place.out}"):
-            return verify(place.out, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS)
+        with clock.step("verify", f"the artifact is in {destination.out}"):
+            return verify(destination.out, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS)
     except ArtifactError as error:
-        if place.overwrite:
+        if destination.overwrite:
             return None
-        raise ArtifactError(error.message, "--overwrite makes it again") from None
+        raise ArtifactError(error.message, "give --overwrite to export it again") from None
 
 
 def make_artifact(
-    job: Prepared, place: Destination, source: str, device: Device, on_event: Listener, clock: Clock
-) -> Verified:
-    """Quantize every block that the work folder does not hold yet, and write the artifact.
+    job: ExportJob, destination: Destination, source: str, device: Device, on_event: Listener, clock: Clock
+) -> Verification:
+    """Quantize every block that the work folder does not hold yet, write the artifact and verify it.
 
-    source: where the samples come from, for the manifest. The artifact gets its name once it was verified.
+    source: data sources of the samples, for the manifest. The artifact gets its final name after verification.
     """
-    verified: list[Verified] = []
-    kept = f"finished blocks are kept in {place.work}: the same command goes on from them"
+    verified: list[Verification] = []
+    recovery = f"finished blocks are kept in {destination.work}: the same command resumes from them"
 
     def check(folder: Path) -> None:
-        return_freed_memory()  # of shards that are written
-        with clock.step("verify", kept):
+        return_freed_memory()  # the written shards are freed, but the allocator still holds their memory
+        with clock.step("verify", recovery):
             _require_unchanged(job, workdir)
             verified.append(verify(folder, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS))
 
-    with hold(place.work / LOCK, place.work, on_event=on_event):
-        with clock.step("read data", kept):
-            workdir = Workdir.open(place.work, job.inputs)
+    with hold(destination.work / LOCK, destination.work, on_event=on_event):
+        with clock.step("read data", recovery):
+            workdir = Workdir.open(destination.work, job.inputs)
             workdir.drop_damaged(job.plan.units, on_event)
             inputs = _batches(job, workdir, on_event)
-        with clock.step("quantize", kept), exact_math(job.plan.recipe.calibration.seed):
+        with clock.step("quantize", recovery), exact_math(job.plan.recipe.calibration.seed):
             calibrate.run(job.plan, job.checkpoint, workdir, inputs, device, on_event)
             synchronize(device)
         del inputs
         return_freed_memory()
-        with clock.step("write", kept):
+        with clock.step("write", recovery):
             artifact.write(
                 job.plan,
                 job.checkpoint,
                 workdir,
-                place.out,
+                destination.out,
                 _provenance(job, source, device),
                 on_event,
                 device.torch_device,
                 check,
-                overwrite=place.overwrite,
+                overwrite=destination.overwrite,
             )
     return verified[0]
 
 
-def _require_unchanged(job: Prepared, workdir: Workdir) -> None:
-    """CheckpointError when the model changed since its identity was taken; the finished blocks are then worthless."""
-    now = of_source(job.checkpoint)
-    lines = changes({key: job.inputs[key] for key in now}, now)
+def _require_unchanged(job: ExportJob, workdir: Workdir) -> None:
+    """Clear the work folder and raise CheckpointError when the model files changed during the job."""
+    current = of_source(job.checkpoint)
+    lines = changes({key: job.inputs[key] for key in current}, current)
     if lines:
         workdir.clear()
         raise CheckpointError(
             f"{job.checkpoint.origin} changed while the job ran: {'; '.join(lines)}",
-            "let whatever writes to it finish, then run the same command again",
+            "wait until no process writes to the model, then run the same command again",
         )
 
 
 def remove_work(path: Path, fingerprint: str, on_event: Listener) -> None:
-    """Delete the work folder of a job that is done; one of another job stays."""
+    """Delete the work folder of a finished job; keep the folder when it belongs to another job."""
     if not (path / JOB).exists():
         return
     try:
@@ -133,22 +133,23 @@ def remove_work(path: Path, fingerprint: str, on_event: Listener) -> None:
                 Workdir(path, fingerprint).clear()
                 shutil.rmtree(path)
     except MmqError as error:
-        on_event(Event("note", 0, 0, f"{path} is left as it is: {error.message}"))
+        on_event(Event("note", 0, 0, f"{path} was not removed: {error.message}"))
 
 
-def _batches(job: Prepared, workdir: Workdir, on_event: Listener) -> list[dict[str, torch.Tensor]]:
-    """Calibration batches; none when every unit that needs them is finished."""
-    rest = job.plan.units[workdir.done(job.plan.units) :]
-    if not any(unit.needs_statistics for unit in rest):
+def _batches(job: ExportJob, workdir: Workdir, on_event: Listener) -> list[dict[str, torch.Tensor]]:
+    """Calibration batches; empty when every unit that needs statistics is finished."""
+    unfinished = job.plan.units[workdir.done(job.plan.units) :]
+    if not any(unit.needs_statistics for unit in unfinished):
         return []
-    size, found = job.plan.recipe.calibration.batch, []
+    size, inputs = job.plan.recipe.calibration.batch, []
     for start in range(0, len(job.samples), size):
-        found += batches(job.processor, job.plan.family, job.samples[start : start + size], size)
+        inputs += batches(job.processor, job.plan.family, job.samples[start : start + size], size)
         on_event(Event("read data", min(start + size, len(job.samples)), len(job.samples)))
-    return found
+    return inputs
 
 
-def _provenance(job: Prepared, source: str, device: Device) -> dict[str, Any]:
+def _provenance(job: ExportJob, source: str, device: Device) -> dict[str, Any]:
+    """Calibration settings, calibration pictures and device, as the manifest records them."""
     settings = job.plan.recipe.calibration
     return {
         "calibration": {

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: everything that can be wrong with recipe, model and device is found here."""
+"""Make a plan from a recipe: open the model's headers and check recipe, model and device together."""
 
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ from exporter.model.source import is_on_hub, narrowed, open_source
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe
 
-# Packed weights decompress to the 16 bits of their scales, and transformers multiplies no two dtypes.
+# Packed weights decompress to the 16-bit dtype of their scales, and transformers cannot multiply tensors of two dtypes.
 READ_IN_16_BITS = (
-    "the source's float32 tensors are read as bfloat16 (`dtype: float16` in the recipe's model changes it)"
+    "mmq reads the source's float32 tensors as bfloat16; set `dtype: float16` in the recipe's model section for float16"
 )
 
 
@@ -27,21 +27,22 @@ def prepare(
     headers_only: bool = False,
     on_event: Listener = ignore,
 ) -> tuple[Plan, Checkpoint]:
-    """Open the model's headers and plan; every user error in recipe, model and device is raised here.
+    """Open the model's headers and make the plan; raise every user error in recipe, model and device.
 
-    headers_only: enough to plan; the weights of a hub model are not downloaded.
+    headers_only: download only the headers of a hub model, not its weights; this is enough for a plan.
     """
-    recipe = with_data_it_knows(recipe)
+    recipe = with_suitable_data(recipe)
     model = recipe.model
     start_helper()
     if remote := is_on_hub(model.repo):
-        on_event(Event("prepare", 0, 1, f"finding {model.repo} on the hub"))
+        on_event(Event("prepare", 0, 1, f"looking up {model.repo} on the hub"))
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
     if remote:
-        on_event(Event("prepare", 1, 1, f"finding {model.repo} on the hub"))
+        on_event(Event("prepare", 1, 1, f"looking up {model.repo} on the hub"))
     foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
     if foreign:
-        raise PlanError("\n".join([f"recipe '{recipe.name}' asks for what {checkpoint.origin} cannot do:", *foreign]))
+        first = f"recipe '{recipe.name}' has tasks that {checkpoint.origin} does not support:"
+        raise PlanError("\n".join([first, *foreign]))
     plan = make_plan(recipe, checkpoint, family, device)
     if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
         checkpoint = narrowed(checkpoint, "bfloat16")
@@ -51,10 +52,10 @@ def prepare(
     return plan, checkpoint
 
 
-def with_data_it_knows(recipe: Recipe) -> Recipe:
-    """The recipe, with the drawings in plain words for every model but the embedded ones.
+def with_suitable_data(recipe: Recipe) -> Recipe:
+    """Replace the data source `demo` by `drawings` for every model but the embedded ones.
 
-    The made-up names of `demo` mean nothing to other models.
+    Only the embedded models know the made-up names in the data of `demo`; `drawings` uses English words.
     """
     if recipe.calibration.data != ("demo",) or recipe.evaluation.data is not None or recipe.model.repo in MODELS:
         return recipe

@@ -1,4 +1,4 @@
-"""Measured seconds and peaks of the steps of a job, beside what `steps` predicts."""
+"""Clock that measures seconds and peak memory of each step of a job, to compare with the predictions of `steps`."""
 
 import threading
 import time
@@ -12,13 +12,13 @@ from exporter.device import Device, peak_bytes, reset_peak
 from exporter.out_of_memory import explained
 from exporter.planning.steps import ADVICE, Step
 
-EVERY = 0.05  # seconds between two looks at the process
+SAMPLING_SECONDS = 0.05  # interval between two readings of the process's memory
 
 
 class Clock:
-    """Measures steps while it is entered; a thread watches what the process holds beside the page cache.
+    """Measures the steps of a job inside its `with` block; a thread samples the anonymous memory of the process.
 
-    predicted: steps as `predict_steps` says them, once they are known. steps: what was measured, in order.
+    predicted: output of `predict_steps`, once it is known. steps: measured steps in the order in which they began.
     """
 
     def __init__(self, device: Device) -> None:
@@ -29,7 +29,7 @@ class Clock:
         self._last = time.monotonic()
         self._host_peak = 0
         self._over = threading.Event()
-        self._watch = threading.Thread(target=self._look, name="memory", daemon=True)
+        self._watch = threading.Thread(target=self._sample_memory, name="memory", daemon=True)
 
     def __enter__(self) -> Self:
         reset_peak(self._device)
@@ -44,19 +44,19 @@ class Clock:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Every step that was open so far; the time of a step inside another one is its own."""
+        """Every step so far; the time of an inner step does not count for the outer step."""
         return tuple(self._measured.values())
 
     @contextmanager
-    def step(self, name: str, kept: str = "") -> Iterator[None]:
-        """Measure the block as `name`. Running out of memory in it is a MemoryShortage.
+    def step(self, name: str, recovery: str = "") -> Iterator[None]:
+        """Measure the `with` block as step `name`. An out-of-memory error inside it becomes a MemoryShortage.
 
-        kept: what of the work is not lost then, as a sentence.
+        recovery: sentence for that error that says which finished work remains.
         """
         self._lap()
         self._open.append(name)
         needs = next(((s.device_bytes, s.host_bytes) for s in self.predicted if s.name == name), (0, 0))
-        advice = "; ".join(text for text in (kept, ADVICE[name]) if text)
+        advice = "; ".join(text for text in (recovery, ADVICE[name]) if text)
         try:
             with explained(name, self._device, needs, advice):
                 yield
@@ -65,10 +65,10 @@ class Clock:
             self._open.pop()
 
     def _lap(self) -> None:
-        """What was measured since the last lap belongs to the innermost open step."""
+        """Add time and peak memory since the last lap to the innermost open step."""
         now = time.monotonic()
         device_peak, resident = peak_bytes(self._device)
-        host_peak = max(self._host_peak, held_bytes()) or resident
+        host_peak = max(self._host_peak, anonymous_bytes()) or resident
         if self._open:
             name = self._open[-1]
             before = self._measured.get(name, Step(name, 0, 0, 0.0))
@@ -81,15 +81,15 @@ class Clock:
         reset_peak(self._device)
         self._last, self._host_peak = now, 0
 
-    def _look(self) -> None:
-        while not self._over.wait(EVERY):
-            self._host_peak = max(self._host_peak, held_bytes())
+    def _sample_memory(self) -> None:
+        while not self._over.wait(SAMPLING_SECONDS):
+            self._host_peak = max(self._host_peak, anonymous_bytes())
 
 
-def held_bytes(process: int | str = "self") -> int:
-    """Anonymous memory of a process (its id; else this one): what it holds beside the page cache.
+def anonymous_bytes(process: int | str = "self") -> int:
+    """Anonymous resident memory of a process in bytes, without the page cache; `process` is a process id or "self".
 
-    0 where the system does not say, or when the process is gone.
+    0 where the system has no `/proc`, or when the process has ended.
     """
     try:
         text = Path(f"/proc/{process}/status").read_text(encoding="ascii")

@@ -1,4 +1,4 @@
-"""What others see: summary, model card, proof, repository of the hub.
+"""Publishing to the hub: artifact summary, model card, proof before the upload, repository.
 
 Enters: an artifact, in a folder or in a repository.
 Leaves: a proven repository; differences between two artifacts.

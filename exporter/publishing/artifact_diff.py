@@ -10,7 +10,7 @@ from exporter.publishing.artifact_summary import Summary
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs. change: the difference of two numbers (second - first), None for words."""
+    """One difference. what: the property. change: second - first for numbers, None for texts."""
 
     what: str
     first: str
@@ -19,27 +19,27 @@ class Change:
 
 
 def difference(first: Summary, second: Summary) -> tuple[Change, ...]:
-    """Everything that differs, the important first; empty when both were made in the same way from the same model."""
+    """All differences, most important first; empty for two artifacts of the same model, recipe and versions."""
     changes = [
-        *_words("source model", first.source, second.source),
-        *_words("format", first.manifest.format, second.manifest.format),
+        *_texts("source model", first.source, second.source),
+        *_texts("format", first.manifest.format, second.manifest.format),
         *_parts(first, second),
-        *_numbers("bits a weight", first.manifest.bits_per_weight, second.manifest.bits_per_weight, "{:.2f}"),
+        *_numbers("bits per weight", first.manifest.bits_per_weight, second.manifest.bits_per_weight, "{:.2f}"),
         *_numbers("bytes", first.bytes, second.bytes, "{:,.0f}"),
         *_metrics(first, second),
-        *_words("gates", verdict(first), verdict(second)),
+        *_texts("gates", verdict(first), verdict(second)),
         *_recipe(first.recipe, second.recipe),
         *_versions(first.manifest.versions, second.manifest.versions),
     ]
     changed = {name for name in _linears(first) | _linears(second) if _digest(first, name) != _digest(second, name)}
     if changed:
         share = f"{len(changed)} of {len(_linears(first) | _linears(second))}"
-        changes.append(Change("quantized linears with other integers", "", share))
+        changes.append(Change("quantized linears with different integers", "", share))
     return tuple(changes)
 
 
 def verdict(summary: Summary) -> str:
-    """Gates in one word."""
+    """Verdict of the report's gates, or that the artifact was never evaluated."""
     if summary.report is None:
         return "never evaluated"
     return summary.report.verdict
@@ -53,7 +53,7 @@ def _digest(summary: Summary, name: str) -> Any:
     return summary.manifest.linears.get(name)
 
 
-def _words(what: str, first: str, second: str) -> list[Change]:
+def _texts(what: str, first: str, second: str) -> list[Change]:
     return [Change(what, first, second)] if first != second else []
 
 
@@ -62,17 +62,17 @@ def _numbers(what: str, first: float, second: float, shown: str) -> list[Change]
 
 
 def _parts(first: Summary, second: Summary) -> list[Change]:
-    said = [
-        {name: described(summary, name) for name in dict.fromkeys(part.component for part in summary.parts)}
+    schemes = [
+        {name: scheme_text(summary, name) for name in dict.fromkeys(part.component for part in summary.parts)}
         for summary in (first, second)
     ]
-    names = dict.fromkeys([*said[0], *said[1]])
-    kept = "16 bits"
-    return [c for name in names for c in _words(name, said[0].get(name, kept), said[1].get(name, kept))]
+    names = dict.fromkeys([*schemes[0], *schemes[1]])
+    default = "16 bits"
+    return [c for name in names for c in _texts(name, schemes[0].get(name, default), schemes[1].get(name, default))]
 
 
-def described(summary: Summary, component: str) -> str:
-    """`W4 g128 gptq` of one component; several when its blocks differ."""
+def scheme_text(summary: Summary, component: str) -> str:
+    """Scheme and method of one component, such as `W4 g128 gptq`; a list when its blocks differ."""
     parts = [part for part in summary.parts if part.component == component]
     return ", ".join(f"{part.scheme} {'/'.join(part.methods)}".strip() for part in parts)
 
@@ -82,8 +82,8 @@ def _metrics(first: Summary, second: Summary) -> list[Change]:
     changes = []
     for name in dict.fromkeys([*before, *after]):
         if name not in before or name not in after:
-            one, two = (f"{m[name][1]:.4f}" if name in m else "not measured" for m in (before, after))
-            changes.append(Change(name, one, two))
+            texts = [f"{m[name][1]:.4f}" if name in m else "not measured" for m in (before, after)]
+            changes.append(Change(name, texts[0], texts[1]))
         else:
             changes += _numbers(name, before[name][1], after[name][1], "{:.4f}")
             changes += _numbers(f"{name} at full precision", before[name][0], after[name][0], "{:.4f}")
@@ -91,15 +91,15 @@ def _metrics(first: Summary, second: Summary) -> list[Change]:
 
 
 def _recipe(first: Recipe, second: Recipe) -> list[Change]:
-    """Every value of the recipes that differs, by its path; evidence and summary are prose and left out."""
+    """Every recipe value that differs, by its path, without the prose in evidence and summary."""
     flat = [flattened(recipe.model_dump(mode="json"), "recipe") for recipe in (first, second)]
     prose = ("recipe.evidence", "recipe.summary")
     paths = [path for path in dict.fromkeys([*flat[0], *flat[1]]) if not path.startswith(prose)]
-    return [c for path in paths for c in _words(path, flat[0].get(path, "(none)"), flat[1].get(path, "(none)"))]
+    return [c for path in paths for c in _texts(path, flat[0].get(path, "(none)"), flat[1].get(path, "(none)"))]
 
 
 def flattened(value: Any, path: str) -> dict[str, str]:
-    """Nested mappings and lists as one mapping from paths (`recipe.quantize[0].bits`) to words."""
+    """Flatten nested mappings and lists to one mapping from paths (`recipe.quantize[0].bits`) to texts."""
     if isinstance(value, Mapping):
         return {k: v for key, item in value.items() for k, v in flattened(item, f"{path}.{key}").items()}
     if isinstance(value, list | tuple):
@@ -109,4 +109,4 @@ def flattened(value: Any, path: str) -> dict[str, str]:
 
 def _versions(first: Mapping[str, str], second: Mapping[str, str]) -> list[Change]:
     names = dict.fromkeys([*first, *second])
-    return [c for n in names for c in _words(f"{n} version", first.get(n, "absent"), second.get(n, "absent"))]
+    return [c for n in names for c in _texts(f"{n} version", first.get(n, "absent"), second.get(n, "absent"))]

@@ -1,4 +1,4 @@
-"""What an artifact says of itself, from its small files alone: in a folder or in a repository of the hub."""
+"""Read the summary of an artifact from its small files, in a folder or in a repository of the hub."""
 
 import json
 import re
@@ -21,12 +21,12 @@ from exporter.planning.recipe_file import parse_recipe
 from exporter.planning.vllm_rules import matches
 
 RECIPE = "recipe.yaml"
-ReadFile = Callable[[str], bytes | None]  # a file's bytes by name, None when it is not there
+ReadFile = Callable[[str], bytes | None]  # file name -> its bytes, None when the file is missing
 
 
 @dataclass(frozen=True)
 class SchemeGroup:
-    """The linears of one component that share a scheme. packed: stored as integers, else only rounded in value."""
+    """Linears of one component with the same scheme. packed: stored as integers; else rounded and stored in 16 bits."""
 
     component: str
     scheme: str
@@ -38,7 +38,7 @@ class SchemeGroup:
 
 @dataclass(frozen=True)
 class Summary:
-    """One artifact. report: None when it was never evaluated. serving: None before `mmq check` ran."""
+    """Summary of one artifact. report: None before the first evaluation. serving: None before the first `mmq check`."""
 
     name: str
     manifest: Manifest
@@ -59,14 +59,14 @@ class Summary:
 
     @property
     def other_baseline(self) -> str:
-        """The model whose scores the report calls full precision, when it is not the artifact's source; else empty.
+        """Description of the baseline when it is another model than the artifact's source; else empty.
 
-        The report names it and the digest of its weights; the manifest has the digest of the source.
+        Compares the report's baseline name and weight digest with the source in the manifest.
         """
         evaluation, source = self.report.evaluation if self.report else EvaluationRecord(), self.manifest.source
-        claimed = evaluation.baseline is None or evaluation.baseline.is_source
-        asked = evaluation.models.get("full precision")
-        if claimed and (source.digest is None or asked is None or asked.weights == source.digest):
+        claims_source = evaluation.baseline is None or evaluation.baseline.is_source
+        answers = evaluation.models.get("full precision")
+        if claims_source and (source.digest is None or answers is None or answers.weights == source.digest):
             return ""
         name = evaluation.baseline.model if evaluation.baseline else "unknown"
         return f"{name}, not {source.model}"
@@ -77,38 +77,38 @@ class Summary:
         return {f"{m.task} {m.metric}": (m.difference.before, m.difference.after) for m in measures}
 
 
-def built_in(summary: Summary) -> str:
-    """Why scores on the built-in drawings say little of this model; empty when it was measured on other data.
+def drawings_note(summary: Summary) -> str:
+    """Note for a model that was evaluated on the built-in drawings; empty for other data.
 
-    The embedded models learned the drawings: for them they are real data.
+    Also empty for the embedded models, because their training data are such drawings.
     """
     data = summary.report.evaluation.data if summary.report else None
     if summary.source in MODELS or not set((data or "").split(", ")) & set(BUILT_IN):
         return ""
     return (
-        "Measured on mmq's built-in drawings of colored shapes: this shows that the model still works, not how much it "
-        "lost. Captions are not judged on them."
+        "Measured on mmq's built-in drawings of colored shapes: the scores show that the model works, not how much "
+        "accuracy it lost. Captions are not scored on them."
     )
 
 
 def read_place(place: str) -> Summary:
-    """The summary of an artifact in a folder, or of `hub:ORG/NAME[@REVISION]` (a few small files are fetched)."""
+    """Summary of an artifact in a folder or in `hub:ORG/NAME[@REVISION]` (downloads only a few small files)."""
     if place.startswith(PREFIX):
         remote = open_remote(*split(place))
         return read_summary(remote.name, remote.read)
     folder = Path(place).expanduser()
     if not folder.is_dir():
-        raise ArtifactError(f"no folder {place}", f"give an artifact's folder, or {PREFIX}ORG/NAME")
+        raise ArtifactError(f"folder {place} does not exist", f"give an artifact's folder, or {PREFIX}ORG/NAME")
     return read_summary(folder.resolve().name, folder_reader(folder))
 
 
 def folder_reader(folder: Path) -> ReadFile:
-    """Files of a folder by name."""
+    """Function that reads a file of a folder by its name."""
     return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
 
 
 def read_summary(name: str, read: ReadFile) -> Summary:
-    """ArtifactError when manifest, recipe, report or configuration are missing or damaged."""
+    """Read the summary; ArtifactError when manifest, recipe, report or configuration is missing or damaged."""
     manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
     stored = read(REPORT)
     report, serving = (None, None) if stored is None else parse_report(stored, f"{REPORT} of {name}")
@@ -124,10 +124,10 @@ def read_summary(name: str, read: ReadFile) -> Summary:
 
 
 def _needed(name: str, read: ReadFile, file: str) -> bytes:
-    found = read(file)
-    if found is None:
-        raise ArtifactError(f"{name} has no {file}: not an artifact of mmq", "`mmq export` writes one")
-    return found
+    content = read(file)
+    if content is None:
+        raise ArtifactError(f"{name} has no {file}: it is not an mmq artifact", "`mmq export` writes an artifact")
+    return content
 
 
 def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[SchemeGroup, ...]:
@@ -147,13 +147,13 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tup
         rules = [rule for rule in recipe.quantize if rule.component == component and rule.bits != 16]
         bits = scheme.bits if scheme else max((rule.bits for rule in rules), default=16)
         methods = {rule.method for rule in rules if rule.bits == bits}
-        label = scheme.label() if scheme else f"W{bits} in value, stored in 16 bits"
+        label = scheme.label() if scheme else f"W{bits}, stored dequantized in 16 bits"
         parts.append(SchemeGroup(component, label, bits, tuple(sorted(methods)), count, packed))
     return tuple(parts)
 
 
 def component_of(module: str, family: str) -> str:
-    """The name of the component that a linear belongs to (ArtifactError when it is in none)."""
+    """Name of the component of a linear; ArtifactError when no component has it."""
     component = FAMILIES[family].component_of(module)
     if component is None:
         raise ArtifactError(f"the manifest names {module}, which is in no component of {family}", "export it again")

@@ -1,4 +1,4 @@
-"""The model card: what a stranger needs to know of an artifact, from its manifest and report and nothing else.
+"""Render the model card (README.md) of an artifact from its manifest and report.
 
 Metadata: https://github.com/huggingface/hub-docs/blob/main/modelcard.md; results of benchmarks:
 https://huggingface.co/docs/hub/eval-results.
@@ -15,7 +15,7 @@ from exporter.demo import MODELS
 from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import Report
 from exporter.model.families import FAMILIES
-from exporter.publishing.artifact_summary import Summary, built_in
+from exporter.publishing.artifact_summary import Summary, drawings_note
 from exporter.publishing.card_serving import serving
 
 CARD = "README.md"
@@ -35,11 +35,11 @@ CITATION = """```bibtex
 
 
 @dataclass(frozen=True)
-class Declared:
-    """What the artifact cannot know of itself and its publisher says.
+class CardDeclarations:
+    """Facts for the card that the publisher gives, because the artifact does not have them.
 
-    base_model: hub id when the source was a local folder. license: card keys (`license`, `license_name`,
-    `license_link`). benchmarks: task -> (benchmark data set on the hub, its task id), when the test samples are its.
+    base_model: hub id when the source is a local folder. license: card keys (`license`, `license_name`,
+    `license_link`). benchmarks: task -> (data set on the hub that the test samples are from, its task id).
     """
 
     base_model: str | None = None
@@ -49,8 +49,8 @@ class Declared:
     benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def base_model(summary: Summary, declared: Declared) -> str | None:
-    """Hub id of the full-precision model, None when nobody knows one."""
+def base_model(summary: Summary, declared: CardDeclarations) -> str | None:
+    """Hub id of the full-precision model; None when it is unknown."""
     repo, at, _ = summary.source.partition("@")
     return declared.base_model or (repo if at and repo.count("/") == 1 else None)
 
@@ -58,14 +58,14 @@ def base_model(summary: Summary, declared: Declared) -> str | None:
 def render(
     repo: str,
     summary: Summary,
-    declared: Declared,
+    declared: CardDeclarations,
     problems: Sequence[str],
     changelog: str,
     lacks_start: bool = False,
 ) -> str:
-    """The whole README.md. problems: why it should not have been published (with `--force`), said at the top.
+    """Text of README.md. problems: reasons against publishing that `--force` overrides; the card lists them first.
 
-    lacks_start: the model's own chat template leaves out the start token, so requests must ask for it.
+    lacks_start: whether the model's chat template omits the start token, so that requests must set a flag for it.
     """
     sections = [
         f"# {repo.partition('/')[2]}",
@@ -76,15 +76,15 @@ def render(
         "## Serving\n\n" + serving(repo, summary, lacks_start),
         "## Calibration\n\n" + _calibration(summary),
         "## Provenance\n\n" + _provenance(repo, summary),
-        "## Limits\n\n" + _limits(summary),
+        "## Limitations\n\n" + _limits(summary),
         f"## Changelog\n\n{BEGIN}\n{changelog}\n{END}" if changelog else "",
-        "## Citation\n\nThe recipe rests on the findings of this paper:\n\n" + CITATION,
+        "## Citation\n\nThe recipe is based on the results of this paper:\n\n" + CITATION,
     ]
     return f"---\n{metadata(repo, summary, declared, problems)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def metadata(repo: str, summary: Summary, declared: Declared, problems: Sequence[str]) -> str:
-    """The card's YAML, written by the hub library's own classes."""
+def metadata(repo: str, summary: Summary, declared: CardDeclarations, problems: Sequence[str]) -> str:
+    """YAML metadata of the card, written by the classes of the hub library."""
     from huggingface_hub import ModelCardData
 
     widths = sorted({_width(part.scheme) for part in summary.parts if part.packed})
@@ -128,47 +128,47 @@ def eval_results(summary: Summary) -> list[Any]:
     ]
 
 
-def benchmark_results(summary: Summary, declared: Declared) -> str:
-    """The `.eval_results` file for tasks whose test samples are a hub benchmark's; empty when there are none."""
+def benchmark_results(summary: Summary, declared: CardDeclarations) -> str:
+    """Text of the `.eval_results` file for tasks with test samples of a hub benchmark; empty without such tasks."""
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    entries, seen = [], set()
+    entries, written = [], set()
     for m in summary.report.measures if summary.report else ():
-        if m.task in declared.benchmarks and m.task not in seen:  # a task's first metric is its main one
+        if m.task in declared.benchmarks and m.task not in written:  # only the first metric of a task
             dataset, task = declared.benchmarks[m.task]
             note = f"{m.metric}, {m.samples} samples, full precision {m.difference.before:.4f}"
             value = round(m.difference.after, 6)
             entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=note))
-            seen.add(m.task)
+            written.add(m.task)
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else ""
 
 
 def known_datasets(summary: Summary) -> list[str]:
-    """Hub ids of the calibration data, as far as the manifest's sources are data sets of the hub."""
-    wanted = summary.manifest.provenance.calibration
-    named = [name.removeprefix("hub ") for name in wanted.data.split(", ") if name.startswith("hub ")]
-    return sorted({repo for name in named if (repo := repo_of(name))}) if wanted.samples else []
+    """Hub ids of those calibration data that are data sets on the hub."""
+    calibration = summary.manifest.provenance.calibration
+    names = [name.removeprefix("hub ") for name in calibration.data.split(", ") if name.startswith("hub ")]
+    return sorted({repo for name in names if (repo := repo_of(name))}) if calibration.samples else []
 
 
 def data_name(summary: Summary) -> str:
-    """Where the test samples come from, in words."""
+    """Readable name of the data source of the test samples."""
     calibration = summary.manifest.provenance.calibration.data
     measured = summary.report.evaluation.data if summary.report else None
-    return in_words(calibration if measured is None else measured)
+    return readable_sources(calibration if measured is None else measured)
 
 
-def in_words(data: str) -> str:
-    """A data source as a manifest names it, for strangers."""
+def readable_sources(data: str) -> str:
+    """A data source of a manifest with readable names for the built-in data."""
     return ", ".join(DRAWINGS if name in BUILT_IN else name for name in str(data).split(", "))
 
 
-def _introduction(summary: Summary, declared: Declared) -> str:
+def _introduction(summary: Summary, declared: CardDeclarations) -> str:
     base = base_model(summary, declared)
     if base:
         source = f"[{base}](https://huggingface.co/{base})"
     elif summary.source in MODELS:
-        source = f"The small model `{summary.source}` that comes with mmq"
+        source = f"The small model `{summary.source}` that mmq includes"
     else:
         source = f"A local model (`{summary.source}`)"
     if adapter := summary.manifest.source.adapter:
@@ -177,7 +177,7 @@ def _introduction(summary: Summary, declared: Declared) -> str:
     return (
         f"{source}, quantized by mmq with the recipe `{summary.recipe.name}` into an artifact that vLLM serves: "
         f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
-        f"{summary.manifest.bits_per_weight:.2f} bits a weight with scales and everything else counted."
+        f"{summary.manifest.bits_per_weight:.2f} bits per weight, including scales and all other tensors."
     )
 
 
@@ -189,7 +189,7 @@ def _warning(problems: Sequence[str]) -> str:
 
 
 def _width(scheme: str) -> str:
-    """A scheme's label as hubs tag it: `w4a16`, `w8a8`, `w4a8`, `fp8`."""
+    """Hub tag of a scheme's label: `w4a16`, `w8a8`, `w4a8`, `fp8`."""
     first = scheme.partition(" ")[0].lower()
     return first if first == "fp8" else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
 
@@ -202,18 +202,18 @@ def _parts(summary: Summary) -> str:
     named = {part.component for part in summary.parts}
     components = [c.name for c in FAMILIES[summary.manifest.family].components]
     rows += [[name, "", "16 bits, not quantized", "", "as in the source"] for name in components if name not in named]
-    rows.append(["everything else", "", "16 bits, not quantized", "", "as in the source"])
+    rows.append(["all other tensors", "", "16 bits, not quantized", "", "as in the source"])
     return (
         table(["component", "linears", "scheme", "method", "stored"], rows)
-        + "\n\n`W4 g128` is 4-bit weights with one scale for 128 of them in a row; `row` is one scale a row. "
-        "Activations stay in 16 bits unless the scheme says `A8` or `A-FP8`."
-        + (" Keys and values are kept in float8 (e4m3)." if summary.recipe.kv_cache else "")
+        + "\n\n`W4 g128` means 4-bit weights with one scale per group of 128 weights of a row; `row` means one scale "
+        "per row. Activations stay in 16 bits unless the scheme has `A8` or `A-FP8`."
+        + (" The KV cache is in float8 (e4m3)." if summary.recipe.kv_cache else "")
     )
 
 
 def _quality(summary: Summary) -> str:
     if summary.report is None:
-        return "It was never measured."
+        return "The artifact was never evaluated."
     rows = []
     for m in summary.report.measures:
         d = m.difference
@@ -222,19 +222,20 @@ def _quality(summary: Summary) -> str:
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
     other = summary.other_baseline
     parts = [
-        f"> [!WARNING]\n> The full-precision scores are of **another model than the source**: {other}."
+        f"> [!WARNING]\n> The full-precision scores come from **another model than the source**: {other}."
         if other
         else "",
-        f"Both models answered the same samples ({data_name(summary)}), greedily; intervals are paired bootstraps.",
+        f"Both models answered the same samples ({data_name(summary)}) with greedy decoding; intervals are from a "
+        "paired bootstrap.",
         table(head, rows),
         _gates(summary.report),
-        built_in(summary),
+        drawings_note(summary),
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def _gates(report: Report) -> str:
-    """Verdicts of the recipe's gates, and in words what they rest on."""
+    """Verdicts of the recipe's gates, and one sentence per gate with its interval."""
     if not report.gates:
         return "The recipe has no gates."
     gates = [[g.task, g.metric, g.verdict if g.verdict == "passed" else f"**{g.verdict}**"] for g in report.gates]
@@ -243,18 +244,18 @@ def _gates(report: Report) -> str:
 
 
 def signed(value: float) -> str:
-    """`+0.0123`; what rounds to nothing is never `-0.0000`."""
+    """Signed number with 4 decimals, such as `+0.0123`; a rounded zero is `+0.0000`."""
     return f"{value:+z.4f}"
 
 
 def _calibration(summary: Summary) -> str:
-    wanted = summary.manifest.provenance.calibration
-    if not wanted.samples:
-        return "None: no method of this recipe looks at data."
+    calibration = summary.manifest.provenance.calibration
+    if not calibration.samples:
+        return "None: no method of this recipe needs data."
     return (
-        f"{len(wanted.samples)} training samples of {in_words(wanted.data)}, chosen with seed {wanted.seed}. "
-        "`mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares them by their pixels with "
-        "the test samples and stops when a picture is in both."
+        f"{len(calibration.samples)} training samples of {readable_sources(calibration.data)}, selected with seed "
+        f"{calibration.seed}. `mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares their "
+        "pixels with those of the test samples and stops when a picture is in both sets."
     )
 
 
@@ -264,7 +265,7 @@ def _provenance(repo: str, summary: Summary) -> str:
     return (
         f"- source: `{summary.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
         f"- recipe: `recipe.yaml` (sha256 `{summary.manifest.recipe.sha256}`)\n"
-        f"- made with {shown} on {summary.manifest.provenance.device}\n"
+        f"- exported with {shown} on {summary.manifest.provenance.device}\n"
         f"- check this repository against its manifest: `mmq verify hub:{repo}`"
     )
 
@@ -272,19 +273,19 @@ def _provenance(repo: str, summary: Summary) -> str:
 def _limits(summary: Summary) -> str:
     lines = []
     if DRAWINGS in data_name(summary):
-        lines.append("- The drawings are of colored shapes. They show that it works, not how good it is.")
-    lines += [f"- while quantizing: {note}" for note in summary.manifest.notes]
-    lines.append("- The scores hold for the samples above. Measure it on your own before you rely on it.")
-    lines.append("- It answers no better than the source: that model's limits and license hold here too.")
+        lines.append("- The drawings show colored shapes. Scores on them show that the model works, not its quality.")
+    lines += [f"- note of the quantization: {note}" for note in summary.manifest.notes]
+    lines.append("- The scores hold for the samples above. Evaluate the model on your own data before you use it.")
+    lines.append("- The limitations and the license of the source model also apply to this model.")
     return "\n".join(lines)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars inside cells are escaped."""
+    """A Markdown table; vertical bars inside cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in GB, or MB below one."""
+    """Bytes as a text in GB, or in MB below 1 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

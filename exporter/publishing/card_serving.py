@@ -1,36 +1,36 @@
-"""The part of the model card that tells how to serve the artifact."""
+"""Render the serving section of the model card."""
 
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
-from exporter.serving.launch import TRIED
+from exporter.serving.launch import TESTED_VERSION
 
-VLLM_IMAGE = f"vllm/vllm-openai:v{TRIED}"
+VLLM_IMAGE = f"vllm/vllm-openai:v{TESTED_VERSION}"
 
 
 def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
-    """Commands for vLLM and Docker, a request, and what `mmq check` found. lacks_start: see `card.render`."""
+    """Commands for vLLM and Docker, a request, and the result of `mmq check`. lacks_start: see `card.render`."""
     family = FAMILIES[summary.manifest.family]
     if family.unserved:
         return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"
-    odd = sorted({part.bits for part in summary.parts if part.packed and part.bits not in (4, 8)})
+    unusual = sorted({part.bits for part in summary.parts if part.packed and part.bits not in (4, 8)})
     note = ""
-    if odd:
-        widths = " and ".join(map(str, odd))
+    if unusual:
+        widths = " and ".join(map(str, unusual))
         note = f"\n\n{widths}-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU."
     if lacks_start:
         note = (
-            "\n\n`add_special_tokens` is needed with every request: the model's chat template does not write the start "
-            "token that its training prompts began with, and without it answers are others. `mmq serve` of a local "
-            "copy hands over a template that does." + note
+            "\n\nEvery request needs `add_special_tokens`: the model's chat template omits the start token of the "
+            "training prompts, and without it the answers differ. `mmq serve` with a local copy passes a template "
+            "that writes the token." + note
         )
     return (
         f"```\nvllm serve {repo} {limit}\n```\n\n"
-        "or in a container:\n\n"
+        "Or in a container:\n\n"
         "```\ndocker run --gpus all --ipc host -p 127.0.0.1:8000:8000 -e HF_TOKEN \\\n"
         "  -v ~/.cache/huggingface:/root/.cache/huggingface \\\n"
         f"  {VLLM_IMAGE} --model {repo} \\\n  {limit}\n```\n\n"
-        "and ask about a picture:\n\n"
+        "Send a question about a picture:\n\n"
         "```\ncurl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
         f'  "model": "{repo}",\n'
         + ('  "add_special_tokens": true,\n' if lacks_start else "")
@@ -41,7 +41,7 @@ def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
 
 
 def _by_transformers(repo: str, family: Family) -> str:
-    """How to open what no engine serves, image-text retrieval."""
+    """Python code that runs an image-text retrieval model, which vLLM does not serve, with transformers."""
     architecture = family.architectures[0]
     return (
         f"{family.unserved}, with `pip install transformers compressed-tensors`:\n\n```python\n"
@@ -55,12 +55,13 @@ def _by_transformers(repo: str, family: Family) -> str:
 
 
 def _checked(summary: Summary) -> str:
-    """What `mmq check` found in the engine, when it ran."""
-    found = summary.serving
-    if not found:
+    """Result of `mmq check`; empty when it did not run."""
+    record = summary.serving
+    if not record:
         return ""
-    verdict = "agreed with" if found.passed and not found.problems else "**differed from**"
+    verdict = "agreed with" if record.passed and not record.problems else "**differed from**"
     return (
-        f"\n\nvLLM {found.engine} ({found.build}) served it and answered {found.questions} questions about "
-        f"pictures; its log-probabilities {verdict} the dequantized weights in transformers (bound {found.bound})."
+        f"\n\nvLLM {record.engine} ({record.build}) served this artifact and answered {record.questions} questions "
+        f"about pictures; its log-probabilities {verdict} those of the dequantized weights in transformers (bound "
+        f"{record.bound})."
     )

@@ -1,7 +1,7 @@
-"""An artifact in a repository of the hub, checked by its manifest without downloading its weights.
+"""Verify an artifact in a repository of the hub against its manifest, without a download of its weights.
 
-The hub knows the sha256 of every large file, so weights are compared without a byte of them; small files are fetched
-and hashed; the names of packed tensors come from the headers, by range requests.
+The hub reports the sha256 of every large file, so weights are compared by hash. Small files are downloaded and hashed.
+Range requests read the names of packed tensors from the headers.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from exporter.publishing.artifact_summary import read_summary
 
 
 @dataclass(frozen=True)
-class Published:
-    """What was checked. files: compared by hash; fetched: bytes of small files that were downloaded for it."""
+class RemoteVerification:
+    """Result of the verification. files, linears: numbers of checked files and linears. fetched: downloaded bytes."""
 
     name: str
     files: int
@@ -32,36 +32,36 @@ class Published:
     fetched: int
 
 
-def verify_remote(remote: Remote, on_event: Listener) -> Published:
-    """ArtifactError naming everything in which the repository is not what its manifest says."""
+def verify_remote(remote: Remote, on_event: Listener) -> RemoteVerification:
+    """Check a repository; ArtifactError lists every difference from its manifest."""
     summary = read_summary(remote.name, remote.read)
     expected = summary.manifest.files
     problems, fetched = [], 0
     for i, (name, digest) in enumerate(sorted(expected.items())):
-        found = remote.files.get(name)
-        if found is None:
+        file = remote.files.get(name)
+        if file is None:
             problems.append(f"{name}: missing")
-        elif found.sha256 is None:
+        elif file.sha256 is None:
             content = remote.read(name) or b""
             fetched += len(content)
             if hashlib.sha256(content).hexdigest() != digest:
-                problems.append(f"{name}: its content is not the one that was written")
-        elif found.sha256 != digest:
-            problems.append(f"{name}: its content is not the one that was written")
+                problems.append(f"{name}: its content differs from the export")
+        elif file.sha256 != digest:
+            problems.append(f"{name}: its content differs from the export")
         on_event(Event("verify", i + 1, len(expected), name))
     shards = {name for name in remote.files if name.endswith(".safetensors") and "/" not in name}
     problems += [f"{name}: not in the manifest" for name in sorted(shards - expected.keys())]
     problems += _missing(remote, summary.manifest, quiet=bool(problems))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ArtifactError(f"{remote.name} does not hold what its manifest says:\n{lines}", "publish it again")
-    return Published(remote.name, len(expected), len(summary.manifest.linears), fetched)
+        raise ArtifactError(f"{remote.name} does not match its manifest:\n{lines}", "publish it again")
+    return RemoteVerification(remote.name, len(expected), len(summary.manifest.linears), fetched)
 
 
 def _missing(remote: Remote, manifest: Manifest, quiet: bool) -> list[str]:
-    """The manifest must name everything, and every packed linear must have the tensors that its format gives it.
+    """Problems of the manifest's completeness, and tensors that packed linears need for their format but lack.
 
-    quiet: headers that cannot be read are no problem of their own, because another is known already.
+    quiet: ignore unreadable headers, because another problem is already known.
     """
     try:
         artifact = open_headers(remote, manifest)
@@ -80,7 +80,7 @@ def _missing(remote: Remote, manifest: Manifest, quiet: bool) -> list[str]:
 
 
 def open_headers(remote: Remote, manifest: Manifest) -> Artifact:
-    """The artifact as its headers show it; its tensors cannot be read. ArtifactError when a header is damaged."""
+    """Open an artifact from its headers; its tensors cannot be read. ArtifactError when a header is damaged."""
     config = json.loads(remote.read("config.json") or b"{}")
     try:
         headers = remote.headers()

@@ -1,7 +1,7 @@
-"""Publishing: an artifact that is proven becomes a finished repository of the hub, in one commit.
+"""Upload a prepared artifact to a hub repository in one commit, and verify the commit.
 
-Large files go first, by the hub library's own path, and are not sent again when the connection is lost; nobody sees
-anything of them until the one commit that names all files. What is there afterwards is compared with the manifest.
+The hub library uploads large files first and does not send them again after a lost connection. They become visible
+only with the commit. Afterwards mmq compares the repository with the manifest.
 """
 
 import re
@@ -28,15 +28,15 @@ from exporter.model.hub import (
 )
 from exporter.publishing.card import CARD
 from exporter.publishing.remote_check import verify_remote
-from exporter.publishing.repository import Package, same
+from exporter.publishing.repository import Package, same_content
 
-TRIES = 3  # of the commit; uploads are tried again by the hub library itself
-LONGEST_WAIT = 120.0
+TRIES = 3  # attempts of the commit; the hub library itself repeats uploads
+LONGEST_WAIT = 120.0  # seconds
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to. revision: a branch, made when it is missing. replace: also over what mmq did not put there."""
+    """Target repository. revision: branch, created when it is missing. replace: whether to replace foreign files."""
 
     repo: str
     revision: str | None = None
@@ -46,8 +46,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was published. url: of the commit, or of the pull request. files, bytes: zero when nothing had to be."""
+class Publication:
+    """Result of a publication. url: of the commit or pull request. files, bytes: uploaded; 0 when nothing changed."""
 
     url: str
     commit: str
@@ -56,51 +56,55 @@ class Done:
 
 
 def check_target(target: Target) -> None:
-    """Everything about the target that is wrong without asking the hub (HubError, PublishError)."""
+    """Check the target without a request to the hub; HubError or PublishError when it is invalid."""
     check_name(target.repo)
     if target.create_pr and target.revision:
-        said = f"--create-pr and --revision {target.revision}: a pull request is always against main"
-        raise PublishError(said, "leave one out")
+        message = (
+            f"--create-pr and --revision {target.revision} exclude each other: a pull request is always against main"
+        )
+        raise PublishError(message, "leave out one of them")
     if re.fullmatch("[0-9a-fA-F]{40}", target.revision or ""):
-        raise PublishError(f"--revision {target.revision} is a commit, which never changes", "name a branch")
+        raise PublishError(
+            f"--revision {target.revision} is a commit, which cannot change", "give the name of a branch"
+        )
 
 
-def existing(target: Target) -> Remote | None:
-    """What the target's branch holds now (main's when it has yet to be made), None when there is no repository.
+def existing_repository(target: Target) -> Remote | None:
+    """Current content of the target's branch (of main for a new branch); None when the repository does not exist.
 
-    PublishError when mmq should not touch it.
+    PublishError when mmq must not change the repository.
     """
     try:
         remote = open_remote(target.repo)
     except HubMissing:
         return None
     if target.private and not remote.private:
-        raise PublishError(f"{target.repo} is there already, and public", "say --public if everybody may see this")
+        raise PublishError(f"{target.repo} exists and is public", "give --public if everybody may see the artifact")
     if remote.private and not target.private:
-        hint = "leave --public out, or make it public on its settings page first"
-        raise PublishError(f"{target.repo} is there already, and private: --public is for new repositories", hint)
+        hint = "leave out --public, or first make the repository public on its settings page"
+        raise PublishError(f"{target.repo} exists and is private; --public applies only to new repositories", hint)
     if target.revision:
         with suppress(HubMissing):  # a new branch begins at main's head
             remote = open_remote(target.repo, target.revision)
     foreign = sorted(remote.files.keys() - {".gitattributes", CARD})
     if foreign and MANIFEST not in remote.files and not target.replace:
         where = f"{target.repo}@{target.revision}" if target.revision else target.repo
-        said = f"{where} holds something that mmq did not put there ({foreign[0]}, {len(foreign)} files)"
-        raise PublishError(said, "give another --repo, or --replace to publish over it")
+        message = f"{where} has {len(foreign)} files that mmq did not publish, such as {foreign[0]}"
+        raise PublishError(message, "give another --repo, or --replace to replace them")
     return remote
 
 
-def publish(found: Package, target: Target, remote: Remote | None, on_event: Listener) -> Done:
-    """Upload and commit on top of `remote`, then compare with the manifest.
+def publish(package: Package, target: Target, remote: Remote | None, on_event: Listener) -> Publication:
+    """Upload and commit on top of `remote`, then compare the commit with the manifest.
 
-    HubError when the hub refuses or cannot be reached, ArtifactError when what is there afterwards is not whole.
+    HubError when the hub refuses or cannot be reached, ArtifactError when the commit does not match the manifest.
     """
     from huggingface_hub import HfApi, ModelCard
 
     check_target(target)
     need_token()
     with speaking(target.repo, "checking the card"):
-        ModelCard(found.card).validate(repo_type="model")
+        ModelCard(package.card).validate(repo_type="model")
     api = HfApi(library_name=DISTRIBUTION, library_version=VERSION)
     with without_xet():
         if remote is None:
@@ -108,22 +112,29 @@ def publish(found: Package, target: Target, remote: Remote | None, on_event: Lis
         if target.revision:
             with speaking(target.repo, "making the branch"):
                 api.create_branch(target.repo, branch=target.revision, revision=remote.commit, exist_ok=True)
-        if found.unchanged:
-            return Done(_url(api, target, remote.commit), remote.commit, 0, 0)
-        on_event(Event("note", 0, 0, f"uploading {len(found.files)} files to {target.repo}; nobody sees them yet"))
-        commit, url = _commit(api, found, target, remote)
-        if not found.problems:
+        if package.unchanged:
+            return Publication(_url(api, target, remote.commit), remote.commit, 0, 0)
+        on_event(
+            Event(
+                "note",
+                0,
+                0,
+                f"uploading {len(package.files)} files to {target.repo}; they become visible with the commit",
+            )
+        )
+        commit, url = _commit(api, package, target, remote)
+        if not package.problems:
             _read_back(target.repo, commit, url, on_event)
-    return Done(url, commit, len(found.files), sum(found.sizes().values()))
+    return Publication(url, commit, len(package.files), sum(package.sizes().values()))
 
 
 def _created(api: Any, target: Target) -> Remote:
-    """The new repository. Somebody else may have made it meanwhile, so what is in it is looked at like any other's."""
+    """Create the repository. Another process may have created it in the meantime, so its content is checked too."""
     with speaking(target.repo, "creating the repository"):
         api.create_repo(target.repo, private=target.private, exist_ok=True)
-    remote = existing(target)
+    remote = existing_repository(target)
     if remote is None or MANIFEST in remote.files:
-        raise HubError(f"{target.repo}: somebody else made it at the same time", "give the same command again")
+        raise HubError(f"another process created {target.repo} at the same time", "run the same command again")
     return remote
 
 
@@ -132,26 +143,26 @@ def _url(api: Any, target: Target, commit: str) -> str:
 
 
 def _read_back(repo: str, commit: str, url: str, on_event: Listener) -> None:
-    """The commit compared with its manifest; the errors say that the commit exists."""
+    """Compare the commit with its manifest; errors state that the commit exists."""
     try:
         verify_remote(open_remote(repo, commit), on_event)
     except ArtifactError as error:
-        raise ArtifactError(f"the commit was made ({url}), but {error.message}", error.hint) from None
+        raise ArtifactError(f"the commit exists ({url}), but {error.message}", error.hint) from None
     except HubError as error:
-        said = f"the commit was made ({url}), but reading it back failed: {error.message}"
-        raise HubError(said, f"look again with `mmq verify hub:{repo}@{commit}`") from None
+        message = f"the commit exists ({url}), but mmq could not read it back: {error.message}"
+        raise HubError(message, f"verify it with `mmq verify hub:{repo}@{commit}`") from None
 
 
-def _commit(api: Any, found: Package, target: Target, parent: Remote) -> tuple[str, str]:
-    """One commit with all files. It is tried again after a lost connection, unless it turns out to have arrived."""
+def _commit(api: Any, package: Package, target: Target, parent: Remote) -> tuple[str, str]:
+    """Make one commit with all files; return its id and URL. Repeat after a lost connection unless it arrived."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    adds = [CommitOperationAdd(name, content) for name, content in found.files.items()]
-    operations = [*adds, *(CommitOperationDelete(name) for name in found.removed)]
+    adds = [CommitOperationAdd(name, content) for name, content in package.files.items()]
+    operations = [*adds, *(CommitOperationDelete(name) for name in package.removed)]
     doing = "uploading"
     for attempt in range(TRIES):
         try:
-            made = api.create_commit(
+            info = api.create_commit(
                 target.repo,
                 operations,
                 commit_message="Artifact by mmq",
@@ -163,7 +174,7 @@ def _commit(api: Any, found: Package, target: Target, parent: Remote) -> tuple[s
             explained = explain(error, target.repo, doing)
             if explained is None:
                 raise
-            arrived = None if target.create_pr else _arrived(found, target, parent)
+            arrived = None if target.create_pr else _arrived(package, target, parent)
             if arrived:
                 return arrived, _url(api, target, arrived)
             wait = _wait(root(error), attempt)
@@ -171,29 +182,29 @@ def _commit(api: Any, found: Package, target: Target, parent: Remote) -> tuple[s
                 raise explained from None
             time.sleep(wait)
         else:
-            return str(made.oid), str(made.pr_url or made.commit_url)
+            return str(info.oid), str(info.pr_url or info.commit_url)
     raise AssertionError("every attempt returns or raises")
 
 
 def _wait(error: Exception, attempt: int) -> float | None:
-    """Seconds until it is worth another try, None when it is not."""
+    """Seconds until the next attempt; None when another attempt is useless."""
     if is_network(error):
         return 2.0**attempt
     response = getattr(error, "response", None)
     if response is None or not (response.status_code == 429 or response.status_code >= 500):
         return None
-    asked = retry_after(response.headers.get("Retry-After"))
-    wait = 2.0**attempt if asked is None else asked
+    requested = retry_after(response.headers.get("Retry-After"))
+    wait = 2.0**attempt if requested is None else requested
     return wait if wait <= LONGEST_WAIT else None
 
 
-def _arrived(found: Package, target: Target, parent: Remote) -> str | None:
-    """The commit's id when it was made although its answer was lost: a new head that holds exactly our files."""
+def _arrived(package: Package, target: Target, parent: Remote) -> str | None:
+    """Id of a commit whose response was lost: a new head with exactly our files. None when there is none."""
     try:
-        now = open_remote(target.repo, target.revision)
+        head = open_remote(target.repo, target.revision)
     except HubError:
         return None
-    expected = (parent.files.keys() - set(found.removed)) | found.files.keys()
-    if now.commit == parent.commit or now.files.keys() - {".gitattributes"} != expected - {".gitattributes"}:
+    expected = (parent.files.keys() - set(package.removed)) | package.files.keys()
+    if head.commit == parent.commit or head.files.keys() - {".gitattributes"} != expected - {".gitattributes"}:
         return None
-    return now.commit if all(same(f, now.files[name]) for name, f in found.files.items()) else None
+    return head.commit if all(same_content(f, head.files[name]) for name, f in package.files.items()) else None

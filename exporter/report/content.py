@@ -7,16 +7,16 @@ from typing import Any
 import yaml
 
 from exporter.artifact.manifest import Manifest
-from exporter.evaluation.gate_text import RULES, SAYS, accepted, incomparable, more_samples
+from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
 from exporter.evaluation.report_file import (
-    Answered,
+    AnswerPair,
     DistanceRecord,
     EvaluationRecord,
     GateResult,
     Report,
     ServingRecord,
 )
-from exporter.publishing.artifact_summary import Summary, built_in, component_of
+from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 
 CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
 NEVER = "never evaluated"
@@ -36,8 +36,8 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "recipe": {"name": summary.recipe.name, "summary": summary.recipe.summary},
         "verdict": word,
         "verdict_tone": TONES.get(word, "open"),
-        "verdict_says": SAYS[report.verdict] if report else "it was never evaluated",
-        "built_in": built_in(summary),
+        "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",
+        "built_in": drawings_note(summary),
         "other_baseline": summary.other_baseline,
         "gates": [_gate(gate) for gate in report.gates] if report else [],
         "bytes": manifest.bytes.model_dump(),
@@ -64,7 +64,7 @@ def _gate(gate: GateResult) -> dict[str, Any]:
     return {
         **gate.model_dump(),
         "tone": TONES.get(gate.verdict, "open"),
-        "rule": RULES[gate.decide],
+        "rule": DECIDE_RULES[gate.decide],
         "accepted": accepted(gate),
         "more": more_samples(gate) if gate.verdict == "not resolved" else "",
         "why": incomparable(gate) if gate.verdict == "not comparable" else "",
@@ -154,7 +154,7 @@ def _asked_by(about: EvaluationRecord) -> str:
     return ", ".join(sorted(named))
 
 
-def _with_pictures(rows: Sequence[Answered], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+def _with_pictures(rows: Sequence[AnswerPair], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
     return [row.model_dump(mode="json") | {"picture": pictures.get((row.task, row.id))} for row in rows]
 
 

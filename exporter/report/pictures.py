@@ -7,7 +7,7 @@ from PIL.Image import Image
 
 from exporter import data
 from exporter.errors import DataError
-from exporter.evaluation.report_file import Answered
+from exporter.evaluation.report_file import AnswerPair
 from exporter.inference.openai_client import data_url
 from exporter.publishing.artifact_summary import Summary
 from exporter.report.content import CHANGED_SHOWN
@@ -53,7 +53,7 @@ def thumbnail(picture: Image) -> str:
     return data_url(buffer.getvalue())
 
 
-def find_pictures(rows: Sequence[Answered], samples: Mapping[str, Sequence[Sample]]) -> dict[tuple[str, str], str]:
+def find_pictures(rows: Sequence[AnswerPair], samples: Mapping[str, Sequence[Sample]]) -> dict[tuple[str, str], str]:
     """(task, id) -> picture of every row whose sample is among `samples`: the same question, references and pixels.
 
     A report of an older mmq does not say which pixels.

@@ -1,6 +1,6 @@
-"""vLLM: how it is started, what it refuses, and whether its answers are right.
+"""Serving with vLLM: the start command, checks before the start, and the comparison of its answers.
 
 Enters: an artifact.
-Leaves: a running server, or a `Check` of its answers.
+Leaves: a running server, or a `CheckResult` of its answers.
 May import: evaluation, artifact, planning, inference, model, tasks, numerics, files.
 """

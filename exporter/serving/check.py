@@ -1,9 +1,9 @@
-"""Does the serving engine answer as the artifact's dequantized weights do in transformers?
+"""`mmq check`: compare vLLM's answers with those of the artifact's dequantized weights in transformers.
 
-The engine answers questions about images, greedily, with log-probabilities, and `reference` is the yardstick. A
-control shows that the comparison would notice: a copy of the artifact in which one component's scales are doubled
-must answer far from the reference, and close to a reference that has the same doubled scales. The engine's log says
-which scheme it gave each linear.
+The engine answers questions about images with greedy decoding and log-probabilities; `reference` computes the expected
+values. A negative control proves that the comparison detects errors: a copy of the artifact with doubled scales in one
+component must answer far from the reference, and close to a reference with the same doubled scales. The engine's log
+lists the scheme of each linear.
 """
 
 import math
@@ -23,39 +23,41 @@ from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_class
 from exporter.serving.launch import Program, launch
-from exporter.serving.negative_control import disturbed, double_scales
+from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
 from exporter.serving.preflight import hardware, needs_plugin, refuse_unservable
-from exporter.serving.reference import BOUND, Compared, Distance, Reference
+from exporter.serving.reference import BOUND, Distance, EngineComparison, Reference
 from exporter.serving.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
 
-MOVES = 5.0  # times the mean that is allowed that doubled scales must move the answers by
+MIN_MOVE_RATIO = 5.0  # doubled scales must move the answers by this multiple of the allowed mean difference
 
 
 @dataclass(frozen=True)
 class Control:
-    """component: whose scales were doubled. moved: that engine beside the true reference; restored: beside one with
-    the same doubled scales.
+    """Result of the negative control. component: the one with doubled scales.
+
+    moved: distance from that engine to the unchanged reference. restored: comparison with the reference with the same
+    doubled scales.
     """
 
     component: str
     moved: Distance
-    restored: Compared
+    restored: EngineComparison
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a check found. problems: why it failed.
+class CheckResult:
+    """Result of a check. problems: reasons for its failure.
 
-    schemes: class of the engine -> linears, as its log says. kernels: `kernel for scheme`, from there too.
+    schemes: scheme class of the engine -> number of linears, from its log. kernels: `kernel for scheme`, from its log.
     """
 
     engine: str
     build: str
     questions: int
     bound: float
-    compared: Compared | None
+    compared: EngineComparison | None
     control: Control | None
     schemes: Mapping[str, int]
     kernels: tuple[str, ...]
@@ -64,16 +66,16 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a check needs of the outside: the program, how to start it, where to compute the reference, whom to tell.
+    """Settings of a check: vLLM program, start options, device of the reference, event listener.
 
-    logs: folder that keeps what the engine said, `engine.log` and the control's `doubled.log` (None: nothing is kept).
-    disturb: the component whose scales the control doubles (None: the first that has packed linears).
+    logs: folder for the engine's `engine.log` and the control's `doubled.log` (None: logs are not kept).
+    disturb: component whose scales the control doubles (None: the first with packed linears).
     """
 
     program: Program
@@ -89,7 +91,7 @@ class Session:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What one start of the engine gave. schemes: of every linear by its log. seconds: until it was ready."""
+    """Result of one run of the engine. schemes: runtime name -> scheme class. seconds: startup time."""
 
     replies: list[Reply]
     schemes: Mapping[str, str]
@@ -98,46 +100,48 @@ class EngineRun:
 
 
 @dataclass(frozen=True)
-class Doubled:
-    """The control's copy of an artifact: whose scales are doubled in it, and what the engine answered with it."""
+class DoubledRun:
+    """Run of the control. component: the one with doubled scales. folder: the copy. replies: its answers."""
 
     component: str
     folder: Path
     replies: list[Reply]
 
 
-def check(folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True) -> Checked:
-    """Serve `folder`, ask it about `samples`, compare (ServeError when the engine does not run or answer)."""
+def check(
+    folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True
+) -> CheckResult:
+    """Serve `folder`, send it `samples` and compare; ServeError when the engine does not start or answer."""
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
-    component = disturbed(artifact, session.disturb)
+    component = disturbed_component(artifact, session.disturb)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
         logs = session.logs or scratch
         logs.mkdir(parents=True, exist_ok=True)
-        asked = _ask_engine(folder, artifact, samples, session, logs / "engine.log")
-        replies, told = asked.replies, artifact.manifest.format == "compressed_tensors"
-        problems = scheme_problems(artifact, asked.schemes) if told else []
+        run = _run_engine(folder, artifact, samples, session, logs / "engine.log")
+        logs_schemes = artifact.manifest.format == "compressed_tensors"
+        problems = scheme_problems(artifact, run.schemes) if logs_schemes else []
         doubled = None
         if control and component and not problems:
             copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
             note, log = f" with the scales of {component} doubled", logs / "doubled.log"
-            doubled = Doubled(component, copy, _ask_engine(copy, artifact, samples, session, log, note).replies)
-        compared, found = None, None
+            doubled = DoubledRun(component, copy, _run_engine(copy, artifact, samples, session, log, note).replies)
+        compared, control_result = None, None
         if not problems:
-            compared, found, problems = judge(artifact, samples, replies, doubled, processor, session)
-    return _checked(session, asked, compared, found, problems)
+            compared, control_result, problems = judge(artifact, samples, run.replies, doubled, processor, session)
+    return _result(session, run, compared, control_result, problems)
 
 
 def judge(
     artifact: Artifact,
     samples: Sequence[Sample],
     replies: Sequence[Reply],
-    doubled: Doubled | None,
+    doubled: DoubledRun | None,
     processor: Any,
     session: Session,
-) -> tuple[Compared | None, Control | None, list[str]]:
-    """The replies beside the reference, the control, and what is wrong; uses the session's device and bound."""
+) -> tuple[EngineComparison | None, Control | None, list[str]]:
+    """Compare replies with the reference, evaluate the control, and list the problems."""
     gpu = not session.program.cpu
     reference = Reference(artifact, processor, session.device, gpu)
     problems = reference.prompt_problems(samples, replies)
@@ -148,34 +152,38 @@ def judge(
         far = reference.distance(samples, doubled.replies)
         del reference
         release(session.device)
-        same = Reference(Artifact.open(doubled.folder), processor, session.device, gpu).compare(
+        restored = Reference(Artifact.open(doubled.folder), processor, session.device, gpu).compare(
             samples, doubled.replies
         )
-        control = Control(doubled.component, far, same)
+        control = Control(doubled.component, far, restored)
     return compared, control, distance_problems(compared, control, session.bound)
 
 
-def _checked(
-    session: Session, asked: EngineRun, compared: Compared | None, control: Control | None, problems: Sequence[str]
-) -> Checked:
-    return Checked(
+def _result(
+    session: Session,
+    run: EngineRun,
+    compared: EngineComparison | None,
+    control: Control | None,
+    problems: Sequence[str],
+) -> CheckResult:
+    return CheckResult(
         session.program.version,
         "cpu" if session.program.cpu else "gpu",
-        len(asked.replies),
+        len(run.replies),
         session.bound,
         compared,
         control,
-        dict(Counter(asked.schemes.values())),
-        asked.kernels,
-        asked.seconds,
+        dict(Counter(run.schemes.values())),
+        run.kernels,
+        run.seconds,
         tuple(problems),
     )
 
 
-def _ask_engine(
+def _run_engine(
     folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
 ) -> EngineRun:
-    made = launch(
+    command = launch(
         folder,
         artifact.checkpoint.config,
         session.program,
@@ -184,9 +192,9 @@ def _ask_engine(
         tensor_parallel=session.tensor_parallel,
         extra=session.extra,
     )
-    made = with_plugin(made, session.program.version) if needs_plugin(artifact) else made
+    command = with_plugin(command, session.program.version) if needs_plugin(artifact) else command
     session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}{note}"))
-    with Engine(made, log, debug=True) as engine:
+    with Engine(command, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)
         replies = []
         for i, sample in enumerate(samples):
@@ -197,40 +205,42 @@ def _ask_engine(
 
 
 def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
-    """Linears that the engine gave another scheme than the artifact's, or none."""
+    """One line per linear whose scheme in the engine's log differs from the artifact's, or is missing."""
     problems = []
     for module in artifact.manifest.linears:
         name = artifact.family.engine_name(module)
-        expected, found = engine_class(artifact.scheme_of(module)), log.get(name) or log.get(module)
-        if found not in expected:
-            said = found or "none (it runs unquantized, or under another name)"
-            problems.append(f"{name}: vllm's log gives it the scheme {said}, expected {' or '.join(expected)}")
+        expected, actual = engine_class(artifact.scheme_of(module)), log.get(name) or log.get(module)
+        if actual not in expected:
+            text = actual or "none (the linear runs unquantized or under another name)"
+            problems.append(f"{name}: the scheme in vllm's log is {text}; expected {' or '.join(expected)}")
     return sorted(set(problems), key=problems.index)
 
 
-def distance_problems(compared: Compared, control: Control | None, bound: float) -> list[str]:
-    """What is too far, and what the control did not show."""
+def distance_problems(compared: EngineComparison, control: Control | None, bound: float) -> list[str]:
+    """Problems of the log-probabilities: distances above the bound, and a control that detects no error."""
     problems = []
     if not compared.close(bound):
-        problems.append(f"log-probabilities are too far from the reference's: {_said(compared, bound)}")
-    if control and not control.moved.mean >= MOVES * compared.allowed(bound)[1]:
-        said = f"moved the answers by {control.moved.mean:.4f} on average"
-        problems.append(f"doubling the scales of {control.component} {said}: the comparison would not notice an error")
+        problems.append(f"log-probabilities are too far from the reference: {_distance_text(compared, bound)}")
+    if control and not control.moved.mean >= MIN_MOVE_RATIO * compared.allowed(bound)[1]:
+        move = f"moved the answers by only {control.moved.mean:.4f} on average"
+        problems.append(f"doubling the scales of {control.component} {move}: the comparison cannot detect an error")
     if control and not control.restored.close(bound):
-        said = _said(control.restored, bound)
-        problems.append(f"with the scales of {control.component} doubled on both sides they are too far apart: {said}")
+        text = _distance_text(control.restored, bound)
+        problems.append(
+            f"with doubled scales of {control.component} on both sides, the log-probabilities are too far apart: {text}"
+        )
     return problems
 
 
-def _said(compared: Compared, bound: float) -> str:
+def _distance_text(compared: EngineComparison, bound: float) -> str:
     d, (largest, mean) = compared.distance, compared.allowed(bound)
     return f"mean {d.mean:.4f} of {mean:.4f} allowed, largest {d.largest:.4f} of {largest:.4f} allowed"
 
 
-def keep(folder: Path, checked: Checked, weights: str) -> None:
-    """Put what a check measured into the artifact's report, and its verdict into the manifest, both under `serving`.
+def store_result(folder: Path, checked: CheckResult, weights: str) -> None:
+    """Write the result of a check into the artifact's report and its verdict into the manifest, both under `serving`.
 
-    weights: `backends.weights_digest` of what was served, so that no other artifact can claim the check.
+    weights: `backends.weights_digest` of the served artifact, which ties the result to it.
     """
     report, _ = read_report(folder)
     plain = _finite({"passed": checked.passed, **asdict(checked), "weights": weights})
@@ -240,12 +250,12 @@ def keep(folder: Path, checked: Checked, weights: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Plain data with None for numbers that are not finite: an engine may answer such log-probabilities."""
+    """Plain data with None for non-finite numbers, because an engine may return non-finite log-probabilities."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_plain(checked: Checked) -> dict[str, Any]:
+def as_plain(checked: CheckResult) -> dict[str, Any]:
     """Plain data for files and `--json`."""
     return {"passed": checked.passed, **asdict(checked)}

@@ -1,4 +1,4 @@
-"""Flags that serve an artifact faster on a Hopper GPU than vLLM's own choice (docs/measurements/serving-speed.md)."""
+"""vLLM flags that serve an artifact faster on a Hopper GPU than the defaults (docs/measurements/serving-speed.md)."""
 
 import shlex
 from collections.abc import Collection, Sequence
@@ -8,50 +8,50 @@ from exporter.numerics.quantized import Scheme
 
 
 @dataclass(frozen=True)
-class Faster:
-    """Flags of vLLM, and what they do."""
+class FlagAdvice:
+    """Flags of vLLM, and a text about their effect and requirements."""
 
     flags: tuple[str, ...]
     what: str
 
 
-HUMMING = Faster(
+HUMMING = FlagAdvice(
     ("--linear-backend", "humming"),
-    "decodes faster for one client; needs the package humming-kernels beside vllm",
+    "faster decoding for one client; needs the package humming-kernels in vLLM's environment",
 )
-FLASHINFER = Faster(
+FLASHINFER = FlagAdvice(
     (
         *("--attention-backend", "FLASHINFER", "--max-num-batched-tokens", "16384"),
-        *("--max-cudagraph-capture-size", "704"),  # a prompt of 640 tokens beside 64 clients that decode
+        *("--max-cudagraph-capture-size", "704"),  # a prompt of 640 tokens and 64 decoding clients
     ),
-    "more tokens a second for many clients; needs nvcc, and minutes at the first start",
+    "more tokens per second for many clients; needs nvcc, and the first start takes minutes",
 )
-CARD = (9, 0)  # the compute capability they were measured on
-HEADS = (64, 128, 256)  # numbers of a head that vLLM's FlashInfer back end and its XQA kernel both take
+HOPPER = (9, 0)  # compute capability of the GPU of the measurements
+HEAD_SIZES = (64, 128, 256)  # sizes of an attention head that vLLM's FlashInfer back end and its XQA kernel support
 
 
-def faster(
+def faster_flags(
     language: Collection[Scheme], others: Collection[Scheme], kv_cache: str | None, head: int | None
-) -> list[Faster]:
-    """What was seen to serve such an artifact faster. language, others: its schemes, all in compressed-tensors' format.
+) -> list[FlagAdvice]:
+    """Flags that measured faster for such an artifact. language, others: its schemes in compressed-tensors format.
 
-    head: numbers of an attention head, None if the config leaves them to the model class (LLaVA-1.5's 128).
+    head: size of an attention head; None if the config leaves it to the model class (128 for LLaVA-1.5).
     """
-    found = []
+    flags = []
     four = bool(language) and all(scheme == Scheme(4, 128) for scheme in language)
-    # With that flag vLLM 0.26 gives Humming every linear, and 16-bit inputs whatever the scheme says.
+    # With this flag vLLM 0.26 uses Humming for every linear, with 16-bit inputs for all schemes.
     if four and all(scheme.symmetric and scheme.activations is None for scheme in others):
-        found.append(HUMMING)
-    if kv_cache == "fp8" and head in (None, *HEADS) and not any(scheme.mixed for scheme in language):
-        found.append(FLASHINFER)
-    return found
+        flags.append(HUMMING)
+    if kv_cache == "fp8" and head in (None, *HEAD_SIZES) and not any(scheme.mixed for scheme in language):
+        flags.append(FLASHINFER)
+    return flags
 
 
-def advice(found: Sequence[Faster], given: Sequence[str]) -> str:
-    """What an operator is told of the flags; nothing of those whose choice was made already. given: vLLM's flags."""
-    named = " ".join(given).replace("_", "-")
-    decided = {HUMMING: ("linear-backend",), FLASHINFER: ("attention-backend", "attention-config", "kv-cache-dtype")}
-    kept = [each for each in found if not any(word in named for word in decided[each])]
-    flags = shlex.join(flag for each in kept for flag in each.flags)
-    lines = [f"  {each.flags[0]}: {each.what}" for each in kept]
-    return "\n".join([f"faster on a Hopper GPU: `-- {flags}` (docs/how-to/serve-on-gpu.md)", *lines]) if kept else ""
+def advice(available: Sequence[FlagAdvice], user_flags: Sequence[str]) -> str:
+    """Text for an operator about the available flags, without those whose options the user has set."""
+    user_text = " ".join(user_flags).replace("_", "-")
+    options = {HUMMING: ("linear-backend",), FLASHINFER: ("attention-backend", "attention-config", "kv-cache-dtype")}
+    useful = [item for item in available if not any(option in user_text for option in options[item])]
+    flags = shlex.join(flag for item in useful for flag in item.flags)
+    lines = [f"  {item.flags[0]}: {item.what}" for item in useful]
+    return "\n".join([f"faster on a Hopper GPU: `-- {flags}` (docs/how-to/serve-on-gpu.md)", *lines]) if useful else ""

@@ -1,4 +1,4 @@
-"""A copy of an artifact with an error put into it, to prove that a comparison would notice."""
+"""Negative control of `mmq check`: a copy of an artifact with doubled scales, which the comparison must detect."""
 
 import shutil
 from pathlib import Path
@@ -13,18 +13,19 @@ def modules_of(artifact: Artifact, component: str) -> list[str]:
     return [module for module in artifact.manifest.linears if part.holds(module)]
 
 
-def disturbed(artifact: Artifact, wanted: str | None = None) -> str | None:
-    """The component that the control disturbs: `wanted` (ServeError when nothing of it is packed), else the first."""
+def disturbed_component(artifact: Artifact, requested: str | None = None) -> str | None:
+    """Component of the control: `requested` (ServeError when it has no packed linears), else the first packed one."""
     packed = [component.name for component in artifact.family.components if modules_of(artifact, component.name)]
-    if wanted and wanted not in packed:
+    if requested and requested not in packed:
         raise ServeError(
-            f"nothing of '{wanted}' is packed in this artifact", f"packed: {', '.join(packed) or 'nothing'}"
+            f"component '{requested}' has no packed linears in this artifact",
+            f"components with packed linears: {', '.join(packed) or 'none'}",
         )
-    return wanted or next(iter(packed), None)
+    return requested or next(iter(packed), None)
 
 
 def double_scales(artifact: Artifact, folder: Path, component: str, out: Path) -> Path:
-    """A copy of the artifact in which every scale of a component is twice as large; other shards are links."""
+    """Copy the artifact to `out` with every scale of a component doubled; other shards are symbolic links."""
     from safetensors.torch import load_file, save_file
 
     modules = modules_of(artifact, component)

@@ -1,4 +1,4 @@
-"""The plugin of `vllm_blip2.py` for a vLLM in whose environment mmq is not installed: a folder for its PYTHONPATH."""
+"""Install the vLLM plugin of `vllm_blip2.py` by PYTHONPATH, for a vLLM environment without mmq."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ MODULE = "mmq_vllm_blip2"
 
 
 def plugin_folder() -> Path:
-    """A folder with the plugin as a module of its own and an entry point, made once in the user's cache."""
+    """Folder in the user's cache with the plugin as a separate module and its entry point; created once."""
     source = Path(__file__).with_name("vllm_blip2.py").read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "mmq" / f"vllm-plugin-{hashlib.sha256(source).hexdigest()[:12]}"
@@ -27,25 +27,25 @@ def plugin_folder() -> Path:
         path = folder / name
         if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
-            half = path.with_name(f"{path.name}.{os.getpid()}")
-            half.write_bytes(content)
-            half.replace(path)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            temporary.replace(path)
     return folder
 
 
-def with_plugin(launch: Launch, version: str, ours: Mapping[str, str] = os.environ) -> Launch:
-    """The launch with the plugin switched on and found: in PYTHONPATH, also where the command itself sets that.
+def with_plugin(launch: Launch, version: str, environment: Mapping[str, str] = os.environ) -> Launch:
+    """Add the plugin to a launch: enable it and add its folder to PYTHONPATH, also where the command sets PYTHONPATH.
 
-    version: of the vLLM that is started (ServeError when the plugin is not made for it).
+    version: version of vLLM (ServeError when the plugin does not support it).
     """
     try:
         refuse(version)
     except RuntimeError as error:
-        raise ServeError(str(error), "or take a vLLM of those versions: --vllm PROGRAM") from None
+        raise ServeError(str(error), "or use a supported version of vLLM: --vllm PROGRAM") from None
     folder = str(plugin_folder())
     command = [
         f"{word}{os.pathsep}{folder}" if word.startswith("PYTHONPATH=") and i < launch.command.index("serve") else word
         for i, word in enumerate(launch.command)
     ]
-    path = os.pathsep.join(part for part in (ours.get("PYTHONPATH"), folder) if part)
+    path = os.pathsep.join(part for part in (environment.get("PYTHONPATH"), folder) if part)
     return replace(launch, command=tuple(command), environment={**launch.environment, SWITCH: "1", "PYTHONPATH": path})

@@ -1,4 +1,4 @@
-"""Whether an engine can serve an artifact, or what is planned, found out before it is started."""
+"""Check whether vLLM can serve an artifact or a plan on this hardware, before it starts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,58 +23,58 @@ from exporter.serving.negative_control import modules_of
 
 
 def hardware(program: Program) -> Hardware:
-    """What this program runs on here."""
+    """Hardware that this vLLM uses on this machine: "cpu", or the GPU's compute capability."""
     return "cpu" if program.cpu else capability()
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:
-    """The packed linears as the engine sees them, from headers alone."""
-    found = []
+    """Packed linears with vLLM's names and shapes `(out, in)`, from the artifact's headers."""
+    linears = []
     for module in artifact.manifest.linears:
         scheme, tensors = artifact.scheme_of(module), artifact.checkpoint.tensors
         names = [f"{module}.{name}" for name in ("weight_packed", "weight", "qweight")]
         stored = next(tensors[name] for name in names if name in tensors)
         rows, columns = stored.shape
-        if stored.name.endswith("qweight"):  # transposed; AutoGPTQ packs inputs, AutoAWQ outputs
+        if stored.name.endswith("qweight"):  # stored transposed; AutoGPTQ packs along inputs, AutoAWQ along outputs
             packs_inputs = artifact.manifest.format == "gptq"
             rows, columns = columns, rows * 32 // scheme.bits if packs_inputs else rows
             rows = rows if packs_inputs else rows * 32 // scheme.bits
         elif stored.name.endswith("weight_packed"):
             columns = columns * 32 // scheme.bits
         name = artifact.family.runtime_name(module)
-        found.append(Linear(name, artifact.family.engine_name(module), (rows, columns), scheme))
-    return found
+        linears.append(Linear(name, artifact.family.engine_name(module), (rows, columns), scheme))
+    return linears
 
 
 def refuse_unserved(family: Family) -> None:
-    """ServeError when the engine knows no model of this family."""
+    """ServeError when vLLM does not support this family."""
     if family.unserved:
         raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/reference/families.md")
 
 
 def needs_plugin(artifact: Artifact) -> bool:
-    """Whether something is packed that vLLM loads only with mmq's plugin."""
+    """Whether the artifact has packed linears that vLLM loads only with mmq's plugin."""
     return any(
         component.unpackable and modules_of(artifact, component.name) for component in artifact.family.components
     )
 
 
 def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) -> None:
-    """ServeError naming the rules that keep this engine from serving it, before it is started."""
+    """ServeError with the rules of vLLM that the artifact violates on this hardware."""
     refuse_unserved(artifact.family)
     config, linears = artifact.checkpoint.config, engine_linears(artifact)
     parts = [share(linear, tensor_parallel) for linear in linears]
-    found = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
-    found += head_problems(config, tensor_parallel) + parallel_problems(linears, tensor_parallel)
-    _refuse("this artifact", found)
+    problems = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
+    problems += head_problems(config, tensor_parallel) + parallel_problems(linears, tensor_parallel)
+    _refuse("this artifact", problems)
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
-    """The same of what is only planned yet. config: the model's."""
+    """ServeError with the rules of vLLM that the planned artifact violates. config: config.json of the model."""
     refuse_unserved(plan.family)
     linears = planned_linears(plan.rows, plan.family)
     _refuse(
-        f"what '{plan.recipe.name}' makes",
+        f"an artifact of recipe '{plan.recipe.name}'",
         _hardware_rules(linears, plan.recipe.format, plan.recipe.kv_cache, config, on),
     )
 
@@ -82,7 +82,7 @@ def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
 def _hardware_rules(
     linears: Sequence[Linear], format_name: str, kv_cache: str | None, config: Mapping[str, Any], on: Hardware
 ) -> list[str]:
-    """Rules kernel and kv-cache for the hardware that is to serve."""
+    """Violations of the rules `kernel` and `kv-cache` on the serving hardware."""
     cache = cpu_cache_problems(kv_cache, config) if on == "cpu" else []
     return hardware_problems(linears, format_name, on) + cache
 
@@ -91,5 +91,6 @@ def _refuse(what: str, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:10])
         raise ServeError(
-            f"vllm cannot serve {what} there:\n{lines}", "docs/reference/serving.md, Rules, says what runs where"
+            f"vllm cannot serve {what} on this hardware:\n{lines}",
+            "see docs/reference/serving.md, Rules, for the supported combinations",
         )

@@ -1,10 +1,10 @@
-"""The artifact's dequantized weights in transformers: the reference for an engine's answers.
+"""Reference for vLLM's answers: log-probabilities of the artifact's dequantized weights in transformers.
 
-It gives the log-probabilities of all tokens that the engine listed, likely or not, after the same prompt. The effect of
-16-bit sums alone is measured: the floor is the reference in the engine's dtype beside itself in float32, several times,
-each time with the picture moved by less than 16 bits can represent, because one pass alone says little. An engine that
-computes the same in 16 bits has the floor's mean (`docs/measurements/serving-accuracy.md`). Means instead of root mean
-squares: a single question that amplifies every rounding error would decide those.
+The reference computes the log-probabilities of all tokens that the engine lists, after the same prompt. The floor
+measures the effect of 16-bit arithmetic alone: it compares the reference in the engine's dtype with the reference in
+float32, in several passes, each with the picture changed by less than a 16-bit step, because one pass is too noisy.
+A correct 16-bit engine has the mean of the floor (`docs/measurements/serving-accuracy.md`). The comparison uses means
+and not root mean squares, because one question that amplifies rounding errors would dominate root mean squares.
 """
 
 import math
@@ -27,15 +27,15 @@ from exporter.serving.vllm_engine import Reply
 from exporter.tasks.sample import Sample
 
 BOUND = 0.015  # mean difference of natural log-probabilities that is always allowed
-ROOM = 1.4  # times the floor's mean that is allowed: 16-bit passes beside each other had 0.7 to 1.4
-LARGEST_SHARE = 4.0  # times the bound, always allowed for a single token
-LARGEST_ROOM = 2.0  # times the floor's largest difference
-PASSES = 8  # in 16 bits
+FLOOR_FACTOR = 1.4  # allowed multiple of the floor's mean: pairs of 16-bit passes measured 0.7 to 1.4
+TOKEN_FACTOR = 4.0  # multiple of the bound that is always allowed for a single token
+TOKEN_FLOOR_FACTOR = 2.0  # allowed multiple of the floor's largest difference for a single token
+PASSES = 8  # passes in 16 bits
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Differences of log-probabilities over every listed token of every answer."""
+    """Absolute differences of log-probabilities over all listed tokens of all answers."""
 
     largest: float
     mean: float
@@ -43,27 +43,29 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The engine beside the reference, and the floor: the reference in 16 bits beside itself."""
+class EngineComparison:
+    """distance: engine against the reference. floor: reference in 16 bits against the reference in float32."""
 
     distance: Distance
     floor: Distance
 
     def allowed(self, bound: float) -> tuple[float, float]:
-        """Largest and mean difference that pass."""
-        return max(LARGEST_SHARE * bound, LARGEST_ROOM * self.floor.largest), max(bound, ROOM * self.floor.mean)
+        """Allowed largest difference and allowed mean difference."""
+        return max(TOKEN_FACTOR * bound, TOKEN_FLOOR_FACTOR * self.floor.largest), max(
+            bound, FLOOR_FACTOR * self.floor.mean
+        )
 
     def close(self, bound: float) -> bool:
-        """Whether the engine is as close to the reference as 16-bit sums are (never, when nothing was compared)."""
+        """Whether the engine is within the allowed differences (False when no tokens were compared)."""
         largest, mean = self.allowed(bound)
         return self.distance.largest <= largest and self.distance.mean <= mean
 
 
-def placed(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
-    """Where the reference computes, and in which dtype its weights are held.
+def reference_placement(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
+    """Device of the reference and dtype of its weights.
 
-    float32 where it fits beside the activations, else the engine's 16 bits; the CPU where `device` holds neither.
-    ServeError when the host's memory is too small as well.
+    float32 where weights and activations fit, else the engine's 16-bit dtype; the CPU where neither fits on `device`.
+    ServeError when host memory is too small as well.
     """
     parameters, config = artifact.parameters(), artifact.checkpoint.config
     places = [device] if not device.is_cuda else [device, choose("cpu")]
@@ -73,21 +75,22 @@ def placed(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
                 return place, dtype
     free = " and ".join(f"{place.free_bytes / 2**30:.1f} GiB on {place.name}" for place in places)
     raise ServeError(
-        f"the reference needs {2 * ROOM_FOR_ACTIVATIONS * parameters / 2**30:.1f} GiB, there are {free}",
-        "free memory, name a larger --device, or check on a larger machine: the artifact itself is not affected",
+        f"the reference needs {2 * ROOM_FOR_ACTIVATIONS * parameters / 2**30:.1f} GiB; free memory: {free}",
+        "free memory, give a larger --device, or run the check on a larger machine; the artifact is not affected",
     )
 
 
 class Reference:
-    """The artifact in transformers as an engine computes it, in float32 if it fits.
+    """The artifact in transformers with the rounding of an engine, in float32 if it fits.
 
-    Weights are dequantized, inputs rounded as the schemes say, keys and values as the cache holds them. gpu: whether
-    the engine's is on one, which rounds a float8 cache otherwise than a CPU; None: where the reference computes.
+    Weights are dequantized; activations are rounded as the schemes require, keys and values as the KV cache stores
+    them. gpu: whether the engine runs on a GPU, whose rounding of a float8 cache differs from a CPU's; None: as the
+    device of the reference.
     """
 
     def __init__(self, artifact: Artifact, processor: Any, device: Device, gpu: bool | None = None) -> None:
         self._family = artifact.family
-        device, self._high = placed(artifact, device)
+        device, self._high = reference_placement(artifact, device)
         self._device = device.torch_device
         self._processor = processor
         self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
@@ -96,16 +99,17 @@ class Reference:
         round_as_served(self._model, artifact.rounded(), device.is_cuda if gpu is None else gpu)
 
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
-        """Samples for which the engine saw another prompt: another chat template or another number of image tokens."""
+        """First sample whose prompt tokens differ in the engine: another chat template or number of image tokens."""
         for sample, reply in zip(samples, replies, strict=True):
-            ours = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
-            if ours != list(reply.prompt):
-                text = f"the engine saw {len(reply.prompt)} tokens, the reference {len(ours)}"
-                return [f"{sample.identity}: the prompts differ: {text}; the first {reply.prompt[:3]} and {ours[:3]}"]
+            expected = prompt_inputs(self._processor, self._family, sample)["input_ids"][0].tolist()
+            if expected != list(reply.prompt):
+                text = f"{len(reply.prompt)} tokens in the engine, {len(expected)} in the reference"
+                start = f"they begin with {reply.prompt[:3]} and {expected[:3]}"
+                return [f"{sample.identity}: the prompts differ: {text}; {start}"]
         return []
 
-    def compare(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Compared:
-        """The engine beside the reference, and the reference in 16 bits beside itself, on the same tokens."""
+    def compare(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> EngineComparison:
+        """Compare the engine with the reference, and the reference in 16 bits with itself, on the same tokens."""
         pairs = list(zip(samples, replies, strict=True))
         high = [self.log_probabilities(sample, reply) for sample, reply in pairs]
         listed = [listed_tokens(reply) for reply in replies]
@@ -115,22 +119,22 @@ class Reference:
         for turn in range(PASSES):
             low = [self.log_probabilities(sample, reply, noise=turn) for sample, reply in pairs]
             rounded += [abs(float(low[i][t[:2]] - high[i][t[:2]])) for i, tokens in enumerate(listed) for t in tokens]
-        self._model.to(self._high)  # what was float32 stays rounded to 16 bits, as engines hold it
-        return Compared(distance_of(engine), distance_of(rounded))
+        self._model.to(self._high)  # float32 weights stay rounded to 16 bits, as in the engine
+        return EngineComparison(distance_of(engine), distance_of(rounded))
 
     def distance(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Distance:
-        """The engine beside the reference alone."""
+        """Compare the engine with the reference only, without the floor."""
         differences = []
         for sample, reply in zip(samples, replies, strict=True):
-            ours = self.log_probabilities(sample, reply)
-            differences += [abs(t[2] - float(ours[t[:2]])) for t in listed_tokens(reply)]
+            expected = self.log_probabilities(sample, reply)
+            differences += [abs(t[2] - float(expected[t[:2]])) for t in listed_tokens(reply)]
         return distance_of(differences)
 
     @torch.inference_mode()
     def log_probabilities(self, sample: Sample, reply: Reply, noise: int = 0) -> Tensor:
-        """f32 `[tokens of the answer, vocabulary]`: natural log-probabilities at every token of the engine's answer.
+        """Natural log-probabilities at every token of the engine's answer, f32 `[tokens of the answer, vocabulary]`.
 
-        noise: 0 leaves the picture alone; others move it, each in its own way, by up to a quarter of a 16-bit step.
+        noise: 0 leaves the picture unchanged; other values are seeds of noise of up to a quarter of a 16-bit step.
         """
         inputs = prompt_inputs(self._processor, self._family, sample)
         if noise:
@@ -148,16 +152,16 @@ class Reference:
 
 
 def listed_tokens(reply: Reply) -> list[tuple[int, int, float]]:
-    """Step, token and the engine's log-probability of every token it lists.
+    """(step, token, log-probability) of every token that the engine lists, including unlikely tokens.
 
-    Unlikely ones too: where an answer is sure the likely ones say nothing, and the floor has the same tokens.
+    Where an answer is certain, its likely tokens carry no information; the floor uses the same tokens.
     """
     steps = enumerate(zip(reply.tokens, reply.logprobs, reply.top, strict=True))
-    return [(i, token, p) for i, (chosen, said, top) in steps for token, p in {**top, chosen: said}.items()]
+    return [(i, token, p) for i, (answer, logprob, top) in steps for token, p in {**top, answer: logprob}.items()]
 
 
 def distance_of(differences: Sequence[float]) -> Distance:
-    """Largest and mean; of nothing, not a number, which passes no bound."""
+    """Largest and mean difference; NaN, which passes no bound, for an empty list."""
     count = len(differences)
     if not count:
         return Distance(math.nan, math.nan, 0)

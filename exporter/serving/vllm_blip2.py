@@ -1,9 +1,9 @@
-"""A plugin of vLLM (`vllm.general_plugins`): BLIP-2's Q-Former and projection load packed, its ViT has its prefix.
+"""vLLM plugin (`vllm.general_plugins`) that loads packed Q-Former and projection linears of BLIP-2.
 
-vLLM builds both of plain `torch.nn.Linear` and its ViT without a name (`models/blip2.py`, 0.26 to 0.33), so nothing of
-theirs can be found in a quantization config. The class below is vLLM's own with those linears replaced wherever the
-config names them. Opt-in: nothing happens unless MMQ_VLLM_PLUGIN is 1, which `mmq serve` and `mmq check` set for
-artifacts that need it. This file stands alone: they hand it to vLLM's environment, where mmq need not be installed.
+vLLM builds both from plain `torch.nn.Linear` and its ViT without a name prefix (`models/blip2.py`, 0.26 to 0.33), so a
+quantization config cannot match their linears. The class below derives from vLLM's class and replaces the linears that
+the config names. The plugin is active only when MMQ_VLLM_PLUGIN is 1; `mmq serve` and `mmq check` set it for artifacts
+that need it. This file imports nothing from mmq, because vLLM's environment may not have mmq installed.
 """
 
 import os
@@ -16,7 +16,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes. RuntimeError for a vLLM that this was not written for."""
+    """Register the model class; vLLM calls this in each process. RuntimeError for an unsupported version of vLLM."""
     if os.environ.get(SWITCH) != "1":
         return
     import vllm
@@ -27,22 +27,22 @@ def register() -> None:
 
 
 def refuse(version: str) -> None:
-    """RuntimeError unless the plugin is made for this version of vLLM."""
+    """RuntimeError unless the plugin supports this version of vLLM."""
     release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if not OLDEST <= release <= NEWEST:
         supported = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
         raise RuntimeError(
-            f"mmq's BLIP-2 plugin is for vLLM {supported}, and this is {version}: an artifact whose Q-Former or "
-            "projection is packed is not served by it. Export with `store: dequantized` for those components"
+            f"mmq's BLIP-2 plugin supports vLLM {supported}, this is {version}: it cannot serve an artifact with a "
+            "packed Q-Former or projection. Export with `store: dequantized` for those components"
         )
 
 
 def __getattr__(name: str) -> Any:
-    """The model class, made when vLLM loads it: importing this file imports nothing."""
+    """Create the model class when vLLM loads it, so that the import of this file does not import vLLM."""
     if name != "PackedBlip2":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = made = _make()
-    return made
+    globals()[name] = model = _make()
+    return model
 
 
 def _make() -> Any:
@@ -53,15 +53,15 @@ def _make() -> Any:
         raise RuntimeError(f"mmq's BLIP-2 plugin: vLLM's blip2.py has no {' and no '.join(missing)}")
 
     class PackedBlip2(getattr(blip2, ARCHITECTURE)):  # type: ignore[misc]
-        """vLLM's BLIP-2 with every linear that the quantization config names."""
+        """vLLM's BLIP-2 with quantized linears wherever the quantization config names them."""
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            nameless = blip2.BlipVisionModel
-            blip2.BlipVisionModel = partial(nameless, prefix="vision_model")
+            original = blip2.BlipVisionModel
+            blip2.BlipVisionModel = partial(original, prefix="vision_model")
             try:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             finally:
-                blip2.BlipVisionModel = nameless
+                blip2.BlipVisionModel = original
             if vllm_config.quant_config is not None:
                 for part in ("qformer", "language_projection"):
                     replace_linears(self, part, vllm_config.quant_config)
@@ -71,7 +71,7 @@ def _make() -> Any:
 
 
 def replace_linears(model: Any, part: str, quant_config: Any) -> list[str]:
-    """Put vLLM's linears in place of the plain ones below `part` that the config quantizes; their names."""
+    """Replace the plain linears below `part` that the config quantizes by vLLM's linears; return their names."""
     from torch import nn
     from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 

@@ -1,6 +1,6 @@
-"""A vLLM server as a child process: start, wait until it is healthy, ask about images, read its log, stop.
+"""Run a vLLM server as a child process: start, wait until it is healthy, send requests, read its log, stop.
 
-Everything goes over HTTP on the address of the `Launch`.
+Requests use HTTP on the address of the `Launch`.
 """
 
 import os
@@ -22,12 +22,12 @@ from exporter.errors import ServeError
 from exporter.inference.openai_client import RequestFailed, answers, ask, message
 from exporter.serving.launch import Launch
 
-START_SECONDS = 900.0  # a 7B model from a cold disk, with compilation
+START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
 KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
-# Ends the server when we are killed, even by SIGKILL: on Linux the kernel then sends it SIGTERM.
+# On Linux the kernel sends SIGTERM to the server when this process dies, even by SIGKILL.
 DIE_WITH_PARENT = (
     "import ctypes, os, sys\n"
     "parent = int(sys.argv[1])\n"
@@ -41,9 +41,9 @@ DIE_WITH_PARENT = (
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. prompt: ids of the prompt with the image's tokens; tokens, logprobs: of the answer, one each.
+    """One answer. prompt: token ids of the prompt, including image tokens. tokens, logprobs: of the answer's tokens.
 
-    top: for every token of the answer, id -> log-probability of the most likely ones.
+    top: for every token of the answer, id -> log-probability of the most likely tokens.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Reply:
 
 
 class Engine:
-    """A running server; use as a context manager. log: file that takes what it says (None: our own stderr)."""
+    """A running server; use it as a context manager. log: file for its output (None: the stderr of this process)."""
 
     def __init__(self, launch: Launch, log: Path | None = None, debug: bool = False) -> None:
         self.launch = launch
@@ -80,46 +80,46 @@ class Engine:
         return self._process.pid
 
     def start(self) -> None:
-        """Start the server in a process group of its own (ServeError when its port is taken); does not wait."""
+        """Start the server in a new process group without waiting for it; ServeError when its port is in use."""
         refuse_taken_port(self.launch.url)
-        environment = {**self.launch.environment, **os.environ}  # what the user set wins
-        if "PYTHONPATH" in self.launch.environment:  # but this has the user's in it
+        environment = {**self.launch.environment, **os.environ}  # variables of the user have precedence
+        if "PYTHONPATH" in self.launch.environment:  # this value already includes the user's PYTHONPATH
             environment["PYTHONPATH"] = self.launch.environment["PYTHONPATH"]
         if self._debug:
             environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
-        if "VLLM_RPC_BASE_PATH" not in environment:  # vLLM leaves the sockets between its processes where they are
+        if "VLLM_RPC_BASE_PATH" not in environment:  # vLLM does not delete its sockets
             self._sockets = tempfile.TemporaryDirectory(prefix="mmq-vllm-")
             environment["VLLM_RPC_BASE_PATH"] = self._sockets.name
         self._output = self.log.open("wb") if self.log else None
         command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), *self.launch.command]
-        said = self._output or sys.stderr
+        output = self._output or sys.stderr
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
 
     def wait_healthy(self, seconds: float = START_SECONDS) -> float:
-        """Seconds it took; ServeError with the end of the log when it ends or is not healthy in time."""
-        begun = time.monotonic()
-        while time.monotonic() - begun < seconds:
+        """Wait until the server is healthy and return the seconds; ServeError with the log's end on exit or timeout."""
+        start = time.monotonic()
+        while time.monotonic() - start < seconds:
             if (code := self.ended()) is not None:
-                raise ServeError(f"{ending(code)} before it was ready{self._last_words()}")
+                raise ServeError(f"{ending(code)} before it was ready{self._log_tail()}")
             if answers(f"{self.launch.url}/health"):
-                return time.monotonic() - begun
+                return time.monotonic() - start
             time.sleep(0.5)
-        raise ServeError(f"vllm was not ready after {seconds:.0f} s{self._last_words()}")
+        raise ServeError(f"vllm was not ready after {seconds:.0f} s{self._log_tail()}")
 
     def ended(self) -> int | None:
-        """Exit code of the server, None while it runs."""
+        """Exit code of the server; None while it runs."""
         assert self._process is not None
         return self._process.poll()
 
     def wait(self) -> int:
-        """Wait until the server ends by itself."""
+        """Wait until the server exits; return its exit code."""
         assert self._process is not None
         return self._process.wait()
 
     def stop(self) -> None:
-        """End the server and everything it started: asked first, then killed."""
+        """End the server and its child processes: SIGTERM first, then SIGKILL."""
         process, self._process = self._process, None
         if process is not None:
             if process.poll() is None:
@@ -136,13 +136,13 @@ class Engine:
             self._sockets = None
 
     def kill(self) -> None:
-        """End the server without asking, as a crash would."""
+        """Kill the server with SIGKILL, like a crash."""
         kill_group(self.pid)
         assert self._process is not None
         self._process.wait()
 
     def ask(self, text: str, image: bytes, max_tokens: int = 16, top: int = 5, seed: int = 0) -> Reply:
-        """The greedy answer to `text` about `image` (the bytes of a PNG or JPEG), with log-probabilities."""
+        """Greedy answer to `text` about `image` (bytes of a PNG or JPEG), with log-probabilities."""
         body = {
             "model": self.launch.model,
             "messages": [message(text, image)],
@@ -157,30 +157,30 @@ class Engine:
         try:
             return read_reply(post(f"{self.launch.url}/v1/chat/completions", body))
         except ServeError as error:
-            raise ServeError(f"{error.message}{self._last_words()}") from None
+            raise ServeError(f"{error.message}{self._log_tail()}") from None
 
     def schemes(self) -> dict[str, str]:
-        """Which class of vLLM each linear was given, by its runtime name, as the log tells (needs debug and log)."""
+        """Runtime name -> vLLM's scheme class of every linear, from the log (needs debug and log)."""
         return read_schemes(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else {}
 
     def kernels(self) -> tuple[str, ...]:
-        """Which kernels run which schemes, as the log tells (needs log)."""
+        """Kernels and their schemes, from the log (needs log)."""
         return read_kernels(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else ()
 
-    def _last_words(self) -> str:
-        return f"; the end of its log:\n{last_words(self.log.read_text(errors='replace'))}" if self.log else ""
+    def _log_tail(self) -> str:
+        return f"; the end of its log:\n{log_tail(self.log.read_text(errors='replace'))}" if self.log else ""
 
 
 def ending(code: int) -> str:
-    """What an exit code of the server means."""
+    """Description of an exit code of the server."""
     if code >= 0:
-        return f"vllm ended with code {code}"
-    reason = " (is memory short?)" if code == -signal.SIGKILL else ""
+        return f"vllm exited with code {code}"
+    reason = " (possibly out of memory)" if code == -signal.SIGKILL else ""
     return f"vllm was killed by signal {-code}{reason}"
 
 
 def kill_group(group: int) -> None:
-    """SIGKILL to every process of a group; nothing happens when none is left."""
+    """Send SIGKILL to every process of a group; ignore a group without processes."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
@@ -188,40 +188,42 @@ def kill_group(group: int) -> None:
 
 
 def refuse_taken_port(url: str) -> None:
-    """ServeError when something listens there already: it would answer in our server's place."""
+    """ServeError when another server listens on this address, because it would answer our requests."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:
         probe.settimeout(2)
         if probe.connect_ex((host.strip("[]"), int(port))) == 0:
-            raise ServeError(f"port {port} of {host} is taken", "choose another with --port, or --port 0 for any")
+            raise ServeError(
+                f"port {port} of {host} is in use", "give another port with --port, or --port 0 for any free port"
+            )
 
 
-_held: list[socket.socket] = []  # sockets of `free_port`, open as long as this process runs
+_reserved_sockets: list[socket.socket] = []  # sockets of `free_port`, open until this process exits
 
 
 def free_port() -> int:
-    """A port of the loopback address that stays ours: nothing that asks the system for any port is given it.
+    """Reserve a free port of the loopback address: the system does not assign it to another process.
 
-    The socket stays bound and does not listen, so a server that sets SO_REUSEADDR, as vLLM does, can take the port.
+    The socket stays bound but does not listen, so a server that sets SO_REUSEADDR, such as vLLM, can use the port.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind(("127.0.0.1", 0))
-    _held.append(holder)
+    _reserved_sockets.append(holder)
     return int(holder.getsockname()[1])
 
 
 def post(url: str, body: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
-    """The JSON answer to a request (ServeError with the server's own words when it refuses or is silent)."""
+    """JSON answer to a request; ServeError with the server's message when it refuses or does not answer in time."""
     try:
         return ask(url, body, seconds)
     except RequestFailed as failed:
-        answered = f"answered {failed.status}: {failed.message}" if failed.status else failed.message
-        raise ServeError(f"{url}: {answered}") from None
+        problem = f"answered {failed.status}: {failed.message}" if failed.status else failed.message
+        raise ServeError(f"{url}: {problem}") from None
 
 
 def read_reply(answer: Mapping[str, Any]) -> Reply:
-    """A chat completion with token ids and log-probabilities, as `Engine.ask` requests it."""
+    """Parse a chat completion with token ids and log-probabilities, as `Engine.ask` requests it."""
     try:
         choice = answer["choices"][0]
         steps = choice["logprobs"]["content"]
@@ -241,17 +243,17 @@ def _token_id(token: str) -> int:
 
 
 def read_schemes(log: str) -> dict[str, str]:
-    """Runtime name -> class of its scheme, from the lines of a log at level DEBUG."""
+    """Runtime name -> scheme class, from a log at level DEBUG."""
     return {name: scheme for scheme, name in SCHEME_LINE.findall(log)}
 
 
 def read_kernels(log: str) -> tuple[str, ...]:
-    """`kernel for scheme`, as the log names them, each once; it does not say which linear got which."""
+    """`kernel for scheme` lines of a log, each once; the log does not list the kernel of each linear."""
     return tuple(sorted({f"{kernel} for {scheme}" for kernel, scheme in KERNEL_LINE.findall(log)}))
 
 
-def last_words(log: str, lines: int = 15) -> str:
-    """The errors of a log, or its last lines, without the notes of libraries at exit."""
-    kept = [line for line in log.splitlines() if line.strip() and not line.startswith((" - ", "nanobind:"))]
-    errors = [line for line in kept if re.search(r"\b\w*Error: |\bERROR\b", line)]
-    return "\n".join(f"  {line[:400]}" for line in (errors or kept)[-lines:])
+def log_tail(log: str, lines: int = 15) -> str:
+    """The last error lines of a log, else its last lines, without the messages of libraries at exit."""
+    useful = [line for line in log.splitlines() if line.strip() and not line.startswith((" - ", "nanobind:"))]
+    errors = [line for line in useful if re.search(r"\b\w*Error: |\bERROR\b", line)]
+    return "\n".join(f"  {line[:400]}" for line in (errors or useful)[-lines:])

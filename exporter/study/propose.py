@@ -16,7 +16,7 @@ from exporter.evaluation.report_file import Measure, Report, read_report
 from exporter.events import Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.pipeline.export import export
-from exporter.pipeline.preparation import with_data_it_knows
+from exporter.pipeline.preparation import with_suitable_data
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, Rule
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
@@ -104,7 +104,7 @@ def confirm(
 
     What an earlier run made there of the same model and data is verified, and its kept answers are used.
     """
-    recipe = with_data_it_knows(recipe.model_copy(update={"evaluation": Evaluation(samples=samples)}))
+    recipe = with_suitable_data(recipe.model_copy(update={"evaluation": Evaluation(samples=samples)}))
     out = folder / f"{recipe.name}-{recipe.digest()[:12]}"
     make_folder(folder)
     export(recipe, out=out, device=device, on_event=on_event, sources=sources, overwrite=True)

@@ -24,7 +24,7 @@ from exporter.model.processor_check import check_libraries
 from exporter.model.source import open_source
 from exporter.model.stream import Stream
 from exporter.pipeline.export import training_samples
-from exporter.pipeline.preparation import with_data_it_knows
+from exporter.pipeline.preparation import with_suitable_data
 from exporter.planning.plan import Plan, Unit, make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.whole_model import whole_model
@@ -104,7 +104,7 @@ class Spent:
 @lru_cache(maxsize=2)
 def opened(setup: Setup, source: str = "") -> Opened:
     """The model of a setup. source: `Keys.source`, so that a process that stays opens a changed model again."""
-    recipe = with_data_it_knows(Recipe.model_validate_json(setup.recipe))
+    recipe = with_suitable_data(Recipe.model_validate_json(setup.recipe))
     checkpoint, family = open_source(
         recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype, adapter=recipe.model.adapter
     )

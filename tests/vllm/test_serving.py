@@ -146,7 +146,7 @@ def test_cancelled_requests_leave_no_trace(served: Served, sure: list[Sample], a
 def test_a_taken_port_is_refused_and_its_server_lives(served: Served, sure: list[Sample], answers: dict[str, str]):
     done = mmq("serve", str(served.folder), "--port", str(served.port), seconds=60)
     assert done.returncode == 1
-    assert f"port {served.port} of 127.0.0.1 is taken" in done.stderr
+    assert f"port {served.port} of 127.0.0.1 is in use" in done.stderr
     assert served.ask(sure[0]).text == answers[sure[0].identity]
 
 
