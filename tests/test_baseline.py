@@ -123,7 +123,7 @@ def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, t
     assert done.exit_code == 0, done.output
     assert "of another model than the source: damaged, not demo-llava" in (tmp_path / "page.html").read_text()
     _, problems = prove(artifact, choose("cpu"), ignore)
-    assert "its report compares it with another model than its source: damaged, not demo-llava" in problems
+    assert "the report compares the artifact with another model than its source: damaged, not demo-llava" in problems
 
 
 @pytest.mark.parametrize("claim", [{"is_source": True, "model": "demo-llava", "differs": []}, None])

@@ -31,7 +31,7 @@ def export(tmp_path: Path, *more: str) -> Any:
 def test_without_vllm_it_is_refused_before_the_work(tmp_path: Path) -> None:
     done = export(tmp_path, "--serve-check", "--vllm", str(tmp_path / "none"))
     assert done.exit_code == 1
-    assert "no program" in done.output
+    assert "does not exist" in done.output
     assert not (tmp_path / "out").exists()
 
 
