@@ -29,8 +29,8 @@ from exporter.inference.forward_hooks import watch_inputs
 from exporter.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
-from exporter.pipeline.export import test_sources
 from exporter.pipeline.preparation import prepare
+from exporter.pipeline.samples import test_sources
 from exporter.planning.plan import PlanRow
 from exporter.planning.recipe import Recipe
 from exporter.quantization.block import Block

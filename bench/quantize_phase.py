@@ -16,8 +16,8 @@ from exporter.inference.predict import batches
 from exporter.methods import awq, gptq, rtn
 from exporter.model.processor import load_processor
 from exporter.numerics import hessian as moments
-from exporter.pipeline.export import calibration_samples
 from exporter.pipeline.preparation import prepare
+from exporter.pipeline.samples import calibration_samples
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.quantization import block, block_inputs, calibrate

@@ -136,3 +136,13 @@ def test_a_class_name_has_one_meaning():
                     homes.setdefault(name, set()).add(module_name(path))
     shared = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
     assert set(shared) <= {"Options", "Statistics"}, shared
+
+
+def test_only_the_export_itself_is_imported_from_its_page():
+    """`pipeline/export.py` is the job on one page; what others need lies in modules of its room."""
+    names = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "exporter.pipeline.export":
+                names |= {alias.name for alias in node.names}
+    assert names == {"export", "Export"}

@@ -25,7 +25,8 @@ from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
 from exporter.model.source import open_source
-from exporter.pipeline.export import answerers, default_store, export, measure
+from exporter.pipeline.export import export
+from exporter.pipeline.measurement import answerers, default_store, measure
 from exporter.planning.recipe import Gate, Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks import retrieval

@@ -22,8 +22,9 @@ from exporter.events import Event
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.source import open_source
-from exporter.pipeline.export import Export, evaluation_samples, export
+from exporter.pipeline.export import Export, export
 from exporter.pipeline.preparation import prepare, with_suitable_data
+from exporter.pipeline.samples import evaluation_samples
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place

@@ -23,7 +23,8 @@ from exporter.files.mapping_diff import changes
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
 from exporter.model.source import narrowed
-from exporter.pipeline.export import calibration_samples, prepare
+from exporter.pipeline.preparation import prepare
+from exporter.pipeline.samples import calibration_samples
 from exporter.planning.recipe import Recipe
 from exporter.quantization import calibrate, identity
 from exporter.quantization.workdir import fingerprint_of

@@ -325,8 +325,10 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     from exporter.artifact.artifact import Artifact
     from exporter.device import choose
     from exporter.evaluation.backends import Servers, served_answerers
-    from exporter.pipeline.export import default_store, evaluation_samples, export, measure
+    from exporter.pipeline.export import export
+    from exporter.pipeline.measurement import default_store, measure
     from exporter.pipeline.preparation import prepare
+    from exporter.pipeline.samples import evaluation_samples
 
     device, out, seen = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})

@@ -90,7 +90,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
 def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":
     """Where answers are kept; None with --fresh."""
     from exporter.evaluation.answers import Store
-    from exporter.pipeline.export import default_store
+    from exporter.pipeline.measurement import default_store
 
     if options["fresh"]:
         return None

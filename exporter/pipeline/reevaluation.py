@@ -16,8 +16,9 @@ from exporter.evaluation.evaluate import picture_keys, store_report
 from exporter.evaluation.report_file import Report
 from exporter.events import Event, Listener
 from exporter.model.checkpoint import Checkpoint
-from exporter.pipeline.export import answerers, evaluation_samples, measure, refuse_calibration_pictures
+from exporter.pipeline.measurement import answerers, measure
 from exporter.pipeline.preparation import prepare
+from exporter.pipeline.samples import evaluation_samples, refuse_calibration_pictures
 from exporter.planning.recipe import Recipe
 from exporter.tasks.sample import Sample
 

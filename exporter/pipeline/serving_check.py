@@ -9,7 +9,7 @@ from exporter.artifact.output import reading
 from exporter.errors import DataError
 from exporter.evaluation.backends import weights_digest
 from exporter.model.processor import load_processor
-from exporter.pipeline.export import test_sources
+from exporter.pipeline.samples import test_sources
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving.check import CheckResult, Session, check, store_result
 from exporter.serving.launch import Program, find_program

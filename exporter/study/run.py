@@ -12,7 +12,7 @@ from exporter.events import Event, Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
-from exporter.pipeline.export import training_samples
+from exporter.pipeline.samples import training_samples
 from exporter.planning.recipe import Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point

@@ -23,8 +23,8 @@ from exporter.model.processor import load_processor
 from exporter.model.processor_check import check_libraries
 from exporter.model.source import open_source
 from exporter.model.stream import Stream
-from exporter.pipeline.export import training_samples
 from exporter.pipeline.preparation import with_suitable_data
+from exporter.pipeline.samples import training_samples
 from exporter.planning.plan import Plan, Unit, make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.whole_model import whole_model

@@ -1,0 +1,91 @@
+"""Samples of an export: calibration and test samples by the recipe, without a shared picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter import data
+from exporter.artifact.manifest import read_manifest
+from exporter.errors import DataError
+from exporter.events import Event, Listener
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Recipe
+from exporter.tasks.sample import Sample
+
+
+@dataclass(frozen=True)
+class ExportSamples:
+    """Calibration samples, their traces, and the test samples of each task."""
+
+    calibration: list[Sample]
+    traces: list[data.Trace]
+    evaluation: dict[str, list[Sample]]
+
+    @property
+    def tested(self) -> list[Sample]:
+        """Test samples of all tasks."""
+        return [sample for samples in self.evaluation.values() for sample in samples]
+
+
+def read_samples(
+    plan: Plan, sources: Sequence[data.SourceSpec], skip_evaluation: bool, on_event: Listener
+) -> ExportSamples:
+    """Read the recipe's samples; DataError when calibration and evaluation share a picture."""
+    on_event(Event("prepare", 0, 1, "reading samples"))
+    evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
+    calibration = calibration_samples(plan, sources)
+    traces = data.traces(calibration)
+    data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
+    on_event(Event("prepare", 1, 1, "reading samples"))
+    return ExportSamples(calibration, traces, evaluation)
+
+
+def refuse_calibration_pictures(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> None:
+    """DataError when `evaluation` has a picture that the manifest in `out` lists as a calibration picture."""
+    recorded = read_manifest(out).provenance.calibration.samples
+    traces = [data.Trace.from_json(sample.model_dump(exclude_none=True)) for sample in recorded]
+    data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
+
+
+def calibration_samples(plan: Plan, sources: Sequence[data.SourceSpec]) -> list[Sample]:
+    """Calibration samples of the plan's recipe; empty when no method needs data."""
+    return training_samples(plan.recipe, sources) if plan.needs_calibration else []
+
+
+def training_samples(recipe: Recipe, sources: Sequence[data.SourceSpec]) -> list[Sample]:
+    """Calibration samples of a recipe, alternating between its tasks (DataError when there are none)."""
+    settings = recipe.calibration
+    share = -(-settings.samples // len(settings.tasks))
+    specs = sources or data.places(settings.data)
+    lists = [data.samples_from(specs, task, "train", share, settings.seed) for task in settings.tasks]
+    mixed = [sample for group in zip(*lists, strict=False) for sample in group][: settings.samples]
+    if not mixed:
+        raise DataError(f"the data has no calibration samples for {', '.join(settings.tasks)}")
+    return mixed
+
+
+def evaluation_samples(plan: Plan, sources: Sequence[data.SourceSpec]) -> dict[str, list[Sample]]:
+    """Test samples of each task that a gate names; without gates, of each task of the family.
+
+    When all data are drawings, captioning is left out and its gates are not measured: captions of the drawings have
+    one fixed wording that no model but the embedded ones produces. Calibration still uses them.
+    """
+    settings = plan.recipe.evaluation
+    tasks = tuple(dict.fromkeys(gate.task for gate in plan.recipe.gates)) or plan.family.tasks
+    specs = sources or test_sources(plan.recipe)
+    if all(spec.name == "drawings" for spec in specs):
+        measurable = [task for task in plan.family.tasks if task != "captioning"]
+        tasks = tuple(task for task in tasks if task in measurable) or tuple(measurable)
+    try:
+        return {task: data.samples_from(specs, task, "test", settings.samples, settings.seed) for task in tasks}
+    except DataError as error:
+        hint = (
+            f"the recipe's gates need samples of {' and '.join(tasks)}: give data for each task, or change the gates "
+            "in a copy of the recipe"
+        )
+        raise DataError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
+
+
+def test_sources(recipe: Recipe) -> tuple[data.SourceSpec, ...]:
+    """Sources of test samples: `evaluation.data` of the recipe, else its `calibration.data`."""
+    return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)
