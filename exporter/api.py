@@ -21,6 +21,7 @@ from exporter.events import Event, Listener, ignore
 from exporter.model.source import open_source
 from exporter.pipeline import export as exporting
 from exporter.pipeline.export import Export
+from exporter.pipeline.measurement import default_store
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.reevaluation import Reevaluation
 from exporter.pipeline.serving_check import check_artifact, program_for
@@ -162,7 +163,7 @@ def evaluate(
     folder = Path(artifact)
     own = load_recipe(folder / "recipe.yaml")
     wanted = adjusted(own, baseline, None, None, None, eval_samples, data, eval_batch, adapter)
-    store = None if fresh else Store(Path(answers)) if answers else exporting.default_store(folder)
+    store = None if fresh else Store(Path(answers)) if answers else default_store(folder)
     where, chosen = sources.places(data), _device(device)
     return Reevaluation(folder, wanted, chosen, on_event, where, store, other_baseline=other_baseline).measure()
 
