@@ -121,7 +121,7 @@ def test_incomplete_checkpoint_is_refused(big: Checkpoint) -> None:
         plan_of("llava-w4", big)
 
 
-def test_wide_bits_warn_of_the_kernel_they_need(big: Checkpoint) -> None:
+def test_bits_without_a_standard_kernel_warn_of_the_required_package(big: Checkpoint) -> None:
     assert any("humming-kernels" in warning for warning in plan_of("llava-w3-vit4", big).warnings)
     assert not plan_of("llava-w4-vit8", big).warnings
 
