@@ -118,7 +118,7 @@ def test_a_7b_on_a_card_of_24_gib_is_evaluated_in_smaller_batches(planned: Calla
     assert by_name(plan)["evaluate"].device_bytes < 24 * GIB
     assert "batch 20" in by_name(plan)["evaluate"].note
     (warning,) = step_warnings(plan.steps, gpu(24))
-    assert "it runs 20 samples at a time (--eval-batch" in warning
+    assert "it runs 20 samples at a time (change this with --eval-batch" in warning
     assert step_warnings(plan.steps, gpu(24), skip_evaluation=True) == []
     asked = planned(make.LLAVA_7B, gpu(24), evaluation={"batch": 4})
     assert step_warnings(asked.steps, gpu(24)) == []
@@ -129,14 +129,14 @@ def test_a_34b_on_a_card_of_24_gib_is_evaluated_block_by_block(planned: Callable
     assert "block by block" in by_name(plan)["evaluate"].note
     warnings = step_warnings(plan.steps, gpu(24))
     assert "block by block" in warnings[0]
-    assert warnings[1].startswith("check takes about 65.0 GiB on a card, where 24.0 are free: use --device cpu")
+    assert warnings[1].startswith("check needs about 65.0 GiB on a card, where 24.0 GiB are free: use --device cpu")
     refuse_shortage(plan.steps, gpu(24))
 
 
 def test_fewer_samples_make_quantizing_fit_on_a_small_gpu(planned: Callable[..., Plan]) -> None:
     plan = planned(make.LLAVA_7B, gpu(2.5))
     with pytest.raises(
-        PlanError, match=r"quantize takes about 2\.\d GiB on a card, where 2\.5 are free: use fewer --s"
+        PlanError, match=r"quantize needs about 2\.\d GiB on a card, where 2\.5 GiB are free: use fewer --s"
     ):
         refuse_shortage(plan.steps, gpu(2.5))
     refuse_shortage(planned(make.LLAVA_7B, gpu(2.5), calibration={"samples": 32}).steps, gpu(2.5))
@@ -151,7 +151,7 @@ def test_a_small_host_is_refused_with_every_step_that_does_not_fit(
         refuse_shortage(plan.steps, gpu(140))
     lines = caught.value.message.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["quantize", "write"]
-    assert "about 3.3 GiB on the host, where 2.0 are free" in lines[1]
+    assert "about 3.3 GiB on the host, where 2.0 GiB are free" in lines[1]
 
 
 def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:
