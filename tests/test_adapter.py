@@ -1,4 +1,4 @@
-"""LoRA adapters are merged as peft merges them; what is not merged exactly is refused by name."""
+"""LoRA adapters are merged as peft merges them; adapters that cannot be merged exactly are refused by name."""
 
 import json
 import shutil
@@ -173,7 +173,7 @@ def test_tensors_that_cannot_be_merged_are_refused(tmp_path: Path, what: str) ->
         merged(adapter(tmp_path / "a", tensors))
 
 
-def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path: Path) -> None:
+def test_nonfinite_values_are_an_error_when_they_are_read(tmp_path: Path) -> None:
     tensors = halves()
     tensors[f"base_model.model.{LIVE[QUERY]}.lora_A.weight"][0, 0] = float("nan")
     found = merged(adapter(tmp_path / "a", tensors))
@@ -195,7 +195,7 @@ def recipe_for(folder: Path, **model: Any) -> Any:
     return load_recipe("llava-w8").adjusted(model={"repo": str(folder)} | model)
 
 
-def test_an_adapter_beside_the_weights_is_merged_when_asked_and_refused_else(tmp_path: Path) -> None:
+def test_an_adapter_next_to_the_weights_is_merged_on_request_and_refused_otherwise(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DEMO, tmp_path / "m"))
     for path in adapter(tmp_path / "a").iterdir():
         shutil.copy(path, folder)
@@ -206,7 +206,7 @@ def test_an_adapter_beside_the_weights_is_merged_when_asked_and_refused_else(tmp
     assert "adapter m: merged into 2 linears" in plan.warnings
 
 
-def test_a_folder_of_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_with_only_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a")
     shutil.copy(DEMO / "config.json", folder)
     with pytest.raises(MmqError, match="contains an adapter but no model"):

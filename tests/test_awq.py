@@ -1,4 +1,4 @@
-"""AWQ against searches by hand, and at its edges."""
+"""AWQ equals exhaustive searches; edge cases."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_scales_that_do_not_help_are_not_used() -> None:
     assert after == before
 
 
-def test_columns_without_inputs_or_weights_keep_one_and_stretch_nothing() -> None:
+def test_columns_without_inputs_or_weights_keep_scale_one_and_change_no_others() -> None:
     x, (weight,) = inputs(60, 40), weights(8, columns=40)
     weight[:, 5] = 0
     x[:, 9] = 0
@@ -93,7 +93,7 @@ def test_columns_without_inputs_or_weights_keep_one_and_stretch_nothing() -> Non
     assert before == after == 0
 
 
-def test_scales_stay_within_what_float16_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_stay_within_the_range_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight,) = inputs(60, 40), weights(8, columns=40)
     free, _, _ = find_scales([weight], seen(x), Scheme(3, 8), Options(), HALF)
     assert float(free.max()) > 1.5
@@ -113,7 +113,7 @@ def test_every_exponent_is_a_candidate_after_no_scales(points: int) -> None:
     torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=1e-4, atol=0)
 
 
-def test_the_best_is_the_first_of_the_least_errors() -> None:
+def test_the_best_is_the_first_of_the_smallest_errors() -> None:
     scales = [torch.full((2,), float(i)) for i in range(4)]
     assert awq.best(zip(scales, (2.0, 3.0, 1.0, 1.0), strict=True)) == (scales[2], 2.0, 1.0)
     assert awq.best(zip(scales, (1.0, 1.0, 3.0, 2.0), strict=True)) == (scales[0], 1.0, 1.0)
@@ -141,7 +141,7 @@ def test_clipping_equals_a_search_by_hand(scheme: Scheme, rows: int) -> None:
     assert torch.equal(found.zero, zero)
 
 
-def test_clipping_is_found_where_it_pays_and_never_hurts_a_row() -> None:
+def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
     """Group by group the errors shrink; all inputs rise and fall together here, so that those of a row may add up."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 1, generator=generator) + 0.3 * torch.randn(300, 96, generator=generator)

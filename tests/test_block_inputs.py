@@ -1,4 +1,4 @@
-"""How much tokens count: padding nothing, pictures what the recipe says."""
+"""Token weights in the statistics: padding has weight 0, pictures the weight of the recipe."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def hidden(tokens: int) -> torch.Tensor:
     return torch.zeros(2, tokens, 3)
 
 
-def test_padding_counts_nothing_and_pictures_their_weight() -> None:
+def test_padding_has_weight_zero_and_pictures_their_own_weight() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK}
     assert token_weights(batch, hidden(5), 9, 0.5).tolist() == [[1, 0.5, 0.5, 1, 1], [1, 0.5, 0.5, 1, 0]]
     assert token_weights(batch, hidden(7), None, 0.5).tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1], [0.5, 0.5, 1, 1, 1, 1, 0]]
@@ -36,7 +36,7 @@ def test_padding_counts_nothing_and_pictures_their_weight() -> None:
     assert token_weights({"input_ids": IDS[:1], "attention_mask": MASK[:1]}, hidden(5)[:1], 9, 1.0) is None
 
 
-def test_rows_that_count_come_with_their_weights() -> None:
+def test_counted_rows_have_their_weights() -> None:
     x = torch.arange(20.0).view(2, 5, 2)
     rows, weights = counted_rows(x, token_weights({"input_ids": IDS, "attention_mask": MASK}, hidden(5), 9, 0.5))
     assert rows.tolist() == x.view(10, 2)[:9].tolist()
@@ -50,7 +50,7 @@ def test_rows_that_count_come_with_their_weights() -> None:
     assert none is None
 
 
-def test_errors_of_a_block_count_as_its_tokens_do() -> None:
+def test_errors_of_a_block_are_weighted_by_token() -> None:
     before, after = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     weights = torch.rand(2, 5)
     lost = (weighted(before, weights) - weighted(after, weights)).square().sum()
@@ -59,7 +59,7 @@ def test_errors_of_a_block_count_as_its_tokens_do() -> None:
 
 
 @pytest.mark.parametrize("vision", [0.0, 0.1, 1.0, 10.0])
-def test_gptq_sees_the_weights_that_the_recipe_gives(vision: float, tmp_path: Path) -> None:
+def test_gptq_uses_the_token_weights_of_the_recipe(vision: float, tmp_path: Path) -> None:
     """Against one whole forward pass, every token's outer product added by hand."""
     rule = Rule(component="language", method="gptq", bits=3, group_size=32, blocks="0:1", role="attention")
     checkpoint = tiny_checkpoint(tmp_path / "model")
@@ -91,7 +91,7 @@ def inputs(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return seen[0].flatten(0, 1).double()
 
 
-def test_a_weight_for_pictures_needs_to_know_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_weight_needs_an_image_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     rule = Rule(component="language", method="gptq", bits=3, group_size=32)
     recipe = plan_for(checkpoint, (rule,)).recipe.adjusted(calibration={"vision_weight": 0.5})
@@ -107,7 +107,7 @@ def test_the_image_token_has_two_names() -> None:
     assert component_inputs.image_token(SimpleNamespace(image_token_index=None)) is None
 
 
-def test_hidden_states_that_do_not_fit_the_mask_are_refused() -> None:
+def test_hidden_states_that_do_not_match_the_mask_are_refused() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK}
     for shape in ((10, 3), (1, 10, 3)):
         with pytest.raises(CalibrationError, match=r"expected \[batch, tokens, width\]"):

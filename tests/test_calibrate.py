@@ -1,4 +1,4 @@
-"""Streaming calibration against a naive twin that keeps the whole model and runs it from the start every time."""
+"""Streaming calibration equals a naive version that keeps the whole model and runs it from the start each time."""
 
 import json
 from pathlib import Path
@@ -156,7 +156,7 @@ def test_streaming_equals_running_the_whole_model(family: Family, tmp_path: Path
         assert torch.equal(linear.scale, expected[name].scale), name
 
 
-def test_linears_with_one_scale_each_do_not_share_it(tmp_path: Path) -> None:
+def test_linears_with_one_scale_per_tensor_do_not_share_it(tmp_path: Path) -> None:
     """q, k and v are quantized together where rows do not influence each other; one scale a tensor is the paper's."""
     checkpoint = tiny_checkpoint(tmp_path / "model", LLAVA)
     plan = plan_for(checkpoint, (Rule(component="language", method="rtn", bits=4, group_size="tensor"),))
@@ -206,7 +206,7 @@ def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
     assert 0 < result.errors[module] < 0.2
 
 
-def test_a_loss_that_rounds_below_zero_is_none() -> None:
+def test_an_error_that_rounds_below_zero_is_zero() -> None:
     """Seen at 8 bits on a GPU, where the products of the report have 16 bits."""
 
     class Rounding:

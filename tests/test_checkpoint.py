@@ -1,4 +1,4 @@
-"""Checkpoints: damage is found from headers, writes are whole or absent."""
+"""Checkpoints: damage is detected from headers, and writes are atomic."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def test_missing_shard_tensor_and_config_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"])
-def test_index_may_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+def test_index_paths_outside_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     small_checkpoint(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="is outside of the folder"):
@@ -90,14 +90,16 @@ def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
     assert "not pickles" in (caught.value.hint or "")
 
 
-def test_two_stored_names_may_not_become_one(tmp_path: Path) -> None:
+def test_two_stored_names_must_not_map_to_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"a.x": torch.ones(1), "b.x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="stored twice"):
         Checkpoint.open(tmp_path, rename=lambda name: name[2:])
 
 
-def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "unit.safetensors"
     write_tensors(target, {"a": torch.ones(3)}, {})
     before = target.read_bytes()
@@ -114,7 +116,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["unit.safetensors"]
 
 
-def test_digest_sees_weights_and_config(tmp_path: Path) -> None:
+def test_digest_depends_on_weights_and_config(tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "m", shard_bytes=10**9)
     first = Checkpoint.open(tmp_path / "m").digest()
     assert Checkpoint.open(tmp_path / "m").digest() == first

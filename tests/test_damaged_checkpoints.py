@@ -191,13 +191,13 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "reason"), CONFIGS, ids=[str(changes) for changes, _ in CONFIGS])
-def test_a_config_that_cannot_be_is_refused_by_name(model: Path, changes: dict[str, Any], reason: str) -> None:
+def test_an_invalid_config_is_refused_with_the_field(model: Path, changes: dict[str, Any], reason: str) -> None:
     with_config(model, **changes)
     with pytest.raises(PlanError, match=reason):
         plan_of(model)
 
 
-def test_all_problems_of_a_config_are_told_at_once(model: Path) -> None:
+def test_all_problems_of_a_config_are_reported_at_once(model: Path) -> None:
     with_config(model, vision_config__patch_size=0, text_config__hidden_size=None, vision_feature_layer="x")
     with pytest.raises(PlanError) as caught:
         plan_of(model)
@@ -207,13 +207,13 @@ def test_all_problems_of_a_config_are_told_at_once(model: Path) -> None:
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("place", ["", "text_config", "vision_config"])
-def test_a_quantized_source_is_refused_wherever_it_says_so(model: Path, place: str, key: str) -> None:
+def test_a_quantized_source_is_refused_wherever_its_config_is_quantized(model: Path, place: str, key: str) -> None:
     with_config(model, **{f"{place}__{key}" if place else key: {"quant_method": "gptq", "bits": 4}})
     with pytest.raises(PlanError, match=f"already quantized: its config.json has {f'{place}.{key}' if place else key}"):
         plan_of(model)
 
 
-def test_a_null_quantization_config_is_none(model: Path) -> None:
+def test_a_null_quantization_config_is_ignored(model: Path) -> None:
     with_config(model, quantization_config=None)
     plan_of(model)
 
@@ -245,7 +245,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_tensors_that_do_not_fit_the_config_are_found_by_the_plan(model: Path, what: str) -> None:
+def test_tensors_that_do_not_match_the_config_are_refused_by_the_plan(model: Path, what: str) -> None:
     change, reason = CHANGES[what]
     with_tensors(model, change)
     with pytest.raises(PlanError, match=reason):
@@ -258,7 +258,7 @@ BUFFERS = {
 }
 
 
-def test_stored_buffers_are_left_out_aloud(model: Path) -> None:
+def test_stored_buffers_are_left_out_with_a_note(model: Path) -> None:
     before = plan_of(model)
     with_tensors(model, lambda tensors: tensors.update(copy.deepcopy(BUFFERS)))
     plan = plan_of(model)

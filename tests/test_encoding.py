@@ -1,4 +1,4 @@
-"""Samples that no model can take are named before the work; places of pictures in texts are left out."""
+"""Samples that no model can take are named before the work starts; image tokens in texts are removed."""
 
 import json
 from pathlib import Path
@@ -59,12 +59,12 @@ def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: s
     assert not notes([sample("s", "q", "a")])
 
 
-def test_a_text_of_nothing_but_a_place_is_refused(tmp_path: Path) -> None:
+def test_a_text_with_only_an_image_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sample train/a\.png.* has a text of nothing but"):
         data.samples("folder", described(tmp_path, question="<image>", answer="a"), "vqa", "train", 9, 0)
 
 
-def test_an_export_says_once_that_places_are_left_out(tmp_path: Path) -> None:
+def test_an_export_notes_once_that_image_tokens_are_removed(tmp_path: Path) -> None:
     folder = described(tmp_path / "d", question="<image>\nwhat?", answer="red")
     changes = {"calibration": {"samples": 4, "tasks": ("vqa",)}, "model": {"repo": "demo-llava"}}
     recipe = load_recipe("llava-w4-vit8").adjusted(**changes)

@@ -1,4 +1,4 @@
-"""Scales are folded only where the live block computes the same after it: Gemma's norms are refused."""
+"""Scales are folded only where the live block computes the same function afterwards; Gemma's norms are refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,7 +70,9 @@ def test_norms_that_do_not_multiply_by_their_weight_are_not_folded(name: str, tm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_the_proof_holds_in_16_bits_and_beside_a_large_residual(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_exactness_check_works_in_16_bits_and_with_a_large_residual(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """The hidden states are 1000 times as large as what the block adds to them, as massive activations are."""
     checkpoint = checkpoint_of(tmp_path / "model", VARIANTS[name])
     plan = plan_for(checkpoint, (AWQ,), ANY_LLAVA)

@@ -1,4 +1,4 @@
-"""The factor of the inverse, panel by panel, against inverting and factorizing in float64."""
+"""The factor of the inverse, panel by panel, equals inverting and factorizing in float64."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_equals_inverting_and_factorizing(panel: int) -> None:
     torch.testing.assert_close(upper.double(), by_inverting(square), rtol=1e-4, atol=1e-6)
 
 
-def test_works_inside_the_square_it_was_given() -> None:
+def test_works_in_place() -> None:
     square = positive(64)
     place = square.data_ptr()
     assert inverse_factor_(square, 16)
@@ -39,7 +39,7 @@ def test_works_inside_the_square_it_was_given() -> None:
 
 @pytest.mark.parametrize("column", [0, 40, 99], ids=["first panel", "middle panel", "last panel"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_says_when_there_is_no_factor(column: int, value: float) -> None:
+def test_returns_false_when_there_is_no_factor(column: int, value: float) -> None:
     square = positive(100)
     square[column, column] = value
     assert not inverse_factor_(square, 16)
@@ -53,7 +53,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
-def test_takes_little_memory_beside_the_square() -> None:
+def test_needs_little_memory_besides_the_matrix() -> None:
     device = torch.accelerator.current_accelerator()
     square = positive(1024).to(device)
     torch.accelerator.reset_peak_memory_stats(device)

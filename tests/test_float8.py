@@ -1,4 +1,4 @@
-"""Float8 where an engine multiplies: 4-bit weights as Hopper's kernel holds them, keys and values, and who says so."""
+"""Float8: 4-bit weights as Hopper's kernel holds them, keys and values of the cache, and their configs."""
 
 import bisect
 import json
@@ -116,7 +116,7 @@ def test_a_tensor_of_bfloat16_gives_the_engine_the_same_scales() -> None:
     assert torch.equal(float8_scales(linear.scale)[0], float8_scales(linear.scale.bfloat16())[0])
 
 
-def test_tiny_rows_have_the_engines_least_scale() -> None:
+def test_tiny_rows_have_the_smallest_scale_of_vllm() -> None:
     least = 1 / (512 * 448)
     x = torch.tensor([[1e-4, 3e-5, 0.0]])
     assert round_rows(x, "fp8")[0].tolist() == pytest.approx([nearest(v / least) * least for v in x[0].tolist()])
@@ -172,7 +172,7 @@ def test_padding_is_still_masked_with_a_float8_cache() -> None:
     assert torch.allclose(alone, beside, atol=1e-4)
 
 
-def test_recipes_say_which_pairs_exist() -> None:
+def test_recipes_list_the_possible_pairs_of_types() -> None:
     rule = {"component": "language", "method": "gptq", "bits": 4, "group_size": 128, "activations": "fp8"}
     assert Rule.model_validate(rule).scheme() == MIXED
     assert MIXED.label() == "W4 g128 A-FP8"
@@ -195,7 +195,7 @@ def test_a_cache_in_16_bits_leaves_a_recipes_digest_alone() -> None:
     assert recipe.digest() == "6f5ca0c0ee9c627b0490ececfb115ffbf11ef0d5e0bee5738081d2eb38c07048"
 
 
-def test_the_plan_names_what_cannot_be_served(sparse_checkpoint: Callable[[str], Path]) -> None:
+def test_the_plan_names_schemes_that_cannot_be_served(sparse_checkpoint: Callable[[str], Path]) -> None:
     family = FAMILIES["llava"]
     big = Checkpoint.open(sparse_checkpoint("llava-hf--llava-1.5-7b-hf"), family.canonical_name)
     plan = make_plan(load_recipe(RECIPE), big, family, H100)

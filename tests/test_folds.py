@@ -152,7 +152,7 @@ def test_both_sides_are_scaled(name: str, source: str, targets: tuple[str, ...],
     torch.testing.assert_close(block.get_submodule(targets[-1]).weight.detach(), column * scales.double())
 
 
-def test_gelu_in_between_is_no_fold() -> None:
+def test_gelu_in_between_prevents_a_fold() -> None:
     block = make("clip", torch.float64)
     before = output("clip", block, torch.float64)
     fold(block, "mlp.fc1", ("mlp.fc2",), None, scales_for(WIDE))
@@ -169,7 +169,7 @@ def test_other_thirds_of_a_fused_linear_stay() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rounded_norm_is_made_up_for_by_the_columns(dtype: torch.dtype) -> None:
+def test_the_columns_compensate_a_rounded_norm(dtype: torch.dtype) -> None:
     norm, linear = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 7)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.4, 2, HIDDEN).to(dtype))
@@ -200,7 +200,7 @@ def test_a_channel_whose_quotient_float16_cannot_hold_keeps_its_weight() -> None
     assert torch.equal(linear.weight, columns * applied)
 
 
-def test_storage_that_others_hold_is_left_alone() -> None:
+def test_shared_storage_is_not_modified() -> None:
     source, target = nn.Linear(4, 6), nn.Linear(6, 3)
     held = [source.weight.detach(), source.bias.detach(), target.weight.detach()]
     copies = [tensor.clone() for tensor in held]
@@ -210,7 +210,7 @@ def test_storage_that_others_hold_is_left_alone() -> None:
     assert torch.equal(source.bias, copies[1] / 2)
 
 
-def test_pairs_that_do_not_fit_are_named_and_refused() -> None:
+def test_pairs_with_different_sizes_are_refused_by_name() -> None:
     values, out = nn.Linear(HIDDEN, 8), nn.Linear(HIDDEN, HIDDEN)  # one value head for three query heads
     block = nn.ModuleDict({"v_proj": values, "o_proj": out, "norm": nn.LayerNorm(HIDDEN)})
     assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj makes 8 values and o_proj takes {HIDDEN}"

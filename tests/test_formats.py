@@ -1,4 +1,4 @@
-"""Artifact formats: what is packed comes back, the bytes are those of the formats' own libraries, configs are read."""
+"""Artifact formats: unpacking inverts packing, bytes equal those of the formats' own libraries, configs are read."""
 
 import re
 from math import lcm
@@ -97,7 +97,7 @@ def test_unpack_inverts_pack(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_packing_leaves_the_linear_alone(name: str) -> None:
+def test_packing_does_not_change_the_linear(name: str) -> None:
     for scheme in CARRIED[name]:
         linear, before = random_linear(scheme, 32, 64), random_linear(scheme, 32, 64)
         FORMATS[name].unpack("x", FORMATS[name].pack("x", linear), scheme)
@@ -144,7 +144,7 @@ def test_stored_bytes_are_those_of_the_packed_tensors(name: str, rows: int, colu
         ("awq", Scheme(8, "row"), (32, 64), "not 8"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_with_a_reason(
+def test_unsupported_schemes_are_refused_with_a_reason(
     name: str, scheme: Scheme, shape: tuple[int, int], words: str
 ) -> None:
     rows, columns = shape
@@ -259,7 +259,7 @@ def test_compressed_config_names_each_layout() -> None:
     assert "actorder" not in str(config)
 
 
-def test_a_scale_a_tensor_is_stored_as_equal_scales_a_row() -> None:
+def test_a_scale_per_tensor_is_stored_as_equal_scales_per_row() -> None:
     module = FORMATS["compressed_tensors"]
     config = module.quantization_config([Group(Scheme(4, "tensor"), ("re:x",))], [])
     assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
@@ -319,7 +319,7 @@ def test_awq_config() -> None:
     assert module.read_config(row)[0].scheme.group_size == "row"
 
 
-def test_only_awq_wants_one_group_size_for_all() -> None:
+def test_only_awq_needs_one_group_size_for_all() -> None:
     schemes = [Scheme(4, 64), Scheme(4, 128)]
     assert "W4 g128, W4 g64" in (FORMATS["awq"].conflict(schemes) or "")
     assert FORMATS["awq"].conflict([Scheme(4, 64), Scheme(4, 64, symmetric=False)]) is None
@@ -366,7 +366,7 @@ def test_float8_inputs_do_not_change_how_four_bits_are_stored() -> None:
     assert_equal(module.unpack("x", packed, MIXED_TYPES), linear)
 
 
-def test_only_compressed_tensors_tells_an_engine_about_the_cache() -> None:
+def test_only_compressed_tensors_stores_the_cache_dtype() -> None:
     module = FORMATS["compressed_tensors"]
     assert module.quantization_config(MIXED, KEPT)["kv_cache_scheme"] is None
     found = module.quantization_config(MIXED, KEPT, "fp8")
@@ -394,7 +394,7 @@ def test_compressed_tensors_accepts_a_mixed_config() -> None:
         assert (group.input_activations is not None) == bool(ours.scheme.activations)
 
 
-def test_a_gptq_config_without_packed_linears_names_a_scheme_that_readers_know() -> None:
+def test_a_gptq_config_without_packed_linears_names_a_supported_scheme() -> None:
     """Every linear is in a `-:` rule, and readers still ask for the base scheme."""
     config = FORMATS["gptq"].quantization_config([], KEPT)
     assert (config["bits"], config["group_size"], config["sym"]) == (4, 128, True)

@@ -1,4 +1,4 @@
-"""GPTQ against the paper's own derivation, and at its edges."""
+"""GPTQ equals the paper's own derivation; edge cases."""
 
 import itertools
 
@@ -80,7 +80,7 @@ def damped(statistics: Statistics, share: float = 0.01) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [7, 30, 128])
 @pytest.mark.parametrize("scheme", [Scheme(3, 8), Scheme(2, 9, False), Scheme(3, "row")], ids=Scheme.label)
-def test_descent_equals_trying_every_code(scheme: Scheme, block: int) -> None:
+def test_coordinate_descent_equals_trying_every_code(scheme: Scheme, block: int) -> None:
     weight, statistics = correlated(300, 30)
     start, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
     once, _ = gptq.quantize_linear(weight, statistics, scheme, Options(block=block), torch.float16)
@@ -95,7 +95,7 @@ def test_descent_equals_trying_every_code(scheme: Scheme, block: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, "row", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_every_pass_of_the_descent_lowers_the_error(bits: int, group: int | str, symmetric: bool) -> None:
+def test_every_pass_of_coordinate_descent_lowers_the_error(bits: int, group: int | str, symmetric: bool) -> None:
     weight, statistics = correlated(300, 100)
     scheme = Scheme(bits, group, symmetric)  # type: ignore[arg-type]
     errors = []
@@ -109,7 +109,7 @@ def test_every_pass_of_the_descent_lowers_the_error(bits: int, group: int | str,
     assert errors[1].sum() < 0.97 * errors[0].sum()
 
 
-def test_a_column_counts_as_much_as_those_after_it_leave_of_its_error() -> None:
+def test_a_columns_importance_is_the_part_that_later_columns_cannot_compensate() -> None:
     _, statistics = correlated(300, 12)
     statistics.hessian[4], statistics.hessian[:, 4] = 0, 0
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
@@ -188,7 +188,7 @@ def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 511, 1025])
-def test_the_factor_follows_the_order_of_the_walk(columns: int) -> None:
+def test_the_factor_follows_the_order_of_the_columns(columns: int) -> None:
     """Columns in an order, then the factor; whatever strips the permutation is made of."""
     _, statistics = correlated(2 * columns, columns)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
@@ -196,7 +196,7 @@ def test_the_factor_follows_the_order_of_the_walk(columns: int) -> None:
     assert torch.equal(inverse_factor(statistics.hessian, 0.01, order)[0], inverse_factor(permuted, 0.01)[0])
 
 
-def test_damping_grows_until_it_helps_and_says_so() -> None:
+def test_damping_grows_until_it_helps_with_a_note() -> None:
     weight, statistics = correlated(300, 40)
     statistics.hessian -= torch.eye(40) * 0.2 * statistics.hessian.diagonal().mean()  # indefinite
     linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, "row"), Options(), torch.float16)
@@ -207,7 +207,7 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
     assert torch.equal(linear.codes, walked.codes)  # an indefinite Hessian has no least error to go down to
 
 
-def test_hopeless_hessian_falls_back_to_rounding_and_says_so() -> None:
+def test_an_indefinite_hessian_falls_back_to_rounding_with_a_note() -> None:
     weight, statistics = correlated(300, 40)
     statistics.hessian.fill_(float("nan"))
     linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, "row"), Options(), torch.float16)

@@ -1,4 +1,4 @@
-"""The output head in few bits: where the engine takes it, and clear words where not."""
+"""The output head in few bits: where vLLM supports it, and clear errors elsewhere."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,9 @@ def test_the_demo_with_a_head_of_8_bits_is_read_back_and_loads_in_transformers(
     assert 0 < float((after - before).norm() / before.norm()) < 0.01
 
 
-def test_only_methods_without_data_and_the_format_that_can_name_it(sparse_checkpoint: Callable[[str], Path]) -> None:
+def test_only_methods_without_data_and_compressed_tensors_support_a_head(
+    sparse_checkpoint: Callable[[str], Path],
+) -> None:
     big = Checkpoint.open(sparse_checkpoint(LLAVA_7B), FAMILIES["llava"].canonical_name)
     plan = make_plan(recipe(), big, FAMILIES["llava"], H100)
     (row,) = plan.of("head")
@@ -60,7 +62,7 @@ def test_only_methods_without_data_and_the_format_that_can_name_it(sparse_checkp
         make_plan(recipe(format_name="gptq"), big, FAMILIES["llava"], H100)
 
 
-def test_a_head_that_is_the_embedding_is_no_component_of_its_own() -> None:
+def test_a_head_that_shares_the_embedding_is_not_a_component() -> None:
     (head,) = [component for component in FAMILIES["llava"].components if component.name == "head"]
     assert head.used({"tie_word_embeddings": True, "text_config": {}}) == 0
     assert head.used({"text_config": {"tie_word_embeddings": True}}) == 0

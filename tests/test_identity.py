@@ -1,4 +1,4 @@
-"""Nothing stale is reused: every input that decides the numbers is part of a job's identity, and is named."""
+"""Outdated results are never reused: every input that changes numbers is part of a job's identity and is named."""
 
 import json
 import os
@@ -200,11 +200,11 @@ UNRELATED = {
 
 
 @pytest.mark.parametrize("name", UNRELATED)
-def test_what_decides_no_number_is_no_part_of_it(name: str, root: Path) -> None:
+def test_settings_that_change_no_number_are_not_part_of_it(name: str, root: Path) -> None:
     assert changes(identity_of(root), identity_of(root, UNRELATED[name])) == []
 
 
-def test_the_folder_s_name_is_no_part_of_it(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_folder_s_name_is_not_part_of_it(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     moved = tmp_path_factory.mktemp("moved") / "elsewhere"
     before = identity_of(root)
     shutil.copytree(root, moved)
@@ -313,7 +313,7 @@ def recomputed(seen: list[Event], path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [0, 2, -1])
-def test_a_rotten_block_is_computed_again(number: int, tmp_path: Path) -> None:
+def test_a_damaged_block_is_recomputed(number: int, tmp_path: Path) -> None:
     work = tmp_path / "work"
     quick_export(tmp_path / "first", work=work)
     damaged = sorted(work.glob("*.safetensors"))[number]
@@ -334,7 +334,7 @@ HEADER_DAMAGE = {
 
 
 @pytest.mark.parametrize("name", HEADER_DAMAGE)
-def test_a_damaged_header_of_a_block_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_damaged_header_of_a_block_is_detected(name: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     quick_export(tmp_path / "first", work=work)
     path = sorted(work.glob("*.safetensors"))[1]

@@ -126,7 +126,9 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_descent_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype) -> None:
+def test_the_coordinate_descent_equals_torch(
+    kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype
+) -> None:
     here, grid, square = slice(100, 164), _grid(3, 300), _square(300)
     share = square.diagonal().clone()
     square.diagonal().zero_()

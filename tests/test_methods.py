@@ -1,4 +1,4 @@
-"""Method conformance: every entry of `METHODS` is held to the same rules."""
+"""Method conformance: all entries of `METHODS` fulfil the same rules."""
 
 import pytest
 import torch

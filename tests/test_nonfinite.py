@@ -1,4 +1,4 @@
-"""Activations that are not finite: excluded from statistics with a note, up to a share of the tokens."""
+"""Non-finite activations: excluded from statistics with a note, up to a share of the tokens."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def broken_patch(pictures: int = 1) -> dict[str, Tensor]:
     return batch
 
 
-def test_one_infinite_pixel_excludes_its_token_alone_and_is_noted(
+def test_an_infinite_pixel_excludes_only_its_token_and_adds_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
@@ -60,7 +60,7 @@ def test_one_infinite_pixel_excludes_its_token_alone_and_is_noted(
     torch.testing.assert_close(hessians[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_that_goes_on_excludes_the_same_tokens_and_says_the_same(tmp_path: Path) -> None:
+def test_a_resumed_run_excludes_the_same_tokens_with_the_same_notes(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan, batch = plan_for(checkpoint), broken_patch()
     first = streamed(plan, checkpoint, tmp_path / "work", [batch])
@@ -120,7 +120,7 @@ def row_of(linear: str) -> Any:
     return SimpleNamespace(linear=linear, module=f"block.{linear}", rule=rule, tensor=SimpleNamespace(shape=(4, 4)))
 
 
-def test_rows_that_overflow_inside_a_block_are_left_out_of_that_linear_alone() -> None:
+def test_rows_that_overflow_inside_a_block_are_excluded_only_for_that_linear() -> None:
     hidden = torch.randn(2, 20, 4)
     hidden[0, 3, 1] = 200.0
     entry = inputs_of(hidden)
@@ -138,12 +138,12 @@ def test_too_many_rows_that_overflow_inside_a_block_stop_the_job() -> None:
         block_of(Overflowing(), [inputs_of(hidden)]).gather([row_of("down")])
 
 
-def test_inputs_whose_squares_overflow_are_an_error_of_their_own() -> None:
+def test_inputs_whose_squares_overflow_are_an_error() -> None:
     with pytest.raises(CalibrationError, match=r"block\.up: the squares of its inputs overflow float32"):
         block_of(Overflowing(), [inputs_of(torch.full((1, 20, 4), 1e30))]).gather([row_of("up")])
 
 
-def test_what_stops_being_finite_counts_nothing_in_the_blocks_behind() -> None:
+def test_tokens_that_become_nonfinite_have_weight_zero_in_later_blocks() -> None:
     hidden = torch.randn(2, 20, 4)
     hidden[1, 7, 0] = 200.0
     weights = torch.ones(2, 20)
@@ -181,14 +181,14 @@ def test_packed_pictures_have_no_batch_axis() -> None:
     torch.testing.assert_close(statistics["up"].hessian, rows.T @ rows / 39)
 
 
-def test_outputs_that_are_compared_hold_no_infinity() -> None:
+def test_compared_outputs_have_no_infinity() -> None:
     hidden = torch.randn(1, 20, 4)
     hidden[0, 3, 1] = 200.0
     (output,) = block_of(Overflowing(), [inputs_of(hidden)]).outputs()
     assert torch.isfinite(output).all()
 
 
-def test_components_behind_get_cleaned_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_components_get_cleaned_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tower is not quantized here; one of its tokens would spread over the whole picture."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan = plan_for(checkpoint, (Rule(component="language", method="gptq", bits=4, group_size=32),))
@@ -211,7 +211,7 @@ def test_too_many_cleaned_tokens_upstream_stop_the_job(tmp_path: Path) -> None:
         streamed(plan, checkpoint, tmp_path / "work", [batch])
 
 
-def test_tokens_that_are_lost_between_two_units_are_told_by_the_second(tmp_path: Path) -> None:
+def test_tokens_excluded_between_two_units_are_noted_by_the_second(tmp_path: Path) -> None:
     """The first block of the tower is not quantized, and nothing there could tell."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan = plan_for(checkpoint, (Rule(component="vision", method="gptq", bits=4, group_size=16, blocks="1:2"),))

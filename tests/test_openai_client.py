@@ -1,4 +1,4 @@
-"""Requests to a server: what the client does when the server closes a connection."""
+"""Requests to a server that closes connections without notice."""
 
 import socket
 import struct

@@ -1,4 +1,4 @@
-"""Shapes computed from a config.json are those of the model that transformers builds from it."""
+"""Shapes computed from a config.json equal those of the model that transformers builds from it."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model whose blocks come and go says what the whole one says, and holds no more than one block."""
+"""A model with streamed blocks answers like the whole model, and holds at most one block."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def test_passes_equal_those_of_the_whole_model(name: str) -> None:
             assert torch.equal(*answers)
 
 
-def test_no_block_stays_and_never_two_are_there() -> None:
+def test_at_most_one_block_is_loaded_and_none_stays() -> None:
     checkpoint, family = open_source("demo-llava")
     most = 0
 

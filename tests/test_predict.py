@@ -1,4 +1,4 @@
-"""Prompts, batches and answers on a tiny LLaVA with random weights: a batch must say what each sample says alone."""
+"""Prompts, batches and answers of a tiny LLaVA with random weights: batching must not change an answer."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -147,7 +147,9 @@ def test_log_likelihood_is_that_of_the_naive_loop(model: Any, mixed: list[Sample
     assert max(expected) - min(expected) > 0.1
 
 
-def test_running_out_of_memory_is_no_fault_of_the_samples(mixed: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_reported_as_a_bad_sample(
+    mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = processor()
 
     def full(self: Any, **inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Processors of unknown origin: loaded in a helper process first, compared with config.json, never a prompt or code."""
+"""Processors of unknown origin: loaded in a helper process first, compared with config.json, never running code."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_prompts_are_those_of_the_chat_template() -> None:
     assert render(made, family, question, None) == f"USER: <image>\n{family.text('what?')} ASSISTANT:"
 
 
-def test_a_template_is_taken_apart_only_when_it_writes_texts_unchanged() -> None:
+def test_a_template_is_parsed_only_when_it_writes_texts_unchanged() -> None:
     assert parse_template([f"<{text}>" for text in PROBES], "m") == Template("<", ">")
     assert parse_template([f"<{text.strip()}>" for text in PROBES], "m") == Template("<", ">", strips=True)
     assert Template("<", ">", strips=True).prompt(" a ") == "<a>"
@@ -89,7 +89,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_that_cannot_be_used_is_found_by_the_plan(model: Path, template: str) -> None:
+def test_an_unusable_template_is_refused_by_the_plan(model: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=TEMPLATES[template]):
         plan(model)
@@ -116,7 +116,7 @@ FIT: list[tuple[str, str, str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "recipe", "file", "values", "reason", "hint"), FIT, ids=[str(c[3]) for c in FIT])
-def test_a_processor_that_does_not_fit_the_config_is_found_by_the_plan(
+def test_a_processor_that_does_not_match_the_config_is_refused_by_the_plan(
     tmp_path: Path, name: str, recipe: str, file: str, values: dict[str, Any], reason: str, hint: str
 ) -> None:
     folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
@@ -126,7 +126,7 @@ def test_a_processor_that_does_not_fit_the_config_is_found_by_the_plan(
     assert hint in (caught.value.hint or "")
 
 
-def test_what_the_hint_says_mends_it(model: Path) -> None:
+def test_the_hint_solves_the_problem(model: Path) -> None:
     change(model / "processor_config.json", patch_size=..., num_additional_image_tokens=...)
     with pytest.raises(PlanError) as caught:
         plan(model)
@@ -151,7 +151,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, content) for name, all_ in DAMAGE.items() for content in all_])
-def test_damaged_processor_files_end_in_one_error_that_names_one(model: Path, name: str, content: bytes) -> None:
+def test_damaged_processor_files_end_in_one_error_that_names_the_file(model: Path, name: str, content: bytes) -> None:
     (model / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"m/{name}|{model}: its processor cannot be loaded"):
         plan(model)
@@ -178,7 +178,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tokenizer_that_cannot_encode_unknown_words_is_found_by_the_plan(model: Path, kind: str) -> None:
+def test_a_tokenizer_that_cannot_encode_unknown_words_is_refused_by_the_plan(model: Path, kind: str) -> None:
     tokenizer_with(model, {"type": kind, **KINDS[kind]})
     plan(model)
     shutil.copy(MODELS["demo-llava"] / "tokenizer.json", model)
@@ -191,13 +191,13 @@ def test_a_tokenizer_that_cannot_encode_unknown_words_is_found_by_the_plan(model
 
 
 @pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE"])
-def test_two_tokens_of_one_id_are_refused_whichever_the_library_keeps(model: Path, kind: str) -> None:
+def test_two_tokens_with_one_id_are_refused_whichever_the_library_keeps(model: Path, kind: str) -> None:
     tokenizer_with(model, {"type": kind, **KINDS[kind]}, vocab={"zz": 0})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*: two tokens have the id 0: '<unk>', 'zz'"):
         plan(model)
 
 
-def test_tokens_that_the_model_has_no_embedding_of_are_found_by_the_plan(model: Path) -> None:
+def test_tokens_without_an_embedding_are_refused_by_the_plan(model: Path) -> None:
     change(model / "special_tokens_map.json", eos_token="<end>", pad_token="<fill>")
     with pytest.raises(
         PlanError, match=r"tokens with the ids 256 \('<(end|fill)>'\), 257 \(.*\), but the model has only 256 tokens"
@@ -209,7 +209,7 @@ def test_tokens_that_the_model_has_no_embedding_of_are_found_by_the_plan(model: 
         plan(model)
 
 
-def test_an_image_token_without_embedding_is_right_where_no_prompt_holds_it(tmp_path: Path) -> None:
+def test_an_image_token_without_embedding_is_allowed_if_no_prompt_contains_it(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MODELS["demo-blip2-itm"], tmp_path / "m"))
     content = json.loads((folder / "tokenizer.json").read_text())
     assert content["added_tokens"].pop()["content"] == "<image>"
@@ -220,7 +220,7 @@ def test_an_image_token_without_embedding_is_right_where_no_prompt_holds_it(tmp_
     assert load_processor(folder).tokenizer.convert_tokens_to_ids("<image>") == 256
 
 
-def test_a_tokenizer_that_cannot_pad_is_found_by_the_plan(model: Path) -> None:
+def test_a_tokenizer_that_cannot_pad_is_refused_by_the_plan(model: Path) -> None:
     change(model / "special_tokens_map.json", pad_token=...)
     change(model / "tokenizer_config.json", pad_token=...)
     with pytest.raises(CheckpointError, match="does not have a padding token"):
@@ -228,7 +228,7 @@ def test_a_tokenizer_that_cannot_pad_is_found_by_the_plan(model: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("demo-llava", "llava-w4-vit8"), ("demo-blip2", "blip2-caption-w4")])
-def test_padding_with_the_image_token_is_found_by_the_plan(tmp_path: Path, name: str, recipe: str) -> None:
+def test_padding_with_the_image_token_is_refused_by_the_plan(tmp_path: Path, name: str, recipe: str) -> None:
     folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         change(folder / file, pad_token="<image>")
@@ -258,7 +258,7 @@ def evil(folder: Path) -> None:
         change(folder / name, processor_class="EvilProcessor", auto_map={"AutoProcessor": "evil.Evil"})
 
 
-def test_code_of_a_model_folder_never_runs_and_nobody_is_asked(model: Path) -> None:
+def test_code_of_a_model_folder_never_runs_and_no_question_is_asked(model: Path) -> None:
     evil(model)
     command = [sys.executable, "-m", "exporter", "plan", "--recipe", "llava-w4-vit8", "--model", str(model)]
     done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=300)
@@ -275,7 +275,7 @@ def test_attention_code_of_the_hub_is_refused(model: Path) -> None:
         plan(model)
 
 
-def test_the_helper_is_started_again_after_it_died() -> None:
+def test_the_helper_is_restarted_after_it_died() -> None:
     folder = MODELS["demo-llava"]
     inspect(folder, fields=[])
     helper = inspector.helper()
@@ -284,7 +284,7 @@ def test_the_helper_is_started_again_after_it_died() -> None:
     assert inspect(folder, fields=["patch_size"]).fields == {"patch_size": 8}
 
 
-def test_one_helper_answers_whoever_starts_it() -> None:
+def test_one_helper_answers_all_threads() -> None:
     inspector.start_helper()
     first = inspector.helper()
     inspect(MODELS["demo-llava"], fields=["image_token"])
@@ -298,7 +298,7 @@ def test_a_changed_folder_is_inspected_again(model: Path) -> None:
     assert inspect(model, fields=["patch_size"]).fields == {"patch_size": 16}
 
 
-def test_what_transformers_finds_wrong_with_a_config_is_an_error_of_ours() -> None:
+def test_a_config_that_transformers_rejects_is_a_checkpoint_error() -> None:
     import torch
 
     config = header_config("llava-hf--llava-1.5-7b-hf")

@@ -1,4 +1,4 @@
-"""The numeric type: packing against a twin in plain Python integers, and what quantize and dequantize promise."""
+"""The quantized linear: packing equals plain Python integers; properties of quantize and dequantize."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_unpack_bits_inverts_pack_bits(case: tuple[int, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_packing_reads_transposed_codes_and_leaves_them_alone(bits: int) -> None:
+def test_packing_reads_transposed_codes_and_does_not_change_them(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (40, 7), dtype=torch.uint8)
     before = codes.clone()
     assert torch.equal(pack_bits(codes.T, bits), pack_bits(codes.T.contiguous(), bits))
@@ -97,7 +97,7 @@ def test_no_code_is_nearer_than_the_chosen_one(case: tuple[Tensor, Tensor, Tenso
 
 @given(linears())
 @settings(deadline=None, max_examples=200)
-def test_quantizing_what_codes_stand_for_gives_the_codes(case: tuple[Tensor, Tensor, Tensor, Scheme]) -> None:
+def test_quantizing_dequantized_codes_gives_the_codes(case: tuple[Tensor, Tensor, Tensor, Scheme]) -> None:
     weight, scale, zero, scheme = case
     codes = quantize(weight, scale, zero, scheme)
     assert torch.equal(quantize(dequantize(codes, scale, zero, scheme), scale, zero, scheme), codes)
@@ -105,7 +105,7 @@ def test_quantizing_what_codes_stand_for_gives_the_codes(case: tuple[Tensor, Ten
 
 @given(st.integers(1, 40), st.sampled_from(SIZES))
 @settings(deadline=None)
-def test_spread_gives_each_column_its_own_group(columns: int, size: GroupSize) -> None:
+def test_expand_groups_gives_each_column_its_own_group(columns: int, size: GroupSize) -> None:
     scheme = Scheme(4, size)
     per_group = torch.arange(2 * scheme.groups(columns)).view(2, -1)
     wide = expand_groups(per_group, columns, scheme)

@@ -1,4 +1,4 @@
-"""Scales and zero points: exact where arithmetic says so, safe at the edges of the stored dtype."""
+"""Scales and zero points: exact values where arithmetic gives them, valid values at the limits of the stored dtype."""
 
 import itertools
 from typing import Any

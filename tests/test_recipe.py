@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads and plans; every mistake is named, all at once."""
+"""Recipes: all shipped recipes load and plan, and an error lists every mistake."""
 
 import re
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_digest_ignores_comments_and_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "quantize: [", "just text"])
-def test_what_is_no_recipe_is_refused(text: str) -> None:
+def test_files_that_are_not_recipes_are_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_recipe(text, "bad.yaml")
 
@@ -126,6 +126,6 @@ def test_wrong_components_and_metrics_are_listed_beside_wrong_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["./none.yaml", "none.yaml", "/tmp"])
-def test_a_recipe_file_that_is_not_there_is_called_that(name: str) -> None:
+def test_a_missing_recipe_file_is_reported_as_missing(name: str) -> None:
     with pytest.raises(RecipeError, match=r"does not exist|is a folder"):
         load_recipe(name)

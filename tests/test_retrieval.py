@@ -1,4 +1,4 @@
-"""Retrieval as a task: optimized ranks against every pair by transformers' own forward pass, and answers in words."""
+"""Retrieval: the optimized ranks equal those from transformers' forward pass of every pair; format of the answers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -148,7 +148,9 @@ def test_ranks_with_ties_are_those_of_recalls(seed: int) -> None:
         ([1.0, 2.0], [], None),
     ],
 )
-def test_ties_and_what_is_not_finite_count_as_before(scores: list[float], own: list[int], rank: float | None) -> None:
+def test_ties_and_nonfinite_scores_rank_before_the_own_candidate(
+    scores: list[float], own: list[int], rank: float | None
+) -> None:
     mine = torch.zeros(len(scores), dtype=torch.bool)
     mine[own] = True
     assert str(_rank(torch.tensor(scores), mine)) == str(rank)
@@ -174,7 +176,7 @@ def broken(part: str) -> Any:
 
 
 @pytest.mark.parametrize("part", ["head", "vision"])
-def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
+def test_a_model_with_only_nan_scores_finds_no_match(processor: Any, part: str) -> None:
     answers = [text for piece in rank(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()]
     scores = score(answers, chosen())
     assert {value for metric in METRICS for value in scores[metric]} == {0.0}
@@ -182,7 +184,7 @@ def test_a_model_of_no_numbers_finds_nothing(processor: Any, part: str) -> None:
     assert missed == COUNT if part == "vision" else missed > 0
 
 
-def test_one_broken_picture_spoils_its_own_search_alone(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_picture_affects_only_its_own_search(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
     see = model().vision_model.forward
 
@@ -214,7 +216,7 @@ def answering(label: str, answers: Sequence[str]) -> Answerer:
     return Answerer(label, {"weights": label}, lambda sample: sample.identity, opened)
 
 
-def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
+def test_nan_scores_are_reported_and_fail_gates() -> None:
     samples, seen = {"retrieval": chosen()}, list[Event]()
     good = answering("full precision", [written(1, [1] * len(s.references)) for s in chosen()])
     bad = answering("artifact", [written(math.nan, [math.nan] * len(s.references)) for s in chosen()])
@@ -228,7 +230,7 @@ def test_scores_that_are_no_numbers_are_said_and_fail_gates() -> None:
         compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
 
 
-def test_equal_pixels_with_other_texts_have_answers_of_their_own(tmp_path: Path) -> None:
+def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> None:
     """The same picture under two names, as real sets hold it: nothing but the place in the pool tells them apart."""
     picture = partial(Image.new, "RGB", (4, 4))
     found = {"retrieval": pooled([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])}
@@ -264,7 +266,7 @@ def test_scores_are_shares_of_what_was_found() -> None:
 
 
 @pytest.mark.parametrize("answer", ["", "1", "1 | 1", "1 | 1 1 1", "a | b c", "1, 1 1"])
-def test_an_answer_of_another_form_found_nothing(answer: str) -> None:
+def test_an_answer_in_another_format_counts_as_no_match(answer: str) -> None:
     assert score([answer], [sample(2)]) == {metric: [0.0] for metric in METRICS}
 
 

@@ -1,4 +1,4 @@
-"""Rows come back as they were put in, from memory or from disk; a disk without room is an error before any work."""
+"""Rows are returned unchanged from memory or disk; a full disk is an error before any work."""
 
 import errno
 import os
@@ -14,7 +14,9 @@ from exporter.inference.row_store import RowStore
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bound", [2**20, 0], ids=["memory", "disk"])
-def test_rows_come_back(bound: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_returned_unchanged(
+    bound: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = torch.randn(11, 3, 5).to(dtype)
     store = RowStore(11, bound)

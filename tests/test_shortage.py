@@ -1,4 +1,4 @@
-"""Running out of memory is an error that says where, how much and what to do; batches shrink instead."""
+"""Running out of memory is an error with the step, the sizes and a remedy; batches shrink instead."""
 
 import json
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ OTHERS = [RuntimeError("shapes do not match"), OSError(28, "No space left on dev
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_every_way_to_run_out_is_known(name: str) -> None:
+def test_all_errors_of_memory_shortage_are_recognized(name: str) -> None:
     assert is_shortage(FAILURES[name])
     assert not any(map(is_shortage, OTHERS))
 
 
 @pytest.mark.parametrize("fill", [torch.empty, np.empty, bytearray], ids=["torch", "numpy", "Python"])
-def test_what_libraries_raise_on_this_host_is_known(fill: type) -> None:
+def test_errors_of_the_libraries_on_this_host_are_recognized(fill: type) -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         fill(2**55)
     assert is_shortage(caught.value)
@@ -102,7 +102,7 @@ def halves(room: int, items: int, size: int, times: int = 1) -> tuple[list[Seque
     return list(batches.each(range(items), work, times)), shrunk
 
 
-def test_a_batch_that_does_not_fit_is_halved_for_good() -> None:
+def test_a_batch_that_does_not_fit_is_halved_permanently() -> None:
     done, shrunk = halves(room=3, items=11, size=8)
     assert [list(batch) for batch in done] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
     assert shrunk == [(8, 4), (4, 2)]
@@ -115,7 +115,7 @@ def test_one_item_that_does_not_fit_is_an_error() -> None:
         halves(room=0, items=4, size=2)
 
 
-def test_other_errors_are_not_tried_again() -> None:
+def test_other_errors_are_not_retried() -> None:
     def work(batch: Sequence[int]) -> None:
         raise RuntimeError(f"a mistake in {len(batch)}")
 

@@ -1,4 +1,4 @@
-"""Smoothing of live blocks: it helps where inputs have outliers, is exact, is stored, and falls back aloud."""
+"""Smoothing of live blocks: it helps with outliers, is exact, is stored, and falls back with a note."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def results(plan: Plan, workdir: Workdir) -> list[UnitResult]:
     return [workdir.read(unit) for unit in plan.units]
 
 
-def test_outliers_are_smoothed_and_the_folded_norms_are_kept_with_the_unit(
+def test_outliers_are_smoothed_and_the_folded_norms_are_stored_with_the_unit(
     smoothed: tuple[Checkpoint, Plan, Workdir],
 ) -> None:
     checkpoint, plan, workdir = smoothed
@@ -73,7 +73,7 @@ def test_smoothing_lowers_the_output_error(smoothed: tuple[Checkpoint, Plan, Wor
     assert worst[0] < max(unsmoothed.read(plain.units[0]).errors.values())
 
 
-def test_product_of_norm_and_columns_is_what_it_was(smoothed: tuple[Checkpoint, Plan, Workdir]) -> None:
+def test_product_of_norm_and_columns_is_unchanged(smoothed: tuple[Checkpoint, Plan, Workdir]) -> None:
     """Dequantized columns times the folded norm approximate the original product, channel by channel."""
     checkpoint, plan, workdir = smoothed
     block = plan.units[0].block
@@ -109,7 +109,7 @@ def test_resuming_gives_the_same_units(smoothed: tuple[Checkpoint, Plan, Workdir
             assert torch.equal(linear.codes, two.linears[name].codes), name
 
 
-def test_a_block_that_got_worse_falls_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_with_a_larger_error_falls_back_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from exporter.methods import awq
 
     def bad(weights: list, statistics: object, *rest: object) -> tuple[torch.Tensor, float, float]:
@@ -126,7 +126,7 @@ def test_a_block_that_got_worse_falls_back_and_says_so(tmp_path: Path, monkeypat
         assert any("smoothing left out" in note for note in result.notes)
 
 
-def test_a_block_in_which_no_scales_help_is_quantized_once_and_nothing_is_said(
+def test_a_block_without_useful_scales_is_quantized_once_without_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exporter.methods import awq
@@ -147,7 +147,7 @@ def test_a_block_in_which_no_scales_help_is_quantized_once_and_nothing_is_said(
     assert all(result.notes == () for result in results(plan, workdir))
 
 
-def test_folds_between_linears_alone_are_kept_when_they_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_between_linears_are_kept_when_they_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a fold changes no tensor that is kept in 16 bits: all of it is in the codes."""
     language = LLAVA.component("language")
     pairs = tuple(s for s in language.smoothings if not s.source.endswith("layernorm"))
@@ -172,9 +172,7 @@ def real_outputs(block: nn.Module, calls: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_search_on_the_block_tries_every_point_on_all_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_search_tries_every_point_on_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a search by hand in the whole model: q, k and v of the first block, six batches."""
     from exporter.methods import awq
 
@@ -228,7 +226,7 @@ def test_a_search_on_the_block_tries_every_point_on_all_batches(
     torch.testing.assert_close(scales, tried[errors.index(min(errors))], rtol=1e-3, atol=0)
 
 
-def test_a_tried_weight_is_taken_out_again() -> None:
+def test_a_candidate_weight_is_removed_after_its_trial() -> None:
     own, seen = {"a": torch.zeros(2), "b": torch.zeros(3)}, []
     live = dict(own)
     block = SimpleNamespace(parameter=live.__getitem__, put=live.__setitem__, restore=live.update)

@@ -1,4 +1,4 @@
-"""How far quantized weights may be from the source's: every method stays near what rounding explains, losses do not."""
+"""The check of quantized weights against the source: all methods pass it, lost weights do not."""
 
 import json
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_every_method_stays_near_what_rounding_explains(scheme: Scheme) -> None:
 
 @schemes
 @pytest.mark.parametrize("seen", [None, "plain", "outliers"])
-def test_a_row_that_is_lost_is_noticed(scheme: Scheme, seen: str | None) -> None:
+def test_a_lost_row_is_detected(scheme: Scheme, seen: str | None) -> None:
     weight = weights()["plain"]
     linear, _ = rtn.quantize_linear(weight, None, scheme, rtn.Options(), torch.bfloat16)
     rows = slice(None) if scheme.group_size == "tensor" else slice(5, 6)
@@ -93,7 +93,7 @@ def test_a_row_that_is_lost_is_noticed(scheme: Scheme, seen: str | None) -> None
     assert source_error(weight, lost, known) == float("inf")
 
 
-def test_a_tensor_with_zero_rows_is_lost_when_the_others_are() -> None:
+def test_a_tensor_with_zero_rows_is_lost_when_its_other_rows_are() -> None:
     weight = weights()["plain"]
     weight[:4] = 0
     linear, _ = rtn.quantize_linear(weight, None, Scheme(8, "tensor"), rtn.Options(), torch.bfloat16)
@@ -103,7 +103,7 @@ def test_a_tensor_with_zero_rows_is_lost_when_the_others_are() -> None:
 
 
 @schemes
-def test_steps_that_are_too_coarse_are_noticed(scheme: Scheme) -> None:
+def test_too_coarse_steps_are_detected(scheme: Scheme) -> None:
     """As 32 times too large a scale would make them, where the weight does not become zero altogether."""
     weight = weights()["plain"]
     linear, _ = rtn.quantize_linear(32 * weight, None, scheme, rtn.Options(), torch.bfloat16)

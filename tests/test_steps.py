@@ -1,4 +1,4 @@
-"""What each step takes is predicted for true models, and what does not fit is refused or announced with a way out."""
+"""Predictions for every step on real models; steps that do not fit into memory are refused or warned of."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ def by_name(plan: Plan) -> dict[str, Step]:
         (make.OPT_27B, "blip2-caption-w8-vit4", 0.54),
     ],
 )
-def test_quantizing_takes_what_was_measured(
+def test_predicted_memory_of_quantizing_equals_the_measured_peaks(
     name: str, recipe: str, gib: float, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
     """On an H100 (docs/architecture.md)."""
@@ -78,7 +78,7 @@ def test_quantizing_takes_what_was_measured(
     ("name", "quantize", "write", "verify"),
     [(make.LLAVA_7B, 2.66, 0.60, 0.81), (make.LLAVA_13B, 4.18, 0.92, 1.25), (make.LLAVA_34B, 7.53, 1.70, 2.35)],
 )
-def test_device_memory_of_every_step_is_what_was_measured(
+def test_predicted_device_memory_of_every_step_equals_the_measured_peaks(
     name: str, quantize: float, write: float, verify: float, planned: Callable[..., Plan]
 ) -> None:
     """`llava-w4-vit8` on an H200 (docs/measurements/whole-export.md)."""
@@ -118,7 +118,7 @@ def test_a_7b_on_a_card_of_24_gib_is_evaluated_in_smaller_batches(planned: Calla
     assert by_name(plan)["evaluate"].device_bytes < 24 * GIB
     assert "batch 20" in by_name(plan)["evaluate"].note
     (warning,) = step_warnings(plan.steps, gpu(24))
-    assert "it runs 20 samples at a time (--eval-batch" in warning
+    assert "it runs 20 samples at a time (change this with --eval-batch" in warning
     assert step_warnings(plan.steps, gpu(24), skip_evaluation=True) == []
     asked = planned(make.LLAVA_7B, gpu(24), evaluation={"batch": 4})
     assert step_warnings(asked.steps, gpu(24)) == []
@@ -129,20 +129,20 @@ def test_a_34b_on_a_card_of_24_gib_is_evaluated_block_by_block(planned: Callable
     assert "block by block" in by_name(plan)["evaluate"].note
     warnings = step_warnings(plan.steps, gpu(24))
     assert "block by block" in warnings[0]
-    assert warnings[1].startswith("check takes about 65.0 GiB on a card, where 24.0 are free: use --device cpu")
+    assert warnings[1].startswith("check needs about 65.0 GiB on a card, where 24.0 GiB are free: use --device cpu")
     refuse_shortage(plan.steps, gpu(24))
 
 
-def test_fewer_samples_make_a_small_card_enough(planned: Callable[..., Plan]) -> None:
+def test_fewer_samples_make_quantizing_fit_on_a_small_gpu(planned: Callable[..., Plan]) -> None:
     plan = planned(make.LLAVA_7B, gpu(2.5))
     with pytest.raises(
-        PlanError, match=r"quantize takes about 2\.\d GiB on a card, where 2\.5 are free: use fewer --s"
+        PlanError, match=r"quantize needs about 2\.\d GiB on a card, where 2\.5 GiB are free: use fewer --s"
     ):
         refuse_shortage(plan.steps, gpu(2.5))
     refuse_shortage(planned(make.LLAVA_7B, gpu(2.5), calibration={"samples": 32}).steps, gpu(2.5))
 
 
-def test_a_small_host_is_refused_with_every_step_that_lacks_room(
+def test_a_small_host_is_refused_with_every_step_that_does_not_fit(
     planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(make.LLAVA_7B, gpu(140))
@@ -151,7 +151,7 @@ def test_a_small_host_is_refused_with_every_step_that_lacks_room(
         refuse_shortage(plan.steps, gpu(140))
     lines = caught.value.message.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["quantize", "write"]
-    assert "about 3.3 GiB on the host, where 2.0 are free" in lines[1]
+    assert "about 3.3 GiB on the host, where 2.0 GiB are free" in lines[1]
 
 
 def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:
@@ -163,7 +163,7 @@ def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:
     assert on_cpu["evaluate"].host_bytes < 23 * GIB
 
 
-def test_retrieval_counts_what_a_search_keeps(planned: Callable[..., Plan]) -> None:
+def test_retrieval_counts_the_stored_features_and_scores(planned: Callable[..., Plan]) -> None:
     few, many = (
         by_name(planned(make.ITM_COCO, gpu(140), evaluation={"samples": count}))["evaluate"].host_bytes
         for count in (100, 5000)

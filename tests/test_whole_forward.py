@@ -1,4 +1,4 @@
-"""Statistics gathered block by block beside those of transformers' own forward pass of the whole model."""
+"""Statistics gathered block by block equal those of transformers' forward pass of the whole model."""
 
 import json
 from collections.abc import Iterator
@@ -123,7 +123,7 @@ def chained(model: nn.Module, batch: dict[str, Tensor], own: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-sliding", "gemma3"])
-def test_these_models_do_give_their_blocks_different_arguments(name: str) -> None:
+def test_some_models_give_their_blocks_different_arguments(name: str) -> None:
     """So the test above can fail: with the first block's arguments the result is another."""
     config = VARIANTS[name]
     model, batch = whole_model(config), inputs_for(config, 2, 14)
@@ -181,7 +181,7 @@ class Step(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gemma3"])
-def test_arguments_are_stored_once_not_once_a_block(name: str) -> None:
+def test_arguments_are_stored_once_for_all_blocks(name: str) -> None:
     """A mask and rotary embeddings for each kind of block, and positions."""
     model, batch = whole_model(VARIANTS[name]), inputs_for(VARIANTS[name], 2, 14)
     (entered,) = capture_calls(model, text_blocks(model), [batch], lambda m, b: m(**b, use_cache=False), "language")
@@ -217,7 +217,7 @@ def test_models_that_are_no_chain_of_blocks_are_refused(between: str, reason: st
         list(capture_calls(model, list(model.blocks), [{"x": torch.randn(2, 3, 4)}], lambda m, b: m(**b), "text"))
 
 
-def test_a_batch_that_the_model_cannot_run_is_an_error_without_a_stack(tmp_path: Path) -> None:
+def test_a_batch_that_the_model_cannot_run_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     config = llava_config()
     checkpoint = checkpoint_of(tmp_path / "model", config)
     batch = inputs_for(config, 2, 9)
@@ -228,7 +228,7 @@ def test_a_batch_that_the_model_cannot_run_is_an_error_without_a_stack(tmp_path:
         calibrate.run(plan, checkpoint, Workdir.open(tmp_path / "work", {}), [batch], choose("cpu"), print)
 
 
-def test_memory_that_runs_out_is_not_called_something_else() -> None:
+def test_running_out_of_memory_is_not_reported_as_another_error() -> None:
     def run(model: nn.Module, batch: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
@@ -249,7 +249,7 @@ def test_hidden_states_of_all_layers_are_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("front", ["vision", "language"])
-def test_blocks_behind_the_last_quantized_one_are_not_read(front: str, tmp_path: Path) -> None:
+def test_blocks_after_the_last_quantized_one_are_not_read(front: str, tmp_path: Path) -> None:
     """Of six text blocks the front third is quantized; of the tower, the first of five."""
     deep = llava_config({"num_hidden_layers": 6}, {**VARIANTS["llama"]["vision_config"], "num_hidden_layers": 6})
     checkpoint = checkpoint_of(tmp_path / "model", deep)

@@ -1,4 +1,4 @@
-"""What a whole model takes is counted from true headers, and equals what transformers really holds."""
+"""Memory of a whole model, counted from real headers, equals what transformers holds."""
 
 import weakref
 from collections.abc import Callable
@@ -117,7 +117,7 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("config", [FAMILIES["llava"].tiny_config(), grouped()], ids=["heads", "groups"])
-def test_a_pass_holds_what_is_predicted(config: Any) -> None:
+def test_a_pass_needs_the_predicted_memory(config: Any) -> None:
     """The prompt's pass over a batch, with its keys and values, as torch's operations make and drop tensors."""
     family, batch = FAMILIES["llava"], 4
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def seven(sparse_checkpoint: Callable[[str], Path]) -> WholeModel:
         (CPU, 10, torch.float32, 7, True),
     ],
 )
-def test_a_7b_is_held_in_the_first_way_that_fits(
+def test_a_7b_gets_the_first_placement_that_fits(
     device: Device, room: int, dtype: torch.dtype, batch: int, streamed: bool, seven: WholeModel
 ) -> None:
     held = choose_placement(seven, torch.float16, device, room * GIB, 32)
@@ -162,12 +162,12 @@ def test_a_7b_is_held_in_the_first_way_that_fits(
     assert bool(held.note) == (batch < 32 or streamed or dtype == torch.bfloat16)
 
 
-def test_a_7b_that_fits_in_no_way_says_what_the_least_takes(seven: WholeModel) -> None:
+def test_a_7b_that_never_fits_reports_the_smallest_placement(seven: WholeModel) -> None:
     held = choose_placement(seven, torch.float16, GPU, GIB, 32)
     assert (held.fits, held.batch, held.streamed) == (False, 1, True)
     assert "one sample at a time, and even that needs 1.7 GiB" in held.note
 
 
-def test_a_smaller_batch_is_taken_as_asked_for(seven: WholeModel) -> None:
+def test_a_smaller_requested_batch_is_used(seven: WholeModel) -> None:
     assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).batch == 4
     assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).note == ""
