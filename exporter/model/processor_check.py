@@ -22,7 +22,7 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
 
     PlanError when they do not fit each other, CheckpointError when one of them cannot be used.
     """
-    check_config_class(family.config_class, checkpoint.config, checkpoint.origin)
+    check_config_class(family.config_class, checkpoint.config, checkpoint.origin, checkpoint.folder)
     if not checkpoint.folder.is_dir():  # a model of the hub of which only headers were fetched
         return ()
     if not has_processor(checkpoint.folder):
