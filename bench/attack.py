@@ -2,6 +2,7 @@
 
     python -m bench.attack --count 3000 --jobs 1
     python -m bench.attack --only config:17          # one mutation again, with its traceback
+    python -m bench.attack --table LOG [LOG ...]     # the table of finished runs, from what --log wrote
 
 Workers try mutations one after the other; one that dies or does not answer in time is replaced. Outcomes: `refused`
 by an MmqError of one message; `works`: the plan was made, the model was read whole and it answered; `late`: an MmqError
@@ -71,6 +72,7 @@ def attempt(case: Case, folder: Path) -> Result:
 def work(pipe: Connection, folder: Path) -> None:
     """A worker: one case after the other, from the pipe and back."""
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
+    os.environ["MMQ_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
     import torch
 
     torch.set_num_threads(1)
@@ -160,12 +162,21 @@ def attack(waiting: list[Case], jobs: int) -> Iterator[Result]:
 
 def table(results: list[Result]) -> str:
     """Counts by kind and outcome, as Markdown."""
+    from bench.attack_kinds import KINDS
+
     counts = Counter((result.case.kind, result.outcome) for result in results)
-    rows = [f"| kind | mutations | {' | '.join(OUTCOMES)} |", "|---|---|" + "---|" * len(OUTCOMES)]
+    rows = [f"| kind | damaged | mutations | {' | '.join(OUTCOMES)} |", "|---|---|---|" + "---|" * len(OUTCOMES)]
     for kind in [*dict.fromkeys(result.case.kind for result in results), "all"]:
         found = {o: sum(n for (k, out), n in counts.items() if out == o and kind in (k, "all")) for o in OUTCOMES}
-        rows.append(f"| {kind} | {sum(found.values())} | {' | '.join(str(found[o]) for o in OUTCOMES)} |")
+        about = KINDS[kind].about if kind in KINDS else ""
+        rows.append(f"| {kind} | {about} | {sum(found.values())} | {' | '.join(str(found[o]) for o in OUTCOMES)} |")
     return "\n".join(rows)
+
+
+def from_log(path: Path) -> list[Result]:
+    """The results that `--log` wrote."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Result(Case(e["kind"], e["number"], e["seed"]), e["outcome"], e["detail"]) for e in entries]
 
 
 def main() -> None:
@@ -176,7 +187,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", metavar="KIND[:NUMBER]")
     parser.add_argument("--log", type=Path, help="every result as a line of JSON")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="LOG", help="attack nothing, show the table of these")
     options = parser.parse_args()
+    if options.table:
+        return print(table([result for path in options.table for result in from_log(path)]))
     start, results = time.monotonic(), []
     log = options.log.open("w") if options.log else None
     for result in attack(cases(options.count, options.seed, options.only), options.jobs):

@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bench.attack_artifacts import damage_artifact, damage_manifest, damage_report, try_artifact
 from bench.damage import damaged_bytes, damaged_json
 from exporter import data
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import DataError
 from exporter.inference.encoding import encode
+from exporter.inference.predict import Predictor
 from exporter.model.adapter import SETTINGS, WEIGHTS
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
@@ -48,10 +51,11 @@ PICTURES = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 class Kind:
     """One kind of input.
 
-    share: of all mutations. damage: writes a damaged input. attempt: what mmq does with it; it calls its second
-    argument once the input counts as accepted.
+    about: what is damaged. share: of all mutations. damage: writes a damaged input. attempt: what mmq does with it; it
+    calls its second argument once the input counts as accepted.
     """
 
+    about: str
     share: float
     damage: Callable[[Path, Random], None]
     attempt: Callable[[Path, Callable[[], None]], None]
@@ -80,10 +84,16 @@ def try_model(folder: Path, accepted: Callable[[], None]) -> None:
         family, checkpoint.config, list(checkpoint.tensors), checkpoint.read, torch.device("cpu"), torch.float32
     )
     processor = load_processor(model)
-    sample = Sample("s", lambda: Image.new("RGB", (40, 30), "red"), "which color is it?", ("red",))
-    inputs = encode(processor, family, [sample], ["red"], "right")
+    picture = partial(Image.new, "RGB", (40, 30), "red")
+    short = Sample("s", picture, "which color is it?", ("red",))
+    long = Sample("t", picture, "what does the \u6f22\U0001fae0 on the left of it look like?", ("a red square",))
+    inputs = encode(processor, family, [short, long], ["red", "a red square"], "right")
     with torch.inference_mode():
         family.outputs(whole, inputs)
+    if "vqa" in family.tasks:
+        predictor = Predictor(whole, processor, family, torch.device("cpu"), 2)
+        predictor.answer([short, long])
+        predictor.log_likelihood([short, long])
 
 
 def _header(folder: Path, random: Random) -> None:
@@ -121,6 +131,33 @@ def _processor(folder: Path, random: Random) -> None:
 def _tokenizer(folder: Path, random: Random) -> None:
     name = random.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"))
     change_json(copy_model(folder, random) / name, random, ("model", "normalizer", "added_tokens", "chat_template"))
+
+
+def _other_tokenizer(folder: Path, random: Random) -> None:
+    """The same words in a tokenizer of another kind, damaged too."""
+    path = copy_model(folder, random) / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    listed = [[word, -1.0] for word in sorted(words, key=words.__getitem__)]
+    content["model"] = random.choice(
+        (
+            {"type": "BPE", "vocab": words, "merges": [], "unk_token": "<unk>"},
+            {"type": "BPE", "vocab": words, "merges": [], "byte_fallback": True, "unk_token": None},
+            {"type": "WordPiece", "vocab": words, "unk_token": "<unk>", "continuing_subword_prefix": "##"}
+            | {"max_input_chars_per_word": 100},
+            {"type": "Unigram", "vocab": listed, "unk_id": 0, "byte_fallback": False},
+        )
+    )
+    more = ("unk_token", "unk_id", "merges", "byte_fallback", "padding", "truncation", "decoder")
+    raw = content if random.random() < 0.3 else content["model"]  # most damage to what the kinds differ in
+    damaged = damaged_json(raw, random, more)
+    path.write_bytes(damaged if raw is content else _with(content, damaged))
+
+
+def _with(content: dict[str, Any], model: bytes) -> bytes:
+    """A tokenizer.json with another `model`."""
+    rest = json.dumps({key: value for key, value in content.items() if key != "model"}).encode()
+    return rest[:-1] + b', "model": ' + model + b"}"
 
 
 def _template(folder: Path, random: Random) -> None:
@@ -197,13 +234,19 @@ def _picture(folder: Path, random: Random) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "header": Kind(0.16, _header, try_model),
-    "index": Kind(0.08, _index, try_model),
-    "config": Kind(0.22, _config, try_model),
-    "processor": Kind(0.14, _processor, try_model),
-    "tokenizer": Kind(0.12, _tokenizer, try_model),
-    "template": Kind(0.06, _template, try_model),
-    "adapter": Kind(0.06, _adapter, try_model),
-    "rows": Kind(0.08, _rows, _try_rows),
-    "picture": Kind(0.08, _picture, _try_rows),
+    "header": Kind("safetensors header, its length, the end of the file", 0.12, _header, try_model),
+    "index": Kind("`model.safetensors.index.json`", 0.06, _index, try_model),
+    "config": Kind("`config.json`", 0.17, _config, try_model),
+    "processor": Kind("`preprocessor_config.json`, `processor_config.json`", 0.11, _processor, try_model),
+    "tokenizer": Kind(
+        "`tokenizer.json` (WordLevel), `tokenizer_config.json`, special tokens", 0.1, _tokenizer, try_model
+    ),
+    "other tokenizer": Kind("`tokenizer.json` of BPE, WordPiece and Unigram", 0.07, _other_tokenizer, try_model),
+    "template": Kind("`chat_template.jinja`", 0.05, _template, try_model),
+    "adapter": Kind("LoRA adapter: settings, header of its weights", 0.06, _adapter, try_model),
+    "rows": Kind("`metadata.jsonl` of a data folder", 0.06, _rows, _try_rows),
+    "picture": Kind(f"picture: {', '.join(PICTURES)}", 0.06, _picture, _try_rows),
+    "artifact": Kind("artifact: weights, header, config, recipe, a missing file", 0.06, damage_artifact, try_artifact),
+    "manifest": Kind("`mmq_manifest.json`", 0.04, damage_manifest, try_artifact),
+    "report": Kind("`mmq_report.json`", 0.04, damage_report, try_artifact),
 }

@@ -18,7 +18,7 @@ def main() -> None:
             if sys.argv[1:2] and sys.argv[1] in ASK_PROCESSORS and not {"-h", "--help"} & set(sys.argv):
                 from exporter.model.processor_inspector import start_helper
 
-                start_helper()  # it loads its libraries while torch is loaded here
+                start_helper(_model(sys.argv))  # it loads its libraries while torch is loaded here
             from exporter.commands.main import main as run
 
             run()
@@ -27,6 +27,16 @@ def main() -> None:
             raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _model(arguments: list[str]) -> str | None:
+    """The value of `--model`, None when there is none."""
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == "--model":
+            return following
+        if word.startswith("--model="):
+            return word.removeprefix("--model=")
+    return None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from exporter.device import choose
 from tests.headers.read import header, header_config, write_sparse_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+_cache = TemporaryDirectory(prefix="mmq-cache-")  # no test reads what an earlier run kept
+os.environ["MMQ_CACHE"] = _cache.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not choose("auto").is_cuda:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on a CPU

@@ -1,13 +1,15 @@
 """A small part of `python -m bench.attack`: damaged inputs end in one error of mmq's own, or work."""
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from bench.attack import Case, Result, attempt, cases, table
-from bench.attack_kinds import KINDS
+from bench.attack import Case, Result, as_json, attempt, cases, from_log, table
+from bench.attack_artifacts import NAME, proven, try_artifact
+from bench.attack_kinds import KINDS, Kind
 from bench.damage import TEXTS, damaged_bytes, damaged_json
 from exporter.errors import CheckpointError
 
@@ -51,7 +53,7 @@ def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Except
         if error:
             raise error
 
-    monkeypatch.setitem(KINDS, "rows", KINDS["rows"].__class__(1.0, KINDS["rows"].damage, attempt_nothing))
+    monkeypatch.setitem(KINDS, "rows", Kind("", 1.0, KINDS["rows"].damage, attempt_nothing))
     assert attempt(Case("rows", 0, 0), tmp_path / "a").outcome == outcome
 
 
@@ -60,7 +62,7 @@ def test_an_error_after_the_plan_is_late(tmp_path: Path, monkeypatch: pytest.Mon
         accepted()  # type: ignore[operator]
         raise CheckpointError("no")
 
-    monkeypatch.setitem(KINDS, "rows", KINDS["rows"].__class__(1.0, KINDS["rows"].damage, accept_and_fail))
+    monkeypatch.setitem(KINDS, "rows", Kind("", 1.0, KINDS["rows"].damage, accept_and_fail))
     assert attempt(Case("rows", 0, 0), tmp_path / "a").outcome == "late"
 
 
@@ -71,6 +73,19 @@ def test_kinds_share_the_count_and_the_table_counts_them() -> None:
     assert cases(9, 5, "config:17") == [Case("config", 17, 5)]
     assert len(cases(9, 0, "config")) == 9
     shown = table([Result(Case("a", 0, 0), "works"), Result(Case("a", 1, 0), "hang"), Result(Case("b", 0, 0), "works")])
-    assert "| a | 2 | 0 | 1 | 0 | 0 | 1 | 0 |" in shown
-    assert "| all | 3 | 0 | 2 | 0 | 0 | 1 | 0 |" in shown
-    assert json.dumps(shown)
+    assert "| a |  | 2 | 0 | 1 | 0 | 0 | 1 | 0 |" in shown
+    assert "| all |  | 3 | 0 | 2 | 0 | 0 | 1 | 0 |" in shown
+    assert "| config | `config.json` | 1 | 0 | 1 |" in table([Result(Case("config", 0, 0), "works")])
+
+
+def test_a_log_gives_the_table_again(tmp_path: Path) -> None:
+    results = [Result(Case("config", 0, 7), "works"), Result(Case("rows", 1, 7), "refused", "no")]
+    (tmp_path / "log").write_text("".join(json.dumps(as_json(result)) + "\n" for result in results))
+    assert from_log(tmp_path / "log") == results
+
+
+def test_an_undamaged_artifact_is_accepted(tmp_path: Path) -> None:
+    shutil.copytree(proven(), tmp_path / NAME)
+    accepted: list[bool] = []
+    try_artifact(tmp_path, lambda: accepted.append(True))
+    assert accepted

@@ -19,7 +19,7 @@ PATTERNS = (  # file names that transformers reads for processors, tokenizers an
 )
 
 
-def processor_files(folder: Path) -> dict[str, str]:
-    """Name in the folder -> sha256 of every file that a processor or a tokenizer reads."""
-    paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
-    return {path.relative_to(folder).as_posix(): digest for path, digest in hash_files(paths).items()}
+def processor_files(folder: Path, *more: str) -> dict[str, str]:
+    """Name in the folder -> sha256 of every file that a processor or a tokenizer is made from, and of `more`."""
+    paths = sorted({path for pattern in (*PATTERNS, *more) for path in folder.glob(pattern) if path.is_file()})
+    return {path.relative_to(folder).as_posix(): hashed for path, hashed in hash_files(paths).items()}

@@ -19,8 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from exporter.demo import MODELS
 from exporter.errors import CheckpointError
 from exporter.model.chat_template import Template, parse_template
+from exporter.model.inspection_cache import keep, knows, recall
 from exporter.model.processor_files import PATTERNS
 
 HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # slow imports that processors rarely need
@@ -129,8 +131,15 @@ def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
         return _helpers[hidden]
 
 
-def start_helper() -> None:
-    """Start the helper now, so that it loads its libraries in the background."""
+def start_helper(model: str | None = None) -> None:
+    """Start the helper now, so that it loads its libraries while this process does something else.
+
+    It is not started for a `model` (an embedded name or a folder) that it was asked about before.
+    """
+    folder = None if model is None else MODELS.get(model, Path(model).expanduser())
+    with suppress(CheckpointError, OSError):  # whoever opens the model says what is wrong with its files
+        if folder and folder.is_dir() and _state(folder) and knows(folder):
+            return
     helper()
 
 
@@ -150,13 +159,17 @@ def inspect(folder: Path, **request: Any) -> Inspection:
 
 
 @cache
-def _inspect(folder: Path, state: str, options: str) -> Inspection:
-    request = {"folder": str(folder.resolve()), "state": state, **json.loads(options)}
-    reply = _ask(folder, request)
-    if needs_hidden(reply):
-        reply = _ask(folder, request, ())
-    if "error" in reply:
-        raise _refusal(folder, reply)
+def _inspect(folder: Path, state: str, asked: str) -> Inspection:
+    request = {"folder": str(folder.resolve()), "state": state, **json.loads(asked)}
+    reply = recall(folder, asked)
+    if reply is None:
+        reply = _ask(folder, request)
+        if needs_hidden(reply):
+            reply = _ask(folder, request, ())
+        if "error" in reply:
+            raise _refusal(folder, reply)
+        if "failure" not in reply and _state(folder) == state:
+            keep(folder, asked, reply)
     template = None if reply["rendered"] is None else parse_template(reply["rendered"], str(folder))
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
@@ -165,12 +178,15 @@ def _inspect(folder: Path, state: str, options: str) -> Inspection:
     return Inspection(template, tokens, pixels, sides, reply["fields"], failure, padded, beyond)
 
 
-def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None:
-    """CheckpointError unless transformers' config class `name` accepts a config.json.
+def check_config_class(name: str, config: Mapping[str, Any], where: str, folder: Path) -> None:
+    """CheckpointError unless transformers' config class `name` takes a config.json.
 
-    where: the model, for messages.
+    where: its model, for messages. folder: where the model lies, if it is a folder at all.
     """
     request = {"config_class": name, "config": config}
+    asked = json.dumps(request, sort_keys=True)
+    if folder.is_dir() and _state(folder) and recall(folder, asked) is not None:
+        return
     try:
         reply = helper().ask(request)
         if needs_hidden(reply):
@@ -179,6 +195,8 @@ def check_config_class(name: str, config: Mapping[str, Any], where: str) -> None
         reply = {"reason": str(death), "error": "HelperDied"}
     if "error" in reply:
         raise CheckpointError(f"{where}: transformers cannot read its config.json: {reply['reason']}")
+    if folder.is_dir():
+        keep(folder, asked, reply)
 
 
 def needs_hidden(reply: Mapping[str, Any]) -> bool:

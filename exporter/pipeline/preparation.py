@@ -33,7 +33,7 @@ def prepare(
     """
     recipe = with_suitable_data(recipe)
     model = recipe.model
-    start_helper()
+    start_helper(model.repo)
     if remote := is_on_hub(model.repo):
         on_event(Event("prepare", 0, 1, f"looking up {model.repo} on the hub"))
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)

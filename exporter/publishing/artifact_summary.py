@@ -118,7 +118,7 @@ def read_summary(name: str, read: ReadFile) -> Summary:
         parts = _parts(manifest, config, recipe)
     except RecipeError as error:
         raise ArtifactError(error.message, "export it again") from None
-    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ArtifactError(f"{name}: its config.json or recipe is damaged ({error})", "export it again") from None
     return Summary(name, manifest, report, recipe, parts, serving)
 

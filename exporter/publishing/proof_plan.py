@@ -96,7 +96,7 @@ def _of_config(plan: Plan, artifact: Artifact) -> Iterator[str]:
 def _unordered(value: Any) -> Any:
     """Plain data with sorted lists and sorted groups of the quantization config, for comparisons without order."""
     if isinstance(value, Mapping):
-        if "config_groups" in value:
+        if isinstance(value.get("config_groups"), Mapping):
             value = dict(value) | {"config_groups": list(value["config_groups"].values())}
         return {key: _unordered(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
