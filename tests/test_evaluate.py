@@ -195,7 +195,7 @@ def test_a_captioner_that_ignores_its_pictures_is_at_chance_level() -> None:
 
 def test_ranks_at_random_are_chance_level() -> None:
     """Recall at 1 of 100 pictures with 2 texts each: 1 of 100 pictures, and 2 of 200 texts."""
-    made = retrieval.pooled(
+    made = retrieval.with_pool(
         [Sample(f"r{i}", lambda: Image.new("RGB", (2, 2)), None, (f"text {i} a", f"text {i} b")) for i in range(100)]
     )
     gates = [Gate(task="retrieval", metric=metric, max_drop=0.2) for metric in ("text_r1", "image_r1", "r1")]
@@ -467,7 +467,7 @@ def test_a_server_that_serves_another_folder_is_refused(
     assert found.counts["vqa"].changed == 0
 
 
-@pytest.mark.parametrize(("suffix", "told"), [("png", "calibrated on as"), ("jpg", "looks like")])
+@pytest.mark.parametrize(("suffix", "told"), [("png", "calibration sample"), ("jpg", "looks like")])
 def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, out: Path, tmp_path: Path) -> None:
     """Other data than the export's: the manifest alone knows what was calibrated on, exactly and as a copy."""
     (tmp_path / "test").mkdir()
@@ -480,7 +480,7 @@ def test_pictures_that_were_calibrated_on_prove_nothing(suffix: str, told: str, 
     kept = tmp_path / "answers"
     found = mmq("evaluate", out, "--data", tmp_path, "--answers", kept, "--device", "cpu")
     assert found.exit_code == 1
-    assert "evaluation samples show a picture that is also calibrated on" in found.stderr
+    assert "evaluation samples use a picture that is also used for calibration" in found.stderr
     assert told in found.stderr
     assert not kept.exists()
 

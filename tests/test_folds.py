@@ -213,7 +213,7 @@ def test_storage_that_others_hold_is_left_alone() -> None:
 def test_pairs_that_do_not_fit_are_named_and_refused() -> None:
     values, out = nn.Linear(HIDDEN, 8), nn.Linear(HIDDEN, HIDDEN)  # one value head for three query heads
     block = nn.ModuleDict({"v_proj": values, "o_proj": out, "norm": nn.LayerNorm(HIDDEN)})
-    assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj makes 8 values and o_proj takes {HIDDEN}"
+    assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj has 8 outputs and o_proj has {HIDDEN} inputs"
     assert misfit(block, "norm", ("o_proj", "v_proj"), None) is None
     kept = out.weight.detach().clone()
     with pytest.raises(ValueError, match="cannot feed"):

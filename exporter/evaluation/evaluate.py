@@ -54,7 +54,7 @@ def measure(
 
 def _judge_numbers(labels: tuple[str, str], answers: Sequence[Answers], on_event: Listener) -> None:
     """Retrieval scores that are not finite count as misses: a note for the artifact, an error for the baseline."""
-    broken = [retrieval.without_numbers(given.get(retrieval.NAME, [])) for given in answers]
+    broken = [retrieval.count_not_finite(given.get(retrieval.NAME, [])) for given in answers]
     counts = zip(labels, broken, strict=True)
     texts = [f"{label}: scores of {count} samples are not finite numbers" for label, count in counts]
     if broken[0]:

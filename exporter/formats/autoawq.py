@@ -1,4 +1,4 @@
-"""AutoAWQ ("awq", version GEMM): 4 bits, packed along `out` with interleaved nibbles; the zero point as it is.
+"""AutoAWQ format ("awq", version GEMM): 4 bits, packed along `out` with interleaved nibbles and plain zero points.
 
 `qweight` int32 `[in, out/8]`, where nibble i of a word holds output `ORDER[i]` of its eight; `qzeros` int32
 `[groups, out/8]` in the same order; `scales` floating `[groups, out]`. Written by AutoAWQ's `WQLinear_GEMM`, read by
@@ -16,7 +16,7 @@ from exporter.formats.group import Group
 from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "awq"
-KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
+KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # the config has no field for a KV-cache dtype
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 NATURAL = [0, 4, 1, 5, 2, 6, 3, 7]  # the inverse of ORDER
 
@@ -24,34 +24,34 @@ NATURAL = [0, 4, 1, 5, 2, 6, 3, 7]  # the inverse of ORDER
 def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     """Why a linear `[rows, columns]` cannot be stored, or None."""
     if scheme.number != "int" or scheme.activations:
-        return "it holds weight-only integers; use compressed_tensors"
+        return "it supports only weight-only integers; use compressed_tensors"
     if scheme.bits != 4:
-        return f"it holds 4 bits, not {scheme.bits}; use compressed_tensors"
+        return f"it supports 4 bits, not {scheme.bits}; use compressed_tensors"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
     if columns % 8 or rows % 8:
-        return f"it needs inputs and outputs that 8 divides, not {columns} and {rows}"
+        return f"it needs inputs and outputs in multiples of 8, not {columns} and {rows}"
     return None
 
 
 def conflict(schemes: Sequence[Scheme]) -> str | None:
-    """Why these schemes cannot share one config, or None: their group sizes must be equal."""
+    """Why these schemes cannot share one config (group sizes differ), or None."""
     sizes = {_size(scheme) for scheme in schemes}
     if len(sizes) < 2:
         return None
     names = ", ".join(sorted({scheme.label() for scheme in schemes}))
-    return f"it has one group size for the whole model, not {names}; use compressed_tensors"
+    return f"it allows one group size per model, not {names}; use compressed_tensors"
 
 
 def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
-    """Names of the tensors that stand for the linear `name`."""
+    """Names of the tensors of the linear `name`."""
     return f"{name}.qweight", f"{name}.qzeros", f"{name}.scales"
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one linear.
 
-    scales keep the dtype of `linear.scale`: rounding bfloat16 to the float16 of older files would change the weights.
+    Scales keep the dtype of `linear.scale`: casting bfloat16 to float16, as older files have it, would change weights.
     """
     return {
         f"{name}.qweight": pack_bits(_reordered(linear.codes.T, ORDER), 4),
@@ -61,7 +61,7 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
-    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    """Bytes of the tensors of a packed linear `[rows, columns]`; scale_bytes: bytes per scale."""
     groups = scheme.groups(columns)
     return 4 * (columns + groups) * packed_words(rows, 4) + rows * groups * scale_bytes
 
@@ -77,14 +77,14 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def _reordered(values: Tensor, order: list[int]) -> Tensor:
-    """Every eight columns of `[n, out]` in another order."""
+    """Reorder every eight columns of `values` `[n, out]`."""
     return values.reshape(values.shape[0], -1, 8)[:, :, order].flatten(1)
 
 
 def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
-    """The `quantization_config` of config.json. kept: whole names (no patterns) of linears in 16 bit.
+    """The `quantization_config` of config.json. kept: full names (no patterns) of 16-bit linears.
 
-    ArtifactError when the groups differ in more than symmetry; `conflict` tells beforehand.
+    ArtifactError if the groups differ in more than symmetry; check with `conflict` first.
     """
     problem = conflict([group.scheme for group in groups])
     if problem:
@@ -104,6 +104,6 @@ def _size(scheme: Scheme) -> int:
 
 
 def read_config(config: Mapping[str, Any]) -> list[Group]:
-    """The one group of a `quantization_config`: every linear, asymmetric (the format does not know symmetric ones)."""
+    """The single group of a `quantization_config`: all linears, asymmetric (the format has no symmetric schemes)."""
     size: GroupSize = "row" if config["group_size"] == -1 else int(config["group_size"])
     return [Group(Scheme(4, size, symmetric=False), ("re:.*",))]

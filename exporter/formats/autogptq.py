@@ -1,13 +1,13 @@
-"""AutoGPTQ ("gptq", checkpoint format v1): codes packed along `in`, transposed; zero points stored minus one.
+"""AutoGPTQ format ("gptq", checkpoint format v1): codes packed along `in`, transposed; zero points stored minus one.
 
 `qweight` int32 `[in*bits/32, out]` is the dense little-endian stream of each output row, as a column; `qzeros` int32
 `[groups, out*bits/32]` the same stream of `zero - 1` along `out`; `scales` floating `[groups, out]`; `g_idx` int32
 `[in]`, the group of each column. Written by auto-gptq's `qlinear_cuda_old.py` and GPTQModel (`FORMAT.GPTQ`), read by
-vLLM's `AutoGPTQConfig` (4 and 8 bits) and GPTQModel (2, 3, 4 and 8). Components with other schemes are `dynamic`
-rules of the config: `+:regex` changes the scheme, `-:regex` leaves a linear alone, and the first match decides.
+vLLM's `AutoGPTQConfig` (4 and 8 bits) and GPTQModel (2, 3, 4 and 8). Other schemes are `dynamic` rules of the config:
+`+:regex` changes the scheme, `-:regex` excludes a linear layer, and the first match applies.
 
-Only symmetric schemes: `zero - 1` has no room for a zero point of 0, which readers turn into a carry to the next
-value, and vLLM refuses asymmetric weights in this format.
+Only symmetric schemes: `zero - 1` cannot represent a zero point of 0 (readers carry it into the next value), and vLLM
+refuses asymmetric weights in this format.
 """
 
 import re
@@ -22,39 +22,39 @@ from exporter.formats.group import Group
 from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "gptq"
-KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no place for one
+KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # the config has no field for a KV-cache dtype
 BITS = (2, 3, 4, 8)
 
 
 def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     """Why a linear `[rows, columns]` cannot be stored, or None."""
     if scheme.number != "int" or scheme.activations:
-        return "it holds weight-only integers; use compressed_tensors"
+        return "it supports only weight-only integers; use compressed_tensors"
     if scheme.bits not in BITS:
-        return f"it holds 2, 3, 4 or 8 bits, not {scheme.bits}; use compressed_tensors"
+        return f"it supports 2, 3, 4 or 8 bits, not {scheme.bits}; use compressed_tensors"
     if not scheme.symmetric:
         return "it cannot store a zero point of 0; use symmetric: true or compressed_tensors"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
     if columns % 32 or rows % 32:
-        return f"it needs inputs and outputs that 32 divides, not {columns} and {rows}"
+        return f"it needs inputs and outputs in multiples of 32, not {columns} and {rows}"
     return None
 
 
 def conflict(schemes: Sequence[Scheme]) -> str | None:
-    """Why these schemes cannot share one config: they always can, by `dynamic` rules."""
+    """Always None: schemes can differ by `dynamic` rules."""
     return None
 
 
 def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
-    """Names of the tensors that stand for the linear `name`."""
+    """Names of the tensors of the linear `name`."""
     return f"{name}.qweight", f"{name}.qzeros", f"{name}.scales", f"{name}.g_idx"
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one linear.
 
-    scales keep the dtype of `linear.scale`: rounding bfloat16 to the float16 of older files would change the weights.
+    Scales keep the dtype of `linear.scale`: casting bfloat16 to float16, as older files have it, would change weights.
     """
     scheme, columns = linear.scheme, linear.codes.shape[1]
     group = torch.arange(columns, device=linear.codes.device) // scheme.columns_per_group(columns)
@@ -67,14 +67,14 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
-    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    """Bytes of the tensors of a packed linear `[rows, columns]`; scale_bytes: bytes per scale."""
     codes = rows * packed_words(columns, scheme.bits)
     zeros = scheme.groups(columns) * packed_words(rows, scheme.bits)
     return 4 * (codes + zeros + columns) + rows * scheme.groups(columns) * scale_bytes  # columns: `g_idx`
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-    """The inverse of `pack`; ArtifactError when `g_idx` reorders columns, which this scheme has no word for."""
+    """The inverse of `pack`; ArtifactError if `g_idx` reorders columns, which `Scheme` cannot represent."""
     group, scales = tensors[f"{name}.g_idx"], tensors[f"{name}.scales"]
     columns, rows = group.numel(), scales.shape[1]
     expected = torch.arange(columns, device=group.device) // scheme.columns_per_group(columns)
@@ -86,9 +86,9 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
-    """The `quantization_config` of config.json. kept: names of linears in 16 bit.
+    """The `quantization_config` of config.json. kept: names of 16-bit linears.
 
-    The first group is also the base scheme, for readers that do not know `dynamic`.
+    The first group is also the base scheme, for readers without support for `dynamic`.
     """
     dynamic: dict[str, dict[str, Any]] = {f"-:{_regex(name)}": {} for name in kept}
     for group in groups:
@@ -114,16 +114,16 @@ def _rule(scheme: Scheme) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any]) -> list[Group]:
-    """The groups of a `quantization_config`: one for each scheme of its `+:` rules, else its base for every linear.
+    """The groups in a `quantization_config`: one per scheme of its `+:` rules, or its base scheme for all linears.
 
-    A "tensor" scheme comes back as "row", which it is stored as, and a name as a pattern.
+    A "tensor" scheme is read as "row", its stored form, and a name as a pattern.
     """
     targets: dict[Scheme, list[str]] = {}
     for rule, changes in (config.get("dynamic") or {}).items():
         if not rule.startswith("-:"):
             targets.setdefault(_scheme({**config, **changes}), []).append("re:" + rule.removeprefix("+:"))
-    found = targets or {_scheme(config): ["re:.*"]}
-    return [Group(scheme, tuple(patterns)) for scheme, patterns in found.items()]
+    groups = targets or {_scheme(config): ["re:.*"]}
+    return [Group(scheme, tuple(patterns)) for scheme, patterns in groups.items()]
 
 
 def _scheme(rule: Mapping[str, Any]) -> Scheme:

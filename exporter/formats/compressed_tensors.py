@@ -1,11 +1,11 @@
-"""compressed-tensors: signed codes as a dense little-endian bit stream along `in`, one config with several groups.
+"""compressed-tensors format: codes as a dense little-endian bit stream along `in`, config with several groups.
 
 Weight-only integers are `pack-quantized`: `weight_packed` int32 `[out, ceil(in*bits/32)]` holds `code` itself, which
 is the signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`; `weight_shape` int64 `[2]`; asymmetric schemes
 add `weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same stream along `out`. Read by vLLM's
 `CompressedTensorsWNA16` and by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape).
-4 bits with float8 activations are stored like 4 bits alone; `CompressedTensorsW4A8Fp8` reads them on Hopper.
-8 bits with int8 activations are `int-quantized` (`weight` int8), float8 is `float-quantized` (`weight` float8 e4m3).
+4 bits with float8 activations are stored like weight-only 4 bits; `CompressedTensorsW4A8Fp8` reads them on Hopper.
+8 bits with int8 activations are `int-quantized` (`weight` int8); float8 is `float-quantized` (`weight` float8 e4m3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from exporter.formats.group import Group
 from exporter.numerics.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
 
 NAME = "compressed_tensors"
-# All scales are 1 (docs/explanation/float8.md says when that is enough).
+# All KV-cache scales are 1 (docs/explanation/float8.md explains when this is sufficient).
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 }
@@ -36,26 +36,26 @@ def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
         allowed = "integers with activations are 8 bits, symmetric, with group_size row or tensor, and activations int8"
         return f"{allowed}; or 4 bits, symmetric, with group_size 128, and activations fp8"
     if not 2 <= scheme.bits <= 8:
-        return f"it holds 2 to 8 bits, not {scheme.bits}"
+        return f"it supports 2 to 8 bits, not {scheme.bits}"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
     return None
 
 
 def conflict(schemes: Sequence[Scheme]) -> str | None:
-    """Why these schemes cannot share one config: they always can."""
+    """Always None: every scheme gets its own group in the config."""
     return None
 
 
 def _layout(scheme: Scheme) -> str:
-    """The format's own name for how a scheme is stored."""
+    """compressed-tensors' name for the storage format of a scheme."""
     if scheme.number == "fp8":
         return "float-quantized"
     return "int-quantized" if scheme.activations == "int8" else "pack-quantized"
 
 
 def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
-    """Names of the tensors that stand for the linear `name`."""
+    """Names of the tensors of the linear `name`."""
     if _layout(scheme) != "pack-quantized":
         return f"{name}.weight", f"{name}.weight_scale"
     zero = () if scheme.symmetric else (f"{name}.weight_zero_point",)
@@ -68,7 +68,7 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     if scheme.number == "fp8":
         return {f"{name}.weight": linear.codes.view(FP8), f"{name}.weight_scale": scale}
     if _layout(scheme) == "int-quantized":
-        signed = (linear.codes ^ scheme.middle).view(torch.int8)  # code - 128 is the code with its top bit flipped
+        signed = (linear.codes ^ scheme.middle).view(torch.int8)  # flipping the top bit subtracts 128
         return {f"{name}.weight": signed, f"{name}.weight_scale": scale}
     tensors = {
         f"{name}.weight_packed": pack_bits(linear.codes, scheme.bits),
@@ -81,7 +81,7 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
-    """Bytes of the tensors that `pack` makes of a linear `[rows, columns]` whose scales take `scale_bytes` each."""
+    """Bytes of the tensors of a packed linear `[rows, columns]`; scale_bytes: bytes per scale."""
     groups = scheme.groups(columns)
     scales = rows * groups * scale_bytes
     if _layout(scheme) != "pack-quantized":
@@ -109,17 +109,17 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def quantization_config(groups: Sequence[Group], kept: Sequence[str], kv_cache: str | None = None) -> dict[str, Any]:
-    """The `quantization_config` of config.json. kept: names of linears in 16 bit; kv_cache: a key of `KV_CACHES`."""
+    """The `quantization_config` of config.json. kept: names of 16-bit linears; kv_cache: a key of `KV_CACHES`."""
     layouts = {_layout(group.scheme) for group in groups}
-    # Without a format of its own the library takes weights with rounded inputs for int8, whatever is said above them.
-    told = layouts != {"pack-quantized"} or any(group.scheme.activations for group in groups)
+    # Without its own `format`, the library treats any group with quantized activations as int8, whatever its types.
+    needs_format = layouts != {"pack-quantized"} or any(group.scheme.activations for group in groups)
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "mixed-precision" if len(layouts) > 1 else next(iter(layouts), "pack-quantized"),
         "kv_cache_scheme": dict(KV_CACHES[kv_cache]) if kv_cache else None,
         "ignore": list(kept),
-        "config_groups": {f"group_{i}": _group_config(group, told) for i, group in enumerate(groups)},
+        "config_groups": {f"group_{i}": _group_config(group, needs_format) for i, group in enumerate(groups)},
     }
 
 
@@ -133,7 +133,7 @@ def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
             "num_bits": scheme.bits,
             "type": number,
             "symmetric": scheme.symmetric,
-            # One scale a tensor is stored as equal scales a row: kernels know channels and groups only.
+            # A per-tensor scale is stored as equal per-row scales, because kernels support only channels and groups.
             "strategy": "group" if grouped else "channel",
             "group_size": scheme.group_size if grouped else None,
             "dynamic": False,
@@ -151,7 +151,7 @@ def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any]) -> list[Group]:
-    """The groups of a `quantization_config`; a "tensor" scheme comes back as "row", which it is stored as."""
+    """The groups in a `quantization_config`; a "tensor" scheme is read as "row", its stored form."""
     return [Group(_scheme(group), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
 
 

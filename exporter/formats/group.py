@@ -1,4 +1,4 @@
-"""Linears that share one scheme, as a quantization config lists them."""
+"""Groups of linear layers that share one scheme, as in a quantization config."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from exporter.numerics.quantized import Scheme
 
 @dataclass(frozen=True)
 class Group:
-    """scheme, and targets: `re:` patterns or whole names, in the naming of the runtime that reads them."""
+    """One group. targets: `re:` patterns or full names of linear layers, in the naming of the engine."""
 
     scheme: Scheme
     targets: tuple[str, ...]

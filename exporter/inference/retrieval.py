@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.row_store import RowStore
-from exporter.tasks.retrieval import written
+from exporter.tasks.retrieval import format_answer
 from exporter.tasks.sample import Pool, Sample
 
 LONGEST = 35  # tokens of a text, as in the paper
@@ -206,4 +206,4 @@ def answer(searched: Searched, number: int, wanted: tuple[Tensor, Tensor, list[i
     finite = searched.similarity[number, owners == number].isfinite()  # without it, it is no candidate for that reason
     known = [bool(finite.any()), *finite.tolist()]
     first, *others = [rank if good else math.nan for rank, good in zip(found, known, strict=True)]
-    return written(first, others)
+    return format_answer(first, others)

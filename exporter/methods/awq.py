@@ -1,10 +1,9 @@
-"""AWQ (Lin et al., arXiv 2306.00978): scale up the columns that matter before rounding, and clip what does not.
+"""AWQ (Lin et al., arXiv 2306.00978): activation-aware column scales, then clipped ranges.
 
-The scales are folded into the module before (a norm or another linear; `numerics/scale_folding.py`), so nothing is
-divided at run time. Candidates are compared over all calibration rows: by the error of the linears' own outputs, which
-the second moments give without running the block again (on a GPU from products in bfloat16), or by the error of the
-block's output.
-The paper's search runs the module around the linears on a sample.
+The scales are folded into the preceding module (a norm or a linear layer; `numerics/scale_folding.py`), so the engine
+divides nothing at run time. Candidates are compared over all calibration rows, either by the output error of the
+linears, computed from the second moments without running the block (on a GPU with bfloat16 products), or by the output
+error of the block. The paper's search runs the surrounding module on a sample.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,15 +30,15 @@ __all__ = [
 ]
 
 VERSION = 2
-ROWS = 4096  # rows whose ranges are searched together: each error of a candidate is as large as its weights
-LARGEST_SCALE = 1e4  # and its inverse, where AutoAWQ stops too
+ROWS = 4096  # rows per range search: the errors of a candidate take as much memory as these weights
+LARGEST_SCALE = 1e4  # scales are clamped to this and its inverse, as in AutoAWQ
 
 
 class Options(MethodOptions):
-    """points: exponents tried for the column scales. clip: search narrower ranges, weighted by the inputs.
+    """points: number of exponents tried for the column scales. clip: search narrower ranges, in clip_steps steps.
 
-    search: what tells a good scale, the outputs of the "linears" it is for or of the whole "block", which is run on all
-    batches for every point.
+    search: the objective of the scale search, the output error of the "linears" or of the whole "block". "block" runs
+    the block on all batches for every point.
     """
 
     points: int = Field(20, ge=1, le=100)
@@ -58,7 +57,7 @@ def find_scales(
 ) -> tuple[Tensor, float, float]:
     """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
 
-    The best of `candidates` by the error of the linears' own outputs (`search: linears`).
+    Selects from `candidates` by the output error of the linears (`search: linears`).
     """
     tried = (
         (scales, _output_error(rounded(weights, scales, scheme, scale_dtype), weights, statistics))
@@ -68,11 +67,11 @@ def find_scales(
 
 
 def candidates(weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options) -> Iterator[Tensor]:
-    """Column scales f32 `[in]` worth trying, ones first, so that the best is never worse than none.
+    """Candidate column scales f32 `[in]`; the first are ones, so that the best is never worse than no scaling.
 
     The others are `x^r / w^(1-r)`, r = 0, 1/points, ... below 1 ("duo scaling"): x is the root mean square of each
-    input, w how large its weights are in their groups. Scales are divided by sqrt(max * min); a column without inputs
-    or weights keeps 1 and does not stretch the others.
+    input, w the mean relative magnitude of its weights in their groups. Scales are divided by sqrt(max * min). Columns
+    whose inputs or weights are all zero keep 1 and are excluded from max and min.
     """
     size = statistics.hessian.diagonal().sqrt()
     reach = _reach(torch.cat(list(weights)), scheme)
@@ -86,7 +85,7 @@ def candidates(weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme
 
 
 def best(tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
-    """Of (scales, error) pairs: the scales with the least error, the error of the first pair, and the least."""
+    """Of (scales, error) pairs: the scales with the smallest error, the first error, and the smallest error."""
     pairs = iter(tried)
     scales, first = next(pairs)
     least = first
@@ -97,7 +96,7 @@ def best(tried: Iterable[tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
 
 
 def rounded(weights: Iterable[Tensor], scales: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Iterator[Tensor]:
-    """`Q(W s) / s` of each weight: what the fold makes of it, for inputs as they are without the fold."""
+    """`Q(W s) / s` of each weight: the effective weight for unscaled inputs."""
     for weight in weights:
         scaled = weight * scales
         scale, zero = fit_scale(scaled, scheme, scale_dtype)
@@ -105,7 +104,7 @@ def rounded(weights: Iterable[Tensor], scales: Tensor, scheme: Scheme, scale_dty
 
 
 def _reach(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Mean over rows of |w| as a share of the largest in its group, `[in]`."""
+    """Mean over rows of |w| relative to the largest |w| of its group, `[in]`."""
     rows, columns = weight.shape
     width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
     magnitude = torch.nn.functional.pad(weight.abs(), (0, groups * width - columns)).view(rows, groups, width)
@@ -121,21 +120,23 @@ def _output_error(tried: Iterable[Tensor], weights: Sequence[Tensor], statistics
 def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """Rounding of `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
+    """Round `weight` f32 `[out, in]`, whose columns are already scaled, to the nearest codes in clipped ranges."""
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":
         parts = [part.split(ROWS) for part in (weight, scale, zero)]
-        found = [_clip(w, statistics.hessian, scheme, options.clip_steps, s, z) for w, s, z in zip(*parts, strict=True)]
-        scale, zero = torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
+        clipped = [
+            _clip(w, statistics.hessian, scheme, options.clip_steps, s, z) for w, s, z in zip(*parts, strict=True)
+        ]
+        scale, zero = torch.cat([s for s, _ in clipped]), torch.cat([z for _, z in clipped])
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
 
 
 def _clip(
     weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, down to half, with the least error of that group's own contribution to the output.
+    """Range of each group, down to half, with the smallest error of the group's own contribution to the output.
 
-    Contributions add up, and their errors may too: a row keeps the full ranges when it does better as a whole.
+    The errors of groups may add up, so a row keeps its full ranges if the output error of the whole row is smaller.
     """
     full = scale, zero
     scale, zero = clip_fast(weight, hessian, scheme, scale.dtype, steps) or _clip_plain(
@@ -148,27 +149,29 @@ def _clip(
 def _clip_plain(
     weight: Tensor, hessian: Tensor, scheme: Scheme, steps: int, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best range of each group by itself, in torch, on any device."""
+    """The best range of each group on its own, in torch, on any device."""
     blocks = _diagonal_blocks(hessian, scheme)
     error = _group_output_error(weight, blocks, scale, zero, scheme)
     for step in range(1, steps + 1):
-        tried = scale_within(weight, scheme, scale.dtype, 1 - 0.5 * step / steps)
-        found = _group_output_error(weight, blocks, *tried, scheme)
-        better = found < error
-        error = torch.where(better, found, error)
-        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+        candidate = scale_within(weight, scheme, scale.dtype, 1 - 0.5 * step / steps)
+        candidate_error = _group_output_error(weight, blocks, *candidate, scheme)
+        better = candidate_error < error
+        error = torch.where(better, candidate_error, error)
+        scale, zero = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero)
     return scale, zero
 
 
 def _row_errors(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """`d H d^T` of each whole row, `[out, 1]`."""
     difference = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme) - weight
-    left = difference.to(torch.bfloat16) if difference.is_cuda else difference  # two sums are compared, not kept
+    left = (
+        difference.to(torch.bfloat16) if difference.is_cuda else difference
+    )  # precise enough: the sums are only compared
     return (times(left, hessian) * difference).sum(1, keepdim=True)
 
 
 def _diagonal_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
-    """The part of the Hessian inside each group, `[groups, width, width]`, zero where the last group is short."""
+    """Diagonal Hessian block of each group, `[groups, width, width]`; a short last group is padded with zeros."""
     columns = len(hessian)
     width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
     blocks = torch.zeros(groups, width, width, device=hessian.device)

@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, let later columns make up for the error.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column and compensate the error in later columns.
 
-For inputs x the output error of a linear is `tr(D H D^T)` with `D = W - Q` and `H = mean x x^T`. Rows do not
-influence each other, so linears that share an input may be stacked along `out` in one call.
+For inputs x, the output error of a linear layer is `tr(D H D^T)` with `D = W - Q` and `H = mean x x^T`. Rows are
+independent, so linear layers that share an input may be stacked along `out` in one call.
 """
 
 from itertools import pairwise
@@ -25,16 +25,16 @@ DAMPING_TRIES = 6
 
 
 class Options(MethodOptions):
-    """How the columns are walked.
+    """Options of GPTQ in a recipe.
 
-    damping: share of the mean diagonal that is added to it; grows tenfold while the factorization fails.
-    block: columns whose updates are gathered before they reach the rest of the matrix; does not change the result. A
-        kernel holds a block in registers.
-    order: "activation" starts with the columns whose inputs are largest. Groups keep their columns and scales come from
-    the original weight, so no index has to be stored and vLLM accepts it.
-    scales: "in_loop" takes a group's scale from its weights as they are when it is reached, "static" from the start.
-    range: as in `ranges.fit_scale`; "mse" counts a column's error as much as the columns after it leave of it.
-    descent: passes that look at every column again when all are rounded, and move a code where that helps.
+    damping: share of the mean diagonal added to the diagonal; grows tenfold while the factorization fails.
+    block: columns per lazy batch update; does not change the result. A kernel holds a block in registers.
+    order: "activation" starts with the columns of the largest inputs. Groups keep their columns and scales come from
+        the original weight, so the artifact stores no index and vLLM accepts it.
+    scales: "in_loop" fits a group's scale to its updated weights when the loop reaches it, "static" to the original
+        weights.
+    range: as in `ranges.fit_scale`; "mse" weights a column's error by the share that later columns cannot compensate.
+    descent: number of passes that round every column again, given the errors of all others.
     """
 
     damping: float = Field(0.01, gt=0, le=1)
@@ -54,16 +54,16 @@ class Options(MethodOptions):
 
     @property
     def scales_in_loop(self) -> bool:
-        """Whether a group's scale is known only once the columns before it are rounded."""
+        """Whether a group's scale is computed only after the previous columns are rounded."""
         return self.scales == "in_loop"
 
 
 def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """GPTQ on `weight` f32 `[out, in]`; the notes say when damping grew or rounding had to do.
+    """Quantize `weight` f32 `[out, in]` with GPTQ. Notes report larger damping, or a fallback to rounding.
 
-    Columns whose input was always 0 are rounded to nearest and influence nothing.
+    Columns whose input is always 0 are rounded to nearest and do not influence other columns.
     """
     order = torch.arange(weight.shape[1], device=weight.device)
     if options.order == "activation":
@@ -76,58 +76,60 @@ def quantize_linear(
     grid = ColumnGrid(scheme, scale, zero, order // scheme.columns_per_group(len(order)))
     codes = _walk(weight.index_select(1, order), upper, grid, options, counts)
     del upper  # as large as the Hessian
-    if options.descent and not notes:  # a Hessian that is not positive definite has no least error to go down to
+    if options.descent and not notes:  # without a positive definite Hessian the error has no minimum
         descend_(codes, weight.index_select(1, order), statistics.hessian, grid, options, order)
     return QuantizedLinear(scheme, codes.index_select(1, order.argsort()), scale, zero), notes
 
 
 def importance(hessian: Tensor, upper: Tensor, damping: float, order: Tensor) -> Tensor:
-    """How much an error of each column counts once the columns after it have made up for it, f32 `[in]`, mean 1.
+    """Weight of each column's error after compensation by later columns, f32 `[in]`, mean 1.
 
-    The output error is `sum(error^2 / U_ii^2)` over the columns of the walk. A column that was always 0 has no part in
-    it, and counts as little as the damping.
+    The output error is `sum(error^2 / U_ii^2)` over the columns in processing order. A column whose input is always 0
+    does not contribute; its weight is multiplied by `damping`.
     """
-    found = upper.diagonal().square().reciprocal()
-    found = torch.empty_like(found).index_copy_(0, order, found)
-    found = torch.where(hessian.diagonal() == 0, damping * found, found)
-    return found / found.mean()
+    counts = upper.diagonal().square().reciprocal()
+    counts = torch.empty_like(counts).index_copy_(0, order, counts)
+    counts = torch.where(hessian.diagonal() == 0, damping * counts, counts)
+    return counts / counts.mean()
 
 
 def descend_(codes: Tensor, weight: Tensor, hessian: Tensor, grid: ColumnGrid, options: Options, order: Tensor) -> None:
-    """Round every column again, given all others as they are rounded; `options.descent` times.
+    """Coordinate descent: round every column again, given the rounding errors of all others; `options.descent` times.
 
-    With `D = W - Q` and H damped as in the walk, the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so
-    `tr(D H D^T)` never grows but for the rounding of the products. A block of columns sees the others in one of them;
-    inside it the column loop carries what changed.
-    codes, rewritten, and weight f32: `[out, in]` in the order of the walk, of which hessian is not.
+    With `D = W - Q` and the damped H, the best value of column j is `w_j + sum(D_i H_ij, i != j) / H_jj`, so
+    `tr(D H D^T)` never grows, except by rounding of the products. One product computes the influence of all columns on
+    a block; inside the block, the column loop propagates changes.
+    codes (rewritten) and weight f32 are `[out, in]` in processing order; hessian is in the original order.
     """
-    dtype = torch.bfloat16 if weight.is_cuda else torch.float32  # of the products; what is rounded stays float32
+    dtype = (
+        torch.bfloat16 if weight.is_cuda else torch.float32
+    )  # dtype of the products; the rounded values stay float32
     share = damped(hessian.diagonal(), options.damping)[order]
     hessian = _permuted(hessian, order, dtype)
     hessian.diagonal().zero_()
-    off = torch.empty_like(weight, dtype=dtype)
-    for here in cut(len(order), PANEL):
-        off[:, here] = weight[:, here] - dequantize(codes[:, here], *grid.part(here).spread())
-    for here in [*cut(len(order), options.block)] * options.descent:
-        pull = times(off, hessian[here].T)
-        own = (weight[:, here], pull, hessian[here, here], share[here])
-        descend_columns(*own, grid.part(here), codes[:, here], off[:, here])
+    errors = torch.empty_like(weight, dtype=dtype)
+    for part in cut(len(order), PANEL):
+        errors[:, part] = weight[:, part] - dequantize(codes[:, part], *grid.part(part).spread())
+    for part in [*cut(len(order), options.block)] * options.descent:
+        pull = times(errors, hessian[part].T)
+        own = (weight[:, part], pull, hessian[part, part], share[part])
+        descend_columns(*own, grid.part(part), codes[:, part], errors[:, part])
 
 
 def damped(diagonal: Tensor, damping: float) -> Tensor:
-    """The diagonal of a Hessian with the share `damping` of its mean added; what was always 0 gets the mean first."""
-    seen = diagonal != 0
-    typical = torch.where(seen.any(), diagonal.sum() / seen.sum(), 1.0)
-    return torch.where(seen, diagonal, typical) + damping * typical
+    """Add `damping` times the mean to the diagonal of a Hessian; zero entries are first replaced by the mean."""
+    nonzero = diagonal != 0
+    mean = torch.where(nonzero.any(), diagonal.sum() / nonzero.sum(), 1.0)
+    return torch.where(nonzero, diagonal, mean) + damping * mean
 
 
 def inverse_factor(
     hessian: Tensor, damping: float, order: Tensor | None = None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None when no damping helps.
+    """The upper triangular U with `U^T U = (H + damping)^-1`, and notes; None if every damping fails.
 
-    order: int64 `[in]`, the columns in the order they will be walked. A column that was always 0 influences nothing: it
-    gets the mean of the others on the diagonal, so that it does not change the damping either.
+    order: int64 `[in]`, the columns in processing order. A column whose input is always 0 gets the mean of the others
+    on the diagonal, so that it influences neither other columns nor the damping.
     """
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     for attempt in range(DAMPING_TRIES):
@@ -142,40 +144,40 @@ def inverse_factor(
 
 
 def _permuted(square: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows and columns of `square` `[n, n]` in `order` int64 `[n]`.
+    """Permute rows and columns of `square` `[n, n]` by `order` int64 `[n]`.
 
-    `square[order[:, None], order]` would say the same, but on a GPU it first writes both indices out for every element:
-    1.8 GiB at the 11,008 inputs of a 7B model.
+    Equals `square[order[:, None], order]`, which on a GPU would first expand both indices for every element: 1.8 GiB at
+    the 11,008 inputs of a 7B model.
     """
     result = torch.empty_like(square, dtype=dtype)
-    for here in cut(len(order), PANEL):
-        result[here] = square.index_select(0, order[here]).index_select(1, order)
+    for part in cut(len(order), PANEL):
+        result[part] = square.index_select(0, order[part]).index_select(1, order)
     return result
 
 
-def _walk(rest: Tensor, upper: Tensor, grid: ColumnGrid, options: Options, counts: Tensor | None) -> Tensor:
-    """Codes of all columns, in the order given; `rest` f32 `[out, in]` is used up.
+def _walk(weight: Tensor, upper: Tensor, grid: ColumnGrid, options: Options, counts: Tensor | None) -> Tensor:
+    """Codes of all columns, in processing order; `weight` f32 `[out, in]` is overwritten.
 
-    When scales are "in_loop" those of the grid are rewritten, group by group. counts: `[in]`, importance of each
-    column, for those scales.
+    With "in_loop" scales, the scales of the grid are rewritten group by group. counts: `[in]`, weight of each column's
+    error in the range search.
     """
-    scheme, columns = grid.scheme, rest.shape[1]
+    scheme, columns = grid.scheme, weight.shape[1]
     width = scheme.columns_per_group(columns)
     in_loop = options.scales_in_loop and scheme.groups(columns) > 1
     cuts = sorted({*range(0, columns, options.block), *(range(0, columns, width) if in_loop else ()), columns})
-    codes = torch.empty_like(rest, dtype=torch.uint8)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
     for start, end in pairwise(cuts):
-        here = slice(start, end)
+        part = slice(start, end)
         if in_loop and start % width == 0:
-            _fit_again(grid, start // width, rest[:, start : start + width], options.range_, counts)
-        errors = quantize_columns(rest[:, here], upper[here, here], grid.part(here), codes[:, here])
-        rest[:, end:].addmm_(errors, upper[here, end:], alpha=-1)
+            _fit_again(grid, start // width, weight[:, start : start + width], options.range_, counts)
+        errors = quantize_columns(weight[:, part], upper[part, part], grid.part(part), codes[:, part])
+        weight[:, end:].addmm_(errors, upper[part, end:], alpha=-1)
     return codes
 
 
-def _fit_again(grid: ColumnGrid, group: int, now: Tensor, range_: Range, counts: Tensor | None) -> None:
-    """Scale and zero of one group from its weights `now`, `[out, columns of the group]`."""
+def _fit_again(grid: ColumnGrid, group: int, weight: Tensor, range_: Range, counts: Tensor | None) -> None:
+    """Set scale and zero of one group from its current weights `weight`, `[out, columns of the group]`."""
     first = group * grid.scheme.columns_per_group(len(grid.group))
-    some = None if counts is None else counts[first : first + now.shape[1]]
-    scale, zero = fit_scale(now, grid.scheme, grid.scale.dtype, range_, some)
+    group_counts = None if counts is None else counts[first : first + weight.shape[1]]
+    scale, zero = fit_scale(weight, grid.scheme, grid.scale.dtype, range_, group_counts)
     grid.scale[:, group : group + 1], grid.zero[:, group : group + 1] = scale, zero

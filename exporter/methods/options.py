@@ -1,10 +1,10 @@
-"""What every method's options have in common; the rest is each method's own."""
+"""Base class of the options of all quantization methods."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class MethodOptions(BaseModel):
-    """Base of every method's `Options`: frozen, and unknown keys are errors."""
+    """Base class of every method's `Options`: frozen; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -15,5 +15,5 @@ class MethodOptions(BaseModel):
 
     @property
     def scales_in_loop(self) -> bool:
-        """Whether a group's scale is known only once the columns before it are rounded."""
+        """Whether a group's scale is computed only after the previous columns are rounded."""
         return False

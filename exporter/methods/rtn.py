@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the nearest value its scale allows; needs no data."""
+"""Round to nearest (RTN): round every weight to the nearest quantization level; needs no calibration data."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Statistics = None
 
 
 class Options(MethodOptions):
-    """range: "minmax" covers every weight, "mse" searches the range with the smallest squared error."""
+    """range: "minmax" covers all weights, "mse" searches the range with the smallest squared error."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -25,6 +25,6 @@ class Options(MethodOptions):
 def quantize_linear(
     weight: Tensor, statistics: Any, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """Nearest codes of `weight` f32 `[out, in]`; `statistics` is not used."""
+    """Round `weight` f32 `[out, in]` to the nearest codes; `statistics` is ignored."""
     scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_)
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()

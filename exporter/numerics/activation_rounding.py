@@ -1,11 +1,12 @@
-"""What a serving engine rounds while it computes, done to a transformers model: inputs of linears, keys and values.
+"""Emulation of an engine's run-time rounding in a transformers model: 8-bit activations and a float8 KV cache.
 
-Inputs of linears whose scheme has 8-bit activations: dynamic, one scale a token. int8 rounds to 127 steps either side
-of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales).
+Activations: inputs of linear layers whose scheme has 8-bit activations are rounded dynamically, with one scale per
+token. int8 has 127 steps on either side of zero, fp8 is float8 e4m3 (vLLM's `scaled_int8_quant` and
+`scaled_fp8_quant` with per-token scales).
 
-Keys and values of a float8 cache: to float8 e4m3 as they are, with a scale of 1. On a GPU flash attention multiplies
-float8 by float8, so queries are rounded too (vLLM's `Attention.query_quant`); what it rounds inside its softmax is not
-done here. vLLM's CPU build cuts instead of rounding to nearest, and leaves queries alone (measured with 0.32).
+KV cache: keys and values are cast to float8 e4m3 with a scale of 1. On a GPU, flash attention multiplies float8 by
+float8, so queries are rounded too (vLLM's `Attention.query_quant`); the rounding inside its softmax is not emulated.
+vLLM's CPU build truncates instead of rounding to nearest and does not round queries (measured with 0.32).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +23,13 @@ INT8_MAX = 127.0
 
 @dataclass(frozen=True)
 class Rounded:
-    """What an engine rounds. linears: live name -> kind of its inputs; kv_cache: "fp8", or None for 16 bits."""
+    """The values an engine rounds. linears: live name -> type of its inputs; kv_cache: "fp8", or None for 16 bits."""
 
     linears: Mapping[str, Activations] = field(default_factory=dict)
     kv_cache: str | None = None
 
     def described(self) -> dict[str, Any]:
-        """Only what is rounded, as plain data."""
+        """The same as plain data, without empty fields."""
         inputs = {"activations": dict(self.linears)} if self.linears else {}
         return inputs | ({"kv_cache": self.kv_cache} if self.kv_cache else {})
 
@@ -37,14 +38,14 @@ EXACT = Rounded()
 
 
 def round_as_served(model: nn.Module, rounded: Rounded, gpu: bool) -> None:
-    """From now on `model` rounds what an engine on a GPU or on a CPU would."""
+    """Make `model` round activations and cache as an engine does; `gpu` selects the engine's GPU or CPU behavior."""
     round_inputs(model, rounded.linears)
     if rounded.kv_cache:
         round_cache(model, gpu)
 
 
 def round_rows(x: Tensor, kind: Activations) -> Tensor:
-    """`x` `[..., in]` as 8 bits hold it, one scale a row; in its own dtype. Rows of zeros stay zeros."""
+    """Quantize `x` `[..., in]` to 8 bits with one scale per row and dequantize to its dtype. Zero rows stay zero."""
     wide = x.float()
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     scale = wide.abs().amax(dim=-1, keepdim=True) / largest
@@ -55,7 +56,7 @@ def round_rows(x: Tensor, kind: Activations) -> Tensor:
 
 
 def round_inputs(model: nn.Module, linears: Mapping[str, Activations]) -> None:
-    """From now on `model` rounds the input of each linear, given by its live name."""
+    """Make `model` round the input of each linear layer in `linears` (live names)."""
     for name, kind in linears.items():
 
         def hook(module: nn.Module, args: tuple[Any, ...], kind: Activations = kind) -> tuple[Any, ...]:
@@ -65,12 +66,12 @@ def round_inputs(model: nn.Module, linears: Mapping[str, Activations]) -> None:
 
 
 def to_float8(x: Tensor) -> Tensor:
-    """`x` as float8 e4m3 holds it, in its own dtype; what is beyond 448 becomes 448."""
+    """Round `x` to float8 e4m3, in its own dtype; values beyond +-448 saturate."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8).to(x.dtype)
 
 
 def cut_to_float8(x: Tensor) -> Tensor:
-    """The float8 e4m3 value next to `x` towards zero, in its own dtype: what vLLM 0.32's CPU build stores."""
+    """Truncate `x` towards zero to float8 e4m3, in its own dtype, as vLLM 0.32's CPU build does."""
     inside = x.clamp(-FP8_MAX, FP8_MAX)
     nearest = inside.to(FP8)
     beyond = nearest.float().abs() > inside.float().abs()
@@ -78,9 +79,9 @@ def cut_to_float8(x: Tensor) -> Tensor:
 
 
 def round_cache(model: nn.Module, gpu: bool) -> None:
-    """From now on every causal self-attention of `model` sees keys and values as a float8 cache holds them.
+    """Make every causal self-attention of `model` round keys and values to float8.
 
-    They are rounded where attention reads them, behind any rotation, on every pass, whether or not a cache is used.
+    Rounding happens where attention reads them, after any rotary embedding, in every pass, with or without a cache.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,7 +1,7 @@
-"""Triton kernels of the column loops. Imported only where there is a CUDA device, since Triton comes with it.
+"""Triton kernels of GPTQ's column loops. Import only on a CUDA device: only CUDA builds of torch bring Triton.
 
-A program has a few rows and holds a block of their columns in registers. What the next column needs is asked for while
-this one is done: waiting for memory at every column would take as long as the sums.
+A program handles `ROWS` rows and holds a block of their columns in registers. It prefetches the operands of the next
+column while it computes the current one, since waiting for memory at every column would double the time.
 """
 
 # mypy: ignore-errors
@@ -14,7 +14,7 @@ from triton.language.extra import libdevice
 Steps = tuple[Tensor, Tensor, Tensor]
 ROWS = 16  # rows of one program: enough programs to fill the device at 4,096 rows
 WARPS = 4
-COUNTS = ("rows", "groups")  # arguments of any value: one compilation, of seconds, does for all
+COUNTS = ("rows", "groups")  # not specialized: one compilation (seconds) serves all values
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _rounded(value, step, offset, levels):
 
 @triton.jit
 def _grid(scale, zero, at, real):
-    """Scale and zero of a column, of every row."""
+    """Scale and zero point of one column, for every row."""
     step = tl.load(scale + at, mask=real, other=1.0).to(tl.float32)
     return step, tl.load(zero + at, mask=real, other=0).to(tl.float32)
 
@@ -63,13 +63,13 @@ def _quantize(
         next_pivot = tl.load(upper + n * upper_pitch + n)
         next_later = tl.load(upper + n * upper_pitch + column, mask=(column > n) & (column < columns), other=0.0)
         group_ahead = tl.load(group + tl.minimum(i + 2, columns - 1))
-        here = column[None, :] == i
-        value = tl.sum(tl.where(here, rest, 0.0), axis=1)
+        current = column[None, :] == i
+        value = tl.sum(tl.where(current, rest, 0.0), axis=1)
         code = _rounded(value, step, offset, levels)
         error = tl.div_rn(value - (code - offset) * step, pivot)
         rest -= error[:, None] * later[None, :]
-        all_codes = tl.where(here, code[:, None], all_codes)
-        all_errors = tl.where(here, error[:, None], all_errors)
+        all_codes = tl.where(current, code[:, None], all_codes)
+        all_errors = tl.where(current, error[:, None], all_errors)
         step, offset, pivot, later = next_step, next_offset, next_pivot, next_later
     tl.store(codes + row[:, None] * codes_pitch + column[None, :], all_codes.to(tl.uint8), mask=inside)
     tl.store(errors + row[:, None] * columns + column[None, :], all_errors, mask=inside)
@@ -118,25 +118,25 @@ def _descend(
             hessian + n * hessian_pitch + column, mask=(column > n) & (column < columns), other=0.0
         ).to(tl.float32)
         group_ahead = tl.load(group + tl.minimum(i + 2, columns - 1))
-        here = column[None, :] == i
-        code = _rounded(tl.sum(tl.where(here, best, 0.0), axis=1), step, offset, levels)
+        current = column[None, :] == i
+        code = _rounded(tl.sum(tl.where(current, best, 0.0), axis=1), step, offset, levels)
         now = own - (code - offset) * step
         best += (now - before)[:, None] * tl.div_rn(later, shares)[None, :]
-        all_codes = tl.where(here, code[:, None], all_codes)
-        all_off = tl.where(here, now[:, None], all_off)
+        all_codes = tl.where(current, code[:, None], all_codes)
+        all_off = tl.where(current, now[:, None], all_off)
         step, offset, own, before, later = next_step, next_offset, next_own, next_before, next_later
     tl.store(codes + row[:, None] * codes_pitch + column[None, :], all_codes.to(tl.uint8), mask=inside)
     tl.store(off + row[:, None] * off_pitch + column[None, :], all_off.to(off.dtype.element_ty), mask=inside)
 
 
-def quantize_columns_fast(rest: Tensor, upper: Tensor, steps: Steps, levels: int, codes: Tensor) -> Tensor:
-    """`columns.quantize_columns`; sums differ from torch's in their last bit.
+def quantize_columns_fast(weight: Tensor, upper: Tensor, steps: Steps, levels: int, codes: Tensor) -> Tensor:
+    """`gptq_columns.quantize_columns`; sums may differ from torch's in the last bit.
 
-    steps: scale, zero and group, as in `quantized.Grid`. Columns of a row lie side by side in all matrices.
+    steps: scale, zero and group, as in `quantized.ColumnGrid`. All matrices are row-major.
     """
-    errors = torch.empty(rest.shape, dtype=torch.float32, device=rest.device)
-    pitches = (_pitch(rest), _pitch(upper), _pitch(codes))
-    _launch(_quantize, (rest, upper), steps, levels, (codes, errors), pitches)
+    errors = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    pitches = (_pitch(weight), _pitch(upper), _pitch(codes))
+    _launch(_quantize, (weight, upper), steps, levels, (codes, errors), pitches)
     return errors
 
 
@@ -150,7 +150,7 @@ def descend_columns_fast(
     codes: Tensor,
     off: Tensor,
 ) -> None:
-    """`columns.descend_columns`; sums differ from torch's in their last bit. steps: as above."""
+    """`gptq_columns.descend_columns`; sums may differ from torch's in the last bit. steps: as above."""
     pitches = (_pitch(weight), _pitch(hessian), _pitch(codes), _pitch(off))
     _launch(_descend, (weight, pull.contiguous(), hessian, share), steps, levels, (codes, off), pitches)
 
@@ -165,7 +165,7 @@ def _launch(kernel, inputs, steps: Steps, levels: int, outputs, pitches) -> None
 
 
 def _pitch(matrix: Tensor) -> int:
-    """How far a row begins after the one before, in elements."""
+    """Row stride in elements. ValueError unless the columns of a row are contiguous."""
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"columns {matrix.stride(1)} elements apart")
+        raise ValueError(f"columns must be contiguous; their stride is {matrix.stride(1)} elements")
     return matrix.stride(0)

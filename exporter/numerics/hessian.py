@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a linear: what GPTQ and AWQ both need to know.
+"""Second moments of a linear layer's inputs (the Hessian), used by GPTQ and AWQ.
 
 With `H = mean x x^T` and `D = W - Q`, the mean squared error of the output is `tr(D H D^T)`, over all rows at once.
 """
@@ -6,18 +6,18 @@ With `H = mean x x^T` and `D = W - Q`, the mean squared error of the output is `
 import torch
 from torch import Tensor
 
-STRIP = 4096  # columns of a product at a time: a second square of the inputs would not fit beside the rest
+STRIP = 4096  # columns per product: a second `[in, in]` matrix would not fit into memory beside the block
 
 
 class Statistics:
-    """The mean of x x^T over the rows seen so far: `hessian`, f32 `[in, in]`."""
+    """Running mean of x x^T over all input rows: `hessian`, f32 `[in, in]`."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.hessian = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.rows = 0
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add input rows `[rows, in]`, each counted `weights` `[rows]` times."""
+        """Add input rows `[rows, in]`, each weighted by `weights` `[rows]` (default 1)."""
         if not len(rows):
             return
         total = self.rows + len(rows)
@@ -29,11 +29,11 @@ class Statistics:
         self.rows = total
 
     def is_finite(self) -> bool:
-        """Whether every input seen so far, and its square, is finite."""
+        """Whether all inputs so far, and their squares, are finite."""
         return bool(torch.isfinite(self.hessian.diagonal()).all())
 
     def energy(self, matrix: Tensor) -> float:
-        """Mean squared size of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
+        """Mean squared norm of `matrix` f32 `[out, in]` times an input row; for reports (16-bit products on a GPU)."""
         total = torch.zeros((), dtype=torch.float32, device=matrix.device)
         left = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
         for start in range(0, matrix.shape[1], STRIP):
@@ -42,7 +42,7 @@ class Statistics:
         return float(total)
 
     def row_energies(self, matrix: Tensor) -> Tensor:
-        """Mean squared size of each row of `matrix` f32 `[out, in]` times an input row, f32 `[out]`."""
+        """Mean square of each row of `matrix` f32 `[out, in]` times an input row, f32 `[out]`."""
         total = torch.zeros(len(matrix), dtype=torch.float32, device=matrix.device)
         left = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix
         for start in range(0, matrix.shape[1], STRIP):
@@ -52,12 +52,12 @@ class Statistics:
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:
-    """left right in float32; a 16-bit `left` makes it a 16-bit product with float32 sums."""
+    """Matrix product `left @ right` in float32; with a 16-bit `left`, a 16-bit product with float32 sums."""
     return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32) if left.itemsize == 2 else left @ right
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right in float32, `[in, in]`; 16-bit rows go to the matrix units as they are, with float32 sums."""
+    """`left^T right` in float32, `[in, in]`; 16-bit rows on a GPU use a 16-bit product with float32 sums."""
     if left.is_cuda and left.itemsize == 2:
         return torch.mm(left.T, right, out_dtype=torch.float32)
     return left.float().T @ right.float()

@@ -1,8 +1,8 @@
-"""The one numeric type: what a quantized linear is, before any file format.
+"""Quantized linear layers: scheme, codes, scales, zero points, and bit packing, independent of any file format.
 
-Shapes are `[out, in]`; `groups = ceil(in / group_size)`. Integers are computed once, by a method; a format
-only translates them. Scales are rounded to the dtype they are stored in *before* codes are computed, so the
-reference `dequantize` sees exactly what a runtime sees.
+Shapes are `[out, in]`; `groups = ceil(in / group_size)`. A method computes the codes once; a format only repacks them.
+Scales are rounded to their stored dtype *before* codes are computed, so the reference `dequantize` uses exactly the
+values that an engine uses.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ Activations = Literal["int8", "fp8"]
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-FP8_LEAST = 1 / (512 * FP8_MAX)  # vLLM's least scale of a dynamic float8 row
+FP8_LEAST = 1 / (512 * FP8_MAX)  # vLLM's smallest scale of a dynamically quantized float8 row
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear is stored.
+    """Quantization scheme of one linear layer.
 
     bits: 2 to 8, bits of one code.
-    group_size: columns that share a scale; "row" is one scale an output row, "tensor" one for all.
+    group_size: columns that share a scale; "row" is one scale per output row, "tensor" one per layer.
     symmetric: the zero point is fixed at the middle code, `2**(bits-1)`.
     number: "int" (uniform integers) or "fp8" (float8 e4m3; 8 bits, symmetric, no zero point).
-    activations: None (weight only), or the dynamic per-token quantization the runtime applies to the input.
+    activations: None (weight only), or the dynamic per-token quantization that the engine applies to the input.
         int8 goes with 8-bit integers, fp8 with float8 weights or with 4 bits (see `mixed`).
     """
 
@@ -51,12 +51,12 @@ class Scheme:
 
     @property
     def mixed(self) -> bool:
-        """4-bit integers that meet float8 inputs: the one pair of unlike types that a kernel multiplies (Hopper's)."""
+        """Whether this is W4A8: 4-bit integers with float8 inputs, the only mixed types with a kernel (Hopper)."""
         integers = self.bits == 4 and self.symmetric and self.number == "int"
         return self.activations == "fp8" and integers and self.group_size == 128
 
     def columns_per_group(self, columns: int) -> int:
-        """Columns sharing one scale in a linear of `columns` inputs."""
+        """Number of columns that share one scale in a linear layer of `columns` inputs."""
         return min(self.group_size, columns) if isinstance(self.group_size, int) else columns
 
     def groups(self, columns: int) -> int:
@@ -91,11 +91,10 @@ class QuantizedLinear:
         return dequantize(self.codes, self.scale, self.zero, self.scheme).to(dtype)
 
     def as_served(self) -> Tensor:
-        """The float32 weight `[out, in]` that an engine multiplies by; `dequantize` but for `mixed` schemes.
+        """The float32 weight `[out, in]` that an engine multiplies by; equals `dequantize` except for `mixed` schemes.
 
-        vLLM's kernel for these has no 16-bit scales: it makes a float8 number of every scale, relative to the largest
-        of its row, and another of every product of scale and code (`convert_bf16_scales_to_fp8`, Cutlass'
-        `packed_scale_t`).
+        vLLM's W4A8 kernel has no 16-bit scales: it rounds every scale, relative to the largest of its row, to float8,
+        and every product of scale and code to float8 too (`convert_bf16_scales_to_fp8`, Cutlass' `packed_scale_t`).
         """
         if not self.scheme.mixed:
             return self.dequantize()
@@ -105,14 +104,14 @@ class QuantizedLinear:
         return products.float().mul_(8 * row)
 
     def split(self, rows: Sequence[int]) -> list["QuantizedLinear"]:
-        """The linears of `rows` output rows each that this one is made of."""
+        """Split into linear layers of `rows[i]` output rows each."""
         parts = zip(
             self.codes.split(list(rows)), self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True
         )
         return [QuantizedLinear(self.scheme, *part) for part in parts]
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
-        """The same linear on another device."""
+        """Copy to another device."""
         return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
 
 
@@ -122,9 +121,9 @@ def spread(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
 
 
 def float8_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`scale` `[out, groups]` as `mixed` schemes are served: eighths of a float8 number, and a factor for each row.
+    """Split `scale` `[out, groups]` as vLLM does for `mixed` schemes: a float8 value per group and a factor per row.
 
-    Returns float32 `[out, groups]` (values of float8 e4m3) and `[out, 1]`; a scale is about `8 * eighths * row`.
+    Returns `eighths` float32 `[out, groups]` (float8 e4m3 values) and `row` `[out, 1]`; `scale ~ 8 * eighths * row`.
     """
     wide = scale.float()
     row = (wide.amax(dim=1, keepdim=True) / FP8_MAX).clamp_min(FP8_LEAST)
@@ -139,28 +138,28 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Ten
     """
     columns = weight.shape[1]
     steps = spread(scale.float(), columns, scheme)
-    nothing = steps == 0
-    ratio = (weight / steps).masked_fill_(nothing, 0.0)
-    del steps, nothing  # a matrix each
+    empty = steps == 0
+    ratio = (weight / steps).masked_fill_(empty, 0.0)
+    del steps, empty  # each as large as the weight
     if scheme.number == "fp8":
         return ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
     return ratio.round_().add_(spread(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """The float32 weight `[out, in]` that `codes` stand for."""
+    """The float32 weight `[out, in]` of `codes`: `(codes - zero) * scale`."""
     columns = codes.shape[1]
     if scheme.number == "fp8":
         return codes.view(FP8).float() * spread(scale.float(), columns, scheme)
     weight = codes.float().sub_(spread(zero.float(), columns, scheme))
-    return weight.mul_(spread(scale.float(), columns, scheme))  # in place: never more than two matrices at once
+    return weight.mul_(spread(scale.float(), columns, scheme))  # in place, to hold at most two matrices
 
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """What the columns of a linear are rounded to, in the order in which they are walked.
+    """Quantization grid of a linear layer's columns, in the order in which GPTQ processes them.
 
-    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, of each column.
+    scale, zero: `[out, groups]`, as in `QuantizedLinear`. group: int64 `[in]`, the group of each column.
     """
 
     scheme: Scheme
@@ -168,28 +167,28 @@ class ColumnGrid:
     zero: Tensor
     group: Tensor
 
-    def part(self, here: slice) -> "ColumnGrid":
-        """The grid of some columns."""
-        return ColumnGrid(self.scheme, self.scale, self.zero, self.group[here])
+    def part(self, columns: slice) -> "ColumnGrid":
+        """The grid of a slice of the columns."""
+        return ColumnGrid(self.scheme, self.scale, self.zero, self.group[columns])
 
     def spread(self) -> tuple[Tensor, Tensor, Scheme]:
-        """Scale and zero of every column, `[out, in]`, and the scheme with one a column: as `quantize` takes them."""
+        """Scale and zero of every column, `[out, in]`, and a scheme with group size 1: arguments for `quantize`."""
         single = Scheme(self.scheme.bits, 1, self.scheme.symmetric, self.scheme.number)
         return self.scale.index_select(1, self.group), self.zero.index_select(1, self.group), single
 
     @property
     def steps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero and group: what a kernel is told."""
+        """Scale, zero and group: the arguments of a kernel."""
         return self.scale, self.zero, self.group
 
     @property
     def has_kernels(self) -> bool:
-        """Whether Triton's kernels can round to it."""
+        """Whether the Triton kernels support this grid: integers on a CUDA device."""
         return self.scale.is_cuda and self.scheme.number == "int"
 
 
 def packed_words(count: int, bits: int) -> int:
-    """Words of 32 bits in one row of what `pack_bits` makes of `count` codes."""
+    """Number of 32-bit words in one row of `pack_bits` for `count` codes."""
     return -(-count * bits // 32)
 
 
@@ -223,9 +222,9 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """How codes lie across bytes: `period` codes fill `octets` bytes exactly, and then the pattern repeats.
+    """Layout of codes in bytes: `period` codes fill exactly `octets` bytes, then the pattern repeats.
 
-    Returns period, octets and every `(code, octet, left shift of the code)` of the pair that shares bits.
+    Returns period, octets and `(code, octet, left shift of the code)` for every code and byte that overlap.
     """
     period, octets = 8 // gcd(8, bits), bits // gcd(8, bits)
     pairs = [(code, octet, code * bits - octet * 8) for code in range(period) for octet in range(octets)]
@@ -233,5 +232,5 @@ def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
 
 
 def _shifted(octets: Tensor, left: int) -> Tensor:
-    """Bytes shifted left, or right when negative; bits that leave the byte are lost."""
+    """Shift bytes left by `left` bits, or right if it is negative; bits outside the byte are dropped."""
     return octets << left if left >= 0 else octets >> -left

@@ -1,8 +1,8 @@
-"""Scales and zero points of a weight, before any integer is computed; shared by all methods.
+"""Scales and zero points: range fitting (minmax, MSE search), shared by all methods.
 
 A symmetric scheme has codes `-2**(bits-1) .. 2**(bits-1)-1` around its middle, and compressed-tensors' scale
-`max|w| / ((2**bits - 1) / 2)`: half a step beyond the last positive code, so a peak loses at most half a step and
-every other weight gains a finer grid.
+`max|w| / ((2**bits - 1) / 2)`. The largest weight then lies half a step beyond the last positive code: it loses at
+most half a step, and all other weights get a finer grid.
 """
 
 from typing import Any, Literal
@@ -15,11 +15,11 @@ from exporter.numerics.quantized import FP8, FP8_MAX, Scheme, float8_scales
 Range = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 40
-KERNEL_WIDTH = 16384  # the widest group that one Triton program holds in registers
-BLOCK_WIDTH = 128  # the widest group of which it holds a part of the Hessian too
-SHRINK_MOST = 0.8  # the narrowest range that is tried is 0.2 of the full one
-PIECE = 1 << 17  # weights whose ranges are searched together on a CPU: what is tried stays in its cache
-CUDA_PIECE = 1 << 24  # the same on a GPU, which would wait for small ones: what is tried takes 0.2 GiB
+KERNEL_WIDTH = 16384  # widest group that one Triton program holds in registers
+BLOCK_WIDTH = 128  # widest group for which it also holds a block of the Hessian
+SHRINK_MOST = 0.8  # the narrowest candidate range is 0.2 of the full one
+PIECE = 1 << 17  # weights per search step on a CPU, so that the candidates stay in its cache
+CUDA_PIECE = 1 << 24  # the same on a GPU, where small steps are launch-bound; the candidates take 0.2 GiB
 
 
 def fit_scale(
@@ -31,11 +31,11 @@ def fit_scale(
 ) -> tuple[Tensor, Tensor]:
     """Scale (in `scale_dtype`) and zero (uint8), each `[out, groups]`, of `weight` f32 `[out, in]`.
 
-    range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps, group by group, the one with the least
-    error. "tensor" schemes repeat one value.
-    Scales of `mixed` schemes are rounded to what their engine makes of them, relative to the largest of the row.
-    importance: f32 `[in]`; the error that "mse" compares is then `importance * |off|^2.5`, summed over the columns of a
-    group, else `off^2`. Two and a half, since clipping a few weights costs an output more than their squares say.
+    range_: "minmax" covers every weight; "mse" tries narrower ranges and selects the one with the smallest error per
+    group. "tensor" schemes repeat one value.
+    Scales of `mixed` schemes are rounded as the engine rounds them (`quantized.float8_scales`).
+    importance: f32 `[in]`. With it, "mse" minimizes `importance * |error|^2.5` summed over a group's columns, else
+    `error^2`. The exponent is 2.5 because clipping a few weights costs the output more than their squared error.
     """
     scale, zero = _fitted(weight, scheme, scale_dtype, range_, importance)
     return (_as_float8(scale) if scheme.mixed else scale), zero
@@ -52,12 +52,12 @@ def _fitted(
     piece = CUDA_PIECE if weight.is_cuda else PIECE
     rows = len(weight) if scheme.group_size == "tensor" else max(1, piece // max(1, weight.shape[1]))
     pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
-    found = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
-    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+    fits = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
+    return torch.cat([scale for scale, _ in fits]), torch.cat([zero for _, zero in fits])
 
 
 def _as_float8(scale: Tensor) -> Tensor:
-    """The scales that an engine will make of `scale` `[out, groups]`, so that codes are computed for these."""
+    """Round `scale` `[out, groups]` as the W4A8 engine does, so that codes are computed for the served scales."""
     eighths, row = float8_scales(scale)
     return _stored(eighths * (8 * row), scale.dtype)
 
@@ -65,24 +65,24 @@ def _as_float8(scale: Tensor) -> Tensor:
 def _search(
     weight: Tensor, low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the best range, for ends `low` and `high` `[out, groups]` of the full one."""
+    """Scale and zero of the best range; `low` and `high` `[out, groups]` are the limits of the full range."""
     grouped = _grouped(weight, scheme)
     counts = None if importance is None else _grouped(importance.unsqueeze(0), scheme)
     scale, zero = _scale_of(low, high, scheme, scale_dtype)
     error = _errors(grouped, scale, zero, scheme, counts)
     for step in range(1, SHRINK_STEPS):
-        part = 1 - SHRINK_MOST * step / SHRINK_STEPS
-        tried = _scale_of(low * part, high * part, scheme, scale_dtype)
-        found = _errors(grouped, *tried, scheme, counts)
-        better = found < error
-        error = torch.where(better, found, error)
-        scale = torch.where(better, tried[0], scale)
-        zero = torch.where(better, tried[1], zero)
+        share = 1 - SHRINK_MOST * step / SHRINK_STEPS
+        candidate = _scale_of(low * share, high * share, scheme, scale_dtype)
+        candidate_error = _errors(grouped, *candidate, scheme, counts)
+        better = candidate_error < error
+        error = torch.where(better, candidate_error, error)
+        scale = torch.where(better, candidate[0], scale)
+        zero = torch.where(better, candidate[1], zero)
     return scale, zero
 
 
 def scale_within(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero for `share` of each group's full range; weights beyond it will be clipped."""
+    """Scale and zero for `share` (0 to 1) of each group's full range; weights beyond it are clipped."""
     low, high = full_range(weight, scheme)
     return _scale_of(low * share, high * share, scheme, scale_dtype)
 
@@ -90,7 +90,7 @@ def scale_within(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, share
 def clip_fast(
     weight: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype, steps: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Ranges down to half, by the output error of each group alone (`methods.awq`); None where no kernel does it."""
+    """Search ranges down to half by each group's own output error (`methods.awq`); None if no kernel supports it."""
     narrow_enough = isinstance(scheme.group_size, int) and 16 <= scheme.group_size <= BLOCK_WIDTH
     if not weight.is_cuda or scheme.number != "int" or not narrow_enough:
         return None
@@ -98,19 +98,19 @@ def clip_fast(
 
     try:
         return _launch(weight, scheme, scale_dtype, 0.5 / steps, steps + 1, hessian=hessian)
-    except OutOfResources:  # a card with little shared memory
+    except OutOfResources:  # a GPU with little shared memory
         return None
 
 
 def _fits_kernel(scheme: Scheme, columns: int) -> bool:
-    one_row = scheme.group_size != "tensor"  # what a tensor shares, programs that see a few rows each cannot choose
+    one_row = scheme.group_size != "tensor"  # a program sees only a few rows and cannot choose one scale per tensor
     return scheme.number == "int" and one_row and scheme.columns_per_group(columns) <= KERNEL_WIDTH
 
 
 def _search_fast(
     weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same search in one pass over the weights."""
+    """`_search` in one pass over the weights, by the Triton kernel."""
     return _launch(weight, scheme, scale_dtype, SHRINK_MOST / SHRINK_STEPS, SHRINK_STEPS, importance)
 
 
@@ -124,7 +124,7 @@ def _launch(
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
-    """`[out, in]` as `[out, groups, columns of a group]`, zeros where the last group is short."""
+    """Reshape `[out, in]` to `[out, groups, columns per group]`; a short last group is padded with zeros."""
     rows, columns = weight.shape
     groups, width = scheme.groups(columns), scheme.columns_per_group(columns)
     return torch.nn.functional.pad(weight, (0, groups * width - columns)).view(rows, groups, width)
@@ -140,7 +140,7 @@ def full_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _scale_of(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale, rounded to its stored dtype, then the zero point that fits that scale."""
+    """Scale, rounded to its stored dtype, and the zero point for the rounded scale."""
     peak = torch.maximum(-low, high)
     if scheme.number == "fp8":
         return _stored(peak / FP8_MAX, scale_dtype), torch.zeros_like(peak, dtype=torch.uint8)
@@ -151,11 +151,11 @@ def _scale_of(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtyp
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to `dtype`, never 0 or infinite: codes are divided by it.
+    """Round a scale to `dtype`, clamped to be finite and above 0, because weights are divided by it.
 
-    Scales of small float16 weights are subnormal numbers, multiples of 2^-24, rounded up so that the range is covered.
-    Weights of a float16 checkpoint are such multiples too, so that none of them gets lost. The subnormal numbers of
-    other types are too small to matter, and are not used.
+    Scales of small float16 weights are subnormal (multiples of 2^-24), rounded up so that they cover the range.
+    Weights of a float16 checkpoint are multiples of 2^-24 too, so none is rounded to 0. Subnormal numbers of other
+    types are too small to matter and are not used.
     """
     info, least = torch.finfo(dtype), least_scale(dtype)
     small = (scale / least).ceil_().clamp_min_(1).mul_(least)
@@ -163,26 +163,26 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def least_scale(dtype: torch.dtype) -> float:
-    """The smallest scale that is stored in `dtype`; those below its normal numbers are multiples of it."""
+    """The smallest scale stored in `dtype`; subnormal scales are multiples of it."""
     return 2.0**-24 if dtype == torch.float16 else float(torch.finfo(dtype).smallest_normal)
 
 
 def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts: Tensor | None) -> Tensor:
-    """Rounding error of each group, `[out, groups]` (of everything, repeated, for "tensor"); see `fit_scale`.
+    """Rounding error of each group, `[out, groups]` (the total, repeated, for "tensor"); see `fit_scale`.
 
-    grouped: `[out, groups, width]`. counts: `[1, groups, width]`, importance of each column. What `quantize` and
-    `dequantize` would say, without the codes in between.
+    grouped: `[out, groups, width]`. counts: `[1, groups, width]`, importance of each column. Equals the error of
+    `dequantize(quantize(...))` without storing codes.
     """
     steps, zeros = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
-    off = grouped / steps
+    deviation = grouped / steps
     if scheme.number == "fp8":
-        off = off.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
+        deviation = deviation.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
     else:
-        off.round_().add_(zeros).clamp_(0, scheme.levels).sub_(zeros)
-    off.mul_(steps).sub_(grouped)
+        deviation.round_().add_(zeros).clamp_(0, scheme.levels).sub_(zeros)
+    deviation.mul_(steps).sub_(grouped)
     if counts is None:
-        errors = off.square_().sum(-1)
+        errors = deviation.square_().sum(-1)
     else:
-        size = off.abs_().sqrt()
-        errors = off.square_().mul_(size).mul_(counts).sum(-1)
+        size = deviation.abs_().sqrt()
+        errors = deviation.square_().mul_(size).mul_(counts).sum(-1)
     return errors.sum().expand_as(errors) if scheme.group_size == "tensor" else errors

@@ -1,6 +1,6 @@
-"""Triton kernel of the range search: a group's weights are read once and every range is tried in registers.
+"""Triton kernel of the range search: reads a group's weights once and tries every range in registers.
 
-Imported only where there is a CUDA device, since Triton comes with it.
+Import only on a CUDA device: only CUDA builds of torch bring Triton.
 """
 
 # mypy: ignore-errors
@@ -10,18 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-ROWS = 16  # rows of one program, at most
-HELD = 4096  # weights that the threads of four warps hold between them without spilling
+ROWS = 16  # most rows per program
+HELD = 4096  # weights that four warps hold in registers without spilling
 
 
 @triton.jit
 def _within(low, high, part, levels, middle, least, smallest, largest, scale, SYMMETRIC: tl.constexpr):
-    """Scale, as `ranges._stored` makes it, and zero point of `part` of each row's full range."""
+    """Scale, rounded as by `ranges._stored`, and zero point for the share `part` of each row's full range."""
     if SYMMETRIC:
         size = tl.div_rn(2.0 * tl.maximum(-low, high) * part, levels)
     else:
         size = tl.div_rn((high - low) * part, levels)
-    small = tl.maximum(tl.ceil(size * (1.0 / least)), 1.0) * least  # a power of two: nothing is rounded
+    small = tl.maximum(tl.ceil(size * (1.0 / least)), 1.0) * least  # `least` is a power of two: exact
     size = tl.minimum(tl.where(size < smallest, small, size), largest).to(scale.dtype.element_ty).to(tl.float32)
     if SYMMETRIC:
         point = size * 0.0 + middle
@@ -32,13 +32,13 @@ def _within(low, high, part, levels, middle, least, smallest, largest, scale, SY
 
 @triton.jit
 def _off(value, size, point, levels):
-    """Error of every weight, rounded with its row's scale and zero point."""
+    """Rounding error of every weight with its row's scale and zero point."""
     code = libdevice.rint(tl.div_rn(value, size[:, None] + value * 0.0)) + point[:, None]
     code = tl.minimum(tl.maximum(code, 0.0), levels)
     return (code - point[:, None]) * size[:, None] - value
 
 
-@triton.jit(do_not_specialize=("rows", "groups"))  # one compilation, of seconds, does for all
+@triton.jit(do_not_specialize=("rows", "groups"))  # one compilation (seconds) serves all values
 def _search(
     weight,
     importance,
@@ -106,11 +106,11 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero `[out, groups]` of `weight` f32 `[out, in]` in groups of `width`; see `ranges.fit_scale`.
 
-    least: the smallest scale of `dtype`, a power of two. shrink: how much narrower each of the `steps` ranges is than
-    the one before, as a share of the first.
-    hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its part of the diagonal, and a
-    group has from 16 to `ranges.BLOCK_WIDTH` columns. A card whose shared memory is too small for that (147 kB at 128
-    columns: an H100 and an A100 have it) raises Triton's `OutOfResources`.
+    least: the smallest scale of `dtype`, a power of two. shrink: step between consecutive ranges, relative to the
+    first. steps: number of ranges.
+    hessian: f32 `[in, in]`; the error of a group with errors d is then `d H d^T`, H its diagonal block, for groups of
+    16 to `ranges.BLOCK_WIDTH` columns. Triton raises `OutOfResources` on a GPU with too little shared memory (147 kB
+    at 128 columns; an H100 and an A100 have enough).
     """
     rows, columns = weight.shape
     groups = triton.cdiv(columns, width)

@@ -1,11 +1,11 @@
-"""Moving a scale from one module to the next without changing what a block computes (AWQ, arXiv 2306.00978, 3.2).
+"""Scale folding: move column scales into the preceding module without changing a block's output (AWQ, 2306.00978, 3.2).
 
-When a module's output y reaches only linears, `W y = (W * s) (y / s)`: the columns of every target are multiplied by
-s, and whatever makes y is divided by s. That can be the weight and bias of a norm, or output rows and bias of a
-linear, as long as everything in between is positively homogeneous: attention's weighted sum of values, a product
-with another branch, ReLU. GELU is not. Which pairs qualify is family knowledge (`Smoothing` in `families/family.py`).
+If a module's output y feeds only linear layers, `W y = (W * s) (y / s)`: the columns of every target are multiplied by
+s, and the producer of y is divided by s. The producer is the weight and bias of a norm, or output rows and bias of a
+linear layer, if everything in between is positively homogeneous: attention's weighted sum of values, a product with
+another branch, ReLU. GELU is not. The family lists the pairs (`Smoothing` in `families/family.py`).
 
-Nothing is written into existing storage: modules get new parameters, in their own dtype.
+Modules get new parameters in their own dtype; existing storage is not modified.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def fold(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Fold `scales` f32 `[in]` (positive) between modules of `block`, named as in a `Smoothing`.
 
-    rows: (index, parts), the part of a fused source that feeds the targets. Returns the scales as they were applied
-    (see `fold_norm`) and the parameters of the source that changed (`input_layernorm.weight`): an artifact must store
-    these. Raises ValueError when `misfit` has a reason.
+    rows: (index, parts), the part of a fused source that feeds the targets. Returns the applied scales (see
+    `fold_norm`) and the names of the changed source parameters (`input_layernorm.weight`), which an artifact must
+    store. Raises ValueError when `misfit` has a reason.
     """
     producer, consumers = block.get_submodule(source), [_linear(block, name) for name in targets]
     if isinstance(producer, nn.Linear):
@@ -32,22 +32,22 @@ def fold(
 
 
 def misfit(block: nn.Module, source: str, targets: Sequence[str], rows: tuple[int, int] | None) -> str | None:
-    """Why the pair cannot be folded in this model, or None: grouped-query attention repeats its values."""
+    """Why the pair cannot be folded in this model (grouped-query attention repeats its values), or None."""
     producer = block.get_submodule(source)
     if isinstance(producer, nn.Linear):
         part = part_of(producer, rows)
-        made = part.stop - part.start
+        outputs = part.stop - part.start
     else:
-        made = len(_parameter(producer, "weight"))
+        outputs = len(_parameter(producer, "weight"))
     for name in targets:
-        taken = _linear(block, name).in_features
-        if taken != made:
-            return f"{source} makes {made} values and {name} takes {taken}"
+        inputs = _linear(block, name).in_features
+        if inputs != outputs:
+            return f"{source} has {outputs} outputs and {name} has {inputs} inputs"
     return None
 
 
 def part_of(source: nn.Linear, rows: tuple[int, int] | None) -> slice:
-    """Output rows of part (index, parts) of a fused linear; all of them for None."""
+    """Output rows of part (index, parts) of a fused linear layer; all rows for None."""
     index, parts = rows or (0, 1)
     size = source.out_features // parts
     return slice(index * size, (index + 1) * size)
@@ -56,9 +56,9 @@ def part_of(source: nn.Linear, rows: tuple[int, int] | None) -> slice:
 def fold_norm(norm: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> Tensor:
     """Divide a norm (`weight * normalized`, with or without bias: LayerNorm, RMSNorm) by `scales` `[in]`.
 
-    A 16-bit norm rounds what it is given. The linears therefore get the quotient of the old and the rounded weight
-    instead of `scales`, so that weight and columns still cancel; that quotient f32 `[in]` is returned. A channel whose
-    quotient its dtype cannot hold, too large or rounded to 0, keeps its weight: its scale is 1.
+    A 16-bit norm rounds its new weight. The linear layers are therefore multiplied by old weight / rounded weight
+    instead of `scales`, so that both still cancel; this quotient, f32 `[in]`, is returned. A channel whose new weight
+    overflows or rounds to 0 in the norm's dtype keeps its weight, and its scale is 1.
     """
     weight = _parameter(norm, "weight")
     _check(len(weight), linears)
@@ -76,12 +76,12 @@ def fold_norm(norm: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> 
 
 
 def fold_linear(source: nn.Linear, targets: Sequence[nn.Linear], scales: Tensor) -> Tensor:
-    """Divide all output rows and the bias of `source` by `scales` `[out]`, its targets' `[in]`; returns `scales`."""
+    """Divide all output rows and the bias of `source` by `scales` `[out]` (the targets' `[in]`); returns `scales`."""
     return fold_rows(source, slice(0, source.out_features), targets, scales)
 
 
 def fold_rows(source: nn.Linear, rows: slice, targets: Sequence[nn.Linear], scales: Tensor) -> Tensor:
-    """`fold_linear` on some rows of a fused linear: the values' third of a qkv."""
+    """`fold_linear` for a slice of rows of a fused linear layer, for instance the values of a qkv projection."""
     _check(rows.stop - rows.start, targets)
     wide = torch.promote_types(source.weight.dtype, torch.float32)
     scales = scales.to(source.weight.device, wide)
@@ -96,10 +96,10 @@ def fold_rows(source: nn.Linear, rows: slice, targets: Sequence[nn.Linear], scal
     return scales
 
 
-def _check(made: int, linears: Sequence[nn.Linear]) -> None:
+def _check(outputs: int, linears: Sequence[nn.Linear]) -> None:
     for linear in linears:
-        if linear.in_features != made:
-            raise ValueError(f"a source of {made} values cannot feed a linear of {linear.in_features} inputs")
+        if linear.in_features != outputs:
+            raise ValueError(f"a source of {outputs} outputs cannot feed a linear of {linear.in_features} inputs")
 
 
 def _multiply_columns(linears: Sequence[nn.Linear], scales: Tensor) -> None:
@@ -114,7 +114,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 def _parameter(module: nn.Module, name: str) -> Tensor:
     parameter = getattr(module, name, None)
     if not isinstance(parameter, Tensor):
-        raise ValueError(f"{type(module).__name__} has no {name} that could be scaled")
+        raise ValueError(f"{type(module).__name__} has no {name} to scale")
     return parameter.detach()
 
 

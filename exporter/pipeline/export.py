@@ -218,7 +218,7 @@ def measure(
         "scoring": method,
         "baseline": baseline.as_json(),
     }
-    if found := retrieval.searched(samples.get(retrieval.NAME, [])):
+    if found := retrieval.pool_sizes(samples.get(retrieval.NAME, [])):
         about["searched"] = found
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
 
