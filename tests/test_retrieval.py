@@ -350,7 +350,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
     assert f"retrieval searched: 24 pictures, {texts} texts, 10 candidates" in console.export_text()
-    assert f"retrieval searched 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
+    assert f"retrieval gallery: 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing
