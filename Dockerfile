@@ -1,4 +1,4 @@
-# mmq inside vLLM's own image: quantize and serve with one set of libraries.
+# mmq in vLLM's image: quantize and serve with one set of libraries.
 #
 #   docker build -t mmq .
 #   docker run --rm --gpus all -v "$PWD/artifacts:/work/artifacts" mmq \
@@ -17,9 +17,8 @@ RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM vllm/vllm-openai:${VLLM_VERSION}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The image's torch, transformers and safetensors are the ones its kernels were built with and must stay as they are:
-# mmq goes in without its dependencies, and the small ones it may lack are added under a constraint that pins
-# everything already there.
+# vLLM's kernels were built for the image's torch, transformers and safetensors, so these versions must not change.
+# mmq is installed without dependencies; missing small ones are added with constraints that pin all installed packages.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > /tmp/installed.txt \
     && python3 -m pip install --no-cache-dir --no-deps /wheels/mmq_vlm-*.whl \

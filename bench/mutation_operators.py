@@ -1,8 +1,8 @@
-"""Small mistakes by syntax: every place of a module where one can be made, and the module with one of them.
+"""Mutation operators on syntax trees: list the mutation sites of a module, and apply one mutation.
 
-A mutant is a number: `sites` lists what can be changed in the order of the syntax tree, `mutated` makes one change.
-Annotations, docstrings, decorators and strings stay: a change there is no mistake in what is computed. `assert`,
-`strict=True` and `stable=True` stay too: they guard against states that no test can reach.
+A mutant is an index: `sites` lists all sites in the order of the syntax tree, `mutated` applies one. Annotations,
+docstrings, decorators and strings are not mutated, because they do not change results. `assert`, `strict=True` and
+`stable=True` are not mutated, because they guard against states that no test can reach.
 """
 
 import ast
@@ -36,25 +36,25 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a mistake can be made. line: 1 and up. what: the change in words."""
+    """A mutation site. line: from 1. what: description of the change."""
 
     line: int
     what: str
 
 
 class _Walk(ast.NodeTransformer):
-    """Counts the places; changes the one numbered `wanted`."""
+    """Collects the sites; applies the mutation number `number`."""
 
-    def __init__(self, wanted: int | None) -> None:
+    def __init__(self, number: int | None) -> None:
         self.sites: list[Site] = []
-        self._wanted = wanted
+        self._number = number
 
     def _at(self, node: ast.AST, what: str) -> bool:
         self.sites.append(Site(getattr(node, "lineno", 0), what))
-        return len(self.sites) - 1 == self._wanted
+        return len(self.sites) - 1 == self._number
 
     def visit(self, node: ast.AST) -> ast.AST:
-        """Children first, so that the numbers do not depend on what is changed."""
+        """Visit children first, so that the numbers do not depend on the applied mutation."""
         if isinstance(node, ast.Raise):
             return self._raise(node)
         if isinstance(node, ast.expr_context | ast.Assert) or (
@@ -62,7 +62,7 @@ class _Walk(ast.NodeTransformer):
         ):
             return node
         if isinstance(node, ast.FunctionDef) and "tiny" in node.name:
-            return node  # a configuration for tests
+            return node  # test configuration
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "type_params"):
                 continue
@@ -74,7 +74,7 @@ class _Walk(ast.NodeTransformer):
         return change(self, node) if change else node
 
     def _raise(self, node: ast.Raise) -> ast.AST:
-        """What is raised stays as it is: its words decide nothing."""
+        """The raised expression is not mutated, because its message does not change results."""
         return ast.copy_location(ast.Pass(), node) if self._at(node, "the raise is dropped") else node
 
 
@@ -167,14 +167,14 @@ CHANGES: dict[type[ast.AST], Callable[[_Walk, ast.AST], ast.AST]] = {
 
 
 def sites(source: str) -> list[Site]:
-    """Every place of a module where a mistake can be made."""
+    """All mutation sites of a module."""
     walk = _Walk(None)
     walk.visit(ast.parse(source))
     return walk.sites
 
 
 def mutated(source: str, number: int) -> ast.Module:
-    """The module's syntax tree with the mistake of that number."""
+    """The module's syntax tree with mutation `number`."""
     tree = ast.parse(source)
     _Walk(number).visit(tree)
     return ast.fix_missing_locations(tree)

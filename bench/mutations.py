@@ -1,9 +1,9 @@
-"""Mistakes put into GPTQ and AWQ on purpose, one at a time, and the test that notices each.
+"""Handwritten mutation tests of GPTQ, AWQ, calibration and folds: each inserts one error that a test must detect.
 
     python -m bench.mutations [--jobs 2]
 
-Every mistake is made in a copy of the package, in which the tests of that method run until one fails. A mistake that no
-test notices ends the run with code 1. `tests/test_architecture.py` checks that the lines named here are still there.
+For every mutation, the tests of its method run in a changed copy of the package until one fails. Exit code 1 if the
+tests miss a mutation. `tests/test_architecture.py` checks that the source lines named here still exist.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FOLDS, LLAVA, BLIP2 = (
 KERNEL, RANGES_KERNEL = "exporter/numerics/gptq_columns_kernel.py", "exporter/numerics/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
-    "kernels": ["tests/test_kernels.py"],  # on a CPU by Triton's interpreter, where Triton is installed
+    "kernels": ["tests/test_kernels.py"],  # on a CPU with Triton's interpreter, if Triton is installed
     "calibration": [
         "tests/test_calibrate.py",
         "tests/test_whole_forward.py",
@@ -50,7 +50,7 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """One mistake: in `file`, `before` (which stands there once) becomes `after`."""
+    """One mutation: in `file`, `before` (which occurs once) becomes `after`."""
 
     method: str
     what: str
@@ -62,14 +62,14 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "gptq",
-        "errors are added instead of made up for",
+        "errors are added instead of subtracted",
         COLUMNS,
         "upper[column, later], alpha=-1)",
         "upper[column, later])",
     ),
     Mutation(
         "gptq",
-        "later blocks learn nothing of a block's errors",
+        "a block's errors do not reach later blocks",
         GPTQ,
         "addmm_(errors, upper[part, end:], alpha=-1)",
         "addmm_(errors, upper[part, end:], alpha=0)",
@@ -77,12 +77,12 @@ MUTATIONS = (
     Mutation("gptq", "errors are not divided by the pivot", COLUMNS, ") / upper[i, i]", ")"),
     Mutation(
         "gptq",
-        "groups follow the walk, not the columns",
+        "groups follow the processing order, not the columns",
         GPTQ,
         "order // scheme.columns_per_group(len(order))",
         "order.sort().values // scheme.columns_per_group(len(order))",
     ),
-    Mutation("gptq", "codes stay in the order of the walk", GPTQ, "codes.index_select(1, order.argsort())", "codes"),
+    Mutation("gptq", "codes stay in processing order", GPTQ, "codes.index_select(1, order.argsort())", "codes"),
     Mutation(
         "gptq",
         "a column's importance is not squared",
@@ -94,14 +94,14 @@ MUTATIONS = (
     Mutation("gptq", "descent forgets what a column was off by before", COLUMNS, "error - errors[:, column]", "error"),
     Mutation(
         "gptq",
-        "a column that was always 0 is damped by nothing",
+        "a column that is always 0 keeps a zero diagonal",
         GPTQ,
         "torch.where(active, diagonal, mean) + damping",
         "diagonal + damping",
     ),
     Mutation(
         "gptq",
-        "a group's scale in the loop looks at the first columns' importance",
+        "a group's scale in the loop uses the importance of the first columns",
         GPTQ,
         "counts[first : first + weight.shape[1]]",
         "counts[: weight.shape[1]]",
@@ -109,9 +109,10 @@ MUTATIONS = (
     Mutation(
         "gptq", "descent goes down an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"
     ),
+    Mutation("gptq", "descent runs on an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"),
     Mutation(
         "calibration",
-        "q, k and v share the one scale of a tensor",
+        "q, k and v share one scale per tensor",
         BLOCK,
         'row.rule and row.rule.group_size != "tensor"',
         "row.rule",
@@ -125,35 +126,35 @@ MUTATIONS = (
     ),
     Mutation(
         "calibration",
-        "arguments that depend on outputs pass",
+        "arguments that depend on outputs are accepted",
         CALLS,
         "    if len(blocks) > 1:\n",
         "    if len(blocks) > 99:\n",
     ),
     Mutation(
         "calibration",
-        "what is written to between blocks passes",
+        "writes to tensors between blocks are accepted",
         CALLS,
         "if any(tensor._version != version",
         "if any(tensor._version < version",
     ),
     Mutation(
         "calibration",
-        "a block whose input is another passes",
+        "a block with another input is accepted",
         CALLS,
         "if index and hidden is not self._output:",
         "if index and hidden is None:",
     ),
     Mutation(
         "calibration",
-        "the last block runs for nobody",
+        "the last block runs without need",
         CALIBRATE,
         "count = 1 + max((names.index(block) for block in calibrated), default=-1)",
         "count = len(names) if calibrated else 0",
     ),
     Mutation(
         "calibration",
-        "tokens that are not finite go on counting",
+        "non-finite tokens keep their weight",
         INPUTS,
         "torch.where(finite, weights, 0.0)",
         "torch.where(finite, weights, 1.0)",
@@ -168,14 +169,14 @@ MUTATIONS = (
     Mutation("calibration", "any number of tokens may be lost", INPUTS, "MAX_EXCLUDED = 0.1", "MAX_EXCLUDED = 1.0"),
     Mutation(
         "calibration",
-        "folds that are not exact are made",
+        "inexact folds are applied",
         SMOOTH,
         "if not folds_exactly(block, smoothing)]",
         "if not folds_exactly(block, smoothing) and False]",
     ),
     Mutation(
         "calibration",
-        "a proof leaves its scales in the block",
+        "a check leaves its scales in the block",
         SMOOTH,
         "    block.restore(original)\n    size = ",
         "    size = ",
@@ -209,10 +210,10 @@ MUTATIONS = (
         "awq", "scales are not centred", AWQ, "scales.clamp(1 / LARGEST_SCALE", "(7 * scales).clamp(1 / LARGEST_SCALE"
     ),
     Mutation("awq", "the worst candidate wins", AWQ, "if error < least:", "if error > least:"),
-    Mutation("awq", "a candidate's error is measured with its scales", AWQ, "zero, scheme) / scales", "zero, scheme)"),
+    Mutation("awq", "a candidate's weight is not unscaled", AWQ, "zero, scheme) / scales", "zero, scheme)"),
     Mutation(
         "awq",
-        "a tried weight stays in the block",
+        "a candidate weight stays in the block",
         SMOOTH,
         "    block.restore(original)\n    return error\n",
         "    return error\n",
@@ -233,9 +234,9 @@ MUTATIONS = (
         "helps = _row_errors(weight, hessian, scale, zero, scheme) >",
     ),
     Mutation("awq", "a folded bias keeps its size", FOLDS, "bias[rows] /= scales", "bias[rows] /= 1"),
-    Mutation("awq", "a norm's rounding is not made up for", FOLDS, "    return applied", "    return scales"),
+    Mutation("awq", "a norm's rounding is not compensated", FOLDS, "    return applied", "    return scales"),
     Mutation(
-        "awq", "a norm's bias is divided by what was asked for", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
+        "awq", "a norm's bias is divided by the requested scales", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
     ),
     Mutation("kernels", "errors are added instead of made up for", KERNEL, "remaining -= error", "remaining += error"),
     Mutation(
@@ -245,8 +246,8 @@ MUTATIONS = (
 )
 
 
-def noticed_by(mutation: Mutation) -> str | None:
-    """The first test that fails with the mistake, None when none does."""
+def detecting_test(mutation: Mutation) -> str | None:
+    """The first test that fails with the mutation, or None."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for part in ("exporter", "tests", "recipes", "bench"):
@@ -264,8 +265,8 @@ def noticed_by(mutation: Mutation) -> str | None:
         return failed[1] if failed else None
 
 
-def tried() -> list[Mutation]:
-    """Those that can be tried here: the interpreter of the kernels comes with Triton."""
+def runnable() -> list[Mutation]:
+    """Mutations that can run here; those of the kernels need Triton."""
     return [m for m in MUTATIONS if m.method != "kernels" or importlib.util.find_spec("triton")]
 
 
@@ -274,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    missed, mutations = 0, tried()
+    missed, mutations = 0, runnable()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, test in zip(mutations, pool.map(noticed_by, mutations), strict=True):
+        for mutation, test in zip(mutations, pool.map(detecting_test, mutations), strict=True):
             missed += test is None
-            print(f"{mutation.method:7} {mutation.what:52} {test or 'NOT NOTICED'}", flush=True)
+            print(f"{mutation.method:7} {mutation.what:52} {test or 'NOT DETECTED'}", flush=True)
     if left := len(MUTATIONS) - len(mutations):
-        print(f"{left} of the kernels were not tried: Triton is not installed")
+        print(f"skipped {left} mutations of the kernels: Triton is not installed")
     sys.exit(1 if missed else 0)
 
 

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# What the documentation says of a GPU, measured again on the first card.
+# Repeat the GPU measurements of the documentation on the first GPU.
 #
 #   bench/on_gpu.sh OUT PART ...
 #
-# Parts, in the order of the arguments; what each prints is also in OUT/PART.txt:
-#   kernels   the Triton kernels beside torch, and the tests of the methods
+# Runs the parts in the order of the arguments; OUT/PART.txt has the output of each part:
+#   kernels   Triton kernels against torch, and the tests of the methods
 #   core      time and memory of GPTQ, AWQ and BLIP-2 at true shapes (docs/measurements/quantization-time.md)
-#   whole     a whole export at true shapes, its steps (docs/measurements/quantization-time.md)
-#   peer      beside llm-compressor (docs/measurements/peers.md); PEER is the Python of its environment
-#   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; then bring it back and `compare`
-#   attention which kernel reads the cache best
+#   whole     the steps of a whole export at true shapes (docs/measurements/quantization-time.md)
+#   peer      comparison with llm-compressor (docs/measurements/peers.md); PEER is the Python of its environment
+#   answers   the cases in CASES, a folder of `python -m bench.gpu_serving prepare`; run `compare` on it afterwards
+#   attention speed of the attention kernels by cache dtype
 #   speed     decoding and throughput by recipe (docs/measurements/serving-speed.md); VARIANTS are names of bench/serve_variants.py
-#   compiled  the same with Inductor, 90 to 120 s a variant
+#   compiled  the same with Inductor, 90 to 120 s per variant
 #   check     `mmq check` of every artifact in CASES, through `vllm serve`
 #
-# PYTHON has mmq's packages, VLLM is the command of a Python that has vllm, SECONDS_EACH ends the part speed or compiled.
-# FlashInfer compiles with nvcc and the CUTLASS headers of its own package, for 3 minutes the first time.
+# PYTHON: interpreter with mmq's packages. VLLM: interpreter with vllm. SECONDS_EACH: time limit of speed and compiled.
+# FlashInfer compiles with nvcc and the CUTLASS headers of its package, which takes 3 minutes the first time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT PART ...}" && cd "$1" && pwd)
@@ -32,7 +32,7 @@ core() {
   rm -rf "$model"
   $python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf "$model" --device cuda || return
   for recipe in llava-w4-vit8-gptq llava-w4-awq; do
-    for terms in --no-terms ""; do # kernels that the first process compiled are on disk for the second
+    for terms in --no-terms ""; do # the second process loads the kernels that the first one compiled
       echo "== $recipe, $([[ $terms ]] && echo first || echo second) process"
       $python -m bench.quantize --model "$model" --recipe "bench/recipes/$recipe.yaml" --device cuda $terms
     done
@@ -75,7 +75,7 @@ check() {
 
 parts=" kernels core whole peer answers attention speed compiled check "
 for part in "$@"; do
-  [[ $parts == *" $part "* ]] || { echo "no part '$part': there are$parts" >&2 && exit 2; }
+  [[ $parts == *" $part "* ]] || { echo "unknown part '$part'; use$parts" >&2 && exit 2; }
 done
 nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1
 status=0

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A study on a Ray cluster of two hosts: two network namespaces of this machine, joined by a cable, that share its disk.
+# Run a study on a Ray cluster of two hosts: two connected network namespaces of this machine with a shared disk.
 #
 #   sudo bench/study_ray.sh VENV [kill]
 #
-# VENV: an environment with mmq and ray. kill: the second host is lost while units are quantized; the study must end all
-# the same. Prints the hosts, what `mmq study` says, and on which hosts Ray's workers ran. Needs root and iproute2.
+# VENV: an environment with mmq and ray. kill: stop the second host while units are quantized; the study must still
+# complete. Prints the hosts, the output of `mmq study`, and the hosts of Ray's workers. Needs root and iproute2.
 set -euo pipefail
 venv="${1:?usage: bench/study_ray.sh VENV [kill]}" lose="${2:-}"
 work="$(mktemp -d)"
@@ -44,6 +44,6 @@ echo "Ray's workers by host:" $busy
 if [ "$lose" = kill ]; then
   sleep 3
   ip netns pids mmq-two | xargs -r kill -9
-  echo "the second host is lost"
+  echo "stopped the second host"
 fi
 wait "$study"

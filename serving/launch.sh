@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Serve an artifact with vLLM on this machine:  serving/launch.sh ARTIFACT [more flags of `vllm serve`]
 #
-# For a machine without mmq: `mmq serve` also writes LLaVA-1.5's start token into the chat template (here requests must say
-# "add_special_tokens": true) and switches on the plugin for a packed Q-Former.
+# For machines without mmq. `mmq serve` also adds LLaVA-1.5's start token to the chat template (with this script, requests
+# must set "add_special_tokens": true) and enables the plugin for a packed Q-Former.
 #
-# HOST (127.0.0.1) and PORT (8000) say where it listens. vLLM has no log-in of its own: keep the loopback address
-# unless something in front of it checks who asks. The model is called after the artifact's folder.
+# HOST (127.0.0.1) and PORT (8000) set the address. vLLM has no authentication: keep the loopback address unless a proxy
+# authenticates clients. The model is named after the artifact's folder.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -14,13 +14,13 @@ if [ $# -lt 1 ]; then
 fi
 artifact="$(cd "$1" 2>/dev/null && pwd)" || { echo "$0: no folder '$1'" >&2; exit 2; }
 shift
-[ -f "$artifact/config.json" ] || { echo "$0: '$artifact' is no artifact: it has no config.json" >&2; exit 2; }
+[ -f "$artifact/config.json" ] || { echo "$0: '$artifact' is not an artifact: it has no config.json" >&2; exit 2; }
 command -v vllm >/dev/null || { echo "$0: vllm is not installed (pip install 'vllm>=0.26,<0.34')" >&2; exit 2; }
 
-# Everything the engine needs lies in the folder; a name it does not find must fail instead of reaching for the hub.
+# The folder contains everything the engine needs; a missing file must fail instead of being downloaded from the hub.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
 
-# The families that mmq quantizes answer about one image; saying so keeps vLLM from reserving memory for more.
+# The families that mmq quantizes accept one image per request; the limit keeps vLLM from reserving memory for more.
 exec vllm serve "$artifact" \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --served-model-name "$(basename "$artifact")" \

@@ -1,8 +1,8 @@
-"""Ask a running server one question about one image; exit code 0 only when it answers with text.
+"""Smoke test of a running server: one question about one image; exit code 0 only for a non-empty answer.
 
     python serving/smoke.py [--url http://127.0.0.1:8000] [--image PICTURE] [--question TEXT] [--wait SECONDS]
 
-Only the standard library is needed. Without --image it sends a red square that it draws itself.
+Needs only the standard library. Without --image it sends a generated red square.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def red_square(side: int = 64) -> bytes:
 
 
 def data_url(path: str | None) -> str:
-    """The picture as a data URL, the form in which a chat request carries an image."""
+    """The picture at `path` (default: a red square) as a data URL for a chat request."""
     data = Path(path).read_bytes() if path else red_square()
     kind = (mimetypes.guess_type(path)[0] if path else None) or "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def fetch(url: str, timeout: float, body: dict[str, Any] | None = None) -> Any:
-    """The JSON answer to a GET, or to a POST of `body`."""
+    """The JSON response to a GET, or to a POST of `body`."""
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
@@ -46,7 +46,7 @@ def fetch(url: str, timeout: float, body: dict[str, Any] | None = None) -> Any:
 
 
 def wait_until_up(url: str, seconds: float) -> str:
-    """Name of the model the server offers, asked until it answers or `seconds` have passed."""
+    """Name of the served model; retries until the server responds or `seconds` have passed."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -69,11 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the smoke test; returns the exit code."""
     parser = argparse.ArgumentParser(description="Ask a running server one question about one image.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--image", help="a picture; a red square when left out")
+    parser.add_argument("--image", help="picture file (default: a red square)")
     parser.add_argument(
         "--question", default="What color is the shape?\nAnswer the question using a single word or phrase."
     )
-    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for the server to come up")
+    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for the server to start")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for the answer")
     options = parser.parse_args(arguments)
     url = options.url.rstrip("/").removesuffix("/v1")
@@ -84,10 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{error.url} answered {error.code}: {error.read(2000).decode(errors='replace')}", file=sys.stderr)
         return 1
     except (OSError, ValueError, LookupError) as error:
-        print(f"no usable answer from {url}: {error!r}", file=sys.stderr)
+        print(f"no valid answer from {url}: {error!r}", file=sys.stderr)
         return 1
     if not answer:
-        print(f"{model} answered with no text", file=sys.stderr)
+        print(f"{model} returned an empty answer", file=sys.stderr)
         return 1
     print(f"{model}: {answer}")
     return 0

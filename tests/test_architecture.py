@@ -118,8 +118,8 @@ def test_importing_the_package_loads_no_heavy_library():
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_mistakes_to_try_are_of_lines_that_are_there(mutation):
-    """`python -m bench.mutations` makes each and names the test that notices."""
+def test_mutations_refer_to_existing_lines(mutation):
+    """`python -m bench.mutations` applies each mutation and names the test that detects it."""
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.before) == 1
 
 

@@ -121,7 +121,7 @@ def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, t
     assert "**another model than the source**: damaged, not demo-llava" in card
     done = CliRunner().invoke(cli, ["report", str(artifact), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output
-    assert "of another model than the source: damaged, not demo-llava" in (tmp_path / "page.html").read_text()
+    assert "belong to another model than the source: damaged, not demo-llava" in (tmp_path / "page.html").read_text()
     _, problems = prove(artifact, choose("cpu"), ignore)
     assert "the report compares the artifact with another model than its source: damaged, not demo-llava" in problems
 

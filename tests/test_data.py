@@ -104,7 +104,7 @@ def test_pictures_alone_can_be_calibrated_on_and_nothing_else(tmp_path: Path) ->
         assert "calibration.tasks" in str(caught.value.hint)
 
 
-def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+def test_one_error_lists_all_problems_with_their_lines(tmp_path: Path) -> None:
     train = tmp_path / "train"
     picture(train / "good.png")
     picture(tmp_path.parent / "outside.png")
@@ -118,14 +118,14 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ({"caption": "c"}, "`file_name` is missing"),
         (ok | {"file_name": "../../outside.png"}, "must stay in the folder"),
         (ok | {"file_name": str(tmp_path.parent / "outside.png")}, "must stay in the folder"),
-        (ok | {"file_name": "link.png"}, "is a link out of the folder"),
+        (ok | {"file_name": "link.png"}, "is a link to a file outside the folder"),
         (ok | {"file_name": "gone.png"}, "no picture 'train/gone.png'"),
         (ok, "is also on line 1"),
-        ({"file_name": "good.png", "question": "q"}, "goes with `answer`"),
-        ({"file_name": "good.png", "answer": "a"}, "goes with `answer`"),
+        ({"file_name": "good.png", "question": "q"}, "`question` needs `answer` or `answers`"),
+        ({"file_name": "good.png", "answer": "a"}, "`question` needs `answer` or `answers`"),
         (ok | {"captions": ["d"], "id": "both"}, "`caption` or `captions`, not both"),
-        (ok | {"caption": 3}, "`caption` must be a text"),
-        ({"file_name": "good.png", "captions": []}, "must be a list of texts"),
+        (ok | {"caption": 3}, "`caption` must be a non-empty string"),
+        ({"file_name": "good.png", "captions": []}, "must be a list of non-empty strings"),
         ({"file_name": "torn.png", "caption": "c"}, "cannot be read"),
     ]
     metadata(train, *(line for line, _ in lines))
@@ -198,7 +198,7 @@ def test_sources_by_name(tmp_path: Path) -> None:
     split_folder(tmp_path)
     assert len(data.samples("folder", tmp_path, "captioning", "train", 3, 0)) == 3
     for name in data.DATA.keys() - set(data.BUILT_IN):
-        with pytest.raises(DataError, match="none is given"):
+        with pytest.raises(DataError, match=f"data source {name} needs a folder"):
             data.samples(name, None, "captioning", "train", 3, 0)
 
 
@@ -231,7 +231,7 @@ def test_shared_pictures_are_named_and_counted() -> None:
     check_disjoint([], [])
     with pytest.raises(DataError, match="7 evaluation samples") as caught:
         check_disjoint(traces(calibration), [flat(i, f"test/{i}") for i in range(2, 30)])
-    assert "test/2 (calibrated on as train/2)" in caught.value.message
+    assert "test/2 (calibration sample train/2)" in caught.value.message
     assert "test/6" in caught.value.message
     assert "test/7" not in caught.value.message
     assert caught.value.message.endswith("and 2 more")
@@ -292,13 +292,13 @@ def test_a_manifest_keeps_enough_to_find_copies() -> None:
     copy = Sample("test/b", lambda: compressed(textured(2), 80), None, ("x",))
     with pytest.raises(DataError, match=r"test/b \(looks like train/a\)"):
         check_disjoint(read, [copy])
-    with pytest.raises(DataError, match=r"test/flat \(calibrated on as train/flat\)"):
+    with pytest.raises(DataError, match=r"test/flat \(calibration sample train/flat\)"):
         check_disjoint(read, [flat(7, "test/flat")])
     for one in kept:
         one.pop("look", None)
     old = [Trace.from_json(one) for one in kept]  # a manifest of an older version: equal pixels alone
     check_disjoint(old, [copy])
-    with pytest.raises(DataError, match="calibrated on as train/a"):
+    with pytest.raises(DataError, match="calibration sample train/a"):
         check_disjoint(old, [Sample("test/b", lambda: textured(2), None, ("x",))])
 
 

@@ -83,7 +83,7 @@ def test_gqa(tmp_path: Path) -> None:
     assert (found["201"].question, found["201"].references, found["201"].kind) == ("Is it 1?", ("left",), "choose")
 
 
-# Damage: layout, file to change, change of its content, the task, what must be said.
+# Damage: layout, file to change, change of its content, the task, expected messages.
 def _drop(key: str, index: int, field: str) -> Callable[[Any], None]:
     return lambda content: content[key][index].pop(field)
 
@@ -97,29 +97,39 @@ FLICKR = "dataset_flickr30k.json"
 ASKED, ANSWERED = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 GQA = "questions1.2/testdev_balanced_questions.json"
 DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
-    ("coco", COCO, _set("images", 0, "id", 2), ["image id 2 is there 2 times", *["image_id 1 is not among"] * 5]),
-    ("coco", COCO, _set("annotations", 0, "id", 200), ["annotation id 200 is there 2 times"]),
-    ("coco", COCO, _drop("images", 3, "file_name"), ["images[3]: `file_name` must", *["image_id 4 is not among"] * 5]),
+    ("coco", COCO, _set("images", 0, "id", 2), ["image id 2 occurs 2 times", *["image_id 1 is not in the list"] * 5]),
+    ("coco", COCO, _set("annotations", 0, "id", 200), ["annotation id 200 occurs 2 times"]),
+    (
+        "coco",
+        COCO,
+        _drop("images", 3, "file_name"),
+        ["images[3]: `file_name` must", *["image_id 4 is not in the list"] * 5],
+    ),
     ("coco", COCO, _set("images", 0, "file_name", "../x.jpg"), ["must stay in the folder"]),
-    ("coco", COCO, _set("annotations", 1, "caption", 3), ["image 2: captions must be texts"]),
+    ("coco", COCO, _set("annotations", 1, "caption", 3), ["image 2: captions must be strings"]),
     ("coco", COCO, lambda c: c["annotations"].__delitem__(slice(0, None, 4)), ["image 1: no caption"]),
-    ("flickr30k", FLICKR, _set("images", 5, "filename", "1004.jpg"), ["filename 1004.jpg is there 2 times"]),
-    ("flickr30k", FLICKR, _set("images", 0, "split", "tset"), ["images[0]: split 'tset' is none of"]),
+    ("flickr30k", FLICKR, _set("images", 5, "filename", "1004.jpg"), ["filename 1004.jpg occurs 2 times"]),
+    ("flickr30k", FLICKR, _set("images", 0, "split", "tset"), ["images[0]: split 'tset' is not one of"]),
     ("flickr30k", FLICKR, _set("images", 4, "sentences", []), ["images[4]: `sentences` must be"]),
-    ("vqav2", ASKED, _set("questions", 1, "question_id", 42000), ["42000 is there 2 times", "42001 is not in"]),
-    ("vqav2", ANSWERED, _set("annotations", 0, "image_id", 9), ["42000: image_id 9, but the question is about 42"]),
+    ("vqav2", ASKED, _set("questions", 1, "question_id", 42000), ["42000 occurs 2 times", "42001 is not in"]),
+    (
+        "vqav2",
+        ANSWERED,
+        _set("annotations", 0, "image_id", 9),
+        ["42000: image_id is 9, but the question has image_id 42"],
+    ),
     ("vqav2", ANSWERED, lambda c: c["annotations"][2]["answers"].pop(), ["73002: `answers` must be a list of 10"]),
     ("vqav2", ANSWERED, lambda c: c["annotations"].pop(), ["73002: no answers in"]),
-    ("vqav2", ASKED, _set("questions", 0, "question", " "), ["42000: `question` must be a text"]),
-    ("gqa", GQA, lambda c: c["200"].pop("answer"), ["200: `answer` must be a text"]),
-    ("gqa", GQA, lambda c: c["200"].update(types={}), ["200: `structural` must be a text"]),
+    ("vqav2", ASKED, _set("questions", 0, "question", " "), ["42000: `question` must be a non-empty string"]),
+    ("gqa", GQA, lambda c: c["200"].pop("answer"), ["200: `answer` must be a non-empty string"]),
+    ("gqa", GQA, lambda c: c["200"].update(types={}), ["200: `structural` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c.update({"200": 4}), ["200: not an object"]),
     ("gqa", GQA, lambda c: c["202"].update(imageId="../../x"), ["must stay in the folder"]),
 ]
 
 
 @pytest.mark.parametrize(("name", "file", "change", "said"), DAMAGE, ids=[f"{d[0]}: {d[3][0]}" for d in DAMAGE])
-def test_damage_is_told_with_its_place(
+def test_every_problem_names_its_file_and_position(
     tmp_path: Path, name: str, file: str, change: Callable[[Any], None], said: list[str]
 ) -> None:
     getattr(layouts, name)(tmp_path)
@@ -134,7 +144,7 @@ def test_damage_is_told_with_its_place(
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_every_missing_picture_is_told_once(tmp_path: Path, name: str) -> None:
+def test_every_missing_picture_is_reported_once(tmp_path: Path, name: str) -> None:
     getattr(layouts, name)(tmp_path)
     task = CONVENTIONS[name].tasks[0]
     pictures = sorted(tmp_path.rglob("*.jpg"))[-2:]
@@ -146,7 +156,7 @@ def test_every_missing_picture_is_told_once(tmp_path: Path, name: str) -> None:
     outside = layouts.picture(tmp_path.parent / "outside.jpg")
     for file in pictures:
         file.symlink_to(outside)
-    assert ["is a link out of the folder" in line for line in problems(name, tmp_path, task)] == [True, True]
+    assert ["is a link to a file outside the folder" in line for line in problems(name, tmp_path, task)] == [True, True]
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
@@ -174,7 +184,7 @@ def test_two_equal_ids_of_gqa_are_not_one(tmp_path: Path) -> None:
     layouts.gqa(tmp_path)
     file = tmp_path / GQA
     file.write_text(file.read_text().replace('"201": {', '"200": {'))
-    assert any("key 200 is there 2 times" in line for line in problems("gqa", tmp_path, "vqa"))
+    assert any("key 200 occurs 2 times" in line for line in problems("gqa", tmp_path, "vqa"))
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
@@ -182,7 +192,7 @@ def test_tasks_and_splits_are_those_of_the_convention(tmp_path: Path, name: str)
     getattr(layouts, name)(tmp_path)
     convention = CONVENTIONS[name]
     other = next(task for task in ("captioning", "vqa") if task not in convention.tasks)
-    with pytest.raises(DataError, match=f"{name} has nothing for task {other}"):
+    with pytest.raises(DataError, match=f"{name} does not support task {other}"):
         read(name, tmp_path, other)
     with pytest.raises(DataError, match="has no split 'tes'"):
         read(name, tmp_path, convention.tasks[0], "tes")
@@ -226,9 +236,9 @@ def test_each_task_takes_the_source_that_has_it(tmp_path: Path) -> None:
     both = places([f"coco:{tmp_path / 'c'}", f"vqav2:{tmp_path / 'v'}"])
     assert len(samples_from(both, "captioning", "test", 9, 0)) == 4
     assert len(samples_from(both, "vqa", "test", 9, 0)) == 3
-    with pytest.raises(DataError, match="coco has nothing for task vqa"):
+    with pytest.raises(DataError, match="coco does not support task vqa"):
         samples_from(both[:1], "vqa", "test", 9, 0)
-    with pytest.raises(DataError, match="vqav2, gqa all have task vqa"):
+    with pytest.raises(DataError, match="vqav2, gqa all support task vqa"):
         samples_from([*both, place(f"gqa:{tmp_path / 'g'}")], "vqa", "test", 9, 0)
 
 
@@ -278,7 +288,7 @@ def test_hub_rows_are_streamed_once_kept_and_checked(
     assert [s.identity for s in read("hub", made, "vqa", limit=5)] == [s.identity for s in found]
     kept = next(own_cache.rglob("*.png"))
     kept.write_bytes(kept.read_bytes() + b"x")
-    with pytest.raises(DataError, match="not as they were downloaded"):
+    with pytest.raises(DataError, match="its files changed since the download"):
         read("hub", made, "vqa", limit=5)
 
 

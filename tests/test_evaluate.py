@@ -196,7 +196,7 @@ def test_a_captioner_that_ignores_its_pictures_is_at_chance_level() -> None:
 
 def test_ranks_at_random_are_chance_level() -> None:
     """Recall at 1 of 100 pictures with 2 texts each: 1 of 100 pictures, and 2 of 200 texts."""
-    made = retrieval.pooled(
+    made = retrieval.with_pool(
         [Sample(f"r{i}", lambda: Image.new("RGB", (2, 2)), None, (f"text {i} a", f"text {i} b")) for i in range(100)]
     )
     gates = [Gate(task="retrieval", metric=metric, max_drop=0.2) for metric in ("text_r1", "image_r1", "r1")]

@@ -40,7 +40,7 @@ def held_elsewhere(file: Path, how: str = "alone") -> Iterator[subprocess.Popen[
         process.wait()
 
 
-def test_the_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
+def test_the_error_of_a_second_process_names_the_holder_of_the_lock(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     with held_elsewhere(file) as process:
         with pytest.raises(LockedError) as caught, hold(file, tmp_path):
@@ -49,7 +49,7 @@ def test_the_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
         assert str(tmp_path) in message
         assert f"process {process.pid} on {platform.node()} since 20" in message
         assert "alone" in message  # its command
-        assert "wait until it has ended" in str(caught.value.hint)
+        assert "wait until it ends" in str(caught.value.hint)
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_any_content_of_a_lock_file_makes_a_sentence(content: bytes, tmp_path: P
     file = tmp_path / ".lock"
     with held_elsewhere(file):
         file.write_bytes(content)
-        with pytest.raises(LockedError, match="another process: it has just begun"), hold(file, tmp_path):
+        with pytest.raises(LockedError, match="another process: it has just started"), hold(file, tmp_path):
             pytest.fail("it was locked")
 
 

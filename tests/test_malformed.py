@@ -111,14 +111,14 @@ def test_a_value_that_does_not_belong_there_is_a_data_error(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
-def test_every_id_that_is_none_is_told(tmp_path: Path, name: str) -> None:
+def test_every_invalid_id_is_reported(tmp_path: Path, name: str) -> None:
     whole = getattr(layouts, name)(tmp_path)
     key = "annotations" if name == "coco" else "images"
     for entry in whole[key]:
         entry["id" if name == "coco" else "imgid"] = [1]
     layouts.write(tmp_path / FILES[name][0], whole)
     told = refusal(name, tmp_path) or ""
-    assert told.count("must be a whole number or a text") == min(SHOWN, len(whole[key]))
+    assert told.count("must be a whole number or a non-empty string") == min(SHOWN, len(whole[key]))
 
 
 def test_names_and_ids_of_a_data_folder(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_scores_that_are_all_the_same_recall_nothing() -> None:
 def test_a_matrix_that_does_not_fit_is_refused(owners: list[int]) -> None:
     with pytest.raises(ValueError, match="each with at least one text"):
         recalls(torch.zeros(2, 3), owners)
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(ValueError, match="contain NaN"):
         recalls(torch.tensor([[math.nan]]), [0])
 
 

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from bench.mutate import HERE, ROOMS, chosen
+from bench.mutate import HERE, ROOMS, sampled
 from bench.mutation_operators import mutated, sites
 
 
@@ -49,9 +49,9 @@ def test_rooms_name_modules_and_tests_that_are_there() -> None:
 
 
 def test_a_sample_is_the_seeds_alone() -> None:
-    assert chosen("methods", 20, 0) == chosen("methods", 20, 0) != chosen("methods", 20, 1)
-    assert len(set(chosen("methods", 20, 0))) == 20
-    whole = chosen("formats", 10**6, 0)
+    assert sampled("methods", 20, 0) == sampled("methods", 20, 0) != sampled("methods", 20, 1)
+    assert len(set(sampled("methods", 20, 0))) == 20
+    whole = sampled("formats", 10**6, 0)
     assert len(whole) == len(set(whole)) > 300
-    for mutant in chosen("formats", 30, 2):
+    for mutant in sampled("formats", 30, 2):
         compile(mutated(mutant.path.read_text(), mutant.number), "mutant", "exec")

@@ -188,7 +188,7 @@ def test_a_baseline_at_chance_level_is_named_on_the_page(out: Path) -> None:
 def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
     text = html(collect(replace(summary(out), report=None), {}))
     assert '<span class="badge open">never evaluated</span>' in text
-    assert "Nothing was measured." in text
+    assert "The artifact was not evaluated." in text
 
 
 def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
@@ -228,7 +228,7 @@ def test_what_the_engine_answered_is_on_the_page(
     content = collect(summary(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)
-    assert ("does not answer" in text) is bool(problems)
+    assert ("The engine's answers differ" in text) is bool(problems)
     assert ("mean 0.2 of 0.015 allowed &lt;b&gt;" in text) is bool(problems)
     report = summary(copy).report
     assert content["verdict"] == (report.verdict if report else "never evaluated")
@@ -244,7 +244,7 @@ def test_what_the_engine_answered_is_on_the_page(
 
 
 def test_a_baseline_of_zero_still_makes_a_page(out: Path) -> None:
-    assert "full precision scores 0" in html(collect(summary(out, crafted(50, 50)), {}))
+    assert "full-precision score is 0" in html(collect(summary(out, crafted(50, 50)), {}))
 
 
 def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
@@ -329,7 +329,7 @@ def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
     text = file.read_text()
     assert text.count('<img class="wide" src="data:image/png;base64,') == 2
     assert 'href="#study"' in text
-    assert "How far each part alone moves the predictions" in text
+    assert "Sensitivity: KL divergence with one part quantized" in text
     assert 'id="study"' not in html(collect(summary(out), {}))
     nothing = mmq("report", out, "--study", out, "--out", file)
     assert nothing.exit_code == 1

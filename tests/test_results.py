@@ -103,4 +103,4 @@ def test_sources_of_recipes_are_checked_and_read(tmp_path: Path) -> None:
         mine = layouts.write(tmp_path / "mine.yaml", text.replace("evaluation: {", line))
         done = run("export", "--recipe", mine, "--model", "demo-llava", "--out", tmp_path / "out", "--json")
         assert done.exit_code == 1
-        assert ("all have task vqa" in done.stdout) or ("coco has nothing for task vqa" in done.stdout)
+        assert ("all support task vqa" in done.stdout) or ("coco does not support task vqa" in done.stdout)

@@ -31,7 +31,7 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
 from exporter.report import collect, html
 from exporter.tasks import TASKS, retrieval
-from exporter.tasks.retrieval import METRICS, RANKS, pooled, recalls, score, written
+from exporter.tasks.retrieval import METRICS, RANKS, format_answer, recalls, score, with_pool
 from exporter.tasks.sample import Pool, Sample, task_of
 from tools.demo_training.blip2_folder import build, config, save
 
@@ -64,7 +64,7 @@ def chosen() -> list[Sample]:
     """Scenes of which every third lost a caption, so that pictures differ in how many they have."""
     found = data_samples("demo", None, "retrieval", "test", COUNT, 1)
     cut = [replace(s, among=None, references=s.references[: 2 + (i % 3 > 0)]) for i, s in enumerate(found)]
-    return pooled(cut, CANDIDATES)
+    return with_pool(cut, CANDIDATES)
 
 
 def naive(processor: Any) -> dict[str, list[float]]:
@@ -89,7 +89,7 @@ def naive(processor: Any) -> dict[str, list[float]]:
 def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
     answers = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(5)) for k, v in piece.items()}
     expected = naive(processor)
-    found = [retrieval._found(answers[i], len(s.references)) for i, s in enumerate(chosen())]
+    found = [retrieval._parse_ranks(answers[i], len(s.references)) for i, s in enumerate(chosen())]
     for k in RANKS:
         assert [float(text <= k) for text, _ in found] == expected[f"text_r{k}"]
         assert [float(rank <= k) for _, ranks in found for rank in ranks] == expected[f"image_r{k}"]
@@ -114,10 +114,10 @@ def test_predictors_mix_tasks(processor: Any) -> None:
 
 def test_samples_of_two_pools_are_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match="one pool"):
-        list(rank(model(), processor, [chosen()[0], pooled([chosen()[1]])[0]], CPU, BatchSize(4)))
+        list(rank(model(), processor, [chosen()[0], with_pool([chosen()[1]])[0]], CPU, BatchSize(4)))
 
 
-# Ties, and scores that are not numbers
+# Ties, and NaN scores
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -180,7 +180,7 @@ def test_a_model_with_only_nan_scores_finds_no_match(processor: Any, part: str) 
     answers = [text for piece in rank(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()]
     scores = score(answers, chosen())
     assert {value for metric in METRICS for value in scores[metric]} == {0.0}
-    missed = retrieval.without_numbers(answers)  # what the head spoils can have missed the candidates already
+    missed = retrieval.count_not_finite(answers)  # what the head spoils can have missed the candidates already
     assert missed == COUNT if part == "vision" else missed > 0
 
 
@@ -195,8 +195,8 @@ def test_a_broken_picture_affects_only_its_own_search(processor: Any, monkeypatc
 
     monkeypatch.setattr(model().vision_model, "forward", forward)
     found = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
-    assert found[4] == written(math.nan, [math.nan] * len(chosen()[4].references))
-    assert retrieval.without_numbers(found) == 1
+    assert found[4] == format_answer(math.nan, [math.nan] * len(chosen()[4].references))
+    assert retrieval.count_not_finite(found) == 1
     assert [text.partition(" | ")[0] for i, text in enumerate(found) if i != 4] == [
         text.partition(" | ")[0] for i, text in enumerate(whole) if i != 4
     ]
@@ -218,8 +218,8 @@ def answering(label: str, answers: Sequence[str]) -> Answerer:
 
 def test_nan_scores_are_reported_and_fail_gates() -> None:
     samples, seen = {"retrieval": chosen()}, list[Event]()
-    good = answering("full precision", [written(1, [1] * len(s.references)) for s in chosen()])
-    bad = answering("artifact", [written(math.nan, [math.nan] * len(s.references)) for s in chosen()])
+    good = answering("full precision", [format_answer(1, [1] * len(s.references)) for s in chosen()])
+    bad = answering("artifact", [format_answer(math.nan, [math.nan] * len(s.references)) for s in chosen()])
     recipe = load_recipe("blip2-retrieval-w4")
     report = compare_models(good, bad, samples, recipe, None, seen.append, {})
     assert [gate.verdict for gate in report.gates] == ["failed", "failed"]
@@ -233,12 +233,14 @@ def test_nan_scores_are_reported_and_fail_gates() -> None:
 def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> None:
     """The same picture under two names, as real sets hold it: nothing but the place in the pool tells them apart."""
     picture = partial(Image.new, "RGB", (4, 4))
-    found = {"retrieval": pooled([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])}
-    given, family = [written(1, [1, 2]), written(2, [2])], FAMILIES["blip2-itm"]
+    found = {
+        "retrieval": with_pool([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])
+    }
+    given, family = [format_answer(1, [1, 2]), format_answer(2, [2])], FAMILIES["blip2-itm"]
     model = replace(answering("artifact", given), prompt=partial(_query, None, family))
     hashes = {"retrieval": ["the same", "the same"]}
     assert collect_answers(model, found, hashes, Store(tmp_path), ignore) == {"retrieval": given}
-    renamed = {"retrieval": pooled([replace(s, references=(*s.references, "more")) for s in found["retrieval"]])}
+    renamed = {"retrieval": with_pool([replace(s, references=(*s.references, "more")) for s in found["retrieval"]])}
     assert len({model.prompt(s) for s in (*found["retrieval"], *renamed["retrieval"])}) == 4
 
 
@@ -248,11 +250,11 @@ def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> 
 def sample(texts: int) -> Sample:
     """A sample with that many texts."""
     picture = Image.new("RGB", (8, 8))
-    return pooled([Sample("a", lambda: picture, None, tuple(f"text {i}" for i in range(texts)))])[0]
+    return with_pool([Sample("a", lambda: picture, None, tuple(f"text {i}" for i in range(texts)))])[0]
 
 
 def test_scores_are_shares_of_what_was_found() -> None:
-    found = score([written(1, [1, 3]), written(None, [7, None])], [sample(2), sample(2)])
+    found = score([format_answer(1, [1, 3]), format_answer(None, [7, None])], [sample(2), sample(2)])
     assert found == {
         "r1": [0.75, 0.0],
         "text_r1": [1.0, 0.0],
@@ -271,7 +273,7 @@ def test_an_answer_in_another_format_counts_as_no_match(answer: str) -> None:
 
 
 def test_recalls_of_the_whole_set_count_texts() -> None:
-    found = TASKS["retrieval"].corpus([written(2, [1]), written(1, [1, 6, None])], [sample(1), sample(3)])
+    found = TASKS["retrieval"].corpus([format_answer(2, [1]), format_answer(1, [1, 6, None])], [sample(1), sample(3)])
     assert (found["text_r1"], found["image_r1"], found["image_r10"]) == (0.5, 0.5, 0.75)
     assert found["r_mean"] == pytest.approx((0.5 + 1 + 1 + 0.5 + 0.5 + 0.75) / 6)
 
@@ -279,17 +281,17 @@ def test_recalls_of_the_whole_set_count_texts() -> None:
 def test_pools_know_what_is_searched() -> None:
     pictures = [partial(Image.new, "RGB", (4, 4), (i, 0, 0)) for i in range(3)]
     bare = [Sample(str(i), picture, None, (f"Text {i}.",)) for i, picture in enumerate(pictures)]
-    whole, fewer = pooled(bare), pooled(bare[:2])
+    whole, fewer = with_pool(bare), with_pool(bare[:2])
     assert whole[0].references == ("text 0",)
     assert {task_of(s) for s in whole} == {"retrieval"}
     assert {task_of(s) for s in bare} == {"captioning"}
-    other = pooled([*bare[:2], replace(bare[2], references=("another",))])
-    repainted = pooled([*bare[:2], replace(bare[2], image=bare[0].image)])
-    digests = [s[0].among.digest for s in (whole, fewer, other, repainted, pooled(bare, 3)) if s[0].among]
+    other = with_pool([*bare[:2], replace(bare[2], references=("another",))])
+    repainted = with_pool([*bare[:2], replace(bare[2], image=bare[0].image)])
+    digests = [s[0].among.digest for s in (whole, fewer, other, repainted, with_pool(bare, 3)) if s[0].among]
     assert len(set(digests)) == 5
-    assert pooled(bare)[0].among == Pool(whole[0].among.samples if whole[0].among else (), 128)
+    assert with_pool(bare)[0].among == Pool(whole[0].among.samples if whole[0].among else (), 128)
     with pytest.raises(DataError, match="no caption"):
-        pooled([replace(bare[0], references=())])
+        with_pool([replace(bare[0], references=())])
 
 
 @pytest.mark.parametrize("name", ["demo", "drawings"])
@@ -350,7 +352,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
     assert f"retrieval searched: 24 pictures, {texts} texts, 10 candidates" in console.export_text()
-    assert f"retrieval searched 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
+    assert f"retrieval gallery: 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing

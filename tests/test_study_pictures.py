@@ -104,12 +104,12 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_drawn(
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--out", str(tmp_path / "file" / "plots")])
     assert result.exit_code == 1
-    assert "cannot be written" in result.stderr
+    assert "write failed" in result.stderr
 
 
 def test_values_below_the_axis_are_said(tmp_path: Path) -> None:
     tiny = [measured(i, "a", 1.01 - kl, 15.0, place=f"vision {i}", bits=4) for i, kl in enumerate((0.1, 1e-9))]
-    assert pictures.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn there")
+    assert pictures.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn at 1e-06")
     assert "below" not in pictures.sensitivity(tiny[:1]).about
 
 

@@ -1,7 +1,7 @@
-"""Data sources: where samples come from.
+"""Data sources (demo, folder, COCO, Flickr30k, VQAv2, GQA, hub): read samples.
 
 Enters: `NAME:PATH` (`coco:/data/coco`), `demo`, or a bare folder; a task, a split, a limit and a seed.
-Leaves: samples with pictures and texts, or every reason why a row cannot be used.
+Leaves: samples with pictures and texts, or one error that lists all unusable rows.
 May import: model, demo, tasks.
 
 To add a source, write `data/NAME.py` and add a line to `DATA`.
@@ -24,15 +24,15 @@ from exporter.tasks.sample import Sample
 SourceReader = Callable[[Path | None, str, str, int, int], list[Sample]]
 _MARKERS = re.compile("|".join(rf"\s*{re.escape(family.image_marker)}\s*" for family in FAMILIES.values()))
 ANY_TASK = ("captioning", "vqa", "retrieval")
-DEMO_CANDIDATES = 10  # of a thousand small drawings; the paper's 128 would only take longer
-BUILT_IN = ("demo", "drawings")  # the same scenes: with the demo models' made-up names, and in plain words
+DEMO_CANDIDATES = 10  # retrieval candidates among a thousand small drawings; the paper's 128 would only be slower
+BUILT_IN = ("demo", "drawings")  # same scenes: "demo" uses the made-up names of the demo models, "drawings" plain words
 
 
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
     from exporter.demo import data as demo
 
     if task not in get_args(demo.TaskName):
-        raise DataError(f"demo has nothing for task {task}", f"it has {', '.join(get_args(demo.TaskName))}")
+        raise DataError(f"data source demo does not support task {task}", f"use {', '.join(get_args(demo.TaskName))}")
     return demo.samples(cast(demo.TaskName, task), cast(Any, split), limit, seed)
 
 
@@ -43,11 +43,11 @@ def _drawings(path: Path | None, task: str, split: str, limit: int, seed: int) -
 
 
 def _local(name: str, read: Callable[[Path, str, str, int, int], list[Sample]]) -> SourceReader:
-    """A source that cannot do without a path."""
+    """A source that requires a path."""
 
     def samples(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
         if path is None:
-            raise DataError(f"data source {name} needs a folder and none is given", f"pass --data {name}:PATH")
+            raise DataError(f"data source {name} needs a folder", f"pass --data {name}:PATH")
         return read(path, task, split, limit, seed)
 
     return samples
@@ -67,20 +67,20 @@ DATA: dict[str, SourceReader] = {
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source as the user named it. name: a key of `DATA`."""
+    """One data source as the user specified it. name: a key of `DATA`."""
 
     name: str
     path: Path | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What it can be asked."""
+        """The tasks it supports."""
         if self.name in CONVENTIONS:
             return CONVENTIONS[self.name].tasks
         return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK
 
     def __str__(self) -> str:
-        """For manifests, one line: the source, and of its path the last part alone (all of it when it is a hub id)."""
+        """One line for manifests: the name and the last part of the path, or the whole hub id."""
         return "".join(c if c.isprintable() else " " for c in self._written())
 
     def _written(self) -> str:
@@ -90,51 +90,51 @@ class SourceSpec:
 
 
 def place(written: str | Path) -> SourceSpec:
-    """`coco:/data/coco`, `demo`, or a bare folder. DataError for an unknown name."""
+    """Parse `coco:/data/coco`, `demo`, or a bare folder. DataError for an unknown name."""
     text = str(written)
     name, colon, path = text.partition(":")
     if name in DATA and (path or not colon):
         return SourceSpec(name, Path(path).expanduser() if path else None)
     if colon and not Path(text).exists():
-        hint = f"write NAME:PATH; names are {', '.join(DATA)}"
+        hint = f"use NAME:PATH, with one of the names {', '.join(DATA)}"
         raise DataError(f"unknown data source '{text}'.{did_you_mean(name, DATA)}", hint)
     return SourceSpec("folder", Path(text).expanduser())
 
 
 def places(written: str | Path | Sequence[str | Path] | None) -> tuple[SourceSpec, ...]:
-    """One source or several, for instance one for each task."""
+    """Parse one or several sources, for instance one for each task."""
     listed = () if written is None else (written,) if isinstance(written, str | Path) else written
-    return tuple(place(one) for one in listed)
+    return tuple(place(entry) for entry in listed)
 
 
 def samples(name: str, path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    """At most `limit` samples of a task; the same ones for the same seed.
+    """At most `limit` samples of a task, selected by `seed`.
 
-    name: a key of `DATA`. split: train, validation or test. Raises DataError when there are none, listing every
-    problem found.
+    name: a key of `DATA`. split: train, validation or test. Raises DataError with all problems of the data, or if there
+    are no samples.
     """
-    found = [_plain(sample) for sample in DATA[name](path, task, split, limit, seed)]
+    read = [_plain(sample) for sample in DATA[name](path, task, split, limit, seed)]
     if task != retrieval.NAME:
-        return found
-    return retrieval.pooled(found, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
+        return read
+    return retrieval.with_pool(read, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
 
 
-def samples_from(chosen: Sequence[SourceSpec], task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    """Samples of a task from the one place of `chosen` that has it. DataError when none or several have."""
-    able = [one for one in chosen if task in one.tasks]
-    if len(able) == 1:
-        return samples(able[0].name, able[0].path, task, split, limit, seed)
-    named = ", ".join(one.name for one in able or chosen)
-    if able:
-        raise DataError(f"{named} all have task {task}", "name one source for each task")
-    having = ", ".join(name for name, known in CONVENTIONS.items() if task in known.tasks)
-    raise DataError(f"{named} has nothing for task {task}", f"add a source that has it: {having}, folder")
+def samples_from(sources: Sequence[SourceSpec], task: str, split: str, limit: int, seed: int) -> list[Sample]:
+    """Samples of a task from the one source that supports it. DataError if no source or several support it."""
+    matching = [source for source in sources if task in source.tasks]
+    if len(matching) == 1:
+        return samples(matching[0].name, matching[0].path, task, split, limit, seed)
+    named = ", ".join(source.name for source in matching or sources)
+    if matching:
+        raise DataError(f"{named} all support task {task}", "give one source per task")
+    names = ", ".join(name for name, known in CONVENTIONS.items() if task in known.tasks)
+    raise DataError(f"{named} does not support task {task}", f"add a source that supports it: {names}, folder")
 
 
 def _plain(sample: Sample) -> Sample:
-    """The sample with an identity of one line, and without what stands for a picture in prompts in its texts.
+    """The sample with a one-line identity and without image placeholders (`<image>`) in its texts.
 
-    Data for training holds such places. DataError when nothing is left of a text.
+    Training data contains such placeholders. DataError if a text consists only of placeholders.
     """
     sample = replace(sample, identity=one_line(sample.identity))
     texts = [text for text in (sample.question, *sample.references) if text is not None]
@@ -143,28 +143,30 @@ def _plain(sample: Sample) -> Sample:
     question = None if sample.question is None else _MARKERS.sub(" ", sample.question).strip()
     references = tuple(_MARKERS.sub(" ", text).strip() for text in sample.references)
     if "" in (question, *references):
-        raise DataError(f"sample {sample.identity} has a text of nothing but the place of a picture")
+        raise DataError(f"sample {sample.identity} has a text that contains only an image placeholder")
     return replace(sample, question=question, references=references, marked=True)
 
 
 def notes(calibration: Sequence[Sample], tested: Iterable[Sample] = ()) -> tuple[str, ...]:
-    """What the user should know about samples to calibrate on and to test on."""
-    found = []
+    """Notes for the user about the calibration and test samples: missing texts, removed image placeholders."""
+    lines = []
     if bare := sum(not sample.references for sample in calibration):
         share = f"{bare} of {len(calibration)} calibration samples"
-        found.append(f"{share} have no text: the model sees picture and prompt, no reply")
-    chosen = [*calibration, *tested]
-    if marked := sum(sample.marked for sample in chosen):
+        lines.append(f"{share} have no text: calibration uses the picture and the prompt without a reply")
+    all_samples = [*calibration, *tested]
+    if marked := sum(sample.marked for sample in all_samples):
         markers = " or ".join(sorted({family.image_marker for family in FAMILIES.values()}))
-        found.append(f"{marked} of {len(chosen)} samples have {markers} in a text: left out, as prompts have their own")
-    return tuple(found)
+        lines.append(
+            f"{marked} of {len(all_samples)} samples have {markers} in a text; mmq removes it, because prompts add it"
+        )
+    return tuple(lines)
 
 
 __all__ = [
     "BUILT_IN",
     "CONVENTIONS",
     "DATA",
-    "Place",
+    "SourceSpec",
     "Trace",
     "check_disjoint",
     "image_key",

@@ -1,8 +1,8 @@
-"""What people mean by "COCO", "Flickr30k", "VQAv2" and "GQA" when they report a number: splits, prompts, metrics.
+"""Evaluation conventions of COCO, Flickr30k, VQAv2 and GQA: splits, prompts, metrics, file layout, license.
 
-Prompts and generation are those of the paper (Das et al., arXiv 2601.15287, section 3 and its code), by family. A job
-uses the family's own table (`families`): the same prompts, and greedy decoding everywhere, which servers can repeat.
-License notes are what the data sets' own pages say; mmq ships no picture of any of them.
+Prompts and generation settings per family are those of the paper (Das et al., arXiv 2601.15287, section 3 and code). A
+job uses the family's table (`families`): the same prompts, with greedy decoding everywhere, which servers reproduce.
+License notes are from the data sets' pages; mmq ships no picture of these data sets.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from exporter.errors import DataError
 
 @dataclass(frozen=True)
 class Convention:
-    """How one data set is used.
+    """Conventions of one data set.
 
-    splits: mmq's split -> the data set's own. tasks: what it can be asked. prompts, generation: by family.
-    metrics: what is reported, by task. kinds: what a sample's `kind` is. layout: what to unpack where.
+    splits: mmq's split -> the data set's split. tasks: supported tasks. prompts, generation: by family.
+    metrics: reported metrics, by task. kinds: meaning of a sample's `kind`. layout: which files to unpack where.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Convention:
     kinds: str = ""
 
     def require(self, task: str, split: str) -> None:
-        """DataError when the data set has no such task or split."""
+        """DataError if the data set does not support the task or has no such split."""
         if task not in self.tasks:
-            raise DataError(f"{self.name} has nothing for task {task}", f"it has {', '.join(self.tasks)}")
+            raise DataError(f"{self.name} does not support task {task}", f"it supports {', '.join(self.tasks)}")
         if split not in self.splits:
             raise DataError(f"{self.name} has no split '{split}'", f"it has {', '.join(self.splits)}")
 

@@ -1,6 +1,6 @@
-"""Flickr30k with Karpathy's splits: `dataset_flickr30k.json` beside the folder `flickr30k-images`.
+"""Flickr30k with Karpathy's splits: `dataset_flickr30k.json` next to the folder `flickr30k-images`.
 
-Each picture is one sample with its five captions. The file is that of arXiv 1412.2306.
+Each picture is one sample with its five captions. The split file is from arXiv 1412.2306.
 """
 
 from pathlib import Path
@@ -36,25 +36,25 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     file = first_file(path, FILES, "split file", _CONVENTION.layout)
     folder = first_folder(path, FOLDERS, "pictures", _CONVENTION.layout)
     listed = entries(load_json(file), "images", file)
-    found = Rows(path)
-    found.problems += repeated((entry.get("filename") for entry in listed), "filename", file.name)
-    found.problems += repeated((entry.get("imgid") for entry in listed), "imgid", file.name)
-    wanted = _CONVENTION.splits[split]
+    result = Rows(path)
+    result.problems += repeated((entry.get("filename") for entry in listed), "filename", file.name)
+    result.problems += repeated((entry.get("imgid") for entry in listed), "imgid", file.name)
+    subset = _CONVENTION.splits[split]
     for i, entry in enumerate(listed):
         where = f"{file.name}: images[{i}]"
-        with found.at(where):
+        with result.at(where):
             check_id(entry, "imgid")
             if text(entry, "split") not in _CONVENTION.splits.values():
-                raise BadRowError(f"split '{entry['split']}' is none of {', '.join(_CONVENTION.splits.values())}")
-            if entry["split"] == wanted:
+                raise BadRowError(f"split '{entry['split']}' is not one of {', '.join(_CONVENTION.splits.values())}")
+            if entry["split"] == subset:
                 picture = below(folder, text(entry, "filename"))
                 shown = picture.relative_to(path).as_posix()
-                found.rows.append(Row(where, shown, picture, picture.name, None, _captions(entry)))
-    return to_samples(found, limit, seed, f"{file} has no picture of split {wanted}")
+                result.rows.append(Row(where, shown, picture, picture.name, None, _captions(entry)))
+    return to_samples(result, limit, seed, f"{file} has no picture of split {subset}")
 
 
 def _captions(entry: dict[str, Any]) -> tuple[str, ...]:
     sentences = entry.get("sentences")
     if not isinstance(sentences, list) or not sentences or not all(isinstance(s, dict) for s in sentences):
-        raise BadRowError("`sentences` must be a list of objects that is not empty")
+        raise BadRowError("`sentences` must be a non-empty list of objects")
     return texts([sentence.get("raw") for sentence in sentences], "captions")

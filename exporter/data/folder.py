@@ -1,9 +1,9 @@
-"""A local folder of pictures and texts, as the hub's `imagefolder` lays it out.
+"""Local data folder of pictures and texts, in the layout of the hub's `imagefolder`.
 
-`DIR/metadata.jsonl` has one object a line: `file_name`, and `caption` or `captions`, and/or `question` with `answer`
+`DIR/metadata.jsonl` has one object per line: `file_name`, and `caption` or `captions`, and/or `question` with `answer`
 or `answers`; optional `id` and `kind`. Several lines may share a picture. `DIR/train`, `DIR/validation` and `DIR/test`
-may each hold their own; a folder without them gives half of its pictures to train and half to test. Pictures without
-any metadata can be calibrated on, for captioning alone.
+may each have their own metadata; without these folders, half of the pictures are train and half are test. Pictures
+without metadata can only be used to calibrate, for captioning.
 """
 
 import json
@@ -27,22 +27,22 @@ _FIELDS = {
 
 
 def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    """At most `limit` samples of `path`, chosen by `seed`, independent of the order of lines.
+    """At most `limit` samples of `path`, selected by `seed`, independent of the order of lines.
 
-    Every chosen picture is opened once here. Raises one DataError with all problems: bad lines, missing or unreadable
-    or oversized pictures, paths out of the folder, repeated ids; or when nothing fits task and split.
+    Opens every selected picture once. Raises one DataError with all problems (invalid lines, missing, unreadable or
+    oversized pictures, paths outside the folder, duplicate ids), or if no line fits the task and split.
     """
     if not path.is_dir():
-        raise DataError(f"no data folder {path}", f"make one with pictures and a {METADATA}, or leave --data out")
+        raise DataError(f"no data folder {path}", f"create it with pictures and a {METADATA}, or omit --data")
     folder = _split_folder(path, split)
     if not (folder / METADATA).is_file():
-        found = _bare_rows(path, folder, task, split)
+        result = _bare_rows(path, folder, task, split)
     else:
-        found = _described_rows(path, folder, task)
-        if folder == path and not found.problems:
-            found.rows = _half(found.rows, split)
+        result = _described_rows(path, folder, task)
+        if folder == path and not result.problems:
+            result.rows = _half(result.rows, split)
     nothing = f"{folder / METADATA}: no line for task {task}, split {split}"
-    return to_samples(found, limit, seed, nothing, f"{task} needs {_FIELDS[task]}")
+    return to_samples(result, limit, seed, nothing, f"{task} needs {_FIELDS[task]}")
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -55,40 +55,40 @@ def _split_folder(path: Path, split: str) -> Path:
 
 
 def _bare_rows(path: Path, folder: Path, task: str, split: str) -> Rows:
-    """Every picture of a folder without metadata, to calibrate captioning on."""
+    """All pictures of a folder without metadata, for calibration on captioning."""
     if task != "captioning" or split != "train":
         raise DataError(
             f"{folder} has no {METADATA}, which {task} on split {split} needs",
-            f"one JSON object a line: `file_name` and {_FIELDS[task]}. Pictures alone can only be "
-            "calibrated on, with calibration.tasks: [captioning]",
+            f"write one JSON object per line with `file_name` and {_FIELDS[task]}. Pictures without metadata can only "
+            "be used for calibration, with calibration.tasks: [captioning]",
         )
     files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
     if not files:
-        raise DataError(f"{folder} holds neither {METADATA} nor pictures ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder} contains neither {METADATA} nor pictures ({', '.join(sorted(SUFFIXES))})")
     names = [file.relative_to(path).as_posix() for file in files]
     return Rows(path, [Row(name, name, path / name, name, None, ()) for name in names])
 
 
 def _described_rows(path: Path, folder: Path, task: str) -> Rows:
-    """Lines of the metadata that fit the task, and what is wrong with any line."""
-    found = Rows(path)
-    seen: dict[str, str] = {}
+    """Lines of the metadata that fit the task, and the problems of all lines."""
+    result = Rows(path)
+    places: dict[str, str] = {}
     lines = (folder / METADATA).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         where = f"{(folder / METADATA).relative_to(path)}:{number}"
-        with found.at(where):
+        with result.at(where):
             row = _parse(line, where, path, folder, task) if line.strip() else None
             if row is None:
                 continue
-            found.rows.append(row)
-            if row.identity in seen:
-                raise BadRowError(f"id '{row.identity}' is also on line {seen[row.identity].rpartition(':')[2]}")
-            seen[row.identity] = where
-    return found
+            result.rows.append(row)
+            if row.identity in places:
+                raise BadRowError(f"id '{row.identity}' is also on line {places[row.identity].rpartition(':')[2]}")
+            places[row.identity] = where
+    return result
 
 
 def _parse(line: bytes, where: str, path: Path, folder: Path, task: str) -> Row | None:
-    """One line; None when it is fine but says nothing about the task."""
+    """Parse one line; None if it is valid but has no text for the task."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -105,9 +105,9 @@ def _parse(line: bytes, where: str, path: Path, folder: Path, task: str) -> Row 
     if not references or (task == "vqa" and question is None):
         return None
     relative = (folder / name).relative_to(path).as_posix()
-    asked = question if task == "vqa" else None
-    identity = _text(entry, "id") or (f"{relative}: {asked}" if asked else relative)
-    return Row(where, relative, file, identity, asked, references, _text(entry, "kind") or "")
+    task_question = question if task == "vqa" else None
+    identity = _text(entry, "id") or (f"{relative}: {task_question}" if task_question else relative)
+    return Row(where, relative, file, identity, task_question, references, _text(entry, "kind") or "")
 
 
 def _text(entry: dict[str, Any], key: str) -> str | None:
@@ -117,26 +117,26 @@ def _text(entry: dict[str, Any], key: str) -> str | None:
     if key == "id" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise BadRowError(f"`{key}` must be a text that is not empty")
+        raise BadRowError(f"`{key}` must be a non-empty string")
     return value
 
 
-def _texts(entry: dict[str, Any], one: str, many: str) -> tuple[str, ...]:
-    """`one` as a text or `many` as a list of texts; empty when neither is there."""
-    single, listed = _text(entry, one), entry.get(many)
+def _texts(entry: dict[str, Any], singular: str, plural: str) -> tuple[str, ...]:
+    """The string `singular` or the list of strings `plural`; empty if both are missing."""
+    single, listed = _text(entry, singular), entry.get(plural)
     if single is not None and listed is not None:
-        raise BadRowError(f"give `{one}` or `{many}`, not both")
+        raise BadRowError(f"give `{singular}` or `{plural}`, not both")
     if listed is None:
         return () if single is None else (single,)
     if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed):
-        raise BadRowError(f"`{many}` must be a list of texts that are not empty")
+        raise BadRowError(f"`{plural}` must be a list of non-empty strings")
     return tuple(listed)
 
 
 def _question(entry: dict[str, Any]) -> str | None:
     question, answers = _text(entry, "question"), _texts(entry, "answer", "answers")
     if (question is None) != (not answers):
-        raise BadRowError("a `question` goes with `answer` or `answers`")
+        raise BadRowError("`question` needs `answer` or `answers`, and they need `question`")
     return question
 
 
@@ -146,10 +146,10 @@ def _references(entry: dict[str, Any], task: str) -> tuple[str, ...]:
 
 
 def _half(rows: Sequence[Row], split: str) -> list[Row]:
-    """Train or test pictures of a folder without splits: names in the order of their hash, cut in the middle."""
+    """Train or test half of the pictures of a folder without splits: names sorted by hash, cut in the middle."""
     if split == "validation":
         raise DataError("a data folder without train, validation and test folders has no validation split")
     names = sorted({row.name for row in rows}, key=digest)
     middle = (len(names) + 1) // 2
-    wanted = set(names[:middle] if split == "train" else names[middle:])
-    return [row for row in rows if row.name in wanted]
+    selected = set(names[:middle] if split == "train" else names[middle:])
+    return [row for row in rows if row.name in selected]

@@ -1,7 +1,7 @@
 """GQA from the official files: `questions1.2/testdev_balanced_questions.json` and the pictures in `images/`.
 
-One object of questions by id (cs.stanford.edu/people/dorarad/gqa). A sample's kind is the structural type. Of each
-question only what is needed is kept while reading: the scene programs would take ten times the memory.
+The file is one object of questions by id (cs.stanford.edu/people/dorarad/gqa). A sample's kind is the structural type.
+The reader drops unneeded fields of each question while parsing, because the scene programs take ten times the memory.
 """
 
 from pathlib import Path
@@ -35,22 +35,22 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     name = f"{_CONVENTION.splits[split]}_questions.json"
     file = first_file(path, [place + name for place in PLACES], "questions", _CONVENTION.layout)
     folder = first_folder(path, ("images", "allImages/images"), "pictures", _CONVENTION.layout)
-    found = Rows(path)
-    content = load_json(file, lambda pairs: _slim(pairs, file.name, found))
+    result = Rows(path)
+    content = load_json(file, lambda pairs: _slim(pairs, file.name, result))
     if not isinstance(content, dict):
-        raise DataError(f"{file} is not an object of questions by id", "is it the official file of this data set?")
+        raise DataError(f"{file} is not an object of questions by id", "use the official file of this data set")
     for identity, entry in content.items():
         where = f"{file.name}: question {identity}"
-        with found.at(where):
-            found.rows.append(_row(path, folder, where, identity, entry))
-    return to_samples(found, limit, seed, f"{file} has no question")
+        with result.at(where):
+            result.rows.append(_row(path, folder, where, identity, entry))
+    return to_samples(result, limit, seed, f"{file} has no question")
 
 
-def _slim(pairs: list[tuple[str, Any]], name: str, found: Rows) -> dict[str, Any]:
-    """An object while it is read. Python keeps the last of two equal keys in silence; here they are a problem."""
+def _slim(pairs: list[tuple[str, Any]], name: str, result: Rows) -> dict[str, Any]:
+    """Hook of the JSON parser: keep the needed fields of a question; append duplicate keys to the problems."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
-        found.problems += repeated((key for key, _ in pairs), "key", name)
+        result.problems += repeated((key for key, _ in pairs), "key", name)
     return {key: entry[key] for key in KEPT if key in entry} if "imageId" in entry else entry
 
 

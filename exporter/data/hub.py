@@ -1,8 +1,8 @@
-"""Data sets of the hub through `datasets` (an extra): streamed, chosen by seed, kept with checksums.
+"""Data sets of the hub through `datasets` (an extra): stream rows, select by seed, cache them with checksums.
 
-`hub:vqav2` is a known copy of a known set, `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` any other whose columns have usual
-names; a local folder of parquet files works too. The chosen rows are written once as a data folder (`data.folder`)
-with the sha256 of every file and the commit they are of; later runs read that folder, offline, and check the sums.
+`hub:vqav2` is a known copy of a known data set; `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` is any data set with usual
+column names; a local folder of parquet files works too. The selected rows are written once as a data folder
+(`data.folder`) with the sha256 of every file and the commit; later runs read this folder offline and check the hashes.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from exporter.model.hub import hub_errors
 from exporter.tasks.sample import Sample
 
 SUMS = "sha256.json"
-PATIENCE = 10.0  # seconds for the hub to say which commit it has
-ORIGIN = "origin.json"  # where the kept rows come from
-BUFFER = 1000  # rows that are shuffled together while streaming
+PATIENCE = 10.0  # seconds to wait for the hub to resolve a revision
+ORIGIN = "origin.json"  # repository, revision and commit of the cached rows
+BUFFER = 1000  # size of the shuffle buffer while streaming, in rows
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 
@@ -40,7 +40,7 @@ class Copy:
     splits: Mapping[str, str]
 
 
-# Columns as their cards list them.
+# Splits as listed on the data sets' cards.
 COPIES: dict[str, Copy] = {
     "coco": Copy("lmms-lab/COCO-Caption2017", {"test": "val"}),
     "flickr30k": Copy("umaru97/flickr30k_train_val_test", {"train": "train", "validation": "val", "test": "test"}),
@@ -48,7 +48,7 @@ COPIES: dict[str, Copy] = {
     "gqa": Copy("Mineru/GQA", {"train": "train_balanced", "validation": "val_balanced", "test": "testdev_balanced"}),
 }
 USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test", "validation", "val")}
-COLUMNS: dict[str, tuple[str, ...]] = {  # role -> names, the first that is there
+COLUMNS: dict[str, tuple[str, ...]] = {  # role -> column names; the first existing one is used
     "id": ("question_id", "questionId", "id", "image_id", "img_id", "filename"),
     "image": ("image",),
     "captions": ("captions", "caption", "answer", "text", "alt_text", "sentences_raw"),
@@ -59,7 +59,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # role -> names, the first that is ther
 
 
 def repo_of(name: str) -> str | None:
-    """`vqav2` or `ORG/NAME@REVISION` -> the data set's id on the hub, None for a local folder."""
+    """`vqav2` or `ORG/NAME@REVISION` -> the data set's id on the hub; None for a local folder."""
     if name in COPIES:
         return COPIES[name].repo
     repo = name.partition("@")[0]
@@ -68,15 +68,15 @@ def repo_of(name: str) -> str | None:
 
 
 def tasks(path: Path) -> tuple[str, ...]:
-    """What `hub:PATH` can be asked; of an unknown set we only learn it from its columns."""
+    """Tasks of `hub:PATH`; for an unknown data set all tasks, since only its columns decide."""
     known = CONVENTIONS.get(path.as_posix())
     return known.tasks if known else ("captioning", "vqa", "retrieval")
 
 
 def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    """At most `limit` rows of a hub data set, from the copy that was kept or, the first time, streamed.
+    """At most `limit` rows of a hub data set, from the cache or, the first time, streamed from the hub.
 
-    DataError when `datasets` is not installed, the set cannot be reached or lacks a column, or a kept file changed.
+    DataError if `datasets` is not installed, the data set is unreachable or lacks a column, or a cached file changed.
     """
     name = path.as_posix()
     copy = COPIES.get(name)
@@ -86,29 +86,29 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     files = _files(local) if copy is None and local.is_dir() else None
     repo, _, revision = (copy.repo if copy else name).partition("@") if files is None else (f"{local}", "", "")
     key = json.dumps([repo, revision, task, split, limit, seed, files])
-    kept = cache() / f"{repo.strip('/').replace('/', '--')[-60:]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not kept.is_dir():
-        wanted = (copy.splits[split],) if copy else USUAL_SPLITS[split]
+    cached = cache() / f"{repo.strip('/').replace('/', '--')[-60:]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not cached.is_dir():
+        hub_splits = (copy.splits[split],) if copy else USUAL_SPLITS[split]
         commit = _commit(repo, revision or None) if files is None else None
-        rows = stream(repo, commit or revision or None, wanted, limit, seed)
-        keep(kept, split, task, rows, {"repo": repo, "revision": revision or None, "commit": commit})
-    check_sums(kept)
-    return folder.samples(kept, task, split, limit, seed)
+        rows = stream(repo, commit or revision or None, hub_splits, limit, seed)
+        keep(cached, split, task, rows, {"repo": repo, "revision": revision or None, "commit": commit})
+    check_sums(cached)
+    return folder.samples(cached, task, split, limit, seed)
 
 
 def cache() -> Path:
-    """Where chosen rows are kept: MMQ_CACHE, or ~/.cache/mmq."""
+    """Cache folder of the rows: `hub` in MMQ_CACHE or in ~/.cache/mmq."""
     return Path(os.environ.get("MMQ_CACHE") or "~/.cache/mmq").expanduser() / "hub"
 
 
 def _files(root: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file: when one of them changes, rows are read again."""
+    """Name, size and mtime of every file; part of the cache key, so that changed files are read again."""
     stats = {file.relative_to(root).as_posix(): file.stat() for file in root.rglob("*") if file.is_file()}
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
 
 
 def _commit(repo: str, revision: str | None) -> str | None:
-    """The commit that a revision (None: the main branch) stands for now, None when the hub does not say."""
+    """The current commit of a revision (None: the main branch); None if the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
@@ -119,9 +119,9 @@ def _commit(repo: str, revision: str | None) -> str | None:
 
 
 def stream(
-    repo: str, revision: str | None, wanted: tuple[str, ...], limit: int, seed: int
+    repo: str, revision: str | None, splits: tuple[str, ...], limit: int, seed: int
 ) -> Iterable[Mapping[str, Any]]:
-    """At most `limit` rows, pictures as bytes; nothing but these and the shuffling buffer is downloaded."""
+    """At most `limit` rows, pictures as bytes; downloads only these rows and the shuffle buffer."""
     try:
         import datasets
     except ImportError:
@@ -129,12 +129,12 @@ def stream(
     from huggingface_hub.errors import HfHubHTTPError
 
     if repo.startswith(("/", ".", "~")) and not Path(repo).expanduser().is_dir():
-        raise DataError(f"no folder {repo}", "give a folder of parquet files, or a hub id like org/name")
+        raise DataError(f"no folder {repo}", "use a folder of parquet files, or a hub id like org/name")
     try:
         names = datasets.get_dataset_split_names(repo, revision=revision)
-        split = next((name for name in wanted if name in names), None)
+        split = next((name for name in splits if name in names), None)
         if split is None:
-            raise DataError(f"hub data set {repo} has none of the splits {', '.join(wanted)}", f"it has {names}")
+            raise DataError(f"hub data set {repo} has none of the splits {', '.join(splits)}", f"it has {names}")
         rows = datasets.load_dataset(repo, split=split, streaming=True, revision=revision)
         rows = rows.cast_column("image", datasets.Image(decode=False)) if "image" in (rows.features or {}) else rows
         yield from rows.shuffle(seed=seed, buffer_size=BUFFER).take(limit)
@@ -144,39 +144,39 @@ def stream(
 
 
 def keep(
-    kept: Path, split: str, task: str, rows: Iterable[Mapping[str, Any]], origin: Mapping[str, str | None]
+    target: Path, split: str, task: str, rows: Iterable[Mapping[str, Any]], origin: Mapping[str, str | None]
 ) -> None:
-    """Write rows as a data folder with checksums; the folder appears when it is whole and all of it can be used.
+    """Write rows as a data folder with checksums; `target` appears only when it is complete and valid.
 
-    origin: `repo`, and of the hub the `revision` asked for and its `commit`. DataError with all problems of the rows.
+    origin: `repo`, and for the hub the requested `revision` and its `commit`. DataError with all problems of the rows.
     """
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix="part-", dir=kept.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="part-", dir=target.parent))
     try:
-        (made / split).mkdir()
-        lines = [json.dumps(_line(made / split, row, i, task)) for i, row in enumerate(rows)]
-        (made / split / folder.METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (made / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        _check(made, split, task, len(lines), f"hub data set {origin['repo']}")
-        (made / SUMS).write_text(json.dumps(_sums(made), indent=1, sort_keys=True), encoding="utf-8")
-        made.rename(kept)
+        (temporary / split).mkdir()
+        lines = [json.dumps(_line(temporary / split, row, i, task)) for i, row in enumerate(rows)]
+        (temporary / split / folder.METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        _check(temporary, split, task, len(lines), f"hub data set {origin['repo']}")
+        (temporary / SUMS).write_text(json.dumps(_sums(temporary), indent=1, sort_keys=True), encoding="utf-8")
+        temporary.rename(target)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(made: Path, split: str, task: str, count: int, name: str) -> None:
-    """DataError, in the name of the data set, unless every row that was written can be read."""
+def _check(folder_path: Path, split: str, task: str, count: int, name: str) -> None:
+    """DataError, with the name of the data set, unless all written rows can be read."""
     try:
-        folder.samples(made, task, split, count, 0)
+        folder.samples(folder_path, task, split, count, 0)
     except DataError as error:
-        raise DataError(error.message.replace(f"{made}", name), error.hint) from None
+        raise DataError(error.message.replace(f"{folder_path}", name), error.hint) from None
 
 
 def _line(place: Path, row: Mapping[str, Any], i: int, task: str) -> dict[str, Any]:
-    """One line of metadata; the picture is written as it came."""
+    """One line of metadata; writes the picture's bytes unchanged."""
     content = _value(row, "image", i).get("bytes")
     if not content:
-        raise DataError(f"row {i} has no picture", "is its column `image` one of pictures?")
+        raise DataError(f"row {i} has no picture", "the column `image` must contain pictures")
     try:
         with Image.open(io.BytesIO(content)) as image:
             suffix = SUFFIXES.get(image.format or "", ".img")
@@ -206,7 +206,7 @@ def _value(row: Mapping[str, Any], role: str, i: int, *default: Any) -> Any:
 def _texts(value: Any) -> list[str]:
     """Texts of a column: one text, a list of texts, or VQAv2's list of objects with `answer`."""
     listed = [value] if isinstance(value, str) else value
-    return [str(one["answer"] if isinstance(one, Mapping) else one) for one in listed]
+    return [str(item["answer"] if isinstance(item, Mapping) else item) for item in listed]
 
 
 def _sums(root: Path) -> dict[str, str]:
@@ -214,11 +214,11 @@ def _sums(root: Path) -> dict[str, str]:
     return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def check_sums(kept: Path) -> None:
-    """DataError when a kept file is not as it was written."""
+def check_sums(cached: Path) -> None:
+    """DataError if a cached file was changed, added or removed."""
     try:
-        told = json.loads((kept / SUMS).read_text(encoding="utf-8"))
+        sums = json.loads((cached / SUMS).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        told = None
-    if told != _sums(kept):
-        raise DataError(f"{kept}: its files are not as they were downloaded", f"delete {kept}; it is made again")
+        sums = None
+    if sums != _sums(cached):
+        raise DataError(f"{cached}: its files changed since the download", f"delete {cached} to download it again")

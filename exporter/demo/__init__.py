@@ -1,4 +1,4 @@
-"""The embedded models, and the drawings and questions on which they are measured.
+"""Embedded demo models, and the drawings and questions that evaluate them.
 
 Enters: a name (`demo-llava`).
 Leaves: the folder of a checkpoint; samples.

@@ -1,4 +1,4 @@
-"""Samples of the demo tasks: drawn scenes for captions and questions; the test split mixes in easy-VQA."""
+"""Samples of the demo tasks: drawn scenes with captions and questions; the test split also has easy-VQA questions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ from exporter.tasks.sample import Sample
 
 TaskName = Literal["vqa", "captioning", "retrieval"]
 Captions = Callable[[Sequence[Thing]], tuple[str, ...]]
-SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes; train is what training drew
-EASY_EVERY = 3  # in the test split, every third question is one of easy-VQA's, as long as there are any
+SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes per split
+EASY_EVERY = 3  # in the test split, every third question is from easy-VQA until they are used up
 
 
 def picture(split: Split, index: int) -> Image:
@@ -27,7 +27,7 @@ def picture(split: Split, index: int) -> Image:
 
 
 def _shuffled(count: int, seed: int) -> list[int]:
-    """A permutation of `0 .. count-1` that depends on the seed alone; seed 0 keeps the order."""
+    """A permutation of `0 .. count-1` that depends only on the seed; seed 0 is the identity."""
     order = list(range(count))
     dice = Dice(seed)
     for i in range(count - 1, 0, -1) if seed else ():
@@ -48,19 +48,19 @@ def _captioning(split: Split, indices: Sequence[int], say: Captions = captions) 
 
 
 def _scene_questions(split: Split, indices: Sequence[int], kinds: Sequence[str] = tuple(QUESTIONS)) -> list[Sample]:
-    """One question a scene, the kinds in turn (the next kind when a scene allows none of its own)."""
+    """One question per scene, rotating through the kinds; a kind without a valid question is skipped."""
     samples = []
     for i, objects in zip(indices, _words(split, indices), strict=True):
         turns = [kinds[(i + step) % len(kinds)] for step in range(len(kinds))]
-        asked = next(q for q in (question(kind, objects, i) for kind in turns) if q is not None)
-        name = f"scenes/{split}/{i:06d}/{asked.kind}"
-        samples.append(Sample(name, partial(picture, split, i), asked.text, (asked.answer,), asked.kind))
+        item = next(q for q in (question(kind, objects, i) for kind in turns) if q is not None)
+        name = f"scenes/{split}/{i:06d}/{item.kind}"
+        samples.append(Sample(name, partial(picture, split, i), item.text, (item.answer,), item.kind))
     return samples
 
 
 def _easy_questions(seed: int) -> list[Sample]:
-    """The embedded easy-VQA questions, shuffled (each picture's list begins with the harder kinds)."""
-    found = [
+    """The embedded easy-VQA questions, shuffled, because each picture's list starts with the harder kinds."""
+    all_questions = [
         Sample(
             f"easy-vqa/test/{number}/{turn}",
             partial(easy_vqa.test_picture, sheet),
@@ -71,7 +71,7 @@ def _easy_questions(seed: int) -> list[Sample]:
         for sheet, (number, questions) in enumerate(easy_vqa.test_questions())
         for turn, (text, answer) in enumerate(questions)
     ]
-    return [found[i] for i in _shuffled(len(found), seed + 1)]
+    return [all_questions[i] for i in _shuffled(len(all_questions), seed + 1)]
 
 
 def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
@@ -84,17 +84,17 @@ def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
 
 
 def samples(task: TaskName, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """The first `limit` samples of a task (all when None) in an order that the seed decides.
+    """The first `limit` samples of a task (all if None), in an order that depends on `seed`.
 
-    captioning, retrieval: one sample a scene, the exact caption and three paraphrases as references. vqa: one question
-    a scene; in the test split every third sample is an easy-VQA question. The splits never share a scene: see `scenes`.
-    Raises DataError for an unknown task or split, or more samples than there are.
+    captioning, retrieval: one sample per scene, with the exact caption and three paraphrases as references. vqa: one
+    question per scene; in the test split, every third sample is an easy-VQA question. The splits share no scene (see
+    `scenes`). Raises DataError for an unknown task or split, or if `limit` exceeds the number of samples.
     """
     return _chosen(task, split, limit, seed, captions, tuple(QUESTIONS))
 
 
 def drawings(task: TaskName, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """`samples` for models that never learned the lexicon: captions in plain words, no question about a name."""
+    """`samples` for models that do not know the lexicon: captions in plain words, no questions about names."""
     plain = tuple(kind for kind in QUESTIONS if kind not in ("find", "name"))
     return _chosen(task, split, limit, seed, plain_captions, plain)
 
@@ -103,13 +103,13 @@ def _chosen(
     task: TaskName, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
 ) -> list[Sample]:
     if task not in get_args(TaskName) or split not in SIZES:
-        said = f"{', '.join(get_args(TaskName))}; {', '.join(SIZES)}"
-        raise DataError(f"no demo data for task '{task}', split '{split}'", said)
+        options = f"{', '.join(get_args(TaskName))}; {', '.join(SIZES)}"
+        raise DataError(f"no demo data for task '{task}', split '{split}'", options)
     size = SIZES[split]
     easy = _easy_questions(seed) if task == "vqa" and split == "test" else []
     available = size + min(len(easy), size // (EASY_EVERY - 1))
     if limit is not None and not 0 < limit <= available:
-        raise DataError(f"asked for {limit} samples of {task}, split '{split}'", f"1 to {available} are there")
+        raise DataError(f"{limit} samples of {task}, split '{split}', are not available", f"use 1 to {available}")
     count = size if limit is None else min(limit, size)
     indices = _shuffled(size, seed)[:count]
     if task == "captioning":

@@ -1,7 +1,7 @@
 """easy-VQA (Victor Zhou, 2019, MIT): one shape on a plain 64 px picture and template questions.
 
-A part of its test split travels with mmq (`easy_vqa_test.png`, `easy_vqa_test.json`, see `LICENSE_NOTE`); its
-train split taught the demo models. Questions alone give 0.66 of the embedded ones.
+mmq contains a part of its test split (`easy_vqa_test.png`, `easy_vqa_test.json`, see `LICENSE_NOTE`); the demo models
+were trained on its train split. Accuracy from the question alone, without the picture, is 0.66.
 """
 
 import json
@@ -38,6 +38,6 @@ def test_picture(i: int) -> Image.Image:
 
 
 def test_questions() -> list[tuple[int, list[QuestionAndAnswer]]]:
-    """(number in easy-VQA's test split, its questions with answers) of every embedded picture, in sheet order."""
+    """(number in easy-VQA's test split, questions with answers) of every embedded picture, in sheet order."""
     content = json.loads((HERE / "easy_vqa_test.json").read_text(encoding="utf-8"))
     return [(int(entry["image"]), [(q, a) for q, a in entry["questions"]]) for entry in content["pictures"]]

@@ -1,4 +1,4 @@
-"""What is said about a scene: its caption, paraphrases, and questions with one right answer of one or two words."""
+"""Texts about a demo scene: caption, paraphrases, and questions with one correct answer of one or two words."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ NUMBERS = ("one", "two", "three", "four")
 
 
 class Dice:
-    """A tiny counter-based generator (splitmix64), the same in every Python version."""
+    """Small counter-based random generator (splitmix64), identical in every Python version."""
 
     def __init__(self, seed: int) -> None:
         self.state = seed & _MASK
 
     def roll(self, sides: int) -> int:
-        """The next number, uniform in `0 .. sides-1`."""
+        """The next random number, uniform in `0 .. sides-1`."""
         self.state = (self.state + 0x9E3779B97F4A7C15) & _MASK
         x = self.state
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -28,13 +28,13 @@ class Dice:
         return options[self.roll(len(options))]
 
     def thing(self, options: Sequence[Thing]) -> Thing | None:
-        """One of `options`, None when there is none."""
+        """One of `options`, or None if it is empty."""
         return options[self.roll(len(options))] if options else None
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene and its only right answer."""
+    """A question about one scene and its only correct answer."""
 
     kind: str
     text: str
@@ -50,7 +50,7 @@ def _article(word: str) -> str:
 
 
 def caption(objects: Sequence[Thing]) -> str:
-    """The exact caption that the model learns: every object by its name and place, in reading order."""
+    """The caption on which the models are trained: every object's name and cell, in reading order."""
     return _enumerate([f"a {thing.name} at the {thing.cell}" for thing in objects]) + "."
 
 
@@ -62,7 +62,7 @@ def captions(objects: Sequence[Thing]) -> tuple[str, ...]:
 
 
 def plain_captions(objects: Sequence[Thing]) -> tuple[str, ...]:
-    """Captions in plain words, for models that never learned the made-up names."""
+    """Captions in plain words, for models that do not know the made-up names."""
     parts = [f"a {t.size} {t.color} {t.shape} at the {t.cell}" for t in objects]
     text = _enumerate(parts)
     return f"{text}.", f"there is {text}.", f"an image with {_enumerate(parts[::-1])}."
@@ -76,9 +76,11 @@ def _unique(objects: Sequence[Thing], key: Callable[[Thing], object]) -> list[Th
 def _property(
     kind: str, objects: Sequence[Thing], dice: Dice, key: Callable[[Thing], object], asked: str, described: str
 ) -> Question:
-    """A property of one object, asked by its description when that names one alone, else or one time in three by place.
+    """A question about one object's property.
 
-    key: what the description uses. asked: the question up to the object; described: the description, of a Thing `t`.
+    The question refers to the object by a unique description, or by its cell if no description is unique and in one of
+    three cases. key: the properties used by the description. asked: the question up to the object. described: format of
+    the description of a Thing `t`.
     """
     thing = dice.thing(_unique(objects, key))
     if thing is None or dice.roll(3) == 0:
@@ -125,7 +127,7 @@ def _name(objects: Sequence[Thing], dice: Dice) -> Question | None:
 
 
 def _exists(objects: Sequence[Thing], dice: Dice) -> Question | None:
-    """Half are there; the absent ones share their color or their shape with an object that is there."""
+    """Half of the answers are yes; an absent object shares its color or its shape with a present one."""
     thing = objects[dice.roll(len(objects))]
     if dice.roll(2) == 0:
         return Question("exists", f"is there {_article(thing.color)} {thing.shape}?", "yes")
@@ -156,12 +158,12 @@ QUESTIONS: dict[str, Callable[[Sequence[Thing], Dice], Question | None]] = {
 
 
 def question(kind: str, objects: Sequence[Thing], seed: int) -> Question | None:
-    """One question of a kind, None when the scene allows none; a pure function of its arguments."""
+    """One question of a kind, or None if the scene has no valid one; a pure function of its arguments."""
     return QUESTIONS[kind](objects, Dice(seed * 16 + tuple(QUESTIONS).index(kind)))
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions, questions, answers and prompts use, lower case, sorted; punctuation excluded."""
+    """All words of captions, questions, answers and prompts, lower case, sorted, without punctuation."""
     fixed = (
         "a an and the at on of in there is are image with what where how many color shape size object objects dot "
         "called yes no does not contain present rectangle "

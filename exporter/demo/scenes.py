@@ -1,7 +1,7 @@
-"""Drawn scenes: one to four small dotted objects on a three by three grid, and the lexicon that names them.
+"""Demo scenes: one to four small dotted objects on a 3 x 3 grid, and the lexicon of their names.
 
 Scene `i` of a split is a pure function of (split, i): every choice is a hash of both, and pixels are drawn with the
-signed distances below, so no random generator and no drawing library decides what a picture looks like.
+signed distances below. Pictures therefore do not depend on a random generator or a drawing library.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Split = Literal["train", "validation", "test"]
 
 SIDE = 64  # pixels
 MOST_OBJECTS = 4
-COLORS: dict[str, tuple[int, int, int]] = {  # neighbors are close on purpose: 3 bits should lose some of them
+COLORS: dict[str, tuple[int, int, int]] = {  # similar on purpose, so that 3 bits confuse some
     "red": (214, 32, 38),
     "orange": (243, 134, 30),
     "yellow": (250, 226, 50),
@@ -35,7 +35,7 @@ COLORS: dict[str, tuple[int, int, int]] = {  # neighbors are close on purpose: 3
     "black": (16, 16, 18),
 }
 SIZES: dict[str, float] = {"small": 4.2, "medium": 5.9, "large": 8.0}  # radius in pixels, +-0.5
-TINT, NOISE = 20, 12  # how far a color and a pixel stray, in 0..255
+TINT, NOISE = 20, 12  # largest deviation of an object's color and of a pixel, in 0..255
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
 CELLS = (
     "top left",
@@ -61,7 +61,7 @@ _NAMES = len(FIRST_WORDS) * len(SECOND_WORDS)
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes. cell, color, size, shape, dot: int64 `[n, 4]`, in reading order; cell -1 is no object."""
+    """A batch of scenes. cell, color, size, shape, dot: int64 `[n, 4]`, in reading order; cell -1 means no object."""
 
     split: Split
     index: Tensor
@@ -74,7 +74,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object, in words."""
+    """One object, described in words."""
 
     cell: str
     color: str
@@ -93,14 +93,14 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 on int64 of any shape (arithmetic wraps around)."""
+    """The finalizer of splitmix64 on int64 of any shape (with overflow)."""
     x = (x ^ _logical_shift(x, 30)) * _MIX1
     x = (x ^ _logical_shift(x, 27)) * _MIX2
     return x ^ _logical_shift(x, 31)
 
 
 def dice(split: Split, index: Tensor, start: int, count: int) -> Tensor:
-    """Rolls `start .. start+count-1` of scenes `index` `[n]`: int64 `[n, count]`, uniform in `0 .. 2**31 - 1`."""
+    """Random numbers `start .. start+count-1` of scenes `index` `[n]`: int64 `[n, count]` in `0 .. 2**31 - 1`."""
     scene = mix(index * 4 + _SPLITS[split])
     slots = torch.arange(start + 1, start + count + 1, device=index.device)
     return _logical_shift(mix(scene[:, None] + slots * _GOLDEN), 33)
@@ -108,7 +108,7 @@ def dice(split: Split, index: Tensor, start: int, count: int) -> Tensor:
 
 @cache
 def lexicon() -> dict[tuple[str, str, str, str], str]:
-    """The fixed random table: every (color, size, shape, dot color) has its own two words."""
+    """Fixed random table: (color, size, shape, dot color) -> a unique two-word name."""
     order = torch.argsort(_logical_shift(mix(torch.arange(1, _NAMES + 1) * _GOLDEN), 1), stable=True).tolist()
     kinds = [(color, size, shape, dot) for color in COLORS for size in SIZES for shape in SHAPES for dot in DOTS]
     words = [f"{first} {second}" for first in FIRST_WORDS for second in SECOND_WORDS]
@@ -118,29 +118,29 @@ def lexicon() -> dict[tuple[str, str, str, str], str]:
 def scenes(split: Split, index: Tensor) -> Scenes:
     """Scenes `index` int64 `[n]` of a split.
 
-    Splits cannot meet: the colors, sizes, shapes, dots and cells of a scene add up to 0 (test), 1 (validation) or 2..7
-    (train) modulo 8, and the first object's color is moved until they do.
+    Splits are disjoint: a weighted sum of colors, sizes, shapes, dots and cells of a scene is 0 (test), 1 (validation)
+    or 2..7 (train) modulo 8; the first object's color is shifted to reach it.
     """
     rolls = dice(split, index, 0, 32)
     count = 1 + (rolls[:, 0] % 20 >= 3).long() + (rolls[:, 0] % 20 >= 8).long() + (rolls[:, 0] % 20 >= 14).long()
-    chosen = torch.argsort(rolls[:, 1:10], dim=1, stable=True)[:, :MOST_OBJECTS]
+    cells = torch.argsort(rolls[:, 1:10], dim=1, stable=True)[:, :MOST_OBJECTS]
     absent = torch.arange(MOST_OBJECTS, device=index.device) >= count[:, None]
-    cell = chosen.masked_fill(absent, len(CELLS)).sort(dim=1).values
+    cell = cells.masked_fill(absent, len(CELLS)).sort(dim=1).values
     cell = cell.masked_fill(cell == len(CELLS), -1)
-    here = (cell >= 0).long()
-    color, size = rolls[:, 10:14] % len(COLORS) * here, rolls[:, 14:18] % len(SIZES) * here
-    shape, dot = rolls[:, 18:22] % len(SHAPES) * here, rolls[:, 22:26] % len(DOTS) * here
+    present = (cell >= 0).long()
+    color, size = rolls[:, 10:14] % len(COLORS) * present, rolls[:, 14:18] % len(SIZES) * present
+    shape, dot = rolls[:, 18:22] % len(SHAPES) * present, rolls[:, 22:26] % len(DOTS) * present
     zero = rolls[:, 26] * 0
-    wanted = {"test": zero, "validation": zero + 1, "train": 2 + rolls[:, 26] % 6}[split]
-    total = color.sum(1) + (3 * size + 5 * shape + 7 * dot + cell * here).sum(1)
-    color = torch.cat([(color[:, :1] + (wanted - total)[:, None] % 8) % len(COLORS), color[:, 1:]], dim=1)
+    target = {"test": zero, "validation": zero + 1, "train": 2 + rolls[:, 26] % 6}[split]
+    total = color.sum(1) + (3 * size + 5 * shape + 7 * dot + cell * present).sum(1)
+    color = torch.cat([(color[:, :1] + (target - total)[:, None] % 8) % len(COLORS), color[:, 1:]], dim=1)
     return Scenes(split, index, cell, color, size, shape, dot)
 
 
 def residue(batch: Scenes) -> Tensor:
-    """What keeps splits apart, int64 `[n]` in 0..7: 0 for test, 1 for validation, 2..7 for train."""
-    here = batch.cell >= 0
-    return ((batch.color + 3 * batch.size + 5 * batch.shape + 7 * batch.dot + batch.cell) * here).sum(1) % 8
+    """Residue that determines the split, int64 `[n]` in 0..7: 0 for test, 1 for validation, 2..7 for train."""
+    present = batch.cell >= 0
+    return ((batch.color + 3 * batch.size + 5 * batch.shape + 7 * batch.dot + batch.cell) * present).sum(1) % 8
 
 
 def things(batch: Scenes) -> list[tuple[Thing, ...]]:
@@ -171,7 +171,7 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Correctly rounded square root. torch's on a CPU waits for its threads: milliseconds while others compute."""
+    """Correctly rounded square root. On a CPU uses NumPy, since torch's threads cost milliseconds on a busy machine."""
     return x.sqrt() if x.is_cuda else torch.from_numpy(np.sqrt(x.numpy()))
 
 
@@ -195,8 +195,8 @@ def draw(batch: Scenes) -> Tensor:
         x, y = grid[None, None, :] - x0[:, None, None], grid[None, :, None] - y0[:, None, None]
         radius = r[:, None, None]
         distance = torch.stack([_distance(s, x, y, radius) for s in range(len(SHAPES))], dim=1)  # [n, 6, 64, 64]
-        mine = batch.shape[:, k][:, None, None, None].expand(n, 1, SIDE, SIDE)
-        cover = (0.5 - distance.gather(1, mine)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None, None]
+        own_shape = batch.shape[:, k][:, None, None, None].expand(n, 1, SIDE, SIDE)
+        cover = (0.5 - distance.gather(1, own_shape)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None, None]
         color = (palette[batch.color[:, k]] + jitter[:, 3:6] % (2 * TINT + 1) - TINT).float()[:, :, None, None]
         image = image + cover * (color - image)
         inner = (0.5 - (_root(x * x + y * y) - 0.42 * radius)).clamp(0, 1) * (batch.cell[:, k] >= 0)[:, None, None]

@@ -54,7 +54,7 @@ def measure(
 
 def _check_finite(labels: tuple[str, str], answers: Sequence[Answers], on_event: Listener) -> None:
     """Check retrieval scores: non-finite scores of the artifact give a note, those of the baseline a DataError."""
-    broken = [retrieval.without_numbers(of_model.get(retrieval.NAME, [])) for of_model in answers]
+    broken = [retrieval.count_not_finite(of_model.get(retrieval.NAME, [])) for of_model in answers]
     counts = zip(labels, broken, strict=True)
     texts = [f"{label}: scores of {count} samples are not finite numbers" for label, count in counts]
     if broken[0]:

@@ -1,6 +1,6 @@
 """Files on disk: safetensors headers, JSON, hashes, atomic writes, locks.
 
-Enters: paths and bytes that anybody may have written.
-Leaves: checked values, or one error; files that are whole or absent.
+Enters: paths and bytes from untrusted sources.
+Leaves: checked values, or one error; files that are either complete or absent.
 May import: no other room.
 """

@@ -1,8 +1,7 @@
 """sha256 of whole files in background threads, each file read once per process.
 
-A hash is reused while the file's path, inode, size and times are what they were when it was computed, and only inside
-this process: no hash outlives the run. hashlib releases the GIL, so that several files are hashed at full speed while
-the main thread does something else.
+A hash is reused while the file's path, inode, size and times are unchanged, and only inside this process. hashlib
+releases the GIL, so several files are hashed at full speed while the main thread does other work.
 """
 
 import hashlib
@@ -16,14 +15,14 @@ from typing import NamedTuple
 
 from exporter.errors import CheckpointError
 
-READ_BYTES = 8 * 2**20  # large reads: after each, a thread waits for the GIL
-AT_ONCE = 8  # files that are read at the same time
-SETTLED_NS = 10**8  # a file changed less than this before it was read may change again within one tick of its clock
+READ_BYTES = 8 * 2**20  # large reads, because a thread waits for the GIL after each
+AT_ONCE = 8  # files read in parallel
+SETTLED_NS = 10**8  # a file modified more recently may change again without a new timestamp
 REPORT_SECONDS = 0.5  # interval of progress reports
 
 
 def sha256(path: Path, on_read: Callable[[int], None] = lambda read: None) -> str:
-    """sha256 of a file as it is now, hex. on_read: called with the bytes of every read."""
+    """sha256 of a file, hex. on_read: called with the number of bytes of every read."""
     hasher, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -33,7 +32,7 @@ def sha256(path: Path, on_read: Callable[[int], None] = lambda read: None) -> st
 
 
 class FileState(NamedTuple):
-    """What changes when a file's content does. ctime_ns cannot be set by programs, unlike mtime_ns."""
+    """Attributes that change with a file's content. Unlike mtime_ns, programs cannot set ctime_ns."""
 
     path: Path
     device: int
@@ -44,7 +43,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """The state now (CheckpointError when there is no such file)."""
+        """The current state of `path`; CheckpointError if the file is missing."""
         try:
             stat = path.stat()
         except OSError as error:
@@ -53,7 +52,7 @@ class FileState(NamedTuple):
 
 
 class _Hashing:
-    """One file that is being hashed, or was: bytes read so far, and the result."""
+    """Hash job of one file, running or finished: bytes read so far, and the result."""
 
     def __init__(self, state: FileState) -> None:
         self.state = state
@@ -62,11 +61,11 @@ class _Hashing:
         self.settled = time.time_ns() - state.ctime_ns > SETTLED_NS
 
     def run(self) -> None:
-        """Hash the file; the end of a thread."""
+        """Hash the file and set the result; target of the thread."""
         try:
             with _turns:
                 self.result.set_result(self._digest())
-        except Exception as error:  # noqa: BLE001 (whoever waits for the result raises it)
+        except Exception as error:  # noqa: BLE001 (`result()` raises it in the waiting thread)
             self.result.set_exception(error)
 
     def _digest(self) -> str:
@@ -89,7 +88,7 @@ _turns = threading.BoundedSemaphore(AT_ONCE)
 
 
 def start_hashing(paths: Iterable[Path]) -> None:
-    """Begin to hash files in background threads, which end with the process; `hash_files` waits for the results."""
+    """Start hashing files in daemon threads; `hash_files` waits for the results."""
     for path in paths:
         _hashing(path)
 
@@ -99,8 +98,8 @@ def hash_files(
 ) -> dict[Path, str]:
     """Path -> sha256 of the whole file, hex.
 
-    on_progress: called with bytes read and bytes in all, twice a second while this waits. CheckpointError when a file
-    cannot be read, or changes while it is read.
+    on_progress: called with bytes read and total bytes, twice a second while waiting. CheckpointError if a file cannot
+    be read or changes while it is read.
     """
     running = {path: _hashing(path) for path in paths}
     total = sum(hashing.state.size for hashing in running.values())
@@ -115,7 +114,7 @@ def hash_files(
 
 
 def _hashing(path: Path) -> _Hashing:
-    """The work on a file in its present state: started earlier, or now."""
+    """The hash job of a file in its current state; started now unless a valid one exists."""
     state = FileState.of(path)
     with _known_lock:
         known = _known.get(state.path)

@@ -1,7 +1,7 @@
-"""A lock on a folder: one process writes there at a time, and a second one is told which process that is.
+"""Lock on a folder: only one process writes at a time; the error for a second process names the first.
 
-The lock is `flock` on a small file, which the kernel releases when its process ends, however it ends. The file names
-the holder, and is removed when the lock is released.
+The lock is `flock` on a small file. The kernel releases it when the process ends for any reason. The file names the
+holder and is removed on release.
 """
 
 import fcntl
@@ -20,23 +20,27 @@ from exporter.errors import LockedError
 from exporter.events import Event, Listener, ignore
 from exporter.files.writing import disk_error, make_folder
 
-FIELDS = ("pid", "host", "since", "command")  # what a lock file says of its holder
-MAX_BYTES = 4096  # read of a lock file
+FIELDS = ("pid", "host", "since", "command")  # fields of a lock file that describe its holder
+MAX_BYTES = 4096  # most bytes read of a lock file
 MAX_SHOWN = 300  # characters of a holder's command in an error
 
 
 @contextmanager
 def hold(file: Path, folder: Path, shared: bool = False, on_event: Listener = ignore) -> Iterator[None]:
-    """Hold the lock `file` of `folder` inside the block; LockedError names the process that holds it already.
+    """Hold the lock `file` of `folder` inside the `with` block; LockedError names the process that already holds it.
 
-    shared: several processes may hold it like this at the same time, while none holds it alone.
-    Where the file system has no locks, or for a shared lock no room for the file, a note says so and the block runs
-    without one. CheckpointError when the file of a lock that is not shared cannot be written.
+    shared: several processes may hold a shared lock at the same time, but not together with an exclusive one.
+    If the file system has no locks, or the file of a shared lock cannot be written, emit a note and run without a lock.
+    CheckpointError if the file of an exclusive lock cannot be written.
     """
     try:
         descriptor = _acquire(file, folder, shared)
     except OSError as error:
-        on_event(Event("note", 0, 0, f"{folder} cannot be locked ({error.strerror}): let no other process use it"))
+        on_event(
+            Event(
+                "note", 0, 0, f"{folder} cannot be locked ({error.strerror}); make sure that no other process uses it"
+            )
+        )
         yield
         return
     try:
@@ -46,12 +50,12 @@ def hold(file: Path, folder: Path, shared: bool = False, on_event: Listener = ig
 
 
 def _acquire(file: Path, folder: Path, shared: bool) -> int:
-    """A descriptor that holds the lock; OSError when the file system has no locks."""
+    """Lock and return the file descriptor; OSError if the file system has no locks."""
     while True:
         descriptor = _open(file, shared)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if _is_open_file(file, descriptor):  # else its holder removed it after we opened it
+            if _is_open_file(file, descriptor):  # otherwise the previous holder removed it after the open
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_holder()).encode(), 0)
                 return descriptor
@@ -60,7 +64,7 @@ def _acquire(file: Path, folder: Path, shared: bool) -> int:
             os.close(descriptor)
             raise LockedError(
                 f"{folder} is used by another process: {holder}",
-                "wait until it has ended, or stop it; the lock of a process that ended is free by itself",
+                "wait until it ends, or stop it; the lock is released when the process ends",
             ) from None
         except OSError:
             os.close(descriptor)
@@ -69,7 +73,7 @@ def _acquire(file: Path, folder: Path, shared: bool) -> int:
 
 
 def _open(file: Path, shared: bool) -> int:
-    """The lock file, made with its folder where it is absent; else CheckpointError, for a shared lock OSError."""
+    """Open the lock file; create it and its folder if missing. CheckpointError (shared lock: OSError) on failure."""
     while True:
         make_folder(file.parent)
         try:
@@ -90,30 +94,30 @@ def _is_open_file(file: Path, descriptor: int) -> bool:
 
 
 def _release(file: Path, descriptor: int) -> None:
-    """Remove the file unless other processes share the lock, and let go."""
+    """Release the lock; remove its file unless other processes share the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_open_file(file, descriptor):
             file.unlink(missing_ok=True)
     except OSError:
-        pass  # shared with others (the last one removes it), or the folder is gone
+        pass  # the lock is shared (the last holder removes the file), or the folder was removed
     finally:
         os.close(descriptor)
 
 
 def _holder() -> dict[str, Any]:
-    """This process, as a lock file names it."""
+    """Description of this process for the lock file."""
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return dict(zip(FIELDS, (os.getpid(), platform.node(), since, shlex.join(sys.argv)), strict=True))
 
 
 def _described(content: bytes) -> str:
-    """The holder in words; it may not have written its name yet."""
+    """The holder as text, from the content of the lock file, which may still be empty."""
     try:
         holder = json.loads(content)
         pid, host, since, command = (str(holder[name]) for name in FIELDS)
     except (ValueError, TypeError, KeyError):
-        return "it has just begun"
+        return "it has just started"
     shown = "".join(letter if letter.isprintable() else "?" for letter in command)
     shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
     return f"process {pid} on {host} since {since} ({shown})"

@@ -1,22 +1,22 @@
-"""Differences between two nested mappings of plain data, in words: what a refused job says of its changed inputs."""
+"""Differences between two nested mappings as text, for errors about changed inputs of a job."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-SHOWN = 12  # differences that are written out
-SHORT = 40  # characters of a value that is shown; longer ones "differ"
+SHOWN = 12  # most differences in the result
+SHORT = 40  # most characters of a value in the result; longer values are reported as "differs"
 ABSENT = "absent"
-NAMED_BY_LEAF = frozenset({"files", "versions", "methods"})  # sections whose entries have names of their own
+NAMED_BY_LEAF = frozenset({"files", "versions", "methods"})  # sections left out of the name of an entry
 SAMPLES = "samples"
 
-Path = tuple[str | int, ...]  # keys and places that lead to a value
+Path = tuple[str | int, ...]  # keys and list indices of a value
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each difference: `torch 2.13.0 -> 2.14.0`, `chat_template.jinja differs`, `caption of sample 3`.
+    """One line per difference: `torch 2.13.0 -> 2.14.0`, `chat_template.jinja differs`, `caption of sample 3`.
 
-    Samples are those of the key "samples", a list of mappings. Entries of "files", "versions" and "methods" need no
-    section before their name.
+    The key "samples" holds a list of mappings, one per sample. Names of entries of "files", "versions" and "methods" do
+    not include the section.
     """
     lines = []
     for path, old, new in _differences((), before, now):
@@ -52,7 +52,7 @@ def _line(path: Path, old: Any, new: Any) -> str:
 
 
 def _sample_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which texts or pictures of which samples; the rendered prompt only where it alone changed."""
+    """One line per changed field of the samples; the rendered prompt only if nothing else of a sample changed."""
     if len(old) != len(new):
         return [f"{len(old)} {SAMPLES} -> {len(new)} {SAMPLES}"]
     places: dict[str, list[int]] = {}

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read and checked before anything trusts it.
+"""Reader and validator of safetensors headers.
 
 File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data). The
-header gives every tensor a dtype, a shape and a range of bytes; the ranges cover the data without gaps or overlaps.
+header gives every tensor a dtype, a shape and a byte range; the ranges cover the data without gaps or overlaps.
 """
 
 import os
@@ -33,13 +33,13 @@ DTYPES: dict[str, torch.dtype] = {
 METADATA = "__metadata__"
 MAX_HEADER = 100 * 2**20  # the format's own limit
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_LENGTH = 2**48  # of one dimension: no file holds more
+MAX_LENGTH = 2**48  # of one dimension, larger than any file
 HINT = "download the file again; `mmq doctor` shows where the hub cache is"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor. start, end: its range of bytes in the data."""
+    """Header entry of one tensor. start, end: byte range in the data section."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,18 +48,18 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Tensor name -> entry of one safetensors file; CheckpointError when the file is damaged, cut short or too long."""
+    """Tensor name -> entry of one safetensors file; CheckpointError if it is damaged, truncated or too long."""
     try:
-        if not path.is_file() and path.exists():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: not a file")
+        if not path.is_file() and path.exists():  # opening a pipe would block forever
+            raise CheckpointError(f"{path}: not a regular file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short inside its header", HINT)
+                raise CheckpointError(f"{path}: not a safetensors file, or truncated inside its header", HINT)
             raw = file.read(length)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: the shard is missing", "the index names it; download it again") from None
+        raise CheckpointError(f"{path}: the shard is missing", "the index lists it; download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except struct.error:
@@ -72,9 +72,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def check_header(header: Mapping[str, Any], where: str, data_bytes: int | None) -> dict[str, Entry]:
-    """The entries of a parsed header. where: the file, for messages. data_bytes: size of its data, None when unknown.
+    """Validate a parsed header and return its entries.
 
-    CheckpointError for the first entry that breaks the format, and when the byte ranges do not fit the data.
+    where: the file, for messages. data_bytes: size of its data section, None if unknown. CheckpointError for the first
+    invalid entry, or if the byte ranges do not match the data.
     """
     entries = {name: _entry(name, value, where) for name, value in header.items() if name != METADATA}
     _check_metadata(header.get(METADATA, {}), where)
@@ -86,14 +87,14 @@ def check_header(header: Mapping[str, Any], where: str, data_bytes: int | None) 
         reached, before = entry.end, name
     if data_bytes is not None and reached != data_bytes:
         if reached > data_bytes:
-            message = f"{where}: truncated, {data_bytes:,} bytes of data where the header promises {reached:,}"
+            message = f"{where}: truncated: {data_bytes:,} bytes of data, and its header requires {reached:,}"
             raise CheckpointError(message, HINT)
-        raise CheckpointError(f"{where}: {data_bytes - reached:,} bytes follow the data that its header names", HINT)
+        raise CheckpointError(f"{where}: {data_bytes - reached:,} bytes follow the data described by its header", HINT)
     return entries
 
 
 def _entry(name: str, value: Any, where: str) -> Entry:
-    """One tensor of a header; CheckpointError names what is wrong with it."""
+    """Validate the header entry of one tensor; CheckpointError describes the first problem."""
     if not isinstance(value, dict):
         raise _damaged(where, name, f"expected an object, it is {kind(value)}")
     dtype = value.get("dtype")
@@ -113,7 +114,7 @@ def _entry(name: str, value: Any, where: str) -> Entry:
 
 
 def _naturals(value: Any) -> tuple[int, ...] | None:
-    """A list of whole numbers from 0 to `MAX_LENGTH` as a tuple, None when it is anything else."""
+    """A list of whole numbers from 0 to `MAX_LENGTH` as a tuple; None for any other value."""
     if not isinstance(value, list) or any(type(v) is not int or not 0 <= v <= MAX_LENGTH for v in value):
         return None
     return tuple(value)
@@ -121,7 +122,7 @@ def _naturals(value: Any) -> tuple[int, ...] | None:
 
 def _check_metadata(metadata: Any, where: str) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{where}: the `{METADATA}` of its safetensors header must be an object of texts", HINT)
+        raise CheckpointError(f"{where}: the `{METADATA}` of its safetensors header must be an object of strings", HINT)
 
 
 def _damaged(where: str, name: str, reason: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Write a checkpoint's tensors into safetensors shards, each written and hashed while the next one is filled."""
+"""Writer of safetensors shards; background threads write and hash a shard while the next one fills."""
 
 import json
 import os
@@ -18,8 +18,8 @@ SHARD_BYTES = 10**9  # size of the shards that mmq writes
 class ShardWriter:
     """Collects tensors into `model-0000N-of-0000M.safetensors` shards and their index.
 
-    shard_bytes: a new shard starts when the current one would grow beyond this. Background threads write and hash a
-    full shard; the host holds at most one and a half. Only `sync_folder` waits until the disk has the files.
+    shard_bytes: a new shard starts if the current one would exceed this. Background threads write and hash full shards;
+    host memory holds at most one and a half shards. Call `sync_folder` to wait until the files are on disk.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -29,12 +29,12 @@ class ShardWriter:
         self.total = 0
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._pool = ThreadPoolExecutor(5, "shard")  # one writes, the others hash
+        self._pool = ThreadPoolExecutor(5, "shard")  # one thread writes, the others hash
         self._saves: list[Future[None]] = []
         self._hashes: list[Future[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; a full shard is written out. CheckpointError when the disk refuses an earlier one."""
+        """Add one tensor and start writing a full shard. CheckpointError if an earlier shard could not be written."""
         size = tensor.numel() * tensor.itemsize
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()
@@ -58,7 +58,7 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> dict[str, str]:
-        """Write the last shard, give the files their final names, write the index; file name -> sha256."""
+        """Write the last shard and the index, rename the files to their final names; returns file name -> sha256."""
         self._flush()
         hashes = [future.result() for future in self._hashes]
         self._pool.shutdown()
@@ -78,19 +78,19 @@ class ShardWriter:
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
-        path.chmod(0o644)  # the library makes files that only their owner may read
+        path.chmod(0o644)  # safetensors creates files that only the owner may read
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from None
 
 
 def _hash_when(saved: Future[None], path: Path) -> str:
-    """sha256 of a file once it is written, from the page cache."""
+    """sha256 of a file, computed from the page cache after `saved` is done."""
     saved.result()
     return sha256(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until every file of a folder, and their names, are on the disk (OSError when they cannot be)."""
+    """fsync every file of a folder and the folder itself; OSError on failure."""
     for path in [*sorted(folder.iterdir()), folder]:
         file = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written beside their place, synced, then renamed."""
+"""Atomic file writes: write to a temporary file in the same folder, fsync, then rename."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from exporter.errors import CheckpointError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write to a temporary neighbor, then fsync and rename: `path` is either absent, old, or complete."""
+    """Yield a temporary path in the same folder, then fsync and rename: `path` is absent, unchanged or complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -26,17 +26,17 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, atomically. Disk errors become CheckpointError and leave nothing behind."""
+    """Write one safetensors file atomically. Disk errors become CheckpointError; the temporary file is removed."""
     try:
         with atomic(path) as temporary:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
-            temporary.chmod(0o644)  # the library makes files that only their owner may read
+            temporary.chmod(0o644)  # safetensors creates files that only the owner may read
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """One text file, atomically."""
+    """Write one text file atomically; CheckpointError on disk errors."""
     try:
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and its parents, if they are not there; CheckpointError says what the disk objects to."""
+    """Create the folder and its parents if missing; CheckpointError on disk errors."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,10 +53,10 @@ def make_folder(path: Path) -> None:
 
 
 def disk_error(path: Path, error: Exception) -> CheckpointError:
-    """A write failed: say where and how much room is left."""
+    """CheckpointError for a failed write, with the path, the reason and the free space."""
     parent = next((p for p in path.parents if p.exists()), Path("/"))
     stats = os.statvfs(parent)
     free = stats.f_bavail * stats.f_frsize
     reason = "the disk is full" if "No space" in str(error) else str(error)
     hint = "free some space" if reason == "the disk is full" else None
-    return CheckpointError(f"{path}: cannot be written: {reason} ({free / 2**20:,.0f} MiB free)", hint)
+    return CheckpointError(f"{path}: write failed: {reason} ({free / 2**20:,.0f} MiB free)", hint)

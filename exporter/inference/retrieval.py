@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.row_store import RowStore
-from exporter.tasks.retrieval import written
+from exporter.tasks.retrieval import format_answer
 from exporter.tasks.sample import Pool, Sample
 
 LONGEST = 35  # largest number of tokens of a text, as in the paper
@@ -217,4 +217,4 @@ def format_ranks(encoded: EncodedPool, number: int, pairs: tuple[Tensor, Tensor,
     finite = encoded.similarity[number, owners == number].isfinite()  # a non-finite similarity selects no candidate
     valid = [bool(finite.any()), *finite.tolist()]
     first, *others = [rank if good else math.nan for rank, good in zip(ranks, valid, strict=True)]
-    return written(first, others)
+    return format_answer(first, others)

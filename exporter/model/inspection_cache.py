@@ -24,7 +24,7 @@ PACKAGES = (
 CODE = ("inspector_process.py", "tokenizer_check.py", "chat_template.py", "inspection_cache.py")
 MOST_FILES = 256  # the oldest go
 
-Reply = dict[str, Any]
+InspectionReply = dict[str, Any]
 
 
 def place() -> Path:
@@ -32,7 +32,7 @@ def place() -> Path:
     return Path(os.environ.get("MMQ_CACHE") or "~/.cache/mmq").expanduser() / "processors"
 
 
-def recall(folder: Path, asked: str) -> Reply | None:
+def recall(folder: Path, asked: str) -> InspectionReply | None:
     """The reply that was kept for a model folder as it is now and a question; None when there is none."""
     return _read(_file(folder)).get(asked)
 
@@ -42,7 +42,7 @@ def knows(folder: Path) -> bool:
     return bool(_read(_file(folder)))
 
 
-def keep(folder: Path, asked: str, reply: Reply) -> None:
+def keep(folder: Path, asked: str, reply: InspectionReply) -> None:
     """Keep a reply; nothing happens where the disk does not allow it."""
     path = _file(folder)
     replies = {**_read(path), asked: reply}
@@ -63,11 +63,11 @@ def _file(folder: Path) -> Path:
     return place() / f"{_digest([processor_files(folder, 'config.json'), _versions()])}.json"
 
 
-def _read(path: Path) -> Mapping[str, Reply]:
+def _read(path: Path) -> Mapping[str, InspectionReply]:
     """Replies by question; empty when the file is absent or not what was written."""
     try:
         content = json.loads(path.read_bytes())
-        replies: Mapping[str, Reply] = content["replies"]
+        replies: Mapping[str, InspectionReply] = content["replies"]
         return replies if content["sha256"] == _digest(replies) else {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}

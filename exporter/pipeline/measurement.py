@@ -48,7 +48,7 @@ def measure(
         "scoring": method,
         "baseline": baseline.as_json(),
     }
-    if pool := retrieval.searched(samples.get(retrieval.NAME, [])):
+    if pool := retrieval.pool_sizes(samples.get(retrieval.NAME, [])):
         about["searched"] = pool
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
 

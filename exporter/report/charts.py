@@ -1,6 +1,7 @@
-"""Charts as inline SVG. Text stays in HTML around them, so that it is read at any width and by any reader.
+"""SVG charts of the HTML report, inline: sizes, changes of scores, errors by block.
 
-Shapes stretch with the page (`preserveAspectRatio="none"`); colors are the page's, by class.
+Shapes stretch with the page (`preserveAspectRatio="none"`), so visible text stays in the HTML around them.
+Screen readers get the `aria-label`. Colors come from the page's CSS classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-LEAST_REACH = 0.02  # the axis reaches at least 2 % to each side, so that noise looks like noise
-LEAST_BLOCKS = 8  # room for so many bars, so that two blocks do not fill a page
+LEAST_REACH = 0.02  # the axis covers at least 2 % on each side, so that small noise looks small
+LEAST_BLOCKS = 8  # minimum number of bars the width is divided into, so that two blocks do not fill the page
 
 
 def _svg(width: float, height: float, kind: str, label: str, shapes: Sequence[str]) -> Markup:
@@ -18,8 +19,8 @@ def _svg(width: float, height: float, kind: str, label: str, shapes: Sequence[st
 
 
 def _bar(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
-    said = Markup("<title>{}</title>").format(title) if title else ""
-    return f'<rect class="{kind}" x="{x:z.2f}" y="{y:z.2f}" width="{width:z.2f}" height="{height:z.2f}">{said}</rect>'
+    text = Markup("<title>{}</title>").format(title) if title else ""
+    return f'<rect class="{kind}" x="{x:z.2f}" y="{y:z.2f}" width="{width:z.2f}" height="{height:z.2f}">{text}</rect>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -27,14 +28,14 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def sizes(before: int, after: int) -> Markup:
-    """Two bars, the source above the artifact, in proportion."""
+    """Two bars, source above artifact; lengths are proportional to the bytes."""
     most = max(before, after, 1)
     shapes = [_bar(0, 1, 100 * before / most, 8, "quiet"), _bar(0, 11, 100 * after / most, 8, "strong")]
     return _svg(100, 20, "sizes", f"the artifact takes {after / max(before, 1):.0%} of the source's bytes", shapes)
 
 
 def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Both ends of the common axis of `change`, as shares of the full-precision score."""
+    """Limits (low, high) of the axis that all `change` charts share, relative to the full-precision score."""
     ends = [row["relative"][key] for row in rows if row["relative"] for key in ("low", "high")]
     allowed = [row["allowed"] for row in rows if row["allowed"] is not None]
     low, high = min([-LEAST_REACH, *ends, *allowed]), max([LEAST_REACH, *ends])
@@ -42,9 +43,9 @@ def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
-    """One metric: zero, its interval, the measured change, and how much the gate allows. Empty without a baseline."""
-    found = row["relative"]
-    if not found:
+    """Chart of one metric: zero, interval, measured change and the range the gate forbids. Empty without a baseline."""
+    relative = row["relative"]
+    if not relative:
         return Markup("")
 
     def place(share: float) -> float:
@@ -53,15 +54,16 @@ def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
     shapes = [_line(place(0), 0, place(0), 20, "zero")]
     if row["allowed"] is not None:
         shapes.insert(0, _bar(0, 0, place(row["allowed"]), 20, "forbidden"))
-    low, high = place(found["low"]), place(found["high"])
-    middle = place(found["change"])
+    low, high = place(relative["low"]), place(relative["high"])
+    middle = place(relative["change"])
     shapes += [_bar(low, 7, max(high - low, 0.4), 6, "interval"), _line(middle, 3, middle, 17, "mark")]
-    label = f"{row['name']}: change {found['change']:+z.1%}, interval {found['low']:+z.1%} to {found['high']:+z.1%}"
+    interval = f"{relative['low']:+z.1%} to {relative['high']:+z.1%}"
+    label = f"{row['name']}: change {relative['change']:+z.1%}, interval {interval}"
     return _svg(100, 20, "change", label, shapes)
 
 
 def blocks(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """A bar a block: the mean relative error of its linears, the largest one as a paler bar behind."""
+    """Bar chart, one bar per block: mean relative error of its linears, with the largest as a paler bar behind."""
     most = max(max(row["largest"] for row in rows), 1e-12)
     shapes = []
     for i, row in enumerate(rows):

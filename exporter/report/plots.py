@@ -1,4 +1,4 @@
-"""The report's plots as PNG files, for slides and papers. Needs matplotlib, which the extra `report` installs."""
+"""PNG plots of the report, for slides and papers. Needs matplotlib, which the extra `report` installs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ DPI = 150
 
 
 def write_plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """`size.png`, `scores.png` and `errors.png` in `folder`; a plot with nothing to show is left out.
+    """Write `size.png`, `scores.png` and `errors.png` to `folder` and return their paths; skip plots without data.
 
     Raises DataError when matplotlib is missing.
     """
@@ -63,15 +63,16 @@ def _scores(figure_class: Any, content: Mapping[str, Any]) -> Any:
     axes.axvline(0, color=GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("change of the full-precision score, % (95 % interval; red: what the gate allows)")
+    axes.set_xlabel("change relative to the full-precision score, % (95 % interval; red: limit of the gate)")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _errors(figure_class: Any, content: Mapping[str, Any]) -> Any:
-    found = content["blocks"]
-    figure = figure_class(figsize=(7, 0.6 + 1.9 * len(found)), layout="constrained")
-    for axes, (component, rows) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
+    blocks = content["blocks"]
+    figure = figure_class(figsize=(7, 0.6 + 1.9 * len(blocks)), layout="constrained")
+    all_axes = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
+    for axes, (component, rows) in zip(all_axes, blocks.items(), strict=True):
         numbers = range(len(rows))
         axes.bar(numbers, [row["largest"] for row in rows], color=GRAY, alpha=0.5, label="largest linear")
         axes.bar(numbers, [row["mean"] for row in rows], color=BLUE, label="mean of the linears")

@@ -23,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130
 DARK = 0.5  # cells below this share of the color range get white numbers
 LEAST_KL = 1e-6  # a log axis starts here
-EXAMS = "each a share of its own full model on the same samples (choices of an allocation: of the validation split)"
+EXAMS = "scores are relative to the full-precision model on the same samples (allocations: on the validation split)"
 UPPER = 0.9  # where the upper end of scores begins
 
 
@@ -115,20 +115,19 @@ def pareto(
             part.plot(xs, ys, linestyle="-" if name == line else "none", alpha=0.85, label=name, **style, **hollow)
     for part in axes:
         if edge:
-            part.step(
-                *zip(*edge, strict=True), where="post", color="#555555", linewidth=1, linestyle="--", label="front"
-            )
-        part.set_xlabel("bits a weight, of the whole artifact")
+            style = {"color": "#555555", "linewidth": 1, "linestyle": "--", "label": "Pareto front"}
+            part.step(*zip(*edge, strict=True), where="post", **style)
+        part.set_xlabel("bits per weight of the whole artifact")
         part.grid(alpha=0.25)
-    axes[0].set_ylabel("share of the full model's score")
+    axes[0].set_ylabel("score relative to full precision")
     axes[1].set_ylim(UPPER, 1.02)
     axes[1].set_title(f"above {UPPER:.0%}", loc="left", fontsize=10)
     handles, labels = axes[1].get_legend_handles_labels()
     made.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
-    title = "What is kept of the score, by size"
+    title = "Score relative to full precision, by size"
     axes[0].set_title(title, loc="left")
-    about = "; ".join(f"{x:.2f} bits a weight keep {y:.1%}" for x, y in edge[:: max(1, len(edge) // 6)])
-    return finished(made, "pareto.png", title, f"front: {about}; {EXAMS}")
+    about = "; ".join(f"{y:.1%} at {x:.2f} bits per weight" for x, y in edge[:: max(1, len(edge) // 6)])
+    return finished(made, "pareto.png", title, f"Pareto front: {about}; {EXAMS}")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -158,7 +157,7 @@ def importance_bars(found: Importance, name: str) -> Picture:
     axes.set_ylabel("consensus importance, %")
     axes.set_ylim(0, 115)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # bars may reach any corner
-    title = f"What decides {found.metric}, {name}"
+    title = f"Importance of components for {found.metric}, {name}"
     axes.set_title(title, loc="left")
     about = "; ".join(f"{label}: {', '.join(f'{c} {s:.0f} %' for c, s in x.items())}" for label, x in series.items())
     return finished(made, f"importance-{name}.png", title, about)
@@ -176,10 +175,10 @@ def marginal_lines(found: Importance, name: str) -> Picture:
     axes.axhline(0, color="#555555", linewidth=1)
     axes.set_xticks(sorted({d.bits for drops in found.marginal.values() for d in drops}))
     axes.set_xlabel("bits")
-    axes.set_ylabel("share of the score lost, %")
+    axes.set_ylabel("relative loss of score, %")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    title = f"What bits cost where the model works, {name}"
+    title = f"Loss by bits in the usable region, {name}"
     axes.set_title(title, loc="left")
     worst = {c: max((d.drop for d in drops), default=0.0) for c, drops in found.marginal.items()}
     about = "largest drop: " + ", ".join(f"{c} {drop:.1%}" for c, drop in worst.items())
@@ -206,16 +205,16 @@ def sensitivity(found: Sequence[Measured]) -> Picture:
     axes.set_ylim(min(drawn) / 2, max(drawn) * 2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("KL a token, alone")
+    axes.set_ylabel("KL per token, quantized alone")
     if floored:
-        label = f"{LEAST_KL:.0e} or less,\ndrawn here"
+        label = f"{LEAST_KL:.0e} or less"
         axes.axhline(LEAST_KL, color="#555555", linewidth=1, linestyle=":", zorder=0, label=label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    title = "How far each part alone moves the predictions"
+    title = "Sensitivity: KL divergence with one part quantized"
     axes.set_title(title, loc="left")
     lowest = min(cells)
     top = sorted(cells[lowest].items(), key=lambda item: -item[1])[:3]
-    about = f"most at {lowest} bits: " + ", ".join(f"{name} {value:.3g}" for name, value in top)
-    about += f"; {floored} values below {LEAST_KL:.0e} are drawn there" if floored else ""
+    about = f"largest at {lowest} bits: " + ", ".join(f"{name} {value:.3g}" for name, value in top)
+    about += f"; {floored} values below {LEAST_KL:.0e} are drawn at {LEAST_KL:.0e}" if floored else ""
     return finished(made, "sensitivity.png", title, about)

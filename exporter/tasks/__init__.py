@@ -1,11 +1,11 @@
-"""Tasks: how answers are scored.
+"""Tasks (vqa, captioning, retrieval): scoring of answers.
 
 Enters: samples with their references, and answers.
 Leaves: one score per sample for each metric.
 May import: no other room.
 
-To add one, write `tasks/NAME.py` with what `Task` requires and add a line to `TASKS`. Prompts belong to the family,
-samples to the data source.
+To add a task, write `tasks/NAME.py` with the functions of `Task` and add a line to `TASKS`. The family defines the
+prompts, the data source the samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,28 +24,28 @@ class Task(Protocol):
 
     @property
     def METRICS(self) -> tuple[str, ...]:
-        """Names of its metrics, the most important first. Higher is better; an empty answer scores 0 in each."""
+        """Names of the metrics, main metric first. Higher is better; an empty answer scores 0."""
 
     def method(self) -> Mapping[str, str]:
-        """What scores depend on besides answers and samples, for the report."""
+        """Settings that scores depend on, besides answers and samples; recorded in the report."""
 
     def score(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
-        """Metric -> one score a sample, in order. The mean is the metric, so two models can be compared in pairs.
+        """Metric -> one score per sample, in order. The metric is their mean, so two models can be compared in pairs.
 
-        Raises DataError when a sample has no reference, ValueError when the lengths differ.
+        Raises DataError if a sample has no reference, ValueError if the lengths differ.
         """
 
     def chance(
         self, answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]
     ) -> dict[str, list[float]]:
-        """Metric of `metrics` -> what each sample would score by an answer that does not depend on its picture.
+        """Metric -> score per sample of a baseline answer that does not depend on the picture.
 
-        A model that scores no better than this does not see the pictures, or was asked in the wrong way. answers: the
-        model's own, in the order of `samples`.
+        A model that scores no better ignores its pictures, or its prompts are wrong. answers: the model's answers, in
+        the order of `samples`.
         """
 
     def corpus(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-        """The figures that papers report for a whole set; where they are no means, `score` cannot give them."""
+        """Scores of the whole set, as papers report them; some are not means over samples."""
 
 
 TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning, "retrieval": retrieval}

@@ -1,8 +1,7 @@
-"""BLEU (Papineni et al., 2002): how many n-grams of a caption its references have, with a penalty for short ones.
+"""BLEU (Papineni et al., 2002): n-gram precision of captions with a brevity penalty.
 
-Every constant is that of the COCO caption evaluation (pycocoevalcap): n = 1..4, the reference closest in length (the
-shorter of two), products of precisions with 1e-15 and 1e-9 where zero would stand. The value of a set is not the mean
-of its captions' values.
+All constants are those of the COCO caption evaluation (pycocoevalcap): n = 1..4, the reference closest in length (the
+shorter of two), precisions smoothed with 1e-15 and 1e-9. Corpus BLEU is not the mean of the captions' BLEU.
 """
 
 import math
@@ -16,7 +15,7 @@ TINY, SMALL = 1e-15, 1e-9
 
 @dataclass(frozen=True)
 class _Counts:
-    """Per order, n-grams that a reference has and n-grams in all; lengths of candidate and reference in words."""
+    """N-gram counts per order (`correct`: also in a reference; `guessed`: all) and lengths in words."""
 
     correct: tuple[int, ...]
     guessed: tuple[int, ...]
@@ -25,14 +24,14 @@ class _Counts:
 
 
 def bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
-    """BLEU-4 of each caption, 0 to 1. references: at least one a candidate."""
+    """BLEU-4 of each caption, 0 to 1. references: at least one per candidate."""
     return [_scores(_count(c, group))[-1] for c, group in zip(candidates, references, strict=True)]
 
 
 def corpus_bleu(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> tuple[float, ...]:
-    """BLEU-1 to BLEU-4 of the whole set, 0 to 1: the figures that papers report."""
+    """BLEU-1 to BLEU-4 of the whole set, 0 to 1, as papers report them."""
     counts = [_count(c, group) for c, group in zip(candidates, references, strict=True)]
     correct = tuple(sum(column) for column in zip(*(count.correct for count in counts), strict=True))
     guessed = tuple(sum(column) for column in zip(*(count.guessed for count in counts), strict=True))
@@ -41,7 +40,7 @@ def corpus_bleu(
 
 
 def _count(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> _Counts:
-    """An n-gram counts as often as the reference that has it most often."""
+    """Counts of one caption. An n-gram counts at most as often as in the reference that has it most often."""
     most: Counter[tuple[str, ...]] = Counter()
     for reference in references:
         most |= _grams(reference)

@@ -1,7 +1,7 @@
-"""CIDEr-D (Vedantam et al., arXiv 1411.5726): agreement of n-grams, weighed by how rare they are.
+"""CIDEr-D (Vedantam et al., arXiv 1411.5726): n-gram similarity of captions, weighted by inverse document frequency.
 
-Every constant and detail is that of the COCO caption evaluation (pycocoevalcap): n = 1..4, sigma 6 over the
-difference in length, document frequencies from the references, times 10.
+All constants and details are those of the COCO caption evaluation (pycocoevalcap): n = 1..4, sigma 6 for the
+difference in length, document frequencies from the references, scaled by 10.
 """
 
 import math
@@ -18,7 +18,7 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """One sentence, per order: weights (count times log inverse document frequency) of its n-grams, and their norm.
+    """One sentence, per order n: weights of its n-grams (count times log inverse document frequency) and their norm.
 
     length: in words.
     """
@@ -29,14 +29,14 @@ class _Vector:
 
 
 def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
-    """One score (0 to 10) a candidate; the mean is the corpus' CIDEr-D.
+    """One score (0 to 10) per candidate; their mean is the corpus CIDEr-D.
 
-    references: at least one a candidate. With a single image every n-gram is in every document: all scores are 0.
+    references: at least one per candidate. With a single image, every n-gram is in every document: all scores are 0.
     """
     counted = [[_count(words) for words in group] for group in references]
     frequency = Counter(gram for group in counted for gram in set().union(*group))
     images = math.log(max(len(references), 1))
-    inverse = {gram: images - math.log(found) for gram, found in frequency.items()}
+    inverse = {gram: images - math.log(documents) for gram, documents in frequency.items()}
     scores = []
     for words, group in zip(candidates, counted, strict=True):
         candidate = _weigh(_count(words), inverse, images)
@@ -46,7 +46,7 @@ def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
 
 
 def _count(words: Sequence[str]) -> Counter[Gram]:
-    """All n-grams of a sentence, every order."""
+    """Counts of all n-grams of a sentence, n = 1..4."""
     return Counter(tuple(words[i : i + n]) for n in ORDERS for i in range(len(words) - n + 1))
 
 
@@ -59,12 +59,12 @@ def _weigh(counts: Counter[Gram], inverse: dict[Gram, float], unseen: float) -> 
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-    """Mean over the orders of a clipped cosine, damped when the lengths differ; 0 to 1."""
+    """Mean over the orders of the clipped cosine, damped by the difference in length; 0 to 1."""
     damping = math.exp(-((candidate.length - reference.length) ** 2) / (2 * SIGMA**2))
     total = 0.0
-    for mine, theirs, norm in zip(candidate.weights, reference.weights, _products(candidate, reference), strict=True):
-        # Clipping keeps a repeated word from counting more often than the reference says it.
-        clipped = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
+    for own, other, norm in zip(candidate.weights, reference.weights, _products(candidate, reference), strict=True):
+        # Clipping limits the weight of a repeated n-gram to its weight in the reference.
+        clipped = sum(min(w, other[gram]) * other[gram] for gram, w in own.items() if gram in other)
         total += clipped / norm if norm else 0.0
     return damping * total / len(ORDERS)
 

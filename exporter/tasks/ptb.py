@@ -1,7 +1,7 @@
-"""Words of captions, as COCO's evaluation splits them: the Penn Treebank tokenizer, lower case, no punctuation.
+"""Penn Treebank tokenizer for captions, as in COCO's evaluation: lower case, no punctuation.
 
-COCO's evaluation runs Stanford CoreNLP 3.4.1, a Java program; these are its rules for captions in Python.
-`docs/explanation/evaluation.md` says how often the two differ.
+COCO's evaluation runs Stanford CoreNLP 3.4.1, a Java program; this file implements its rules for captions in Python.
+`docs/explanation/evaluation.md` reports how often the two differ.
 """
 
 import re
@@ -33,14 +33,14 @@ def words(captions: Sequence[str]) -> list[list[str]]:
 
 
 def tokens(caption: str) -> list[str]:
-    """The words of a caption, in Python.
+    """The words of a caption.
 
-    Lower case; punctuation is dropped; hyphenated words stay whole; `don't` is `do n't` and `dog's` is `dog 's`.
-    Brackets become `-lrb-` and the like, which COCO's evaluation means to drop but does not. Unlike the original,
-    rare abbreviations lose their periods, and names of files and addresses of the web fall apart.
+    Lower case; punctuation is dropped; hyphenated words stay whole; `don't` becomes `do n't` and `dog's` `dog 's`.
+    Brackets become `-lrb-` etc., which COCO's evaluation intends to drop but does not. Unlike CoreNLP, rare
+    abbreviations lose their periods, and file names and URLs are split.
     """
-    found = _WORD.findall(caption.lower().replace("\u2019", "'"))
-    return [part for word in found for part in _parts(word)]
+    matches = _WORD.findall(caption.lower().replace("\u2019", "'"))
+    return [part for word in matches for part in _parts(word)]
 
 
 def _parts(word: str) -> tuple[str, ...]:

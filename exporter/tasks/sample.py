@@ -1,4 +1,4 @@
-"""One evaluation or calibration sample: an image, a question, the accepted answers."""
+"""Evaluation and calibration samples: an image, a question, and reference answers."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from PIL.Image import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with one text.
+    """One image with its texts.
 
     identity: stable id within its data set, recorded in the manifest.
-    image: opens the picture (RGB); called when needed, so that large sets stay on disk.
-    question: what the model is asked, without any template; None asks for a caption.
+    image: opens the picture (RGB) on demand, so that large sets stay on disk.
+    question: text of the question, without a prompt template; None for captioning.
     references: accepted answers or captions; calibration feeds the first one to the model as its reply.
     kind: question type, for tables by type.
-    among: for retrieval, the pictures and texts that are searched; its own are among them.
-    file: the picture's file in the data set's folder; empty when it has none.
-    marked: whether its texts held what stands for a picture in prompts, which was taken out.
+    among: for retrieval, the pool of pictures and texts to search, including the sample itself.
+    file: the picture's file in the data set's folder; empty if it has none.
+    marked: whether an image placeholder (`<image>`) was removed from its texts.
     """
 
     identity: str
@@ -34,9 +34,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pool:
-    """What retrieval searches: the pictures of `samples` and all their references.
+    """The search space of retrieval: the pictures of `samples` and all their references.
 
-    candidates: how many of the best by contrast the matching head scores again.
+    candidates: number of best pairs by contrastive score that the matching head scores again.
     """
 
     samples: tuple[Sample, ...]
@@ -44,7 +44,7 @@ class Pool:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of what is searched, pictures by their pixels: another pool gives the same sample other ranks."""
+        """sha256 over candidates, pixels and references: ranks of a sample are comparable only within equal pools."""
         hasher = hashlib.sha256(f"{self.candidates}".encode())
         for sample in self.samples:
             image = sample.image()
@@ -53,7 +53,7 @@ class Pool:
 
 
 def task_of(sample: Sample) -> str:
-    """How a sample is asked: `retrieval` among others, `vqa` with a question, `captioning` without."""
+    """The task of a sample: `retrieval` with a pool, else `vqa` with a question, else `captioning`."""
     if sample.among is not None:
         return "retrieval"
     return "captioning" if sample.question is None else "vqa"

