@@ -158,7 +158,7 @@ def test_answers_cannot_become_markup(out: Path) -> None:
             4,
             "not resolved",
             "open",
-            "A gate is not resolved: with these samples",
+            "A gate is not resolved: with this number of samples",
         ),
         (40, "failed", "failed", "A gate failed: the loss is larger than the recipe allows."),
         (50, "failed", "failed", "49 answers changed"),

@@ -29,8 +29,8 @@ def questions(artifact: Path, sources: Sequence[data.SourceSpec], count: int) ->
         raise DataError(f"a check of {count} questions compares nothing", "ask at least one")
     recipe = load_recipe(str(artifact / "recipe.yaml"))
     tasks = list(dict.fromkeys(gate.task for gate in recipe.gates)) or ["vqa"]
-    chosen, seed = sources or test_sources(recipe), recipe.evaluation.seed
-    lists = [data.samples_from(chosen, task, "test", -(-count // len(tasks)), seed) for task in tasks]
+    specs, seed = sources or test_sources(recipe), recipe.evaluation.seed
+    lists = [data.samples_from(specs, task, "test", -(-count // len(tasks)), seed) for task in tasks]
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]
 
 

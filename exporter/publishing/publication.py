@@ -43,28 +43,28 @@ class PublishResult:
     publication: upload.Publication | None
 
 
-def publish_artifact(wanted: PublishRequest, device: Device, on_event: Listener) -> PublishResult:
+def publish_artifact(request: PublishRequest, device: Device, on_event: Listener) -> PublishResult:
     """Prove the artifact and put it on the hub in one commit (PublishError with every reason when it is not proven)."""
-    artifact = wanted.artifact.resolve()  # `.` has no name
+    artifact = request.artifact.resolve()  # `.` has no name
     with reading(artifact, on_event):
-        summary, problems = prove(artifact, device, on_event, wanted.accept_built_in_data)
-        if not wanted.force:
+        summary, problems = prove(artifact, device, on_event, request.accept_built_in_data)
+        if not request.force:
             refuse_unproven(artifact, problems)
         recipe = summary.recipe.publish
-        repo = wanted.repo or recipe.repo
+        repo = request.repo or recipe.repo
         if not repo:
             raise PublishError("no repository to publish to", "--repo ORG/NAME, or publish.repo in the recipe")
-        private = not (wanted.public or not recipe.private)
-        target = upload.Target(repo, wanted.revision, private, wanted.create_pr, wanted.replace)
+        private = not (request.public or not recipe.private)
+        target = upload.Target(repo, request.revision, private, request.create_pr, request.replace)
         upload.check_target(target)
-        if not wanted.dry_run:
+        if not request.dry_run:
             require_token()
-        remote = None if wanted.dry_run and not online() else upload.existing_repository(target)
+        remote = None if request.dry_run and not online() else upload.existing_repository(target)
         if note := disclosure_note(summary):
             on_event(Event("note", 0, 0, note))
-        declared = with_source_license(summary, wanted.declared)
+        declared = with_source_license(summary, request.declared)
         made = package(artifact, summary, repo, declared, problems, remote, target.replace)
-        return PublishResult(repo, made, None if wanted.dry_run else upload.publish(made, target, remote, on_event))
+        return PublishResult(repo, made, None if request.dry_run else upload.publish(made, target, remote, on_event))
 
 
 def benchmark(text: str) -> tuple[str, tuple[str, str]]:
