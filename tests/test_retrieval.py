@@ -233,7 +233,8 @@ def test_nan_scores_are_reported_and_fail_gates() -> None:
 def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> None:
     """The same picture under two names, as real sets hold it: nothing but the place in the pool tells them apart."""
     picture = partial(Image.new, "RGB", (4, 4))
-    found = {
+    samples = [Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))]
+    found = {"retrieval": with_pool(samples)}
         "retrieval": with_pool([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])
     }
     given, family = [format_answer(1, [1, 2]), format_answer(2, [2])], FAMILIES["blip2-itm"]
