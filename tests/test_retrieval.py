@@ -235,8 +235,6 @@ def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> 
     picture = partial(Image.new, "RGB", (4, 4))
     samples = [Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))]
     found = {"retrieval": with_pool(samples)}
-        "retrieval": with_pool([Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))])
-    }
     given, family = [format_answer(1, [1, 2]), format_answer(2, [2])], FAMILIES["blip2-itm"]
     model = replace(answering("artifact", given), prompt=partial(_query, None, family))
     hashes = {"retrieval": ["the same", "the same"]}
