@@ -19,7 +19,7 @@ from exporter.study.pool import local
 from exporter.study.prepare import base_recipe
 from exporter.study.search import score_choices
 from exporter.study.sensitivity import measure, rules
-from exporter.study.work import Setup, exam_samples, opened
+from exporter.study.work import Setup, exam_samples, open_model
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)
 POINTS = 40  # sizes of the front
@@ -33,7 +33,7 @@ def say(event: Event) -> None:
 
 def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str, Any]:
     """The whole comparison as plain data."""
-    model = opened(setup)
+    model = open_model(setup)
     names = [name for name in built_in() if load_recipe(name).model.family == model.family.name]
     written = [(name, propose.comparable(name, model.recipe)) for name in names]
     schemes = rules(BITS, GROUPS, "gptq", True, False, model.recipe.format)

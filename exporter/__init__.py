@@ -1,4 +1,4 @@
-"""mmq: LLaVA and BLIP-2 checkpoints as quantized artifacts that vLLM serves, with measured proof.
+"""mmq quantizes LLaVA and BLIP-2 checkpoints into artifacts that vLLM serves, and measures their quality.
 
 The names in `__all__` are the Python API; docs/reference/python-api.md documents them.
 """

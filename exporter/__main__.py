@@ -1,13 +1,13 @@
-"""Where the `mmq` command starts: `python -m exporter` does the same.
+"""Entry point of the `mmq` command and of `python -m exporter`.
 
-Importing torch takes a second; an interrupt in that time must end as quietly as later ones.
+The import of torch takes about a second; an interrupt during it must end without a traceback too.
 """
 
 import sys
 
-from exporter.commands.interrupt import install, raise_if_asked
+from exporter.commands.interrupt import install, raise_if_interrupted
 
-ASK_PROCESSORS = ("plan", "export")  # commands that ask a helper process about a model's processor
+PROCESSOR_COMMANDS = ("plan", "export")  # commands that inspect a model's processor in a helper process
 
 
 def main() -> None:
@@ -15,25 +15,25 @@ def main() -> None:
     install()
     try:
         try:
-            if sys.argv[1:2] and sys.argv[1] in ASK_PROCESSORS and not {"-h", "--help"} & set(sys.argv):
+            if sys.argv[1:2] and sys.argv[1] in PROCESSOR_COMMANDS and not {"-h", "--help"} & set(sys.argv):
                 from exporter.model.processor_inspector import start_helper
 
-                start_helper(_model(sys.argv))  # it loads its libraries while torch is loaded here
+                start_helper(_model(sys.argv))  # the helper loads its libraries while this process loads torch
             from exporter.commands.main import main as run
 
             run()
         except Exception:
-            raise_if_asked()  # an interrupt that a library took for its own error
+            raise_if_interrupted()  # a library may have turned the interrupt into another error
             raise
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _model(arguments: list[str]) -> str | None:
-    """The value of `--model`, None when there is none."""
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    """Value of `--model`; None without it."""
+    for word, next_word in zip(arguments, [*arguments[1:], None], strict=True):
         if word == "--model":
-            return following
+            return next_word
         if word.startswith("--model="):
             return word.removeprefix("--model=")
     return None

@@ -68,11 +68,11 @@ def plan(
     model, revision, adapter, samples, eval_samples, eval_batch: replace the values of the recipe.
     serve_on: fail unless vLLM can serve the artifact there: a GPU's compute capability (`9.0`) or `cpu`.
     """
-    wanted = adjusted(_loaded(recipe), model, revision, None, samples, eval_samples, (), eval_batch, adapter)
-    made, checkpoint = prepare(wanted, _device(device), headers_only=True, on_event=on_event)
+    final_recipe = adjusted(_loaded(recipe), model, revision, None, samples, eval_samples, (), eval_batch, adapter)
+    export_plan, checkpoint = prepare(final_recipe, _device(device), headers_only=True, on_event=on_event)
     if serve_on:
-        refuse_plan(made, checkpoint.config, read_hardware(serve_on))
-    return made
+        refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
+    return export_plan
 
 
 def export(
@@ -102,10 +102,10 @@ def export(
     data: a source as on the command line (`coco:/data/coco`, or a folder), or a list with a source for each task.
     work: folder for finished blocks; None means beside `out`, and mmq removes it at the end.
     """
-    wanted = adjusted(_loaded(recipe), model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
+    final_recipe = adjusted(_loaded(recipe), model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
     return exporting.export(
-        wanted,
-        out=default_out(wanted) if out is None else Path(out),
+        final_recipe,
+        out=default_out(final_recipe) if out is None else Path(out),
         device=_device(device),
         on_event=on_event,
         work=None if work is None else Path(work),
@@ -161,11 +161,13 @@ def evaluate(
     fresh: store and reuse no answers.
     """
     folder = Path(artifact)
-    own = load_recipe(folder / "recipe.yaml")
-    wanted = adjusted(own, baseline, None, None, None, eval_samples, data, eval_batch, adapter)
+    artifact_recipe = load_recipe(folder / "recipe.yaml")
+    final_recipe = adjusted(artifact_recipe, baseline, None, None, None, eval_samples, data, eval_batch, adapter)
     store = None if fresh else Store(Path(answers)) if answers else default_store(folder)
-    where, chosen = sources.places(data), _device(device)
-    return Reevaluation(folder, wanted, chosen, on_event, where, store, other_baseline=other_baseline).measure()
+    data_sources, target = sources.places(data), _device(device)
+    return Reevaluation(
+        folder, final_recipe, target, on_event, data_sources, store, other_baseline=other_baseline
+    ).measure()
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Where the numbers are computed: the only file that may name `torch.cuda`."""
+"""The compute device: selection, free memory, peak memory, deterministic math. Only this file names `torch.cuda`."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from exporter.errors import PlanError
 
 @dataclass(frozen=True)
 class Device:
-    """A chosen device. free_bytes: memory that was free when it was chosen (host memory for the CPU)."""
+    """A selected device. free_bytes: free memory at the time of selection (host memory for the CPU)."""
 
     torch_device: torch.device
     name: str
@@ -30,15 +30,20 @@ class Device:
         return self.torch_device.type == "cuda"
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """Dtype of the forward passes: the checkpoint's own on a GPU, float32 on a CPU (16 bit is slow there)."""
+        """Dtype of forward passes: `stored` if it has 16 bits and the device is a GPU, else float32 (CPUs are slow
+        with 16 bits).
+        """
         return stored if self.is_cuda and stored.itemsize == 2 else torch.float32
 
 
 def choose(request: str = "auto") -> Device:
-    """`auto` takes the CUDA device with the most free memory, else the CPU; a named device must exist (PlanError)."""
+    """Select a device. `auto`: the CUDA device with the most free memory, or the CPU without CUDA.
+
+    Raises PlanError for an unknown name or a device that does not exist.
+    """
     if request == "auto":
-        found = [(torch.cuda.mem_get_info(i)[0], i) for i in range(torch.cuda.device_count())]
-        request = f"cuda:{max(found)[1]}" if found else "cpu"
+        free_devices = [(torch.cuda.mem_get_info(i)[0], i) for i in range(torch.cuda.device_count())]
+        request = f"cuda:{max(free_devices)[1]}" if free_devices else "cpu"
     if request == "cpu":
         return Device(torch.device("cpu"), "CPU", free_host_bytes())
     kind, _, index = request.partition(":")
@@ -46,30 +51,35 @@ def choose(request: str = "auto") -> Device:
         raise PlanError(f"unknown device '{request}'", "use auto, cpu, cuda or cuda:N")
     number, count = int(index or 0), torch.cuda.device_count()
     if number >= count:
-        raise PlanError(f"device '{request}' is not here: torch sees {count} CUDA devices", "use --device auto or cpu")
+        raise PlanError(f"no device '{request}': torch sees {count} CUDA devices", "use --device auto or cpu")
     return Device(torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0])
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability (major, minor) of the NVIDIA GPUs that programs see here; None without, or if they differ.
+    """Compute capability (major, minor) of the visible NVIDIA GPUs; None if there are none or they differ.
 
-    The driver's own program is asked: torch would hold memory on the card for as long as a server runs beside it.
+    Reads it from nvidia-smi, because torch would hold GPU memory while a server runs on the same GPU.
     """
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     program = shutil.which("nvidia-smi")
-    if program is None or seen == "":
+    if program is None or visible_devices == "":
         return None
-    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader", *(["-i", seen] if seen else [])]
+    command = [
+        program,
+        "--query-gpu=compute_cap",
+        "--format=csv,noheader",
+        *(["-i", visible_devices] if visible_devices else []),
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = {(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)\s*$", done.stdout)}
-    return found.pop() if len(found) == 1 else None
+    capabilities = {(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)\s*$", result.stdout)}
+    return capabilities.pop() if len(capabilities) == 1 else None
 
 
 def free_host_bytes() -> int:
-    """Host memory that programs can still take, in bytes (MemAvailable, bounded by a container's limit)."""
+    """Available host memory in bytes: MemAvailable, bounded by the memory limit of the container."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -80,19 +90,19 @@ def free_host_bytes() -> int:
 
 
 def _container_room() -> int:
-    """Bytes left under a cgroup v2 memory limit; a very large number when there is none."""
+    """Bytes left under the cgroup v2 memory limit; sys.maxsize without a limit."""
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            most = int(limit.read())
+            limit_bytes = int(limit.read())
         with open("/sys/fs/cgroup/memory.current", encoding="ascii") as current:
-            return max(0, most - int(current.read()))
+            return max(0, limit_bytes - int(current.read()))
     except (OSError, ValueError):
         return sys.maxsize
 
 
 @contextmanager
 def exact_math(seed: int) -> Iterator[None]:
-    """Seed torch and switch TF32 off for the duration, so that results do not depend on what ran before."""
+    """Seed torch and disable TF32 within the context, so that results do not depend on earlier work."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -116,7 +126,7 @@ def peak_bytes(device: Device) -> tuple[int, int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a device now: free for everybody, or held in reserve by this process."""
+    """Bytes that this process can allocate on a device now: free memory plus torch's unused reserve."""
     if device.type != "cuda":
         return free_host_bytes()
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -124,24 +134,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 def empty_caches() -> None:
-    """Give memory back that is held in reserve on GPUs which this process has used."""
+    """Release torch's unused reserve on all GPUs that this process has used."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def release(device: Device) -> None:
-    """Give cached device memory back to the system."""
+    """Release torch's unused reserve if the device is a GPU."""
     if device.is_cuda:
         torch.cuda.empty_cache()
 
 
 def return_freed_memory() -> None:
-    """Give host memory that was freed back to the system; glibc keeps what many threads freed in pieces."""
-    with suppress(AttributeError, OSError):  # another C library
+    """Return freed host memory to the system, because glibc keeps small pieces that many threads freed."""
+    with suppress(AttributeError, OSError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def synchronize(device: Device) -> None:
-    """Wait until the device has done its work, for honest timings."""
+    """Wait until the device has finished its queued work, so that timings include it."""
     if device.is_cuda:
         torch.cuda.synchronize(device.torch_device)

@@ -1,4 +1,4 @@
-"""The name under which pip installs mmq, its version, and the command that installs an extra."""
+"""Name of the distribution on package indexes, version of mmq, and the command that installs an extra."""
 
 DISTRIBUTION = "mmq-vlm"  # `mmq` on the package index is another project
 PROGRAM = "mmq"  # the command, and the key of its version in files
@@ -6,12 +6,12 @@ VERSION = "0.1.0"  # pyproject.toml reads it here
 
 
 def install_extra(extra: str) -> str:
-    """The command that installs mmq with an extra; no package index has mmq."""
+    """The command that installs mmq with an extra, from a checkout because no package index has mmq."""
     return f"pip install '.[{extra}]' in a checkout of mmq"
 
 
 def installed_version(package: str) -> str | None:
-    """Version of a Python package, None when it is not installed. The program's own version is `VERSION`."""
+    """Version of a Python package; None if it is not installed. For mmq itself it is `VERSION`."""
     from importlib.metadata import PackageNotFoundError, version
 
     if package == PROGRAM:

@@ -1,4 +1,4 @@
-"""Every error that a user can cause, in one place; `cli.py` turns them into messages and exit codes."""
+"""Error classes for all problems that a user can cause, with their exit codes, and helpers for messages."""
 
 import difflib
 import re
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class MmqError(Exception):
-    """A problem that the user can act on: `message` says what and where, `hint` what to do next."""
+    """A problem that the user can fix. message: what is wrong, and where. hint: what to do next."""
 
     exit_code = 1
-    label = "Error"  # before the message
+    label = "Error"  # printed before the message
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(printable(message))
@@ -19,11 +19,11 @@ class MmqError(Exception):
 
 
 class RecipeError(MmqError):
-    """The recipe is wrong: unknown key, unknown name, impossible value."""
+    """The recipe has an unknown key, an unknown name or an invalid value."""
 
 
 class PlanError(MmqError):
-    """Recipe, checkpoint and device do not fit together."""
+    """The recipe does not fit the checkpoint or the device."""
 
 
 class CheckpointError(MmqError):
@@ -31,15 +31,15 @@ class CheckpointError(MmqError):
 
 
 class DataError(MmqError):
-    """Calibration or evaluation data is missing, unreadable or overlaps."""
+    """Calibration or evaluation data is missing or unreadable, or the two overlap."""
 
 
 class CalibrationError(MmqError):
-    """The numbers went wrong while calibrating or quantizing."""
+    """Calibration or quantization produced invalid numbers, such as NaN."""
 
 
 class WorkdirError(MmqError):
-    """A work folder belongs to another job or holds a damaged unit."""
+    """A work folder belongs to another job or contains a damaged unit."""
 
 
 class LockedError(MmqError):
@@ -47,45 +47,45 @@ class LockedError(MmqError):
 
 
 class ArtifactError(MmqError):
-    """An artifact cannot be written, or does not hold what its plan says."""
+    """An artifact cannot be written or read, or differs from its plan."""
 
 
 class ServeError(MmqError):
-    """The serving engine is missing, does not start, or does not answer."""
+    """vLLM is missing, cannot serve the artifact, does not start, or does not answer."""
 
 
 class CheckFailed(MmqError):
-    """The serving engine answers differently from the reference."""
+    """vLLM's answers differ from those of the reference."""
 
     exit_code = 3
 
 
 class HubError(MmqError):
-    """The model hub refused, failed or cannot be reached."""
+    """The model hub refuses a request, fails, or is unreachable."""
 
 
 class HubMissing(HubError):
-    """There is no such repository or revision, or the token may not see it."""
+    """The repository or revision does not exist, or the token has no access to it."""
 
 
 class PublishError(MmqError):
-    """An artifact is not fit to be published, or the repository is not a place for it."""
+    """The artifact or the target repository does not meet the conditions for publishing."""
 
 
 class MemoryShortage(MmqError):
-    """A step ran out of memory; what was finished before it is kept."""
+    """A step ran out of memory; results of earlier steps are kept."""
 
     exit_code = 4
 
 
 class GateFailed(MmqError):
-    """The artifact lost more of its task than the recipe allows, or the full-precision model does not do the task."""
+    """The artifact's loss exceeds a gate of the recipe, or the full-precision model cannot do the task."""
 
     exit_code = 3
 
 
 class GateNotResolved(MmqError):
-    """Too few samples, or none, say whether the artifact lost more than the recipe allows."""
+    """The samples are too few to decide whether the artifact's loss exceeds a gate of the recipe."""
 
     exit_code = 5
     label = "Not resolved"
@@ -98,25 +98,31 @@ class Interrupted(MmqError):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates escaped, and endless words cut: names come from files."""
-    whole = text.encode("utf-8", "backslashreplace").decode()
-    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in whole)
-    return re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", shown)
+    """`text` with control characters and lone surrogates escaped, and words of 500 or more characters shortened.
+
+    Messages contain names from files, which can hold any bytes.
+    """
+    encodable = text.encode("utf-8", "backslashreplace").decode()
+    escaped = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in encodable)
+    return re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", escaped)
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters: what identifies a thing stands on one line everywhere."""
+    """`text` on one line: line breaks and control characters become spaces, and runs of spaces one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in printable(text)).split())
 
 
 def did_you_mean(value: str, names: Iterable[str]) -> str:
-    """` Did you mean 'name'?` for the nearest of `names`, empty when none is near; to append to a message."""
+    """` Did you mean 'name'?` with the closest of `names`, to append to a message; empty if none is close."""
     close = difflib.get_close_matches(value, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def wording(problem: Mapping[str, Any], known: Collection[str], what: str = "key") -> str:
-    """What one entry of a pydantic error says; of an unknown key, which is nearest and which are `known` there."""
+def validation_message(problem: Mapping[str, Any], known_names: Collection[str], noun: str = "key") -> str:
+    """Message for one entry of a pydantic error; for an unknown key it lists `known_names` and the closest one.
+
+    noun: the kind of the unknown name, such as `key`.
+    """
     if problem["type"] == "extra_forbidden":
-        return f"unknown {what}.{did_you_mean(str(problem['loc'][-1]), known)} ({', '.join(known)})"
+        return f"unknown {noun}.{did_you_mean(str(problem['loc'][-1]), known_names)} ({', '.join(known_names)})"
     return str(problem["msg"]).removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""Progress events of long jobs: shown as a bar on a terminal, written as JSON lines, or handled by a callback."""
+"""Progress events of long jobs, and the type of the callbacks that receive them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a stage is done.
+    """Progress of a stage: `done` of `total` steps are finished.
 
     stage: `prepare`, `read data`, `hash` (its steps are MiB), `check`, `calibrate`, `quantize`, `write`, `verify`,
-    `evaluate`, `study units`, `study points`, or `note` (a message the user should read).
-    done, total: steps of this stage. numbers: measured values of this step, such as `error`.
+    `evaluate`, `study units`, `study points`, or `note` (a message for the user).
+    done, total: number of steps. numbers: measured values of the last step, such as `error`.
     """
 
     stage: str
@@ -21,8 +21,8 @@ class Event:
 
 
 Listener = Callable[[Event], None]
-"""Receives every event of a job, in the order in which steps finish, from the thread that runs the job."""
+"""Callback for the events of a job; called in the order in which steps finish, in the thread that runs the job."""
 
 
 def ignore(event: Event) -> None:
-    """A listener that ignores every event."""
+    """Listener that ignores every event."""

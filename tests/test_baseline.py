@@ -111,7 +111,7 @@ def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, t
     other = model_with(tmp_path / "damaged", other_norm)
     code, output = evaluate(artifact, "--baseline", str(other), "--other-baseline")
     assert code == 5, output
-    assert "damaged, is not the one that the artifact was made from" in output
+    assert "damaged, is not the artifact's source model" in output
     baseline = json.loads((artifact / REPORT).read_text())["evaluation"]["baseline"]
     assert baseline == {"model": "damaged", "is_source": False, "differs": ["model.safetensors differs"]}
     summary = read_place(str(artifact))

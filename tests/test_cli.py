@@ -25,7 +25,7 @@ def mmq(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("command", ["", *cli.commands])
-def test_every_help_has_an_example_or_says_what_it_shows(command: str) -> None:
+def test_every_help_text_has_an_example_except_doctor(command: str) -> None:
     result = mmq(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert "Example" in result.output or command == "doctor"
@@ -36,10 +36,10 @@ def test_plan_of_the_demo_as_text_and_json() -> None:
     assert text.exit_code == 0, text.output
     assert "W8 row rtn" in text.output
     assert "W4 g128 gptq" in text.output
-    found = json.loads(mmq("plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--all", "--json").stdout)
-    assert found["bytes_after"] < found["bytes_before"]
-    assert sum(line["tensors"] for line in found["components"]) == len(found["tensors"])
-    assert sum(tensor["bytes_after"] for tensor in found["tensors"]) == found["bytes_after"]
+    plan = json.loads(mmq("plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--all", "--json").stdout)
+    assert plan["bytes_after"] < plan["bytes_before"]
+    assert sum(line["tensors"] for line in plan["components"]) == len(plan["tensors"])
+    assert sum(tensor["bytes_after"] for tensor in plan["tensors"]) == plan["bytes_after"]
     dry = mmq("export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--dry-run")
     assert dry.output == text.output
 
@@ -50,18 +50,20 @@ def test_errors_are_messages_with_a_hint_and_no_traceback() -> None:
     assert "Did you mean 'llava-w4-vit8'?" in result.stderr
     assert "Hint:" in result.stderr
     assert "Traceback" not in result.output
-    said = json.loads(mmq("plan", "--recipe", "no-such", "--json").stdout)
-    assert said["kind"] == "RecipeError"
-    assert said["exit"] == 1
+    error = json.loads(mmq("plan", "--recipe", "no-such", "--json").stdout)
+    assert error["kind"] == "RecipeError"
+    assert error["exit"] == 1
 
 
-def test_a_model_folder_that_is_not_there_is_an_error_without_a_stack() -> None:
+def test_a_missing_model_folder_is_an_error_without_a_traceback() -> None:
     result = mmq("plan", "--recipe", "llava-w4", "--model", "./nope")
     assert result.exit_code == 1
     assert "no folder './nope'" in result.stderr
 
 
-def test_unreachable_hub_names_the_two_ways_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_for_an_unreachable_hub_names_two_alternatives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     result = mmq("plan", "--recipe", "llava-w4-vit8")
     assert result.exit_code == 1
@@ -78,7 +80,7 @@ def test_unknown_device_and_model() -> None:
     assert mmq("plan", "--recipe", "llava-w8", "--banana").exit_code == 2
 
 
-def test_what_no_engine_serves_is_served_nowhere():
+def test_a_model_that_no_engine_serves_is_refused_on_every_hardware():
     result = mmq("plan", "--recipe", "blip2-retrieval-w4", "--model", "demo-blip2-itm", "--serve-on", "9.0")
     assert result.exit_code == 1
     assert "vLLM does not support image-text retrieval" in result.stderr
@@ -114,9 +116,9 @@ def test_version_names_the_distribution() -> None:
 
 
 def test_doctor_names_versions_and_device() -> None:
-    found = json.loads(mmq("doctor", "--json").stdout)
-    assert {"python", "torch", "transformers", "device", "hub cache"} <= found.keys()
-    assert (found["mmq"], found["distribution"]) == (VERSION, DISTRIBUTION)
+    report = json.loads(mmq("doctor", "--json").stdout)
+    assert {"python", "torch", "transformers", "device", "hub cache"} <= report.keys()
+    assert (report["mmq"], report["distribution"]) == (VERSION, DISTRIBUTION)
 
 
 def quick(out: Path, *more: str) -> list[str]:
@@ -128,18 +130,18 @@ def quick(out: Path, *more: str) -> list[str]:
 def test_export_then_verify_then_evaluate(tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     result = mmq(*quick(out, "--json"))
-    assert result.exit_code == 5, result.output  # four samples resolve nothing
-    said = json.loads(result.stdout.splitlines()[0])
-    assert said["verified"]["linears"] > 10
+    assert result.exit_code == 5, result.output  # four samples do not resolve the gates
+    exported = json.loads(result.stdout.splitlines()[0])
+    assert exported["verified"]["linears"] > 10
     events = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     assert {"quantize", "write", "verify", "evaluate"} <= {event["stage"] for event in events}
     assert not (tmp_path / "artifact.work").exists()
     assert "verified" in mmq("verify", str(out)).output
     again = mmq("evaluate", str(out), "--eval-samples", "4", "--json")
-    assert json.loads(again.stdout.splitlines()[0])["measures"] == said["report"]["measures"]
+    assert json.loads(again.stdout.splitlines()[0])["measures"] == exported["report"]["measures"]
 
 
-def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) -> None:
+def test_a_failed_gate_has_its_own_exit_code_and_a_message_with_the_loss(tmp_path: Path) -> None:
     recipe = tmp_path / "ruin.yaml"
     text = mmq("recipes", "llava-w4-vit8").output
     recipe.write_text(text.replace("bits: 4, group_size: 128", "bits: 2, group_size: row").replace("gptq", "rtn"))
@@ -152,8 +154,8 @@ def test_failed_gate_has_its_own_exit_code_and_says_by_how_much(tmp_path: Path) 
     assert json.loads((tmp_path / "out" / "mmq_report.json").read_text())["passed"] is False
 
 
-def test_an_export_that_few_samples_measured_is_not_resolved(tmp_path: Path) -> None:
-    """Neither passed nor failed: exit code 5, in other words, and with the number of samples that would do."""
+def test_an_export_with_few_test_samples_is_not_resolved(tmp_path: Path) -> None:
+    """Neither passed nor failed: exit code 5, and a message with the number of samples that would resolve it."""
     out = tmp_path / "out"
     result = mmq(*quick(out, "--eval-samples", "20", "--recipe", "llava-w8"))
     assert result.exit_code == 5, result.output
@@ -164,8 +166,8 @@ def test_an_export_that_few_samples_measured_is_not_resolved(tmp_path: Path) -> 
     )
     assert "passed" not in result.stdout
     assert "Error" not in result.stderr
-    kept = json.loads((out / "mmq_report.json").read_text())
-    assert (kept["passed"], kept["verdict"]) == (False, "not resolved")
+    report = json.loads((out / "mmq_report.json").read_text())
+    assert (report["passed"], report["verdict"]) == (False, "not resolved")
     again = mmq("evaluate", str(out), "--eval-samples", "20", "--json")
     assert again.exit_code == 5
     assert [gate["verdict"] for gate in json.loads(again.stdout)["gates"]] == ["not resolved", "not resolved"]
@@ -174,7 +176,7 @@ def test_an_export_that_few_samples_measured_is_not_resolved(tmp_path: Path) -> 
     assert "gate vqa accuracy: not resolved with 20 samples" in refused.stderr
 
 
-def test_a_recipe_without_gates_is_served_whatever_it_scores(tmp_path: Path) -> None:
+def test_an_artifact_of_a_recipe_without_gates_is_served_at_any_score(tmp_path: Path) -> None:
     recipe = tmp_path / "free.yaml"
     text = mmq("recipes", "llava-w4-vit8").output
     recipe.write_text(text[: text.index("gates:")] + "gates: []\n" + text[text.index("evidence:") :])
@@ -186,7 +188,7 @@ def test_a_recipe_without_gates_is_served_whatever_it_scores(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_export_has_a_hint_and_resumes(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running_command(quick(out, "--json"), tmp_path) as command:
         command.wait_for('"quantize"')
@@ -195,21 +197,21 @@ def test_interrupted_export_says_how_to_go_on(how: signal.Signals, tmp_path: Pat
     assert "same command again" in json.loads(command.stdout.read_text())["hint"]
     assert not out.exists()
     assert list((tmp_path / "out.work").glob("*.safetensors"))
-    assert mmq(*quick(out)).exit_code == 5  # of four samples
+    assert mmq(*quick(out)).exit_code == 5  # four samples do not resolve the gates
     assert out.exists()
 
 
 def test_an_interrupt_while_libraries_load_ends_quietly() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "exporter", "recipes"]  # says when torch begins to load
+    command = [sys.executable, "-X", "importtime", "-m", "exporter", "recipes"]  # prints when torch starts to load
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr
         for line in run.stderr:
             if "torch" in line:
                 break
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+        _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
 
 
 def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
@@ -222,22 +224,22 @@ def test_a_failed_gate_leaves_one_json_document(tmp_path: Path) -> None:
     assert re.search("gates (failed|did not pass)", result.stderr)
 
 
-def test_an_interrupt_that_a_library_took_for_its_own_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's C code makes a ValueError of a signal that reaches it while it asks for a storage's length."""
-    monkeypatch.setattr(interrupt, "_asked", [])
+def test_an_interrupt_that_a_library_turned_into_an_error_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's C code turns a signal that arrives while it reads a storage's length into a ValueError."""
+    monkeypatch.setattr(interrupt, "_received", [])
     with pytest.raises(ValueError, match="shape"), ProgressDisplay(as_json=True):
         raise ValueError("could not determine the shape")
-    monkeypatch.setattr(interrupt, "_asked", [signal.SIGTERM])
+    monkeypatch.setattr(interrupt, "_received", [signal.SIGTERM])
     with pytest.raises(KeyboardInterrupt), ProgressDisplay(as_json=True):
         raise ValueError("could not determine the shape")
 
 
-def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupt, "_asked", [])
+def test_an_interrupt_that_a_finalizer_swallowed_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "_received", [])
     listen = ProgressDisplay(as_json=True)
     listen(Event("quantize", 1, 2))
     with pytest.raises(KeyboardInterrupt):
-        interrupt._hear(signal.SIGINT, None)  # and suppose that a finalizer swallowed it
+        interrupt._handle(signal.SIGINT, None)  # assume that a finalizer swallowed it
     with pytest.raises(KeyboardInterrupt):
         listen(Event("quantize", 2, 2))
 
@@ -253,10 +255,10 @@ def test_an_interrupt_that_python_lost_is_raised_at_the_next_event(monkeypatch: 
 def test_tasks_that_the_model_cannot_do_are_refused_before_work(
     recipe: str, model: str, task: str, metric: str, tmp_path: Path
 ) -> None:
-    told = json.loads(load_recipe(recipe).model_dump_json())
-    told |= {"gates": [{"task": task, "metric": metric, "max_drop": 0.1}]}
-    told["calibration"]["tasks"] = ["retrieval"]
-    (tmp_path / "wrong.yaml").write_text(json.dumps(told))
+    content = json.loads(load_recipe(recipe).model_dump_json())
+    content |= {"gates": [{"task": task, "metric": metric, "max_drop": 0.1}]}
+    content["calibration"]["tasks"] = ["retrieval"]
+    (tmp_path / "wrong.yaml").write_text(json.dumps(content))
     result = mmq("plan", "--recipe", str(tmp_path / "wrong.yaml"), "--model", model)
     assert result.exit_code == 1, result.output
     assert re.search(rf"gates\[0\]\.task: family \S+ supports [a-z, ]+, not {task}\b", result.stderr)

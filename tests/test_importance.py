@@ -1,4 +1,4 @@
-"""Shares of importance, marginal drops, and the tables they are read from."""
+"""Shares of importance, marginal drops, and reading of tables."""
 
 import csv
 import json
@@ -21,27 +21,27 @@ def loss(bits: float) -> float:
 
 
 def grid(vision: float, language: float) -> Table:
-    """Scores that lose `vision` and `language` times `2^-bits`: additive, so drops are known exactly."""
+    """Additive scores with losses of `vision` and `language` times `2^-bits`, so that exact drops are known."""
     bits = np.array([(v, q) for v in BITS for q in BITS], dtype=np.float64)
     scores = np.array([1 - vision * loss(v) - language * loss(q) for v, q in bits])
     return Table(("vision", "language"), bits, scores, "score")
 
 
-def test_shares_follow_what_decides_the_score_and_sum_to_100() -> None:
-    found = importance(grid(vision=0.5, language=2.0)).shares
-    for way in (found.consensus, found.forest, found.permutation, found.shap):
-        assert sum(way.values()) == pytest.approx(100, abs=0.02)
-        assert way["language"] > 3 * way["vision"]
-    turned = importance(grid(vision=2.0, language=0.5)).shares
-    assert turned.consensus["vision"] == pytest.approx(found.consensus["language"], abs=3)
+def test_shares_follow_the_effect_on_the_score_and_sum_to_100() -> None:
+    shares = importance(grid(vision=0.5, language=2.0)).shares
+    for shares_by_method in (shares.consensus, shares.forest, shares.permutation, shares.shap):
+        assert sum(shares_by_method.values()) == pytest.approx(100, abs=0.02)
+        assert shares_by_method["language"] > 3 * shares_by_method["vision"]
+    swapped = importance(grid(vision=2.0, language=0.5)).shares
+    assert swapped.consensus["vision"] == pytest.approx(shares.consensus["language"], abs=3)
 
 
-def test_a_component_that_does_nothing_has_no_share() -> None:
+def test_a_component_without_effect_has_no_share() -> None:
     assert importance(grid(vision=0.0, language=2.0)).shares.consensus["vision"] < 0.5
 
 
-def test_shares_depend_on_which_bits_the_grid_holds() -> None:
-    """The reason why marginal drops are shown too: language loses more at every width, yet vision's share is larger."""
+def test_shares_depend_on_the_bits_of_the_grid() -> None:
+    """Marginal drops do not: language loses more at every bit width, but vision has the larger share."""
     whole = grid(vision=1.0, language=2.0)
     part = whole.where(whole.bits[:, 1] >= 4)
     assert importance(whole).shares.consensus["language"] > 70
@@ -64,7 +64,7 @@ def test_usable_bits_keep_their_share_of_the_full_score() -> None:
     assert importance(grid(vision=0.5, language=2.0)).usable["language"] == (4, 8, 16)
 
 
-def test_a_line_explains_a_line_and_not_a_collapse() -> None:
+def test_a_linear_fit_explains_linear_scores_and_not_a_collapse() -> None:
     table = grid(0.5, 2.0)
     straight = Table(table.components, table.bits, table.bits @ np.array([1.0, 3.0]), "score")
     assert linear_r2(straight) == pytest.approx(1)
@@ -90,9 +90,9 @@ def test_a_file_is_read_by_its_column_names(tmp_path: Path) -> None:
     assert read_csv(path, conditions=["kind=a"]).bits[:, 0].tolist() == [3, 8]
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+def test_problems_of_a_file_are_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "grid.csv", ["vit_bits", "llm_bits", "blue"], [[2, 3, 1], [4, 8, 2]])
-    with pytest.raises(DataError, match="which column is the score"):
+    with pytest.raises(DataError, match="has no known column of a score"):
         read_csv(path)
     with pytest.raises(DataError, match="Did you mean 'blue'"):
         read_csv(path, "blu")
@@ -105,20 +105,20 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         read_csv(write(tmp_path / "none.csv", ["acc"], [[1]]))
 
 
-def test_few_rows_and_mixed_ways_are_noted(tmp_path: Path) -> None:
+def test_few_rows_and_mixed_settings_give_notes(tmp_path: Path) -> None:
     columns = ["vision_bits", "language_bits", "acc", "method", "group_size"]
     rows: list[list[object]] = [[v, q, 1 - loss(v) - loss(q), "gptq", "row"] for v in BITS for q in BITS]
     whole = [*rows[:-1], [16, 16, 1.0, "none", "none"]]
     assert importance(read_csv(write(tmp_path / "one.csv", columns, whole))).notes == ()
     few = importance(read_csv(write(tmp_path / "few.csv", columns, rows[:10])))
-    assert few.notes == ("10 settings are few: shares of under 20 move much with each one",)
+    assert few.notes == ("only 10 settings: with fewer than 20, each setting changes the shares by many points",)
     rows[3][3], rows[4][4] = "awq", 32
     mixed = write(tmp_path / "mixed.csv", columns, rows)
     result = CliRunner().invoke(cli, ["study", "importance", str(mixed)])
-    assert "note: settings of method gptq, awq are mixed: --where method=gptq takes one of them" in result.output
+    assert "note: settings of method gptq, awq are mixed: --where method=gptq selects one of them" in result.output
     assert "note: settings of group_size row, 32 are mixed" in result.output
-    found = json.loads(CliRunner().invoke(cli, ["study", "importance", str(mixed), "--json"]).stdout)
-    assert len(found["notes"]) == 2
+    result_data = json.loads(CliRunner().invoke(cli, ["study", "importance", str(mixed), "--json"]).stdout)
+    assert len(result_data["notes"]) == 2
 
 
 def test_the_command_prints_the_consensus_first(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_the_command_prints_the_consensus_first(tmp_path: Path) -> None:
     path = write(tmp_path / "grid.csv", ["vision_bits", "language_bits", "accuracy"], rows)
     result = CliRunner().invoke(cli, ["study", "importance", str(path), "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert next(iter(found)) == "consensus"
-    assert found["consensus"] == importance(table).shares.consensus
+    result_data = json.loads(result.stdout)
+    assert next(iter(result_data)) == "consensus"
+    assert result_data["consensus"] == importance(table).shares.consensus
     text = CliRunner().invoke(cli, ["study", "importance", str(path)])
     assert "consensus" in text.output
     wrong = CliRunner().invoke(cli, ["study", "importance", str(path), "--score", "x"])

@@ -417,7 +417,7 @@ def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: 
     assert "the same artifact with a new card" in hub.files(REPO)["README.md"].decode()
     assert "nothing to do: the repository holds" in published(artifact, "--license", "mit", "--dry-run").output
     again = published(artifact, "--license", "mit")
-    assert f"nothing to do: {hub.url}/{REPO}/commit/{head} holds exactly this" in again.output
+    assert f"nothing to do: {hub.url}/{REPO}/commit/{head} already holds these files" in again.output
     assert hub.repos[REPO].branches == {"main": head}
     published(artifact, "--license", "mit", "--revision", "copy")  # a new branch of it is something to do
     assert hub.repos[REPO].branches == {"main": head, "copy": head}
@@ -505,7 +505,7 @@ def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact:
     hub.log.clear()
     result = mmq("verify", f"hub:{REPO}")
     assert result.exit_code == 0, result.output
-    assert "14 packed linears found by name" in result.output
+    assert "14 packed linears present by name" in result.output
     weights = hub.sent("(GET|HEAD) /(large|.*model.safetensors)")
     assert weights
     assert all(request.range == "bytes=0-100000" for request in weights)

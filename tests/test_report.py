@@ -1,4 +1,4 @@
-"""The report: everything on one page, nothing from outside, readable at any width and by keyboard."""
+"""The report: one self-contained page, readable at any width and by keyboard."""
 
 import json
 import re
@@ -58,9 +58,9 @@ def mmq(*arguments: object) -> Result:
 
 
 def summary(out: Path, report: Report | None = None) -> Summary:
-    """What the artifact says, with another report where one is given."""
-    found = read_summary(out.name, folder_reader(out))
-    return found if report is None else replace(found, report=report)
+    """Summary of the artifact, with `report` in place of its own if given."""
+    artifact_summary = read_summary(out.name, folder_reader(out))
+    return artifact_summary if report is None else replace(artifact_summary, report=report)
 
 
 class Tags(HTMLParser):
@@ -70,24 +70,24 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in self.VOID:
             assert self.open.pop() == tag
 
 
-def test_the_page_holds_what_the_artifact_says(out: Path, page: Path) -> None:
+def test_the_page_has_all_values_of_the_artifact(out: Path, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     report = json.loads((out / "mmq_report.json").read_text())
     manifest = json.loads((out / "mmq_manifest.json").read_text())
@@ -104,30 +104,33 @@ def test_the_page_holds_what_the_artifact_says(out: Path, page: Path) -> None:
     assert report["changed"], "3 bits change answers of the demo"
     tags = Tags(text)
     assert tags.open == []
-    pictures = [attributes for tag, attributes in tags.found if tag == "img"]
+    pictures = [attributes for tag, attributes in tags.tags if tag == "img"]
     assert len(pictures) == len(report["changed"]) + len(report["examples"])
     assert all(picture["alt"] for picture in pictures)
 
 
-def test_the_json_beside_it_holds_the_same_without_pictures(out: Path, page: Path) -> None:
-    said = json.loads(page.with_suffix(".json").read_text())
+def test_the_json_file_has_the_same_content_without_pictures(out: Path, page: Path) -> None:
+    content = json.loads(page.with_suffix(".json").read_text())
     manifest = json.loads((out / "mmq_manifest.json").read_text())
-    assert said["verdict"] == json.loads((out / "mmq_report.json").read_text())["verdict"]
-    assert said["bytes"] == manifest["bytes"]
-    found = {
-        f"{b['block']}.{name}": e for rows in said["blocks"].values() for b in rows for name, e in b["linears"].items()
+    assert content["verdict"] == json.loads((out / "mmq_report.json").read_text())["verdict"]
+    assert content["bytes"] == manifest["bytes"]
+    errors = {
+        f"{b['block']}.{name}": e
+        for rows in content["blocks"].values()
+        for b in rows
+        for name, e in b["linears"].items()
     }
-    assert found == pytest.approx(manifest["errors"])
-    for row in (row for rows in said["blocks"].values() for row in rows):
+    assert errors == pytest.approx(manifest["errors"])
+    for row in (row for rows in content["blocks"].values() for row in rows):
         assert row["mean"] == pytest.approx(sum(row["linears"].values()) / len(row["linears"]))
         assert row["largest"] == max(row["linears"].values())
-    assert [row["block"] for rows in said["blocks"].values() for row in rows] == manifest["units"]
-    assert all("picture" not in row for row in said["changed"])
+    assert [row["block"] for rows in content["blocks"].values() for row in rows] == manifest["units"]
+    assert all("picture" not in row for row in content["changed"])
     assert "data:image" not in page.with_suffix(".json").read_text()
 
 
-def test_nothing_on_the_page_leads_out_of_it(page: Path) -> None:
-    tags = Tags(page.read_text(encoding="utf-8")).found
+def test_the_page_has_no_external_references(page: Path) -> None:
+    tags = Tags(page.read_text(encoding="utf-8")).tags
     for tag, attributes in tags:
         assert tag not in ("script", "iframe", "object", "embed", "form", "base")
         assert not [name for name in attributes if name.startswith("on")]
@@ -144,14 +147,14 @@ def test_answers_cannot_become_markup(out: Path) -> None:
     texts = {"before": HOSTILE, "after": HOSTILE, "question": HOSTILE, "id": HOSTILE, "references": (HOSTILE,)}
     rows = {key: tuple(row.model_copy(update=texts) for row in getattr(report, key)) for key in ("changed", "examples")}
     text = html(collect(summary(out, report.model_copy(update=rows)), {}))
-    tags = [tag for tag, _ in Tags(text).found]
+    tags = [tag for tag, _ in Tags(text).tags]
     assert "script" not in tags
     assert "img" not in tags
     assert "&lt;script&gt;alert(1)" in text
 
 
 @pytest.mark.parametrize(
-    ("wrong_after", "verdict", "tone", "said"),
+    ("wrong_after", "verdict", "tone", "text_part"),
     [
         (1, "passed", "passed", "No answer changed."),
         (
@@ -164,14 +167,14 @@ def test_answers_cannot_become_markup(out: Path) -> None:
         (50, "failed", "failed", "49 answers changed"),
     ],
 )
-def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, said: str) -> None:
-    """A gate that is not resolved has a color of its own, at the top and in its row."""
+def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, text_part: str) -> None:
+    """A gate that is not resolved has a distinct color, at the top and in its row."""
     content = collect(summary(out, crafted(1, wrong_after)), {})
     text = html(content)
     assert content["verdict"] == verdict
     assert f'<span class="badge {tone}">{verdict}</span>' in text
     assert f'<td class="{tone}">{verdict}</td>' in text
-    assert said in text
+    assert text_part in text
     if tone == "open":
         assert 'class="passed"' not in text
         assert re.search(
@@ -185,7 +188,7 @@ def test_a_baseline_at_chance_level_is_named_on_the_page(out: Path) -> None:
     assert "the full-precision model scores 0, so a relative change is undefined" in text
 
 
-def test_an_artifact_that_was_never_measured_says_so(out: Path) -> None:
+def test_the_page_of_an_artifact_without_evaluation_states_it(out: Path) -> None:
     text = html(collect(replace(summary(out), report=None), {}))
     assert '<span class="badge open">never evaluated</span>' in text
     assert "The artifact was not evaluated." in text
@@ -202,10 +205,10 @@ def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
 
 @pytest.mark.parametrize("evaluated", [True, False])
 @pytest.mark.parametrize("problems", [(), ("mean 0.2 of 0.015 allowed <b>",)])
-def test_what_the_engine_answered_is_on_the_page(
+def test_the_result_of_check_is_on_the_page(
     out: Path, tmp_path: Path, evaluated: bool, problems: tuple[str, ...]
 ) -> None:
-    """Also of an artifact that was checked and never evaluated."""
+    """With and without an evaluation."""
     copy = tmp_path / "checked"
     shutil.copytree(out, copy)
     if not evaluated:
@@ -233,13 +236,13 @@ def test_what_the_engine_answered_is_on_the_page(
     report = summary(copy).report
     assert content["verdict"] == (report.verdict if report else "never evaluated")
     assert bool(report) is evaluated
-    for said in (
+    for text_part in (
         "vllm 0.32.0+cpu, cpu build",
         "mean difference 0.0125, largest 0.0312",
         "mean difference 4.2500, largest 9.5000",
         "K for W4",
     ):
-        assert said in text
+        assert text_part in text
     assert Tags(text).open == []
 
 
@@ -248,9 +251,11 @@ def test_a_baseline_of_zero_still_makes_a_page(out: Path) -> None:
 
 
 def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
-    """x, width and height of every bar of a class."""
-    found = [attributes for tag, attributes in Tags(svg).found if tag == "rect" and attributes["class"] == kind]
-    return [(float(a["x"] or 0), float(a["width"] or 0), float(a["height"] or 0)) for a in found]
+    """x, width and height of every bar of a CSS class."""
+    attributes_of_bars = [
+        attributes for tag, attributes in Tags(svg).tags if tag == "rect" and attributes["class"] == kind
+    ]
+    return [(float(a["x"] or 0), float(a["width"] or 0), float(a["height"] or 0)) for a in attributes_of_bars]
 
 
 def test_charts_are_to_scale() -> None:
@@ -258,8 +263,8 @@ def test_charts_are_to_scale() -> None:
     svg = charts.change(row, (-0.10, 0.10))
     assert rectangles(svg, "forbidden") == [(0, pytest.approx(25), 20)]
     assert rectangles(svg, "interval") == [(pytest.approx(30), pytest.approx(25), 6)]
-    marks = [float(a["x1"] or 0) for tag, a in Tags(svg).found if tag == "line"]
-    assert marks == pytest.approx([50, 40])  # zero, then what was measured
+    marks = [float(a["x1"] or 0) for tag, a in Tags(svg).tags if tag == "line"]
+    assert marks == pytest.approx([50, 40])  # zero, then the measured change
     low, high = charts.reach([row])
     assert low < -0.05 < 0.01 < 0.02 < high
     bars = charts.blocks([{"block": "a", "mean": 0.1, "largest": 0.4}, {"block": "b", "mean": 0.3, "largest": 0.3}])
@@ -268,24 +273,24 @@ def test_charts_are_to_scale() -> None:
     assert [width for _, width, _ in rectangles(charts.sizes(200, 50), "strong")] == pytest.approx([25])
 
 
-def test_pictures_are_small_and_right() -> None:
+def test_thumbnails_are_small_and_have_the_right_format() -> None:
     tiny, large = Image.new("RGB", (64, 40), (250, 3, 3)), Image.new("RGB", (3000, 1000), (3, 250, 3))
     assert thumbnail(tiny).startswith("data:image/png;base64,")
     assert thumbnail(large).startswith("data:image/jpeg;base64,")
     assert len(thumbnail(large)) < 10_000
 
 
-def test_a_picture_is_shown_only_where_question_references_and_pixels_are_the_same() -> None:
+def test_a_picture_is_shown_only_if_question_references_and_pixels_are_equal() -> None:
     sample = Sample("1", lambda: Image.new("RGB", (4, 4), (9, 0, 0)), None, ("a dog", "a pet"))
     row = AnswerPair(task="captioning", id="1", question=None, references=("a dog", "a pet"), before="", after="")
     named = row.model_copy(update={"image": image_key(sample.image())})
-    for same in (row, named):  # a report of an older version does not name the image
+    for same in (row, named):  # reports of older versions have no hash of the image
         assert find_pictures([same], {"captioning": [sample]}) == {("captioning", "1"): thumbnail(sample.image())}
     for other in ({"id": "2"}, {"question": "what?"}, {"references": ("a cat",)}, {"image": "0" * 64}):
         assert find_pictures([named.model_copy(update=other)], {"captioning": [sample]}) == {}
 
 
-def test_what_rounds_to_nothing_has_no_sign(out: Path) -> None:
+def test_values_that_round_to_zero_have_no_minus_sign(out: Path) -> None:
     report = crafted(1, 1)
     tiny = {"change": -1e-6, "low": -1e-6, "high": 1e-6}
     (measure,), (gate,) = report.measures, report.gates
@@ -301,25 +306,25 @@ def test_what_rounds_to_nothing_has_no_sign(out: Path) -> None:
     assert "changed by +0.0% of" in sentence(gate.model_copy(update=tiny))
 
 
-def test_data_that_is_not_there_costs_the_pictures_only_when_it_was_not_named(out: Path, tmp_path: Path) -> None:
+def test_missing_data_is_an_error_only_if_it_was_passed(out: Path, tmp_path: Path) -> None:
     recipe = out / "recipe.yaml"
-    kept = recipe.read_text()
+    recipe_text = recipe.read_text()
     try:
-        changed = yaml.safe_load(kept)
+        changed = yaml.safe_load(recipe_text)
         changed["calibration"]["data"] = f"folder:{tmp_path}/gone"
         recipe.write_text(yaml.safe_dump(changed))
         result = mmq("report", out, "--out", tmp_path / "r.html", "--json")
-        said = json.loads(result.stdout)
-        assert (said["pictures"], "--data" in said["note"]) == (0, True)
+        result_data = json.loads(result.stdout)
+        assert (result_data["pictures"], "--data" in result_data["note"]) == (0, True)
         assert "<img" not in (tmp_path / "r.html").read_text()
         named = mmq("report", out, "--out", tmp_path / "r.html", "--data", tmp_path / "gone")
         assert named.exit_code == 1
         assert "no data folder" in named.stderr
     finally:
-        recipe.write_text(kept)
+        recipe.write_text(recipe_text)
 
 
-def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
+def test_the_page_shows_a_study(out: Path, tmp_path: Path) -> None:
     from tests.test_study_pictures import choices_in
 
     choices_in(tmp_path)
@@ -333,16 +338,16 @@ def test_a_study_comes_into_the_page(out: Path, tmp_path: Path) -> None:
     assert 'id="study"' not in html(collect(summary(out), {}))
     nothing = mmq("report", out, "--study", out, "--out", file)
     assert nothing.exit_code == 1
-    assert "holds no study" in nothing.stderr
+    assert "contains no study" in nothing.stderr
 
 
-def test_an_artifact_is_needed(tmp_path: Path) -> None:
+def test_a_folder_without_an_artifact_is_an_error(tmp_path: Path) -> None:
     result = mmq("report", tmp_path)
     assert result.exit_code == 1
     assert "it is not an mmq artifact" in result.stderr
 
 
-def test_plots(out: Path, tmp_path: Path) -> None:
+def test_plots_are_written_as_png_files(out: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = mmq("report", out, "--out", tmp_path / "r.html", "--plots", tmp_path / "plots", "--json")
     assert [Path(name).name for name in json.loads(result.stdout)["files"]] == [
@@ -358,7 +363,9 @@ def test_plots(out: Path, tmp_path: Path) -> None:
             assert len(image.convert("RGB").getcolors(2**20) or ()) > 10
 
 
-def test_plots_without_matplotlib_name_the_extra(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_hint_names_the_extra(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = mmq("report", out, "--out", tmp_path / "r.html", "--plots", tmp_path / "plots")
     assert result.exit_code == 1
@@ -377,7 +384,7 @@ def chromium() -> Iterator[Browser]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_in_a_browser(chromium: Browser, page: Path, width: int, dark: bool) -> None:
-    """No sideways scrolling, readable contrast, and no request but the file itself."""
+    """No horizontal scrolling, readable contrast, and no request besides the file itself."""
     chromium.show(page, width, 800, dark)
     assert chromium.run("return document.documentElement.scrollWidth") <= width
     hidden = chromium.run(
@@ -402,7 +409,7 @@ def rgb(color: str) -> tuple[int, ...]:
 
 
 def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """WCAG 2.2's contrast ratio."""
+    """Contrast ratio as WCAG 2.2 defines it."""
 
     def luminance(color: tuple[int, ...]) -> float:
         parts = [c / 255 for c in color]
@@ -414,11 +421,11 @@ def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
 
 
 def test_by_keyboard(chromium: Browser, page: Path) -> None:
-    """Tab reaches the skip link, every section, every table and every fold, with a visible outline; Enter unfolds."""
+    """Tab focuses the skip link, sections, tables and folds with a visible outline; Enter unfolds."""
     chromium.show(page, 1280, 800)
-    wanted = chromium.run("return document.querySelectorAll('a[href], summary, [tabindex]').length")
-    seen: list[str] = []
-    for _ in range(wanted * 3):
+    expected_count = chromium.run("return document.querySelectorAll('a[href], summary, [tabindex]').length")
+    focused: list[str] = []
+    for _ in range(expected_count * 3):
         chromium.press(TAB)
         name, outline, folded = chromium.run(
             "const e = document.activeElement; return [e === document.body ? '' : "
@@ -428,17 +435,17 @@ def test_by_keyboard(chromium: Browser, page: Path) -> None:
         if not name:
             break
         assert outline == "solid", name
-        seen.append(name)
+        focused.append(name)
         if folded:
             chromium.press(ENTER)
             assert chromium.run("return document.activeElement.parentElement.open"), name
-    assert seen[0] == "A Skip to the report"
-    assert len(seen) == wanted
-    assert "A Plan and provenance" in seen
-    assert "PRE Recipe" in seen
+    assert focused[0] == "A Skip to the report"
+    assert len(focused) == expected_count
+    assert "A Plan and provenance" in focused
+    assert "PRE Recipe" in focused
 
 
-def test_written_files_replace_older_ones_whole(out: Path, tmp_path: Path) -> None:
+def test_written_files_replace_older_ones_completely(out: Path, tmp_path: Path) -> None:
     (tmp_path / "r.html").write_text("old")
     files = write(collect(summary(out), {}), tmp_path / "r.html")
     assert [path.name for path in files] == ["r.html", "r.json"]
@@ -446,7 +453,7 @@ def test_written_files_replace_older_ones_whole(out: Path, tmp_path: Path) -> No
     assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(out: Path, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_an_error_without_a_traceback(out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for arguments in (
         ["--out", tmp_path / "file" / "r.html"],

@@ -43,16 +43,16 @@ def serve(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["serve", *arguments])
 
 
-def test_a_command_is_shown_without_vllm() -> None:
+def test_print_works_without_vllm() -> None:
     done = serve(DEMO, "--print")
     assert done.exit_code == 0, done.output
     assert "vllm serve" in done.stdout
     assert "--enforce-eager" not in done.stdout
-    assert "no vllm here" in done.stderr
+    assert "vllm is not installed" in done.stderr
 
 
 @pytest.mark.parametrize("named", ["option", "environment"])
-def test_a_vllm_that_was_named_must_be_there(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_program_that_is_set_must_exist(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if named == "environment":
         monkeypatch.setenv("MMQ_VLLM", "/nowhere/vllm")
     done = serve(DEMO, "--print", *(["--vllm", "/nowhere/vllm"] if named == "option" else []))
@@ -60,7 +60,7 @@ def test_a_vllm_that_was_named_must_be_there(named: str, monkeypatch: pytest.Mon
     assert "the program '/nowhere/vllm' does not exist" in done.stderr
 
 
-def test_nothing_is_started_without_vllm() -> None:
+def test_serving_without_vllm_is_an_error() -> None:
     done = serve(DEMO)
     assert done.exit_code == 1
     assert "serving/cpu/install.sh" in done.stderr
@@ -73,9 +73,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     recipe, out = folder / "recipe.yaml", folder / "artifact"
     text = CliRunner().invoke(cli, ["recipes", "llava-w4"]).stdout.replace("gptq", "rtn")
     recipe.write_text(text + "kv_cache: fp8\n")
-    made = ["export", "--recipe", str(recipe), "--model", "demo-llava", "--out", str(out), "--device", "cpu"]
-    done = CliRunner().invoke(cli, [*made, "--skip-evaluation"])
-    assert done.exit_code == 0, done.output
+    command = ["export", "--recipe", str(recipe), "--model", "demo-llava", "--out", str(out), "--device", "cpu"]
+    result = CliRunner().invoke(cli, [*command, "--skip-evaluation"])
+    assert result.exit_code == 0, result.output
     return str(out)
 
 
@@ -127,7 +127,7 @@ def test_the_driver_reports_the_compute_capability(
     assert capability() == expected
 
 
-def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
+def test_a_gpu_without_the_kernel_is_refused_if_vllm_is_installed(
     artifact: str, vllm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(vllm).write_text(Path(vllm).read_text().replace("+cpu", ""))
@@ -136,7 +136,7 @@ def test_a_card_without_the_kernel_is_refused_where_the_engine_is(
         done = serve(artifact, "--print", "--vllm", vllm)
         assert done.exit_code == code, done.output
         assert ("rule kernel: W4 g128 is not served on compute capability 7.0" in done.stderr) == bool(code)
-        assert serve(artifact, "--print").exit_code == 0  # a command for elsewhere
+        assert serve(artifact, "--print").exit_code == 0  # a command for another machine
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_faster_flags_depend_on_schemes_cache_and_head_size(
 def test_the_error_for_a_misplaced_vllm_flag_names_its_place(command: str) -> None:
     done = CliRunner().invoke(cli, [command, DEMO, "--max-num-seqs", "4"])
     assert done.exit_code == 2
-    assert "'--max-num-seqs'. Flags of `vllm serve` go behind `--`." in done.stderr
+    assert "'--max-num-seqs'. Put flags of `vllm serve` after `--`." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_requests_use_the_served_model_name(flags: tuple[str, ...]) -> None:
     assert "demo-llava" not in made.command
 
 
-def test_a_server_that_is_killed_while_it_starts_is_an_error(vllm: str) -> None:
+def test_a_server_that_is_killed_during_its_start_is_an_error(vllm: str) -> None:
     command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

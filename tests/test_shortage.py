@@ -1,4 +1,4 @@
-"""Running out of memory is an error with the step, the sizes and a remedy; batches shrink instead."""
+"""Out of memory: the error states device, bytes and advice, and batches shrink to avoid it."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from exporter.commands.main import cli
 from exporter.device import Device
 from exporter.errors import MemoryShortage
 from exporter.inference.batch_size import BatchSize
-from exporter.out_of_memory import explained, is_shortage, requested_bytes
+from exporter.out_of_memory import explain_shortage, is_shortage, requested_bytes
 
 CPU = Device(torch.device("cpu"), "CPU", 2**30)
 GPU = Device(torch.device("cuda", 0), "H100", 2**30)
@@ -31,19 +31,19 @@ OTHERS = [RuntimeError("shapes do not match"), OSError(28, "No space left on dev
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_all_errors_of_memory_shortage_are_recognized(name: str) -> None:
+def test_every_out_of_memory_error_is_recognized(name: str) -> None:
     assert is_shortage(FAILURES[name])
     assert not any(map(is_shortage, OTHERS))
 
 
 @pytest.mark.parametrize("fill", [torch.empty, np.empty, bytearray], ids=["torch", "numpy", "Python"])
-def test_errors_of_the_libraries_on_this_host_are_recognized(fill: type) -> None:
+def test_out_of_memory_errors_of_libraries_on_this_host_are_recognized(fill: type) -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         fill(2**55)
     assert is_shortage(caught.value)
 
 
-def test_the_bytes_that_were_requested_are_read_from_the_message() -> None:
+def test_requested_bytes_are_read_from_the_message() -> None:
     assert requested_bytes(FAILURES["torch on a GPU"]) == int(2.5 * 2**30)
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
@@ -51,20 +51,23 @@ def test_the_bytes_that_were_requested_are_read_from_the_message() -> None:
     assert requested_bytes(MemoryError()) == 0
 
 
-def test_the_error_says_step_device_sizes_and_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_states_step_device_sizes_and_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortage, "free_bytes", lambda device: 3 * 2**28)
     monkeypatch.setattr(shortage, "free_host_bytes", lambda: 5 * 2**30)
-    with pytest.raises(MemoryShortage) as caught, explained("quantize", GPU, (4 * 2**30, 2**30), "fewer --samples"):
+    with (
+        pytest.raises(MemoryShortage) as caught,
+        explain_shortage("quantize", GPU, (4 * 2**30, 2**30), "fewer --samples"),
+    ):
         raise FAILURES["torch on a GPU"]
     expected = "quantize: out of memory on H100: 2.50 GiB more were requested, 0.75 GiB are free, "
     assert caught.value.message == expected + "the step was predicted to take 4.00 GiB"
     assert (caught.value.hint, caught.value.exit_code) == ("fewer --samples", 4)
-    with pytest.raises(MemoryShortage) as caught, explained("write", GPU):
+    with pytest.raises(MemoryShortage) as caught, explain_shortage("write", GPU):
         raise MemoryError
     assert caught.value.message == "write: out of memory on the host: 5.00 GiB are free"
     with (
         pytest.raises(MemoryShortage, match=r"on the host: .* predicted to take 2\.00 GiB$"),
-        explained("x", CPU, (0, 2**31)),
+        explain_shortage("x", CPU, (0, 2**31)),
     ):
         torch.empty(2**55)
 
@@ -72,40 +75,40 @@ def test_the_error_says_step_device_sizes_and_advice(monkeypatch: pytest.MonkeyP
 def test_a_known_shortage_and_other_errors_pass_through() -> None:
     inner = MemoryShortage("inner step")
     for error in (inner, *OTHERS):
-        with pytest.raises(type(error)) as caught, explained("outer step", CPU):
+        with pytest.raises(type(error)) as caught, explain_shortage("outer step", CPU):
             raise error
         assert caught.value is error
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_commands_end_with_the_sentence_and_exit_code_4(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_print_the_message_and_exit_with_code_4(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def examine() -> None:
         raise FAILURES["torch on a GPU"]
 
     monkeypatch.setattr("exporter.commands.doctor.examine", examine)
     result = CliRunner().invoke(cli, ["doctor", *options])
     assert result.exit_code == 4
-    said = json.loads(result.stdout) if options else {"error": result.stderr}
-    assert "doctor: out of memory on the host: 2.50 GiB more were requested" in said["error"]
+    report = json.loads(result.stdout) if options else {"error": result.stderr}
+    assert "doctor: out of memory on the host: 2.50 GiB more were requested" in report["error"]
 
 
 def halves(room: int, items: int, size: int, times: int = 1) -> tuple[list[Sequence[int]], list[tuple[int, int]]]:
-    """The batches that went through where `room` items fit, and what was announced."""
-    shrunk: list[tuple[int, int]] = []
+    """Completed batches if at most `room` items fit in memory, and the announced reductions (from, to)."""
+    reductions: list[tuple[int, int]] = []
 
     def work(batch: Sequence[int]) -> Sequence[int]:
         if len(batch) > room:
             raise torch.OutOfMemoryError
         return batch
 
-    batches = BatchSize(size, lambda large, small: shrunk.append((large, small)))
-    return list(batches.each(range(items), work, times)), shrunk
+    batches = BatchSize(size, lambda large, small: reductions.append((large, small)))
+    return list(batches.each(range(items), work, times)), reductions
 
 
 def test_a_batch_that_does_not_fit_is_halved_permanently() -> None:
-    done, shrunk = halves(room=3, items=11, size=8)
-    assert [list(batch) for batch in done] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
-    assert shrunk == [(8, 4), (4, 2)]
+    batches, reductions = halves(room=3, items=11, size=8)
+    assert [list(batch) for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
+    assert reductions == [(8, 4), (4, 2)]
     assert [len(batch) for batch in halves(room=8, items=11, size=8)[0]] == [8, 3]
     assert [len(batch) for batch in halves(room=8, items=20, size=4, times=4)[0]] == [8, 8, 4]
 

@@ -1,4 +1,4 @@
-"""Studies: grids, shared units, scores, resuming, and where the work runs."""
+"""Studies: grids, shared units, scores, resumed runs, and worker pools."""
 
 import io
 import json
@@ -28,13 +28,13 @@ from exporter.quantization.workdir import UnitResult
 from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
-from exporter.study.records import FILE, Measured, Records, comparable, last_exam, read_records
+from exporter.study.records import FILE, Records, ScoredSetting, comparable, last_exam, read_records
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.setting import Setting, changes
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
 from exporter.study.units import units_of
-from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, opened, setting_of, store_of
+from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, open_model, setting_of, store_of
 from exporter.tasks import retrieval
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double
@@ -51,57 +51,62 @@ def grid(**content: Any) -> Grid:
     return parse_grid({"methods": ["rtn"], **content}, "a test")
 
 
-def settings(found: Grid) -> list[Point]:
-    model = opened(setup_in(Path("unused")))
-    return points(found, model.family, model.checkpoint.config)[0]
+def settings(a_grid: Grid) -> list[Point]:
+    model = open_model(setup_in(Path("unused")))
+    return points(a_grid, model.family, model.checkpoint.config)[0]
 
 
 def test_a_product_has_every_combination_once() -> None:
-    found = settings(grid(components={"vision": {"bits": [4, 8, 16]}, "language": {"bits": [3, 16]}}))
-    assert len(found) == 6
-    labels = [(dict(p.about)["vision_bits"], dict(p.about)["language_bits"]) for p in found]
+    points = settings(grid(components={"vision": {"bits": [4, 8, 16]}, "language": {"bits": [3, 16]}}))
+    assert len(points) == 6
+    labels = [(dict(point.about)["vision_bits"], dict(point.about)["language_bits"]) for point in points]
     assert labels == [(v, q) for v in (4, 8, 16) for q in (3, 16)]
-    assert [len(p.rules) for p in found] == [2, 1, 2, 1, 1, 0]
+    assert [len(point.rules) for point in points] == [2, 1, 2, 1, 1, 0]
 
 
-def test_blocks_and_roles_become_rules_and_empty_ones_are_said() -> None:
-    model = opened(setup_in(Path("unused")))  # two blocks: they are its front and its middle
+def test_blocks_and_roles_become_rules_and_choices_without_linears_are_reported() -> None:
+    model = open_model(setup_in(Path("unused")))  # two blocks: they are its front and its middle
     axis = {"bits": [4, 16], "blocks": ["front", "end", "front+middle"], "roles": ["all", "mlp"]}
-    found, notes = points(grid(components={"vision": axis}, combine="alone"), model.family, model.checkpoint.config)
-    assert [(p.rules[0].blocks, p.rules[0].role) for p in found[:2]] == [("front", None), ("front", "mlp")]
-    assert [len(p.rules) for p in found] == [1, 1, 2, 2, 0]
+    grid_points, notes = points(
+        grid(components={"vision": axis}, combine="alone"), model.family, model.checkpoint.config
+    )
+    assert [(point.rules[0].blocks, point.rules[0].role) for point in grid_points[:2]] == [
+        ("front", None),
+        ("front", "mlp"),
+    ]
+    assert [len(point.rules) for point in grid_points] == [1, 1, 2, 2, 0]
     assert len(notes) == 2
-    assert "nothing in blocks end" in notes[0]
+    assert "no linear in blocks end" in notes[0]
 
 
-def test_a_grid_without_settings_or_with_lists_that_do_not_pair_is_an_error() -> None:
-    model = opened(setup_in(Path("unused")))
+def test_a_grid_without_settings_or_with_lists_of_unequal_length_is_an_error() -> None:
+    model = open_model(setup_in(Path("unused")))
     nowhere = grid(components={"vision": {"bits": [4], "blocks": ["5:9"]}}, combine="alone")
-    with pytest.raises(RecipeError, match="no setting: vision has nothing in blocks 5:9, role all"):
+    with pytest.raises(RecipeError, match="no setting: vision has no linear in blocks 5:9 with role all"):
         points(nowhere, model.family, model.checkpoint.config)
     uneven = grid(components={"vision": {"bits": [3, 4]}, "language": {"bits": [4]}}, combine="together")
     with pytest.raises(RecipeError, match="vision 2, language 1"):
         points(uneven, model.family, model.checkpoint.config)
 
 
-def test_together_gives_all_components_the_same() -> None:
+def test_together_gives_all_components_the_same_choice() -> None:
     axis = {"bits": [3, 4]}
-    found = settings(grid(components={"vision": axis, "language": axis}, combine="together"))
-    assert [[rule.bits for rule in p.rules] for p in found] == [[3, 3], [4, 4]]
+    points = settings(grid(components={"vision": axis, "language": axis}, combine="together"))
+    assert [[rule.bits for rule in point.rules] for point in points] == [[3, 3], [4, 4]]
 
 
 def test_every_mistake_of_a_grid_is_listed() -> None:
     content = {"components": {"vision": {"bits": [1], "block": ["all"]}}, "methods": ["gtpq"], "group_sizes": [7]}
     with pytest.raises(RecipeError) as caught:
         parse_grid(content, "g.yaml")
-    for said in ("g.yaml has 4 problems", "bits must be 2 to 8", "Did you mean 'blocks'", "'gptq'", "multiple of 8"):
-        assert said in str(caught.value)
+    for text in ("g.yaml has 4 problems", "bits must be 2 to 8", "Did you mean 'blocks'", "'gptq'", "multiple of 8"):
+        assert text in str(caught.value)
     with pytest.raises(RecipeError, match="Did you mean 'vision'"):
         settings(grid(components={"vison": {}}))
 
 
-def test_units_are_named_by_what_decides_them_and_nothing_else() -> None:
-    model = opened(setup_in(Path("unused")))
+def test_keys_of_units_depend_exactly_on_what_determines_their_numbers() -> None:
+    model = open_model(setup_in(Path("unused")))
 
     def keys(calibration: str, *rules: Rule) -> set[str]:
         return {unit.key for unit in units_of(model.plan(rules), "source", calibration)}
@@ -118,59 +123,59 @@ def test_units_are_named_by_what_decides_them_and_nothing_else() -> None:
 
 
 def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
-    """Against a naive twin that rounds each weight by itself."""
+    """Compare with a simple implementation that rounds each weight separately."""
     setup = setup_in(tmp_path)
     rules = (Rule(component="vision", bits=3, role="mlp"), Rule(component="language", bits=4, blocks="front"))
     run(setup, [Point(rules, (("vision_bits", 3),))], pool.inline, ignore)
-    model = opened(setup)
+    model = open_model(setup)
     plan = model.plan(rules)
     keys = keys_of_run(setup, model, ignore)
     units = units_of(plan, keys.model, "not read by rtn")
-    found = changes(store_of(setup).read(unit) for unit in units)
+    tensors = changes(store_of(setup).read(unit) for unit in units)
     setting = setting_of(setup, rules, keys, [])
-    assert {name for block in setting.blocks for name in setting.changes(block)} == found.keys()
-    assert all(torch.equal(setting.tensor(name), tensor) for name, tensor in found.items())
+    assert {name for block in setting.blocks for name in setting.changes(block)} == tensors.keys()
+    assert all(torch.equal(setting.tensor(name), tensor) for name, tensor in tensors.items())
     assert setting.tensor("language_model.model.norm.weight") is None
     rows = [row for row in plan.rows if row.rule]
     assert len(rows) == 2 * 2 + 7
-    assert found.keys() == {row.tensor.name for row in rows}
+    assert tensors.keys() == {row.tensor.name for row in rows}
     for row in rows:
         assert row.rule is not None
         weight = model.checkpoint.read(row.tensor.name).float()
         options = row.rule.parsed_options()
-        made, _ = METHODS["rtn"].quantize_linear(weight, None, row.rule.scheme(), options, torch.bfloat16)
-        assert torch.equal(found[row.tensor.name], made.dequantize())
+        quantized, _ = METHODS["rtn"].quantize_linear(weight, None, row.rule.scheme(), options, torch.bfloat16)
+        assert torch.equal(tensors[row.tensor.name], quantized.dequantize())
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_unit_does_not_depend_on_what_else_is_made(tmp_path: Path, method: str) -> None:
-    """One walk over the blocks makes units of several rules; each is what a walk of its own makes."""
+def test_a_unit_does_not_depend_on_other_units_of_the_same_pass(tmp_path: Path, method: str) -> None:
+    """One pass over the blocks quantizes units of several rules; each equals the result of a separate pass."""
     choices = [Rule(component="vision", bits=bits, method=method, group_size=32) for bits in (2, 4)]
-    model = opened(setup_in(tmp_path))
+    model = open_model(setup_in(tmp_path))
     units = [unit for rule in choices for unit in units_of(model.plan((rule,)), "source", "data")]
 
-    def made(setup: Setup) -> dict[str, dict[str, torch.Tensor]]:
+    def stored_tensors(setup: Setup) -> dict[str, dict[str, torch.Tensor]]:
         return {path.name: load_file(path) for path in (setup.folder / "units").glob("*.safetensors")}
 
     together, apart = setup_in(tmp_path / "together"), setup_in(tmp_path / "apart")
     assert make_units(together, units).result == 8
     for unit in units:
         assert make_units(apart, [unit]).result == 1
-    both, alone = made(together), made(apart)
-    assert len(both) == 8
-    assert both.keys() == alone.keys()
-    for name, one in both.items():
-        assert one.keys() == alone[name].keys()
-        assert all(torch.equal(tensor, alone[name][key]) for key, tensor in one.items())
+    stored_together, stored_apart = stored_tensors(together), stored_tensors(apart)
+    assert len(stored_together) == 8
+    assert stored_together.keys() == stored_apart.keys()
+    for name, unit_tensors in stored_together.items():
+        assert unit_tensors.keys() == stored_apart[name].keys()
+        assert all(torch.equal(tensor, stored_apart[name][key]) for key, tensor in unit_tensors.items())
 
 
 def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> None:
-    """The stated approximation: with rounding an export gives the same weights, with GPTQ it sees its own errors."""
+    """RTN gives the weights of an export; GPTQ in an export also compensates errors of earlier blocks."""
     for method in ("rtn", "gptq"):
         rules = tuple(Rule(component=name, bits=4, method=method) for name in ("vision", "language"))
         point = Point(rules, (("vision_bits", 4), ("language_bits", 4)))
         shared, exact = (
-            run(setup_in(tmp_path / method, sequential=way), [point], pool.inline, ignore).found[0].scores["kl"]
+            run(setup_in(tmp_path / method, sequential=way), [point], pool.inline, ignore).settings[0].scores["kl"]
             for way in (False, True)
         )
         assert (shared == exact) == (method == "rtn")
@@ -178,68 +183,68 @@ def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> Non
         assert 0 < exact < 0.1
 
 
-def test_units_are_shared_and_nothing_is_measured_twice(tmp_path: Path) -> None:
+def test_settings_share_units_and_are_measured_once(tmp_path: Path) -> None:
     setup = setup_in(tmp_path)
     wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
     first = run(setup, wide, pool.inline, ignore)
-    assert (first.scored, first.made, first.units, first.named) == (4, 8, 8, 16)
+    assert (first.scored, first.quantized, first.units, first.used_units) == (4, 8, 8, 16)
     again = run(setup, wide, pool.inline, ignore)
-    assert (again.scored, again.made) == (0, 0)
-    assert [one.scores for one in again.found] == [one.scores for one in first.found]
+    assert (again.scored, again.quantized) == (0, 0)
+    assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
     parts = settings(grid(components={"vision": {"bits": [4], "roles": ["mlp"], "blocks": ["front"]}}))
     part = run(setup, parts, pool.inline, ignore)
-    assert (part.scored, part.made) == (1, 0)
-    full, least = first.found[3], first.found[0]
+    assert (part.scored, part.quantized) == (1, 0)
+    full, least = first.settings[3], first.settings[0]
     assert full.scores["kl"] == 0
     assert full.bits_per_weight == 16
-    assert part.found[0].scores["kl"] > 0
-    assert part.found[0].bytes > least.bytes
+    assert part.settings[0].scores["kl"] > 0
+    assert part.settings[0].bytes > least.bytes
 
 
 def test_a_run_that_reuses_everything_shows_its_own_exam(tmp_path: Path) -> None:
-    """Not that of the setting that was written last."""
+    """The table shows the exam of the last run, not of the last written setting."""
     few, more = setup_in(tmp_path), setup_in(tmp_path, samples=9)
     two = settings(grid(components={"vision": {"bits": [4, 16]}}))
     first = run(few, two, pool.inline, ignore)
-    assert {one.exam for one in last_exam(read_records(tmp_path))} == {first.found[0].exam}
+    assert {setting.exam for setting in last_exam(read_records(tmp_path))} == {first.settings[0].exam}
     second = run(more, two[:1], pool.inline, ignore)
-    assert [one.exam for one in comparable(read_records(tmp_path))] == [second.found[0].exam]
+    assert [setting.exam for setting in comparable(read_records(tmp_path))] == [second.settings[0].exam]
     again = run(few, two, pool.inline, ignore)
     assert again.scored == 0
-    assert {one.id for one in comparable(read_records(tmp_path))} == {one.id for one in first.found}
+    assert {setting.id for setting in comparable(read_records(tmp_path))} == {setting.id for setting in first.settings}
 
 
-def test_exact_replies_are_those_that_greedy_decoding_gives() -> None:
-    """Against generation, on a model that gets some wrong."""
+def test_exact_replies_equal_greedy_answers() -> None:
+    """Compare with generation, on a model with some wrong answers."""
     setup = setup_in(Path("unused"), samples=40)
-    chosen = examiner(setup)
-    model = opened(setup)
+    model_examiner = examiner(setup)
+    model = open_model(setup)
     broken = {}
     for row in model.plan((Rule(component="language", bits=3),)).rows:
         if row.rule:
             weight = model.checkpoint.read(row.tensor.name).float()
-            made, _ = METHODS["rtn"].quantize_linear(
+            quantized, _ = METHODS["rtn"].quantize_linear(
                 weight, None, row.rule.scheme(), row.rule.parsed_options(), torch.bfloat16
             )
-            broken[row.tensor.name] = made.dequantize()
-    forced = chosen.grade(Rounded(broken))
+            broken[row.tensor.name] = quantized.dequantize()
+    forced = model_examiner.grade(Rounded(broken))
     family = FAMILIES["llava"]
-    predictor = Predictor(chosen._live, chosen._processor, family, torch.device("cpu"), 8)
+    predictor = Predictor(model_examiner._live, model_examiner._processor, family, torch.device("cpu"), 8)
     for task, samples in exam_samples(setup).items():
         answers = predictor.answer(samples)
         right = [answer == sample.references[0] for answer, sample in zip(answers, samples, strict=True)]
         assert forced[f"{task} exact"] == pytest.approx(sum(right) / len(right))
     assert 0 < forced["captioning exact"] < 1
-    assert chosen.grade(Setting((), unread))["kl"] == 0  # the full weights are back
+    assert model_examiner.grade(Setting((), unread))["kl"] == 0  # the full-precision weights are restored
 
 
 def unread(unit: Unit) -> UnitResult:
-    """No unit is to be read."""
+    """A reader of units that must not be called."""
     raise AssertionError(unit)
 
 
 class Rounded(Setting):
-    """A setting of tensors that are here already."""
+    """A setting of given tensors instead of stored units."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__((), unread)
@@ -255,30 +260,34 @@ class Rounded(Setting):
 def test_scores_are_the_same_where_only_blocks_fit(
     model: str, component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every setting after another one, so that what the one before changed must have come back."""
+    """Grade settings one after the other, so that the tensors of the previous setting must be restored."""
     recipe = base_recipe(model, None, (), 8, 0).model_dump_json()
     setup = Setup(tmp_path, recipe, samples=8, batch=4, device="cpu")
     vision, other = Rule(component="vision", bits=3), Rule(component=component, bits=2, store="dequantized")
     rules: list[tuple[Rule, ...]] = [(vision, other), (), (vision,)]
-    points = [Point(chosen, (("setting", i),)) for i, chosen in enumerate(rules)]
-    expected = [measured.scores for measured in run(setup, points, pool.inline, ignore).found]
+    points = [Point(setting_rules, (("setting", i),)) for i, setting_rules in enumerate(rules)]
+    expected = [setting.scores for setting in run(setup, points, pool.inline, ignore).settings]
     assert expected[0]["kl"] > expected[2]["kl"] > expected[1]["kl"] == 0
-    whole = whole_model(opened(setup).checkpoint.tensors, opened(setup).family, opened(setup).checkpoint.config)
+    whole = whole_model(
+        open_model(setup).checkpoint.tensors, open_model(setup).family, open_model(setup).checkpoint.config
+    )
     monkeypatch.setattr(work, "free_bytes", lambda device: whole.weight_bytes(itemsize=4))
     passing = Examiner(setup)
     assert passing._passing
     living: list[tuple[str, weakref.ref[UnitResult]]] = []
-    for chosen, scores in zip(rules, expected, strict=True):
-        setting = setting_of(setup, chosen, keys_of_run(setup, opened(setup), ignore), [])
+    for setting_rules, scores in zip(rules, expected, strict=True):
+        setting = setting_of(setup, setting_rules, keys_of_run(setup, open_model(setup), ignore), [])
         monkeypatch.setattr(setting, "_read", alone(setting, setting._read, living))
-        assert passing.grade(setting) == pytest.approx(scores, abs=1e-6)  # sums of other batches
+        assert passing.grade(setting) == pytest.approx(
+            scores, abs=1e-6
+        )  # other batches have another order of summation
     assert len(living) > len(passing._inside)
 
 
 def alone(
     setting: Setting, read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
 ) -> Callable[[Unit], UnitResult]:
-    """Reads a unit when nothing of another block is in memory."""
+    """A reader of units that asserts that no unit of another block is in memory."""
 
     def reading(unit: Unit) -> UnitResult:
         assert not setting._last[1]
@@ -292,10 +301,10 @@ def alone(
 
 def test_divergence_is_the_sum_over_the_vocabulary() -> None:
     torch.manual_seed(0)
-    truth, found = torch.randn(3, 5).log_softmax(-1), torch.randn(3, 5).log_softmax(-1)
-    pairs = [zip(a.tolist(), b.tolist(), strict=True) for a, b in zip(truth, found, strict=True)]
+    truth, other = torch.randn(3, 5).log_softmax(-1), torch.randn(3, 5).log_softmax(-1)
+    pairs = [zip(a.tolist(), b.tolist(), strict=True) for a, b in zip(truth, other, strict=True)]
     slow = [sum(math.exp(t) * (t - f) for t, f in pair) for pair in pairs]
-    assert exam.divergence(truth, found).tolist() == pytest.approx(slow, rel=1e-5)
+    assert exam.divergence(truth, other).tolist() == pytest.approx(slow, rel=1e-5)
 
 
 def wide_study(folder: Path, on_event: Callable[[Event], None]) -> Outcome:
@@ -304,40 +313,42 @@ def wide_study(folder: Path, on_event: Callable[[Event], None]) -> Outcome:
     return run(setup_in(folder), wide, pool.inline, on_event)
 
 
-@pytest.mark.parametrize(("stage", "done", "scored", "made"), [("study units", 4, 4, 4), ("study points", 3, 1, 0)])
-def test_a_killed_study_goes_on(tmp_path: Path, stage: str, done: int, scored: int, made: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "done", "scored", "quantized"), [("study units", 4, 4, 4), ("study points", 3, 1, 0)]
+)
+def test_a_killed_study_resumes(tmp_path: Path, stage: str, done: int, scored: int, quantized: int) -> None:
     run_killed(wide_study, tmp_path, KillAt(stage, done))
     outcome = wide_study(tmp_path, ignore)
-    assert (outcome.scored, outcome.made) == (scored, made)
+    assert (outcome.scored, outcome.quantized) == (scored, quantized)
     assert len(read_records(tmp_path)) == 4
 
 
-def check_pool(found: pool.WorkerPool) -> None:
-    assert sorted(found(double, [(3,), (4,), (5,)])) == [(0, 6), (1, 8), (2, 10)]
-    assert list(found(double, [])) == []
+def check_pool(run_tasks: pool.WorkerPool) -> None:
+    assert sorted(run_tasks(double, [(3,), (4,), (5,)])) == [(0, 6), (1, 8), (2, 10)]
+    assert list(run_tasks(double, [])) == []
     with pytest.raises(DataError, match="negative"):
-        list(found(double, [(-1,), (1,)]))
+        list(run_tasks(double, [(-1,), (1,)]))
 
 
 def test_processes_give_results_and_errors() -> None:
-    with pool.local(2) as found:
-        check_pool(found)
-    with pool.local(1) as found:
-        check_pool(found)
+    with pool.local(2) as workers:
+        check_pool(workers)
+    with pool.local(1) as workers:
+        check_pool(workers)
 
 
-def test_a_worker_that_was_killed_is_an_error_with_a_way_on() -> None:
-    with pytest.raises(MmqError, match="a worker of the study was killed"), pool.local(2) as found:
-        list(found(die, [(1,), (2,)]))
+def test_a_killed_worker_is_an_error_with_a_hint() -> None:
+    with pytest.raises(MmqError, match="a worker process of the study was killed"), pool.local(2) as workers:
+        list(workers(die, [(1,), (2,)]))
 
 
 def test_ray_gives_results_and_errors() -> None:
     pytest.importorskip("ray")
-    with pool.ray_cluster(None) as found:
-        check_pool(found)
+    with pool.ray_cluster(None) as workers:
+        check_pool(workers)
 
 
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_hint_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match="ray") as caught, pool.ray_cluster(None):
         pass
@@ -345,79 +356,81 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install '.[ray]'" in caught.value.hint
 
 
-def test_progress_says_how_much_is_left(tmp_path: Path) -> None:
-    seen: list[Event] = []
-    run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), pool.inline, seen.append)
-    left = [event.numbers["left"] for event in seen if event.stage == "study points"]
+def test_progress_has_the_remaining_seconds(tmp_path: Path) -> None:
+    events: list[Event] = []
+    run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), pool.inline, events.append)
+    left = [event.numbers["left"] for event in events if event.stage == "study points"]
     assert left[0] > 0
     assert left[-1] == 0
 
 
-def test_the_command_measures_a_grid_and_says_what_it_reused(tmp_path: Path) -> None:
+def test_the_command_measures_a_grid_and_reports_reuse(tmp_path: Path) -> None:
     arguments = ["study", "--bits", "4,16", "--methods", "rtn", "--samples", "8", "--calibration", "8"]
     arguments += ["--workers", "1", "--device", "cpu", "--out", str(tmp_path / "s")]
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert len(found["points"]) == 4
-    assert (found["units"], found["units_named"]) == (8, 16)
+    result_data = json.loads(result.stdout)
+    assert len(result_data["points"]) == 4
+    assert (result_data["units"], result_data["units_named"]) == (8, 16)
     assert (tmp_path / "s" / "study.csv").read_text().startswith("vision_bits,projector_bits,language_bits")
     text = CliRunner().invoke(cli, arguments)
-    assert "4 settings, 0 scored now" in text.output
+    assert "4 settings, 0 scored in this run" in text.output
     assert read_table(tmp_path / "s").components == ("vision", "language")
     wrong = CliRunner().invoke(cli, ["study", "--components", "visio", "--out", str(tmp_path / "t")])
     assert wrong.exit_code == 1
     assert "Did you mean 'vision'" in wrong.stderr
 
 
-def measured(name: str, exam: str, **about: str | int) -> Measured:
-    return Measured(
+def measured(name: str, exam: str, **about: str | int) -> ScoredSetting:
+    return ScoredSetting(
         name, exam, {"blocks": "all", "role": "all", "method": "rtn", **about}, 1, 1.0, 0.0, 0.0, {"kl": 0.0}
     )
 
 
-def test_a_setting_in_sequence_says_what_it_quantized(tmp_path: Path) -> None:
+def test_the_page_of_a_sequential_study_counts_quantized_units(tmp_path: Path) -> None:
     two = settings(grid(components={"vision": {"bits": [4, 16]}}))
     outcome = run(setup_in(tmp_path, sequential=True), two, pool.inline, ignore)
-    assert outcome.made == 4  # attention and mlp of two blocks
+    assert outcome.quantized == 4  # attention and mlp of two blocks
     console = Console(width=60, record=True, file=io.StringIO())
     console.print(outcome_page(outcome), soft_wrap=True)
-    shown = console.export_text()
-    assert "as an export does it: 4 units, none shared" in shown
-    assert {"captioning", "score"} <= set(shown.splitlines()[0].split())  # nothing is cut at 60 columns
-    assert "-0.0000" not in shown
+    text = console.export_text()
+    assert "as an export does: 4 units, none shared" in text
+    assert {"captioning", "score"} <= set(text.splitlines()[0].split())  # no column is cut at a width of 60
+    assert "-0.0000" not in text
 
 
-def test_a_retrieval_model_is_scored_by_recall_as_its_answers_are(tmp_path: Path) -> None:
+def test_the_score_of_a_retrieval_model_is_the_recall_of_its_answers(tmp_path: Path) -> None:
     recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
     setup = Setup(tmp_path, recipe, samples=12, batch=8, device="cpu")
     broken = (Rule(component="qformer", bits=2),)
     both = [Point((), (("qformer_bits", 16),)), Point(broken, (("qformer_bits", 2),))]
-    full, worse = (one.scores for one in run(setup, both, pool.inline, ignore).found)
+    full, worse = (setting.scores for setting in run(setup, both, pool.inline, ignore).settings)
     assert set(worse) == {*(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")), "score", "kl"}
     assert full["kl"] == pytest.approx(0, abs=1e-6)
     assert worse["kl"] > 0.01
     assert full["score"] > worse["score"] > 0
-    chosen, model = examiner(setup), opened(setup)
-    chosen.grade(setting_of(setup, broken, keys_of_run(setup, model, ignore), []))
+    model_examiner, model = examiner(setup), open_model(setup)
+    model_examiner.grade(setting_of(setup, broken, keys_of_run(setup, model, ignore), []))
     samples = exam_samples(setup)["retrieval"]
-    predictor = Predictor(chosen._live, chosen._processor, model.family, torch.device("cpu"), 8)
+    predictor = Predictor(model_examiner._live, model_examiner._processor, model.family, torch.device("cpu"), 8)
     recalls = retrieval.score(predictor.answer(samples), samples)
     assert worse["score"] == worse["retrieval r1"] == pytest.approx(sum(recalls["r1"]) / 12)
     assert worse["retrieval text_r1"] == pytest.approx(sum(recalls["text_r1"]) / 12)
 
 
 def test_divergence_of_candidates_is_the_mean_over_queries() -> None:
-    truth, found = torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0]), torch.tensor([1.5, 0.0, 0.5, 1.0, float("nan")])
+    truth, other = torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0]), torch.tensor([1.5, 0.0, 0.5, 1.0, float("nan")])
     slow = 0.0
-    for a, b in ((truth[:2], found[:2]), (truth[2:4], found[2:4])):
+    for a, b in ((truth[:2], other[:2]), (truth[2:4], other[2:4])):
         p, q = ([math.exp(v) for v in x.tolist()] for x in (a, b))
         slow += sum(x / sum(p) * math.log(x / sum(p) / (y / sum(q))) for x, y in zip(p, q, strict=True)) / 2
-    assert search_exam.divergence(truth[:4], found[:4], [2, 2]) == pytest.approx(slow, rel=1e-5)
-    assert 1000 < search_exam.divergence(truth, found, [2, 3]) < math.inf  # what is no number is far away, not lost
+    assert search_exam.divergence(truth[:4], other[:4], [2, 2]) == pytest.approx(slow, rel=1e-5)
+    assert (
+        1000 < search_exam.divergence(truth, other, [2, 3]) < math.inf
+    )  # scores that are not finite give a large finite divergence
 
 
-def test_only_settings_of_one_exam_stand_in_one_table() -> None:
+def test_a_table_has_settings_of_one_exam_only() -> None:
     old, new = measured("a", "old"), measured("b", "new")
     front, again = measured("c", "new", blocks="front"), measured("d", "new in sequence", sequential=1)
     assert comparable([old, new]) == [new]
@@ -429,24 +442,26 @@ def test_only_settings_of_one_exam_stand_in_one_table() -> None:
 
 
 def test_another_calibration_or_model_is_another_exam(tmp_path: Path) -> None:
-    kept = settings(grid(components={"language": {"bits": [16]}}))
+    full_precision = settings(grid(components={"language": {"bits": [16]}}))
 
     def exam_of(model: str, calibrated: int) -> str:
         recipe = base_recipe(model, None, (), calibrated, 0)
         setup = Setup(tmp_path / "s", recipe.model_dump_json(), **SMALL)
-        return run(setup, kept, pool.inline, ignore).found[0].exam
+        return run(setup, full_precision, pool.inline, ignore).settings[0].exam
 
     first = exam_of("demo-llava", 8)
     assert exam_of("demo-llava", 9) != first
     assert exam_of("demo-blip2", 8) != first
     assert exam_of("demo-llava", 8) == first
-    assert {one.exam for one in last_exam(read_records(tmp_path / "s"))} == {first}
+    assert {setting.exam for setting in last_exam(read_records(tmp_path / "s"))} == {first}
 
 
-def test_rows_of_an_exam_come_in_the_order_of_what_they_are(tmp_path: Path) -> None:
+def test_the_order_of_rows_does_not_depend_on_the_order_of_scoring(tmp_path: Path) -> None:
     for name, order in (("a", (3, 2, 8)), ("b", (8, 3, 2))):
         with Records(tmp_path / name / FILE) as records:
             records.begin("x")
             for bits in order:
                 records.add(measured(f"{name}{bits}", "x", vision_bits=bits))
-    assert [one.about for one in read_records(tmp_path / "a")] == [one.about for one in read_records(tmp_path / "b")]
+    assert [setting.about for setting in read_records(tmp_path / "a")] == [
+        setting.about for setting in read_records(tmp_path / "b")
+    ]

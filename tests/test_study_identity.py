@@ -1,4 +1,4 @@
-"""Studies reuse nothing stale: units, settings and scores are named by all that decides them, and carry checksums."""
+"""Studies reuse no stale results: keys depend on everything that affects the numbers, and records have checksums."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from exporter.study.grid import Point
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Records, checksum
 from exporter.study.run import Outcome, keys_of_run, run
-from exporter.study.work import Setup, examiner, make_units, opened
+from exporter.study.work import Setup, examiner, make_units, open_model
 from tests.test_identity import another_picture, appended, edit_config, edit_line, flip_signs_in_place, rot, write_data
 
 POINTS = [
@@ -35,7 +35,7 @@ POINTS = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A model, and data to calibrate on and to score by."""
+    """A folder with a model, and data for calibration and exam."""
     shutil.copytree(MODELS["demo-llava"], tmp_path / "model")
     write_data(tmp_path / "data")
     (tmp_path / "data" / "test").mkdir()
@@ -44,30 +44,30 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def setup_of(root: Path, **changed: Any) -> Setup:
+def setup_of(root: Path, **options: Any) -> Setup:
     """A study that calibrates and scores on the training split, so that pictures may be shared."""
     data = places(str(root / "data"))
     recipe = base_recipe(str(root / "model"), None, data, 8, 0)
-    options = {"places": data, "split": "train", "samples": 4, "batch": 4, "device": "cpu"}
-    return Setup(root / "study", recipe.model_dump_json(), **{**options, **changed})
+    defaults = {"places": data, "split": "train", "samples": 4, "batch": 4, "device": "cpu"}
+    return Setup(root / "study", recipe.model_dump_json(), **{**defaults, **options})
 
 
-def measure(root: Path, seen: list[Event] | None = None, **changed: Any) -> Outcome:
+def measure(root: Path, events: list[Event] | None = None, **changed: Any) -> Outcome:
     """Run the study in this process."""
-    return run(setup_of(root, **changed), POINTS, pool.inline, ignore if seen is None else seen.append)
+    return run(setup_of(root, **changed), POINTS, pool.inline, ignore if events is None else events.append)
 
 
-def notes(seen: Sequence[Event]) -> list[str]:
-    """What the user is told."""
-    return [event.message for event in seen if event.stage == "note"]
+def notes(events: Sequence[Event]) -> list[str]:
+    """Messages of all notes."""
+    return [event.message for event in events if event.stage == "note"]
 
 
-def test_the_same_study_again_computes_nothing(root: Path) -> None:
+def test_repeating_a_study_computes_nothing(root: Path) -> None:
     first = measure(root)
     again = measure(root)
-    assert (first.scored, first.made) == (2, again.units)
-    assert (again.scored, again.made) == (0, 0)
-    assert again.found == first.found
+    assert (first.scored, first.quantized) == (2, again.units)
+    assert (again.scored, again.quantized) == (0, 0)
+    assert again.settings == first.settings
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
@@ -82,19 +82,19 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_whatever_changes_is_computed_again(name: str, root: Path) -> None:
+def test_results_are_recomputed_after_any_change(name: str, root: Path) -> None:
     first = measure(root)
     CHANGES[name](root)
     again = measure(root)
-    assert (again.scored, again.made) == (2, first.made)
-    assert not {one.id for one in again.found} & {one.id for one in first.found}
-    clean = measure(root, table="other")  # scored by the same process, from the units that are there now
+    assert (again.scored, again.quantized) == (2, first.quantized)
+    assert not {setting.id for setting in again.settings} & {setting.id for setting in first.settings}
+    clean = measure(root, table="other")  # the same process scores the units in the store
     shutil.rmtree(root / "study")
-    opened.cache_clear()
+    open_model.cache_clear()
     examiner.cache_clear()
     fresh = measure(root)
-    assert [one.scores for one in again.found] == [one.scores for one in fresh.found]
-    assert [one.scores for one in clean.found] == [one.scores for one in fresh.found]
+    assert [setting.scores for setting in again.settings] == [setting.scores for setting in fresh.settings]
+    assert [setting.scores for setting in clean.settings] == [setting.scores for setting in fresh.settings]
 
 
 def test_another_version_of_torch_is_another_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,25 +104,25 @@ def test_another_version_of_torch_is_another_study(root: Path, monkeypatch: pyte
     assert measure(root).scored == 2
 
 
-def test_a_worker_that_computes_otherwise_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_with_other_packages_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(root)
-    keys = keys_of_run(setup, opened(setup), ignore)
+    keys = keys_of_run(setup, open_model(setup), ignore)
     true = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "99.1" if name == "torch" else true(name))
-    with pytest.raises(DataError, match=r"otherwise than the process that began the study: torch \S+ -> 99\.1"):
+    with pytest.raises(DataError, match=r"differs from the process that started the study: torch \S+ -> 99\.1"):
         make_units(setup, [], keys)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_rotten_unit_is_made_again_with_a_note(sequential: bool, root: Path) -> None:
+def test_a_damaged_unit_is_quantized_again_with_a_note(sequential: bool, root: Path) -> None:
     first = measure(root, sequential=sequential)
     units = sorted((root / "study").glob("sequential/*/*.safetensors" if sequential else "units/*.safetensors"))
     rot(units[1], 300)
     (root / "study" / "study.sqlite").unlink()
-    seen: list[Event] = []
-    again = measure(root, seen, sequential=sequential)
-    assert [note for note in notes(seen) if units[1].name in note and "again" in note]
-    assert [one.scores for one in again.found] == [one.scores for one in first.found]
+    events: list[Event] = []
+    again = measure(root, events, sequential=sequential)
+    assert [note for note in notes(events) if units[1].name in note and "again" in note]
+    assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
 
 
 def edit_table(root: Path, *commands: str) -> None:
@@ -144,23 +144,25 @@ def edit_table(root: Path, *commands: str) -> None:
 def test_a_changed_row_is_scored_again_with_a_note(command: str, root: Path) -> None:
     first = measure(root)
     edit_table(root, command)
-    seen: list[Event] = []
-    again = measure(root, seen)
+    events: list[Event] = []
+    again = measure(root, events)
     assert again.scored == 2
-    assert again.made == 0
-    assert len([note for note in notes(seen) if "is damaged; it is scored again" in note]) == 2
-    assert [one.scores for one in again.found] == [one.scores for one in first.found]
+    assert again.quantized == 0
+    assert len([note for note in notes(events) if "is damaged; it is scored again" in note]) == 2
+    assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
 
 
-def test_rows_of_older_studies_have_no_checksum_and_stay(root: Path) -> None:
+def test_rows_of_older_studies_without_checksums_are_kept(root: Path) -> None:
     first = measure(root)
     edit_table(root, "DROP TABLE checksums")
     with Records(root / "study" / "study.sqlite") as records:
-        assert [checksum(one) for one in records.all().values()] == [checksum(one) for one in first.found]
+        assert [checksum(setting) for setting in records.all().values()] == [
+            checksum(setting) for setting in first.settings
+        ]
         assert records.damaged == ()
 
 
-def test_a_damaged_table_is_a_sentence(root: Path) -> None:
+def test_a_damaged_database_is_an_error_with_its_path(root: Path) -> None:
     measure(root)
     path = root / "study" / "study.sqlite"
     data = bytearray(path.read_bytes())
@@ -171,7 +173,7 @@ def test_a_damaged_table_is_a_sentence(root: Path) -> None:
 
 
 class Meddling:
-    """A pool that changes something before the work begins, when all names are given already."""
+    """A pool that makes a change before the tasks start, after the keys were computed."""
 
     def __init__(self, change: Callable[[], None], function: str) -> None:
         self._change, self._function = change, function
@@ -189,20 +191,20 @@ class Meddling:
         ("score_point", "that settings are scored on changed while the study ran"),
     ],
 )
-def test_data_that_changes_meanwhile_is_an_error(function: str, message: str, root: Path) -> None:
+def test_data_that_changes_during_a_study_is_an_error(function: str, message: str, root: Path) -> None:
     meddling = Meddling(lambda: edit_line(0, caption="a dog")(root), function)
     with pytest.raises(DataError, match=message):
         run(setup_of(root), POINTS, meddling, ignore)
 
 
-def test_a_model_that_changes_meanwhile_is_an_error(root: Path) -> None:
+def test_a_model_that_changes_during_a_study_is_an_error(root: Path) -> None:
     meddling = Meddling(lambda: flip_signs_in_place(root), "score_point")
     with pytest.raises(CheckpointError, match="changed while the study ran"):
         run(setup_of(root), POINTS, meddling, ignore)
 
 
 @pytest.mark.parametrize("command", ["study", "allocate"])
-def test_a_study_s_folder_is_locked(command: str, tmp_path: Path) -> None:
+def test_the_folder_of_a_study_is_locked(command: str, tmp_path: Path) -> None:
     options = {
         "study": ["study", "--out", str(tmp_path / "s")],
         "allocate": ["allocate", "--folder", str(tmp_path / "s"), "--max-size", "600kB", "--out", str(tmp_path / "a")],

@@ -1,4 +1,4 @@
-"""Pictures of studies: what they hold, that they are files a reader can open, and the page with all of them."""
+"""Plots of studies: their content, their PNG files, and the page with all of them."""
 
 import base64
 import json
@@ -16,15 +16,15 @@ from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study import gallery, pictures
 from exporter.study.gallery import components_of, gather, paper_points, write_page
-from exporter.study.records import FILE, Measured, Records, as_csv
+from exporter.study.records import FILE, Records, ScoredSetting, as_csv
 from exporter.study.table import Table, read_table
 
 BITS = (2, 3, 4, 8, 16)
 
 
-def measured(number: int, exam: str, score: float, size: float, **about: str | int) -> Measured:
+def measured(number: int, exam: str, score: float, size: float, **about: str | int) -> ScoredSetting:
     scores = {"score": score, "kl": 1.01 - score}
-    return Measured(f"{exam}-{number}", exam, about, int(1000 * size), size, 0.1, 0.1, scores)
+    return ScoredSetting(f"{exam}-{number}", exam, about, int(1000 * size), size, 0.1, 0.1, scores)
 
 
 def grid_in(folder: Path) -> None:
@@ -47,58 +47,54 @@ def choices_in(folder: Path) -> None:
             records.add(measured(i, "a", 0.9, 15.0, place=place, scheme="W4 g128", bits=4))
 
 
-def test_a_folder_gives_every_picture_it_has_data_for(tmp_path: Path) -> None:
+def test_gather_returns_every_plot_that_the_folder_has_data_for(tmp_path: Path) -> None:
     grid_in(tmp_path)
     names = {picture.name for picture in gather(tmp_path)}
     assert names == {"heat-vision-language-gptq.png", "importance-gptq.png", "marginal-gptq.png", "pareto.png"}
     choices_in(tmp_path)
-    found = gather(tmp_path)
-    assert {picture.name for picture in found} == names | {"sensitivity.png"}
-    for picture in found:
+    plots = gather(tmp_path)
+    assert {picture.name for picture in plots} == names | {"sensitivity.png"}
+    for picture in plots:
         image = Image.open(BytesIO(picture.png))
         assert image.format == "PNG"
         assert min(image.size) > 200
         assert len(np.unique(np.asarray(image.convert("L")))) > 20  # something is drawn
         assert picture.about
-    with pytest.raises(DataError, match="holds no study"):
+    with pytest.raises(DataError, match="contains no study"):
         gather(tmp_path / "empty")
 
 
-def test_every_way_of_quantizing_has_pictures_of_its_own(tmp_path: Path) -> None:
-    """Bits are the same, so group size, method, zero points and sequence must not share a map or a series."""
-    ways: list[dict[str, str | int]] = [{"group_size": "row"}, {"group_size": "32"}, {"method": "rtn"}]
-    ways += [{"group_size": "32", "zero_points": "yes"}]
+def test_every_kind_of_quantization_has_separate_plots(tmp_path: Path) -> None:
+    """Plots identify settings by bits, so group sizes, methods and zero points must not share a map or a series."""
+    kinds_of_settings: list[dict[str, str | int]] = [{"group_size": "row"}, {"group_size": "32"}, {"method": "rtn"}]
+    kinds_of_settings += [{"group_size": "32", "zero_points": "yes"}]
     with Records(tmp_path / FILE) as records:
-        for number, way in enumerate(ways):
+        for number, kind_of_setting in enumerate(kinds_of_settings):
             for v, q in ((v, q) for v in (3, 16) for q in (3, 16)):
                 kind = "none" if v == q == 16 else "gptq"
                 plain: dict[str, str | int] = {"vision_bits": v, "language_bits": q, "blocks": "all", "role": "all"}
-                about = plain | {"method": kind} | (way if kind != "none" else {})
-                lost = 0.0 if kind == "none" else 0.1 * (number + 1)
-                records.add(measured(100 * number + v * 16 + q, "grid", 1 - lost, (v + q) / 2, **about))
-    found = {picture.name: picture.about for picture in gather(tmp_path)}
+                about = plain | {"method": kind} | (kind_of_setting if kind != "none" else {})
+                loss = 0.0 if kind == "none" else 0.1 * (number + 1)
+                records.add(measured(100 * number + v * 16 + q, "grid", 1 - loss, (v + q) / 2, **about))
+    about_by_name = {picture.name: picture.about for picture in gather(tmp_path)}
     kinds = ("gptq-row", "gptq-g32", "rtn", "gptq-g32-zero-points")
-    assert set(found) == {"pareto.png", *(f"heat-vision-language-{kind}.png" for kind in kinds)}
+    assert set(about_by_name) == {"pareto.png", *(f"heat-vision-language-{kind}.png" for kind in kinds)}
     for number, kind in enumerate(kinds):
-        assert f"from {0.9 - 0.1 * number:.3f} to 1.000" in found[f"heat-vision-language-{kind}.png"]
+        assert f"from {0.9 - 0.1 * number:.3f} to 1.000" in about_by_name[f"heat-vision-language-{kind}.png"]
 
 
-def test_what_is_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_explains_missing_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid_in(tmp_path)
     monkeypatch.setitem(sys.modules, "shap", None)
     result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert "importance needs scikit-learn and shap (pip install" in said["notes"][0]
-    assert not any("importance" in file for file in said["files"])
-    assert (
-        "note: no picture of importance for gptq" in CliRunner().invoke(cli, ["study", "plots", str(tmp_path)]).output
-    )
+    result_data = json.loads(result.stdout)
+    assert "importance needs scikit-learn and shap (pip install" in result_data["notes"][0]
+    assert not any("importance" in file for file in result_data["files"])
+    assert "note: no plot of importance for gptq" in CliRunner().invoke(cli, ["study", "plots", str(tmp_path)]).output
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_anything_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_folder_is_an_error_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid_in(tmp_path)
     monkeypatch.setattr(gallery, "gather", lambda *arguments: pytest.fail("drawn"))
     (tmp_path / "file").write_text("")
@@ -107,27 +103,27 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_drawn(
     assert "write failed" in result.stderr
 
 
-def test_values_below_the_axis_are_said(tmp_path: Path) -> None:
+def test_the_text_counts_values_below_the_axis(tmp_path: Path) -> None:
     tiny = [measured(i, "a", 1.01 - kl, 15.0, place=f"vision {i}", bits=4) for i, kl in enumerate((0.1, 1e-9))]
     assert pictures.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn at 1e-06")
     assert "below" not in pictures.sensitivity(tiny[:1]).about
 
 
-def test_the_front_leaves_out_what_something_smaller_beats() -> None:
+def test_the_front_omits_dominated_points() -> None:
     points = [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]
     assert pictures.front(points) == [(3.0, 0.2), (4.0, 0.9), (8.0, 1.0)]
 
 
-def test_a_heat_map_shows_each_pair_with_the_rest_kept() -> None:
+def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() -> None:
     bits = np.array([(v, q, s) for v in (4, 16) for q in (4, 16) for s in (4, 16)], dtype=np.float64)
     table = Table(("vision", "qformer", "language"), bits, bits.sum(1), "score")
-    found = pictures.heat_maps(table, "rtn")
-    assert [picture.name for picture in found] == [
+    maps = pictures.heat_maps(table, "rtn")
+    assert [picture.name for picture in maps] == [
         "heat-vision-qformer-rtn.png",
         "heat-vision-language-rtn.png",
         "heat-qformer-language-rtn.png",
     ]
-    assert found[0].about == "score from 24.000 to 48.000 over vision and qformer bits"  # language stays at 16
+    assert maps[0].about == "score from 24.000 to 48.000 over vision and qformer bits"  # language stays at 16
 
 
 def test_points_of_a_paper_are_shares_of_its_full_score(tmp_path: Path) -> None:
@@ -139,50 +135,52 @@ def test_points_of_a_paper_are_shares_of_its_full_score(tmp_path: Path) -> None:
         paper_points(path)
 
 
-def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     grid_in(tmp_path)
-    found = gather(tmp_path)
-    page = write_page(found, "a <b>", tmp_path / "page.html").read_text()
+    plots = gather(tmp_path)
+    page = write_page(plots, "a <b>", tmp_path / "page.html").read_text()
     assert "a &lt;b&gt;" in page
-    shown = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]+"', page)
-    assert [base64.b64decode(one) for one in shown] == [picture.png for picture in found]
+    images = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]+"', page)
+    assert [base64.b64decode(encoded) for encoded in images] == [picture.png for picture in plots]
     assert not re.search(r"<script|https?://", page)
 
 
-def test_the_command_writes_files_and_says_which(tmp_path: Path) -> None:
+def test_the_command_writes_files_and_prints_their_paths(tmp_path: Path) -> None:
     grid_in(tmp_path)
     result = CliRunner().invoke(cli, ["study", "plots", str(tmp_path), "--out", str(tmp_path / "p")])
     assert result.exit_code == 0, result.output
-    said = [Path(line.removeprefix("wrote ")) for line in result.output.splitlines()]
-    assert {path.name for path in said} >= {"study.html", "pareto.png"}
-    assert all(path.exists() for path in said)
+    paths = [Path(line.removeprefix("wrote ")) for line in result.output.splitlines()]
+    assert {path.name for path in paths} >= {"study.html", "pareto.png"}
+    assert all(path.exists() for path in paths)
     none = CliRunner().invoke(cli, ["study", "plots", str(tmp_path / "p")])
     assert none.exit_code == 1
     assert "Hint:" in none.stderr
 
 
-def test_colors_are_told_apart_by_people_with_color_blindness() -> None:
-    """Okabe and Ito's colors through Machado's matrices for full protanopia and deuteranopia: all pairs stay apart."""
+def test_colors_are_distinct_with_color_blindness() -> None:
+    """The palette of Okabe and Ito through Machado's matrices for full protanopia and deuteranopia."""
     protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
     deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
     colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in pictures.COLORS])
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     for matrix in (np.eye(3), protan, deutan):
-        seen = np.clip(linear @ matrix.T, 0, 1) ** (1 / 2.2)
-        distances = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+        perceived = np.clip(linear @ matrix.T, 0, 1) ** (1 / 2.2)
+        distances = [np.linalg.norm(a - b) for i, a in enumerate(perceived) for b in perceived[:i]]
         assert min(distances) > 0.1
-    assert len(set(pictures.MARKERS)) == len(pictures.COLORS)  # and nothing rests on color alone
+    assert len(set(pictures.MARKERS)) == len(pictures.COLORS)  # series differ by marker too
 
 
-@pytest.mark.parametrize(("score", "says"), [("nosuch", "no setting has a score"), ("kl", "less is better")])
-def test_scores_that_cannot_be_drawn_are_named(tmp_path: Path, score: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("score", "says"), [("nosuch", "no setting has a score"), ("kl", "lower values of kl are better")]
+)
+def test_scores_that_cannot_be_drawn_are_errors(tmp_path: Path, score: str, says: str) -> None:
     grid_in(tmp_path)
     choices_in(tmp_path)
     with pytest.raises(DataError, match=says):
         gather(tmp_path, score)
 
 
-def test_rows_of_several_exams_are_told_apart_in_a_table(tmp_path: Path) -> None:
+def test_a_table_with_several_exams_has_a_note_and_can_be_filtered(tmp_path: Path) -> None:
     rows = [
         measured(i, exam, 1 - 2.0**-bits, bits, vision_bits=bits) for exam in ("a", "b") for i, bits in enumerate(BITS)
     ]
@@ -192,10 +190,10 @@ def test_rows_of_several_exams_are_told_apart_in_a_table(tmp_path: Path) -> None
     assert len(read_table(tmp_path / "study.csv", conditions=["exam=b"]).scores) == len(BITS)
     with pytest.raises(DataError, match="no row with exam=c"):
         read_table(tmp_path / "study.csv", conditions=["exam=c"])
-    with pytest.raises(DataError, match="less is better"):
+    with pytest.raises(DataError, match="lower values of kl are better"):
         read_table(tmp_path / "study.csv", "kl")
 
 
-def test_what_a_study_varies_is_known(tmp_path: Path) -> None:
+def test_components_of_a_study_are_those_with_bits(tmp_path: Path) -> None:
     grid_in(tmp_path)
     assert components_of(tmp_path) == {"vision", "language"}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from exporter.errors import ArtifactError, CheckpointError, did_you_mean, wording
+from exporter.errors import ArtifactError, CheckpointError, did_you_mean, validation_message
 from exporter.files.strict_json import parse_object, read_small
 from exporter.files.writing import write_text
 from exporter.formats import FORMATS
@@ -172,7 +172,9 @@ def parse_document(kind: type[D], plain: Any, where: str) -> D:
     try:
         return kind.model_validate_json(json.dumps(plain))  # JSON mode converts lists to tuples in spite of strict
     except ValidationError as error:
-        problems = [f"  {_path(problem['loc'])}{wording(problem, ())}" for problem in error.errors(include_url=False)]
+        problems = [
+            f"  {_path(problem['loc'])}{validation_message(problem, ())}" for problem in error.errors(include_url=False)
+        ]
     omitted = [f"  and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
     lines = "\n".join([*problems[:PROBLEMS_SHOWN], *omitted])
     raise ArtifactError(f"{where} is damaged, or a newer mmq wrote it:\n{lines}", AGAIN)

@@ -1,4 +1,4 @@
-"""`mmq allocate`: bits for every part of a model, for a size or for what may be lost."""
+"""`mmq allocate`: choose bits for every part of a model within a size limit or a quality limit."""
 
 import re
 import sys
@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.options import data_option, device_option, json_option, reports_errors, revision_option, say
+from exporter.commands.options import (
+    data_option,
+    device_option,
+    json_option,
+    print_result,
+    reports_errors,
+    revision_option,
+)
 from exporter.commands.study import (
     calibration_option,
-    numbers,
-    pool_of,
+    open_pool,
+    parse_numbers,
+    parse_words,
     ray_option,
     samples_seed_option,
-    words,
     workers_option,
 )
 from exporter.data import places
@@ -28,57 +35,88 @@ UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB
 
 
 class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """`4.2GB`, `900 kB`, `4GiB` or a number of bytes."""
+    """Parameter type for sizes: `4.2GB`, `900 kB`, `4GiB` or a number of bytes."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
-        if not found or found[2] not in UNITS or found[1].count(".") > 1 or found[1] == ".":
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+        if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
             self.fail(f"expected a size like 4.2GB, 900kB or 4GiB, not '{value}'", param, ctx)
-        return int(float(found[1]) * UNITS[found[2]])
+        return int(float(match[1]) * UNITS[match[2]])
 
 
 @click.command()
 @click.option("--model", metavar="MODEL", default="demo-llava", show_default=True, help="Hub id, folder or demo model.")
 @revision_option
-@click.option("--max-size", type=ByteSize(), metavar="SIZE", help="The artifact's tensors take at most this: 4.2GB.")
-@click.option("--max-drop", type=click.FloatRange(0, 1, max_open=True), help="No task loses more: 0.01 is 1 %.")
-@click.option("--bits", callback=numbers, default="2,3,4,5,6,8", show_default=True, help="Widths to choose from.")
-@click.option("--groups", callback=words, default="128", show_default=True, help="Columns that share a scale, or row.")
-@click.option("--method", default="gptq", show_default=True, help="rtn, gptq or awq.")
-@click.option("--asymmetric", is_flag=True, help="Schemes with zero points.")
-@click.option("--components", callback=words, metavar="A,B", help="What may be quantized [all the engine can load].")
+@click.option(
+    "--max-size", type=ByteSize(), metavar="SIZE", help="Largest total size of the artifact's tensors: 4.2GB."
+)
+@click.option(
+    "--max-drop", type=click.FloatRange(0, 1, max_open=True), help="Largest relative loss of any task: 0.01 is 1 %."
+)
+@click.option(
+    "--bits", callback=parse_numbers, default="2,3,4,5,6,8", show_default=True, help="Bit widths to choose from."
+)
+@click.option(
+    "--groups",
+    callback=parse_words,
+    default="128",
+    show_default=True,
+    help="Columns per scale, or row.",
+)
+@click.option("--method", default="gptq", show_default=True, help="Quantization method: rtn, gptq or awq.")
+@click.option("--asymmetric", is_flag=True, help="Use schemes with zero points.")
+@click.option(
+    "--components", callback=parse_words, metavar="A,B", help="Components to quantize [all that the engine can load]."
+)
 @click.option(
     "--per",
     type=click.Choice(["role", "block", "component"]),
     default="role",
     show_default=True,
-    help="What gets bits of its own: attention and MLP of each block, each block, or each component.",
+    help="Unit of choice: attention and MLP of each block (role), each block, or each component.",
 )
-@click.option("--plain", is_flag=True, help="Only schemes that vLLM runs without further packages.")
-@click.option("--unserved", is_flag=True, help="Also schemes that no engine runs.")
-@click.option("--against", multiple=True, metavar="RECIPE", help="Compare with a recipe, on the same tasks; repeat.")
+@click.option("--plain", is_flag=True, help="Use only schemes that vLLM runs without further packages.")
+@click.option("--unserved", is_flag=True, help="Also use schemes that no engine runs.")
+@click.option(
+    "--against", multiple=True, metavar="RECIPE", help="Compare with this recipe on the same tasks; repeatable."
+)
 @data_option
-@click.option("--samples", type=click.IntRange(min=8), default=64, show_default=True, help="For the proxy, each task.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=8),
+    default=64,
+    show_default=True,
+    help="Training samples per task that measure the cost of each scheme.",
+)
 @calibration_option
-@click.option("--eval-samples", type=click.IntRange(min=2), default=500, show_default=True, help="For the proof.")
-@click.option("--no-proof", is_flag=True, help="Do not export and measure the choice; the recipe then says so.")
+@click.option(
+    "--eval-samples",
+    type=click.IntRange(min=2),
+    default=500,
+    show_default=True,
+    help="Test samples per task that measure the chosen allocation.",
+)
+@click.option(
+    "--no-proof", is_flag=True, help="Do not export and measure the chosen allocation; the recipe states this."
+)
 @samples_seed_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="allocated.yaml", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Study's folder [studies/MODEL].")
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [studies/MODEL].")
 @workers_option
 @ray_option
 @device_option
 @json_option
 @reports_errors
 def allocate(**options: Any) -> None:
-    """Choose bits for every part of a model, prove them by real tasks, and write a recipe.
+    """Choose bits for every part of a model, measure the choice on real tasks, and write a recipe.
 
-    Every scheme is tried alone in every place, on calibration data; the divergence of the model's predictions is its
-    cost. An integer program takes the choice whose costs sum up to the least for the size. The choice is exported and
-    measured on test data, and the recipe says what was found. A choice that loses more than 5 % (or --max-drop) is
-    written with a warning and exit code 3. Needs the extra `study`.
+    mmq quantizes each part alone with each scheme, on calibration data; the cost of a scheme is the divergence of the
+    model's predictions from those of the full-precision model. An integer program minimizes the sum of the costs
+    within the size limit. mmq exports the solution, measures it on test data and writes the results into the recipe.
+    If the solution loses more than 5 % (or --max-drop), the recipe is written with a warning and the exit code is 3.
+    Needs the extra `study`.
 
     \b
     Examples:
@@ -87,48 +125,50 @@ def allocate(**options: Any) -> None:
       mmq allocate --model demo-llava --max-drop 0.01 --out mine.yaml
     """
     if (options["max_size"] is None) == (options["max_drop"] is None):
-        raise RecipeError("give either --max-size or --max-drop", "for instance --max-size 4.2GB, or --max-drop 0.01")
+        raise RecipeError(
+            "give exactly one of --max-size and --max-drop", "for example --max-size 4.2GB or --max-drop 0.01"
+        )
     from exporter.files.writing import make_folder
     from exporter.study.propose import write_recipe
     from exporter.study.show_allocation import allocation_page
 
     make_folder(options["out"].absolute().parent)  # before anything is measured
-    found = search(options)
-    write_recipe(found.recipe, options["out"], command_line())
-    shown = found.as_json() | {"file": str(options["out"])}
-    say(shown if options["as_json"] else allocation_page(found, options["out"]))
-    if found.warnings:
-        raise GateFailed(f"{options['out']} is written, but " + "; ".join(found.warnings))
+    allocation = search(options)
+    write_recipe(allocation.recipe, options["out"], command_line())
+    result = allocation.as_json() | {"file": str(options["out"])}
+    print_result(result if options["as_json"] else allocation_page(allocation, options["out"]))
+    if allocation.warnings:
+        raise GateFailed(f"{options['out']} is written, but " + "; ".join(allocation.warnings))
 
 
 def command_line() -> str:
-    """What the user typed, for the head of the recipe."""
+    """The user's command line, for the comment at the head of the recipe."""
     return " ".join(["mmq", *sys.argv[1:]]) if sys.argv[1:2] == ["allocate"] else "mmq allocate"
 
 
 def search(options: dict[str, Any]) -> "AllocationResult":
-    """Run the allocation that the options ask for."""
+    """Run the allocation that the options describe. Raises Interrupted on Ctrl-C."""
     from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.search import allocate as run
-    from exporter.study.work import opened
+    from exporter.study.work import open_model
 
     setup = setup_of(options)
     try:
         with (
             ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
-            pool_of(options, opened(setup).device.is_cuda, sys.maxsize) as pool,
+            open_pool(options, open_model(setup).device.is_cuda, sys.maxsize) as pool,
         ):
             return run(setup, request_of(options), pool, listen, prove=not options["no_proof"])
     except KeyboardInterrupt:
-        kept = f"stopped; what is finished is kept in {setup.folder}"
-        raise Interrupted(kept, "give the same command again to go on") from None
+        message = f"stopped; finished results are kept in {setup.folder}"
+        raise Interrupted(message, "run the same command again to resume") from None
 
 
 def setup_of(options: dict[str, Any]) -> "Setup":
-    """Model, data and folder."""
+    """The study's setup: model, data and folder."""
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 
@@ -139,7 +179,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
 
 
 def request_of(options: dict[str, Any]) -> "Request":
-    """What is asked for."""
+    """Constraints and search space of the allocation."""
     from exporter.study.search import Request
 
     return Request(

@@ -1,4 +1,4 @@
-"""`mmq datasets` and `mmq score`: what data sets mean, and scores of answers that something else gave."""
+"""`mmq datasets` and `mmq score`: list the known data sets, and score a file of answers from another program."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import click
 from rich.table import Table
 
-from exporter.commands.options import json_option, reports_errors, say
+from exporter.commands.options import json_option, print_result, reports_errors
 from exporter.data import CONVENTIONS
 from exporter.data.conventions import Convention
 from exporter.model.families import FAMILIES
 from exporter.tasks import TASKS
 
-EVERY = 10**9
+ALL_SAMPLES = 10**9
 
-IN_WORDS = [name for name in TASKS if name != "retrieval"]  # its answers are ranks, not texts in a file
+TEXT_TASKS = [name for name in TASKS if name != "retrieval"]  # answers of retrieval are ranks, not texts in a file
 
 
 @click.command()
@@ -30,32 +30,35 @@ def datasets(name: str | None, as_json: bool) -> None:
       mmq datasets
       mmq datasets vqav2
     """
-    found = [CONVENTIONS[name]] if name else list(CONVENTIONS.values())
+    conventions = [CONVENTIONS[name]] if name else list(CONVENTIONS.values())
     if as_json:
-        return say([_known(convention) for convention in found])
+        return print_result([_convention_as_json(convention) for convention in conventions])
     if not name:
         table = Table("data set", "tasks", "test split", "license")
-        for known in found:
+        for convention in conventions:
             table.add_row(
-                known.name, ", ".join(known.tasks), f"{known.splits['test']}: {known.test_size}", known.license
+                convention.name,
+                ", ".join(convention.tasks),
+                f"{convention.splits['test']}: {convention.test_size}",
+                convention.license,
             )
-        return say(table)
+        return print_result(table)
     table = Table(show_header=False, box=None)
-    for key, value in _known(found[0]).items():
-        shown = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(key, ", ".join(shown) if isinstance(shown, tuple) else shown)
-    say(table)
+    for key, value in _convention_as_json(conventions[0]).items():
+        text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key, ", ".join(text) if isinstance(text, tuple) else text)
+    print_result(table)
 
 
-def _known(convention: Convention) -> dict[str, Any]:
-    """What is known of a data set: `generation` as the paper did it, `generation here` as mmq does."""
-    ours = {
+def _convention_as_json(convention: Convention) -> dict[str, Any]:
+    """A data set as plain data; `generation` is the paper's setting, `generation here` is the setting of mmq."""
+    generation = {
         f"{family.name} {task}": f"greedy, up to {family.max_new_tokens[task]} new tokens"
         for family in FAMILIES.values()
         for task in convention.tasks
         if task in family.tasks and task in family.max_new_tokens
     }
-    return asdict(convention) | {"generation here": ours}
+    return asdict(convention) | {"generation here": generation}
 
 
 @click.command()
@@ -63,17 +66,19 @@ def _known(convention: Convention) -> dict[str, Any]:
 @click.option(
     "--data", multiple=True, required=True, metavar="SOURCE", help="A folder, or NAME:PATH; see mmq datasets."
 )
-@click.option("--task", required=True, type=click.Choice(IN_WORDS), help="How answers are scored.")
+@click.option("--task", required=True, type=click.Choice(TEXT_TASKS), help="Task whose metrics score the answers.")
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
-@click.option("--samples", type=click.IntRange(min=1), default=EVERY, help="At most so many, chosen by --seed [all].")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=ALL_SAMPLES, help="Largest number of samples [all of the split]."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed that selects the samples.")
 @json_option
 @reports_errors
 def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: int, seed: int, as_json: bool) -> None:
-    """Score a file of answers: COCO's, VQAv2's or GQA's results layout, or one object of answers by id.
+    """Score a file of answers in the results layout of COCO, VQAv2 or GQA, or a JSON object of answers by id.
 
-    The figures are those of the whole set, as papers report them; BLEU is not a mean of captions. mmq has no METEOR:
-    the package pycocoevalcap computes it, with Java.
+    The scores are those of the whole set, as papers report them; BLEU is not a mean over captions. mmq does not
+    compute METEOR; the package pycocoevalcap does, with Java.
 
     \b
     Examples:
@@ -82,17 +87,17 @@ def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: 
     """
     from exporter.evaluation.score_file import score as run
 
-    found = run(answers, data, task, split, samples, seed)
+    result = run(answers, data, task, split, samples, seed)
     if as_json:
-        return say(asdict(found))
+        return print_result(asdict(result))
     table = Table("metric", "score")
-    for metric, value in found.figures.items():
+    for metric, value in result.figures.items():
         table.add_row(metric, f"{value:.4f}")
-    say(table)
-    say("; ".join(f"{key}: {value}" for key, value in found.method.items()))
-    for what, ids in (
-        ("samples without an answer (scored as empty)", found.unanswered),
-        ("answers unused", found.unknown),
+    print_result(table)
+    print_result("; ".join(f"{key}: {value}" for key, value in result.method.items()))
+    for label, ids in (
+        ("samples without an answer (scored as empty)", result.unanswered),
+        ("answers unused", result.unknown),
     ):
         if ids:
-            say(f"{len(ids)} {what}, first {ids[0]}")
+            print_result(f"{len(ids)} {label}, first {ids[0]}")

@@ -1,4 +1,4 @@
-"""The machine as mmq sees it."""
+"""Report of the machine for `mmq doctor`: package versions, device, free memory and disk, hub cache."""
 
 import platform
 import shutil
@@ -15,15 +15,15 @@ OPTIONAL = {
 
 
 def examine() -> dict[str, str]:
-    """Label -> finding; never raises."""
+    """Report as label -> value. Does not raise when a package is missing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     device = choose("auto")
-    found = {"distribution": DISTRIBUTION, "python": platform.python_version(), "system": platform.platform()}
-    found |= {name: installed_version(name) or "MISSING" for name in CORE}
-    found |= {name: installed_version(name) or f"not installed ({why})" for name, why in OPTIONAL.items()}
-    found["device"] = f"{device.name}, {device.free_bytes / 2**30:.1f} GiB free"
-    found["host memory free"] = f"{free_host_bytes() / 2**30:.1f} GiB"
-    found["disk free here"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
-    found["hub cache"] = f"{HF_HUB_CACHE}{'' if Path(HF_HUB_CACHE).is_dir() else ' (empty)'}"
-    return found
+    report = {"distribution": DISTRIBUTION, "python": platform.python_version(), "system": platform.platform()}
+    report |= {name: installed_version(name) or "MISSING" for name in CORE}
+    report |= {name: installed_version(name) or f"not installed ({why})" for name, why in OPTIONAL.items()}
+    report["device"] = f"{device.name}, {device.free_bytes / 2**30:.1f} GiB free"
+    report["host memory free"] = f"{free_host_bytes() / 2**30:.1f} GiB"
+    report["disk free here"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
+    report["hub cache"] = f"{HF_HUB_CACHE}{'' if Path(HF_HUB_CACHE).is_dir() else ' (empty)'}"
+    return report

@@ -1,4 +1,4 @@
-"""`mmq evaluate`: measure an artifact beside its full-precision model."""
+"""`mmq evaluate`: score an artifact and its full-precision model on the same samples, and decide the gates."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +14,8 @@ from exporter.commands.options import (
     eval_batch_option,
     eval_samples_option,
     json_option,
+    print_result,
     reports_errors,
-    say,
 )
 from exporter.data import places
 from exporter.errors import Interrupted
@@ -30,31 +30,37 @@ if TYPE_CHECKING:
 @click.command()
 @artifact_argument
 @click.option("--baseline", metavar="MODEL", help="Full-precision model to compare with [the artifact's source].")
-@click.option("--other-baseline", is_flag=True, help="Allow a --baseline that the artifact was not made from.")
+@click.option("--other-baseline", is_flag=True, help="Allow a --baseline other than the artifact's source model.")
 @device_option
 @data_option
 @eval_samples_option
 @eval_batch_option
 @adapter_option
 @click.option("--server", metavar="URL", help="OpenAI-compatible server that serves the artifact.")
-@click.option("--served-model", metavar="NAME", help="The artifact's name there [the only one].")
+@click.option("--served-model", metavar="NAME", help="Model name of the artifact on --server [the only one].")
 @click.option("--baseline-server", metavar="URL", help="Server of the full-precision model.")
-@click.option("--baseline-served-model", metavar="NAME", help="Its name there [the only one].")
+@click.option("--baseline-served-model", metavar="NAME", help="Model name on --baseline-server [the only one].")
 @click.option(
-    "--concurrent", type=click.IntRange(min=1, max=1024), default=16, show_default=True, help="Open requests."
+    "--concurrent",
+    type=click.IntRange(min=1, max=1024),
+    default=16,
+    show_default=True,
+    help="Concurrent requests to a server.",
 )
-@click.option("--answers", type=click.Path(path_type=Path, file_okay=False), help="Kept answers [beside ARTIFACT].")
-@click.option("--fresh", is_flag=True, help="Ask everything again and keep no answers.")
+@click.option(
+    "--answers", type=click.Path(path_type=Path, file_okay=False), help="Folder that stores answers [beside ARTIFACT]."
+)
+@click.option("--fresh", is_flag=True, help="Ignore stored answers, generate all again, and store none.")
 @json_option
 @reports_errors
 def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Measure an artifact again beside its full-precision model and decide its gates.
+    """Measure an artifact and its full-precision model again, and decide the artifact's gates.
 
-    The full-precision model must be the one that the artifact was made from, by the hashes in its manifest. Report and
-    card name another one that --other-baseline allowed, and `mmq publish` refuses it.
+    The full-precision model must be the artifact's source by the hashes in the manifest. With --other-baseline, report
+    and card name the other model, and `mmq publish` refuses the artifact.
 
-    Answers are kept, so a stopped evaluation goes on when the same command is given again. With one GPU, serve one
-    model after the other: --baseline-server alone asks and keeps the baseline's answers, --server then compares.
+    Answers are stored, so the same command resumes a stopped evaluation. With one GPU, serve one model after the
+    other: --baseline-server alone stores the answers of the baseline, and --server then compares.
 
     \b
     Examples:
@@ -68,9 +74,9 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.reevaluation import Reevaluation
 
-    own = load_recipe(str(artifact / "recipe.yaml"))
-    more = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
-    recipe = adjusted(own, options["baseline"], None, data=data, adapter=options["adapter"], **more)
+    recipe_of_artifact = load_recipe(str(artifact / "recipe.yaml"))
+    overrides = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
+    recipe = adjusted(recipe_of_artifact, options["baseline"], None, data=data, adapter=options["adapter"], **overrides)
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     other = bool(options["other_baseline"])
     try:
@@ -78,17 +84,17 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
             job = Reevaluation(artifact, recipe, choose(device), listen, sources, store, servers, other)
             if servers and not servers.artifact:
                 job.collect_baseline()
-                return say(_baseline_kept(store))
-            found = job.measure()
+                return print_result(_baseline_message(store))
+            report = job.measure()
     except KeyboardInterrupt:
-        kept = f"answers so far are kept in {store.folder}" if store else "nothing is kept (--fresh)"
-        raise Interrupted(f"stopped; {kept}", "give the same command again to go on") from None
-    say(found.plain() if as_json else report_page(found))
-    raise_unless_accepted(found, artifact)
+        resume_note = f"answers so far are stored in {store.folder}" if store else "no answers are stored (--fresh)"
+        raise Interrupted(f"stopped; {resume_note}", "run the same command again to resume") from None
+    print_result(report.plain() if as_json else report_page(report))
+    raise_unless_accepted(report, artifact)
 
 
 def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":
-    """Where answers are kept; None with --fresh."""
+    """Store of answers; None with --fresh."""
     from exporter.evaluation.answers import Store
     from exporter.pipeline.measurement import default_store
 
@@ -98,7 +104,10 @@ def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":
 
 
 def _servers(options: Mapping[str, Any]) -> "Servers | None":
-    """The servers to ask; None when transformers answers in this process."""
+    """Clients of the servers; None when transformers generates the answers in this process.
+
+    Raises click.UsageError for flags that need another flag.
+    """
     from exporter.evaluation.backends import Servers
     from exporter.inference.predict_server import Server
 
@@ -106,17 +115,17 @@ def _servers(options: Mapping[str, Any]) -> "Servers | None":
     for server, name in pairs:
         if options[name] and not options[server]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --{server.replace('_', '-')}")
-    found = [
+    servers = [
         Server(options[server], options[name], options["concurrent"]) if options[server] else None
         for server, name in pairs
     ]
-    if not any(found):
+    if not any(servers):
         return None
-    if options["fresh"] and not all(found):
+    if options["fresh"] and not all(servers):
         raise click.UsageError("--fresh with a server needs both --server and --baseline-server")
-    return Servers(*found)
+    return Servers(*servers)
 
 
-def _baseline_kept(store: "Store | None") -> str:
+def _baseline_message(store: "Store | None") -> str:
     folder = store.folder if store else ""
-    return f"answers of the full-precision model are kept in {folder}; now serve the artifact and give --server"
+    return f"answers of the full-precision model are stored in {folder}; now serve the artifact and pass --server"

@@ -1,27 +1,27 @@
 """SIGINT and SIGTERM handling that survives swallowed KeyboardInterrupts.
 
 A KeyboardInterrupt that is raised inside a callback of the interpreter (a weak reference's while modules load, a
-finalizer) is printed as "ignored" and gone. The request is therefore remembered, and raised again at the next event.
+finalizer) is printed as "ignored" and lost. The signal is therefore recorded, and raised again at the next event.
 """
 
 import signal
 from types import FrameType
 
-_asked: list[int] = []  # numbers of the signals that came
+_received: list[int] = []  # numbers of the signals received so far
 
 
 def install() -> None:
-    """Handle both signals; a shell's background jobs start with SIGINT ignored, so it is set, not left as found."""
+    """Handle SIGINT and SIGTERM. SIGINT is set too because a shell starts background jobs with SIGINT ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hear)
+        signal.signal(number, _handle)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    _asked.append(number)
+def _handle(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
     raise KeyboardInterrupt
 
 
-def raise_if_asked() -> None:
-    """KeyboardInterrupt when a signal came, now or earlier."""
-    if _asked:
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if a signal was received, now or earlier."""
+    if _received:
         raise KeyboardInterrupt

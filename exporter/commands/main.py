@@ -1,4 +1,4 @@
-"""The `mmq` command and its first subcommands; `cli_NAME.py` hold the others, `cli_options.py` what they share."""
+"""The `mmq` command group, and the subcommands export, verify, recipes and doctor."""
 
 import os
 from dataclasses import asdict
@@ -17,11 +17,11 @@ from exporter.commands.options import (
     eval_samples_option,
     json_option,
     model_option,
+    print_result,
     recipe_option,
     reports_errors,
     revision_option,
     samples_option,
-    say,
     skip_evaluation_option,
 )
 from exporter.commands.plan import plan, show_plan
@@ -37,13 +37,13 @@ from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import built_in, load_recipe
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
+    "Exit codes: 0 success, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
     "130 interrupted."
 )
 
 
 def main() -> None:
-    """The command line, without the library's chatter."""
+    """Run the command line, without the log messages of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
 
@@ -55,9 +55,9 @@ def cli() -> None:
 
     \b
     Examples:
-      mmq export --recipe llava-w4-vit8 --model demo-llava   try it: no GPU, no network
+      mmq export --recipe llava-w4-vit8 --model demo-llava   demo model: no GPU, no network
       mmq export --recipe llava-w4-vit8                      LLaVA-1.5-7B on a GPU
-      mmq plan --recipe llava-w4-vit8 --model ./my-llava     what would happen, in seconds
+      mmq plan --recipe llava-w4-vit8 --model ./my-llava     show the plan of an export, in seconds
     """
 
 
@@ -67,19 +67,21 @@ def cli() -> None:
 @revision_option
 @adapter_option
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact folder [artifacts/MODEL-RECIPE].")
-@click.option("--work", type=click.Path(path_type=Path), help="Finished blocks [OUT.work, removed at the end].")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder of finished blocks [OUT.work, removed at the end]."
+)
 @device_option
 @data_option
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration choice [the recipe's].")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed that selects calibration samples [the recipe's].")
 @samples_option
 @eval_samples_option
 @eval_batch_option
 @skip_evaluation_option
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
-@click.option("--serve-check", is_flag=True, help="Then prove its answers through vLLM, as `mmq check` does.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact at --out.")
+@click.option("--serve-check", is_flag=True, help="Then compare its answers in vLLM, as `mmq check` does.")
 @vllm_option
-@click.option("--push", metavar="ORG/NAME", help="Publish it there, privately, once its gates have passed.")
-@click.option("--dry-run", is_flag=True, help="Only plan: the same as `mmq plan`.")
+@click.option("--push", metavar="ORG/NAME", help="Publish it privately to this repository if its gates pass.")
+@click.option("--dry-run", is_flag=True, help="Only show the plan, as `mmq plan` does.")
 @json_option
 @reports_errors
 def export(
@@ -103,9 +105,9 @@ def export(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Quantize a model by a recipe, verify the artifact and measure what it lost.
+    """Quantize a model by a recipe, verify the artifact and measure its loss of quality.
 
-    A run that was stopped (Ctrl-C, kill, power) goes on where it was when the same command is given again.
+    The same command resumes a run that was stopped (Ctrl-C, kill, power failure).
 
     \b
     Examples:
@@ -113,13 +115,14 @@ def export(
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
-    chosen = adjusted(load_recipe(recipe), model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
+    base = load_recipe(recipe)
+    final_recipe = adjusted(base, model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
     if dry_run:
-        return show_plan(chosen, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
+        return show_plan(final_recipe, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
     if push:
         check_push(push, skip_evaluation)
     if serve_check:
-        need_program(vllm, chosen, device)
+        need_program(vllm, final_recipe, device)
     from exporter.artifact.output import default_out, default_work
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
@@ -127,11 +130,11 @@ def export(
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.export import export as run
 
-    target = out or default_out(chosen)
+    target = out or default_out(final_recipe)
     try:
         with ProgressDisplay(as_json) as listen:
             result = run(
-                chosen,
+                final_recipe,
                 out=target,
                 device=choose(device),
                 on_event=listen,
@@ -141,14 +144,14 @@ def export(
                 skip_evaluation=skip_evaluation,
             )
     except KeyboardInterrupt:
-        kept = f"stopped; finished blocks are kept in {work or default_work(target)}"
-        raise Interrupted(kept, "give the same command again to go on") from None
-    say(show.export_json(result) if as_json else show.export_page(result))
+        message = f"stopped; finished blocks are kept in {work or default_work(target)}"
+        raise Interrupted(message, "run the same command again to resume") from None
+    print_result(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
         raise_unless_accepted(result.report, target)
     if serve_check:
-        shared = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
-        click.get_current_context().invoke(check, **shared)
+        check_options = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
+        click.get_current_context().invoke(check, **check_options)
     if push:
         click.get_current_context().invoke(publish, artifact=target, repo=push, device=device, as_json=as_json)
 
@@ -156,9 +159,9 @@ def export(
 @cli.command()
 @click.argument("artifact")
 @device_option
-@click.option("--no-load", is_flag=True, help="Check files and integers only; run nothing in transformers.")
-@click.option("--whole", is_flag=True, help="Also load it whole in transformers: 8 bytes a parameter.")
-@click.option("--source", help="The full-precision model (folder or hub id): every row is compared with its own.")
+@click.option("--no-load", is_flag=True, help="Check files and integers only; do not run transformers.")
+@click.option("--whole", is_flag=True, help="Also load the whole model in transformers: 8 bytes per parameter.")
+@click.option("--source", help="Full-precision model (folder or hub id) to compare every row of weights with.")
 @adapter_option
 @json_option
 @reports_errors
@@ -167,8 +170,8 @@ def verify(
 ) -> None:
     """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
 
-    ARTIFACT is a folder, or hub:ORG/NAME[@REVISION]: then hashes, names and small files are compared with the
-    manifest, and no weights are downloaded.
+    ARTIFACT is a folder or hub:ORG/NAME[@REVISION]. For an artifact on the hub, mmq compares hashes, names and small
+    files with the manifest, and downloads no weights.
 
     \b
     Examples:
@@ -187,9 +190,9 @@ def verify(
         return verify_published(artifact, as_json)
     with ProgressDisplay(as_json) as listen:
         load: Load = "nothing" if no_load else "whole" if whole else "blocks"
-        original = open_source(source, adapter=adapter)[0] if source else None
-        verified = run(Path(artifact), choose(device), listen, load, original)
-    say(asdict(verified) if as_json else show.verified_line(verified))
+        source_checkpoint = open_source(source, adapter=adapter)[0] if source else None
+        verified = run(Path(artifact), choose(device), listen, load, source_checkpoint)
+    print_result(asdict(verified) if as_json else show.verified_line(verified))
 
 
 @cli.command()
@@ -197,7 +200,7 @@ def verify(
 @json_option
 @reports_errors
 def recipes(name: str | None, as_json: bool) -> None:
-    """List the built-in recipes, or print one to copy and change.
+    """List the built-in recipes, or print one as YAML to copy and edit.
 
     \b
     Examples:
@@ -207,22 +210,26 @@ def recipes(name: str | None, as_json: bool) -> None:
     from exporter.commands import tables as show
 
     if name:
-        load_recipe(name)  # the same errors as everywhere
+        load_recipe(name)  # raises the same errors as other commands do
         path = built_in().get(name, Path(name))
         return click.echo(path.read_text(encoding="utf-8"), nl=False)
-    found = [load_recipe(known) for known in built_in()]
-    say([recipe.model_dump(mode="json") for recipe in found] if as_json else show.recipes_table(found))
+    built_in_recipes = [load_recipe(recipe_name) for recipe_name in built_in()]
+    print_result(
+        [recipe.model_dump(mode="json") for recipe in built_in_recipes]
+        if as_json
+        else show.recipes_table(built_in_recipes)
+    )
 
 
 @cli.command()
 @json_option
 @reports_errors
 def doctor(as_json: bool) -> None:
-    """Show the machine as mmq sees it: versions, devices, memory, hub cache, optional packages."""
+    """Show versions, devices, free memory, hub cache and optional packages of this machine."""
     from exporter.commands.doctor import examine
 
-    found = examine()
-    say(found if as_json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
+    report_lines = examine()
+    print_result(report_lines if as_json else "\n".join(f"{key:24} {value}" for key, value in report_lines.items()))
 
 
 cli.add_command(plan)

@@ -1,4 +1,4 @@
-"""What commands share: options, errors as messages with exit codes, and printing a result."""
+"""Options that commands share, error messages with exit codes, and printing of results."""
 
 import json
 import os
@@ -24,32 +24,32 @@ adapter_option = click.option(
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Machine-readable: result on stdout, events on stderr."
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout and events as JSON lines on stderr."
 )
 samples_option = click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
 eval_samples_option = click.option(
-    "--eval-samples", type=click.IntRange(min=2), help="Test samples of each task [the recipe's]."
+    "--eval-samples", type=click.IntRange(min=2), help="Test samples per task [the recipe's]."
 )
 eval_batch_option = click.option(
     "--eval-batch",
     type=click.IntRange(min=1),
-    help="Most test samples at once; fewer where memory is short [the recipe's].",
+    help="Largest batch of test samples; smaller if memory is short [the recipe's].",
 )
 skip_evaluation_option = click.option(
-    "--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact then counts as unproven."
+    "--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact is then unproven."
 )
 data_option = click.option(
     "--data",
     metavar="SOURCE",
     multiple=True,
-    help="Calibrate and evaluate on: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
-    "gqa, hub); repeat for a source each task. [the recipe's]",
+    help="Calibration and test data: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
+    "gqa, hub); repeat it to give each task its source. [the recipe's]",
 )
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an MmqError into a message and its exit code; MMQ_DEBUG=1 shows the traceback too."""
+    """Decorator: print an MmqError as a message and exit with its code; MMQ_DEBUG=1 shows the traceback instead."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -69,21 +69,21 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _shortage(error: Exception, device: str) -> MmqError | None:
-    """What to say of an error that is no MmqError: memory ran out outside of a step that says so itself."""
+    """MemoryShortage for an out-of-memory error outside of a planned step; None for any other error."""
     from exporter.device import choose
     from exporter.out_of_memory import is_shortage, shortage
 
     if not is_shortage(error):
         return None
     command = click.get_current_context().command_path
-    return shortage(error, command, choose(device), advice="a smaller batch, fewer samples, or --device cpu take less")
+    return shortage(error, command, choose(device), advice="use a smaller batch, fewer samples, or --device cpu")
 
 
 def fail(error: MmqError, as_json: bool) -> NoReturn:
-    """Say what went wrong and what to do next, and end with the error's exit code."""
-    if as_json and not isinstance(error, GateFailed | GateNotResolved):  # they are in the result, which was printed
-        said = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
-        click.echo(json.dumps(said))
+    """Print the error's message and hint, and exit with the error's code."""
+    if as_json and not isinstance(error, GateFailed | GateNotResolved):  # the printed result holds the gates
+        report = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
+        click.echo(json.dumps(report))
     else:
         click.echo(f"{error.label}: {error.message}", err=True)
         if error.hint:
@@ -91,8 +91,8 @@ def fail(error: MmqError, as_json: bool) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def say(result: Any) -> None:
-    """Print a result: plain data as one JSON line, anything else as rich renders it."""
+def print_result(result: Any) -> None:
+    """Print a result: a dict or list as one JSON line, any other value as rich renders it."""
     if isinstance(result, dict | list):
         click.echo(json.dumps(result))
     else:

@@ -1,4 +1,4 @@
-"""The command that plans: what an export would do, without doing it."""
+"""`mmq plan`: show what an export would do, without doing it."""
 
 import click
 
@@ -9,11 +9,11 @@ from exporter.commands.options import (
     eval_samples_option,
     json_option,
     model_option,
+    print_result,
     recipe_option,
     reports_errors,
     revision_option,
     samples_option,
-    say,
     skip_evaluation_option,
 )
 from exporter.commands.serve import serve_on_option
@@ -33,7 +33,7 @@ from exporter.planning.vllm_kernels import read_hardware
 @eval_samples_option
 @eval_batch_option
 @skip_evaluation_option
-@click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only components.")
+@click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
 @json_option
 @reports_errors
@@ -51,8 +51,9 @@ def plan(
     serve_on: str | None,
     as_json: bool,
 ) -> None:
-    """Show what an export would do, from file headers alone: decisions, sizes, serving kernels, and of every step the
-    peak memory and the time.
+    """Show what an export would do: decisions, sizes, serving kernels, and the peak memory and time of every step.
+
+    mmq reads only the headers of the checkpoint's files.
 
     \b
     Examples:
@@ -60,9 +61,11 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
-    own = load_recipe(recipe)
-    chosen = adjusted(own, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter)
-    show_plan(chosen, device, every_tensor, skip_evaluation, as_json, serve_on)
+    base_recipe = load_recipe(recipe)
+    final_recipe = adjusted(
+        base_recipe, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter
+    )
+    show_plan(final_recipe, device, every_tensor, skip_evaluation, as_json, serve_on)
 
 
 def show_plan(
@@ -73,21 +76,21 @@ def show_plan(
     as_json: bool,
     serve_on: str | None = None,
 ) -> None:
-    """Plan and print; a ServeError where the engine could not serve it on `serve_on`."""
+    """Plan and print the plan. Raises ServeError if vLLM cannot serve the planned artifact on `serve_on`."""
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.pipeline.preparation import prepare
     from exporter.planning.steps import step_warnings
 
-    chosen = choose(device)
+    target = choose(device)
     with ProgressDisplay(as_json) as listen:
-        found, checkpoint = prepare(recipe, chosen, headers_only=True, on_event=listen)
+        export_plan, checkpoint = prepare(recipe, target, headers_only=True, on_event=listen)
     if serve_on:
         from exporter.serving.preflight import refuse_plan
 
-        refuse_plan(found, checkpoint.config, read_hardware(serve_on))
-    warnings = step_warnings(found.steps, chosen, skip_evaluation)
+        refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
+    warnings = step_warnings(export_plan.steps, target, skip_evaluation)
     if as_json:
-        return say(show.plan_json(found, every_tensor, warnings))
-    say(show.plan_page(found, chosen, every_tensor, warnings))
+        return print_result(show.plan_json(export_plan, every_tensor, warnings))
+    print_result(show.plan_page(export_plan, target, every_tensor, warnings))

@@ -1,4 +1,4 @@
-"""Events as progress: a bar with time left on a terminal, plain lines elsewhere, JSON lines with `--json`."""
+"""Progress display: a bar with the remaining time on a terminal, else plain lines; JSON lines with `--json`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from exporter.commands.interrupt import raise_if_asked
+from exporter.commands.interrupt import raise_if_interrupted
 from exporter.events import Event
 
 NAMES = {
@@ -25,17 +25,17 @@ NAMES = {
     "study units": "quantizing units",
     "study points": "scoring settings",
 }
-QUIET_SECONDS = 5.0  # plain lines of one stage come at most this often
+QUIET_SECONDS = 5.0  # shortest time between two plain lines of one stage
 
 
 class ProgressDisplay:
-    """Shows events on stderr; use as a context manager."""
+    """Listener that shows events on stderr; use it as a context manager."""
 
     def __init__(self, as_json: bool) -> None:
         self._json = as_json
         self._console = Console(stderr=True)
         self._bars: dict[str, TaskID] = {}
-        self._said: dict[str, float] = {}
+        self._printed_at: dict[str, float] = {}  # time of the last plain line of each stage, in seconds
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -55,10 +55,10 @@ class ProgressDisplay:
         if self._progress:
             self._progress.stop()
         if isinstance(error, Exception):
-            raise_if_asked()  # torch's C code makes a ValueError of an interrupt that reaches it
+            raise_if_interrupted()  # torch's C code turns an interrupt into a ValueError
 
     def __call__(self, event: Event) -> None:
-        raise_if_asked()
+        raise_if_interrupted()
         if self._json:
             line = {"stage": event.stage, "done": event.done, "total": event.total, "message": event.message}
             print(json.dumps(line | {"numbers": dict(event.numbers)}), file=sys.stderr, flush=True)
@@ -79,16 +79,16 @@ class ProgressDisplay:
         key, now = self._key(event), time.monotonic()
         if event.stage == "prepare":
             return None if event.done else print(key, file=sys.stderr, flush=True)
-        if event.done < event.total and now - self._said.get(key, -QUIET_SECONDS) < QUIET_SECONDS:
+        if event.done < event.total and now - self._printed_at.get(key, -QUIET_SECONDS) < QUIET_SECONDS:
             return
-        self._said[key] = now
+        self._printed_at[key] = now
         error = f", error {event.numbers['error']:.4f}" if "error" in event.numbers else ""
         left = f", about {event.numbers['left']:.0f} s left" if event.numbers.get("left") else ""
         print(f"{key}: {event.done}/{event.total}{error}{left}", file=sys.stderr, flush=True)
 
     @staticmethod
     def _key(event: Event) -> str:
-        """Stages that run once for each model or component get a line each."""
+        """Name of the bar or line of an event; a stage that runs per model or per component gets one for each."""
         name = NAMES.get(event.stage, event.stage)
         if event.stage == "evaluate" and ":" in event.message:
             return f"{name} {event.message}"

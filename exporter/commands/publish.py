@@ -1,4 +1,4 @@
-"""`mmq publish` and `mmq diff`."""
+"""`mmq publish` and `mmq diff`: upload an artifact to the hub, and compare two artifacts."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,45 +6,49 @@ from typing import Any
 
 import click
 
-from exporter.commands.options import artifact_argument, device_option, json_option, reports_errors, say
+from exporter.commands.options import artifact_argument, device_option, json_option, print_result, reports_errors
 from exporter.errors import PublishError
 
-PASSED = ("repo", "revision", "public", "create_pr", "replace", "force", "accept_built_in_data", "dry_run")
+REQUEST_OPTIONS = ("repo", "revision", "public", "create_pr", "replace", "force", "accept_built_in_data", "dry_run")
 
 
 @click.command()
 @artifact_argument
-@click.option("--repo", metavar="ORG/NAME", help="Repository on the hub, made when it is missing [the recipe's].")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made when it is missing [main].")
+@click.option("--repo", metavar="ORG/NAME", help="Repository on the hub, created if missing [the recipe's].")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to, created if missing [main].")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--public", is_flag=True, help="Let everybody see it; without this a new repository is private.")
-@click.option("--replace", is_flag=True, help="Publish over what mmq did not put there; its weights go.")
-@click.option("--force", is_flag=True, help="Publish an artifact that is not proven; the card then says so.")
+@click.option("--public", is_flag=True, help="Make the repository public; without it a new one is private.")
+@click.option(
+    "--replace", is_flag=True, help="Overwrite a repository that mmq did not publish, and delete its weights."
+)
+@click.option("--force", is_flag=True, help="Publish an unproven artifact; the card states that it is unproven.")
 @click.option(
     "--accept-built-in-data",
     is_flag=True,
-    help="Publish scores on the built-in drawings; the card says so.",
+    help="Publish scores on the built-in drawings; the card states this.",
 )
-@click.option("--dry-run", is_flag=True, help="List every file and show the card; send nothing.")
-@click.option("--base-model", metavar="ORG/NAME", help="The source on the hub [known when it came from there].")
-@click.option("--license", "license_id", metavar="ID", help="License of the source [read from its card].")
-@click.option("--dataset", "datasets", metavar="ID", multiple=True, help="Data set it was calibrated with, on the hub.")
-@click.option("--language", "languages", metavar="CODE", multiple=True, help="Language, such as en.")
+@click.option("--dry-run", is_flag=True, help="List every file and show the card; upload nothing.")
+@click.option("--base-model", metavar="ORG/NAME", help="Source model on the hub [recorded if it came from the hub].")
+@click.option("--license", "license_id", metavar="ID", help="License of the source model [read from its card].")
+@click.option(
+    "--dataset", "datasets", metavar="ID", multiple=True, help="Hub id of a calibration data set; repeatable."
+)
+@click.option("--language", "languages", metavar="CODE", multiple=True, help="Language code, such as en; repeatable.")
 @click.option(
     "--benchmark",
     "benchmarks",
     metavar="TASK=ORG/DATASET:TASK_ID",
     multiple=True,
-    help="The test samples are this benchmark's: writes the hub's .eval_results too.",
+    help="Declare that the test samples are those of this benchmark; also writes .eval_results for the hub.",
 )
 @device_option
 @json_option
 @reports_errors
-def publish(artifact: Path, device: str, as_json: bool, **said: Any) -> None:
-    """Put a proven artifact on the hub, in one commit: weights, processor, model card, manifest and report.
+def publish(artifact: Path, device: str, as_json: bool, **options: Any) -> None:
+    """Upload a proven artifact to the hub in one commit: weights, processor, model card, manifest and report.
 
-    Refused when `mmq verify` fails, a gate failed or nothing was measured. An upload that was cut goes on when the
-    same command is given again. The token is the hub library's: `hf auth login`, or HF_TOKEN.
+    mmq refuses an artifact if `mmq verify` fails, if a gate failed or if no task was measured. The same command
+    resumes an interrupted upload. Authenticate with `hf auth login` or the variable HF_TOKEN.
 
     \b
     Examples:
@@ -57,62 +61,65 @@ def publish(artifact: Path, device: str, as_json: bool, **said: Any) -> None:
     from exporter.publishing.card import CardDeclarations
     from exporter.publishing.publication import PublishRequest, benchmark, publish_artifact
 
-    license_keys = {"license": said["license_id"]} if said["license_id"] else {}
-    tasks = dict(benchmark(text) for text in said["benchmarks"])
-    wanted = PublishRequest(
-        artifact,
-        declared=CardDeclarations(said["base_model"], license_keys, said["datasets"], said["languages"], tasks),
-        **{name: said[name] for name in PASSED},
+    license_keys = {"license": options["license_id"]} if options["license_id"] else {}
+    tasks = dict(benchmark(text) for text in options["benchmarks"])
+    names = (options["base_model"], license_keys, options["datasets"], options["languages"])
+    request = PublishRequest(
+        artifact, declared=CardDeclarations(*names, tasks), **{name: options[name] for name in REQUEST_OPTIONS}
     )
     with ProgressDisplay(as_json) as listen:
-        result = publish_artifact(wanted, choose(device), listen)
-    done = result.publication
-    if done is None:
-        return say(listing(result.package) if as_json else page(result.repo, result.package))
-    if not done.files and not as_json:
-        return say(f"nothing to do: {done.url} holds exactly this")
-    say(asdict(done) if as_json else f"published {done.files} files, {done.bytes:,} bytes: {done.url}")
+        result = publish_artifact(request, choose(device), listen)
+    upload = result.publication
+    if upload is None:
+        return print_result(listing(result.package) if as_json else page(result.repo, result.package))
+    if not upload.files and not as_json:
+        return print_result(f"nothing to do: {upload.url} already holds these files")
+    print_result(asdict(upload) if as_json else f"published {upload.files} files, {upload.bytes:,} bytes: {upload.url}")
 
 
 def check_push(repo: str, skip_evaluation: bool) -> None:
-    """What `mmq export --push` can know before hours of work: name, token, and that something will be measured."""
+    """Check `mmq export --push` before the export starts: repository name, token, and that evaluation is on."""
     from exporter.model.hub import check_name, require_token
 
     if skip_evaluation:
-        raise PublishError("--push and --skip-evaluation: what was never measured is not published", "leave one out")
+        raise PublishError(
+            "--push and --skip-evaluation exclude each other: mmq publishes only measured artifacts", "drop one of them"
+        )
     check_name(repo)
     require_token()
 
 
-def listing(found: Any) -> dict[str, Any]:
-    """What would be published, as plain data."""
+def listing(package: Any) -> dict[str, Any]:
+    """Files, problems and card of a dry run as plain data."""
     return {
-        "files": found.sizes(),
-        "removed": list(found.removed),
-        "unchanged": found.unchanged,
-        "problems": list(found.problems),
-        "card": found.card,
+        "files": package.sizes(),
+        "removed": list(package.removed),
+        "unchanged": package.unchanged,
+        "problems": list(package.problems),
+        "card": package.card,
     }
 
 
-def page(repo: str, found: Any) -> str:
-    """What would be published, for people."""
-    lines = [f"would publish to {repo}:", *(f"  {size:>14,}  {name}" for name, size in found.sizes().items())]
-    lines += [f"  removed:        {name}" for name in found.removed]
-    lines += ["  nothing to do: the repository holds exactly this already"] if found.unchanged else []
-    return "\n".join([*lines, "", found.card])
+def page(repo: str, package: Any) -> str:
+    """Files and card of a dry run as text."""
+    lines = [f"would publish to {repo}:", *(f"  {size:>14,}  {name}" for name, size in package.sizes().items())]
+    lines += [f"  removed:        {name}" for name in package.removed]
+    lines += ["  nothing to do: the repository already holds these files"] if package.unchanged else []
+    return "\n".join([*lines, "", package.card])
 
 
 def verify_published(place: str, as_json: bool) -> None:
-    """`mmq verify hub:ORG/NAME`."""
+    """Verify an artifact on the hub (`mmq verify hub:ORG/NAME`) and print the result."""
     from exporter.commands.progress import ProgressDisplay
     from exporter.model.hub import open_remote, parse_place
     from exporter.publishing.remote_check import verify_remote
 
     with ProgressDisplay(as_json) as listen:
-        found = verify_remote(open_remote(*parse_place(place)), listen)
-    hashed = f"verified {found.name}: {found.files} files equal by hash, {found.linears} packed linears found by name"
-    say(asdict(found) if as_json else f"{hashed}; {found.fetched:,} bytes fetched")
+        result = verify_remote(open_remote(*parse_place(place)), listen)
+    summary = (
+        f"verified {result.name}: {result.files} files equal by hash, {result.linears} packed linears present by name"
+    )
+    print_result(asdict(result) if as_json else f"{summary}; {result.fetched:,} bytes fetched")
 
 
 @click.command()
@@ -121,9 +128,9 @@ def verify_published(place: str, as_json: bool) -> None:
 @json_option
 @reports_errors
 def diff(first: str, second: str, as_json: bool) -> None:
-    """Show what two artifacts have not in common: recipe, bits, scores, size, versions.
+    """Show the differences between two artifacts: recipe, bits, scores, size, versions.
 
-    An artifact is a folder, or `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`.
+    FIRST and SECOND are folders, `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`.
 
     \b
     Examples:
@@ -136,5 +143,5 @@ def diff(first: str, second: str, as_json: bool) -> None:
 
     changes = difference(read_place(first), read_place(second))
     if as_json:
-        return say([asdict(change) for change in changes])
-    say(difference_table(first, second, changes) if changes else "no difference in what their manifests say")
+        return print_result([asdict(change) for change in changes])
+    print_result(difference_table(first, second, changes) if changes else "no difference: the manifests agree")

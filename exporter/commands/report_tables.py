@@ -1,4 +1,4 @@
-"""A report in the terminal: scores with intervals, and each gate in the color of its verdict."""
+"""Tables of an evaluation report for the terminal: scores with intervals, and one colored line per gate."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,32 +18,36 @@ COLORS: dict[Verdict, str] = {
 
 
 def report_page(report: Report) -> RenderableType:
-    """Scores with intervals, then the gates."""
+    """Table of scores with 95 % intervals, then one line per gate, then notes."""
     table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
     for name in ("score", "samples", "full", "artifact", "change", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for m in report.measures:
-        d = m.difference
-        interval = f"{d.low:+z.4f} to {d.high:+z.4f}"
-        scores = (f"{d.before:.4f}", f"{d.after:.4f}", f"{d.change:+z.4f}", interval)
-        table.add_row(f"{m.task} {m.metric}", str(m.samples), *scores)
-    one_percent = [(m.samples_to_resolve_one_percent, f"{m.task} {m.metric}") for m in report.measures]
-    needed = [f"{count} for {name}" for count, name in one_percent if count]
-    more = [f"samples that would resolve 1 % of the full score: {', '.join(needed)}"] if needed else []
+    for measure in report.measures:
+        difference = measure.difference
+        interval = f"{difference.low:+z.4f} to {difference.high:+z.4f}"
+        scores = (f"{difference.before:.4f}", f"{difference.after:.4f}", f"{difference.change:+z.4f}", interval)
+        table.add_row(f"{measure.task} {measure.metric}", str(measure.samples), *scores)
+    one_percent = [
+        (measure.samples_to_resolve_one_percent, f"{measure.task} {measure.metric}") for measure in report.measures
+    ]
+    sample_counts = [f"{count} for {name}" for count, name in one_percent if count]
+    lines = []
+    if sample_counts:
+        lines.append(f"samples needed to resolve a change of 1 % of the full score: {', '.join(sample_counts)}")
     for task, figures in report.corpus.items():
-        named = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in figures.items()]
-        more += [f"{task}, of the whole set: {', '.join(named)}"] if named else []
+        scores_of_set = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in figures.items()]
+        lines += [f"{task}, score of the whole set: {', '.join(scores_of_set)}"] if scores_of_set else []
     if searched := report.evaluation.searched:
         sizes = ", ".join(f"{count:,} {name}" for name, count in searched.items())
-        more.append(f"retrieval searched: {sizes}")
+        lines.append(f"retrieval searched: {sizes}")
     baseline = report.evaluation.baseline
     if baseline and not baseline.is_source:
-        more.append(f"the full-precision model, {baseline.model}, is not the one that the artifact was made from")
-    return Group(table, *(gate_line(gate) for gate in report.gates), *more)
+        lines.append(f"the full-precision model, {baseline.model}, is not the artifact's source model")
+    return Group(table, *(gate_line(gate) for gate in report.gates), *lines)
 
 
 def gate_line(gate: GateResult) -> Text:
-    """A gate's verdict in a sentence; the verdict itself in the color of its kind."""
+    """One gate as a sentence, with its verdict colored."""
     line = Text(f"gate {sentence(gate)}")
     line.highlight_words([gate.verdict], COLORS[gate.verdict])
     return line

@@ -1,4 +1,4 @@
-"""`mmq serve` and `mmq check`: start vLLM on an artifact, and prove its answers."""
+"""`mmq serve` and `mmq check`: start vLLM on an artifact, and compare its answers with the reference."""
 
 import json
 import os
@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.options import artifact_argument, data_option, device_option, json_option, reports_errors, say
+from exporter.commands.options import (
+    artifact_argument,
+    data_option,
+    device_option,
+    json_option,
+    print_result,
+    reports_errors,
+)
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.planning.recipe import Recipe
 from exporter.planning.vllm_kernels import ARCHITECTURES, Hardware, capability_label
@@ -19,49 +26,55 @@ from exporter.serving.vllm_engine import START_SECONDS
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
 
-vllm_option = click.option(
-    "--vllm", metavar="PROGRAM", help="The vllm program or command [MMQ_VLLM, or `vllm` on PATH]."
-)
+vllm_option = click.option("--vllm", metavar="PROGRAM", help="Path or command of vllm [MMQ_VLLM, or `vllm` on PATH].")
 parallel_option = click.option(
-    "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that share each linear."
+    "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that share every linear."
 )
 serve_on_option = click.option(
     "--serve-on",
     type=click.Choice([*map(capability_label, ARCHITECTURES), "cpu"]),
-    help="Fail unless vLLM can serve it there: a GPU's compute capability (8.0 A100, 9.0 H100, ...) or cpu.",
+    help="Fail unless vLLM can serve it on this hardware: a compute capability (8.0 A100, 9.0 H100, ...) or cpu.",
 )
 wait_option = click.option(
-    "--wait", type=click.FloatRange(min=1), default=START_SECONDS, show_default=True, help="Seconds to become healthy."
+    "--wait",
+    type=click.FloatRange(min=1),
+    default=START_SECONDS,
+    show_default=True,
+    help="Largest time until the server is healthy, in seconds.",
 )
 flags_argument = click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 
 
-class PassesOn(click.Command):
-    """A command whose arguments behind `--` are vLLM's: an option it does not know may be one of those."""
+class CommandWithVllmFlags(click.Command):
+    """A command that passes the arguments after `--` to vLLM."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does; the error about an unknown option says where vLLM's go."""
+        """Parse as click does; the error for an unknown option adds that flags of vLLM go after `--`."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            raise click.UsageError(f"{error.format_message()} Flags of `vllm serve` go behind `--`.", ctx) from None
+            raise click.UsageError(f"{error.format_message()} Put flags of `vllm serve` after `--`.", ctx) from None
 
 
-@click.command(cls=PassesOn)
+@click.command(cls=CommandWithVllmFlags)
 @artifact_argument
 @flags_argument
 @vllm_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; vLLM checks nobody's identity.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; vLLM does not authenticate clients."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 selects a free one."
+)
 @parallel_option
 @wait_option
-@click.option("--print", "only_print", is_flag=True, help="Show the command and start nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Print the command without starting the server.")
 @json_option
 @reports_errors
 def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: bool, **options: Any) -> None:
-    """Serve an artifact with vLLM until Ctrl-C, and say how to ask it as soon as it is healthy.
+    """Serve an artifact with vLLM until Ctrl-C, and print example requests when the server is healthy.
 
-    Flags behind `--` go to `vllm serve` and win over mmq's. The server's log goes to stderr.
+    Flags after `--` go to `vllm serve` and override mmq's. The server's log goes to stderr.
 
     \b
     Examples:
@@ -72,57 +85,70 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
     from exporter.commands.serving_text import python_line, shell_line
     from exporter.serving.vllm_engine import Engine, ending
 
-    made = _launch(artifact, flags, options, only_print)
+    launch = _launch(artifact, flags, options, only_print)
     if only_print:
-        return say({"command": list(made.command), "environment": dict(made.environment)} if as_json else made.shell())
+        return print_result(
+            {"command": list(launch.command), "environment": dict(launch.environment)} if as_json else launch.shell()
+        )
     try:
-        with Engine(made) as engine:
+        with Engine(launch) as engine:
             seconds = engine.wait_healthy(options["wait"])
-            lines = {"curl": shell_line(made), "python": python_line(made)}
+            lines = {"curl": shell_line(launch), "python": python_line(launch)}
             if as_json:
-                said = {"url": made.url, "model": made.model, "pid": engine.pid, "startup_seconds": seconds, **lines}
-                click.echo(json.dumps(said))
+                state = {
+                    "url": launch.url,
+                    "model": launch.model,
+                    "pid": engine.pid,
+                    "startup_seconds": seconds,
+                    **lines,
+                }
+                click.echo(json.dumps(state))
             else:
-                click.echo(f"{made.model} is served at {made.url}/v1 (Ctrl-C stops it); ask it:")
+                click.echo(f"{launch.model} is served at {launch.url}/v1 (Ctrl-C stops it); example requests:")
                 click.echo(f"\n{lines['curl']}\n\n{lines['python']}\n")
             sys.stdout.flush()
             code = engine.wait()
     except KeyboardInterrupt:
-        raise Interrupted("stopped; the server has ended") from None
+        raise Interrupted("stopped; the server has exited") from None
     if code:
-        raise ServeError(f"{ending(code)}; its last words are above", "give the same command again to go on serving")
+        raise ServeError(f"{ending(code)}; its log is above", "run the same command again to restart the server")
 
 
 def _program(request: str | None, only_print: bool) -> tuple[Program, Hardware]:
-    """The installed vLLM and what it runs on; to be shown, a command needs neither."""
+    """The installed vLLM and the hardware it runs on.
+
+    With --print and without vLLM: the name `vllm` and no hardware, with a note. Raises ServeError otherwise.
+    """
     from exporter.serving.launch import TESTED_VERSION, find_program
     from exporter.serving.preflight import hardware
 
     try:
-        found = find_program(request)
+        program = find_program(request)
     except ServeError:
         if request or os.environ.get("MMQ_VLLM") or not only_print:
             raise
-        click.echo("note: there is no vllm here, so this is the command for one on GPUs", err=True)
+        click.echo("note: vllm is not installed; the command is for vllm on GPUs", err=True)
         return Program("vllm", TESTED_VERSION, cpu=False), None
-    return found, hardware(found)
+    return program, hardware(program)
 
 
-def _faster(artifact: "Artifact", flags: tuple[str, ...], on: Hardware) -> str:
-    """What to tell of flags that serve it faster on this GPU, empty if none are known."""
+def _faster_flags_note(artifact: "Artifact", flags: tuple[str, ...], hardware: Hardware) -> str:
+    """Advice on vLLM flags that serve the artifact faster on this GPU; empty if there are none."""
     from exporter.planning.vllm_rules import head_size
     from exporter.serving.faster import HOPPER, advice, faster_flags
     from exporter.serving.negative_control import modules_of
 
-    if artifact.manifest.format != "compressed_tensors" or on not in (None, HOPPER):
+    if artifact.manifest.format != "compressed_tensors" or hardware not in (None, HOPPER):
         return ""
-    language = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
-    others = {group.scheme for group in artifact.groups} - language
-    return advice(faster_flags(language, others, artifact.kv_cache, head_size(artifact.checkpoint.config)), flags)
+    language_schemes = {artifact.scheme_of(module) for module in modules_of(artifact, "language")}
+    other_schemes = {group.scheme for group in artifact.groups} - language_schemes
+    return advice(
+        faster_flags(language_schemes, other_schemes, artifact.kv_cache, head_size(artifact.checkpoint.config)), flags
+    )
 
 
 def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
-    """The command that serves it here (ServeError when none can)."""
+    """The command that serves the artifact on this machine. Raises ServeError if vLLM cannot serve it."""
     from exporter.artifact.artifact import Artifact
     from exporter.artifact.manifest import MANIFEST
     from exporter.model.source import open_source
@@ -133,13 +159,13 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
 
     checkpoint, family = open_source(str(artifact))
     refuse_unserved(family)
-    (program, on), opened = _program(options["vllm"], only_print), None
+    (program, hardware), opened_artifact = _program(options["vllm"], only_print), None
     if (artifact / MANIFEST).exists():
-        opened = Artifact.open(artifact)
-        refuse_unservable(opened, on, options["tensor_parallel"])
-        if on != "cpu" and (note := _faster(opened, flags, on)):
+        opened_artifact = Artifact.open(artifact)
+        refuse_unservable(opened_artifact, hardware, options["tensor_parallel"])
+        if hardware != "cpu" and (note := _faster_flags_note(opened_artifact, flags, hardware)):
             click.echo(f"note: {note}", err=True)
-    made = launch(
+    command = launch(
         artifact,
         checkpoint.config,
         program,
@@ -149,20 +175,37 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
         tensor_parallel=options["tensor_parallel"],
         extra=flags,
     )
-    return with_plugin(made, program.version) if opened and needs_plugin(opened) else made
+    return with_plugin(command, program.version) if opened_artifact and needs_plugin(opened_artifact) else command
 
 
-@click.command(cls=PassesOn)
+@click.command(cls=CommandWithVllmFlags)
 @artifact_argument
 @flags_argument
 @vllm_option
-@click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="Images to ask about.")
 @click.option(
-    "--bound", type=click.FloatRange(min=0), help="Mean difference of log-probabilities always allowed [0.015]."
+    "--questions",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of test samples, with one image each.",
 )
-@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the engine's logs in this folder.")
-@click.option("--control", "disturb", metavar="COMPONENT", help="Whose scales the control doubles [the first packed].")
-@click.option("--no-control", is_flag=True, help="Skip the second start, on doubled scales, that must answer wrongly.")
+@click.option(
+    "--bound",
+    type=click.FloatRange(min=0),
+    help="Mean difference of log-probabilities that is always allowed [0.015].",
+)
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Write vLLM's logs to this folder.")
+@click.option(
+    "--control",
+    "disturb",
+    metavar="COMPONENT",
+    help="Component whose scales the negative control doubles [the first packed one].",
+)
+@click.option(
+    "--no-control",
+    is_flag=True,
+    help="Skip the negative control: a second start on doubled scales, whose answers must differ.",
+)
 @parallel_option
 @wait_option
 @device_option
@@ -174,8 +217,9 @@ def check(
 ) -> None:
     """Start vLLM on an artifact and compare its log-probabilities with the dequantized weights in transformers.
 
-    Also proves that the comparison would notice an error, and reads from vLLM's log which scheme every linear got.
-    The result goes into the artifact's mmq_report.json, its verdict into the manifest. Exit code 3 when it fails.
+    A negative control tests that the comparison detects wrong weights, and vLLM's log shows the scheme of every
+    linear. mmq writes the result to the artifact's mmq_report.json and the verdict to its manifest. The exit code is 3
+    if the check fails.
 
     \b
     Examples:
@@ -205,18 +249,21 @@ def check(
             options["logs"],
             options["disturb"],
         )
-        found = check_artifact(artifact, samples, session, control=not options["no_control"])
-    say(as_plain(found) if as_json else checked_page(found))
-    if not found.passed:
-        lines = "\n".join(f"  {problem}" for problem in found.problems[:20])
+        result = check_artifact(artifact, samples, session, control=not options["no_control"])
+    print_result(as_plain(result) if as_json else checked_page(result))
+    if not result.passed:
+        lines = "\n".join(f"  {problem}" for problem in result.problems[:20])
         raise CheckFailed(
-            f"{artifact}: vllm does not answer as the artifact should:\n{lines}",
-            "`mmq check --logs FOLDER` keeps what vllm said; docs/explanation/checks.md explains the bounds",
+            f"{artifact}: the check of vLLM's answers failed:\n{lines}",
+            "`mmq check --logs FOLDER` stores vLLM's logs; docs/explanation/checks.md explains the bounds",
         )
 
 
 def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
-    """What `mmq export --serve-check` can know before hours of work: vLLM is there, and serves what is planned."""
+    """Check `mmq export --serve-check` before the export: vLLM is installed and can serve the planned artifact.
+
+    Raises ServeError otherwise.
+    """
     from exporter.device import choose
     from exporter.model.families import FAMILIES
     from exporter.pipeline.preparation import prepare
@@ -225,7 +272,7 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
 
     unserved = FAMILIES[recipe.model.family].unserved
     if unserved:
-        raise ServeError(f"--serve-check: {unserved}", "leave it out")
+        raise ServeError(f"--serve-check: {unserved}", "drop --serve-check")
     program = find_program(vllm)
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
     refuse_plan(plan, checkpoint.config, hardware(program))

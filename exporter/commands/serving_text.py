@@ -1,4 +1,4 @@
-"""What `mmq serve` and `mmq check` show: lines to copy, and what a check found."""
+"""Texts of `mmq serve` and `mmq check`: example requests to copy, and the result of a check."""
 
 import json
 import shlex
@@ -11,14 +11,14 @@ QUESTION = "What color is the picture?"
 
 
 def red_square() -> bytes:
-    """A small red picture as a PNG file."""
+    """A red picture of 64 x 64 pixels, encoded as PNG."""
     from PIL import Image
 
     return png(Image.new("RGB", (64, 64), (255, 0, 0)))
 
 
 def shell_line(launch: Launch) -> str:
-    """A curl command that asks the server about a picture."""
+    """A curl command that sends the server a question about a picture."""
     body = json.dumps(
         {"model": launch.model, "messages": [message(QUESTION, red_square())], "max_tokens": 16, "temperature": 0}
     )
@@ -27,7 +27,7 @@ def shell_line(launch: Launch) -> str:
 
 
 def python_line(launch: Launch) -> str:
-    """The same with the openai package, as a shell takes it."""
+    """The request of `shell_line` with the openai package, as one shell command."""
     code = (
         "from openai import OpenAI; "
         f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
@@ -38,22 +38,27 @@ def python_line(launch: Launch) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def checked_page(found: CheckResult) -> str:
-    """What a check found, in a few lines."""
-    lines = [f"vllm {found.engine}, ready after {found.startup_seconds:.0f} s, answered {found.questions} questions"]
-    if found.compared:
-        d, floor, allowed = found.compared.distance, found.compared.floor, found.compared.allowed(found.bound)
+def checked_page(result: CheckResult) -> str:
+    """The result of a check as text."""
+    lines = [f"vllm {result.engine}, ready after {result.startup_seconds:.0f} s, answered {result.questions} questions"]
+    if result.compared:
+        distance, floor = result.compared.distance, result.compared.floor
+        allowed_largest, allowed_mean = result.compared.allowed(result.bound)
         lines += [
-            f"log-probabilities beside the dequantized reference, {d.tokens} tokens: mean difference {d.mean:.4f} "
-            f"(allowed {allowed[1]:.4f}), largest {d.largest:.4f} ({allowed[0]:.4f})",
-            f"16-bit sums alone, the reference beside itself: mean {floor.mean:.4f}, largest {floor.largest:.4f}",
+            f"log-probabilities against the dequantized reference, {distance.tokens} tokens: "
+            f"mean difference {distance.mean:.4f} (allowed {allowed_mean:.4f}), "
+            f"largest {distance.largest:.4f} (allowed {allowed_largest:.4f})",
+            f"16-bit rounding of the reference alone: mean {floor.mean:.4f}, largest {floor.largest:.4f}",
         ]
-    if found.control:
-        c, again = found.control, found.control.restored
+    if result.control:
+        control, restored = result.control, result.control.restored
         lines.append(
-            f"control, scales of {c.component} doubled: mean {c.moved.mean:.4f}, largest {c.moved.largest:.4f}; beside "
-            f"a reference with the same scales {again.distance.mean:.4f} (16-bit sums alone {again.floor.mean:.4f})"
+            f"control, scales of {control.component} doubled: mean {control.moved.mean:.4f}, "
+            f"largest {control.moved.largest:.4f}; against a reference with the same scales: "
+            f"mean {restored.distance.mean:.4f} (16-bit rounding alone {restored.floor.mean:.4f})"
         )
-    lines += [f"{count} linears run as {name}, says vllm's log" for name, count in sorted(found.schemes.items())]
-    lines += [f"kernel {kernel}" for kernel in found.kernels]
-    return "\n".join([*lines, "passed" if found.passed else "FAILED"])
+    lines += [
+        f"{count} linears run as {name} according to vLLM's log" for name, count in sorted(result.schemes.items())
+    ]
+    lines += [f"kernel {kernel}" for kernel in result.kernels]
+    return "\n".join([*lines, "passed" if result.passed else "FAILED"])

@@ -1,4 +1,4 @@
-"""`mmq study`: grids of settings, and which component's bits decide the score."""
+"""`mmq study`: score a grid of quantization settings, rank the components by importance, and draw plots."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.options import data_option, device_option, json_option, reports_errors, revision_option, say
+from exporter.commands.options import (
+    data_option,
+    device_option,
+    json_option,
+    print_result,
+    reports_errors,
+    revision_option,
+)
 from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.events import Listener
@@ -21,20 +28,22 @@ if TYPE_CHECKING:
 LOCAL = "local"
 
 
-# What `mmq study` and `mmq allocate` share.
+# Options of both `mmq study` and `mmq allocate`.
 calibration_option = click.option(
-    "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Calibrated on, in all."
+    "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Total calibration samples."
 )
-workers_option = click.option("--workers", type=click.IntRange(min=1), help="Processes [as many as cores; 1 on a GPU].")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Worker processes [one per core; 1 on a GPU]."
+)
 ray_option = click.option(
-    "--ray", metavar="ADDRESS", help="Run on a Ray cluster: its address, or `local` to start one here."
+    "--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address; `local` starts one on this machine."
 )
 samples_seed_option = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed that selects the samples."
 )
 
 
-def numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+def parse_numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     """`2,3,4` as numbers."""
     try:
         return tuple(int(part) for part in value.split(","))
@@ -42,7 +51,7 @@ def numbers(context: click.Context, option: click.Parameter, value: str) -> tupl
         raise click.BadParameter(f"expected numbers like 2,3,4, not '{value}'") from None
 
 
-def words(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+def parse_words(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
     """`front,end` as words."""
     return tuple(part.strip() for part in value.split(",")) if value else ()
 
@@ -55,25 +64,43 @@ def words(context: click.Context, option: click.Parameter, value: str | None) ->
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="YAML file; see docs/how-to/choose-bits.md.",
 )
-@click.option("--components", callback=words, metavar="A,B", help="What is varied [vision, qformer, language].")
-@click.option("--bits", callback=numbers, default="2,3,4,5,6,8,16", show_default=True, help="Widths; 16 keeps.")
-@click.option("--methods", callback=words, default="gptq", show_default=True, help="rtn, gptq, awq.")
-@click.option("--groups", callback=words, default="row", show_default=True, help="Columns that share a scale, or row.")
-@click.option("--blocks", callback=words, default="all", show_default=True, help="all, front, middle, end, front+end.")
-@click.option("--roles", callback=words, default="all", show_default=True, help="all, attention, mlp.")
+@click.option(
+    "--components", callback=parse_words, metavar="A,B", help="Components to vary [vision, qformer, language]."
+)
+@click.option(
+    "--bits",
+    callback=parse_numbers,
+    default="2,3,4,5,6,8,16",
+    show_default=True,
+    help="Bit widths; 16: full precision.",
+)
+@click.option("--methods", callback=parse_words, default="gptq", show_default=True, help="Methods: rtn, gptq, awq.")
+@click.option("--groups", callback=parse_words, default="row", show_default=True, help="Columns per scale, or row.")
+@click.option(
+    "--blocks",
+    callback=parse_words,
+    default="all",
+    show_default=True,
+    help="Blocks to quantize: all, front, middle, end, front+end.",
+)
+@click.option(
+    "--roles", callback=parse_words, default="all", show_default=True, help="Linears to quantize: all, attention, mlp."
+)
 @click.option(
     "--combine",
     type=click.Choice(["product", "alone", "together"]),
     default="product",
     show_default=True,
-    help="Every combination of components, one at a time, or all alike.",
+    help="How settings combine components: every combination, one component at a time, or all alike.",
 )
 @data_option
-@click.option("--samples", type=click.IntRange(min=8), default=250, show_default=True, help="Scored on, of each task.")
+@click.option("--samples", type=click.IntRange(min=8), default=250, show_default=True, help="Test samples per task.")
 @calibration_option
 @samples_seed_option
-@click.option("--answers", is_flag=True, help="Score generated answers by the tasks' metrics: slower, as gates do it.")
-@click.option("--sequential", is_flag=True, help="Quantize every setting as an export does, sharing nothing.")
+@click.option("--answers", is_flag=True, help="Score generated answers by the tasks' metrics, as gates do; slower.")
+@click.option(
+    "--sequential", is_flag=True, help="Quantize every setting as an export does, without sharing quantized units."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [studies/MODEL].")
 @workers_option
 @ray_option
@@ -82,10 +109,10 @@ def words(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.pass_context
 @reports_errors
 def study(context: click.Context, **options: Any) -> None:
-    """Measure a grid of settings: components x bits x method x blocks x role, each quantized and scored.
+    """Quantize and score a grid of settings: components x bits x method x blocks x role.
 
-    Settings share what is quantized, and what was measured once is never measured again: the same command goes on
-    after any stop. Scores are shares of exact greedy replies, their log-likelihood, and the divergence from the full
+    Settings share quantized units, and each setting is measured only once, so the same command resumes a stopped study.
+    Scores are the share of exact greedy replies, their log-likelihood, and the divergence from the full-precision
     model. Results are in OUT/study.sqlite and OUT/study.csv.
 
     \b
@@ -101,37 +128,37 @@ def study(context: click.Context, **options: Any) -> None:
     from exporter.study.show import outcome_json, outcome_page
 
     outcome = measure(options)
-    say(outcome_json(outcome) if options["as_json"] else outcome_page(outcome))
+    print_result(outcome_json(outcome) if options["as_json"] else outcome_page(outcome))
 
 
 def measure(options: dict[str, Any]) -> "Outcome":
-    """Run the grid that the options name."""
+    """Run the grid that the options describe. Raises Interrupted on Ctrl-C."""
     from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.grid import points, read_grid
     from exporter.study.run import run
-    from exporter.study.work import opened
+    from exporter.study.work import open_model
 
     setup = setup_of(options)
-    model = opened(setup)
+    model = open_model(setup)
     grid = read_grid(options["grid"]) if options["grid"] else grid_of(options, model.family)
-    chosen, notes = points(grid, model.family, model.checkpoint.config)
+    grid_points, notes = points(grid, model.family, model.checkpoint.config)
     try:
         with (
             ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
-            pool_of(options, model.device.is_cuda, len(chosen)) as pool,
+            open_pool(options, model.device.is_cuda, len(grid_points)) as pool,
         ):
-            tell(notes, listen)
-            return run(setup, chosen, pool, listen)
+            send_notes(notes, listen)
+            return run(setup, grid_points, pool, listen)
     except KeyboardInterrupt:
-        kept = f"stopped; what is finished is kept in {setup.folder}"
-        raise Interrupted(kept, "give the same command again to go on") from None
+        message = f"stopped; finished results are kept in {setup.folder}"
+        raise Interrupted(message, "run the same command again to resume") from None
 
 
-def tell(notes: list[str], listen: "Listener") -> None:
-    """Show notes."""
+def send_notes(notes: list[str], listen: "Listener") -> None:
+    """Send each note to the listener as an event."""
     from exporter.events import Event
 
     for note in notes:
@@ -139,7 +166,7 @@ def tell(notes: list[str], listen: "Listener") -> None:
 
 
 def setup_of(options: dict[str, Any]) -> "Setup":
-    """What workers need to know."""
+    """The study's setup, as workers receive it."""
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 
@@ -157,7 +184,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
 
 
 def grid_of(options: dict[str, Any], family: "Family") -> "Grid":
-    """The grid that the flags describe."""
+    """The grid that the command-line options describe."""
     from exporter.study.grid import parse_grid
     from exporter.study.prepare import quantizable
 
@@ -168,8 +195,8 @@ def grid_of(options: dict[str, Any], family: "Family") -> "Grid":
     return parse_grid(content | {"methods": options["methods"], "group_sizes": groups}, "the grid of these flags")
 
 
-def pool_of(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractContextManager["WorkerPool"]:
-    """Where the work runs."""
+def open_pool(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractContextManager["WorkerPool"]:
+    """A pool of `tasks` workers at most: a Ray cluster with --ray, else processes of this machine."""
     import os
 
     from exporter.study.pool import local, ray_cluster
@@ -183,26 +210,36 @@ def pool_of(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractContex
 
 @study.command()
 @click.argument("table", type=click.Path(path_type=Path, exists=True))
-@click.option("--score", metavar="COLUMN", help="Which column is the score [score, cider, accuracy, ... as there is].")
-@click.option("--where", "conditions", multiple=True, metavar="COLUMN=VALUE", help="Only rows like this; repeat.")
+@click.option(
+    "--score", metavar="COLUMN", help="Column of the score [the first present of score, cider, accuracy, ...]."
+)
+@click.option(
+    "--where", "conditions", multiple=True, metavar="COLUMN=VALUE", help="Use only rows with this value; repeatable."
+)
 @click.option(
     "--usable",
     type=click.FloatRange(0, 1),
     default=0.8,
     show_default=True,
-    help="Bits are usable when some setting with them keeps this share of the full score.",
+    help="A bit width is usable if some setting with it keeps this share of the full score.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of forest and shuffles.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the random forest and the permutations.",
+)
 @json_option
 @reports_errors
 def importance(
     table: Path, score: str | None, conditions: tuple[str, ...], usable: float, seed: int, as_json: bool
 ) -> None:
-    """Say how much each component's bits decide the score.
+    """Rank components by how much their bit widths change the score.
 
-    TABLE is a study's folder, or a CSV file with columns COMPONENT_bits and a score. Shares by a random forest,
-    permutation and SHAP are averaged to a consensus, as in arXiv 2601.15287; beside them the fit of a line, and what
-    each number of bits costs where the model still works. Needs the extra `study`.
+    TABLE is a study's folder, or a CSV file with columns COMPONENT_bits and a score. The consensus is the mean of the
+    importances by random forest, permutation and SHAP, as in arXiv 2601.15287. The output also shows the fit of a
+    linear model, and the loss of score per bit width among usable settings. Needs the extra `study`.
 
     \b
     Examples:
@@ -210,32 +247,32 @@ def importance(
       mmq study importance retrieval.csv --score img_r1
       mmq study importance studies/demo-llava --where method=gptq --where blocks=all
     """
-    from exporter.study.importance import importance as find
+    from exporter.study.importance import importance as compute_importance
     from exporter.study.show import importance_page
     from exporter.study.table import read_table
 
-    found = find(read_table(table, score, conditions), seed, usable)
-    say(found.as_json() if as_json else importance_page(found))
+    result = compute_importance(read_table(table, score, conditions), seed, usable)
+    print_result(result.as_json() if as_json else importance_page(result))
 
 
 @study.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the files [FOLDER/plots].")
-@click.option("--score", metavar="COLUMN", default="score", show_default=True, help="What is drawn.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for the files [FOLDER/plots].")
+@click.option("--score", metavar="COLUMN", default="score", show_default=True, help="Column of the score to draw.")
 @click.option(
     "--paper",
     "papers",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="CSV file with COMPONENT_bits, bpw and a score, drawn beside; repeat.",
+    help="CSV file with COMPONENT_bits, bpw and a score, drawn for comparison; repeatable.",
 )
 @json_option
 @reports_errors
 def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], as_json: bool) -> None:
-    """Draw what a study's FOLDER holds: PNG files, and one HTML page with all of them.
+    """Draw the results in a study's FOLDER as PNG files, and as one HTML page with all of them.
 
-    Heat maps of bits x bits, importance, what bits cost, the front of score over bits a weight, and how sensitive each
-    part is (after `mmq allocate`). Needs the extra `study`.
+    The plots are heat maps of bits x bits, importance, loss per bit width, the Pareto front of score over bits per
+    weight, and the sensitivity of each part (after `mmq allocate`). Needs the extra `study`.
 
     \b
     Examples:
@@ -245,11 +282,11 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
     from exporter.files.writing import make_folder
     from exporter.study.gallery import gather, write_page, write_pictures
 
-    place = out or folder / "plots"
-    make_folder(place)
+    target = out or folder / "plots"
+    make_folder(target)
     notes: list[str] = []
-    found = gather(folder, score, papers, notes.append)
-    files = [*write_pictures(found, place), write_page(found, folder.resolve().name, place / "study.html")]
-    said = [str(path) for path in files]
-    lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in said)]
-    say({"files": said, "notes": notes} if as_json else "\n".join(lines))
+    pictures = gather(folder, score, papers, notes.append)
+    files = [*write_pictures(pictures, target), write_page(pictures, folder.resolve().name, target / "study.html")]
+    paths = [str(path) for path in files]
+    lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in paths)]
+    print_result({"files": paths, "notes": notes} if as_json else "\n".join(lines))

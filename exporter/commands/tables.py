@@ -1,4 +1,4 @@
-"""Plans, reports and recipes as tables for people; `cli.py` prints them."""
+"""Tables and JSON of plans, exports, recipes and differences; the commands print them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from exporter.publishing.artifact_diff import Change
 
 
 def plan_summary(plan: Plan) -> list[dict[str, Any]]:
-    """One line for every component and decision: linears, scheme, method, bytes, kernel."""
+    """One dict per component, decision, scheme and method: number of tensors, parameters, bytes, kernel or reason."""
     groups: dict[tuple[str, str, str, str], list[PlanRow]] = {}
     for row in plan.rows:
         scheme = row.scheme.label() if row.scheme else ""
@@ -40,26 +40,26 @@ def plan_summary(plan: Plan) -> list[dict[str, Any]]:
                 "parameters": sum(row.tensor.size for row in rows),
                 "bytes_before": sum(row.tensor.bytes for row in rows),
                 "bytes_after": sum(row.bytes_after for row in rows),
-                "why": _runs(plan, rows[0]) if decision == "packed" else _reasons(rows),
+                "why": _kernel_label(plan, rows[0]) if decision == "packed" else _reasons(rows),
             }
         )
     order = {component.name: i for i, component in enumerate(plan.family.components)}
     return sorted(lines, key=lambda line: (order.get(line["component"], 99), line["decision"] == "kept"))
 
 
-def _runs(plan: Plan, row: PlanRow) -> str:
-    """What runs a packed linear."""
+def _kernel_label(plan: Plan, row: PlanRow) -> str:
+    """The kernel that runs a packed linear, or why no engine serves it."""
     assert row.scheme is not None
     return plan.family.unserved or serving_kernels(row.scheme, plan.recipe.format).label()
 
 
 def _reasons(rows: list[PlanRow]) -> str:
-    found = sorted({row.reason for row in rows}, key=lambda reason: (reason in ("bias", "norm", "embedding"), reason))
-    return "; ".join(found)
+    reasons = sorted({row.reason for row in rows}, key=lambda reason: (reason in ("bias", "norm", "embedding"), reason))
+    return "; ".join(reasons)
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan by component."""
+    """The plan as a table with one row per component, decision and scheme."""
     table = Table(title=f"{plan.origin} with {plan.recipe.name}", title_justify="left", box=None, pad_edge=False)
     for name in ("component", "decision", "scheme", "tensors", "before", "after"):
         table.add_column(name, justify="right" if name in ("tensors", "before", "after") else "left", no_wrap=True)
@@ -72,21 +72,21 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """Bits a weight, and for each part what serves it or why it is kept."""
-    notes = [f"{plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted"]
+    """Bits per weight, and for each component its engine and kernel, or the reason to keep it."""
+    notes = [f"{plan.bits_per_weight:.2f} bits per weight, including scales and kept tensors"]
     for line in plan_summary(plan):
         engine = "transformers" if plan.family.unserved else "vLLM"
-        said = "kept" if line["decision"] == "kept" else f"{line['scheme']}, {engine}"
+        decision = "kept" if line["decision"] == "kept" else f"{line['scheme']}, {engine}"
         why = f": {line['why']}" if line["why"] else ""
-        notes.append(f"  {line['component']}: {said}{why}")
+        notes.append(f"  {line['component']}: {decision}{why}")
     if plan.recipe.kv_cache:
-        engines = "vLLM: GPUs from 8.9 (older ones by FlashInfer alone), CPUs with AVX-512"
+        engines = "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
         notes.append(f"  keys and values: {plan.recipe.kv_cache}, {engines}")
     return notes
 
 
 def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence[str] = ()) -> RenderableType:
-    """The plan, what its steps take, and every tensor on request. warnings: beside the plan's own."""
+    """The plan, the cost of its steps, advice, and all warnings. warnings: printed after those of the plan."""
     parts: list[RenderableType] = [plan_table(plan), *plan_notes(plan)]
     if every_tensor:
         parts.append(tensor_table(plan))
@@ -94,15 +94,15 @@ def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence
     advice = advise(plan.recipe)
     if advice:
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
-    if rest := unpredictable(plan.recipe):
-        parts.append(rest)
+    if unknown_tasks := unpredictable(plan.recipe):
+        parts.append(unknown_tasks)
     parts += [f"warning: {line}" for line in too_few(plan.recipe)]
     return Group(*parts, *(f"warning: {warning}" for warning in (*plan.warnings, *warnings)))
 
 
 def steps_table(steps: Sequence[Step], device: Device) -> Table:
-    """What each step takes, and how it is done."""
-    title = f"peak memory and time, about, on {device.name}; host: beside the page cache"
+    """Predicted peak memory and time of each step, and how mmq runs it."""
+    title = f"estimated peak memory and time on {device.name}; host memory excludes the page cache"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("step", *(("device",) if device.is_cuda else ()), "host", "time", "how"):
         table.add_column(name, justify="left" if name in ("step", "how") else "right", no_wrap=name != "how")
@@ -113,23 +113,28 @@ def steps_table(steps: Sequence[Step], device: Device) -> Table:
 
 
 def measured_table(predicted: Sequence[Step], measured: Sequence[Step]) -> Table:
-    """What each step took, beside what was predicted of it."""
+    """Measured time and peak memory of each step, with the predictions."""
     on_device = any(step.device_bytes for step in measured)
-    names = ["step", "time", "about", "host", "about", *(["device", "about"] if on_device else [])]
-    table = Table(title="time and peak memory, beside the prediction", title_justify="left", box=None, pad_edge=False)
+    names = ["step", "time", "predicted", "host", "predicted", *(["device", "predicted"] if on_device else [])]
+    table = Table(title="time and peak memory, measured and predicted", title_justify="left", box=None, pad_edge=False)
     for name in names:
         table.add_column(name, justify="left" if name == "step" else "right", no_wrap=True)
     expected = {step.name: step for step in predicted}
     for step in measured:
-        about = expected[step.name]
-        cells = [duration(step.seconds), duration(about.seconds), memory(step.host_bytes), memory(about.host_bytes)]
-        cells += [memory(step.device_bytes), memory(about.device_bytes)] if on_device else []
+        prediction = expected[step.name]
+        cells = [
+            duration(step.seconds),
+            duration(prediction.seconds),
+            memory(step.host_bytes),
+            memory(prediction.host_bytes),
+        ]
+        cells += [memory(step.device_bytes), memory(prediction.device_bytes)] if on_device else []
         table.add_row(step.name, *cells)
     return table
 
 
 def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """The plan as plain data."""
+    """The plan as JSON-compatible data. every_tensor: adds one entry per tensor."""
     data: dict[str, Any] = {
         "model": plan.origin,
         "recipe": plan.recipe.name,
@@ -152,7 +157,7 @@ def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> d
 
 
 def tensor_line(row: PlanRow) -> dict[str, Any]:
-    """One tensor's decision."""
+    """One tensor's decision as plain data."""
     return {
         "name": row.tensor.name,
         "shape": list(row.tensor.shape),
@@ -166,7 +171,7 @@ def tensor_line(row: PlanRow) -> dict[str, Any]:
 
 
 def tensor_table(plan: Plan) -> Table:
-    """Every tensor's decision."""
+    """Table with the decision of every tensor."""
     table = Table(box=None, pad_edge=False)
     for name in ("tensor", "shape", "decision", "scheme", "why"):
         table.add_column(name, no_wrap=name != "why")
@@ -177,30 +182,30 @@ def tensor_table(plan: Plan) -> Table:
 
 
 def export_page(result: Export) -> RenderableType:
-    """What an export did: plan, checks, scores, times and how to serve."""
+    """The result of an export: plan, verification, scores, times, and the next command."""
     return Group(
         plan_table(result.plan),
-        f"{result.plan.bits_per_weight:.2f} bits a weight, scales and kept tensors counted",
+        f"{result.plan.bits_per_weight:.2f} bits per weight, including scales and kept tensors",
         verified_line(result.verified),
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         measured_table(result.plan.steps, result.measured),
         f"artifact: {result.out}",
-        _ending(result),
+        _next_step(result),
     )
 
 
-def _ending(result: Export) -> str:
-    """How to serve the artifact, or why not to."""
+def _next_step(result: Export) -> str:
+    """The command that serves the artifact, or the reason not to serve it."""
     gates = result.report.gates if result.report else None
     if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
         return VERDICT_SENTENCES[result.report.verdict] if result.report else ""
     serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
-    ungated = "the recipe has no gates: no loss would have failed it\n" if gates == () else ""
+    ungated = "the recipe has no gates: no loss of quality can fail it\n" if gates == () else ""
     return ungated + (result.plan.family.unserved or serve)
 
 
 def export_json(result: Export) -> dict[str, Any]:
-    """What an export did, as plain data."""
+    """The result of an export as JSON-compatible data."""
     return {
         "out": str(result.out),
         "seconds": {step.name: step.seconds for step in result.measured},
@@ -214,33 +219,34 @@ def export_json(result: Export) -> dict[str, Any]:
 
 
 def verified_line(verified: Verification) -> str:
-    """What `verify` checked, in one line."""
-    line = f"verified: {verified.files} files hashed, {verified.linears} packed linears equal to what was computed"
-    line += " and like the source's" if verified.source else ""
+    """The result of `verify` in one line."""
+    line = f"verified: {verified.files} files match their hashes, {verified.linears} packed linears match the manifest"
+    line += " and the source" if verified.source else ""
     if verified.blocks is not None:
-        line += (
-            f"; {verified.blocks} blocks give compressed-tensors' outputs (difference {verified.block_difference:.1e})"
-        )
+        line += f"; outputs of {verified.blocks} blocks match compressed-tensors'"
+        line += f" (largest relative difference {verified.block_difference:.1e})"
     if verified.logit_difference is not None:
         line += f"; the whole model's logits differ by at most {verified.logit_difference:.1e}"
     return f"{line}; not run in transformers: {verified.skipped}" if verified.skipped else line
 
 
 def recipes_table(recipes: list[Recipe]) -> Table:
-    """Built-in recipes, one a line."""
+    """Table of recipes, one row per recipe."""
     table = Table(box=None, pad_edge=False)
-    for name in ("recipe", "family", "what it does"):
-        table.add_column(name, no_wrap=name != "what it does")
+    for name in ("recipe", "family", "summary"):
+        table.add_column(name, no_wrap=name != "summary")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.model.family, recipe.summary)
     return table
 
 
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
-    """Differences between two artifacts, one a line."""
+    """Table of the differences between two artifacts, one row per difference."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("what", "left"), (first, "left"), (second, "left"), ("change", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for c in changes:
-        table.add_row(c.what, c.first, c.second, "" if c.change is None else f"{c.change:+,.4g}")
+    for change in changes:
+        table.add_row(
+            change.what, change.first, change.second, "" if change.change is None else f"{change.change:+,.4g}"
+        )
     return table

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from exporter.device import Device, peak_bytes, reset_peak
-from exporter.out_of_memory import explained
+from exporter.out_of_memory import explain_shortage
 from exporter.planning.steps import ADVICE, Step
 
 SAMPLING_SECONDS = 0.05  # interval between two readings of the process's memory
@@ -58,7 +58,7 @@ class Clock:
         needs = next(((s.device_bytes, s.host_bytes) for s in self.predicted if s.name == name), (0, 0))
         advice = "; ".join(text for text in (recovery, ADVICE[name]) if text)
         try:
-            with explained(name, self._device, needs, advice):
+            with explain_shortage(name, self._device, needs, advice):
                 yield
         finally:
             self._lap()

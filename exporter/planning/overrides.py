@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from exporter.data import places
-from exporter.errors import RecipeError, wording
+from exporter.errors import RecipeError, validation_message
 from exporter.planning.recipe import Recipe
 
 
@@ -36,5 +36,5 @@ def adjusted(
             evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
         )
     except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, row['loc']))}: {wording(row, ())}" for row in error.errors()]
+        problems = [f"  {'.'.join(map(str, row['loc']))}: {validation_message(row, ())}" for row in error.errors()]
         raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exporter.data import place
-from exporter.errors import DataError, did_you_mean, wording
+from exporter.errors import DataError, did_you_mean, validation_message
 from exporter.formats import FORMATS
 from exporter.methods import METHODS, MethodOptions
 from exporter.model.families import FAMILIES
@@ -127,7 +127,7 @@ class Rule(Strict):
             fields = METHODS[self.method].Options.model_fields
             names = [field.alias or name for name, field in fields.items()]
             lines = [
-                f"{'.'.join(['options', *map(str, problem['loc'])])}: {wording(problem, names, 'option')}"
+                f"{'.'.join(['options', *map(str, problem['loc'])])}: {validation_message(problem, names, 'option')}"
                 for problem in error.errors()
             ]
             raise ValueError("\n".join(lines)) from None

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from exporter.errors import RecipeError, did_you_mean, wording
+from exporter.errors import RecipeError, did_you_mean, validation_message
 from exporter.model.families import FAMILIES
 from exporter.planning.recipe import (
     Calibration,
@@ -79,7 +79,7 @@ def _problems(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        message = wording(problem, _keys_at(problem["loc"][:-1]))
+        message = validation_message(problem, _keys_at(problem["loc"][:-1]))
         if problem["type"] == "missing":
             message = "this key is required"
         lines += [f"{path}: {line}" if path else line for line in message.splitlines()]

@@ -18,13 +18,13 @@ from exporter.report.plots import write_plots
 
 TEMPLATE = "page.html.jinja"
 
-Content = Mapping[str, Any]  # what `content.collect` returns
+Content = Mapping[str, Any]  # result of `content.collect`
 
 
 def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
-    """The page: styles, charts and pictures are inside it, it holds no script and asks the network for nothing.
+    """The page as HTML with inline styles, charts and pictures, without scripts and without network access.
 
-    study: pictures of other settings of the same model: `title`, `about`, and `url`, a data URL.
+    study: plots of a study of the same model, each with `title`, `about`, and `url`, a data URL.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -39,12 +39,12 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
     )
     environment.filters |= {"size": size, "score": "{:z.4f}".format, "percent": percent}
     environment.filters |= {"signed": "{:+z.4f}".format, "points": "{:+z.1f}".format}
-    drawn = {
+    drawings = {
         "sizes": charts.sizes(content["bytes"]["before"], content["bytes"]["after"]),
         "changes": [charts.change(row, charts.reach(content["scores"])) for row in content["scores"]],
         "blocks": {name: charts.blocks(rows) for name, rows in content["blocks"].items()},
     }
-    return environment.get_template(TEMPLATE).render(c=content, charts=drawn, study=study)
+    return environment.get_template(TEMPLATE).render(c=content, charts=drawings, study=study)
 
 
 def percent(share: float | None) -> str:
@@ -53,16 +53,23 @@ def percent(share: float | None) -> str:
 
 
 def write(content: Content, out: Path, study: Sequence[Mapping[str, str]] = ()) -> tuple[Path, Path]:
-    """`out` and beside it the content as JSON (pictures left out); returns both paths. study: as for `html`."""
-    beside = out.with_suffix(".json")
+    """Write the page to `out`, and its content without pictures to a JSON file beside it. Returns both paths.
+
+    study: as for `html`.
+    """
+    json_path = out.with_suffix(".json")
     make_folder(out.parent)
     write_text(out, html(content, study))
-    plain = {**content, "changed": _bare(content["changed"]), "examples": _bare(content["examples"])}
-    write_text(beside, json.dumps(plain, indent=1) + "\n")
-    return out, beside
+    plain = {
+        **content,
+        "changed": _without_pictures(content["changed"]),
+        "examples": _without_pictures(content["examples"]),
+    }
+    write_text(json_path, json.dumps(plain, indent=1) + "\n")
+    return out, json_path
 
 
-def _bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_pictures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "picture"} for row in rows]
 
 

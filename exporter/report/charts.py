@@ -64,12 +64,12 @@ def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
 
 def blocks(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Bar chart, one bar per block: mean relative error of its linears, with the largest as a paler bar behind."""
-    most = max(max(row["largest"] for row in rows), 1e-12)
+    largest = max(max(row["largest"] for row in rows), 1e-12)
     shapes = []
     for i, row in enumerate(rows):
         title = f"{row['block']}: mean {row['mean']:.4f}, largest {row['largest']:.4f}"
         for key, kind in (("largest", "quiet"), ("mean", "strong")):
-            height = 100 * row[key] / most
+            height = 100 * row[key] / largest
             shapes.append(_bar(10 * i + 1, 100 - height, 8, height, kind, title))
-    label = f"relative error of {len(rows)} blocks, largest {most:.4f}"
+    label = f"relative error of {len(rows)} blocks, largest {largest:.4f}"
     return _svg(10 * max(len(rows), LEAST_BLOCKS), 100, "blocks", label, shapes)

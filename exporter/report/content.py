@@ -1,4 +1,4 @@
-"""What a report says, as plain data: from the artifact's manifest, recipe and evaluation alone."""
+"""Content of the report page as plain data, from the artifact's manifest, recipe and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,24 +18,24 @@ from exporter.evaluation.report_file import (
 )
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 
-CHANGED_SHOWN = 40  # samples with pictures on the page; the artifact's own report lists more
+CHANGED_SHOWN = 40  # number of changed samples on the page; mmq_report.json lists more
 NEVER = "never evaluated"
 TONES = {"passed": "passed", "failed": "failed", "not comparable": "failed"}  # class on the page; others are `open`
 
 
 def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """Everything the page shows, ready for JSON.
+    """All content of the page, JSON-compatible.
 
-    pictures: (task, sample id) -> data URL of a small picture; samples without one are shown without.
+    pictures: (task, sample id) -> data URL of a small picture.
     """
     report, manifest = summary.report, summary.manifest
-    word = report.verdict if report else NEVER
+    verdict = report.verdict if report else NEVER
     return {
         "name": summary.name,
         "source": summary.source,
         "recipe": {"name": summary.recipe.name, "summary": summary.recipe.summary},
-        "verdict": word,
-        "verdict_tone": TONES.get(word, "open"),
+        "verdict": verdict,
+        "verdict_tone": TONES.get(verdict, "open"),
         "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",
         "built_in": drawings_note(summary),
         "other_baseline": summary.other_baseline,
@@ -52,15 +52,15 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "changed_total": sum(counts.changed for counts in report.counts.values()) if report else 0,
         "examples": _with_pictures(report.examples if report else (), pictures),
         "evaluation": report.evaluation.model_dump(exclude_none=True) if report else {},
-        "asked_by": _asked_by(report.evaluation) if report else "",
-        "serving": _served(summary.serving) if summary.serving else None,
+        "asked_by": _backend_text(report.evaluation) if report else "",
+        "serving": _serving_content(summary.serving) if summary.serving else None,
         "plan": yaml.safe_dump(summary.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
     }
 
 
 def _gate(gate: GateResult) -> dict[str, Any]:
-    """A gate for the page: its figures, the class of its verdict, and what would resolve it."""
+    """A gate for the page: its values, the CSS class of its verdict, and the samples that would resolve it."""
     return {
         **gate.model_dump(),
         "tone": TONES.get(gate.verdict, "open"),
@@ -72,22 +72,22 @@ def _gate(gate: GateResult) -> dict[str, Any]:
 
 
 def scores(report: Report | None) -> list[dict[str, Any]]:
-    """One row a metric; `change`, `low`, `high` and `allowed` are shares of the full-precision score, as in gates."""
+    """One row per metric; `relative` and `allowed` are shares of the full-precision score, as in gates."""
     if report is None:
         return []
     allowed = {(gate.task, gate.metric): -gate.max_drop for gate in report.gates}
     rows = []
     for measure in report.measures:
-        found = measure.difference
-        absolute = {"change": found.change, "low": found.low, "high": found.high}
+        difference = measure.difference
+        absolute = {"change": difference.change, "low": difference.low, "high": difference.high}
         rows.append(
             {
                 "name": f"{measure.task} {measure.metric}",
                 "samples": measure.samples,
-                "before": found.before,
-                "after": found.after,
+                "before": difference.before,
+                "after": difference.after,
                 "absolute": absolute,
-                "relative": {k: v / found.before for k, v in absolute.items()} if found.before > 0 else None,
+                "relative": {k: v / difference.before for k, v in absolute.items()} if difference.before > 0 else None,
                 "allowed": allowed.get((measure.task, measure.metric)),
                 "needed": measure.samples_to_resolve_one_percent,
             }
@@ -96,62 +96,67 @@ def scores(report: Report | None) -> list[dict[str, Any]]:
 
 
 def blocks(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
-    """Component -> its blocks in order: every linear's relative error, their mean and the largest."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    """Component -> its blocks in order: relative error of every linear, and their mean and maximum."""
+    blocks_by_component: dict[str, dict[str, dict[str, float]]] = {}
     for unit in manifest.units:
-        inside = {name: error for name, error in manifest.errors.items() if name.startswith(f"{unit}.")}
-        if inside:
-            component = component_of(next(iter(inside)), manifest.family)
-            short = {name.removeprefix(f"{unit}."): float(error) for name, error in sorted(inside.items())}
-            found.setdefault(component, {})[unit] = short
+        unit_errors = {name: error for name, error in manifest.errors.items() if name.startswith(f"{unit}.")}
+        if unit_errors:
+            component = component_of(next(iter(unit_errors)), manifest.family)
+            linear_errors = {name.removeprefix(f"{unit}."): float(error) for name, error in sorted(unit_errors.items())}
+            blocks_by_component.setdefault(component, {})[unit] = linear_errors
     return {
         component: [
-            {"block": unit, "mean": sum(e.values()) / len(e), "largest": max(e.values()), "linears": e}
-            for unit, e in units.items()
+            {
+                "block": unit,
+                "mean": sum(errors.values()) / len(errors),
+                "largest": max(errors.values()),
+                "linears": errors,
+            }
+            for unit, errors in units.items()
         ]
-        for component, units in found.items()
+        for component, units in blocks_by_component.items()
     }
 
 
-def _served(found: ServingRecord) -> dict[str, Any]:
-    """What `mmq check` measured: its verdict, and rows of a name and what was seen."""
-    rows = {"engine": f"vllm {found.engine}, {found.build} build", "questions": f"{found.questions:,}"}
-    rows |= {name: _distance(distance) for name, distance in _distances(found).items()}
-    rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(found.schemes.items())}
-    if found.kernels:
-        rows["kernels"] = ", ".join(found.kernels)
+def _serving_content(serving: ServingRecord) -> dict[str, Any]:
+    """Result of `mmq check`: verdict, problems, and rows of name -> text."""
+    rows = {"engine": f"vllm {serving.engine}, {serving.build} build", "questions": f"{serving.questions:,}"}
+    rows |= {name: _distance_text(distance) for name, distance in _distances(serving).items()}
+    rows |= {f"linears that run as {name}": f"{count:,}" for name, count in sorted(serving.schemes.items())}
+    if serving.kernels:
+        rows["kernels"] = ", ".join(serving.kernels)
     return {
-        "passed": found.passed and not found.problems,
-        "problems": list(found.problems),
+        "passed": serving.passed and not serving.problems,
+        "problems": list(serving.problems),
         "rows": rows,
-        "found": found.model_dump(),
+        "found": serving.model_dump(),
     }
 
 
-def _distances(found: ServingRecord) -> dict[str, DistanceRecord]:
-    """Every comparison that was made, by what it says to a reader."""
+def _distances(serving: ServingRecord) -> dict[str, DistanceRecord]:
+    """Label -> distance of every comparison of the check."""
     distances = {}
-    if found.compared:
-        distances["log-probabilities beside the dequantized weights'"] = found.compared.distance
-        distances["the same of 16-bit sums alone"] = found.compared.floor
-    if found.control:
-        distances["control, the scales of one component doubled"] = found.control.moved
-        distances["control, doubled on both sides"] = found.control.restored.distance
+    if serving.compared:
+        distances["log-probabilities against the dequantized weights"] = serving.compared.distance
+        distances["16-bit rounding alone"] = serving.compared.floor
+    if serving.control:
+        distances["control, scales of one component doubled"] = serving.control.moved
+        distances["control, doubled on both sides"] = serving.control.restored.distance
     return distances
 
 
-def _distance(found: DistanceRecord) -> str:
-    mean, largest = ("not finite" if value is None else f"{value:.4f}" for value in (found.mean, found.largest))
+def _distance_text(distance: DistanceRecord) -> str:
+    mean, largest = ("not finite" if value is None else f"{value:.4f}" for value in (distance.mean, distance.largest))
     return f"mean difference {mean}, largest {largest}"
 
 
-def _asked_by(about: EvaluationRecord) -> str:
-    """Which back end both models answered through."""
-    named = {
+def _backend_text(evaluation: EvaluationRecord) -> str:
+    """Backend, dtype and device of both models as text."""
+    backends = {
         f"{model.backend} in {model.dtype} on {model.device}" if model.device else f"an {model.backend} server"
-        for model in about.models.values()
+        for model in evaluation.models.values()
     }
-    return ", ".join(sorted(named))
+    return ", ".join(sorted(backends))
 
 
 def _with_pictures(rows: Sequence[AnswerPair], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
@@ -159,7 +164,7 @@ def _with_pictures(rows: Sequence[AnswerPair], pictures: Mapping[tuple[str, str]
 
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:
-    """Where it came from, without the long list of calibration samples."""
+    """Origin of the artifact, with the number instead of the list of calibration samples."""
     calibration = manifest.provenance.calibration
     return {
         "source": manifest.source.model_dump(),

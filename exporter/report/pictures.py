@@ -1,4 +1,4 @@
-"""Small pictures of the samples that a report shows, as data URLs."""
+"""Thumbnails of the samples on the report page, as data URLs."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -13,37 +13,40 @@ from exporter.publishing.artifact_summary import Summary
 from exporter.report.content import CHANGED_SHOWN
 from exporter.tasks.sample import Sample
 
-LONGEST = 288  # pixels of the longer side: sharp at 144 CSS pixels on a dense screen
-SMALL = 96  # up to here a picture is kept pixel by pixel
+LONGEST = 288  # pixels of the longer side: 144 CSS pixels on a screen with 2 pixels per CSS pixel
+SMALL = 96  # pictures up to this size in pixels are stored without loss
 
 
 def pictures_of(summary: Summary, sources: Sequence[data.SourceSpec]) -> tuple[dict[tuple[str, str], str], str]:
-    """(task, sample id) -> small picture of what the report lists, and what the user should know, or nothing.
+    """Thumbnails of the samples in the report, by (task, sample id), and a note for the user, empty if none.
 
-    sources: the data that was evaluated on; without any, the recipe's own when it can still be read. Raises DataError
-    when named sources cannot be read.
+    sources: the test data; if empty, the recipe's data, as far as it is readable. Raises DataError if `sources` are not
+    readable.
     """
     if summary.report is None:
-        return {}, "the artifact was never evaluated; `mmq evaluate` measures it"
+        return {}, "the artifact has no evaluation; run `mmq evaluate`"
     rows = [*summary.report.changed[:CHANGED_SHOWN], *summary.report.examples]
     count, seed = summary.report.evaluation.samples, summary.report.evaluation.seed
     if not rows or count is None or seed is None:
         return {}, ""
-    chosen = sources or data.places(summary.recipe.evaluation.data or summary.recipe.calibration.data)
+    data_sources = sources or data.places(summary.recipe.evaluation.data or summary.recipe.calibration.data)
     tasks = dict.fromkeys(row.task for row in rows)
     try:
-        samples = {task: data.samples_from(chosen, task, "test", count, seed) for task in tasks}
+        samples = {task: data.samples_from(data_sources, task, "test", count, seed) for task in tasks}
     except DataError as error:
         if sources:
             raise
-        return {}, f"no pictures: {error.message}; name the data by --data"
-    found = find_pictures(rows, samples)
-    lost = len({(row.task, row.id) for row in rows} - found.keys())
-    return found, f"{lost} of the listed samples are not in the data that was read: other data?" if lost else ""
+        return {}, f"no pictures: {error.message}; pass the test data with --data"
+    pictures = find_pictures(rows, samples)
+    missing = len({(row.task, row.id) for row in rows} - pictures.keys())
+    return (
+        pictures,
+        f"{missing} of the listed samples are not in this data; pass the test data with --data" if missing else "",
+    )
 
 
 def thumbnail(picture: Image) -> str:
-    """A data URL: PNG for tiny pictures, else JPEG of at most `LONGEST` pixels a side (without EXIF data)."""
+    """Data URL of a picture: PNG up to SMALL pixels per side, else JPEG of at most LONGEST, without EXIF data."""
     image, buffer = picture.convert("RGB"), BytesIO()
     if max(image.size) <= SMALL:
         image.save(buffer, "PNG", optimize=True)
@@ -54,19 +57,21 @@ def thumbnail(picture: Image) -> str:
 
 
 def find_pictures(rows: Sequence[AnswerPair], samples: Mapping[str, Sequence[Sample]]) -> dict[tuple[str, str], str]:
-    """(task, id) -> picture of every row whose sample is among `samples`: the same question, references and pixels.
+    """(task, id) -> thumbnail of each row that matches a sample in id, question, references and pixels.
 
-    A report of an older mmq does not say which pixels.
+    Reports of older versions of mmq have no hash of the pixels; then the pixels are not compared.
     """
-    known = {(task, sample.identity): sample for task, found in samples.items() for sample in found}
+    samples_by_key = {
+        (task, sample.identity): sample for task, task_samples in samples.items() for sample in task_samples
+    }
     pictures = {}
     for row in rows:
         key = (row.task, row.id)
-        sample = known.get(key)
+        sample = samples_by_key.get(key)
         if sample is None or key in pictures:
             continue
         image = sample.image()
-        shown = (sample.question, tuple(sample.references), data.image_key(image))
-        if shown == (row.question, row.references, row.image or shown[2]):
+        content = (sample.question, tuple(sample.references), data.image_key(image))
+        if content == (row.question, row.references, row.image or content[2]):
             pictures[key] = thumbnail(image)
     return pictures

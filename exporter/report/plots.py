@@ -15,7 +15,7 @@ DPI = 150
 def write_plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write `size.png`, `scores.png` and `errors.png` to `folder` and return their paths; skip plots without data.
 
-    Raises DataError when matplotlib is missing.
+    Raises DataError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, no global state
@@ -40,10 +40,10 @@ def _size(figure_class: Any, content: Mapping[str, Any]) -> Any:
 
     figure = figure_class(figsize=(6, 1.8), layout="constrained")
     axes = figure.subplots()
-    both = [content["bytes"]["after"], content["bytes"]["before"]]
-    bars = axes.barh(["artifact", "source"], both, color=[BLUE, GRAY])
-    axes.bar_label(bars, labels=[size(count) for count in both], padding=4)
-    axes.set_xlim(0, 1.25 * max(both))
+    sizes = [content["bytes"]["after"], content["bytes"]["before"]]
+    bars = axes.barh(["artifact", "source"], sizes, color=[BLUE, GRAY])
+    axes.bar_label(bars, labels=[size(count) for count in sizes], padding=4)
+    axes.set_xlim(0, 1.25 * max(sizes))
     axes.set_xticks([])
     axes.set_title(content["name"], loc="left")
     axes.spines[["top", "right", "bottom"]].set_visible(False)

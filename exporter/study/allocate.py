@@ -1,9 +1,9 @@
-"""Bits for every part of a model under a size budget: an integer program over measured sensitivities.
+"""Choose bits for every part of a model under a size budget: an integer program over measured sensitivities.
 
-Each place (a role of a block, a block, or a component) takes one of its options. The cost of an option is how far it
-alone moves the model's predictions; the cost of a whole choice is taken to be the sum of these. That assumption is what
-makes the best choice computable; `mmq allocate` measures the winner and says how far off the sum was.
-HiGHS (scipy.optimize.milp) solves the program exactly: least cost, one option a place, bytes within the budget.
+Each slot (a role of a block, a block, or a component) takes one of its options. The cost of an option is the divergence
+of the model's predictions when only this slot is quantized. The cost of an allocation is the sum of the costs of its
+options; this assumption makes the problem linear, and `mmq allocate` reports the measured divergence beside the sum.
+HiGHS (scipy.optimize.milp) solves the program exactly: minimal cost, one option per slot, bytes within the budget.
 """
 
 import os
@@ -18,13 +18,13 @@ from exporter.distribution import install_extra
 from exporter.errors import DataError, PlanError
 from exporter.planning.recipe import Rule
 
-COST_SCALE = 1e4  # costs are scaled up to this, since the solver takes differences of 1e-6 for none
-POINTS = 25  # budgets between the smallest and the full size that make up the front
+COST_SCALE = 1e4  # the largest cost after scaling, because the solver ignores differences below 1e-6
+POINTS = 25  # number of budgets of the front, between the smallest and the full size
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store one place. rule: None keeps it. saved: bytes it takes less than in 16 bits. cost: measured."""
+    """One way to store a slot. rule: None keeps 16 bits. saved: bytes saved against 16 bits. cost: KL per token."""
 
     rule: Rule | None
     saved: int
@@ -33,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Slot:
-    """What gets one scheme. blocks, role: None for all of them."""
+    """A part of the model that gets one scheme (`place` in tables). blocks: number of a block. None: all of them."""
 
     component: str
     blocks: int | None
@@ -43,28 +43,28 @@ class Slot:
 
 @dataclass(frozen=True)
 class Allocation:
-    """An option for each place. bytes: of the whole artifact. cost: the sum of costs that was minimized."""
+    """One option per slot. bytes: size of the whole artifact. cost: sum of the options' costs."""
 
     options: tuple[Option, ...]
     bytes: int
     cost: float
 
 
-def solve(places: Sequence[Slot], full_bytes: int, max_bytes: int) -> Allocation:
-    """The cheapest choice of at most `max_bytes`. PlanError when nothing is that small, DataError without scipy.
+def solve(slots: Sequence[Slot], full_bytes: int, max_bytes: int) -> Allocation:
+    """The allocation of minimal cost with at most `max_bytes`.
 
-    full_bytes: size of the model with everything kept.
+    full_bytes: size of the model in 16 bits. Raises PlanError if no allocation is that small, DataError without scipy.
     """
-    least = full_bytes - sum(max(option.saved for option in place.options) for place in places)
-    if least > max_bytes:
+    smallest = full_bytes - sum(max(option.saved for option in slot.options) for slot in slots)
+    if smallest > max_bytes:
         raise PlanError(
-            f"no choice of these schemes is at most {max_bytes:,} bytes: the smallest is {least:,}",
+            f"no allocation of these schemes has at most {max_bytes:,} bytes: the smallest has {smallest:,}",
             "raise --max-size, or allow fewer bits by --bits",
         )
     budget = max_bytes
-    while True:  # the solver works in floating point: a choice that is over by rounding is asked for again, lower
-        numbers = _program(places, full_bytes, budget)
-        options = tuple(place.options[i] for place, i in zip(places, numbers, strict=True))
+    while True:  # the solver's rounding can exceed the budget; then solve again with a smaller one
+        numbers = _program(slots, full_bytes, budget)
+        options = tuple(slot.options[i] for slot, i in zip(slots, numbers, strict=True))
         size = full_bytes - sum(option.saved for option in options)
         if size <= max_bytes:
             return Allocation(options, size, sum(option.cost for option in options))
@@ -72,29 +72,29 @@ def solve(places: Sequence[Slot], full_bytes: int, max_bytes: int) -> Allocation
 
 
 def need_solver() -> None:
-    """DataError when the solver's library is missing."""
+    """Raise DataError if scipy is missing."""
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
         raise DataError("allocation needs scipy", install_extra("study")) from None
 
 
-def _program(places: Sequence[Slot], full_bytes: int, budget: int) -> list[int]:
-    """The number of the option of each place."""
+def _program(slots: Sequence[Slot], full_bytes: int, budget: int) -> list[int]:
+    """Solve the integer program. Returns the index of the selected option of each slot."""
     need_solver()
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import lil_matrix
 
-    owners = [i for i, place in enumerate(places) for _ in place.options]
-    options = [option for place in places for option in place.options]
-    one_each = lil_matrix((len(places), len(options)))
-    for column, owner in enumerate(owners):
-        one_each[owner, column] = 1
+    slot_of_column = [i for i, slot in enumerate(slots) for _ in slot.options]
+    options = [option for slot in slots for option in slot.options]
+    one_each = lil_matrix((len(slots), len(options)))
+    for column, slot_index in enumerate(slot_of_column):
+        one_each[slot_index, column] = 1
     saved = np.array([[option.saved for option in options]], dtype=np.float64)
     unit = max(1.0, float(saved.max()))
     costs = np.array([option.cost for option in options])
-    with _silent():
-        found = milp(
+    with _silenced_stdout():
+        solution = milp(
             COST_SCALE / max(max(costs), 1e-30) * costs,
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
@@ -104,46 +104,50 @@ def _program(places: Sequence[Slot], full_bytes: int, budget: int) -> list[int]:
             ],
             options={"mip_rel_gap": 0.0},
         )
-    if found.x is None:
-        raise PlanError(f"the solver found no choice: {found.message}", "raise --max-size")
-    taken = np.flatnonzero(np.round(found.x))
-    starts = np.cumsum([0, *(len(place.options) for place in places)])
-    return [int(column - starts[owner]) for owner, column in enumerate(taken)]
+    if solution.x is None:
+        raise PlanError(f"the solver returned no allocation: {solution.message}", "raise --max-size")
+    selected_columns = np.flatnonzero(np.round(solution.x))
+    starts = np.cumsum([0, *(len(slot.options) for slot in slots)])
+    return [int(column - starts[slot_index]) for slot_index, column in enumerate(selected_columns)]
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing of what the solver's library writes to standard output by itself gets there: results go there."""
+def _silenced_stdout() -> Iterator[None]:
+    """Discard what the solver's C library writes to standard output, which carries the command's result."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved_stdout = os.dup(1)
     try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved_stdout, 1)
+        os.close(saved_stdout)
 
 
-def front(places: Sequence[Slot], full_bytes: int, points: int = POINTS) -> list[Allocation]:
-    """The cheapest choices for budgets from the smallest size up, smallest first, none twice."""
-    least = full_bytes - sum(max(option.saved for option in place.options) for place in places)
-    budgets = np.geomspace(least, full_bytes, points)
-    found: dict[tuple[int, float], Allocation] = {}
+def front(slots: Sequence[Slot], full_bytes: int, points: int = POINTS) -> list[Allocation]:
+    """Allocations of minimal cost for `points` budgets from the smallest to the full size, sorted by size, distinct."""
+    smallest = full_bytes - sum(max(option.saved for option in slot.options) for slot in slots)
+    budgets = np.geomspace(smallest, full_bytes, points)
+    allocations: dict[tuple[int, float], Allocation] = {}
     for budget in budgets:
-        chosen = solve(places, full_bytes, max(least, int(budget)))
-        found.setdefault((chosen.bytes, chosen.cost), chosen)
-    return [found[key] for key in sorted(found)]
+        allocation = solve(slots, full_bytes, max(smallest, int(budget)))
+        allocations.setdefault((allocation.bytes, allocation.cost), allocation)
+    return [allocations[key] for key in sorted(allocations)]
 
 
-def rules_of(places: Sequence[Slot], options: Sequence[Option]) -> tuple[Rule, ...]:
-    """The rules of a choice, blocks in a row and roles that got the same joined; what is kept is left out."""
+def rules_of(slots: Sequence[Slot], options: Sequence[Option]) -> tuple[Rule, ...]:
+    """Recipe rules of an allocation; consecutive blocks and roles with equal rules share one, 16 bits needs none."""
     rules: list[Rule] = []
-    for component in dict.fromkeys(place.component for place in places):
-        mine = [(p, o) for p, o in zip(places, options, strict=True) if p.component == component]
+    for component in dict.fromkeys(slot.component for slot in slots):
+        component_choices = [
+            (candidate_slot, candidate_option)
+            for candidate_slot, candidate_option in zip(slots, options, strict=True)
+            if candidate_slot.component == component
+        ]
         blocks: dict[int | None, dict[str | None, Rule | None]] = {}
-        for place, option in mine:
-            blocks.setdefault(place.blocks, {})[place.role] = _bare(option.rule)
+        for slot, option in component_choices:
+            blocks.setdefault(slot.blocks, {})[slot.role] = _without_block_and_role(option.rule)
         runs: list[tuple[list[int | None], dict[str | None, Rule | None]]] = []
         for number, roles in sorted(blocks.items(), key=lambda item: item[0] or 0):
             if runs and runs[-1][1] == roles:
@@ -156,12 +160,16 @@ def rules_of(places: Sequence[Slot], options: Sequence[Option]) -> tuple[Rule, .
     return tuple(rules)
 
 
-def _bare(rule: Rule | None) -> Rule | None:
+def _without_block_and_role(rule: Rule | None) -> Rule | None:
     return rule.model_copy(update={"blocks": None, "role": None}) if rule else None
 
 
 def _role_rules(roles: dict[str | None, Rule | None], span: str | None) -> list[Rule]:
-    """Rules for one run of blocks."""
-    alike = all(rule == next(iter(roles.values())) for rule in roles.values())
-    chosen = {None: next(iter(roles.values()))} if alike else roles
-    return [rule.model_copy(update={"blocks": span, "role": role}) for role, rule in chosen.items() if rule is not None]
+    """Rules of one range of blocks; one rule without a role if all roles have the same rule."""
+    all_equal = all(rule == next(iter(roles.values())) for rule in roles.values())
+    rules_by_role = {None: next(iter(roles.values()))} if all_equal else roles
+    return [
+        rule.model_copy(update={"blocks": span, "role": role})
+        for role, rule in rules_by_role.items()
+        if rule is not None
+    ]

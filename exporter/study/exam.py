@@ -1,9 +1,9 @@
-"""What a setting is scored by: one forward pass over samples with their replies, without generating.
+"""Scores of a setting from one forward pass over samples with their replies, without generation.
 
-Greedy decoding gives a reply exactly when each of its tokens is the most likely one after those before it, so the share
-of exact replies is that of greedy answers equal to the first reference. The pass also gives the reply's negative
-log-likelihood, and how far the predictions are from the full model's (Kullback-Leibler divergence), which needs no
-reference answers to be right and moves long before answers change.
+Greedy decoding returns a reply if and only if each token of the reply is the most likely one after its predecessors, so
+the share of exact replies equals the share of greedy answers that match the first reference. The pass also computes the
+negative log-likelihood of the reply, and the Kullback-Leibler divergence from the full-precision model. The divergence
+does not depend on the quality of the references, and it grows before answers change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,18 @@ class TaskExam(Protocol):
     """The exam of one task."""
 
     def learn(self, model: Any, device: torch.device) -> None:
-        """Keep the predictions of the full model, to compare others with."""
+        """Store the predictions of `model`, the full-precision one, as the reference of `kl`."""
 
     def grade(self, model: Any, device: torch.device) -> ExamScores:
-        """Metric -> value, what counts first; `kl` only once the full model's predictions are known."""
+        """Metric -> value, the main metric first; `kl` only after `learn`."""
 
 
 @dataclass
 class Replies:
-    """Samples whose replies are texts. truth: one f32 `[reply tokens, vocabulary]` a batch."""
+    """The exam of a task with text replies.
+
+    truth: the full-precision model's log-probabilities, one f32 `[reply tokens, vocabulary]` per batch.
+    """
 
     batches: Sequence[Conversations]
     truth: list[Tensor] = field(default_factory=list)
@@ -49,53 +52,57 @@ class Replies:
         nll: list[float] = []
         kl: list[float] = []
         for i, batch in enumerate(self.batches):
-            found = predictions(model, batch, device)
-            told = torch.cat(batch.replies).to(found.device)
+            log_probabilities = predictions(model, batch, device)
+            reply_tokens = torch.cat(batch.replies).to(log_probabilities.device)
             sizes = [len(reply) for reply in batch.replies]
-            hit = found.argmax(-1) == told
-            lost = -found.gather(1, told[:, None]).squeeze(1)
-            exact += [float(part.all()) for part in hit.split(sizes)]
-            nll += [float(part.mean()) for part in lost.split(sizes)]
+            correct = log_probabilities.argmax(-1) == reply_tokens
+            losses = -log_probabilities.gather(1, reply_tokens[:, None]).squeeze(1)
+            exact += [float(part.all()) for part in correct.split(sizes)]
+            nll += [float(part.mean()) for part in losses.split(sizes)]
             if self.truth:
-                kl += [float(part.mean()) for part in divergence(self.truth[i], found).split(sizes)]
+                kl += [float(part.mean()) for part in divergence(self.truth[i], log_probabilities).split(sizes)]
         return {"exact": _mean(exact), "nll": _mean(nll)} | ({"kl": _mean(kl)} if kl else {})
 
 
 @dataclass(frozen=True)
 class Exam:
-    """The exam of each task."""
+    """The exams of all tasks."""
 
     tasks: Mapping[str, TaskExam]
 
     def learn(self, model: Any, device: torch.device) -> None:
-        """Keep the predictions of `model`, the full one, to compare others with."""
-        for part in self.tasks.values():
-            part.learn(model, device)
+        """Store the predictions of `model`, the full-precision one, as the reference of `kl`."""
+        for task_exam in self.tasks.values():
+            task_exam.learn(model, device)
 
     def grade(self, model: Any, device: torch.device) -> ExamScores:
-        """Scores of a model: means over samples, tasks weigh the same."""
-        found = {task: part.grade(model, device) for task, part in self.tasks.items()}
-        scores = {f"{task} {metric}": value for task, part in found.items() for metric, value in part.items()}
-        scores["score"] = _mean([next(iter(part.values())) for part in found.values()])
-        if all("kl" in part for part in found.values()):
-            scores["kl"] = _mean([part["kl"] for part in found.values()])
+        """Scores of a model: means over the samples of each task, and means of these over tasks."""
+        scores_by_task = {task: task_scores.grade(model, device) for task, task_scores in self.tasks.items()}
+        scores = {
+            f"{task} {metric}": value
+            for task, task_scores in scores_by_task.items()
+            for metric, value in task_scores.items()
+        }
+        scores["score"] = _mean([next(iter(task_scores.values())) for task_scores in scores_by_task.values()])
+        if all("kl" in task_scores for task_scores in scores_by_task.values()):
+            scores["kl"] = _mean([task_scores["kl"] for task_scores in scores_by_task.values()])
         return scores
 
 
 def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:
-    """An exam of the samples of each task; ValueError when one has no reference."""
+    """An exam from the samples of each task. Raises ValueError for a sample without a reference."""
 
-    def part(task: str, chosen: Sequence[Sample]) -> TaskExam:
+    def exam_of(task: str, task_samples: Sequence[Sample]) -> TaskExam:
         if task == retrieval.NAME:
-            return Search(processor, chosen, batch)
-        return Replies(conversations(processor, family, chosen, batch))
+            return Search(processor, task_samples, batch)
+        return Replies(conversations(processor, family, task_samples, batch))
 
-    return Exam({task: part(task, chosen) for task, chosen in samples.items()})
+    return Exam({task: exam_of(task, task_samples) for task, task_samples in samples.items()})
 
 
 @torch.inference_mode()
 def predictions(model: Any, batch: Conversations, device: torch.device) -> Tensor:
-    """Log-probabilities of the next token before every reply token of a batch, f32 `[reply tokens, vocabulary]`."""
+    """Log-probabilities at the position of every reply token of a batch, f32 `[reply tokens, vocabulary]`."""
     dtype = next(model.parameters()).dtype
     inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in batch.inputs.items()}
     logits = model(**inputs, use_cache=False).logits  # [batch, tokens, vocabulary]
@@ -106,9 +113,9 @@ def predictions(model: Any, batch: Conversations, device: torch.device) -> Tenso
     return torch.cat(rows).float().log_softmax(-1)
 
 
-def divergence(truth: Tensor, found: Tensor) -> Tensor:
-    """KL(truth || found) of each token, `[tokens]`; both are log-probabilities f32 `[tokens, vocabulary]`."""
-    return (truth.exp() * (truth - found)).sum(-1)
+def divergence(truth: Tensor, other: Tensor) -> Tensor:
+    """KL(truth || other) of each token, `[tokens]`; both are log-probabilities f32 `[tokens, vocabulary]`."""
+    return (truth.exp() * (truth - other)).sum(-1)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""All pictures of a study's folder, as PNG files and as one HTML page."""
+"""Plots of a study's folder, as PNG files and as one HTML page."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -10,146 +10,161 @@ from exporter.inference.openai_client import data_url
 from exporter.study import pictures
 from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
-from exporter.study.records import FILE, Measured, columns, is_full, is_whole, kind_of, last_exam, read_records
+from exporter.study.records import FILE, ScoredSetting, columns, is_full, is_whole, kind_of, last_exam, read_records
 from exporter.study.sensitivity import TABLE
 from exporter.study.table import SUFFIX, Table, from_rows, read_csv, require_gain
 
 TEMPLATE = "page.html.jinja"
 ALLOCATED = "mmq allocate"
-SIZE = "bpw"  # the column of a paper's file with bits a weight
+SIZE = "bpw"  # column of bits per weight in a paper's CSV file
 
 
 def gather(
     folder: Path, score: str = "score", papers: Sequence[Path] = (), note: Callable[[str], None] = lambda text: None
 ) -> list[Picture]:
-    """Everything that can be drawn of what the folder holds.
+    """Plots of all results in a study's folder.
 
-    papers: CSV files with a column `bpw` and a score, whose points are drawn beside. note: is told what is left out,
-    and why. DataError when nothing is there.
+    papers: CSV files with a column `bpw` and a score, drawn for comparison. note: callback that receives the reason for
+    each missing plot. Raises DataError if the folder has no results.
     """
     grids = read_records(folder) if (folder / FILE).exists() else []
-    ways = [[one for one in grids if _sequential(one) == way] for way in (False, True)]
-    grids = [one for way in ways for one in last_exam(way)]
+    groups = [[setting for setting in grids if _sequential(setting) == sequential] for sequential in (False, True)]
+    grids = [setting for sequential in groups for setting in last_exam(sequential)]
     front = folder / f"{TABLE}-front.sqlite"
-    choices = last_exam(read_records(front)) if front.exists() else []  # of the last allocation
-    alone = folder / f"{TABLE}.sqlite"
-    _require_score([*grids, *choices], score)
-    found: list[Picture] = []
+    allocations = last_exam(read_records(front)) if front.exists() else []  # allocations of the last run only
+    sensitivity_file = folder / f"{TABLE}.sqlite"
+    _require_score([*grids, *allocations], score)
+    gallery: list[Picture] = []
     for label, table in _tables(grids, score):
-        found += pictures.heat_maps(table, label)
-        found += _importance(table, label, note)
-    series = _series(grids, choices, score)
-    others = {f"paper: {path.stem}": paper_points(path) for path in papers}
-    if series or others:
-        found.append(pictures.pareto(series, others, ALLOCATED))
-    if alone.exists():
-        found.append(pictures.sensitivity(last_exam(read_records(alone))))
-    if not found:
-        raise DataError(f"{folder} holds no study", "`mmq study` or `mmq allocate` measures one")
-    return found
+        gallery += pictures.heat_maps(table, label)
+        gallery += _importance(table, label, note)
+    series = _series(grids, allocations, score)
+    paper_series = {f"paper: {path.stem}": paper_points(path) for path in papers}
+    if series or paper_series:
+        gallery.append(pictures.pareto(series, paper_series, ALLOCATED))
+    if sensitivity_file.exists():
+        gallery.append(pictures.sensitivity(last_exam(read_records(sensitivity_file))))
+    if not gallery:
+        raise DataError(f"{folder} contains no study", "run `mmq study` or `mmq allocate` first")
+    return gallery
 
 
 def components_of(folder: Path) -> set[str]:
-    """The components whose bits a study varies."""
-    found = read_records(folder) if (folder / FILE).exists() else []
-    return {name.removesuffix(SUFFIX) for one in found for name in one.about if name.endswith(SUFFIX)}
+    """Names of the components whose bits a study varies."""
+    settings = read_records(folder) if (folder / FILE).exists() else []
+    return {name.removesuffix(SUFFIX) for setting in settings for name in setting.about if name.endswith(SUFFIX)}
 
 
-def _require_score(found: Sequence[Measured], score: str) -> None:
-    """DataError for a score that no setting has, or of which less is better."""
-    names = list(dict.fromkeys(name for one in found for name in one.scores))
+def _require_score(settings: Sequence[ScoredSetting], score: str) -> None:
+    """Raise DataError for a score that no setting has, or whose lower values are better."""
+    names = list(dict.fromkeys(name for setting in settings for name in setting.scores))
     if names and score not in names:
         raise DataError(
-            f"no setting has a score '{score}'.{did_you_mean(score, names)}", f"there are {', '.join(names)}"
+            f"no setting has a score '{score}'.{did_you_mean(score, names)}", f"the scores are {', '.join(names)}"
         )
     require_gain(score)
 
 
 def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[Picture]:
-    """Pictures of importance, or a note on why there are none."""
+    """Plots of importance, or none and a note with the reason."""
     try:
         need_forest()
-        what = importance(table)
+        result = importance(table)
     except DataError as error:
-        note(f"no picture of importance for {label}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+        note(f"no plot of importance for {label}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
         return []
-    for text in what.notes:
+    for text in result.notes:
         note(f"{label}: {text}")
-    return [pictures.importance_bars(what, label), pictures.marginal_lines(what, label)]
+    return [pictures.importance_bars(result, label), pictures.marginal_lines(result, label)]
 
 
-def _tables(grids: Sequence[Measured], score: str) -> list[tuple[str, Table]]:
-    """One table for each kind of quantizing, of settings that name whole components."""
-    found = []
-    for kind, way in dict.fromkeys((kind_of(one), _sequential(one)) for one in grids if not is_full(one)):
+def _tables(grids: Sequence[ScoredSetting], score: str) -> list[tuple[str, Table]]:
+    """One table per quantization kind (`kind_of`), of settings that quantize whole components."""
+    tables = []
+    for kind, sequential in dict.fromkeys(
+        (kind_of(setting), _sequential(setting)) for setting in grids if not is_full(setting)
+    ):
         rows = [
-            one.row()
-            for one in grids
-            if is_whole(one) and (kind_of(one) == kind or (is_full(one) and _sequential(one) == way))
+            setting.row()
+            for setting in grids
+            if is_whole(setting)
+            and (kind_of(setting) == kind or (is_full(setting) and _sequential(setting) == sequential))
         ]
         try:
-            found.append((kind, from_rows(rows, columns(rows), score, "the study")))
+            tables.append((kind, from_rows(rows, columns(rows), score, "the study")))
         except DataError:
-            continue  # nothing varies
-    return found
+            continue  # no component's bits vary
+    return tables
 
 
-def _sequential(one: Measured) -> bool:
-    return bool(one.about.get("sequential"))
+def _sequential(setting: ScoredSetting) -> bool:
+    return bool(setting.about.get("sequential"))
 
 
-def _series(grids: Sequence[Measured], choices: Sequence[Measured], score: str) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (bits a weight, share of the full model's score on the same exam)."""
+def _series(
+    grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting], score: str
+) -> dict[str, list[tuple[float, float]]]:
+    """Series name -> points (bits per weight, share of the full-precision model's score on the same exam)."""
     full = {
-        one.exam: one.scores[score] for one in [*grids, *choices] if one.bits_per_weight >= 16 and score in one.scores
+        setting.exam: setting.scores[score]
+        for setting in [*grids, *allocations]
+        if setting.bits_per_weight >= 16 and score in setting.scores
     }
-    full |= {one.exam: one.scores[score] for one in choices if one.about.get("name") == "full" and score in one.scores}
+    full |= {
+        setting.exam: setting.scores[score]
+        for setting in allocations
+        if setting.about.get("name") == "full" and score in setting.scores
+    }
     series: dict[str, list[tuple[float, float]]] = {}
-    for one in [*grids, *choices]:
-        if not full.get(one.exam) or score not in one.scores:
+    for setting in [*grids, *allocations]:
+        if not full.get(setting.exam) or score not in setting.scores:
             continue
-        name = str(one.about.get("name", ""))
+        name = str(setting.about.get("name", ""))
         label = (
-            f"grid, {kind_of(one)}" if not name else ALLOCATED if name.startswith("choice") else "hand-written recipes"
+            f"grid, {kind_of(setting)}"
+            if not name
+            else ALLOCATED
+            if name.startswith("choice")
+            else "hand-written recipes"
         )
-        if name != "full" and one.bits_per_weight < 16:
-            series.setdefault(label, []).append((one.bits_per_weight, one.scores[score] / full[one.exam]))
+        if name != "full" and setting.bits_per_weight < 16:
+            series.setdefault(label, []).append((setting.bits_per_weight, setting.scores[score] / full[setting.exam]))
     return series
 
 
 def paper_points(path: Path) -> list[tuple[float, float]]:
-    """(bits a weight, share of the best full row) of a CSV file with a column `bpw`."""
+    """Points (bits per weight, share of the full-precision score) of a CSV file with a column `bpw`."""
     table = read_csv(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         sizes = [row.get(SIZE) for row in csv.DictReader(file)]
     if any(not size for size in sizes):
-        raise DataError(f"{path} has no column {SIZE}", f"add bits a weight as {SIZE}, or leave the file out")
+        raise DataError(f"{path} has no column {SIZE}", f"add bits per weight as column {SIZE}, or drop this --paper")
     full = table.full_score()
     return [(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)]
 
 
-def write_pictures(found: Sequence[Picture], folder: Path) -> list[Path]:
-    """The PNG files."""
+def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
+    """Write the plots as PNG files to `folder`; returns their paths."""
     make_folder(folder)
-    for picture in found:
+    for picture in gallery:
         with atomic(folder / picture.name) as temporary:
             temporary.write_bytes(picture.png)
-    return [folder / picture.name for picture in found]
+    return [folder / picture.name for picture in gallery]
 
 
-def write_page(found: Sequence[Picture], name: str, path: Path) -> Path:
-    """One HTML page with the pictures inside; it holds no script and asks the network for nothing."""
+def write_page(gallery: Sequence[Picture], name: str, path: Path) -> Path:
+    """Write one self-contained HTML page with all plots, without scripts and without network access."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template(TEMPLATE).render(name=name, pictures=[as_data(picture) for picture in found])
+    page = environment.get_template(TEMPLATE).render(name=name, pictures=[as_data(picture) for picture in gallery])
     write_text(path, page)
     return path
 
 
 def as_data(picture: Picture) -> dict[str, str]:
-    """A picture for a page: title, text and data URL."""
+    """A plot for a page: title, description and data URL."""
     return {"title": picture.title, "about": picture.about, "url": data_url(picture.png)}

@@ -1,4 +1,4 @@
-"""A grid of settings: what is varied, as a YAML file or flags, and the settings it makes."""
+"""The grid of a study: the varied components, bits, blocks and roles, from YAML or options, and its settings."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from exporter.errors import RecipeError, did_you_mean, wording
+from exporter.errors import RecipeError, did_you_mean, validation_message
 from exporter.methods import METHODS
 from exporter.model.families import Family
 from exporter.model.families.family import Config
@@ -21,10 +21,10 @@ ALL = "all"
 
 
 class Axis(Strict):
-    """What is tried on one component.
+    """Values to try on one component.
 
-    bits: 2 to 8, and 16 to keep it. blocks: `all`, `front`, `middle`, `end` (thirds), `FIRST:LAST`, or several of them
-    joined by `+`. roles: `all`, `attention`, `mlp`.
+    bits: 2 to 8, or 16 for full precision. blocks: `all`, `front`, `middle`, `end` (thirds), `FIRST:LAST`, or several
+    of them joined by `+`. roles: `all`, `attention`, `mlp`.
     """
 
     bits: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8, 16), min_length=1)
@@ -41,13 +41,13 @@ class Axis(Strict):
     @field_validator("blocks")
     @classmethod
     def _blocks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for part in {part for one in value if one != ALL for part in one.split("+")}:
+        for part in {part for blocks in value if blocks != ALL for part in blocks.split("+")}:
             Rule(component="any", bits=4, blocks=part)
         return value
 
 
 class Grid(Strict):
-    """Settings to measure.
+    """The settings to measure.
 
     combine: `product` of the components' choices, one component `alone` at a time, or the same choice for all
     `together`. methods and group_sizes are the same for all components of a setting.
@@ -74,7 +74,7 @@ class Grid(Strict):
 
 @dataclass(frozen=True)
 class ComponentChoice:
-    """What happens to one component of a setting."""
+    """Bits, blocks and role of one component in a setting."""
 
     component: str
     bits: int
@@ -84,14 +84,14 @@ class ComponentChoice:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the whole model. rules: a recipe's, empty for the full model. about: its columns in the table."""
+    """A setting of the whole model. rules: recipe rules, empty for full precision. about: its columns in the table."""
 
     rules: tuple[Rule, ...]
     about: tuple[tuple[str, str | int], ...]
 
 
 def read_grid(path: Path) -> Grid:
-    """A grid from a YAML file; RecipeError lists every problem."""
+    """Read a grid from a YAML file. Raises RecipeError with every problem."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -101,42 +101,47 @@ def read_grid(path: Path) -> Grid:
     return parse_grid(content, str(path))
 
 
-def parse_grid(content: dict[str, Any], where: str) -> Grid:
-    """A grid from plain data."""
+def parse_grid(content: dict[str, Any], source: str) -> Grid:
+    """Validate a grid from plain data. source: name of the data for messages. Raises RecipeError."""
     try:
         return Grid.model_validate(content)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"])
+            location = ".".join(str(part) for part in problem["loc"])
             names = Axis.model_fields if len(problem["loc"]) > 1 else Grid.model_fields
-            lines.append(f"  {place}: {wording(problem, names)}")
-        raise RecipeError(f"{where} has {len(lines)} problems\n" + "\n".join(lines), "see `mmq study --help`") from None
+            lines.append(f"  {location}: {validation_message(problem, names)}")
+        raise RecipeError(
+            f"{source} has {len(lines)} problems\n" + "\n".join(lines), "see `mmq study --help`"
+        ) from None
 
 
 def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], list[str]]:
-    """The settings of a grid without doubles, and notes on choices that this model has no block or linear for.
+    """The distinct settings of a grid, and notes on choices that match no block or linear of this model.
 
-    RecipeError when the family lacks a component, or nothing is left.
+    Raises RecipeError for a component that the family does not have, or if no setting remains.
     """
     names = [component.name for component in family.components]
-    unknown = [name for name in grid.components if name not in names]
-    if unknown:
-        hint = f"family {family.name} has {', '.join(names)}"
-        raise RecipeError(f"no component '{unknown[0]}'.{did_you_mean(unknown[0], names)}", hint)
+    unknown_names = [name for name in grid.components if name not in names]
+    if unknown_names:
+        hint = f"the components of family {family.name} are {', '.join(names)}"
+        raise RecipeError(f"no component '{unknown_names[0]}'.{did_you_mean(unknown_names[0], names)}", hint)
     notes: list[str] = []
-    found: dict[tuple[str, ...], Point] = {}
-    for method, group, chosen in product(grid.methods, grid.group_sizes, list(_combined(grid))):
-        rules = [rule for choice in chosen for rule in _rules(choice, grid, method, group, family)]
-        empty = [rule for rule in rules if not _matches(rule, family, config)]
-        notes += [f"{r.component} has nothing in blocks {r.blocks}, role {r.role or ALL}: left out" for r in empty]
-        kept = tuple(rule for rule in rules if rule not in empty)
-        if kept or all(choice.bits == KEPT for choice in chosen):
-            key = tuple(sorted(rule.model_dump_json() for rule in kept))
-            found.setdefault(key, Point(kept, _about(names, chosen, kept, grid, method, group)))
-    if not found:
-        raise RecipeError("the grid has no setting: " + "; ".join(dict.fromkeys(notes)), "name other blocks or roles")
-    return list(found.values()), list(dict.fromkeys(notes))
+    settings: dict[tuple[str, ...], Point] = {}
+    for method, group, choices in product(grid.methods, grid.group_sizes, list(_combined(grid))):
+        rules = [rule for choice in choices for rule in _rules(choice, grid, method, group, family)]
+        empty_rules = [rule for rule in rules if not _matches(rule, family, config)]
+        notes += [
+            f"{rule.component} has no linear in blocks {rule.blocks} with role {rule.role or ALL}: choice skipped"
+            for rule in empty_rules
+        ]
+        matching_rules = tuple(rule for rule in rules if rule not in empty_rules)
+        if matching_rules or all(choice.bits == KEPT for choice in choices):
+            key = tuple(sorted(rule.model_dump_json() for rule in matching_rules))
+            settings.setdefault(key, Point(matching_rules, _about(names, choices, matching_rules, grid, method, group)))
+    if not settings:
+        raise RecipeError("the grid has no setting: " + "; ".join(dict.fromkeys(notes)), "choose other blocks or roles")
+    return list(settings.values()), list(dict.fromkeys(notes))
 
 
 def _combined(grid: Grid) -> Iterator[tuple[ComponentChoice, ...]]:
@@ -144,10 +149,13 @@ def _combined(grid: Grid) -> Iterator[tuple[ComponentChoice, ...]]:
     if grid.combine == "product":
         yield from product(*choices.values())
     elif grid.combine == "alone":
-        yield from ((choice,) for found in choices.values() for choice in found)
-    elif len({len(found) for found in choices.values()}) > 1:
-        counts = ", ".join(f"{name} {len(found)}" for name, found in choices.items())
-        raise RecipeError(f"combine: together pairs choices one by one, and there are {counts}", "make the lists equal")
+        yield from ((choice,) for component_choices in choices.values() for choice in component_choices)
+    elif len({len(component_choices) for component_choices in choices.values()}) > 1:
+        counts = ", ".join(f"{name} {len(component_choices)}" for name, component_choices in choices.items())
+        raise RecipeError(
+            f"combine: together needs equal numbers of choices, and the numbers are {counts}",
+            "make the lists equally long",
+        )
     else:
         yield from zip(*choices.values(), strict=True)
 
@@ -189,17 +197,17 @@ def _matches(rule: Rule, family: Family, config: Config) -> bool:
 
 def _about(
     names: Sequence[str],
-    chosen: Sequence[ComponentChoice],
+    choices: Sequence[ComponentChoice],
     rules: Sequence[Rule],
     grid: Grid,
     method: str,
     group: GroupSize,
 ) -> tuple[tuple[str, str | int], ...]:
-    bits = {choice.component: choice.bits for choice in chosen}
-    touched = [choice for choice in chosen if choice.bits != KEPT]
+    bits = {choice.component: choice.bits for choice in choices}
+    quantized = [choice for choice in choices if choice.bits != KEPT]
     about: dict[str, str | int] = {f"{name}_bits": bits.get(name, KEPT) for name in names}
     about |= {"method": method if rules else "none", "group_size": str(group) if rules else "none"}
     about["zero_points"] = ("no" if grid.symmetric else "yes") if rules else "none"
-    about["blocks"] = ",".join(dict.fromkeys(choice.blocks for choice in touched)) or ALL
-    about["role"] = ",".join(dict.fromkeys(choice.role for choice in touched)) or ALL
+    about["blocks"] = ",".join(dict.fromkeys(choice.blocks for choice in quantized)) or ALL
+    about["role"] = ",".join(dict.fromkeys(choice.role for choice in quantized)) or ALL
     return tuple(about.items())

@@ -1,4 +1,4 @@
-"""What names the units and settings of a study: digests of everything that decides their numbers."""
+"""Digests that identify the units and settings of a study: model, machine, calibration data, exam data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ from exporter.tasks.sample import Sample
 
 @dataclass(frozen=True)
 class Keys:
-    """What all units and settings of one run share; plain text, so that it travels to workers.
+    """Digests that all units and settings of one run share; strings, so that they can be sent to workers.
 
-    source: digest of the model and its processor. machine: JSON of what computes. calibration, exam: digests of samples
-    with their pictures, texts and prompts; the former also of the settings of calibration.
+    source: digest of the model and its processor. machine: JSON of device, dtype and package versions. calibration,
+    exam: digests of samples with pictures, texts and prompts; calibration includes the calibration settings.
     """
 
     source: str
@@ -36,16 +36,16 @@ class Keys:
 
     @property
     def model(self) -> str:
-        """The model as it is computed here: what every unit depends on."""
+        """Digest of source and machine, on which every unit depends."""
         return digest([self.source, self.machine])
 
     def require_machine(self, device: Device, checkpoint: Checkpoint) -> None:
-        """DataError when this process computes otherwise than the one that began the study."""
-        differs = changes(json.loads(self.machine), of_machine(device, checkpoint))
-        if differs:
+        """Raise DataError if this process has another device or other packages than the one that started the study."""
+        differences = changes(json.loads(self.machine), of_machine(device, checkpoint))
+        if differences:
             raise DataError(
-                f"this worker computes otherwise than the process that began the study: {'; '.join(differs)}",
-                "every machine needs the same packages and the same kind of device",
+                f"this worker differs from the process that started the study: {'; '.join(differences)}",
+                "install the same packages and use the same kind of device on every machine",
             )
 
 
@@ -56,23 +56,23 @@ def keys_of(
     exam: str,
     on_event: Listener,
 ) -> Keys:
-    """The keys of a run. calibration, exam: as `calibration_digest` and `exam_digest` give them."""
+    """The keys of a run. calibration, exam: results of `calibration_digest` and `exam_digest`."""
     source = digest(identity.of_source(checkpoint, on_event))
     return Keys(source, json.dumps(of_machine(device, checkpoint)), calibration, exam)
 
 
 def of_machine(device: Device, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What computes the units and scores of a checkpoint."""
+    """Device, dtype and package versions that determine the units and scores of a checkpoint."""
     return identity.of_machine(device, stored_dtype(checkpoint))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Dtype of the checkpoint's matrices."""
+    """Dtype of the checkpoint's first matrix."""
     return next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
 
 
 def calibration_digest(recipe: Recipe, processor: Any, family: Family, samples: Sequence[Sample]) -> str:
-    """Of what units are calibrated on."""
+    """Digest of the calibration settings and samples."""
 
     def text(sample: Sample) -> str:
         return calibration_text(processor, family, sample)
@@ -81,7 +81,7 @@ def calibration_digest(recipe: Recipe, processor: Any, family: Family, samples: 
 
 
 def exam_digest(processor: Any, family: Family, exam: Mapping[str, Sequence[Sample]]) -> str:
-    """Of what settings are scored on, by task."""
+    """Digest of the exam's samples, by task."""
 
     def text(sample: Sample) -> str:
         return "" if sample.among is not None else calibration_text(processor, family, sample)

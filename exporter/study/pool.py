@@ -1,7 +1,7 @@
-"""Where the work of a study runs: in this process, in processes of this machine, or on a Ray cluster.
+"""Worker pools of a study: this process, processes of this machine, or a Ray cluster.
 
-All three take a function of a module and a list of tasks, and give results as they come. Workers share the study's
-folder; on several machines it has to be on storage that all of them see.
+Each takes a module-level function and a list of tasks, and yields results in the order of completion. Workers share the
+study's folder, so a cluster of several machines needs shared storage for it.
 """
 
 import multiprocessing
@@ -18,23 +18,23 @@ from typing import Any, Self
 from exporter.distribution import install_extra
 from exporter.errors import DataError, MmqError
 
-_START = "`ray start --head` starts one; where Ray asks for a token, give RAY_AUTH_TOKEN as its machines have it"
+_RAY_HINT = "`ray start --head` starts a cluster; if it requires a token, set RAY_AUTH_TOKEN to the cluster's token"
 
 Function = Callable[..., Any]
 Call = tuple[Any, ...]  # the function's arguments
-WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (number of the task, its result)
+WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (index of the task, its result)
 
 
 def inline(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-    """One after the other, here."""
+    """Run the tasks one after the other in this process."""
     for i, task in enumerate(tasks):
         yield i, function(*task)
 
 
 class Processes:
-    """`workers` processes of this machine with one thread of torch each; they end when this one does.
+    """`workers` processes of this machine with one torch thread each; they exit when this process exits.
 
-    Use as a context manager: workers stay between calls, and keep what they have opened.
+    Use as a context manager: the workers persist between calls, with their open models.
     """
 
     def __init__(self, workers: int) -> None:
@@ -58,20 +58,20 @@ class Processes:
         if self._executor is None:
             context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
             self._executor = ProcessPoolExecutor(self._workers, context, _begin)
-        numbers = {self._executor.submit(function, *task): i for i, task in enumerate(tasks)}
+        task_index = {self._executor.submit(function, *task): i for i, task in enumerate(tasks)}
         try:
-            for done in as_completed(numbers):
-                yield numbers[done], done.result()
+            for future in as_completed(task_index):
+                yield task_index[future], future.result()
         except BrokenProcessPool:
             raise MmqError(
-                "a worker of the study was killed, for instance for the memory it took",
-                "give the same command again to go on, with fewer --workers",
+                "a worker process of the study was killed, possibly because memory ran out",
+                "run the same command again with fewer --workers to resume",
             ) from None
 
 
 @contextmanager
 def local(workers: int) -> Iterator[WorkerPool]:
-    """This machine: processes, or for one worker this process."""
+    """A pool on this machine: `workers` processes, or this process if `workers` is 1."""
     if workers < 2:
         yield inline
     else:
@@ -80,7 +80,7 @@ def local(workers: int) -> Iterator[WorkerPool]:
 
 
 def _begin() -> None:
-    """A worker leaves interrupts to its parent, and ends when that was killed."""
+    """Initialize a worker: ignore SIGINT, use one torch thread, and exit when the parent process exits."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -97,33 +97,33 @@ def _begin() -> None:
 
 @contextmanager
 def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
-    """A Ray cluster; address None starts one on this machine. gpus: what a task asks for (shares are allowed).
+    """A pool on a Ray cluster. address: None starts one on this machine. gpus: GPUs per task (fractions are allowed).
 
-    DataError when Ray is not installed or does not answer.
+    Raises DataError if Ray is not installed or no cluster answers at `address`.
     """
     try:
         import ray
     except ImportError:
-        raise DataError("--ray needs the package ray", f"{install_extra('ray')}; --workers N needs nothing") from None
+        raise DataError("--ray needs the package ray", f"{install_extra('ray')}, or use --workers N") from None
 
     started = not ray.is_initialized()
     if started:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise DataError(f"no Ray cluster at {address}: {error}", _START) from None
+            raise DataError(f"no Ray cluster at {address}: {error}", _RAY_HINT) from None
 
     def run(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
-        waiting = {remote.remote(*task): i for i, task in enumerate(tasks)}
+        pending = {remote.remote(*task): i for i, task in enumerate(tasks)}
         try:
-            while waiting:
-                ready, _ = ray.wait(list(waiting), num_returns=1)
-                for one in ready:
-                    yield waiting.pop(one), _result(ray, one)
+            while pending:
+                ready, _ = ray.wait(list(pending), num_returns=1)
+                for reference in ready:
+                    yield pending.pop(reference), _result(ray, reference)
         finally:
-            for one in waiting:
-                ray.cancel(one, force=True)
+            for reference in pending:
+                ray.cancel(reference, force=True)
 
     try:
         yield run
@@ -133,15 +133,15 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """A task's result; its own errors as they were raised there."""
+    """Result of a task. Raises the task's own MmqError, or an MmqError for a failure of Ray."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, MmqError):
             raise cause from None
-        said = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        message_lines = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise MmqError(
-            f"a task of the study failed on the Ray cluster: {said[0]}",
-            "every machine needs this version of mmq and the study's folder; give the same command again to go on",
+            f"a task of the study failed on the Ray cluster: {message_lines[0]}",
+            "every machine needs this version of mmq and the study's folder; run the same command again to resume",
         ) from error

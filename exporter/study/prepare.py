@@ -1,4 +1,4 @@
-"""From what the user names to a setup: model, data, and the recipe that carries them."""
+"""The base recipe of a study from the user's options, the study's default folder, and the components to vary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from exporter.planning.recipe import Calibration, Evaluation, Evidence, Model, R
 
 
 def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSpec], samples: int, seed: int) -> Recipe:
-    """A recipe that names model and data and keeps everything: what settings are made from.
+    """A recipe with the model and data of a study and without quantization; settings add their rules to it.
 
-    samples: how many of both tasks together are calibrated on. PlanError for a model of no known family.
+    samples: number of calibration samples over all tasks. Raises PlanError for a model of an unknown family.
     """
     _, family = open_source(model, revision, headers_only=True)
-    named = tuple(place.name for place in places) or ("demo",)
+    data_names = tuple(place.name for place in places) or ("demo",)
     tasks = tuple(task for task in family.tasks if not places or any(task in place.tasks for place in places))
     return Recipe(
         name="study",
         summary="what a study changes",
         model=Model(repo=model, revision=revision, family=family.name),
         quantize=(Rule(component=family.components[0].name, bits=16),),
-        calibration=Calibration(data=named, tasks=tasks or family.tasks, samples=samples, seed=seed),
+        calibration=Calibration(data=data_names, tasks=tasks or family.tasks, samples=samples, seed=seed),
         evaluation=Evaluation(seed=seed),
         gates=(),
         evidence=(Evidence(finding="none yet", figures="none", source="a study"),),
@@ -31,10 +31,10 @@ def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSp
 
 
 def default_folder(model: str) -> Path:
-    """Where a model's study is kept: units and measurements of any grid."""
+    """Default folder of a model's study; all grids of the model share it."""
     return Path("studies") / (model if model in MODELS else Path(model).name)
 
 
 def quantizable(family: Family) -> list[str]:
-    """The components a grid varies when none is named: those with more than one block, so no projector."""
+    """Names of the components that a grid varies by default: those with numbered blocks, which excludes projectors."""
     return [component.name for component in family.components if "{i}" in component.blocks]

@@ -1,4 +1,4 @@
-"""From a choice of bits to a recipe with its evidence: the choice is exported and measured like any recipe."""
+"""Turn an allocation into a recipe: build it, export and measure it, and add the results as evidence."""
 
 import math
 from collections.abc import Sequence
@@ -22,16 +22,15 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
 from exporter.tasks import TASKS
 
-MOST = 0.99  # a gate that allows everything is none
-CLOSE = 0.05  # a drop up to this is called confirmed, and a gate allows no more unless the user does
-MARGIN = 0.01  # what a recipe's gates allow beyond the drop that was measured, when the user gave no limit
+CLOSE = 0.05  # largest drop of a confirmed recipe, and of a gate without --max-drop
+MARGIN = 0.01  # gates allow this much more than the measured drop, without --max-drop
 
 
 @dataclass(frozen=True)
-class Confirmed:
-    """A recipe exported and measured.
+class MeasuredRecipe:
+    """The result of exporting and measuring a recipe.
 
-    change: mean over the tasks' main metrics of the change, a share of the full score; worst: the lowest of them.
+    change: mean relative change of the tasks' main metrics, a share of the full score. worst: the lowest of them.
     """
 
     name: str
@@ -42,34 +41,37 @@ class Confirmed:
     report: Report
 
     def row(self) -> dict[str, Any]:
-        """For tables and `--json`: size, change, and each metric before and after with its interval."""
+        """JSON-compatible data: size, change, and each metric before and after with its interval."""
         return {
             "recipe": self.name,
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
             "change": self.change,
             "worst_change": self.worst,
-            "metrics": {f"{m.task} {m.metric}": m.difference.model_dump() for m in _main(self.report)},
+            "metrics": {f"{m.task} {m.metric}": m.difference.model_dump() for m in _main_measures(self.report)},
         }
 
 
-def _main(report: Report) -> list[Measure]:
-    """The first metric of every task."""
-    return [measure for measure in report.measures if measure.metric == _first(measure.task)]
+def _main_measures(report: Report) -> list[Measure]:
+    """The measures of each task's first metric."""
+    return [measure for measure in report.measures if measure.metric == _main_metric(measure.task)]
 
 
-def _first(task: str) -> str:
+def _main_metric(task: str) -> str:
     return TASKS[task].METRICS[0]
 
 
 def recipe_of(
-    base: Recipe, name: str, places: Sequence[Slot], chosen: Allocation, tasks: Sequence[str], max_drop: float
+    base: Recipe, name: str, slots: Sequence[Slot], allocation: Allocation, tasks: Sequence[str], max_drop: float
 ) -> Recipe:
-    """The recipe of a choice, with gates on each task's first metric and no evidence yet."""
-    rules = rules_of(places, chosen.options)
+    """The recipe of an allocation, with a gate on each task's first metric and without evidence.
+
+    Raises RecipeError if the allocation quantizes nothing.
+    """
+    rules = rules_of(slots, allocation.options)
     if not rules:
-        raise RecipeError("the choice keeps everything at 16 bits", "lower --max-size, or raise --max-drop")
-    gates = tuple(Gate(task=task, metric=_first(task), max_drop=max_drop) for task in tasks)
+        raise RecipeError("the allocation keeps everything at 16 bits", "lower --max-size, or raise --max-drop")
+    gates = tuple(Gate(task=task, metric=_main_metric(task), max_drop=max_drop) for task in tasks)
     return base.model_copy(
         update={
             "name": name,
@@ -81,13 +83,13 @@ def recipe_of(
 
 
 def summary(rules: Sequence[Rule]) -> str:
-    """Which bits each component has."""
+    """Bits per component as text: `vision 4 to 8, language 3 bits`."""
     bits: dict[str, list[int]] = {}
     for rule in rules:
         bits.setdefault(rule.component, []).append(rule.bits)
     spans = [
-        f"{name} {min(found)}" + (f" to {max(found)}" if min(found) < max(found) else "")
-        for name, found in bits.items()
+        f"{name} {min(widths)}" + (f" to {max(widths)}" if min(widths) < max(widths) else "")
+        for name, widths in bits.items()
     ]
     return ", ".join(spans) + " bits"
 
@@ -99,10 +101,11 @@ def confirm(
     sources: Sequence[data.SourceSpec],
     samples: int,
     on_event: Listener,
-) -> Confirmed:
-    """Export a recipe into a folder named by its content and measure real answers.
+) -> MeasuredRecipe:
+    """Export a recipe into a folder named by the recipe's digest, and measure generated answers.
 
-    What an earlier run made there of the same model and data is verified, and its kept answers are used.
+    If an earlier run exported the same recipe from the same model and data, its artifact is verified and its stored
+    answers are reused.
     """
     recipe = with_suitable_data(recipe.model_copy(update={"evaluation": Evaluation(samples=samples)}))
     out = folder / f"{recipe.name}-{recipe.digest()[:12]}"
@@ -111,65 +114,77 @@ def confirm(
     return read_confirmed(recipe.name, out)
 
 
-def read_confirmed(name: str, out: Path) -> Confirmed:
-    """What an exported and measured artifact shows."""
+def read_confirmed(name: str, out: Path) -> MeasuredRecipe:
+    """Read the results of an exported and measured artifact. Raises ArtifactError without a report."""
     (report, _), manifest = read_report(out), read_manifest(out)
     if report is None:
-        raise ArtifactError(f"{out} was never evaluated", "delete the folder and run the same command again")
-    changes = [m.difference.change / m.difference.before for m in _main(report) if m.difference.before > 0]
+        raise ArtifactError(f"{out} has no evaluation", "delete the folder and run the same command again")
+    changes = [
+        measure.difference.change / measure.difference.before
+        for measure in _main_measures(report)
+        if measure.difference.before > 0
+    ]
     worst = min(changes, default=math.nan)
     mean = sum(changes) / len(changes) if changes else math.nan
-    return Confirmed(name, manifest.bytes.after, manifest.bits_per_weight, mean, worst, report)
+    return MeasuredRecipe(name, manifest.bytes.after, manifest.bits_per_weight, mean, worst, report)
 
 
 def comparable(name: str, base: Recipe) -> Recipe:
-    """A hand-written recipe with the model, data and gates of `base`, so that only its rules differ."""
-    other = load_recipe(name)
-    if other.model.family != base.model.family:
-        raise RecipeError(f"recipe '{name}' is for family {other.model.family}, not {base.model.family}")
-    return base.model_copy(update={"name": other.name, "summary": other.summary, "quantize": other.quantize})
+    """A hand-written recipe with the model, data and gates of `base`, so that only the rules differ.
+
+    Raises RecipeError for a recipe of another family.
+    """
+    hand_written = load_recipe(name)
+    if hand_written.model.family != base.model.family:
+        raise RecipeError(f"recipe '{name}' is for family {hand_written.model.family}, not {base.model.family}")
+    return base.model_copy(
+        update={"name": hand_written.name, "summary": hand_written.summary, "quantize": hand_written.quantize}
+    )
 
 
 def with_evidence(
-    recipe: Recipe, found: Confirmed | None, predicted: float, measured: float, max_drop: float | None
+    recipe: Recipe, confirmed: MeasuredRecipe | None, predicted: float, measured: float, max_drop: float | None
 ) -> Recipe:
-    """The recipe with what was measured of it. found: its real tasks, None when they were not measured.
+    """The recipe with evidence and final gates. confirmed: results on real tasks, None if they were not measured.
 
-    Gates allow `max_drop`; without one the measured drop and a margin, but at most CLOSE, so that a choice that lost
-    much fails its own gates; or the margin alone when nothing was measured.
+    predicted, measured: sum of the slots' divergences, and divergence of the whole allocation, in KL per token.
+    Gates allow `max_drop`. Without it they allow the measured drop plus MARGIN, but at most CLOSE, so that an
+    allocation with a large loss fails its own gates; without a measurement they allow MARGIN.
     """
-    drop = max(-found.worst, 0) if found else 0.0
+    drop = max(-confirmed.worst, 0) if confirmed else 0.0
     allowed = max_drop if max_drop is not None else min(CLOSE, math.ceil(100 * (drop + MARGIN)) / 100)
-    choice = Evidence(
-        finding="No other choice of these schemes of this size has a smaller sum of measured divergences.",
-        figures=f"KL a token: sum {predicted:z.5f}, measured together {measured:z.5f}",
-        source=f"mmq allocate on {recipe.model.repo}; every scheme alone in every place",
+    optimality = Evidence(
+        finding="No other allocation of these schemes with this size has a smaller sum of measured divergences.",
+        figures=f"KL per token: sum {predicted:z.5f}, measured together {measured:z.5f}",
+        source=f"mmq allocate on {recipe.model.repo}; each scheme measured alone in each part",
     )
     gates = tuple(gate.model_copy(update={"max_drop": allowed}) for gate in recipe.gates)
-    return recipe.model_copy(update={"gates": gates, "evidence": (choice, _proof(found))})
+    return recipe.model_copy(update={"gates": gates, "evidence": (optimality, _real_task_evidence(confirmed))})
 
 
-def _proof(found: Confirmed | None) -> Evidence:
-    """What real tasks say."""
-    if found is None:
+def _real_task_evidence(confirmed: MeasuredRecipe | None) -> Evidence:
+    """Evidence from real tasks."""
+    if confirmed is None:
         return Evidence(finding="Not proven by real tasks.", figures="none", source="mmq allocate --no-proof")
     lines = []
-    for name, difference in found.row()["metrics"].items():
+    for name, difference in confirmed.row()["metrics"].items():
         before, after = difference["before"], difference["after"]
         change, low, high = (difference[key] / before if before else 0.0 for key in ("change", "low", "high"))
-        shown = f"change {change:+z.1%}, 95 % interval {low:+z.1%} to {high:+z.1%}"
-        lines.append(f"{name} {before:.4f} -> {after:.4f} ({shown})")
-    samples = found.report.measures[0].samples
-    size = f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits a weight"
+        change_text = f"change {change:+z.1%}, 95 % interval {low:+z.1%} to {high:+z.1%}"
+        lines.append(f"{name} {before:.4f} -> {after:.4f} ({change_text})")
+    samples = confirmed.report.measures[0].samples
+    size = f"{confirmed.bytes:,} bytes, {confirmed.bits_per_weight:.2f} bits per weight"
     return Evidence(
-        finding="Real tasks confirm it." if found.worst >= -CLOSE else f"It loses {-found.worst:.0%} on real tasks.",
+        finding="Real tasks confirm it."
+        if confirmed.worst >= -CLOSE
+        else f"It loses {-confirmed.worst:.0%} on real tasks.",
         figures=f"{size}; {'; '.join(lines)}; {samples} samples of each task",
         source="mmq export and evaluate, run by mmq allocate",
     )
 
 
 def write_recipe(recipe: Recipe, path: Path, command: str) -> None:
-    """The recipe as a YAML file that `load_recipe` reads, without defaults; its first lines say how it came about."""
+    """Write the recipe as YAML without default values; the comment at its head holds the summary and the commands."""
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     write_text(path, f"# {recipe.summary}.\n#   {command}\n#   mmq export --recipe {path}\n{text}")

@@ -1,4 +1,4 @@
-"""What was measured, in one SQLite file: a row for every setting, written the moment it is known."""
+"""SQLite file of a study's measurements: one row per setting, committed as soon as it is scored."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ from exporter.files.writing import make_folder
 
 FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles
-FULL = "none"  # method of the setting that keeps everything
+FULL = "none"  # method of the full-precision setting
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
-  id TEXT PRIMARY KEY,      -- digest of its units and of the exam: the same setting is measured once
-  exam TEXT NOT NULL,       -- digest of what it was scored on and how
+  id TEXT PRIMARY KEY,      -- digest of the units and the exam, so that a setting is measured once
+  exam TEXT NOT NULL,       -- digest of samples, model, calibration and way of scoring
   about TEXT NOT NULL,      -- JSON: bits of each component, method, group size, blocks, role
-  bytes INTEGER NOT NULL,   -- of the artifact, scales and kept tensors counted
+  bytes INTEGER NOT NULL,   -- of the artifact, including scales and kept tensors
   bits_per_weight REAL NOT NULL,
   seconds REAL NOT NULL,    -- wall time of scoring
   cpu_seconds REAL NOT NULL
@@ -36,15 +36,15 @@ CREATE TABLE IF NOT EXISTS scores (
 );
 CREATE TABLE IF NOT EXISTS checksums (
   point TEXT PRIMARY KEY REFERENCES points(id),
-  sha256 TEXT NOT NULL      -- of the setting and its scores; settings of older versions have none
+  sha256 TEXT NOT NULL      -- of the setting and its scores; settings of older versions have no row
 );
 CREATE TABLE IF NOT EXISTS runs (
   number INTEGER PRIMARY KEY AUTOINCREMENT,
-  exam TEXT NOT NULL        -- what this run scored on, also when all of it was known already
+  exam TEXT NOT NULL        -- exam of this run, also if the run scored no setting
 );
 """
-# Settings by when a run last asked for their exam, then by what they are: a forest depends on the order of its rows, so
-# it must not be that in which workers finished. Without runs, by when they were measured.
+# Settings by the last run with their exam, then by `about`. A random forest depends on the order of its rows, so the
+# order must not depend on when workers finish. Without runs, the order of insertion.
 IN_ORDER = """
 SELECT id, exam, about, bytes, bits_per_weight, seconds, cpu_seconds,
   coalesce((SELECT max(number) FROM runs WHERE runs.exam = points.exam), 0) AS run
@@ -52,11 +52,11 @@ FROM points ORDER BY run, CASE run WHEN 0 THEN rowid END, about, rowid
 """
 
 
-EXAM_DIGITS = 12  # of an exam's digest, in tables
+EXAM_DIGITS = 12  # digits of an exam's digest in tables
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoredSetting:
     """One setting and its scores; fields as in the table."""
 
     id: str
@@ -69,23 +69,23 @@ class Measured:
     scores: Mapping[str, float]
 
     def row(self) -> dict[str, Any]:
-        """One line of the CSV file."""
+        """One row of the CSV file."""
         plain = {"bytes": self.bytes, "bits_per_weight": self.bits_per_weight, "seconds": self.seconds}
         return {**self.about, **plain, **self.scores, "exam": self.exam[:EXAM_DIGITS]}
 
 
 class Records:
-    """The file, open; use as a context manager. Every `add` is on disk when it returns."""
+    """The open SQLite file; use it as a context manager. `add` returns after the row is on disk."""
 
     def __init__(self, path: Path) -> None:
-        self.damaged: tuple[str, ...] = ()  # what `all` left out, in words
+        self.damaged: tuple[str, ...] = ()  # messages about rows that `all` omitted
         self._path = path
         make_folder(path.parent)
         try:
             self._db = sqlite3.connect(path)
             self._db.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise DataError(f"{path} is no study: {error}", "give another folder") from None
+            raise DataError(f"{path} is not a study's database: {error}", "choose another folder") from None
 
     def __enter__(self) -> Self:
         return self
@@ -95,72 +95,84 @@ class Records:
     ) -> None:
         self._db.close()
 
-    def add(self, found: Measured) -> None:
-        """Keep one setting, with all its scores or not at all."""
-        about = json.dumps(dict(found.about))
-        plain = (found.id, found.exam, about, found.bytes, found.bits_per_weight, found.seconds, found.cpu_seconds)
-        with self._explained(), self._db:
-            self._db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)", plain)
-            rows = [(found.id, metric, float(value)) for metric, value in found.scores.items()]
-            self._db.execute("DELETE FROM scores WHERE point = ?", (found.id,))
+    def add(self, setting: ScoredSetting) -> None:
+        """Insert or replace one setting with its scores, in one transaction."""
+        about = json.dumps(dict(setting.about))
+        fields = (
+            setting.id,
+            setting.exam,
+            about,
+            setting.bytes,
+            setting.bits_per_weight,
+            setting.seconds,
+            setting.cpu_seconds,
+        )
+        with self._database_errors_explained(), self._db:
+            self._db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)", fields)
+            rows = [(setting.id, metric, float(value)) for metric, value in setting.scores.items()]
+            self._db.execute("DELETE FROM scores WHERE point = ?", (setting.id,))
             self._db.executemany("INSERT INTO scores VALUES (?, ?, ?)", rows)
-            self._db.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (found.id, checksum(found)))
+            self._db.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (setting.id, checksum(setting)))
 
     def begin(self, exam: str) -> None:
-        """Keep that a run scores by this exam, so that its settings come last."""
-        with self._explained(), self._db:
+        """Record that a run uses this exam, so that its settings come last."""
+        with self._database_errors_explained(), self._db:
             self._db.execute("INSERT INTO runs (exam) VALUES (?)", (exam,))
 
-    def all(self) -> dict[str, Measured]:
-        """Everything measured, by id; the exam of the last run comes last. Damaged settings are left out."""
-        with self._explained():
+    def all(self) -> dict[str, ScoredSetting]:
+        """All settings by id, those of the last run's exam last, without damaged ones."""
+        with self._database_errors_explained():
             return self._all()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _database_errors_explained(self) -> Iterator[None]:
         """Turn an error of the database into a DataError."""
         try:
             yield
         except (sqlite3.Error, ValueError) as error:
-            hint = "free some space; if the file is damaged, delete it: units are kept, and settings are scored again"
+            hint = (
+                "free some disk space, or delete the file if it is damaged: units are kept, settings are scored again"
+            )
             raise DataError(f"{self._path} cannot be used: {error}", hint) from None
 
-    def _all(self) -> dict[str, Measured]:
+    def _all(self) -> dict[str, ScoredSetting]:
         scores: dict[str, dict[str, float]] = {}
         for point, metric, value in self._db.execute("SELECT point, metric, value FROM scores ORDER BY rowid"):
             scores.setdefault(point, {})[metric] = value
         sums = dict(self._db.execute("SELECT point, sha256 FROM checksums"))
         settings = {
-            row[0]: Measured(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], scores.get(row[0], {}))
+            row[0]: ScoredSetting(
+                row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], scores.get(row[0], {})
+            )
             for row in self._db.execute(IN_ORDER)
         }
-        wrong = [name for name, found in settings.items() if name in sums and checksum(found) != sums[name]]
-        self.damaged = tuple(f"{self._path}: setting {name} is damaged; it is scored again" for name in wrong)
-        return {name: found for name, found in settings.items() if name not in wrong}
+        damaged_ids = [name for name, setting in settings.items() if name in sums and checksum(setting) != sums[name]]
+        self.damaged = tuple(f"{self._path}: setting {name} is damaged; it is scored again" for name in damaged_ids)
+        return {name: setting for name, setting in settings.items() if name not in damaged_ids}
 
 
-def checksum(found: Measured) -> str:
-    """sha256 of a setting with its scores."""
-    return digest([asdict(found) | {"about": dict(found.about), "scores": dict(found.scores)}])
+def checksum(setting: ScoredSetting) -> str:
+    """sha256 of a setting and its scores."""
+    return digest([asdict(setting) | {"about": dict(setting.about), "scores": dict(setting.scores)}])
 
 
-def read_records(folder: Path) -> list[Measured]:
-    """Everything a study folder holds; DataError when it holds nothing."""
+def read_records(folder: Path) -> list[ScoredSetting]:
+    """All settings of a study's folder or SQLite file. Raises DataError if the file does not exist."""
     path = folder / FILE if folder.is_dir() else folder
     if not path.exists():
-        raise DataError(f"{folder} holds no {FILE}", "`mmq study` makes one")
+        raise DataError(f"{folder} contains no {FILE}", "run `mmq study` first")
     with Records(path) as records:
         return list(records.all().values())
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every column that some row has, in order."""
+    """Names of all columns, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def as_csv(found: Sequence[Measured]) -> str:
-    """The table as CSV text, with the columns that `mmq study importance` reads."""
-    rows = [one.row() for one in found]
+def as_csv(settings: Sequence[ScoredSetting]) -> str:
+    """The settings as CSV text, with the columns that `mmq study importance` reads."""
+    rows = [setting.row() for setting in settings]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -168,41 +180,41 @@ def as_csv(found: Sequence[Measured]) -> str:
     return text.getvalue()
 
 
-def is_whole(one: Measured) -> bool:
-    """Whether a setting names whole components."""
-    return one.about.get("blocks") == EVERYTHING and one.about.get("role") == EVERYTHING
+def is_whole(setting: ScoredSetting) -> bool:
+    """Whether a setting quantizes whole components: all blocks and all roles."""
+    return setting.about.get("blocks") == EVERYTHING and setting.about.get("role") == EVERYTHING
 
 
-def kind_of(one: Measured) -> str:
-    """How a setting was quantized, bits and places aside: method, group size and the rest; `none` for the full model.
+def kind_of(setting: ScoredSetting) -> str:
+    """Quantization kind of a setting: method, group size, zero points, sequential; `none` for full precision.
 
-    Only settings of one kind (and the full model) may stand in one picture: their bits would be the same.
+    A plot may mix only settings of one kind and the full-precision model, because it identifies settings by their bits.
     """
-    method, group = str(one.about.get("method")), str(one.about.get("group_size", ""))
+    method, group = str(setting.about.get("method")), str(setting.about.get("group_size", ""))
     parts = [method, f"g{group}" if group.isdigit() else group] if method != FULL else [FULL]
-    parts += ["zero-points"] * (one.about.get("zero_points") == "yes")
-    parts += ["sequential"] * bool(one.about.get("sequential"))
+    parts += ["zero-points"] * (setting.about.get("zero_points") == "yes")
+    parts += ["sequential"] * bool(setting.about.get("sequential"))
     return "-".join(part for part in parts if part)
 
 
-def is_full(one: Measured) -> bool:
-    """Whether a setting keeps everything."""
-    return one.about.get("method") in (None, FULL)
+def is_full(setting: ScoredSetting) -> bool:
+    """Whether a setting is the full-precision model."""
+    return setting.about.get("method") in (None, FULL)
 
 
-def last_exam(found: Sequence[Measured]) -> list[Measured]:
-    """Settings scored as in the last run: on the same samples, in the same way, from shared units or in sequence.
+def last_exam(settings: Sequence[ScoredSetting]) -> list[ScoredSetting]:
+    """Settings with the exam of the last run: same samples, same scoring, same kind of units.
 
-    found: in the order of `Records.all`.
+    settings: in the order of `Records.all`.
     """
-    return [one for one in found if one.exam == found[-1].exam]
+    return [setting for setting in settings if setting.exam == settings[-1].exam]
 
 
-def comparable(found: Sequence[Measured], parts: bool = False) -> list[Measured]:
-    """Settings whose scores may stand in one table: those of the last exam.
+def comparable(settings: Sequence[ScoredSetting], parts: bool = False) -> list[ScoredSetting]:
+    """Settings with comparable scores: those of the last exam.
 
-    parts: keep settings of some blocks or one role too; without it they go, unless there is nothing else.
+    parts: include settings that quantize some blocks or one role; without it they are included only if no others exist.
     """
-    same = last_exam(found)
-    whole = [one for one in same if is_whole(one)]
-    return same if parts or all(is_full(one) for one in whole) else whole
+    last_settings = last_exam(settings)
+    whole_settings = [setting for setting in last_settings if is_whole(setting)]
+    return last_settings if parts or all(is_full(setting) for setting in whole_settings) else whole_settings

@@ -1,4 +1,4 @@
-"""A study: which units and settings are missing, who makes them, and what came out."""
+"""Run a study: quantize the missing units, score the missing settings, and collect the results."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,26 +18,36 @@ from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
 from exporter.study.pool import WorkerPool
-from exporter.study.records import Measured, Records, as_csv
+from exporter.study.records import Records, ScoredSetting, as_csv
 from exporter.study.units import StudyUnit, units_of
-from exporter.study.work import CHANGED, Opened, Setup, Spent, exam_samples, make_units, opened, score_point, store_of
+from exporter.study.work import (
+    CHANGED,
+    Setup,
+    StudyModel,
+    TaskResult,
+    exam_samples,
+    make_units,
+    open_model,
+    score_point,
+    store_of,
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study found and what it took.
+    """Result and cost of a study.
 
-    found: the settings in the order asked for. scored, made: settings and units computed now, the others were there.
-    named: units that the settings name in all, each as often as a setting uses it; units: different ones.
-    sequential: every setting was quantized by itself, so `made` counts what the settings scored now hold.
-    seconds: wall time by step. cpu_seconds: of this process and its workers, their start included.
+    settings: in the order of the request. scored, quantized: number of settings and units computed in this run.
+    units: number of distinct units of all settings. used_units: the same, counting a unit once per setting.
+    sequential: every setting was quantized alone, so `quantized` counts the units of the settings scored in this run.
+    seconds: wall time per step. cpu_seconds: of this process and its workers, including their start.
     """
 
-    found: tuple[Measured, ...]
+    settings: tuple[ScoredSetting, ...]
     scored: int
-    made: int
+    quantized: int
     units: int
-    named: int
+    used_units: int
     seconds: Mapping[str, float]
     cpu_seconds: float
     sequential: bool = False
@@ -45,7 +55,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PendingSetting:
-    """One setting on its way: its plan's size and units, and the name under which it is kept."""
+    """A setting before scoring: its id in the records, and the size and units of its plan."""
 
     point: Point
     id: str
@@ -55,73 +65,85 @@ class PendingSetting:
 
 
 def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Listener) -> Outcome:
-    """Measure settings; those measured before are read. Stopped at any moment, the same call goes on.
+    """Score settings; scores of earlier runs are reused. The same call resumes a stopped run.
 
-    PlanError when a setting does not fit the model, DataError when calibration and exam share a picture.
+    Raises PlanError if a setting does not fit the model, and DataError if calibration and exam share a picture.
     """
-    begun, cpu = time.monotonic(), time.process_time()
+    started, cpu_started = time.monotonic(), time.process_time()
     make_folder(setup.folder)
-    opened.cache_clear()  # a process may run several studies, and the model may have changed between them
-    model = opened(setup)
+    open_model.cache_clear()  # one process may run several studies, and the model may change between them
+    model = open_model(setup)
     keys = keys_of_run(setup, model, on_event)
     exam = _exam(setup, keys)
-    jobs = [_job(model, point, keys, exam) for point in points]
+    settings_to_measure = [_pending_setting(model, point, keys, exam) for point in points]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
         records.begin(exam)
-        before = records.all()
+        measured_before = records.all()
         for note in records.damaged:
             on_event(Event("note", 0, 0, note))
-        todo = _different(job for job in jobs if job.id not in before)
-        laps = {"plan": time.monotonic() - begun}
-        used: dict[str, float] = {}
+        pending_settings = _distinct(setting for setting in settings_to_measure if setting.id not in measured_before)
+        step_seconds = {"plan": time.monotonic() - started}
+        cpu_by_process: dict[str, float] = {}
         if setup.sequential:
-            made = sum(len(job.units) for job in todo)
+            quantized = sum(len(setting.units) for setting in pending_settings)
         else:
-            made = _quantize(setup, todo, keys, pool, on_event, laps, used)
-        _score(setup, todo, exam, keys, pool, on_event, records, laps, used)
-        after = records.all()
+            quantized = _quantize(setup, pending_settings, keys, pool, on_event, step_seconds, cpu_by_process)
+        _score(setup, pending_settings, exam, keys, pool, on_event, records, step_seconds, cpu_by_process)
+        all_settings = records.all()
     _require_unchanged(model, keys)
-    spent = Spent.since((begun, cpu), None)
-    used[spent.process] = spent.cpu_seconds  # this process, with what it did itself
-    write_text(setup.folder / f"{setup.table}.csv", as_csv(list(after.values())))
-    found = tuple(replace(after[job.id], about=_about(setup, job.point)) for job in jobs)
-    named = [unit.key for job in jobs for unit in job.units]
-    return Outcome(found, len(todo), made, len(set(named)), len(named), laps, sum(used.values()), setup.sequential)
+    own_result = TaskResult.since((started, cpu_started), None)
+    cpu_by_process[own_result.process] = own_result.cpu_seconds  # this process, including its own work
+    write_text(setup.folder / f"{setup.table}.csv", as_csv(list(all_settings.values())))
+    settings = tuple(
+        replace(all_settings[setting.id], about=_about(setup, setting.point)) for setting in settings_to_measure
+    )
+    unit_keys = [unit.key for setting in settings_to_measure for unit in setting.units]
+    return Outcome(
+        settings,
+        len(pending_settings),
+        quantized,
+        len(set(unit_keys)),
+        len(unit_keys),
+        step_seconds,
+        sum(cpu_by_process.values()),
+        setup.sequential,
+    )
 
 
-def keys_of_run(setup: Setup, model: Opened, on_event: Listener) -> Keys:
-    """What units and settings are named by; a picture that is both calibrated on and scored on is a DataError."""
+def keys_of_run(setup: Setup, model: StudyModel, on_event: Listener) -> Keys:
+    """Digests that identify units and settings. Raises DataError if calibration and exam share a picture."""
     model.checkpoint.start_hashing()
-    exam, training = exam_samples(setup), training_samples(model.recipe, setup.places)
+    exam_samples_by_task, training = exam_samples(setup), training_samples(model.recipe, setup.places)
     if setup.split != "train":
-        data.check_disjoint(data.traces(training), [sample for samples in exam.values() for sample in samples])
+        data.check_disjoint(
+            data.traces(training), [sample for samples in exam_samples_by_task.values() for sample in samples]
+        )
     processor = load_processor(model.checkpoint.folder)
     return keys_of(
         model.checkpoint,
         model.device,
         calibration_digest(model.recipe, processor, model.family, training),
-        exam_digest(processor, model.family, exam),
+        exam_digest(processor, model.family, exam_samples_by_task),
         on_event,
     )
 
 
 def _exam(setup: Setup, keys: Keys) -> str:
-    """What two scores must have in common to stand in one table.
+    """Digest of everything that comparable scores have in common.
 
-    That is the model, what it was calibrated on and which version of each method did that, beside the samples and how
-    they are scored.
+    These are the model, its calibration data, the version of each method, the samples and the way of scoring.
     """
     how = [setup.how, setup.sequential, setup.split]
     return digest([keys.exam, how, keys.model, keys.calibration, method_versions(METHODS)])[:32]
 
 
-def _require_unchanged(model: Opened, keys: Keys) -> None:
-    """CheckpointError when the model changed since its digest was taken."""
+def _require_unchanged(model: StudyModel, keys: Keys) -> None:
+    """Raise CheckpointError if the model changed since its digest was computed."""
     if digest(of_source(model.checkpoint)) != keys.source:
         raise CheckpointError(f"{model.checkpoint.origin} changed while the study ran", CHANGED)
 
 
-def _job(model: Opened, point: Point, keys: Keys, exam: str) -> PendingSetting:
+def _pending_setting(model: StudyModel, point: Point, keys: Keys, exam: str) -> PendingSetting:
     plan = model.plan(point.rules)
     units = units_of(plan, keys.model, keys.calibration) if point.rules else ()
     name = digest([exam, sorted(unit.key for unit in units)])[:32]
@@ -130,75 +152,91 @@ def _job(model: Opened, point: Point, keys: Keys, exam: str) -> PendingSetting:
 
 def _quantize(
     setup: Setup,
-    jobs: Sequence[PendingSetting],
+    settings: Sequence[PendingSetting],
     keys: Keys,
     pool: WorkerPool,
     on_event: Listener,
-    laps: dict[str, float],
-    used: dict[str, float],
+    step_seconds: dict[str, float],
+    cpu_by_process: dict[str, float],
 ) -> int:
-    """Make the units that some setting lacks, in parcels that each walk one component once."""
+    """Quantize the missing units, grouped so that each task passes through one component once; returns their number.
+
+    step_seconds, cpu_by_process: updated in place.
+    """
     store = store_of(setup)
-    missing = {unit.key: unit for job in jobs for unit in job.units if not store.has(unit)}
+    missing = {unit.key: unit for setting in settings for unit in setting.units if not store.has(unit)}
     parcels: dict[tuple[str, str, int | str], list[StudyUnit]] = {}
     for unit in missing.values():
         rule = unit.rows[0].rule
         assert rule is not None
         parcels.setdefault((unit.component, rule.method, rule.bits), []).append(unit)
     tasks = [(setup, tuple(units), keys) for units in sorted(parcels.values(), key=len, reverse=True)]
-    begun, done = time.monotonic(), 0
-    for number, spent in pool(make_units, tasks):
-        done += len(tasks[number][1])
-        used[spent.process] = spent.process_seconds
-        on_event(Event("study units", done, len(missing), "", left(begun, done, len(missing))))
-    laps["quantize"] = time.monotonic() - begun
+    started, finished_units = time.monotonic(), 0
+    for index, task_result in pool(make_units, tasks):
+        finished_units += len(tasks[index][1])
+        cpu_by_process[task_result.process] = task_result.process_seconds
+        on_event(
+            Event("study units", finished_units, len(missing), "", remaining(started, finished_units, len(missing)))
+        )
+    step_seconds["quantize"] = time.monotonic() - started
     return len(missing)
 
 
 def _score(
     setup: Setup,
-    jobs: Sequence[PendingSetting],
+    settings: Sequence[PendingSetting],
     exam: str,
     keys: Keys,
     pool: WorkerPool,
     on_event: Listener,
     records: Records,
-    laps: dict[str, float],
-    used: dict[str, float],
+    step_seconds: dict[str, float],
+    cpu_by_process: dict[str, float],
 ) -> None:
-    """Score the settings that were never scored; each is kept at once."""
-    begun = time.monotonic()
-    tasks: list[tuple[Setup, tuple[Rule, ...], str, Keys]] = [(setup, job.point.rules, job.id, keys) for job in jobs]
-    for done, (number, spent) in enumerate(pool(score_point, tasks), 1):
-        job, took = jobs[number], _checked(spent)
-        about = _about(setup, job.point)
-        for note in took.notes:
-            on_event(Event("note", done, len(jobs), note))
+    """Score settings and record each one immediately. step_seconds, cpu_by_process: updated in place."""
+    started = time.monotonic()
+    tasks: list[tuple[Setup, tuple[Rule, ...], str, Keys]] = [
+        (setup, setting.point.rules, setting.id, keys) for setting in settings
+    ]
+    for done, (index, result) in enumerate(pool(score_point, tasks), 1):
+        setting, task_result = settings[index], _as_task_result(result)
+        about = _about(setup, setting.point)
+        for note in task_result.notes:
+            on_event(Event("note", done, len(settings), note))
         records.add(
-            Measured(job.id, exam, about, job.bytes, job.bits_per_weight, took.seconds, took.cpu_seconds, took.result)
+            ScoredSetting(
+                setting.id,
+                exam,
+                about,
+                setting.bytes,
+                setting.bits_per_weight,
+                task_result.seconds,
+                task_result.cpu_seconds,
+                task_result.result,
+            )
         )
-        used[took.process] = took.process_seconds
-        on_event(Event("study points", done, len(jobs), "", left(begun, done, len(jobs))))
-    laps["score"] = time.monotonic() - begun
+        cpu_by_process[task_result.process] = task_result.process_seconds
+        on_event(Event("study points", done, len(settings), "", remaining(started, done, len(settings))))
+    step_seconds["score"] = time.monotonic() - started
 
 
-def _different(jobs: Iterable[PendingSetting]) -> list[PendingSetting]:
-    """Jobs that are not the same work under another name; the first name stays (`all` comes before `front+middle`)."""
-    found: dict[str, PendingSetting] = {}
-    for job in jobs:
-        found.setdefault(job.id, job)
-    return list(found.values())
+def _distinct(settings: Iterable[PendingSetting]) -> list[PendingSetting]:
+    """One setting per id, the first one, so that `all` comes before an equal `front+middle`."""
+    first_of_each_id: dict[str, PendingSetting] = {}
+    for setting in settings:
+        first_of_each_id.setdefault(setting.id, setting)
+    return list(first_of_each_id.values())
 
 
 def _about(setup: Setup, point: Point) -> dict[str, str | int]:
     return {**dict(point.about), "sequential": int(setup.sequential)}
 
 
-def _checked(spent: Any) -> Spent:
-    assert isinstance(spent, Spent)
-    return spent
+def _as_task_result(result: Any) -> TaskResult:
+    assert isinstance(result, TaskResult)
+    return result
 
 
-def left(begun: float, done: int, total: int) -> dict[str, float]:
-    """Seconds that are left when the rest goes as the part that is done."""
-    return {"left": (time.monotonic() - begun) / max(done, 1) * (total - done)}
+def remaining(started: float, done: int, total: int) -> dict[str, float]:
+    """`left`: estimated remaining seconds at the mean speed so far."""
+    return {"left": (time.monotonic() - started) / max(done, 1) * (total - done)}

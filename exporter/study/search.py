@@ -1,4 +1,4 @@
-"""The whole allocation on one page: sensitivities, the front, the choice, and its proof by real tasks."""
+"""`mmq allocate` from start to end: measure sensitivities, compute the front, choose an allocation, and confirm it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,23 +13,23 @@ from exporter.study import propose
 from exporter.study.allocate import POINTS, Allocation, Slot, front, need_solver, rules_of, solve
 from exporter.study.grid import Point
 from exporter.study.pool import WorkerPool
-from exporter.study.propose import Confirmed
-from exporter.study.records import Measured
+from exporter.study.propose import MeasuredRecipe
+from exporter.study.records import ScoredSetting
 from exporter.study.run import run
-from exporter.study.sensitivity import TABLE, Per, measure, on_training, rules, table, without_extras
-from exporter.study.work import Opened, Setup, exam_samples, opened
+from exporter.study.sensitivity import TABLE, Granularity, measure, on_training, rules, table, without_extras
+from exporter.study.work import Setup, StudyModel, exam_samples, open_model
 
-FRONT_SAMPLES = 4  # choices are scored on so many times the samples that sensitivities are measured on
-TRIES = 4  # choices that are confirmed one after the other until one loses no more than is allowed
+FRONT_SAMPLES = 4  # the front is scored on this multiple of the samples for sensitivities
+TRIES = 4  # largest number of allocations to confirm until one is within --max-drop
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: a size or a drop (a share of the full score), and what may be chosen from.
+    """Constraint of an allocation, a size in bytes or a drop as a share of the full score, and its search space.
 
-    names: components, all that can be packed when empty. plain: only kernels of a plain engine; unserved: also schemes
-    that no engine runs. against: recipes to compare with. samples: of each task, for the proof. points: sizes of
-    the front.
+    names: components, empty for all that can be packed. plain: only kernels of a plain vLLM. unserved: also schemes
+    that no engine runs. against: recipes to compare with. samples: test samples per task. points: number of budgets
+    of the front.
     """
 
     max_size: int | None
@@ -38,7 +38,7 @@ class Request:
     groups: tuple[GroupSize, ...]
     method: str
     symmetric: bool
-    per: Per
+    per: Granularity
     names: tuple[str, ...] = ()
     plain: bool = False
     unserved: bool = False
@@ -49,56 +49,61 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One choice or recipe scored without generating, on samples that neither calibration nor the proof uses.
+class Candidate:
+    """An allocation or recipe, scored without generation on the validation split.
 
-    predicted: the sum of divergences, None for hand-written recipes. change: share of the full model's score.
+    predicted: sum of the slots' divergences, None for hand-written recipes. change: relative change of the score.
     """
 
     name: str
-    measured: Measured
+    measured: ScoredSetting
     predicted: float | None
     change: float
 
     def row(self) -> dict[str, Any]:
-        """For tables, pictures and `--json`."""
-        one = self.measured
-        plain = {"name": self.name, "bytes": one.bytes, "bits_per_weight": one.bits_per_weight, "change": self.change}
-        return {**plain, "score": one.scores["score"], "kl": one.scores["kl"], "predicted_kl": self.predicted}
+        """JSON-compatible data."""
+        setting = self.measured
+        fields = {
+            "name": self.name,
+            "bytes": setting.bytes,
+            "bits_per_weight": setting.bits_per_weight,
+            "change": self.change,
+        }
+        return {**fields, "score": setting.scores["score"], "kl": setting.scores["kl"], "predicted_kl": self.predicted}
 
 
 @dataclass(frozen=True)
 class AllocationResult:
-    """The recipe with its evidence, and everything it rests on.
+    """The recipe with its evidence, and the measurements behind it.
 
-    sensitivity: place -> scheme -> divergence. front: choices by size. winner: the one that was taken; together: its
-    divergence where the single ones were measured, so that their sum can be judged.
-    confirmed: its real tasks; against: those of the recipes it was compared with. warnings: why the choice is no
-    success: it loses more than it may, or than CLOSE where nothing was asked.
+    sensitivity: slot -> scheme -> KL per token. front: allocations by size. winner: the chosen one. together: its KL
+    per token on the samples of the sensitivities, to compare with their sum. hand_written: recipes of --against on the
+    validation split. confirmed, against: results on real tasks of the winner and of these recipes.
+    warnings: the loss exceeds --max-drop, or CLOSE without --max-drop.
     """
 
     recipe: Recipe
     sensitivity: dict[str, dict[str, float]]
-    front: tuple[Tried, ...]
-    winner: Tried
+    front: tuple[Candidate, ...]
+    winner: Candidate
     together: float
-    written: tuple[Tried, ...]
-    confirmed: Confirmed | None
-    against: tuple[Confirmed, ...]
+    hand_written: tuple[Candidate, ...]
+    confirmed: MeasuredRecipe | None
+    against: tuple[MeasuredRecipe, ...]
     seconds: dict[str, float]
     cpu_seconds: float
     warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """JSON-compatible data."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "warnings": list(self.warnings),
             "winner": self.winner.row() | {"together_kl": self.together},
             "confirmed": self.confirmed.row() if self.confirmed else None,
-            "against": [one.row() for one in self.against],
-            "front": [one.row() for one in self.front],
-            "written": [one.row() for one in self.written],
+            "against": [item.row() for item in self.against],
+            "front": [item.row() for item in self.front],
+            "written": [item.row() for item in self.hand_written],
             "sensitivity": self.sensitivity,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -108,136 +113,159 @@ class AllocationResult:
 def allocate(
     setup: Setup, request: Request, pool: WorkerPool, on_event: Listener, prove: bool = True
 ) -> AllocationResult:
-    """Choose bits, and measure the choice. PlanError when nothing is small enough, or nothing loses little enough."""
+    """Choose bits, measure the choice and build the recipe.
+
+    Raises PlanError if no allocation is within the size, or none is within the drop.
+    """
     need_solver()  # before anything is measured
-    model = opened(setup)
-    _require_less(model, request)
-    form = model.recipe.format
-    schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, form)
-    schemes = without_extras(schemes, form) if request.plain else schemes
-    written = [(name, propose.comparable(name, model.recipe)) for name in request.against]
-    places, full, measured = measure(setup, request.per, request.names, schemes, pool, on_event)
-    choices = [choice for choice in front(places, full, request.points) if choice.bytes < full]
+    model = open_model(setup)
+    _require_smaller_size(model, request)
+    format_name = model.recipe.format
+    schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, format_name)
+    schemes = without_extras(schemes, format_name) if request.plain else schemes
+    hand_written = [(name, propose.comparable(name, model.recipe)) for name in request.against]
+    slots, full_bytes, measured = measure(setup, request.per, request.names, schemes, pool, on_event)
+    allocations = [
+        allocation for allocation in front(slots, full_bytes, request.points) if allocation.bytes < full_bytes
+    ]
     if request.max_size is not None:
-        choices.append(solve(places, full, request.max_size))
-    tried, hand = score_choices(setup, places, choices, written, pool, on_event)
-    recipes = [_recipe(setup, request, places, choice) for choice in choices]
-    winner, confirmed = _choose(setup, request, tried, recipes, on_event, prove)
-    recipe = recipes[tried.index(winner)]
-    together = _together(setup, recipe, pool, on_event)
+        allocations.append(solve(slots, full_bytes, request.max_size))
+    candidates, hand_written_candidates = score_choices(setup, slots, allocations, hand_written, pool, on_event)
+    recipes = [_recipe(setup, request, slots, allocation) for allocation in allocations]
+    winner, confirmed = _choose(setup, request, candidates, recipes, on_event, prove)
+    recipe = recipes[candidates.index(winner)]
+    together = _divergence_together(setup, recipe, pool, on_event)
     recipe = propose.with_evidence(recipe, confirmed, winner.predicted or 0.0, together, request.max_drop)
-    rivals = [_confirm(setup, other, request.samples, on_event) for _, other in written if prove]
+    compared = [_confirm(setup, other, request.samples, on_event) for _, other in hand_written if prove]
     return AllocationResult(
         recipe=recipe,
-        sensitivity=table(measured.found[1:]),
-        front=tuple(sorted(tried, key=lambda one: one.measured.bytes)),
+        sensitivity=table(measured.settings[1:]),
+        front=tuple(sorted(candidates, key=lambda candidate: candidate.measured.bytes)),
         winner=winner,
         together=together,
-        written=hand,
+        hand_written=hand_written_candidates,
         confirmed=confirmed,
-        against=tuple(rivals),
+        against=tuple(compared),
         seconds=dict(measured.seconds),
         cpu_seconds=measured.cpu_seconds,
         warnings=_warnings(winner, confirmed, request.max_drop),
     )
 
 
-def _require_less(model: Opened, request: Request) -> None:
-    """RecipeError when the size leaves nothing to choose: the whole model is that small already."""
+def _require_smaller_size(model: StudyModel, request: Request) -> None:
+    """Raise RecipeError if the model in 16 bits is already within the size."""
     full = model.plan(()).bytes_after
     if request.max_size is not None and request.max_size >= full:
         raise RecipeError(
-            f"the choice keeps everything at 16 bits: that takes {full:,} bytes, and {request.max_size:,} are allowed",
-            f"give a --max-size below {full:,}, or --max-drop",
+            f"the model in 16 bits has {full:,} bytes, which --max-size {request.max_size:,} already allows",
+            f"pass --max-size below {full:,}, or --max-drop",
         )
 
 
-def _warnings(winner: Tried, confirmed: Confirmed | None, max_drop: float | None) -> tuple[str, ...]:
-    """What must not look like success: a loss beyond what is allowed, or beyond CLOSE where no limit was given."""
-    change, on = (confirmed.worst, "real tasks") if confirmed else (winner.change, "the validation split")
+def _warnings(winner: Candidate, confirmed: MeasuredRecipe | None, max_drop: float | None) -> tuple[str, ...]:
+    """A warning if the loss exceeds `max_drop`, or CLOSE without `max_drop`."""
+    change, data_name = (confirmed.worst, "real tasks") if confirmed else (winner.change, "the validation split")
     allowed = propose.CLOSE if max_drop is None else max_drop
-    if change >= -allowed:  # false of NaN
+    if change >= -allowed:  # False for NaN
         return ()
-    return (f"this choice loses {-change:.1%} on {on}, more than {allowed:.1%}: allow a larger size, or more --bits",)
+    loss = f"the allocation loses {-change:.1%} on {data_name}, more than {allowed:.1%}"
+    return (f"{loss}: allow a larger size, or more --bits",)
 
 
-def _together(setup: Setup, recipe: Recipe, pool: WorkerPool, on_event: Listener) -> float:
-    """The divergence of a whole choice on the samples that single ones were measured on."""
+def _divergence_together(setup: Setup, recipe: Recipe, pool: WorkerPool, on_event: Listener) -> float:
+    """KL per token of the whole allocation on the samples of the sensitivities."""
     point = Point(recipe.quantize, (("place", "together"), ("scheme", "chosen")))
-    return run(on_training(setup), [point], pool, on_event).found[0].scores["kl"]
+    return run(on_training(setup), [point], pool, on_event).settings[0].scores["kl"]
 
 
-def _recipe(setup: Setup, request: Request, places: Sequence[Slot], choice: Allocation) -> Recipe:
-    """A choice as a recipe, with gates on the tasks that the data has."""
-    allowed = propose.CLOSE if request.max_drop is None else request.max_drop
-    return propose.recipe_of(opened(setup).recipe, request.name, places, choice, list(exam_samples(setup)), allowed)
+def _recipe(setup: Setup, request: Request, slots: Sequence[Slot], allocation: Allocation) -> Recipe:
+    """An allocation as a recipe, with gates on the tasks of the data."""
+    max_drop = propose.CLOSE if request.max_drop is None else request.max_drop
+    return propose.recipe_of(
+        open_model(setup).recipe, request.name, slots, allocation, list(exam_samples(setup)), max_drop
+    )
 
 
 def _choose(
     setup: Setup,
     request: Request,
-    tried: Sequence[Tried],
+    candidates: Sequence[Candidate],
     recipes: Sequence[Recipe],
     on_event: Listener,
     prove: bool,
-) -> tuple[Tried, Confirmed | None]:
-    """The choice that is taken; with `prove`, the first one whose real tasks keep to the limit."""
-    for one in _candidates(request, tried):
+) -> tuple[Candidate, MeasuredRecipe | None]:
+    """The candidate to use; with `prove`, the first one whose loss on real tasks is within the limit.
+
+    Raises PlanError if no candidate is.
+    """
+    for candidate in _candidates(request, candidates):
         if not prove:
-            return one, None
-        found = _confirm(setup, recipes[tried.index(one)], request.samples, on_event)
-        if request.max_drop is None or found.worst >= -request.max_drop:
-            return one, found
-        on_event(Event("note", 0, 0, f"{one.name}: {-found.worst:.1%} lost on real tasks; a larger one is tried"))
+            return candidate, None
+        confirmed = _confirm(setup, recipes[candidates.index(candidate)], request.samples, on_event)
+        if request.max_drop is None or confirmed.worst >= -request.max_drop:
+            return candidate, confirmed
+        loss = f"{candidate.name}: {-confirmed.worst:.1%} lost on real tasks"
+        on_event(Event("note", 0, 0, f"{loss}; the next candidate is a larger one"))
     raise PlanError(
-        f"none of the choices that were tried loses at most {request.max_drop or 0:.1%} on real tasks",
-        "allow more by --max-drop, or measure on more --eval-samples: small drops need many",
+        f"every measured allocation loses more than {request.max_drop or 0:.1%} on real tasks",
+        "raise --max-drop, or raise --eval-samples: small drops need many samples",
     )
 
 
 def score_choices(
     setup: Setup,
-    places: Sequence[Slot],
-    choices: Sequence[Allocation],
-    written: Sequence[tuple[str, Recipe]],
+    slots: Sequence[Slot],
+    allocations: Sequence[Allocation],
+    hand_written: Sequence[tuple[str, Recipe]],
     pool: WorkerPool,
     on_event: Listener,
-) -> tuple[list[Tried], tuple[Tried, ...]]:
-    """All choices and recipes on the validation split; the full model's score is what changes are shares of.
+) -> tuple[list[Candidate], tuple[Candidate, ...]]:
+    """Score all allocations and hand-written recipes on the validation split, relative to the full-precision model.
 
-    Inputs rounded to 8 bits are left out here; the proof has them.
+    This omits the rounding of activations to 8 bits, which only the export measures.
     """
-    rules = [(), *(rules_of(places, choice.options) for choice in choices), *(recipe.quantize for _, recipe in written)]
-    names = ["full", *(f"choice {i + 1}" for i in range(len(choices))), *(name for name, _ in written)]
+    rules = [
+        (),
+        *(rules_of(slots, allocation.options) for allocation in allocations),
+        *(recipe.quantize for _, recipe in hand_written),
+    ]
+    names = ["full", *(f"choice {i + 1}" for i in range(len(allocations))), *(name for name, _ in hand_written)]
     points = [
-        Point(tuple(rule.model_copy(update={"activations": None}) for rule in found), (("name", name),))
-        for name, found in zip(names, rules, strict=True)
+        Point(tuple(rule.model_copy(update={"activations": None}) for rule in setting_rules), (("name", name),))
+        for name, setting_rules in zip(names, rules, strict=True)
     ]
-    wide = replace(setup, split="validation", table=f"{TABLE}-front", samples=FRONT_SAMPLES * setup.samples)
-    outcome = run(wide, points, pool, on_event)
-    full = outcome.found[0].scores["score"]
-    predicted = [None, *(choice.cost for choice in choices), *(None for _ in written)]
-    tried = [
-        Tried(name, one, cost, one.scores["score"] / max(full, 1e-12) - 1)
-        for name, one, cost in zip(names, outcome.found, predicted, strict=True)
+    setup_of_front = replace(setup, split="validation", table=f"{TABLE}-front", samples=FRONT_SAMPLES * setup.samples)
+    outcome = run(setup_of_front, points, pool, on_event)
+    full = outcome.settings[0].scores["score"]
+    predicted = [None, *(allocation.cost for allocation in allocations), *(None for _ in hand_written)]
+    candidates = [
+        Candidate(name, setting, cost, setting.scores["score"] / max(full, 1e-12) - 1)
+        for name, setting, cost in zip(names, outcome.settings, predicted, strict=True)
     ]
-    return tried[1 : 1 + len(choices)], tuple(tried[1 + len(choices) :])
+    return candidates[1 : 1 + len(allocations)], tuple(candidates[1 + len(allocations) :])
 
 
-def _candidates(request: Request, tried: Sequence[Tried]) -> list[Tried]:
-    """The choice for the size; for a drop, the smallest ones that seem to keep to it (PlanError when none does)."""
+def _candidates(request: Request, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates to confirm: the one for --max-size, or the smallest ones within --max-drop on the validation split.
+
+    Raises PlanError if none is within --max-drop.
+    """
     if request.max_drop is None:
-        return [tried[-1]]
-    by_size = sorted((one for one in tried if one.predicted is not None), key=lambda one: one.measured.bytes)
-    good = [i for i, one in enumerate(by_size) if one.change >= -request.max_drop]
-    if not good:
+        return [candidates[-1]]
+    by_size = sorted(
+        (candidate for candidate in candidates if candidate.predicted is not None),
+        key=lambda candidate: candidate.measured.bytes,
+    )
+    allowed_indices = [i for i, candidate in enumerate(by_size) if candidate.change >= -request.max_drop]
+    if not allowed_indices:
         raise PlanError(
-            f"no choice of these schemes loses at most {request.max_drop:.1%}", "allow more by --max-drop, or more bits"
+            f"every allocation of these schemes loses more than {request.max_drop:.1%}",
+            "raise --max-drop, or allow more bits",
         )
-    return by_size[good[0] : good[0] + TRIES]
+    return by_size[allowed_indices[0] : allowed_indices[0] + TRIES]
 
 
-def _confirm(setup: Setup, recipe: Recipe, samples: int, on_event: Listener) -> Confirmed:
+def _confirm(setup: Setup, recipe: Recipe, samples: int, on_event: Listener) -> MeasuredRecipe:
     sources: tuple[data.SourceSpec, ...] = setup.places
-    device = opened(setup).device
+    device = open_model(setup).device
     return propose.confirm(recipe, setup.folder / "confirmed", device, sources, samples, on_event)

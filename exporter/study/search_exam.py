@@ -1,8 +1,8 @@
-"""What a setting of a retrieval model is scored by: recall at 1, and how far its scores are from the full model's.
+"""Scores of a setting of a retrieval model: recall at 1, and the divergence from the full-precision model.
 
-Ranks are those that `mmq evaluate` finds: contrast chooses candidates, matching orders them. The divergence reads each
-query's scores of the full model's candidates as log-odds, so that they make a distribution over what may be found, and
-moves long before ranks change.
+Ranks are those of `mmq evaluate`: contrastive scores select candidates, matching scores order them. For the divergence,
+the softmax of each query's matching scores is a distribution over the full-precision model's candidates. The divergence
+grows before ranks change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,84 +27,93 @@ from exporter.inference.row_store import RowStore
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Pool, Sample
 
-SHOWN = ("r1", "text_r1", "image_r1")  # the first one is the score
-LOWEST = -1e4  # stands for scores that are no finite numbers
+SHOWN = ("r1", "text_r1", "image_r1")  # metrics of the exam; the first one is the score
+LOWEST = -1e4  # replaces scores that are not finite
 
-Wanted = tuple[Tensor, Tensor, list[int]]  # pictures and texts of pairs, and how many of them each query has
+CandidatePairs = tuple[Tensor, Tensor, list[int]]  # picture indices, text indices, number of pairs of each query
 
 
 @dataclass
 class Search:
-    """Samples of one pool. truth: for each picture the full model's candidates and their scores, float32 `[pairs]`."""
+    """The exam of retrieval on the samples of one pool.
+
+    truth: per picture, the full-precision model's candidates and their scores, f32 `[pairs]`.
+    """
 
     processor: Any
     samples: Sequence[Sample]
     batch: int
-    truth: list[tuple[Wanted, Tensor]] = field(default_factory=list)
+    truth: list[tuple[CandidatePairs, Tensor]] = field(default_factory=list)
 
     @property
     def pool(self) -> Pool:
-        """What is searched."""
+        """The pool of pictures and texts to search."""
         pool = self.samples[0].among
         assert pool is not None
         return pool
 
     @cached_property
     def pixels(self) -> RowStore:
-        """The pictures as the model takes them, drawn once."""
-        drawn = RowStore(len(self.pool.samples))
+        """Preprocessed pictures of the pool, computed once."""
+        rows = RowStore(len(self.pool.samples))
         for start in range(0, len(self.pool.samples), self.batch):
-            drawn.append(pixels_of(self.processor, self.pool.samples[start : start + self.batch]))
-        return drawn
+            rows.append(pixels_of(self.processor, self.pool.samples[start : start + self.batch]))
+        return rows
 
     @torch.inference_mode()
     def learn(self, model: Any, device: torch.device) -> None:
-        """Keep the candidates of `model`, the full one, with their scores."""
+        """Store the candidates of `model`, the full-precision one, and their scores, as the reference of `kl`."""
         self.truth = []
         searched = self._search(model, device)
         for numbers in self._pieces():
-            wanted = [candidates(self.pool, searched, number) for number in numbers]
-            self.truth += list(zip(wanted, self._scored(model, searched, wanted, device), strict=True))
+            pairs_by_query = [candidates(self.pool, searched, number) for number in numbers]
+            self.truth += list(zip(pairs_by_query, self._scored(model, searched, pairs_by_query, device), strict=True))
 
     @torch.inference_mode()
     def grade(self, model: Any, device: torch.device) -> dict[str, float]:
-        """`r1` (the mean of both ways), `text_r1`, `image_r1`, and `kl` once the full model's scores are known."""
+        """`r1` (mean of both directions), `text_r1`, `image_r1`, and `kl` after `learn`."""
         searched = self._search(model, device)
         answers: list[str] = []
-        lost: list[float] = []
+        divergences: list[float] = []
         for start, numbers in zip(range(0, len(self.samples), PIECE), self._pieces(), strict=True):
-            wanted = [candidates(self.pool, searched, number) for number in numbers]
-            known = self.truth[start : start + PIECE]
-            scores = self._scored(model, searched, [*wanted, *(pairs for pairs, _ in known)], device)
-            answers += [format_ranks(searched, n, w, s) for n, w, s in zip(numbers, wanted, scores, strict=False)]
-            rest = zip(known, scores[len(wanted) :], strict=True)
-            lost += [divergence(truth, found, pairs[2]) for (pairs, truth), found in rest]
+            pairs_by_query = [candidates(self.pool, searched, number) for number in numbers]
+            references = self.truth[start : start + PIECE]
+            scores = self._scored(model, searched, [*pairs_by_query, *(pairs for pairs, _ in references)], device)
+            answers += [
+                format_ranks(searched, number, pairs_of_query, scores_of_query)
+                for number, pairs_of_query, scores_of_query in zip(numbers, pairs_by_query, scores, strict=False)
+            ]
+            scored_references = zip(references, scores[len(pairs_by_query) :], strict=True)
+            divergences += [divergence(reference, values, pairs[2]) for (pairs, reference), values in scored_references]
         means = {name: sum(v) / len(v) for name, v in retrieval.score(answers, self.samples).items() if name in SHOWN}
-        return means | ({"kl": sum(lost) / len(lost)} if lost else {})
+        return means | ({"kl": sum(divergences) / len(divergences)} if divergences else {})
 
     def _search(self, model: Any, device: torch.device) -> EncodedPool:
         return encode_pool(model, self.processor, self.pool, device, BatchSize(self.batch), self.pixels)
 
     def _pieces(self) -> Iterator[list[int]]:
-        """Places in the pool, a few pictures at a time."""
+        """Indices of the samples in the pool, in groups of PIECE pictures."""
         places = {sample.identity: number for number, sample in enumerate(self.pool.samples)}
         numbers = [places[sample.identity] for sample in self.samples]
         return (numbers[start : start + PIECE] for start in range(0, len(numbers), PIECE))
 
     def _scored(
-        self, model: Any, searched: EncodedPool, wanted: Sequence[Wanted], device: torch.device
+        self, model: Any, searched: EncodedPool, pairs_by_query: Sequence[CandidatePairs], device: torch.device
     ) -> list[Tensor]:
-        pairs = torch.cat([one[0] for one in wanted]), torch.cat([one[1] for one in wanted])
+        pairs = (
+            torch.cat([pairs_of_query[0] for pairs_of_query in pairs_by_query]),
+            torch.cat([pairs_of_query[1] for pairs_of_query in pairs_by_query]),
+        )
         scores = score_pairs(model, searched, pairs, device, BatchSize(self.batch))
-        return list(scores.split([len(one[0]) for one in wanted]))
+        return list(scores.split([len(pairs_of_query[0]) for pairs_of_query in pairs_by_query]))
 
 
-def divergence(truth: Tensor, found: Tensor, counts: Sequence[int]) -> float:
-    """KL(truth || found), the mean over queries; both are float32 `[pairs]`, `counts` of them for each query."""
+def divergence(truth: Tensor, other: Tensor, counts: Sequence[int]) -> float:
+    """Mean over queries of KL(truth || other); both are f32 `[pairs]`. counts: number of pairs of each query."""
 
     def logs(scores: Tensor) -> list[Tensor]:
         finite = torch.where(scores.isfinite(), scores, LOWEST)
         return [part.log_softmax(0) for part in finite.split(list(counts))]
 
-    pairs = zip(logs(truth), logs(found), strict=True)
+    pairs = zip(logs(truth), logs(other), strict=True)
     return sum(float((t.exp() * (t - f)).sum()) for t, f in pairs) / len(counts)

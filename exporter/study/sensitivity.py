@@ -1,4 +1,4 @@
-"""What every scheme costs at every place, all the rest being kept: the divergence of the model's predictions."""
+"""Sensitivities: divergence of the model's predictions with one slot quantized by one scheme, all else in 16 bits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,19 +17,22 @@ from exporter.planning.vllm_kernels import serving_kernels
 from exporter.study.allocate import Option, Slot
 from exporter.study.grid import Point
 from exporter.study.pool import WorkerPool
-from exporter.study.records import Measured
+from exporter.study.records import ScoredSetting
 from exporter.study.run import Outcome, run
-from exporter.study.work import Opened, Setup, opened
+from exporter.study.work import Setup, StudyModel, open_model
 
-Per = Literal["role", "block", "component"]
+Granularity = Literal["role", "block", "component"]
 TABLE = "allocate"
 
 
 def rules(
     bits: Sequence[int], groups: Sequence[GroupSize], method: str, symmetric: bool, unserved: bool, format_name: str
 ) -> list[dict[str, Any]]:
-    """What places may choose from, besides being kept: rules without a place. unserved: also what no engine runs."""
-    found: list[dict[str, Any]] = []
+    """Schemes to choose from, as rule fields without component, blocks and role. unserved: also unservable schemes.
+
+    Raises PlanError for invalid values, or if no scheme remains.
+    """
+    schemes: list[dict[str, Any]] = []
     for width in sorted(set(bits) - {16}):
         for group in groups:
             rule: dict[str, Any] = {"bits": width, "group_size": group, "method": method, "symmetric": symmetric}
@@ -37,35 +40,44 @@ def rules(
                 Rule(component="any", **rule)
             except ValidationError as error:
                 first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
-                raise PlanError(f"{where}: {first['msg']}", "see --bits, --groups and --method of --help") from None
+                key = ".".join(str(part) for part in first["loc"])
+                raise PlanError(
+                    f"{key}: {first['msg']}", "see --bits, --groups and --method in `mmq allocate --help`"
+                ) from None
             kernels = serving_kernels(Scheme(width, group, symmetric), format_name)
             if unserved or kernels.cuda or kernels.cpu:
-                found.append(rule)
-    if not found:
-        raise PlanError("no scheme is left to choose from", "name other --bits or --groups, or allow --unserved")
-    return found
+                schemes.append(rule)
+    if not schemes:
+        raise PlanError(
+            "no scheme of these options can be served", "choose other --bits or --groups, or pass --unserved"
+        )
+    return schemes
 
 
-def without_extras(found: Sequence[dict[str, Any]], format_name: str) -> list[dict[str, Any]]:
-    """Those schemes whose kernels a plain installation of the engine has."""
+def without_extras(schemes: Sequence[dict[str, Any]], format_name: str) -> list[dict[str, Any]]:
+    """The schemes whose kernels vLLM runs without further packages."""
 
-    def plain(rule: dict[str, Any]) -> bool:
+    def is_plain(rule: dict[str, Any]) -> bool:
         kernels = serving_kernels(Scheme(rule["bits"], rule["group_size"], rule["symmetric"]), format_name)
         return not kernels.requirement()
 
-    return [rule for rule in found if plain(rule)]
+    return [rule for rule in schemes if is_plain(rule)]
 
 
-def spots(model: Opened, per: Per, names: Sequence[str]) -> Iterator[tuple[Component, int | None, str | None]]:
-    """Component, block and role of every place; components that the engine cannot load packed are left alone.
+def iterate_slots(
+    model: StudyModel, per: Granularity, names: Sequence[str]
+) -> Iterator[tuple[Component, int | None, str | None]]:
+    """Component, block and role of every slot; omits components that vLLM cannot load packed.
 
-    Linears that the engine fuses have one role, so they share their place.
+    Linears that vLLM fuses have one role, so they share a slot. Raises PlanError for an unknown component.
     """
-    known = [component.name for component in model.family.components]
+    component_names = [component.name for component in model.family.components]
     for name in names:
-        if name not in known:
-            raise PlanError(f"no component '{name}'", f"family {model.family.name} has {', '.join(known)}")
+        if name not in component_names:
+            raise PlanError(
+                f"no component '{name}'",
+                f"the components of family {model.family.name} are {', '.join(component_names)}",
+            )
     for component in model.family.components:
         usable = component.formats is None or model.recipe.format in component.formats
         if component.unpackable or not usable or (names and component.name not in names):
@@ -81,53 +93,57 @@ def spots(model: Opened, per: Per, names: Sequence[str]) -> Iterator[tuple[Compo
 
 
 def on_training(setup: Setup) -> Setup:
-    """The setup that sensitivities are measured by: on the training split, in a table of its own."""
+    """The setup for sensitivities: the training split, and a separate table."""
     return replace(setup, split="train", table=TABLE)
 
 
 def measure(
     setup: Setup,
-    per: Per,
+    per: Granularity,
     names: Sequence[str],
     schemes: Sequence[dict[str, Any]],
     pool: WorkerPool,
     on_event: Listener,
 ) -> tuple[list[Slot], int, Outcome]:
-    """Every place with its options, the full size, and what measuring took. It scores on the training split."""
-    model = opened(setup)
-    found = list(spots(model, per, names))
-    points, owners = [Point((), (("place", "full"), ("scheme", "16")))], [-1]
-    for number, (component, block, role) in enumerate(found):
+    """Measure the sensitivities on the training split.
+
+    Returns every slot with its options, the size of the model in 16 bits (bytes), and the outcome of the run.
+    """
+    model = open_model(setup)
+    slot_keys = list(iterate_slots(model, per, names))
+    settings, slot_indices = [Point((), (("place", "full"), ("scheme", "16")))], [-1]
+    for slot_index, (component, block, role) in enumerate(slot_keys):
         for scheme in schemes:
-            span = None if block is None else f"{block}:{block + 1}"
+            block_range = None if block is None else f"{block}:{block + 1}"
             method = scheme["method"]
             if component.without_data and METHODS[method].Statistics is not None:
                 method = "rtn"
-            rule = Rule(component=component.name, blocks=span, role=role, **{**scheme, "method": method})
+            rule = Rule(component=component.name, blocks=block_range, role=role, **{**scheme, "method": method})
             if _fits(model, component, block, role, rule):
-                points.append(Point((rule,), _about(component, block, role, rule)))
-                owners.append(number)
-    outcome = run(on_training(setup), points, pool, on_event)
-    full = outcome.found[0].bytes
-    options: list[list[Option]] = [[Option(None, 0, 0.0)] for _ in found]
-    for owner, point, measured in list(zip(owners, points, outcome.found, strict=True))[1:]:
-        options[owner].append(Option(point.rules[0], full - measured.bytes, measured.scores["kl"]))
-    places = [
-        Slot(component.name, block, role, _undominated(options[i])) for i, (component, block, role) in enumerate(found)
+                settings.append(Point((rule,), _about(component, block, role, rule)))
+                slot_indices.append(slot_index)
+    outcome = run(on_training(setup), settings, pool, on_event)
+    full = outcome.settings[0].bytes
+    options: list[list[Option]] = [[Option(None, 0, 0.0)] for _ in slot_keys]
+    for index, point, setting in list(zip(slot_indices, settings, outcome.settings, strict=True))[1:]:
+        options[index].append(Option(point.rules[0], full - setting.bytes, setting.scores["kl"]))
+    slots = [
+        Slot(component.name, block, role, _undominated(options[i]))
+        for i, (component, block, role) in enumerate(slot_keys)
     ]
-    return places, full, outcome
+    return slots, full, outcome
 
 
 def _about(component: Component, block: int | None, role: str | None, rule: Rule) -> tuple[tuple[str, str | int], ...]:
     scheme = rule.scheme()
     assert scheme is not None
-    where = component.name + (f" {block}" if block is not None and "{i}" in component.blocks else "")
-    where += f" {role}" if role else ""
-    return (("place", where), ("scheme", scheme.label()), ("method", rule.method), ("bits", rule.bits))
+    label = component.name + (f" {block}" if block is not None and "{i}" in component.blocks else "")
+    label += f" {role}" if role else ""
+    return (("place", label), ("scheme", scheme.label()), ("method", rule.method), ("bits", rule.bits))
 
 
-def _fits(model: Opened, component: Component, block: int | None, role: str | None, rule: Rule) -> bool:
-    """Whether the format can store this scheme in every linear of the place."""
+def _fits(model: StudyModel, component: Component, block: int | None, role: str | None, rule: Rule) -> bool:
+    """Whether the format can store the rule's scheme in every linear of the slot."""
     scheme = rule.scheme()
     assert scheme is not None
     blocks = range(component.used(model.checkpoint.config)) if block is None else [block]
@@ -141,17 +157,17 @@ def _fits(model: Opened, component: Component, block: int | None, role: str | No
 
 
 def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Options that save most for what they cost: one that saves no more than a cheaper one is never chosen."""
-    kept: list[Option] = []
+    """Options without dominated ones, by cost: each saves more bytes than all cheaper ones."""
+    undominated: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost, -o.saved)):
-        if not kept or option.saved > kept[-1].saved:
-            kept.append(option)
-    return tuple(kept)
+        if not undominated or option.saved > undominated[-1].saved:
+            undominated.append(option)
+    return tuple(undominated)
 
 
-def table(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
-    """Place -> scheme -> divergence, as measured."""
-    places: dict[str, dict[str, float]] = {}
-    for one in found:
-        places.setdefault(str(one.about["place"]), {})[str(one.about["scheme"])] = one.scores["kl"]
-    return places
+def table(settings: Sequence[ScoredSetting]) -> dict[str, dict[str, float]]:
+    """Slot -> scheme -> KL per token."""
+    kl_by_slot: dict[str, dict[str, float]] = {}
+    for setting in settings:
+        kl_by_slot.setdefault(str(setting.about["place"]), {})[str(setting.about["scheme"])] = setting.scores["kl"]
+    return kl_by_slot

@@ -1,4 +1,4 @@
-"""The tensors of one setting of a study, block by block: no more than one block of them is in memory."""
+"""The changed tensors of a setting, read block by block with at most one block in memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,7 +9,7 @@ from exporter.quantization.workdir import UnitResult
 
 
 class Setting:
-    """What units change in a model. read: the finished unit; called again whenever its block is needed."""
+    """The tensors that a setting's units replace. read: reads a finished unit; called each time its block is needed."""
 
     def __init__(self, units: Sequence[Unit], read: Callable[[Unit], UnitResult]) -> None:
         self._read = read
@@ -20,34 +20,34 @@ class Setting:
 
     @property
     def blocks(self) -> list[str]:
-        """Checkpoint prefixes of the blocks that it changes."""
+        """Checkpoint prefixes of the changed blocks."""
         return list(self._units)
 
     def changes(self, block: str) -> dict[str, Tensor]:
-        """Checkpoint name -> the tensor that a runtime sees, for everything that changes in one of `blocks`."""
+        """Checkpoint name -> dequantized tensor, for all changed tensors of `block`, one of `blocks`."""
         if self._last[0] != block:
-            self._last = ("", {})  # before the next one is read
+            self._last = ("", {})  # free the memory of the last block before reading the next
             self._last = (block, changes(self._read(unit) for unit in self._units[block]))
         return self._last[1]
 
     def tensor(self, name: str) -> Tensor | None:
-        """One tensor by its checkpoint name; None when it does not change."""
+        """A changed tensor by its checkpoint name; None for an unchanged one."""
         block = name
         while block and block not in self._units:
             block = block.rpartition(".")[0]
         return self.changes(block).get(name) if block else None
 
     def forget(self) -> None:
-        """Let the block go that was asked for last."""
+        """Free the memory of the last block."""
         self._last = ("", {})
 
 
 def changes(results: Iterable[UnitResult]) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor that a runtime sees, for everything that units of one block change."""
-    found: dict[str, Tensor] = {}
+    """Checkpoint name -> dequantized tensor, for all tensors that units of one block change."""
+    tensors: dict[str, Tensor] = {}
     for result in results:
-        found |= {f"{module}.weight": linear.as_served() for module, linear in result.linears.items()}
-        both = found.keys() & result.altered.keys()
-        assert not both, f"two units change {sorted(both)}"
-        found |= result.altered
-    return found
+        tensors |= {f"{module}.weight": linear.as_served() for module, linear in result.linears.items()}
+        duplicates = tensors.keys() & result.altered.keys()
+        assert not duplicates, f"two units change {sorted(duplicates)}"
+        tensors |= result.altered
+    return tensors

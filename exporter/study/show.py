@@ -1,4 +1,4 @@
-"""What a study found, as tables."""
+"""Tables of a study's results for the terminal: importance, and the settings of a grid."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from rich.table import Table
 
 from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
-from exporter.study.records import Measured, columns
+from exporter.study.records import ScoredSetting, columns
 from exporter.study.run import Outcome
 
-WAYS = ("method", "group_size", "zero_points", "blocks", "role")  # columns that are shown when they vary
-WIDEST = 1000  # characters that a table may take
+VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
+WIDEST = 1000  # largest width of a table, in characters
 
 
-class Whole:
-    """A table as wide as it is: a narrow screen breaks its lines, instead of cutting its columns."""
+class UncutTable:
+    """A table at its full width: a narrow terminal wraps its lines instead of truncating its columns."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -24,24 +24,26 @@ class Whole:
         yield from console.render(self._table, options.update(max_width=WIDEST))
 
 
-def importance_page(found: Importance) -> Group:
-    """Shares and marginal drops, with a sentence on how to read each."""
-    head = f"{found.metric}, {found.full_score:.4g} with the most bits; {found.shares.rows} settings"
-    notes = [f"note: {text}" for text in found.notes]
-    parts: list[Whole | str] = [head, *notes]
-    parts.append(_shares(found.shares, "percent of what decides the score, in this whole grid"))
-    region = "; ".join(f"{name} {_numbers(bits)}" for name, bits in found.usable.items())
+def importance_page(result: Importance) -> Group:
+    """Shares and marginal drops, each with a title that explains it."""
+    head = f"{result.metric}, {result.full_score:.4g} with the most bits; {result.shares.rows} settings"
+    notes = [f"note: {text}" for text in result.notes]
+    parts: list[UncutTable | str] = [head, *notes]
+    parts.append(_shares(result.shares, "importance for the score in percent, whole grid"))
+    region = "; ".join(f"{name} {_bits_text(bits)}" for name, bits in result.usable.items())
     parts.append(f"\nusable bits: {region}")
-    if found.inside:
-        parts.append(_shares(found.inside, f"the same among the {found.inside.rows} settings in that region"))
-    return Group(*parts, "", _drops(found))
+    if result.inside:
+        parts.append(
+            _shares(result.inside, f"importance among the {result.inside.rows} settings with usable bits only")
+        )
+    return Group(*parts, "", _drops(result))
 
 
-def _numbers(bits: tuple[float, ...]) -> str:
+def _bits_text(bits: tuple[float, ...]) -> str:
     return ", ".join(f"{b:g}" for b in bits) or "none"
 
 
-def _shares(shares: Shares, title: str) -> Whole:
+def _shares(shares: Shares, title: str) -> UncutTable:
     r2 = f"R2: forest {shares.r2_forest:.2f}, line {shares.r2_linear:.2f}"
     table = Table(
         "component",
@@ -54,87 +56,92 @@ def _shares(shares: Shares, title: str) -> Whole:
         box=None,
     )
     for name in shares.consensus:
-        ways = (shares.consensus, shares.forest, shares.permutation, shares.shap)
-        table.add_row(name, *(f"{way[name]:.1f}" for way in ways))
-    return Whole(table)
+        methods = (shares.consensus, shares.forest, shares.permutation, shares.shap)
+        table.add_row(name, *(f"{shares_of_method[name]:.1f}" for shares_of_method in methods))
+    return UncutTable(table)
 
 
-def _drops(found: Importance) -> Whole:
-    title = "what bits cost there: mean share of the full score, others the same (standard error)"
-    widths = sorted({drop.bits for drops in found.marginal.values() for drop in drops})
+def _drops(result: Importance) -> UncutTable:
+    title = "loss per bit width among usable bits: mean share of the full score, others equal (standard error)"
+    widths = sorted({drop.bits for drops in result.marginal.values() for drop in drops})
     table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left", box=None)
-    for name, drops in found.marginal.items():
-        known = {drop.bits: f"{drop.drop:+z.1%} ({drop.error:.1%})" for drop in drops}
-        table.add_row(name, *(known.get(bits, "") for bits in widths))
-    return Whole(table)
+    for name, drops in result.marginal.items():
+        cells = {drop.bits: f"{drop.drop:+z.1%} ({drop.error:.1%})" for drop in drops}
+        table.add_row(name, *(cells.get(bits, "") for bits in widths))
+    return UncutTable(table)
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """The settings of a grid with their scores, and what it took."""
+    """The settings of a grid with their scores, and the cost of the run, as JSON-compatible data."""
     return {
-        "points": [found.row() for found in outcome.found],
+        "points": [setting.row() for setting in outcome.settings],
         "scored": outcome.scored,
-        "units_made": outcome.made,
+        "units_made": outcome.quantized,
         "units": outcome.units,
-        "units_named": outcome.named,
+        "units_named": outcome.used_units,
         "seconds": dict(outcome.seconds),
         "cpu_seconds": outcome.cpu_seconds,
     }
 
 
 def outcome_page(outcome: Outcome) -> Group:
-    """A row for each setting, smallest first, those on the Pareto front marked."""
-    best = front(outcome.found)
-    bits = [name for name in columns_of(outcome.found) if name.endswith("_bits") and _varies(outcome.found, name)]
-    others = [name for name in WAYS if _varies(outcome.found, name)]
-    scores = [name for name in outcome.found[0].scores if not name.endswith((" nll", " kl"))] if outcome.found else []
+    """Table with one row per setting, smallest first, with a mark on the Pareto front."""
+    front_ids = front(outcome.settings)
+    bits = [name for name in columns_of(outcome.settings) if name.endswith("_bits") and _varies(outcome.settings, name)]
+    other_columns = [name for name in VARYING_COLUMNS if _varies(outcome.settings, name)]
+    scores = (
+        [name for name in outcome.settings[0].scores if not name.endswith((" nll", " kl"))] if outcome.settings else []
+    )
     table = Table("", box=None)
-    for name in (*map(_short, bits), *others, "size", "bits/w", *map(_short, scores)):
-        table.add_column(name, justify="left" if name in others else "right")
-    for found in sorted(outcome.found, key=lambda one: one.bytes):
-        cells = [str(found.about[name]) for name in (*bits, *others)]
-        values = [f"{found.scores[name]:z.4f}" for name in scores]
-        mark = "*" if found.id in best else ""
-        table.add_row(mark, *cells, size(found.bytes), f"{found.bits_per_weight:.2f}", *values)
-    return Group(Whole(table), "* nothing smaller or as small scores as much", _took(outcome))
+    for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores)):
+        table.add_column(name, justify="left" if name in other_columns else "right")
+    for setting in sorted(outcome.settings, key=lambda measured: measured.bytes):
+        cells = [str(setting.about[name]) for name in (*bits, *other_columns)]
+        values = [f"{setting.scores[name]:z.4f}" for name in scores]
+        mark = "*" if setting.id in front_ids else ""
+        table.add_row(mark, *cells, size(setting.bytes), f"{setting.bits_per_weight:.2f}", *values)
+    return Group(
+        UncutTable(table), "* on the Pareto front: no setting of at most this size scores higher", _cost_text(outcome)
+    )
 
 
-def _short(name: str) -> str:
-    """A column's name in a narrow table."""
+def _short_name(name: str) -> str:
+    """Short name of a column."""
     return name.removesuffix("_bits").removesuffix(" exact")
 
 
-def columns_of(found: tuple[Measured, ...]) -> list[str]:
-    """What settings are described by."""
-    return columns([one.about for one in found])
+def columns_of(settings: tuple[ScoredSetting, ...]) -> list[str]:
+    """Names of the columns that describe settings."""
+    return columns([setting.about for setting in settings])
 
 
-def _varies(found: tuple[Measured, ...], name: str) -> bool:
-    return len({one.about.get(name) for one in found} - {"none"}) > 1
+def _varies(settings: tuple[ScoredSetting, ...], name: str) -> bool:
+    return len({setting.about.get(name) for setting in settings} - {"none"}) > 1
 
 
-def _took(outcome: Outcome) -> str:
-    """What was computed, what was reused, and the time of both."""
-    count = len(outcome.found)
+def _cost_text(outcome: Outcome) -> str:
+    """Number of computed and reused settings and units, and the time."""
+    count = len(outcome.settings)
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in outcome.seconds.items())
-    lines = [f"{count} settings, {outcome.scored} scored now; {steps}; {outcome.cpu_seconds:.0f} CPU seconds"]
+    lines = [f"{count} settings, {outcome.scored} scored in this run; {steps}; {outcome.cpu_seconds:.0f} CPU seconds"]
     if outcome.sequential:
-        lines.append(f"each is quantized by itself, as an export does it: {outcome.made} units, none shared")
+        lines.append(f"each setting is quantized alone, as an export does: {outcome.quantized} units, none shared")
     else:
         lines.append(
-            f"they name {outcome.named} units, {outcome.units} of them different; {outcome.made} quantized now"
+            f"they use {outcome.used_units} units, {outcome.units} of them distinct; "
+            f"{outcome.quantized} quantized in this run"
         )
     if outcome.scored:
-        spent = sum(outcome.seconds.values()) / outcome.scored
-        lines.append(f"{spent:.1f} s for each setting that was scored now")
+        seconds_per_setting = sum(outcome.seconds.values()) / outcome.scored
+        lines.append(f"{seconds_per_setting:.1f} s per setting scored in this run")
     return "\n".join(lines)
 
 
-def front(found: tuple[Measured, ...], score: str = "score") -> set[str]:
-    """Ids of the settings that no other one of at most their size beats."""
-    best, most = set(), float("-inf")
-    for one in sorted(found, key=lambda one: (one.bytes, -one.scores[score])):
-        if one.scores[score] > most:
-            best.add(one.id)
-            most = one.scores[score]
-    return best
+def front(settings: tuple[ScoredSetting, ...], score: str = "score") -> set[str]:
+    """Ids of the settings on the Pareto front of score over bytes."""
+    front_ids, best_score = set(), float("-inf")
+    for setting in sorted(settings, key=lambda setting: (setting.bytes, -setting.scores[score])):
+        if setting.scores[score] > best_score:
+            front_ids.add(setting.id)
+            best_score = setting.scores[score]
+    return front_ids

@@ -1,7 +1,7 @@
-"""Scores by bits: a CSV file, or the table of a study, as arrays.
+"""Table of scores over bits as arrays, read from a CSV file or a study's folder.
 
-A column `COMPONENT_bits` holds bits; the others hold scores and sizes. The paper's own files call the components `vit`
-and `llm`.
+A column `COMPONENT_bits` holds bits; the other columns hold scores and sizes. The files of arXiv 2601.15287 name the
+components `vit` and `llm`.
 """
 
 import csv
@@ -26,10 +26,10 @@ KINDS = (
     "blocks",
     "role",
     "exam",
-)  # what changes a score besides bits
-LOSSES = ("kl", "nll")  # last words of scores of which less is better
+)  # columns besides bits that affect a score
+LOSSES = ("kl", "nll")  # last words of scores whose lower values are better
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
-# What is taken as the score when the user names none: the first of these that the file has, in any case.
+# Default column of the score: the first of these that the file has, compared without case.
 SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
 ALL_BLOCKS = "all"
 
@@ -38,9 +38,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Table:
-    """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and what the columns are called.
+    """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and the names of the columns.
 
-    notes: what the reader of figures made from it should know.
+    notes: limits of figures that are computed from the table.
     """
 
     components: tuple[str, ...]
@@ -50,30 +50,31 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def where(self, rows: NDArray[np.bool_]) -> "Table":
-        """Some of the rows, bool `[rows]`."""
+        """The table of the selected rows. rows: bool `[rows]`."""
         return Table(self.components, self.bits[rows], self.scores[rows], self.metric, self.notes)
 
     def full_score(self) -> float:
-        """Mean score where every component has its most bits; the best score when there is no such row."""
+        """Mean score of rows with the largest bits of every component; the best score if there is no such row."""
         top = (self.bits == self.bits.max(0)).all(1)
         return float(self.scores[top].mean() if top.any() else self.scores.max())
 
 
 def read_table(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
-    """A study's folder or SQLite file, or a CSV file; see `read_csv`."""
+    """Read the table of a study's folder, a SQLite file or a CSV file; the arguments are those of `read_csv`."""
     if path.is_dir() or path.suffix == ".sqlite":
-        asked = {condition.partition("=")[0] for condition in conditions}
+        condition_columns = {condition.partition("=")[0] for condition in conditions}
         rows = [
-            found.row() for found in comparable(read_records(path), parts=bool(asked & {"blocks", "roles", "role"}))
+            setting.row()
+            for setting in comparable(read_records(path), parts=bool(condition_columns & {"blocks", "roles", "role"}))
         ]
-        return from_rows(_fitting(rows, columns(rows), conditions, path), columns(rows), score, str(path))
+        return from_rows(_matching_rows(rows, columns(rows), conditions, path), columns(rows), score, str(path))
     return read_csv(path, score, conditions)
 
 
 def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
-    """A CSV file with a header line. score: its column; conditions: `COLUMN=VALUE`, rows that do not fit are left out.
+    """Read a CSV file with a header line. score: column of the score. conditions: `COLUMN=VALUE`, to select rows.
 
-    DataError when the file, a column or a number is missing.
+    Raises DataError if the file, a column or a number is missing.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -82,85 +83,85 @@ def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = (
     reader = csv.DictReader(io.StringIO(text))
     names = list(reader.fieldnames or ())
     rows = [row for row in reader if any(row.values())]
-    return from_rows(_fitting(rows, names, conditions, path), names, score, str(path))
+    return from_rows(_matching_rows(rows, names, conditions, path), names, score, str(path))
 
 
-def _fitting(
-    rows: Sequence[dict[str, Any]], names: Sequence[str], conditions: Sequence[str], where: Path
+def _matching_rows(
+    rows: Sequence[dict[str, Any]], names: Sequence[str], conditions: Sequence[str], source: Path
 ) -> list[dict[str, Any]]:
-    """The rows that every `COLUMN=VALUE` fits; the full model, whose method is `none`, is always among them."""
-    wanted = [condition.partition("=")[::2] for condition in conditions]
-    for name, _ in wanted:
-        _known(name, names, where)
-    for name, value in wanted:
-        there = list(dict.fromkeys(str(row.get(name)) for row in rows))
-        if value not in there:
-            raise DataError(f"{where} has no row with {name}={value}", f"there are {', '.join(there[:8])}")
-    return [row for row in rows if all(str(row.get(name)) in (value, "none") for name, value in wanted)]
+    """The rows that match every `COLUMN=VALUE`, and always the full-precision model, whose method is `none`."""
+    required = [condition.partition("=")[::2] for condition in conditions]
+    for name, _ in required:
+        _require_column(name, names, source)
+    for name, value in required:
+        values = list(dict.fromkeys(str(row.get(name)) for row in rows))
+        if value not in values:
+            raise DataError(f"{source} has no row with {name}={value}", f"the values are {', '.join(values[:8])}")
+    return [row for row in rows if all(str(row.get(name)) in (value, "none") for name, value in required)]
 
 
-def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str | None, where: str) -> Table:
-    """Rows as dictionaries to a table; values may be texts."""
+def from_rows(rows: Sequence[dict[str, Any]], names: Sequence[str], score: str | None, source: str) -> Table:
+    """A table from rows as dicts; values may be strings. Raises DataError as `read_csv` does."""
     bits = [name for name in names if name.endswith(SUFFIX)]
     if not bits or not rows:
         raise DataError(
-            f"{where} has no {'column COMPONENT_bits' if not bits else 'rows'}",
+            f"{source} has no {'column COMPONENT_bits' if not bits else 'rows'}",
             "expected a header like vision_bits,language_bits,score and a row for each measured setting",
         )
-    metric = score or _usual_score(names, where)
-    _known(metric, names, where)
+    metric = score or _default_score(names, source)
+    _require_column(metric, names, source)
     require_gain(metric)
     problems: list[str] = []
     values = [[_number(row, name, i, problems) for name in (*bits, metric)] for i, row in enumerate(rows)]
     if problems:
-        raise DataError(f"{where}: " + "; ".join(problems[:5]), "every row needs its bits and its score as numbers")
-    bare = [name.removesuffix(SUFFIX) for name in bits]
+        raise DataError(f"{source}: " + "; ".join(problems[:5]), "every row needs numbers for its bits and its score")
+    component_names = [name.removesuffix(SUFFIX) for name in bits]
     array = np.array(values, dtype=np.float64)
-    components = tuple(ALIASES.get(name, name) for name in bare)
-    found = Table(components, array[:, :-1], array[:, -1], metric, _mixed(rows))
-    if not found.full_score() > 0:
-        raise DataError(f"{where}: the full model's {metric} is {found.full_score():g}", "shares of it say nothing")
-    return _varying(found, where)
+    components = tuple(ALIASES.get(name, name) for name in component_names)
+    table = Table(components, array[:, :-1], array[:, -1], metric, _mixing_notes(rows))
+    if not table.full_score() > 0:
+        raise DataError(f"{source}: the full-precision {metric} is {table.full_score():g}", "it must be positive")
+    return _without_constant_components(table, source)
 
 
 def require_gain(metric: str) -> None:
-    """DataError for a score of which less is better: losses and shares are counted from the best."""
+    """Raise DataError for a score whose lower values are better, because shares of the score need the opposite."""
     if metric.split()[-1:] and metric.split()[-1].lower() in LOSSES:
-        raise DataError(f"of {metric} less is better", "choose a score of which more is better")
+        raise DataError(f"lower values of {metric} are better", "choose a score whose higher values are better")
 
 
-def _mixed(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """A note on each column besides bits whose values differ; the full model's do not count."""
+def _mixing_notes(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """A note per column of KINDS with several values, without those of the full-precision model."""
     notes = []
     for name in KINDS:
         values = [str(v) for v in dict.fromkeys(row.get(name) for row in rows) if v not in (None, "", "none", "fp16")]
         if len(values) > 1:
-            one = f"--where {name}={values[0]}"
-            notes.append(f"settings of {name} {', '.join(values[:4])} are mixed: {one} takes one of them")
+            option = f"--where {name}={values[0]}"
+            notes.append(f"settings of {name} {', '.join(values[:4])} are mixed: {option} selects one of them")
     return tuple(notes)
 
 
-def _varying(table: Table, where: str) -> Table:
-    """Without components whose bits never change: nothing can be said of them."""
+def _without_constant_components(table: Table, source: str) -> Table:
+    """The table without components whose bits are constant. Raises DataError if all are constant."""
     changes = np.ptp(table.bits, 0) > 0
     if not changes.any():
-        raise DataError(f"{where}: the bits of no component change", "measure more settings first")
-    names = tuple(name for name, kept in zip(table.components, changes, strict=True) if kept)
+        raise DataError(f"{source}: the bits of no component change", "measure more settings first")
+    names = tuple(name for name, varies in zip(table.components, changes, strict=True) if varies)
     return Table(names, table.bits[:, changes], table.scores, table.metric, table.notes)
 
 
-def _usual_score(names: Sequence[str], where: str) -> str:
+def _default_score(names: Sequence[str], source: str) -> str:
     lower = {name.lower(): name for name in reversed(names)}
     for name in SCORES:
         if name in lower:
             return lower[name]
     others = ", ".join(name for name in names if not name.endswith(SUFFIX))
-    raise DataError(f"{where}: which column is the score?", f"name it by --score: {others}")
+    raise DataError(f"{source} has no known column of a score", f"choose one with --score: {others}")
 
 
-def _known(name: str, names: Sequence[str], where: object) -> None:
+def _require_column(name: str, names: Sequence[str], source: object) -> None:
     if name not in names:
-        raise DataError(f"{where} has no column '{name}'.{did_you_mean(name, names)}", ", ".join(names))
+        raise DataError(f"{source} has no column '{name}'.{did_you_mean(name, names)}", ", ".join(names))
 
 
 def _number(row: dict[str, Any], name: str, index: int, problems: list[str]) -> float:

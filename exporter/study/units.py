@@ -1,9 +1,9 @@
-"""Units of a study: one role of one block by one rule, named by everything that decides its numbers.
+"""Units of a study (one role of one block, quantized by one rule), their keys, their store, and their quantization.
 
-A setting of the whole model is a set of such units, so settings share them: seven widths of two components make 49
-settings and 14 sets of units. What makes this possible is an approximation. Every unit is calibrated on the inputs that
-the full-precision model gives its block, while an export calibrates each block on the quantized blocks before it, so
-that GPTQ can make up for their errors. `mmq study --sequential` quantizes every setting as an export does.
+A setting of the whole model is a set of units, and settings share units: seven bit widths of two components give 49
+settings from 14 sets of units. Sharing needs an approximation: every unit is calibrated on its block's inputs in the
+full-precision model. An export calibrates each block on the outputs of the quantized blocks before it, so that GPTQ can
+compensate their errors. `mmq study --sequential` quantizes every setting as an export does.
 """
 
 import json
@@ -28,75 +28,75 @@ from exporter.quantization.block_io import BlockIO
 from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import UnitResult, Workdir
 
-VERSION = 1  # raise it when this file changes the numbers
+VERSION = 1  # increment it when a change of this file changes the numbers
 
 
 @dataclass(frozen=True)
 class StudyUnit(Unit):
-    """One role of one block by one rule; its file is named by `key`."""
+    """One role of one block with one rule. key: digest of everything that determines its numbers."""
 
     key: str
 
     @property
     def file(self) -> str:
-        """Name of its file among the study's units."""
+        """Name of the unit's file in the store."""
         return f"{self.key}.safetensors"
 
 
 def units_of(plan: Plan, source: str, calibration: str) -> tuple[StudyUnit, ...]:
-    """The plan's work as units that other plans may share.
+    """The plan's units, which other plans can share.
 
-    source: digest of the model and of what computes (`Keys.model`). calibration: digest of the calibration data; units
-    of methods that do not read it do not depend on it.
+    source: digest of model and machine (`Keys.model`). calibration: digest of the calibration data; it enters the keys
+    only of methods that use the data.
     """
-    found = []
+    study_units = []
     for unit in plan.units:
         component = plan.family.component(unit.component)
         groups: dict[tuple[str, str], list[PlanRow]] = {}
         for row in unit.rows:
             assert row.rule is not None
-            bare = row.rule.model_copy(update={"blocks": None, "role": None, "store": "packed"})
+            bare_rule = row.rule.model_copy(update={"blocks": None, "role": None, "store": "packed"})
             role = component.roles[row.linear]
-            groups.setdefault((role, bare.model_dump_json()), []).append(replace(row, rule=bare))
+            groups.setdefault((role, bare_rule.model_dump_json()), []).append(replace(row, rule=bare_rule))
         for (_, rule), rows in groups.items():
             method = METHODS[rows[0].rule.method]  # type: ignore[union-attr]  # set just above
-            decides: dict[str, Any] = {
+            key_fields: dict[str, Any] = {
                 "source": source,
                 "linears": [row.module for row in rows],
                 "rule": json.loads(rule),
                 "versions": [VERSION, calibrate.VERSION, method.VERSION],
                 "calibration": calibration if method.Statistics is not None else None,
             }
-            found.append(StudyUnit(0, unit.component, unit.block, tuple(rows), digest(decides)[:32]))
-    return tuple(found)
+            study_units.append(StudyUnit(0, unit.component, unit.block, tuple(rows), digest(key_fields)[:32]))
+    return tuple(study_units)
 
 
 class UnitStore:
-    """A folder of finished units; a file that is there was written whole."""
+    """A folder of finished units; files are written atomically."""
 
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
         self._workdir = Workdir(folder, "study")
 
     def has(self, unit: StudyUnit) -> bool:
-        """Whether it is quantized already."""
+        """Whether the unit is quantized already."""
         return (self._workdir.path / unit.file).exists()
 
     def write(self, unit: StudyUnit, result: UnitResult) -> None:
-        """Keep a finished unit."""
+        """Store a finished unit."""
         self._workdir.commit(unit, result)
 
     def remove(self, unit: StudyUnit) -> None:
-        """Delete a unit, so that it is made again."""
+        """Delete a unit, so that it is quantized again."""
         (self._workdir.path / unit.file).unlink(missing_ok=True)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
-        """A finished unit, its tensors on `device` (WorkdirError when its file is damaged)."""
+        """Read a finished unit, with its tensors on `device`. Raises WorkdirError if its file is damaged."""
         return self._workdir.read(unit, device)
 
     @property
     def workdir(self) -> Workdir:
-        """The folder as the calibration's code knows it."""
+        """The folder as a Workdir, for calibration."""
         return self._workdir
 
 
@@ -104,26 +104,26 @@ def quantize(
     plan: Plan,
     checkpoint: Checkpoint,
     store: UnitStore,
-    wanted: Sequence[StudyUnit],
+    units: Sequence[StudyUnit],
     batches: Callable[[], Sequence[Batch]],
     device: Device,
 ) -> int:
-    """Make the units that are not there yet; how many were made.
+    """Quantize the units that the store lacks; returns their number.
 
-    plan: any plan for this checkpoint (its family, recipe and memory are used). batches: the calibration data, asked
-    for once some unit needs it.
+    plan: any plan of this checkpoint, for its family, recipe and memory. batches: returns the calibration data; called
+    only if a unit needs it.
     """
-    missing = [unit for unit in wanted if not store.has(unit)]
+    missing = [unit for unit in units if not store.has(unit)]
     with ThreadPoolExecutor(2) as pool:
         io = BlockIO(replace(plan, units=()), checkpoint, store.workdir, device, ignore, pool)
         for component in plan.family.components:
-            mine = [unit for unit in missing if unit.component == component.name]
-            inputs = batches() if any(unit.needs_statistics for unit in mine) else ()
-            for block in calibrate.walk(io, component, mine, inputs, sequential=False):
+            component_units = [unit for unit in missing if unit.component == component.name]
+            inputs = batches() if any(unit.needs_statistics for unit in component_units) else ()
+            for block in calibrate.walk(io, component, component_units, inputs, sequential=False):
                 assert isinstance(block.unit, StudyUnit)
                 folding, result = Folding.start(block), block.quantize()
                 if folding:
                     result = folding.best(result, block.quantize() if folding.fold(result) else None)
                 store.write(block.unit, result)
-                del folding, result  # a copy of the block; its codes are being written
+                del folding, result  # free the copy of the block while its codes are written
     return len(missing)

@@ -1,4 +1,4 @@
-"""What a worker of a study does: make units, and score settings. It opens model and data once and keeps them."""
+"""Tasks of a study's workers: quantize units and score settings, with the model and data open between tasks."""
 
 import os
 import platform
@@ -37,17 +37,17 @@ from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 
-CHANGED = "let whatever writes to it finish, then run the same command again"
+CHANGED = "wait until other programs stop writing to it, then run the same command again"
 How = Literal["forced", "generated"]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a worker needs to begin; plain data, so that it travels.
+    """Model, data and options of a study; plain data, so that it can be sent to workers.
 
-    recipe: JSON of the recipe whose model, data and format are used (its rules are not). places: data instead of the
-    recipe's. split, samples: what is scored on, of each task. how: `forced` scores by one pass over references,
-    `generated` by the tasks' own metrics on answers. table: name of the files that results are kept in.
+    recipe: JSON of a recipe, for its model, data and format; its rules are ignored. places: data sources, instead of
+    the recipe's. split, samples: split of the exam, and samples per task. how: `forced` scores references in one
+    forward pass, `generated` scores answers by the tasks' metrics. table: base name of the files of results.
     """
 
     folder: Path
@@ -63,8 +63,8 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A setup's model, with headers read and nothing else."""
+class StudyModel:
+    """A setup's model, with only the headers of its files read."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -72,18 +72,18 @@ class Opened:
     device: Device
 
     def plan(self, rules: Sequence[Rule]) -> Plan:
-        """The plan of a setting (PlanError when it does not fit); no rules: everything is kept."""
-        kept = (Rule(component=self.family.components[0].name, bits=16),)
-        recipe = self.recipe.model_copy(update={"quantize": tuple(rules) or kept})
+        """The plan of a setting; without rules, everything stays in 16 bits. Raises PlanError if it does not fit."""
+        full_precision_rules = (Rule(component=self.family.components[0].name, bits=16),)
+        recipe = self.recipe.model_copy(update={"quantize": tuple(rules) or full_precision_rules})
         return make_plan(recipe, self.checkpoint, self.family, self.device)
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a task took: wall and processor seconds, and its result.
+class TaskResult:
+    """Result of a task, and its wall and processor seconds.
 
-    process, process_seconds: who did it, and the processor seconds of that process since it began.
-    notes: what the user should read.
+    process: host and id of the worker process. process_seconds: its processor seconds since its start.
+    notes: messages for the user.
     """
 
     seconds: float
@@ -94,46 +94,50 @@ class Spent:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def since(cls, start: tuple[float, float], result: Any, notes: Sequence[str] = ()) -> "Spent":
-        """What was spent since `start`, a wall time and a processor time."""
-        cpu = time.process_time()
-        who = f"{platform.node()}:{os.getpid()}"
-        return cls(time.monotonic() - start[0], cpu - start[1], who, cpu, result, tuple(notes))
+    def since(cls, start: tuple[float, float], result: Any, notes: Sequence[str] = ()) -> "TaskResult":
+        """The result with the seconds since `start`, a pair of wall time and processor time."""
+        cpu_seconds = time.process_time()
+        process = f"{platform.node()}:{os.getpid()}"
+        return cls(time.monotonic() - start[0], cpu_seconds - start[1], process, cpu_seconds, result, tuple(notes))
 
 
 @lru_cache(maxsize=2)
-def opened(setup: Setup, source: str = "") -> Opened:
-    """The model of a setup. source: `Keys.source`, so that a process that stays opens a changed model again."""
+def open_model(setup: Setup, source: str = "") -> StudyModel:
+    """Open the model of a setup. source: `Keys.source`, so that a persistent process reopens a changed model."""
     recipe = with_suitable_data(Recipe.model_validate_json(setup.recipe))
     checkpoint, family = open_source(
         recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype, adapter=recipe.model.adapter
     )
     check_libraries(checkpoint, family)
-    return Opened(recipe, checkpoint, family, choose(setup.device))
+    return StudyModel(recipe, checkpoint, family, choose(setup.device))
 
 
 def store_of(setup: Setup) -> UnitStore:
-    """Where the setup's units are."""
+    """The store of the setup's units."""
     return UnitStore(setup.folder / "units")
 
 
 def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
-    """What settings are scored on, by task: every task of the family that the data has."""
-    model = opened(setup)
-    chosen = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
-    able = [task for task in model.family.tasks if any(task in place.tasks for place in chosen)]
-    if not able:
-        tasks = " or ".join(model.family.tasks)
+    """Samples of the exam by task, for every task of the family that the data has.
+
+    Raises DataError if the data has none of them.
+    """
+    model = open_model(setup)
+    sources = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
+    tasks = [task for task in model.family.tasks if any(task in place.tasks for place in sources)]
+    if not tasks:
+        task_names = " or ".join(model.family.tasks)
         raise DataError(
-            f"{', '.join(map(str, chosen))}: nothing to score {model.family.name} by", f"give data for {tasks}"
+            f"{', '.join(map(str, sources))}: no data for a task of family {model.family.name}",
+            f"pass data for {task_names}",
         )
     seed = model.recipe.evaluation.seed
-    return {task: data.samples_from(chosen, task, setup.split, setup.samples, seed) for task in able}
+    return {task: data.samples_from(sources, task, setup.split, setup.samples, seed) for task in tasks}
 
 
 def calibration_batches(setup: Setup, keys: Keys | None = None) -> list[dict[str, Tensor]]:
-    """The model inputs that units are calibrated on (DataError when they are no longer those of the keys)."""
-    model = opened(setup, keys.source if keys else "")
+    """Model inputs of the calibration samples. Raises DataError if the data changed since `keys` were computed."""
+    model = open_model(setup, keys.source if keys else "")
     samples = training_samples(model.recipe, setup.places)
     processor = load_processor(model.checkpoint.folder)
     if keys and calibration_digest(model.recipe, processor, model.family, samples) != keys.calibration:
@@ -141,17 +145,17 @@ def calibration_batches(setup: Setup, keys: Keys | None = None) -> list[dict[str
     return batches(processor, model.family, samples, model.recipe.calibration.batch)
 
 
-def make_units(setup: Setup, units: Sequence[StudyUnit], keys: Keys | None = None) -> Spent:
-    """Quantize units that are not there yet; the result is how many were made.
+def make_units(setup: Setup, units: Sequence[StudyUnit], keys: Keys | None = None) -> TaskResult:
+    """Quantize units that the store lacks; the result is their number.
 
-    keys: of the process that named the units; DataError when this one would compute other numbers.
+    keys: from the process that started the study. Raises DataError if this process would compute other numbers.
     """
     start = time.monotonic(), time.process_time()
-    model = opened(setup, keys.source if keys else "")
+    model = open_model(setup, keys.source if keys else "")
     if keys:
         keys.require_machine(model.device, model.checkpoint)
     with exact_math(model.recipe.calibration.seed):
-        made = quantize(
+        count = quantize(
             model.plan(()),
             model.checkpoint,
             store_of(setup),
@@ -159,24 +163,24 @@ def make_units(setup: Setup, units: Sequence[StudyUnit], keys: Keys | None = Non
             lambda: calibration_batches(setup, keys),
             model.device,
         )
-    return Spent.since(start, made)
+    return TaskResult.since(start, count)
 
 
 class Examiner:
-    """A model whose weights are exchanged for those of a setting, and the exam.
+    """The exam, and a model whose weights are replaced by those of a setting.
 
-    It is on the device whole where that fits, else its blocks come and go. One block of a setting is in memory.
+    The model is on the device as a whole if it fits, else block by block. At most one block of a setting is in memory.
     """
 
     def __init__(self, setup: Setup, keys: Keys | None = None) -> None:
         self._setup = setup
-        self._model = model = opened(setup, keys.source if keys else "")
+        self._model = model = open_model(setup, keys.source if keys else "")
         self._device = model.device.torch_device
         checkpoint, family = model.checkpoint, model.family
         dtype = model.device.compute_dtype(stored_dtype(checkpoint))
-        whole, room = whole_model(checkpoint.tensors, family, checkpoint.config), free_bytes(self._device)
-        self._passing = not whole.batch_within(room, dtype.itemsize)
-        self._batch = max(1, min(setup.batch, whole.batch_within(room, dtype.itemsize, self._passing)))
+        whole_size, free = whole_model(checkpoint.tensors, family, checkpoint.config), free_bytes(self._device)
+        self._passing = not whole_size.batch_within(free, dtype.itemsize)
+        self._batch = max(1, min(setup.batch, whole_size.batch_within(free, dtype.itemsize, self._passing)))
         self._setting = Setting((), lambda unit: store_of(setup).read(unit))
         self._stream = Stream(family, checkpoint.config, self._device, dtype)
         names = list(checkpoint.tensors)
@@ -195,15 +199,15 @@ class Examiner:
             self._exam.learn(self._live, self._device)
 
     def grade(self, setting: Setting) -> exam.ExamScores:
-        """Scores of a setting; what it does not change has the checkpoint's own weights."""
-        self._setting, before, self._changed = setting, self._changed, set()
+        """Scores of a setting; tensors that it does not change have the checkpoint's weights."""
+        self._setting, previously_changed, self._changed = setting, self._changed, set()
         for block in setting.blocks:
-            if block not in self._inside:  # those inside are read when a pass reaches them
+            if block not in self._inside:  # a forward pass reads blocks in `_inside` itself
                 for name, tensor in setting.changes(block).items():
                     self._stream.put(name, tensor)
                     self._changed.add(name)
         setting.forget()
-        for name in before - self._changed:
+        for name in previously_changed - self._changed:
             self._stream.put(name, self._model.checkpoint.read(name))
         self._live.tie_weights()
         scores = self._exam.grade(self._live, self._device) if self._setup.how == "forced" else self._answers()
@@ -211,7 +215,7 @@ class Examiner:
         return scores
 
     def _read(self, name: str) -> Tensor:
-        """A tensor of the setting that is graded."""
+        """A tensor of the current setting."""
         tensor = self._setting.tensor(name)
         return self._model.checkpoint.read(name) if tensor is None else tensor
 
@@ -219,39 +223,39 @@ class Examiner:
         predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._batch)
         scores: exam.ExamScores = {}
         for task, samples in self._samples.items():
-            found = TASKS[task].score(predictor.answer(samples), samples)
-            scores |= {f"{task} {metric}": sum(values) / len(values) for metric, values in found.items()}
+            metrics = TASKS[task].score(predictor.answer(samples), samples)
+            scores |= {f"{task} {metric}": sum(values) / len(values) for metric, values in metrics.items()}
         firsts = [scores[f"{task} {TASKS[task].METRICS[0]}"] for task in self._samples]
         return scores | {"score": sum(firsts) / len(firsts)}
 
 
 @lru_cache(maxsize=1)
 def examiner(setup: Setup, keys: Keys | None = None) -> Examiner:
-    """One for each process."""
+    """The process's examiner."""
     return Examiner(setup, keys)
 
 
-def score_point(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> Spent:
-    """Scores of a setting whose units are there. name: its folder when it is quantized sequentially."""
+def score_point(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> TaskResult:
+    """Scores of a setting whose units are quantized. name: its folder for sequential quantization."""
     start, notes = (time.monotonic(), time.process_time()), list[str]()
-    chosen = examiner(setup, keys)
+    model_examiner = examiner(setup, keys)
     if setup.sequential and rules:
         setting = _in_sequence(setup, rules, name, keys, notes)
     else:
         setting = setting_of(setup, rules, keys, notes)
-    return Spent.since(start, chosen.grade(setting), notes)
+    return TaskResult.since(start, model_examiner.grade(setting), notes)
 
 
 def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]) -> Setting:
-    """A setting whose units are among those of the study; a damaged one is made again, with a note."""
-    model, store = opened(setup, keys.source), store_of(setup)
+    """A setting from the study's units; a damaged unit is quantized again, with a note."""
+    model, store = open_model(setup, keys.source), store_of(setup)
 
     def read(unit: Unit) -> UnitResult:
         assert isinstance(unit, StudyUnit)
         try:
             return store.read(unit, model.device.torch_device)
         except WorkdirError as error:
-            notes.append(f"{error.message}; it is made again")
+            notes.append(f"{error.message}; it is quantized again")
             store.remove(unit)
             make_units(setup, [unit], keys)
             return store.read(unit, model.device.torch_device)
@@ -260,8 +264,8 @@ def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]
 
 
 def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys, notes: list[str]) -> Setting:
-    """A setting that is quantized as an export does it, in a folder that a stopped run goes on from."""
-    model = opened(setup, keys.source)
+    """A setting quantized as an export does, in a folder from which a stopped run resumes."""
+    model = open_model(setup, keys.source)
     keys.require_machine(model.device, model.checkpoint)
     plan = model.plan(rules)
     work = Workdir.open(setup.folder / "sequential" / name, {"point": name})
