@@ -60,7 +60,7 @@ def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: s
 
 
 def test_a_text_with_only_an_image_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"sample train/a\.png.* has a text of nothing but"):
+    with pytest.raises(DataError, match=r"sample train/a\.png.* has a text that contains only an image placeholder"):
         data.samples("folder", described(tmp_path, question="<image>", answer="a"), "vqa", "train", 9, 0)
 
 

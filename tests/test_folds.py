@@ -213,7 +213,7 @@ def test_shared_storage_is_not_modified() -> None:
 def test_pairs_with_different_sizes_are_refused_by_name() -> None:
     values, out = nn.Linear(HIDDEN, 8), nn.Linear(HIDDEN, HIDDEN)  # one value head for three query heads
     block = nn.ModuleDict({"v_proj": values, "o_proj": out, "norm": nn.LayerNorm(HIDDEN)})
-    assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj has 8 outputs and o_proj has {HIDDEN} inputs"
+    assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj has 8 outputs but o_proj has {HIDDEN} inputs"
     assert misfit(block, "norm", ("o_proj", "v_proj"), None) is None
     kept = out.weight.detach().clone()
     with pytest.raises(ValueError, match="cannot feed"):
