@@ -90,8 +90,8 @@ MUTATIONS = (
         "diagonal().square().reciprocal()",
         "diagonal().reciprocal()",
     ),
-    Mutation("gptq", "descent counts a column's own error", GPTQ, "    hessian.diagonal().zero_()\n", ""),
-    Mutation("gptq", "descent forgets what a column was off by before", COLUMNS, "error - errors[:, column]", "error"),
+    Mutation("gptq", "descent includes a column's own error", GPTQ, "    hessian.diagonal().zero_()\n", ""),
+    Mutation("gptq", "descent ignores a column's previous error", COLUMNS, "error - errors[:, column]", "error"),
     Mutation(
         "gptq",
         "a column that is always 0 keeps a zero diagonal",
@@ -105,9 +105,6 @@ MUTATIONS = (
         GPTQ,
         "counts[first : first + weight.shape[1]]",
         "counts[: weight.shape[1]]",
-    ),
-    Mutation(
-        "gptq", "descent goes down an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"
     ),
     Mutation("gptq", "descent runs on an indefinite Hessian", GPTQ, "options.descent and not notes", "options.descent"),
     Mutation(
@@ -166,7 +163,7 @@ MUTATIONS = (
         "                    counted = finite\n",
         "",
     ),
-    Mutation("calibration", "any number of tokens may be lost", INPUTS, "MAX_EXCLUDED = 0.1", "MAX_EXCLUDED = 1.0"),
+    Mutation("calibration", "any number of tokens may be excluded", INPUTS, "MAX_EXCLUDED = 0.1", "MAX_EXCLUDED = 1.0"),
     Mutation(
         "calibration",
         "inexact folds are applied",
@@ -189,9 +186,13 @@ MUTATIONS = (
         "2.0**-14 if dtype == torch.float16",
     ),
     Mutation(
-        "calibration", "weights that got lost pass", BLOCK, "    if error <= MAX_RATIO:\n", "    if error == error:\n"
+        "calibration",
+        "weights rounded to zero are accepted",
+        BLOCK,
+        "    if error <= MAX_RATIO:\n",
+        "    if error == error:\n",
     ),
-    Mutation("folds", "the rows of v are taken for those of k", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
+    Mutation("folds", "the rows of k are used instead of v", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(
         "folds",
         "scales cross a GELU",
@@ -238,9 +239,9 @@ MUTATIONS = (
     Mutation(
         "awq", "a norm's bias is divided by the requested scales", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
     ),
-    Mutation("kernels", "errors are added instead of made up for", KERNEL, "remaining -= error", "remaining += error"),
+    Mutation("kernels", "errors are added instead of subtracted", KERNEL, "remaining -= error", "remaining += error"),
     Mutation(
-        "kernels", "descent forgets what a column was off by", KERNEL, "(error - old_error)[:, None]", "error[:, None]"
+        "kernels", "descent ignores a column's previous error", KERNEL, "(error - old_error)[:, None]", "error[:, None]"
     ),
     Mutation("kernels", "the worst range wins", RANGES_KERNEL, "(error < best)", "(error > best)"),
 )

@@ -471,7 +471,7 @@ def test_a_server_that_serves_another_folder_is_refused(
     assert report.counts["vqa"].changed == 0
 
 
-@pytest.mark.parametrize(("suffix", "fragment"), [("png", "calibrated on as"), ("jpg", "looks like")])
+@pytest.mark.parametrize(("suffix", "fragment"), [("png", "calibration sample"), ("jpg", "looks like")])
 def test_calibration_pictures_are_refused_as_test_pictures(
     suffix: str, fragment: str, out: Path, tmp_path: Path
 ) -> None:
@@ -486,7 +486,7 @@ def test_calibration_pictures_are_refused_as_test_pictures(
     store = tmp_path / "answers"
     done = mmq("evaluate", out, "--data", tmp_path, "--answers", store, "--device", "cpu")
     assert done.exit_code == 1
-    assert "evaluation samples show a picture that is also calibrated on" in done.stderr
+    assert "evaluation samples use a picture that is also used for calibration" in done.stderr
     assert fragment in done.stderr
     assert not store.exists()
 

@@ -93,7 +93,7 @@ def test_smoke_fails_on_an_empty_answer(server, answer):
     server.answer = answer
     done = smoke(server)
     assert done.returncode == 1
-    assert "no text" in done.stderr
+    assert "empty answer" in done.stderr
 
 
 def test_smoke_fails_with_the_servers_own_words(server):
