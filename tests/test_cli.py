@@ -58,7 +58,7 @@ def test_errors_are_messages_with_a_hint_and_no_traceback() -> None:
 def test_a_missing_model_folder_is_an_error_without_a_traceback() -> None:
     result = mmq("plan", "--recipe", "llava-w4", "--model", "./nope")
     assert result.exit_code == 1
-    assert "no folder './nope'" in result.stderr
+    assert "'./nope' is neither a folder nor a valid hub id" in result.stderr
 
 
 def test_the_error_for_an_unreachable_hub_names_two_alternatives(
