@@ -415,7 +415,7 @@ def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: 
     published(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
     assert "the same artifact with a new card" in hub.files(REPO)["README.md"].decode()
-    assert "nothing to do: the repository holds" in published(artifact, "--license", "mit", "--dry-run").output
+    assert "nothing to do: the repository already holds" in published(artifact, "--license", "mit", "--dry-run").output
     again = published(artifact, "--license", "mit")
     assert f"nothing to do: {hub.url}/{REPO}/commit/{head} already holds these files" in again.output
     assert hub.repos[REPO].branches == {"main": head}
