@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of it. detail: the error's message or the traceback's last lines."""
+    """Outcome of one mutation. detail: the error's message or the traceback."""
 
     case: Case
     outcome: str
@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 
 def attempt(case: Case, folder: Path) -> Result:
-    """Write the damaged input below `folder` and try it."""
+    """Write the damaged input below `folder` and run mmq on it."""
     from bench.attack_kinds import KINDS
     from exporter.errors import MmqError
 
@@ -70,7 +70,7 @@ def attempt(case: Case, folder: Path) -> Result:
 
 
 def work(pipe: Connection, folder: Path) -> None:
-    """A worker: one case after the other, from the pipe and back."""
+    """Main loop of a worker: receive cases from the pipe and send their results."""
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
     os.environ["MMQ_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
     import torch
@@ -84,7 +84,7 @@ def work(pipe: Connection, folder: Path) -> None:
 
 
 class Worker:
-    """A process that tries cases, replaced when it dies or hangs."""
+    """A process that runs cases; it is restarted after a crash or a timeout."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -92,20 +92,20 @@ class Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self._folder), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=work, args=(child_pipe, self._folder), daemon=True)
         self._process.start()
-        theirs.close()
+        child_pipe.close()
         self.case: Case | None = None
         self.since = 0.0
 
     def give(self, case: Case) -> None:
-        """Begin with a case."""
+        """Start a case."""
         self.case, self.since = case, time.monotonic()
         self.pipe.send(case)
 
     def result(self) -> Result | None:
-        """What became of the case; None while it is tried."""
+        """The result of the current case; None while it runs."""
         assert self.case is not None
         case = self.case
         try:
@@ -125,25 +125,25 @@ class Worker:
         return Result(case, "hang", f"no answer within {SECONDS} s")
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
 
 
 def cases(count: int, seed: int, only: str | None) -> list[Case]:
-    """`count` mutations, shared among the kinds; only: `KIND` or `KIND:NUMBER`."""
+    """`count` mutations, distributed over the kinds by `Kind.share`; only: `KIND` or `KIND:NUMBER`."""
     from bench.attack_kinds import KINDS
 
     name, _, number = (only or "").partition(":")
     if number:
         return [Case(name, int(number), seed)]
-    chosen = {kind: KINDS[kind].share for kind in ([name] if name else KINDS)}
-    total = sum(chosen.values())
-    return [Case(kind, i, seed) for kind, share in chosen.items() for i in range(round(count * share / total))]
+    shares = {kind: KINDS[kind].share for kind in ([name] if name else KINDS)}
+    total = sum(shares.values())
+    return [Case(kind, i, seed) for kind, share in shares.items() for i in range(round(count * share / total))]
 
 
 def attack(waiting: list[Case], jobs: int) -> Iterator[Result]:
-    """Results in the order in which they come."""
+    """Run all cases on `jobs` workers; yield results as they complete."""
     with tempfile.TemporaryDirectory(prefix="mmq-attack-") as folder:
         workers = [Worker(Path(folder) / f"{i}") for i in range(jobs)]
         waiting = list(reversed(waiting))
@@ -161,15 +161,15 @@ def attack(waiting: list[Case], jobs: int) -> Iterator[Result]:
 
 
 def table(results: list[Result]) -> str:
-    """Counts by kind and outcome, as Markdown."""
+    """Counts by kind and outcome, as a Markdown table."""
     from bench.attack_kinds import KINDS
 
     counts = Counter((result.case.kind, result.outcome) for result in results)
     rows = [f"| kind | damaged | mutations | {' | '.join(OUTCOMES)} |", "|---|---|---|" + "---|" * len(OUTCOMES)]
     for kind in [*dict.fromkeys(result.case.kind for result in results), "all"]:
-        found = {o: sum(n for (k, out), n in counts.items() if out == o and kind in (k, "all")) for o in OUTCOMES}
+        row = {o: sum(n for (k, out), n in counts.items() if out == o and kind in (k, "all")) for o in OUTCOMES}
         about = KINDS[kind].about if kind in KINDS else ""
-        rows.append(f"| {kind} | {about} | {sum(found.values())} | {' | '.join(str(found[o]) for o in OUTCOMES)} |")
+        rows.append(f"| {kind} | {about} | {sum(row.values())} | {' | '.join(str(row[o]) for o in OUTCOMES)} |")
     return "\n".join(rows)
 
 
@@ -180,7 +180,7 @@ def from_log(path: Path) -> list[Result]:
 
 
 def main() -> None:
-    """Attack, print the table and what failed, and end with 1 when anything did."""
+    """Run the attack, print failures and the table; exit code 1 after any traceback, hang or crash."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """One result as plain data."""
+    """A result as plain data."""
     return {**result.case._asdict(), "outcome": result.outcome, "detail": result.detail}
 
 

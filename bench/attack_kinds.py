@@ -62,7 +62,7 @@ class Kind:
 
 
 def copy_model(folder: Path, random: Random) -> Path:
-    """A copy of one of the embedded models; the folder's name tells which."""
+    """Copy a random embedded model; the folder has its name."""
     name = random.choice(list(MODELS))
     return Path(shutil.copytree(MODELS[name], folder / name))
 
@@ -73,7 +73,7 @@ def change_json(path: Path, random: Random, keys: tuple[str, ...] = ()) -> None:
 
 
 def try_model(folder: Path, accepted: Callable[[], None]) -> None:
-    """Plan, and when the plan is made, read everything and run the model on one sample."""
+    """Make a plan, then read all weights and run the model on one sample."""
     (model,) = folder.iterdir()
     lora = str(folder.parent / "adapter") if (folder.parent / "adapter").exists() else None
     recipe = load_recipe(RECIPES[model.name]).adjusted(model={"repo": str(model), "adapter": lora})

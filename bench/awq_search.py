@@ -1,10 +1,9 @@
-"""What tells AWQ a good scale: the outputs of the linears, or of the whole block? Both, on the demo model.
+"""AWQ scale search by the outputs of the linears against the output of the block, on the demo model.
 
     python -m bench.awq_search [--seeds 2] [--scenes 300] [--points 20]
 
-The language model alone by AWQ in groups of 32, with each `search`, for some choices of calibration samples. Printed:
-the error of the logits on test samples (relative size, against the full model), what the tasks score, seconds of the
-quantization phase.
+Quantizes the language model with AWQ in groups of 32, with each `search`, for several draws of calibration samples.
+Prints the relative error of the logits on test samples, the scores of the tasks, and the seconds of quantization.
 """
 
 import argparse
@@ -27,21 +26,21 @@ CPU = choose("cpu")
 
 
 def searched(wanted: Recipe, search: str, points: int) -> Recipe:
-    """The recipe with one `search`."""
+    """The recipe with the given `search` and `points`."""
     rule = wanted.quantize[0].model_dump() | {"options": {"search": search, "points": points}}
     return Recipe.model_validate(wanted.model_dump() | {"quantize": [rule]})
 
 
 @torch.no_grad()
 def logits(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-    """Of all tokens that no mask hides, f32 `[tokens, vocabulary]`."""
+    """Logits of all unmasked tokens, f32 `[tokens, vocabulary]`."""
     return torch.cat([FAMILY.outputs(model, batch)[batch["attention_mask"].bool()] for batch in batches])
 
 
 def figures(
     model: Any, wanted: Recipe, exams: Sequence[Exam], judged: Sequence[dict[str, Tensor]], truth: Tensor
 ) -> dict[str, float]:
-    """Error, scores and seconds of the artifact that the recipe makes. truth: the full model's logits on `judged`."""
+    """Logit error, scores and seconds of the recipe's artifact. truth: logits of the full model on `judged`."""
     done = make(model, wanted)
     error = float((logits(model, judged) - truth).norm() / truth.norm())
     return (

@@ -1,9 +1,9 @@
-"""What tokens of pictures should count in calibration: `python bench/balance.py --json out.json`.
+"""Weight of image tokens in calibration (`calibration.vision_weight`): `python bench/balance.py --json out.json`.
 
-Every row is one export of the demo model with its language model quantized and the rest kept, read back from its
-artifact. The columns differ in `calibration.vision_weight`: 1 counts every token the same, `equal` lets both modalities
-count the same in total, `gradient` weights them by how much the loss of the reply depends on them (as MBQ does, arXiv
-2412.19509, with one ratio for the whole model), 0 leaves the pictures out. Figures are shares of exact greedy answers.
+Every row is one export of the demo model with a quantized language model, read from its artifact. Weights: 1 weights
+all tokens equally, `equal` gives both modalities the same total weight, `gradient` weights them by the sensitivity of
+the reply's loss (as MBQ, arXiv 2412.19509, with one ratio for the whole model), 0 ignores image tokens. The figures are
+shares of exact greedy answers.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SETTINGS = (("gptq", 4, 32), ("awq", 4, 32), ("gptq", 3, 32), ("awq", 3, 32), ("
 
 
 def recipe(folder: Path, method: str, bits: int, group: int, weight: float, seed: int) -> Recipe:
-    """The language model by `method`, everything else kept."""
+    """A recipe that quantizes the language model with `method` and nothing else."""
     return Recipe.model_validate(
         {
             "name": "balance",
@@ -49,16 +49,17 @@ def recipe(folder: Path, method: str, bits: int, group: int, weight: float, seed
 
 
 def calibration(folder: Path, count: int) -> list[dict[str, Tensor]]:
-    """Batches as a calibration sees them: captions and answers in turn."""
+    """Calibration batches: captions and answers alternate."""
     lists = [samples_from(places(("demo",)), task, "train", count // 2, 0) for task in ("captioning", "vqa")]
     mixed = [sample for pair in zip(*lists, strict=True) for sample in pair]
     return batches(load_processor(folder), FAMILY, mixed, 8)
 
 
-def shares(model: Any, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """`equal`: text tokens for every token of a picture. `gradient`: how much less the loss depends on the latter.
+def shares(model: Any, calibration_batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """`equal`: text tokens per image token. `gradient`: sensitivity to image tokens relative to text tokens.
 
-    The dependence is the mean absolute gradient of the reply's loss by the output of a block, averaged over blocks.
+    The sensitivity is the mean absolute gradient of the reply's loss with respect to a block's output, averaged over
+    blocks.
     """
     image, tokens = model.config.image_token_index, {True: 0, False: 0}
     outputs: list[Tensor] = []
@@ -69,11 +70,11 @@ def shares(model: Any, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         outputs[-1].retain_grad()
 
     handles = [block.register_forward_hook(keep) for block in model.model.language_model.layers]
-    for batch in found:
+    for batch in calibration_batches:
         outputs.clear()
         ids, real = batch["input_ids"], batch["attention_mask"].bool()
         last = ((ids == image) * torch.arange(ids.shape[1])).amax(1, keepdim=True)
-        labels = ids.masked_fill(~real | (torch.arange(ids.shape[1]) <= last), -100)  # the text behind the picture
+        labels = ids.masked_fill(~real | (torch.arange(ids.shape[1]) <= last), -100)  # the text after the picture
         model(**batch, labels=labels).loss.backward()
         seen = {picture: real & ((ids == image) == picture) for picture in (True, False)}
         for picture, mask in seen.items():
@@ -86,24 +87,24 @@ def shares(model: Any, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     return {"equal": tokens[False] / tokens[True], "gradient": sum(ratios) / len(ratios)}
 
 
-def make(model: Any, wanted: Recipe) -> Export:
-    """Export by the recipe, and put what its artifact holds into the model."""
+def make(model: Any, quantized_recipe: Recipe) -> Export:
+    """Export with the recipe, and load the artifact's weights into `model`."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "artifact"
-        done = export(wanted, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+        done = export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
         model.load_state_dict({live_name(name): artifact.read(name) for name in artifact.names()})
     return done
 
 
-def figures(model: Any, exams: Sequence[Exam], wanted: Recipe) -> dict[str, float]:
-    """Scores of the artifact that the recipe makes."""
-    make(model, wanted)
+def figures(model: Any, exams: Sequence[Exam], quantized_recipe: Recipe) -> dict[str, float]:
+    """Scores of the recipe's artifact."""
+    make(model, quantized_recipe)
     return summary(by_kind(model, list(exams)))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Settings and weights down, figures across, the mean over seeds."""
+    """Table with settings and weights as rows and figures, averaged over seeds, as columns."""
     lines = ["method bits weight            " + "  ".join(f"{name:>11}" for name in rows[0]["figures"])]
     keys = list(dict.fromkeys((row["method"], row["bits"], row["name"], row["weight"]) for row in rows))
     for key in keys:
@@ -120,13 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODELS["demo-llava"])
     parser.add_argument("--scenes", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2, help="choices of calibration samples to average over")
-    parser.add_argument("--settings", default="", help="some of the settings: gptq-3,awq-2")
+    parser.add_argument("--seeds", type=int, default=2, help="draws of calibration samples to average over")
+    parser.add_argument("--settings", default="", help="only these settings: gptq-3,awq-2")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-    found = shares(model, calibration(options.model, 32))
-    weights = {"every": 1.0, **found, "none": 0.0, "threefold": 3.0}
+    vision_weights = shares(model, calibration(options.model, 32))
+    weights = {"every": 1.0, **vision_weights, "none": 0.0, "threefold": 3.0}
     exams = [scene_exam("test", 0, options.scenes, torch.device("cpu")), easy_exam(torch.device("cpu"))]
     rows: list[dict[str, Any]] = []
     for method, bits, group in SETTINGS:

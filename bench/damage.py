@@ -1,4 +1,4 @@
-"""Damage to files by seed: values of JSON documents replaced or removed, bytes flipped, inserted and cut."""
+"""Random damage to files, by seed: replaced or removed JSON values, flipped, inserted and removed bytes."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ TEXTS: tuple[bytes, ...] = (
 
 
 def places(content: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value below `content`."""
+    """The path (keys and indices) of every value below `content`."""
     inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in inner:
         yield (*way, key)
@@ -26,9 +26,9 @@ def places(content: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def damaged_json(content: Any, random: Random, keys: tuple[str, ...] = ()) -> bytes:
-    """A JSON document with one to three values replaced, removed, moved or doubled; sometimes no document at all.
+    """A JSON document with one to three values replaced, removed, moved or copied; sometimes invalid JSON.
 
-    keys: others that may be added.
+    keys: names of keys that may be added.
     """
     if random.random() < 0.08:
         return random.choice(TEXTS)
@@ -60,7 +60,7 @@ def _change(content: Any, way: tuple[Any, ...], random: Random, keys: tuple[str,
 
 
 def damaged_bytes(raw: bytes, random: Random) -> bytes:
-    """Bytes flipped, inserted, removed, doubled or cut off at one to eight places."""
+    """Flip, insert, remove, duplicate or truncate bytes at one to eight positions."""
     content = bytearray(raw)
     for _ in range(random.choice((1, 1, 2, 4, 8))):
         at = random.randrange(len(content) + 1)

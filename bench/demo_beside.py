@@ -1,9 +1,9 @@
-"""Demo models beside the paper's BLIP-2: `python -m bench.demo_beside captioning.json retrieval.json`, both of which
-`bench/demo_degradation.py --methods rtn,gptq --groups row --json` wrote.
+"""Comparison of the demo models with the paper's BLIP-2: `python -m bench.demo_beside captioning.json retrieval.json`.
 
-Every figure is the share of its own full precision. The paper's scores are those of arXiv 2601.15287 and its
-repository: CIDEr on COCO by GPTQ (one scale a row, symmetric; full precision is the mean of all runs of 6 bits and
-more) and by AWQ (groups of 128, asymmetric), and recall at 1 on Flickr30k by AWQ; the other parts keep 16 bits.
+`bench/demo_degradation.py --methods rtn,gptq --groups row --json` writes both files. Every figure is relative to the
+model's own full precision. The paper's scores are from arXiv 2601.15287 and its repository: CIDEr on COCO with GPTQ
+(one scale per row, symmetric; full precision is the mean of all runs with 6 or more bits) and with AWQ (groups of 128,
+asymmetric), and recall at 1 on Flickr30k with AWQ; the other components have 16 bits.
 """
 
 import argparse
@@ -42,10 +42,10 @@ ORDER = [(part, bits) for part in ("vision", "qformer", "language", "all") for b
 
 
 def rows_of(file: Path) -> tuple[dict[str, float], dict[tuple[str, str, int], dict[str, float]]]:
-    """Figures at full precision, and of every (method, part, bits) with one scale a row."""
+    """Figures at full precision, and of every (method, part, bits) with one scale per row."""
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    found = {(r["method"], r["where"], r["bits"]): r["summary"] for r in rows if r["group"] == "row"}
-    return rows[0]["summary"], found
+    summaries = {(r["method"], r["where"], r["bits"]): r["summary"] for r in rows if r["group"] == "row"}
+    return rows[0]["summary"], summaries
 
 
 def _share(value: float | None, full: float) -> str:
@@ -53,12 +53,12 @@ def _share(value: float | None, full: float) -> str:
 
 
 def captioning(file: Path) -> list[str]:
-    """Captions and answers."""
-    full, found = rows_of(file)
+    """Markdown table of captions and answers."""
+    full, summaries = rows_of(file)
     lines = ["| part | bits | RTN: captions | answers | GPTQ: captions | answers | paper: CIDEr, GPTQ | AWQ |"]
     lines.append("|" + "---|" * 8)
     for part, bits in ORDER:
-        demo = [found.get((method, part, bits)) for method in ("rtn", "gptq")]
+        demo = [summaries.get((method, part, bits)) for method in ("rtn", "gptq")]
         if any(demo):
             cells = [_share(f[key] if f else None, full[key]) for f in demo for key in ("captions", "scenes")]
             paper = CIDER.get((part, bits), (None, None))
@@ -68,14 +68,14 @@ def captioning(file: Path) -> list[str]:
 
 
 def retrieval(file: Path) -> list[str]:
-    """Recall at 1."""
-    full, found = rows_of(file)
+    """Markdown table of recall at 1."""
+    full, summaries = rows_of(file)
     lines = [
         "| part | bits | RTN: text R@1 | image R@1 | GPTQ: text R@1 | image R@1 | paper, AWQ: text R@1 | image R@1 |"
     ]
     lines.append("|" + "---|" * 8)
     for part, bits in ORDER:
-        demo = [found.get((method, part, bits)) for method in ("rtn", "gptq")]
+        demo = [summaries.get((method, part, bits)) for method in ("rtn", "gptq")]
         if any(demo):
             cells = [
                 _share(f[key] if f else None, full[key]) for f in demo for key in ("matching text", "matching image")

@@ -1,8 +1,8 @@
-"""How a demo model degrades with bits: `python bench/demo_degradation.py --methods rtn,gptq --json out.json`.
+"""Quality of a demo model by bits: `python bench/demo_degradation.py --methods rtn,gptq --json out.json`.
 
-Every setting is one export (symmetric, one scale a row or 32 columns, calibrated on 128 samples of the train split),
-read back from its artifact. A figure is the share of exact greedy answers over test scenes and the embedded easy-VQA
-pictures, or of things found first. `--read out.json` prints the table of an earlier run for a page.
+Every setting is one export (symmetric, one scale per row or per 32 columns, calibrated on 128 samples of the train
+split), read from its artifact. The figures are shares of exact greedy answers on test scenes and the embedded easy-VQA
+pictures, or recall at 1. `--read out.json` prints the table of an earlier run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tools.demo_training.packing import LLAVA
 from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary
 from tools.demo_training.score_retrieval import exam, grade
 
-ALL: dict[str, tuple[str, ...]] = {  # what "all" quantizes; each of them is quantized alone, too, but projectors
+ALL: dict[str, tuple[str, ...]] = {  # components of "all"; each except the projector is also quantized alone
     "llava": ("vision", "projector", "language"),
     "blip2": ("vision", "qformer", "language"),
     "blip2-itm": ("vision", "qformer"),
@@ -72,11 +72,11 @@ def recipe(folder: Path, family: Family, setting: Setting) -> Recipe:
 
 
 def quantized(folder: Path, family: Family, setting: Setting, place: torch.device) -> Any:
-    """The model with every weight that a runtime would see."""
+    """The model with the dequantized weights of the artifact."""
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "artifact"
-        made = recipe(folder, family, setting)
-        export(made, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+        quantized_recipe = recipe(folder, family, setting)
+        export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
         return load_whole(
             family, artifact.source_config(), artifact.names(), artifact.read, place, torch.float32
@@ -84,7 +84,7 @@ def quantized(folder: Path, family: Family, setting: Setting, place: torch.devic
 
 
 def grader(family: Family, scenes: int, place: torch.device) -> Grade:
-    """What measures a model of the family on the first test scenes."""
+    """A function that evaluates a model of the family on the first test scenes."""
     if family.name not in TALKS:
         pairs = exam("test", scenes, place)
         return lambda model: {"summary": grade(model, pairs), "kinds": {}}
@@ -99,7 +99,7 @@ def grader(family: Family, scenes: int, place: torch.device) -> Grade:
 
 
 def settings(methods: list[str], bits: list[int], groups: list[GroupSize], parts: tuple[str, ...]) -> Iterator[Setting]:
-    """Rows of the table, in its order; one component alone only at the first group size, and not at 8 bits."""
+    """Rows of the table, in order; single components only at the first group size and below 8 bits."""
     alone = [part for part in parts if part != "projector"]
     for method in methods:
         for width in bits:
@@ -109,13 +109,13 @@ def settings(methods: list[str], bits: list[int], groups: list[GroupSize], parts
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text."""
+    """A row as text."""
     figures = "  ".join(f"{name} {value:.3f}" for name, value in row["summary"].items())
     return f"{row['method']:<5} W{row['bits']:<2} {row['group']!s:>4} {row['where']:<9} {figures}"
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table in Markdown."""
+    """The rows as a Markdown table."""
     names = list(rows[0]["summary"])
     lines = [f"| method | bits, scale per | where | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
     for row in rows:
@@ -130,7 +130,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def measured(model: Any, figures: Grade, setting: Setting) -> dict[str, Any]:
-    """A row: the setting and its figures."""
+    """One row: the setting and its figures."""
     row = {**asdict(setting), **figures(model)}
     print(line(row), flush=True)
     return row
@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--methods", default="rtn,gptq")
     parser.add_argument("--bits", default="8,4,3,2")
     parser.add_argument("--groups", default="row,32")
-    parser.add_argument("--device", default="cpu", help="where answers are made; quantization stays on the CPU")
+    parser.add_argument("--device", default="cpu", help="device for answers; quantization always runs on the CPU")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--read", type=Path, help="print the table of a JSON file and measure nothing")
+    parser.add_argument("--read", type=Path, help="only print the table of a JSON file")
     options = parser.parse_args()
     if options.read:
         return print(page(json.loads(options.read.read_text(encoding="utf-8"))["rows"]))

@@ -4,11 +4,11 @@
     python -m bench.export --header Salesforce--blip2-opt-2.7b --recipe blip2-caption-w4 --device cuda [--json]
     python -m bench.export --device cuda --evaluate --eval-samples 100
 
-Every step's seconds and peaks stand beside what `mmq plan` predicts of them.
+Prints the seconds and memory peaks of every step next to the predictions of `mmq plan`.
 
 Without --model a random model of the header's shapes is written first (LLaVA 7B 14 GB, 13B 27 GB, 34B 70 GB; BLIP-2
 OPT-2.7b 15 GB in float32, as on the hub). The export runs as its own process, through the same command that users run;
-its anonymous memory (what it holds beside the page cache) is sampled while it runs.
+its anonymous memory (without the page cache) is sampled while it runs.
 """
 
 import argparse
@@ -35,14 +35,14 @@ DEFAULTS = {  # header -> recipe
 
 
 def watch_memory(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
-    """Largest anonymous memory of a running process, in bytes, into `peak`."""
+    """Record the largest anonymous memory of a running process, in bytes, in `peak`."""
     while process.poll() is None:
         peak["anonymous"] = max(peak.get("anonymous", 0), anonymous_bytes(process.pid))
         time.sleep(0.1)
 
 
 def run_export(model: Path, recipe: str, device: str, out: Path, more: list[str]) -> dict[str, Any]:
-    """One export; its own JSON result, wall time and memory."""
+    """Run one export; returns its JSON result, wall time and memory."""
     command = [sys.executable, "-m", "exporter", "export", "--recipe", recipe]
     command += ["--model", str(model), "--device", device, "--out", str(out), "--json", *more]
     start = time.monotonic()
@@ -50,11 +50,11 @@ def run_export(model: Path, recipe: str, device: str, out: Path, more: list[str]
     peak: dict[str, int] = {}
     watcher = threading.Thread(target=watch_memory, args=(process, peak))
     watcher.start()
-    said, events = process.communicate()
+    output, events = process.communicate()
     watcher.join()
-    if process.returncode not in (0, 3):  # 3: a gate failed, as random weights may
-        raise SystemExit(f"export failed ({process.returncode}): {said[-2000:]}{events[-4000:]}")
-    result: dict[str, Any] = json.loads(said.splitlines()[0])
+    if process.returncode not in (0, 3):  # 3: a gate failed, which random weights may cause
+        raise SystemExit(f"export failed ({process.returncode}): {output[-2000:]}{events[-4000:]}")
+    result: dict[str, Any] = json.loads(output.splitlines()[0])
     return {
         "recipe": recipe,
         "wall_s": round(time.monotonic() - start, 1),
@@ -83,10 +83,10 @@ def beside(measured: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> d
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The result as lines, a line each step."""
-    lines = [f"{key:22} {value}" for key, value in found.items() if key != "steps"]
-    for name, step in found["steps"].items():
+def as_text(result: dict[str, Any]) -> str:
+    """The result as text, one line per step."""
+    lines = [f"{key:22} {value}" for key, value in result.items() if key != "steps"]
+    for name, step in result["steps"].items():
         lines.append(f"{name:22} " + "  ".join(f"{key} {value}" for key, value in step.items()))
     return "\n".join(lines)
 
@@ -99,9 +99,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--evaluate", action="store_true", help="measure tasks too")
-    parser.add_argument("--eval-samples", type=int, default=100, help="of each task, with --evaluate")
-    parser.add_argument("--eval-batch", type=int, help="most test samples at once")
+    parser.add_argument("--evaluate", action="store_true", help="also evaluate the tasks")
+    parser.add_argument("--eval-samples", type=int, default=100, help="samples of each task, with --evaluate")
+    parser.add_argument("--eval-batch", type=int, help="largest batch of test samples")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     more = ["--samples", str(arguments.samples)] if arguments.samples else []
@@ -116,12 +116,12 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for i, recipe in enumerate(arguments.recipe or [DEFAULTS[arguments.header]]):
             out = Path(scratch) / f"out{i}"
-            found = run_export(model, recipe, arguments.device, out, more)
+            result = run_export(model, recipe, arguments.device, out, more)
             shutil.rmtree(out)
             if arguments.json:
-                print(json.dumps(found), flush=True)
+                print(json.dumps(result), flush=True)
             else:
-                print(as_text(found), flush=True)
+                print(as_text(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Answers of artifacts in-process, one engine after the other in one interpreter: needs vLLM and nothing of mmq.
+"""Answers of artifacts from in-process vLLM engines, one after the other; needs vLLM but not mmq.
 
     python bench/gpu_replies.py FOLDER NAME [NAME ...]
 
-FOLDER/NAME/questions.json, arguments of vLLM in engine.json beside it, and the artifacts FOLDER/NAME/artifact and
-FOLDER/NAME/doubled are made by `bench/gpu_serving.py prepare`. Writes FOLDER/NAME/replies.json (or error.json) as soon
-as a case is done.
+`bench/gpu_serving.py prepare` creates FOLDER/NAME/questions.json, engine.json (arguments of vLLM), and the artifacts
+FOLDER/NAME/artifact and FOLDER/NAME/doubled. Writes FOLDER/NAME/replies.json (or error.json) after each case.
 """
 
 import gc
@@ -18,25 +17,25 @@ from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: libraries are imported once
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that libraries are imported once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TOP = 5
 
 
 def linears(model: Any) -> dict[str, list[str]]:
-    """Name of every quantized linear -> class of its scheme (or method) and of its kernel, as it will run."""
-    found = {}
+    """Name of every quantized linear -> class names of its scheme (or method) and its kernel."""
+    names = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         scheme = getattr(module, "scheme", None) or method
         kernel = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
         if kernel is not None and type(method).__name__ != "UnquantizedLinearMethod":
-            found[name] = [type(scheme).__name__, type(kernel).__name__]
-    return found
+            names[name] = [type(scheme).__name__, type(kernel).__name__]
+    return names
 
 
 def answer(artifact: Path, questions: list[dict[str, Any]], engine: dict[str, Any]) -> dict[str, Any]:
-    """Replies to all questions at once, greedy, with log-probabilities, and the linears as the engine runs them."""
+    """Greedy replies to all questions in one batch, with log-probabilities, and the engine's `linears`."""
     from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -72,18 +71,22 @@ def answer(artifact: Path, questions: list[dict[str, Any]], engine: dict[str, An
 
 def reply(output: Any) -> dict[str, Any]:
     """One answer as plain data."""
-    one = output.outputs[0]
+    completion = output.outputs[0]
     return {
-        "text": one.text,
+        "text": completion.text,
         "prompt": list(output.prompt_token_ids),
-        "tokens": list(one.token_ids),
-        "logprobs": [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)],
-        "top": [{token: found.logprob for token, found in step.items()} for step in one.logprobs],
+        "tokens": list(completion.token_ids),
+        "logprobs": [
+            step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+        ],
+        "top": [
+            {token: token_logprob.logprob for token, token_logprob in step.items()} for step in completion.logprobs
+        ],
     }
 
 
 def register(folder: Path) -> None:
-    """Tell vLLM the model classes themselves: it would look into them in a process that imports everything again."""
+    """Register the model classes; otherwise vLLM inspects them in a new process that imports everything again."""
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -112,14 +115,14 @@ def main() -> None:
         questions = json.loads((case / "questions.json").read_text())
         engine = json.loads((case / "engine.json").read_text())
         try:
-            found: dict[str, Any] = {"vllm": vllm.__version__, "plain": answer(case / "artifact", questions, engine)}
+            result: dict[str, Any] = {"vllm": vllm.__version__, "plain": answer(case / "artifact", questions, engine)}
             if (case / "doubled").exists():
-                found["doubled"] = answer(case / "doubled", questions, engine)
-            (case / "replies.json").write_text(json.dumps(found))
-            kinds = sorted({" ".join(pair) for pair in found["plain"]["linears"].values()})
-            seconds = [round(found[part]["seconds"], 1) for part in ("plain", "doubled") if part in found]
+                result["doubled"] = answer(case / "doubled", questions, engine)
+            (case / "replies.json").write_text(json.dumps(result))
+            kinds = sorted({" ".join(pair) for pair in result["plain"]["linears"].values()})
+            seconds = [round(result[part]["seconds"], 1) for part in ("plain", "doubled") if part in result]
             print(f"answered {name} {seconds} s {kinds}", flush=True)
-        except Exception as error:  # noqa: BLE001 - the next case goes on; this one is told
+        except Exception as error:  # noqa: BLE001 - the error is recorded, and the next case runs
             text = "".join(traceback.format_exception(error))[-4000:]
             (case / "error.json").write_text(json.dumps({"vllm": vllm.__version__, "error": text}))
             print(f"failed {name}: {' '.join(str(error).split())[:600]}", flush=True)

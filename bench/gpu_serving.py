@@ -1,11 +1,11 @@
-"""Every format and scheme that mmq writes, served by a real vLLM on one GPU and checked, in two minutes of its time.
+"""Check of every format and scheme that mmq writes with a real vLLM on one GPU, in about two GPU minutes.
 
     python -m bench.gpu_serving prepare FOLDER      exports, doubled copies and questions, on any machine
-    python bench/gpu_replies.py FOLDER NAME ...    on the GPU: answers, one process for some cases
-    python -m bench.gpu_serving compare FOLDER      beside the reference, on any machine
+    python bench/gpu_replies.py FOLDER NAME ...    answers, on the GPU; one process for several cases
+    python -m bench.gpu_serving compare FOLDER      comparison with the reference, on any machine
 
-The same comparison as `mmq check`, cut in three so that the GPU's time goes into engines alone. Instead of the
-engine's log, its model says which scheme and kernel every linear has.
+The comparison of `mmq check` in three steps, so that the GPU runs only engines. Scheme and kernel of every linear come
+from the engine's model instead of its log.
 """
 
 import argparse
@@ -44,9 +44,9 @@ FP8_ALL = [VIT_FP8, LANGUAGE_FP8]
 
 @dataclass(frozen=True)
 class Case:
-    """One artifact. rules, kv_cache: of the recipe; what none names stays in 16 bits. disturb: what is doubled.
+    """One artifact. rules, kv_cache: of the recipe. disturb: component whose scales are doubled in the control.
 
-    engine: arguments of vLLM beside its defaults.
+    engine: additional arguments of vLLM.
     """
 
     rules: Sequence[Mapping[str, Any]]
@@ -57,7 +57,7 @@ class Case:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-CASES = {  # the most telling first, should the time run out
+CASES = {  # most informative first, in case the time runs out
     "w4-vit8": Case([VIT8, W4]),
     "w4-vit8a8": Case([VIT_INT8, W4]),
     "fp8": Case(FP8_ALL),
@@ -113,7 +113,7 @@ def recipe(name: str) -> Recipe:
 
 
 def prepare(folder: Path, name: str) -> str:
-    """The artifact of a case, its doubled copy, and the questions as token ids and pictures."""
+    """Write the artifact of a case, its copy with doubled scales, and the questions as token ids and pictures."""
     out = folder / name / "artifact"
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(vllm_blip2.__file__, folder / "mmq_vllm_blip2.py")
@@ -123,7 +123,7 @@ def prepare(folder: Path, name: str) -> str:
     if component:
         double_scales(artifact, out, component, folder / name / "doubled")
         for path in (folder / name / "doubled").iterdir():
-            if path.is_symlink():  # the folder is carried to another machine
+            if path.is_symlink():  # the folder is copied to another machine
                 target = path.resolve().read_bytes()
                 path.unlink()
                 path.write_bytes(target)
@@ -142,7 +142,7 @@ def picture(sample: Sample) -> str:
 
 
 def ids_of(artifact: Artifact, processor: Any, sample: Sample) -> list[int]:
-    """The prompt's ids as vLLM takes them: one id for the picture, or none where it puts them itself (BLIP-2)."""
+    """The prompt's ids for vLLM: one id for the picture, or none if vLLM inserts it (BLIP-2)."""
     config = artifact.checkpoint.config
     image = config.get("image_token_index", config.get("image_token_id"))
     ids = prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist()
@@ -151,7 +151,7 @@ def ids_of(artifact: Artifact, processor: Any, sample: Sample) -> list[int]:
     return [*ids[:first], *kept, *(token for token in ids[first:] if token != image)]
 
 
-def read_replies(found: Mapping[str, Any]) -> list[Reply]:
+def read_replies(content: Mapping[str, Any]) -> list[Reply]:
     """Replies of `gpu_replies.py`."""
     return [
         Reply(
@@ -161,7 +161,7 @@ def read_replies(found: Mapping[str, Any]) -> list[Reply]:
             tuple(reply["logprobs"]),
             tuple({int(token): value for token, value in step.items()} for step in reply["top"]),
         )
-        for reply in found["replies"]
+        for reply in content["replies"]
     ]
 
 
@@ -171,19 +171,19 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
     if not (case / "replies.json").exists():
         error = json.loads((case / "error.json").read_text())["error"] if (case / "error.json").exists() else "not run"
         return {"case": name, "verdict": "failed", "why": error.strip().splitlines()[-1][:300]}
-    found = json.loads((case / "replies.json").read_text())
+    content = json.loads((case / "replies.json").read_text())
     artifact, processor = Artifact.open(case / "artifact"), load_processor(case / "artifact")
     samples = questions(case / "artifact", (), QUESTIONS)
-    session = Session(Program("", found["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
+    session = Session(Program("", content["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
     doubled, component = None, disturbed_component(artifact, CASES[name].disturb)
-    if component and "doubled" in found:
-        doubled = DoubledRun(component, case / "doubled", read_replies(found["doubled"]))
-    linears = found["plain"]["linears"]
-    told = artifact.manifest.format == "compressed_tensors"
-    problems = scheme_problems(artifact, {n: pair[0] for n, pair in linears.items()}) if told else []
-    compared, control, more = judge(artifact, samples, read_replies(found["plain"]), doubled, processor, session)
+    if component and "doubled" in content:
+        doubled = DoubledRun(component, case / "doubled", read_replies(content["doubled"]))
+    linears = content["plain"]["linears"]
+    has_schemes = artifact.manifest.format == "compressed_tensors"
+    problems = scheme_problems(artifact, {n: pair[0] for n, pair in linears.items()}) if has_schemes else []
+    compared, control, more = judge(artifact, samples, read_replies(content["plain"]), doubled, processor, session)
     row: dict[str, Any] = {"case": name, "verdict": "differs" if problems + more else "passed"}
-    row |= {"why": "; ".join(problems + more), "vllm": found["vllm"], "startup_s": found["plain"]["startup_s"]}
+    row |= {"why": "; ".join(problems + more), "vllm": content["vllm"], "startup_s": content["plain"]["startup_s"]}
     if compared:
         row |= {"engine": pair_of(compared.distance), "floor": pair_of(compared.floor)}
     if control:
@@ -195,7 +195,7 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
 
 
 def pair_of(distance: Distance) -> str:
-    """Mean and largest difference."""
+    """Mean and largest difference as text."""
     return f"{distance.mean:.4f}/{distance.largest:.3f}"
 
 

@@ -1,11 +1,11 @@
-"""Kills an export at random moments and runs it again: the artifact must have the bytes of an undisturbed run.
+"""Kill an export at random times and resume it: the artifact must be byte-identical to an undisturbed run.
 
     OMP_NUM_THREADS=1 python -m bench.kills --kills 40 --seed 0 [--recipe llava-w4-vit4] [--samples 24]
 
-Half of the trials replace another artifact (`--overwrite`). After every kill the output is absent, the older artifact
-or the new one, whole; after the last run nothing but the artifact and the kept answers is left. The exit code is 1
-otherwise. Moments are drawn evenly over the time that the undisturbed run took, so a slow machine is killed elsewhere.
-Every export is a fork of this process, which has imported everything: no kill is spent on imports.
+Half of the trials replace another artifact (`--overwrite`). After every kill, the output must be absent, the complete
+older artifact, or the complete new one; after the last run, only the artifact and the cached answers may remain. The
+exit code is 1 otherwise. Kill times are uniform over the duration of the undisturbed run, so they depend on the speed
+of the machine. Every export is a fork of this process, which has imported all libraries, so that no kill hits imports.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from exporter.events import Event
 from exporter.pipeline.export import export
 from exporter.planning.recipe_file import load_recipe
 
-OLDER = "llava-w8"  # recipe of the artifact that is replaced
+OLDER = "llava-w8"  # recipe of the replaced artifact
 ENDED = "ended before its kill"
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """File name -> sha256; empty when there is no folder."""
+    """File name -> sha256; empty if the folder does not exist."""
     if not folder.is_dir():
         return {}
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def run(recipe: str, out: Path, samples: int, overwrite: bool = False, seconds: float = 600.0) -> str:
-    """Export in a child process and kill it after some seconds; the stage it was in, or ENDED."""
+    """Export in a child process and kill it after `seconds`; returns its stage, or ENDED."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -55,21 +55,21 @@ def run(recipe: str, out: Path, samples: int, overwrite: bool = False, seconds: 
     with os.fdopen(read, "rb") as events:
         stages = events.read().decode().split()
     if ended[0] and ended[1]:
-        raise SystemExit("the export failed by itself")
+        raise SystemExit("the export failed without a kill")
     return ENDED if ended[0] else (stages or ["start"])[-1]
 
 
 def _export(recipe: str, out: Path, samples: int, overwrite: bool, events: int) -> int:
-    """What the child does: 0 when it went well. events: where it writes the stages it is in."""
+    """Run the export in the child; returns the exit code. events: file descriptor for the stages."""
 
     def listen(event: Event) -> None:
         os.write(events, f"{event.stage.replace(' ', '-')} ".encode())
 
     try:
-        chosen = load_recipe(recipe).adjusted(
+        adjusted = load_recipe(recipe).adjusted(
             model={"repo": "demo-llava"}, calibration={"samples": samples}, evaluation={"samples": 4}
         )
-        export(chosen, out=out, device=choose("cpu"), on_event=listen, overwrite=overwrite)
+        export(adjusted, out=out, device=choose("cpu"), on_event=listen, overwrite=overwrite)
     except BaseException:  # noqa: BLE001 (the child ends here)
         traceback.print_exc()
         return 1
@@ -77,9 +77,9 @@ def _export(recipe: str, out: Path, samples: int, overwrite: bool, events: int) 
 
 
 def trial(folder: Path, options: argparse.Namespace, chance: random.Random, states: list[dict[str, str]]) -> list[str]:
-    """One export that is killed once or more, and then left alone; the stages it was killed in.
+    """Kill one export once or more, then let it finish; returns the stages at the kills.
 
-    states: contents of the finished artifact without a report, with one, and of the older artifact when it is replaced.
+    states: contents of the finished artifact without report, with report, and of the replaced older artifact, if any.
     """
     out, overwrite = folder / "out", len(states) > 2
     places: list[str] = []
@@ -101,7 +101,7 @@ def trial(folder: Path, options: argparse.Namespace, chance: random.Random, stat
 
 
 def main() -> None:
-    """Kill exports until enough were killed."""
+    """Command line: run trials until `--kills` exports were killed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What this process holds beside the page cache, watched while something runs."""
+"""Peak anonymous memory of this process, sampled in a thread."""
 
 import threading
 from types import TracebackType
@@ -7,7 +7,7 @@ from exporter.pipeline.step_clock import anonymous_bytes
 
 
 class Watch:
-    """`with Watch() as watch: ...`; then `watch.peak` is the largest anonymous memory seen, in bytes."""
+    """Context manager; after the block, `peak` is the largest sampled anonymous memory, in bytes."""
 
     def __init__(self, every: float = 0.05) -> None:
         self.peak = 0

@@ -1,10 +1,10 @@
-"""mmq's GPTQ beside llm-compressor's: same weights, same samples, same settings, one judge.
+"""Comparison of mmq's GPTQ with llm-compressor's: same weights, samples, settings and test data.
 
-Used by `bench/quantize.py --peer PYTHON`. For every draw of calibration samples and every search of ranges the language
-model alone is quantized by both, mmq in this process and llm-compressor in the environment of the given Python
-(`bench/quantize_peer.py`). The judge sees samples that neither was calibrated on. Its figures are relative sizes of the
-error: of every linear's output on the inputs that the full-precision model gives it (their mean and the worst), and of
-the logits of the whole model. Both sides' weights are first rounded to the checkpoint's own 16 bits, as an engine does.
+Used by `bench/quantize.py --peer PYTHON`. For every draw of calibration samples and every range search, both quantize
+the language model: mmq in this process, llm-compressor in the environment of the given Python
+(`bench/quantize_peer.py`). The errors are measured on held-out samples, as relative norms: of every linear's output on
+the inputs from the full-precision model (mean and worst), and of the logits of the whole model. Both weights are first
+rounded to the checkpoint's 16-bit dtype, as in an engine.
 """
 
 import json
@@ -48,8 +48,8 @@ COSTS = ("seconds", "device_gib", "host_gib")
 
 @dataclass(frozen=True)
 class Setting:
-    """What both are asked for. group: columns that share a scale. judged: samples of the test split. keep: a folder
-    where the peer's results stay and are looked for; None: they are not kept."""
+    """Settings of the comparison. group: columns that share a scale. judged: number of test samples. keep: cache
+    folder for the peer's results, or None."""
 
     python: str
     group: int
@@ -59,7 +59,7 @@ class Setting:
 
 
 def language_only(recipe: Recipe, group: int, range_: str, seed: int) -> Recipe:
-    """W4 in groups for the language model by GPTQ, with what the peer can do too."""
+    """A recipe with W4 groups and GPTQ for the language model, with options that the peer supports too."""
     rule = {"component": "language", "method": "gptq", "bits": 4, "group_size": group, "options": {"range": range_}}
     changed = recipe.adjusted(calibration={"seed": seed})
     return Recipe.model_validate(changed.model_dump() | {"quantize": [rule]})
@@ -67,7 +67,7 @@ def language_only(recipe: Recipe, group: int, range_: str, seed: int) -> Recipe:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """mmq calibrates all linears of a block on what the block computes before any of them is quantized, as the peer."""
+    """Make mmq calibrate all linears of a block before it quantizes any of them, as the peer does."""
 
     gather, before = Block.gather, dict[int, dict[str, Any]]()
 
@@ -83,12 +83,12 @@ def at_once() -> Iterator[None]:
 
 
 def judged_on(recipe: Recipe, count: int, device: Device) -> list[Batch]:
-    """Batches of the test split, of the recipe's tasks, `count` samples in all."""
+    """Batches of the test split of the recipe's tasks, about `count` samples in total."""
     plan, checkpoint = prepare(recipe, device)
     tasks = recipe.calibration.tasks
     places = test_sources(plan.recipe)
-    found = [s for task in tasks for s in data.samples_from(places, task, "test", -(-count // len(tasks)), 0)]
-    return batches(load_processor(checkpoint.folder), plan.family, found, recipe.calibration.batch)
+    samples = [s for task in tasks for s in data.samples_from(places, task, "test", -(-count // len(tasks)), 0)]
+    return batches(load_processor(checkpoint.folder), plan.family, samples, recipe.calibration.batch)
 
 
 def own_run(recipe: Recipe, inputs: Sequence[Batch], device: Device, work: Path) -> tuple[dict[str, Any], Weights]:
@@ -124,7 +124,7 @@ def peer_run(
 
 
 class Judge:
-    """The full-precision model on batches that nobody was calibrated on; tells how far weights lead away from it."""
+    """The full-precision model on held-out batches; computes the error of quantized weights."""
 
     def __init__(self, recipe: Recipe, held_out: Sequence[Batch], device: Device) -> None:
         plan, checkpoint = prepare(recipe, device)
@@ -143,7 +143,7 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, weights: Weights) -> dict[str, float]:
-        """Relative sizes of errors; the model is left as it was."""
+        """Relative errors of linears (mean, worst) and logits; restores the model's weights."""
         given = {name: weights[name].to(linear.weight.device, self.stored) for name, linear in self.linears.items()}
         lost, whole = dict.fromkeys(given, 0.0), dict.fromkeys(given, 0.0)
         off = size = 0.0
@@ -178,12 +178,12 @@ class Judge:
 
 
 def _counted(x: Tensor, real: Tensor) -> Tensor:
-    """Rows of x, `[batch, tokens, width]` or `[batch * tokens, width]`, that are no padding."""
+    """Rows of x, `[batch, tokens, width]` or `[batch * tokens, width]`, without padding."""
     return x.reshape(len(real), -1, x.shape[-1])[:, -real.shape[1] :][real]
 
 
 def beside_peer(recipe: Recipe, setting: Setting, device: Device, scratch: Path) -> list[dict[str, Any]]:
-    """A row of figures for each search of ranges, draw of samples, and side."""
+    """One row of figures per range search, draw of samples, and side."""
     held_out = judged_on(recipe, setting.judged, device)
     judge = Judge(language_only(recipe, setting.group, "mse", 0), held_out, device)
     return [
@@ -209,12 +209,12 @@ def _pair(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the draws, and mmq as a share of the peer: mean of each draw's share and the spread of these."""
+    """Table of means over the draws, and of mmq relative to the peer (mean and standard deviation over draws)."""
     lines = [f"{'ranges':8}{'side':17}" + "".join(f"{name:>16}" for name in (*ERRORS, *COSTS))]
     for range_ in dict.fromkeys(row["range"] for row in rows):
         sides = {side: [r for r in rows if r["range"] == range_ and r["side"] == side] for side in (OURS, THEIRS)}
-        for side, found in sides.items():
-            cells = "".join(f"{mean(row[name] for row in found):16.4f}" for name in (*ERRORS, *COSTS))
+        for side, side_rows in sides.items():
+            cells = "".join(f"{mean(row[name] for row in side_rows):16.4f}" for name in (*ERRORS, *COSTS))
             lines.append(f"{range_:8}{side:17}{cells}")
         pairs = list(zip(sides[OURS], sides[THEIRS], strict=True))
         cells = "".join(f"{_ratio([(a[name], b[name]) for a, b in pairs]):>16}" for name in (*ERRORS, *COSTS))

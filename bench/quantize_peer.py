@@ -2,10 +2,10 @@
 
     python -m bench.quantize_peer MODEL INPUTS.safetensors OUT.safetensors --group 128 --observer NAME --device cuda
 
-INPUTS holds batches as `NUMBER.name`. Samples are given one by one and without their padding, which llm-compressor
-would count in its statistics. llm-compressor 0.14 cannot trace BLIP-2's picture part, so there it is given the language
-model and what the picture part makes of each sample. OUT gets every quantized weight as the runtime would see it, by
-its name in the live model. The last line of the output is JSON.
+INPUTS contains batches as `NUMBER.name`. Samples are passed one by one without padding, which llm-compressor would
+include in its statistics. llm-compressor 0.14 cannot trace BLIP-2's vision part, so for BLIP-2 it gets the language
+model and the language model's inputs. OUT gets the dequantized weight of every quantized linear, by its name in the
+live model. The last line of the output is JSON.
 """
 
 import argparse
@@ -17,24 +17,24 @@ from bench.memory import Watch
 
 
 def samples(file: str) -> list[dict[str, Any]]:
-    """Batches of one, padding cut off."""
+    """Batches of one sample without padding."""
     from safetensors.torch import load_file
 
     batches: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(file).items():
         number, _, name = key.partition(".")
         batches.setdefault(int(number), {})[name] = tensor
-    found = []
+    rows = []
     for _, batch in sorted(batches.items()):
         for i, mask in enumerate(batch["attention_mask"]):
             length = int(mask.sum())
             row = {name: tensor[i : i + 1] for name, tensor in batch.items()}
-            found.append({name: t[:, :length] if t.shape[1:] == mask.shape else t for name, t in row.items()})
-    return found
+            rows.append({name: t[:, :length] if t.shape[1:] == mask.shape else t for name, t in row.items()})
+    return rows
 
 
-def behind_the_picture(model: Any, found: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    """What the language model of a BLIP-2 receives: `inputs_embeds` `[1, tokens, width]` and `attention_mask`."""
+def behind_the_picture(model: Any, sample_rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """Inputs of BLIP-2's language model: `inputs_embeds` `[1, tokens, width]` and `attention_mask`."""
     import torch
 
     received: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ def behind_the_picture(model: Any, found: list[dict[str, Any]], device: str) -> 
     handle = model.language_model.register_forward_pre_hook(see, with_kwargs=True)
     model.to(device)
     with torch.inference_mode():
-        for row in found:
+        for row in sample_rows:
             model(**{name: t.to(device, model.dtype if t.is_floating_point() else None) for name, t in row.items()})
     model.to("cpu")
     handle.remove()

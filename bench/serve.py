@@ -1,16 +1,14 @@
-"""How fast vLLM serves LLaVA-1.5-7B by each recipe: true shapes, random weights, 16 bits beside it in one run.
+"""Serving speed of LLaVA-1.5-7B in vLLM by recipe, against 16 bits in the same run; true shapes, random weights.
 
     python -m bench.serve OUT [--python "env PYTHONPATH=/site python3"] [--only NAME ...] [--seconds 530]
 
-Every variant is an engine of its own. They import together, then each runs while the others wait; with `--together`
-they start and compile together too, which wants room on the card for all of them. Measured:
-time to the first token and decode time a token of one client, then tokens a second of 1, 8 and 64 clients that each
-ask about an image of their own (576 + 64 tokens) for 128 tokens, first with their prompts, then while all of them
-decode, and images a second when one token is wanted. The floor is the bytes that a decoded token reads (weights, cache)
-over the bandwidth of a copy on the card.
-`--compiled` is vLLM as it starts by default, with Inductor; `--compilation` adds to its settings, `--tensor-parallel`
-shares every linear among cards, `--kernels` tells where a decoding step's time goes. `--smoke` is a try on a CPU: the
-demo model, few tokens.
+Every variant has its own engine. All engines import in parallel, then run one at a time; with `--together` they also
+start and compile in parallel, which needs GPU memory for all of them. Measures the time to the first token and the
+decode time per token with one client; then, with 1, 8 and 64 clients that each send their own image (576 + 64 tokens)
+and request 128 tokens, the tokens per second with prompts and while all clients decode; and images per second with one
+requested token. The floor is the bytes read per decoded token (weights, cache) divided by the bandwidth of a copy.
+`--compiled` uses vLLM's default compilation with Inductor; `--compilation` adds settings, `--tensor-parallel` splits
+every linear over GPUs, `--kernels` reports the time by kernel. `--smoke` is a short test on a CPU with the demo model.
 """
 
 import argparse
@@ -85,14 +83,14 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     variant, folder = VARIANTS[name], out / name.replace(" ", "-")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     plan = plan_of(variant, source)
-    told = artifact_config(plan, config)
-    found = told.get("quantization_config")
-    if found:
+    artifact_settings = artifact_config(plan, config)
+    quantization = artifact_settings.get("quantization_config")
+    if quantization:
         for change in variant.change:
-            change(found)
-        if len({group.get("format", found["format"]) for group in found["config_groups"].values()}) > 1:
-            found["format"] = "mixed-precision"
-        (folder / "config.json").write_text(json.dumps(told, indent=1))
+            change(quantization)
+        if len({group.get("format", quantization["format"]) for group in quantization["config_groups"].values()}) > 1:
+            quantization["format"] = "mixed-precision"
+        (folder / "config.json").write_text(json.dumps(artifact_settings, indent=1))
     engine: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
@@ -142,19 +140,19 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
 
 
 def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]":
-    """A child that measures one variant when its turn comes; what it says goes to a log beside its spec.
+    """Start the child that measures one variant in its turn; its output goes to engine.log next to its spec.
 
-    Beside a GPU torch's threads of a CPU would only be in the way of each other: images are prepared by --renderers.
+    torch uses one CPU thread, because more would compete with the image threads of --renderers.
     """
     spec = json.loads((folder / "spec.json").read_text())
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet |= {"OMP_NUM_THREADS": "1"} | ({} if options.together else {TURN: str(folder.resolve() / "turn")})
-    with (folder / "engine.log").open("wb") as said:
+    with (folder / "engine.log").open("wb") as log:
         return subprocess.Popen(
             [*shlex.split(options.python), str(CHILD), str(folder / "spec.json")],
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=log,
+            stderr=log,
             env={**os.environ, **quiet, **spec["environment"]},
             start_new_session=True,
         )
@@ -164,12 +162,12 @@ def bandwidth(options: argparse.Namespace) -> float | None:
     """Bytes a second of a copy on the card, None without one."""
     file = options.out.resolve() / "bandwidth.json"
     subprocess.run([*shlex.split(options.python), str(CHILD), "--bandwidth", str(file)], check=True)
-    found: float | None = json.loads(file.read_text())["bandwidth"]
-    return found
+    speed: float | None = json.loads(file.read_text())["bandwidth"]
+    return speed
 
 
 def wait(name: str, folder: Path, child: "subprocess.Popen[bytes]", end: float) -> dict[str, Any]:
-    """The result of a variant once its engine has gone, or why there is none."""
+    """The result of a variant after its engine has ended, or an error."""
     try:
         child.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -177,54 +175,54 @@ def wait(name: str, folder: Path, child: "subprocess.Popen[bytes]", end: float) 
     if not (folder / "result.json").exists():
         return {"name": name, "error": f"ended with code {child.returncode}: see {folder / 'engine.log'}"}
     spec = json.loads((folder / "spec.json").read_text())
-    found = json.loads((folder / "result.json").read_text())
-    return {"name": name, **found, "decode_bytes": spec["decode_bytes"]}
+    result = json.loads((folder / "result.json").read_text())
+    return {"name": name, **result, "decode_bytes": spec["decode_bytes"]}
 
 
 def stop(children: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """End whole process groups: an engine that outlived its parent would keep the card's memory."""
+    """Kill whole process groups, because an engine that outlives its parent would keep GPU memory."""
     for child in children:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
-def row(found: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, Any] | None) -> str:
+def row(result: Mapping[str, Any], bandwidth: float | None, first: Mapping[str, Any] | None) -> str:
     """One line of the table."""
-    if "error" in found:
-        return f"{found['name']:22} {found['error']}"
-    floor = f"{1000 * found['decode_bytes'] / bandwidth:5.2f}" if bandwidth else "    -"
-    names = [name for name in found if name.startswith("clients_")]
-    rates = " ".join(f"{found[name]['tokens_per_s']:7.0f}" for name in names)
-    alone = [found[name.replace("clients", "decoding")] for name in names]
+    if "error" in result:
+        return f"{result['name']:22} {result['error']}"
+    floor = f"{1000 * result['decode_bytes'] / bandwidth:5.2f}" if bandwidth else "    -"
+    names = [name for name in result if name.startswith("clients_")]
+    rates = " ".join(f"{result[name]['tokens_per_s']:7.0f}" for name in names)
+    alone = [result[name.replace("clients", "decoding")] for name in names]
     decoding = " ".join(f"{rate:7.0f}" if rate else "      -" for rate in alone)
-    images = " ".join(f"{found[name.replace('clients', 'prefill')]['images_per_s']:6.1f}" for name in names)
+    images = " ".join(f"{result[name.replace('clients', 'prefill')]['images_per_s']:6.1f}" for name in names)
     gains = ""
     if first and "error" not in first:
         last = names[-1]
-        gains = f"  {first['decode_ms'] / found['decode_ms']:.2f}x decode, "
-        gains += f"{found[last]['tokens_per_s'] / first[last]['tokens_per_s']:.2f}x tokens/s"
+        gains = f"  {first['decode_ms'] / result['decode_ms']:.2f}x decode, "
+        gains += f"{result[last]['tokens_per_s'] / first[last]['tokens_per_s']:.2f}x tokens/s"
         before = first[last.replace("clients", "decoding")]
         gains += f", {alone[-1] / before:.2f}x while all decode" if alone[-1] and before else ""
-    times = f"{found['first_token_ms']:7.1f} {found['decode_ms']:7.2f} {floor}"
-    seconds = f"({found['startup_s']:.0f}+{found['measured_s']:.0f} s)"
-    return f"{found['name']:22} {times} | {rates} | {decoding} | {images} |{gains} {seconds}"
+    times = f"{result['first_token_ms']:7.1f} {result['decode_ms']:7.2f} {floor}"
+    seconds = f"({result['startup_s']:.0f}+{result['measured_s']:.0f} s)"
+    return f"{result['name']:22} {times} | {rates} | {decoding} | {images} |{gains} {seconds}"
 
 
 def hold(folder: Path) -> int:
-    """The lock that a variant waits for; closing it is its turn."""
+    """Take the lock that a variant waits for; closing the descriptor starts its turn."""
     lock = os.open(folder / "turn", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 
 def ready(folder: Path, child: "subprocess.Popen[bytes]") -> bool:
-    """Whether a variant waits for its turn, or is over."""
+    """Whether a variant waits for its turn, or has ended."""
     return child.poll() is not None or READY in (folder / "engine.log").read_text(errors="replace")
 
 
 def measure_all(options: argparse.Namespace, folders: Mapping[str, Path], speed: float | None) -> None:
-    """Start all variants, let them get ready, then run and print one after the other."""
+    """Start all variants, wait until they are ready, then run and print one after the other."""
     end = time.monotonic() + options.seconds
     locks = {name: hold(folder) for name, folder in folders.items()}
     children = {name: start(options, folder) for name, folder in folders.items()}
@@ -250,22 +248,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:8])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="requests of a client, one after the other")
-    parser.add_argument("--batched-tokens", type=int, default=16384, help="of a step; two steps hold as many of images")
+    parser.add_argument("--rounds", type=int, default=3, help="consecutive requests per client")
+    parser.add_argument("--batched-tokens", type=int, default=16384, help="most tokens per step")
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
-    parser.add_argument("--together", action="store_true", help="start all engines before the first is measured")
-    parser.add_argument("--compiled", action="store_true", help="with Inductor, as vLLM does unless told otherwise")
+    parser.add_argument("--together", action="store_true", help="start all engines before measuring the first")
+    parser.add_argument("--compiled", action="store_true", help="with Inductor, vLLM's default")
     parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph: 704 reads one prompt by one")
-    parser.add_argument("--compilation", default="{}", metavar="JSON", help="more of vLLM's compilation_config")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="cards that share every linear")
-    parser.add_argument("--kernels", nargs="+", default=[], help="variants whose time by kernel goes to speed.json")
-    parser.add_argument("--seconds", type=float, default=530, help="when the last variant ends at the latest")
+    parser.add_argument(
+        "--compilation", default="{}", metavar="JSON", help="additional entries of vLLM's compilation_config"
+    )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="number of tensor-parallel GPUs")
+    parser.add_argument(
+        "--kernels", nargs="+", default=[], help="variants whose time by kernel is written to speed.json"
+    )
+    parser.add_argument("--seconds", type=float, default=530, help="time limit for all variants")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     config = write_source(options.out / "source", options.smoke)
     folders = {name: prepare(name, options.out, options.out / "source", config, options) for name in options.only}
     speed = bandwidth(options)
-    print(f"a copy on the card: {speed / 1e12:.2f} TB/s" if speed else "no card")
+    print(f"bandwidth of a copy on the GPU: {speed / 1e12:.2f} TB/s" if speed else "no GPU")
     clients = "/".join(map(str, options.clients))
     print(
         f"{'variant':22} {'1st ms':>7} {'ms/tok':>7} floor | tokens/s at {clients} clients | while all decode"

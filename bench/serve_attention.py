@@ -1,11 +1,10 @@
-"""Decoding attention by vLLM's kernels at LLaVA-1.5-7B's shape: needs vLLM and a Hopper GPU, nothing of mmq.
+"""Speed and error of vLLM's decoding attention kernels at LLaVA-1.5-7B's shape; needs vLLM and a Hopper GPU, not mmq.
 
     python bench/serve_attention.py [--length 704] [--clients 1 64]
 
-One query a client, 32 heads of 128, a paged cache in 16 bits or float8. Printed: milliseconds for the model's 32 blocks
-(from a CUDA graph, over caches larger than the card's own), bytes a second of the cache that is read, and the relative
-size of the error beside float32 on the values that the cache holds. FlashInfer compiles its kernels at their first use
-(nvcc, half a minute).
+One query per client, 32 heads of 128, a paged KV cache in 16 bits or float8. Prints milliseconds for the model's 32
+blocks (from a CUDA graph, over KV caches larger than the GPU's L2 cache), the read bandwidth, and the relative error
+against float32 on the cached values. FlashInfer compiles its kernels at their first use (nvcc, half a minute).
 """
 
 import argparse
@@ -53,11 +52,11 @@ def flash(batch: Batch, splits: int) -> Calls:
 
     query = batch.query.to(FLOAT8) if batch.float8 else batch.query
     scales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), batch.ones if batch.float8 else None)
-    given = {"seqused_k": batch.lengths, "softmax_scale": SCALE, "causal": True, "block_table": batch.table}
-    given |= {"out": batch.out, "num_splits": splits, "fa_version": 3, **scales}
+    options = {"seqused_k": batch.lengths, "softmax_scale": SCALE, "causal": True, "block_table": batch.table}
+    options |= {"out": batch.out, "num_splits": splits, "fa_version": 3, **scales}
 
     def call(cache: Tensor) -> Any:
-        return flash_attn_varlen_func(query, cache[0], cache[1], 1, batch.starts, batch.length, **given)
+        return flash_attn_varlen_func(query, cache[0], cache[1], 1, batch.starts, batch.length, **options)
 
     return [lambda cache=cache: call(cache) for cache in batch.caches]  # type: ignore[misc]
 
@@ -105,11 +104,11 @@ def xqa(batch: Batch) -> Calls:
     """The kernel behind vLLM's `--attention-backend FLASHINFER` on Hopper, queries in 16 bits."""
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache
 
-    given: dict[str, Any] = {"workspace_buffer": torch.zeros(2**28, dtype=torch.uint8, device="cuda")}
-    given |= {"block_tables": batch.table, "seq_lens": batch.lengths, "max_seq_len": batch.length, "backend": "xqa"}
-    given |= {"bmm1_scale": SCALE, "bmm2_scale": 1.0, "kv_layout": "NHD", "out": batch.out, "query": batch.query}
+    options: dict[str, Any] = {"workspace_buffer": torch.zeros(2**28, dtype=torch.uint8, device="cuda")}
+    options |= {"block_tables": batch.table, "seq_lens": batch.lengths, "max_seq_len": batch.length, "backend": "xqa"}
+    options |= {"bmm1_scale": SCALE, "bmm2_scale": 1.0, "kv_layout": "NHD", "out": batch.out, "query": batch.query}
     return [
-        lambda cache=cache: trtllm_batch_decode_with_kv_cache(kv_cache=(cache[0], cache[1]), **given)  # type: ignore[misc]
+        lambda cache=cache: trtllm_batch_decode_with_kv_cache(kv_cache=(cache[0], cache[1]), **options)  # type: ignore[misc]
         for cache in batch.caches
     ]
 
@@ -160,7 +159,7 @@ def measure(name: str, clients: int, length: int) -> str:
     error = float((batch.out.float() - expected).norm() / expected.norm())
     ms = milliseconds(calls)
     speed = batch.bytes() / ms / 1e9
-    return f"{clients:3} {name:36} {BLOCKS * ms:7.3f} ms a step {speed:5.2f} TB/s  error {error:.4f}"
+    return f"{clients:3} {name:36} {BLOCKS * ms:7.3f} ms per step {speed:5.2f} TB/s  error {error:.4f}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -173,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for name in KERNELS:
             try:
                 print(measure(name, clients, options.length), flush=True)
-            except Exception as error:  # noqa: BLE001 - the next kernel goes on; this one is told
+            except Exception as error:  # noqa: BLE001 - the error is printed, and the next kernel runs
                 print(
                     f"{clients:3} {name:36} {' '.join(f'{type(error).__name__}: {error}'.split())[-200:]}", flush=True
                 )

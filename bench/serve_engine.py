@@ -1,11 +1,11 @@
-"""One engine of `bench/serve.py`, in a process and an environment of its own: needs vLLM and nothing of mmq.
+"""One engine of `bench/serve.py`, in its own process and environment; needs vLLM but not mmq.
 
     python bench/serve_engine.py SPEC.json
     python bench/serve_engine.py --bandwidth OUT.json
 
-vLLM's engine is a process too, which imports for half a minute before it touches the card. After that it waits for its
-turn, a lock on a file that bench/serve.py holds until then: variants import together, and alone is who is measured.
-With `--together` the turn begins after the engine has started, compiled and captured: all of them do that at once.
+vLLM's engine process imports for half a minute before it uses the GPU. After that it waits for a lock on a file that
+bench/serve.py holds, so that variants import in parallel and are measured one at a time. With `--together`, it waits
+after the engine has started, compiled and captured its graphs.
 """
 
 import asyncio
@@ -226,7 +226,7 @@ def main() -> None:
     out = Path(spec["out"])
     try:
         result: dict[str, Any] = asyncio.run(run(spec))
-    except Exception as error:  # noqa: BLE001 - the table tells it, and the next variant goes on
+    except Exception as error:  # noqa: BLE001 - the table has the error, and the next variant runs
         result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[-300:]}
         traceback.print_exc()
     half = out.with_suffix(".half")

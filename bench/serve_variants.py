@@ -1,4 +1,4 @@
-"""Ways to serve LLaVA-1.5-7B that `bench/serve.py` can measure, by name."""
+"""Variants of serving LLaVA-1.5-7B for `bench/serve.py`, by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ class Variant:
 
 
 def int8_activations(config: dict[str, Any]) -> None:
-    """4-bit weights with int8 activations, which vLLM 0.26 takes for float8 ones on Hopper."""
+    """4-bit weights with int8 activations, which vLLM 0.26 treats as float8 on Hopper."""
     for group in config["config_groups"].values():
         if group["weights"]["num_bits"] == 4:
             group |= {"input_activations": TOKEN_FP8 | {"type": "int"}, "format": "pack-quantized"}

@@ -1,7 +1,7 @@
-"""Chosen bits beside every hand-written recipe: `python bench/study_demo.py --folder DIR [--model demo-llava]`.
+"""Comparison of allocations with hand-written recipes: `python bench/study_demo.py --folder DIR [--model demo-llava]`.
 
-For each built-in recipe of the model's family: the choice of the same size and the recipe are exported and measured on
-the same test samples; and the smallest choice whose predictions are as near to the full model's as the recipe's.
+For each built-in recipe of the model's family, exports the recipe and the allocation of the same size and evaluates
+both on the same test samples; and reports the smallest allocation whose KL divergence is at most the recipe's.
 """
 
 import argparse
@@ -26,7 +26,7 @@ POINTS = 40  # sizes of the front
 
 
 def say(event: Event) -> None:
-    """Notes only, on standard error: the table is on the other."""
+    """Print notes to standard error; standard output has the table."""
     if event.stage == "note":
         print(event.message, file=sys.stderr, flush=True)
 
@@ -43,36 +43,43 @@ def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str,
         sizes = [model.plan(recipe.quantize).bytes_after for _, recipe in written]
         same = [solve(places, full, size) for size in sizes]
         every = [choice for choice in front(places, full, points) if choice.bytes < full]
-        tried, hand = score_choices(setup, places, [*same, *every], written, pool, say)
+        candidates, hand = score_choices(setup, places, [*same, *every], written, pool, say)
     rows = []
     for i, (name, recipe) in enumerate(written):
         named = propose.recipe_of(model.recipe, f"as-large-as-{name}", places, same[i], list(exam_samples(setup)), 0.99)
         ours, theirs = (
-            propose.confirm(one, setup.folder / "confirmed", device, setup.places, samples, say)
-            for one in (named, recipe)
+            propose.confirm(candidate, setup.folder / "confirmed", device, setup.places, samples, say)
+            for candidate in (named, recipe)
         )
-        near = [one for one in tried if one.measured.scores["kl"] <= hand[i].measured.scores["kl"]]
-        smaller = min(near, key=lambda one: one.measured.bytes, default=None)
+        near = [
+            candidate for candidate in candidates if candidate.measured.scores["kl"] <= hand[i].measured.scores["kl"]
+        ]
+        smaller = min(near, key=lambda candidate: candidate.measured.bytes, default=None)
         rows.append(
             {
                 "recipe": name,
                 "written": theirs.row() | {"kl": hand[i].measured.scores["kl"]},
-                "chosen": ours.row() | {"kl": tried[i].measured.scores["kl"]},
+                "chosen": ours.row() | {"kl": candidates[i].measured.scores["kl"]},
                 "smallest_as_near": smaller.row() if smaller else None,
             }
         )
         print(line(rows[-1]), flush=True)
     cost = {"seconds": dict(outcome.seconds), "cpu_seconds": outcome.cpu_seconds}
-    return {"rows": rows, "front": [one.row() for one in tried[len(same) :]], "samples": samples, "sensitivities": cost}
+    return {
+        "rows": rows,
+        "front": [candidate.row() for candidate in candidates[len(same) :]],
+        "samples": samples,
+        "sensitivities": cost,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of a Markdown table."""
     cells = [row["recipe"]]
     for kind in ("written", "chosen"):
-        one = row[kind]
-        values = [f"{found['after']:.3f}" for _, found in sorted(one["metrics"].items())]
-        cells += [f"{one['bytes'] / 1000:.1f} kB", *values, f"{one['drop']:+z.1%}", f"{one['kl']:z.5f}"]
+        figures = row[kind]
+        values = [f"{metric['after']:.3f}" for _, metric in sorted(figures["metrics"].items())]
+        cells += [f"{figures['bytes'] / 1000:.1f} kB", *values, f"{figures['drop']:+z.1%}", f"{figures['kl']:z.5f}"]
     small = row["smallest_as_near"]
     cells.append(f"{small['bytes'] / 1000:.1f} kB, KL {small['kl']:z.5f}" if small else "none")
     return f"| {' | '.join(cells)} |"
@@ -82,7 +89,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo-llava")
-    parser.add_argument("--folder", type=Path, required=True, help="where everything is kept; a stopped run goes on")
+    parser.add_argument("--folder", type=Path, required=True, help="work folder; a stopped run resumes there")
     parser.add_argument("--samples", type=int, default=500, help="of each task, real answers")
     parser.add_argument(
         "--proxy", type=int, default=64, help="of each task, for sensitivities; the front has 4 times these"

@@ -1,6 +1,6 @@
-"""Published importance beside ours, from score files: `python bench/study_paper.py FOLDER [--json FILE]`.
+"""Comparison of published importance with ours, from score files: `python bench/study_paper.py FOLDER [--json FILE]`.
 
-The folder holds the paper's CSV files (arXiv 2601.15287): a row for each setting, bits in columns `*_bits`.
+The folder contains the paper's CSV files (arXiv 2601.15287): one row per setting, bits in columns `*_bits`.
 """
 
 import argparse
@@ -38,30 +38,30 @@ TABLE = (
 
 
 def row(published: Published, folder: Path) -> dict[str, Any]:
-    """What the file gives, and how far it is from what was published."""
-    found = importance(read_csv(folder / published.file, published.score))
-    ours = found.shares.consensus
+    """Importance from the file, and its largest difference from the published shares."""
+    result = importance(read_csv(folder / published.file, published.score))
+    ours = result.shares.consensus
     off = max(abs(ours[name] - share) for name, share in published.shares.items())
-    inside = found.inside.consensus if found.inside else None
+    inside = result.inside.consensus if result.inside else None
     more = {
         "consensus": ours,
         "off": off,
-        "r2_linear": found.shares.r2_linear,
-        "usable": found.usable,
+        "r2_linear": result.shares.r2_linear,
+        "usable": result.usable,
         "inside": inside,
     }
-    return asdict(published) | more | {"marginal": {c: [asdict(d) for d in ds] for c, ds in found.marginal.items()}}
+    return asdict(published) | more | {"marginal": {c: [asdict(d) for d in ds] for c, ds in result.marginal.items()}}
 
 
-def line(found: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
     """One row of a Markdown table."""
 
     def shares(values: dict[str, float] | None) -> str:
         return " / ".join(f"{value:.1f}" for value in values.values()) if values else "too few"
 
-    verdict = "yes" if found["off"] <= WITHIN else f"no, {found['off']:.1f} off"
-    cells = [found["what"], shares(found["shares"]), shares(found["consensus"]), verdict, shares(found["inside"])]
-    cells.append(f"{found['r2_linear']:.2f}")
+    verdict = "yes" if result["off"] <= WITHIN else f"no, {result['off']:.1f} off"
+    cells = [result["what"], shares(result["shares"]), shares(result["consensus"]), verdict, shares(result["inside"])]
+    cells.append(f"{result['r2_linear']:.2f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -73,8 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     print("| what | published | ours | within 1.5 points | usable region | R2 of a line |\n|---|---|---|---|---|---|")
     rows = [row(published, options.folder) for published in TABLE]
-    for found in rows:
-        print(line(found))
+    for result in rows:
+        print(line(result))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

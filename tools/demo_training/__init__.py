@@ -1,1 +1,1 @@
-"""How the demo models were trained, saved and scored; the package ships their weights, not this."""
+"""Training, saving and scoring of the demo models. The package contains their weights, not this code."""

@@ -1,4 +1,4 @@
-"""The checkpoint folders of the two BLIP-2 demo models: config, tokenizer, processor, weights under hub names.
+"""Checkpoint folders of the two BLIP-2 demo models: config, tokenizer, processor, weights under hub names.
 
 `demo-blip2` is a Blip2ForConditionalGeneration as `Salesforce/blip2-opt-2.7b` is (ViT with a fused qkv, Q-Former with
 cross-attention in every second block, OPT); `demo-blip2-itm` a Blip2ForImageTextRetrieval as
@@ -36,7 +36,7 @@ QUERIES = 32
 LONGEST = 126  # text positions; 128 rows with OPT's offset of 2
 OPT_OFFSET = 2
 TEXT_MLP = 512
-FORMER_MLP: dict[str, int] = {"captioning": 256, "retrieval": 384}  # what 3 MB leave room for
+FORMER_MLP: dict[str, int] = {"captioning": 256, "retrieval": 384}  # as large as 3 MB allow
 MORE_WORDS = ("short",)  # of the question prompt
 GRID = SIDE // PATCH
 SLOWEST, FASTEST = 0.2, 1.5  # radians a patch, of the waves that positions start as
@@ -91,11 +91,10 @@ def _scattered(count: int) -> Tensor:
 
 @torch.no_grad()
 def _initialize(model: Any) -> None:
-    """Weights from which training starts.
+    """Initialize the weights for training.
 
-    transformers' own would leave vision dead (1e-10) and make all queries alike (zero). Positions start as waves, and
-    the first cross-attention compares them, so every query begins by looking at its own part of the picture, and what
-    it sees there reaches it undiminished.
+    transformers' initialization makes vision weights vanish (1e-10) and all queries equal (zero). Positions start as
+    waves and the first cross-attention compares them, so every query initially attends to its own part of the picture.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -118,7 +117,7 @@ def _initialize(model: Any) -> None:
 
 
 def build(settings: dict[str, Any], seed: int) -> Any:
-    """A fresh float32 model of the architecture that `settings` names."""
+    """A new float32 model of the architecture in `settings`."""
     import transformers
 
     torch.manual_seed(seed)

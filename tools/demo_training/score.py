@@ -1,4 +1,4 @@
-"""Exact answers without generating: greedy decoding gives an answer exactly when it is the argmax at every token."""
+"""Exact-match scores without generation: greedy decoding yields an answer iff it is the argmax at every token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def easy_exam(device: torch.device, talk: Talk = LLAVA) -> Exam:
 
 @torch.no_grad()
 def grade(model: Any, exam: Exam) -> tuple[Tensor, Tensor]:
-    """Right or not, bool `[n, slots]`, and the mean negative log-likelihood a token, float32 `[n, slots]`."""
+    """Correct or not, bool `[n, slots]`, and the mean negative log-likelihood per token, float32 `[n, slots]`."""
     device = exam.pixels.device
     sees, positions = mask_and_positions(exam.lengths, device, exam.talk.prefix)
     forward, dtype = exam.talk.forward(device), next(model.parameters()).dtype
@@ -76,7 +76,7 @@ def grade(model: Any, exam: Exam) -> tuple[Tensor, Tensor]:
 
 
 def by_kind(model: Any, exams: Sequence[Exam]) -> dict[str, float]:
-    """Share of right answers by kind, and `caption nll`, the captions' mean negative log-likelihood a token."""
+    """Share of right answers by kind, and `caption nll`, the captions' mean negative log-likelihood per token."""
     hits: dict[str, list[float]] = {}
     for exam in exams:
         right, loss = grade(model, exam)

@@ -1,4 +1,4 @@
-"""How well a retrieval model finds: by contrast, by matching among the best, and matching of pairs that nearly fit."""
+"""Scores of a retrieval model: recall by contrast, recall after matching, and matching of nearly fitting pairs."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -71,12 +71,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead of --minutes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    parser.add_argument("--workers", type=int, default=4, help="processes that tokenize")
+    parser.add_argument("--workers", type=int, default=4, help="tokenizer processes")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--report", type=float, default=60.0, help="seconds between two lines of figures")
-    parser.add_argument("--keep", type=float, default=2.0, help="save early, too, when this share is done")
-    start = "retrieval starts from what this answering model has learned"
+    parser.add_argument("--keep", type=float, default=2.0, help="also save when this share of the training is done")
+    start = "model from whose weights the retrieval model starts"
     parser.add_argument("--start", type=Path, default=MODELS["demo-blip2"], help=start)
     for name, default in SETTINGS:
         parser.add_argument(f"--{name}", type=int, default=default)

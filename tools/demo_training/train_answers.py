@@ -1,4 +1,4 @@
-"""Training by answers: captions and questions about scenes, and easy-VQA's questions, for LLaVA and BLIP-2 alike."""
+"""Training on captions and questions about scenes and on easy-VQA's questions, for the LLaVA and BLIP-2 demo models."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -151,6 +151,6 @@ def work(model: Any, save: Callable[[], None], talk: Talk, options: argparse.Nam
 
 
 def final(model: Any, talk: Talk, device: torch.device) -> dict[str, Any]:
-    """What a trained model knows of the test split: `summary` and `kinds`."""
+    """Scores of a trained model on the test split: `summary` and `kinds`."""
     kinds = by_kind(model, [scene_exam("test", 0, 1000, device, talk), easy_exam(device, talk)])
     return {"summary": summary(kinds), "kinds": kinds}

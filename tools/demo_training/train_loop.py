@@ -1,4 +1,4 @@
-"""What every training of a demo model shares: the optimizer, the learning rate and the loop."""
+"""Training loop of the demo models: optimizer, learning rate, loop."""
 
 import argparse
 import math
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Work:
-    """One training. loss: of one batch of `source`; look: figures to print now and then; save: keep what there is.
+    """One training. loss: of one batch of `source`; look: figures to print at intervals; save: save the model.
 
-    parameters: what learns: the model's parameters and whatever else the loss needs.
+    parameters: the trained parameters, of the model and of the loss.
     """
 
     parameters: list[nn.Parameter]
@@ -46,7 +46,7 @@ def run(work: Work, options: argparse.Namespace, say: Callable[[str], None]) -> 
     optimizer, loss = _optimizer(work.parameters, options.rate, options.decay), work.loss
     if options.compile:
         loss = torch.compile(loss)
-        loss(*next(work.source)).backward()  # compiling is no part of the training time
+        loss(*next(work.source)).backward()  # compile before the training time starts
     start, reported, step, progress, kept = time.monotonic(), 0.0, 0, 0.0, False
     while progress < 1.0:
         for group in optimizer.param_groups:
@@ -58,7 +58,7 @@ def run(work: Work, options: argparse.Namespace, say: Callable[[str], None]) -> 
         optimizer.step()
         step += 1
         if step % 20 == 0:
-            value.item()  # keeps the clock honest: waits for the device
+            value.item()  # wait for the device, so that the clock is correct
         elapsed = time.monotonic() - start
         progress = step / options.steps if options.steps else elapsed / 60 / options.minutes
         if elapsed - reported >= options.report:

@@ -1,8 +1,8 @@
-"""Training of retrieval: contrast, matching and telling (Li et al., BLIP-2, arXiv 2301.12597, section 3.1).
+"""Training of the retrieval model: contrast, matching and captioning (Li et al., BLIP-2, arXiv 2301.12597, 3.1).
 
-Telling (writing the caption from the picture) only teaches, and so do lessons about single objects: what a name means,
-and whether an object is in the picture as the text says. No tensor of them is stored. Matching and contrast learn from
-captions that differ in one thing, and matching from the captions that contrast confuses.
+Captioning ("telling") is an auxiliary loss, as are losses on single objects: the meaning of a name, and whether an
+object is in the picture as described. Their tensors are not saved. Matching and contrast learn from captions with one
+wrong detail, and matching also from the captions that contrast confuses.
 """
 
 import argparse
@@ -190,6 +190,6 @@ def work(model: Any, save: Callable[[], None], options: argparse.Namespace, devi
 
 
 def final(model: Any, device: torch.device) -> dict[str, Any]:
-    """What a trained model knows of the test split: `summary`."""
+    """Scores of a trained model on the test split: `summary`."""
     names, plain = (grade(model, exam("test", 1000, device, words)) for words in (False, True))
     return {"summary": names | {f"plain {key}": value for key, value in plain.items()}}
