@@ -1,4 +1,4 @@
-"""The command line: one file per command, tables, progress.
+"""The command line: commands, tables, progress.
 
 Enters: arguments.
 Leaves: text, JSON lines and exit codes.
