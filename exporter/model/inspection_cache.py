@@ -1,7 +1,7 @@
-"""Replies of the helper process on disk: a model folder that was inspected before need not wait for transformers.
+"""Replies of the helper process, stored on disk: a second plan of a model folder does not wait for transformers.
 
-A reply counts only for the same bytes of every file that a processor is made from, the same question, the same versions
-of the libraries and the same code of the helper. Each file carries a checksum; a damaged one is asked for again.
+A stored reply is valid for the same bytes of all files of config and processor, the same question, the same versions of
+the libraries and the same code of the helper. Each file carries a checksum; mmq ignores a damaged file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ PACKAGES = (
     *("torch", "torchvision"),
 )
 CODE = ("inspector_process.py", "tokenizer_check.py", "chat_template.py", "inspection_cache.py")
-MOST_FILES = 256  # the oldest go
+MAX_FILES = 256  # beyond, the oldest files are deleted
 
 InspectionReply = dict[str, Any]
 
@@ -32,20 +32,20 @@ def place() -> Path:
     return Path(os.environ.get("MMQ_CACHE") or "~/.cache/mmq").expanduser() / "processors"
 
 
-def recall(folder: Path, asked: str) -> InspectionReply | None:
-    """The reply that was kept for a model folder as it is now and a question; None when there is none."""
-    return _read(_file(folder)).get(asked)
+def recall(folder: Path, question: str) -> InspectionReply | None:
+    """The stored reply to a question about a model folder in its present state; None when there is none."""
+    return _read(_file(folder)).get(question)
 
 
 def knows(folder: Path) -> bool:
-    """Whether a reply is kept for a model folder as it is now."""
+    """Whether a reply is stored for a model folder in its present state."""
     return bool(_read(_file(folder)))
 
 
-def keep(folder: Path, asked: str, reply: InspectionReply) -> None:
-    """Keep a reply; nothing happens where the disk does not allow it."""
+def keep(folder: Path, question: str, reply: InspectionReply) -> None:
+    """Store a reply. A disk error is ignored: the next plan computes the reply again."""
     path = _file(folder)
-    replies = {**_read(path), asked: reply}
+    replies = {**_read(path), question: reply}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -55,7 +55,7 @@ def keep(folder: Path, asked: str, reply: InspectionReply) -> None:
 
 
 def _drop_oldest(paths: Iterable[Path]) -> None:
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)[MOST_FILES - 1 :]:
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)[MAX_FILES - 1 :]:
         path.unlink(missing_ok=True)
 
 
@@ -64,7 +64,7 @@ def _file(folder: Path) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, InspectionReply]:
-    """Replies by question; empty when the file is absent or not what was written."""
+    """Replies by question; empty when the file is absent or damaged."""
     try:
         content = json.loads(path.read_bytes())
         replies: Mapping[str, InspectionReply] = content["replies"]
@@ -79,6 +79,6 @@ def _digest(content: Any) -> str:
 
 @cache
 def _versions() -> list[Any]:
-    """Everything beside the folder that decides a reply."""
+    """Everything outside the folder that decides a reply."""
     code = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE]
     return [sys.version, code, {package: installed_version(package) for package in PACKAGES}]

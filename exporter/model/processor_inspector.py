@@ -134,7 +134,7 @@ def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:
 def start_helper(model: str | None = None) -> None:
     """Start the helper now, so that it loads its libraries while this process does something else.
 
-    It is not started for a `model` (an embedded name or a folder) that it was asked about before.
+    It is not started for a `model` (an embedded name or a folder) whose replies are in the cache.
     """
     folder = None if model is None else MODELS.get(model, Path(model).expanduser())
     with suppress(CheckpointError, OSError):  # whoever opens the model says what is wrong with its files
@@ -159,9 +159,9 @@ def inspect(folder: Path, **request: Any) -> Inspection:
 
 
 @cache
-def _inspect(folder: Path, state: str, asked: str) -> Inspection:
-    request = {"folder": str(folder.resolve()), "state": state, **json.loads(asked)}
-    reply = recall(folder, asked)
+def _inspect(folder: Path, state: str, question: str) -> Inspection:
+    request = {"folder": str(folder.resolve()), "state": state, **json.loads(question)}
+    reply = recall(folder, question)
     if reply is None:
         reply = _ask(folder, request)
         if needs_hidden(reply):
@@ -169,7 +169,7 @@ def _inspect(folder: Path, state: str, asked: str) -> Inspection:
         if "error" in reply:
             raise _refusal(folder, reply)
         if "failure" not in reply and _state(folder) == state:
-            keep(folder, asked, reply)
+            keep(folder, question, reply)
     template = None if reply["rendered"] is None else parse_template(reply["rendered"], str(folder))
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
@@ -184,8 +184,8 @@ def check_config_class(name: str, config: Mapping[str, Any], where: str, folder:
     where: its model, for messages. folder: where the model lies, if it is a folder at all.
     """
     request = {"config_class": name, "config": config}
-    asked = json.dumps(request, sort_keys=True)
-    if folder.is_dir() and _state(folder) and recall(folder, asked) is not None:
+    question = json.dumps(request, sort_keys=True)
+    if folder.is_dir() and _state(folder) and recall(folder, question) is not None:
         return
     try:
         reply = helper().ask(request)
@@ -196,7 +196,7 @@ def check_config_class(name: str, config: Mapping[str, Any], where: str, folder:
     if "error" in reply:
         raise CheckpointError(f"{where}: transformers cannot read its config.json: {reply['reason']}")
     if folder.is_dir():
-        keep(folder, asked, reply)
+        keep(folder, question, reply)
 
 
 def needs_hidden(reply: Mapping[str, Any]) -> bool:

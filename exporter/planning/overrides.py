@@ -1,4 +1,4 @@
-"""Values that a command or a call of the Python API puts in place of the recipe's."""
+"""Overrides: values of a command or an API call that replace those of the recipe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,19 +21,19 @@ def adjusted(
     eval_batch: int | None = None,
     adapter: str | Path | None = None,
 ) -> Recipe:
-    """The recipe with other values; None and no data keep the recipe's. Another model drops the recipe's revision.
+    """A copy of the recipe with the values that are set; another model drops the recipe's revision.
 
-    RecipeError when the recipe does not allow a value, DataError for an unknown data source.
+    RecipeError when a value is not allowed, DataError for an unknown data source.
     """
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
     repo, folder = (None if path is None else str(path) for path in (model, adapter))
-    named = [one.name for one in places(data)] or None
+    names = [source.name for source in places(data)] or None
     try:
         return recipe.adjusted(
             model={"repo": repo, "revision": revision, "adapter": folder},
-            calibration={"seed": seed, "samples": samples, "data": named},
-            evaluation={"samples": eval_samples, "data": named, "batch": eval_batch},
+            calibration={"seed": seed, "samples": samples, "data": names},
+            evaluation={"samples": eval_samples, "data": names, "batch": eval_batch},
         )
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, row['loc']))}: {validation_message(row, ())}" for row in error.errors()]
