@@ -28,7 +28,7 @@ vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is 
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"
 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
-	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs tests/vllm
+	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests/vllm
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into the numeric rooms; the tests must detect 95 %
 	$(BIN)/python -m bench.mutate $(MUTATIONS)
