@@ -705,7 +705,7 @@ def test_the_token_is_in_no_output_or_file(
 def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     arguments = ["export", "--recipe", "llava-w8", "--model", "demo-llava", "--eval-samples", "4", "--out", out]
-    assert "never measured" in mmq(*arguments, "--skip-evaluation", "--push", REPO).output
+    assert "publishes only measured artifacts" in mmq(*arguments, "--skip-evaluation", "--push", REPO).output
     assert "not a repository name" in mmq(*arguments, "--push", "tiny").output
     assert not out.exists()
     from exporter.planning.recipe_file import built_in
