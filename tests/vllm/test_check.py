@@ -55,10 +55,10 @@ def proven(found: dict[str, Any]) -> bool:
     return bool(found["control"]["moved"]["mean"] > 20 * found["compared"]["distance"]["mean"])
 
 
-def test_an_export_with_serve_check_is_served_and_says_so(program: Program, tmp_path: Path):
+def test_an_export_with_serve_check_is_served_and_says_so(serving_program: Program, tmp_path: Path):
     out = tmp_path / "llava"
     arguments = ["--recipe", RECIPES["demo-llava"], "--model", "demo-llava", "--skip-evaluation", "--out", str(out)]
-    done = mmq("export", *arguments, "--serve-check", "--vllm", program.path, "--json")
+    done = mmq("export", *arguments, "--serve-check", "--vllm", serving_program.path, "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["passed"]
@@ -67,11 +67,11 @@ def test_an_export_with_serve_check_is_served_and_says_so(program: Program, tmp_
     report, manifest = kept(out)
     assert len(report.pop("weights")) == 64  # of the files that were served
     assert report == found
-    assert manifest == {"engine": f"vllm {program.version}", "build": "cpu", "passed": True}
+    assert manifest == {"engine": f"vllm {serving_program.version}", "build": "cpu", "passed": True}
     page = tmp_path / "page.html"
     said = mmq("report", str(out), "--out", str(page))
     assert said.returncode == 0, said.stderr
-    assert f"vllm {program.version}, cpu build" in page.read_text()
+    assert f"vllm {serving_program.version}, cpu build" in page.read_text()
 
 
 def test_a_packed_qformer_answers_as_the_reference_and_doubling_its_scales_shows(
