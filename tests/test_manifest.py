@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from exporter.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
-from exporter.errors import ArtifactError
+from exporter.errors import ArtifactError, MmqError
+from exporter.publishing.artifact_summary import folder_reader, read_summary
 from tests.published_artifact import tiny_artifact, tiny_model
 
 HASH = "0" * 64
@@ -157,6 +159,38 @@ def test_every_reader_refuses_a_damaged_manifest(folder: Path, tmp_path: Path) -
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):
         Artifact.open(tmp_path)
+
+
+DAMAGED_CONFIGS = {
+    '{"text_config": 3}': "describe the model|does not describe weights",
+    '{"quantization_config": null, "text_config": {}}': "describe",
+    "{": "cannot be read as JSON",
+    "[]": "expected a JSON object",
+    '{"a": ' * 100_000: "nested too deeply",
+    "\xff": "not UTF-8",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_CONFIGS, ids=range(len(DAMAGED_CONFIGS)))
+def test_every_reader_refuses_a_damaged_config(folder: Path, tmp_path: Path, content: str) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "a"))
+    (place / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(MmqError, match=DAMAGED_CONFIGS[content]):
+        Artifact.open(place)
+    if "describe" not in DAMAGED_CONFIGS[content]:
+        with pytest.raises(ArtifactError, match=r"config\.json (or recipe is damaged|does not describe)"):
+            read_summary("a", folder_reader(place))
+
+
+def test_a_config_without_one_component_is_refused_when_it_is_opened(folder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "a"))
+    config = json.loads((place / "config.json").read_text())
+    for key in ("text_config", "vision_config"):
+        (place / "config.json").write_text(json.dumps({name: config[name] for name in config if name != key}))
+        with pytest.raises(
+            ArtifactError, match=rf"config\.json does not describe the model: {key}: expected an object"
+        ):
+            Artifact.open(place)
 
 
 def test_manifests_compare_by_content(plain: dict[str, Any]) -> None:

@@ -536,6 +536,16 @@ def test_verify_lists_the_problems_of_a_published_artifact(
     assert fragment in result.output
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"a": ' * 100_000, b"\xff", b'{"text_config": 3}'])
+def test_verify_of_a_damaged_config_on_the_hub_is_one_error(hub: Hub, artifact: Path, content: bytes) -> None:
+    published(artifact)
+    hub.add(REPO, hub.files(REPO) | {"config.json": content})
+    result = mmq("verify", f"hub:{REPO}")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "config" in result.output
+
+
 EMPTIED = [
     ({"linears": {}}, "packed, but not among the manifest's linears"),
     ({"linears": {}, "errors": {}, "units": []}, "the manifest names no quantized linear, so it verifies nothing"),

@@ -150,6 +150,13 @@ class Artifact:
     groups: tuple[Group, ...]
     device: torch.device
 
+    def __post_init__(self) -> None:
+        """ArtifactError when config.json does not describe a model of the manifest's family."""
+        _, problems = self.family.read(self.checkpoint.config)
+        if problems:
+            message = f"{self.checkpoint.origin}: config.json does not describe the model: {problems[0]}"
+            raise ArtifactError(message, "export the artifact again")
+
     @classmethod
     def open(cls, folder: Path, device: torch.device | None = None) -> "Artifact":
         """Read headers, config and manifest; ArtifactError when the folder is not an mmq artifact."""

@@ -5,7 +5,6 @@ Range requests read the names of packed tensors from the headers.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from exporter.artifact.coverage import missing_from_manifest
 from exporter.artifact.manifest import Manifest
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event, Listener
+from exporter.files.strict_json import parse_object
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.hub import Remote
@@ -81,8 +81,8 @@ def _missing(remote: Remote, manifest: Manifest, quiet: bool) -> list[str]:
 
 def open_headers(remote: Remote, manifest: Manifest) -> Artifact:
     """Open an artifact from its headers; its tensors cannot be read. ArtifactError when a header is damaged."""
-    config = json.loads(remote.read("config.json") or b"{}")
     try:
+        config = parse_object(remote.read("config.json") or b"{}", f"{remote.name}: config.json")
         headers = remote.headers()
         nothing: dict[str, set[str]] = {file: set() for file in headers}
         checkpoint = Checkpoint.from_headers(Path(remote.name), config, headers, nothing, origin=remote.name)
