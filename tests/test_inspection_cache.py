@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(model: Path, monkeypatch:
 
 
 def test_the_oldest_files_go(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection_cache, "MOST_FILES", 3)
+    monkeypatch.setattr(inspection_cache, "MAX_FILES", 3)
     for number in range(5):
         (model / "config.json").write_text(str(number))
         keep(model, "q", {"x": number})
