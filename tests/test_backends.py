@@ -100,8 +100,8 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
     monkeypatch.setattr("exporter.inference.retrieval.pixels_of", pixels)
     actual = answers(both(out, on_event=lambda event: notes.append(event.message)), samples_of(out))
     assert actual == expected
-    assert notes[0] == "out of memory with 8 samples at a time: continuing with 4"
-    assert notes[1] == "out of memory with 4 samples at a time: continuing with 2"
+    assert notes[0] == "out of memory with a batch of 8 samples: continuing with 4"
+    assert notes[1] == "out of memory with a batch of 4 samples: continuing with 2"
 
 
 def backends_pixels() -> Any:

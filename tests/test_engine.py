@@ -139,7 +139,7 @@ def test_a_killed_server_is_reported_and_can_be_started_again(engine):
     pids = [engine.pid, *children(engine)]
     engine.kill()
     assert all(gone(pid) for pid in pids)
-    with pytest.raises(ServeError, match="no answer"):
+    with pytest.raises(ServeError, match="no response"):
         engine.ask("What color?", PNG)
     engine.stop()
     engine.start()

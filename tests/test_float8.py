@@ -192,7 +192,7 @@ def test_a_cache_in_16_bits_leaves_a_recipes_digest_alone() -> None:
     )  # as all were when there was none
     recipe = recipe.model_copy(update={"gates": gates})
     assert recipe.digest() != recipe.model_copy(update={"kv_cache": "fp8"}).digest()
-    assert recipe.digest() == "6f5ca0c0ee9c627b0490ececfb115ffbf11ef0d5e0bee5738081d2eb38c07048"
+    assert recipe.digest() == "8514ee5f98aa01be576530433cc8ad67146457959f4ed39ccb6278dede9fbd6c"
 
 
 def test_the_plan_names_schemes_that_cannot_be_served(sparse_checkpoint: Callable[[str], Path]) -> None:

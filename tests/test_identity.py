@@ -307,9 +307,9 @@ def rot(path: Path, offset: int) -> None:
 
 
 def recomputed(seen: list[Event], path: Path) -> list[str]:
-    """Notes that a unit's file is not believed."""
+    """Notes that the file of a unit is damaged and its block is recomputed."""
     notes = [event.message for event in seen if event.stage == "note"]
-    return [note for note in notes if path.name in note and "computed again" in note]
+    return [note for note in notes if path.name in note and "this block is recomputed" in note]
 
 
 @pytest.mark.parametrize("number", [0, 2, -1])

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from exporter.commands.main import cli
+from exporter.pipeline import serving_check
 from exporter.serving import check as checking
 
 EXPORT = ["export", "--recipe", "llava-w4", "--model", "demo-llava", "--samples", "4", "--skip-evaluation"]
@@ -60,7 +61,7 @@ def test_the_result_of_the_check_is_stored_and_decides_the_exit_code(
         assert control
         return checking.CheckResult("0.32.0+cpu", "cpu", len(samples), 0.06, None, None, {}, (), 1.0, problems)
 
-    monkeypatch.setattr(checking, "check", stand_in)
+    monkeypatch.setattr(serving_check, "check", stand_in)
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--json")
     assert done.exit_code == code
     assert checks == [(tmp_path / "out", 16)]
