@@ -24,9 +24,7 @@ from exporter import OpenedArtifact, api, errors
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
-from exporter.model.checkpoint import Checkpoint
-from exporter.model.families import FAMILIES
-from exporter.model.source import narrowed
+from exporter.model.source import open_source
 from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe
@@ -35,10 +33,10 @@ from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, SchemeKern
 from tests.headers.read import write_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent
-HEADERS = {  # family -> heading of its column, and the checkpoint whose header gives the sizes
-    "llava": ("LLaVA-1.5-7B", "llava-hf--llava-1.5-7b-hf"),
-    "blip2": ("BLIP-2 OPT-2.7b", "Salesforce--blip2-opt-2.7b"),
-    "blip2-itm": ("BLIP-2 ITM", "Salesforce--blip2-itm-vit-g-coco"),
+MODELS = {  # a recipe's default model -> heading of its column
+    "llava-hf/llava-1.5-7b-hf": "LLaVA-1.5-7B",
+    "Salesforce/blip2-opt-2.7b": "BLIP-2 OPT-2.7b",
+    "Salesforce/blip2-itm-vit-g-coco": "BLIP-2 ITM",
 }
 WHOLE: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
 ALL: tuple[GroupSize, ...] = (*WHOLE, 16, 32, 256)
@@ -64,20 +62,20 @@ ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
 
 def recipe_table() -> str:
-    """Markdown: a table for every family, its built-in recipes with their sizes for its model."""
+    """Markdown: a table for every default model, the built-in recipes with their sizes for it."""
     recipes = [load_recipe(name) for name in built_in()]
-    families = [name for name in FAMILIES if any(recipe.model.family == name for recipe in recipes)]
-    return "\n\n".join(family_table(name, [r for r in recipes if r.model.family == name]) for name in families)
+    unknown = {recipe.model.repo for recipe in recipes} - MODELS.keys()
+    assert not unknown, f"no heading for {unknown}"
+    return "\n\n".join(model_table(repo, [r for r in recipes if r.model.repo == repo]) for repo in MODELS)
 
 
-def family_table(name: str, recipes: Sequence[Recipe]) -> str:
-    """Markdown: the recipes of one family."""
-    family, (model, header) = FAMILIES[name], HEADERS[name]
-    lines = [f"| recipe | what it does | {model} | bits per weight |", "|---|---|---|---|"]
+def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
+    """Markdown: the recipes of one default model."""
+    lines = [f"| recipe | what it does | {MODELS[repo]} | bits per weight |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        stored = Checkpoint.open(write_sparse_checkpoint(Path(folder) / "model", header), family.canonical_name)
+        source = write_sparse_checkpoint(Path(folder) / "model", repo.replace("/", "--"))
         for recipe in recipes:
-            checkpoint = narrowed(stored, recipe.model.dtype) if recipe.model.dtype else stored
+            checkpoint, family = open_source(str(source), dtype=recipe.model.dtype)
             plan = make_plan(recipe, checkpoint, family, ROOMY)
             bits = f"{plan.bits_per_weight:.2f}"
             lines.append(f"| `{recipe.name}` | {recipe.summary} | {size(plan.bytes_after)} | {bits} |")
@@ -89,7 +87,9 @@ def recipe_page(sizes: str) -> str:
     """Markdown: the recipes with their gates and evidence."""
     parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
     parts += [
-        "Sizes include scales, embeddings and all other tensors. `mmq recipes NAME > mine.yaml` writes one to edit.",
+        "A recipe works with every model that has the components that its rules name (`--model`); the tables give the",
+        "sizes of its default model, with scales, embeddings and all other tensors. `mmq recipes NAME > mine.yaml`",
+        "writes one to edit.",
         "Each section lists the gates (maximum loss as a share of the full-precision score) and the evidence.",
         "",
     ]

@@ -25,7 +25,7 @@ from exporter.inference.predict import Predictor, prompt_inputs
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.model.processor import load_processor
-from exporter.model.source import narrowed
+from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 from exporter.pipeline.export import export
 from exporter.planning.plan import Plan, engine_linears, make_plan
@@ -222,8 +222,8 @@ NO_WARNING = {"blip2": 0, "blip2-itm": 1}  # that nothing serves retrieval is on
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("blip2")])
 def test_every_recipe_fits_its_true_model(name: str, sparse_checkpoint: Callable[[str], Path]) -> None:
     recipe = load_recipe(name)
-    family, header = FAMILIES[recipe.model.family], recipe.model.repo.replace("/", "--")
-    checkpoint = narrowed(big(header, family, sparse_checkpoint), str(recipe.model.dtype))
+    folder = sparse_checkpoint(recipe.model.repo.replace("/", "--"))
+    checkpoint, family = open_source(str(folder), dtype=recipe.model.dtype)
     plan = make_plan(recipe, checkpoint, family, H100)
     assert len(plan.warnings) == NO_WARNING[family.name] or "w3" in name
     assert plan.bytes_before == 2 * plan.parameters

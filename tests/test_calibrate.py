@@ -66,8 +66,7 @@ def tiny_checkpoint(folder: Path, family: Family = LLAVA) -> Checkpoint:
 
 def plan_for(checkpoint: Checkpoint, rules: tuple[Rule, ...] = RULES, family: Family = LLAVA) -> Plan:
     """A plan with the given rules on the tiny model."""
-    recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule.model_dump() for rule in rules]}
-    recipe["model"]["family"] = family.name
+    recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule.model_dump() for rule in rules], "gates": ()}
     return make_plan(Recipe.model_validate(recipe), checkpoint, family, choose("cpu"))
 
 

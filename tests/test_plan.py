@@ -14,6 +14,7 @@ from exporter.errors import PlanError
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
+from exporter.model.source import open_source
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe, Rule
@@ -54,6 +55,36 @@ def test_every_tensor_of_the_true_7b_gets_one_decision(
     vision = 0 if name in ("llava-w4", "llava-fp8-vit16-cache8") else 23 * 6  # the 24th block never runs
     assert len([m for m in packed if m.startswith("vision_tower.")]) == vision
     assert "language_model.lm_head" not in packed
+
+
+def test_a_recipe_works_on_every_family_with_its_components() -> None:
+    """The shipped default for LLaVA on BLIP-2, whose language model, vision tower and projector are others."""
+    checkpoint, family = open_source("demo-blip2")
+    plan = make_plan(load_recipe("llava-w4-vit8"), checkpoint, family, CPU)
+    assert plan.family.name == "blip2"
+    packed = {(row.component, row.scheme) for row in plan.rows if row.decision == "packed"}
+    assert packed == {("vision", Scheme(8, "row")), ("language", Scheme(4, 128))}
+    assert all(row.decision == "kept" for row in (*plan.of("qformer"), *plan.of("projector")))
+
+
+def test_components_and_tasks_that_a_family_lacks_are_refused_together() -> None:
+    checkpoint, family = open_source("demo-blip2-itm")
+    with pytest.raises(PlanError) as caught:
+        make_plan(load_recipe("llava-w4-vit8"), checkpoint, family, CPU)
+    message = caught.value.message
+    assert "quantize[1]: family blip2-itm has no component 'projector'; it has vision, qformer" in message
+    assert "quantize[2]: family blip2-itm has no component 'language'; it has vision, qformer" in message
+    assert "gates[0].task: family blip2-itm supports retrieval, not vqa" in message
+    assert "matches no linear" not in message  # it would repeat the first two lines
+
+
+def test_a_recipe_with_a_family_is_checked_against_the_model() -> None:
+    checkpoint, family = open_source("demo-blip2")
+    data = load_recipe("llava-w4-vit8").model_dump()
+    data["model"]["family"] = "llava"
+    with pytest.raises(PlanError, match="is for family llava, but the model's family is blip2") as caught:
+        make_plan(Recipe.model_validate(data), checkpoint, family, CPU)
+    assert "remove `family`" in str(caught.value.hint)
 
 
 def test_sizes_count_scales_and_match_arithmetic(big: Checkpoint) -> None:

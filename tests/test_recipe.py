@@ -125,6 +125,25 @@ def test_wrong_components_and_metrics_are_listed_beside_wrong_values() -> None:
     assert "quantize[0].bits" in message
 
 
+def test_no_shipped_recipe_names_a_family() -> None:
+    assert [name for name in built_in() if load_recipe(name).model.family is not None] == []
+
+
+def test_a_component_of_no_family_is_refused_when_the_recipe_is_read() -> None:
+    text = built_in()["llava-w4-vit8"].read_text().replace("component: language", "component: langauge")
+    with pytest.raises(RecipeError, match=r"component: unknown component 'langauge'\. Did you mean 'language'"):
+        parse_recipe(text, "wrong.yaml")
+
+
+def test_a_family_changes_the_digest_only_where_a_recipe_names_it() -> None:
+    """Artifacts of an older mmq have recipes with a family, and manifests with its digest."""
+    text = built_in()["llava-w4-vit8"].read_text()
+    old = parse_recipe(text.replace("llava-1.5-7b-hf}", "llava-1.5-7b-hf, family: llava}"), "llava-w4-vit8.yaml")
+    assert old.model.family == "llava"
+    assert old.digest() == "803656b744b4b4757700b38afc63d29d7a12a63106e72b01d64d298217b5a4ea"
+    assert load_recipe("llava-w4-vit8").digest() != old.digest()
+
+
 @pytest.mark.parametrize("name", ["./none.yaml", "none.yaml", "/tmp"])
 def test_a_missing_recipe_file_is_reported_as_missing(name: str) -> None:
     with pytest.raises(RecipeError, match=r"does not exist|is a folder"):

@@ -265,14 +265,12 @@ def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
     Raises ServeError otherwise.
     """
     from exporter.device import choose
-    from exporter.model.families import FAMILIES
     from exporter.pipeline.preparation import prepare
     from exporter.serving.launch import find_program
     from exporter.serving.preflight import hardware, refuse_plan
 
-    unserved = FAMILIES[recipe.model.family].unserved
-    if unserved:
-        raise ServeError(f"--serve-check: {unserved}", "drop --serve-check")
-    program = find_program(vllm)
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
+    if plan.family.unserved:
+        raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
+    program = find_program(vllm)
     refuse_plan(plan, checkpoint.config, hardware(program))

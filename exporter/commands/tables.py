@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -233,10 +234,10 @@ def verified_line(verified: Verification) -> str:
 def recipes_table(recipes: list[Recipe]) -> Table:
     """Table of recipes, one row per recipe."""
     table = Table(box=None, pad_edge=False)
-    for name in ("recipe", "family", "summary"):
+    for name in ("recipe", "default model", "summary"):
         table.add_column(name, no_wrap=name != "summary")
     for recipe in recipes:
-        table.add_row(recipe.name, recipe.model.family, recipe.summary)
+        table.add_row(recipe.name, Path(recipe.model.repo).name, recipe.summary)
     return table
 
 

@@ -6,7 +6,6 @@ import torch
 
 from exporter.demo import MODELS
 from exporter.device import Device
-from exporter.errors import PlanError
 from exporter.events import Event, Listener, ignore
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries
@@ -39,10 +38,6 @@ def prepare(
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
     if remote:
         on_event(Event("prepare", 1, 1, f"looking up {model.repo} on the hub"))
-    foreign = recipe.foreign_tasks(family.tasks) if recipe.model.family == family.name else []
-    if foreign:
-        first = f"recipe '{recipe.name}' has tasks that {checkpoint.origin} does not support:"
-        raise PlanError("\n".join([first, *foreign]))
     plan = make_plan(recipe, checkpoint, family, device)
     if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
         checkpoint = narrowed(checkpoint, "bfloat16")

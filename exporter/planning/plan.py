@@ -88,17 +88,19 @@ class Plan:
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
     """Decide every tensor; PlanError lists all problems."""
-    if family.name != recipe.model.family:
+    if recipe.model.family not in (None, family.name):
         raise PlanError(
             f"recipe '{recipe.name}' is for family {recipe.model.family}, but the model's family is {family.name}",
-            "`mmq recipes` lists the recipes of each family",
+            "remove `family` from the recipe's model section: the recipe then fits every family with its components",
         )
     refuse_misfit(checkpoint, family)
-    rows, used, problems = decide(recipe, checkpoint, family)
+    rows, used, unfit = decide(recipe, checkpoint, family)
+    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *unfit]
+    names = {component.name for component in family.components}
     problems += [
         f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters exclude it"
         for i, rule in enumerate(recipe.quantize)
-        if i not in used
+        if i not in used and rule.component in names
     ]
     problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
     conflict = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])

@@ -5,147 +5,63 @@ The first rule that matches a linear applies. `recipe_file.py` reads recipes fro
 
 import hashlib
 import json
-from collections.abc import Collection
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from exporter.data import place
-from exporter.errors import DataError, did_you_mean, validation_message
+from exporter.errors import DataError
 from exporter.formats import FORMATS
-from exporter.methods import METHODS, MethodOptions
-from exporter.model.families import FAMILIES
-from exporter.numerics.quantized import Activations, GroupSize, Scheme
+from exporter.model.families import FAMILIES, Family
+from exporter.planning.rule import Rule, Strict, require_known
 from exporter.tasks import TASKS
 
-Third = Literal["front", "middle", "end"]
-
-
-class Strict(BaseModel):
-    """Base of all recipe sections: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def require_known(value: str, registry: Any, what: str) -> str:
-    """The value itself; ValueError with the allowed names when the registry does not have it."""
-    if value not in registry:
-        raise ValueError(f"unknown {what} '{value}'.{did_you_mean(value, registry)} ({', '.join(sorted(registry))})")
-    return value
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Evidence",
+    "Gate",
+    "Model",
+    "Publish",
+    "Recipe",
+    "Rule",
+    "Strict",
+    "component_kind",
+    "component_names",
+    "parse_sources",
+    "require_known",
+]
 
 
 class Model(Strict):
     """The checkpoint: a hub id, a local folder or the name of an embedded model.
 
+    family: the only family that the recipe is for; None: every family that has the recipe's components.
     dtype: the dtype in which float32 tensors are read, and stored when they are kept; None keeps float32.
     adapter: folder of a LoRA adapter that is merged into the checkpoint.
     """
 
     repo: str
     revision: str | None = None
-    family: str
+    family: str | None = None
     dtype: Literal["float16", "bfloat16"] | None = None
     adapter: str | None = None
 
     @field_validator("family")
     @classmethod
-    def _family(cls, value: str) -> str:
-        return require_known(value, FAMILIES, "family")
+    def _family(cls, value: str | None) -> str | None:
+        return value if value is None else require_known(value, FAMILIES, "family")
 
 
-class Rule(Strict):
-    """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
+def component_kind(family: str | None) -> str:
+    """What a component is called in errors: of this family, or of any."""
+    return "component" if family is None else f"component of family {family}"
 
-    store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
-    """
 
-    component: str
-    bits: int
-    method: str = "rtn"
-    group_size: GroupSize = "row"
-    symmetric: bool = True
-    number: Literal["int", "fp8"] = "int"
-    activations: Activations | None = None
-    blocks: str | None = None
-    role: Literal["attention", "mlp"] | None = None
-    store: Literal["packed", "dequantized", "plugin"] = "packed"
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("method")
-    @classmethod
-    def _method(cls, value: str) -> str:
-        return require_known(value, METHODS, "method")
-
-    @field_validator("bits")
-    @classmethod
-    def _bits(cls, value: int) -> int:
-        if value not in (2, 3, 4, 5, 6, 7, 8, 16):
-            raise ValueError(f"bits must be 2 to 8, or 16 to keep the component, not {value}")
-        return value
-
-    @field_validator("group_size")
-    @classmethod
-    def _group(cls, value: GroupSize) -> GroupSize:
-        if isinstance(value, int) and (value < 8 or value % 8):
-            raise ValueError(f"group_size must be a multiple of 8 (usually 128), 'row' or 'tensor', not {value}")
-        return value
-
-    @field_validator("blocks")
-    @classmethod
-    def _blocks(cls, value: str | None) -> str | None:
-        if value is not None and value not in ("front", "middle", "end"):
-            low, colon, high = value.partition(":")
-            if not (colon and (low + high).isdigit() and int(low or 0) < int(high or 10**6)):
-                raise ValueError(f"blocks must be front, middle, end or a range like '0:8', not '{value}'")
-        return value
-
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
-            raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
-        scheme = Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
-        if self.activations and not scheme.mixed:
-            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
-                raise ValueError(
-                    "activations need bits: 8, symmetric: true and group_size: row or tensor; "
-                    "activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
-                )
-            if (self.activations == "fp8") != (self.number == "fp8"):
-                raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
-        if self.parsed_options().scales_in_loop and scheme.mixed:
-            raise ValueError(
-                "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
-                "to the row's largest scale, which is known only after the last group"
-            )
-        return self
-
-    def parsed_options(self) -> MethodOptions:
-        """The method's options, validated by the method (ValueError lists all problems)."""
-        try:
-            return METHODS[self.method].Options(**self.options)
-        except ValidationError as error:
-            fields = METHODS[self.method].Options.model_fields
-            names = [field.alias or name for name, field in fields.items()]
-            lines = [
-                f"{'.'.join(['options', *map(str, problem['loc'])])}: {validation_message(problem, names, 'option')}"
-                for problem in error.errors()
-            ]
-            raise ValueError("\n".join(lines)) from None
-
-    def scheme(self) -> Scheme | None:
-        """The quantization scheme of this rule; None for bits 16."""
-        if self.bits == 16:
-            return None
-        return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
-
-    def matches_block(self, index: int, count: int) -> bool:
-        """Whether block `index` of `count` is in this rule's range; thirds are split as evenly as possible."""
-        if self.blocks is None:
-            return True
-        if self.blocks in ("front", "middle", "end"):
-            return ("front", "middle", "end")[index * 3 // count] == self.blocks
-        low, _, high = self.blocks.partition(":")
-        return int(low or 0) <= index < int(high or count)
+def component_names(family: str | None) -> list[str]:
+    """Names of the components of a family, in data order; None: of all families."""
+    families = FAMILIES.values() if family is None else [FAMILIES[family]]
+    return list(dict.fromkeys(component.name for one in families for component in one.components))
 
 
 def parse_sources(value: Any) -> Any:
@@ -261,11 +177,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _components(self) -> Self:
-        names = [component.name for component in FAMILIES[self.model.family].components]
-        problems = []
+        family, problems = self.model.family, []
         for i, rule in enumerate(self.quantize):
             try:
-                require_known(rule.component, names, f"component of family {self.model.family}")
+                require_known(rule.component, component_names(family), component_kind(family))
             except ValueError as error:
                 problems.append(f"quantize[{i}].component: {error}")
         if problems:
@@ -281,13 +196,22 @@ class Recipe(Strict):
             del content["model"]["adapter"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def foreign_tasks(self, able: Collection[str]) -> list[str]:
-        """A problem for every task that this recipe names and that is not in `able`, the family's tasks."""
+    def foreign_components(self, family: Family) -> list[str]:
+        """A problem for every rule whose component the family does not have."""
+        able = [component.name for component in family.components]
+        return [
+            f"quantize[{i}]: family {family.name} has no component '{rule.component}'; it has {', '.join(able)}"
+            for i, rule in enumerate(self.quantize)
+            if rule.component not in able
+        ]
+
+    def foreign_tasks(self, family: Family) -> list[str]:
+        """A problem for every task that this recipe names and that the family does not have."""
         named = {f"gates[{i}].task": gate.task for i, gate in enumerate(self.gates)}
         if "retrieval" in self.calibration.tasks:  # every family can be calibrated on captions and questions
             named["calibration.tasks"] = "retrieval"
-        supported = f"family {self.model.family} supports {', '.join(able)}"
-        return [f"{where}: {supported}, not {task}" for where, task in named.items() if task not in able]
+        supported = f"family {family.name} supports {', '.join(family.tasks)}"
+        return [f"{where}: {supported}, not {task}" for where, task in named.items() if task not in family.tasks]
 
     def adjusted(self, **sections: dict[str, Any]) -> "Recipe":
         """The recipe with some values of its sections replaced; None keeps a value."""

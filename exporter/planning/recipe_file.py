@@ -19,6 +19,8 @@ from exporter.planning.recipe import (
     Recipe,
     Rule,
     Strict,
+    component_kind,
+    component_names,
     require_known,
 )
 from exporter.tasks import TASKS
@@ -87,19 +89,18 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def _unknown_names(data: dict[str, Any]) -> list[str]:
-    """Problems about unknown components of the family and unknown metrics of tasks.
+    """Problems about unknown components and unknown metrics of tasks.
 
     Pydantic checks these names only after everything else is valid.
     """
     lines = []
     model = data.get("model")
-    family = FAMILIES.get(str(model.get("family"))) if isinstance(model, dict) else None
+    named = model.get("family") if isinstance(model, dict) else None
+    family = named if isinstance(named, str) and named in FAMILIES else None
     for i, rule in enumerate(_dicts(data.get("quantize"))):
-        if family and isinstance(rule.get("component"), str):
-            names = [component.name for component in family.components]
-            lines += _unknown(
-                f"quantize[{i}].component", rule["component"], names, f"component of family {family.name}"
-            )
+        if isinstance(rule.get("component"), str):
+            names = component_names(family)
+            lines += _unknown(f"quantize[{i}].component", rule["component"], names, component_kind(family))
     for i, gate in enumerate(_dicts(data.get("gates"))):
         if isinstance(gate.get("task"), str) and gate["task"] in TASKS:
             metrics = TASKS[gate["task"]].METRICS

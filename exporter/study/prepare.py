@@ -21,7 +21,7 @@ def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSp
     return Recipe(
         name="study",
         summary="what a study changes",
-        model=Model(repo=model, revision=revision, family=family.name),
+        model=Model(repo=model, revision=revision),
         quantize=(Rule(component=family.components[0].name, bits=16),),
         calibration=Calibration(data=data_names, tasks=tasks or family.tasks, samples=samples, seed=seed),
         evaluation=Evaluation(seed=seed),

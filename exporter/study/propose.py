@@ -15,6 +15,7 @@ from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.report_file import Measure, Report, read_report
 from exporter.events import Listener
 from exporter.files.writing import make_folder, write_text
+from exporter.model.families import Family
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import with_suitable_data
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, Rule
@@ -129,14 +130,14 @@ def read_confirmed(name: str, out: Path) -> MeasuredRecipe:
     return MeasuredRecipe(name, manifest.bytes.after, manifest.bits_per_weight, mean, worst, report)
 
 
-def comparable(name: str, base: Recipe) -> Recipe:
+def comparable(name: str, base: Recipe, family: Family) -> Recipe:
     """A hand-written recipe with the model, data and gates of `base`, so that only the rules differ.
 
-    Raises RecipeError for a recipe of another family.
+    Raises RecipeError if a rule names a component that the model's family does not have.
     """
     hand_written = load_recipe(name)
-    if hand_written.model.family != base.model.family:
-        raise RecipeError(f"recipe '{name}' is for family {hand_written.model.family}, not {base.model.family}")
+    if problems := hand_written.foreign_components(family):
+        raise RecipeError("\n".join([f"recipe '{name}' does not fit {base.model.repo}:", *problems]))
     return base.model_copy(
         update={"name": hand_written.name, "summary": hand_written.summary, "quantize": hand_written.quantize}
     )

@@ -123,7 +123,7 @@ def allocate(
     format_name = model.recipe.format
     schemes = rules(request.bits, request.groups, request.method, request.symmetric, request.unserved, format_name)
     schemes = without_extras(schemes, format_name) if request.plain else schemes
-    hand_written = [(name, propose.comparable(name, model.recipe)) for name in request.against]
+    hand_written = [(name, propose.comparable(name, model.recipe, model.family)) for name in request.against]
     slots, full_bytes, measured = measure(setup, request.per, request.names, schemes, pool, on_event)
     allocations = [
         allocation for allocation in front(slots, full_bytes, request.points) if allocation.bytes < full_bytes

@@ -61,16 +61,16 @@ def ask(python: str, questions: list[dict], script: str = "match.py") -> list[st
 
 
 @pytest.mark.parametrize(
-    ("kind", "header", "least"),
-    [("llava", "llava-hf--llava-1.5-7b-hf", 5000), ("blip2", "Salesforce--blip2-opt-2.7b", 3000)],
+    ("kind", "model", "least"),
+    [("llava", "llava-hf/llava-1.5-7b-hf", 5000), ("blip2", "Salesforce/blip2-opt-2.7b", 3000)],
 )
 def test_matching_agrees_with_vllm(
-    kind: str, header: str, least: int, engine_python: str, sparse_checkpoint: Callable[[str], Path]
+    kind: str, model: str, least: int, engine_python: str, sparse_checkpoint: Callable[[str], Path]
 ):
     family = FAMILIES[kind]
-    checkpoint = Checkpoint.open(sparse_checkpoint(header), family.canonical_name)
+    checkpoint = Checkpoint.open(sparse_checkpoint(model.replace("/", "--")), family.canonical_name)
     questions, expected = [], []
-    for recipe in [found for found in map(load_recipe, built_in()) if found.model.family == kind]:
+    for recipe in [found for found in map(load_recipe, built_in()) if found.model.repo == model]:
         plan = make_plan(recipe, checkpoint, family, H100)
         found = [(group.scheme, list(group.targets)) for group in groups(plan)]
         kept = kept_modules(plan)

@@ -1,0 +1,119 @@
+"""One rule of a recipe: how the linears of a component, or some of its blocks, are quantized."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from exporter.errors import did_you_mean, validation_message
+from exporter.methods import METHODS, MethodOptions
+from exporter.numerics.quantized import Activations, GroupSize, Scheme
+
+Third = Literal["front", "middle", "end"]
+
+
+class Strict(BaseModel):
+    """Base of all recipe sections: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def require_known(value: str, registry: Any, what: str) -> str:
+    """The value itself; ValueError with the allowed names when the registry does not have it."""
+    if value not in registry:
+        raise ValueError(f"unknown {what} '{value}'.{did_you_mean(value, registry)} ({', '.join(sorted(registry))})")
+    return value
+
+
+class Rule(Strict):
+    """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
+
+    store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
+    """
+
+    component: str
+    bits: int
+    method: str = "rtn"
+    group_size: GroupSize = "row"
+    symmetric: bool = True
+    number: Literal["int", "fp8"] = "int"
+    activations: Activations | None = None
+    blocks: str | None = None
+    role: Literal["attention", "mlp"] | None = None
+    store: Literal["packed", "dequantized", "plugin"] = "packed"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return require_known(value, METHODS, "method")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"bits must be 2 to 8, or 16 to keep the component, not {value}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group(cls, value: GroupSize) -> GroupSize:
+        if isinstance(value, int) and (value < 8 or value % 8):
+            raise ValueError(f"group_size must be a multiple of 8 (usually 128), 'row' or 'tensor', not {value}")
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("front", "middle", "end"):
+            low, colon, high = value.partition(":")
+            if not (colon and (low + high).isdigit() and int(low or 0) < int(high or 10**6)):
+                raise ValueError(f"blocks must be front, middle, end or a range like '0:8', not '{value}'")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
+            raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
+        scheme = Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+        if self.activations and not scheme.mixed:
+            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
+                raise ValueError(
+                    "activations need bits: 8, symmetric: true and group_size: row or tensor; "
+                    "activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
+                )
+            if (self.activations == "fp8") != (self.number == "fp8"):
+                raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
+        if self.parsed_options().scales_in_loop and scheme.mixed:
+            raise ValueError(
+                "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
+                "to the row's largest scale, which is known only after the last group"
+            )
+        return self
+
+    def parsed_options(self) -> MethodOptions:
+        """The method's options, validated by the method (ValueError lists all problems)."""
+        try:
+            return METHODS[self.method].Options(**self.options)
+        except ValidationError as error:
+            fields = METHODS[self.method].Options.model_fields
+            names = [field.alias or name for name, field in fields.items()]
+            lines = [
+                f"{'.'.join(['options', *map(str, problem['loc'])])}: {validation_message(problem, names, 'option')}"
+                for problem in error.errors()
+            ]
+            raise ValueError("\n".join(lines)) from None
+
+    def scheme(self) -> Scheme | None:
+        """The quantization scheme of this rule; None for bits 16."""
+        if self.bits == 16:
+            return None
+        return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+
+    def matches_block(self, index: int, count: int) -> bool:
+        """Whether block `index` of `count` is in this rule's range; thirds are split as evenly as possible."""
+        if self.blocks is None:
+            return True
+        if self.blocks in ("front", "middle", "end"):
+            return ("front", "middle", "end")[index * 3 // count] == self.blocks
+        low, _, high = self.blocks.partition(":")
+        return int(low or 0) <= index < int(high or count)
