@@ -3,6 +3,7 @@
 The import of torch takes about a second; an interrupt during it must end without a traceback too.
 """
 
+import os
 import sys
 
 from exporter.commands.interrupt import install, raise_if_interrupted
@@ -27,6 +28,23 @@ def main() -> None:
             raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        _leave(end)
+
+
+def _leave(end: SystemExit) -> None:
+    """End the process with click's exit code; at once when it used a GPU, because Python then frees memory for seconds.
+
+    Every file is closed and every thread has ended by now, so nothing is lost.
+    """
+    if "torch" in sys.modules:
+        from exporter.device import uses_gpu
+
+        if uses_gpu() and isinstance(end.code, int | None):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+    raise end
 
 
 def _model(arguments: list[str]) -> str | None:

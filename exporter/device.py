@@ -133,9 +133,14 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + reserve
 
 
+def uses_gpu() -> bool:
+    """Whether this process has a context on a GPU."""
+    return bool(torch.cuda.is_initialized())
+
+
 def empty_caches() -> None:
     """Release torch's unused reserve on all GPUs that this process has used."""
-    if torch.cuda.is_initialized():
+    if uses_gpu():
         torch.cuda.empty_cache()
 
 

@@ -14,15 +14,14 @@ from typing import Any, Literal
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.artifact_tensors import digest
 from exporter.artifact.coverage import missing_from_manifest
-from exporter.artifact.manifest import Manifest
 from exporter.artifact.verify_blocks import compare_blocks
 from exporter.artifact.verify_source import unlike_source
 from exporter.artifact.verify_whole import logit_difference, refuse_too_large
 from exporter.device import Device
 from exporter.distribution import install_extra
-from exporter.errors import ArtifactError, CheckpointError
+from exporter.errors import ArtifactError, CheckpointError, MmqError
 from exporter.events import Event, Listener
-from exporter.files.file_hashes import sha256
+from exporter.files.file_hashes import AT_ONCE, sha256
 from exporter.inference.predict import prompt_inputs
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor import load_processor
@@ -68,9 +67,7 @@ def verify(
     too small). When a library fails, the artifact still passes and `skipped` is the reason.
     """
     artifact = Artifact.open(folder, device.torch_device)
-    problems = [*missing_from_manifest(artifact), *_wrong_files(folder, artifact.manifest, on_event)]
-    if not problems:
-        problems = _wrong_linears(artifact, on_event)
+    problems = [*missing_from_manifest(artifact), *_wrong_contents(artifact, on_event)]
     if source and not problems:
         problems = unlike_source(artifact, source, rows)
     if problems:
@@ -106,16 +103,20 @@ def _run(artifact: Artifact, verified: Verification, device: Device, on_event: L
     return verified
 
 
-def _wrong_files(folder: Path, manifest: Manifest, on_event: Listener) -> list[str]:
-    files = manifest.files
-    problems = []
-    with ThreadPoolExecutor(THREADS) as pool:
+def _wrong_contents(artifact: Artifact, on_event: Listener) -> list[str]:
+    """One line per file that changed, else one per linear that differs; both are checked at the same time."""
+    folder, files = artifact.checkpoint.folder, artifact.manifest.files
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         named = sorted(files.items())
-        for i, problem in enumerate(pool.map(lambda item: _wrong_file(folder, *item), named)):
+        hashed = pool.map(lambda item: _wrong_file(folder, *item), named)
+        linears = _wrong_linears(artifact, on_event)
+        problems = []
+        for i, problem in enumerate(hashed):
             problems += [problem] if problem else []
             on_event(Event("verify", i + 1, len(files), named[i][0]))
     extra = {path.name for path in folder.glob("*.safetensors")} - files.keys()
-    return problems + [f"{name}: not in the manifest" for name in sorted(extra)]
+    problems += [f"{name}: not in the manifest" for name in sorted(extra)]
+    return problems or linears  # a changed file explains every difference inside it
 
 
 def _wrong_file(folder: Path, name: str, expected: str) -> str:
@@ -140,7 +141,7 @@ def _wrong_linear(artifact: Artifact, module: str, expected: str) -> str:
     try:
         if digest(artifact.linear(module)) != expected:
             return f"{module}: its codes, scales or zero points differ from the computed ones"
-    except (ArtifactError, KeyError) as error:
+    except (MmqError, KeyError) as error:
         return f"{module}: {error}"
     return ""
 
