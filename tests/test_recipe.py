@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import RecipeError
-from exporter.planning.recipe import Evidence, Rule
+from exporter.planning.overrides import adjusted
+from exporter.planning.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule
 from exporter.planning.recipe_file import built_in, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,33 @@ def test_shipped_recipes_load_with_evidence_and_gates() -> None:
         assert recipe.name == name
         assert recipe.gates
         assert recipe.evidence
+        assert recipe.summary
+        assert recipe.model.repo
         assert f"mmq export --recipe {name}" in path.read_text()
+
+
+MINIMAL = "quantize: [{component: vision, bits: 8}, {component: language, bits: 4}, {component: language, bits: 3}]"
+
+
+def test_a_recipe_of_rules_alone_is_complete_with_a_model() -> None:
+    recipe = parse_recipe(MINIMAL, "folder/mine.yaml")
+    assert (recipe.name, recipe.gates, recipe.evidence) == ("mine", (), ())
+    assert recipe.description() == "vision 8, language 3 to 4 bits"
+    assert load_recipe("llava-w8").description() == load_recipe("llava-w8").summary
+    assert adjusted(recipe, "demo-llava").model.repo == "demo-llava"
+    with pytest.raises(RecipeError, match="recipe 'mine' names no model") as caught:
+        adjusted(recipe)
+    assert "--model MODEL" in str(caught.value.hint)
+
+
+def test_the_page_about_recipes_lists_every_key() -> None:
+    page = (ROOT / "docs" / "how-to" / "own-recipe.md").read_text()
+    whole, rules = page.split("## Rules")
+    missing = [key for key in Recipe.model_fields if f"| `{key}` |" not in whole]
+    missing += [key for key in Rule.model_fields if f"| `{key}` |" not in rules]
+    sections = [Model, Calibration, Evaluation, Gate, Evidence, Publish]
+    missing += [key for section in sections for key in section.model_fields if f"`{key}`" not in whole]
+    assert missing == []
 
 
 EVIDENCE = [(name, evidence) for name in built_in() for evidence in load_recipe(name).evidence]

@@ -237,7 +237,7 @@ def recipes_table(recipes: list[Recipe]) -> Table:
     for name in ("recipe", "default model", "summary"):
         table.add_column(name, no_wrap=name != "summary")
     for recipe in recipes:
-        table.add_row(recipe.name, Path(recipe.model.repo).name, recipe.summary)
+        table.add_row(recipe.name, Path(recipe.model.repo).name, recipe.description())
     return table
 
 

@@ -23,8 +23,11 @@ def adjusted(
 ) -> Recipe:
     """A copy of the recipe with the values that are set; another model drops the recipe's revision.
 
-    RecipeError when a value is not allowed, DataError for an unknown data source.
+    RecipeError when a value is not allowed or no model is named, DataError for an unknown data source.
     """
+    if not (model or recipe.model.repo):
+        hint = "pass --model MODEL, or write `model: {repo: MODEL}` in the recipe"
+        raise RecipeError(f"recipe '{recipe.name}' names no model", hint)
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
     repo, folder = (None if path is None else str(path) for path in (model, adapter))

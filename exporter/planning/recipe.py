@@ -5,6 +5,7 @@ The first rule that matches a linear applies. `recipe_file.py` reads recipes fro
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -30,18 +31,20 @@ __all__ = [
     "component_names",
     "parse_sources",
     "require_known",
+    "widths",
 ]
 
 
 class Model(Strict):
     """The checkpoint: a hub id, a local folder or the name of an embedded model.
 
+    repo: empty in recipes that name no model; `--model` then names it.
     family: the only family that the recipe is for; None: every family that has the recipe's components.
     dtype: the dtype in which float32 tensors are read, and stored when they are kept; None keeps float32.
     adapter: folder of a LoRA adapter that is merged into the checkpoint.
     """
 
-    repo: str
+    repo: str = ""
     revision: str | None = None
     family: str | None = None
     dtype: Literal["float16", "bfloat16"] | None = None
@@ -145,22 +148,35 @@ class Publish(Strict):
     private: bool = True
 
 
-class Recipe(Strict):
-    """A complete recipe; `recipes/*.yaml` are documented examples.
+def widths(rules: Sequence[Rule]) -> str:
+    """Bits per component as text: `vision 4 to 8, language 3 bits`."""
+    bits: dict[str, list[int]] = {}
+    for rule in rules:
+        bits.setdefault(rule.component, []).append(rule.bits)
+    spans = [
+        f"{name} {min(found)}" + (f" to {max(found)}" if min(found) < max(found) else "")
+        for name, found in bits.items()
+    ]
+    return ", ".join(spans) + " bits"
 
+
+class Recipe(Strict):
+    """A complete recipe; `recipes/*.yaml` are documented examples. Only `quantize` is required.
+
+    gates: without them, scores are measured and no loss fails. evidence: required of the recipes that mmq ships.
     kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3.
     """
 
     name: str
-    summary: str
-    model: Model
+    summary: str = ""
+    model: Model = Model()
     quantize: tuple[Rule, ...]
     calibration: Calibration = Calibration()
     format: str = "compressed_tensors"
     kv_cache: Literal["fp8"] | None = None
     evaluation: Evaluation = Evaluation()
-    gates: tuple[Gate, ...]
-    evidence: tuple[Evidence, ...]
+    gates: tuple[Gate, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
     publish: Publish = Publish()
 
     @field_validator("format")
@@ -168,9 +184,9 @@ class Recipe(Strict):
     def _format(cls, value: str) -> str:
         return require_known(value, FORMATS, "format")
 
-    @field_validator("quantize", "evidence")
+    @field_validator("quantize")
     @classmethod
-    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _some(cls, value: tuple[Rule, ...]) -> tuple[Rule, ...]:
         if not value:
             raise ValueError("at least one entry is required")
         return value
@@ -186,6 +202,10 @@ class Recipe(Strict):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def description(self) -> str:
+        """The summary; without one, the bits of each component."""
+        return self.summary or widths(self.quantize)
 
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of comments and key order."""

@@ -33,7 +33,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
     return {
         "name": summary.name,
         "source": summary.source,
-        "recipe": {"name": summary.recipe.name, "summary": summary.recipe.summary},
+        "recipe": {"name": summary.recipe.name, "summary": summary.recipe.description()},
         "verdict": verdict,
         "verdict_tone": TONES.get(verdict, "open"),
         "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",

@@ -7,7 +7,7 @@ from exporter import data
 from exporter.demo import MODELS
 from exporter.model.families import Family
 from exporter.model.source import open_source
-from exporter.planning.recipe import Calibration, Evaluation, Evidence, Model, Recipe, Rule
+from exporter.planning.recipe import Calibration, Evaluation, Model, Recipe, Rule
 
 
 def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSpec], samples: int, seed: int) -> Recipe:
@@ -20,13 +20,10 @@ def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSp
     tasks = tuple(task for task in family.tasks if not places or any(task in place.tasks for place in places))
     return Recipe(
         name="study",
-        summary="what a study changes",
         model=Model(repo=model, revision=revision),
         quantize=(Rule(component=family.components[0].name, bits=16),),
         calibration=Calibration(data=data_names, tasks=tasks or family.tasks, samples=samples, seed=seed),
         evaluation=Evaluation(seed=seed),
-        gates=(),
-        evidence=(Evidence(finding="none yet", figures="none", source="a study"),),
     )
 
 

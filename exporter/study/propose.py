@@ -18,7 +18,7 @@ from exporter.files.writing import make_folder, write_text
 from exporter.model.families import Family
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import with_suitable_data
-from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, Rule
+from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, widths
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
 from exporter.tasks import TASKS
@@ -76,23 +76,11 @@ def recipe_of(
     return base.model_copy(
         update={
             "name": name,
-            "summary": f"{summary(rules)}; bits chosen by mmq allocate",
+            "summary": f"{widths(rules)}; bits chosen by mmq allocate",
             "quantize": rules,
             "gates": gates,
         }
     )
-
-
-def summary(rules: Sequence[Rule]) -> str:
-    """Bits per component as text: `vision 4 to 8, language 3 bits`."""
-    bits: dict[str, list[int]] = {}
-    for rule in rules:
-        bits.setdefault(rule.component, []).append(rule.bits)
-    spans = [
-        f"{name} {min(widths)}" + (f" to {max(widths)}" if min(widths) < max(widths) else "")
-        for name, widths in bits.items()
-    ]
-    return ", ".join(spans) + " bits"
 
 
 def confirm(
@@ -139,7 +127,7 @@ def comparable(name: str, base: Recipe, family: Family) -> Recipe:
     if problems := hand_written.foreign_components(family):
         raise RecipeError("\n".join([f"recipe '{name}' does not fit {base.model.repo}:", *problems]))
     return base.model_copy(
-        update={"name": hand_written.name, "summary": hand_written.summary, "quantize": hand_written.quantize}
+        update={"name": hand_written.name, "summary": hand_written.description(), "quantize": hand_written.quantize}
     )
 
 
@@ -188,4 +176,4 @@ def write_recipe(recipe: Recipe, path: Path, command: str) -> None:
     """Write the recipe as YAML without default values; the comment at its head holds the summary and the commands."""
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    write_text(path, f"# {recipe.summary}.\n#   {command}\n#   mmq export --recipe {path}\n{text}")
+    write_text(path, f"# {recipe.description()}.\n#   {command}\n#   mmq export --recipe {path}\n{text}")
