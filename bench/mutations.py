@@ -64,8 +64,8 @@ MUTATIONS = (
         "gptq",
         "errors are added instead of subtracted",
         COLUMNS,
-        "upper[column, later], alpha=-1)",
-        "upper[column, later])",
+        "upper[i : i + 1, i + 1 :], alpha=-1)",
+        "upper[i : i + 1, i + 1 :])",
     ),
     Mutation(
         "gptq",
@@ -91,7 +91,7 @@ MUTATIONS = (
         "diagonal().reciprocal()",
     ),
     Mutation("gptq", "descent includes a column's own error", GPTQ, "    hessian.diagonal().zero_()\n", ""),
-    Mutation("gptq", "descent ignores a column's previous error", COLUMNS, "error - errors[:, column]", "error"),
+    Mutation("gptq", "descent ignores a column's previous error", COLUMNS, "new_error - error", "new_error"),
     Mutation(
         "gptq",
         "a column that is always 0 keeps a zero diagonal",

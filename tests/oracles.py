@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.numerics.quantized import Scheme, dequantize, quantize
+from exporter.numerics.quantized import ColumnGrid, Scheme, dequantize, quantize
 from exporter.numerics.ranges import fit_scale
 
 
@@ -34,6 +34,38 @@ def naive_log_likelihood(model: Any, inputs: Mapping[str, Tensor], first: int) -
             scores = model(input_ids=tokens[:, :position], **rest).logits[0, -1].double()
         total += float(scores[tokens[0, position]] - torch.logsumexp(scores, 0))
     return total / (tokens.shape[1] - first)
+
+
+def columns_by_hand(weight: Tensor, upper: Tensor, grid: ColumnGrid) -> tuple[Tensor, Tensor]:
+    """Codes and errors of GPTQ's column loop, each column by `quantize` and `dequantize` with its own scale."""
+    weight, errors = weight.clone(), torch.empty_like(weight)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    scale, zero, single = grid.expanded()
+    for i in range(weight.shape[1]):
+        column, later = slice(i, i + 1), slice(i + 1, None)
+        step = (scale[:, column], zero[:, column], single)
+        codes[:, column] = quantize(weight[:, column], *step)
+        errors[:, column] = (weight[:, column] - dequantize(codes[:, column], *step)) / upper[i, i]
+        weight[:, later].addmm_(errors[:, column], upper[column, later], alpha=-1)
+    return codes, errors
+
+
+def descent_columns_by_hand(
+    weight: Tensor, gradient: Tensor, hessian: Tensor, diagonal: Tensor, grid: ColumnGrid, errors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors after one round of coordinate descent, each column by `quantize` and `dequantize`."""
+    best, errors = weight + gradient / diagonal, errors.clone()
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    update = hessian.float() / diagonal
+    scale, zero, single = grid.expanded()
+    for i in range(weight.shape[1]):
+        column, later = slice(i, i + 1), slice(i + 1, None)
+        step = (scale[:, column], zero[:, column], single)
+        codes[:, column] = quantize(best[:, column], *step)
+        error = weight[:, column] - dequantize(codes[:, column], *step)
+        best[:, later].addmm_(error - errors[:, column], update[column, later])
+        errors[:, column] = error
+    return codes, errors
 
 
 def gptq_by_inversion(

@@ -7,10 +7,11 @@ import torch
 
 from exporter.methods import gptq, rtn
 from exporter.methods.gptq import Options, Statistics, importance, inverse_factor
+from exporter.numerics import gptq_columns as loops
 from exporter.numerics import hessian as moments
-from exporter.numerics.quantized import Scheme, expand_groups, quantize
+from exporter.numerics.quantized import ColumnGrid, Scheme, dequantize, expand_groups, quantize
 from exporter.numerics.ranges import fit_scale
-from tests.oracles import descent_by_hand, gptq_by_inversion
+from tests.oracles import columns_by_hand, descent_by_hand, descent_columns_by_hand, gptq_by_inversion
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,37 @@ def test_equals_inverting_again_at_every_column(
     assert torch.equal(found.zero, zero)
     different = int((found.codes != codes).sum())
     assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
+
+
+LOOP_SCHEMES = [Scheme(4, 32), Scheme(3, 16, False), Scheme(8, "row", False), Scheme(8, 32, number="fp8")]
+
+
+@pytest.mark.parametrize("scheme", LOOP_SCHEMES, ids=lambda scheme: scheme.label())
+@pytest.mark.parametrize("errors_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_column_loops_equal_rounding_each_column_by_itself(scheme: Scheme, errors_dtype: torch.dtype) -> None:
+    """Bit for bit, with columns of the groups in any order, and with scales of 0."""
+    weight, statistics = correlated(300, 100)
+    scale, zero = fit_scale(weight, scheme, torch.float16)
+    scale[:12, 0] = 0
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    weight, grid = weight[:, order], ColumnGrid(scheme, scale, zero, order // scheme.columns_per_group(100))
+    upper, _ = inverse_factor(statistics.hessian, 0.01, order)
+    assert upper is not None
+    expected, expected_errors = columns_by_hand(weight, upper, grid)
+    codes = torch.zeros(24, 100, dtype=torch.uint8)
+    errors = loops.quantize_columns_plain(weight, upper, grid, codes)
+    assert torch.equal(codes, expected)
+    assert torch.equal(errors, expected_errors)
+    hessian = statistics.hessian[order][:, order]
+    before = (weight - dequantize(codes, *grid.expanded())).to(errors_dtype)
+    diagonal, after = hessian.diagonal().clone(), before.clone()
+    hessian = hessian.to(errors_dtype).fill_diagonal_(0)
+    block = (weight, before.float() @ hessian.float(), hessian, diagonal, grid)
+    expected, expected_errors = descent_columns_by_hand(*block, before)
+    loops.descend_columns_plain(*block, codes, after)
+    assert torch.equal(codes, expected)
+    assert torch.equal(after, expected_errors)
+    assert not torch.equal(after, before)
 
 
 def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_columns() -> None:

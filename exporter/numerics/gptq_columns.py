@@ -7,7 +7,7 @@ the reference in torch; on a CUDA device a single Triton kernel launch replaces 
 import torch
 from torch import Tensor
 
-from exporter.numerics.quantized import ColumnGrid, dequantize, quantize
+from exporter.numerics.quantized import FP8, FP8_MAX, ColumnGrid, Scheme
 
 
 def quantize_columns(weight: Tensor, upper: Tensor, grid: ColumnGrid, codes: Tensor) -> Tensor:
@@ -25,15 +25,13 @@ def quantize_columns(weight: Tensor, upper: Tensor, grid: ColumnGrid, codes: Ten
 
 def quantize_columns_plain(weight: Tensor, upper: Tensor, grid: ColumnGrid, codes: Tensor) -> Tensor:
     """`quantize_columns` in torch, on any device."""
-    weight = weight.clone()
-    errors = torch.empty_like(weight)
-    scale, zero, single = grid.expanded()
-    for i in range(weight.shape[1]):
-        column, later = slice(i, i + 1), slice(i + 1, None)
-        codes[:, column] = code = quantize(weight[:, column], scale[:, column], zero[:, column], single)
-        rounded = dequantize(code, scale[:, column], zero[:, column], single)
-        errors[:, column] = (weight[:, column] - rounded) / upper[i, i]
-        weight[:, later].addmm_(errors[:, column], upper[column, later], alpha=-1)
+    weight, values, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+    columns = zip(*(tensor.split(1, dim=1) for tensor in (weight, values, errors, *_steps(grid))), strict=True)
+    for i, (column, value, error, scale, zero, empty) in enumerate(columns):
+        rounded = _round_column(column, scale, zero, empty, grid.scheme, value)
+        error.copy_((column - rounded) / upper[i, i])
+        weight[:, i + 1 :].addmm_(error, upper[i : i + 1, i + 1 :], alpha=-1)
+    codes.copy_(_as_codes(values, grid.scheme))
     return errors
 
 
@@ -59,12 +57,35 @@ def descend_columns_plain(
     weight: Tensor, gradient: Tensor, hessian: Tensor, diagonal: Tensor, grid: ColumnGrid, codes: Tensor, errors: Tensor
 ) -> None:
     """`descend_columns` in torch, on any device."""
-    best = weight + gradient / diagonal
+    best, values = weight + gradient / diagonal, torch.empty_like(weight)
     update = hessian.float() / diagonal
-    scale, zero, single = grid.expanded()
-    for i in range(weight.shape[1]):
-        column, later = slice(i, i + 1), slice(i + 1, None)
-        codes[:, column] = code = quantize(best[:, column], scale[:, column], zero[:, column], single)
-        error = weight[:, column] - dequantize(code, scale[:, column], zero[:, column], single)
-        best[:, later].addmm_(error - errors[:, column], update[column, later])
-        errors[:, column] = error
+    tensors = (best, weight, values, errors, *_steps(grid))
+    columns = zip(*(tensor.split(1, dim=1) for tensor in tensors), strict=True)
+    for i, (optimum, column, value, error, scale, zero, empty) in enumerate(columns):
+        new_error = column - _round_column(optimum, scale, zero, empty, grid.scheme, value)
+        best[:, i + 1 :].addmm_(new_error - error, update[i : i + 1, i + 1 :])
+        error.copy_(new_error)
+    codes.copy_(_as_codes(values, grid.scheme))
+
+
+def _steps(grid: ColumnGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale f32, zero f32, and whether the scale is 0, of every column, each `[out, b]`."""
+    scale, zero, _ = grid.expanded()
+    scale = scale.float()
+    return scale, zero.float(), scale == 0
+
+
+def _round_column(column: Tensor, scale: Tensor, zero: Tensor, empty: Tensor, scheme: Scheme, values: Tensor) -> Tensor:
+    """The dequantized nearest codes of one column; every argument is `[out, 1]`, and `values` gets the codes as f32.
+
+    The numbers are those of `quantize` and `dequantize`, which would expand the groups again for every column.
+    """
+    ratio = torch.div(column, scale, out=values).masked_fill_(empty, 0.0)
+    if scheme.number == "fp8":
+        return values.copy_(ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8)) * scale
+    return (ratio.round_().add_(zero).clamp_(0, scheme.levels) - zero).mul_(scale)
+
+
+def _as_codes(values: Tensor, scheme: Scheme) -> Tensor:
+    """The `values` of `_round_column` as codes, uint8."""
+    return values.to(FP8).view(torch.uint8) if scheme.number == "fp8" else values.to(torch.uint8)
