@@ -151,7 +151,7 @@ def test_a_small_host_is_refused_with_every_step_that_does_not_fit(
         refuse_shortage(plan.steps, gpu(140))
     lines = caught.value.message.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["quantize", "write"]
-    assert "about 3.3 GiB on the host, where 2.0 GiB are free" in lines[1]
+    assert "about 3.5 GiB on the host, where 2.0 GiB are free" in lines[1]
 
 
 def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:

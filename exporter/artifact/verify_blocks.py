@@ -2,8 +2,9 @@
 
 transformers builds the model for the artifact's config.json twice on the meta device: plain, and prepared by its
 quantizer as for loading the artifact. The forward pass of the plain model then runs on one picture and question, with
-one block in memory at a time. Each block runs with the weights that mmq dequantizes; then the block of the prepared
-model receives the stored tensors, compressed-tensors decompresses them, and the block runs on the same arguments.
+one block of each model in memory at a time. Each block runs with the weights that mmq dequantizes; then the block of
+the prepared model receives the stored tensors, compressed-tensors decompresses them, and the block runs on the same
+arguments.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,13 +93,16 @@ class _TransformersModel:
         return missing + extra
 
     @contextmanager
-    def loaded(self, path: str) -> Iterator[tuple[nn.Module, list[str]]]:
-        """The block at live name `path` with its stored tensors decompressed, and the problems of its tensors."""
+    def loaded(self, path: str, plain: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+        """The block at live name `path` with its stored tensors decompressed, and the problems of its tensors.
+
+        plain: the same block with the weights that mmq dequantizes.
+        """
         block = self.model.get_submodule(path)
         before = [(module, dict(module._parameters)) for module in block.modules()]
         problems: list[str] = []
-        for name, module in block.named_modules(prefix=path):
-            self._fill(name, module, problems)
+        for name, module in block.named_modules():
+            self._fill(f"{path}.{name}" if name else path, module, plain.get_submodule(name), problems)
         try:
             yield block, problems
         finally:
@@ -106,7 +110,7 @@ class _TransformersModel:
                 module._parameters.clear()
                 module._parameters.update(parameters)
 
-    def _fill(self, path: str, module: nn.Module, problems: list[str]) -> None:
+    def _fill(self, path: str, module: nn.Module, plain: nn.Module, problems: list[str]) -> None:
         wide = path.startswith(self._wide)
         scheme = getattr(
             module, "quantization_scheme", None
@@ -123,19 +127,22 @@ class _TransformersModel:
                 tensor = tensor.to(self._device, dtype if floating else None)
                 module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
         if quantized:
-            self._decompress(path, module, problems)
+            self._decompress(path, module, plain, problems)
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.data = parameter.data.to(torch.float32 if wide else self._compute)
 
-    def _decompress(self, path: str, module: Any, problems: list[str]) -> None:
+    def _decompress(self, path: str, module: Any, plain: Any, problems: list[str]) -> None:
         from compressed_tensors.compressors import decompress_module
         from compressed_tensors.quantization import QuantizationStatus
 
         module.quantization_status = QuantizationStatus.COMPRESSED
         decompress_module(module)
-        linear = self._artifact.linear(self._linears[f"{path}.weight"])
-        if not torch.equal(module.weight, linear.dequantize(module.weight.dtype)):
+        weight, expected = module.weight.to(plain.weight.dtype), plain.weight
+        if module.weight.dtype != self._stored:  # the plain block's weight was rounded to another dtype
+            weight = module.weight
+            expected = self._artifact.linear(self._linears[f"{path}.weight"]).dequantize(weight.dtype)
+        if not torch.equal(weight, expected):
             problems.append(f"{path}: compressed-tensors decompresses another weight than mmq computed")
 
 
@@ -225,9 +232,9 @@ class _ComparisonPass:
         unload = self._unloading(module, names)
 
         def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            unload()
-            with self._prepared.loaded(path) as (block, problems):
+            with self._prepared.loaded(path, module) as (block, problems):
                 self.problems += problems
+                unload()
                 if not problems:
                     self._judge(path, first_output(output).float(), first_output(block(*args, **kwargs)).float())
             self.ran += 1

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from exporter.errors import CheckpointError
 
-READ_BYTES = 8 * 2**20  # large reads, because a thread waits for the GIL after each
+READ_BYTES = 32 * 2**20  # large reads, because a thread waits for the GIL after each
 AT_ONCE = 8  # files read in parallel
 SETTLED_NS = 10**8  # a file modified more recently may change again without a new timestamp
 REPORT_SECONDS = 0.5  # interval of progress reports
