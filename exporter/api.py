@@ -35,9 +35,9 @@ from exporter.publishing.card import CardDeclarations
 from exporter.publishing.publication import PublishRequest, benchmark, publish_artifact
 from exporter.publishing.upload import Publication
 from exporter.serving.check import CheckResult, Session
+from exporter.serving.launch import START_SECONDS
 from exporter.serving.preflight import refuse_plan
 from exporter.serving.reference import BOUND
-from exporter.serving.vllm_engine import START_SECONDS
 
 Data = str | Path | Sequence[str | Path]
 

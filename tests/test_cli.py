@@ -18,6 +18,8 @@ from exporter.events import Event
 from exporter.planning.recipe_file import load_recipe
 from tests.children import running_command
 
+PATHS = f"import sys; sys.path[:] = {sys.path!r}\n"  # a child without `site`, whose hooks may load libraries
+
 
 def mmq(*arguments: str) -> Result:
     """Run a command in this process."""
@@ -29,6 +31,26 @@ def test_every_help_text_has_an_example_except_doctor(command: str) -> None:
     result = mmq(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert "Example" in result.output or command == "doctor"
+
+
+def test_help_version_and_completion_load_no_library() -> None:
+    """They must answer at once; `datasets` and `score` read their choices from the packages that define them."""
+    code = """
+import sys
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+from exporter.commands.main import cli
+for words in ([], *([name] for name in cli.commands if name not in ("datasets", "score"))):
+    assert CliRunner().invoke(cli, [*words, "--help"]).exit_code == 0
+assert CliRunner().invoke(cli, ["--version"]).exit_code == 0
+complete = ShellComplete(cli, {}, "mmq", "_MMQ_COMPLETE").get_completions
+assert {item.value for item in complete([], "pl")} == {"plan"}
+assert "--recipe" in {item.value for item in complete(["plan"], "--rec")}
+assert "9.0" in {item.value for item in complete(["plan", "--serve-on"], "")}
+print(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", PATHS + code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['__main__', 'click', 'exporter']"
 
 
 def test_plan_of_the_demo_as_text_and_json() -> None:

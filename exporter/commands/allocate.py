@@ -24,7 +24,6 @@ from exporter.commands.study import (
     samples_seed_option,
     workers_option,
 )
-from exporter.data import places
 from exporter.errors import GateFailed, Interrupted, RecipeError
 
 if TYPE_CHECKING:
@@ -169,6 +168,7 @@ def search(options: dict[str, Any]) -> "AllocationResult":
 
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup: model, data and folder."""
+    from exporter.data import places
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 

@@ -2,24 +2,34 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from exporter.commands.options import json_option, print_result, reports_errors
-from exporter.data import CONVENTIONS
-from exporter.data.conventions import Convention
-from exporter.model.families import FAMILIES
-from exporter.tasks import TASKS
+from exporter.commands.options import LazyChoice, json_option, print_result, reports_errors
+
+if TYPE_CHECKING:
+    from exporter.data.conventions import Convention
 
 ALL_SAMPLES = 10**9
 
-TEXT_TASKS = [name for name in TASKS if name != "retrieval"]  # answers of retrieval are ranks, not texts in a file
+
+def data_sets() -> list[str]:
+    """Names of the known data sets."""
+    from exporter.data import CONVENTIONS
+
+    return list(CONVENTIONS)
+
+
+def text_tasks() -> list[str]:
+    """Tasks whose answers are texts in a file; those of retrieval are ranks."""
+    from exporter.tasks import TASKS
+
+    return [name for name in TASKS if name != "retrieval"]
 
 
 @click.command()
-@click.argument("name", required=False, type=click.Choice(list(CONVENTIONS)))
+@click.argument("name", required=False, type=LazyChoice(data_sets))
 @json_option
 @reports_errors
 def datasets(name: str | None, as_json: bool) -> None:
@@ -30,6 +40,10 @@ def datasets(name: str | None, as_json: bool) -> None:
       mmq datasets
       mmq datasets vqav2
     """
+    from rich.table import Table
+
+    from exporter.data import CONVENTIONS
+
     conventions = [CONVENTIONS[name]] if name else list(CONVENTIONS.values())
     if as_json:
         return print_result([_convention_as_json(convention) for convention in conventions])
@@ -50,8 +64,10 @@ def datasets(name: str | None, as_json: bool) -> None:
     print_result(table)
 
 
-def _convention_as_json(convention: Convention) -> dict[str, Any]:
+def _convention_as_json(convention: "Convention") -> dict[str, Any]:
     """A data set as plain data; `generation` is the paper's setting, `generation here` is the setting of mmq."""
+    from exporter.model.families import FAMILIES
+
     generation = {
         f"{family.name} {task}": f"greedy, up to {family.max_new_tokens[task]} new tokens"
         for family in FAMILIES.values()
@@ -66,7 +82,7 @@ def _convention_as_json(convention: Convention) -> dict[str, Any]:
 @click.option(
     "--data", multiple=True, required=True, metavar="SOURCE", help="A folder, or NAME:PATH; see mmq datasets."
 )
-@click.option("--task", required=True, type=click.Choice(TEXT_TASKS), help="Task whose metrics score the answers.")
+@click.option("--task", required=True, type=LazyChoice(text_tasks), help="Task whose metrics score the answers.")
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option(
     "--samples", type=click.IntRange(min=1), default=ALL_SAMPLES, help="Largest number of samples [all of the split]."
@@ -85,6 +101,8 @@ def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: 
       mmq score captions.json --data coco:/data/coco --task captioning
       mmq score results.json --data vqav2:/data/vqa --task vqa --json
     """
+    from rich.table import Table
+
     from exporter.evaluation.score_file import score as run
 
     result = run(answers, data, task, split, samples, seed)

@@ -17,10 +17,7 @@ from exporter.commands.options import (
     print_result,
     reports_errors,
 )
-from exporter.data import places
 from exporter.errors import Interrupted
-from exporter.planning.overrides import adjusted
-from exporter.planning.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from exporter.evaluation.answers import Store
@@ -70,9 +67,12 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     """
     from exporter.commands.progress import ProgressDisplay
     from exporter.commands.report_tables import report_page
+    from exporter.data import places
     from exporter.device import choose
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.reevaluation import Reevaluation
+    from exporter.planning.overrides import adjusted
+    from exporter.planning.recipe_file import load_recipe
 
     recipe_of_artifact = load_recipe(str(artifact / "recipe.yaml"))
     overrides = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}

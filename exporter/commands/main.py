@@ -29,12 +29,8 @@ from exporter.commands.publish import check_push, diff, publish, verify_publishe
 from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
 from exporter.commands.study import study
-from exporter.data import places
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import Interrupted
-from exporter.model.hub import PREFIX
-from exporter.planning.overrides import adjusted
-from exporter.planning.recipe_file import built_in, load_recipe
 
 EXIT_CODES = (
     "Exit codes: 0 success, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
@@ -115,6 +111,9 @@ def export(
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
+    from exporter.planning.overrides import adjusted
+    from exporter.planning.recipe_file import load_recipe
+
     base = load_recipe(recipe)
     final_recipe = adjusted(base, model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
     if dry_run:
@@ -126,6 +125,7 @@ def export(
     from exporter.artifact.output import default_out, default_work
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
+    from exporter.data import places
     from exporter.device import choose
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.export import export as run
@@ -184,6 +184,7 @@ def verify(
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
+    from exporter.model.hub import PREFIX
     from exporter.model.source import open_source
 
     if artifact.startswith(PREFIX):
@@ -208,6 +209,7 @@ def recipes(name: str | None, as_json: bool) -> None:
       mmq recipes llava-w4-vit8 > mine.yaml
     """
     from exporter.commands import tables as show
+    from exporter.planning.recipe_file import built_in, load_recipe
 
     if name:
         load_recipe(name)  # raises the same errors as other commands do

@@ -3,16 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
 
 from exporter.demo import MODELS
-from exporter.errors import GateFailed, GateNotResolved, MmqError
+from exporter.errors import GateFailed, GateNotResolved, Interrupted, MmqError
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
@@ -45,6 +44,21 @@ data_option = click.option(
     help="Calibration and test data: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
     "gqa, hub); repeat it to give each task its source. [the recipe's]",
 )
+
+
+class LazyChoice(click.Choice):  # type: ignore[type-arg]  # generic in newer versions only
+    """A choice whose names are read on first use, because the module that defines them loads heavy libraries."""
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self.case_sensitive = True
+        self._names = names
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The allowed values."""
+        return tuple(self._names())
+
+
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
@@ -59,6 +73,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("MMQ_DEBUG"):
                 raise
             fail(error, bool(kwargs.get("as_json")))
+        except KeyboardInterrupt:  # click itself would exit with code 1
+            fail(Interrupted("stopped"), bool(kwargs.get("as_json")))
         except (RuntimeError, MemoryError, OSError) as error:
             problem = _shortage(error, str(kwargs.get("device", "cpu")))
             if problem is None or os.environ.get("MMQ_DEBUG"):
@@ -96,4 +112,6 @@ def print_result(result: Any) -> None:
     if isinstance(result, dict | list):
         click.echo(json.dumps(result))
     else:
+        from rich.console import Console
+
         Console(highlight=False, markup=False, soft_wrap=True).print(result)

@@ -1,5 +1,7 @@
 """`mmq plan`: show what an export would do, without doing it."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from exporter.commands.options import (
@@ -17,10 +19,10 @@ from exporter.commands.options import (
     skip_evaluation_option,
 )
 from exporter.commands.serve import serve_on_option
-from exporter.planning.overrides import adjusted
-from exporter.planning.recipe import Recipe
-from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_kernels import read_hardware
+
+if TYPE_CHECKING:
+    from exporter.planning.recipe import Recipe
 
 
 @click.command()
@@ -61,6 +63,9 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
+    from exporter.planning.overrides import adjusted
+    from exporter.planning.recipe_file import load_recipe
+
     base_recipe = load_recipe(recipe)
     final_recipe = adjusted(
         base_recipe, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter
@@ -69,7 +74,7 @@ def plan(
 
 
 def show_plan(
-    recipe: Recipe,
+    recipe: "Recipe",
     device: str,
     every_tensor: bool,
     skip_evaluation: bool,

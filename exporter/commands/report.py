@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 
 from exporter.commands.options import artifact_argument, data_option, json_option, print_result, reports_errors
-from exporter.data import places
 from exporter.errors import DataError
 
 
@@ -40,6 +39,7 @@ def report(
       mmq report artifacts/mine --data ./images --plots plots
       mmq report artifacts/demo-llava-w4-vit8 --study studies/demo-llava
     """
+    from exporter.data import places
     from exporter.model.families import FAMILIES
     from exporter.publishing.artifact_summary import folder_reader, read_summary
     from exporter.report import collect, pictures_of, write, write_plots

@@ -18,13 +18,12 @@ from exporter.commands.options import (
     reports_errors,
 )
 from exporter.errors import CheckFailed, Interrupted, ServeError
-from exporter.planning.recipe import Recipe
 from exporter.planning.vllm_kernels import ARCHITECTURES, Hardware, capability_label
-from exporter.serving.launch import Launch, Program
-from exporter.serving.vllm_engine import START_SECONDS
+from exporter.serving.launch import START_SECONDS, Launch, Program
 
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
+    from exporter.planning.recipe import Recipe
 
 vllm_option = click.option("--vllm", metavar="PROGRAM", help="Path or command of vllm [MMQ_VLLM, or `vllm` on PATH].")
 parallel_option = click.option(
@@ -259,7 +258,7 @@ def check(
         )
 
 
-def need_program(vllm: str | None, recipe: Recipe, device: str) -> None:
+def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
     """Check `mmq export --serve-check` before the export: vLLM is installed and can serve the planned artifact.
 
     Raises ServeError otherwise.

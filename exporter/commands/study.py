@@ -14,7 +14,6 @@ from exporter.commands.options import (
     reports_errors,
     revision_option,
 )
-from exporter.data import places
 from exporter.errors import Interrupted
 from exporter.events import Listener
 
@@ -167,6 +166,7 @@ def send_notes(notes: list[str], listen: "Listener") -> None:
 
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup, as workers receive it."""
+    from exporter.data import places
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 

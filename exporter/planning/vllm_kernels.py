@@ -6,10 +6,12 @@ Marlin supports run with Humming, which supports all; vLLM may use Exllama or Tr
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from exporter.errors import PlanError
-from exporter.numerics.quantized import Scheme
+
+if TYPE_CHECKING:
+    from exporter.numerics.quantized import Scheme
 
 Capability = tuple[int, int]  # compute capability of an NVIDIA GPU: major, minor
 Hardware = Capability | Literal["cpu"] | None  # the serving hardware; None is an unknown GPU
@@ -114,7 +116,7 @@ class SchemeKernels:
         return f"{self.gpu_label()}; {self.cpu or 'not on CPU'}" + (f" ({remark})" if remark else "")
 
 
-def serving_kernels(scheme: Scheme, format_name: str) -> SchemeKernels:
+def serving_kernels(scheme: "Scheme", format_name: str) -> SchemeKernels:
     """The vLLM kernels for one scheme in one format."""
     if scheme.number == "fp8":
         weight_only = scheme.activations is None
@@ -135,7 +137,7 @@ def serving_kernels(scheme: Scheme, format_name: str) -> SchemeKernels:
     return SchemeKernels(_weight_only(scheme), None, note)
 
 
-def _weight_only(scheme: Scheme) -> tuple[Kernel, ...]:
+def _weight_only(scheme: "Scheme") -> tuple[Kernel, ...]:
     """GPU kernels for integer weights with 16-bit inputs, in vLLM's order; 0.32 prefers Humming to Marlin on 9.0."""
     kernels = []
     if scheme.bits in (4, 8) and scheme.group_size in MACHETE_GROUPS:
@@ -145,7 +147,7 @@ def _weight_only(scheme: Scheme) -> tuple[Kernel, ...]:
     return (*kernels, HUMMING)
 
 
-def _auto_formats(scheme: Scheme, format_name: str) -> SchemeKernels:
+def _auto_formats(scheme: "Scheme", format_name: str) -> SchemeKernels:
     kernels = tuple(kernel for kernel in _weight_only(scheme) if not kernel.package)
     if format_name == "gptq" and scheme.group_size not in MARLIN_GROUPS:
         return SchemeKernels((), None, "vLLM's gptq loader supports only groups of 32, 64, 128 or row")

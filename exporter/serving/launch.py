@@ -14,6 +14,7 @@ from typing import Any
 from exporter.errors import ServeError
 from exporter.files.strict_json import read_json
 
+START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 TESTED_VERSION = "0.32.0"  # the vLLM release with the most tests
 CPU_LENGTH = 4096  # tokens; the KV cache of a CPU engine is in host memory
 CPU_CACHE_GIB = "1"

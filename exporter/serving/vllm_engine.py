@@ -20,9 +20,8 @@ from typing import IO, Any, Self
 
 from exporter.errors import ServeError
 from exporter.inference.openai_client import RequestFailed, message, request_json, responds
-from exporter.serving.launch import Launch
+from exporter.serving.launch import START_SECONDS, Launch
 
-START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")

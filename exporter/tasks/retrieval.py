@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from exporter.errors import DataError
 from exporter.tasks.sample import Pool, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "retrieval"
 RANKS = (1, 5, 10)
@@ -27,7 +28,7 @@ _NOT_FOUND, _NO_NUMBER = "-", "nan"
 _MARKS = re.compile(r'[.!"()*#:;~]')
 
 
-def recalls(similarity: Tensor, owners: Sequence[int]) -> dict[str, list[float]]:
+def recalls(similarity: "Tensor", owners: Sequence[int]) -> dict[str, list[float]]:
     """`text_r1` .. `text_r10`, one value (0 or 1) per picture, and `image_r1` .. `image_r10`, one per text.
 
     similarity: float `[pictures, texts]`, higher is closer. owners: the picture of each text. `text_rK` is 1 if the
@@ -35,6 +36,8 @@ def recalls(similarity: Tensor, owners: Sequence[int]) -> dict[str, list[float]]
     ValueError for mismatched shapes, pictures without text, or NaN similarities. Minus infinity is allowed: it marks
     pairs that were not scored.
     """
+    import torch
+
     pictures, texts = similarity.shape
     if len(owners) != texts or set(owners) != set(range(pictures)):
         raise ValueError(f"{len(owners)} owners for {texts} texts of {pictures} pictures, each with at least one text")
