@@ -27,7 +27,7 @@ FREED = 200 * 2**20  # host bytes that the allocator keeps after the threads tha
 UNITS = 2  # units with codes on the device while one is packed and the next one is read
 PACKING = 6  # bytes per weight of a linear while three threads pack or hash codes
 HASHING = 16  # bytes per weight of a linear while four threads unpack and hash codes
-RECONSTRUCTING = 10  # bytes per weight of a linear while both compressed-tensors and mmq unpack it
+RECONSTRUCTING = 9  # bytes per weight of a linear while compressed-tensors unpacks it
 PIXEL_BYTES = 4  # bytes per pixel and color: float32
 NEEDED = ("quantize", "write", "verify")
 OTHERS = "close other programs that use memory"
@@ -83,7 +83,7 @@ def predict_steps(
     whole = whole_model(checkpoint.tensors, family, checkpoint.config)
     stored = next((row.tensor.dtype for row in rows if row.linear), rows[0].tensor.dtype)
     placement = choose_placement(whole, stored, device, device.free_bytes, recipe.evaluation.batch)
-    verify = max(HASHING * largest, whole.block * itemsize + RECONSTRUCTING * largest)
+    verify = max(HASHING * largest, 2 * whole.block * itemsize + RECONSTRUCTING * largest)
     seconds = quantize_seconds(recipe, checkpoint, family, planned, device)
     steps = [
         Step("plan", 0, LIBRARIES // 2, 1.0),
