@@ -20,7 +20,7 @@ import click
 import torch
 
 import exporter
-from exporter import OpenedArtifact, api, errors
+from exporter import OpenedArtifact, api, api_artifacts, errors
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
@@ -146,8 +146,8 @@ ARGUMENTS = r"^([a-z_]+(?:, [a-z_]+)*): "  # a line of a docstring that describe
 
 def api_reference() -> str:
     """Markdown: every function of the Python API, its types with their attributes, and the errors with exit codes."""
-    tree = ast.parse(inspect.getsource(api))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in exporter.__all__]
+    nodes = [node for module in (api, api_artifacts) for node in ast.parse(inspect.getsource(module)).body]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in exporter.__all__]
     parts = []
     for node in functions:
         function = getattr(exporter, node.name)

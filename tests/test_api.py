@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import exporter
-from exporter import api
+from exporter import api, api_artifacts
 from exporter.artifact.artifact import Artifact
 from exporter.device import choose
 from exporter.errors import DataError, MmqError, PlanError, PublishError, RecipeError
@@ -147,9 +147,11 @@ def test_publishing_lists_what_is_not_proven(worked: dict[str, object]) -> None:
 
 def test_a_check_gets_its_arguments(worked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Session, int, bool]] = []
-    monkeypatch.setattr(api, "program_for", lambda folder, vllm: vllm)
+    monkeypatch.setattr(api_artifacts, "program_for", lambda folder, vllm: vllm)
     monkeypatch.setattr(
-        api, "check_artifact", lambda _, samples, session, control: calls.append((session, len(samples), control))
+        api_artifacts,
+        "check_artifact",
+        lambda _, samples, session, control: calls.append((session, len(samples), control)),
     )
     folder = Path(str(worked["folder"])) / "artifacts" / "demo"
     for control in (True, False, "language"):
@@ -199,6 +201,6 @@ def test_a_wrong_argument_is_an_error_that_says_what_to_do(wrong: str) -> None:
 
 
 def test_a_check_of_no_questions_is_refused(worked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "program_for", lambda folder, vllm: vllm)
+    monkeypatch.setattr(api_artifacts, "program_for", lambda folder, vllm: vllm)
     with pytest.raises(DataError, match="compares nothing"):
         exporter.check(Path(str(worked["folder"])) / "artifacts" / "demo", questions=0, device="cpu")

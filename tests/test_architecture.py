@@ -27,7 +27,16 @@ def module_name(path: Path) -> str:
 
 
 ROOMS = sorted(path.parent for path in (ROOT / "exporter").glob("*/__init__.py"))
-SHARED = {"amounts", "api", "device", "distribution", "errors", "events", "out_of_memory"}  # files beside the rooms
+SHARED = {
+    "amounts",
+    "api",
+    "api_artifacts",
+    "device",
+    "distribution",
+    "errors",
+    "events",
+    "out_of_memory",
+}  # files beside the rooms
 every_room = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
 
 

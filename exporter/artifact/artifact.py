@@ -44,6 +44,7 @@ from exporter.model.processor_files import processor_files
 from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
+from exporter.planning.recipe import Recipe
 from exporter.planning.vllm_rules import matches
 from exporter.quantization.workdir import Workdir
 
@@ -125,7 +126,7 @@ def _manifest(
     return Manifest(
         family=plan.family.name,
         format=plan.recipe.format,
-        recipe=RecipeIdentity(name=plan.recipe.name, sha256=plan.recipe.digest()),
+        recipe=_identity(plan.recipe),
         source=source,
         provenance=provenance,
         files=files,
@@ -139,6 +140,11 @@ def _manifest(
         fingerprint=workdir.fingerprint,
         notes=tuple(note for _, notes in results for note in notes),
     )
+
+
+def _identity(recipe: Recipe) -> RecipeIdentity:
+    overrides = {as_line(key): as_line(value) for key, value in recipe.overrides.items()}
+    return RecipeIdentity(name=recipe.name, sha256=recipe.digest(), overrides=overrides)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,11 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class RecipeIdentity(Document):
-    """The recipe that made the artifact. sha256: `Recipe.digest` of its content."""
+    """The recipe that made the artifact. sha256: `Recipe.digest` of its content. overrides: `Recipe.overrides`."""
 
     sha256: Sha256
     name: Line = ""
+    overrides: dict[Line, Line] = {}
 
 
 class SourceRecord(Document):

@@ -15,6 +15,7 @@ from exporter.commands.options import (
     eval_samples_option,
     json_option,
     print_result,
+    recipe_of,
     reports_errors,
 )
 from exporter.errors import Interrupted
@@ -71,12 +72,9 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.device import choose
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.reevaluation import Reevaluation
-    from exporter.planning.overrides import adjusted
-    from exporter.planning.recipe_file import load_recipe
 
-    recipe_of_artifact = load_recipe(str(artifact / "recipe.yaml"))
-    overrides = {"eval_samples": options["eval_samples"], "eval_batch": options["eval_batch"]}
-    recipe = adjusted(recipe_of_artifact, options["baseline"], None, data=data, adapter=options["adapter"], **overrides)
+    overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch")}
+    recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     other = bool(options["other_baseline"])
     try:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,13 +12,16 @@ from exporter.commands.data import datasets, score
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
+    bits_option,
     data_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
+    group_size_option,
     json_option,
     model_option,
     print_result,
+    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
@@ -72,6 +76,8 @@ def cli() -> None:
 @samples_option
 @eval_samples_option
 @eval_batch_option
+@bits_option
+@group_size_option
 @skip_evaluation_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact at --out.")
 @click.option("--serve-check", is_flag=True, help="Then compare its answers in vLLM, as `mmq check` does.")
@@ -83,16 +89,10 @@ def cli() -> None:
 def export(
     recipe: str,
     model: str | None,
-    revision: str | None,
-    adapter: str | None,
     out: Path | None,
     work: Path | None,
     device: str,
     data: tuple[str, ...],
-    seed: int | None,
-    samples: int | None,
-    eval_samples: int | None,
-    eval_batch: int | None,
     skip_evaluation: bool,
     overwrite: bool,
     serve_check: bool,
@@ -100,6 +100,7 @@ def export(
     push: str | None,
     dry_run: bool,
     as_json: bool,
+    **overrides: Any,
 ) -> None:
     """Quantize a model by a recipe, verify the artifact and measure its loss of quality.
 
@@ -109,13 +110,10 @@ def export(
     Examples:
       mmq export --recipe llava-w4-vit8 --model demo-llava
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
+      mmq export --recipe llava-w4-vit8 --model demo-llava --bits language=3 --group-size 64 --out ./demo-w3
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
-    from exporter.planning.overrides import adjusted
-    from exporter.planning.recipe_file import load_recipe
-
-    base = load_recipe(recipe)
-    final_recipe = adjusted(base, model, revision, seed, samples, eval_samples, data, eval_batch, adapter)
+    final_recipe = recipe_of(recipe, model, overrides | {"data": data})
     if dry_run:
         return show_plan(final_recipe, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
     if push:

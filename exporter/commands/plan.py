@@ -1,17 +1,20 @@
 """`mmq plan`: show what an export would do, without doing it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.commands.options import (
     adapter_option,
+    bits_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
+    group_size_option,
     json_option,
     model_option,
     print_result,
+    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 @samples_option
 @eval_samples_option
 @eval_batch_option
+@bits_option
+@group_size_option
 @skip_evaluation_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
@@ -42,16 +47,12 @@ if TYPE_CHECKING:
 def plan(
     recipe: str,
     model: str | None,
-    revision: str | None,
-    adapter: str | None,
     device: str,
-    samples: int | None,
-    eval_samples: int | None,
-    eval_batch: int | None,
     skip_evaluation: bool,
     every_tensor: bool,
     serve_on: str | None,
     as_json: bool,
+    **overrides: Any,
 ) -> None:
     """Show what an export would do: decisions, sizes, serving kernels, and the peak memory and time of every step.
 
@@ -61,16 +62,10 @@ def plan(
     Examples:
       mmq plan --recipe llava-w4-vit8 --model demo-llava
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
+      mmq plan --recipe llava-w4-vit8 --bits language=3 --bits vision=4 --group-size 64
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
-    from exporter.planning.overrides import adjusted
-    from exporter.planning.recipe_file import load_recipe
-
-    base_recipe = load_recipe(recipe)
-    final_recipe = adjusted(
-        base_recipe, model, revision, None, samples, eval_samples, eval_batch=eval_batch, adapter=adapter
-    )
-    show_plan(final_recipe, device, every_tensor, skip_evaluation, as_json, serve_on)
+    show_plan(recipe_of(recipe, model, overrides), device, every_tensor, skip_evaluation, as_json, serve_on)
 
 
 def show_plan(

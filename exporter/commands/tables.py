@@ -83,6 +83,8 @@ def plan_notes(plan: Plan) -> list[str]:
     if plan.recipe.kv_cache:
         engines = "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
         notes.append(f"  keys and values: {plan.recipe.kv_cache}, {engines}")
+    if plan.recipe.overrides:
+        notes.append(f"changed in the recipe: {plan.recipe.changes()}")
     return notes
 
 
@@ -139,6 +141,7 @@ def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> d
     data: dict[str, Any] = {
         "model": plan.origin,
         "recipe": plan.recipe.name,
+        "overrides": plan.recipe.overrides,
         "components": plan_summary(plan),
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,

@@ -168,7 +168,7 @@ class Bootstrap(Closed):
 
 
 class EvaluationRecord(Document):
-    """Settings of the evaluation. samples, seed: of the random selection. searched: pool sizes of retrieval."""
+    """Settings of the evaluation. seed: of the selected samples. searched: pool sizes of retrieval."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -177,6 +177,7 @@ class EvaluationRecord(Document):
     seed: int | None = None
     scoring: dict[MetricName, dict[Line, Line]] = Field(default_factory=dict)
     searched: dict[MetricName, Count] | None = None
+    overrides: dict[Line, Line] = Field(default_factory=dict)
     bootstrap: Bootstrap | None = None
     baseline: BaselineRecord | None = None
     models: dict[Line, AnswersRecord] = Field(default_factory=dict)

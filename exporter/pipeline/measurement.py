@@ -6,6 +6,7 @@ from typing import Any
 
 from exporter import data
 from exporter.artifact import artifact
+from exporter.artifact.manifest import as_line
 from exporter.device import Device
 from exporter.evaluation import evaluate
 from exporter.evaluation.answers import Answerer, Store
@@ -47,6 +48,7 @@ def measure(
         "seed": recipe.evaluation.seed,
         "scoring": method,
         "baseline": baseline.as_json(),
+        "overrides": {as_line(key): as_line(value) for key, value in recipe.overrides.items()},
     }
     if pool := retrieval.pool_sizes(samples.get(retrieval.NAME, [])):
         about["searched"] = pool

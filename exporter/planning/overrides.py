@@ -1,29 +1,36 @@
 """Overrides: values of a command or an API call that replace those of the recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from exporter.data import places
-from exporter.errors import RecipeError, validation_message
+from exporter.errors import RecipeError, did_you_mean, validation_message
+from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Recipe
+from exporter.planning.rule import Rule
 
 
 def adjusted(
     recipe: Recipe,
     model: str | Path | None = None,
+    *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     seed: int | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
-    data: str | Path | Sequence[str | Path] = (),
     eval_batch: int | None = None,
-    adapter: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] = (),
+    bits: Mapping[str, int] | None = None,
+    group_size: GroupSize | Mapping[str, GroupSize] | None = None,
 ) -> Recipe:
     """A copy of the recipe with the values that are set; another model drops the recipe's revision.
 
-    RecipeError when a value is not allowed or no model is named, DataError for an unknown data source.
+    bits, group_size: by component; one group size alone is that of every rule with groups. `Recipe.overrides` lists
+    them. RecipeError when a value is not allowed or no model is named, DataError for an unknown data source.
     """
     if not (model or recipe.model.repo):
         hint = "pass --model MODEL, or write `model: {repo: MODEL}` in the recipe"
@@ -33,7 +40,7 @@ def adjusted(
     repo, folder = (None if path is None else str(path) for path in (model, adapter))
     names = [source.name for source in places(data)] or None
     try:
-        return recipe.adjusted(
+        recipe = recipe.adjusted(
             model={"repo": repo, "revision": revision, "adapter": folder},
             calibration={"seed": seed, "samples": samples, "data": names},
             evaluation={"samples": eval_samples, "data": names, "batch": eval_batch},
@@ -41,3 +48,63 @@ def adjusted(
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, row['loc']))}: {validation_message(row, ())}" for row in error.errors()]
         raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None
+    return _with_group_sizes(_with_bits(recipe, bits or {}), group_size)
+
+
+def _with_bits(recipe: Recipe, bits: Mapping[str, int]) -> Recipe:
+    """The recipe with these bits in every rule of a component."""
+    _require_rules(recipe, "bits", bits)
+    texts = {f"bits {component}": str(number) for component, number in bits.items()}
+    return _changed(recipe, texts, lambda rule: {"bits": bits[rule.component]} if rule.component in bits else {})
+
+
+def _with_group_sizes(recipe: Recipe, group_size: GroupSize | Mapping[str, GroupSize] | None) -> Recipe:
+    """The recipe with another group size in every rule that has groups, or in every rule of a component."""
+    if group_size is None:
+        return recipe
+    if isinstance(group_size, Mapping):
+        sizes = group_size
+        _require_rules(recipe, "group_size", sizes)
+        texts = {f"group_size {component}": str(size) for component, size in sizes.items()}
+        return _changed(recipe, texts, lambda r: {"group_size": sizes[r.component]} if r.component in sizes else {})
+    if not any(_has_groups(rule) for rule in recipe.quantize):
+        named = ", ".join(dict.fromkeys(rule.component for rule in recipe.quantize if rule.bits != 16))
+        raise RecipeError(
+            f"group_size {group_size}: no rule of recipe '{recipe.name}' has groups",
+            f"name a component: --group-size COMPONENT={group_size}, with one of {named}",
+        )
+    return _changed(
+        recipe, {"group_size": str(group_size)}, lambda rule: {"group_size": group_size} if _has_groups(rule) else {}
+    )
+
+
+def _has_groups(rule: Rule) -> bool:
+    return rule.bits != 16 and isinstance(rule.group_size, int)
+
+
+def _require_rules(recipe: Recipe, key: str, values: Mapping[str, Any]) -> None:
+    """RecipeError for every component that no rule of the recipe names."""
+    able = dict.fromkeys(rule.component for rule in recipe.quantize)
+    problems = [
+        f"{key} {name}={value}: recipe '{recipe.name}' has no rule for component '{name}'.{did_you_mean(name, able)}"
+        for name, value in values.items()
+        if name not in able
+    ]
+    if problems:
+        hint = f"it has rules for {', '.join(able)}; add a rule in a copy: `mmq recipes NAME > mine.yaml`"
+        raise RecipeError("\n".join(problems), hint)
+
+
+def _changed(recipe: Recipe, texts: Mapping[str, str], change: Callable[[Rule], dict[str, Any]]) -> Recipe:
+    """The recipe with changed rules, and the change among its `overrides`. RecipeError lists rules that forbid it."""
+    rules, problems = [], []
+    for i, rule in enumerate(recipe.quantize):
+        try:
+            rules.append(Rule.model_validate(rule.model_dump() | values) if (values := change(rule)) else rule)
+        except ValidationError as error:
+            named = ", ".join(f"{key}: {value}" for key, value in values.items())
+            lines = [line for row in error.errors() for line in validation_message(row, ()).splitlines()]
+            problems += [f"  quantize[{i}] ({rule.component}), {named}: {line}" for line in lines]
+    if problems:
+        raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems]))
+    return recipe.model_copy(update={"quantize": tuple(rules), "overrides": recipe.overrides | dict(texts)})

@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+RULE_OVERRIDES = ("bits", "group_size")  # starts of the keys of `Recipe.overrides` that change rules
+
+
 class Model(Strict):
     """The checkpoint: a hub id, a local folder or the name of an embedded model.
 
@@ -164,6 +167,7 @@ class Recipe(Strict):
     """A complete recipe; `recipes/*.yaml` are documented examples. Only `quantize` is required.
 
     gates: without them, scores are measured and no loss fails. evidence: required of the recipes that mmq ships.
+    overrides: the values that a command or an API call replaced (`bits language`: `3`); mmq writes them.
     kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3.
     """
 
@@ -178,6 +182,7 @@ class Recipe(Strict):
     gates: tuple[Gate, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     publish: Publish = Publish()
+    overrides: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("format")
     @classmethod
@@ -204,12 +209,17 @@ class Recipe(Strict):
         return self
 
     def description(self) -> str:
-        """The summary; without one, the bits of each component."""
-        return self.summary or widths(self.quantize)
+        """The summary; without one, or with overridden rules, the bits of each component."""
+        ruled = any(key.startswith(RULE_OVERRIDES) for key in self.overrides)
+        return widths(self.quantize) if ruled or not self.summary else self.summary
+
+    def changes(self) -> str:
+        """The overrides as one line; empty without any."""
+        return ", ".join(f"{key}={' '.join(value.split())}" for key, value in self.overrides.items())
 
     def digest(self) -> str:
-        """sha256 of the recipe's content, independent of comments and key order."""
-        content = self.model_dump(mode="json")
+        """sha256 of the recipe's content, independent of comments, key order and who set a value."""
+        content = self.model_dump(mode="json", exclude={"overrides"})
         if self.kv_cache is None:  # so that older recipes, which lack the key, keep their digest
             del content["kv_cache"]
         if self.model.adapter is None:

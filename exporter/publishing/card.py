@@ -173,9 +173,10 @@ def _introduction(summary: Summary, declared: CardDeclarations) -> str:
         source = f"A local model (`{summary.source}`)"
     if adapter := summary.manifest.source.adapter:
         source += f" with the LoRA adapter `{adapter}` merged"
-    size = summary.manifest.bytes
+    size, changes = summary.manifest.bytes, summary.recipe.changes()
+    recipe = f"`{summary.recipe.name}`" + (f" (changed: {changes})" if changes else "")
     return (
-        f"{source}, quantized by mmq with the recipe `{summary.recipe.name}` into an artifact that vLLM serves: "
+        f"{source}, quantized by mmq with the recipe {recipe} into an artifact that vLLM serves: "
         f"{gigabytes(size.after)} instead of {gigabytes(size.before)}, "
         f"{summary.manifest.bits_per_weight:.2f} bits per weight, including scales and all other tensors."
     )

@@ -28,12 +28,12 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
 
     pictures: (task, sample id) -> data URL of a small picture.
     """
-    report, manifest = summary.report, summary.manifest
+    report, manifest, recipe = summary.report, summary.manifest, summary.recipe
     verdict = report.verdict if report else NEVER
     return {
         "name": summary.name,
         "source": summary.source,
-        "recipe": {"name": summary.recipe.name, "summary": summary.recipe.description()},
+        "recipe": {"name": recipe.name, "summary": recipe.description(), "overrides": recipe.changes()},
         "verdict": verdict,
         "verdict_tone": TONES.get(verdict, "open"),
         "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",
@@ -54,7 +54,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "evaluation": report.evaluation.model_dump(exclude_none=True) if report else {},
         "asked_by": _backend_text(report.evaluation) if report else "",
         "serving": _serving_content(summary.serving) if summary.serving else None,
-        "plan": yaml.safe_dump(summary.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "plan": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "provenance": _provenance(manifest),
     }
 

@@ -1,0 +1,130 @@
+"""Values of a command that replace those of a recipe: the same artifact as from an edited copy, recorded everywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from exporter import api
+from exporter.artifact.manifest import read_manifest
+from exporter.commands.main import cli
+from exporter.errors import RecipeError
+from exporter.numerics.quantized import Scheme
+from exporter.planning.overrides import adjusted
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.publishing.artifact_summary import read_place
+from exporter.publishing.card import CardDeclarations, render
+from exporter.report.content import collect
+
+
+def edited(name: str, *changes: dict[str, Any]) -> Recipe:
+    """A copy of a shipped recipe with changed rules, as a user would edit the file."""
+    data = load_recipe(name).model_dump()
+    data["quantize"] = [dict(rule) | change for rule, change in zip(data["quantize"], changes, strict=True)]
+    return Recipe.model_validate(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"bits": {"language": 3, "vision": 4}}, [{"bits": 4}, {}, {"bits": 3}]),
+        ({"bits": {"vision": 16}}, [{"bits": 16}, {}, {}]),
+        ({"group_size": 64}, [{}, {}, {"group_size": 64}]),  # the vision tower has a scale per row, and keeps it
+        ({"group_size": {"vision": 32, "language": "row"}}, [{"group_size": 32}, {}, {"group_size": "row"}]),
+        ({"bits": {"projector": 8}, "group_size": {"projector": 64}}, [{}, {"bits": 8, "group_size": 64}, {}]),
+    ],
+)
+def test_overrides_equal_an_edited_copy(options: dict[str, Any], changes: list[dict[str, Any]]) -> None:
+    changed, copy = adjusted(load_recipe("llava-w4-vit8"), **options), edited("llava-w4-vit8", *changes)
+    assert changed.quantize == copy.quantize
+    assert changed.digest() == copy.digest() != load_recipe("llava-w4-vit8").digest()
+    assert copy.overrides == {}
+    assert len(changed.overrides) == sum(1 if isinstance(value, int) else len(value) for value in options.values())
+
+
+def test_a_group_size_leaves_rules_that_keep_their_linears() -> None:
+    changed = adjusted(load_recipe("llava-w4-vit4"), bits={"vision": 16}, group_size=64)
+    assert changed.digest() == edited("llava-w4-vit4", {"bits": 16}, {}, {"group_size": 64}).digest()
+
+
+def test_bits_change_every_rule_of_a_component_and_the_description() -> None:
+    changed = adjusted(load_recipe("blip2-vqa-w4-front8"), bits={"language": 3})
+    assert {rule.bits for rule in changed.quantize if rule.component == "language"} == {3}
+    assert changed.changes() == "bits language=3"
+    assert "language 3 bits" in changed.description()
+    again = adjusted(changed, bits={"language": 5}, group_size=32)
+    assert again.changes() == "bits language=5, group_size=32"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message", "hint"),
+    [
+        (
+            "llava-w4-vit8",
+            {"bits": {"vison": 8}},
+            "no rule for component 'vison'. Did you mean 'vision'",
+            "vision, proj",
+        ),
+        ("llava-w4", {"group_size": {"qformer": 64}}, "no rule for component 'qformer'", "it has rules for language"),
+        ("llava-w4-vit8", {"bits": {"vision": 9}}, r"\(vision\), bits: 9: bits must be 2 to 8, or 16", ""),
+        ("llava-w4-vit8", {"group_size": 100}, "group_size must be a multiple of 8", ""),
+        ("llava-w8", {"group_size": 64}, "no rule of recipe 'llava-w8' has groups", "COMPONENT=64, with one of vision"),
+        ("llava-w4-vit8a8", {"bits": {"vision": 4}}, "activations need bits: 8", ""),
+    ],
+)
+def test_impossible_overrides_say_what_is_allowed(name: str, options: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        adjusted(load_recipe(name), **options)
+    assert hint in (caught.value.hint or "")
+
+
+def run(*arguments: str) -> Any:
+    """The command line, in this process."""
+    return CliRunner().invoke(cli, [*arguments, "--device", "cpu"])
+
+
+def test_plan_shows_and_lists_overrides() -> None:
+    line = ["plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--bits", "language=3", "--bits", "vision=4"]
+    done = run(*line, "--group-size", "64", "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["overrides"] == {"bits language": "3", "bits vision": "4", "group_size": "64"}
+    packed = {(part["component"], part["scheme"]) for part in content["components"] if part["decision"] == "packed"}
+    assert packed == {("vision", "W4 row"), ("language", "W3 g64")}
+    assert "changed in the recipe: bits language=3, bits vision=4" in " ".join(run(*line).output.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--bits", "3", "expected COMPONENT=BITS like language=3, not '3'"),
+        ("--bits", "language=many", "not 'language=many'"),
+        ("--group-size", "small", "expected a number, row or tensor, not 'small'"),
+    ],
+)
+def test_malformed_options_are_wrong_usage(option: str, value: str, message: str) -> None:
+    done = run("plan", "--recipe", "llava-w4-vit8", option, value)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "given twice" in run("plan", "--recipe", "llava-w4-vit8", "--group-size", "64", "--group-size", "32").output
+
+
+def test_an_export_makes_the_artifact_of_an_edited_copy_and_records_the_overrides(tmp_path: Path) -> None:
+    options = {"model": "demo-llava", "device": "cpu", "samples": 4, "skip_evaluation": True}
+    first = api.export("llava-w4-vit8", out=tmp_path / "a", bits={"vision": 4}, group_size=32, **options)
+    copy = edited("llava-w4-vit8", {"bits": 4}, {}, {"group_size": 32})
+    second = api.export(copy, out=tmp_path / "b", **options)
+    weights = [{p.name: p.read_bytes() for p in result.out.glob("*.safetensors")} for result in (first, second)]
+    assert weights[0] == weights[1]
+    manifest = read_manifest(first.out)
+    assert manifest.recipe.overrides == {"bits vision": "4", "group_size": "32"}
+    assert read_manifest(second.out).recipe.overrides == {}
+    assert {row.scheme for row in first.plan.rows if row.decision == "packed"} == {Scheme(4, "row"), Scheme(4, 32)}
+    report = api.evaluate(first.out, eval_samples=4, device="cpu")
+    assert report.evaluation.overrides == manifest.recipe.overrides
+    summary = read_place(str(first.out))
+    assert "(changed: bits vision=4, group_size=32)" in render("me/x", summary, CardDeclarations(), (), "")
+    assert collect(summary, {})["recipe"]["overrides"] == "bits vision=4, group_size=32"
