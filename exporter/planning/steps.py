@@ -22,10 +22,11 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.whole_model import ROOM_FOR_ACTIVATIONS, WholeModel, whole_model
 
 LIBRARIES = 400 * 2**20  # host bytes of torch, transformers and their dependencies
-CUDA_LIBRARIES = int(1.5 * GIB)  # additional host bytes of CUDA and its libraries
+CUDA_LIBRARIES = int(1.45 * GIB)  # additional host bytes of CUDA and its libraries
+SHARDS = 1.5  # shards in memory while one is filled and the previous one is written
 FREED = 200 * 2**20  # host bytes that the allocator keeps after the threads that write shards freed them
 UNITS = 2  # units with codes on the device while one is packed and the next one is read
-PACKING = 6  # bytes per weight of a linear while three threads pack or hash codes
+PACKING = 5  # bytes per weight of a linear while three threads pack or hash codes
 HASHING = 16  # bytes per weight of a linear while four threads unpack and hash codes
 RECONSTRUCTING = 9  # bytes per weight of a linear while compressed-tensors unpacks it
 PIXEL_BYTES = 4  # bytes per pixel and color: float32
@@ -84,22 +85,17 @@ def predict_steps(
     stored = next((row.tensor.dtype for row in rows if row.linear), rows[0].tensor.dtype)
     placement = choose_placement(whole, stored, device, device.free_bytes, recipe.evaluation.batch)
     verify = max(HASHING * largest, 2 * whole.block * itemsize + RECONSTRUCTING * largest)
+    shard_bytes = int(SHARDS * min(SHARD_BYTES, size)) + FREED
     seconds = quantize_seconds(recipe, checkpoint, family, planned, device)
     steps = [
         Step("plan", 0, LIBRARIES // 2, 1.0),
         Step("read data", 0, LIBRARIES + pixels, IMPORTS + samples * PICTURE),
         _computed("quantize", memory.device_bytes, pixels, seconds, device, memory.largest),
-        _computed("write", UNITS * unit + PACKING * largest, _shards(rows, size), size / speed.write, device),
+        _computed("write", UNITS * unit + PACKING * largest, shard_bytes, size / speed.write, device),
         _computed("verify", verify, 0, size / speed.verify, device),
         _evaluation(recipe, checkpoint, family, whole, placement, device),
     ]
     return tuple(steps if family.unserved else [*steps, _check(whole, device)])
-
-
-def _shards(rows: Sequence[PlanRow], size: int) -> int:
-    """Host bytes of a written shard and the next one, which fills to a half or to one large tensor meanwhile."""
-    largest = max(row.bytes_after for row in rows)
-    return min(size, SHARD_BYTES + max(SHARD_BYTES // 2, largest)) + FREED
 
 
 def _computed(name: str, working: int, host: int, seconds: float, device: Device, note: str = "") -> Step:
