@@ -30,7 +30,9 @@ vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
 	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests/vllm
 
-mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into the numeric rooms; the tests must detect 95 %
+mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
+	rm -rf build/line_tests
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -p bench.line_tests $(PARALLEL)
 	$(BIN)/python -m bench.mutate $(MUTATIONS)
 	$(BIN)/python -m bench.mutations
 

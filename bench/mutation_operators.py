@@ -126,7 +126,7 @@ def _constant(walk: _Walk, node: ast.AST) -> ast.AST:
     if isinstance(value, bool):
         changed = not value
     elif isinstance(value, int):
-        changed = value + 1
+        changed = value + 1 if abs(value) < 3 else 2 * value  # limits and sizes double; one more is no error of theirs
     elif isinstance(value, float):
         changed = value * 2 if value else 1.0
     else:
