@@ -10,11 +10,12 @@ import pytest
 
 from exporter.errors import CheckpointError
 from exporter.files import file_hashes
-from exporter.files.file_hashes import READ_BYTES, FileState, hash_files, start_hashing
+from exporter.files.file_hashes import SMALL_BYTES, FileState, hash_files, start_hashing
 from exporter.model.checkpoint import Checkpoint
 from tests.headers.read import shards, write_sparse_shard
 
 PAGE_BYTES = 4096
+READ = 2**16  # bytes read at once in these tests
 
 
 def settle(path: Path) -> None:
@@ -23,8 +24,12 @@ def settle(path: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("size", [0, 1, READ_BYTES - 1, READ_BYTES, READ_BYTES + 1])
-def test_hashes_are_those_of_hashlib(size: int, tmp_path: Path) -> None:
+SIZES = (0, 1, READ - 1, READ, READ + 1, 3 * READ, SMALL_BYTES, SMALL_BYTES + 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hashes_are_those_of_hashlib(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_hashes, "READ_BYTES", READ)
     content = (bytes(range(251)) * (size // 251 + 1))[:size]
     (tmp_path / "file").write_bytes(content)
     assert hash_files([tmp_path / "file"]) == {tmp_path / "file": hashlib.sha256(content).hexdigest()}
@@ -136,11 +141,13 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_progress_counts_the_bytes_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_hashes, "REPORT_SECONDS", 0.0005)
+    monkeypatch.setattr(file_hashes, "READ_BYTES", READ)
+    size = 20 * SMALL_BYTES
     paths = [tmp_path / str(number) for number in range(3)]
     for path in paths:
-        path.write_bytes(bytes(5 * READ_BYTES))
+        path.write_bytes(bytes(size))
     seen: list[tuple[int, int]] = []
     hash_files(paths, lambda done, total: seen.append((done, total)))
-    assert {total for _, total in seen} == {15 * READ_BYTES}
+    assert {total for _, total in seen} == {3 * size}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert all(0 <= done <= 15 * READ_BYTES for done, _ in seen)
+    assert all(0 <= done <= 3 * size for done, _ in seen)

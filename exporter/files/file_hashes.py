@@ -5,6 +5,7 @@ releases the GIL, so several files are hashed at full speed while the main threa
 """
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,14 +18,17 @@ from exporter.errors import CheckpointError
 
 READ_BYTES = 32 * 2**20  # large reads, because a thread waits for the GIL after each
 AT_ONCE = 8  # files read in parallel
+SMALL_BYTES = 2**18  # files up to this size are hashed without a thread
 SETTLED_NS = 10**8  # a file modified more recently may change again without a new timestamp
 REPORT_SECONDS = 0.5  # interval of progress reports
 
 
 def sha256(path: Path, on_read: Callable[[int], None] = lambda read: None) -> str:
     """sha256 of a file, hex. on_read: called with the number of bytes of every read."""
-    hasher, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    hasher = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(min(READ_BYTES, size + 1)))  # of a small file: zeroing 32 MiB takes 10 ms
         while count := file.readinto(buffer):
             hasher.update(buffer[:count])
             on_read(count)
@@ -121,6 +125,9 @@ def _hashing(path: Path) -> _Hashing:
         if known and known.state == state and known.settled and not _failed(known.result):
             return known
         hashing = _known[state.path] = _Hashing(state)
+    if state.size <= SMALL_BYTES:
+        hashing.run()
+        return hashing
     threading.Thread(target=hashing.run, name=f"sha256 {path.name}", daemon=True).start()
     return hashing
 
