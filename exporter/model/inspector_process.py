@@ -25,6 +25,7 @@ from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_o
 ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
 LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time
 MAX_TOKENS = 200_000
+LARGEST_SIDE = 2**13  # largest side in pixels to which pictures may be scaled; larger ones take seconds and memory
 
 
 class _Failed(Exception):
@@ -107,20 +108,21 @@ def _render(processor: Any, text: str) -> str:
 
 
 def _encode(processor: Any, prompt: str) -> dict[str, Any]:
-    """Token ids of one small picture with a prompt, the shape of its pixels, and the sides to which it is scaled.
+    """Token ids of one small picture with a prompt, and the shape of its pixels.
 
     padded: token ids of prompts and replies of two lengths, padded on both sides as in `encoding`.
     """
     import numpy as np
     from PIL import Image
 
+    for key, side in dict(getattr(processor.image_processor, "size", None) or {}).items():
+        if isinstance(side, int) and side > LARGEST_SIDE:
+            raise ValueError(f"size.{key} of its pictures: {side} exceeds the limit of {LARGEST_SIDE}")
     picture = Image.new("RGB", (48, 36), "gray")
     inputs = processor(images=[picture], text=[prompt], return_tensors="np")
     ids = np.asarray(inputs["input_ids"]).reshape(-1)
     if len(ids) > MAX_TOKENS:
         raise ValueError(f"it makes more than {MAX_TOKENS:,} tokens from one picture and a short prompt")
-    sides = dict(getattr(processor.image_processor, "size", None) or {})
-    sides = {key: value for key, value in sides.items() if isinstance(value, int)}
     pixels = np.asarray(inputs["pixel_values"])
     if not np.isfinite(pixels).all():
         raise ValueError("its pixel values are not finite: check image_mean, image_std and rescale_factor")
@@ -128,7 +130,7 @@ def _encode(processor: Any, prompt: str) -> dict[str, Any]:
     for side in ("left", "right"):
         inputs = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
         padded += np.asarray(inputs["input_ids"]).tolist()
-    return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape), "sides": sides}
+    return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape)}
 
 
 def read_config(request: Mapping[str, Any]) -> dict[str, Any]:

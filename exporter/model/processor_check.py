@@ -12,7 +12,6 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
 from exporter.model.processor_inspector import Inspection, check_config_class, has_processor, inspect
 
-LARGEST_SIDE = 2**13  # largest side in pixels to which pictures may be scaled; larger ones exhaust memory
 MAX_NAMED = 3  # tokens that a message names
 PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
 
@@ -72,7 +71,7 @@ def _vocabulary_problems(config: Mapping[str, Any], family: Family, inspection: 
 
 
 def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
-    """Prompts that are too long, and pictures of a wrong or excessive size."""
+    """Prompts that are too long, and pictures of a wrong size."""
     side, shape = family.picture_side(config), inspection.pixels
     problems = []
     if len(inspection.tokens) > family.positions(config):
@@ -82,10 +81,7 @@ def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     if shape[-2:] != (side, side):
         size = " x ".join(map(str, shape[-2:]))
         problems.append(f"{PICTURES} makes pictures of {size} pixels, but the vision tower expects {side} x {side}")
-    large = {key: value for key, value in inspection.sides.items() if value > LARGEST_SIDE}
-    return problems + [
-        f"{PICTURES}: size.{key}: {value} exceeds the limit of {LARGEST_SIDE}" for key, value in large.items()
-    ]
+    return problems
 
 
 def _lines_to_add(expected: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:

@@ -35,15 +35,13 @@ class Inspection:
     """The properties of a processor.
 
     template: None when it has none. tokens: ids of one picture with a prompt. pixels: shape of the vision tower's input
-    for the picture. sides: sizes to which the picture is scaled, by the setting's name. fields: the requested settings.
-    failure: why it cannot encode the picture with the prompt; empty when it can. padded: ids of padded prompts. beyond:
-    tokens, with their ids, for which the model has no embedding.
+    for the picture. fields: the requested settings. failure: why it cannot encode the picture with the prompt; empty
+    when it can. padded: ids of padded prompts. beyond: tokens, with their ids, for which the model has no embedding.
     """
 
     template: Template | None
     tokens: tuple[int, ...] = ()
     pixels: tuple[int, ...] = ()
-    sides: Mapping[str, int] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
     padded: tuple[tuple[int, ...], ...] = ()
@@ -174,8 +172,7 @@ def _inspect(folder: Path, state: str, question: str) -> Inspection:
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
     beyond = tuple((token, number) for token, number in reply["beyond"])
-    sides, failure = reply.get("sides", {}), reply.get("failure", "")
-    return Inspection(template, tokens, pixels, sides, reply["fields"], failure, padded, beyond)
+    return Inspection(template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond)
 
 
 def check_config_class(name: str, config: Mapping[str, Any], where: str, folder: Path) -> None:
