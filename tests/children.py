@@ -1,4 +1,4 @@
-"""Child processes that start at once: a fork server has the libraries loaded, and no threads.
+"""Child processes that start at once: a fork server has imported `tests.preloaded`, and has no thread of torch.
 
 `os.fork` in the test's own process would copy the locks of torch's threads without the threads that release them; a new
 interpreter takes seconds to import torch and transformers.
@@ -24,7 +24,7 @@ SECONDS = 120.0
 
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "exporter.commands.main", "exporter.pipeline.export"])
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 
@@ -79,6 +79,10 @@ class Command:
         """Send a signal; the exit code (negative: the signal that ended it)."""
         assert self.process.pid is not None
         os.kill(self.process.pid, how)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for its end; the exit code."""
         self.process.join(SECONDS)
         assert self.process.exitcode is not None, "it goes on"
         return self.process.exitcode

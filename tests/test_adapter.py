@@ -2,18 +2,18 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporter.artifact.manifest import read_manifest
 from exporter.artifact.verify import verify
+from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
@@ -237,8 +237,8 @@ def test_another_adapter_is_another_model(tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "exporter", "plan", "--recipe", "llava-w8", "--model", "demo-llava"]
+    arguments = ["plan", "--recipe", "llava-w8", "--model", "demo-llava"]
     folder = adapter(tmp_path / "mine")
-    done = subprocess.run([*command, "--adapter", str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(cli, [*arguments, "--adapter", str(folder)])
+    assert done.exit_code == 0, done.stderr
     assert "adapter mine: merged into 2 linears" in done.stdout

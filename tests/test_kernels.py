@@ -20,7 +20,10 @@ from exporter.numerics.quantized import ColumnGrid, Scheme, dequantize, quantize
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
 DEVICE = choose("auto").torch_device
-NEAR_TIES = 0.02 if DEVICE.type == "cuda" else 0  # share of groups where the last bit of a sum decides
+ON_GPU = DEVICE.type == "cuda"
+NEAR_TIES = 0.02 if ON_GPU else 0  # share of groups where the last bit of a sum decides
+ROWS, COLUMNS = (40, 300) if ON_GPU else (17, 150)  # a program has 16 rows; the last group of 128, and of 32, is short
+FIRST = COLUMNS // 3  # of a block of columns
 
 
 def _nearest(value: Any) -> Any:
@@ -34,7 +37,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     modules = {
         name: importlib.import_module(f"exporter.numerics.{name}") for name in ("ranges_kernel", "gptq_columns_kernel")
     }
-    if DEVICE.type == "cpu":
+    if not ON_GPU:
         for module in modules.values():
             monkeypatch.setattr(module, "libdevice", SimpleNamespace(rint=_nearest))
     return modules
@@ -46,17 +49,16 @@ def _drawn(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def weight() -> torch.Tensor:
-    """40 rows of 300 columns: the last group of 128, and of 32, is short."""
-    return _drawn(0, 40, 300)
+    return _drawn(0, ROWS, COLUMNS)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize(("group", "columns"), [(128, 300), ("row", 300), ("row", 5000)])
+@pytest.mark.parametrize(("group", "columns"), [(128, COLUMNS), ("row", COLUMNS), ("row", 5000)])
 def test_the_search_of_ranges_equals_torch(
     kernels: dict[str, ModuleType], symmetric: bool, weighted: bool, group: int | str, columns: int
 ) -> None:
-    weight, counts = _drawn(1, 40 if columns < 1000 else 6, columns), _drawn(2, columns).abs() if weighted else None
+    weight, counts = _drawn(1, ROWS if columns < 1000 else 6, columns), _drawn(2, columns).abs() if weighted else None
     scheme = Scheme(4, group, symmetric)  # type: ignore[arg-type]
     low, high = ranges.full_range(weight, scheme)
     scale, zero = ranges._search(weight, low, high, scheme, torch.float16, counts)
@@ -71,7 +73,7 @@ def test_the_search_of_ranges_equals_torch(
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
 def test_scales_of_small_weights_equal_torch(kernels: dict[str, ModuleType], size: float) -> None:
     """Subnormal numbers of float16, multiples of 2^-24."""
-    weight, scheme = _drawn(1, 40, 300) * size, Scheme(8, "row")
+    weight, scheme = _drawn(1, ROWS, COLUMNS) * size, Scheme(8, "row")
     low, high = ranges.full_range(weight, scheme)
     scale, zero = ranges._search(weight, low, high, scheme, torch.float16, None)
     fast = ranges._search_fast(weight, scheme, torch.float16, None)
@@ -85,7 +87,7 @@ def test_clipping_equals_torch(
     kernels: dict[str, ModuleType], weight: torch.Tensor, symmetric: bool, group: int
 ) -> None:
     scheme = Scheme(3, group, symmetric)
-    rows = torch.randn(200, 300, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 300)
+    rows = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, COLUMNS)
     hessian = (rows.T @ rows / 200).to(DEVICE)
     start = ranges.fit_scale(weight, scheme, torch.float16)
     scale, zero = awq._clip_plain(weight, hessian, scheme, 10, *start)
@@ -100,8 +102,8 @@ def test_clipping_equals_torch(
 def _grid(groups: int, columns: int) -> ColumnGrid:
     """Columns of `groups` groups in no order."""
     draw = torch.Generator().manual_seed(3)
-    scale = (torch.rand(40, groups, generator=draw) * 0.2 + 0.1).half()
-    zero = torch.randint(0, 15, (40, groups), dtype=torch.uint8, generator=draw)
+    scale = (torch.rand(ROWS, groups, generator=draw) * 0.2 + 0.1).half()
+    zero = torch.randint(0, 15, (ROWS, groups), dtype=torch.uint8, generator=draw)
     group = torch.randint(0, groups, (columns,), generator=draw)
     return ColumnGrid(Scheme(4, 128, False), scale.to(DEVICE), zero.to(DEVICE), group.to(DEVICE))
 
@@ -113,9 +115,9 @@ def _square(columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [64, 50])
 def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, width: int) -> None:
-    here, grid = slice(100, 100 + width), _grid(3, 300)
-    upper = torch.linalg.cholesky(_square(300)).T.contiguous()
-    codes = torch.zeros(2, 40, 300, dtype=torch.uint8, device=DEVICE)
+    here, grid = slice(FIRST, FIRST + width), _grid(3, COLUMNS)
+    upper = torch.linalg.cholesky(_square(COLUMNS)).T.contiguous()
+    codes = torch.zeros(2, ROWS, COLUMNS, dtype=torch.uint8, device=DEVICE)
     inputs = (weight[:, here], upper[here, here], grid.part(here))
     errors = columns_.quantize_columns_plain(*inputs, codes[0, :, here])
     steps = grid.part(here).steps
@@ -129,7 +131,7 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
 def test_the_coordinate_descent_equals_torch(
     kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    here, grid, square = slice(100, 164), _grid(3, 300), _square(300)
+    here, grid, square = slice(FIRST, FIRST + 64), _grid(3, COLUMNS), _square(COLUMNS)
     share = square.diagonal().clone()
     square.diagonal().zero_()
     codes = torch.stack([quantize(weight + 0.2, *grid.expanded())] * 2)
@@ -152,8 +154,8 @@ def _rows_alike(codes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("scales", "order"), [("static", "activation"), ("static", "none"), ("in_loop", "none")])
-@pytest.mark.parametrize("block", [1, 50, 128])
-@pytest.mark.parametrize("group", [32, "row"])
+@pytest.mark.parametrize("block", [1, 20, 128])
+@pytest.mark.parametrize("group", [16, "row"])
 def test_gptq_by_kernels_equals_torch(
     kernels: dict[str, ModuleType],
     monkeypatch: pytest.MonkeyPatch,
@@ -162,8 +164,8 @@ def test_gptq_by_kernels_equals_torch(
     block: int,
     group: Any,
 ) -> None:
-    columns = 100 if block > 1 else 40  # a block of one column is a launch a column
-    weight, rows = _drawn(5, 24, columns), _drawn(6, 300, columns) @ _drawn(7, columns, columns) * 0.3
+    columns = 50 if block > 1 else 20  # a block of one column is a launch a column
+    weight, rows = _drawn(5, 17, columns), _drawn(6, 300, columns) @ _drawn(7, columns, columns) * 0.3
     statistics = gptq.Statistics(columns, DEVICE)
     statistics.update(rows)
     options = gptq.Options(block=block, scales=scales, order=order)

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from exporter.errors import ArtifactError, LockedError, MmqError
 from exporter.events import Event
 from exporter.files.folder_lock import hold
 from exporter.quantization.workdir import LOCK
+from tests.children import running_command
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
 
@@ -160,20 +159,19 @@ def test_two_exports_of_one_work_folder_exclude_each_other(tmp_path: Path) -> No
     assert LOCK not in names(tmp_path / "work")
 
 
-def test_the_second_of_two_commands_with_one_output_is_refused(tmp_path: Path) -> None:
+def test_the_second_of_two_commands_with_one_output_is_refused(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The second command fails and names the process that holds the lock; the first one succeeds."""
-    command = [sys.executable, "-m", "exporter", "export", "--recipe", "llava-w4-vit8", "--model", "demo-llava"]
-    command += ["--out", str(tmp_path / "out"), "--samples", "8", "--skip-evaluation"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for _ in range(2)
-    ]
-    ends = sorted((run.communicate(timeout=300)[0], run.returncode) for run in runs)
-    texts = [text for text, _ in ends]
+    arguments = ["export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--samples", "8", "--skip-evaluation"]
+    arguments += ["--out", str(tmp_path / "out")]
+    logs = tmp_path_factory.mktemp("logs")
+    with running_command(arguments, logs / "1") as one, running_command(arguments, logs / "2") as other:
+        codes = [one.ended(), other.ended()]
+    texts = [command.stderr.read_text() for command in (one, other)]
     assert not any("Traceback" in text for text in texts)
-    assert [code for _, code in ends].count(0) >= 1
-    lost = [text for text, code in ends if code]
+    assert 0 in codes
+    lost = [text for text, code in zip(texts, codes, strict=True) if code]
     assert all("is used by another process" in text for text in lost)
     assert names(tmp_path) == {"out"}
 

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from exporter.planning.vllm_rules import head_size
 from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.vllm_engine import ending, free_port
+from tests.children import running_command
 from tests.headers.read import load_header
 
 DEMO = str(MODELS["demo-llava"])
@@ -186,11 +185,10 @@ def test_requests_use_the_served_model_name(flags: tuple[str, ...]) -> None:
     assert "demo-llava" not in made.command
 
 
-def test_a_server_that_is_killed_during_its_start_is_an_error(vllm: str) -> None:
-    command = [sys.executable, "-m", "exporter", "serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    error = json.loads(done.stdout)["error"]
+def test_a_server_that_is_killed_during_its_start_is_an_error(vllm: str, tmp_path: Path) -> None:
+    with running_command(["serve", DEMO, "--vllm", vllm, "--port", str(free_port()), "--json"], tmp_path) as command:
+        assert command.ended() == 1
+    error = json.loads(command.stdout.read_text())["error"]
     assert error.startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
 
 

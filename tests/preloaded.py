@@ -1,0 +1,24 @@
+"""Imported once by the fork server of `tests.children`, so that its children import nothing that an export needs.
+
+It computes nothing, because torch's threads do not live on in a child.
+"""
+
+import importlib
+from importlib.util import find_spec
+
+import torch
+import transformers
+
+import exporter.commands.main
+import exporter.demo.data
+import exporter.pipeline.export  # noqa: F401
+from exporter.model.families import FAMILIES
+
+PROCESSORS = transformers.AutoProcessor, transformers.Blip2Processor, transformers.LlavaProcessor
+
+with torch.device("meta"):
+    for family in FAMILIES.values():
+        family.skeleton(family.tiny_config())
+for name in ("compressed_tensors.compressors", "transformers.quantizers.quantizer_compressed_tensors"):
+    if find_spec("compressed_tensors"):
+        importlib.import_module(name)
