@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class Artifact:
 
     def __post_init__(self) -> None:
         """ArtifactError when config.json does not describe a model of the manifest's family."""
-        _, problems = self.family.read(self.checkpoint.config)
+        _, problems = FAMILIES[self.manifest.family].read(self.checkpoint.config)
         if problems:
             message = f"{self.checkpoint.origin}: config.json does not describe the model: {problems[0]}"
             raise ArtifactError(message, "export the artifact again")
@@ -171,10 +172,10 @@ class Artifact:
         groups = described_groups(manifest.format, checkpoint.config, str(folder))
         return cls(checkpoint, manifest, groups, device or torch.device("cpu"))
 
-    @property
+    @cached_property
     def family(self) -> Family:
-        """The model family."""
-        return FAMILIES[self.manifest.family]
+        """The model family, with the components of the model's parts."""
+        return FAMILIES[self.manifest.family].of(self.checkpoint.config)
 
     def source_config(self) -> dict[str, Any]:
         """config.json without its quantization config; it builds the model for the dequantized tensors."""

@@ -7,7 +7,7 @@ import torch
 
 from exporter.errors import CheckpointError
 from exporter.model.families import Family
-from exporter.model.families.family import Config
+from exporter.model.families.component import Config
 from exporter.model.stream import Read, Stream
 
 

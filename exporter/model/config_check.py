@@ -21,7 +21,7 @@ MODELS_PAGE = "see docs/reference/families.md for the models that mmq supports"
 
 
 def known_family(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a model; PlanError when mmq does not support it, or when config.json has invalid values.
+    """The family of a model, with the components of its parts; PlanError when mmq does not support it, or when config.json has invalid values.
 
     where: the file, for messages.
     """
@@ -31,7 +31,7 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
         problems = [refusal]
     if problems:
         raise PlanError(_listed(f"{where}: mmq does not support this model", problems), MODELS_PAGE)
-    return family
+    return family.of(config)
 
 
 def _family_of(config: Mapping[str, Any], where: str) -> Family:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from exporter.model.chat_template import MAX_CHARACTERS, PROBES, conversation
+from exporter.model.processor_library import load_library
 from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
 
 ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
@@ -61,9 +62,7 @@ def _too_slow(signum: int, frame: Any) -> None:
 @lru_cache(maxsize=1)
 def _load(folder: str, state: str) -> Any:
     """The processor of a folder. state: changes with its files, so that a changed folder is loaded again."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return load_library(Path(folder))
 
 
 def inspect(request: Mapping[str, Any]) -> dict[str, Any]:

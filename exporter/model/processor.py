@@ -8,6 +8,7 @@ from exporter.files.strict_json import read_json
 from exporter.model.chat_template import Template
 from exporter.model.config_check import known_family
 from exporter.model.processor_inspector import inspect
+from exporter.model.processor_library import load_library
 
 
 class Processor:
@@ -59,10 +60,8 @@ def load_processor(folder: Path) -> Processor:
     A helper process loads it first. CheckpointError names the file and the reason when it cannot be loaded.
     """
     inspection = inspect(folder)
-    from transformers import AutoProcessor
-
     try:
-        library = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        library = load_library(folder)
     except Exception as error:  # the libraries raise many types, and may fail only in this process
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: its processor cannot be loaded: {reason}") from error

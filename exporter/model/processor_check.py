@@ -45,10 +45,14 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
 
 def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
     """Prompts with a wrong number of image tokens, with and without padding."""
-    marker, expected = config.get("image_token_index"), family.image_tokens(config)
+    marker, expected = family.image_token(config), family.image_tokens(config)
     if marker is None or not expected:
         return []
     counts = [row.count(marker) for row in (inspection.tokens, *inspection.padded)]
+    if family.varies:
+        return _setting_problems(config, family, inspection) or [
+            f"a prompt with one picture has no image token (id {marker}), so the model would not see the picture"
+        ] * (min(counts) == 0)
     if counts[0] != expected:
         effect = "" if counts[0] else ", so the model would not see the picture"
         actual = f"a prompt with one picture has {counts[0]} image tokens (id {marker})"
@@ -56,6 +60,16 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     if wrong := [count for count in counts if count != expected]:
         return [f"a padded prompt with one picture has {wrong[0]} image tokens (id {marker}), expected {expected}"]
     return []
+
+
+def _setting_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
+    """Settings of the processor that differ from those that follow from config.json."""
+    expected = family.processor_fields(config)
+    return [
+        f"the processor has {key}: {json.dumps(inspection.fields.get(key))}, but the model expects {json.dumps(value)}"
+        for key, value in expected.items()
+        if inspection.fields.get(key) != value
+    ]
 
 
 def _vocabulary_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
@@ -72,15 +86,15 @@ def _vocabulary_problems(config: Mapping[str, Any], family: Family, inspection: 
 
 def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
     """Prompts that are too long, and pictures of a wrong size."""
-    side, shape = family.picture_side(config), inspection.pixels
+    pixels, shape = family.pixels(config), inspection.pixels
     problems = []
     if len(inspection.tokens) > family.positions(config):
         problems.append(
             f"a prompt has {len(inspection.tokens)} tokens, but the model has only {family.positions(config)} positions"
         )
-    if shape[-2:] != (side, side):
-        size = " x ".join(map(str, shape[-2:]))
-        problems.append(f"{PICTURES} makes pictures of {size} pixels, but the vision tower expects {side} x {side}")
+    if pixels and shape[-len(pixels) :] != pixels:
+        made, expected = (" x ".join(map(str, size)) for size in (shape[-len(pixels) :], pixels))
+        problems.append(f"{PICTURES} makes pictures of {made} pixels, but the vision tower expects {expected}")
     return problems
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exporter.errors import CheckpointError
 from exporter.model.families import Family
-from exporter.model.families.family import Config
+from exporter.model.families.component import Config
 
 Read = Callable[[str], Tensor]  # checkpoint name -> tensor on any device; quantized tensors are dequantized
 

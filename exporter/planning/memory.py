@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from exporter.device import Device
 from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.model.families import Component, Family
-from exporter.model.families.family import Config
+from exporter.model.families.component import Config
 from exporter.numerics.inverse_cholesky import PANEL
 from exporter.planning.recipe import Calibration
 

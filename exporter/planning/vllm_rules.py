@@ -16,11 +16,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
 
-# Linears that tensor parallelism divides along their inputs; it divides all others along their outputs.
-ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "projection", "linear_2", "dense")
+# Last names of linears that tensor parallelism divides along their inputs; it divides all others along their outputs.
+ROW_PARALLEL = frozenset(
+    name.rpartition(".")[2]
+    for family in FAMILIES.values()
+    for config in family.tiny_configs().values()
+    for component in family.assemble(config)
+    for name in component.row_parallel
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,12 @@ def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
     return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
 
 
-def head_problems(config: Mapping[str, Any], degree: int) -> list[str]:
-    """Rule tensor-parallel: attention heads that cannot be divided among `degree` GPUs. config: of the whole model."""
-    heads = {part: (config.get(part) or {}).get("num_attention_heads") for part in ("text_config", "vision_config")}
+def head_problems(heads: Mapping[str, int], degree: int) -> list[str]:
+    """Rule tensor-parallel: attention heads that cannot be divided among `degree` GPUs. heads: of the model's parts."""
     return [
         f"rule tensor-parallel: {part}: {number} attention heads cannot be divided among {degree} GPUs"
         for part, number in heads.items()
-        if number and number % degree
+        if number % degree
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from exporter.inference.retrieval import PAIRS
 from exporter.model.checkpoint import TensorInfo
 from exporter.model.families import Component, Family
-from exporter.model.families.family import Config
+from exporter.model.families.component import Config
 from exporter.planning.memory import pass_elements
 
 WIDE_BYTES = 4  # per element that transformers always computes in float32

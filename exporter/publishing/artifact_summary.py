@@ -132,7 +132,7 @@ def _needed(name: str, read: ReadFile, file: str) -> bytes:
 
 def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tuple[SchemeGroup, ...]:
     """Count the quantized linears by component and scheme, in the order of the data through the model."""
-    family = FAMILIES[manifest.family]
+    family = FAMILIES[manifest.family].of(config)
     groups = described_groups(manifest.format, config, "the artifact")
     counts: dict[tuple[str, Scheme | None, bool], int] = {}
     for module in {**manifest.linears, **manifest.errors}:
@@ -154,7 +154,7 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tup
 
 def component_of(module: str, family: str) -> str:
     """Name of the component of a linear; ArtifactError when no component has it."""
-    component = FAMILIES[family].component_of(module)
+    component = FAMILIES[family].component_with(module)
     if component is None:
         raise ArtifactError(f"the manifest names {module}, which is in no component of {family}", "export it again")
     return component.name

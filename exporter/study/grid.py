@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from exporter.errors import RecipeError, did_you_mean, validation_message
 from exporter.methods import METHODS
 from exporter.model.families import Family
-from exporter.model.families.family import Config
+from exporter.model.families.component import Config
 from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Rule, Strict, require_known
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.demo.language import vocabulary
 from exporter.demo.scenes import SIDE
-from exporter.model.families.llava import canonical_name
+from exporter.model.families import FAMILIES
 
 PATCH = 8  # pixels; 64 image tokens. Patch 16 trained worse.
 HIDDEN, VISION_MLP, TEXT_MLP, VOCABULARY = 128, 512, 384, 256  # multiples of 128: group sizes and serving kernels
@@ -92,7 +92,7 @@ def tokenizer(more: tuple[str, ...] = ()) -> Any:
     return made
 
 
-def hub_tensors(model: torch.nn.Module, rename: Callable[[str], str] = canonical_name) -> dict[str, Tensor]:
+def hub_tensors(model: torch.nn.Module, rename: Callable[[str], str] = FAMILIES["llava"].canonical_name) -> dict[str, Tensor]:
     """Parameters in bfloat16 under the hub's names; transformers itself would drop `vision_model.`, vLLM needs it."""
     return {
         rename(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()

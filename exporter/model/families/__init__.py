@@ -1,8 +1,16 @@
 """The model families that mmq supports. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
 
-from exporter.model.families import blip2, llava
-from exporter.model.families.family import Component, Family, Pass, Smoothing
+from exporter.model.families import blip2, llava, llava_next, llava_onevision
+from exporter.model.families.component import Component, Pass
+from exporter.model.families.family import Family
+from exporter.model.families.parts.part import Smoothing
 
-FAMILIES: dict[str, Family] = {"llava": llava.FAMILY, "blip2": blip2.FAMILY, "blip2-itm": blip2.RETRIEVAL}
+FAMILIES: dict[str, Family] = {
+    "llava": llava.FAMILY,
+    "llava-next": llava_next.FAMILY,
+    "llava-onevision": llava_onevision.FAMILY,
+    "blip2": blip2.FAMILY,
+    "blip2-itm": blip2.RETRIEVAL,
+}
 
 __all__ = ["FAMILIES", "Component", "Family", "Pass", "Smoothing"]

@@ -9,38 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import exporter.model.families.parts.blip2 as sizes
+from exporter.model.families.component import Component, Config, Inputs, Pass, single, stack
 from exporter.model.families.config_fields import Number
-from exporter.model.families.family import Component, Config, Family, Inputs, Pass, Role, Smoothing
+from exporter.model.families.family import Family, TinyProcessor
+from exporter.model.families.names import Names
+from exporter.model.families.parts.part import field_of
+from exporter.model.families.parts.qformer import CROSS, QUERIES
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_ATTENTION = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-_ATTENDS: Role = "attention"
-_FEEDS: Role = "mlp"
 _PLAIN = "vLLM without mmq's plugin builds it from plain linears and cannot load it packed"
-
-
-def same_name(name: str) -> str:
-    """The name itself: checkpoint, canonical and live names are equal."""
-    return name
-
-
-def runtime_name(name: str) -> str:
-    """Name inside vLLM's `Blip2ForConditionalGeneration`, which builds the ViT without a prefix."""
-    return name.removeprefix("vision_model") if name.startswith("vision_model.") else name
-
-
-def skeleton(config: Config) -> Any:
-    """The transformers model for a config.json, with uninitialized weights."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration
-
-    return Blip2ForConditionalGeneration(Blip2Config.from_dict(dict(config)))
-
-
-def retrieval_skeleton(config: Config) -> Any:
-    """The transformers model with contrastive and matching heads, with uninitialized weights."""
-    from transformers import Blip2Config, Blip2ForImageTextRetrieval
-
-    return Blip2ForImageTextRetrieval(Blip2Config.from_dict(dict(config)))
+_PARTS = sizes.PARTS
+_RETRIEVAL_PARTS = {key: sizes.PARTS[key] for key in ("vision_config", "qformer_config")}
 
 
 def refuses(config: Config) -> str | None:
@@ -81,144 +59,75 @@ def retrieval_scores(model: Any, inputs: Inputs) -> Any:
     return torch.cat([run(model, inputs).logits_per_image.flatten() for run in (contrast, match)])
 
 
-def tiny_config() -> Config:
-    """Two or three blocks per component, odd sizes.
+def vision(config: Config) -> Component:
+    """The ViT."""
+    target = r"(?:vision_model)?\.?encoder\.layers\.{i}"
+    return stack(
+        "vision", _PARTS, "vision_config", "vision_model", config, target=target, tokens=sizes.image_positions
+    )
 
-    Sets the initializer ranges, because transformers' defaults make the ViT's outputs almost zero.
-    """
-    text = {"model_type": "opt", "hidden_size": 96, "ffn_dim": 160, "num_hidden_layers": 2, "num_attention_heads": 3}
-    text |= {"vocab_size": 128, "max_position_embeddings": 256, "word_embed_proj_dim": 96}
-    return {
-        **_tiny("Blip2ForConditionalGeneration"),
-        "text_config": text,
-        "image_token_index": 127,
-        "use_decoder_only_language_model": True,
+
+def former(config: Config, **changed: Any) -> Component:
+    """The Q-Former. changed: fields that differ from those of the Q-Former in front of a language model."""
+    own: dict[str, Any] = {
+        "has": sizes.former_has,
+        "target": r"qformer\.encoder\.layer\.{i}",
+        "tokens": sizes.queries,
+        "context": sizes.cross_attention_values,
+        "unpackable": _PLAIN,
     }
+    return stack("qformer", _PARTS, "qformer_config", "qformer", config, **{**own, **changed})
 
 
-def tiny_retrieval_config() -> Config:
-    """The same ViT, and a Q-Former with a feed-forward for text."""
-    config = _tiny("Blip2ForImageTextRetrieval")
-    config["qformer_config"] |= {"use_qformer_text_input": True, "max_position_embeddings": 64}
-    return config | {"image_text_hidden_size": 24, "image_token_index": None}
+def assemble(config: Config) -> tuple[Component, ...]:
+    """The components of a model that answers."""
+    name = "language_projection"
+    projector = single("projector", name, (name,), target=name, tokens=sizes.queries, unpackable=_PLAIN)
+    language = stack(
+        "language",
+        _PARTS,
+        "text_config",
+        "language_model.model.decoder",
+        config,
+        target=r"language_model\.model\.decoder\.layers\.{i}",
+        tokens=lambda config: sizes.queries(config) + 32,  # question and answer, or a caption
+        passes=(Pass(padded=True),),
+    )
+    return vision(config), former(config), projector, language
 
 
-def _tiny(architecture: str) -> dict[str, Any]:
-    vision = {"model_type": "blip_2_vision_model", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
-    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8, "qkv_bias": True, "initializer_range": 0.02}
-    former = {"model_type": "blip_2_qformer", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
-    former |= {"num_attention_heads": 3, "encoder_hidden_size": 64, "cross_attention_frequency": 2, "vocab_size": 128}
-    return {
-        "model_type": "blip-2",
-        "architectures": [architecture],
-        "vision_config": vision,
-        "qformer_config": former,
-        "num_query_tokens": 5,
-        "initializer_range": 0.02,
-        "dtype": "bfloat16",
-    }
+def assemble_retrieval(config: Config) -> tuple[Component, ...]:
+    """The components of a model that ranks texts: the Q-Former reads picture and text in three ways."""
+    changed = former(
+        config,
+        passes=(Pass(match, padded=True), Pass(contrast), Pass(read_text, padded=True)),
+        unpadded=frozenset((*CROSS, *QUERIES)),
+        tokens=lambda config: 2 * (sizes.queries(config) + 32),
+        context=lambda config: 2 * sizes.cross_attention_values(config),
+        unpackable=None,
+    )
+    return vision(config), changed
 
 
-def _roles(attention: tuple[str, ...], mlp: tuple[str, ...]) -> dict[str, Role]:
-    return {**dict.fromkeys(attention, _ATTENDS), **dict.fromkeys(mlp, _FEEDS)}
-
-
-VISION = Component(
-    name="vision",
-    blocks="vision_model.encoder.layers.{i}",
-    used=sizes.vision_blocks,
-    stored=sizes.vision_blocks,
-    target=r"(?:vision_model)?\.?encoder\.layers\.{i}",
-    tokens=sizes.image_positions,
-    phases=(("self_attn.qkv",), ("self_attn.projection",), ("mlp.fc1",), ("mlp.fc2",)),
-    roles={"self_attn.qkv": "attention", "self_attn.projection": "attention", "mlp.fc1": "mlp", "mlp.fc2": "mlp"},
-    smoothings=(  # fc1 -> fc2 cannot be folded, because GELU is not homogeneous
-        Smoothing("layer_norm1", ("self_attn.qkv",)),
-        Smoothing("self_attn.qkv", ("self_attn.projection",), rows=(2, 3)),
-        Smoothing("layer_norm2", ("mlp.fc1",)),
-    ),
+_TINY: dict[str, Any] = {
+    "model_type": "blip-2",
+    "num_query_tokens": 5,
+    "initializer_range": 0.02,  # transformers' defaults make the ViT's outputs almost zero
+    "dtype": "bfloat16",
+}
+_TINY_PROCESSOR = TinyProcessor(
+    "Blip2Processor", "BlipImageProcessorPil", {"size": {"height": 32, "width": 32}}, {"num_query_tokens": 5}, prompt=""
 )
-
-_CROSS = ("crossattention.attention.key", "crossattention.attention.value")  # their input is the picture's features
-_QUERY_PART = ("crossattention.attention.query", "crossattention.output.dense")
-_QUERY_FEED_FORWARD = ("intermediate_query.dense", "output_query.dense")
-_TEXT_FEED_FORWARD = ("intermediate.dense", "output.dense")
-
-QFORMER = Component(
-    name="qformer",
-    blocks="qformer.encoder.layer.{i}",
-    used=sizes.former_blocks,
-    stored=sizes.former_blocks,
-    has=sizes.former_has,
-    target=r"qformer\.encoder\.layer\.{i}",
-    tokens=sizes.queries,
-    context=sizes.cross_attention_values,
-    phases=(
-        _ATTENTION,
-        ("attention.output.dense",),
-        ("crossattention.attention.query",),
-        _CROSS,
-        ("crossattention.output.dense",),
-        ("intermediate_query.dense",),
-        ("output_query.dense",),
-        ("intermediate.dense",),
-        ("output.dense",),
-    ),
-    roles=_roles(
-        attention=(*_ATTENTION, "attention.output.dense", *_CROSS, *_QUERY_PART),
-        mlp=(*_QUERY_FEED_FORWARD, *_TEXT_FEED_FORWARD),
-    ),
-    smoothings=(  # norms cannot be folded: each follows a residual sum and feeds both the next linear and the next sum
-        Smoothing("attention.attention.value", ("attention.output.dense",)),
-        Smoothing("crossattention.attention.value", ("crossattention.output.dense",)),
-    ),
-    unpackable=_PLAIN,
-)
-
-PROJECTOR = Component(
-    name="projector",
-    blocks="language_projection",
-    used=lambda config: 1,
-    stored=lambda config: 1,
-    phases=(("language_projection",),),
-    roles={"language_projection": "mlp"},
-    target=r"language_projection",
-    tokens=sizes.queries,
-    unpackable=_PLAIN,
-)
-
-LANGUAGE = Component(
-    name="language",
-    blocks="language_model.model.decoder.layers.{i}",
-    used=sizes.text_blocks,
-    stored=sizes.text_blocks,
-    target=r"language_model\.model\.decoder\.layers\.{i}",
-    tokens=lambda config: sizes.queries(config) + 32,  # question and answer, or a caption
-    passes=(Pass(padded=True),),
-    phases=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    roles=_roles(attention=(*_QKV, "self_attn.out_proj"), mlp=("fc1", "fc2")),
-    smoothings=(  # fc1 -> fc2 can be folded, because ReLU is homogeneous
-        Smoothing("self_attn_layer_norm", _QKV),
-        Smoothing("self_attn.v_proj", ("self_attn.out_proj",)),
-        Smoothing("final_layer_norm", ("fc1",)),
-        Smoothing("fc1", ("fc2",)),
-    ),
-    fused={"self_attn.qkv_proj": _QKV},
-)
-
 FAMILY = Family(
     name="blip2",
     architectures=("Blip2ForConditionalGeneration",),
-    components=(VISION, QFORMER, PROJECTOR, LANGUAGE),
     kept=(
         (r"language_model\.lm_head", "the output head shares the embedding's tensor; the paper keeps it in 16 bits"),
     ),
-    canonical_name=same_name,
-    live_name=same_name,
-    runtime_name=runtime_name,
     config_class="Blip2Config",
-    skeleton=skeleton,
-    tiny_config=tiny_config,
+    parts=_PARTS,
+    assemble=assemble,
+    names=lambda config: Names((("vision_model", "vision_model", ""),)),  # vLLM builds the ViT without a prefix
     question_prompt="Question: {question} Short answer:",
     caption_prompt="",
     fallback_prompt="{text}",
@@ -228,33 +137,23 @@ FAMILY = Family(
     },  # captions of photos have at most 20 tokens, those of the demo's scenes 34
     tasks=("vqa", "captioning"),
     image_tokens=sizes.image_tokens,
-    positions=sizes.positions,
-    vocabulary=sizes.vocabulary,
-    picture_side=sizes.picture_side,
+    positions=field_of(_PARTS, "text_config", "max_position_embeddings"),
+    vocabulary=field_of(_PARTS, "text_config", "vocab_size"),
+    pixels=sizes.pixels,
     processor_fields=lambda config: {"num_query_tokens": sizes.queries(config)},
     reply_end="\n",
     refuses=refuses,
     float32=("query_tokens", "qformer."),
-    parts=sizes.PARTS,
     fields=sizes.FIELDS,
     shapes=sizes.shapes,
+    tiny=_TINY | {"image_token_index": 127, "use_decoder_only_language_model": True},
+    tiny_processor=_TINY_PROCESSOR,
     tied={"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"},
 )
 
 RETRIEVAL = Family(
     name="blip2-itm",
     architectures=("Blip2ForImageTextRetrieval",),
-    components=(
-        VISION,
-        replace(
-            QFORMER,
-            passes=(Pass(match, padded=True), Pass(contrast), Pass(read_text, padded=True)),
-            unpadded=frozenset((*_CROSS, *_QUERY_PART, *_QUERY_FEED_FORWARD)),
-            tokens=lambda config: 2 * (sizes.queries(config) + 32),
-            context=lambda config: 2 * sizes.cross_attention_values(config),
-            unpackable=None,
-        ),
-    ),
     kept=(
         (
             r"(vision|text)_projection",
@@ -262,12 +161,9 @@ RETRIEVAL = Family(
         ),
         (r"itm_head", "its two outputs score every pair; the paper keeps it in 16 bits"),
     ),
-    canonical_name=same_name,
-    live_name=same_name,
-    runtime_name=same_name,
     config_class="Blip2Config",
-    skeleton=retrieval_skeleton,
-    tiny_config=tiny_retrieval_config,
+    parts=_RETRIEVAL_PARTS,
+    assemble=assemble_retrieval,
     question_prompt="{question}",
     caption_prompt="",
     fallback_prompt="{text}",
@@ -275,14 +171,20 @@ RETRIEVAL = Family(
     tasks=("retrieval",),
     image_tokens=sizes.image_tokens,
     positions=sizes.former_positions,
-    vocabulary=sizes.former_vocabulary,
-    picture_side=sizes.picture_side,
+    vocabulary=field_of(_PARTS, "qformer_config", "vocab_size"),
+    pixels=sizes.pixels,
     processor_fields=lambda config: {"num_query_tokens": sizes.queries(config)},
     reply_end="",
     outputs=retrieval_scores,
     float32=("query_tokens", "qformer."),
     unserved="vLLM does not support image-text retrieval; load the artifact with transformers",
-    parts={key: sizes.PARTS[key] for key in ("vision_config", "qformer_config")},
+    tiny=_TINY
+    | {
+        "qformer_config": {"use_qformer_text_input": True, "max_position_embeddings": 64},
+        "image_text_hidden_size": 24,
+        "image_token_index": None,
+    },
+    tiny_processor=replace(_TINY_PROCESSOR, tokens=()),
     fields=(*sizes.FIELDS, Number("image_text_hidden_size", 256)),
     shapes=sizes.retrieval_shapes,
 )

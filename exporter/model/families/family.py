@@ -1,21 +1,21 @@
-"""The data that describes a model family: `Family`, its `Component`s, smoothings and passes.
+"""`Family`: the data that describes a model family, and what follows from it for one config.json.
 
 Names: a *checkpoint name* is the tensor's name on the hub, which identifies it; the live name (in the transformers
 class) and the runtime name (inside vLLM) are derived from it.
 """
 
+import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from exporter.files.strict_json import kind
+from exporter.model.families.component import Component, Config, Inputs, logits
 from exporter.model.families.config_fields import Choice, Field, Number, Section, Values, read_fields
-from exporter.model.families.parts.part import Part, Shapes
+from exporter.model.families.names import Names
+from exporter.model.families.parts.part import Parts, Shapes, section, size_of
 
-Role = Literal["attention", "mlp"]
-Config = Mapping[str, Any]  # a parsed config.json
-Inputs = Mapping[str, Any]  # the processor's output for a batch: name -> tensor
 Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 
 PART_NAMES = {"vision_config": "vision tower", "qformer_config": "Q-Former", "text_config": "text model"}
@@ -33,127 +33,44 @@ _EVERYWHERE: tuple[Field, ...] = (
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """One exact fold: divides `source`'s output by s, and multiplies the input columns of every target by s.
+class TinyProcessor:
+    """A processor for the family's tiny configs, as tests write it into a model folder.
 
-    source, targets: names relative to the block. rows: the part of a fused source that feeds the targets, as
-    (index, parts): (2, 3) is the last third of a fused qkv.
+    library, pictures: names of transformers' classes for the processor and its image processor. settings: of the image
+    processor. fields: of the processor. tokens: its special tokens; the first one is the placeholder of a picture.
+    prompt: what the chat template writes for a picture.
     """
 
-    source: str
-    targets: tuple[str, ...]
-    rows: tuple[int, int] | None = None
-
-
-def run_whole(model: Any, inputs: Inputs) -> Any:
-    """Run the model's own forward pass."""
-    return model(**inputs, use_cache=False)
-
-
-def logits(model: Any, inputs: Inputs) -> Any:
-    """Logits of the next token, `[batch, tokens, vocabulary]`."""
-    return run_whole(model, inputs).logits
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One way in which the model runs a component.
-
-    run: calls the model on a batch (calibration stops it at the component's first block).
-    padded: whether the first block's input is `[batch, tokens, in]` with padding; its last tokens are those of the
-    attention mask, and tokens before them are never padding.
-    """
-
-    run: Callable[[Any, Inputs], Any] = run_whole
-    padded: bool = False
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of the model that is quantized as a chain of blocks.
-
-    blocks: checkpoint prefix of block `{i}`. A component of one block has no `{i}`; one that is a single linear has the
-    linear's name here and as its only linear.
-    used: number of blocks that run at inference.
-    stored: number of blocks in the checkpoint; unused ones are kept, for the reason `unused`.
-    phases: linears of a block in data order; linears of one phase share their input.
-    roles: role of each linear.
-    has: whether block `i` has a linear, for components whose blocks differ.
-    target: pattern that matches block `{i}` by its runtime name and its live name, for quantization configs.
-    tokens: number of input rows per sample over all passes, to predict memory.
-    context: number of values per sample that blocks receive besides their input over all passes (cross-attention).
-    passes: how calibration runs the component; every pass over a batch gives inputs of its first block.
-    unpadded: linears whose input has no padding even if the block's input has; other linears receive the block's
-    last tokens, or all of them.
-    fused: runtime module -> the linears that vLLM fuses into it, which must share one scheme.
-    unpackable: why vLLM cannot load this component packed, or None.
-    formats: the formats in which vLLM loads it packed; None: all.
-    without_data: why only methods without calibration data can quantize it, or None.
-    """
-
-    name: str
-    blocks: str
-    used: Callable[[Config], int]
-    stored: Callable[[Config], int]
-    phases: tuple[tuple[str, ...], ...]
-    roles: Mapping[str, Role]
-    target: str
-    tokens: Callable[[Config], int]
-    has: Callable[[Config, int, str], bool] = lambda config, i, linear: True
-    context: Callable[[Config], int] = lambda config: 0
-    passes: tuple[Pass, ...] = (Pass(),)
-    unpadded: frozenset[str] = frozenset()
-    unused: str = ""
-    smoothings: tuple[Smoothing, ...] = ()
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unpackable: str | None = None
-    formats: tuple[str, ...] | None = None
-    without_data: str | None = None
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """All linears that a block can have, in data order."""
-        return tuple(name for phase in self.phases for name in phase)
-
-    def linears_of(self, config: Config, i: int) -> tuple[str, ...]:
-        """The linears of block `i`, in data order."""
-        return tuple(name for name in self.linears if self.has(config, i, name))
-
-    def module(self, i: int, linear: str) -> str:
-        """Checkpoint name of a linear of block `i`, without `.weight`."""
-        return self.block(i) if linear == self.blocks else f"{self.block(i)}.{linear}"
-
-    def block(self, i: int) -> str:
-        """Checkpoint prefix of block `i`."""
-        return self.blocks.format(i=i)
-
-    @property
-    def prefix(self) -> str:
-        """The common prefix of the checkpoint names of all its blocks, without the final dot."""
-        return self.blocks.partition("{i}")[0].rstrip(".")
-
-    def holds(self, name: str) -> bool:
-        """Whether a tensor or module with this checkpoint name is in one of its blocks."""
-        return f"{name}.".startswith(f"{self.prefix}.")
+    library: str
+    pictures: str
+    settings: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ("<image>",)
+    prompt: str = "<image>\n"
 
 
 @dataclass(frozen=True)
 class Family:
     """Everything that differs between model families.
 
-    architectures: values of config.json's `architectures` that select the family.
-    components: in data order, upstream first.
-    kept: linears that are never quantized: pattern over checkpoint names (without `.weight`), and the reason.
-    canonical_name: maps names that other programs saved to the hub's names.
-    live_name, runtime_name: checkpoint name -> name in the transformers class / inside vLLM.
+    architectures: values of config.json's `architectures` that select the family; the first is transformers' class.
     config_class: name of the transformers config class.
-    skeleton: config -> transformers model, built on the current default device.
-    tiny_config: a small config for tests with the real structure.
+    parts: object of config.json -> `model_type` -> the part; the first is the default.
+    assemble: the components for a config.json, in data order, upstream first.
+    names: how tensors are called in checkpoints, in the live model and inside vLLM, for a config.json.
+    shapes: shapes of all tensors of a checkpoint, by checkpoint name, as transformers builds them.
     question_prompt contains `{question}`, fallback_prompt (for processors without chat template) `{text}`.
-    image_tokens: number of tokens of a picture in a prompt.
+    image_tokens: number of tokens of a picture in a prompt; of one of 640x480 pixels where the number varies.
     positions: the largest number of tokens of the model, including those of the picture.
     vocabulary: the number of tokens that the model has embeddings for.
-    picture_side: width and height in pixels of the vision tower's input.
+    pixels: the last dimensions of the processor's `pixel_values`; empty when they depend on the picture.
+    tiny: the top level of a small config for tests; objects of parts in it change those of the parts.
+    tiny_processor: a processor for it, or None when it needs one of its own.
+    kept: linears that are never quantized: pattern over checkpoint names (without `.weight`), and the reason.
+    fields: the fields that mmq reads from config.json's top level.
+    flat: objects of config.json whose keys may be at the top level instead.
+    misfits: problems between fields of different objects.
+    varies: whether the number of image tokens depends on the picture.
     processor_fields: settings of the processor that follow from config.json.
     image_marker: the placeholder of a picture in prompts.
     reply_end: the text that ended replies in training: None for the tokenizer's end token, "" for no text.
@@ -161,23 +78,16 @@ class Family:
     refuses: why mmq does not support a model of this family, from its config.json, or None.
     float32: prefixes of checkpoint names that transformers always computes in float32.
     unserved: why vLLM cannot load this family, or ""; its artifacts are for transformers.
-    parts: object of config.json -> `model_type` -> the part; the first is the default.
-    fields: the fields that mmq reads from config.json's top level.
-    misfits: problems between fields of different objects.
-    shapes: shapes of all tensors of a checkpoint, by checkpoint name, as transformers builds them.
     tied: output head -> the embedding that can share its tensor; such a head may be stored or not.
+    components, tensor_names: those of one config.json (see `of`); before, those of the default parts.
     """
 
     name: str
     architectures: tuple[str, ...]
-    components: tuple[Component, ...]
-    kept: tuple[tuple[str, str], ...]
-    canonical_name: Callable[[str], str]
-    live_name: Callable[[str], str]
-    runtime_name: Callable[[str], str]
     config_class: str
-    skeleton: Callable[[Config], Any]
-    tiny_config: Callable[[], Config]
+    parts: Parts
+    assemble: Callable[[Config], tuple[Component, ...]]
+    shapes: Callable[[Sizes], Shapes]
     question_prompt: str
     caption_prompt: str
     fallback_prompt: str
@@ -186,7 +96,15 @@ class Family:
     image_tokens: Callable[[Config], int]
     positions: Callable[[Config], int]
     vocabulary: Callable[[Config], int]
-    picture_side: Callable[[Config], int]
+    pixels: Callable[[Config], tuple[int, ...]]
+    tiny: Mapping[str, Any]
+    tiny_processor: TinyProcessor | None = None
+    names: Callable[[Config], Names] = lambda config: Names()
+    kept: tuple[tuple[str, str], ...] = ()
+    fields: tuple[Field, ...] = ()
+    flat: tuple[str, ...] = ()
+    misfits: Callable[[Sizes], list[str]] = lambda sizes: []
+    varies: bool = False
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     image_marker: str = "<image>"
     reply_end: str | None = None
@@ -194,11 +112,70 @@ class Family:
     refuses: Callable[[Config], str | None] = lambda config: None
     float32: tuple[str, ...] = ()
     unserved: str = ""
-    parts: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
-    fields: tuple[Field, ...] = ()
-    misfits: Callable[[Sizes], list[str]] = lambda sizes: []
-    shapes: Callable[[Sizes], Shapes] = lambda sizes: {}
     tied: Mapping[str, str] = field(default_factory=dict)
+    components: tuple[Component, ...] = ()
+    tensor_names: Names | None = None
+
+    def __post_init__(self) -> None:
+        """Use the default parts until `of` names others."""
+        if not self.components:
+            object.__setattr__(self, "components", self.assemble({}))
+        if self.tensor_names is None:
+            object.__setattr__(self, "tensor_names", self.names({}))
+
+    def of(self, config: Config) -> "Family":
+        """The family with the components and names of a config.json's parts."""
+        return replace(self, components=self.assemble(config), tensor_names=self.names(config))
+
+    def canonical_name(self, name: str) -> str:
+        """The hub's name of a tensor that another program may have saved under another name."""
+        assert self.tensor_names is not None
+        return self.tensor_names.canonical(name)
+
+    def live_name(self, name: str) -> str:
+        """Name of a checkpoint's tensor or module in the transformers class."""
+        assert self.tensor_names is not None
+        return self.tensor_names.live(name)
+
+    def runtime_name(self, name: str) -> str:
+        """Name of a checkpoint's tensor or module inside vLLM."""
+        assert self.tensor_names is not None
+        return self.tensor_names.runtime(name)
+
+    def skeleton(self, config: Config) -> Any:
+        """The transformers model for a config.json, with uninitialized weights, on the current default device."""
+        import transformers
+
+        described = getattr(transformers, self.config_class).from_dict(copy.deepcopy(dict(config)))
+        return getattr(transformers, self.architectures[0])(described)
+
+    def tiny_config(self, **chosen: str) -> dict[str, Any]:
+        """A small config for tests with the real structure. chosen: object of config.json -> `model_type`."""
+        config = copy.deepcopy(dict(self.tiny)) | {"architectures": [self.architectures[0]]}
+        for key, kinds in self.parts.items():
+            part = kinds[chosen.get(key, next(iter(kinds)))]
+            config[key] = copy.deepcopy(dict(part.tiny)) | config.get(key, {})
+        return config
+
+    def tiny_configs(self) -> dict[str, dict[str, Any]]:
+        """Small configs with every part of the family, by the `model_type` that differs from the default's."""
+        configs, seen = {self.name: self.tiny_config()}, {id(next(iter(kinds.values()))) for kinds in self.parts.values()}
+        for key, kinds in self.parts.items():
+            for name, part in kinds.items():
+                if id(part) not in seen:
+                    configs[f"{self.name}-{name}"] = self.tiny_config(**{key: name})
+                    seen.add(id(part))
+        return configs
+
+    def image_token(self, config: Config) -> int | None:
+        """Id of the placeholder of a picture in prompts; None when config.json names none."""
+        found = (config.get(key) for key in ("image_token_index", "image_token_id"))
+        return next((int(number) for number in found if number is not None), None)
+
+    def heads(self, config: Config) -> dict[str, int]:
+        """Number of attention heads of every part, by its object in config.json."""
+        pairs = {key: next(iter(kinds.values())).stack.heads for key, kinds in self.parts.items()}
+        return {key: int(size_of(self.parts, config, key, name)) for key, name in pairs.items()}
 
     def component(self, name: str) -> Component:
         """The component called `name` (KeyError when there is none)."""
@@ -207,6 +184,11 @@ class Family:
     def component_of(self, name: str) -> Component | None:
         """The component with this tensor or module in its blocks, by checkpoint name; None when it is in none."""
         return next((component for component in self.components if component.holds(name)), None)
+
+    def component_with(self, name: str) -> Component | None:
+        """`component_of` for a model whose config.json is not at hand: among the components of all parts."""
+        found = (replace(self, components=self.assemble(config)) for config in self.tiny_configs().values())
+        return next((component for family in found if (component := family.component_of(name))), None)
 
     def text(self, question: str | None) -> str:
         """The user's text next to the picture: the question in the family's wording, or the caption request."""
@@ -231,17 +213,17 @@ class Family:
         values, problems = read_fields(config, (*self.fields, *_EVERYWHERE), "")
         sizes: dict[str, Values] = {"": values}
         for key, supported in self.parts.items():
-            section = config.get(key)
-            if not isinstance(section, dict):
-                problems.append(f"{key}: expected an object, got {kind(section) if key in config else 'no value'}")
+            found = section(config, key) if key in self.flat else config.get(key)
+            if not isinstance(found, dict):
+                problems.append(f"{key}: expected an object, got {kind(found) if key in config else 'no value'}")
                 continue
-            name = section.get("model_type", next(iter(supported)))
+            name = found.get("model_type", next(iter(supported)))
             if not isinstance(name, str) or name not in supported:
                 label = name if isinstance(name, str) else kind(name)
                 problems.append(f"its {PART_NAMES[key]} is {label}; mmq supports {', '.join(supported)}")
                 continue
             part = supported[name]
-            values, wrong = read_fields(section, (*part.fields, *_EVERYWHERE), f"{key}.")
+            values, wrong = read_fields(found, (*part.fields, *_EVERYWHERE), f"{key}.")
             problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
             sizes[key] = values | {"model_type": name}
         return sizes, problems or self.misfits(sizes)

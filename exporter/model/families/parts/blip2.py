@@ -54,11 +54,6 @@ def retrieval_shapes(sizes: Mapping[str, Values]) -> Shapes:
     return tensors | linear("itm_head", 2, width)
 
 
-def vision_blocks(config: Mapping[str, Any]) -> int:
-    """Number of blocks of the ViT."""
-    return int(size_of(PARTS, config, "vision_config", "num_hidden_layers"))
-
-
 def image_positions(config: Mapping[str, Any]) -> int:
     """Number of patches and the class token."""
     return int((picture_side(config) // size_of(PARTS, config, "vision_config", "patch_size")) ** 2) + 1
@@ -69,34 +64,14 @@ def picture_side(config: Mapping[str, Any]) -> int:
     return int(size_of(PARTS, config, "vision_config", "image_size"))
 
 
-def former_blocks(config: Mapping[str, Any]) -> int:
-    """Number of blocks of the Q-Former."""
-    return int(size_of(PARTS, config, "qformer_config", "num_hidden_layers"))
-
-
-def positions(config: Mapping[str, Any]) -> int:
-    """Number of positions of OPT."""
-    return int(size_of(PARTS, config, "text_config", "max_position_embeddings"))
-
-
-def vocabulary(config: Mapping[str, Any]) -> int:
-    """Tokens that OPT has embeddings of."""
-    return int(size_of(PARTS, config, "text_config", "vocab_size"))
-
-
-def former_vocabulary(config: Mapping[str, Any]) -> int:
-    """Tokens that the Q-Former has embeddings of."""
-    return int(size_of(PARTS, config, "qformer_config", "vocab_size"))
+def pixels(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Height and width of the ViT's input pictures."""
+    return picture_side(config), picture_side(config)
 
 
 def former_positions(config: Mapping[str, Any]) -> int:
     """Number of positions of the Q-Former, plus the picture's tokens."""
     return int(size_of(PARTS, config, "qformer_config", "max_position_embeddings")) + image_tokens(config)
-
-
-def text_blocks(config: Mapping[str, Any]) -> int:
-    """Number of blocks of the text model."""
-    return int(size_of(PARTS, config, "text_config", "num_hidden_layers"))
 
 
 def queries(config: Mapping[str, Any]) -> int:

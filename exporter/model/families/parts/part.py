@@ -1,8 +1,9 @@
-"""`Part`: the config fields and tensor shapes of one kind of vision tower or text model; helpers to build shapes."""
+"""`Part`: what mmq knows about one kind of vision tower or text model, wherever a family has it; helpers for shapes."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from exporter.model.families.config_fields import MAX_ROWS, Field, Number, Values
 
@@ -17,17 +18,63 @@ def no_misfits(values: Values) -> list[str]:
     return []
 
 
+Role = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """One exact fold: divides `source`'s output by s, and multiplies the input columns of every target by s.
+
+    source, targets: names relative to the block. rows: the part of a fused source that feeds the targets, as
+    (index, parts): (2, 3) is the last third of a fused qkv.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The equal blocks of a part, and the linears of one block.
+
+    path: name of block `{i}` below the part. phases: linears in data order; linears of one phase share their input.
+    attention: the linears whose role is attention; that of the others is mlp. smoothings: exact folds. fused: vLLM's
+    linear -> the linears that it contains, which need one scheme. row_parallel: linears that tensor parallelism divides
+    along their inputs. count: the field with the number of blocks. heads: the field with the number of attention heads.
+    """
+
+    path: str
+    phases: tuple[tuple[str, ...], ...]
+    attention: tuple[str, ...]
+    row_parallel: tuple[str, ...]
+    smoothings: tuple[Smoothing, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    count: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Role of each linear, in data order."""
+        names = (name for phase in self.phases for name in phase)
+        return {name: "attention" if name in self.attention else "mlp" for name in names}
+
+
 @dataclass(frozen=True)
 class Part:
     """One kind of vision tower or text model.
 
-    fields: of its config. shapes: of all its tensors, as transformers builds them. misfits: problems between its
-    fields.
+    fields: of its config. shapes: of all its tensors, as transformers builds them. stack: its blocks. misfits: problems
+    between its fields. tiny: its object in a config for tests, with the real structure. inner: what hub checkpoints
+    have between the family's prefix and the part's own names.
     """
 
     fields: tuple[Field, ...]
     shapes: Callable[[Values], Shapes]
+    stack: Stack
     misfits: Callable[[Values], list[str]] = no_misfits
+    tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inner: str = ""
 
     def field(self, key: str) -> Field:
         """The field with this key (KeyError when there is none)."""
@@ -73,15 +120,31 @@ def heads_misfit(values: Values) -> list[str]:
     return [f"num_attention_heads: {heads} does not divide hidden_size {width}"] if width % heads else []
 
 
-def part_of(parts: Mapping[str, Mapping[str, Part]], config: Mapping[str, Any], key: str) -> Part:
-    """The part that a validated config.json names under `key`.
+Parts = Mapping[str, Mapping[str, Part]]  # object of config.json -> `model_type` -> part, the default first
 
-    parts: key -> `model_type` -> part, the default first.
-    """
+
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object of config.json; older files of some models have the text model's keys at the top level instead."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {name: value for name, value in config.items() if name != "model_type"}
+
+
+def part_of(parts: Parts, config: Mapping[str, Any], key: str) -> Part:
+    """The part that a config.json names under `key`; the default one for a `model_type` that is not in `parts`."""
     kinds = parts[key]
-    return kinds[config[key].get("model_type", next(iter(kinds)))]
+    default = next(iter(kinds))
+    return kinds.get(section(config, key).get("model_type", default), kinds[default])
 
 
-def size_of(parts: Mapping[str, Mapping[str, Part]], config: Mapping[str, Any], key: str, name: str) -> Any:
-    """Field `name` of a part's object in a validated config.json, or transformers' default."""
-    return part_of(parts, config, key).field(name).of(config[key])
+def size_of(parts: Parts, config: Mapping[str, Any], key: str, name: str) -> Any:
+    """Field `name` of a part's object in a validated config.json, or transformers' default.
+
+    KeyError when the part has no such field.
+    """
+    part, values = part_of(parts, config, key), section(config, key)
+    return part.field(name).of(values)
+
+
+def field_of(parts: Parts, key: str, name: str) -> Callable[[Mapping[str, Any]], int]:
+    """A function from config.json to field `name` of the part under `key`."""
+    return lambda config: int(size_of(parts, config, key, name))

@@ -5,6 +5,8 @@ from exporter.model.families.parts.part import (
     ACTIVATIONS,
     Part,
     Shapes,
+    Smoothing,
+    Stack,
     below,
     heads_misfit,
     linear,
@@ -39,6 +41,35 @@ def _shapes(values: Values) -> Shapes:
     return tensors
 
 
+_QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+CROSS = ("crossattention.attention.key", "crossattention.attention.value")  # their input is the picture's features
+QUERIES = (  # linears that see only the queries, which have no padding
+    "crossattention.attention.query",
+    "crossattention.output.dense",
+    "intermediate_query.dense",
+    "output_query.dense",
+)
+_STACK = Stack(
+    path="encoder.layer.{i}",
+    phases=(
+        _QKV,
+        ("attention.output.dense",),
+        ("crossattention.attention.query",),
+        CROSS,
+        ("crossattention.output.dense",),
+        ("intermediate_query.dense",),
+        ("output_query.dense",),
+        ("intermediate.dense",),
+        ("output.dense",),
+    ),
+    attention=(*_QKV, "attention.output.dense", *CROSS, "crossattention.attention.query", "crossattention.output.dense"),
+    row_parallel=("attention.output.dense", "crossattention.output.dense", "output_query.dense", "output.dense"),
+    smoothings=(  # norms cannot be folded: each follows a residual sum and feeds both the next linear and the next sum
+        Smoothing("attention.attention.value", ("attention.output.dense",)),
+        Smoothing("crossattention.attention.value", ("crossattention.output.dense",)),
+    ),
+)
+
 QFORMER = Part(
     (
         Number("hidden_size", 768),
@@ -56,5 +87,16 @@ QFORMER = Part(
         Fraction("attention_probs_dropout_prob", 0.1),
     ),
     _shapes,
+    _STACK,
     lambda values: heads_misfit(values) + pad_misfit(values),
+    {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "encoder_hidden_size": 64,
+        "cross_attention_frequency": 2,
+        "vocab_size": 128,
+    },
 )

@@ -19,6 +19,8 @@ from exporter.model.families.parts.part import (
     ACTIVATIONS,
     Part,
     Shapes,
+    Smoothing,
+    Stack,
     blocks,
     heads_misfit,
     linear,
@@ -27,6 +29,38 @@ from exporter.model.families.parts.part import (
     pad_token,
 )
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DECODER = Stack(
+    path="layers.{i}",
+    phases=(_QKV, ("self_attn.o_proj",), _GATE_UP, ("mlp.down_proj",)),
+    attention=(*_QKV, "self_attn.o_proj"),
+    row_parallel=("self_attn.o_proj", "mlp.down_proj"),
+    smoothings=(
+        Smoothing("input_layernorm", _QKV),
+        Smoothing("self_attn.v_proj", ("self_attn.o_proj",)),
+        Smoothing("post_attention_layernorm", _GATE_UP),
+        Smoothing("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+    fused={"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
+)
+_OPT = Stack(
+    path="layers.{i}",
+    phases=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    attention=(*_QKV, "self_attn.out_proj"),
+    row_parallel=("self_attn.out_proj", "fc2"),
+    smoothings=(  # fc1 -> fc2 can be folded, because ReLU is homogeneous
+        Smoothing("self_attn_layer_norm", _QKV),
+        Smoothing("self_attn.v_proj", ("self_attn.out_proj",)),
+        Smoothing("final_layer_norm", ("fc1",)),
+        Smoothing("fc1", ("fc2",)),
+    ),
+    fused={"self_attn.qkv_proj": _QKV},
+)
+# Odd sizes: in != out, and 96 is not a multiple of 64.
+_TINY = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3}
+_TINY |= {"num_key_value_heads": 3, "vocab_size": 128, "max_position_embeddings": 256}
+_GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
 _ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 _ROPES = {"rope_type": _ROPE, "type": _ROPE}
 
@@ -102,6 +136,10 @@ def _llama(values: Values) -> Shapes:
     return _decoder(values, bias, bias, values["mlp_bias"], head_norms=False)
 
 
+def _qwen2(values: Values) -> Shapes:
+    return _decoder(values, True, False, False, head_norms=False)
+
+
 def _qwen3(values: Values) -> Shapes:
     bias = values["attention_bias"]
     return _decoder(values, bias, bias, mlp_bias=False, head_norms=True)
@@ -133,22 +171,89 @@ LLAMA = Part(
         Flag("mlp_bias", False),
     ),
     _llama,
+    DECODER,
     _misfits,
+    {"model_type": "llama", **_TINY},
 )
 MISTRAL = Part(
     (*_fields(32000, 14336, 131072, _shared(8), _HEAD), _WINDOW),
     lambda values: _decoder(values, False, False, False, head_norms=False),
+    DECODER,
     _misfits,
+    {"model_type": "mistral", **_TINY, **_GROUPED},
 )
 QWEN2 = Part(
     (*_fields(151936, 22016, 32768, _shared(32), _HEAD), *_WINDOWS),
-    lambda values: _decoder(values, True, False, False, head_norms=False),
+    _qwen2,
+    DECODER,
     _misfits,
+    {"model_type": "qwen2", **_TINY, **_GROUPED},
 )
 QWEN3 = Part(
     (*_fields(151936, 22016, 32768, _shared(32), Number("head_dim", 128, most=2**12)), _BIAS, *_WINDOWS),
     _qwen3,
+    DECODER,
     _misfits,
+    {"model_type": "qwen3", **_TINY, **_GROUPED},
+)
+
+
+def _changed(fields: tuple[Field, ...], *others: Field) -> tuple[Field, ...]:
+    """The fields with some of them replaced by others of the same key."""
+    by_key = {other.key: other for other in others}
+    return tuple(by_key.get(field.key, field) for field in fields)
+
+
+_POSITIONS = {"rope_type": (*_ROPE, "mrope"), "type": (*_ROPE, "mrope")}  # one position each for time, row and column
+_AXES = (
+    Section("rope_parameters", null=True, kinds=_POSITIONS),
+    Section("rope_scaling", null=True, kinds=_POSITIONS),
+)
+QWEN2_VL = Part(
+    _changed(
+        QWEN2.fields,
+        Number("hidden_size", 8192),
+        Number("intermediate_size", 29568, most=2**20),
+        Number("num_hidden_layers", 80, most=MAX_BLOCKS),
+        Number("num_attention_heads", 64),
+        _shared(8),
+        Number("vocab_size", 152064, most=MAX_ROWS),
+        Number("max_window_layers", 80, least=0, most=MAX_BLOCKS),
+        *_AXES,
+    ),
+    _qwen2,
+    DECODER,
+    _misfits,
+    {
+        "model_type": "qwen2_5_vl_text",
+        **_TINY,
+        **_GROUPED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    },
+)
+QWEN3_VL = Part(
+    (
+        *_changed(
+            _fields(151936, 22016, 128000, _shared(32), Number("head_dim", 128, most=2**12)),
+            *_AXES,
+        ),
+        _BIAS,
+    ),
+    _qwen3,
+    DECODER,
+    _misfits,
+    {
+        "model_type": "qwen3_vl_text",
+        **_TINY,
+        **_GROUPED,
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 3, 3],
+            "mrope_interleaved": True,
+        },
+    },
 )
 
 
@@ -198,5 +303,16 @@ OPT = Part(
         *(Fraction(name, 0.1 if name == "dropout" else 0.0) for name in ("dropout", "attention_dropout", "layerdrop")),
     ),
     _opt,
+    _OPT,
     lambda values: heads_misfit(values) + pad_misfit(values),
+    {
+        "model_type": "opt",
+        "hidden_size": 96,
+        "ffn_dim": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": 128,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 96,
+    },
 )

@@ -1,7 +1,63 @@
-"""Vision towers: CLIP, SigLIP, and the EVA ViT of BLIP-2. Their blocks differ little, their embeddings differ more."""
+"""Vision towers with a fixed grid of patches: CLIP, SigLIP, Idefics 3's SigLIP, BLIP-2's EVA ViT; and Pixtral's.
+
+Their blocks differ little, their embeddings differ more.
+"""
 
 from exporter.model.families.config_fields import MAX_BLOCKS, Choice, Field, Flag, Fraction, Number, Values
-from exporter.model.families.parts.part import ACTIVATIONS, Part, Shapes, blocks, heads_misfit, linear, norm
+from exporter.model.families.parts.part import (
+    ACTIVATIONS,
+    Part,
+    Shapes,
+    Smoothing,
+    Stack,
+    blocks,
+    heads_misfit,
+    linear,
+    norm,
+)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ENCODER = Stack(
+    path="encoder.layers.{i}",
+    phases=(_QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",)),
+    attention=(*_QKV, "self_attn.out_proj"),
+    row_parallel=("self_attn.out_proj", "mlp.fc2"),
+    smoothings=(  # fc1 -> fc2 cannot be folded, because GELU is not homogeneous
+        Smoothing("layer_norm1", _QKV),
+        Smoothing("self_attn.v_proj", ("self_attn.out_proj",)),
+        Smoothing("layer_norm2", ("mlp.fc1",)),
+    ),
+    fused={"self_attn.qkv_proj": _QKV},
+)
+_EVA = Stack(
+    path="encoder.layers.{i}",
+    phases=(("self_attn.qkv",), ("self_attn.projection",), ("mlp.fc1",), ("mlp.fc2",)),
+    attention=("self_attn.qkv", "self_attn.projection"),
+    row_parallel=("self_attn.projection", "mlp.fc2"),
+    smoothings=(  # fc1 -> fc2 cannot be folded, because GELU is not homogeneous
+        Smoothing("layer_norm1", ("self_attn.qkv",)),
+        Smoothing("self_attn.qkv", ("self_attn.projection",), rows=(2, 3)),
+        Smoothing("layer_norm2", ("mlp.fc1",)),
+    ),
+)
+_PIXTRAL_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_GATE_UP = ("feed_forward.gate_proj", "feed_forward.up_proj")
+_PIXTRAL = Stack(
+    path="transformer.layers.{i}",
+    phases=(_PIXTRAL_QKV, ("attention.o_proj",), _GATE_UP, ("feed_forward.down_proj",)),
+    attention=(*_PIXTRAL_QKV, "attention.o_proj"),
+    row_parallel=("attention.o_proj", "feed_forward.down_proj"),
+    smoothings=(
+        Smoothing("attention_norm", _PIXTRAL_QKV),
+        Smoothing("attention.v_proj", ("attention.o_proj",)),
+        Smoothing("ffn_norm", _GATE_UP),
+        Smoothing("feed_forward.up_proj", ("feed_forward.down_proj",)),  # its gate, not its values, has the activation
+    ),
+    fused={"attention.qkv_proj": _PIXTRAL_QKV, "feed_forward.gate_up_proj": _GATE_UP},
+)
+_TINY = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 2}
+_TINY |= {"image_size": 32, "patch_size": 8}
 
 
 def patches(values: Values) -> int:
@@ -83,10 +139,60 @@ def _blip2(values: Values) -> Shapes:
 
 _CHANNELS = Number("num_channels", 3, most=64)
 
-CLIP = Part((*_fields(768, 3072, 12, 12, 224, 32, "quick_gelu"), _CHANNELS), _clip, _misfits)
+
+def _pixtral(values: Values) -> Shapes:
+    width, feeds, patch = values["hidden_size"], values["intermediate_size"], values["patch_size"]
+    block: Shapes = {}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        block |= linear(f"attention.{name}", width, width, False)
+    block |= linear("feed_forward.gate_proj", feeds, width, False) | linear("feed_forward.up_proj", feeds, width, False)
+    block |= linear("feed_forward.down_proj", width, feeds, False)
+    block |= norm("attention_norm", width, False) | norm("ffn_norm", width, False)
+    tensors: Shapes = {"patch_conv.weight": (width, values["num_channels"], patch, patch)}
+    tensors |= norm("ln_pre", width, False)
+    return tensors | blocks("transformer.layers", values["num_hidden_layers"], block)
+
+
+CLIP = Part(
+    (*_fields(768, 3072, 12, 12, 224, 32, "quick_gelu"), _CHANNELS),
+    _clip,
+    _ENCODER,
+    _misfits,
+    {"model_type": "clip_vision_model", **_TINY, "projection_dim": 64},
+    inner="vision_model",
+)
 SIGLIP = Part(
     (*_fields(768, 3072, 12, 12, 224, 16, "gelu_pytorch_tanh"), _CHANNELS, Flag("vision_use_head", True)),
     _siglip,
+    _ENCODER,
     _misfits,
+    {"model_type": "siglip_vision_model", **_TINY, "vision_use_head": False},
+    inner="vision_model",
 )
-BLIP2 = Part((*_fields(1408, 6144, 39, 16, 224, 14, "gelu"), Flag("qkv_bias", True)), _blip2, _misfits)
+IDEFICS3 = Part(
+    (*_fields(1152, 3072, 12, 16, 224, 32, "gelu_pytorch_tanh"), _CHANNELS),
+    lambda values: _siglip({**values, "vision_use_head": False}),
+    _ENCODER,
+    _misfits,
+    _TINY,
+)
+BLIP2 = Part(
+    (*_fields(1408, 6144, 39, 16, 224, 14, "gelu"), Flag("qkv_bias", True)),
+    _blip2,
+    _EVA,
+    _misfits,
+    {
+        "model_type": "blip_2_vision_model",
+        **_TINY,
+        "num_hidden_layers": 2,
+        "qkv_bias": True,
+        "initializer_range": 0.02,  # transformers' default makes the outputs almost zero
+    },
+)
+PIXTRAL = Part(
+    (*_fields(1024, 4096, 24, 16, 1024, 16, "gelu"), _CHANNELS),
+    _pixtral,
+    _PIXTRAL,
+    _misfits,
+    {"model_type": "pixtral", **_TINY, "hidden_act": "gelu"},
+)
