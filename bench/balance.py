@@ -23,7 +23,6 @@ from exporter.device import choose
 from exporter.events import ignore
 from exporter.inference.predict import batches
 from exporter.model.families import FAMILIES
-from exporter.model.families.llava import live_name
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import Export, export
 from exporter.planning.recipe import Recipe
@@ -93,7 +92,7 @@ def make(model: Any, quantized_recipe: Recipe) -> Export:
         out = Path(place) / "artifact"
         done = export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
-        model.load_state_dict({live_name(name): artifact.read(name) for name in artifact.names()})
+        model.load_state_dict({FAMILY.live_name(name): artifact.read(name) for name in artifact.names()})
     return done
 
 

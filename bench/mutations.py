@@ -27,11 +27,7 @@ SMOOTH, BLOCK, INPUTS = (
     "exporter/quantization/block_inputs.py",
 )
 CALIBRATE, CALLS = "exporter/quantization/calibrate.py", "exporter/quantization/block_calls.py"
-FOLDS, LLAVA, BLIP2 = (
-    "exporter/numerics/scale_folding.py",
-    "exporter/model/families/llava.py",
-    "exporter/model/families/blip2.py",
-)
+FOLDS, TOWERS = "exporter/numerics/scale_folding.py", "exporter/model/families/parts/vision.py"
 KERNEL, RANGES_KERNEL = "exporter/numerics/gptq_columns_kernel.py", "exporter/numerics/ranges_kernel.py"
 TESTS = {
     "gptq": ["tests/test_gptq.py", "tests/test_methods.py"],
@@ -192,13 +188,13 @@ MUTATIONS = (
         "    if error <= MAX_RATIO:\n",
         "    if error == error:\n",
     ),
-    Mutation("folds", "the rows of k are used instead of v", BLIP2, "rows=(2, 3)", "rows=(1, 3)"),
+    Mutation("folds", "the rows of k are used instead of v", TOWERS, "rows=(2, 3)", "rows=(1, 3)"),
     Mutation(
         "folds",
         "scales cross a GELU",
-        LLAVA,
-        'Smoothing("layer_norm2", ("mlp.fc1",)),',
-        'Smoothing("layer_norm2", ("mlp.fc1",)),\n        Smoothing("mlp.fc1", ("mlp.fc2",)),',
+        TOWERS,
+        'Smoothing("layer_norm1", _QKV),',
+        'Smoothing("layer_norm1", _QKV),\n        Smoothing("mlp.fc1", ("mlp.fc2",)),',
     ),
     Mutation(
         "awq",
@@ -235,7 +231,13 @@ MUTATIONS = (
         "helps = _row_errors(weight, hessian, scale, zero, scheme) >",
     ),
     Mutation("awq", "a folded bias keeps its size", FOLDS, "bias[rows] /= scales", "bias[rows] /= 1"),
-    Mutation("awq", "a norm's rounding is not compensated", FOLDS, "    return applied", "    return scales"),
+    Mutation(
+        "awq",
+        "a norm's rounding is not compensated",
+        FOLDS,
+        "columns = applied.repeat(repeats)",
+        "columns = scales.repeat(repeats)",
+    ),
     Mutation(
         "awq", "a norm's bias is divided by the requested scales", FOLDS, "to(wide) / applied)", "to(wide) / scales)"
     ),

@@ -39,7 +39,7 @@ from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
-from tests.tiny_models import write_tiny
+from tests.tiny_blip2 import write_tiny_blip2
 
 BLIP2, ITM = FAMILIES["blip2"], FAMILIES["blip2-itm"]
 H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
@@ -78,7 +78,7 @@ def quick_export(recipe: Recipe, out: Path, on_event: Callable[[Event], None] = 
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random model of each family."""
     root = tmp_path_factory.mktemp("models")
-    return {family.name: write_tiny(root / family.name, family) for family in (BLIP2, ITM)}
+    return {family.name: write_tiny_blip2(root / family.name, family) for family in (BLIP2, ITM)}
 
 
 @both
@@ -135,13 +135,13 @@ def test_logits_move_with_the_weights_of_every_component(
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_transformers_loads_artifacts_of_other_dtypes(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path / "model", family, dtype)
+    folder = write_tiny_blip2(tmp_path / "model", family, dtype)
     done = quick_export(recipe_for(family, folder, quantize=rules_for(family, "rtn", 8)), tmp_path / "out")
     assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
 
 
 def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path / "model", BLIP2, torch.float32)
+    folder = write_tiny_blip2(tmp_path / "model", BLIP2, torch.float32)
     done = quick_export(recipe_for(BLIP2, folder), tmp_path / "out")
     stored = Checkpoint.open(tmp_path / "out").tensors
     for row in done.plan.rows:
@@ -315,7 +315,7 @@ def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(models: di
 
 
 def test_float32_is_read_as_16_bits_on_request(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path / "model", BLIP2, torch.float32)
+    folder = write_tiny_blip2(tmp_path / "model", BLIP2, torch.float32)
     model = {"repo": str(folder), "family": "blip2", "dtype": "float16"}
     done = quick_export(recipe_for(BLIP2, folder, model=model), tmp_path / "out")
     stored, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(folder)

@@ -25,7 +25,6 @@ from exporter.quantization.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
 
 LLAVA = FAMILIES["llava"]
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 LANGUAGE = (
     Rule(component="language", method="rtn", bits=3, group_size="row", blocks="0:1", role="attention"),
     Rule(component="language", method="gptq", bits=3, group_size=32, symmetric=False),
@@ -51,6 +50,9 @@ UNITS_OF = {
     "blip2": ["vision"] * 2 + ["qformer"] * 3 + ["projector"] + ["language"] * 2,
     "blip2-itm": ["vision"] * 2 + ["qformer"] * 3,
 }
+
+
+families = pytest.mark.parametrize("family", [FAMILIES[name] for name in RULES_OF], ids=RULES_OF)
 
 
 def tiny_checkpoint(folder: Path, family: Family = LLAVA) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,59 +10,34 @@ import torch
 from torch import nn
 
 from exporter.inference.forward_hooks import first_output, run_until_stopped, watch_inputs
+from exporter.model.config_check import known_family
 from exporter.model.families import FAMILIES, Family
 from exporter.model.families.parts.text import BlockKinds
 from exporter.model.stream import Stream, build_skeleton
 from exporter.numerics.scale_folding import fold, misfit
 from exporter.quantization.block_calls import capture_calls
 from tests.conftest import header, header_config
+from tests.headers.read import HEADER_NAMES
+from tests.tiny_models import CONFIGS, random_weights, tiny_inputs
 
-HEADERS_OF = {
-    "llava": ["llava-hf--llava-1.5-7b-hf"],
-    "blip2": ["Salesforce--blip2-opt-2.7b", "Salesforce--blip2-opt-6.7b"],
-    "blip2-itm": ["Salesforce--blip2-itm-vit-g-coco", "Salesforce--blip2-itm-vit-g"],
-}
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
+published = pytest.mark.parametrize("name", HEADER_NAMES)
 
 
-def live_model(family: Family, seed: int = 0) -> nn.Module:
+def live_model(family: Family, seed: int = 0, config: Mapping[str, Any] | None = None) -> nn.Module:
     """The tiny model with random weights large enough that every part matters."""
-    return random_weights(family.skeleton(family.tiny_config()).eval(), seed)
+    return random_weights(family.skeleton(config or family.tiny_config()).eval(), seed)
 
 
-def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with other weights: transformers' own initializers leave a fresh BLIP-2 blind."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            norm = "norm" in name.lower() and "weight" in name
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if norm else 0.0))
-    return model
+def family_of(name: str) -> Family:
+    """The family of a published checkpoint, with the components of its parts."""
+    return known_family(header_config(name), name)
 
 
-def checkpoint_names(family: Family, model: nn.Module) -> list[str]:
-    """The hub's names of the live model's parameters."""
-    return [family.canonical_name(name) for name, _ in model.named_parameters()]
-
-
-def tiny_inputs(family: Family, batch: int = 2, words: int = 6) -> dict[str, torch.Tensor]:
-    """Images and tokens for the tiny model; the last row is padded by two, on the right where text comes first."""
-    config = family.tiny_config()
-    vision = config["vision_config"]
-    torch.manual_seed(1)
-    images = torch.full((batch, family.image_tokens(config)), config["image_token_index"] or 0)
-    tokens = torch.cat([torch.full((batch, 2), 1), images, torch.randint(3, 100, (batch, words))], dim=1)
-    mask = torch.ones_like(tokens)
-    mask[-1, :2] = 0
-    mask = mask if family.image_tokens(config) else mask.flip(1)
-    pixels = torch.randn(batch, 3, vision["image_size"], vision["image_size"])
-    return {"input_ids": tokens, "attention_mask": mask, "pixel_values": pixels}
-
-
-@families
-def test_every_linear_is_planned_or_kept_with_a_reason(family: Family) -> None:
-    config = family.tiny_config()
-    model = live_model(family)
+@models
+def test_every_linear_is_planned_or_kept_with_a_reason(family: Family, config: dict[str, Any]) -> None:
+    model = live_model(family, config=config)
     planned = {
         component.module(i, linear)
         for component in family.components
@@ -78,33 +54,37 @@ def test_every_linear_is_planned_or_kept_with_a_reason(family: Family) -> None:
         assert component.unpadded <= set(component.linears)
 
 
-@families
-def test_names_are_total_and_injective_on_real_headers(family: Family) -> None:
-    for name in HEADERS_OF[family.name]:
-        tensors = header(name)
-        model = build_skeleton(family, header_config(name), torch.device("meta"))
-        live = {family.live_name(tensor) for tensor in tensors}
-        assert live == {n for n, _ in model.named_parameters()}
-        assert len({family.runtime_name(tensor) for tensor in tensors}) == len(tensors)
-        assert [family.canonical_name(tensor) for tensor in tensors] == list(tensors)
-        assert {family.canonical_name(tensor) for tensor in live} == set(tensors)  # what transformers 5 saves
+@published
+def test_names_are_total_and_injective_on_real_headers(name: str) -> None:
+    family, tensors = family_of(name), header(name)
+    model = build_skeleton(family, header_config(name), torch.device("meta"))
+    model.tie_weights()
+    live = {family.live_name(tensor) for tensor in tensors}
+    assert live == {n for n, _ in model.named_parameters()}
+    assert len({family.runtime_name(tensor) for tensor in tensors}) == len(tensors)
+    assert [family.canonical_name(tensor) for tensor in tensors] == list(tensors)
+    assert {family.canonical_name(tensor) for tensor in live} == set(tensors)  # what transformers 5 saves
 
 
-@families
-def test_skeleton_has_the_buffers_of_an_eager_model(family: Family) -> None:
-    skeleton = build_skeleton(family, family.tiny_config(), torch.device("cpu"))
-    eager = dict(family.skeleton(family.tiny_config()).named_buffers())
+def test_every_family_has_a_published_checkpoint() -> None:
+    assert {family_of(name).name for name in HEADER_NAMES} == set(FAMILIES)
+
+
+@models
+def test_skeleton_has_the_buffers_of_an_eager_model(family: Family, config: dict[str, Any]) -> None:
+    skeleton = build_skeleton(family, config, torch.device("cpu"))
+    eager = dict(family.skeleton(config).named_buffers())
     assert bool(eager) == (family.name != "blip2")  # there every position is learned
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     for name, buffer in skeleton.named_buffers():
         assert torch.equal(buffer, eager[name]), name
 
 
-@families
-def test_members_of_a_phase_receive_the_same_tensor(family: Family) -> None:
-    model, inputs = live_model(family), tiny_inputs(family)
+@models
+def test_members_of_a_phase_receive_the_same_tensor(family: Family, config: dict[str, Any]) -> None:
+    model, inputs = live_model(family, config=config), tiny_inputs(family, config=config)
     for component in family.components:
-        linears = component.linears_of(family.tiny_config(), 0)
+        linears = component.linears_of(config, 0)
         live = {name: model.get_submodule(family.live_name(component.module(0, name))) for name in linears}
         reached: set[str] = set()
         for entry in component.passes:
@@ -126,10 +106,9 @@ def test_members_of_a_phase_receive_the_same_tensor(family: Family) -> None:
         assert reached == set(linears)
 
 
-@families
-def test_streamed_blocks_equal_the_whole_model(family: Family) -> None:
-    model, inputs = live_model(family), tiny_inputs(family)
-    config = family.tiny_config()
+@models
+def test_streamed_blocks_equal_the_whole_model(family: Family, config: dict[str, Any]) -> None:
+    model, inputs = live_model(family, config=config), tiny_inputs(family, config=config)
     weights = {family.canonical_name(name): p.detach() for name, p in model.named_parameters()}
     for component in family.components:
         stream = Stream(family, config, torch.device("cpu"), torch.float32)
@@ -150,32 +129,34 @@ def test_streamed_blocks_equal_the_whole_model(family: Family) -> None:
             assert torch.equal(hidden, found[0]), component.name
 
 
-@families
-def test_targets_match_their_linears_under_both_names_and_no_others(family: Family) -> None:
-    for name in HEADERS_OF[family.name]:
-        config, modules = header_config(name), [t[:-7] for t in header(name) if t.endswith(".weight")]
-        for component in family.components:
-            for i in {0, component.used(config) - 1}:
-                pattern = component.target.replace("{i}", str(i)) + r"(\.|$)"
-                wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
-                for rename in (family.runtime_name, family.live_name):
-                    assert {m for m in modules if re.match(pattern, rename(m))} == wanted
+@published
+def test_targets_match_their_linears_under_both_names_and_no_others(name: str) -> None:
+    family, config = family_of(name), header_config(name)
+    modules = [t[:-7] for t in header(name) if t.endswith(".weight")]
+    for component in family.components:
+        for i in {0, component.used(config) - 1} - {-1}:
+            pattern = component.target.replace("{i}", str(i)) + r"(\.|$)"
+            wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
+            assert wanted
+            for rename in (family.runtime_name, family.live_name):
+                assert {m for m in modules if re.match(pattern, rename(m))} == wanted
 
 
-@families
+@models
 @torch.no_grad()
-def test_every_smoothing_is_an_exact_fold(family: Family) -> None:
+def test_every_smoothing_is_an_exact_fold(family: Family, config: dict[str, Any]) -> None:
     """The whole model computes the same with scales from 1/30 to 30 in every block, one smoothing at a time."""
-    inputs = {name: x.double() if x.is_floating_point() else x for name, x in tiny_inputs(family).items()}
+    made = tiny_inputs(family, config=config)
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
     generator = torch.Generator().manual_seed(2)
     folded = []
     for component in family.components:
         for smoothing in component.smoothings:
-            model = live_model(family).double()
+            model = live_model(family, config=config).double()
             before = family.outputs(model, inputs)
-            for i in range(component.used(family.tiny_config())):
+            for i in range(component.used(config)):
                 block = model.get_submodule(family.live_name(component.block(i)))
-                if set(smoothing.targets) <= set(component.linears_of(family.tiny_config(), i)):
+                if set(smoothing.targets) <= set(component.linears_of(config, i)):
                     assert misfit(block, smoothing.source, smoothing.targets, smoothing.rows) is None
                     size = block.get_submodule(smoothing.targets[0]).in_features
                     scales = 30 ** (2 * torch.rand(size, generator=generator) - 1)

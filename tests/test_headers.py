@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from tests.headers import make
+from tests.headers.published import CONFIGS, TOTALS
 from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
 
 LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
@@ -33,7 +34,7 @@ def quantizable(name: str, prefix: str) -> int:
 
 def test_every_header_is_the_one_that_make_writes():
     assert set(HEADER_NAMES) == set(make.HEADERS)
-    assert len(HEADER_NAMES) == 7
+    assert len(HEADER_NAMES) == 7 + len(CONFIGS)
     for name, build in make.HEADERS.items():
         assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
 
@@ -51,6 +52,11 @@ def test_every_header_is_the_one_that_make_writes():
 def test_published_totals(name, count, total):
     assert len(header(name)) == count
     assert parameters(name) == total
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_rebuilt_headers_have_the_published_totals(name):
+    assert parameters(name) == TOTALS[name]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,10 @@ def to_live(name: str) -> Callable[[str], str]:
     """The name transformers gives a tensor of the file; written out here, not taken from the families."""
     if name in BLIP2:
         return lambda tensor: tensor
+    if name in CONFIGS:
+        back = [(hub, live) for live, hub in CONFIGS[name][1]]
+        back = sorted(back, key=lambda pair: -len(pair[0]))
+        return lambda tensor: next((live + tensor[len(hub) :] for hub, live in back if tensor.startswith(hub)), tensor)
     pairs = [
         ("vision_tower.vision_model.", "model.vision_tower."),
         ("language_model.model.", "model.language_model."),

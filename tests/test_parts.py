@@ -9,10 +9,10 @@ import torch
 from exporter.model.families import FAMILIES, Family
 from tests.conftest import header, header_config
 from tests.headers.read import HEADER_NAMES
+from tests.tiny_models import CONFIGS
 
-# family, changes of its tiny configuration (`object.key`: value)
+# every tiny configuration of every family, and: family, changes of its tiny configuration (`object.key`: value)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("llava", {}),
     ("llava", {"text_config.tie_word_embeddings": True}),
     ("llava", {"tie_word_embeddings": True}),
     ("llava", {"text_config.num_key_value_heads": 1, "text_config.head_dim": 16}),
@@ -26,12 +26,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llava", {"vision_config.model_type": "siglip_vision_model", "vision_config.vision_use_head": False}),
     ("llava", {"vision_config.num_channels": 1, "vision_config.image_size": 33}),
     ("llava", {"vision_feature_layer": [-2, 1], "multimodal_projector_bias": False}),
-    ("blip2", {}),
     ("blip2", {"text_config.word_embed_proj_dim": 40, "text_config.enable_bias": False}),
     ("blip2", {"text_config.layer_norm_elementwise_affine": False, "vision_config.qkv_bias": False}),
     ("blip2", {"text_config.tie_word_embeddings": False, "qformer_config.encoder_hidden_size": 7}),
     ("blip2", {"qformer_config.use_qformer_text_input": True, "qformer_config.cross_attention_frequency": 3}),
-    ("blip2-itm", {}),
     ("blip2-itm", {"qformer_config.max_position_embeddings": 99, "image_text_hidden_size": 5}),
 ]
 
@@ -55,8 +53,15 @@ def built(family: Family, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=[f"{name} {changes}" for name, changes in VARIANTS])
 def test_shapes_of_variants(name: str, changes: dict[str, Any]) -> None:
-    family = FAMILIES[name]
-    config = variant(family, changes)
+    config = variant(FAMILIES[name], changes)
+    family = FAMILIES[name].of(config)
+    sizes, problems = family.read(config)
+    assert problems == []
+    assert family.shapes(sizes) == built(family, config)
+
+
+@pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
+def test_shapes_of_every_part(family: Family, config: dict[str, Any]) -> None:
     sizes, problems = family.read(config)
     assert problems == []
     assert family.shapes(sizes) == built(family, config)

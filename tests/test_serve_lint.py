@@ -142,9 +142,9 @@ def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
 
 
 def test_heads_are_shared_whole():
-    config = {"text_config": {"num_attention_heads": 32}, "vision_config": {"num_attention_heads": 16}}
-    assert head_problems(config, 16) == head_problems({"text_config": {}}, 3) == head_problems({}, 3) == []
-    (problem,) = head_problems(config, 32)
+    heads = {"text_config": 32, "vision_config": 16}
+    assert head_problems(heads, 16) == head_problems({}, 3) == []
+    (problem,) = head_problems(heads, 32)
     assert problem == "rule tensor-parallel: vision_config: 16 attention heads cannot be divided among 32 GPUs"
 
 

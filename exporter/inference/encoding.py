@@ -50,8 +50,8 @@ def encode(
 ) -> Batch:
     """Model inputs of one batch on the CPU: texts padded on `side`, and pictures.
 
-    DataError when the processor fails, when a text has more tokens than the model has positions, or when the samples
-    differ in their number of image tokens.
+    DataError when the processor fails, when a text has more tokens than the model has positions, or when a sample's
+    text contains the placeholder of a picture.
     """
     texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
     images = [sample.image() for sample in samples]
@@ -69,7 +69,7 @@ def encode(
     if processor.positions is not None and length > processor.positions:
         message = f"{_named(samples)}: {length:,} tokens exceed the model's {processor.positions:,} positions"
         raise DataError(message, "shorten the texts of these samples, or remove the samples")
-    _check_pictures(processor, inputs, samples)
+    _check_pictures(processor, family, inputs, samples, texts)
     return inputs
 
 
@@ -79,16 +79,25 @@ def _adds_start(processor: Processor, text: str) -> bool:
     return not (start and text.startswith(start))
 
 
-def _check_pictures(processor: Processor, inputs: Batch, samples: Sequence[Sample]) -> None:
-    """DataError unless all prompts have the same number of image tokens, that of one picture."""
-    marker = processor.image_token_id
-    if marker is None:
+def _check_pictures(
+    processor: Processor, family: Family, inputs: Batch, samples: Sequence[Sample], texts: Sequence[str]
+) -> None:
+    """DataError unless all prompts have one picture: the same number of image tokens, or of placeholders in the text.
+
+    Placeholders are counted where the number of image tokens depends on the picture.
+    """
+    marker, placeholder = processor.image_token_id, processor.image_token
+    if marker is None or placeholder is None:
         return
-    counts = (inputs["input_ids"] == marker).sum(dim=1).tolist()
-    wrong = [sample for sample, count in zip(samples, counts, strict=True) if count != min(counts)]
+    if family.varies:
+        counts = [text.count(placeholder) for text in texts]
+    else:
+        counts = (inputs["input_ids"] == marker).sum(dim=1).tolist()
+    expected = 1 if family.varies else min(counts)
+    wrong = [sample for sample, count in zip(samples, counts, strict=True) if count != expected]
     if wrong:
         raise DataError(
-            f"{_named(wrong)}: the text contains {processor.image_token!r}, the placeholder of a picture",
+            f"{_named(wrong)}: the text contains {placeholder!r}, the placeholder of a picture",
             "remove it from the text",
         )
 

@@ -8,7 +8,7 @@ To add one, write `methods/NAME.py` with the members of `Method` and add a line 
 (`Smoother`) gets a line in `SMOOTHERS` too.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +50,18 @@ class Smoother(Method, Protocol):
     """
 
     def find_scales(
-        self, weights: Sequence[Tensor], statistics: Any, scheme: Scheme, options: Any, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        statistics: Any,
+        scheme: Scheme,
+        options: Any,
+        scale_dtype: torch.dtype,
+        tie: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, float, float]:
-        """The best scales by the linears' own output error, and this error without and with the scales."""
+        """The best scales by the linears' own output error, and this error without and with the scales.
+
+        tie: gives columns that need one scale the same scale; applied to every candidate.
+        """
 
     def candidates(self, weights: Sequence[Tensor], statistics: Any, scheme: Scheme, options: Any) -> Iterator[Tensor]:
         """Candidate scales, starting with ones.

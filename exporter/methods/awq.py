@@ -6,7 +6,7 @@ from the second moments without running the block (on a GPU with bfloat16 produc
 output. The paper's search runs the module around the linears on a sample.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ __all__ = [
     "rounded",
 ]
 
-VERSION = 2
+VERSION = 3
 ROWS = 4096  # rows per range search, because a candidate's errors take as much memory as its weights
 LARGEST_SCALE = 1e4  # the smallest scale is its inverse; AutoAWQ has the same limits
 
@@ -53,15 +53,21 @@ class Options(MethodOptions):
 
 
 def find_scales(
-    weights: Sequence[Tensor], statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
+    weights: Sequence[Tensor],
+    statistics: Statistics,
+    scheme: Scheme,
+    options: Options,
+    scale_dtype: torch.dtype,
+    tie: Callable[[Tensor], Tensor] = lambda scales: scales,
 ) -> tuple[Tensor, float, float]:
     """Column scales f32 `[in]` for linears `[out_i, in]` that share an input; output errors without and with them.
 
-    The best of `candidates` by the error of the linears' own outputs (`search: linears`).
+    The best of `candidates` by the error of the linears' own outputs (`search: linears`). tie: gives columns that read
+    the same value the same scale.
     """
     results = (
         (scales, _output_error(rounded(weights, scales, scheme, scale_dtype), weights, statistics))
-        for scales in candidates(weights, statistics, scheme, options)
+        for scales in map(tie, candidates(weights, statistics, scheme, options))
     )
     return best(results)
 

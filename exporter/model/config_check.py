@@ -21,9 +21,9 @@ MODELS_PAGE = "see docs/reference/families.md for the models that mmq supports"
 
 
 def known_family(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a model, with the components of its parts; PlanError when mmq does not support it, or when config.json has invalid values.
+    """The family of a model, with the components of its parts.
 
-    where: the file, for messages.
+    PlanError when mmq does not support it, or when config.json has invalid values. where: the file, for messages.
     """
     family = _family_of(config, where)
     _, problems = family.read(config)

@@ -62,7 +62,8 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list
         number, rule = _first_match(recipe, component, index, linear, checkpoint.config)
         if number is not None:
             used.add(number)
-        rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, problems))
+        plain = component.plain(checkpoint.config, linear)
+        rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, plain, problems))
     return rows, used, problems
 
 
@@ -105,8 +106,10 @@ def _linear_row(
     linear: str,
     rule: Rule | None,
     format_name: str,
+    plain: str | None,
     problems: list[str],
 ) -> PlanRow:
+    """The decision about a linear. plain: why vLLM builds it in 16 bits, or None."""
     row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
         return replace(row, reason="the recipe keeps it in 16 bits" if rule else "no rule of the recipe matches it")
@@ -116,6 +119,8 @@ def _linear_row(
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
         reason = f"quantized values, stored in 16 bits: {component.unpackable or 'the recipe has store: dequantized'}"
         return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
+    if plain:
+        return replace(row, reason=plain)
     scheme = rule.scheme()
     assert scheme is not None
     if component.unpackable and rule.store != "plugin":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import SMOOTHERS
 from exporter.model.families import Smoothing
-from exporter.numerics.scale_folding import fold, misfit
+from exporter.numerics.scale_folding import fold, misfit, tied
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block import Block
 from exporter.quantization.block_inputs import BlockInputs, zero_nonfinite
@@ -161,9 +162,10 @@ def _search(
     names = [rows[target].tensor.name for target in smoothing.targets]
     weights = [block.parameter(name).float() for name in names]
     dtype = stored_scale_dtype(first.tensor.dtype)
+    tie = partial(tied, block.module, smoothing.source, smoothing.targets, smoothing.rows)
     if not options.runs_block:
-        return method.find_scales(weights, statistics[first.linear], scheme, options, dtype)
-    candidates = method.candidates(weights, statistics[first.linear], scheme, options)
+        return method.find_scales(weights, statistics[first.linear], scheme, options, dtype, tie)
+    candidates = map(tie, method.candidates(weights, statistics[first.linear], scheme, options))
     return method.best(
         (scales, _error_with(block, names, method.rounded(weights, scales, scheme, dtype), reference))
         for scales in candidates

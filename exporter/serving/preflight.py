@@ -65,7 +65,9 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     config, linears = artifact.checkpoint.config, engine_linears(artifact)
     parts = [shard(linear, tensor_parallel) for linear in linears]
     problems = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
-    problems += head_problems(artifact.family.heads(config), tensor_parallel) + parallel_problems(linears, tensor_parallel)
+    problems += head_problems(artifact.family.heads(config), tensor_parallel) + parallel_problems(
+        linears, tensor_parallel
+    )
     _refuse("this artifact", problems)
 
 

@@ -10,8 +10,12 @@ the order of the file: patterns that follow each other and share the text before
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.headers.published import CONFIGS, header_of
 
 Entry = list[Any]  # [dtype, shape] or [dtype, shape, "start:stop:step"]
 Tensors = dict[str, Entry]
@@ -317,7 +321,7 @@ def blip2_itm(image: int = 364) -> dict[str, Any]:
     return {"config": config, "shard_bytes": 10**10, "tensors": tensors}
 
 
-HEADERS = {
+HEADERS: dict[str, Callable[[], dict[str, Any]]] = {
     LLAVA_7B: llava_7b,
     LLAVA_13B: llava_13b,
     LLAVA_34B: llava_34b,
@@ -325,6 +329,7 @@ HEADERS = {
     OPT_67B: blip2_opt_67b,
     ITM_COCO: blip2_itm,
     ITM: blip2_itm_224,
+    **{name: partial(header_of, *published) for name, published in CONFIGS.items()},
 }
 
 

@@ -92,7 +92,9 @@ def tokenizer(more: tuple[str, ...] = ()) -> Any:
     return made
 
 
-def hub_tensors(model: torch.nn.Module, rename: Callable[[str], str] = FAMILIES["llava"].canonical_name) -> dict[str, Tensor]:
+def hub_tensors(
+    model: torch.nn.Module, rename: Callable[[str], str] = FAMILIES["llava"].canonical_name
+) -> dict[str, Tensor]:
     """Parameters in bfloat16 under the hub's names; transformers itself would drop `vision_model.`, vLLM needs it."""
     return {
         rename(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()

@@ -11,9 +11,9 @@ from typing import Any
 import exporter.model.families.parts.blip2 as sizes
 from exporter.model.families.component import Component, Config, Inputs, Pass, single, stack
 from exporter.model.families.config_fields import Number
-from exporter.model.families.family import Family, TinyProcessor
+from exporter.model.families.family import Family
 from exporter.model.families.names import Names
-from exporter.model.families.parts.part import field_of
+from exporter.model.families.parts.part import TinyProcessor, field_of
 from exporter.model.families.parts.qformer import CROSS, QUERIES
 
 _PLAIN = "vLLM without mmq's plugin builds it from plain linears and cannot load it packed"
@@ -62,9 +62,7 @@ def retrieval_scores(model: Any, inputs: Inputs) -> Any:
 def vision(config: Config) -> Component:
     """The ViT."""
     target = r"(?:vision_model)?\.?encoder\.layers\.{i}"
-    return stack(
-        "vision", _PARTS, "vision_config", "vision_model", config, target=target, tokens=sizes.image_positions
-    )
+    return stack("vision", _PARTS, "vision_config", "vision_model", config, target=target, tokens=sizes.image_positions)
 
 
 def former(config: Config, **changed: Any) -> Component:
@@ -116,7 +114,12 @@ _TINY: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 _TINY_PROCESSOR = TinyProcessor(
-    "Blip2Processor", "BlipImageProcessorPil", {"size": {"height": 32, "width": 32}}, {"num_query_tokens": 5}, prompt=""
+    "Blip2Processor",
+    "BlipImageProcessorPil",
+    {"size": {"height": 32, "width": 32}},
+    {"num_query_tokens": 5},
+    prompt=None,
+    named=False,
 )
 FAMILY = Family(
     name="blip2",
@@ -147,7 +150,7 @@ FAMILY = Family(
     fields=sizes.FIELDS,
     shapes=sizes.shapes,
     tiny=_TINY | {"image_token_index": 127, "use_decoder_only_language_model": True},
-    tiny_processor=_TINY_PROCESSOR,
+    tiny_processor=lambda config: _TINY_PROCESSOR,
     tied={"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"},
 )
 
@@ -184,7 +187,7 @@ RETRIEVAL = Family(
         "image_text_hidden_size": 24,
         "image_token_index": None,
     },
-    tiny_processor=replace(_TINY_PROCESSOR, tokens=()),
+    tiny_processor=lambda config: replace(_TINY_PROCESSOR, fields={"num_query_tokens": None}, tokens=()),
     fields=(*sizes.FIELDS, Number("image_text_hidden_size", 256)),
     shapes=sizes.retrieval_shapes,
 )

@@ -14,7 +14,7 @@ from exporter.files.strict_json import kind
 from exporter.model.families.component import Component, Config, Inputs, logits
 from exporter.model.families.config_fields import Choice, Field, Number, Section, Values, read_fields
 from exporter.model.families.names import Names
-from exporter.model.families.parts.part import Parts, Shapes, section, size_of
+from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, section, size_of
 
 Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 
@@ -33,23 +33,6 @@ _EVERYWHERE: tuple[Field, ...] = (
 
 
 @dataclass(frozen=True)
-class TinyProcessor:
-    """A processor for the family's tiny configs, as tests write it into a model folder.
-
-    library, pictures: names of transformers' classes for the processor and its image processor. settings: of the image
-    processor. fields: of the processor. tokens: its special tokens; the first one is the placeholder of a picture.
-    prompt: what the chat template writes for a picture.
-    """
-
-    library: str
-    pictures: str
-    settings: Mapping[str, Any]
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tokens: tuple[str, ...] = ("<image>",)
-    prompt: str = "<image>\n"
-
-
-@dataclass(frozen=True)
 class Family:
     """Everything that differs between model families.
 
@@ -65,7 +48,7 @@ class Family:
     vocabulary: the number of tokens that the model has embeddings for.
     pixels: the last dimensions of the processor's `pixel_values`; empty when they depend on the picture.
     tiny: the top level of a small config for tests; objects of parts in it change those of the parts.
-    tiny_processor: a processor for it, or None when it needs one of its own.
+    tiny_processor: a processor for such a config.
     kept: linears that are never quantized: pattern over checkpoint names (without `.weight`), and the reason.
     fields: the fields that mmq reads from config.json's top level.
     flat: objects of config.json whose keys may be at the top level instead.
@@ -98,7 +81,7 @@ class Family:
     vocabulary: Callable[[Config], int]
     pixels: Callable[[Config], tuple[int, ...]]
     tiny: Mapping[str, Any]
-    tiny_processor: TinyProcessor | None = None
+    tiny_processor: Callable[[Config], TinyProcessor]
     names: Callable[[Config], Names] = lambda config: Names()
     kept: tuple[tuple[str, str], ...] = ()
     fields: tuple[Field, ...] = ()
@@ -155,11 +138,15 @@ class Family:
         for key, kinds in self.parts.items():
             part = kinds[chosen.get(key, next(iter(kinds)))]
             config[key] = copy.deepcopy(dict(part.tiny)) | config.get(key, {})
+            config |= part.tiny_top
         return config
 
     def tiny_configs(self) -> dict[str, dict[str, Any]]:
         """Small configs with every part of the family, by the `model_type` that differs from the default's."""
-        configs, seen = {self.name: self.tiny_config()}, {id(next(iter(kinds.values()))) for kinds in self.parts.values()}
+        configs, seen = (
+            {self.name: self.tiny_config()},
+            {id(next(iter(kinds.values()))) for kinds in self.parts.values()},
+        )
         for key, kinds in self.parts.items():
             for name, part in kinds.items():
                 if id(part) not in seen:

@@ -4,9 +4,9 @@ Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py)
 `vision_feature_layer`, and fuses q/k/v and gate/up.
 """
 
-from exporter.model.families.family import Family, TinyProcessor
+from exporter.model.families.family import Family
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.names import Names
-from exporter.model.families.parts.llava import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.parts.part import field_of
 
 TOWER = Tower({"vision_config": TOWERS, "text_config": TEXTS}, fields(-2, "default", 32000))
@@ -42,5 +42,5 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
-    tiny_processor=TinyProcessor("LlavaProcessor", "CLIPImageProcessorPil", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}),
+    tiny_processor=lambda config: TOWER.tiny_processor(config, "LlavaProcessor", "CLIPImageProcessorPil"),
 )

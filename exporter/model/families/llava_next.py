@@ -3,9 +3,9 @@
 Checkpoint names are those of `llava-hf/llava-v1.6-mistral-7b-hf`; vLLM (models/llava_next.py) uses the same.
 """
 
-from exporter.model.families.family import Family, TinyProcessor
+from exporter.model.families.family import Family
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.names import Names
-from exporter.model.families.parts.llava import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.parts.part import field_of
 
 _TOWERS = {name: part for name, part in TOWERS.items() if name != "pixtral"}
@@ -44,13 +44,5 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
-    tiny_processor=TinyProcessor(
-        "LlavaNextProcessor",
-        "LlavaNextImageProcessorPil",
-        {
-            "size": {"shortest_edge": 32},
-            "crop_size": {"height": 32, "width": 32},
-            "image_grid_pinpoints": _TINY_PINPOINTS,
-        },
-    ),
+    tiny_processor=lambda config: TOWER.tiny_processor(config, "LlavaNextProcessor", "LlavaNextImageProcessorPil"),
 )

@@ -4,9 +4,9 @@ Checkpoint names are those of `llava-hf/llava-onevision-qwen2-7b-ov-hf`; vLLM (m
 It builds the projector from plain linears.
 """
 
-from exporter.model.families.family import Family, TinyProcessor
+from exporter.model.families.family import Family
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.names import Names
-from exporter.model.families.parts.llava import TEXTS, TOWERS, Tower, fields
 from exporter.model.families.parts.part import field_of
 
 _PLAIN = "vLLM builds LLaVA-OneVision's projector from plain linears and cannot load it packed"
@@ -14,7 +14,7 @@ _SIDES = tuple(range(384, 2305, 384))
 _TINY_PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 TOWER = Tower(
     {
-        "vision_config": {name: TOWERS[name] for name in ("siglip_vision_model", "clip_vision_model")},
+        "vision_config": {"siglip_vision_model": TOWERS["siglip_vision_model"]},
         "text_config": {name: TEXTS[name] for name in ("qwen2", "llama", "mistral", "qwen3")},
     },
     fields(-1, "full", 151646),
@@ -56,10 +56,7 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
-    tiny_processor=TinyProcessor(
-        "LlavaOnevisionProcessor",
-        "LlavaOnevisionImageProcessorPil",
-        {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _TINY_PINPOINTS},
-        tokens=("<image>", "<video>"),
+    tiny_processor=lambda config: TOWER.tiny_processor(
+        config, "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessorPil"
     ),
 )

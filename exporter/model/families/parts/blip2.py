@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporter.model.families.config_fields import MAX_ROWS, Flag, Number, Values
-from exporter.model.families.parts import qformer, text, vision
+from exporter.model.families.parts import opt, qformer, vision
 from exporter.model.families.parts.part import Shapes, below, linear, size_of
 
 PARTS = {
     "vision_config": {"blip_2_vision_model": vision.BLIP2},
     "qformer_config": {"blip_2_qformer": qformer.QFORMER},
-    "text_config": {"opt": text.OPT},
+    "text_config": {"opt": opt.OPT},
 }
 FIELDS = (
     Number("num_query_tokens", 32, most=1024),
@@ -34,7 +34,7 @@ def shapes(sizes: Mapping[str, Values]) -> Shapes:
     """Shapes of all tensors of a checkpoint with a language model."""
     words, width = sizes["text_config"], sizes["qformer_config"]["hidden_size"]
     tensors = _vision_and_qformer_shapes(sizes) | linear("language_projection", words["hidden_size"], width)
-    tensors |= below("language_model.model.decoder", text.OPT.shapes(words))
+    tensors |= below("language_model.model.decoder", opt.OPT.shapes(words))
     if not words["tie_word_embeddings"]:
         tensors["language_model.lm_head.weight"] = (words["vocab_size"], words["word_embed_proj_dim"])
     return tensors

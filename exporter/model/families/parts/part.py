@@ -65,8 +65,9 @@ class Part:
     """One kind of vision tower or text model.
 
     fields: of its config. shapes: of all its tensors, as transformers builds them. stack: its blocks. misfits: problems
-    between its fields. tiny: its object in a config for tests, with the real structure. inner: what hub checkpoints
-    have between the family's prefix and the part's own names.
+    between its fields. tiny: its object in a config for tests, with the real structure. tiny_top: what such a config
+    needs at its top level for this part. inner: what hub checkpoints have between the family's prefix and the part's
+    own names.
     """
 
     fields: tuple[Field, ...]
@@ -74,11 +75,31 @@ class Part:
     stack: Stack
     misfits: Callable[[Values], list[str]] = no_misfits
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tiny_top: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inner: str = ""
 
     def field(self, key: str) -> Field:
         """The field with this key (KeyError when there is none)."""
         return {field.key: field for field in self.fields}[key]
+
+
+@dataclass(frozen=True)
+class TinyProcessor:
+    """A processor for the family's tiny configs, as tests write it into a model folder.
+
+    library, pictures: names of transformers' classes for the processor and its image processor. settings: of the image
+    processor. fields: of the processor. tokens: its special tokens, with falling ids from the largest one; the first
+    one is the placeholder of a picture. prompt: what the chat template writes for a picture; None: no template.
+    named: whether the tokenizer names its placeholder of a picture.
+    """
+
+    library: str
+    pictures: str
+    settings: Mapping[str, Any]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokens: tuple[str, ...] = ("<image>",)
+    prompt: str | None = "<image>\n"
+    named: bool = True
 
 
 def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Shapes:

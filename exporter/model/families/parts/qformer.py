@@ -62,7 +62,13 @@ _STACK = Stack(
         ("intermediate.dense",),
         ("output.dense",),
     ),
-    attention=(*_QKV, "attention.output.dense", *CROSS, "crossattention.attention.query", "crossattention.output.dense"),
+    attention=(
+        *_QKV,
+        "attention.output.dense",
+        *CROSS,
+        "crossattention.attention.query",
+        "crossattention.output.dense",
+    ),
     row_parallel=("attention.output.dense", "crossattention.output.dense", "output_query.dense", "output.dense"),
     smoothings=(  # norms cannot be folded: each follows a residual sum and feeds both the next linear and the next sum
         Smoothing("attention.attention.value", ("attention.output.dense",)),

@@ -16,7 +16,6 @@ from exporter.model.families.parts.part import (
     norm,
 )
 
-
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ENCODER = Stack(
     path="encoder.layers.{i}",
@@ -167,6 +166,7 @@ SIGLIP = Part(
     _ENCODER,
     _misfits,
     {"model_type": "siglip_vision_model", **_TINY, "vision_use_head": False},
+    {"vision_feature_select_strategy": "full"},  # it has no class token to drop
     inner="vision_model",
 )
 IDEFICS3 = Part(
@@ -195,4 +195,5 @@ PIXTRAL = Part(
     _PIXTRAL,
     _misfits,
     {"model_type": "pixtral", **_TINY, "hidden_act": "gelu"},
+    {"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
 )

@@ -10,7 +10,16 @@ from exporter.model.families.component import Component, Pass, head, single, sta
 from exporter.model.families.config_fields import MAX_ROWS, Choice, Field, Flag, Number, Values
 from exporter.model.families.parts import text as texts
 from exporter.model.families.parts import vision as towers
-from exporter.model.families.parts.part import ACTIVATIONS, Parts, Shapes, below, linear, part_of, size_of
+from exporter.model.families.parts.part import (
+    ACTIVATIONS,
+    Parts,
+    Shapes,
+    TinyProcessor,
+    below,
+    linear,
+    part_of,
+    size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,17 @@ class Tower:
             "num_additional_image_tokens": self.class_tokens(config),
             "vision_feature_select_strategy": self.top(config, "vision_feature_select_strategy"),
         }
+
+    def tiny_processor(self, config: Mapping[str, Any], library: str, pictures: str) -> TinyProcessor:
+        """A processor of pictures of the tower's size, also for Pixtral, whose own processor needs torchvision."""
+        side = self.size(config, "image_size")
+        settings: dict[str, Any] = {
+            "size": {"height": side, "width": side},
+            "crop_size": {"height": side, "width": side},
+        }
+        if self.pinpoints:
+            settings["image_grid_pinpoints"] = config["image_grid_pinpoints"]
+        return TinyProcessor(library, pictures, settings, tokens=("<image>", "<video>"))
 
     def has_head(self, config: Mapping[str, Any]) -> int:
         """Number of output heads that are stored: 0 when the head shares the embedding's tensor, else 1.

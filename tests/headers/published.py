@@ -1,0 +1,204 @@
+"""Headers rebuilt from published configurations: shapes of transformers' classes under the names of the hub's files.
+
+`TOTALS` holds the parameters that the model pages show; `tests/test_headers.py` compares them.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+LLAVA = (  # prefix in transformers' class -> prefix in the hub's files
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.image_newline", "image_newline"),
+)
+PIXTRAL = (("model.vision_tower.", "vision_tower."), *LLAVA[1:])
+
+Config = dict[str, Any]
+CLIP = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+SIGLIP = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+LLAMA_3 = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def llava(
+    architecture: str, model_type: str, text: dict[str, Any], vision: dict[str, Any], **top: Any
+) -> dict[str, Any]:
+    """config.json of a LLaVA."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "text_config": text,
+        "vision_config": vision,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        **top,
+    }
+
+
+def llava_next(text: dict[str, Any], **top: Any) -> dict[str, Any]:
+    """config.json of a LLaVA-NeXT."""
+    settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "torch_dtype": "float16"}
+    settings |= {"image_grid_pinpoints": NEXT_PINPOINTS, "use_image_newline_parameter": True}
+    return llava("LlavaNextForConditionalGeneration", "llava_next", text, CLIP, **settings, **top)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
+    "llava-hf--llava-v1.6-mistral-7b-hf": (
+        llava_next(
+            {
+                "intermediate_size": 14336,
+                "max_position_embeddings": 32768,
+                "model_type": "mistral",
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 1000000.0,
+                "sliding_window": None,
+                "vocab_size": 32064,
+            },
+            image_token_index=32000,
+        ),
+        LLAVA,
+    ),
+    "llava-hf--llava-v1.6-vicuna-7b-hf": (
+        llava_next(
+            {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+            image_token_index=32000,
+        ),
+        LLAVA,
+    ),
+    "llava-hf--llama3-llava-next-8b-hf": (
+        llava_next({**LLAMA_3, "vocab_size": 128320}, image_token_index=128256),
+        LLAVA,
+    ),
+    "llava-hf--llava-onevision-qwen2-7b-ov-hf": (
+        llava(
+            "LlavaOnevisionForConditionalGeneration",
+            "llava_onevision",
+            {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "max_position_embeddings": 32768,
+                "model_type": "qwen2",
+                "num_attention_heads": 28,
+                "num_hidden_layers": 28,
+                "num_key_value_heads": 4,
+                "rope_theta": 1000000.0,
+                "vocab_size": 152064,
+            },
+            SIGLIP,
+            image_token_index=151646,
+            video_token_index=151647,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_9",
+            torch_dtype="float16",
+        ),
+        LLAVA,
+    ),
+    "xtuner--llava-llama-3-8b-v1_1-transformers": (
+        llava(
+            "LlavaForConditionalGeneration",
+            "llava",
+            {**LLAMA_3, "vocab_size": 128320},
+            CLIP,
+            image_token_index=128257,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            torch_dtype="float16",
+        ),
+        LLAVA,
+    ),
+    "mistral-community--pixtral-12b": (
+        llava(
+            "LlavaForConditionalGeneration",
+            "llava",
+            {
+                "head_dim": 128,
+                "hidden_size": 5120,
+                "intermediate_size": 14336,
+                "max_position_embeddings": 1024000,
+                "model_type": "mistral",
+                "num_hidden_layers": 40,
+                "num_key_value_heads": 8,
+                "rope_theta": 1000000000.0,
+                "sliding_window": None,
+                "vocab_size": 131072,
+            },
+            {
+                "head_dim": 64,
+                "hidden_act": "gelu",
+                "image_size": 1024,
+                "model_type": "pixtral",
+                "patch_size": 16,
+                "rope_theta": 10000.0,
+            },
+            image_token_index=10,
+            image_seq_length=1,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            torch_dtype="bfloat16",
+        ),
+        PIXTRAL,
+    ),
+}
+TOTALS = {
+    "llava-hf--llava-v1.6-mistral-7b-hf": 7_566_747_648,
+    "llava-hf--llava-v1.6-vicuna-7b-hf": 7_063_431_168,
+    "llava-hf--llama3-llava-next-8b-hf": 8_355_276_800,
+    "llava-hf--llava-onevision-qwen2-7b-ov-hf": 8_030_348_832,
+    "mistral-community--pixtral-12b": 12_682_739_712,
+}
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+def header_of(config: dict[str, Any], renamed: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The header of a configuration: `{i}` stands for the number of a block."""
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_dict(config))
+    model.tie_weights()
+    kinds: dict[str, list[Any]] = {}
+    numbers: dict[str, list[int]] = {}
+    dtype = DTYPES[config.get("torch_dtype", config.get("dtype", "float32"))]
+    for live, parameter in model.named_parameters():
+        name = next((hub + live.removeprefix(prefix) for prefix, hub in renamed if live.startswith(prefix)), live)
+        pattern = re.sub(r"(?<=layers\.|blocks\.|r_list\.)\d+(?=\.)", "{i}", name, count=1)
+        kinds.setdefault(pattern, [dtype, list(parameter.shape)])
+        if found := re.search(r"(?:layers|blocks|r_list)\.(\d+)\.", name):
+            numbers.setdefault(pattern, []).append(int(found[1]))
+    for pattern, blocks in numbers.items():
+        assert blocks == list(range(len(blocks)))
+        kinds[pattern].append(f"0:{len(blocks)}:1")
+    return {"config": config, "shard_bytes": 5 * 10**9, "tensors": kinds}

@@ -1,0 +1,102 @@
+"""Statistics of every tiny model of the registry equal those of transformers' forward pass of the whole model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporter.device import choose
+from exporter.inference.forward_hooks import ForwardStopped, run_until_stopped
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Component, Family
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Rule
+from exporter.quantization import calibrate
+from exporter.quantization.workdir import Workdir
+from tests.test_calibrate import plan_for
+from tests.test_whole_forward import gathered
+from tests.tiny_models import CONFIGS, random_weights, tiny_inputs, write_tiny
+
+models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
+
+
+def rules(family: Family) -> tuple[Rule, ...]:
+    """GPTQ for every component that calibration data can quantize."""
+    return tuple(
+        Rule(
+            component=component.name,
+            method="gptq",
+            bits=8,
+            group_size="row",
+            store="dequantized" if component.unpackable else "packed",
+        )
+        for component in family.components
+        if not component.without_data
+    )
+
+
+def stacks(plan: Plan) -> list[tuple[Component, list[str]]]:
+    """Modules that GPTQ quantizes in one call, in order."""
+    found = []
+    for unit in plan.units:
+        component = plan.family.component(unit.component)
+        for phase in component.phases:
+            if modules := [row.module for row in unit.rows if row.linear in phase]:
+                found.append((component, modules))
+    return found
+
+
+def stop(*_: Any) -> None:
+    """A hook that ends a forward pass."""
+    raise ForwardStopped
+
+
+def rows_seen(
+    model: nn.Module, family: Family, component: Component, module: str, config: dict, batches: list
+) -> Tensor:
+    """The inputs of a linear in forward passes of the whole model, without padding, `[rows, in]`."""
+    linear, rows = model.get_submodule(family.live_name(module)), []
+    last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
+    for entry in component.passes:
+        for batch in batches:
+            seen: list[Tensor] = []
+            handles = [
+                linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])),
+                last.register_forward_hook(stop),  # the retrieval model calls its Q-Former again, which is another pass
+            ]
+            run_until_stopped(entry.run, model, batch)
+            for handle in handles:
+                handle.remove()
+            for x in seen:
+                mask = batch["attention_mask"].bool()
+                if not entry.padded or any(module.endswith(f".{name}") for name in component.unpadded):
+                    rows.append(x.reshape(-1, x.shape[-1]))
+                    continue
+                tokens = x.reshape(len(mask), -1, x.shape[-1])
+                before = torch.ones(len(mask), max(0, tokens.shape[1] - mask.shape[1]), dtype=torch.bool)
+                rows.append(tokens[torch.cat([before, mask], 1)[:, -tokens.shape[1] :]])
+    return torch.cat(rows).double()
+
+
+@models
+def test_statistics_equal_those_of_the_whole_forward_pass(
+    family: Family, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny(tmp_path / "model", family, torch.float32, config)
+    checkpoint = Checkpoint.open(folder, family.canonical_name)
+    plan = plan_for(checkpoint, rules(family), family)
+    batches = [tiny_inputs(family, 2, 6, config), tiny_inputs(family, 3, 9, config)]
+    workdir = Workdir.open(tmp_path / "work", {})
+    with gathered(monkeypatch) as hessians:
+        calibrate.run(plan, checkpoint, workdir, batches, choose("cpu"), lambda event: None)
+    model = random_weights(family.skeleton({**config, "dtype": "float32"}).eval())
+    results = {name: linear for unit in plan.units for name, linear in workdir.read(unit).linears.items()}
+    assert len(hessians) == len(stacks(plan)) > 0
+    for (component, modules), hessian in zip(stacks(plan), hessians, strict=True):
+        x = rows_seen(model, family, component, modules[0], config, batches)
+        whole = (x.T @ x / len(x)).float()
+        assert float((hessian - whole).norm() / whole.norm()) < 1e-5, modules[0]
+        for module in modules:
+            model.get_submodule(family.live_name(module)).weight.data = results[module].as_served()
