@@ -165,6 +165,7 @@ def test_a_plan_loads_neither_transformers_nor_a_compiler(sparse_checkpoint: Cal
         "import sys; from click.testing import CliRunner; from exporter.commands.main import cli\n"
         f"done = CliRunner().invoke(cli, ['plan', '--recipe', 'llava-w4-vit8', '--model', {str(folder)!r}])\n"
         "assert done.exit_code == 0, done.output\n"
+        "assert done.stderr.startswith('preparing: loading torch\\n'), done.stderr\n"
         "print([name for name in ('transformers', 'torch._dynamo', 'sympy', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

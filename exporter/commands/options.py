@@ -141,6 +141,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            if "device" in kwargs:
+                _import_torch(bool(kwargs.get("as_json")))
             command(*args, **kwargs)
         except MmqError as error:
             if os.environ.get("MMQ_DEBUG"):
@@ -155,6 +157,20 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail(problem, bool(kwargs.get("as_json")))
 
     return run
+
+
+def _import_torch(as_json: bool) -> None:
+    """Import torch, which takes seconds, below a progress line."""
+    if "torch" in sys.modules:
+        return
+    from exporter.commands.progress import ProgressDisplay
+    from exporter.events import Event
+
+    with ProgressDisplay(as_json) as listen:
+        listen(Event("prepare", 0, 1, "loading torch"))
+        import torch  # noqa: F401
+
+        listen(Event("prepare", 1, 1, "loading torch"))
 
 
 def _shortage(error: Exception, device: str) -> MmqError | None:
