@@ -190,7 +190,8 @@ def test_a_cache_in_16_bits_leaves_a_recipes_digest_alone() -> None:
     gates = tuple(
         gate.model_copy(update={"decide": "point"}) for gate in recipe.gates
     )  # as all were when there was none
-    recipe = recipe.model_copy(update={"gates": gates})
+    model = recipe.model.model_copy(update={"family": "llava"})  # as all recipes named it
+    recipe = recipe.model_copy(update={"gates": gates, "model": model})
     assert recipe.digest() != recipe.model_copy(update={"kv_cache": "fp8"}).digest()
     assert recipe.digest() == "8514ee5f98aa01be576530433cc8ad67146457959f4ed39ccb6278dede9fbd6c"
 

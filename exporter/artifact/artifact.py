@@ -139,7 +139,7 @@ def _manifest(
         versions={name: installed_version(name) or "absent" for name in PACKAGES},
         shards=tuple(shards),
         fingerprint=workdir.fingerprint,
-        notes=tuple(note for _, notes in results for note in notes),
+        notes=(*plan.fallbacks, *(note for _, notes in results for note in notes)),
     )
 
 

@@ -28,7 +28,7 @@ def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     if scheme.bits != 4:
         return f"it stores only 4 bits, not {scheme.bits}; use compressed_tensors"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
-        return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
+        return f"groups of {scheme.group_size} do not divide {columns} inputs"
     if columns % 8 or rows % 8:
         return f"it needs inputs and outputs in multiples of 8, not {columns} and {rows}"
     return None

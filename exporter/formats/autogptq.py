@@ -35,7 +35,7 @@ def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     if not scheme.symmetric:
         return "it cannot store a zero point of 0; use symmetric: true or compressed_tensors"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
-        return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
+        return f"groups of {scheme.group_size} do not divide {columns} inputs"
     if columns % 32 or rows % 32:
         return f"it needs inputs and outputs in multiples of 32, not {columns} and {rows}"
     return None

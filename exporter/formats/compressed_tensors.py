@@ -38,7 +38,7 @@ def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     if not 2 <= scheme.bits <= 8:
         return f"it stores 2 to 8 bits, not {scheme.bits}"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
-        return f"groups of {scheme.group_size} do not divide {columns} inputs; use 32, 64, 128 or row"
+        return f"groups of {scheme.group_size} do not divide {columns} inputs"
     return None
 
 

@@ -11,6 +11,8 @@ from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.model.families import Component, Family
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.refusals import Member, fallback_lines, refusal_lines
+from exporter.planning.rule import KEEP
 
 MAX_LISTED = 5  # problems of one kind that an error lists
 Decision = Literal["packed", "dequantized", "kept"]
@@ -45,11 +47,25 @@ class PlanRow:
         return self.tensor.name.removesuffix(".weight")
 
 
-def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list[PlanRow], set[int], list[str]]:
-    """A row for every tensor, the indices of the rules that match a linear, and a list of problems."""
+@dataclass(frozen=True)
+class Decisions:
+    """A row for every tensor, with the problems of the recipe.
+
+    used: indices of the rules that match a linear. fallbacks: lines about linears that a rule's `else` applies to.
+    """
+
+    rows: list[PlanRow]
+    used: set[int]
+    problems: list[str]
+    fallbacks: list[str]
+
+
+def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Decisions:
+    """Decide every tensor."""
     problems: list[str] = []
     places = _places(checkpoint, family, problems)
-    rows, used = [], set()
+    rows, inputs = [], dict[int, set[int]]()
+    refused, changed = dict[str, list[Member]](), list[Member]()
     for tensor in checkpoint.tensors.values():
         module = tensor.name.removesuffix(".weight")
         place = places.get(module) if tensor.name.endswith(".weight") else None
@@ -60,11 +76,28 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> tuple[list
             continue
         component, index, linear = place
         number, rule = _first_match(recipe, component, index, linear, checkpoint.config)
-        if number is not None:
-            used.add(number)
         plain = component.plain(checkpoint.config, linear)
-        rows.append(_linear_row(tensor, component, index, linear, rule, recipe.format, plain, problems))
-    return rows, used, problems
+        row = _linear_row(tensor, component, index, linear, rule, recipe.format, plain, problems)
+        rows.append(row)
+        if number is None or rule is None:
+            continue
+        of_rule, columns = inputs.setdefault(number, set()), tensor.shape[-1] if tensor.shape else 0
+        if row.reason and row.reason == plain:
+            continue
+        of_rule.add(columns)
+        member = (number, linear, columns)
+        if row.decision == "packed" and (refusal := _refusal(row, recipe.format)):
+            refused.setdefault(refusal, []).append(member)
+        elif rule.fallback and rule.leaves_columns(columns):
+            changed.append(member)
+    order = {(component.name, name): i for component in family.components for i, name in enumerate(component.linears)}
+
+    def in_data_order(members: list[Member]) -> list[Member]:
+        return sorted(members, key=lambda member: (member[0], order[recipe.quantize[member[0]].component, member[1]]))
+
+    refused = {reason: in_data_order(members) for reason, members in refused.items()}
+    problems += refusal_lines(recipe, refused, inputs)
+    return Decisions(rows, set(inputs), problems, fallback_lines(recipe, in_data_order(changed)))
 
 
 def _places(checkpoint: Checkpoint, family: Family, problems: list[str]) -> dict[str, tuple[Component, int, str]]:
@@ -113,14 +146,17 @@ def _linear_row(
     row = PlanRow(tensor, "kept", "", component.name, component.block(index), linear, bytes_after=tensor.bytes)
     if rule is None or rule.bits == 16 or len(tensor.shape) != 2:
         return replace(row, reason="the recipe keeps it in 16 bits" if rule else "no rule of the recipe matches it")
+    if plain and rule.store != "dequantized":
+        return replace(row, reason=plain)
+    columns, rule = tensor.shape[1], rule.fitted(tensor.shape[1])
+    if rule.bits == 16:
+        return replace(row, reason=f"groups of {rule.group_size} do not divide its {columns} inputs (else: {KEEP})")
     if component.without_data and METHODS[rule.method].Statistics:
         problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize
         reason = f"quantized values, stored in 16 bits: {component.unpackable or 'the recipe has store: dequantized'}"
         return replace(row, decision="dequantized", reason=reason, rule=rule, bytes_after=size)
-    if plain:
-        return replace(row, reason=plain)
     scheme = rule.scheme()
     assert scheme is not None
     if component.unpackable and rule.store != "plugin":
@@ -133,13 +169,15 @@ def _linear_row(
         problems.append(
             f"component '{component.name}': vLLM loads it packed only in format {supported}, not {format_name}"
         )
-    refusal = FORMATS[format_name].supports(scheme, tensor.shape[1], tensor.shape[0])
-    if refusal:
-        problems.append(f"component '{component.name}', {linear} {list(tensor.shape)}: format {format_name}: {refusal}")
-        return replace(row, decision="packed", rule=rule)
     scale_bytes = stored_scale_dtype(tensor.dtype).itemsize
-    size = FORMATS[format_name].stored_bytes(scheme, tensor.shape[1], tensor.shape[0], scale_bytes)
+    size = FORMATS[format_name].stored_bytes(scheme, columns, tensor.shape[0], scale_bytes)
     return replace(row, decision="packed", rule=rule, bytes_after=size)
+
+
+def _refusal(row: PlanRow, format_name: str) -> str | None:
+    """Why the format cannot store a packed linear, or None."""
+    assert row.scheme is not None
+    return FORMATS[format_name].supports(row.scheme, row.tensor.shape[1], row.tensor.shape[0])
 
 
 def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:

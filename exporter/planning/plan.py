@@ -45,7 +45,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of an export. rows: one per checkpoint tensor, in header order. steps: predicted memory and seconds."""
+    """The plan of an export.
+
+    rows: one per checkpoint tensor, in header order. steps: predicted memory and seconds. fallbacks: lines about the
+    linears that a rule's `else` applies to; they are among the warnings.
+    """
 
     recipe: Recipe
     family: Family
@@ -55,6 +59,7 @@ class Plan:
     memory: Memory
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -94,13 +99,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
             "remove `family` from the recipe's model section: the recipe then fits every family with its components",
         )
     refuse_misfit(checkpoint, family)
-    rows, used, unfit = decide(recipe, checkpoint, family)
-    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *unfit]
+    decided = decide(recipe, checkpoint, family)
+    rows = decided.rows
+    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *decided.problems]
     names = {component.name for component in family.components}
     problems += [
         f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters exclude it"
         for i, rule in enumerate(recipe.quantize)
-        if i not in used and rule.component in names
+        if i not in decided.used and rule.component in names
     ]
     problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
     conflict = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
@@ -117,8 +123,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     planned = {name for name, _ in methods}
     memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
-    warnings = (*_source_notes(checkpoint), *_warnings(recipe, family, rows))
-    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings)
+    fallbacks = tuple(decided.fallbacks)
+    warnings = (*fallbacks, *_source_notes(checkpoint), *_warnings(recipe, family, rows))
+    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings, fallbacks)
 
 
 def engine_linears(rows: Iterable[PlanRow], family: Family) -> list[Linear]:

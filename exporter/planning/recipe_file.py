@@ -132,4 +132,4 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         "publish": Publish,
     }
     section = sections.get(str(location[0]), Recipe) if location else Recipe
-    return list(section.model_fields)
+    return [field.alias or key for key, field in section.model_fields.items()]

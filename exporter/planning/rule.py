@@ -2,13 +2,22 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from exporter.errors import did_you_mean, validation_message
 from exporter.methods import METHODS, MethodOptions
 from exporter.numerics.quantized import Activations, GroupSize, Scheme
 
-Third = Literal["front", "middle", "end"]
+KEEP = "keep"
 
 
 class Strict(BaseModel):
@@ -27,6 +36,8 @@ def require_known(value: str, registry: Any, what: str) -> str:
 class Rule(Strict):
     """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
 
+    fallback: the key `else`: for linears whose inputs groups do not divide, "row" stores one scale per row and "keep"
+    leaves 16 bits; None refuses the recipe for such a model.
     store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
     """
 
@@ -34,6 +45,7 @@ class Rule(Strict):
     bits: int
     method: str = "rtn"
     group_size: GroupSize = "row"
+    fallback: Literal["row", "keep"] | None = Field(None, alias="else")
     symmetric: bool = True
     number: Literal["int", "fp8"] = "int"
     activations: Activations | None = None
@@ -83,12 +95,41 @@ class Rule(Strict):
                 )
             if (self.activations == "fp8") != (self.number == "fp8"):
                 raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
+        if self.fallback and not isinstance(self.group_size, int):
+            raise ValueError(f"else needs a group_size that is a number, not {self.group_size}")
+        if self.fallback == "row" and self.activations:
+            raise ValueError("else: row is not possible with activations: fp8 and bits: 4; use else: keep")
         if self.parsed_options().scales_in_loop and scheme.mixed:
             raise ValueError(
                 "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
                 "to the row's largest scale, which is known only after the last group"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _by_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data with `else` only where it is set, so that older recipes keep their digest."""
+        content: dict[str, Any] = dump(self)
+        fallback = content.pop("fallback", content.pop("else", None))
+        return content | ({"else": fallback} if fallback else {})
+
+    def leaves_columns(self, columns: int) -> bool:
+        """Whether the rule has groups that do not divide this number of inputs."""
+        return self.bits != 16 and isinstance(self.group_size, int) and columns % self.group_size != 0
+
+    def or_rows(self) -> "Rule":
+        """The rule with `else: row` if it has groups and no `else`, and allows it."""
+        able = self.bits != 16 and isinstance(self.group_size, int) and not self.activations
+        return self.model_copy(update={"fallback": "row"}) if able and self.fallback is None else self
+
+    def fitted(self, columns: int) -> "Rule":
+        """The rule of a linear with this number of inputs, after `else`."""
+        if self.fallback is None:
+            return self
+        changes: dict[str, Any] = {"fallback": None}
+        if self.leaves_columns(columns):
+            changes |= {"group_size": "row"} if self.fallback == "row" else {"bits": 16}
+        return self.model_copy(update=changes)
 
     def parsed_options(self) -> MethodOptions:
         """The method's options, validated by the method (ValueError lists all problems)."""

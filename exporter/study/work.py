@@ -72,10 +72,19 @@ class StudyModel:
     device: Device
 
     def plan(self, rules: Sequence[Rule]) -> Plan:
-        """The plan of a setting; without rules, everything stays in 16 bits. Raises PlanError if it does not fit."""
+        """The plan of a setting; without rules, everything stays in 16 bits. Raises PlanError if it does not fit.
+
+        Linears whose inputs groups do not divide get one scale per row.
+        """
         full_precision_rules = (Rule(component=self.family.components[0].name, bits=16),)
-        recipe = self.recipe.model_copy(update={"quantize": tuple(rules) or full_precision_rules})
+        recipe = self.recipe.model_copy(
+            update={"quantize": tuple(rule.or_rows() for rule in rules) or full_precision_rules}
+        )
         return make_plan(recipe, self.checkpoint, self.family, self.device)
+
+    def fitted(self, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+        """The rules as a recipe needs them for this plan: with `else: row` if groups do not divide some inputs."""
+        return tuple(rule.or_rows() for rule in rules) if self.plan(rules).fallbacks else tuple(rules)
 
 
 @dataclass(frozen=True)
