@@ -174,6 +174,10 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"text_config__num_labels": 10**9}, r"text_config\.num_labels: expected"),
     ({"num_labels": 10**9}, "num_labels: expected"),
     ({"text_config__hidden_act": "evil"}, "hidden_act: expected gelu or"),
+    ({"bos_token_id": [None]}, "bos_token_id: expected an integer from -1 to 16,777,216 or a list of them, got a list"),
+    ({"eos_token_id": "2"}, "eos_token_id: expected an integer"),
+    ({"text_config__eos_token_id": [2, 10**9]}, r"text_config\.eos_token_id: expected an integer"),
+    ({"text_config__bos_token_id": True}, r"text_config\.bos_token_id: expected .* got true"),
     ({"text_config__tie_word_embeddings": "yes"}, "expected true or false"),
     ({"vision_feature_layer": 10**9}, "vision_feature_layer: 1000000000, but the vision tower has 2 blocks"),
     ({"vision_feature_layer": -4}, "vision_feature_layer: -4"),
@@ -195,6 +199,12 @@ def test_an_invalid_config_is_refused_with_the_field(model: Path, changes: dict[
     with_config(model, **changes)
     with pytest.raises(PlanError, match=reason):
         plan_of(model)
+
+
+@pytest.mark.parametrize("token", [None, -1, 2, [2, 7], []])
+def test_configs_may_have_several_end_tokens_or_none(model: Path, token: Any) -> None:
+    with_config(model, text_config__eos_token_id=token, text_config__bos_token_id=None, bos_token_id=-1)
+    assert plan_of(model).units
 
 
 def test_all_problems_of_a_config_are_reported_at_once(model: Path) -> None:

@@ -113,11 +113,24 @@ def test_answers_are_the_likeliest_words_one_by_one(model: Any, mixed: list[Samp
     assert predictor(model, 2, made).answer([one]) == [made.tokenizer.decode(new, skip_special_tokens=True).strip()]
 
 
-def test_generation_settings_of_the_checkpoint_do_not_matter(model: Any, mixed: list[Sample]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 9.0, "top_k": 5, "num_beams": 1},
+        {"repetition_penalty": 9.0},
+        {"suppress_tokens": list(range(5, 50))},
+        {"no_repeat_ngram_size": 1},
+        {"bos_token_id": [None]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_generation_settings_of_the_checkpoint_do_not_matter(
+    model: Any, mixed: list[Sample], settings: dict[str, Any]
+) -> None:
     before = predictor(model, 3).answer(mixed)
     kept = model.generation_config
     try:
-        model.generation_config = type(kept)(do_sample=True, temperature=9.0, top_k=5, num_beams=1)
+        model.generation_config = type(kept)(**settings)
         assert predictor(model, 3).answer(mixed) == before
     finally:
         model.generation_config = kept

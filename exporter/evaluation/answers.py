@@ -17,7 +17,7 @@ from exporter.events import Event, Listener, ignore
 from exporter.files.writing import make_folder, write_text
 from exporter.tasks.sample import Sample
 
-VERSION = 2  # increase it when the same inputs give other answers, or when the layout of the files changes
+VERSION = 3  # increase it when the same inputs give other answers, or when the layout of the files changes
 ABOUT = "about.json"
 
 Answers = dict[str, list[str]]  # task -> one answer per sample

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exporter.events import Event, Listener, ignore
 from exporter.inference.batch_size import BatchSize
@@ -83,7 +83,8 @@ def _reply(sample: Sample) -> str | None:
 class Predictor:
     """Answers questions with a transformers model and its processor.
 
-    model: on `device`, in evaluation mode. Decoding is greedy, so answers depend only on weights and inputs.
+    model: on `device`, in evaluation mode. Decoding is greedy, so answers depend only on weights and inputs; the model
+    loses the generation settings that transformers takes from its config.json.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Predictor:
         batch_size: int,
         on_event: Listener = ignore,
     ) -> None:
-        self._model = model
+        self._model = _without_generation_settings(model)
         self._processor = processor
         self._family = family
         self._device = device
@@ -178,6 +179,17 @@ class Predictor:
         return GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
         )
+
+
+def _without_generation_settings(model: Any) -> Any:
+    """The model with default generation settings in all its parts.
+
+    transformers uses a model's own settings (repetition penalties, suppressed tokens) where a call passes none.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config = type(module.generation_config)()
+    return model
 
 
 def _smaller(large: int, small: int) -> Event:

@@ -100,6 +100,24 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class TokenIds:
+    """The id of a token, or a list of ids; null or a negative id: the model has no such token."""
+
+    key: str
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """The id or ids in `values`, or None."""
+        return values.get(self.key)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is not an id or a list of ids, or None."""
+        listed = value if isinstance(value, list) else [value]
+        if value is None or all(type(number) is int and -1 <= number <= MAX_ROWS for number in listed):
+            return None
+        return f"expected an integer from -1 to {MAX_ROWS:,} or a list of them, got {kind(value)}"
+
+
+@dataclass(frozen=True)
 class Fraction:
     """A number from 0 to 1, for example a dropout rate."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from exporter.files.strict_json import kind
 from exporter.model.families.component import Component, Config, Inputs, logits
-from exporter.model.families.config_fields import Choice, Field, Number, Section, Values, read_fields
+from exporter.model.families.config_fields import Choice, Field, Number, Section, TokenIds, Values, read_fields
 from exporter.model.families.names import Names
 from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, section, size_of
 
@@ -29,6 +29,8 @@ _EVERYWHERE: tuple[Field, ...] = (
     Choice("dtype", "float32", _DTYPES, null=True),
     Choice("torch_dtype", "float32", _DTYPES, null=True),
     Section("auto_map"),
+    TokenIds("bos_token_id"),
+    TokenIds("eos_token_id"),
 )
 
 
