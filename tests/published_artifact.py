@@ -15,10 +15,12 @@ from exporter.evaluation.evaluate import compare
 from exporter.evaluation.report_file import AnswersRecord, Bootstrap, EvaluationRecord, Report, write_report
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.events import ignore
+from exporter.inference.predict_server import generation
 from exporter.model.families import FAMILIES
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
+from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample
 
 
@@ -77,9 +79,13 @@ def write_scores(folder: Path, after: float, before: float = 0.9, samples: int =
         seed=seed,
         bootstrap=Bootstrap(resamples=RESAMPLES, confidence=CONFIDENCE, seed=seed),
         models={
-            name: AnswersRecord(weights=found or "", processor=processor, backend="transformers")
+            name: AnswersRecord.model_validate(
+                {"weights": found or "", "processor": processor, "backend": "transformers", "dtype": "float32"}
+                | {"generation": {task: generation(artifact.family, task) for task in artifact.family.max_new_tokens}}
+            )
             for name, found in weights.items()
         },
+        scoring={"vqa": dict(TASKS["vqa"].method())},
     )
     report = report.model_copy(update={"evaluation": about})
     write_report(folder, report, None)

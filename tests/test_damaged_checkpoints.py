@@ -185,7 +185,6 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_select_strategy": "some"}, "expected default or full"),
     ({"text_config__model_type": "phi3"}, "its text model is phi3; mmq supports llama, mistral, qwen2, qwen3"),
     ({"vision_config__model_type": "dinov2"}, "its vision tower is dinov2; mmq supports clip_vision_model"),
-    ({"vision_config__model_type": "pixtral"}, "its vision tower is pixtral"),
     ({"vision_config__model_type": 3}, "its vision tower is the number 3"),
     ({"text_config__layer_types": ["full_attention", 3]}, "expected a list of full_attention and sliding_attention"),
     ({"text_config__layer_types": ["full_attention"] * 9}, "layer_types: 9 entries for "),

@@ -31,6 +31,7 @@ from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.proof import prove
+from tests.consistent_edits import CONSISTENT_EDITS
 
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
@@ -528,10 +529,26 @@ EDITS: list[tuple[str, Edit, str]] = [
     ("nothing was compared", lambda f: served(f, compared=None), "no answers were compared"),
     ("nothing was asked", lambda f: served(f, questions=0), "no answers were compared"),
     ("answers that are no numbers", lambda f: served(f)["compared"]["distance"].update(mean=None), "too far"),
+    ("a floor that is no number", lambda f: served(f)["compared"]["floor"].update(mean=None), "are impossible"),
+    ("a mean above the largest", lambda f: served(f)["compared"]["distance"].update(largest=0.0), "are impossible"),
+    ("negative differences", lambda f: served(f)["compared"]["distance"].update(mean=-5.0), "are impossible"),
+    (
+        "fewer tokens than answers",
+        lambda f: served(f)["compared"]["distance"].update(tokens=1),
+        "answers have no tokens",
+    ),
+    ("no control", lambda f: served(f, control=None), "ran without its negative control"),
+    ("a control of nothing", lambda f: served(f)["control"].update(component="x"), "scales of x, which has no packed"),
+    ("one linear in the log", lambda f: served(f, schemes={"CompressedTensorsWNA16": 1}), "for 1 of 16 linears"),
+    ("other schemes in the log", lambda f: served(f, schemes={"Unquantized": 26}), "for 0 of 16 linears"),
 ]
 
 
-@pytest.mark.parametrize(("edit", "fragment"), [edit[1:] for edit in EDITS], ids=[edit[0] for edit in EDITS])
+@pytest.mark.parametrize(
+    ("edit", "fragment"),
+    [edit[1:] for edit in [*EDITS, *CONSISTENT_EDITS]],
+    ids=[edit[0] for edit in [*EDITS, *CONSISTENT_EDITS]],
+)
 def test_an_edited_artifact_is_refused_with_the_reason(files: Files, edit: Edit, fragment: str) -> None:
     edit(files)
     files.write()

@@ -24,9 +24,12 @@ def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     if schemes:
         write = FORMATS[plan.recipe.format].quantization_config
         result["quantization_config"] = write(schemes, kept_modules(plan), plan.recipe.kv_cache)
-    if plan.recipe.kv_cache or any(group.scheme.mixed for group in schemes):
-        result = in_dtype(result, "bfloat16")
-    return result
+    return in_dtype(result, "bfloat16") if needs_bfloat16(plan) else result
+
+
+def needs_bfloat16(plan: Plan) -> bool:
+    """Whether vLLM's kernels for this plan have no other output dtype than bfloat16."""
+    return bool(plan.recipe.kv_cache) or any(group.scheme.mixed for group in groups(plan))
 
 
 def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

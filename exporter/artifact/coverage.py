@@ -1,7 +1,8 @@
 """Check that a manifest is complete, from the artifact's headers and config.json.
 
-`verify` checks only files and linears that the manifest names. The manifest must therefore name every shard, the files
-that determine how weights are read, and every linear that is quantized by its tensors or by the patterns of the config.
+`verify` checks only files and linears that the manifest names. The manifest must therefore name every shard and no
+other weights, the files that determine how weights are read, and every linear that is quantized by its tensors or by
+the patterns of the config.
 """
 
 from exporter.artifact.artifact import Artifact
@@ -22,6 +23,8 @@ def missing_from_manifest(artifact: Artifact) -> list[str]:
     manifest = artifact.manifest
     files = {*NEEDED, *artifact.checkpoint.files()} - manifest.files.keys()
     problems = [f"{name}: not in the manifest" for name in sorted(files)]
+    unread = {name for name in manifest.files if name.endswith(".safetensors")} - {*artifact.checkpoint.files()}
+    problems += [f"{name}: not part of the model, but vLLM would load it" for name in sorted(unread)]
     if not manifest.linears and not manifest.errors:
         problems.append("the manifest names no quantized linear, so it verifies nothing")
     unnamed = _packed(artifact) - manifest.linears.keys()

@@ -101,8 +101,9 @@ class _TransformersModel:
         block = self.model.get_submodule(path)
         before = [(module, dict(module._parameters)) for module in block.modules()]
         problems: list[str] = []
+        counterparts = dict(plain.named_modules())  # without the modules that the quantizer adds, such as a KV cache
         for name, module in block.named_modules():
-            self._fill(f"{path}.{name}" if name else path, module, plain.get_submodule(name), problems)
+            self._fill(f"{path}.{name}" if name else path, module, counterparts.get(name), problems)
         try:
             yield block, problems
         finally:
@@ -110,7 +111,7 @@ class _TransformersModel:
                 module._parameters.clear()
                 module._parameters.update(parameters)
 
-    def _fill(self, path: str, module: nn.Module, plain: nn.Module, problems: list[str]) -> None:
+    def _fill(self, path: str, module: nn.Module, plain: nn.Module | None, problems: list[str]) -> None:
         wide = path.startswith(self._wide)
         scheme = getattr(
             module, "quantization_scheme", None

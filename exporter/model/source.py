@@ -1,5 +1,6 @@
 """Opens a model's checkpoint from its source: an embedded model, a local folder, the hub cache or the hub."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,10 +80,11 @@ def open_source(
     return (narrowed(checkpoint, dtype) if dtype else checkpoint), family
 
 
-def narrowed(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint with float32 tensors read in a 16-bit dtype, and that dtype in its config."""
+def narrowed(checkpoint: Checkpoint, dtype: str, read: Sequence[str] = ("F32",)) -> Checkpoint:
+    """The checkpoint with tensors of the dtypes `read` read in a 16-bit dtype, and that dtype in its config."""
     kind, tensors = DTYPES[{"float16": "F16", "bfloat16": "BF16"}[dtype]], checkpoint.tensors
-    infos = {n: replace(info, dtype=kind) if info.dtype == DTYPES["F32"] else info for n, info in tensors.items()}
+    changed = {DTYPES[name] for name in read} - {kind}
+    infos = {n: replace(info, dtype=kind) if info.dtype in changed else info for n, info in tensors.items()}
     if infos == tensors:
         return checkpoint
     key = "dtype" if "dtype" in checkpoint.config else "torch_dtype"

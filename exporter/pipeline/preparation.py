@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from exporter.artifact.artifact_config import needs_bfloat16
 from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.events import Event, Listener, ignore
@@ -18,6 +19,7 @@ from exporter.planning.recipe import Recipe
 READ_IN_16_BITS = (
     "mmq reads the source's float32 tensors as bfloat16; set `dtype: float16` in the recipe's model section for float16"
 )
+READ_AS_BFLOAT16 = "mmq reads the source's {} tensors as bfloat16: vLLM's kernels for this recipe have no other dtype"
 
 
 def prepare(
@@ -39,12 +41,25 @@ def prepare(
     if remote:
         on_event(Event("prepare", 1, 1, f"looking up {model.repo} on the hub"))
     plan = make_plan(recipe, checkpoint, family, device)
-    if any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows):
-        checkpoint = narrowed(checkpoint, "bfloat16")
-        plan = make_plan(recipe, checkpoint, family, device)
-        plan = replace(plan, warnings=(*plan.warnings, READ_IN_16_BITS))
-    plan = replace(plan, warnings=(*plan.warnings, *check_libraries(checkpoint, family)))
+    checkpoint, notes = _in_served_dtype(plan, checkpoint)
+    plan = make_plan(recipe, checkpoint, family, device) if notes else plan
+    plan = replace(plan, warnings=(*plan.warnings, *notes, *check_libraries(checkpoint, family)))
     return plan, checkpoint
+
+
+def _in_served_dtype(plan: Plan, checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint in the dtype in which the artifact is served, and notes about the change.
+
+    Scales are then rounded to their served values before codes are computed.
+    """
+    wide = any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows)
+    dtypes = {"float32": "F32"} if wide else {}
+    if not needs_bfloat16(plan):
+        return (narrowed(checkpoint, "bfloat16"), (READ_IN_16_BITS,)) if wide else (checkpoint, ())
+    if any(info.dtype == torch.float16 for info in checkpoint.tensors.values()):
+        dtypes["float16"] = "F16"
+    note = READ_AS_BFLOAT16.format(" and ".join(dtypes))
+    return narrowed(checkpoint, "bfloat16", tuple(dtypes.values())), (note,) if dtypes else ()
 
 
 def with_suitable_data(recipe: Recipe) -> Recipe:

@@ -2,5 +2,5 @@
 
 Enters: an artifact, in a folder or in a repository.
 Leaves: a proven repository; differences between two artifacts.
-May import: serving, evaluation, artifact, planning, data, model, demo, tasks, formats, numerics, files.
+May import: serving, evaluation, artifact, planning, inference, data, model, demo, tasks, formats, numerics, files.
 """

@@ -15,6 +15,8 @@ from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan, make_plan
 from exporter.publishing.artifact_summary import Summary
+from exporter.publishing.proof_files import cache_problems
+from exporter.publishing.proof_source import source_problems
 
 
 def plan_problems(summary: Summary, artifact: Artifact) -> list[str]:
@@ -28,6 +30,7 @@ def plan_problems(summary: Summary, artifact: Artifact) -> list[str]:
     except MmqError as error:
         return [f"the artifact does not fit its recipe: {error.message}"]
     problems = [*_of_linears(plan, summary, schemes), *_of_config(plan, artifact), *_of_calibration(plan, summary)]
+    problems += [*cache_problems(plan, artifact), *source_problems(plan, summary, artifact)]
     if recipe.name != manifest.recipe.name:
         problems.append("the manifest and recipe.yaml have different recipe names")
     if not problems:

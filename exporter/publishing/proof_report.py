@@ -1,18 +1,16 @@
 """Compare a report with the figures that follow from its scores of single samples."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from exporter.evaluation.judge import Judgement, judge
-from exporter.evaluation.report_file import AnswerPair, MetricScores, Report, TaskScores
+from exporter.evaluation.report_file import Report
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.planning.recipe import Recipe
+from exporter.publishing.proof_answers import RELATIVE_TOLERANCE, answer_problems, same
 from exporter.tasks import TASKS
 
 MAX_SCORES = {("captioning", "cider"): 10.0}  # all other metrics have scores from 0 to 1
-RELATIVE_TOLERANCE = 1e-9  # the order of summation may differ
-ABSOLUTE_TOLERANCE = 1e-12
 
 
 def score_problems(report: Report, recipe: Recipe) -> list[str]:
@@ -21,7 +19,7 @@ def score_problems(report: Report, recipe: Recipe) -> list[str]:
     if problems:
         return problems  # figures computed from invalid scores give no further information
     judged = judge(report.samples, recipe.gates, recipe.evaluation.seed)
-    return [*_of_figures(report, judged), *_of_rows(report)]
+    return [*_of_figures(report, judged), *_of_corpus(report), *answer_problems(report)]
 
 
 def _of_scores(report: Report, recipe: Recipe) -> Iterator[str]:
@@ -78,7 +76,7 @@ def _of_figures(report: Report, judged: Judgement) -> Iterator[str]:
             f"the report has verdict '{report.verdict}' and passed {str(report.passed).lower()}, but its gates give "
             f"'{judged.verdict}'"
         )
-    if not _same(report.by_kind, judged.by_kind):
+    if not same(report.by_kind, judged.by_kind):
         yield "the report's scores by question type do not follow from its scores"
     if report.counts != judged.counts:
         yield "the report's counts of changed answers do not follow from its scores"
@@ -87,40 +85,26 @@ def _of_figures(report: Report, judged: Judgement) -> Iterator[str]:
 def _differences(what: str, stored: Sequence[Any], computed: Sequence[Any]) -> Iterator[str]:
     for record, expected in zip(stored, computed, strict=True):
         actual, right = record.model_dump(), expected.model_dump()
-        wrong = [key for key in right if not _same(actual[key], right[key])]
+        wrong = [key for key in right if not same(actual[key], right[key])]
         if wrong:
             key = wrong[0]
             name = f"{expected.task} {expected.metric}"
             yield f"the {what} of {name} has {key} {actual[key]}, but the scores give {right[key]}"
 
 
-def _of_rows(report: Report) -> Iterator[str]:
-    """Problems unless the listed answers are samples of the report with the same scores, and include changed ones."""
-    for row in (*report.changed, *report.examples):
-        of_task = report.samples.get(row.task)
-        if of_task is None or row.id not in of_task.ids or not _is_sample(row, of_task):
-            yield f"the report lists an answer to {row.task} {row.id} that does not match its samples"
-            return
-    for task, of_task in report.samples.items():
-        listed = [row.id for row in report.changed if row.task == task]
-        if set(listed) - {of_task.ids[i] for i in of_task.changed} or bool(of_task.changed) > bool(listed):
-            yield f"the listed answers of {task} are not the changed ones"
-
-
-def _is_sample(row: AnswerPair, of_task: TaskScores) -> bool:
-    """Whether picture, question type and scores of a listed answer equal those of its sample."""
-    index = of_task.ids.index(row.id)
-    scores: MetricScores = of_task.scores[TASKS[row.task].METRICS[0]]
-    pair = (scores.before[index], scores.after[index])
-    return (row.image, row.kind, row.scores) == (of_task.pictures[index], of_task.kinds[index], pair)
-
-
-def _same(stored: Any, computed: Any) -> bool:
-    """Whether two values are equal, with a tolerance for floating-point numbers."""
-    if isinstance(stored, dict) and isinstance(computed, dict):
-        return stored.keys() == computed.keys() and all(_same(stored[key], computed[key]) for key in stored)
-    if isinstance(stored, tuple) and isinstance(computed, tuple):
-        return len(stored) == len(computed) and all(map(_same, stored, computed))
-    if isinstance(stored, float) and isinstance(computed, float):
-        return math.isclose(stored, computed, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
-    return bool(stored == computed)
+def _of_corpus(report: Report) -> Iterator[str]:
+    """Corpus scores that are unknown, absent, out of bounds, or differ between models with the same answers."""
+    for task in report.corpus.keys() | report.samples.keys():
+        stored = report.corpus.get(task, {})
+        if task not in report.samples:
+            yield f"the report has corpus scores of {task}, but no scores of its samples"
+            continue
+        required, known = set(TASKS[task].CORPUS) - set(TASKS[task].METRICS), set(TASKS[task].CORPUS)
+        if wrong := sorted((stored.keys() - known) | (required - stored.keys())):
+            yield f"the report's corpus scores of {task} are not those of mmq: {wrong[0]}"
+        for name, (before, after) in stored.items():
+            most = MAX_SCORES.get((task, name), 1.0)
+            if not (0 <= before <= most and 0 <= after <= most):
+                yield f"the report's corpus score {name} of {task} is not within 0 to {most:g}"
+            elif before != after and not report.samples[task].changed:
+                yield f"the report's corpus score {name} of {task} differs, although no answer changed"

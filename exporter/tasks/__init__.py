@@ -26,6 +26,14 @@ class Task(Protocol):
     def METRICS(self) -> tuple[str, ...]:
         """Names of the metrics, main metric first. Higher is better; an empty answer scores 0."""
 
+    @property
+    def ALONE(self) -> tuple[str, ...]:
+        """The metrics whose score of an answer does not depend on the other samples."""
+
+    @property
+    def CORPUS(self) -> tuple[str, ...]:
+        """Names of the scores in `corpus`, without those by kind."""
+
     def method(self) -> Mapping[str, str]:
         """Settings that scores depend on, besides answers and samples; recorded in the report."""
 

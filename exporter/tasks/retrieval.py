@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAME = "retrieval"
 RANKS = (1, 5, 10)
 METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text", "image")))
+ALONE = METRICS
+CORPUS = (*METRICS[1:], "r_mean")
 CANDIDATES = 128
 MOST_WORDS = 50
 

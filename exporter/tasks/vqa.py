@@ -14,6 +14,8 @@ from exporter.tasks.sample import Sample
 
 NAME = "vqa"
 METRICS = ("accuracy",)
+ALONE = METRICS
+CORPUS = METRICS
 
 PEOPLE = 10  # exactly ten references are votes; any other number is a list of accepted answers
 AGREEING = 3  # matching votes for full accuracy
