@@ -135,8 +135,8 @@ MUTATIONS = (
         "calibration",
         "a block with another input is accepted",
         CALLS,
-        "if index and hidden is not self._output:",
-        "if index and hidden is None:",
+        "        if added is None:",
+        "        if hidden is None:",
     ),
     Mutation(
         "calibration",

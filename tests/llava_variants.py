@@ -57,8 +57,8 @@ CLIP = {
 }
 SIGLIP = {
     "model_type": "siglip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,  # vLLM builds a feed-forward in 16 bits that is no multiple of 64 wide
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "image_size": 32,

@@ -20,6 +20,7 @@ from exporter.planning.plan import Plan
 from exporter.planning.recipe import Rule
 from exporter.quantization import calibrate
 from exporter.quantization.block_calls import _tensors, capture_calls
+from exporter.quantization.block_inputs import BlockInputs
 from exporter.quantization.workdir import Workdir
 from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for, llava_config
 from tests.test_calibrate import plan_for
@@ -154,7 +155,11 @@ class Chain(nn.Module):
             output = block(x, mask=mask, bias=bias)
             x = output[0] if isinstance(output, tuple) else output
             if self.between == "adds":
-                x = x + 1
+                x = x + torch.linspace(0, 1, x.shape[-1])
+            if self.between == "scales":
+                x = x * 2
+            if self.between == "mixes":
+                x = x + 0.5 * x.mean(-1, keepdim=True)
             if self.between == "writes":
                 x += 1
             if self.between == "depends":
@@ -200,10 +205,25 @@ def test_blocks_may_return_tuples(tuples: bool) -> None:
     assert torch.equal(hidden, model(x))
 
 
+@pytest.mark.parametrize("tuples", [False, True])
+def test_a_model_may_add_to_the_outputs_of_its_blocks(tuples: bool) -> None:
+    """As DeepStack does; the sum is that of the model, bit for bit."""
+    model, batches = Chain("adds", tuples), [{"x": torch.randn(2, 3, 4)}, {"x": torch.randn(1, 5, 4)}]
+    entries = capture_calls(model, list(model.blocks), batches, lambda m, b: m(**b), "text")
+    for entered, batch in zip(entries, batches, strict=True):
+        inputs = BlockInputs.enter(entered, None, torch.device("cpu"))
+        for block in list(model.blocks)[:-1]:
+            inputs.advance(block, torch.device("cpu"))
+        last = inputs.output(model.blocks[-1], torch.device("cpu"))
+        with torch.no_grad():
+            assert torch.equal(last + torch.linspace(0, 1, 4), model(**batch))
+
+
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        ("adds", "the input of block 1 is not the output of block 0"),
+        ("scales", "the model computes the input of block 1 from the output of block 0|the input of block 1 is not"),
+        ("mixes", "the model computes the input of block 1 from the output of block 0|the input of block 1 is not"),
         ("writes", "modifies block arguments in place"),
         ("masks", "modifies block arguments in place"),
         ("depends", "arguments of block 1 depend on the output"),

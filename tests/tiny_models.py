@@ -117,5 +117,6 @@ def tiny_inputs(
     texts[-1] = texts[-1][:-2]
     texts = [f"{(tiny.prompt or '').strip()}{text}" for text in texts]
     side = "right" if family.image_token(config) is None else "left"
-    made = processor(images=pictures, text=texts, padding=True, padding_side=side, return_tensors="pt")
+    images = [[picture] for picture in pictures] if family.nested else pictures
+    made = processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}

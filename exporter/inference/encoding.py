@@ -54,7 +54,7 @@ def encode(
     text contains the placeholder of a picture.
     """
     texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
-    images = [sample.image() for sample in samples]
+    images = [[sample.image()] if family.nested else sample.image() for sample in samples]
     options = {"padding": True, "padding_side": side, "return_tensors": "pt"}
     options["add_special_tokens"] = _adds_start(processor, texts[0])
     try:

@@ -89,7 +89,7 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             with _step("encode", ENCODE_SECONDS):
                 prompt = _render(processor, request["text"]) if rendered else request["fallback"]
-                reply |= _encode(processor, prompt)
+                reply |= _encode(processor, prompt, request.get("nested", False))
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
@@ -106,18 +106,21 @@ def _render(processor: Any, text: str) -> str:
     return prompt
 
 
-def _encode(processor: Any, prompt: str) -> dict[str, Any]:
+def _encode(processor: Any, prompt: str, nested: bool) -> dict[str, Any]:
     """Token ids of one small picture with a prompt, and the shape of its pixels.
 
-    padded: token ids of prompts and replies of two lengths, padded on both sides as in `encoding`.
+    nested: whether the processor takes a list of pictures for every text. padded: token ids of prompts and replies of
+    two lengths, padded on both sides as in `encoding`.
     """
     import numpy as np
     from PIL import Image
 
     for key, side in dict(getattr(processor.image_processor, "size", None) or {}).items():
-        if isinstance(side, int) and side > LARGEST_SIDE:
-            raise ValueError(f"size.{key} of its pictures: {side} exceeds the limit of {LARGEST_SIDE}")
-    picture = Image.new("RGB", (48, 36), "gray")
+        most = LARGEST_SIDE**2 if hasattr(processor.image_processor, "merge_size") else LARGEST_SIDE  # Qwen's: an area
+        if isinstance(side, int) and side > most:
+            raise ValueError(f"size.{key} of its pictures: {side} exceeds the limit of {most}")
+    gray = Image.new("RGB", (48, 36), "gray")
+    picture = [gray] if nested else gray
     inputs = processor(images=[picture], text=[prompt], return_tensors="np")
     ids = np.asarray(inputs["input_ids"]).reshape(-1)
     if len(ids) > MAX_TOKENS:

@@ -28,7 +28,11 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
         return ("the model folder has no processor, which calibration and evaluation need",)
     config = checkpoint.config
     expected = family.processor_fields(config)
-    request = {"text": family.text(None if "captioning" in family.tasks else "a"), "fields": sorted(expected)}
+    request = {
+        "text": family.text(None if "captioning" in family.tasks else "a"),
+        "fields": sorted(expected),
+        "nested": family.nested,
+    }
     fallback = family.fallback_prompt.format(text=request["text"])
     inspection = inspect(checkpoint.folder, **request, fallback=fallback, rows=family.vocabulary(config))
     if inspection.failure:

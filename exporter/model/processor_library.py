@@ -26,6 +26,15 @@ def load_library(folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+class NoVideos(dict[str, Any]):
+    """Takes the place of a processor's video half: every setting is None, and none is saved."""
+
+    def __getattr__(self, name: str) -> None:
+        """No setting."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _without_videos() -> Iterator[None]:
     """Let processors be built without a video processor inside the `with` block."""
@@ -43,7 +52,7 @@ def _without_videos() -> Iterator[None]:
         return None if name == "video_processor" else check(self, name, argument)
 
     ProcessorMixin.check_argument_for_proper_class = check_others
-    AutoVideoProcessor.from_pretrained = classmethod(lambda cls, *args, **kwargs: None)
+    AutoVideoProcessor.from_pretrained = classmethod(lambda cls, *args, **kwargs: NoVideos())
     processing_smolvlm.num2words = words or str  # only prompts about videos call it
     try:
         yield

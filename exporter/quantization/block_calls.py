@@ -1,13 +1,14 @@
 """Records the arguments that a model's forward pass gives to each block of a component.
 
 Calibration later runs the blocks one at a time, each on the output of the previous block. That equals the model's
-forward pass only if the model passes hidden states between blocks unchanged, and if the other arguments (masks, rotary
-embeddings, windows) do not depend on the hidden states. This module checks both conditions with stub blocks that return
-their input, so it needs no block weights. CalibrationError when a model does not fulfil them.
+forward pass only if the model passes hidden states between blocks unchanged, or adds a tensor that does not depend on
+them (DeepStack adds features of the picture), and if the other arguments (masks, rotary embeddings, windows) do not
+depend on them either. This module checks these conditions with stub blocks, so it needs no block weights.
+CalibrationError when a model does not fulfil them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -27,11 +28,13 @@ class BlockCall:
     """The arguments of one call of a block, without the hidden states.
 
     named: whether the hidden states were passed as `hidden_states=` instead of as the first argument.
+    added: what the model adds to the previous block's output before this call, of the same shape; None: nothing.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     named: bool
+    added: Tensor | None = None
 
     def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call `block` with these arguments and the given hidden states."""
@@ -52,6 +55,10 @@ class _NotAChain(Exception):
     """The model does more between its blocks than pass the hidden states from one to the next."""
 
 
+class _Between(_NotAChain):
+    """The model changes the hidden states between its blocks."""
+
+
 def capture_calls(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]], run: Run, component: str
 ) -> Iterator[ChainInput]:
@@ -62,13 +69,13 @@ def capture_calls(
     CalibrationError when running the blocks one after the other would not equal the model's forward pass, and when the
     forward pass fails.
     """
-    tuples: bool | None = None
+    tuples, adds = None, False
     for batch in batches:
         try:
             if tuples is None:
-                tuples, entered = _first_pass(model, blocks, batch, run)
+                tuples, adds, entered = _first_pass(model, blocks, batch, run)
             else:
-                entered = _one_pass(model, blocks, batch, run, tuples)
+                entered = _one_pass(model, blocks, batch, run, tuples, adds=adds)
         except _NotAChain as error:
             raise CalibrationError(
                 f"component '{component}' cannot be calibrated block by block: {error}",
@@ -88,24 +95,39 @@ def capture_calls(
 
 def _first_pass(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Tensor], run: Run
-) -> tuple[bool, ChainInput]:
-    """Whether the model expects tuples from its blocks, and the blocks' input for this batch.
+) -> tuple[bool, bool, ChainInput]:
+    """Whether the model expects tuples from its blocks, whether it adds to their outputs, and the input for this batch.
 
-    Runs a second pass with changed hidden states to check that the other arguments do not depend on them.
+    Runs a second pass with other hidden states to check that nothing else depends on them.
     """
+    adds = False
     try:
         tuples, entered = False, _one_pass(model, blocks, batch, run, tuples=False)
     except (_NotAChain, *FAILURES) as first:
         try:
-            tuples, entered = True, _one_pass(model, blocks, batch, run, tuples=True)
+            tuples, adds, entered = _second_try(model, blocks, batch, run, first)
         except (_NotAChain, *FAILURES):
             raise first from None
     if len(blocks) > 1:
-        other = _one_pass(model, blocks, batch, run, tuples, lambda hidden: hidden + 1)
+        expected = [call.added for call in entered.calls] if adds else None
+        other = _one_pass(model, blocks, batch, run, tuples, change=lambda hidden: hidden + 1, expected=expected)
         for i, (call, changed) in enumerate(zip(entered.calls, other.calls, strict=True)):
             if not _equal((call.args, call.kwargs), (changed.args, changed.kwargs)):
                 raise _NotAChain(f"arguments of block {i} depend on the outputs of earlier blocks")
-    return tuples, entered
+    return tuples, adds, entered
+
+
+def _second_try(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Tensor], run: Run, first: Exception
+) -> tuple[bool, bool, ChainInput]:
+    """`_first_pass` for a model that failed with `first`: one that expects tuples, or adds to its blocks' outputs."""
+    tuples = False
+    if not isinstance(first, _Between):
+        try:
+            return True, False, _one_pass(model, blocks, batch, run, tuples=True)
+        except _Between:
+            tuples = True
+    return tuples, True, _one_pass(model, blocks, batch, run, tuples, adds=True)
 
 
 def _one_pass(
@@ -115,9 +137,15 @@ def _one_pass(
     run: Run,
     tuples: bool,
     change: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    adds: bool = False,
+    expected: Sequence[Tensor | None] | None = None,
 ) -> ChainInput:
-    """One forward pass with stubs: block 0 returns `change(input)`, every other block returns its input."""
-    recorder = _Recorder(len(blocks), tuples, change)
+    """One forward pass with stubs: block 0 returns `change(input)`, every other block returns its input.
+
+    adds: every block returns zeros instead, so that the next block's input is what the model added to them. expected:
+    this was added; every block returns other values, and `_NotAChain` is raised when their sum is not the next input.
+    """
+    recorder = _Recorder(len(blocks), tuples, change, adds, expected)
     with replaced_forwards([(block, recorder.stub(i)) for i, block in enumerate(blocks)]):
         run_until_stopped(run, model, batch)
     return recorder.result()
@@ -126,15 +154,23 @@ def _one_pass(
 class _Recorder:
     """Records the calls of `count` blocks during one pass, and checks that each block reads the previous one's output.
 
-    tuples: whether a stub returns its output in a tuple. change: applied to the hidden states by block 0.
+    tuples: whether a stub returns its output in a tuple. change, adds, expected: see `_one_pass`.
     """
 
-    def __init__(self, count: int, tuples: bool, change: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        count: int,
+        tuples: bool,
+        change: Callable[[Tensor], Tensor],
+        adds: bool,
+        expected: Sequence[Tensor | None] | None,
+    ) -> None:
         self._count, self._tuples, self._change = count, tuples, change
+        self._adds, self._expected = adds, expected
         self._calls: list[BlockCall] = []
         self._versions: list[tuple[Tensor, int]] = []  # argument tensors and their in-place version counters
         self._first_input: Tensor | None = None
-        self._output: Tensor | None = None  # of every stub
+        self._output: Tensor | None = None  # of the last stub
 
     def stub(self, index: int) -> Callable[..., Any]:
         """The forward function that replaces that of block `index`."""
@@ -148,17 +184,41 @@ class _Recorder:
         hidden, call = _split(args, kwargs)
         if index != len(self._calls):
             raise _NotAChain(f"the model runs block {index} where block {len(self._calls)} is expected")
-        if index and hidden is not self._output:
-            raise _NotAChain(f"the input of block {index} is not the output of block {index - 1}")
+        if index:
+            call = replace(call, added=self._added(index, hidden))
+        else:
+            self._first_input = hidden
         self._calls.append(call)
         tensors = list(_tensors((call.args, call.kwargs)))
-        if index == 0:
-            self._first_input, self._output = hidden, self._change(hidden)
+        if index == 0 or self._adds or self._expected:
+            self._output = self._stub_output(index, hidden)
             tensors.append(self._output)
         self._versions += [(tensor, tensor._version) for tensor in tensors]
         if index + 1 == self._count:
             raise ForwardStopped
         return (self._output,) if self._tuples else self._output
+
+    def _stub_output(self, index: int, hidden: Tensor) -> Tensor:
+        if self._adds:
+            return torch.zeros_like(hidden)
+        if self._expected:
+            return torch.sin(torch.arange(hidden.numel(), device=hidden.device) + index).to(hidden).view(hidden.shape)
+        return self._change(hidden)
+
+    def _added(self, index: int, hidden: Tensor) -> Tensor | None:
+        """What the model added to the last output; None for nothing."""
+        last = self._output
+        if hidden is last:
+            return None
+        assert last is not None
+        if self._adds and hidden.shape == last.shape and hidden.dtype == last.dtype:
+            return hidden
+        added = self._expected[index] if self._expected else None
+        if added is None:
+            raise _Between(f"the input of block {index} is not the output of block {index - 1}")
+        if not torch.equal(last + added, hidden):
+            raise _NotAChain(f"the model computes the input of block {index} from the output of block {index - 1}")
+        return added
 
     def result(self) -> ChainInput:
         """The recorded input; `_NotAChain` when the pass ended early or modified a recorded tensor in place."""

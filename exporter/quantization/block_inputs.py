@@ -6,7 +6,7 @@ excluded.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ class BlockInputs:
     ) -> "BlockInputs":
         """The input of a component's first block; the hidden states are stored on the device `store`."""
         counted = entered.hidden.shape[:-1].numel() if weights is None else int((weights > 0).sum())
-        inputs = cls(entered.hidden, entered.calls, weights, upstream or Cleaning(), counted)
+        calls = tuple(replace(c, added=None if c.added is None else c.added.to(store)) for c in entered.calls)
+        inputs = cls(entered.hidden, calls, weights, upstream or Cleaning(), counted)
         inputs._keep(entered.hidden, store)
         return inputs
 
@@ -96,6 +97,8 @@ class BlockInputs:
         """Run the block and make its output the input of the next block."""
         output = self.output(block, device)
         self.calls = self.calls[1:]
+        if (added := self.calls[0].added) is not None:
+            output = output + added.to(device)
         self._keep(output, self.hidden.device)
 
     def _keep(self, hidden: Tensor, store: torch.device) -> None:

@@ -15,7 +15,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Component
 from exporter.planning.plan import Plan, Unit
 from exporter.quantization.block import Block
-from exporter.quantization.block_inputs import check_excluded, mark_noted
+from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted
 from exporter.quantization.block_io import BlockIO
 from exporter.quantization.component_inputs import first_block_inputs
 from exporter.quantization.smoothing import Folding
@@ -65,7 +65,10 @@ def walk(
     calibrated = [unit.block for unit in units if unit.needs_statistics]
     names = [component.block(i) for i in range(component.used(io.checkpoint.config))]
     count = 1 + max((names.index(block) for block in calibrated), default=-1)
-    inputs = first_block_inputs(io, component, count, batches) if count else []
+    if not component.chained:
+        yield from _walk_apart(io, component, units, batches, sequential)
+        return
+    inputs = first_block_inputs(io, component, names[:count], batches) if count else []
     noted = {unit.block for unit in (*io.plan.units, *units)}  # their notes report tokens excluded before them
     for i, name in enumerate(names[:count]):
         tensors = io.tensors_under(name)
@@ -87,3 +90,21 @@ def walk(
     for unit in units:
         if unit.block not in names[:count]:
             yield Block(io, component, unit)
+
+
+def _walk_apart(
+    io: BlockIO, component: Component, units: Sequence[Unit], batches: Sequence[Batch], sequential: bool
+) -> Iterator[Block]:
+    """`walk` for a component whose blocks each have an input of their own, from upstream of the component."""
+    for block in dict.fromkeys(unit.block for unit in units):
+        own = [unit for unit in units if unit.block == block]
+        inputs: list[BlockInputs] = []
+        if any(unit.needs_statistics for unit in own):
+            inputs = first_block_inputs(io, component, [block], batches)
+            io.stream.load(io.tensors_under(block), io.read)
+        for unit in own:
+            yield Block(io, component, unit, inputs)
+            if inputs and not sequential:
+                io.stream.load(io.tensors_under(block), io.read)
+        if inputs:
+            io.stream.unload(io.tensors_under(block))

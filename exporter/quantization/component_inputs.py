@@ -16,11 +16,13 @@ from exporter.quantization.block_inputs import BlockInputs, Cleaning, check_excl
 from exporter.quantization.block_io import BlockIO
 
 
-def first_block_inputs(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> list[BlockInputs]:
-    """Run everything upstream of the component on all batches, and return the inputs of its first block.
+def first_block_inputs(
+    io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]
+) -> list[BlockInputs]:
+    """Run everything upstream of the component on all batches, and return the inputs of its block `names[0]`.
 
-    count: the number of the component's blocks that will run. CalibrationError without batches, and when too many
-    tokens are not finite.
+    names: the component's blocks that will run, each on the output of the previous one. CalibrationError without
+    batches, and when too many tokens are not finite.
     """
     if not batches:
         raise CalibrationError("the recipe's methods need calibration data, but there are no samples")
@@ -30,27 +32,31 @@ def first_block_inputs(io: BlockIO, component: Component, count: int, batches: S
     unused = [part.block(i) for part in upstream for i in range(part.used(config), part.stored(config))]
     downstream = [part.blocks.partition("{i}")[0] for part in family.components[position:]]
     skipped = (*downstream, *(f"{block}." for block in unused))
-    names = [
+    loaded = [
         name
         for name in io.checkpoint.tensors
         if not name.startswith(skipped) and not family.reason_kept(name.removesuffix(".weight"))
     ]
-    io.stream.load(names, io.read)
-    with replaced_forwards([(io.stream.module(block), _identity) for block in unused]):
-        inputs = list(_inputs_by_batch(io, component, count, batches))
-    io.stream.unload(names)
-    check_excluded(component.block(0), inputs)
+    io.stream.load(loaded, io.read)
+    later = [part.block(i) for part in family.components[position:] for i in range(part.used(config))]
+    skipped_blocks = [*unused, *(block for block in later if block not in names)]
+    with replaced_forwards([(io.stream.module(block), _identity) for block in skipped_blocks]):
+        inputs = list(_inputs_by_batch(io, component, names, batches))
+    io.stream.unload(loaded)
+    check_excluded(names[0], inputs)
     return inputs
 
 
 def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """Forward function that replaces an upstream block whose output is not used."""
+    """Forward function that replaces a block whose output is not used."""
     return hidden_states
 
 
-def _inputs_by_batch(io: BlockIO, component: Component, count: int, batches: Sequence[Batch]) -> Iterator[BlockInputs]:
-    """The inputs of the component's first block: for each pass of the component, for each batch."""
-    blocks = [io.stream.module(component.block(i)) for i in range(count)]
+def _inputs_by_batch(
+    io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]
+) -> Iterator[BlockInputs]:
+    """The inputs of the component's block `names[0]`: for each pass of the component, for each batch."""
+    blocks = [io.stream.module(name) for name in names]
     store = io.device.torch_device if _fits(io) else torch.device("cpu")
     image, vision = image_token(io.stream.model.config), io.plan.recipe.calibration.vision_weight
     pictures = image is not None or vision == 1

@@ -72,6 +72,45 @@ def llava_next(text: dict[str, Any], **top: Any) -> dict[str, Any]:
     return llava("LlavaNextForConditionalGeneration", "llava_next", text, CLIP, **settings, **top)
 
 
+def smolvlm(
+    architecture: str, model_type: str, text: tuple[int, ...], vision: Config, scale: int, **top: Any
+) -> Config:
+    """config.json of an Idefics 3 or SmolVLM. text: width, feed-forward, blocks, heads, and heads of keys."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    words = dict(zip(names, text, strict=True)) | {"model_type": "llama", "head_dim": 64, "vocab_size": 49280}
+    words |= {"max_position_embeddings": 8192, "pad_token_id": 2, "rms_norm_eps": 1e-05, "rope_theta": 100000}
+    return {
+        "architectures": [architecture],
+        "image_token_id": 49190,
+        "model_type": model_type,
+        "pad_token_id": 2,
+        "scale_factor": scale,
+        "text_config": words,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vision_config": vision,
+        **top,
+    }
+
+
+BASE_512 = {
+    "hidden_size": 768,
+    "image_size": 512,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "patch_size": 16,
+}
+SO400M = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+SMOL, IDEFICS = "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"
+
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
     "llava-hf--llava-v1.6-mistral-7b-hf": (
         llava_next(
@@ -170,6 +209,18 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
         ),
         PIXTRAL,
     ),
+    "HuggingFaceTB--SmolVLM-256M-Instruct": (
+        smolvlm(IDEFICS, "idefics3", (576, 1536, 30, 9, 3), {"model_type": "idefics3", **BASE_512}, 4),
+        (),
+    ),
+    "HuggingFaceTB--SmolVLM2-500M-Video-Instruct": (
+        smolvlm(SMOL, "smolvlm", (960, 2560, 32, 15, 5), {"model_type": "smolvlm_vision", **BASE_512}, 4),
+        (),
+    ),
+    "HuggingFaceTB--SmolVLM2-2.2B-Instruct": (
+        smolvlm(SMOL, "smolvlm", (2048, 8192, 24, 32, 32), {"model_type": "smolvlm_vision", **SO400M}, 3),
+        (),
+    ),
 }
 TOTALS = {
     "llava-hf--llava-v1.6-mistral-7b-hf": 7_566_747_648,
@@ -177,6 +228,9 @@ TOTALS = {
     "llava-hf--llama3-llava-next-8b-hf": 8_355_276_800,
     "llava-hf--llava-onevision-qwen2-7b-ov-hf": 8_030_348_832,
     "mistral-community--pixtral-12b": 12_682_739_712,
+    "HuggingFaceTB--SmolVLM-256M-Instruct": 256_484_928,
+    "HuggingFaceTB--SmolVLM2-500M-Video-Instruct": 507_482_304,
+    "HuggingFaceTB--SmolVLM2-2.2B-Instruct": 2_246_784_880,
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 

@@ -1,6 +1,6 @@
 """The model families that mmq supports. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
 
-from exporter.model.families import blip2, llava, llava_next, llava_onevision
+from exporter.model.families import blip2, idefics3, llava, llava_next, llava_onevision
 from exporter.model.families.component import Component, Pass
 from exporter.model.families.family import Family
 from exporter.model.families.parts.part import Smoothing
@@ -9,6 +9,8 @@ FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
     "llava-next": llava_next.FAMILY,
     "llava-onevision": llava_onevision.FAMILY,
+    "idefics3": idefics3.FAMILY,
+    "smolvlm": idefics3.SMOLVLM,
     "blip2": blip2.FAMILY,
     "blip2-itm": blip2.RETRIEVAL,
 }

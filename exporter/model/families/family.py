@@ -56,6 +56,7 @@ class Family:
     flat: objects of config.json whose keys may be at the top level instead.
     misfits: problems between fields of different objects.
     varies: whether the number of image tokens depends on the picture.
+    nested: whether the processor takes a list of pictures for every text.
     processor_fields: settings of the processor that follow from config.json.
     image_marker: the placeholder of a picture in prompts.
     reply_end: the text that ended replies in training: None for the tokenizer's end token, "" for no text.
@@ -90,6 +91,7 @@ class Family:
     flat: tuple[str, ...] = ()
     misfits: Callable[[Sizes], list[str]] = lambda sizes: []
     varies: bool = False
+    nested: bool = False
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     image_marker: str = "<image>"
     reply_end: str | None = None

@@ -165,7 +165,7 @@ SIGLIP = Part(
     _siglip,
     _ENCODER,
     _misfits,
-    {"model_type": "siglip_vision_model", **_TINY, "vision_use_head": False},
+    {"model_type": "siglip_vision_model", **_TINY, "intermediate_size": 128, "vision_use_head": False},
     {"vision_feature_select_strategy": "full"},  # it has no class token to drop
     inner="vision_model",
 )
