@@ -1,8 +1,8 @@
-"""Damaged model folders, adapters, data and pictures by seed: each must end in one error of mmq's own, or work.
+"""Damaged model folders, adapters, data and pictures, by seed: each must end in one MmqError, or work.
 
     python -m bench.attack --count 3000 --jobs 1
     python -m bench.attack --only config:17          # one mutation again, with its traceback
-    python -m bench.attack --table LOG [LOG ...]     # the table of finished runs, from what --log wrote
+    python -m bench.attack --table LOG [LOG ...]     # the table of finished runs, from the files of --log
 
 Workers try mutations one after the other; one that dies or does not answer in time is replaced. Outcomes: `refused`
 by an MmqError of one message; `works`: the plan was made, the model was read whole and it answered; `late`: an MmqError
@@ -25,7 +25,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 OUTCOMES = ("refused", "works", "late", "traceback", "hang", "died")
-SECONDS = 120  # of wall time for one mutation: the helper that loads processors has limits of its own
+SECONDS = 120  # of wall time for one mutation; the process that loads processors has its own limits
 MOST_CHARACTERS = 3000  # of a message
 
 
@@ -51,20 +51,20 @@ def attempt(case: Case, folder: Path) -> Result:
     from exporter.errors import MmqError
 
     shutil.rmtree(folder, ignore_errors=True)
-    place = folder / "input"
-    place.mkdir(parents=True)
+    source = folder / "input"
+    source.mkdir(parents=True)
     kind = KINDS[case.kind]
-    kind.damage(place, Random(f"{case.seed}:{case.kind}:{case.number}"))
+    kind.damage(source, Random(f"{case.seed}:{case.kind}:{case.number}"))
     accepted: list[bool] = []
     try:
-        kind.attempt(place, lambda: accepted.append(True))
+        kind.attempt(source, lambda: accepted.append(True))
     except MmqError as error:
         message = f"{error.message}\n{error.hint or ''}"
         message.encode()
         if len(message) > MOST_CHARACTERS or not error.message.strip():
             return Result(case, "traceback", f"a message of {len(message)} characters: {message[:200]}")
         return Result(case, "late" if accepted else "refused", error.message)
-    except Exception:  # noqa: BLE001 (these are what is looked for)
+    except Exception:  # noqa: BLE001 (the attack looks for these)
         return Result(case, "traceback", traceback.format_exc())
     return Result(case, "works")
 
@@ -97,11 +97,11 @@ class Worker:
         self._process.start()
         child_pipe.close()
         self.case: Case | None = None
-        self.since = 0.0
+        self.started = 0.0
 
-    def give(self, case: Case) -> None:
+    def submit(self, case: Case) -> None:
         """Start a case."""
-        self.case, self.since = case, time.monotonic()
+        self.case, self.started = case, time.monotonic()
         self.pipe.send(case)
 
     def result(self) -> Result | None:
@@ -118,7 +118,7 @@ class Worker:
             ended = Result(case, "died", f"exit code {self._process.exitcode}")
             self._start()
             return ended
-        if time.monotonic() - self.since < SECONDS:
+        if time.monotonic() - self.started < SECONDS:
             return None
         self.close()
         self._start()
@@ -151,7 +151,7 @@ def attack(waiting: list[Case], jobs: int) -> Iterator[Result]:
             while waiting or any(worker.case for worker in workers):
                 for worker in workers:
                     if worker.case is None and waiting:
-                        worker.give(waiting.pop())
+                        worker.submit(waiting.pop())
                 busy = [worker for worker in workers if worker.case]
                 wait([worker.pipe for worker in busy], timeout=1)
                 yield from filter(None, [worker.result() for worker in busy])
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", metavar="KIND[:NUMBER]")
     parser.add_argument("--log", type=Path, help="every result as a line of JSON")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="LOG", help="attack nothing, show the table of these")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="LOG", help="only print the table of these logs")
     options = parser.parse_args()
     if options.table:
         return print(table([result for path in options.table for result in from_log(path)]))

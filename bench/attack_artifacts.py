@@ -30,39 +30,39 @@ VALUES = ("max_drop", "passed", "lost", "files", "linears", "schemes", "samples"
 
 @cache
 def proven() -> Path:
-    """An exported artifact of a tiny model that may be published; made once in a process."""
+    """An exported, publishable artifact of a tiny model; exported once per process."""
     folder = Path(tempfile.mkdtemp(prefix="mmq-attack-artifact-"))
     atexit.register(shutil.rmtree, folder, True)
-    made = tiny_artifact(folder / NAME, tiny_model(folder / "model"))
-    write_scores(made, after=0.75, before=0.75, samples=SAMPLES)
-    return made
+    artifact = tiny_artifact(folder / NAME, tiny_model(folder / "model"))
+    write_scores(artifact, after=0.75, before=0.75, samples=SAMPLES)
+    return artifact
 
 
 def damage_artifact(folder: Path, random: Random) -> None:
-    """Its weights or their header, its config.json, or a file that is gone."""
-    place = Path(shutil.copytree(proven(), folder / NAME))
-    what = random.choice(("header", "weights", "config", "config", "recipe", "gone"))
-    path = place / {"config": "config.json", "recipe": "recipe.yaml"}.get(what, "model.safetensors")
+    """Damage weights, header, config.json or recipe, or remove a file."""
+    artifact = Path(shutil.copytree(proven(), folder / NAME))
+    part = random.choice(("header", "weights", "config", "config", "recipe", "removed"))
+    path = artifact / {"config": "config.json", "recipe": "recipe.yaml"}.get(part, "model.safetensors")
     raw = path.read_bytes()
-    if what == "gone":
-        random.choice(sorted(place.iterdir())).unlink()
-    elif what == "config":
+    if part == "removed":
+        random.choice(sorted(artifact.iterdir())).unlink()
+    elif part == "config":
         path.write_bytes(damaged_json(json.loads(raw), random, ("quantization_config", "dtype", "config_groups")))
-    elif what == "header":
+    elif part == "header":
         (length,) = struct.unpack("<Q", raw[:8])
-        made = damaged_json(json.loads(raw[8 : 8 + length]), random, ("dtype", "shape", "data_offsets"))
-        path.write_bytes(struct.pack("<Q", len(made)) + made + raw[8 + length :])
+        header = damaged_json(json.loads(raw[8 : 8 + length]), random, ("dtype", "shape", "data_offsets"))
+        path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
     else:
         path.write_bytes(damaged_bytes(raw, random))
 
 
 def damage_manifest(folder: Path, random: Random) -> None:
-    """Its manifest."""
+    """Damage the manifest."""
     _damage(folder, MANIFEST, random)
 
 
 def damage_report(folder: Path, random: Random) -> None:
-    """Its report: scores, verdicts, what was measured."""
+    """Damage the report: scores, verdicts, measurements."""
     _damage(folder, REPORT, random)
 
 
@@ -72,12 +72,12 @@ def _damage(folder: Path, name: str, random: Random) -> None:
 
 
 def try_artifact(folder: Path, accepted: Callable[[], None]) -> None:
-    """Compare it with what it was, show its report, prove it, and make what `mmq publish` would send."""
-    place = folder / NAME
-    shown = read_summary(NAME, folder_reader(place))
-    difference(read_summary(NAME, folder_reader(proven())), shown)
-    html(collect(shown, {}))
-    summary, problems = prove(place, choose("cpu"), ignore)
-    repository.refuse_unproven(place, problems)
+    """Compare it with the undamaged artifact, render its report, prove it, and build the files of `mmq publish`."""
+    artifact = folder / NAME
+    damaged = read_summary(NAME, folder_reader(artifact))
+    difference(read_summary(NAME, folder_reader(proven())), damaged)
+    html(collect(damaged, {}))
+    summary, problems = prove(artifact, choose("cpu"), ignore)
+    repository.refuse_unproven(artifact, problems)
     accepted()
-    repository.package(place, summary, "me/x", CardDeclarations(), problems, None)
+    repository.package(artifact, summary, "me/x", CardDeclarations(), problems, None)

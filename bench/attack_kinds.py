@@ -1,4 +1,4 @@
-"""What `bench.attack` damages: each kind writes a damaged input into a folder, and tries it as mmq would."""
+"""The kinds of inputs that `bench.attack` damages: how each is damaged, and how mmq uses it."""
 
 import io
 import json
@@ -51,8 +51,8 @@ PICTURES = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 class Kind:
     """One kind of input.
 
-    about: what is damaged. share: of all mutations. damage: writes a damaged input. attempt: what mmq does with it; it
-    calls its second argument once the input counts as accepted.
+    about: what is damaged. share: of all mutations. damage: writes a damaged input. attempt: uses the input as mmq
+    does, and calls its second argument once mmq has accepted the input.
     """
 
     about: str
@@ -80,7 +80,7 @@ def try_model(folder: Path, accepted: Callable[[], None]) -> None:
     plan, checkpoint = prepare(recipe, choose("cpu"), headers_only=True)
     accepted()
     family = plan.family
-    whole = load_whole(
+    model_with_weights = load_whole(
         family, checkpoint.config, list(checkpoint.tensors), checkpoint.read, torch.device("cpu"), torch.float32
     )
     processor = load_processor(model)
@@ -89,9 +89,9 @@ def try_model(folder: Path, accepted: Callable[[], None]) -> None:
     long = Sample("t", picture, "what does the \u6f22\U0001fae0 on the left of it look like?", ("a red square",))
     inputs = encode(processor, family, [short, long], ["red", "a red square"], "right")
     with torch.inference_mode():
-        family.outputs(whole, inputs)
+        family.outputs(model_with_weights, inputs)
     if "vqa" in family.tasks:
-        predictor = Predictor(whole, processor, family, torch.device("cpu"), 2)
+        predictor = Predictor(model_with_weights, processor, family, torch.device("cpu"), 2)
         predictor.answer([short, long])
         predictor.log_likelihood([short, long])
 
@@ -102,11 +102,11 @@ def _header(folder: Path, random: Random) -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     header, rest = raw[8 : 8 + length], raw[8 + length :]
     if random.random() < 0.2:
-        whole = damaged_bytes(raw[: 8 + length], random) + rest
+        content = damaged_bytes(raw[: 8 + length], random) + rest
     else:
-        made = damaged_json(json.loads(header), random, ("dtype", "shape", "data_offsets", "__metadata__"))
-        whole = struct.pack("<Q", len(made)) + made + rest
-    path.write_bytes(whole[: len(whole) - random.choice((0, 0, 0, 1, 999))])
+        damaged = damaged_json(json.loads(header), random, ("dtype", "shape", "data_offsets", "__metadata__"))
+        content = struct.pack("<Q", len(damaged)) + damaged + rest
+    path.write_bytes(content[: len(content) - random.choice((0, 0, 0, 1, 999))])
 
 
 def _index(folder: Path, random: Random) -> None:
@@ -115,8 +115,8 @@ def _index(folder: Path, random: Random) -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     names = [name for name in json.loads(raw[8 : 8 + length]) if name != "__metadata__"]
     index = {"metadata": {"total_size": len(raw)}, "weight_map": dict.fromkeys(names, "model.safetensors")}
-    made = damaged_json(index, random, ("weight_map", names[0], "model.bin"))
-    (model / "model.safetensors.index.json").write_bytes(made)
+    damaged = damaged_json(index, random, ("weight_map", names[0], "model.bin"))
+    (model / "model.safetensors.index.json").write_bytes(damaged)
 
 
 def _config(folder: Path, random: Random) -> None:
@@ -149,7 +149,7 @@ def _other_tokenizer(folder: Path, random: Random) -> None:
         )
     )
     more = ("unk_token", "unk_id", "merges", "byte_fallback", "padding", "truncation", "decoder")
-    raw = content if random.random() < 0.3 else content["model"]  # most damage to what the kinds differ in
+    raw = content if random.random() < 0.3 else content["model"]  # most damage hits the part in which the kinds differ
     damaged = damaged_json(raw, random, more)
     path.write_bytes(damaged if raw is content else _with(content, damaged))
 
@@ -174,35 +174,35 @@ def _template(folder: Path, random: Random) -> None:
 def _adapter(folder: Path, random: Random) -> None:
     from safetensors.torch import save_file
 
-    place = folder.parent / "adapter"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    adapter = folder.parent / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)
+    adapter.mkdir()
     shutil.copytree(MODELS["demo-llava"], folder / "demo-llava")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "alpha_pattern": {}}
-    (place / SETTINGS).write_text(json.dumps(settings))
+    (adapter / SETTINGS).write_text(json.dumps(settings))
     prefix = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     halves = {f"{prefix}.lora_A.weight": torch.ones(2, 128), f"{prefix}.lora_B.weight": torch.ones(128, 2)}
-    save_file(halves, place / WEIGHTS)
+    save_file(halves, adapter / WEIGHTS)
     if random.random() < 0.6:
-        return change_json(place / SETTINGS, random, ("use_dora", "use_rslora", "bias", "init_lora_weights"))
-    raw = (place / WEIGHTS).read_bytes()
+        return change_json(adapter / SETTINGS, random, ("use_dora", "use_rslora", "bias", "init_lora_weights"))
+    raw = (adapter / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    made = damaged_json(json.loads(raw[8 : 8 + length]), random, ("dtype", "shape", f"{prefix}.lora_A.weight"))
-    (place / WEIGHTS).write_bytes(struct.pack("<Q", len(made)) + made + raw[8 + length :])
+    damaged = damaged_json(json.loads(raw[8 : 8 + length]), random, ("dtype", "shape", f"{prefix}.lora_A.weight"))
+    (adapter / WEIGHTS).write_bytes(struct.pack("<Q", len(damaged)) + damaged + raw[8 + length :])
 
 
 def _rows(folder: Path, random: Random) -> None:
-    place = folder / "train"
-    place.mkdir(parents=True)
-    Image.new("RGB", (20, 20), "red").save(place / "a.png")
+    split = folder / "train"
+    split.mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(split / "a.png")
     rows: list[dict[str, Any]] = [
         {"file_name": "a.png", "captions": ["a red square", "red"], "id": 1, "kind": "x"},
         {"file_name": "a.png", "question": "which color?", "answers": ["red"], "id": "2"},
         {"file_name": "a.png", "question": "<image>\nwhat?", "answer": "red", "caption": "red"},
     ]
     lines = [damaged_json(row, random, ("file_name", "caption", "answer")) for row in rows]
-    whole = b"\n".join(lines) if random.random() < 0.9 else damaged_bytes(b"\n".join(lines), random)
-    (place / "metadata.jsonl").write_bytes(whole)
+    content = b"\n".join(lines) if random.random() < 0.9 else damaged_bytes(b"\n".join(lines), random)
+    (split / "metadata.jsonl").write_bytes(content)
 
 
 def _try_rows(folder: Path, accepted: Callable[[], None]) -> None:

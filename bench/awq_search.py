@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.balance import FAMILY, make, recipe
-from bench.quantize_beside import judged_on
+from bench.quantize_beside import held_out_batches
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.planning.recipe import Recipe
@@ -25,10 +25,10 @@ from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summ
 CPU = choose("cpu")
 
 
-def searched(wanted: Recipe, search: str, points: int) -> Recipe:
+def with_search(base: Recipe, search: str, points: int) -> Recipe:
     """The recipe with the given `search` and `points`."""
-    rule = wanted.quantize[0].model_dump() | {"options": {"search": search, "points": points}}
-    return Recipe.model_validate(wanted.model_dump() | {"quantize": [rule]})
+    rule = base.quantize[0].model_dump() | {"options": {"search": search, "points": points}}
+    return Recipe.model_validate(base.model_dump() | {"quantize": [rule]})
 
 
 @torch.no_grad()
@@ -38,15 +38,15 @@ def logits(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
 
 
 def figures(
-    model: Any, wanted: Recipe, exams: Sequence[Exam], judged: Sequence[dict[str, Tensor]], truth: Tensor
+    model: Any, variant: Recipe, exams: Sequence[Exam], held_out: Sequence[dict[str, Tensor]], reference: Tensor
 ) -> dict[str, float]:
     """Logit error, scores and seconds of the recipe's artifact. truth: logits of the full model on `judged`."""
-    done = make(model, wanted)
-    error = float((logits(model, judged) - truth).norm() / truth.norm())
+    result = make(model, variant)
+    error = float((logits(model, held_out) - reference).norm() / reference.norm())
     return (
         {"logits": error}
         | summary(by_kind(model, list(exams)))
-        | {"seconds": next(step.seconds for step in done.measured if step.name == "quantize")}
+        | {"seconds": next(step.seconds for step in result.measured if step.name == "quantize")}
     )
 
 
@@ -62,17 +62,19 @@ def main() -> None:
     options = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
     exams = [scene_exam("test", 0, options.scenes, CPU.torch_device), easy_exam(CPU.torch_device)]
-    judged = judged_on(recipe(options.model, "awq", 4, 32, 1.0, 0), 64, CPU)
-    truth = logits(model, judged)
+    held_out = held_out_batches(recipe(options.model, "awq", 4, 32, 1.0, 0), 64, CPU)
+    reference = logits(model, held_out)
     for bits in (4, 3, 2):
         rows: dict[str, list[dict[str, float]]] = {}
         for search in ("linears", "block"):
-            wanted = (recipe(options.model, "awq", bits, 32, 1.0, seed) for seed in range(options.seeds))
-            rows[search] = [figures(model, searched(w, search, options.points), exams, judged, truth) for w in wanted]
-            shown = "  ".join(f"{name} {mean(row[name] for row in rows[search]):.4f}" for name in rows[search][0])
-            print(f"W{bits} {search:8} {shown}", flush=True)
-        shares = [b["logits"] / a["logits"] for a, b in zip(rows["linears"], rows["block"], strict=True)]
-        print(f"W{bits} block over linears, logits: {mean(shares):.3f} +- {stdev(shares) if shares[1:] else 0:.3f}")
+            variants = (recipe(options.model, "awq", bits, 32, 1.0, seed) for seed in range(options.seeds))
+            rows[search] = [
+                figures(model, with_search(w, search, options.points), exams, held_out, reference) for w in variants
+            ]
+            means = "  ".join(f"{name} {mean(row[name] for row in rows[search]):.4f}" for name in rows[search][0])
+            print(f"W{bits} {search:8} {means}", flush=True)
+        ratios = [b["logits"] / a["logits"] for a, b in zip(rows["linears"], rows["block"], strict=True)]
+        print(f"W{bits} block over linears, logits: {mean(ratios):.3f} +- {stdev(ratios) if ratios[1:] else 0:.3f}")
 
 
 if __name__ == "__main__":

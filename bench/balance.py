@@ -64,21 +64,23 @@ def shares(model: Any, calibration_batches: Sequence[dict[str, Tensor]]) -> dict
     outputs: list[Tensor] = []
     ratios: list[float] = []
 
-    def keep(module: Any, args: Any, output: Any) -> None:
+    def store_output(module: Any, args: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs[-1].retain_grad()
 
-    handles = [block.register_forward_hook(keep) for block in model.model.language_model.layers]
+    handles = [block.register_forward_hook(store_output) for block in model.model.language_model.layers]
     for batch in calibration_batches:
         outputs.clear()
         ids, real = batch["input_ids"], batch["attention_mask"].bool()
         last = ((ids == image) * torch.arange(ids.shape[1])).amax(1, keepdim=True)
         labels = ids.masked_fill(~real | (torch.arange(ids.shape[1]) <= last), -100)  # the text after the picture
         model(**batch, labels=labels).loss.backward()
-        seen = {picture: real & ((ids == image) == picture) for picture in (True, False)}
-        for picture, mask in seen.items():
+        modalities = {picture: real & ((ids == image) == picture) for picture in (True, False)}
+        for picture, mask in modalities.items():
             tokens[picture] += int(mask.sum())
-        sizes = [[float(o.grad[mask].abs().mean()) for mask in seen.values()] for o in outputs if o.grad is not None]
+        sizes = [
+            [float(o.grad[mask].abs().mean()) for mask in modalities.values()] for o in outputs if o.grad is not None
+        ]
         ratios += [picture / text for picture, text in sizes]
     for handle in handles:
         handle.remove()
@@ -88,12 +90,12 @@ def shares(model: Any, calibration_batches: Sequence[dict[str, Tensor]]) -> dict
 
 def make(model: Any, quantized_recipe: Recipe) -> Export:
     """Export with the recipe, and load the artifact's weights into `model`."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "artifact"
-        done = export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "artifact"
+        result = export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
         model.load_state_dict({FAMILY.live_name(name): artifact.read(name) for name in artifact.names()})
-    return done
+    return result
 
 
 def figures(model: Any, exams: Sequence[Exam], quantized_recipe: Recipe) -> dict[str, float]:

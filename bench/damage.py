@@ -1,4 +1,4 @@
-"""Random damage to files, by seed: replaced or removed JSON values, flipped, inserted and removed bytes."""
+"""Random damage to files, by seed: replaced and removed JSON values; flipped, inserted and removed bytes."""
 
 import copy
 import json

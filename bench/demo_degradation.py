@@ -35,7 +35,7 @@ ALL: dict[str, tuple[str, ...]] = {  # components of "all"; each except the proj
     "blip2": ("vision", "qformer", "language"),
     "blip2-itm": ("vision", "qformer"),
 }
-TALKS = {"llava": LLAVA, "blip2": BLIP2}
+LAYOUTS = {"llava": LLAVA, "blip2": BLIP2}
 Grade = Callable[[Any], dict[str, Any]]  # a model -> `summary` and `kinds`
 
 
@@ -71,25 +71,25 @@ def recipe(folder: Path, family: Family, setting: Setting) -> Recipe:
     )
 
 
-def quantized(folder: Path, family: Family, setting: Setting, place: torch.device) -> Any:
+def quantized(folder: Path, family: Family, setting: Setting, device: torch.device) -> Any:
     """The model with the dequantized weights of the artifact."""
-    with tempfile.TemporaryDirectory() as work:
-        out = Path(work) / "artifact"
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "artifact"
         quantized_recipe = recipe(folder, family, setting)
         export(quantized_recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         artifact = Artifact.open(out)
         return load_whole(
-            family, artifact.source_config(), artifact.names(), artifact.read, place, torch.float32
+            family, artifact.source_config(), artifact.names(), artifact.read, device, torch.float32
         ).eval()
 
 
-def grader(family: Family, scenes: int, place: torch.device) -> Grade:
+def grader(family: Family, scenes: int, device: torch.device) -> Grade:
     """A function that evaluates a model of the family on the first test scenes."""
-    if family.name not in TALKS:
-        pairs = exam("test", scenes, place)
+    if family.name not in LAYOUTS:
+        pairs = exam("test", scenes, device)
         return lambda model: {"summary": grade(model, pairs), "kinds": {}}
-    talk = TALKS[family.name]
-    exams = [scene_exam("test", 0, scenes, place, talk), easy_exam(place, talk)]
+    layout = LAYOUTS[family.name]
+    exams = [scene_exam("test", 0, scenes, device, layout), easy_exam(device, layout)]
 
     def answers(model: Any) -> dict[str, Any]:
         kinds = by_kind(model, exams)
@@ -104,8 +104,10 @@ def settings(methods: list[str], bits: list[int], groups: list[GroupSize], parts
     for method in methods:
         for width in bits:
             for group in groups:
-                whole = width == 8 or group != groups[0]
-                yield from (Setting(method, width, group, where) for where in [*([] if whole else alone), "all"])
+                only_all = width == 8 or group != groups[0]
+                yield from (
+                    Setting(method, width, group, components) for components in [*([] if only_all else alone), "all"]
+                )
 
 
 def line(row: dict[str, Any]) -> str:
@@ -121,11 +123,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         scale = "row" if row["group"] == "row" else f"{row['group']} columns"
         plain = row["method"] == "none"
-        made = (
+        cells = (
             ["bf16 weights", "16", "-"] if plain else [row["method"].upper(), f"{row['bits']}, {scale}", row["where"]]
         )
         figures = [format(row["summary"][name], ".3f") for name in names]
-        lines.append(f"| {' | '.join(made + figures)} |")
+        lines.append(f"| {' | '.join(cells + figures)} |")
     return "\n".join(lines)
 
 
@@ -150,15 +152,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.read:
         return print(page(json.loads(options.read.read_text(encoding="utf-8"))["rows"]))
-    place, folder = torch.device(options.device), MODELS.get(options.model, Path(options.model))
+    device, folder = torch.device(options.device), MODELS.get(options.model, Path(options.model))
     checkpoint, family = open_source(str(folder), None)
-    names, figures = list(checkpoint.tensors), grader(family, options.scenes, place)
-    model = load_whole(family, checkpoint.config, names, checkpoint.read, place, torch.float32).eval()
+    names, figures = list(checkpoint.tensors), grader(family, options.scenes, device)
+    model = load_whole(family, checkpoint.config, names, checkpoint.read, device, torch.float32).eval()
     rows = [measured(model, figures, Setting("none", 16, "row", "all"))]
     groups: list[GroupSize] = ["row" if g == "row" else int(g) for g in options.groups.split(",")]
     bits = [int(b) for b in options.bits.split(",")]
     for setting in settings(options.methods.split(","), bits, groups, ALL[family.name]):
-        rows.append(measured(quantized(folder, family, setting, place), figures, setting))
+        rows.append(measured(quantized(folder, family, setting, device), figures, setting))
     if options.json:
         options.json.write_text(json.dumps({"scenes": options.scenes, "rows": rows}, indent=1), encoding="utf-8")
 

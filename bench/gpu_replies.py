@@ -40,7 +40,7 @@ def answer(artifact: Path, questions: list[dict[str, Any]], engine: dict[str, An
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     cpu = not Path("/proc/driver/nvidia").exists()
     sizes = {} if cpu else {"kv_cache_memory_bytes": 2**28, "gpu_memory_utilization": 0.03}
     llm = LLM(
@@ -55,18 +55,18 @@ def answer(artifact: Path, questions: list[dict[str, Any]], engine: dict[str, An
         **sizes,
         **engine,
     )
-    started = time.perf_counter() - begun
+    startup = time.perf_counter() - start
     prompts, settings = [], []
     for question in questions:
         image = Image.open(io.BytesIO(b64decode(question["png"]))).convert("RGB")
         prompts.append({"prompt_token_ids": question["ids"], "multi_modal_data": {"image": image}})
         settings.append(SamplingParams(temperature=0, max_tokens=question["longest"], logprobs=TOP))
     replies = [reply(output) for output in llm.generate(prompts, settings, use_tqdm=False)]
-    result = {"replies": replies, "linears": llm.apply_model(linears)[0], "startup_s": started}
+    result = {"replies": replies, "linears": llm.apply_model(linears)[0], "startup_s": startup}
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return result | {"seconds": time.perf_counter() - begun}
+    return result | {"seconds": time.perf_counter() - start}
 
 
 def reply(output: Any) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def register(folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    begun, folder = time.perf_counter(), Path(sys.argv[1])
+    start, folder = time.perf_counter(), Path(sys.argv[1])
     import vllm
 
     register(folder)
-    print(f"imported in {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"imported in {time.perf_counter() - start:.0f} s", flush=True)
     for name in sys.argv[2:]:
         case = folder / name
         questions = json.loads((case / "questions.json").read_text())

@@ -127,11 +127,11 @@ def prepare(folder: Path, name: str) -> str:
                 target = path.resolve().read_bytes()
                 path.unlink()
                 path.write_bytes(target)
-    processor, asked = load_processor(out), []
+    processor, question_list = load_processor(out), []
     for sample in questions(out, (), QUESTIONS):
         longest = artifact.family.max_new_tokens[task_of(sample)]
-        asked.append({"ids": ids_of(artifact, processor, sample), "png": picture(sample), "longest": longest})
-    (folder / name / "questions.json").write_text(json.dumps(asked))
+        question_list.append({"ids": ids_of(artifact, processor, sample), "png": picture(sample), "longest": longest})
+    (folder / name / "questions.json").write_text(json.dumps(question_list))
     (folder / name / "engine.json").write_text(json.dumps(dict(CASES[name].engine)))
     return name
 
@@ -147,8 +147,8 @@ def ids_of(artifact: Artifact, processor: Any, sample: Sample) -> list[int]:
     image = config.get("image_token_index", config.get("image_token_id"))
     ids = prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist()
     first = ids.index(image) if image in ids else 0
-    kept = [image] if artifact.family.name == "llava" else []
-    return [*ids[:first], *kept, *(token for token in ids[first:] if token != image)]
+    placeholder = [image] if artifact.family.name == "llava" else []
+    return [*ids[:first], *placeholder, *(token for token in ids[first:] if token != image)]
 
 
 def read_replies(content: Mapping[str, Any]) -> list[Reply]:

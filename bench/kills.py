@@ -76,28 +76,28 @@ def _export(recipe: str, out: Path, samples: int, overwrite: bool, events: int) 
     return 0
 
 
-def trial(folder: Path, options: argparse.Namespace, chance: random.Random, states: list[dict[str, str]]) -> list[str]:
+def trial(folder: Path, options: argparse.Namespace, rng: random.Random, states: list[dict[str, str]]) -> list[str]:
     """Kill one export once or more, then let it finish; returns the stages at the kills.
 
     states: contents of the finished artifact without report, with report, and of the replaced older artifact, if any.
     """
     out, overwrite = folder / "out", len(states) > 2
-    places: list[str] = []
+    stages: list[str] = []
     if overwrite:
         shutil.copytree(options.older, out)
-    while not places or (chance.random() < 0.5 and places[-1] != ENDED):
-        seconds = chance.uniform(0.02, 1.0) * options.seconds
-        places.append(run(options.recipe, out, options.samples, overwrite, seconds))
+    while not stages or (rng.random() < 0.5 and stages[-1] != ENDED):
+        seconds = rng.uniform(0.02, 1.0) * options.seconds
+        stages.append(run(options.recipe, out, options.samples, overwrite, seconds))
         state = contents(out)
         if state and state not in states:
-            raise SystemExit(f"killed at '{places[-1]}', {out} is neither the older artifact nor the new one")
+            raise SystemExit(f"killed at '{stages[-1]}', {out} is neither the older artifact nor the new one")
     run(options.recipe, out, options.samples, overwrite)
     if contents(out) != states[1]:
-        raise SystemExit(f"killed at {places}, the artifact has other bytes than an undisturbed run's: {out}")
-    left = {path.name for path in folder.iterdir()} - {"out", ".mmq-answers"}
-    if left:
-        raise SystemExit(f"killed at {places}, it left {sorted(left)} behind")
-    return [place for place in places if place != ENDED]
+        raise SystemExit(f"killed at {stages}, the artifact has other bytes than an undisturbed run's: {out}")
+    leftover = {path.name for path in folder.iterdir()} - {"out", ".mmq-answers"}
+    if leftover:
+        raise SystemExit(f"killed at {stages}, it left {sorted(leftover)} behind")
+    return [stage for stage in stages if stage != ENDED]
 
 
 def main() -> None:
@@ -108,28 +108,28 @@ def main() -> None:
     parser.add_argument("--recipe", default="llava-w4-vit4")
     parser.add_argument("--samples", type=int, default=24)
     options = parser.parse_args()
-    chance, places = random.Random(options.seed), Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="mmq-kills-") as place:
-        root = Path(place)
-        begun = time.monotonic()
+    rng, stages = random.Random(options.seed), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="mmq-kills-") as scratch:
+        root = Path(scratch)
+        start = time.monotonic()
         run(options.recipe, root / "whole", options.samples)
-        options.seconds = time.monotonic() - begun
+        options.seconds = time.monotonic() - start
         options.older = root / "older"
         run(OLDER, options.older, options.samples)
         shutil.rmtree(root / ".mmq-answers")
-        whole, older = contents(root / "whole"), contents(options.older)
-        unmeasured = {name: hashed for name, hashed in whole.items() if name != "mmq_report.json"}
+        complete, older = contents(root / "whole"), contents(options.older)
+        unmeasured = {name: hashed for name, hashed in complete.items() if name != "mmq_report.json"}
         for number in range(10 * options.kills):
             folder = root / f"trial-{number}"
             folder.mkdir()
-            states = [unmeasured, whole, *([older] if number % 2 else [])]
-            places.update(trial(folder, options, chance, states))
+            states = [unmeasured, complete, *([older] if number % 2 else [])]
+            stages.update(trial(folder, options, rng, states))
             shutil.rmtree(folder)
-            print(f"{places.total()} of {options.kills} kills", file=sys.stderr, flush=True)
-            if places.total() >= options.kills:
+            print(f"{stages.total()} of {options.kills} kills", file=sys.stderr, flush=True)
+            if stages.total() >= options.kills:
                 break
-    result = {"kills": places.total(), "trials": number + 1, "seed": options.seed, "identical": True}
-    print(json.dumps(result | {"seconds_undisturbed": round(options.seconds, 1), "killed_while": dict(places)}))
+    result = {"kills": stages.total(), "trials": number + 1, "seed": options.seed, "identical": True}
+    print(json.dumps(result | {"seconds_undisturbed": round(options.seconds, 1), "killed_while": dict(stages)}))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).resolve().parent.parent
-FOLDER = HERE / "build" / "line_tests"
-MOST_TESTS = 150  # tests that run against one mutant
-MOST_SECONDS = 40.0  # their total time without a mutant
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "line_tests"
+MAX_TESTS = 150  # tests that run against one mutant
+MAX_SECONDS = 40.0  # their total time without a mutant
 
 
 class _Recorder:
@@ -32,7 +32,7 @@ class _Recorder:
         from coverage import Coverage
 
         self._file = FOLDER / f"{worker}.json"
-        self._coverage = Coverage(data_file=None, include=[str(HERE / "exporter" / "*")], config_file=False)
+        self._coverage = Coverage(data_file=None, include=[str(ROOT / "exporter" / "*")], config_file=False)
         self._seconds: dict[str, float] = defaultdict(float)
         self._failed: set[str] = set()
         self._coverage.start()
@@ -58,7 +58,7 @@ class _Recorder:
         number = {test: i for i, test in enumerate(self._seconds)}
         passed = number.keys() - self._failed
         for file in data.measured_files():
-            module = Path(file).relative_to(HERE / "exporter").with_suffix("").as_posix()
+            module = Path(file).relative_to(ROOT / "exporter").with_suffix("").as_posix()
             by_line = data.contexts_by_lineno(file)
             lines[module] = {line: [number[t] for t in tests if t in passed] for line, tests in by_line.items()}
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +104,14 @@ class LineTests:
         first, last = _statements(module).get(line, (line, line))
         tests = frozenset().union(*(by_line.get(number, frozenset()) for number in range(first, last + 1)))
         tests = tests or frozenset().union(*by_line.values())
-        chosen: list[str] = []
+        selected: list[str] = []
         total = 0.0
         for test in _alternating(sorted(tests, key=lambda test: (self.seconds[test], test))):
             total += self.seconds[test]
-            if chosen and (len(chosen) == MOST_TESTS or total > MOST_SECONDS):
+            if selected and (len(selected) == MAX_TESTS or total > MAX_SECONDS):
                 break
-            chosen.append(test)
-        return chosen
+            selected.append(test)
+        return selected
 
 
 def _alternating(tests: list[str]) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _alternating(tests: list[str]) -> Iterator[str]:
 @lru_cache
 def _statements(module: str) -> dict[int, tuple[int, int]]:
     """Line -> first and last line of its innermost statement; of a compound statement, only those of its head."""
-    tree = ast.parse((HERE / "exporter" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "exporter" / f"{module}.py").read_text(encoding="utf-8"))
     spans: dict[int, tuple[int, int]] = {}
     for node in ast.walk(tree):  # outer statements first
         if isinstance(node, ast.stmt):

@@ -9,16 +9,16 @@ from exporter.pipeline.step_clock import anonymous_bytes
 class Watch:
     """Context manager; after the block, `peak` is the largest sampled anonymous memory, in bytes."""
 
-    def __init__(self, every: float = 0.05) -> None:
+    def __init__(self, interval: float = 0.05) -> None:
         self.peak = 0
-        self._every = every
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._interval = interval
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while True:
             self.peak = max(self.peak, anonymous_bytes())
-            if self._over.wait(self._every):
+            if self._stopped.wait(self._interval):
                 return
 
     def __enter__(self) -> "Watch":
@@ -28,5 +28,5 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()

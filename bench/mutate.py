@@ -30,8 +30,8 @@ from typing import Any
 from bench.line_tests import LineTests
 from bench.mutation_operators import Site, mutated, sites
 
-HERE = Path(__file__).resolve().parent.parent
-PACKAGE = HERE / "exporter"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "exporter"
 BESIDE = "beside"  # the room of the modules beside the packages
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
 EQUIVALENT = {  # (part of the line, change): why no test can detect it
@@ -41,7 +41,7 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("correct or (0,) * ORDERS", "0 becomes 1"): "an empty set has a penalty of 0",
     ("if ratio < 1 else 1.0", "Lt becomes LtE"): "exp(1 - 1 / 1) is 1",
 }
-GENEROUS = 5.0  # timeout relative to the tests' time without a mutant; a timeout counts as detected
+TIMEOUT_FACTOR = 5.0  # timeout relative to the tests' time without a mutant; a timeout counts as detected
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Mutant:
         return PACKAGE / f"{self.module}.py"
 
     def __str__(self) -> str:
-        return f"{self.path.relative_to(HERE)}:{self.site.line}: {self.site.what}"
+        return f"{self.path.relative_to(ROOT)}:{self.site.line}: {self.site.description}"
 
 
 class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
@@ -98,8 +98,8 @@ def _child(mutant: Mutant | None, tests: Sequence[str], answer: Path) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
-    os.chdir(HERE)
-    os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(answer.parent / "hypothesis"), "PYTHONPATH": str(HERE)}
+    os.chdir(ROOT)
+    os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(answer.parent / "hypothesis"), "PYTHONPATH": str(ROOT)}
     if mutant:
         name = "exporter." + mutant.module.removesuffix("/__init__").replace("/", ".")
         code = compile(mutated(mutant.path.read_text(encoding="utf-8"), mutant.number), str(mutant.path), "exec")
@@ -141,14 +141,16 @@ def modules(room: str) -> list[str]:
 
 def sampled(room: str, sample: int, seed: int) -> list[Mutant]:
     """A random sample of a room's mutants, without equivalent ones."""
-    every = []
+    candidates = []
     for module in modules(room):
         source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
         lines = source.splitlines()
         for number, site in enumerate(sites(source)):
-            same = any(part in lines[site.line - 1] and site.what == what for part, what in EQUIVALENT)
-            every += [] if same else [Mutant(room, module, number, site)]
-    return sorted(random.Random(f"{seed} {room}").sample(every, min(sample, len(every))), key=str)
+            same = any(
+                part in lines[site.line - 1] and site.description == description for part, description in EQUIVALENT
+            )
+            candidates += [] if same else [Mutant(room, module, number, site)]
+    return sorted(random.Random(f"{seed} {room}").sample(candidates, min(sample, len(candidates))), key=str)
 
 
 @dataclass
@@ -165,7 +167,7 @@ class Trial:
         if time.monotonic() > self.end:
             return None
         tests = self.tests.select(mutant.module, mutant.site.line)
-        limit = GENEROUS * sum(self.tests.seconds[test] for test in tests) + 30
+        limit = TIMEOUT_FACTOR * sum(self.tests.seconds[test] for test in tests) + 30
         while tests:
             code, test = run(mutant, tests, self.folder, f"{mutant.room}-{number}", limit)
             if code in (0, 5):  # all tests pass, or all were skipped
@@ -198,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--goal", type=float, default=0.95, help="share of all mutants that must be detected [0.95]")
     options = parser.parse_args(arguments)
     tests, end = LineTests.read(), time.monotonic() + 60 * options.minutes
-    tried = missed = 0
+    total = missed = 0
     for room in options.room or rooms():
         with tempfile.TemporaryDirectory() as folder:
             results = []
@@ -207,14 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results.append((mutant, test))
                 print(f"{room} {len(results):3} {mutant}: {test or 'NOT DETECTED'}", file=sys.stderr, flush=True)
         survivors = [mutant for mutant, test in results if not test]
-        tried, missed = tried + len(results), missed + len(survivors)
+        total, missed = total + len(results), missed + len(survivors)
         share = 1 - len(survivors) / max(1, len(results))
         print(f"{room}: {len(results) - len(survivors)} of {len(results)} detected ({share:.0%})", flush=True)
         for mutant in survivors:
             print(f"  not detected: {mutant}", flush=True)
-    share = 1 - missed / max(1, tried)
-    print(f"all rooms: {tried - missed} of {tried} detected ({share:.1%})", flush=True)
-    sys.exit(0 if tried and share >= options.goal else 1)
+    share = 1 - missed / max(1, total)
+    print(f"all rooms: {total - missed} of {total} detected ({share:.1%})", flush=True)
+    sys.exit(0 if total and share >= options.goal else 1)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Site:
     """A mutation site. line: from 1. what: description of the change."""
 
     line: int
-    what: str
+    description: str
 
 
 class _Walk(ast.NodeTransformer):
@@ -49,8 +49,8 @@ class _Walk(ast.NodeTransformer):
         self.sites: list[Site] = []
         self._number = number
 
-    def _at(self, node: ast.AST, what: str) -> bool:
-        self.sites.append(Site(getattr(node, "lineno", 0), what))
+    def _at(self, node: ast.AST, description: str) -> bool:
+        self.sites.append(Site(getattr(node, "lineno", 0), description))
         return len(self.sites) - 1 == self._number
 
     def visit(self, node: ast.AST) -> ast.AST:
@@ -126,7 +126,7 @@ def _constant(walk: _Walk, node: ast.AST) -> ast.AST:
     if isinstance(value, bool):
         changed = not value
     elif isinstance(value, int):
-        changed = value + 1 if abs(value) < 3 else 2 * value  # limits and sizes double; one more is no error of theirs
+        changed = value + 1 if abs(value) < 3 else 2 * value  # doubled, because adding 1 to a limit is often no error
     elif isinstance(value, float):
         changed = value * 2 if value else 1.0
     else:

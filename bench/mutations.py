@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 GPTQ, AWQ, COLUMNS = "exporter/methods/gptq.py", "exporter/methods/awq.py", "exporter/numerics/gptq_columns.py"
 SMOOTH, BLOCK, INPUTS = (
     "exporter/quantization/smoothing.py",
@@ -49,7 +49,7 @@ class Mutation:
     """One mutation: in `file`, `before` (which occurs once) becomes `after`."""
 
     method: str
-    what: str
+    description: str
     file: str
     before: str
     after: str
@@ -225,7 +225,7 @@ MUTATIONS = (
     Mutation("awq", "clipping tries ranges down to a tenth", AWQ, "1 - 0.5 * step / steps", "1 - 0.9 * step / steps"),
     Mutation(
         "awq",
-        "a clipped row is kept when it does worse",
+        "a clipped row is used when its error is larger",
         AWQ,
         "helps = _row_errors(weight, hessian, scale, zero, scheme) <",
         "helps = _row_errors(weight, hessian, scale, zero, scheme) >",
@@ -254,8 +254,8 @@ def detecting_test(mutation: Mutation) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for part in ("exporter", "tests", "recipes", "bench"):
-            shutil.copytree(HERE / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(HERE / "pyproject.toml", copy)
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
         file = copy / mutation.file
         file.write_text(file.read_text().replace(mutation.before, mutation.after))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS[mutation.method]]
@@ -264,7 +264,9 @@ def detecting_test(mutation: Mutation) -> str | None:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         if done.returncode not in (0, 1):
-            raise SystemExit(f"{mutation.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(
+                f"{mutation.description}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         return failed[1] if failed else None
 
 
@@ -282,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutation, test in zip(mutations, pool.map(detecting_test, mutations), strict=True):
             missed += test is None
-            print(f"{mutation.method:7} {mutation.what:52} {test or 'NOT DETECTED'}", flush=True)
-    if left := len(MUTATIONS) - len(mutations):
-        print(f"skipped {left} mutations of the kernels: Triton is not installed")
+            print(f"{mutation.method:7} {mutation.description:52} {test or 'NOT DETECTED'}", flush=True)
+    if skipped := len(MUTATIONS) - len(mutations):
+        print(f"skipped {skipped} mutations of the kernels: Triton is not installed")
     sys.exit(1 if missed else 0)
 
 

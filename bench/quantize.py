@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("--peer", help="Python of an environment with llm-compressor")
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale, with --peer")
     parser.add_argument("--seeds", type=int, default=5, help="draws of calibration samples, with --peer")
-    parser.add_argument("--judged", type=int, default=64, help="samples of the test split for the comparison")
-    parser.add_argument("--keep", type=Path, help="cache folder for the peer's results")
+    parser.add_argument("--test-samples", type=int, default=64, help="samples of the test split for the comparison")
+    parser.add_argument("--cache", type=Path, help="folder for the peer's results")
     parser.add_argument("--at-once", action="store_true", help="calibrate all linears of a block before quantizing any")
     parser.add_argument("--random", action="store_true", help="random language weights instead of --model's")
     parser.add_argument("--only-peer", action="store_true", help="skip the measurement of the phase")
@@ -82,7 +82,7 @@ def main() -> None:
             phase(recipe, inputs, device, scratch / "second", terms)
             results["terms"] = terms.seconds
         if options.peer:
-            setting = Setting(options.peer, options.group, options.seeds, options.judged, options.keep)
+            setting = Setting(options.peer, options.group, options.seeds, options.test_samples, options.cache)
             with at_once() if options.at_once else nullcontext():
                 results["peer"] = beside_peer(recipe, setting, device, scratch)
     print(json.dumps(results) if options.json else report(results))

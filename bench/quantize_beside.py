@@ -41,25 +41,25 @@ Batch = dict[str, Tensor]
 Weights = Mapping[str, Tensor]  # by live name
 
 RANGES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse"}  # mmq's name: llm-compressor's
-OURS, THEIRS = "mmq", "llm-compressor"
+MMQ, PEER = "mmq", "llm-compressor"
 ERRORS = ("linears", "worst", "logits")
 COSTS = ("seconds", "device_gib", "host_gib")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of the comparison. group: columns that share a scale. judged: number of test samples. keep: cache
+    """Settings of the comparison. group: columns that share a scale. test_samples: number of test samples. cache: cache
     folder for the peer's results, or None."""
 
     python: str
     group: int
     seeds: int
-    judged: int
-    keep: Path | None = None
+    test_samples: int
+    cache: Path | None = None
 
 
 def language_only(recipe: Recipe, group: int, range_: str, seed: int) -> Recipe:
-    """A recipe with W4 groups and GPTQ for the language model, with options that the peer supports too."""
+    """A recipe that quantizes the language model with W4 GPTQ, with options that the peer also supports."""
     rule = {"component": "language", "method": "gptq", "bits": 4, "group_size": group, "options": {"range": range_}}
     changed = recipe.adjusted(calibration={"seed": seed})
     return Recipe.model_validate(changed.model_dump() | {"quantize": [rule]})
@@ -71,18 +71,18 @@ def at_once() -> Iterator[None]:
 
     gather, before = Block.gather, dict[int, dict[str, Any]]()
 
-    def together(block: Block, rows: Sequence[PlanRow]) -> dict[str, Any]:
+    def gather_once(block: Block, rows: Sequence[PlanRow]) -> dict[str, Any]:
         if block.unit.index not in before:
             before.clear()
             before[block.unit.index] = gather(block, block.unit.rows)
         statistics = before[block.unit.index]
         return {row.linear: statistics[row.linear] for row in rows if row.linear in statistics}
 
-    with patch.object(Block, "gather", together):
+    with patch.object(Block, "gather", gather_once):
         yield
 
 
-def judged_on(recipe: Recipe, count: int, device: Device) -> list[Batch]:
+def held_out_batches(recipe: Recipe, count: int, device: Device) -> list[Batch]:
     """Batches of the test split of the recipe's tasks, about `count` samples in total."""
     plan, checkpoint = prepare(recipe, device)
     tasks = recipe.calibration.tasks
@@ -94,7 +94,7 @@ def judged_on(recipe: Recipe, count: int, device: Device) -> list[Batch]:
 def own_run(recipe: Recipe, inputs: Sequence[Batch], device: Device, work: Path) -> tuple[dict[str, Any], Weights]:
     """mmq's figures and weights."""
     plan, _ = prepare(recipe, device)
-    done = phase(recipe, inputs, device, work)
+    figures = phase(recipe, inputs, device, work)
     workdir = Workdir.open(work, {"bench": str(work)})
     weights = {
         plan.family.live_name(name): linear.dequantize().cpu()
@@ -102,28 +102,37 @@ def own_run(recipe: Recipe, inputs: Sequence[Batch], device: Device, work: Path)
         for name, linear in workdir.read(unit).linears.items()
     }
     release(device)
-    return done, weights
+    return figures, weights
 
 
 def peer_run(
-    setting: Setting, model: Path, observer: str, inputs: Sequence[Batch], device: Device, place: Path
+    setting: Setting, model: Path, observer: str, inputs: Sequence[Batch], device: Device, folder: Path
 ) -> tuple[dict[str, Any], Weights]:
     """llm-compressor's figures and weights on the same folder and samples."""
-    model, place = model.resolve(), place.resolve()  # the peer starts in a folder of its own
-    figures, out = place / "figures.json", place / "peer.safetensors"
+    model, folder = model.resolve(), folder.resolve()  # the peer starts in a folder of its own
+    figures, out = folder / "figures.json", folder / "peer.safetensors"
     if not figures.exists():
         flat = {f"{i}.{name}": tensor.contiguous() for i, batch in enumerate(inputs) for name, tensor in batch.items()}
-        save_file(flat, place / "inputs.safetensors")
-        command = [setting.python, "-m", "bench.quantize_peer", str(model), str(place / "inputs.safetensors"), str(out)]
+        save_file(flat, folder / "inputs.safetensors")
+        command = [
+            setting.python,
+            "-m",
+            "bench.quantize_peer",
+            str(model),
+            str(folder / "inputs.safetensors"),
+            str(out),
+        ]
         command += ["--group", str(setting.group), "--observer", observer, "--device", device.torch_device.type]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"the peer failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
-        figures.write_text(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise SystemExit(
+                f"the peer failed ({process.returncode}): {process.stdout[-2000:]}{process.stderr[-4000:]}"
+            )
+        figures.write_text(process.stdout.splitlines()[-1])
     return json.loads(figures.read_text()), load_file(out)
 
 
-class Judge:
+class ErrorMeasure:
     """The full-precision model on held-out batches; computes the error of quantized weights."""
 
     def __init__(self, recipe: Recipe, held_out: Sequence[Batch], device: Device) -> None:
@@ -144,86 +153,86 @@ class Judge:
     @torch.inference_mode()
     def __call__(self, weights: Weights) -> dict[str, float]:
         """Relative errors of linears (mean, worst) and logits; restores the model's weights."""
-        given = {name: weights[name].to(linear.weight.device, self.stored) for name, linear in self.linears.items()}
-        lost, whole = dict.fromkeys(given, 0.0), dict.fromkeys(given, 0.0)
-        off = size = 0.0
+        quantized = {name: weights[name].to(linear.weight.device, self.stored) for name, linear in self.linears.items()}
+        error, norm = dict.fromkeys(quantized, 0.0), dict.fromkeys(quantized, 0.0)
+        logit_error = logit_norm = 0.0
         for batch in self.batches:
             real = batch["attention_mask"].bool()
 
-            def see(name: str, x: Tensor, real: Tensor = real) -> None:
-                rows = _counted(x, real).float()
+            def add_errors(name: str, x: Tensor, real: Tensor = real) -> None:
+                rows = _without_padding(x, real).float()
                 weight = self.linears[name].weight.float()
-                whole[name] += float((rows @ weight.T).double().square().sum())
-                lost[name] += float((rows @ (given[name].float() - weight).T).double().square().sum())
+                norm[name] += float((rows @ weight.T).double().square().sum())
+                error[name] += float((rows @ (quantized[name].float() - weight).T).double().square().sum())
 
-            with watch_inputs(self.linears, see, stop=False):
-                truth = _counted(self.model(**batch).logits.float(), real)
-            with self._wearing(given):
-                found = _counted(self.model(**batch).logits.float(), real)
-            off += float((found - truth).double().square().sum())
-            size += float(truth.double().square().sum())
-        shares = [(lost[name] / whole[name]) ** 0.5 for name in given]
-        return {"linears": mean(shares), "worst": max(shares), "logits": (off / size) ** 0.5}
+            with watch_inputs(self.linears, add_errors, stop=False):
+                reference = _without_padding(self.model(**batch).logits.float(), real)
+            with self._with_weights(quantized):
+                logits = _without_padding(self.model(**batch).logits.float(), real)
+            logit_error += float((logits - reference).double().square().sum())
+            logit_norm += float(reference.double().square().sum())
+        ratios = [(error[name] / norm[name]) ** 0.5 for name in quantized]
+        return {"linears": mean(ratios), "worst": max(ratios), "logits": (logit_error / logit_norm) ** 0.5}
 
     @contextmanager
-    def _wearing(self, given: Weights) -> Iterator[None]:
+    def _with_weights(self, quantized: Weights) -> Iterator[None]:
         before = {name: linear.weight.data for name, linear in self.linears.items()}
         try:
             for name, linear in self.linears.items():
-                linear.weight.data = given[name].to(before[name].dtype)
+                linear.weight.data = quantized[name].to(before[name].dtype)
             yield
         finally:
             for name, linear in self.linears.items():
                 linear.weight.data = before[name]
 
 
-def _counted(x: Tensor, real: Tensor) -> Tensor:
+def _without_padding(x: Tensor, real: Tensor) -> Tensor:
     """Rows of x, `[batch, tokens, width]` or `[batch * tokens, width]`, without padding."""
     return x.reshape(len(real), -1, x.shape[-1])[:, -real.shape[1] :][real]
 
 
 def beside_peer(recipe: Recipe, setting: Setting, device: Device, scratch: Path) -> list[dict[str, Any]]:
     """One row of figures per range search, draw of samples, and side."""
-    held_out = judged_on(recipe, setting.judged, device)
-    judge = Judge(language_only(recipe, setting.group, "mse", 0), held_out, device)
+    held_out = held_out_batches(recipe, setting.test_samples, device)
+    measure = ErrorMeasure(language_only(recipe, setting.group, "mse", 0), held_out, device)
     return [
         row
         for name in RANGES
         for seed in range(setting.seeds)
-        for row in _pair(language_only(recipe, setting.group, name, seed), name, setting, judge, device, scratch)
+        for row in _pair(language_only(recipe, setting.group, name, seed), name, setting, measure, device, scratch)
     ]
 
 
 def _pair(
-    recipe: Recipe, range_: str, setting: Setting, judge: Judge, device: Device, scratch: Path
+    recipe: Recipe, range_: str, setting: Setting, measure: ErrorMeasure, device: Device, scratch: Path
 ) -> Iterator[dict[str, Any]]:
     seed = recipe.calibration.seed
     _, inputs = inputs_of(recipe, device)
-    place = (setting.keep or scratch) / f"{range_}-{seed}"
-    place.mkdir(parents=True, exist_ok=True)
-    done, weights = own_run(recipe, inputs, device, scratch / f"own-{range_}-{seed}")
-    yield {"range": range_, "seed": seed, "side": OURS} | done | judge(weights)
+    folder = (setting.cache or scratch) / f"{range_}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures, weights = own_run(recipe, inputs, device, scratch / f"own-{range_}-{seed}")
+    yield {"range": range_, "seed": seed, "side": MMQ} | figures | measure(weights)
     model = MODELS.get(recipe.model.repo) or Path(recipe.model.repo)
-    done, weights = peer_run(setting, model, RANGES[range_], inputs, device, place)
-    yield {"range": range_, "seed": seed, "side": THEIRS} | done | judge(weights)
+    figures, weights = peer_run(setting, model, RANGES[range_], inputs, device, folder)
+    yield {"range": range_, "seed": seed, "side": PEER} | figures | measure(weights)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Table of means over the draws, and of mmq relative to the peer (mean and standard deviation over draws)."""
     lines = [f"{'ranges':8}{'side':17}" + "".join(f"{name:>16}" for name in (*ERRORS, *COSTS))]
     for range_ in dict.fromkeys(row["range"] for row in rows):
-        sides = {side: [r for r in rows if r["range"] == range_ and r["side"] == side] for side in (OURS, THEIRS)}
+        sides = {side: [r for r in rows if r["range"] == range_ and r["side"] == side] for side in (MMQ, PEER)}
         for side, side_rows in sides.items():
             cells = "".join(f"{mean(row[name] for row in side_rows):16.4f}" for name in (*ERRORS, *COSTS))
             lines.append(f"{range_:8}{side:17}{cells}")
-        pairs = list(zip(sides[OURS], sides[THEIRS], strict=True))
+        pairs = list(zip(sides[MMQ], sides[PEER], strict=True))
         cells = "".join(f"{_ratio([(a[name], b[name]) for a, b in pairs]):>16}" for name in (*ERRORS, *COSTS))
         lines.append(f"{range_:8}{'mmq as a share':17}{cells}")
     return "\n".join(lines)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> str:
-    if not all(theirs for _, theirs in pairs):
+    if not all(peer for _, peer in pairs):
         return "-"
-    shares = [ours / theirs for ours, theirs in pairs]
-    return f"{mean(shares):.3f} +- {stdev(shares) if len(shares) > 1 else 0:.3f}"
+    ratios = [mmq / peer for mmq, peer in pairs]
+    return f"{mean(ratios):.3f} +- {stdev(ratios) if len(ratios) > 1 else 0:.3f}"

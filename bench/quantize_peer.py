@@ -33,16 +33,16 @@ def samples(file: str) -> list[dict[str, Any]]:
     return rows
 
 
-def behind_the_picture(model: Any, sample_rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+def language_inputs(model: Any, sample_rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """Inputs of BLIP-2's language model: `inputs_embeds` `[1, tokens, width]` and `attention_mask`."""
     import torch
 
     received: list[dict[str, Any]] = []
 
-    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         received.append({name: kwargs[name].cpu() for name in ("inputs_embeds", "attention_mask")})
 
-    handle = model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    handle = model.language_model.register_forward_pre_hook(record, with_kwargs=True)
     model.to(device)
     with torch.inference_mode():
         for row in sample_rows:
@@ -71,7 +71,7 @@ def main() -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(
         options.model, dtype="auto", trust_remote_code=False
-    )  # scales get its dtype, as mmq's
+    )  # scales get its dtype, as in mmq
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     weights |= {"observer": options.observer, "actorder": "static"}
     text = "language_model.*" if model.config.model_type == "llava" else ""
@@ -82,7 +82,7 @@ def main() -> None:
     data: Any = samples(options.inputs)
     part, prefix = model, ""
     if model.config.model_type == "blip-2":
-        data, part, prefix = behind_the_picture(model, data, options.device), model.language_model, "language_model."
+        data, part, prefix = language_inputs(model, data, options.device), model.language_model, "language_model."
         part.config.name_or_path = options.model  # llm-compressor reads its config.json again
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -15,20 +15,18 @@ from exporter.events import ignore
 from exporter.inference.predict import batches
 from exporter.methods import awq, gptq, rtn
 from exporter.model.processor import load_processor
-from exporter.numerics import hessian as moments
+from exporter.numerics import hessian
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import calibration_samples
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
-from exporter.quantization import block, block_inputs, calibrate
-from exporter.quantization import block_io as job
-from exporter.quantization import smoothing as smooth
+from exporter.quantization import block, block_inputs, block_io, calibrate, smoothing
 from exporter.quantization.workdir import Workdir
 
 TERMS: tuple[tuple[str, Any, str], ...] = (
     ("forward passes", block_inputs.BlockInputs, "run"),
-    ("Hessians", moments.Statistics, "update"),
-    ("errors for the report", moments.Statistics, "energy"),
+    ("Hessians", hessian.Statistics, "update"),
+    ("errors for the report", hessian.Statistics, "energy"),
     ("comparison with the source", block, "source_error"),
     ("factorizations", gptq, "inverse_factor"),
     ("ranges", gptq, "fit_scale"),
@@ -37,10 +35,10 @@ TERMS: tuple[tuple[str, Any, str], ...] = (
     ("descent", gptq, "descend_"),
     ("search of scales", awq, "find_scales"),
     ("search of scales", awq, "_clip"),
-    ("folds", smooth, "fold"),
+    ("folds", smoothing, "fold"),
     ("inputs of components", calibrate, "first_block_inputs"),
-    ("reading weights", job.BlockIO, "read"),
-    ("writing units", job.BlockIO, "settle"),
+    ("reading weights", block_io.BlockIO, "read"),
+    ("writing units", block_io.BlockIO, "settle"),
 )
 GIB = 2**30
 
@@ -62,7 +60,7 @@ class Terms:
         self._last = now
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time booked under `name`."""
+        """The function, with its time added to `name`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._lap()
@@ -96,7 +94,7 @@ def phase(
     workdir = Workdir.open(work, {"bench": str(work)})
     release(device)
     reset_peak(device)
-    resident = peak_bytes(device)[0]  # of others: the model that judges both sides, say
+    resident = peak_bytes(device)[0]  # of other objects, e.g. the model of the comparison
     with Watch() as host, exact_math(0), ExitStack() as stack:
         if terms:
             stack.enter_context(terms.running())

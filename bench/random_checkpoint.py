@@ -3,8 +3,8 @@
     python -m bench.random_checkpoint llava-hf--llava-1.5-7b-hf OUT [--device cuda]
     python -m bench.random_checkpoint Salesforce--blip2-opt-2.7b OUT [--device cuda]
 
-For measuring time and memory where no real weights can be had: shapes, names and dtypes come from
-`tests/headers/`, the tokenizer and chat template from the embedded demo model, the image size from the config.
+For measurements of time and memory without real weights. Shapes, names and dtypes come from `tests/headers/`, tokenizer
+and chat template from the embedded demo model, the image size from the config.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from tests.headers.read import Header, load_header
 
 
 def first_blocks(config: dict[str, Any], tensors: Header, blocks: int) -> tuple[dict[str, Any], Header]:
-    """The model cut down to its first blocks (one more in LLaVA's vision tower, whose last block never runs)."""
-    former = "qformer_config" in config
-    kept = {"text_config": blocks, "vision_config": blocks + (not former), "qformer_config": blocks}
-    kept = {part: count for part, count in kept.items() if part in config}
-    config = config | {part: config[part] | {"num_hidden_layers": count} for part, count in kept.items()}
+    """The model cut down to its first blocks (one more in LLaVA's vision tower, whose last block is not used)."""
+    is_blip2 = "qformer_config" in config
+    counts = {"text_config": blocks, "vision_config": blocks + (not is_blip2), "qformer_config": blocks}
+    counts = {part: count for part, count in counts.items() if part in config}
+    config = config | {part: config[part] | {"num_hidden_layers": count} for part, count in counts.items()}
     limits = {"language_model": blocks, "vision_tower": blocks + 1, "vision_model": blocks, "qformer": blocks}
-    found = {name: re.search(r"\.layers?\.(\d+)\.", name) for name in tensors}
+    matches = {name: re.search(r"\.layers?\.(\d+)\.", name) for name in tensors}
     return config, {
         name: entry
         for name, entry in tensors.items()
-        if not (place := found[name]) or int(place[1]) < limits[name.partition(".")[0]]
+        if not (match := matches[name]) or int(match[1]) < limits[name.partition(".")[0]]
     }
 
 
@@ -59,15 +59,15 @@ def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes
 
 
 def write_with_random_language(source: Path, out: Path) -> None:
-    """A copy of a folder whose language model's linears hold normal numbers of the size that they had."""
+    """A copy of a folder with normally distributed language weights of the same standard deviation."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     generator = torch.Generator().manual_seed(0)
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             if tensor.ndim == 2 and "layers." in name and name.startswith("language_model."):
-                drawn = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
-                tensors[name] = drawn.to(tensor.dtype)
+                random_weights = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+                tensors[name] = random_weights.to(tensor.dtype)
         save_file(tensors, out / file.name, metadata={"format": "pt"})
 
 
@@ -94,24 +94,24 @@ def write_processor(out: Path, config: dict[str, Any]) -> None:
 
 
 def write_blip2_processor(out: Path, config: dict[str, Any]) -> None:
-    """The demo's words with a BLIP-2 processor, and config.json with their image token."""
+    """The demo's tokenizer with a BLIP-2 processor, and config.json with its image token."""
     demo, side = MODELS["demo-llava"], config["vision_config"]["image_size"]
     for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(demo / name, out / name)
-    seen = json.loads((demo / "preprocessor_config.json").read_text())
-    pictures = {name: seen[name] for name in ("image_mean", "image_std", "do_rescale", "do_normalize", "resample")}
+    pictures = json.loads((demo / "preprocessor_config.json").read_text())
+    pictures = {name: pictures[name] for name in ("image_mean", "image_std", "do_rescale", "do_normalize", "resample")}
     pictures |= {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}}
     words = json.loads((demo / "tokenizer_config.json").read_text())
-    del words["image_token"]  # the processor adds it by itself, and trips over one that is there
-    marked = config["image_token_index"] is not None
+    del words["image_token"]  # the processor adds this token itself and fails on this entry
+    has_placeholder = config["image_token_index"] is not None
     texts = {
         "preprocessor_config": pictures,
-        "processor_config": {"num_query_tokens": config["num_query_tokens"] if marked else None},
+        "processor_config": {"num_query_tokens": config["num_query_tokens"] if has_placeholder else None},
         "tokenizer_config": words,
     }
     for file, content in texts.items():
         (out / f"{file}.json").write_text(json.dumps(content | {"processor_class": "Blip2Processor"}))
-    if marked:
+    if has_placeholder:
         config = config | {"image_token_index": json.loads((demo / "config.json").read_text())["image_token_index"]}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("header")
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--blocks", type=int, default=0, help="only the first blocks: enough to measure memory")
+    parser.add_argument("--blocks", type=int, default=0, help="only the first blocks, enough to measure memory")
     arguments = parser.parse_args()
     count = write(arguments.header, arguments.out, arguments.device, arguments.blocks)
     print(json.dumps({"parameters": count, "folder": str(arguments.out)}))

@@ -45,7 +45,7 @@ CHILD = Path(__file__).with_name("serve_engine.py")
 
 
 def plan_of(variant: Variant, folder: Path) -> Plan:
-    """The plan of a variant for the checkpoint whose header lies in `folder`; 16 bits are one that packs nothing."""
+    """The plan of a variant for the checkpoint whose header is in `folder`; for 16 bits it packs no tensor."""
     data = load_recipe(variant.recipe or "llava-w4").model_dump()
     if not variant.recipe:
         rules = variant.rules or [W4 | {"store": "dequantized"}]
@@ -55,7 +55,7 @@ def plan_of(variant: Variant, folder: Path) -> Plan:
 
 
 def write_source(folder: Path, smoke: bool) -> dict[str, Any]:
-    """The checkpoint's header, for planning, and its processor; the demo model's own for a smoke run."""
+    """Write the checkpoint's header, for planning, and its processor; for a smoke run, copy the demo model."""
     if smoke:
         shutil.copytree(MODELS["demo-llava"], folder)
         return dict(json.loads((folder / "config.json").read_text()))
@@ -67,7 +67,7 @@ def write_source(folder: Path, smoke: bool) -> dict[str, Any]:
 
 
 def decode_bytes(plan: Plan, variant: Variant, config: Mapping[str, Any], context: int) -> int:
-    """Bytes that one decoded token reads: the language model's weights but the embeddings, and the cache."""
+    """Bytes read per decoded token: the language model's weights without the embeddings, and the cache."""
     rows = [
         row for row in plan.rows if row.tensor.name.startswith("language_model.") and "embed" not in row.tensor.name
     ]
@@ -108,14 +108,14 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         engine["profiler_config"] = trace | {"torch_profiler_with_stack": False, "ignore_frontend": True}
     counts = [1, 2, 4, *(8 * i for i in range(1, max(options.clients) // 8 + 1))]
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": counts}
-    if options.graphs:  # vLLM's own sizes up to there
+    if options.graphs:  # vLLM's default sizes up to this one
         graphs = {"max_cudagraph_capture_size": options.graphs}
     if not options.compiled:  # no Inductor: a start takes seconds; decoding runs from whole CUDA graphs either way
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     graphs |= json.loads(options.compilation)
     sizes = {"max_num_seqs": max(options.clients), "compilation_config": graphs}
     sizes |= {"max_num_batched_tokens": options.batched_tokens}
-    cache = (14 if plan.recipe.kv_cache else 27) * 10**9  # what 64 requests at once want
+    cache = (14 if plan.recipe.kv_cache else 27) * 10**9  # for 64 concurrent requests
     sizes |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
     spec = {
@@ -159,7 +159,7 @@ def start(options: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]
 
 
 def bandwidth(options: argparse.Namespace) -> float | None:
-    """Bytes a second of a copy on the card, None without one."""
+    """Bytes per second of a copy on the GPU, None without a GPU."""
     file = options.out.resolve() / "bandwidth.json"
     subprocess.run([*shlex.split(options.python), str(CHILD), "--bandwidth", str(file)], check=True)
     speed: float | None = json.loads(file.read_text())["bandwidth"]
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--renderers", type=int, default=4, help="threads that prepare images")
     parser.add_argument("--together", action="store_true", help="start all engines before measuring the first")
     parser.add_argument("--compiled", action="store_true", help="with Inductor, vLLM's default")
-    parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph: 704 reads one prompt by one")
+    parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph; 704 covers one prompt")
     parser.add_argument(
         "--compilation", default="{}", metavar="JSON", help="additional entries of vLLM's compilation_config"
     )

@@ -20,7 +20,7 @@ Calls = list[Callable[[], Any]]
 
 
 class Batch:
-    """Queries, and caches that stand for as many blocks: the calls of a kernel go from one cache to the next."""
+    """Queries, and several caches in place of the model's blocks; consecutive calls use different caches."""
 
     def __init__(self, clients: int, length: int, dtype: torch.dtype) -> None:
         pages = clients * length // PAGE
@@ -42,12 +42,12 @@ class Batch:
         return torch.einsum("bht,bthd->bhd", scores.softmax(-1), values)
 
     def bytes(self) -> int:
-        """Of one cache."""
+        """Bytes of one cache."""
         return self.caches[0].numel() * self.caches[0].element_size()
 
 
 def flash(batch: Batch, splits: int) -> Calls:
-    """FlashAttention 3, whose queries are float8 when the cache is. splits: parts of a sequence, 0 for its choice."""
+    """FlashAttention 3; queries are float8 if the cache is. splits: parts of a sequence, 0 for its default."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     query = batch.query.to(FLOAT8) if batch.float8 else batch.query
@@ -66,28 +66,30 @@ def triton(batch: Batch, float8_query: bool) -> Calls:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
     from vllm.v1.kv_cache_interface import KVQuantMode
 
-    few, parts = 128 // HEADS, 16
+    max_sequences, parts = 128 // HEADS, 16
     query = batch.query.to(FLOAT8) if float8_query else batch.query
-    one = torch.ones((), device="cuda") if float8_query else None
+    q_scale = torch.ones((), device="cuda") if float8_query else None
     scales = batch.ones if batch.float8 else None
-    room = {"softmax_segm_output": torch.empty(few, HEADS, parts, SIZE, device="cuda")}
-    room |= {f"softmax_segm_{name}": torch.empty(few, HEADS, parts, device="cuda") for name in ("max", "expsum")}
+    segments = {"softmax_segm_output": torch.empty(max_sequences, HEADS, parts, SIZE, device="cuda")}
+    segments |= {
+        f"softmax_segm_{name}": torch.empty(max_sequences, HEADS, parts, device="cuda") for name in ("max", "expsum")
+    }
     mode = KVQuantMode.FP8_PER_TENSOR if batch.float8 else KVQuantMode.NONE
-    more = {"seq_threshold_3D": few, "num_par_softmax_segments": parts, "kv_quant_mode": mode, **room}
+    more = {"seq_threshold_3D": max_sequences, "num_par_softmax_segments": parts, "kv_quant_mode": mode, **segments}
 
     def call(cache: Tensor) -> Any:
         ends = (batch.starts, 1, batch.lengths, batch.length, SCALE, True, (-1, -1), batch.table, 0)
-        return unified_attention(query, cache[0], cache[1], batch.out, *ends, one, scales, scales, **more)
+        return unified_attention(query, cache[0], cache[1], batch.out, *ends, q_scale, scales, scales, **more)
 
     return [lambda cache=cache: call(cache) for cache in batch.caches]  # type: ignore[misc]
 
 
 def flashinfer_native(batch: Batch, tensor_cores: bool) -> Calls:
-    """FlashInfer's own decoding kernel, queries in 16 bits."""
+    """FlashInfer's decoding kernel, with 16-bit queries."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    room = torch.zeros(2**29, dtype=torch.uint8, device="cuda")
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(room, "NHD", use_tensor_cores=tensor_cores)
+    workspace = torch.zeros(2**29, dtype=torch.uint8, device="cuda")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
     pages = batch.length // PAGE
     starts = torch.arange(0, batch.clients * pages + 1, pages, dtype=torch.int32)
     full = torch.full((batch.clients,), PAGE, dtype=torch.int32)
@@ -101,7 +103,7 @@ def flashinfer_native(batch: Batch, tensor_cores: bool) -> Calls:
 
 
 def xqa(batch: Batch) -> Calls:
-    """The kernel behind vLLM's `--attention-backend FLASHINFER` on Hopper, queries in 16 bits."""
+    """The kernel behind vLLM's `--attention-backend FLASHINFER` on Hopper, with 16-bit queries."""
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache
 
     options: dict[str, Any] = {"workspace_buffer": torch.zeros(2**28, dtype=torch.uint8, device="cuda")}
@@ -128,7 +130,7 @@ KERNELS: dict[str, tuple[torch.dtype, Callable[[Batch], Calls]]] = {
 
 
 def milliseconds(calls: Calls) -> float:
-    """Of one call, the best of four replays of all from a graph."""
+    """Milliseconds per call: the best of four replays of a CUDA graph of all calls."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -149,7 +151,7 @@ def milliseconds(calls: Calls) -> float:
 
 
 def measure(name: str, clients: int, length: int) -> str:
-    """One line."""
+    """One line of the table."""
     dtype, make = KERNELS[name]
     torch.manual_seed(0)
     batch = Batch(clients, length, dtype)

@@ -3,8 +3,8 @@
     python bench/serve_engine.py SPEC.json
     python bench/serve_engine.py --bandwidth OUT.json
 
-vLLM's engine process imports for half a minute before it uses the GPU. After that it waits for a lock on a file that
-bench/serve.py holds, so that variants import in parallel and are measured one at a time. With `--together`, it waits
+vLLM's engine process imports for half a minute before it uses the GPU. It then waits for a file lock that
+`bench/serve.py` holds, so that variants import in parallel and are measured one at a time. With `--together`, it waits
 after the engine has started, compiled and captured its graphs.
 """
 
@@ -22,30 +22,30 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FILLER = 10  # a token id that every vocabulary here has
-TURN = "MMQ_BENCH_TURN"  # the environment's name for the lock file's path
+FILLER = 10  # a token id in every vocabulary
+TURN = "MMQ_BENCH_TURN"  # environment variable with the path of the lock file
 READY = "=== ready, waiting"
 
 
 class Answer(NamedTuple):
-    """When a request was sent, and when how many of its tokens came."""
+    """When a request was sent, and when how many tokens arrived."""
 
     sent: float
     arrived: list[tuple[float, int]]
 
     @property
     def first(self) -> float:
-        """When the first token came."""
+        """When the first token arrived."""
         return self.arrived[0][0]
 
     @property
     def last(self) -> float:
-        """When the last token came."""
+        """When the last token arrived."""
         return self.arrived[-1][0]
 
 
 class Load:
-    """Requests with one image each, closed loop: every client asks again as soon as it has its answer."""
+    """Requests with one image each, in a closed loop: a client sends its next request after its answer."""
 
     def __init__(self, engine: Any, spec: dict[str, Any]) -> None:
         import numpy as np
@@ -55,8 +55,8 @@ class Load:
         self._images = [draw.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in shapes]
         self._engine, self._spec, self._next = engine, spec, count()
 
-    async def ask(self, tokens: int) -> Answer:
-        """One request, answered with `tokens` tokens."""
+    async def request(self, tokens: int) -> Answer:
+        """Send one request for `tokens` tokens."""
         from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -73,14 +73,14 @@ class Load:
         return answer
 
     async def clients(self, number: int, rounds: int, tokens: int) -> dict[str, float]:
-        """Rates of `number` clients that ask `rounds` times each."""
+        """Rates of `number` clients that send `rounds` requests each."""
 
         async def client() -> list[Answer]:
-            return [await self.ask(tokens) for _ in range(rounds)]
+            return [await self.request(tokens) for _ in range(rounds)]
 
-        begun = time.perf_counter()
-        answers = [a for found in await asyncio.gather(*(client() for _ in range(number))) for a in found]
-        seconds = time.perf_counter() - begun
+        start = time.perf_counter()
+        answers = [a for replies in await asyncio.gather(*(client() for _ in range(number))) for a in replies]
+        seconds = time.perf_counter() - start
         return {
             "tokens_per_s": len(answers) * tokens / seconds,
             "images_per_s": len(answers) / seconds,
@@ -88,33 +88,33 @@ class Load:
         }
 
     async def decoding(self, number: int, tokens: int) -> float | None:
-        """Tokens a second while all of `number` clients decode: no prompt is read. None if they never do."""
-        answers = await asyncio.gather(*(self.ask(tokens) for _ in range(number)))
+        """Tokens per second while all `number` clients decode and no prompt is processed; None if they never do."""
+        answers = await asyncio.gather(*(self.request(tokens) for _ in range(number)))
         begin, end = max(a.first for a in answers), min(a.last for a in answers)
         came = sum(few for a in answers for when, few in a.arrived if begin < when <= end)
         return came / (end - begin) if end > begin else None
 
 
 async def measure(load: Load, spec: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is reported of one engine."""
+    """All figures of one engine."""
     tokens, rounds = spec["tokens"], spec["rounds"]
     for number in spec["clients"]:
-        await load.clients(number, 1, 8)  # warm: kernels are compiled or chosen at their first use
-    first = [await load.ask(1) for _ in range(3 * rounds)]
-    alone = [await load.ask(tokens + 1) for _ in range(rounds)]
-    found: dict[str, Any] = {
+        await load.clients(number, 1, 8)  # warm-up: kernels are compiled or selected at their first use
+    first = [await load.request(1) for _ in range(3 * rounds)]
+    alone = [await load.request(tokens + 1) for _ in range(rounds)]
+    figures: dict[str, Any] = {
         "first_token_ms": 1000 * statistics.median(a.last - a.sent for a in first),
         "decode_ms": 1000 * statistics.median((a.last - a.first) / tokens for a in alone),
     }
     for number in spec["clients"]:
-        found[f"clients_{number}"] = await load.clients(number, rounds, tokens)
-        found[f"prefill_{number}"] = await load.clients(number, rounds, 1)
-        found[f"decoding_{number}"] = await load.decoding(number, tokens)
-    return found
+        figures[f"clients_{number}"] = await load.clients(number, rounds, tokens)
+        figures[f"prefill_{number}"] = await load.clients(number, rounds, 1)
+        figures[f"decoding_{number}"] = await load.decoding(number, tokens)
+    return figures
 
 
 def bandwidth(gigabytes: int = 4) -> float | None:
-    """Bytes a second that a copy on the card reads and writes, None without a card."""
+    """Bytes per second that a copy on the GPU reads and writes, None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -133,16 +133,16 @@ def bandwidth(gigabytes: int = 4) -> float | None:
 
 
 async def trace(load: Load, engine: Any, spec: dict[str, Any], clients: int, decoding: bool) -> list[dict[str, Any]]:
-    """What the card ran: while `clients` clients decode, all prompts behind them, or while their prompts are read."""
+    """Kernels on the GPU while `clients` clients decode after all prompts, or while their prompts are processed."""
     folder = Path(spec["engine"]["profiler_config"]["torch_profiler_dir"])
     before = set(folder.rglob("*.json.gz"))
     if decoding:
-        asking = asyncio.gather(*(load.ask(spec["tokens"]) for _ in range(clients)))
+        requests = asyncio.gather(*(load.request(spec["tokens"]) for _ in range(clients)))
         await asyncio.sleep(spec["settle_s"][str(clients)])
         await engine.start_profile()
         await asyncio.sleep(0.25)
         await engine.stop_profile()
-        await asking
+        await requests
     else:
         await engine.start_profile()
         await load.clients(clients, 1, 1)
@@ -155,23 +155,23 @@ async def trace(load: Load, engine: Any, spec: dict[str, Any], clients: int, dec
     ]
 
 
-def by_kernel(ran: list[dict[str, Any]], blocks: int) -> dict[str, Any]:
-    """Milliseconds of the card by kernel and step; a step is known by its writes to the cache, one a block."""
-    writes = Counter(e["name"] for e in ran if "reshape_and_cache" in e["name"])
+def by_kernel(events: list[dict[str, Any]], blocks: int) -> dict[str, Any]:
+    """Milliseconds by kernel and step; the number of steps is that of cache writes divided by blocks."""
+    writes = Counter(e["name"] for e in events if "reshape_and_cache" in e["name"])
     steps = max(writes.values(), default=0) / blocks
     if not steps:
         return {}
     total: Counter[str] = Counter()
-    for event in ran:
+    for event in events:
         total[event["name"][:110]] += event["dur"] / 1000 / steps
-    span = (max(e["ts"] + e["dur"] for e in ran) - min(e["ts"] for e in ran)) / 1000 / steps
-    number = Counter(e["name"][:110] for e in ran)
+    span = (max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)) / 1000 / steps
+    number = Counter(e["name"][:110] for e in events)
     rows = {name: [round(ms, 4), round(number[name] / steps, 1)] for name, ms in total.most_common(16)}
     return {
         "steps": steps,
         "step_ms": span,
         "busy_ms": sum(total.values()),
-        "launches": len(ran) / steps,
+        "launches": len(events) / steps,
         "kernels": rows,
     }
 
@@ -181,27 +181,27 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
-    started = time.perf_counter() - begun
+    startup = time.perf_counter() - start
     if "turn" in spec:
         wait_for(spec["turn"])
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         load = Load(engine, spec)
-        found = await measure(load, spec)
+        figures = await measure(load, spec)
         if "profiler_config" in spec["engine"]:
             few, many = spec["clients"][0], spec["clients"][-1]
             for name, number, decoding in (("kernels", few, True), ("kernels", many, True), ("prompts", many, False)):
-                ran = await trace(load, engine, spec, number, decoding)
-                found[f"{name}_{number}"] = by_kernel(ran, spec["blocks"])
+                events = await trace(load, engine, spec, number, decoding)
+                figures[f"{name}_{number}"] = by_kernel(events, spec["blocks"])
     finally:
         engine.shutdown()
-    return found | {"startup_s": started, "measured_s": time.perf_counter() - begun}
+    return figures | {"startup_s": startup, "measured_s": time.perf_counter() - start}
 
 
 def wait_for(path: str) -> None:
-    """Say that one is ready, then wait until the lock on a file is let go."""
+    """Print READY, then wait until the lock on a file is released."""
     turn = os.open(path, os.O_RDWR)
     print(READY, flush=True)
     fcntl.flock(turn, fcntl.LOCK_EX)
@@ -209,10 +209,10 @@ def wait_for(path: str) -> None:
 
 
 def import_and_wait() -> None:
-    """In the engine's process: import what takes long before the turn."""
+    """In the engine's process: do the long imports, then wait."""
     import vllm.v1.engine.core  # noqa: F401
 
-    wait_for(os.environ.pop(TURN))  # workers that this process starts find no file to wait for
+    wait_for(os.environ.pop(TURN))  # so that workers of this process do not wait
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ LANGUAGE_FP8 = FP8 | {"component": "language"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve. recipe: a shipped one, or else rules and kv_cache of one (none: 16 bits).
+    """One variant. recipe: name of a built-in recipe; otherwise rules and kv_cache define one (no rules: 16 bits).
 
-    change: of its config. engine: arguments of vLLM.
+    change: functions that edit its quantization config. engine: arguments of vLLM.
     """
 
     rules: Sequence[Mapping[str, Any]] = ()
@@ -36,7 +36,7 @@ def int8_activations(config: dict[str, Any]) -> None:
 
 
 def head8(config: dict[str, Any]) -> None:
-    """An output head of 8 bits, weight only."""
+    """An 8-bit output head, weights only."""
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
     group = {"targets": ["re:.*lm_head$"], "weights": weights | {"dynamic": False}, "format": "pack-quantized"}
     config["config_groups"]["group_head"] = group | {"input_activations": None, "output_activations": None}
@@ -44,7 +44,7 @@ def head8(config: dict[str, Any]) -> None:
 
 
 VIT8 = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row"}
-# FlashInfer reads a float8 cache by its XQA kernel; without a network, VLLM_HAS_FLASHINFER_CUBIN=1 lets vLLM take it.
+# FlashInfer reads a float8 cache with its XQA kernel; without a network, vLLM needs VLLM_HAS_FLASHINFER_CUBIN=1.
 XQA = {"attention_backend": "FLASHINFER"}
 MARLIN, HUMMING = {"linear_backend": "marlin"}, {"linear_backend": "humming"}
 W4A8 = Variant([VIT_FP8, W4 | {"activations": "fp8"}])

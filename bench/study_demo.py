@@ -22,15 +22,15 @@ from exporter.study.sensitivity import measure, rules
 from exporter.study.work import Setup, exam_samples, open_model
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)
-POINTS = 40  # sizes of the front
-WRITTEN = {  # family -> prefixes of the recipes that were written for it
+POINTS = 40  # sizes on the Pareto front
+WRITTEN = {  # family -> prefixes of the hand-written recipes
     "llava": ("llava-",),
     "blip2": ("blip2-caption-", "blip2-vqa-"),
     "blip2-itm": ("blip2-retrieval-",),
 }
 
 
-def say(event: Event) -> None:
+def print_note(event: Event) -> None:
     """Print notes to standard error; standard output has the table."""
     if event.stage == "note":
         print(event.message, file=sys.stderr, flush=True)
@@ -44,27 +44,31 @@ def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str,
     schemes = rules(BITS, GROUPS, "gptq", True, False, model.recipe.format)
     device = choose(setup.device)
     with local(workers) as pool:
-        places, full, outcome = measure(setup, "role", (), schemes, pool, say)
+        places, full, outcome = measure(setup, "role", (), schemes, pool, print_note)
         sizes = [model.plan(recipe.quantize).bytes_after for _, recipe in written]
-        same = [solve(places, full, size) for size in sizes]
-        every = [choice for choice in front(places, full, points) if choice.bytes < full]
-        candidates, hand = score_choices(setup, places, [*same, *every], written, pool, say)
+        same_size = [solve(places, full, size) for size in sizes]
+        on_front = [choice for choice in front(places, full, points) if choice.bytes < full]
+        candidates, written_scores = score_choices(setup, places, [*same_size, *on_front], written, pool, print_note)
     rows = []
     for i, (name, recipe) in enumerate(written):
-        named = propose.recipe_of(model.recipe, f"as-large-as-{name}", places, same[i], list(exam_samples(setup)), 0.99)
-        ours, theirs = (
-            propose.confirm(candidate, setup.folder / "confirmed", device, setup.places, samples, say)
+        named = propose.recipe_of(
+            model.recipe, f"as-large-as-{name}", places, same_size[i], list(exam_samples(setup)), 0.99
+        )
+        proposed, written_result = (
+            propose.confirm(candidate, setup.folder / "confirmed", device, setup.places, samples, print_note)
             for candidate in (named, recipe)
         )
-        near = [
-            candidate for candidate in candidates if candidate.measured.scores["kl"] <= hand[i].measured.scores["kl"]
+        at_most_kl = [
+            candidate
+            for candidate in candidates
+            if candidate.measured.scores["kl"] <= written_scores[i].measured.scores["kl"]
         ]
-        smaller = min(near, key=lambda candidate: candidate.measured.bytes, default=None)
+        smaller = min(at_most_kl, key=lambda candidate: candidate.measured.bytes, default=None)
         rows.append(
             {
                 "recipe": name,
-                "written": theirs.row() | {"kl": hand[i].measured.scores["kl"]},
-                "chosen": ours.row() | {"kl": candidates[i].measured.scores["kl"]},
+                "written": written_result.row() | {"kl": written_scores[i].measured.scores["kl"]},
+                "chosen": proposed.row() | {"kl": candidates[i].measured.scores["kl"]},
                 "smallest_as_near": smaller.row() if smaller else None,
             }
         )
@@ -72,7 +76,7 @@ def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str,
     cost = {"seconds": dict(outcome.seconds), "cpu_seconds": outcome.cpu_seconds}
     return {
         "rows": rows,
-        "front": [candidate.row() for candidate in candidates[len(same) :]],
+        "front": [candidate.row() for candidate in candidates[len(same_size) :]],
         "samples": samples,
         "sensitivities": cost,
     }
@@ -106,9 +110,9 @@ def main() -> None:
     options = parser.parse_args()
     recipe = base_recipe(options.model, None, (), 128, 0)
     setup = Setup(options.folder, recipe.model_dump_json(), samples=options.proxy, device=options.device)
-    found = compared(setup, options.samples, options.workers, options.points)
+    result = compared(setup, options.samples, options.workers, options.points)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

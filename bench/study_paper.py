@@ -1,4 +1,4 @@
-"""Comparison of published importance with ours, from score files: `python bench/study_paper.py FOLDER [--json FILE]`.
+"""Comparison of published importance with mmq's, from score files: `python bench/study_paper.py FOLDER [--json FILE]`.
 
 The folder contains the paper's CSV files (arXiv 2601.15287): one row per setting, bits in columns `*_bits`.
 """
@@ -17,9 +17,9 @@ WITHIN = 1.5  # percentage points
 
 @dataclass(frozen=True)
 class Published:
-    """One line of the paper's table 1: what, the file with its scores, their column, and the shares in percent."""
+    """One line of the paper's table 1. file: its scores; score: their column; shares: in percent."""
 
-    what: str
+    title: str
     file: str
     score: str
     shares: dict[str, float]
@@ -40,17 +40,17 @@ TABLE = (
 def row(published: Published, folder: Path) -> dict[str, Any]:
     """Importance from the file, and its largest difference from the published shares."""
     result = importance(read_csv(folder / published.file, published.score))
-    ours = result.shares.consensus
-    off = max(abs(ours[name] - share) for name, share in published.shares.items())
-    inside = result.inside.consensus if result.inside else None
-    more = {
-        "consensus": ours,
-        "off": off,
+    consensus = result.shares.consensus
+    largest_difference = max(abs(consensus[name] - share) for name, share in published.shares.items())
+    usable_region = result.inside.consensus if result.inside else None
+    figures = {
+        "consensus": consensus,
+        "off": largest_difference,
         "r2_linear": result.shares.r2_linear,
         "usable": result.usable,
-        "inside": inside,
+        "inside": usable_region,
     }
-    return asdict(published) | more | {"marginal": {c: [asdict(d) for d in ds] for c, ds in result.marginal.items()}}
+    return asdict(published) | figures | {"marginal": {c: [asdict(d) for d in ds] for c, ds in result.marginal.items()}}
 
 
 def line(result: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def line(result: dict[str, Any]) -> str:
         return " / ".join(f"{value:.1f}" for value in values.values()) if values else "too few"
 
     verdict = "yes" if result["off"] <= WITHIN else f"no, {result['off']:.1f} off"
-    cells = [result["what"], shares(result["shares"]), shares(result["consensus"]), verdict, shares(result["inside"])]
+    cells = [result["title"], shares(result["shares"]), shares(result["consensus"]), verdict, shares(result["inside"])]
     cells.append(f"{result['r2_linear']:.2f}")
     return f"| {' | '.join(cells)} |"
 

@@ -18,7 +18,7 @@ from exporter.demo import MODELS
 from exporter.demo.language import QUESTIONS
 from tools.demo_training import score_retrieval
 from tools.demo_training.blip2_packing import BLIP2
-from tools.demo_training.packing import LLAVA, Talk
+from tools.demo_training.packing import LLAVA, PromptLayout
 from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary
 
 FILE = Path(__file__).parent / "golden" / "demo_figures.json"
@@ -50,9 +50,9 @@ def load(name: str) -> Any:
     return getattr(transformers, kind).from_pretrained(MODELS[name], dtype=torch.float32).eval()
 
 
-def answers(model: Any, talk: Talk, scenes: int = 150) -> Figures:
+def answers(model: Any, layout: PromptLayout, scenes: int = 150) -> Figures:
     """Shares of exact answers: the headlines, and the worst of the kinds of questions about scenes."""
-    kinds = by_kind(model, [scene_exam("test", 0, scenes, CPU, talk), easy_exam(CPU, talk)])
+    kinds = by_kind(model, [scene_exam("test", 0, scenes, CPU, layout), easy_exam(CPU, layout)])
     return summary(kinds) | {"worst kind": min(kinds[kind] for kind in QUESTIONS)}
 
 

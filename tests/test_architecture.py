@@ -126,7 +126,7 @@ def test_importing_the_package_loads_no_heavy_library():
     assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.description)
 def test_mutations_refer_to_existing_lines(mutation):
     """`python -m bench.mutations` applies each mutation and names the test that detects it."""
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.before) == 1

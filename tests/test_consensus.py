@@ -1,4 +1,4 @@
-"""The consensus of importance: against one made by hand, and against the published one where its scores are there."""
+"""The consensus of importance: against a naive computation, and against the published one where scores exist."""
 
 import csv
 import json
@@ -31,15 +31,15 @@ def consensus_of(path: Path, *options: str) -> dict[str, float]:
     """What the command prints."""
     result = CliRunner().invoke(cli, ["study", "importance", str(path), "--json", *options])
     assert result.exit_code == 0, result.output
-    found: dict[str, float] = json.loads(result.stdout)["consensus"]
-    return found
+    consensus: dict[str, float] = json.loads(result.stdout)["consensus"]
+    return consensus
 
 
 def scores(bits: Floats) -> Floats:
     """Cliffs of three heights that meet, as in the paper's grids."""
     lost = 0.5 * 2.0 ** -bits[:, 0] + 0.1 * 2.0 ** -bits[:, 1] + 0.8 * 2.0 ** -(bits[:, 2] - 1)
-    kept: Floats = np.maximum(0.0, 1.2 - 2 * lost - (bits[:, 0] == 2) * (bits[:, 2] <= 3) * 0.2)
-    return kept
+    score: Floats = np.maximum(0.0, 1.2 - 2 * lost - (bits[:, 0] == 2) * (bits[:, 2] <= 3) * 0.2)
+    return score
 
 
 def test_the_consensus_is_what_its_definition_gives(tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ def test_the_consensus_is_what_its_definition_gives(tmp_path: Path) -> None:
         csv.writer(file).writerows(
             [(*COLUMNS, "cider"), *([*row, y] for row, y in zip(bits, scores(bits), strict=True))]
         )
-    found = consensus_of(tmp_path / "grid.csv")
-    assert list(found) == ["vision", "qformer", "language"]
-    assert list(found.values()) == pytest.approx(list(naive_consensus(bits, scores(bits))), abs=1.0)
-    assert found["language"] > found["vision"] > found["qformer"] > 0
+    consensus = consensus_of(tmp_path / "grid.csv")
+    assert list(consensus) == ["vision", "qformer", "language"]
+    assert list(consensus.values()) == pytest.approx(list(naive_consensus(bits, scores(bits))), abs=1.0)
+    assert consensus["language"] > consensus["vision"] > consensus["qformer"] > 0
 
 
 def naive_consensus(bits: Floats, values: Floats) -> Floats:
@@ -60,7 +60,7 @@ def naive_consensus(bits: Floats, values: Floats) -> Floats:
     from sklearn.ensemble import RandomForestRegressor
 
     forest = RandomForestRegressor(n_estimators=TREES, random_state=1).fit(bits, values)
-    trees = [one.tree_ for one in forest.estimators_]
+    trees = [tree.tree_ for tree in forest.estimators_]
     gains = sum(gains_of(tree, bits.shape[1]) for tree in trees)
     dice = np.random.default_rng(5)
     whole = r2(values, forest.predict(bits))
@@ -76,51 +76,55 @@ def naive_consensus(bits: Floats, values: Floats) -> Floats:
     return mean
 
 
-def r2(values: Floats, guessed: Floats) -> float:
-    return 1 - float(((values - guessed) ** 2).sum() / ((values - values.mean()) ** 2).sum())
+def r2(values: Floats, predicted: Floats) -> float:
+    return 1 - float(((values - predicted) ** 2).sum() / ((values - values.mean()) ** 2).sum())
 
 
 def gains_of(tree: Any, columns: int) -> Floats:
     """How much variance the splits on each column take away, as a share of the tree's."""
-    found = np.zeros(columns)
+    gains = np.zeros(columns)
     weight = tree.weighted_n_node_samples
     for node, left in enumerate(tree.children_left):
         if left >= 0:
             sides = (left, tree.children_right[node])
             after = sum(weight[side] * tree.impurity[side] for side in sides)
-            found[tree.feature[node]] += weight[node] * tree.impurity[node] - after
-    return found / found.sum()
+            gains[tree.feature[node]] += weight[node] * tree.impurity[node] - after
+    return gains / gains.sum()
 
 
 def shapley(tree: Any, row: Floats) -> Floats:
-    """Each column's Shapley value in a tree's guess; columns left out go both ways, by how many samples went there."""
+    """Each column's Shapley value in a tree's prediction; omitted columns take both branches, weighted by samples."""
 
-    def guess(node: int, known: tuple[int, ...]) -> float:
+    def predict(node: int, features: tuple[int, ...]) -> float:
         left, right, column = tree.children_left[node], tree.children_right[node], tree.feature[node]
         if left < 0:
             return float(tree.value[node].item())
-        if column in known:
-            return guess(left if row[column] <= tree.threshold[node] else right, known)
+        if column in features:
+            return predict(left if row[column] <= tree.threshold[node] else right, features)
         weight = tree.weighted_n_node_samples
-        return float(weight[left] * guess(left, known) + weight[right] * guess(right, known)) / float(weight[node])
+        return float(weight[left] * predict(left, features) + weight[right] * predict(right, features)) / float(
+            weight[node]
+        )
 
     count = len(row)
-    sets = [chosen for size in range(count + 1) for chosen in combinations(range(count), size)]
-    worth = {chosen: guess(0, chosen) for chosen in sets}
-    found = np.zeros(count)
-    for column, chosen in product(range(count), sets):
-        if column not in chosen:
-            share = factorial(len(chosen)) * factorial(count - len(chosen) - 1) / factorial(count)
-            found[column] += share * (worth[tuple(sorted((*chosen, column)))] - worth[chosen])
-    return found
+    sets = [subset for size in range(count + 1) for subset in combinations(range(count), size)]
+    worth = {subset: predict(0, subset) for subset in sets}
+    values = np.zeros(count)
+    for column, subset in product(range(count), sets):
+        if column not in subset:
+            share = factorial(len(subset)) * factorial(count - len(subset) - 1) / factorial(count)
+            values[column] += share * (worth[tuple(sorted((*subset, column)))] - worth[subset])
+    return values
 
 
-@pytest.mark.parametrize("published", [one for one in TABLE if one.what in AGREES], ids=lambda one: one.file)
+@pytest.mark.parametrize(
+    "published", [published for published in TABLE if published.title in AGREES], ids=lambda published: published.file
+)
 def test_the_published_consensus_is_reproduced(published: Published) -> None:
     path = PAPER / published.file
     if not path.exists():
         pytest.skip(f"the paper's scores are not at {path}: name their folder by MMQ_PAPER_DATA")
-    found = consensus_of(path, "--score", published.score)
-    assert found.keys() == published.shares.keys()
+    consensus = consensus_of(path, "--score", published.score)
+    assert consensus.keys() == published.shares.keys()
     for name, share in published.shares.items():
-        assert found[name] == pytest.approx(share, abs=WITHIN), name
+        assert consensus[name] == pytest.approx(share, abs=WITHIN), name

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from exporter.demo import MODELS, easy_vqa
 from exporter.demo.data import SIZES, drawings, picture, samples
 from exporter.demo.language import QUESTIONS, caption, captions, question, vocabulary
-from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, residue, scenes, things
+from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, residue, scene_objects, scenes
 from exporter.demo.scenes import SIZES as RADII
 from exporter.errors import DataError
 from exporter.model.families.llava import FAMILY, live_name
@@ -58,7 +58,7 @@ def test_a_split_keeps_to_its_residues(split: Any, allowed: set[int]) -> None:
     words = {
         (sum(CELL_INDEX[t.cell] + 5 * SHAPES.index(t.shape) + 7 * DOTS.index(t.dot) for t in row)
          + sum(list(COLORS).index(t.color) + 3 * list(RADII).index(t.size) for t in row)) % 8
-        for row in things(batch)
+        for row in scene_objects(batch)
     }  # fmt: skip
     assert words == allowed  # the same sum, taken from the words
 
@@ -77,8 +77,8 @@ def hashes(split: Any, count: int) -> list[str]:
 
 
 def test_no_picture_is_in_two_splits() -> None:
-    seen = [digest for split in ("train", "validation", "test") for digest in hashes(split, 1000)]
-    assert len(set(seen)) == 3000
+    digests = [digest for split in ("train", "validation", "test") for digest in hashes(split, 1000)]
+    assert len(set(digests)) == 3000
 
 
 def test_a_scene_depends_on_nothing_but_its_number() -> None:
@@ -89,7 +89,7 @@ def test_a_scene_depends_on_nothing_but_its_number() -> None:
 
 
 def test_the_first_scene_never_changes() -> None:
-    objects = things(scenes("test", torch.tensor([0])))[0]
+    objects = scene_objects(scenes("test", torch.tensor([0])))[0]
     assert caption(objects) == GOLDEN_CAPTION
     assert hashes("test", 250)[0][:16] == GOLDEN_PIXELS
 
@@ -106,14 +106,14 @@ def test_colors_are_drawn_where_the_words_say() -> None:
     """The cell of every large object holds pixels of its color and of its dot, and another cell does not."""
     batch = scenes("test", torch.arange(200))
     checked = 0
-    for image, row, objects in zip(draw(batch).int(), batch.cell, things(batch), strict=True):
-        for cell, thing in zip(row.tolist(), objects, strict=False):
-            if thing.size == "large":
+    for image, row, objects in zip(draw(batch).int(), batch.cell, scene_objects(batch), strict=True):
+        for cell, item in zip(row.tolist(), objects, strict=False):
+            if item.size == "large":
                 area = cell_of(image, cell)
-                assert near(area, thing.color) >= 25
-                assert near(area, thing.dot) >= 12
+                assert near(area, item.color) >= 25
+                assert near(area, item.dot) >= 12
                 empty = cell_of(image, next(c for c in range(9) if c not in row.tolist()))
-                assert near(empty, thing.color) == near(empty, thing.dot) == 0
+                assert near(empty, item.color) == near(empty, item.dot) == 0
                 checked += 1
     assert checked > 100
 
@@ -133,52 +133,52 @@ def near(area: torch.Tensor, color: str) -> int:
 
 
 def test_questions_have_one_answer() -> None:
-    batch = things(scenes("test", torch.arange(400)))
+    batch = scene_objects(scenes("test", torch.arange(400)))
     counts = dict.fromkeys(QUESTIONS, 0)
     for i, objects in enumerate(batch):
         for kind in QUESTIONS:
-            asked = question(kind, objects, i)
-            if asked is None:
+            item = question(kind, objects, i)
+            if item is None:
                 continue
             counts[kind] += 1
-            assert asked == question(kind, objects, i)
-            words = asked.text.removesuffix("?").split()
-            named = [t for t in objects if _meant(t, asked.text)]
+            assert item == question(kind, objects, i)
+            words = item.text.removesuffix("?").split()
+            named = [t for t in objects if _matches(t, item.text)]
             if kind == "exists":
-                there = any(t.color in words and t.shape in words for t in objects)
-                assert asked.answer == ("yes" if there else "no")
+                is_present = any(t.color in words and t.shape in words for t in objects)
+                assert item.answer == ("yes" if is_present else "no")
             elif kind == "count":
-                assert asked.answer == ("one", "two", "three", "four")[len(objects) - 1]
+                assert item.answer == ("one", "two", "three", "four")[len(objects) - 1]
             else:
                 field = {"place": "cell", "find": "cell"}.get(kind, kind)
-                assert [getattr(t, field) for t in named] == [asked.answer]
+                assert [getattr(t, field) for t in named] == [item.answer]
     assert min(counts.values()) > 200
 
 
-def _meant(thing: Any, text: str) -> bool:
+def _matches(item: Any, text: str) -> bool:
     """Whether everything that a question says of its object is true of `thing` (a naive reader)."""
     text = text.removesuffix("?").removesuffix(" called")
     if " at the " in text:
-        return text.split(" at the ")[1] == thing.cell
+        return text.split(" at the ")[1] == item.cell
     if " ".join(text.split()[-2:]) in lexicon().values():
-        return text.endswith(f"the {thing.name}")
-    said = set(text.split(" the ")[-1].split())
-    own = {thing.color, thing.size, thing.shape}
-    return (said & (set(COLORS) | set(RADII) | set(SHAPES))) <= own
+        return text.endswith(f"the {item.name}")
+    words = set(text.split(" the ")[-1].split())
+    own = {item.color, item.size, item.shape}
+    return (words & (set(COLORS) | set(RADII) | set(SHAPES))) <= own
 
 
 def test_questions_exist_yes_and_no_alike() -> None:
-    batch = things(scenes("test", torch.arange(1000)))
+    batch = scene_objects(scenes("test", torch.arange(1000)))
     answers = [q.answer for i, objects in enumerate(batch) if (q := question("exists", objects, i))]
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 
 def test_captions_say_the_same_in_other_words() -> None:
-    objects = things(scenes("test", torch.tensor([1])))[0]
-    said = captions(objects)
-    assert said[0] == caption(objects)
-    assert len(set(said)) == 4
-    assert all(thing.name in text and thing.cell in text for text in said for thing in objects)
+    objects = scene_objects(scenes("test", torch.tensor([1])))[0]
+    texts = captions(objects)
+    assert texts[0] == caption(objects)
+    assert len(set(texts)) == 4
+    assert all(item.name in text and item.cell in text for text in texts for item in objects)
 
 
 # Tokens
@@ -190,7 +190,7 @@ def test_the_shipped_tokenizer_is_the_one_the_code_makes() -> None:
 
 def test_words_come_back_from_their_tokens() -> None:
     coder = processor().tokenizer
-    for objects in things(scenes("test", torch.arange(50))):
+    for objects in scene_objects(scenes("test", torch.arange(50))):
         for text in (*captions(objects), *(q.text for k in QUESTIONS if (q := question(k, objects, 3)))):
             ids = coder(text, add_special_tokens=False).input_ids
             assert coder.unk_token_id not in ids
@@ -199,7 +199,7 @@ def test_words_come_back_from_their_tokens() -> None:
 
 def test_every_embedded_question_has_only_known_words() -> None:
     coder = processor().tokenizer
-    texts = [text for _, asked in easy_vqa.test_questions() for pair in asked for text in pair]
+    texts = [text for _, pairs in easy_vqa.test_questions() for pair in pairs for text in pair]
     texts += [FAMILY.caption_prompt, FAMILY.question_prompt.format(question="")]
     assert len(texts) > 3000
     assert all(coder.unk_token_id not in ids for ids in coder(texts).input_ids)
@@ -257,12 +257,12 @@ def squash(name: str) -> str:
 
 def test_features_are_multiples_of_128() -> None:
     settings = json.loads((FOLDER / "config.json").read_text())
-    found = [FAMILY.component(name) for name in ("vision", "projector", "language")]
-    names = [f"{c.block(i)}.{linear}.weight" for c in found for i in range(c.used(settings)) for linear in c.linears]
+    parts = [FAMILY.component(name) for name in ("vision", "projector", "language")]
+    names = [f"{c.block(i)}.{linear}.weight" for c in parts for i in range(c.used(settings)) for linear in c.linears]
     names += ["language_model.lm_head.weight", "language_model.model.embed_tokens.weight"]
-    held = shapes()
+    stored = shapes()
     assert len(names) == len(set(names)) > 20
-    assert all(side % 128 == 0 for name in names for side in held[name][1])
+    assert all(side % 128 == 0 for name in names for side in stored[name][1])
 
 
 def test_the_config_is_the_one_the_code_makes() -> None:
@@ -286,18 +286,18 @@ def test_transformers_finds_every_tensor() -> None:
 def test_packed_slots_are_the_sequences_a_user_sends() -> None:
     """Logits of a packed row against transformers' own forward pass, one conversation at a time."""
     batch = scenes("test", torch.tensor([3]))
-    objects = things(batch)[0]
-    asked = question("color", objects, 1)
-    assert asked is not None
-    entries = [(None, caption(objects)), (asked.text, asked.answer)]
+    objects = scene_objects(batch)[0]
+    color = question("color", objects, 1)
+    assert color is not None
+    entries = [(None, caption(objects)), (color.text, color.answer)]
     lengths = slot_lengths(1, 1)
     rows, (sees, positions) = pack([entries], lengths), mask_and_positions(lengths, CPU)
     pixels = draw(batch)
     with torch.no_grad():
         packed = logits(model(), normalize(pixels), rows.tokens.long(), sees, positions, user_ids())[0]
     for (text, answer), start in zip(entries, (0, lengths[0]), strict=True):
-        said = prompt(FAMILY.caption_prompt if text is None else FAMILY.question_prompt.format(question=text))
-        inputs = processor()(images=picture("test", 3), text=f"{said} {answer}</s>", return_tensors="pt")
+        text_prompt = prompt(FAMILY.caption_prompt if text is None else FAMILY.question_prompt.format(question=text))
+        inputs = processor()(images=picture("test", 3), text=f"{text_prompt} {answer}</s>", return_tensors="pt")
         assert inputs.input_ids[0, -1] == EOS
         with torch.no_grad():
             alone = model()(**inputs).logits[0, PREFIX:]
@@ -307,13 +307,13 @@ def test_packed_slots_are_the_sequences_a_user_sends() -> None:
 def test_grading_agrees_with_generating() -> None:
     exam = scene_exam("test", 0, 12, CPU)
     right, _ = grade(model(), exam)
-    said = FAMILY.caption_prompt
+    caption_prompt = FAMILY.caption_prompt
     images = [picture("test", i) for i in range(12)]
-    inputs = processor()(images=images, text=[prompt(said)] * 12, return_tensors="pt", padding=True)
-    made = model().generate(**inputs, max_new_tokens=64)[:, inputs.input_ids.shape[1] :]
-    answers = processor().batch_decode(made, skip_special_tokens=True)
-    wanted = [caption(objects) for objects in things(scenes("test", torch.arange(12)))]
-    assert [a == w for a, w in zip(answers, wanted, strict=True)] == right[:, 0].tolist()
+    inputs = processor()(images=images, text=[prompt(caption_prompt)] * 12, return_tensors="pt", padding=True)
+    generated = model().generate(**inputs, max_new_tokens=64)[:, inputs.input_ids.shape[1] :]
+    answers = processor().batch_decode(generated, skip_special_tokens=True)
+    expected = [caption(objects) for objects in scene_objects(scenes("test", torch.arange(12)))]
+    assert [a == w for a, w in zip(answers, expected, strict=True)] == right[:, 0].tolist()
 
 
 def test_it_answers_far_above_chance() -> None:
@@ -335,14 +335,14 @@ def test_a_small_exam_scores_as_the_recorded_one() -> None:
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_samples(task: Any, split: Any) -> None:
-    found = samples(task, split, 40, seed=1)
-    assert len(found) == len({sample.identity for sample in found}) == 40
-    assert [s.identity for s in found] == [s.identity for s in samples(task, split, 40, seed=1)]
-    assert [s.identity for s in found] != [s.identity for s in samples(task, split, 40, seed=2)]
-    assert all(split in sample.identity for sample in found)
-    assert {sample.image().size for sample in found} == {(SIDE, SIDE)}
-    assert all((sample.question is None) == (task == "captioning") for sample in found)
-    assert all(len(sample.references) == (4 if task == "captioning" else 1) for sample in found)
+    selected = samples(task, split, 40, seed=1)
+    assert len(selected) == len({sample.identity for sample in selected}) == 40
+    assert [s.identity for s in selected] == [s.identity for s in samples(task, split, 40, seed=1)]
+    assert [s.identity for s in selected] != [s.identity for s in samples(task, split, 40, seed=2)]
+    assert all(split in sample.identity for sample in selected)
+    assert {sample.image().size for sample in selected} == {(SIDE, SIDE)}
+    assert all((sample.question is None) == (task == "captioning") for sample in selected)
+    assert all(len(sample.references) == (4 if task == "captioning" else 1) for sample in selected)
 
 
 def test_the_test_questions_mix_both_sources() -> None:
@@ -356,10 +356,10 @@ def test_sample_answers_belong_to_their_pictures() -> None:
     """The question of a sample, asked again of the scene its identity names."""
     for sample in samples("vqa", "validation", 30, seed=3):
         _, split, number, kind = sample.identity.split("/")
-        objects = things(scenes(split, torch.tensor([int(number)])))[0]
-        asked = question(kind, objects, int(number))
-        assert asked is not None
-        assert (sample.question, sample.references) == (asked.text, (asked.answer,))
+        objects = scene_objects(scenes(split, torch.tensor([int(number)])))[0]
+        repeated = question(kind, objects, int(number))
+        assert repeated is not None
+        assert (sample.question, sample.references) == (repeated.text, (repeated.answer,))
 
 
 @pytest.mark.parametrize(
@@ -376,9 +376,9 @@ def test_embedded_pictures_are_easy_vqas_own() -> None:
 
     questions, answers, images = package.get_test_questions()
     paths = package.get_test_image_paths()
-    whole = list(zip(questions, answers, images, strict=True))
-    for sheet, (number, asked) in list(enumerate(easy_vqa.test_questions()))[::40]:
-        assert asked == [(q, a) for q, a, i in whole if i == number]
+    triples = list(zip(questions, answers, images, strict=True))
+    for sheet, (number, pairs) in list(enumerate(easy_vqa.test_questions()))[::40]:
+        assert pairs == [(q, a) for q, a, i in triples if i == number]
         with Image.open(paths[number]) as original:
             assert np.array_equal(np.asarray(original.convert("RGB")), np.asarray(easy_vqa.test_picture(sheet)))
 
@@ -389,14 +389,14 @@ def test_the_live_names_exist() -> None:
 
 
 def test_drawings_are_the_same_scenes_in_plain_words() -> None:
-    known = samples("captioning", "train", 40)
+    named = samples("captioning", "train", 40)
     plain = drawings("captioning", "train", 40)
-    assert [s.identity for s in plain] == [s.identity for s in known]
-    names = {thing.name for objects in things(scenes("train", torch.arange(40))) for thing in objects}
+    assert [s.identity for s in plain] == [s.identity for s in named]
+    names = {item.name for objects in scene_objects(scenes("train", torch.arange(40))) for item in objects}
     for sample in plain:
         assert len(sample.references) == 3
         assert not any(name in text for name in names for text in sample.references)
         assert all(any(f" {color} " in text for color in COLORS) for text in sample.references)
-    asked = drawings("vqa", "test", 300)
-    assert {"find", "name"}.isdisjoint({s.kind for s in asked})
-    assert {"color", "shape", "easy-vqa shape"} <= {s.kind for s in asked}
+    questions = drawings("vqa", "test", 300)
+    assert {"find", "name"}.isdisjoint({s.kind for s in questions})
+    assert {"color", "shape", "easy-vqa shape"} <= {s.kind for s in questions}

@@ -1,4 +1,4 @@
-"""The trained BLIP-2 demo models: folders that transformers loads, one truth for words and tokens, bounds."""
+"""The trained BLIP-2 demo models: folders that transformers loads, tokens, and bounds on the scores."""
 
 import json
 from functools import cache
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from exporter.demo import MODELS
 from exporter.demo.data import picture
 from exporter.demo.language import caption, captions, plain_captions, question
-from exporter.demo.scenes import draw, scenes, things
+from exporter.demo.scenes import draw, scene_objects, scenes
 from exporter.model.families import FAMILIES
 from exporter.tasks.retrieval import prepare
 from tests.demo_figures import figures, search
@@ -21,7 +21,7 @@ from tools.demo_training.blip2_packing import BLIP2, QUESTION_PROMPT
 from tools.demo_training.folder import BOS, EOS, IMAGE, PAD, tokenizer
 from tools.demo_training.packing import mask_and_positions, normalize, pack, slot_lengths
 from tools.demo_training.score import by_kind, grade, scene_exam, summary
-from tools.demo_training.texts import LENGTH, NAMED, STYLES, lexicon_tokens, spoil, texts
+from tools.demo_training.texts import LENGTH, NAMED, STYLES, hard_negatives, lexicon_tokens, texts
 
 CPU = torch.device("cpu")
 HUBS = {"demo-blip2": "Salesforce--blip2-opt-2.7b", "demo-blip2-itm": "Salesforce--blip2-itm-vit-g-coco"}
@@ -36,8 +36,8 @@ def model(name: str) -> Any:
     import transformers
 
     settings = json.loads((MODELS[name] / "config.json").read_text())
-    made = getattr(transformers, settings["architectures"][0]).from_pretrained(MODELS[name], dtype=torch.float32)
-    return made.eval()
+    result = getattr(transformers, settings["architectures"][0]).from_pretrained(MODELS[name], dtype=torch.float32)
+    return result.eval()
 
 
 @cache
@@ -84,11 +84,11 @@ def test_the_tokenizer_is_the_one_the_code_makes(name: str) -> None:
 
 @either
 def test_features_are_multiples_of_128(name: str) -> None:
-    settings, held = json.loads((MODELS[name] / "config.json").read_text()), shapes(name)
-    found = FAMILY_OF[name].components
-    names = [f"{c.block(i)}.{x}.weight" for c in found for i in range(c.used(settings)) for x in c.linears]
-    here = [key.replace("language_projection.language_projection", "language_projection") for key in names]
-    sides = [side for key in here if key in held for side in held[key][1]]
+    settings, stored = json.loads((MODELS[name] / "config.json").read_text()), shapes(name)
+    components = FAMILY_OF[name].components
+    names = [f"{c.block(i)}.{x}.weight" for c in components for i in range(c.used(settings)) for x in c.linears]
+    stored_names = [key.replace("language_projection.language_projection", "language_projection") for key in names]
+    sides = [side for key in stored_names if key in stored for side in stored[key][1]]
     assert len(sides) > 60
     assert all(side % 128 == 0 for side in sides)
 
@@ -127,22 +127,22 @@ def test_every_token_of_a_prompt_is_known() -> None:
 def test_packed_slots_are_the_sequences_a_user_sends() -> None:
     """Logits of a packed row against transformers' own forward pass, one conversation at a time."""
     batch = scenes("test", torch.tensor([3]))
-    objects = things(batch)[0]
-    asked = question("color", objects, 1)
-    assert asked is not None
-    entries = [(None, caption(objects)), (asked.text, asked.answer)]
+    objects = scene_objects(batch)[0]
+    color = question("color", objects, 1)
+    assert color is not None
+    entries = [(None, caption(objects)), (color.text, color.answer)]
     lengths = slot_lengths(1, 1, BLIP2)
     rows, (sees, positions) = pack([entries], lengths, BLIP2), mask_and_positions(lengths, CPU, BLIP2.prefix)
-    shown, whole = model("demo-blip2"), processor("demo-blip2")
+    network, preprocess = model("demo-blip2"), processor("demo-blip2")
     with torch.no_grad():
-        packed = BLIP2.forward(CPU)(shown, normalize(draw(batch)), rows.tokens.long(), sees, positions)[0]
+        packed = BLIP2.forward(CPU)(network, normalize(draw(batch)), rows.tokens.long(), sees, positions)[0]
     for (text, answer), start in zip(entries, (0, lengths[0]), strict=True):
-        said = FAMILIES["blip2"].text(text)
-        inputs = whole(images=picture("test", 3), text=f"{said} {answer}</s>", return_tensors="pt")
+        text_prompt = FAMILIES["blip2"].text(text)
+        inputs = preprocess(images=picture("test", 3), text=f"{text_prompt} {answer}</s>", return_tensors="pt")
         assert inputs.input_ids[0, :QUERIES].tolist() == [IMAGE] * QUERIES
         assert inputs.input_ids[0, -1] == EOS
         with torch.no_grad():
-            alone = shown(**inputs).logits[0, QUERIES:]
+            alone = network(**inputs).logits[0, QUERIES:]
         torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -151,10 +151,10 @@ def test_grading_agrees_with_generating() -> None:
     right, _ = grade(model("demo-blip2"), exam)
     images = [picture("test", i) for i in range(12)]
     inputs = processor("demo-blip2")(images=images, text=[""] * 12, return_tensors="pt", padding=True)
-    made = model("demo-blip2").generate(**inputs, max_new_tokens=40)[:, inputs.input_ids.shape[1] :]
-    answers = processor("demo-blip2").batch_decode(made, skip_special_tokens=True)
-    wanted = [caption(objects) for objects in things(scenes("test", torch.arange(12)))]
-    assert [a.strip() == w for a, w in zip(answers, wanted, strict=True)] == right[:, 0].tolist()
+    generated = model("demo-blip2").generate(**inputs, max_new_tokens=40)[:, inputs.input_ids.shape[1] :]
+    answers = processor("demo-blip2").batch_decode(generated, skip_special_tokens=True)
+    expected = [caption(objects) for objects in scene_objects(scenes("test", torch.arange(12)))]
+    assert [a.strip() == w for a, w in zip(answers, expected, strict=True)] == right[:, 0].tolist()
 
 
 def test_it_answers_far_above_chance() -> None:
@@ -194,36 +194,40 @@ def test_small_exams_score_as_the_recorded_ones() -> None:
         assert blank[head] <= 0.1
 
 
-# Texts made on the device
+# Tokenized captions
 
 
 @pytest.mark.parametrize("style", range(STYLES))
-def test_texts_are_the_captions_that_are_tokenized(style: int) -> None:
+def test_texts_equal_the_tokenized_captions(style: int) -> None:
     batch, coder = scenes("test", torch.arange(120)), tokenizer()
-    made = texts(batch, torch.full((120,), style), lexicon_tokens(CPU))
+    tokenized = texts(batch, torch.full((120,), style), lexicon_tokens(CPU))
     at = coder.token_to_id("\u2581at")
-    for row, spots, told, objects in zip(made.tokens, made.spots, made.things, things(batch), strict=True):
+    for row, positions, properties, objects in zip(
+        tokenized.tokens, tokenized.at_positions, tokenized.objects, scene_objects(batch), strict=True
+    ):
         plain = plain_captions(objects)
-        said = (*captions(objects), plain[0], plain[1], f"an image with {plain[0]}", plain[2])[style]
-        ids = coder.encode(prepare(said)).ids
+        caption_text = (*captions(objects), plain[0], plain[1], f"an image with {plain[0]}", plain[2])[style]
+        ids = coder.encode(prepare(caption_text)).ids
         assert row.tolist() == ids + [PAD] * (LENGTH - len(ids))
-        assert all(row[spot] == at for spot, thing in zip(spots, told, strict=True) if thing[0] >= 0)
+        assert all(
+            row[position] == at for position, values in zip(positions, properties, strict=True) if values[0] >= 0
+        )
 
 
-def test_spoiled_scenes_say_something_else_and_stay_scenes() -> None:
+def test_hard_negatives_differ_and_are_valid_scenes() -> None:
     batch = scenes("train", torch.arange(2000))
     style = torch.arange(2000) % STYLES
-    wrong, known = spoil(batch, style, torch.Generator().manual_seed(0)), lexicon_tokens(CPU)
-    same = (texts(batch, style, known).tokens == texts(wrong, style, known).tokens).all(dim=1)
+    wrong, lex = hard_negatives(batch, style, torch.Generator().manual_seed(0)), lexicon_tokens(CPU)
+    same = (texts(batch, style, lex).tokens == texts(wrong, style, lex).tokens).all(dim=1)
     assert float(same.float().mean()) < 0.005  # two that look alike may have changed places
-    there = wrong.cell >= 0
-    assert torch.equal(there.sum(1), (batch.cell >= 0).sum(1))
-    order = torch.where(there, wrong.cell, 9)
+    present = wrong.cell >= 0
+    assert torch.equal(present.sum(1), (batch.cell >= 0).sum(1))
+    order = torch.where(present, wrong.cell, 9)
     assert bool((order.diff(dim=1) >= 0).all())
-    assert not bool(((order.diff(dim=1) == 0) & there[:, 1:]).any())  # no two in one place
+    assert not bool(((order.diff(dim=1) == 0) & present[:, 1:]).any())  # no two in one place
     moved = (wrong.cell != batch.cell).any(1)
     assert 0.15 < float(moved.float().mean()) < 0.35
     assert style[moved].unique().numel() == STYLES
-    differing = [len(set(a) ^ set(b)) for a, b in zip(things(batch), things(wrong), strict=True)]
+    differing = [len(set(a) ^ set(b)) for a, b in zip(scene_objects(batch), scene_objects(wrong), strict=True)]
     assert set(differing) <= {0, 2, 4}
     assert NAMED * 2 == STYLES

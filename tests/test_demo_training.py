@@ -1,4 +1,4 @@
-"""How retrieval is trained: what it takes over, what its lessons ask, and that a step teaches."""
+"""Training of the retrieval model: initialization, labels, forward passes, and that a few steps lower the loss."""
 
 import argparse
 from collections.abc import Iterator
@@ -11,13 +11,20 @@ from torch import Tensor
 from exporter.demo import MODELS
 from exporter.demo.scenes import draw, scenes
 from tools.demo_training.blip2_folder import build, config
-from tools.demo_training.blip2_packing import former, queries_of, see
-from tools.demo_training.blip2_retrieval import matching, picture_features, telling, text_features
+from tools.demo_training.blip2_packing import encode_image, qformer, queries_of
+from tools.demo_training.blip2_retrieval import captioning, matching, picture_features, text_features
 from tools.demo_training.folder import EOS, PAD
 from tools.demo_training.packing import normalize
-from tools.demo_training.texts import NAMED, STYLES, lexicon_tokens, spoil, texts
-from tools.demo_training.train_loop import Work, run
-from tools.demo_training.train_retrieval import Lessons, _next, batches, present, start_from, terms_of
+from tools.demo_training.texts import NAMED, STYLES, hard_negatives, lexicon_tokens, texts
+from tools.demo_training.train_loop import Training, run
+from tools.demo_training.train_retrieval import (
+    AuxiliaryHeads,
+    _next_tokens,
+    batches,
+    losses_of,
+    presence_labels,
+    start_from,
+)
 
 CPU = torch.device("cpu")
 
@@ -33,9 +40,9 @@ def answering() -> Any:
 @cache
 def fresh() -> Any:
     """A retrieval model before its first step."""
-    made = build(config("retrieval"), 0)
-    start_from(made, answering())
-    return made
+    result = build(config("retrieval"), 0)
+    start_from(result, answering())
+    return result
 
 
 def pictures(count: int) -> Tensor:
@@ -46,73 +53,75 @@ def pictures(count: int) -> Tensor:
 def test_retrieval_starts_seeing_what_the_answering_model_sees() -> None:
     pixels = pictures(3)
     with torch.no_grad():
-        seen = [former(m, queries_of(m, 3), see(m, pixels)) for m in (fresh(), answering())]
-        untaught = former(build(config("retrieval"), 0), queries_of(answering(), 3), see(answering(), pixels))
-    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-4)
-    assert float((untaught - seen[1]).abs().mean()) > 0.1
+        outputs = [qformer(m, queries_of(m, 3), encode_image(m, pixels)) for m in (fresh(), answering())]
+        random_weights = qformer(
+            build(config("retrieval"), 0), queries_of(answering(), 3), encode_image(answering(), pixels)
+        )
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    assert float((random_weights - outputs[1]).abs().mean()) > 0.1
 
 
 def test_own_passes_are_those_of_transformers() -> None:
-    """Contrast, matching, and telling whose queries see no text."""
-    batch, pixels, itself = scenes("train", torch.arange(3)), pictures(3), fresh()
+    """Contrast, matching, and captioning whose queries encode_image no text."""
+    batch, pixels, network = scenes("train", torch.arange(3)), pictures(3), fresh()
     tokens = texts(batch, torch.tensor([0, 5, 3]), lexicon_tokens(CPU)).tokens
     inputs = {"pixel_values": pixels, "input_ids": tokens, "attention_mask": (tokens != PAD).long()}
     with torch.no_grad():
-        image = see(itself, pixels)
-        alone = former(itself, queries_of(itself, 3), image)
-        found, said = picture_features(itself, alone), text_features(itself, tokens)
-        contrast = torch.einsum("iqd,jd->iqj", found, said).amax(dim=1)
-        torch.testing.assert_close(contrast, itself(**inputs).logits_per_image, rtol=1e-4, atol=1e-5)
-        theirs = itself(**inputs, use_image_text_matching_head=True).logits_per_image
-        torch.testing.assert_close(matching(itself, image, tokens), theirs, rtol=1e-4, atol=1e-5)
-        queries, scores = telling(itself, image, tokens)
+        image = encode_image(network, pixels)
+        alone = qformer(network, queries_of(network, 3), image)
+        image_vectors, text_vectors = picture_features(network, alone), text_features(network, tokens)
+        contrast = torch.einsum("iqd,jd->iqj", image_vectors, text_vectors).amax(dim=1)
+        torch.testing.assert_close(contrast, network(**inputs).logits_per_image, rtol=1e-4, atol=1e-5)
+        expected = network(**inputs, use_image_text_matching_head=True).logits_per_image
+        torch.testing.assert_close(matching(network, image, tokens), expected, rtol=1e-4, atol=1e-5)
+        queries, scores = captioning(network, image, tokens)
         torch.testing.assert_close(queries, alone, rtol=1e-4, atol=1e-5)
         later = tokens.clone()
         later[:, 6:] = PAD
-        torch.testing.assert_close(telling(itself, image, later)[1][:, :6], scores[:, :6], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captioning(network, image, later)[1][:, :6], scores[:, :6], rtol=1e-4, atol=1e-4)
 
 
 def test_what_follows_is_the_next_token_and_then_the_end() -> None:
     rows = torch.tensor([[1, 7, 8, PAD], [1, 5, 6, 9]])
-    assert _next(rows).tolist() == [[7, 8, EOS, -100], [5, 6, 9, EOS]]
+    assert _next_tokens(rows).tolist() == [[7, 8, EOS, -100], [5, 6, 9, EOS]]
 
 
 def test_presence_is_what_a_reader_would_say() -> None:
     batch = scenes("train", torch.arange(300))
-    style, known = torch.arange(300) % STYLES, lexicon_tokens(CPU)
-    right = texts(batch, style, known)
-    for said in (right, texts(spoil(batch, style, torch.Generator().manual_seed(2)), style, known)):
-        found = present(right.things, said.things, style < NAMED)
+    style, lex = torch.arange(300) % STYLES, lexicon_tokens(CPU)
+    right = texts(batch, style, lex)
+    for caption in (right, texts(hard_negatives(batch, style, torch.Generator().manual_seed(2)), style, lex)):
+        labels = presence_labels(right.objects, caption.objects, style < NAMED)
         for i in range(300):
-            told = 5 if style[i] < NAMED else 4
-            shown = {tuple(thing[:told]) for thing in right.things[i].tolist() if thing[0] >= 0}
-            wanted = [-100 if t[0] < 0 else int(tuple(t[:told]) in shown) for t in said.things[i].tolist()]
-            assert found[i].tolist() == wanted
+            compared = 5 if style[i] < NAMED else 4
+            shown = {tuple(values[:compared]) for values in right.objects[i].tolist() if values[0] >= 0}
+            expected = [-100 if t[0] < 0 else int(tuple(t[:compared]) in shown) for t in caption.objects[i].tolist()]
+            assert labels[i].tolist() == expected
 
 
 def test_every_stored_tensor_learns_and_a_few_steps_teach() -> None:
     torch.manual_seed(0)
-    model, lessons = build(config("retrieval"), 1), Lessons()
-    whole = scenes("train", torch.arange(8))
-    one = next(batches(draw(whole), whole, 8, 0))
-    terms = terms_of(model, lessons)
+    model, heads = build(config("retrieval"), 1), AuxiliaryHeads()
+    train_scenes = scenes("train", torch.arange(8))
+    batch = next(batches(draw(train_scenes), train_scenes, 8, 0))
+    losses = losses_of(model, heads)
 
     def same() -> Iterator[tuple[Tensor, ...]]:
         while True:
-            yield one
+            yield batch
 
-    def loss(*batch: Tensor) -> Tensor:
-        return torch.stack(terms(*batch)).sum()
+    def loss(*tensors: Tensor) -> Tensor:
+        return torch.stack(losses(*tensors)).sum()
 
-    parameters = [*model.parameters(), *lessons.parameters()]
+    parameters = [*model.parameters(), *heads.parameters()]
     options = argparse.Namespace(rate=1e-3, decay=0.0, compile=False, steps=12, minutes=0, report=0.0, keep=0.5)
     saved: list[int] = []
     lines: list[str] = []
-    before = loss(*one)
+    before = loss(*batch)
     before.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
-    figures = run(Work(parameters, loss, same(), dict, lambda: saved.append(1)), options, lines.append)
+    figures = run(Training(parameters, loss, same(), dict, lambda: saved.append(1)), options, lines.append)
     assert figures["steps"] == 12
     assert saved == [1]
     assert len(lines) == 12
-    assert loss(*one).item() < 0.8 * before.item()
+    assert loss(*batch).item() < 0.8 * before.item()

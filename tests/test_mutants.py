@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from bench.line_tests import MOST_SECONDS, LineTests
+from bench.line_tests import MAX_SECONDS, LineTests
 from bench.mutate import PACKAGE, modules, rooms, sampled
 from bench.mutation_operators import mutated, sites
 
@@ -52,7 +52,7 @@ def test_the_fastest_tests_of_each_file_that_run_the_statement_are_selected() ->
     record = LineTests(tests, {"numerics/hessian": {1: frozenset(tests), number: frozenset(list(tests)[:3])}})
     assert record.select("numerics/hessian", number) == ["tests/a.py::fast", "tests/b.py::other", "tests/a.py::slow"]
     slow = LineTests(dict.fromkeys(tests, 30.0), record.lines)
-    assert len(slow.select("numerics/hessian", number)) == int(MOST_SECONDS // 30)
+    assert len(slow.select("numerics/hessian", number)) == int(MAX_SECONDS // 30)
 
 
 def test_a_sample_is_the_seeds_alone() -> None:

@@ -10,12 +10,12 @@ from PIL.Image import Image, fromarray
 
 from exporter.demo import easy_vqa
 from exporter.demo.language import QUESTIONS, Dice, captions, plain_captions, question
-from exporter.demo.scenes import Split, Thing, draw, scenes, things
+from exporter.demo.scenes import SceneObject, Split, draw, scene_objects, scenes
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
 
 TaskName = Literal["vqa", "captioning", "retrieval"]
-Captions = Callable[[Sequence[Thing]], tuple[str, ...]]
+Captions = Callable[[Sequence[SceneObject]], tuple[str, ...]]
 SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes per split
 EASY_EVERY = 3  # in the test split, every third question is from easy-VQA until they are used up
 
@@ -36,21 +36,21 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return order
 
 
-def _words(split: Split, indices: Sequence[int]) -> list[tuple[Thing, ...]]:
-    return things(scenes(split, torch.tensor(indices, dtype=torch.int64)))
+def _objects(split: Split, indices: Sequence[int]) -> list[tuple[SceneObject, ...]]:
+    return scene_objects(scenes(split, torch.tensor(indices, dtype=torch.int64)))
 
 
-def _captioning(split: Split, indices: Sequence[int], say: Captions = captions) -> list[Sample]:
+def _captioning(split: Split, indices: Sequence[int], caption: Captions = captions) -> list[Sample]:
     return [
-        Sample(f"scenes/{split}/{i:06d}/caption", partial(picture, split, i), None, say(objects), "caption")
-        for i, objects in zip(indices, _words(split, indices), strict=True)
+        Sample(f"scenes/{split}/{i:06d}/caption", partial(picture, split, i), None, caption(objects), "caption")
+        for i, objects in zip(indices, _objects(split, indices), strict=True)
     ]
 
 
 def _scene_questions(split: Split, indices: Sequence[int], kinds: Sequence[str] = tuple(QUESTIONS)) -> list[Sample]:
     """One question per scene, rotating through the kinds; a kind without a valid question is skipped."""
     samples = []
-    for i, objects in zip(indices, _words(split, indices), strict=True):
+    for i, objects in zip(indices, _objects(split, indices), strict=True):
         turns = [kinds[(i + step) % len(kinds)] for step in range(len(kinds))]
         item = next(q for q in (question(kind, objects, i) for kind in turns) if q is not None)
         name = f"scenes/{split}/{i:06d}/{item.kind}"
@@ -75,11 +75,11 @@ def _easy_questions(seed: int) -> list[Sample]:
 
 
 def _mixed(scene: Sequence[Sample], easy: Sequence[Sample]) -> list[Sample]:
-    drawn, known = list(scene), list(easy)
+    drawn, remaining_easy = list(scene), list(easy)
     mixed: list[Sample] = []
     while drawn:
-        take_known = known and len(mixed) % EASY_EVERY == EASY_EVERY - 1
-        mixed.append(known.pop(0) if take_known else drawn.pop(0))
+        take_easy = remaining_easy and len(mixed) % EASY_EVERY == EASY_EVERY - 1
+        mixed.append(remaining_easy.pop(0) if take_easy else drawn.pop(0))
     return mixed
 
 
@@ -90,17 +90,17 @@ def samples(task: TaskName, split: Split, limit: int | None = None, seed: int = 
     question per scene; in the test split, every third sample is an easy-VQA question. The splits share no scene (see
     `scenes`). Raises DataError for an unknown task or split, or if `limit` exceeds the number of samples.
     """
-    return _chosen(task, split, limit, seed, captions, tuple(QUESTIONS))
+    return _select(task, split, limit, seed, captions, tuple(QUESTIONS))
 
 
 def drawings(task: TaskName, split: Split, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """`samples` for models that do not know the lexicon: captions in plain words, no questions about names."""
     plain = tuple(kind for kind in QUESTIONS if kind not in ("find", "name"))
-    return _chosen(task, split, limit, seed, plain_captions, plain)
+    return _select(task, split, limit, seed, plain_captions, plain)
 
 
-def _chosen(
-    task: TaskName, split: Split, limit: int | None, seed: int, say: Captions, kinds: Sequence[str]
+def _select(
+    task: TaskName, split: Split, limit: int | None, seed: int, caption: Captions, kinds: Sequence[str]
 ) -> list[Sample]:
     if task not in get_args(TaskName) or split not in SIZES:
         options = f"{', '.join(get_args(TaskName))}; {', '.join(SIZES)}"
@@ -113,8 +113,8 @@ def _chosen(
     count = size if limit is None else min(limit, size)
     indices = _shuffled(size, seed)[:count]
     if task == "captioning":
-        return _captioning(split, indices, say)
+        return _captioning(split, indices, caption)
     if task == "retrieval":
-        counted = zip(_captioning(split, indices, say), _words(split, indices), strict=True)
+        counted = zip(_captioning(split, indices, caption), _objects(split, indices), strict=True)
         return [replace(sample, kind=f"{len(objects)} objects") for sample, objects in counted]
     return _mixed(_scene_questions(split, indices, kinds), easy)[:limit]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from exporter.demo.scenes import SIDE
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 COLUMNS = 20  # pictures in one row of the sheet
 QuestionAndAnswer = tuple[str, str]  # question, answer
 
@@ -27,7 +27,7 @@ def kind(answer: str) -> str:
 
 @cache
 def _sheet() -> Image.Image:
-    with Image.open(BytesIO((HERE / "easy_vqa_test.png").read_bytes())) as sheet:
+    with Image.open(BytesIO((FOLDER / "easy_vqa_test.png").read_bytes())) as sheet:
         return sheet.convert("RGB")
 
 
@@ -39,5 +39,5 @@ def test_picture(i: int) -> Image.Image:
 
 def test_questions() -> list[tuple[int, list[QuestionAndAnswer]]]:
     """(number in easy-VQA's test split, questions with answers) of every embedded picture, in sheet order."""
-    content = json.loads((HERE / "easy_vqa_test.json").read_text(encoding="utf-8"))
+    content = json.loads((FOLDER / "easy_vqa_test.json").read_text(encoding="utf-8"))
     return [(int(entry["image"]), [(q, a) for q, a in entry["questions"]]) for entry in content["pictures"]]

@@ -73,7 +73,7 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object, described in words."""
 
     cell: str
@@ -143,12 +143,12 @@ def residue(batch: Scenes) -> Tensor:
     return ((batch.color + 3 * batch.size + 5 * batch.shape + 7 * batch.dot + batch.cell) * present).sum(1) % 8
 
 
-def things(batch: Scenes) -> list[tuple[Thing, ...]]:
+def scene_objects(batch: Scenes) -> list[tuple[SceneObject, ...]]:
     """The objects of every scene, in words and in reading order."""
     colors, sizes = tuple(COLORS), tuple(SIZES)
     rows = torch.stack([batch.cell, batch.color, batch.size, batch.shape, batch.dot], dim=-1).tolist()
     return [
-        tuple(Thing(CELLS[c], colors[k], sizes[s], SHAPES[f], DOTS[d]) for c, k, s, f, d in row if c >= 0)
+        tuple(SceneObject(CELLS[c], colors[k], sizes[s], SHAPES[f], DOTS[d]) for c, k, s, f, d in row if c >= 0)
         for row in rows
     ]
 

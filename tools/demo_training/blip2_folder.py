@@ -37,9 +37,9 @@ LONGEST = 126  # text positions; 128 rows with OPT's offset of 2
 OPT_OFFSET = 2
 TEXT_MLP = 512
 FORMER_MLP: dict[str, int] = {"captioning": 256, "retrieval": 384}  # as large as 3 MB allow
-MORE_WORDS = ("short",)  # of the question prompt
+MORE_WORDS = ("short",)  # in the question prompt
 GRID = SIDE // PATCH
-SLOWEST, FASTEST = 0.2, 1.5  # radians a patch, of the waves that positions start as
+SLOWEST, FASTEST = 0.2, 1.5  # radians a patch, of the sinusoids that initialize positions
 
 
 def _vision(blocks: int, heads: int) -> dict[str, Any]:
@@ -75,16 +75,16 @@ def config(kind: Kind, vision_blocks: int = 2, former_blocks: int = 3, text_bloc
     return {"architectures": ["Blip2ForConditionalGeneration"], **shared, "text_config": _opt(text_blocks, 2)}
 
 
-def waves(places: Tensor) -> Tensor:
+def sinusoids(positions: Tensor) -> Tensor:
     """Positions float `[n, 2]`, in patches, as sines and cosines of 32 frequencies an axis: float `[n, 128]`."""
     count = HIDDEN // 4
     rates = SLOWEST * (FASTEST / SLOWEST) ** (torch.arange(count) / (count - 1))
-    angles = (places[:, :, None] * rates).flatten(1)  # [n, 64]
+    angles = (positions[:, :, None] * rates).flatten(1)  # [n, 64]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _scattered(count: int) -> Tensor:
-    """`count` places float `[count, 2]` spread evenly over the picture, in patches (Roberts' R2 sequence)."""
+def _spread_positions(count: int) -> Tensor:
+    """`count` positions float `[count, 2]`, evenly spread over the picture, in patches (Roberts' R2 sequence)."""
     steps = torch.tensor([0.7548776662466927, 0.5698402909980532], dtype=torch.float64)
     return ((0.5 + torch.arange(count, dtype=torch.float64)[:, None] * steps) % 1 * GRID - 0.5).float()
 
@@ -93,21 +93,22 @@ def _scattered(count: int) -> Tensor:
 def _initialize(model: Any) -> None:
     """Initialize the weights for training.
 
-    transformers' initialization makes vision weights vanish (1e-10) and all queries equal (zero). Positions start as
-    waves and the first cross-attention compares them, so every query initially attends to its own part of the picture.
+    transformers' initialization gives vision weights near zero (1e-10) and equal queries (zero). Here positions are
+    sinusoids and the first cross-attention compares them, so each query initially attends
+    to a different part of the picture.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.05)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    seen = model.vision_model.embeddings
+    embeddings = model.vision_model.embeddings
     cells = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).float()
-    seen.position_embedding.copy_(torch.cat([torch.zeros(1, HIDDEN), 0.5 * waves(cells)])[None])
-    nn.init.normal_(seen.class_embedding, std=0.5)
-    nn.init.normal_(seen.patch_embedding.weight, std=1 / math.sqrt(3 * 3 * PATCH * PATCH))
-    nn.init.zeros_(seen.patch_embedding.bias)
-    model.query_tokens.copy_(waves(_scattered(QUERIES))[None] + 0.1 * torch.randn(1, QUERIES, HIDDEN))
+    embeddings.position_embedding.copy_(torch.cat([torch.zeros(1, HIDDEN), 0.5 * sinusoids(cells)])[None])
+    nn.init.normal_(embeddings.class_embedding, std=0.5)
+    nn.init.normal_(embeddings.patch_embedding.weight, std=1 / math.sqrt(3 * 3 * PATCH * PATCH))
+    nn.init.zeros_(embeddings.patch_embedding.bias)
+    model.query_tokens.copy_(sinusoids(_spread_positions(QUERIES))[None] + 0.1 * torch.randn(1, QUERIES, HIDDEN))
     crossing = [block.crossattention for block in model.qformer.encoder.layer if block.has_cross_attention]
     for part in crossing:
         nn.init.orthogonal_(part.attention.value.weight)
@@ -121,9 +122,9 @@ def build(settings: dict[str, Any], seed: int) -> Any:
     import transformers
 
     torch.manual_seed(seed)
-    made = getattr(transformers, settings["architectures"][0])(transformers.Blip2Config.from_dict(settings)).float()
-    _initialize(made)
-    return made
+    model = getattr(transformers, settings["architectures"][0])(transformers.Blip2Config.from_dict(settings)).float()
+    _initialize(model)
+    return model
 
 
 def _stored(model: Any) -> dict[str, Tensor]:
@@ -135,16 +136,16 @@ def _stored(model: Any) -> dict[str, Tensor]:
 def save(model: Any, settings: dict[str, Any], out: Path) -> None:
     """Write the complete folder that transformers (and, for captioning, vLLM) loads."""
     out.mkdir(parents=True, exist_ok=True)
-    writes = "text_config" in settings
+    generates = "text_config" in settings
     save_file(_stored(model), out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", settings)
-    if writes:
+    if generates:
         write_generation(out)
-    # A retrieval text is read by its first token, so padding goes behind it.
-    write_tokenizer(out, "Blip2Processor", LONGEST - QUERIES, "left" if writes else "right", MORE_WORDS)
+    # Retrieval uses the output of the first token, so texts are padded on the right.
+    write_tokenizer(out, "Blip2Processor", LONGEST - QUERIES, "left" if generates else "right", MORE_WORDS)
     pictures = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True}
     pictures |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
     pictures |= {"do_convert_rgb": True, "image_processor_type": "BlipImageProcessor"}
     write_json(out / "preprocessor_config.json", {**pictures, "processor_class": "Blip2Processor"})
-    processor = {"processor_class": "Blip2Processor", "num_query_tokens": QUERIES if writes else None}
+    processor = {"processor_class": "Blip2Processor", "num_query_tokens": QUERIES if generates else None}
     write_json(out / "processor_config.json", processor)

@@ -20,7 +20,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 UNK, BOS, EOS, PAD, IMAGE = range(5)
 
-# LLaVA-1.5's conversation; the system sentence is left out, as llava-hf's own template does.
+# LLaVA-1.5's conversation without the system sentence, as in llava-hf's template.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' if message['role'] == 'assistant' else '' }}"
@@ -67,35 +67,35 @@ def config(vision_blocks: int, text_blocks: int, heads: int) -> dict[str, Any]:
 def tokenizer(more: tuple[str, ...] = ()) -> Any:
     """A word-level `tokenizers.Tokenizer`: lower case, any text encodes (unknown words become `<unk>`).
 
-    more: words that it knows beside the vocabulary of the demo language.
+    more: words beyond the vocabulary of the demo language.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = [*SPECIAL, "\u2581", ".", ",", "?", ":", *("\u2581" + word for word in (*vocabulary(), *more))]
-    # Every id the head can give has a token: vLLM 0.32 dies of a log-probability for one that has none.
+    # Every id of the output head has a token: vLLM 0.32 fails on a log-probability of an id without one.
     pieces += [f"<unused{i}>" for i in range(VOCABULARY - len(pieces))]
-    made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence(
+    result = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    result.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    result.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True),
             pre_tokenizers.Split(Regex(r"[.,?:]"), "isolated"),
         ]
     )
-    made.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
-    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", BOS)])
-    made.add_special_tokens(
+    result.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
+    result.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", BOS)])
+    result.add_special_tokens(
         [AddedToken(t, special=True, normalized=False, lstrip=t == "<image>", rstrip=t == "<image>") for t in SPECIAL]
     )
-    return made
+    return result
 
 
 def hub_tensors(
     model: torch.nn.Module, rename: Callable[[str], str] = FAMILIES["llava"].canonical_name
 ) -> dict[str, Tensor]:
-    """Parameters in bfloat16 under the hub's names; transformers itself would drop `vision_model.`, vLLM needs it."""
+    """Parameters in bfloat16 under the hub's names; transformers would drop `vision_model.`, which vLLM needs."""
     return {
         rename(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
@@ -104,19 +104,19 @@ def hub_tensors(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file as every file of these folders is written."""
+    """Write a JSON file with an indent of 2."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(
     out: Path, processor: str, longest: int = LONGEST, side: str = "left", more: tuple[str, ...] = ()
 ) -> None:
-    """tokenizer.json and the two files beside it. processor: class that reads them; side: where padding goes."""
+    """tokenizer.json and its two companion files. processor: class of the processor; side: padding side."""
     tokenizer(more).save(str(out / "tokenizer.json"))
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     write_json(out / "special_tokens_map.json", tokens)
     extra: dict[str, Any] = {"model_max_length": longest, "padding_side": side}
-    if processor == "LlavaProcessor":  # Blip2Processor adds the token itself, and stumbles over this entry
+    if processor == "LlavaProcessor":  # Blip2Processor adds the token itself and fails on this entry
         extra = {"image_token": "<image>", **extra}
     extra |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(out / "tokenizer_config.json", {**tokens, **extra, "processor_class": processor})
@@ -147,7 +147,7 @@ def save(model: torch.nn.Module, settings: dict[str, Any], out: Path) -> None:
 
 
 def build(settings: dict[str, Any], seed: int) -> Any:
-    """A fresh float32 `LlavaForConditionalGeneration` with transformers' own initialization."""
+    """A new float32 `LlavaForConditionalGeneration` with transformers' initialization."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Several questions about one picture in one sequence, and the forward pass that training and scoring share.
+"""Several conversations about one picture in one sequence, and the forward pass that training and scoring share.
 
-A row is `<s> USER: [image]` followed by slots; every slot holds the rest of one conversation, starts at the same
-position after the picture, and sees the picture and itself only. So each slot is exactly the sequence that a user
-would send alone (a test compares with transformers), and the picture is computed once for all of them.
+A row is `<s> USER: [image]` followed by slots. Every slot holds the rest of one conversation, starts at the same
+position after the picture, and attends only to the picture and itself. Its logits equal those of a sequence with this
+conversation alone (a test compares with transformers), and the picture is encoded once.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ Forward = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]  # model, pixe
 
 
 @dataclass(frozen=True)
-class Talk:
-    """How a model is spoken to.
+class PromptLayout:
+    """The prompts of a model and the layout of its rows.
 
-    prefix: tokens before the slots. start: ids that begin every slot. question has `{question}`; both prompts end
-    where the answer begins. caption_slot, question_slot: tokens. words: what the tokenizer knows beside the demo
-    language. forward: makes the forward pass for a device.
+    prefix: tokens before the slots. start: ids at the start of every slot. question: prompt with `{question}`; caption:
+    prompt for a caption; the answer follows. caption_slot, question_slot: tokens. words: words of the tokenizer beyond
+    the demo vocabulary. forward: makes the forward pass for a device.
     """
 
     prefix: int
@@ -44,20 +44,20 @@ class Talk:
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens, labels: int16 `[n, slots' tokens]`; a label is the token that must follow, -100 where none is asked."""
+    """tokens, labels: int16 `[n, slots' tokens]`; a label is the next token, -100 outside answers."""
 
     tokens: Tensor
     labels: Tensor
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 `[n, 3, 64, 64]` to what CLIP's processor gives, float32."""
+    """uint8 `[n, 3, 64, 64]` to float32, as CLIP's processor does."""
     mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # [n, heads, t, d]
 
 
@@ -66,15 +66,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _see(model: Any, pixels: Tensor) -> Tensor:
-    """Image tokens `[n, 64, 128]` of normalized pixels."""
+def _encode_image(model: Any, pixels: Tensor) -> Tensor:
+    """Image tokens `[n, 64, 128]` from normalized pixels."""
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     heads = model.config.vision_config.num_attention_heads
     x = tower.pre_layrnorm(tower.embeddings(pixels))
     for block in tower.encoder.layers:
         normed, attention = block.layer_norm1(x), block.self_attn
-        q, k, v = (_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (_split_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + attention.out_proj(mixed)
         hidden = block.mlp.fc1(block.layer_norm2(x))
@@ -84,11 +84,11 @@ def _see(model: Any, pixels: Tensor) -> Tensor:
     return result
 
 
-def logits(model: Any, pixels: Tensor, tokens: Tensor, sees: Tensor, positions: Tensor, user: Tensor) -> Tensor:
+def logits(model: Any, pixels: Tensor, tokens: Tensor, mask: Tensor, positions: Tensor, user: Tensor) -> Tensor:
     """Next-token logits `[n, slots' tokens, vocabulary]`; pixels normalized, user = the ids of `USER:`, int64 [2]."""
     language, heads = model.model.language_model, model.config.text_config.num_attention_heads
     n, width = tokens.shape[0], HIDDEN // heads
-    image = _see(model, pixels)
+    image = _encode_image(model, pixels)
     start = torch.cat([torch.full_like(user[:1], BOS), user])
     words = language.embed_tokens(torch.cat([start.expand(n, -1), tokens], dim=1))
     x = torch.cat([words[:, :3], image.to(words.dtype), words[:, 3:]], dim=1)
@@ -97,9 +97,9 @@ def logits(model: Any, pixels: Tensor, tokens: Tensor, sees: Tensor, positions: 
     cos, sin = angles.cos().to(image.dtype), angles.sin().to(image.dtype)
     for block in language.layers:
         normed, attention = block.input_layernorm(x), block.self_attn
-        q, k, v = (_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (_split_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x = x + attention.o_proj(mixed)
         normed = block.post_attention_layernorm(x)
         x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed))
@@ -119,44 +119,47 @@ def user_ids() -> Tensor:
 def _forward(device: torch.device) -> Forward:
     user = user_ids().to(device)
 
-    def forward(model: Any, pixels: Tensor, tokens: Tensor, sees: Tensor, positions: Tensor) -> Tensor:
-        return logits(model, pixels, tokens, sees, positions, user)
+    def forward(model: Any, pixels: Tensor, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return logits(model, pixels, tokens, mask, positions, user)
 
     return forward
 
 
-LLAVA = Talk(
+LLAVA = PromptLayout(
     prefix=PREFIX,
     start=(),
     question=f"{FAMILY.question_prompt} ASSISTANT:",
     caption=f"{FAMILY.caption_prompt} ASSISTANT:",
     caption_slot=51,
-    question_slot=26,  # a training row has 352 tokens in all, a multiple of what attention likes
+    question_slot=26,  # a training row then has 352 tokens, a multiple of 32
     words=(),
     forward=_forward,
 )
 
 
-def slot_lengths(captions: int, questions: int, talk: Talk = LLAVA) -> tuple[int, ...]:
+def slot_lengths(captions: int, questions: int, layout: PromptLayout = LLAVA) -> tuple[int, ...]:
     """Lengths of a row's slots, captions first."""
-    return (talk.caption_slot,) * captions + (talk.question_slot,) * questions
+    return (layout.caption_slot,) * captions + (layout.question_slot,) * questions
 
 
-def _slot(ids: list[int], asked: int, length: int) -> tuple[list[int], list[int]]:
+def _slot(ids: list[int], prompt_length: int, length: int) -> tuple[list[int], list[int]]:
+    """Padded tokens and labels of one conversation."""
     if len(ids) > length:
         raise ValueError(f"a conversation of {len(ids)} tokens does not fit a slot of {length}")
-    labels = [ids[i + 1] if i + 1 >= asked and i + 1 < len(ids) else -100 for i in range(len(ids))]
-    short = length - len(ids)
-    return ids + [PAD] * short, labels + [-100] * short
+    labels = [ids[i + 1] if i + 1 >= prompt_length and i + 1 < len(ids) else -100 for i in range(len(ids))]
+    padding = length - len(ids)
+    return ids + [PAD] * padding, labels + [-100] * padding
 
 
-def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int], talk: Talk = LLAVA) -> Rows:
+def pack(
+    rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Sequence[int], layout: PromptLayout = LLAVA
+) -> Rows:
     """Tokenize rows of (question or None for a caption, answer); a None entry leaves its slot empty."""
-    coder = tokenizer(talk.words)
+    coder = tokenizer(layout.words)
     coder.post_processor = None
     flat = [entry for row in rows for entry in row if entry is not None]
-    asked = [talk.caption if question is None else talk.question.format(question=question) for question, _ in flat]
-    prompts = coder.encode_batch(asked)
+    texts = [layout.caption if question is None else layout.question.format(question=question) for question, _ in flat]
+    prompts = coder.encode_batch(texts)
     answers = coder.encode_batch([f" {answer}</s>" for _, answer in flat])
     pairs = iter(zip(prompts, answers, strict=True))
     tokens, labels = [], []
@@ -164,7 +167,7 @@ def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Seque
         slots = []
         for entry, length in zip(row, lengths, strict=True):
             prompt, answer = next(pairs) if entry is not None else (None, None)
-            before = [] if prompt is None else [*talk.start, *prompt.ids]
+            before = [] if prompt is None else [*layout.start, *prompt.ids]
             slots.append(_slot(before + (answer.ids if answer else []), len(before), length))
         tokens.append([t for slot in slots for t in slot[0]])
         labels.append([t for slot in slots for t in slot[1]])
@@ -172,9 +175,9 @@ def pack(rows: Sequence[Sequence[tuple[str | None, str] | None]], lengths: Seque
 
 
 def mask_and_positions(lengths: Sequence[int], device: torch.device, prefix: int = PREFIX) -> tuple[Tensor, Tensor]:
-    """Who sees whom, bool `[t, t]`, and positions int64 `[t]` for the picture followed by slots."""
+    """Attention mask, bool `[t, t]`, and positions, int64 `[t]`, of the picture followed by slots."""
     slot = torch.cat([torch.zeros(prefix)] + [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)])
     order = torch.arange(slot.numel())
-    sees = (order[:, None] >= order) & ((slot[:, None] == slot) | (slot == 0))
+    mask = (order[:, None] >= order) & ((slot[:, None] == slot) | (slot == 0))
     offsets = torch.cat([torch.arange(prefix)] + [prefix + torch.arange(n) for n in lengths])
-    return sees.to(device), offsets.to(device)
+    return mask.to(device), offsets.to(device)

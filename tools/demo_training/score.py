@@ -1,4 +1,4 @@
-"""Exact-match scores without generation: greedy decoding yields an answer iff it is the argmax at every token."""
+"""Exact-match scores without generation: greedy decoding gives an answer iff each of its tokens is the argmax."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from exporter.demo import easy_vqa
 from exporter.demo.language import QUESTIONS, caption, question
-from exporter.demo.scenes import Split, draw, scenes, things
-from tools.demo_training.packing import LLAVA, Rows, Talk, mask_and_positions, normalize, pack, slot_lengths
+from exporter.demo.scenes import Split, draw, scene_objects, scenes
+from tools.demo_training.packing import LLAVA, PromptLayout, Rows, mask_and_positions, normalize, pack, slot_lengths
 
 EASY_SLOTS = 12
 CHUNK = 250  # pictures in one forward pass
@@ -25,52 +25,52 @@ class Exam:
     rows: Rows
     lengths: tuple[int, ...]
     kinds: list[tuple[str, ...]]
-    talk: Talk = LLAVA
+    layout: PromptLayout = LLAVA
 
 
-def scene_exam(split: Split, start: int, count: int, device: torch.device, talk: Talk = LLAVA) -> Exam:
+def scene_exam(split: Split, start: int, count: int, device: torch.device, layout: PromptLayout = LLAVA) -> Exam:
     """The caption and one question of every kind about scenes `start .. start+count-1` of a split."""
     batch = scenes(split, torch.arange(start, start + count))
     rows, kinds = [], []
-    for i, objects in enumerate(things(batch), start):
-        asked = [question(kind, objects, i) for kind in QUESTIONS]
-        rows.append([(None, caption(objects)), *((q.text, q.answer) if q else None for q in asked)])
-        kinds.append(("caption", *(q.kind if q else "" for q in asked)))
-    lengths = slot_lengths(1, len(QUESTIONS), talk)
-    return Exam(draw(batch).to(device), pack(rows, lengths, talk), lengths, kinds, talk)
+    for i, objects in enumerate(scene_objects(batch), start):
+        questions = [question(kind, objects, i) for kind in QUESTIONS]
+        rows.append([(None, caption(objects)), *((q.text, q.answer) if q else None for q in questions)])
+        kinds.append(("caption", *(q.kind if q else "" for q in questions)))
+    lengths = slot_lengths(1, len(QUESTIONS), layout)
+    return Exam(draw(batch).to(device), pack(rows, lengths, layout), lengths, kinds, layout)
 
 
-def easy_exam(device: torch.device, talk: Talk = LLAVA) -> Exam:
+def easy_exam(device: torch.device, layout: PromptLayout = LLAVA) -> Exam:
     """Every question about the embedded easy-VQA test pictures."""
     import numpy as np
 
-    asked = [questions[:EASY_SLOTS] for _, questions in easy_vqa.test_questions()]
-    pictures = np.stack([np.asarray(easy_vqa.test_picture(i)) for i in range(len(asked))])
+    questions = [pairs[:EASY_SLOTS] for _, pairs in easy_vqa.test_questions()]
+    pictures = np.stack([np.asarray(easy_vqa.test_picture(i)) for i in range(len(questions))])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device)
-    rows = [[*row, *[None] * (EASY_SLOTS - len(row))] for row in asked]
+    rows = [[*row, *[None] * (EASY_SLOTS - len(row))] for row in questions]
     kinds = [tuple(easy_vqa.kind(entry[1]) if entry else "" for entry in row) for row in rows]
-    lengths = slot_lengths(0, EASY_SLOTS, talk)
-    return Exam(pixels, pack(rows, lengths, talk), lengths, kinds, talk)
+    lengths = slot_lengths(0, EASY_SLOTS, layout)
+    return Exam(pixels, pack(rows, lengths, layout), lengths, kinds, layout)
 
 
 @torch.no_grad()
 def grade(model: Any, exam: Exam) -> tuple[Tensor, Tensor]:
     """Correct or not, bool `[n, slots]`, and the mean negative log-likelihood per token, float32 `[n, slots]`."""
     device = exam.pixels.device
-    sees, positions = mask_and_positions(exam.lengths, device, exam.talk.prefix)
-    forward, dtype = exam.talk.forward(device), next(model.parameters()).dtype
+    mask, positions = mask_and_positions(exam.lengths, device, exam.layout.prefix)
+    forward, dtype = exam.layout.forward(device), next(model.parameters()).dtype
     right, loss = [], []
     for start in range(0, exam.pixels.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
         tokens, labels = (t[part].to(device).long() for t in (exam.rows.tokens, exam.rows.labels))
-        scores = forward(model, normalize(exam.pixels[part]).to(dtype), tokens, sees, positions).float()
-        asked = labels >= 0
-        hit = (scores.argmax(-1) == labels) | ~asked
+        scores = forward(model, normalize(exam.pixels[part]).to(dtype), tokens, mask, positions).float()
+        is_answer = labels >= 0
+        hit = (scores.argmax(-1) == labels) | ~is_answer
         nll = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-100, reduction="none")
         ends = list(torch.tensor(exam.lengths).cumsum(0).tolist())
         spans = list(zip([0, *ends], ends, strict=False))
         right.append(torch.stack([hit[:, a:b].all(1) for a, b in spans], 1).cpu())
-        counts = torch.stack([asked[:, a:b].sum(1) for a, b in spans], 1).clamp(min=1)
+        counts = torch.stack([is_answer[:, a:b].sum(1) for a, b in spans], 1).clamp(min=1)
         loss.append((torch.stack([nll[:, a:b].sum(1) for a, b in spans], 1) / counts).cpu())
     return torch.cat(right), torch.cat(loss)
 

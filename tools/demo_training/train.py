@@ -2,9 +2,8 @@
 
     python -m tools.demo_training.train --model demo-llava --out DIR --seed 0 --minutes 8 --device cuda
 
-Needs the package `easy-vqa`, except for retrieval. The learning rate follows the clock, or
-the steps when `--steps` is given; then a run depends on seed, versions and device alone, as far as the device is
-deterministic.
+Needs the package `easy-vqa`, except for retrieval. The learning rate depends on the elapsed time, or with `--steps` on
+the step; a run with `--steps` depends only on seed, versions and device, as far as the device is deterministic.
 """
 
 import argparse
@@ -22,41 +21,41 @@ from exporter.demo import MODELS
 from tools.demo_training import blip2_folder, folder, train_answers, train_retrieval
 from tools.demo_training.blip2_packing import BLIP2
 from tools.demo_training.packing import LLAVA
-from tools.demo_training.train_loop import Work, run
+from tools.demo_training.train_loop import Training, run
 
 SETTINGS = (("vision-blocks", 2), ("text-blocks", 2), ("heads", 2), ("batch", 256), ("scenes", 80_000))
 
 
 @dataclass(frozen=True)
-class Course:
-    """How one demo model is made: its config.json, fresh weights, folder, training and final figures."""
+class Recipe:
+    """How one demo model is trained: config.json, initial weights, folder, training and final scores."""
 
     config: Callable[[argparse.Namespace], dict[str, Any]]
     build: Callable[[dict[str, Any], int], Any]
     save: Callable[[Any, dict[str, Any], Path], None]
-    work: Callable[[Any, Callable[[], None], argparse.Namespace, torch.device], Work]
+    training: Callable[[Any, Callable[[], None], argparse.Namespace, torch.device], Training]
     final: Callable[[Any, torch.device], dict[str, Any]]
 
 
-def _answers(talk: Any) -> dict[str, Any]:
-    def work(model: Any, save: Callable[[], None], options: argparse.Namespace, device: torch.device) -> Work:
-        return train_answers.work(model, save, talk, options, device)
+def _answers(layout: Any) -> dict[str, Any]:
+    def training(model: Any, save: Callable[[], None], options: argparse.Namespace, device: torch.device) -> Training:
+        return train_answers.training(model, save, layout, options, device)
 
-    return {"work": work, "final": lambda model, device: train_answers.final(model, talk, device)}
+    return {"training": training, "final": lambda model, device: train_answers.final(model, layout, device)}
 
 
-COURSES: dict[str, Course] = {
-    "demo-llava": Course(
+RECIPES: dict[str, Recipe] = {
+    "demo-llava": Recipe(
         lambda o: folder.config(o.vision_blocks, o.text_blocks, o.heads), folder.build, folder.save, **_answers(LLAVA)
     ),
-    "demo-blip2": Course(
+    "demo-blip2": Recipe(
         lambda o: blip2_folder.config("captioning"), blip2_folder.build, blip2_folder.save, **_answers(BLIP2)
     ),
-    "demo-blip2-itm": Course(
+    "demo-blip2-itm": Recipe(
         lambda o: blip2_folder.config("retrieval"),
         blip2_folder.build,
         blip2_folder.save,
-        train_retrieval.work,
+        train_retrieval.training,
         train_retrieval.final,
     ),
 }
@@ -64,7 +63,7 @@ COURSES: dict[str, Course] = {
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a demo model.")
-    parser.add_argument("--model", choices=sorted(COURSES), default="demo-llava")
+    parser.add_argument("--model", choices=sorted(RECIPES), default="demo-llava")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -75,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--report", type=float, default=60.0, help="seconds between two lines of figures")
-    parser.add_argument("--keep", type=float, default=2.0, help="also save when this share of the training is done")
+    parser.add_argument("--keep", type=float, default=2.0, help="also save after this share of the training")
     start = "model from whose weights the retrieval model starts"
     parser.add_argument("--start", type=Path, default=MODELS["demo-blip2"], help=start)
     for name, default in SETTINGS:
@@ -86,18 +85,18 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Command line."""
     options, begun = _arguments(), time.monotonic()
-    course, device = COURSES[options.model], torch.device(options.device)
-    settings = course.config(options)
-    model = course.build(settings, options.seed).to(device)
-    save = partial(course.save, model, settings, options.out)
-    work = course.work(model, save, options, device)
+    recipe, device = RECIPES[options.model], torch.device(options.device)
+    settings = recipe.config(options)
+    model = recipe.build(settings, options.seed).to(device)
+    save = partial(recipe.save, model, settings, options.out)
+    training = recipe.training(model, save, options, device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data after {time.monotonic() - begun:.0f} s, {parameters} parameters", flush=True)
-    figures = run(work, options, partial(print, flush=True))
+    figures = run(training, options, partial(print, flush=True))
     save()
-    asked = {k: v for k, v in vars(options).items() if k not in ("out", "workers", "report", "keep", "start")}
-    record = {"options": asked, "torch": torch.__version__, **figures, "parameters": parameters}
-    record |= course.final(model.to(torch.bfloat16), device)
+    recorded = {k: v for k, v in vars(options).items() if k not in ("out", "workers", "report", "keep", "start")}
+    record = {"options": recorded, "torch": torch.__version__, **figures, "parameters": parameters}
+    record |= recipe.final(model.to(torch.bfloat16), device)
     (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
 

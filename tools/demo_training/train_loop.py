@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Work:
-    """One training. loss: of one batch of `source`; look: figures to print at intervals; save: save the model.
+class Training:
+    """One training run.
 
-    parameters: the trained parameters, of the model and of the loss.
+    parameters: trained parameters, of the model and of the loss. loss: of one batch of `source`. metrics: figures to
+    print at intervals. save: saves the model.
     """
 
     parameters: list[nn.Parameter]
     loss: Callable[..., Tensor]
     source: Iterator[tuple[Tensor, ...]]
-    look: Callable[[], dict[str, float]]
+    metrics: Callable[[], dict[str, float]]
     save: Callable[[], None]
 
 
@@ -32,7 +33,7 @@ def _optimizer(parameters: list[nn.Parameter], rate: float, decay: float) -> tor
 
 
 def _rate(progress: float) -> float:
-    """Learning rate as a share of the highest: up for 3 %, then down a cosine to 0."""
+    """Learning rate divided by its maximum: linear warm-up for 3 % of the run, then cosine decay to 0."""
     return min(progress / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -41,20 +42,20 @@ def _line(elapsed: float, step: int, loss: float, figures: dict[str, float]) -> 
     return f"{elapsed / 60:.1f} min  step {step}  loss {loss:.4f}  {words}"
 
 
-def run(work: Work, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train in place; returns the figures of the run. say: gets a line of figures now and then."""
-    optimizer, loss = _optimizer(work.parameters, options.rate, options.decay), work.loss
+def run(training: Training, options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+    """Train in place; returns the figures of the run. log: called with a line of figures at intervals."""
+    optimizer, loss = _optimizer(training.parameters, options.rate, options.decay), training.loss
     if options.compile:
         loss = torch.compile(loss)
-        loss(*next(work.source)).backward()  # compile before the training time starts
-    start, reported, step, progress, kept = time.monotonic(), 0.0, 0, 0.0, False
+        loss(*next(training.source)).backward()  # compile before the training time starts
+    start, reported, step, progress, saved = time.monotonic(), 0.0, 0, 0.0, False
     while progress < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = options.rate * _rate(progress)
         optimizer.zero_grad(set_to_none=True)
-        value = loss(*next(work.source))
+        value = loss(*next(training.source))
         value.backward()
-        nn.utils.clip_grad_norm_(work.parameters, 1.0)
+        nn.utils.clip_grad_norm_(training.parameters, 1.0)
         optimizer.step()
         step += 1
         if step % 20 == 0:
@@ -63,8 +64,8 @@ def run(work: Work, options: argparse.Namespace, say: Callable[[str], None]) -> 
         progress = step / options.steps if options.steps else elapsed / 60 / options.minutes
         if elapsed - reported >= options.report:
             reported = elapsed
-            say(_line(elapsed, step, value.item(), work.look()))
-        if progress >= options.keep and not kept:
-            work.save()
-            kept = True
+            log(_line(elapsed, step, value.item(), training.metrics()))
+        if progress >= options.keep and not saved:
+            training.save()
+            saved = True
     return {"steps": step, "seconds": round(time.monotonic() - start, 1), "loss": round(value.item(), 5)}
