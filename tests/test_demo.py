@@ -1,4 +1,4 @@
-"""The demo model and its data: disjoint splits, one truth for words and tokens, a folder that transformers loads."""
+"""The demo model and its data: disjoint splits, captions and tokens that agree, a folder that transformers loads."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from exporter.demo.language import QUESTIONS, caption, captions, question, vocab
 from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, residue, scene_objects, scenes
 from exporter.demo.scenes import SIZES as RADII
 from exporter.errors import DataError
-from exporter.model.families.llava import FAMILY, live_name
+from exporter.model.families.llava import FAMILY
 from tests.demo_figures import figures
 from tools.demo_training.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer
 from tools.demo_training.packing import PREFIX, logits, mask_and_positions, normalize, pack, slot_lengths, user_ids
@@ -385,7 +385,7 @@ def test_embedded_pictures_are_easy_vqas_own() -> None:
 
 def test_the_live_names_exist() -> None:
     live = dict(model().named_parameters())
-    assert {live_name(name) for name in shapes()} == set(live)
+    assert {FAMILY.live_name(name) for name in shapes()} == set(live)
 
 
 def test_drawings_are_the_same_scenes_in_plain_words() -> None:
