@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of the documentation: the map, recipes, kernels, commands, the Python API.
+"""Rewrite the generated parts of the documentation: map, families, recipes, kernels, commands, exit codes, API.
 
     python -m docs.generate            rewrite them
     python -m docs.generate --check    exit 1 when they are stale
@@ -7,23 +7,22 @@
 """
 
 import ast
-import inspect
-import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
-import exporter
-from exporter import OpenedArtifact, api, api_artifacts, errors
+from docs.api_pages import api_reference, exit_code_page
+from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
+from exporter.model.families import FAMILIES
 from exporter.model.source import open_source
 from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.plan import make_plan
@@ -38,25 +37,43 @@ MODELS = {  # a recipe's default model -> heading of its column
     "Salesforce/blip2-opt-2.7b": "BLIP-2 OPT-2.7b",
     "Salesforce/blip2-itm-vit-g-coco": "BLIP-2 ITM",
 }
-WHOLE: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
-ALL: tuple[GroupSize, ...] = (*WHOLE, 16, 32, 256)
+FAMILY_MODELS = {  # family -> models, heading in docs/reference/families.md
+    "llava": ("LLaVA-1.5 and checkpoints of the same architecture, Pixtral-12B", "llava-15"),
+    "llava-next": ("LLaVA-NeXT (1.6)", "llava-next-and-llava-onevision"),
+    "llava-onevision": ("LLaVA-OneVision", "llava-next-and-llava-onevision"),
+    "idefics3": ("Idefics 3", "idefics-3-and-smolvlm"),
+    "smolvlm": ("SmolVLM, SmolVLM2", "idefics-3-and-smolvlm"),
+    "blip2": ("BLIP-2 with OPT", "blip-2"),
+    "blip2-itm": ("BLIP-2 for image-text matching", "blip-2"),
+}
+TASKS = {"vqa": "questions", "captioning": "captions", "retrieval": "image-text retrieval"}
+USUAL: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
+ALL: tuple[GroupSize, ...] = (*USUAL, 16, 32, 256)
 FP8 = Scheme(8, "row", number="fp8")
 KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # schemes with the same cells
-    ("W4, rows or groups of 64, 128", "compressed_tensors", [Scheme(4, g, s) for g in WHOLE for s in (True, False)]),
+    (
+        "W4, rows or groups of 64, 128",
+        "compressed_tensors",
+        [Scheme(4, g, s) for g in USUAL for s in (True, False)],
+    ),
     ("W4, groups of 32", "compressed_tensors", [Scheme(4, 32), Scheme(4, 32, symmetric=False)]),
     ("W4, other groups", "compressed_tensors", [Scheme(4, 16), Scheme(4, 256)]),
-    ("W8, rows or groups of 64, 128", "compressed_tensors", [Scheme(8, group) for group in WHOLE]),
+    ("W8, rows or groups of 64, 128", "compressed_tensors", [Scheme(8, group) for group in USUAL]),
     ("W8, groups of 32", "compressed_tensors", [Scheme(8, 32)]),
     ("W8, other groups", "compressed_tensors", [Scheme(8, 16), Scheme(8, 256), Scheme(8, 32, symmetric=False)]),
-    ("W8 asymmetric, rows or groups of 64, 128", "compressed_tensors", [Scheme(8, g, symmetric=False) for g in WHOLE]),
+    (
+        "W8 asymmetric, rows or groups of 64, 128",
+        "compressed_tensors",
+        [Scheme(8, g, symmetric=False) for g in USUAL],
+    ),
     ("W2, W3, W5, W6, W7", "compressed_tensors", [Scheme(bits, g) for bits in (2, 3, 5, 6, 7) for g in ALL]),
     ("W8A8 int8", "compressed_tensors", [Scheme(8, "row", activations="int8")]),
     ("FP8", "compressed_tensors", [replace(FP8, activations="fp8")]),
     ("FP8, weights alone", "compressed_tensors", [FP8]),
     ("W4, groups of 128, FP8 inputs", "compressed_tensors", [Scheme(4, 128, activations="fp8")]),
-    ("W4 symmetric", "gptq", [Scheme(4, group) for group in WHOLE]),
-    ("W8 symmetric", "gptq", [Scheme(8, group) for group in WHOLE]),
-    ("W4", "awq", [Scheme(4, group, symmetric=False) for group in WHOLE]),
+    ("W4 symmetric", "gptq", [Scheme(4, group) for group in USUAL]),
+    ("W8 symmetric", "gptq", [Scheme(8, group) for group in USUAL]),
+    ("W4", "awq", [Scheme(4, group, symmetric=False) for group in USUAL]),
 )
 ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
 
@@ -81,6 +98,32 @@ def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
             lines.append(f"| `{recipe.name}` | {recipe.summary} | {size(plan.bytes_after)} | {bits} |")
         lines.insert(2, f"| (none) | the source, 16 bits | {size(plan.bytes_before)} | 16.00 |")
     return "\n".join(lines)
+
+
+def family_table(page: str) -> str:
+    """Markdown: the families with their models and tasks. page: relative path of the reference page."""
+    assert FAMILY_MODELS.keys() == FAMILIES.keys(), "FAMILY_MODELS needs an entry for each family"
+    demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in demo.MODELS.items()}
+    lines = ["| family | models | tasks | demo model |", "|---|---|---|---|"]
+    for name, (models, heading) in FAMILY_MODELS.items():
+        tasks = ", ".join(TASKS[task] for task in FAMILIES[name].tasks)
+        shipped = f"`{demos[name]}`" if name in demos else ""
+        lines.append(f"| [`{name}`]({page}#{heading}) | {models} | {tasks} | {shipped} |")
+    return "\n".join(lines)
+
+
+def prompt_table() -> str:
+    """Markdown: the prompts of each family."""
+    lines = ["| family | question | caption |", "|---|---|---|"]
+    for family in FAMILIES.values():
+        cells = [_prompt(text) for text in (family.question_prompt, family.caption_prompt)]
+        lines.append(f"| `{family.name}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def _prompt(text: str) -> str:
+    """A prompt in a cell of a table."""
+    return " + newline + ".join(f"`{line}`" for line in text.split("\n")) if text else "no prompt"
 
 
 def recipe_page(sizes: str) -> str:
@@ -108,9 +151,9 @@ def kernel_table() -> str:
     cards = [card for card in ARCHITECTURES if card not in ((8, 6), (12, 0))]
     heads = [f"{capability_label(card)} {ARCHITECTURES[card]}" for card in cards]
     lines = ["| scheme | format | " + " | ".join(heads) + " | CPU |", "|---" * (len(cards) + 3) + "|"]
-    for what, format_name, schemes in KERNEL_ROWS:
+    for label, format_name, schemes in KERNEL_ROWS:
         (cells,) = {_cells(serving_kernels(scheme, format_name), cards) for scheme in schemes}
-        lines.append(f"| {what} | {format_name} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {format_name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -136,74 +179,6 @@ def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]
         yield context
         if isinstance(command, click.Group):
             yield from _below(context, command)
-
-
-API_PAGE = ROOT / "docs" / "reference" / "python-api.md"
-
-
-ARGUMENTS = r"^([a-z_]+(?:, [a-z_]+)*): "  # a line of a docstring that describes arguments
-
-
-def api_reference() -> str:
-    """Markdown: every function of the Python API, its types with their attributes, and the errors with exit codes."""
-    nodes = [node for module in (api, api_artifacts) for node in ast.parse(inspect.getsource(module)).body]
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in exporter.__all__]
-    parts = []
-    for node in functions:
-        function = getattr(exporter, node.name)
-        docstring = re.sub(ARGUMENTS, _as_item, inspect.getdoc(function) or "", flags=re.MULTILINE)
-        parts += [f"### {node.name}", "", "```text", _signature(node, function), "```", "", docstring, ""]
-    parts += ["## Types", "", "| type | meaning | attributes |", "|---|---|---|"]
-    for name in exporter.__all__:
-        if name not in {node.name for node in functions}:
-            parts.append(f"| `{name}` | {_meaning(name)} | {' '.join(f'`{one}`' for one in _attributes(name))} |")
-    parts += ["", "## Errors", "", "| error | exit code | meaning |", "|---|---|---|"]
-    for error in vars(errors).values():
-        if isinstance(error, type) and issubclass(error, errors.MmqError):
-            first = (inspect.getdoc(error) or "").split("\n")[0]
-            parts.append(f"| `{error.__name__}` | {error.exit_code} | {first} |")
-    return "\n".join(parts)
-
-
-def _as_item(match: re.Match[str]) -> str:
-    """`a, b: ` of a docstring as the start of a list item."""
-    return f"- {', '.join(f'`{name}`' for name in match[1].split(', '))}: "
-
-
-def _signature(node: ast.FunctionDef, function: Callable[..., object]) -> str:
-    """`name(...) -> type` with an argument a line: types as the code has them, defaults as values."""
-    defaults = {name: found.default for name, found in inspect.signature(function).parameters.items()}
-    lines = []
-    for argument in [*node.args.args, None, *node.args.kwonlyargs] if node.args.kwonlyargs else node.args.args:
-        if argument is None:
-            lines.append("*")
-            continue
-        default = defaults[argument.arg]
-        value = "" if default is inspect.Parameter.empty else f" = {getattr(default, '__name__', repr(default))}"
-        assert argument.annotation
-        lines.append(f"{argument.arg}: {ast.unparse(argument.annotation)}{value}")
-    assert node.returns
-    return f"{node.name}(\n" + "".join(f"    {line},\n" for line in lines) + f") -> {ast.unparse(node.returns)}"
-
-
-def _meaning(name: str) -> str:
-    """The first sentence of a type's docstring."""
-    found = getattr(exporter, name)
-    if not isinstance(found, type):
-        return "What `on_event` takes: a function of one `Event`."
-    return re.split(r"(?<=\.)\s", " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split()))[0]
-
-
-def _attributes(name: str) -> list[str]:
-    """Public fields and properties of a type, as its class declares them."""
-    found = getattr(exporter, name)
-    if not isinstance(found, type):
-        return []
-    if issubclass(found, errors.MmqError):
-        return ["message", "hint", "exit_code"]
-    declared = inspect.get_annotations(found) if found is not OpenedArtifact else ["manifest", "report"]
-    properties = [key for key, value in vars(found).items() if isinstance(value, property)]
-    return [key for key in dict.fromkeys([*declared, *properties]) if not key.startswith(("_", "model_config"))]
 
 
 def room_table() -> str:
@@ -232,9 +207,9 @@ def rooms() -> list[str]:
 def between(text: str, name: str, new: str) -> str:
     """`text` with a new section between the marks of `name`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = text.partition(begin)
+    before, opened, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
-    if not (found and closed):
+    if not (opened and closed):
         raise SystemExit(f"a page lacks the marks {begin} and {end}")
     return f"{before}{begin}\n{new}\n{end}{after}"
 
@@ -243,14 +218,24 @@ def pages() -> dict[Path, str]:
     """Each page and its expected text."""
     readme, sizes = ROOT / "README.md", recipe_table()
     served = ROOT / "docs" / "reference" / "serving.md"
+    families, index = ROOT / "docs" / "reference" / "families.md", ROOT / "docs" / "index.md"
+    api_page, prompts = ROOT / "docs" / "reference" / "python-api.md", ROOT / "docs" / "how-to" / "own-prompts.md"
     map_page = ROOT / "docs" / "architecture.md"
     return {
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
-        readme: between(readme.read_text(encoding="utf-8"), "recipes", sizes),
+        readme: between(
+            between(readme.read_text(encoding="utf-8"), "recipes", sizes),
+            "families",
+            family_table("docs/reference/families.md"),
+        ),
+        families: between(families.read_text(encoding="utf-8"), "families", family_table("families.md")),
+        index: between(index.read_text(encoding="utf-8"), "families", family_table("reference/families.md")),
+        prompts: between(prompts.read_text(encoding="utf-8"), "prompts", prompt_table()),
         ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),
         ROOT / "docs" / "reference" / "cli.md": command_reference(),
-        API_PAGE: between(API_PAGE.read_text(encoding="utf-8"), "api", api_reference()),
+        ROOT / "docs" / "reference" / "exit-codes.md": exit_code_page(),
+        api_page: between(api_page.read_text(encoding="utf-8"), "api", api_reference()),
     }
 
 

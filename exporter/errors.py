@@ -5,6 +5,36 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+EXIT_CODES: dict[int, tuple[str, str, str]] = {  # code -> short name, meaning, what to do
+    0: ("success", "success", ""),
+    1: (
+        "error",
+        "an error in a recipe, data, checkpoint, file or server",
+        "read the message and its hint; with `--json` the object has `error`, `hint`, `kind` and `exit`",
+    ),
+    2: ("wrong usage", "wrong usage of the command line", "`mmq COMMAND --help`"),
+    3: (
+        "a gate failed",
+        "a gate failed or could not be compared, or `mmq check` failed",
+        "the artifact is written and its report states the loss; `mmq publish` refuses it",
+    ),
+    4: (
+        "out of memory",
+        "out of memory",
+        "the message names the step and the option that reduces its memory; finished work is kept",
+    ),
+    5: (
+        "a gate is not resolved",
+        "a gate is not resolved or not measured",
+        "the artifact is written; the message names the `--eval-samples` that would resolve it, or asks for `--data`",
+    ),
+    130: (
+        "interrupted",
+        "interrupted (Ctrl-C, SIGTERM)",
+        "run the same command again: it continues from finished work",
+    ),
+}
+
 
 class MmqError(Exception):
     """A problem that the user can fix. message: what is wrong, and where. hint: what to do next."""

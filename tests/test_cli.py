@@ -33,6 +33,12 @@ def test_every_help_text_has_an_example_except_doctor(command: str) -> None:
     assert "Example" in result.output or command == "doctor"
 
 
+def test_help_shows_every_command_with_its_whole_summary() -> None:
+    lines = mmq("--help").output.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.commands)
+    assert [line for line in lines if line.endswith("...")] == []
+
+
 def test_help_version_and_completion_load_no_library() -> None:
     """They must answer at once; `datasets` and `score` read their choices from the packages that define them."""
     code = """

@@ -109,7 +109,7 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
 @json_option
 @reports_errors
 def allocate(**options: Any) -> None:
-    """Choose bits for every part of a model, measure the choice on real tasks, and write a recipe.
+    """Choose the bits of each part, and write a recipe.
 
     mmq quantizes each part alone with each scheme, on calibration data; the cost of a scheme is the divergence of the
     model's predictions from those of the full-precision model. An integer program minimizes the sum of the costs

@@ -33,7 +33,9 @@ def text_tasks() -> list[str]:
 @json_option
 @reports_errors
 def datasets(name: str | None, as_json: bool) -> None:
-    """List the data sets that --data knows: splits, layout, prompts, metrics and license notes.
+    """List the public data sets of --data, or describe one.
+
+    A description has splits, layout, prompts, metrics and a license note.
 
     \b
     Examples:
@@ -91,10 +93,11 @@ def _convention_as_json(convention: "Convention") -> dict[str, Any]:
 @json_option
 @reports_errors
 def score(answers: Path, data: tuple[str, ...], task: str, split: str, samples: int, seed: int, as_json: bool) -> None:
-    """Score a file of answers in the results layout of COCO, VQAv2 or GQA, or a JSON object of answers by id.
+    """Score a file of answers with the metrics of a task.
 
-    The scores are those of the whole set, as papers report them; BLEU is not a mean over captions. mmq does not
-    compute METEOR; the package pycocoevalcap does, with Java.
+    The file has the results layout of COCO, VQAv2 or GQA, or is a JSON object of answers by id. The scores are those of
+    the whole set, as papers report them; BLEU is not a mean over captions. mmq does not compute METEOR; the package
+    pycocoevalcap does, with Java.
 
     \b
     Examples:

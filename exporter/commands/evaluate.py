@@ -52,13 +52,15 @@ if TYPE_CHECKING:
 @json_option
 @reports_errors
 def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Measure an artifact and its full-precision model again, and decide the artifact's gates.
+    """Measure an artifact against its full-precision model.
+
+    mmq decides the gates of the artifact's recipe and replaces its report.
 
     The full-precision model must be the artifact's source by the hashes in the manifest. With --other-baseline, report
     and card name the other model, and `mmq publish` refuses the artifact.
 
-    Answers are stored, so the same command resumes a stopped evaluation. With one GPU, serve one model after the
-    other: --baseline-server alone stores the answers of the baseline, and --server then compares.
+    mmq saves answers, so the same command resumes an interrupted evaluation. With one GPU, serve one model after the
+    other: --baseline-server alone saves the answers of the baseline, and --server then compares.
 
     \b
     Examples:

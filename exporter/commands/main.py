@@ -34,12 +34,16 @@ from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
 from exporter.commands.study import study
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
-from exporter.errors import Interrupted
+from exporter.errors import EXIT_CODES, Interrupted
 
-EXIT_CODES = (
-    "Exit codes: 0 success, 1 error, 2 wrong usage, 3 a gate failed, 4 out of memory, 5 a gate is not resolved, "
-    "130 interrupted."
-)
+EPILOG = f"Exit codes: {', '.join(f'{code} {name}' for code, (name, _, _) in EXIT_CODES.items())}."
+
+
+class OrderedGroup(click.Group):
+    """Lists its commands in the order in which they were added, not by the alphabet."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
 
 
 def main() -> None:
@@ -48,10 +52,10 @@ def main() -> None:
     cli()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(VERSION, message=f"{PROGRAM} {VERSION} (distribution {DISTRIBUTION})")
 def cli() -> None:
-    """Quantize LLaVA and BLIP-2 checkpoints, component by component, into artifacts that vLLM serves.
+    """Quantize vision-language checkpoints, component by component, into artifacts that vLLM serves.
 
     \b
     Examples:
@@ -61,7 +65,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@click.command()
 @recipe_option
 @model_option
 @revision_option
@@ -102,9 +106,9 @@ def export(
     as_json: bool,
     **overrides: Any,
 ) -> None:
-    """Quantize a model by a recipe, verify the artifact and measure its loss of quality.
+    """Quantize a model by a recipe; verify and measure the artifact.
 
-    The same command resumes a run that was stopped (Ctrl-C, kill, power failure).
+    The same command resumes an interrupted run (Ctrl-C, kill, power failure) and writes the same bytes.
 
     \b
     Examples:
@@ -154,7 +158,7 @@ def export(
         click.get_current_context().invoke(publish, artifact=target, repo=push, device=device, as_json=as_json)
 
 
-@cli.command()
+@click.command()
 @click.argument("artifact")
 @device_option
 @click.option("--no-load", is_flag=True, help="Check files and integers only; do not run transformers.")
@@ -166,10 +170,11 @@ def export(
 def verify(
     artifact: str, device: str, no_load: bool, whole: bool, source: str | None, adapter: str | None, as_json: bool
 ) -> None:
-    """Check an artifact: hashes, integers, config patterns, and every block's outputs in transformers.
+    """Check an artifact's hashes, integers and block outputs.
 
-    ARTIFACT is a folder or hub:ORG/NAME[@REVISION]. For an artifact on the hub, mmq compares hashes, names and small
-    files with the manifest, and downloads no weights.
+    mmq also checks the patterns of the config, and compares each block with its reading by transformers. ARTIFACT is a
+    folder or hub:ORG/NAME[@REVISION]. For an artifact on the hub, mmq compares hashes, names and small files with the
+    manifest, and downloads no weights.
 
     \b
     Examples:
@@ -194,12 +199,12 @@ def verify(
     print_result(asdict(verified) if as_json else show.verified_line(verified))
 
 
-@cli.command()
+@click.command()
 @click.argument("name", required=False)
 @json_option
 @reports_errors
 def recipes(name: str | None, as_json: bool) -> None:
-    """List the built-in recipes, or print one as YAML to copy and edit.
+    """List the built-in recipes, or print one as YAML.
 
     \b
     Examples:
@@ -221,25 +226,21 @@ def recipes(name: str | None, as_json: bool) -> None:
     )
 
 
-@cli.command()
+@click.command()
 @json_option
 @reports_errors
 def doctor(as_json: bool) -> None:
-    """Show versions, devices, free memory, hub cache and optional packages of this machine."""
+    """Show versions, devices, memory and optional packages."""
     from exporter.commands.doctor import examine
 
     report_lines = examine()
     print_result(report_lines if as_json else "\n".join(f"{key:24} {value}" for key, value in report_lines.items()))
 
 
-cli.add_command(plan)
-cli.add_command(evaluate)
-cli.add_command(report)
-cli.add_command(serve)
-cli.add_command(check)
-cli.add_command(publish)
-cli.add_command(diff)
-cli.add_command(datasets)
-cli.add_command(score)
-cli.add_command(study)
-cli.add_command(allocate)
+COMMANDS = (  # in the order of `mmq --help`
+    *(recipes, plan, export, evaluate, verify, report),
+    *(serve, check, publish, diff),
+    *(study, allocate, datasets, score, doctor),
+)
+for command in COMMANDS:
+    cli.add_command(command)

