@@ -86,6 +86,8 @@ def test_a_scene_depends_on_nothing_but_its_number() -> None:
     alone = draw(scenes("test", torch.tensor([5])))
     assert torch.equal(together[5], alone[0])
     assert torch.equal(torch.from_numpy(np.array(picture("test", 5))).permute(2, 0, 1), alone[0])
+    picture("test", 5).paste((0, 0, 0), (0, 0, 64, 64))  # a copy: the next one is whole
+    assert torch.equal(torch.from_numpy(np.array(picture("test", 5))).permute(2, 0, 1), alone[0])
 
 
 def test_the_first_scene_never_changes() -> None:

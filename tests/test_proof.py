@@ -6,9 +6,9 @@ name the weights that are there.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import REPORT
+from exporter.evaluation.statistics import paired_bootstrap
 from exporter.events import ignore
 from exporter.files.file_hashes import sha256
 from exporter.pipeline.export import export
@@ -36,6 +37,7 @@ from tests.consistent_edits import CONSISTENT_EDITS
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
 VQA, CAPTIONS = "vqa", "captioning"
+SAMPLES = 200  # of each task; the gates are resolved
 
 
 class Files:
@@ -78,15 +80,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("proof")
     for name, source in (("good", "llava-w4-vit8"), ("other", "llava-w8")):
         data = load_recipe(source).adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
-        data["evaluation"]["samples"] = 400
+        data["evaluation"]["samples"] = SAMPLES
         data["gates"] = data["gates"][: 2 if name == "good" else 1]
+        data["gates"][0]["max_drop"] = 0.03
         export(Recipe.model_validate(data), out=place / name, device=choose("cpu"), on_event=ignore)
     return place
+
+
+@cache
+def _bootstrap(before: tuple[float, ...], after: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> Any:
+    return paired_bootstrap(before, after, **dict(options))
+
+
+def bootstrap_once(before: Sequence[float], after: Sequence[float], **options: Any) -> Any:
+    """The bootstrap, computed once for equal scores: most edits leave them as they are."""
+    return _bootstrap(tuple(before), tuple(after), tuple(options.items()))
 
 
 @pytest.fixture
 def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr("exporter.publishing.proof.verify", partial(verify, load="nothing"))
+    monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
     return Files(shutil.copytree(made / "good", tmp_path / "artifact"))
 
 
@@ -253,7 +267,7 @@ EDITS: list[tuple[str, Edit, str]] = [
     (
         "more samples",
         lambda f: every(f.report["measures"], samples=50_000),
-        "has samples 50000, but the scores give 400",
+        f"has samples 50000, but the scores give {SAMPLES}",
     ),
     (
         "fewer needed",
@@ -276,7 +290,7 @@ EDITS: list[tuple[str, Edit, str]] = [
         lambda f: f.scores(CAPTIONS, "cider").update(after=f.scores(CAPTIONS, "cider")["before"]),
         "captioning cider",
     ),
-    ("lower full scores", lambda f: f.scores().update(before=[0.5] * 400), "report's measure of vqa accuracy"),
+    ("lower full scores", lambda f: f.scores().update(before=[0.5] * SAMPLES), "report's measure of vqa accuracy"),
     ("scores beyond 1", lambda f: f.scores()["after"].__setitem__(0, 2.0), "not within 0 to 1"),
     ("negative scores", lambda f: f.scores()["before"].__setitem__(0, -1.0), "not within 0 to 1"),
     (
@@ -284,9 +298,9 @@ EDITS: list[tuple[str, Edit, str]] = [
         lambda f: f.scores()["after"].__setitem__(0, float("inf")),
         "Input should be a finite number",
     ),
-    ("a score less", lambda f: f.scores()["after"].pop(), "400 ids, but 399 accuracy after"),
-    ("no scores", lambda f: f.scores().update(before=[], after=[], chance=[]), "400 ids, but 0 accuracy before"),
-    ("samples left out", shortened, "has samples 400, but the scores give 150"),
+    ("a score less", lambda f: f.scores()["after"].pop(), f"{SAMPLES} ids, but {SAMPLES - 1} accuracy after"),
+    ("no scores", lambda f: f.scores().update(before=[], after=[], chance=[]), f"{SAMPLES} ids, but 0 accuracy before"),
+    ("samples left out", shortened, f"has samples {SAMPLES}, but the scores give 150"),
     (
         "a sample twice",
         lambda f: f.report["samples"][VQA]["ids"].__setitem__(1, f.report["samples"][VQA]["ids"][0]),
@@ -305,7 +319,7 @@ EDITS: list[tuple[str, Edit, str]] = [
         "'luck', which is not a task",
     ),
     ("chance hidden", lambda f: f.scores().pop("chance"), "has no chance scores"),
-    ("chance lowered", lambda f: f.scores().update(chance=[0.0] * 400), "has chance"),
+    ("chance lowered", lambda f: f.scores().update(chance=[0.0] * SAMPLES), "has chance"),
     ("captions forgotten", lambda f: forgotten(f, CAPTIONS), "has 1 gates, but its scores and the recipe give 2"),
     (
         "other answers listed",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -17,11 +17,18 @@ from exporter.tasks.sample import Sample
 TaskName = Literal["vqa", "captioning", "retrieval"]
 Captions = Callable[[Sequence[SceneObject]], tuple[str, ...]]
 SIZES: dict[str, int] = {"train": 80_000, "validation": 2_000, "test": 1_000}  # scenes per split
+KEPT = 2048  # pictures in memory, 12 KiB each
 EASY_EVERY = 3  # in the test split, every third question is from easy-VQA until they are used up
 
 
 def picture(split: Split, index: int) -> Image:
     """Scene `index` of a split as an RGB picture of 64 x 64 pixels."""
+    return _drawn(split, index).copy()
+
+
+@lru_cache(maxsize=KEPT)
+def _drawn(split: Split, index: int) -> Image:
+    """The picture, drawn once for the several times that an evaluation opens it."""
     pixels = draw(scenes(split, torch.tensor([index])))[0]
     return fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
