@@ -184,7 +184,7 @@ def test_an_allocation_becomes_a_recipe_that_loads_and_plans_and_beats_smaller_o
 def test_the_command_measures_its_allocation_and_a_recipe(tmp_path: Path, study_folder: Path) -> None:
     out = tmp_path / "mine.yaml"
     arguments = ["allocate", "--max-drop", "0.2", "--bits", "3,8", "--method", "rtn", "--per", "component"]
-    arguments += ["--samples", "8", "--calibration", "8", "--eval-samples", "24", "--workers", "1", "--device", "cpu"]
+    arguments += ["--samples", "8", "--calibration", "8", "--eval-samples", "8", "--workers", "1", "--device", "cpu"]
     arguments += ["--against", "llava-w3-vit4", "--out", str(out), "--folder", str(study_folder)]
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
@@ -251,10 +251,11 @@ def test_sizes(text: str, size: int) -> None:
     assert ByteSize().convert(text, None, None) == size
 
 
-def test_allocation_for_a_retrieval_model_uses_its_recall(tmp_path: Path) -> None:
+def test_allocation_for_a_retrieval_model_uses_its_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 3)
     recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
-    setup = Setup(tmp_path, recipe, samples=8, batch=8, device="cpu")
-    size_request = request(max_size=1_500_000, per="component", points=2, samples=12, bits=(3, 8))
+    setup = Setup(tmp_path, recipe, samples=4, batch=8, device="cpu")
+    size_request = request(max_size=1_500_000, per="component", points=2, samples=6, bits=(3, 8))
     result = allocate(setup, size_request, pool.inline, ignore)
     assert result.confirmed is not None
     assert list(result.confirmed.row()["metrics"]) == ["retrieval r1"]
