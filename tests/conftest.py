@@ -1,9 +1,12 @@
 """What several test modules share."""
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ from hypothesis import settings
 
 from exporter.device import choose
 from tests.headers.read import header, header_config, write_sparse_checkpoint
+
+if TYPE_CHECKING:
+    from exporter.pipeline.export import Export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 _cache = TemporaryDirectory(prefix="mmq-cache-")  # no test reads what an earlier run kept
@@ -29,3 +35,34 @@ __all__ = ["header", "header_config", "write_sparse_checkpoint"]
 def sparse_checkpoint(tmp_path: Path) -> Callable[[str], Path]:
     """`sparse_checkpoint(NAME)` writes that real checkpoint's sparse twin below the test's folder."""
     return lambda name: write_sparse_checkpoint(tmp_path / name, name)
+
+
+@dataclass(frozen=True)
+class FinishedExport:
+    """An uninterrupted `quick_export` of the demo model. work: its finished blocks."""
+
+    out: Path
+    work: Path
+    result: "Export"
+
+
+@pytest.fixture(scope="session")
+def finished_export(tmp_path_factory: pytest.TempPathFactory) -> FinishedExport:
+    """Made once; tests read it, and change copies of it."""
+    from tests.test_export import quick_export
+
+    root = tmp_path_factory.mktemp("finished")
+    out, work = root / "whole", root / "work"
+    return FinishedExport(out, work, quick_export(out, work=work))
+
+
+@pytest.fixture(scope="session")
+def finished(finished_export: FinishedExport) -> Path:
+    """The artifact of the uninterrupted export."""
+    return finished_export.out
+
+
+@pytest.fixture
+def finished_work(finished_export: FinishedExport, tmp_path: Path) -> Path:
+    """A copy of its work folder, `work` in the test's folder."""
+    return Path(shutil.copytree(finished_export.work, tmp_path / "work"))

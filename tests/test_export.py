@@ -54,14 +54,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted export."""
-    out = tmp_path_factory.mktemp("export") / "whole"
-    quick_export(out)
-    return out
-
-
 def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path) -> None:
     quick_export(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(finished)
@@ -88,30 +80,25 @@ def test_killed_after_every_unit_and_resumed_is_byte_identical(finished: Path, t
     assert contents(out) == contents(finished)
 
 
-def test_resumes_from_every_single_unit(finished: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    quick_export(tmp_path / "first", work=work)
-    files = sorted(work.glob("*.safetensors"))
+def test_resumes_from_every_single_unit(finished: Path, finished_work: Path, tmp_path: Path) -> None:
+    files = sorted(finished_work.glob("*.safetensors"))
     for keep in range(len(files)):
-        for path in sorted(work.glob("*.safetensors"))[keep:]:
+        for path in sorted(finished_work.glob("*.safetensors"))[keep:]:
             path.unlink()
-        quick_export(tmp_path / f"from-{keep}", work=work)
+        quick_export(tmp_path / f"from-{keep}", work=finished_work)
         assert contents(tmp_path / f"from-{keep}") == contents(finished), keep
 
 
-def test_half_written_unit_is_redone(finished: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    quick_export(tmp_path / "first", work=work)
-    last = sorted(work.glob("*.safetensors"))[-1]
-    last.rename(work / f".{last.name}.123.tmp")  # what a kill in the middle of a write leaves
-    quick_export(tmp_path / "second", work=work)
+def test_half_written_unit_is_redone(finished: Path, finished_work: Path, tmp_path: Path) -> None:
+    last = sorted(finished_work.glob("*.safetensors"))[-1]
+    last.rename(finished_work / f".{last.name}.123.tmp")  # what a kill in the middle of a write leaves
+    quick_export(tmp_path / "second", work=finished_work)
     assert contents(tmp_path / "second") == contents(finished)
-    assert not list(work.glob(".*.tmp"))
+    assert not list(finished_work.glob(".*.tmp"))
 
 
-def test_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    quick_export(tmp_path / "first", work=work)
+def test_work_folder_of_another_job_is_refused(finished_work: Path, tmp_path: Path) -> None:
+    work = finished_work
     with pytest.raises(WorkdirError, match="6 samples -> 5 samples"):
         quick_export(tmp_path / "second", work=work, recipe=quick_recipe(samples=5))
     with pytest.raises(WorkdirError, match=r"quantize\[\d\]\.bits 4 -> 3"):

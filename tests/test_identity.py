@@ -313,15 +313,13 @@ def recomputed(seen: list[Event], path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [0, 2, -1])
-def test_a_damaged_block_is_recomputed(number: int, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    quick_export(tmp_path / "first", work=work)
-    damaged = sorted(work.glob("*.safetensors"))[number]
+def test_a_damaged_block_is_recomputed(number: int, finished: Path, finished_work: Path, tmp_path: Path) -> None:
+    damaged = sorted(finished_work.glob("*.safetensors"))[number]
     rot(damaged, 1000)
     seen: list[Event] = []
-    quick_export(tmp_path / "second", seen.append, work=work)
+    quick_export(tmp_path / "second", seen.append, work=finished_work)
     assert len(recomputed(seen, damaged)) == 1
-    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert contents(tmp_path / "second") == contents(finished)
 
 
 HEADER_DAMAGE = {
@@ -334,16 +332,16 @@ HEADER_DAMAGE = {
 
 
 @pytest.mark.parametrize("name", HEADER_DAMAGE)
-def test_a_damaged_header_of_a_block_is_detected(name: str, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    quick_export(tmp_path / "first", work=work)
-    path = sorted(work.glob("*.safetensors"))[1]
+def test_a_damaged_header_of_a_block_is_detected(
+    name: str, finished: Path, finished_work: Path, tmp_path: Path
+) -> None:
+    path = sorted(finished_work.glob("*.safetensors"))[1]
     before = path.read_bytes()
     length = int.from_bytes(before[:8], "little")
     header = HEADER_DAMAGE[name](before[8 : 8 + length])
     assert header != before[8 : 8 + length]
     path.write_bytes(len(header).to_bytes(8, "little") + header + before[8 + length :])
     seen: list[Event] = []
-    quick_export(tmp_path / "second", seen.append, work=work)
+    quick_export(tmp_path / "second", seen.append, work=finished_work)
     assert len(recomputed(seen, path)) == 1
-    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert contents(tmp_path / "second") == contents(finished)

@@ -19,14 +19,6 @@ from tests.children import running_command
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted export."""
-    out = tmp_path_factory.mktemp("export") / "whole"
-    quick_export(out)
-    return out
-
-
 def names(folder: Path) -> set[str]:
     """Names in a folder."""
     return {path.name for path in folder.iterdir()}
@@ -144,16 +136,16 @@ def test_two_exports_of_one_output_exclude_each_other(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out"}
 
 
-def test_two_exports_of_one_work_folder_exclude_each_other(tmp_path: Path) -> None:
+def test_two_exports_of_one_work_folder_exclude_each_other(finished_work: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
     def second(event: Event) -> None:
         if event.stage == "quantize" and not refused:
             with pytest.raises(LockedError) as caught:
-                quick_export(tmp_path / "second", work=tmp_path / "work")
+                quick_export(tmp_path / "second", work=finished_work)
             refused.append(caught.value.message)
 
-    quick_export(tmp_path / "first", second, work=tmp_path / "work")
+    quick_export(tmp_path / "first", second, work=finished_work)
     assert f"{tmp_path / 'work'} is used" in refused[0]
     assert names(tmp_path) == {"first", "work"}
     assert LOCK not in names(tmp_path / "work")
@@ -223,10 +215,10 @@ def test_the_same_command_succeeds_after_a_kill_at_the_end(with_report: bool, ov
 
 
 @pytest.mark.parametrize("left", ["all", "some", "no"])
-def test_killed_while_the_work_folder_was_removed(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, work = tmp_path / "out", tmp_path / "out.work"
-    quick_export(out, work=tmp_path / "kept")
-    (tmp_path / "kept").rename(work)
+def test_killed_while_the_work_folder_was_removed(
+    left: str, finished: Path, finished_work: Path, tmp_path: Path
+) -> None:
+    out, work = Path(shutil.copytree(finished, tmp_path / "out")), finished_work.rename(tmp_path / "out.work")
     units = sorted(work.glob("*.safetensors"))
     for path in units[: {"all": 0, "some": 2, "no": len(units)}[left]]:
         path.unlink()
@@ -234,9 +226,8 @@ def test_killed_while_the_work_folder_was_removed(left: str, tmp_path: Path, mon
     assert names(tmp_path) == {"out"}
 
 
-def test_the_work_folder_of_another_job_is_not_removed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    quick_export(out)
+def test_the_work_folder_of_another_job_is_not_removed(finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
     other = quick_recipe(name="llava-w8")
     with pytest.raises(Stopped):
         quick_export(out, stop_at("write"), recipe=other, overwrite=True)

@@ -27,14 +27,6 @@ pytest.importorskip("compressed_tensors")
 CPU = choose("cpu")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of the demo model with two packed components."""
-    out = tmp_path_factory.mktemp("verify") / "artifact"
-    quick_export(out)
-    return out
-
-
 def test_every_block_runs_in_transformers_and_equals_the_dequantized_one(finished: Path) -> None:
     artifact = Artifact.open(finished)
     verified = verify(finished, CPU, ignore)
