@@ -10,7 +10,7 @@ import torch
 from exporter.device import choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
-from exporter.pipeline.export import export
+from exporter.pipeline.export import Export, export
 from exporter.pipeline.step_clock import Clock, anonymous_bytes
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
@@ -70,17 +70,15 @@ def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:
     return listen
 
 
-def run(out: Path, listen: Callable[[Event], None] = lambda event: None, recipe: Recipe | None = None) -> object:
+def run(out: Path, listen: Callable[[Event], None] = lambda event: None, recipe: Recipe | None = None) -> Export:
     """An export of the demo model, with an evaluation of four samples per task."""
     return export(recipe or quick_recipe(), out=out, device=CPU, on_event=listen)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """An uninterrupted export."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(out)
-    return out
+    return run(tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_an_export_resumes_after_a_memory_shortage_with_identical_bytes(
-    stage: str, error: Exception, whole: Path, tmp_path: Path
+    stage: str, error: Exception, whole: Export, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(MemoryShortage, match=f"^{stage}: out of memory") as caught:
@@ -105,15 +103,14 @@ def test_an_export_resumes_after_a_memory_shortage_with_identical_bytes(
     units: list[int] = []
     run(out, lambda event: units.append(event.done) if event.stage == "quantize" else None)
     assert 1 not in units  # the first unit was finished
-    before, after = contents(whole), contents(out)
+    before, after = contents(whole.out), contents(out)
     assert before == after
     assert not (tmp_path / "out.work").exists()
 
 
-def test_an_exports_steps_have_predictions(tmp_path: Path) -> None:
-    result = export(quick_recipe(), out=tmp_path / "out", device=CPU, on_event=lambda event: None)
-    measured = [step.name for step in result.measured]
+def test_an_exports_steps_have_predictions(whole: Export) -> None:
+    measured = [step.name for step in whole.measured]
     assert measured == ["plan", "read data", "quantize", "write", "verify", "evaluate"]
-    assert set(measured) <= {step.name for step in result.plan.steps}
+    assert set(measured) <= {step.name for step in whole.plan.steps}
     assert set(NEEDED) < set(measured)
-    assert all(step.seconds >= 0 for step in result.measured)
+    assert all(step.seconds >= 0 for step in whole.measured)
