@@ -12,6 +12,7 @@ FROM python:${PYTHON_VERSION}-slim AS wheel
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY recipes recipes
+COPY serving/cpu serving/cpu
 COPY exporter exporter
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 

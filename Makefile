@@ -20,6 +20,7 @@ setup: $(VENV)/.ready ## create .venv and install mmq into it
 
 demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, verify and evaluate the artifact (no GPU, no network)
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
+	@echo "to write mmq instead of $(BIN)/mmq: source $(BIN)/activate"
 
 test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM
 	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs $(PARALLEL)

@@ -125,6 +125,7 @@ class Interrupted(MmqError):
     """The user stopped the job; the work folder can be resumed."""
 
     exit_code = 130
+    label = "Interrupted"
 
 
 def printable(text: str) -> str:

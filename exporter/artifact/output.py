@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 from exporter.artifact.manifest import MANIFEST, read_manifest
@@ -100,9 +101,15 @@ def _lock_of(out: Path) -> Path:
 
 
 def default_out(recipe: Recipe) -> Path:
-    """Folder of the artifact when the user names none: `artifacts/MODEL-RECIPE`."""
+    """Folder of the artifact when the user names none: `artifacts/MODEL-RECIPE`.
+
+    Leading words of the recipe's name that the model's name already has are left out: the recipe `llava-w4-vit8` of
+    `demo-llava` gives `demo-llava-w4-vit8`.
+    """
     made_of = [Path(path).name for path in (recipe.model.repo, recipe.model.adapter) if path]
-    return Path("artifacts") / "-".join([*made_of, recipe.name])
+    words, known = recipe.name.split("-"), set(made_of[0].lower().split("-"))
+    new = list(dropwhile(lambda word: word.lower() in known, words)) or words
+    return Path("artifacts") / "-".join([*made_of, *new])
 
 
 def default_work(out: Path) -> Path:

@@ -36,7 +36,10 @@ from exporter.commands.study import study
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import EXIT_CODES, Interrupted
 
-EPILOG = f"Exit codes: {', '.join(f'{code} {name}' for code, (name, _, _) in EXIT_CODES.items())}."
+COMPLETION = (
+    'Completion of commands and options in bash: eval "$(_MMQ_COMPLETE=bash_source mmq)" (zsh_source, fish_source).'
+)
+EPILOG = f"{COMPLETION}\n\nExit codes: {', '.join(f'{code} {name}' for code, (name, _, _) in EXIT_CODES.items())}."
 
 
 class OrderedGroup(click.Group):

@@ -141,8 +141,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            if "device" in kwargs:
-                _import_torch(bool(kwargs.get("as_json")))
+            _import_torch(bool(kwargs.get("as_json")))
             command(*args, **kwargs)
         except MmqError as error:
             if os.environ.get("MMQ_DEBUG"):

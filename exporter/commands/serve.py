@@ -255,7 +255,7 @@ def check(
         lines = "\n".join(f"  {problem}" for problem in result.problems[:20])
         raise CheckFailed(
             f"{artifact}: the check of vLLM's answers failed:\n{lines}",
-            "`mmq check --logs FOLDER` stores vLLM's logs; docs/explanation/checks.md explains the bounds",
+            "`mmq check --logs FOLDER` stores vLLM's logs; --bound sets the mean difference that is always allowed",
         )
 
 

@@ -61,7 +61,8 @@ def parse_words(context: click.Context, option: click.Parameter, value: str | No
 @click.option(
     "--grid",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="YAML file; see docs/how-to/choose-bits.md.",
+    help="YAML file with the keys `components` (each with `bits`, `blocks`, `roles`), `methods`, `group_sizes`, "
+    "`symmetric` and `combine`.",
 )
 @click.option(
     "--components", callback=parse_words, metavar="A,B", help="Components to vary [vision, qformer, language]."

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from exporter.amounts import duration, memory, size
 from exporter.artifact.verify import Verification
+from exporter.commands.next_steps import next_steps
 from exporter.commands.report_tables import report_page
 from exporter.device import Device
 from exporter.evaluation.gate_text import VERDICT_SENTENCES
@@ -194,18 +195,17 @@ def export_page(result: Export) -> RenderableType:
         report_page(result.report) if result.report else "evaluation skipped: the artifact is unproven",
         measured_table(result.plan.steps, result.measured),
         f"artifact: {result.out}",
-        _next_step(result),
+        "\n".join(_next_steps(result)),
     )
 
 
-def _next_step(result: Export) -> str:
-    """The command that serves the artifact, or the reason not to serve it."""
+def _next_steps(result: Export) -> list[str]:
+    """The commands that follow the export, or the reason not to serve the artifact."""
     gates = result.report.gates if result.report else None
     if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
-        return VERDICT_SENTENCES[result.report.verdict] if result.report else ""
-    serve = f"serve it: mmq serve {result.out}; prove its answers: mmq check {result.out}"
-    ungated = "the recipe has no gates: no loss of quality can fail it\n" if gates == () else ""
-    return ungated + (result.plan.family.unserved or serve)
+        return [VERDICT_SENTENCES[result.report.verdict] if result.report else ""]
+    ungated = ["the recipe has no gates: no loss of quality can fail it"] if gates == () else []
+    return [*ungated, *next_steps(result.out, result.plan.family.unserved)]
 
 
 def export_json(result: Export) -> dict[str, Any]:

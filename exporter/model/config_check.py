@@ -17,7 +17,9 @@ MAX_LISTED = 5  # problems of one kind that an error lists
 # Buffers that older versions of transformers stored and newer versions compute from the config and ignore.
 STORED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 QUANTIZED = ("quantization_config", "compression_config")
-MODELS_PAGE = "see docs/reference/families.md for the models that mmq supports"
+SUPPORTED = "mmq supports " + "; ".join(
+    f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES.values()
+)
 
 
 def known_family(config: Mapping[str, Any], where: str) -> Family:
@@ -30,7 +32,7 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
     if not problems and (refusal := family.refuses(config)):
         problems = [refusal]
     if problems:
-        raise PlanError(_listed(f"{where}: mmq does not support this model", problems), MODELS_PAGE)
+        raise PlanError(_listed(f"{where}: mmq does not support this model", problems), SUPPORTED)
     return family.of(config)
 
 
@@ -61,7 +63,7 @@ def without_buffers(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 def refuse_misfit(checkpoint: Checkpoint, family: Family) -> None:
     """PlanError unless the checkpoint has exactly the unquantized tensors that its config.json describes."""
     if refusal := family.refuses(checkpoint.config):
-        raise PlanError(f"{checkpoint.origin}: {refusal}", MODELS_PAGE)
+        raise PlanError(f"{checkpoint.origin}: {refusal}", SUPPORTED)
     if (checkpoint.folder / ADAPTER).exists() and checkpoint.adapter is None:
         raise PlanError(
             f"{checkpoint.folder}: the folder contains both weights and an adapter ({ADAPTER})",

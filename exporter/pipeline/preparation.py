@@ -19,6 +19,7 @@ from exporter.planning.recipe import Recipe
 READ_IN_16_BITS = (
     "mmq reads the source's float32 tensors as bfloat16; set `dtype: float16` in the recipe's model section for float16"
 )
+CHECKS = "checking the model and its processor"
 READ_AS_BFLOAT16 = "mmq reads the source's {} tensors as bfloat16: vLLM's kernels for this recipe have no other dtype"
 
 
@@ -40,10 +41,12 @@ def prepare(
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
     if remote:
         on_event(Event("prepare", 1, 1, f"looking up {model.repo} on the hub"))
+    on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
     plan = make_plan(recipe, checkpoint, family, device) if notes else plan
     plan = replace(plan, warnings=(*plan.warnings, *notes, *check_libraries(checkpoint, family)))
+    on_event(Event("prepare", 1, 1, CHECKS))
     return plan, checkpoint
 
 

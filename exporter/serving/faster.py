@@ -54,4 +54,4 @@ def advice(available: Sequence[FlagAdvice], user_flags: Sequence[str]) -> str:
     useful = [item for item in available if not any(option in user_text for option in options[item])]
     flags = shlex.join(flag for item in useful for flag in item.flags)
     lines = [f"  {item.flags[0]}: {item.what}" for item in useful]
-    return "\n".join([f"faster on a Hopper GPU: `-- {flags}` (docs/how-to/serve-on-gpu.md)", *lines]) if useful else ""
+    return "\n".join([f"faster on a Hopper GPU: `-- {flags}`", *lines]) if useful else ""

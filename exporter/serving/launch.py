@@ -65,15 +65,24 @@ def find_program(request: str | None = None) -> Program:
     if path is None and " " in name:
         first, *words = shlex.split(name)
         path = shutil.which(first)
-    hint = (
-        "install vllm in a separate environment (on a CPU: serving/cpu/install.sh DIR), then give --vllm DIR/bin/vllm"
-    )
     if path is None:
-        raise ServeError(f"the program '{name}' does not exist", hint)
+        raise ServeError(f"the program '{name}' does not exist", installation())
     version = _version(path, words)
     if version is None:
-        raise ServeError(f"{name} does not print a version of vllm", hint)
+        raise ServeError(f"{name} does not print a version of vllm", installation())
     return Program(path, version, "+cpu" in version, tuple(words))
+
+
+def installation() -> str:
+    """How to install vLLM in its own environment; names the script of this installation for a CPU."""
+    package = Path(__file__).parent
+    inside = package / "cpu" / "install.sh"  # in the wheel; a checkout has it in its folder `serving`
+    script = inside if inside.is_file() else package.parent.parent / "serving" / "cpu" / "install.sh"
+    return (
+        "install vllm in its own environment: on a GPU `python3 -m venv DIR && DIR/bin/pip install "
+        f"vllm=={TESTED_VERSION}`, on a CPU `bash {shlex.quote(str(script))} DIR`; then give --vllm DIR/bin/vllm or "
+        "set MMQ_VLLM"
+    )
 
 
 def _version(path: str, words: Sequence[str]) -> str | None:

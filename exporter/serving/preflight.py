@@ -49,7 +49,7 @@ def engine_linears(artifact: Artifact) -> list[Linear]:
 def refuse_unserved(family: Family) -> None:
     """ServeError when vLLM does not support this family."""
     if family.unserved:
-        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}", "see docs/reference/families.md")
+        raise ServeError(f"{', '.join(family.architectures)}: {family.unserved}")
 
 
 def needs_plugin(artifact: Artifact) -> bool:
@@ -94,5 +94,5 @@ def _refuse(what: str, problems: Sequence[str]) -> None:
         lines = "\n".join(f"  {problem}" for problem in problems[:10])
         raise ServeError(
             f"vllm cannot serve {what} on this hardware:\n{lines}",
-            "see docs/reference/serving.md, Rules, for the supported combinations",
+            "`mmq plan --recipe RECIPE --serve-on HARDWARE` lists the kernels of other recipes and hardware",
         )

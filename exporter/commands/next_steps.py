@@ -1,0 +1,47 @@
+"""Commands that a result suggests, as lines to paste: the program as this process runs it, and the next steps."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from exporter.distribution import PROGRAM
+
+NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how to install it); then:"
+
+
+def program() -> str:
+    """Shell text that runs this program again: `mmq` where PATH finds it, else its path or the module."""
+    running = Path(sys.argv[0])
+    found = shutil.which(PROGRAM)
+    if found and (running.stem != PROGRAM or Path(found).resolve() == running.resolve()):
+        return PROGRAM
+    if running.stem == PROGRAM and running.is_file():
+        return shlex.quote(_short(running))
+    return f"{shlex.quote(_short(Path(sys.executable)))} -m exporter"
+
+
+def _short(path: Path) -> str:
+    """The path, relative if it is below the working folder; links are kept, because a venv's python is one."""
+    absolute = Path(os.path.abspath(path))
+    return os.path.relpath(absolute) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def command(*words: str | Path) -> str:
+    """Shell text of an mmq command."""
+    return f"{program()} {shlex.join(map(str, words))}"
+
+
+def has_vllm() -> bool:
+    """Whether `mmq serve` finds a program: MMQ_VLLM is set, or `vllm` is on PATH."""
+    return bool(os.environ.get("MMQ_VLLM") or shutil.which("vllm"))
+
+
+def next_steps(artifact: Path, unserved: str = "") -> list[str]:
+    """Lines to paste after an export: report, then serve and check. unserved: why vLLM does not serve the artifact."""
+    lines = ["next:", f"  {command('report', artifact)}"]
+    if unserved:
+        return [*lines, unserved]
+    lines += [] if has_vllm() else [NO_VLLM.format(program())]
+    return [*lines, *(f"  {command(name, artifact)}" for name in ("serve", "check"))]

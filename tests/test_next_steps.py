@@ -1,0 +1,132 @@
+"""The first minutes of a user: commands to paste, names of folders, whole summaries, hints that a wheel can keep."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from exporter.artifact.output import default_out
+from exporter.commands import main, next_steps
+from exporter.demo import MODELS
+from exporter.device import choose
+from exporter.errors import EXIT_CODES
+from exporter.events import Event
+from exporter.pipeline.preparation import prepare
+from exporter.planning.overrides import adjusted
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.serving.launch import installation
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = re.compile(r"\b(?:docs|bench|tests|tools|serving)/[\w./-]*\.(?:md|sh|py)\b|\bCONTRIBUTING|\bREADME\.md")
+
+
+def a_program(folder: Path, name: str = "mmq") -> Path:
+    """An executable file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_suggested_command_starts_with_a_program_that_the_shell_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, other = a_program(tmp_path / ".venv" / "bin"), a_program(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(installed)])
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert next_steps.program() == "mmq"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert next_steps.program() == ".venv/bin/mmq"
+    monkeypatch.setenv("PATH", str(other.parent))  # another mmq
+    assert next_steps.program() == ".venv/bin/mmq"
+    monkeypatch.chdir("/")
+    assert next_steps.program() == str(tmp_path / ".venv/bin/mmq").lstrip("/") or Path(next_steps.program()).is_file()
+    monkeypatch.setattr(sys, "argv", ["/checkout/exporter/__main__.py"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    ran = subprocess.run([*next_steps.program().split(), "--version"], cwd="/", capture_output=True, text=True)
+    assert next_steps.program().endswith(" -m exporter")
+    assert Path(ran.args[0]).is_file()
+
+
+def test_suggested_commands_parse_and_quote_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my artifact"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(a_program(tmp_path / "bin").parent))
+    monkeypatch.delenv("MMQ_VLLM", raising=False)
+    lines = next_steps.next_steps(folder)
+    assert any("vLLM" in line and "doctor" in line for line in lines)
+    commands = [line for line in lines if line.startswith("  ")]
+    assert [line.split()[1] for line in commands] == ["report", "serve", "check"]
+    assert all(f"'{folder}'" in line for line in commands)
+    a_program(tmp_path / "bin", "vllm")
+    assert not any("vLLM" in line for line in next_steps.next_steps(folder))
+    assert [line.split()[1] for line in next_steps.next_steps(folder, "not served")[1:2]] == ["report"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_default_folder_repeats_a_word(model: str) -> None:
+    for name in built_in():
+        words = default_out(adjusted(load_recipe(name), model)).name.split("-")
+        assert len(words) == len(set(words)), words
+    assert default_out(adjusted(load_recipe("llava-w4-vit8"), "demo-llava")).name == "demo-llava-w4-vit8"
+
+
+def test_the_help_names_completion_and_exit_codes() -> None:
+    text = CliRunner().invoke(main.cli, ["--help"]).output
+    assert "_MMQ_COMPLETE=bash_source" in text
+    assert all(f"{code} " in text.partition("Exit codes:")[2] for code in EXIT_CODES)
+
+
+def texts_of(path: Path) -> list[str]:
+    """String constants of a module, with docstrings of commands (their help) and without all other docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    quiet = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            shown = isinstance(node, ast.FunctionDef) and any("command" in ast.unparse(d) for d in node.decorator_list)
+            quiet |= set() if shown else {id(node.body[0].value)}  # type: ignore[attr-defined]
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in quiet]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_no_message_names_a_file_that_a_wheel_lacks() -> None:
+    paths = sorted((ROOT / "exporter").rglob("*.py"))
+    named = {
+        path.name: found
+        for path in paths
+        if path.name not in ("card.py", "repository.py", "proof_files.py", "upload.py")  # README.md is an artifact's
+        if (found := [text for text in texts_of(path) if OUTSIDE.search(text)])
+    }
+    assert named == {}
+
+
+def test_the_wheel_has_the_script_that_the_hint_names() -> None:
+    script = Path(re.findall(r"bash (\S+) DIR", installation())[0])
+    assert script.is_file()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    for path in (ROOT / "serving" / "cpu").glob("*.*"):
+        assert included[f"serving/cpu/{path.name}"] == f"exporter/serving/cpu/{path.name}"
+    copied = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert all(
+        f"COPY {folder} {folder}\n" in copied for folder in {str(Path(name).parent) for name in included} - {"."}
+    )
+
+
+def test_planning_reports_its_check_of_model_and_processor() -> None:
+    events: list[Event] = []
+    recipe = adjusted(load_recipe("llava-w4-vit8"), "demo-llava")
+    prepare(recipe, choose("cpu"), headers_only=True, on_event=events.append)
+    assert [event.done for event in events if "processor" in event.message] == [0, 1]
+
+
+def test_make_demo_says_how_to_activate_the_environment() -> None:
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "source .venv/bin/activate" in shown
