@@ -130,16 +130,15 @@ def recipe_page(sizes: str) -> str:
     """Markdown: the recipes with their gates and evidence."""
     parts = ["# Recipes", "", "Generated from `recipes/*.yaml` by `docs/generate.py`.", "", sizes, ""]
     parts += [
-        "A recipe works with every model that has the components that its rules name (`--model`); the tables give the",
-        "sizes of its default model, with scales, embeddings and all other tensors. `mmq recipes NAME > mine.yaml`",
-        "writes one to edit.",
+        "A recipe works with every model that has the components that its rules name (`--model`). Sizes are for its",
+        "default model and include all tensors and scales. `mmq recipes NAME > mine.yaml` writes one to edit.",
         "Each section lists the gates (maximum loss as a share of the full-precision score) and the evidence.",
         "",
     ]
     for name in built_in():
         recipe = load_recipe(name)
         gates = ", ".join(f"{g.task} {g.metric} {g.max_drop:.0%}" for g in recipe.gates)
-        parts += [f"## {name}", "", f"{recipe.summary}. Maximum loss: {gates}.", ""]
+        parts += [f"## {name}", "", f"Maximum loss: {gates}.", ""]
         parts += ["| finding | figures | source |", "|---|---|---|"]
         parts += [f"| {e.finding} | {e.figures} | {e.source} |" for e in recipe.evidence]
         parts.append("")

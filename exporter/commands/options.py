@@ -27,9 +27,7 @@ adapter_option = click.option(
     "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the full-precision model."
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout and events as JSON lines on stderr."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, events as JSON lines on stderr.")
 samples_option = click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
 eval_samples_option = click.option(
     "--eval-samples", type=click.IntRange(min=2), help="Test samples per task [the recipe's]."
@@ -106,8 +104,7 @@ data_option = click.option(
     "--data",
     metavar="SOURCE",
     multiple=True,
-    help="Calibration and test data: a folder of images with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, "
-    "gqa, hub); repeat it to give each task its source. [the recipe's]",
+    help="Folder with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, gqa, hub); repeatable [the recipe's].",
 )
 
 
