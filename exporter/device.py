@@ -60,22 +60,29 @@ def capability() -> tuple[int, int] | None:
 
     Reads it from nvidia-smi, because torch would hold GPU memory while a server runs on the same GPU.
     """
+    rows = re.findall(r"(?m)^(\d+)\.(\d+)\s*$", _queried("compute_cap"))
+    capabilities = {(int(major), int(minor)) for major, minor in rows}
+    return capabilities.pop() if len(capabilities) == 1 else None
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None without visible GPUs."""
+    versions = re.findall(r"(?m)^\d+(?:\.\d+)+\s*$", _queried("driver_version"))
+    return versions[0].strip() if versions else None
+
+
+def _queried(field: str) -> str:
+    """Output of nvidia-smi for one field of the visible GPUs, one line each; empty if it does not work."""
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     program = shutil.which("nvidia-smi")
     if program is None or visible_devices == "":
-        return None
-    command = [
-        program,
-        "--query-gpu=compute_cap",
-        "--format=csv,noheader",
-        *(["-i", visible_devices] if visible_devices else []),
-    ]
+        return ""
+    command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
+    command += ["-i", visible_devices] if visible_devices else []
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    capabilities = {(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)\s*$", result.stdout)}
-    return capabilities.pop() if len(capabilities) == 1 else None
+        return ""
 
 
 def free_host_bytes() -> int:

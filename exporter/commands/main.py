@@ -233,7 +233,15 @@ def recipes(name: str | None, as_json: bool) -> None:
 @json_option
 @reports_errors
 def doctor(as_json: bool) -> None:
-    """Show versions, devices, memory and optional packages."""
+    """Show versions, extras, vLLM, devices, memory and disk.
+
+    For each missing piece, the command shows what does not work without it and how to install it.
+
+    \b
+    Examples:
+      mmq doctor
+      MMQ_VLLM=~/vllm/bin/vllm mmq doctor
+    """
     from exporter.commands.doctor import examine
 
     report_lines = examine()
