@@ -41,7 +41,7 @@ ASYMMETRIC = W4 | {"symmetric": False}
 RULES = {"compressed_tensors": [A8, W4], "gptq": [W4], "awq": [ASYMMETRIC]}
 
 
-def made(out: Path, format_name: str) -> tuple[Path, object]:
+def exported(out: Path, format_name: str) -> tuple[Path, object]:
     """An artifact of the demo model, rounded to nearest, in the given format."""
     data = load_recipe("llava-w4").model_dump() | {"format": format_name, "quantize": RULES[format_name]}
     data["model"] |= {"repo": "demo-llava"}
@@ -52,12 +52,12 @@ def made(out: Path, format_name: str) -> tuple[Path, object]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("check") / "mixed", "compressed_tensors")[0]
+    return exported(tmp_path_factory.mktemp("check") / "mixed", "compressed_tensors")[0]
 
 
 @pytest.mark.parametrize("format_name", RULES)
 def test_shapes_from_headers_are_those_of_the_plan(tmp_path: Path, format_name: str):
-    out, plan = made(tmp_path / "artifact", format_name)
+    out, plan = exported(tmp_path / "artifact", format_name)
     planned = {x.name: x for x in planned_linears(plan.rows, plan.family) if x.scheme}
     actual = {x.name: x for x in engine_linears(Artifact.open(out))}
     assert actual.keys() == planned.keys()
@@ -78,6 +78,17 @@ def test_an_unservable_artifact_is_refused_before_the_engine_starts(folder: Path
         refuse_unservable(Artifact.open(eight), on=None, tensor_parallel=4)
     with pytest.raises(ServeError, match="rule kernel: W8"):
         refuse_unservable(Artifact.open(eight), on="cpu", tensor_parallel=1)
+
+
+def test_a_config_that_names_some_members_of_a_fused_linear_is_refused(folder: Path, tmp_path: Path):
+    """vLLM would read q, k and v by one scheme, or stop when it loads them."""
+    edited = Path(shutil.copytree(folder, tmp_path / "edited"))
+    config = json.loads((edited / "config.json").read_text())
+    name = next(linear.name for linear in engine_linears(Artifact.open(folder)) if linear.name.endswith("q_proj"))
+    config["quantization_config"]["ignore"].append(name)
+    (edited / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ServeError, match=r"rule pattern: .*`ignore` names only some of its members"):
+        refuse_unservable(Artifact.open(edited), on=None, tensor_parallel=1)
 
 
 def log_of(artifact: Artifact) -> dict[str, str]:

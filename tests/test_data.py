@@ -15,7 +15,7 @@ from PIL import Image
 
 from exporter import data
 from exporter.data import Trace, check_disjoint, folder, image_key, traces
-from exporter.data.overlap import MOST_BITS, MOST_STEPS, alike, look
+from exporter.data.overlap import MOST_BITS, MOST_STEPS, Look, LookIndex, look
 from exporter.data.rows import open_picture
 from exporter.errors import DataError
 from exporter.tasks.sample import Sample
@@ -254,6 +254,11 @@ def compressed(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+def alike(first: Look, second: Look) -> bool:
+    """Whether two pictures count as copies of each other."""
+    return bool(LookIndex([("", first)]).find(second))
 
 
 COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.numerics.scale_folding import fold, fold_linear, misfit
+from exporter.numerics.scale_folding import fold, fold_rows, misfit
 
 HIDDEN, WIDE, HEADS, TOKENS = 24, 40, 3, 5
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -204,7 +204,7 @@ def test_shared_storage_is_not_modified() -> None:
     source, target = nn.Linear(4, 6), nn.Linear(6, 3)
     held = [source.weight.detach(), source.bias.detach(), target.weight.detach()]
     copies = [tensor.clone() for tensor in held]
-    fold_linear(source, [target], torch.full((6,), 2.0))
+    fold_rows(source, slice(0, 6), [target], torch.full((6,), 2.0))
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(held, copies, strict=True))
     assert torch.equal(target.weight, copies[2] * 2)
     assert torch.equal(source.bias, copies[1] / 2)

@@ -10,6 +10,7 @@ from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.model.source import open_source
 from exporter.planning import steps
+from exporter.planning.memory import upstream_tensors
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.steps import Step, refuse_shortage, step_warnings
@@ -67,7 +68,7 @@ def by_name(plan: Plan) -> dict[str, Step]:
 def test_predicted_memory_of_quantizing_equals_the_measured_peaks(
     name: str, recipe: str, gib: float, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
-    """On an H100 (docs/architecture.md)."""
+    """On an H100 (docs/measurements/quantization-time.md)."""
     chosen = load_recipe(recipe)
     checkpoint, family = open_source(str(sparse_checkpoint(name)), dtype=chosen.model.dtype)
     plan = make_plan(chosen, checkpoint, family, gpu(78))
@@ -94,6 +95,25 @@ def test_predicted_memory_of_every_step_equals_the_measured_peaks(
     predicted = by_name(planned(name, gpu(140)))[step]
     assert predicted.device_bytes / GIB == pytest.approx(device, rel=0.1)
     assert predicted.host_bytes / GIB == pytest.approx(host, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "HuggingFaceTB--SmolVLM2-2.2B-Instruct"])
+def test_tensors_upstream_of_a_component_are_all_except_those_from_it_on(
+    name: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    """Also for models whose components have one common prefix (`model.`)."""
+    checkpoint, family = open_source(str(sparse_checkpoint(name)))
+    for position, component in enumerate(family.components):
+        later = {c.name for c in family.components[position:]}
+        expected = set()
+        for tensor in checkpoint.tensors:
+            owner = family.component_of(tensor)
+            block = next((i for i in range(99) if owner and f"{tensor}.".startswith(f"{owner.block(i)}.")), 0)
+            runs = not owner or block < owner.used(checkpoint.config)
+            if not (owner and owner.name in later) and runs and not family.reason_kept(tensor.removesuffix(".weight")):
+                expected.add(tensor)
+        assert set(upstream_tensors(checkpoint.tensors, family, checkpoint.config, component)) == expected
+        assert expected
 
 
 @pytest.mark.parametrize("name", RECIPES)

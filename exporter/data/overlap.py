@@ -98,12 +98,7 @@ def _cosines() -> NDArray[np.float64]:
     return np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE))
 
 
-def alike(first: Look, second: Look) -> bool:
-    """Whether two pictures count as copies of each other."""
-    return bool(_LookIndex([("", first)]).find(second))
-
-
-class _LookIndex:
+class LookIndex:
     """Looks of many pictures, for comparison with single pictures."""
 
     def __init__(self, named: Iterable[tuple[str, Look]]) -> None:
@@ -133,7 +128,7 @@ def traces(samples: Iterable[Sample]) -> list[Trace]:
 def check_disjoint(calibration: Sequence[Trace], evaluation: Sequence[Sample]) -> None:
     """DataError if an evaluation picture is also a calibration picture; names the first ones and their number."""
     keys = {trace.key: trace.identity for trace in calibration}
-    looks, shared = _LookIndex((trace.identity, trace.look) for trace in calibration if trace.look), []
+    looks, shared = LookIndex((trace.identity, trace.look) for trace in calibration if trace.look), []
     for sample in evaluation if calibration else ():
         image = sample.image()
         match = keys.get(image_key(image))

@@ -137,12 +137,6 @@ def scenes(split: Split, index: Tensor) -> Scenes:
     return Scenes(split, index, cell, color, size, shape, dot)
 
 
-def residue(batch: Scenes) -> Tensor:
-    """Residue that determines the split, int64 `[n]` in 0..7: 0 for test, 1 for validation, 2..7 for train."""
-    present = batch.cell >= 0
-    return ((batch.color + 3 * batch.size + 5 * batch.shape + 7 * batch.dot + batch.cell) * present).sum(1) % 8
-
-
 def scene_objects(batch: Scenes) -> list[tuple[SceneObject, ...]]:
     """The objects of every scene, in words and in reading order."""
     colors, sizes = tuple(COLORS), tuple(SIZES)

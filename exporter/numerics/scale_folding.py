@@ -119,17 +119,13 @@ def fold_norm(norm: nn.Module, linears: Sequence[nn.Linear], scales: Tensor, rep
     return columns
 
 
-def fold_linear(source: nn.Linear, targets: Sequence[nn.Linear], scales: Tensor) -> Tensor:
-    """Divide output rows and bias of `source` by `scales` `[out]`, and multiply its targets; returns `scales`."""
-    return fold_rows(source, slice(0, source.out_features), targets, scales)
-
-
 def fold_rows(
     source: nn.Linear, rows: slice, targets: Sequence[nn.Linear], scales: Tensor, columns: Tensor | None = None
 ) -> Tensor:
-    """`fold_linear` for some rows of a fused linear, for example the values' third of a qkv.
+    """Divide output rows and bias of `source` by `scales` `[rows]`, and multiply the columns of the targets.
 
-    columns: the scales of the targets' columns `[in]` if several columns read one row; returned as applied.
+    rows: all rows, or a part of a fused linear, for example the values' third of a qkv. columns: the scales of the
+    targets' columns `[in]` if several columns read one row. Returns the scales of the columns.
     """
     columns = scales if columns is None else columns
     _check(len(columns), targets)

@@ -4,7 +4,7 @@ The terms are the tensors that `calibrate` holds at the same time; docs/measurem
 predictions with measured peaks.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from exporter.device import Device
@@ -69,7 +69,8 @@ def predict_memory(
         solve = _solve(phases, True, device)
         if statistics[component.name]:  # codes with and without folded scales, codes of the last block, original block
             solve = max(solve, 3 * CODE_BYTES * _weights(phases) + _smooth(phases)) + block
-        upstream = _upstream(checkpoint, family, component) * itemsize
+        names = upstream_tensors(checkpoint.tensors, family, checkpoint.config, component)
+        upstream = sum(checkpoint.tensors[name].size for name in names) * itemsize
         peaks[f"{component.name}: statistics of one block"] = inputs + masks + block + max(batch, solve)
         peaks[f"{component.name}: upstream forward"] = inputs + upstream + batch
         activations = max(activations, inputs)
@@ -154,10 +155,17 @@ def _block_elements(checkpoint: Checkpoint, component: Component, index: int) ->
     return sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(prefix))
 
 
-def _upstream(checkpoint: Checkpoint, family: Family, component: Component) -> int:
-    """Elements of all tensors that are used before the component's first block."""
-    names = [other.name for other in family.components]
-    before = family.components[: names.index(component.name)]
-    prefixes = tuple(other.blocks.partition(".")[0] + "." for other in before)
-    embeddings = sum(info.size for name, info in checkpoint.tensors.items() if "embed" in name)
-    return embeddings + sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(prefixes))
+def upstream_tensors(names: Iterable[str], family: Family, config: Config, component: Component) -> list[str]:
+    """The tensors, by name, that the model needs up to the component's first block."""
+    position = family.components.index(component)
+    unused = [f"{part.block(i)}." for part in family.components[:position] for i in _unused(part, config)]
+    downstream = [part.blocks.partition("{i}")[0] for part in family.components[position:]]
+    skipped = (*downstream, *unused)
+    return [
+        name for name in names if not name.startswith(skipped) and not family.reason_kept(name.removesuffix(".weight"))
+    ]
+
+
+def _unused(component: Component, config: Config) -> range:
+    """Numbers of the stored blocks that the model does not run."""
+    return range(component.used(config), component.stored(config))

@@ -11,6 +11,7 @@ from exporter.events import Event
 from exporter.inference.encoding import Batch
 from exporter.inference.forward_hooks import replaced_forwards
 from exporter.model.families import Component, Pass
+from exporter.planning.memory import upstream_tensors
 from exporter.quantization.block_calls import ChainInput, capture_calls
 from exporter.quantization.block_inputs import BlockInputs, Cleaning, check_excluded, is_finite, token_weights
 from exporter.quantization.block_io import BlockIO
@@ -30,13 +31,7 @@ def first_block_inputs(
     position = family.components.index(component)
     upstream = family.components[:position]
     unused = [part.block(i) for part in upstream for i in range(part.used(config), part.stored(config))]
-    downstream = [part.blocks.partition("{i}")[0] for part in family.components[position:]]
-    skipped = (*downstream, *(f"{block}." for block in unused))
-    loaded = [
-        name
-        for name in io.checkpoint.tensors
-        if not name.startswith(skipped) and not family.reason_kept(name.removesuffix(".weight"))
-    ]
+    loaded = upstream_tensors(io.checkpoint.tensors, family, config, component)
     io.stream.load(loaded, io.read)
     later = [part.block(i) for part in family.components[position:] for i in range(part.used(config))]
     skipped_blocks = [*unused, *(block for block in later if block not in names)]

@@ -16,6 +16,7 @@ from exporter.planning.vllm_rules import (
     hardware_problems,
     head_problems,
     parallel_problems,
+    pattern_problems,
     shard,
 )
 from exporter.serving.launch import Program
@@ -68,6 +69,9 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     problems += head_problems(artifact.family.heads(config), tensor_parallel) + parallel_problems(
         linears, tensor_parallel
     )
+    if artifact.manifest.format == "compressed_tensors":
+        ignored = (config.get("quantization_config") or {}).get("ignore") or ()
+        problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)
     _refuse("this artifact", problems)
 
 
