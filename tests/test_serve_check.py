@@ -25,6 +25,14 @@ def vllm(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the system lists of its processor: AVX-512."""
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
+    monkeypatch.setattr("exporter.serving.preflight.CPUINFO", tmp_path / "cpuinfo")
+    return tmp_path / "cpuinfo"
+
+
 def export(tmp_path: Path, *more: str) -> Any:
     return CliRunner().invoke(cli, [*EXPORT, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
 
@@ -40,6 +48,14 @@ def test_a_recipe_that_this_vllm_cannot_serve_is_refused_before_the_work(tmp_pat
     done = export(tmp_path, "--serve-check", "--vllm", vllm, "--recipe", "llava-w4-vit8")
     assert done.exit_code == 1
     assert "rule kernel: W8 row is not served on a CPU" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_processor_without_the_kernel_is_refused_before_the_work(tmp_path: Path, vllm: str, processor: Path) -> None:
+    processor.write_text("flags : avx2\n")
+    done = export(tmp_path, "--serve-check", "--vllm", vllm)
+    assert done.exit_code == 1
+    assert "needs AVX-512" in done.output
     assert not (tmp_path / "out").exists()
 
 

@@ -11,10 +11,13 @@ from click.testing import CliRunner, Result
 from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import capability
+from exporter.errors import ServeError
+from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import head_size
 from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
+from exporter.serving.preflight import refuse_processor
 from exporter.serving.vllm_engine import ending, free_port
 from tests.children import running_command
 from tests.headers.read import load_header
@@ -24,9 +27,16 @@ DEMO = str(MODELS["demo-llava"])
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without vLLM."""
+    """A machine without vLLM, whose processor has AVX-512."""
     monkeypatch.delenv("MMQ_VLLM", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    processor(tmp_path, monkeypatch, "sse2 avx2 avx512f")
+
+
+def processor(folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None) -> None:
+    """Let mmq read these instruction sets of the machine; None: a system that lists none."""
+    (folder / "cpuinfo").write_text("Features : asimd\n" if flags is None else f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("exporter.serving.preflight.CPUINFO", folder / "cpuinfo")
 
 
 @pytest.fixture
@@ -98,6 +108,41 @@ def test_no_faster_flags_are_printed_on_a_cpu(artifact: str, vllm: str) -> None:
     done = serve(artifact, "--print", "--vllm", vllm)
     assert done.exit_code == 0, done.output
     assert "faster" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "build", "refused"),
+    [("sse2 avx2", "+cpu", True), ("avx2 avx512f", "+cpu", False), (None, "+cpu", False), ("sse2 avx2", "", False)],
+)
+def test_4_bits_are_refused_at_once_where_vllms_cpu_build_has_no_kernel(
+    flags: str | None,
+    build: str,
+    refused: bool,
+    artifact: str,
+    vllm: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(vllm).write_text(Path(vllm).read_text().replace("+cpu", build))
+    processor(tmp_path, monkeypatch, flags)
+    done = serve(artifact, "--vllm", vllm)
+    assert done.exit_code == 1  # otherwise it tries to start the stand-in
+    assert ("needs AVX-512" in done.stderr) == refused
+    check = CliRunner().invoke(cli, ["check", artifact, "--vllm", vllm, "--questions", "1", "--device", "cpu"])
+    assert check.exit_code == 1
+    assert ("needs AVX-512" in check.stderr) == refused
+    assert serve(artifact, "--print", "--vllm", vllm).exit_code == 0  # for another machine
+
+
+def test_16_bits_and_8_bits_are_served_without_avx_512(
+    vllm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    processor(tmp_path, monkeypatch, "sse2 avx2")
+    assert "AVX-512" not in serve(DEMO, "--vllm", vllm).stderr
+    program = Program(vllm, "0.32.0+cpu", cpu=True)
+    refuse_processor(program, [None, Scheme(8, "row", True, activations="int8")])
+    with pytest.raises(ServeError, match="needs AVX-512"):
+        refuse_processor(program, [None, Scheme(4, 128, True)])
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     from exporter.model.source import open_source
     from exporter.serving.launch import launch
     from exporter.serving.plugin import with_plugin
-    from exporter.serving.preflight import needs_plugin, refuse_unservable, refuse_unserved
+    from exporter.serving.preflight import needs_plugin, refuse_processor, refuse_unservable, refuse_unserved
     from exporter.serving.vllm_engine import free_port
 
     checkpoint, family = open_source(str(artifact))
@@ -163,6 +163,8 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     if (artifact / MANIFEST).exists():
         opened_artifact = Artifact.open(artifact)
         refuse_unservable(opened_artifact, hardware, options["tensor_parallel"])
+        if not only_print:  # a printed command may be for another machine
+            refuse_processor(program, (opened_artifact.scheme_of(name) for name in opened_artifact.manifest.linears))
         if hardware != "cpu" and (note := _faster_flags_note(opened_artifact, flags, hardware)):
             click.echo(f"note: {note}", err=True)
     command = launch(
@@ -267,10 +269,11 @@ def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
     from exporter.device import choose
     from exporter.pipeline.preparation import prepare
     from exporter.serving.launch import find_program
-    from exporter.serving.preflight import hardware, refuse_plan
+    from exporter.serving.preflight import hardware, refuse_plan, refuse_processor
 
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
     if plan.family.unserved:
         raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
     program = find_program(vllm)
     refuse_plan(plan, checkpoint.config, hardware(program))
+    refuse_processor(program, (row.scheme for row in plan.rows if row.decision == "packed"))

@@ -25,7 +25,7 @@ from exporter.planning.vllm_rules import engine_classes
 from exporter.serving.launch import Program, launch
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
-from exporter.serving.preflight import hardware, needs_plugin, refuse_unservable
+from exporter.serving.preflight import hardware, needs_plugin, refuse_processor, refuse_unservable
 from exporter.serving.reference import BOUND, Distance, EngineComparison, Reference
 from exporter.serving.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
@@ -114,6 +114,7 @@ def check(
     """Serve `folder`, send it `samples` and compare; ServeError when the engine does not start or answer."""
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
+    refuse_processor(session.program, (artifact.scheme_of(module) for module in artifact.manifest.linears))
     component = disturbed_component(artifact, session.disturb)
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)

@@ -1,12 +1,14 @@
 """Check whether vLLM can serve an artifact or a plan on this hardware, before it starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from exporter.artifact.artifact import Artifact
 from exporter.device import capability
 from exporter.errors import ServeError
 from exporter.model.families import Family
+from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.plan import engine_linears as planned_linears
 from exporter.planning.vllm_kernels import Hardware
@@ -22,10 +24,39 @@ from exporter.planning.vllm_rules import (
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
 
+CPUINFO = Path("/proc/cpuinfo")
+WNA16_FLAG = "avx512f"
+
 
 def hardware(program: Program) -> Hardware:
     """Hardware that this vLLM uses on this machine: "cpu", or the GPU's compute capability."""
     return "cpu" if program.cpu else capability()
+
+
+def processor_flags() -> frozenset[str] | None:
+    """Instruction sets of this machine's processor; None when the system does not list them (no x86 Linux)."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    listed = next((line for line in lines if line.startswith("flags")), None)
+    return None if listed is None else frozenset(listed.partition(":")[2].split())
+
+
+def refuse_processor(program: Program, schemes: Iterable[Scheme | None]) -> None:
+    """ServeError when vLLM's CPU build would start on this machine, but fail on the first request.
+
+    Its kernel of 4-bit linears (`cpu_gemm_wna16`) is compiled for AVX-512 only. schemes: of the packed linears.
+    """
+    flags = processor_flags() if program.cpu else None
+    if flags is None or WNA16_FLAG in flags or not any(scheme and scheme.bits == 4 for scheme in schemes):
+        return
+    raise ServeError(
+        "vLLM's CPU build has no kernel of 4-bit linears for this machine's processor: it needs AVX-512 "
+        f"({CPUINFO} does not list {WNA16_FLAG})",
+        "serve the artifact on a CPU with AVX-512 or on a GPU; this CPU runs 16-bit linears, and 8-bit linears with "
+        "int8 activations",
+    )
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:
