@@ -28,6 +28,9 @@ def main() -> None:
             raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError:  # before or after a command, which prints its own message
+        sys.stderr.write("Error: out of memory on the host\n")
+        sys.exit(4)
     except SystemExit as end:
         _leave(end)
 

@@ -6,24 +6,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
 from exporter.device import Device, free_bytes, free_host_bytes
 from exporter.errors import MemoryShortage
 
 GIB = 2**30
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-# Parts of the messages of CUDA's libraries, torch's CPU allocator and numpy, which raise errors of other types.
-MESSAGE_PARTS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Unable to allocate")
+# Parts of the messages of CUDA's libraries, torch's CPU allocator, oneDNN, numpy, safetensors and Python's threads,
+# which raise errors of other types.
+MESSAGE_PARTS = (
+    *("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED"),
+    *("Unable to allocate", "could not create a primitive", "can't start new thread"),
+)
 REQUEST = re.compile(r"tr(?:ied|ying) to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether `error` reports that a GPU or the host ran out of memory."""
+    """Whether `error` reports that a GPU or the host ran out of memory, or replaced an error that does."""
+    return shortage_behind(error) is not None
+
+
+def shortage_behind(error: BaseException) -> BaseException | None:
+    """The out-of-memory error that `error` is, or that it replaced (its cause or context); None when there is none."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if _reports_shortage(current):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _reports_shortage(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in MESSAGE_PARTS)
+    return isinstance(error, RuntimeError | SafetensorError) and any(part in str(error) for part in MESSAGE_PARTS)
 
 
 def shortage(
@@ -40,6 +61,8 @@ def shortage(
     parts += [f"{free / GIB:.2f} GiB are free"]
     parts += [f"the step was predicted to take {predicted / GIB:.2f} GiB"] if predicted else []
     location = device.name if on_device else "the host"
+    if "new thread" in str(error):
+        parts = [f"no thread can be started, {parts[-1]}"] if not predicted else ["no thread can be started", *parts]
     return MemoryShortage(f"{step}: out of memory on {location}: {', '.join(parts)}", advice or None)
 
 
@@ -54,7 +77,10 @@ def explain_shortage(step: str, device: Device, needs: tuple[int, int] = (0, 0),
     """Raise a MemoryShortage for an out-of-memory error within the context; the arguments are those of `shortage`."""
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_shortage(error):
+    except MemoryShortage:
+        raise
+    except Exception as error:
+        cause = shortage_behind(error)
+        if cause is None:
             raise
-        raise shortage(error, step, device, needs, advice) from None
+        raise shortage(cause, step, device, needs, advice) from None

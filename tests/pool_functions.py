@@ -12,6 +12,14 @@ def double(value: int) -> int:
     return 2 * value
 
 
+def read_without_memory(value: int) -> int:
+    """An error of mmq that hides a lack of memory."""
+    try:
+        raise MemoryError
+    except MemoryError:
+        raise DataError(f"file {value} is damaged") from None
+
+
 def die(value: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return value

@@ -37,7 +37,7 @@ from exporter.study.units import units_of
 from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, open_model, setting_of, store_of
 from exporter.tasks import retrieval
 from tests.children import KillAt, run_killed
-from tests.pool_functions import die, double
+from tests.pool_functions import die, double, read_without_memory
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
 
@@ -336,6 +336,8 @@ def test_processes_give_results_and_errors() -> None:
         check_pool(workers)
     with pool.local(2) as workers:
         check_pool(workers)
+        with pytest.raises(MemoryError):
+            list(workers(read_without_memory, [(1,), (2,)]))
         with pytest.raises(MmqError, match="a worker process of the study was killed"):
             list(workers(die, [(1,), (2,)]))
 

@@ -86,6 +86,8 @@ def _run(artifact: Artifact, verified: Verification, device: Device, on_event: L
     try:
         inputs = _probe(artifact)
     except CheckpointError as error:
+        if is_shortage(error):
+            raise
         return replace(verified, skipped=error.message)
     try:
         comparison = compare_blocks(artifact, inputs, device, on_event)

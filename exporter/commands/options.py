@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter.demo import MODELS
-from exporter.errors import GateFailed, GateNotResolved, Interrupted, MmqError
+from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
 
 if TYPE_CHECKING:
     from exporter.numerics.quantized import GroupSize
@@ -140,14 +140,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             _import_torch(bool(kwargs.get("as_json")))
             command(*args, **kwargs)
-        except MmqError as error:
-            if os.environ.get("MMQ_DEBUG"):
-                raise
-            fail(error, bool(kwargs.get("as_json")))
         except KeyboardInterrupt:  # click itself would exit with code 1
             fail(Interrupted("stopped"), bool(kwargs.get("as_json")))
-        except (RuntimeError, MemoryError, OSError) as error:
-            problem = _shortage(error, str(kwargs.get("device", "cpu")))
+        except Exception as error:
+            problem = _message(error, str(kwargs.get("device", "cpu")))
             if problem is None or os.environ.get("MMQ_DEBUG"):
                 raise
             fail(problem, bool(kwargs.get("as_json")))
@@ -169,15 +165,22 @@ def _import_torch(as_json: bool) -> None:
         listen(Event("prepare", 1, 1, "loading torch"))
 
 
-def _shortage(error: Exception, device: str) -> MmqError | None:
-    """MemoryShortage for an out-of-memory error outside of a planned step; None for any other error."""
+def _message(error: Exception, device: str) -> MmqError | None:
+    """The error to print: a MemoryShortage when memory ran out, an MmqError as it is; None for any other error."""
+    if isinstance(error, MemoryShortage) or "torch" not in sys.modules:  # without torch only Python ran out of memory
+        return error if isinstance(error, MmqError) else _bare_shortage(error)
     from exporter.device import choose
-    from exporter.out_of_memory import is_shortage, shortage
+    from exporter.out_of_memory import shortage, shortage_behind
 
-    if not is_shortage(error):
-        return None
+    cause = shortage_behind(error)
+    if cause is None:
+        return error if isinstance(error, MmqError) else None
     command = click.get_current_context().command_path
-    return shortage(error, command, choose(device), advice="use a smaller batch, fewer samples, or --device cpu")
+    return shortage(cause, command, choose(device), advice="use a smaller batch, fewer samples, or --device cpu")
+
+
+def _bare_shortage(error: Exception) -> MmqError | None:
+    return MemoryShortage("out of memory on the host") if isinstance(error, MemoryError) else None
 
 
 def fail(error: MmqError, as_json: bool) -> NoReturn:

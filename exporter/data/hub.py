@@ -180,8 +180,8 @@ def _line(place: Path, row: Mapping[str, Any], i: int, task: str) -> dict[str, A
     try:
         with Image.open(io.BytesIO(content)) as image:
             suffix = SUFFIXES.get(image.format or "", ".img")
-    except Exception:  # noqa: BLE001 (Pillow's readers raise many kinds on damaged files)
-        raise DataError(f"row {i}: its picture cannot be read") from None
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        raise DataError(f"row {i}: its picture cannot be read") from error
     name = f"{i:06d}{suffix}"
     (place / name).write_bytes(content)
     line: dict[str, Any] = {"file_name": name, "id": f"{_value(row, 'id', i, str(i))}"}

@@ -18,6 +18,7 @@ from PIL import Image
 
 from exporter.data.pictures import PictureError, open_picture
 from exporter.errors import DataError
+from exporter.out_of_memory import is_shortage
 from exporter.tasks.sample import Sample
 
 SHOWN = 20  # most problems in one message
@@ -119,7 +120,9 @@ def _picture_problem(rows: Rows, row: Row) -> str | None:
         return f"{row.where}: '{row.name}' has more than {Image.MAX_IMAGE_PIXELS} pixels"
     except PictureError as error:
         return f"{row.where}: '{row.name}': {error}"
-    except Exception as error:  # noqa: BLE001 (Pillow's readers raise many exceptions on damaged files)
+    except Exception as error:  # Pillow's readers raise many exceptions on damaged files
+        if is_shortage(error):
+            raise
         return f"{row.where}: '{row.name}' cannot be read ({type(error).__name__})"
     return None
 

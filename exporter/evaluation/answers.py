@@ -80,12 +80,18 @@ class Store:
 
 
 def _batch(path: Path) -> dict[str, str] | None:
-    """Read the answers in one file; None when the file is damaged."""
+    """Read the answers in one file; None when the file is damaged. DataError when it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    except OSError as error:  # no evidence of damage
+        raise DataError(f"{path}: the stored answers cannot be read ({error})") from error
+    try:
+        content = json.loads(text)
         answers: dict[str, str] = content["answers"]
         valid = digest(answers) == content["sha256"] and all(isinstance(text, str) for text in answers.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return answers if valid else None
 

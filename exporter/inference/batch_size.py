@@ -38,7 +38,7 @@ class BatchSize:
     def _try(self, batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> tuple[bool, R | None]:
         try:
             return True, work(batch)
-        except (RuntimeError, MemoryError, OSError) as error:
+        except Exception as error:
             if self.now == 1 or not is_shortage(error):
                 raise
         return False, None  # outside of the handler, because the error's frames hold references to the tensors

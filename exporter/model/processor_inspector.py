@@ -117,7 +117,9 @@ def _end(process: "subprocess.Popen[bytes]") -> str:
     code = process.wait()
     if code == -24 or code == -26:  # SIGXCPU, SIGVTALRM
         return "the libraries exceeded the time limit"
-    return f"signal {-code} ended the libraries" if code < 0 else f"the helper process ended with code {code}"
+    if code < 0:
+        return f"signal {-code} ended the libraries" + (" (possibly out of memory)" if code == -9 else "")
+    return f"the helper process ended with code {code}"
 
 
 def helper(hidden: tuple[str, ...] = HIDDEN) -> Helper:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
 from exporter.inference.forward_hooks import ForwardStopped, replaced_forwards, run_until_stopped
+from exporter.out_of_memory import is_shortage
 
 Run = Callable[[Any, Mapping[str, Tensor]], Any]  # calls a model on one batch
 FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)  # of a forward pass
@@ -82,7 +83,7 @@ def capture_calls(
                 "use a method without calibration data (rtn) for this component, or another transformers version",
             ) from None
         except FAILURES as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_shortage(error):
                 raise
             reason = " ".join(str(error).split())
             raise CalibrationError(

@@ -24,6 +24,7 @@ from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
 from exporter.files.writing import make_folder, write_tensors, write_text
 from exporter.numerics.quantized import QuantizedLinear, pack_bits, unpack_bits
+from exporter.out_of_memory import is_shortage
 from exporter.planning.plan import PlanRow, Unit
 
 
@@ -46,6 +47,10 @@ JOB = "job.json"
 LOCK = ".mmq-lock"
 AGAIN = "run the same command again: it recomputes this block"
 READERS = 4  # threads that check files; each thread holds one unit in memory
+
+
+class DamagedUnitError(WorkdirError):
+    """A unit's file is missing or is not what was written; its block must be computed again."""
 
 
 class Workdir:
@@ -113,7 +118,7 @@ class Workdir:
         return len(units)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
-        """A finished block with its tensors on `device`; WorkdirError when its file is missing or damaged."""
+        """A finished block with its tensors on `device`; DamagedUnitError when its file is missing or damaged."""
         summary, stored = self._read_checked(unit)
         tensors = {name: tensor.to(device) for name, tensor in stored.items()}
         linears = {row.module: _read_linear(tensors, row) for row in unit.rows}
@@ -131,31 +136,35 @@ class Workdir:
         """The problem with a finished unit's file; empty when it is intact."""
         try:
             self._read_checked(unit)
-        except WorkdirError as error:
+        except DamagedUnitError as error:
             return error.message
         return ""
 
     def _read_checked(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Errors and notes of a finished unit, and its tensors on the CPU as stored; WorkdirError when damaged."""
+        """Errors and notes of a finished unit, and its tensors on the CPU as stored; DamagedUnitError when damaged."""
         with self._opened(unit) as (file, metadata):
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             expected = metadata.pop("checksum")
             if checksum(metadata, stored) != expected:
-                raise WorkdirError(f"{self.path / unit.file} is damaged: its checksum is wrong", AGAIN)
+                raise DamagedUnitError(f"{self.path / unit.file} is damaged: its checksum is wrong", AGAIN)
             return json.loads(metadata["result"]), stored
 
     @contextmanager
     def _opened(self, unit: Unit) -> Iterator[tuple[Any, dict[str, str]]]:
-        """A unit's open file and its metadata; every read error becomes a WorkdirError."""
+        """A unit's open file and its metadata; every read error but a lack of memory becomes a WorkdirError."""
         path = self.path / unit.file
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("fingerprint") != self.fingerprint:
-                    raise WorkdirError(f"{path} belongs to another job", AGAIN)
+                    raise DamagedUnitError(f"{path} belongs to another job", AGAIN)
                 yield file, metadata
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise WorkdirError(f"{path} is damaged ({error})", AGAIN) from None
+        except (SafetensorError, FileNotFoundError, KeyError, ValueError) as error:
+            if is_shortage(error):
+                raise
+            raise DamagedUnitError(f"{path} is damaged ({error})", AGAIN) from None
+        except OSError as error:  # no evidence of damage
+            raise WorkdirError(f"{path} cannot be read ({error})", "run the same command again: it resumes") from error
 
 
 def fingerprint_of(inputs: Mapping[str, Any]) -> str:

@@ -31,6 +31,22 @@ def inline(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any
         yield i, function(*task)
 
 
+def keeping_shortage(function: Function, *task: Any) -> Any:
+    """Run a task in a worker; MemoryError when one of mmq's errors replaced a lack of memory.
+
+    An error that is sent to another process loses the error that it replaced.
+    """
+    try:
+        return function(*task)
+    except MmqError as error:
+        from exporter.out_of_memory import shortage_behind
+
+        cause = shortage_behind(error)
+        if cause is None:
+            raise
+        raise MemoryError(str(cause)) from None
+
+
 class Processes:
     """`workers` processes of this machine with one torch thread each; they exit when this process exits.
 
@@ -58,7 +74,7 @@ class Processes:
         if self._executor is None:
             context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
             self._executor = ProcessPoolExecutor(self._workers, context, _begin)
-        task_index = {self._executor.submit(function, *task): i for i, task in enumerate(tasks)}
+        task_index = {self._executor.submit(keeping_shortage, function, *task): i for i, task in enumerate(tasks)}
         try:
             for future in as_completed(task_index):
                 yield task_index[future], future.result()
@@ -114,8 +130,8 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
             raise DataError(f"no Ray cluster at {address}: {error}", _RAY_HINT) from None
 
     def run(function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
-        pending = {remote.remote(*task): i for i, task in enumerate(tasks)}
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(keeping_shortage)
+        pending = {remote.remote(function, *task): i for i, task in enumerate(tasks)}
         try:
             while pending:
                 ready, _ = ray.wait(list(pending), num_returns=1)
@@ -133,12 +149,12 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[WorkerPool]:
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """Result of a task. Raises the task's own MmqError, or an MmqError for a failure of Ray."""
+    """Result of a task. Raises the own MmqError or MemoryError of the task, or an MmqError for a failure of Ray."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, MmqError):
+        if isinstance(cause, MmqError | MemoryError):
             raise cause from None
         message_lines = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise MmqError(

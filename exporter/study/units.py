@@ -91,7 +91,7 @@ class UnitStore:
         (self._workdir.path / unit.file).unlink(missing_ok=True)
 
     def read(self, unit: Unit, device: torch.device | str = "cpu") -> UnitResult:
-        """Read a finished unit, with its tensors on `device`. Raises WorkdirError if its file is damaged."""
+        """Read a finished unit, with its tensors on `device`. Raises DamagedUnitError if its file is damaged."""
         return self._workdir.read(unit, device)
 
     @property

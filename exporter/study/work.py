@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporter import data
 from exporter.device import Device, choose, exact_math, free_bytes
-from exporter.errors import DataError, WorkdirError
+from exporter.errors import DataError
 from exporter.events import ignore
 from exporter.inference.block_streaming import names_by_block, stream_blocks
 from exporter.inference.predict import Predictor, batches
@@ -29,7 +29,7 @@ from exporter.planning.plan import Plan, Unit, make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization import calibrate
-from exporter.quantization.workdir import UnitResult, Workdir
+from exporter.quantization.workdir import DamagedUnitError, UnitResult, Workdir
 from exporter.study import exam
 from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
 from exporter.study.setting import Setting
@@ -263,7 +263,7 @@ def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]
         assert isinstance(unit, StudyUnit)
         try:
             return store.read(unit, model.device.torch_device)
-        except WorkdirError as error:
+        except DamagedUnitError as error:
             notes.append(f"{error.message}; it is quantized again")
             store.remove(unit)
             make_units(setup, [unit], keys)
