@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
             said = self.server.answer(text["text"], image)
             with self.server.lock:
                 self.server.bodies.append(body)
-            self._send(200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}))
+            self._send(200, {}, events(said) if body.get("stream") else reply(said))
         finally:
             with self.server.lock:
                 self.server.open -= 1
@@ -89,6 +89,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body.encode())))
         self.end_headers()
         self.wfile.write(body.encode())
+
+
+def reply(said: str) -> str:
+    """A whole chat completion."""
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]})
+
+
+def events(said: str) -> str:
+    """A chat completion as server-sent events, as vLLM sends it: the role, one piece for every word, the end."""
+    pieces = [{"role": "assistant", "content": ""}, *({"content": f"{word} "} for word in said.split(" ")), {}]
+    lines = [f"data: {json.dumps({'choices': [{'index': 0, 'delta': piece}]})}\n\n" for piece in pieces]
+    return "".join([": comment\n\n", *lines, f"data: {json.dumps({'choices': []})}\n\n", "data: [DONE]\n\n"])
 
 
 @contextmanager

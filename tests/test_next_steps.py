@@ -63,7 +63,7 @@ def test_suggested_commands_parse_and_quote_their_folder(tmp_path: Path, monkeyp
     lines = next_steps.next_steps(folder)
     assert any("vLLM" in line and "doctor" in line for line in lines)
     commands = [line for line in lines if line.startswith("  ")]
-    assert [line.split()[1] for line in commands] == ["report", "serve", "check"]
+    assert [line.split()[1] for line in commands] == ["report", "ask", "serve", "check"]
     assert all(f"'{folder}'" in line for line in commands)
     a_program(tmp_path / "bin", "vllm")
     assert not any("vLLM" in line for line in next_steps.next_steps(folder))

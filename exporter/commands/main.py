@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from exporter.commands.allocate import allocate
+from exporter.commands.ask import ask
 from exporter.commands.data import datasets, score
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
@@ -250,7 +251,7 @@ def doctor(as_json: bool) -> None:
 
 COMMANDS = (  # in the order of `mmq --help`
     *(recipes, plan, export, evaluate, verify, report),
-    *(serve, check, publish, diff),
+    *(ask, serve, check, publish, diff),
     *(study, allocate, datasets, score, doctor),
 )
 for command in COMMANDS:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from exporter.demo.example import PICTURE, QUESTION
 from exporter.distribution import PROGRAM
 
 NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how to install it); then:"
@@ -38,9 +39,14 @@ def has_vllm() -> bool:
     return bool(os.environ.get("MMQ_VLLM") or shutil.which("vllm"))
 
 
-def next_steps(artifact: Path, unserved: str = "") -> list[str]:
-    """Lines to paste after an export: report, then serve and check. unserved: why vLLM does not serve the artifact."""
+def next_steps(artifact: Path, unserved: str = "", answers: bool = True) -> list[str]:
+    """Lines to paste after an export: report, a question, then serve and check.
+
+    unserved: why vLLM does not serve the artifact. answers: whether the model answers questions.
+    """
     lines = ["next:", f"  {command('report', artifact)}"]
+    if answers:
+        lines.append(f"  {command('ask', artifact, PICTURE, QUESTION)}")
     if unserved:
         return [*lines, unserved]
     lines += [] if has_vllm() else [NO_VLLM.format(program())]

@@ -69,8 +69,15 @@ class ProgressDisplay:
         else:
             self._line(event)
 
+    def hide(self) -> None:
+        """Remove the bars before other text is printed; the next event shows them again."""
+        if self._progress:
+            self._progress.stop()
+
     def _bar(self, progress: Progress, event: Event) -> None:
         key = self._key(event)
+        if not progress.live.is_started:
+            progress.start()
         if key not in self._bars:
             self._bars[key] = progress.add_task(key, total=event.total)
         progress.update(self._bars[key], completed=event.done, total=event.total)

@@ -82,7 +82,8 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/mine --tensor-parallel 2 --port 9000 -- --gpu-memory-utilization 0.5
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
-    from exporter.commands.serving_text import python_line, shell_line
+    from exporter.commands.serving_text import example_lines
+    from exporter.model.source import open_source
     from exporter.serving.vllm_engine import Engine, ending
 
     launch = _launch(artifact, flags, options, only_print)
@@ -93,7 +94,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
     try:
         with Engine(launch) as engine:
             seconds = engine.wait_healthy(options["wait"])
-            lines = {"curl": shell_line(launch), "python": python_line(launch)}
+            lines = example_lines(launch, str(artifact), open_source(str(artifact), headers_only=True)[1])
             if as_json:
                 state = {
                     "url": launch.url,
@@ -105,7 +106,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
                 click.echo(json.dumps(state))
             else:
                 click.echo(f"{launch.model} is served at {launch.url}/v1 (Ctrl-C stops it); example requests:")
-                click.echo(f"\n{lines['curl']}\n\n{lines['python']}\n")
+                click.echo("".join(f"\n{line}\n" for line in lines.values()))
             sys.stdout.flush()
             code = engine.wait()
     except KeyboardInterrupt:

@@ -3,36 +3,48 @@
 import json
 import shlex
 
-from exporter.inference.openai_client import message, png
+from exporter.commands.next_steps import command
+from exporter.demo.example import PICTURE, QUESTION
+from exporter.model.families import Family
 from exporter.serving.check import CheckResult
 from exporter.serving.launch import Launch
 
-QUESTION = "What color is the picture?"
+PLACE = "@PICTURE@"
 
 
-def red_square() -> bytes:
-    """A red picture of 64 x 64 pixels, encoded as PNG."""
-    from PIL import Image
+def example_lines(launch: Launch, artifact: str, family: Family) -> dict[str, str]:
+    """Shell commands that ask the server about the example picture: `mmq ask`, curl, and Python with openai."""
+    return {
+        "ask": command("ask", artifact, PICTURE, QUESTION, "--server", launch.url),
+        "curl": shell_line(launch, family),
+        "python": python_line(launch, family),
+    }
 
-    return png(Image.new("RGB", (64, 64), (255, 0, 0)))
+
+def _messages(family: Family, url: str) -> list[dict[str, object]]:
+    """A user message with a picture's URL, then the question in the family's wording."""
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": family.text(QUESTION)}]}]
 
 
-def shell_line(launch: Launch) -> str:
-    """A curl command that sends the server a question about a picture."""
-    body = json.dumps(
-        {"model": launch.model, "messages": [message(QUESTION, red_square())], "max_tokens": 16, "temperature": 0}
-    )
+def shell_line(launch: Launch, family: Family) -> str:
+    """A curl command that sends the question about the example picture, which the shell encodes."""
+    messages = _messages(family, f"data:image/png;base64,{PLACE}")
+    body = json.dumps({"model": launch.model, "messages": messages, "max_tokens": 16, "temperature": 0})
     url = f"{launch.url}/v1/chat/completions"
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    encoded = f"'\"$(base64 < {shlex.quote(str(PICTURE))} | tr -d '\\n')\"'"
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body).replace(PLACE, encoded)}"
 
 
-def python_line(launch: Launch) -> str:
+def python_line(launch: Launch, family: Family) -> str:
     """The request of `shell_line` with the openai package, as one shell command."""
+    messages = repr(_messages(family, PLACE)).replace(repr(PLACE), "url")
     code = (
-        "from openai import OpenAI; "
+        "import base64; from openai import OpenAI; "
+        f"url = 'data:image/png;base64,' + base64.b64encode(open({str(PICTURE)!r}, 'rb').read()).decode(); "
         f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
         f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, temperature=0, "
-        f"messages={[message(QUESTION, red_square())]!r}); "
+        f"messages={messages}); "
         "print(answer.choices[0].message.content)"
     )
     return f"python -c {shlex.quote(code)}"

@@ -205,7 +205,7 @@ def _next_steps(result: Export) -> list[str]:
     if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
         return [VERDICT_SENTENCES[result.report.verdict] if result.report else ""]
     ungated = ["the recipe has no gates: no loss of quality can fail it"] if gates == () else []
-    return [*ungated, *next_steps(result.out, result.plan.family.unserved)]
+    return [*ungated, *next_steps(result.out, result.plan.family.unserved, "vqa" in result.plan.family.tasks)]
 
 
 def export_json(result: Export) -> dict[str, Any]:

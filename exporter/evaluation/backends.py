@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from exporter.inference.predict import Predictor
 from exporter.inference.predict_server import ServedPredictor, Server, generation
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
+from exporter.model.families.component import Config
 from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.stream import Read, load_whole
@@ -61,21 +62,9 @@ def local_answerers(
     def model(
         label: str, weights: Callable[[], str], names: Sequence[str], read: Read, rounded: ServedRounding = EXACT
     ) -> Answerer:
-        @contextmanager
-        def opened() -> Iterator[Backend]:
-            if placement.note:
-                on_event(Event("note", 0, 0, placement.note))
-            load = load_streamed if placement.streamed else load_whole
-            loaded = load(family, checkpoint.config, names, read, device.torch_device, placement.dtype)
-            round_as_served(loaded, rounded, gpu=True)
-            predictor = Predictor(loaded, processor(), family, device.torch_device, placement.batch, on_event)
-            del loaded
-            try:
-                yield predictor
-            finally:
-                predictor.close()
-                gc.collect()  # modules and their hooks form reference cycles
-                release(device)
+        def opened() -> AbstractContextManager[Backend]:
+            config = checkpoint.config
+            return opened_predictor(family, config, names, read, rounded, placement, device, processor, on_event)
 
         identity = _identity(family, weights(), checkpoint) | settings | rounded.described()
 
@@ -89,6 +78,37 @@ def local_answerers(
         model(SOURCE, lambda: checkpoint.digest(on_event), list(checkpoint.tensors), checkpoint.read),
         model(ARTIFACT, lambda: weights_digest(artifact), artifact.names(), artifact.read, artifact.rounded()),
     )
+
+
+@contextmanager
+def opened_predictor(
+    family: Family,
+    config: Config,
+    names: Sequence[str],
+    read: Read,
+    rounded: ServedRounding,
+    placement: Placement,
+    device: Device,
+    processor: Callable[[], Any],
+    on_event: Listener = ignore,
+) -> Iterator[Predictor]:
+    """A predictor of a model loaded with transformers; its memory is freed at the end.
+
+    names, read: the model's tensors. rounded: rounding of activations and cache. processor: loads the processor.
+    """
+    if placement.note:
+        on_event(Event("note", 0, 0, placement.note))
+    load = load_streamed if placement.streamed else load_whole
+    loaded = load(family, config, names, read, device.torch_device, placement.dtype)
+    round_as_served(loaded, rounded, gpu=True)
+    predictor = Predictor(loaded, processor(), family, device.torch_device, placement.batch, on_event)
+    del loaded
+    try:
+        yield predictor
+    finally:
+        predictor.close()
+        gc.collect()  # modules and their hooks form reference cycles
+        release(device)
 
 
 def _computed(placement: Placement, device: Device) -> dict[str, Any]:

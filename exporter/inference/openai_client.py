@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,38 @@ def request_json(
         return response.json()
     except ValueError:
         raise RequestFailed("the response is not JSON") from None
+
+
+def stream_text(url: str, body: Mapping[str, Any], seconds: float = 300.0, key: str | None = None) -> Iterator[str]:
+    """The pieces of a chat completion, as the server sends them; RequestFailed as for `request_json`.
+
+    A server that does not stream sends one piece.
+    """
+    import httpx2
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    streamed = {**body, "stream": True}
+    try:
+        with client(url).stream("POST", url, json=streamed, headers=headers, timeout=seconds) as response:
+            if not response.is_success:
+                response.read()
+                raise RequestFailed(_error_message(response.text), response.status_code)
+            for line in response.iter_lines():
+                content = line.removeprefix("data:").strip()
+                if content and content != "[DONE]" and not content.startswith(":"):
+                    yield _piece(content)
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise RequestFailed(f"no response ({type(error).__name__}: {error})", sent=False) from None
+
+
+def _piece(content: str) -> str:
+    """The text of one event of a stream, or of a whole response."""
+    try:
+        choice = (json.loads(content)["choices"] or [{}])[0]
+        text = (choice.get("delta") or choice.get("message") or {}).get("content")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise RequestFailed(f"the stream contains no chat completion: {_error_message(content)}") from None
+    return str(text or "")
 
 
 def responds(url: str, seconds: float = 5.0) -> bool:

@@ -1,6 +1,6 @@
 """Answers, log-likelihoods and calibration batches of a transformers model in this process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from exporter.events import Event, Listener, ignore
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.encoding import Batch, encode, render, reply_end
 from exporter.inference.retrieval import rank
+from exporter.inference.text_stream import TextStream
 from exporter.model.families import Family
 from exporter.tasks.sample import Sample, task_of
 
@@ -122,9 +123,17 @@ class Predictor:
     @torch.inference_mode()
     def _batch(self, task: str, samples: Sequence[Sample], numbers: Sequence[int]) -> dict[int, str]:
         inputs = self._inputs([samples[i] for i in numbers], [None] * len(numbers), "left")
-        tokens = self._model.generate(**inputs, generation_config=self._greedy(task))
+        tokens = self._model.generate(**inputs, generation_config=self._greedy(self._family.max_new_tokens[task]))
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return {i: text.strip() for i, text in zip(numbers, self._decode(new), strict=True)}
+
+    @torch.inference_mode()
+    def stream(self, sample: Sample, longest: int, on_text: Callable[[str], object]) -> str:
+        """The answer to one sample, of at most `longest` tokens; `on_text` gets each new piece of it."""
+        stream = TextStream(self._processor.tokenizer, on_text)
+        inputs = self._inputs([sample], [None], "left")
+        self._model.generate(**inputs, generation_config=self._greedy(longest), streamer=stream)
+        return stream.text
 
     def answer(self, samples: Sequence[Sample], on_event: Listener = ignore) -> list[str]:
         """One answer per sample; sends one event per batch."""
@@ -168,14 +177,13 @@ class Predictor:
     def _decode(self, tokens: Tensor) -> list[str]:
         return [str(text) for text in self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def _greedy(self, task: str) -> Any:
+    def _greedy(self, longest: int) -> Any:
         """Greedy decoding settings, independent of the checkpoint's own generation settings."""
         from transformers import GenerationConfig
 
         tokenizer = self._processor.tokenizer
         _, ends = reply_end(tokenizer, self._family)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        longest = self._family.max_new_tokens[task]
         return GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
         )

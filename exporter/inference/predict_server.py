@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from exporter.errors import DataError
-from exporter.inference.openai_client import RequestFailed, message, png, request_json
+from exporter.inference.openai_client import RequestFailed, message, png, request_json, stream_text
+from exporter.inference.text_stream import TextStream
 from exporter.model.families import Family
 from exporter.tasks.sample import Sample, task_of
 
@@ -178,6 +179,19 @@ class ServedPredictor:
         """The request body: picture, then the family's text; the server applies the chat template."""
         messages = [message(self._family.text(sample.question), png(sample.image()))]
         return {"model": self._name, "messages": messages} | self._extra | generation(self._family, task_of(sample))
+
+    def stream(self, sample: Sample, longest: int, on_text: Callable[[str], object]) -> str:
+        """The answer to one sample, of at most `longest` tokens; `on_text` gets each new piece of it. No retries."""
+        stream, url = TextStream(None, on_text), f"{self._server.base}/v1/chat/completions"
+        body = self.body(sample) | {"max_tokens": longest}
+        try:
+            for piece in stream_text(url, body, self._server.timeout, os.environ.get(KEY)):
+                stream.add(piece)
+            stream.end()
+        except RequestFailed as failed:
+            status = f" with HTTP {failed.status}" if failed.status else ""
+            raise DataError(f"{url} failed{status}: {failed.message}", "check that the server runs") from None
+        return stream.text
 
     def _answer(self, sample: Sample) -> str:
         reply = self._server.fetch("/v1/chat/completions", self.body(sample), self._stopped)

@@ -55,7 +55,7 @@ def test_answers_are_right(sure: list[Sample], answers: dict[str, str]):
     assert sum(right) >= 0.85 * len(right)
 
 
-@pytest.mark.parametrize("line", ["curl", "python"])
+@pytest.mark.parametrize("line", ["ask", "curl", "python"])
 def test_the_lines_that_serve_prints_work(served: Served, engine_python: str, line: str):
     path = f"{Path(engine_python).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}

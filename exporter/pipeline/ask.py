@@ -1,0 +1,124 @@
+"""One question about one picture, answered by a model or an artifact in this process, or by a server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import UnidentifiedImageError
+
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.manifest import MANIFEST
+from exporter.data.pictures import PictureError, open_picture
+from exporter.device import Device, free_bytes
+from exporter.errors import DataError
+from exporter.evaluation.backends import opened_predictor
+from exporter.evaluation.baseline import require_source
+from exporter.events import Event, Listener
+from exporter.inference.predict import Predictor
+from exporter.inference.predict_server import ServedPredictor, Server
+from exporter.model.families import Family
+from exporter.model.processor import load_processor
+from exporter.model.source import open_source
+from exporter.numerics.activation_rounding import EXACT
+from exporter.planning.placement import Placement
+from exporter.planning.recipe_file import load_recipe
+from exporter.tasks.sample import Sample
+
+ROOM = 1.25  # memory for a model, as a multiple of its weights: activations and cache of one short answer
+OnText = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture and a text. longest: most tokens of the answer. as_is: send the text without the family's wording."""
+
+    sample: Sample
+    longest: int
+    as_is: bool = False
+
+    def wording(self, family: Family) -> Family:
+        """The family, with the wording that this question gets."""
+        return replace(family, question_prompt="{question}") if self.as_is else family
+
+
+def question(picture: Path, text: str | None, longest: int, as_is: bool) -> Question:
+    """A question about a picture file; without text it asks for a caption. DataError if the picture cannot be used."""
+    try:
+        image = open_picture(picture)
+    except (PictureError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DataError(f"{picture} cannot be used: {reason}", "pass a picture file such as photo.jpg") from None
+    if text is not None and not text.strip():
+        raise DataError("the question is empty", "leave it out to ask for a caption")
+    return Question(Sample(str(picture), lambda: image, text, ()), longest, as_is)
+
+
+def ask(model: str, asked: Question, device: Device, on_event: Listener, on_text: OnText) -> str:
+    """The answer of an artifact or a model (folder, hub id, demo name), computed here; `on_text` gets its pieces."""
+    with _loaded(model, asked, device, on_event) as predictor:
+        return predictor.stream(asked.sample, asked.longest, on_text)
+
+
+def ask_server(model: str, asked: Question, server: Server, on_text: OnText) -> str:
+    """The answer of a server that serves `model`, whose family determines the wording. DataError if it fails."""
+    family = _answering(open_source(model, headers_only=True)[1])
+    name = str(server.served()["id"])
+    predictor = ServedPredictor(server, asked.wording(family), name, server.lacks_start(name))
+    return predictor.stream(asked.sample, asked.longest, on_text)
+
+
+def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
+    """The full-precision model of an artifact, compared with the hashes in its manifest.
+
+    baseline: where the source is, if not where the recipe names it. DataError if `artifact` is none, CheckpointError
+    if the model is another one.
+    """
+    folder = Path(artifact)
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{artifact} is not an artifact: it has no source to compare with", "pass an artifact's folder")
+    named = load_recipe(str(folder / "recipe.yaml")).model
+    place = baseline or named.repo
+    checkpoint, _ = open_source(place, None if baseline else named.revision, dtype=named.dtype, adapter=named.adapter)
+    require_source(Artifact.open(folder), checkpoint, False, on_event)
+    return place
+
+
+@contextmanager
+def _loaded(model: str, asked: Question, device: Device, on_event: Listener) -> Iterator[Predictor]:
+    """A predictor of an artifact (its weights dequantized, rounding as served) or of a model."""
+    checkpoint, family = open_source(model)
+    family = asked.wording(_answering(family))
+    label = f"loading {Path(model).name}"
+    on_event(Event("prepare", 0, 1, label))
+    stored = next(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
+    if (Path(model) / MANIFEST).is_file():
+        artifact = Artifact.open(Path(model), device.torch_device)
+        config, names, read, rounded = artifact.source_config(), artifact.names(), artifact.read, artifact.rounded()
+        parameters = artifact.parameters()
+    else:
+        config, names, read, rounded = checkpoint.config, list(checkpoint.tensors), checkpoint.read, EXACT
+        parameters = sum(info.size for info in checkpoint.tensors.values())
+    placement = placement_of(parameters, stored, device, free_bytes(device.torch_device))
+    processor = partial(load_processor, checkpoint.folder)
+    with opened_predictor(family, config, names, read, rounded, placement, device, processor, on_event) as predictor:
+        on_event(Event("prepare", 1, 1, label))
+        yield predictor
+
+
+def placement_of(parameters: int, stored: torch.dtype, device: Device, room: int) -> Placement:
+    """Whole in `device.compute_dtype`, else whole in bfloat16, else block by block, by the bytes that are free."""
+    for dtype in (device.compute_dtype(stored), torch.bfloat16):
+        size = int(parameters * dtype.itemsize * ROOM)
+        if size <= room:
+            return Placement(dtype, 1, False, size)
+    note = f"the model needs {size / 2**30:.1f} GiB and {room / 2**30:.1f} GiB are free: it runs block by block, slowly"
+    return Placement(torch.bfloat16, 1, True, size, note=note)
+
+
+def _answering(family: Family) -> Family:
+    if "vqa" not in family.tasks and "captioning" not in family.tasks:
+        raise DataError(f"models of the family {family.name} do not answer with text", "use a model that does")
+    return family
