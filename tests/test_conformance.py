@@ -1,18 +1,24 @@
 """Statistics of every tiny model of the registry equal those of transformers' forward pass of the whole model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from exporter.artifact.artifact import Artifact
 from exporter.device import choose
+from exporter.events import Event, ignore
 from exporter.inference.forward_hooks import ForwardStopped, run_until_stopped
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.families import Component, Family
+from exporter.model.families import FAMILIES, Component, Family
+from exporter.pipeline.export import export
 from exporter.planning.plan import Plan
-from exporter.planning.recipe import Rule
+from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe_file import load_recipe
 from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import plan_for
@@ -22,13 +28,16 @@ from tests.tiny_models import CONFIGS, random_weights, tiny_inputs, write_tiny
 models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
 
 
-def rules(family: Family) -> tuple[Rule, ...]:
-    """GPTQ for every component that calibration data can quantize."""
+TASKS_OF = {("vqa", "captioning"): ["captioning", "vqa"], ("retrieval",): ["retrieval"]}
+
+
+def rules(family: Family, method: str = "gptq") -> tuple[Rule, ...]:
+    """A method for every component that calibration data can quantize."""
     return tuple(
         Rule(
             component=component.name,
-            method="gptq",
-            bits=8,
+            method=method,
+            bits=8 if method == "gptq" else 4,
             group_size="row",
             store="dequantized" if component.unpackable else "packed",
         )
@@ -78,6 +87,54 @@ def rows_seen(
                 before = torch.ones(len(mask), max(0, tokens.shape[1] - mask.shape[1]), dtype=torch.bool)
                 rows.append(tokens[torch.cat([before, mask], 1)[:, -tokens.shape[1] :]])
     return torch.cat(rows).double()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stopped_after_any_unit_and_resumed_gives_the_same_integers(name: str, tmp_path: Path) -> None:
+    family, config = CONFIGS[name]
+    checkpoint = Checkpoint.open(write_tiny(tmp_path / "model", family), family.canonical_name)
+    plan = plan_for(checkpoint, rules(family, "awq"), family)
+    batches = [tiny_inputs(family, 2, 6, config), tiny_inputs(family, 3, 9, config)]
+    whole, parts = Workdir.open(tmp_path / "whole", {}), Workdir.open(tmp_path / "parts", {})
+    calibrate.run(plan, checkpoint, whole, batches, choose("cpu"), lambda event: None)
+    for unit in plan.units[::2]:
+
+        def stop_after(event: Event, last: int = unit.index + 1) -> None:
+            if event.stage == "quantize" and event.done == last and event.message != "resumed":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate.run(plan, checkpoint, parts, batches, choose("cpu"), stop_after)
+    calibrate.run(plan, checkpoint, parts, batches, choose("cpu"), lambda event: None)
+    for unit in plan.units:
+        first, second = (load_file(tmp_path / name / unit.file) for name in ("whole", "parts"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[key]) for key, tensor in first.items()), unit.block
+        assert whole.read(unit).errors == parts.read(unit).errors
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_component_is_what_transformers_opens(name: str, method: str, tmp_path: Path) -> None:
+    family, _ = CONFIGS[name]
+    recipe = load_recipe("llava-w4").model_dump() | {
+        "quantize": [rule.model_dump() for rule in rules(family, method)],
+        "model": {"repo": str(write_tiny(tmp_path / "model", family))},
+        "calibration": {"data": "demo", "tasks": TASKS_OF[family.tasks], "samples": 6, "batch": 3},
+        "gates": (),
+    }
+    done = export(
+        Recipe.model_validate(recipe), out=tmp_path / "out", device=choose("cpu"), on_event=ignore, skip_evaluation=True
+    )
+    if find_spec("compressed_tensors"):
+        assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
+        assert done.verified.skipped == ""
+        stored = sum(part.stored(family.tiny_config()) for part in family.components)
+        assert done.verified.blocks >= stored  # the retrieval model runs its blocks in several passes
+    artifact = Artifact.open(tmp_path / "out")
+    assert set(artifact.names()) == set(Checkpoint.open(tmp_path / "model", family.canonical_name).tensors)
+    packed = {row.module for row in done.plan.rows if row.decision == "packed"}
+    assert packed == set(artifact.manifest.linears) != set()
 
 
 @models

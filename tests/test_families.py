@@ -113,14 +113,16 @@ def test_streamed_blocks_equal_the_whole_model(family: Family, config: dict[str,
     for component in family.components:
         stream = Stream(family, config, torch.device("cpu"), torch.float32)
         stream.load(weights, weights.__getitem__)
-        for entry in component.passes:
-            blocks = [stream.module(component.block(i)) for i in range(component.used(config))]
+        names = [component.block(i) for i in range(component.used(config))]
+        chains = [names] if component.chained else [[name] for name in names]
+        for entry, chain in itertools.product(component.passes, chains):
+            blocks = [stream.module(name) for name in chain]
             (entered,) = capture_calls(stream.model, blocks, [inputs], entry.run, component.name)
             hidden = entered.hidden
             for call, block in zip(entered.calls, blocks, strict=True):
                 with torch.no_grad():
-                    hidden = first_output(call(block, hidden))
-            last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
+                    hidden = first_output(call(block, hidden if call.added is None else hidden + call.added))
+            last = model.get_submodule(family.live_name(chain[-1]))
             found: list[torch.Tensor] = []
             handle = last.register_forward_hook(lambda m, a, o, e=found: e.append(o[0] if isinstance(o, tuple) else o))
             with torch.no_grad():
@@ -134,7 +136,7 @@ def test_targets_match_their_linears_under_both_names_and_no_others(name: str) -
     family, config = family_of(name), header_config(name)
     modules = [t[:-7] for t in header(name) if t.endswith(".weight")]
     for component in family.components:
-        for i in {0, component.used(config) - 1} - {-1}:
+        for i in {0, component.used(config) - 1} if component.used(config) else ():
             pattern = component.target.replace("{i}", str(i)) + r"(\.|$)"
             wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
             assert wanted

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.model.config_check import known_family
 from exporter.model.families import FAMILIES
 from exporter.model.source import open_source
-from exporter.planning.plan import Plan, make_plan
+from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_rules import parallel_problems, pattern_problems
+from tests.headers.read import HEADER_NAMES, header_config
 from tests.tiny_models import CONFIGS
 
 H100 = Device(torch.device("cpu"), "CPU", 2**50)
@@ -57,3 +60,41 @@ def test_every_family_is_selected_by_its_architecture() -> None:
         assert known_family(config, name).name == family.name
     architectures = [name for family in FAMILIES.values() for name in family.architectures]
     assert len(set(architectures)) == len(architectures)
+
+
+def all_rules(name: str) -> list[dict[str, Any]]:
+    """A rule for every component that vLLM loads packed, with another scheme for each role."""
+    schemes = {"attention": 4, "mlp": 8}
+    return [
+        {"component": part.name, "role": role, "method": "rtn", "bits": bits, "group_size": "row", "symmetric": True}
+        for part in known_family(header_config(name), name).components
+        for role, bits in schemes.items()
+        if not part.unpackable and role in part.roles.values() and part.used(header_config(name))
+    ]
+
+
+@pytest.mark.parametrize("name", HEADER_NAMES)
+def test_vllm_matches_every_linear_of_a_published_checkpoint_to_its_scheme(
+    name: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    """By the twin of vLLM's own matching, which tests/vllm compares with vLLM."""
+    plan = plan_of(sparse_checkpoint, name, all_rules(name))
+    linears = engine_linears(plan.rows, plan.family)
+    packed = [linear for linear in linears if linear.scheme]
+    assert len(packed) > 100
+    assert {linear.scheme.bits for linear in packed if linear.scheme} == {4, 8}
+    found = [(group.scheme, list(group.targets)) for group in groups(plan)]
+    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    assert parallel_problems(linears, 1) == []
+    assert all(heads > 0 for heads in plan.family.heads(header_config(name)).values())
+
+
+@pytest.mark.parametrize("name", HEADER_NAMES)
+def test_tensors_of_a_published_checkpoint_that_are_kept_have_a_reason(
+    name: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    plan = plan_of(sparse_checkpoint, name, all_rules(name))
+    assert all(row.reason for row in plan.rows if row.decision == "kept")
+    known = {part.name for part in plan.family.components}
+    assert {row.component for row in plan.rows} <= known | {""}
+    assert 0 < plan.memory.device_bytes < 2**36

@@ -107,14 +107,20 @@ def refuse_too_long(
 ) -> None:
     """DataError that names the samples with more tokens than the model has positions.
 
-    calibration: counted with their replies. tested: samples by task, counted with the longest answer.
+    calibration: counted with their replies. tested: samples by task, counted with the longest answer. Where the number
+    of image tokens depends on the picture, all pictures count as the first one, and `encode` refuses larger ones.
     """
     if processor.positions is None:
         return
-    sizes = [(sample, _length(processor, family, sample, _reply(sample))) for sample in calibration]
-    for sample in (sample for samples in tested.values() for sample in samples):
+    tests = [sample for samples in tested.values() for sample in samples]
+    picture = processor.image_tokens
+    if family.varies and (first := [*calibration, *tests][:1]):
+        inputs = encode(processor, family, first, [None], "right")
+        picture = inputs["input_ids"].flatten().tolist().count(processor.image_token_id)
+    sizes = [(sample, _length(processor, family, sample, _reply(sample), picture)) for sample in calibration]
+    for sample in tests:
         room = family.max_new_tokens.get(task_of(sample), 0)
-        sizes.append((sample, _length(processor, family, sample, None) + room))
+        sizes.append((sample, _length(processor, family, sample, None, picture) + room))
     lengths: dict[str, int] = {}
     for sample, length in sizes:
         lengths[sample.identity] = max(length, lengths.get(sample.identity, 0))
@@ -126,11 +132,11 @@ def refuse_too_long(
         raise DataError(message, "shorten the texts of these samples, or remove the samples")
 
 
-def _length(processor: Processor, family: Family, sample: Sample, reply: str | None) -> int:
-    """The number of tokens of a sample's text, including those of the picture."""
+def _length(processor: Processor, family: Family, sample: Sample, reply: str | None, picture: int) -> int:
+    """The number of tokens of a sample's text and its picture, which takes `picture` tokens."""
     text = render(processor, family, sample, reply)
     tokens: list[int] = processor.tokenizer(text, add_special_tokens=_adds_start(processor, text))["input_ids"]
-    return len(tokens) - sum(token == processor.image_token_id for token in tokens) + processor.image_tokens
+    return len(tokens) - sum(token == processor.image_token_id for token in tokens) + picture
 
 
 def _reply(sample: Sample) -> str | None:

@@ -26,6 +26,7 @@ from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_o
 ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
 LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time
 MAX_TOKENS = 200_000
+TYPICAL = (640, 480)  # width and height of the picture whose tokens predict memory, where their number varies
 LARGEST_SIDE = 2**13  # largest side in pixels to which pictures may be scaled; larger ones take seconds and memory
 
 
@@ -90,6 +91,8 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
             with _step("encode", ENCODE_SECONDS):
                 prompt = _render(processor, request["text"]) if rendered else request["fallback"]
                 reply |= _encode(processor, prompt, request.get("nested", False))
+                if (marker := request.get("varying")) is not None:
+                    reply["typical"] = _typical_tokens(processor, prompt, request.get("nested", False), marker)
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
@@ -133,6 +136,15 @@ def _encode(processor: Any, prompt: str, nested: bool) -> dict[str, Any]:
         inputs = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
         padded += np.asarray(inputs["input_ids"]).tolist()
     return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape)}
+
+
+def _typical_tokens(processor: Any, prompt: str, nested: bool, marker: int) -> int:
+    """Number of image tokens (id `marker`) of a picture of `TYPICAL` size."""
+    from PIL import Image
+
+    gray = Image.new("RGB", TYPICAL, "gray")
+    inputs = processor(images=[[gray] if nested else gray], text=[prompt], return_tensors="np")
+    return int((inputs["input_ids"] == marker).sum())
 
 
 def read_config(request: Mapping[str, Any]) -> dict[str, Any]:

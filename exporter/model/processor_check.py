@@ -5,11 +5,12 @@ With a wrong number of image tokens, the model fails or silently ignores the pic
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from exporter.errors import PlanError
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.families import Family
+from exporter.model.families import Component, Family
 from exporter.model.processor_inspector import Inspection, check_config_class, has_processor, inspect
 
 MAX_NAMED = 3  # tokens that a message names
@@ -26,15 +27,7 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
         return ()
     if not has_processor(checkpoint.folder):
         return ("the model folder has no processor, which calibration and evaluation need",)
-    config = checkpoint.config
-    expected = family.processor_fields(config)
-    request = {
-        "text": family.text(None if "captioning" in family.tasks else "a"),
-        "fields": sorted(expected),
-        "nested": family.nested,
-    }
-    fallback = family.fallback_prompt.format(text=request["text"])
-    inspection = inspect(checkpoint.folder, **request, fallback=fallback, rows=family.vocabulary(config))
+    config, inspection = checkpoint.config, _inspection(checkpoint, family)
     if inspection.failure:
         problems = [f"the processor cannot encode a picture with a prompt: {inspection.failure}"]
     else:
@@ -43,8 +36,37 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         message = f"{checkpoint.origin}: its processor does not match config.json:\n{lines}"
-        raise PlanError(message, _lines_to_add(expected, inspection.fields))
+        raise PlanError(message, _lines_to_add(family.processor_fields(config), inspection.fields))
     return ()
+
+
+def measured(checkpoint: Checkpoint, family: Family) -> Family:
+    """The family with numbers of tokens that the model's own processor makes of a picture of 640 x 480 pixels.
+
+    The family itself where the number of image tokens does not depend on the picture, and without a processor.
+    """
+    if not family.varies or not checkpoint.folder.is_dir() or not has_processor(checkpoint.folder):
+        return family
+    count, assumed = _inspection(checkpoint, family).typical, family.image_tokens(checkpoint.config)
+    if not count:
+        return family
+
+    def scaled(component: Component) -> Component:
+        return replace(component, tokens=lambda config: -(-component.tokens(config) * count // assumed))
+
+    return replace(family, components=tuple(map(scaled, family.components)), image_tokens=lambda config: count)
+
+
+def _inspection(checkpoint: Checkpoint, family: Family) -> Inspection:
+    config = checkpoint.config
+    request = {
+        "text": family.text(None if "captioning" in family.tasks else "a"),
+        "fields": sorted(family.processor_fields(config)),
+        "nested": family.nested,
+        "varying": family.image_token(config) if family.varies else None,
+    }
+    fallback = family.fallback_prompt.format(text=request["text"])
+    return inspect(checkpoint.folder, **request, fallback=fallback, rows=family.vocabulary(config))
 
 
 def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:

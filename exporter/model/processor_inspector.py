@@ -37,6 +37,7 @@ class Inspection:
     template: None when it has none. tokens: ids of one picture with a prompt. pixels: shape of the vision tower's input
     for the picture. fields: the requested settings. failure: why it cannot encode the picture with the prompt; empty
     when it can. padded: ids of padded prompts. beyond: tokens, with their ids, for which the model has no embedding.
+    typical: number of image tokens of a picture of 640 x 480 pixels; None when it was not requested.
     """
 
     template: Template | None
@@ -46,6 +47,7 @@ class Inspection:
     failure: str = ""
     padded: tuple[tuple[int, ...], ...] = ()
     beyond: tuple[tuple[str, int], ...] = ()
+    typical: int | None = None
 
 
 _helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the running helper
@@ -174,7 +176,8 @@ def _inspect(folder: Path, state: str, question: str) -> Inspection:
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
     beyond = tuple((token, number) for token, number in reply["beyond"])
-    return Inspection(template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond)
+    typical = reply.get("typical")
+    return Inspection(template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond, typical)
 
 
 def check_config_class(name: str, config: Mapping[str, Any], where: str, folder: Path) -> None:

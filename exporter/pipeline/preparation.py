@@ -9,7 +9,7 @@ from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.events import Event, Listener, ignore
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.processor_check import check_libraries
+from exporter.model.processor_check import check_libraries, measured
 from exporter.model.processor_inspector import start_helper
 from exporter.model.source import is_on_hub, narrowed, open_source
 from exporter.planning.plan import Plan, make_plan
@@ -44,8 +44,10 @@ def prepare(
     on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
-    plan = make_plan(recipe, checkpoint, family, device) if notes else plan
-    plan = replace(plan, warnings=(*plan.warnings, *notes, *check_libraries(checkpoint, family)))
+    found = check_libraries(checkpoint, family)
+    if notes or family.varies:
+        plan = make_plan(recipe, checkpoint, measured(checkpoint, family), device)
+    plan = replace(plan, warnings=(*plan.warnings, *notes, *found))
     on_event(Event("prepare", 1, 1, CHECKS))
     return plan, checkpoint
 

@@ -109,6 +109,95 @@ SO400M = {
     "num_hidden_layers": 27,
     "patch_size": 14,
 }
+QWEN2 = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+def qwen2_vl(number: str, text: tuple[int, ...], vision: Config, tied: bool, vocabulary: int) -> Config:
+    """config.json of a Qwen2-VL or Qwen2.5-VL: the text model's keys are at the top level. text: as in `smolvlm`."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {
+        "architectures": [f"Qwen{number}VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 28,
+        "model_type": f"qwen{number.strip('_')}_vl",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "video_token_id": 151656,
+        "vision_config": vision,
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+        "vocab_size": vocabulary,
+        **dict(zip(names, text, strict=True)),
+    }
+
+
+def qwen25_vision(out: int) -> Config:
+    """The tower of a Qwen2.5-VL whose text model is `out` wide."""
+    return {
+        "depth": 32,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "intermediate_size": 3420,
+        "model_type": "qwen2_5_vl",
+        "num_heads": 16,
+        "out_hidden_size": out,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+    }
+
+
+def qwen3_vl(text: tuple[int, ...], large: bool, tied: bool) -> Config:
+    """config.json of a dense Qwen3-VL. text: as in `smolvlm`. large: whether the tower has 27 blocks."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    width, inner, depth = (1152, 4304, 27) if large else (1024, 4096, 24)
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **dict(zip(names, text, strict=True)),
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text",
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "tie_word_embeddings": tied,
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17],
+            "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": width,
+            "in_channels": 3,
+            "intermediate_size": inner,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": text[0],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+
+
 SMOL, IDEFICS = "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
@@ -221,6 +310,38 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
         smolvlm(SMOL, "smolvlm", (2048, 8192, 24, 32, 32), {"model_type": "smolvlm_vision", **SO400M}, 3),
         (),
     ),
+    "Qwen--Qwen2-VL-2B-Instruct": (
+        qwen2_vl(
+            "2",
+            (1536, 8960, 28, 12, 2),
+            {
+                "depth": 32,
+                "embed_dim": 1280,
+                "hidden_size": 1536,
+                "in_chans": 3,
+                "mlp_ratio": 4,
+                "model_type": "qwen2_vl",
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            True,
+            151936,
+        ),
+        QWEN2,
+    ),
+    "Qwen--Qwen2.5-VL-3B-Instruct": (
+        qwen2_vl("2_5_", (2048, 11008, 36, 16, 2), qwen25_vision(2048), True, 151936),
+        QWEN2,
+    ),
+    "Qwen--Qwen2.5-VL-7B-Instruct": (
+        qwen2_vl("2_5_", (3584, 18944, 28, 28, 4), qwen25_vision(3584), False, 152064),
+        QWEN2,
+    ),
+    "Qwen--Qwen3-VL-2B-Instruct": (qwen3_vl((2048, 6144, 28, 16, 8), False, True), ()),
+    "Qwen--Qwen3-VL-4B-Instruct": (qwen3_vl((2560, 9728, 36, 32, 8), False, True), ()),
+    "Qwen--Qwen3-VL-8B-Instruct": (qwen3_vl((4096, 12288, 36, 32, 8), True, False), ()),
 }
 TOTALS = {
     "llava-hf--llava-v1.6-mistral-7b-hf": 7_566_747_648,
@@ -231,6 +352,12 @@ TOTALS = {
     "HuggingFaceTB--SmolVLM-256M-Instruct": 256_484_928,
     "HuggingFaceTB--SmolVLM2-500M-Video-Instruct": 507_482_304,
     "HuggingFaceTB--SmolVLM2-2.2B-Instruct": 2_246_784_880,
+    "Qwen--Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen--Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen--Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen--Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen--Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen--Qwen3-VL-8B-Instruct": 8_767_123_696,
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 

@@ -1,6 +1,6 @@
 """The model families that mmq supports. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
 
-from exporter.model.families import blip2, idefics3, llava, llava_next, llava_onevision
+from exporter.model.families import blip2, idefics3, llava, llava_next, llava_onevision, qwen2_vl, qwen3_vl
 from exporter.model.families.component import Component, Pass
 from exporter.model.families.family import Family
 from exporter.model.families.parts.part import Smoothing
@@ -9,6 +9,9 @@ FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
     "llava-next": llava_next.FAMILY,
     "llava-onevision": llava_onevision.FAMILY,
+    "qwen2-vl": qwen2_vl.QWEN2_FAMILY,
+    "qwen2.5-vl": qwen2_vl.FAMILY,
+    "qwen3-vl": qwen3_vl.FAMILY,
     "idefics3": idefics3.FAMILY,
     "smolvlm": idefics3.SMOLVLM,
     "blip2": blip2.FAMILY,

@@ -183,7 +183,7 @@ RETRIEVAL = Family(
     unserved="vLLM does not support image-text retrieval; load the artifact with transformers",
     tiny=_TINY
     | {
-        "qformer_config": {"use_qformer_text_input": True, "max_position_embeddings": 64},
+        "qformer_config": {"use_qformer_text_input": True, "max_position_embeddings": 256},
         "image_text_hidden_size": 24,
         "image_token_index": None,
     },
