@@ -37,15 +37,6 @@ MODELS = {  # a recipe's default model -> heading of its column
     "Salesforce/blip2-opt-2.7b": "BLIP-2 OPT-2.7b",
     "Salesforce/blip2-itm-vit-g-coco": "BLIP-2 ITM",
 }
-FAMILY_MODELS = {  # family -> models, heading in docs/reference/families.md
-    "llava": ("LLaVA-1.5 and checkpoints of the same architecture, Pixtral-12B", "llava-15"),
-    "llava-next": ("LLaVA-NeXT (1.6)", "llava-next-and-llava-onevision"),
-    "llava-onevision": ("LLaVA-OneVision", "llava-next-and-llava-onevision"),
-    "idefics3": ("Idefics 3", "idefics-3-and-smolvlm"),
-    "smolvlm": ("SmolVLM, SmolVLM2", "idefics-3-and-smolvlm"),
-    "blip2": ("BLIP-2 with OPT", "blip-2"),
-    "blip2-itm": ("BLIP-2 for image-text matching", "blip-2"),
-}
 TASKS = {"vqa": "questions", "captioning": "captions", "retrieval": "image-text retrieval"}
 USUAL: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
 ALL: tuple[GroupSize, ...] = (*USUAL, 16, 32, 256)
@@ -102,13 +93,12 @@ def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
 
 def family_table(page: str) -> str:
     """Markdown: the families with their models and tasks. page: relative path of the reference page."""
-    assert FAMILY_MODELS.keys() == FAMILIES.keys(), "FAMILY_MODELS needs an entry for each family"
     demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in demo.MODELS.items()}
     lines = ["| family | models | tasks | demo model |", "|---|---|---|---|"]
-    for name, (models, heading) in FAMILY_MODELS.items():
-        tasks = ", ".join(TASKS[task] for task in FAMILIES[name].tasks)
+    for name, family in FAMILIES.items():
+        tasks = ", ".join(TASKS[task] for task in family.tasks)
         shipped = f"`{demos[name]}`" if name in demos else ""
-        lines.append(f"| [`{name}`]({page}#{heading}) | {models} | {tasks} | {shipped} |")
+        lines.append(f"| [`{name}`]({page}#{family.heading}) | {family.models} | {tasks} | {shipped} |")
     return "\n".join(lines)
 
 

@@ -123,6 +123,8 @@ _TINY_PROCESSOR = TinyProcessor(
 )
 FAMILY = Family(
     name="blip2",
+    models="BLIP-2 with OPT",
+    heading="blip-2",
     architectures=("Blip2ForConditionalGeneration",),
     kept=(
         (r"language_model\.lm_head", "the output head shares the embedding's tensor; the paper keeps it in 16 bits"),
@@ -156,6 +158,8 @@ FAMILY = Family(
 
 RETRIEVAL = Family(
     name="blip2-itm",
+    models="BLIP-2 for image-text matching",
+    heading="blip-2",
     architectures=("Blip2ForImageTextRetrieval",),
     kept=(
         (

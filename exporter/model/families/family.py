@@ -38,6 +38,7 @@ _EVERYWHERE: tuple[Field, ...] = (
 class Family:
     """Everything that differs between model families.
 
+    models: what models it has, for the documentation. heading: of its section in docs/reference/families.md.
     architectures: values of config.json's `architectures` that select the family; the first is transformers' class.
     config_class: name of the transformers config class.
     parts: object of config.json -> `model_type` -> the part; the first is the default.
@@ -69,6 +70,8 @@ class Family:
     """
 
     name: str
+    models: str
+    heading: str
     architectures: tuple[str, ...]
     config_class: str
     parts: Parts

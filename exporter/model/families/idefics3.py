@@ -78,6 +78,8 @@ def tiny_processor(config: Config) -> TinyProcessor:
 
 FAMILY = Family(
     name="idefics3",
+    models="Idefics 3, SmolVLM of 2024",
+    heading="idefics-3-and-smolvlm",
     architectures=("Idefics3ForConditionalGeneration",),
     config_class="Idefics3Config",
     parts=PARTS,
@@ -111,6 +113,7 @@ FAMILY = Family(
 SMOLVLM = replace(
     FAMILY,
     name="smolvlm",
+    models="SmolVLM2",
     architectures=("SmolVLMForConditionalGeneration",),
     config_class="SmolVLMConfig",
     fallback_prompt="<|im_start|>User:<image>{text}<end_of_utterance>\nAssistant:",

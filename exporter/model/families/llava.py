@@ -14,6 +14,8 @@ TOWER = Tower({"vision_config": TOWERS, "text_config": TEXTS}, fields(-2, "defau
 
 FAMILY = Family(
     name="llava",
+    models="LLaVA-1.5 and checkpoints of the same architecture, Pixtral-12B",
+    heading="llava-15",
     architectures=("LlavaForConditionalGeneration",),
     config_class="LlavaConfig",
     parts=TOWER.parts,

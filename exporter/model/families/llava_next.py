@@ -15,6 +15,8 @@ TOWER = Tower({"vision_config": _TOWERS, "text_config": TEXTS}, fields(-2, "defa
 
 FAMILY = Family(
     name="llava-next",
+    models="LLaVA-NeXT (1.6)",
+    heading="llava-next-and-llava-onevision",
     architectures=("LlavaNextForConditionalGeneration",),
     config_class="LlavaNextConfig",
     parts=TOWER.parts,

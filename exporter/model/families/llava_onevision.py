@@ -23,6 +23,8 @@ TOWER = Tower(
 
 FAMILY = Family(
     name="llava-onevision",
+    models="LLaVA-OneVision",
+    heading="llava-next-and-llava-onevision",
     architectures=("LlavaOnevisionForConditionalGeneration",),
     config_class="LlavaOnevisionConfig",
     parts=TOWER.parts,

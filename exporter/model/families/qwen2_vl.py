@@ -21,6 +21,8 @@ _TWO_FIVE = Qwen(_PARTS_25, "visual", "model", "out_hidden_size", "hidden_size",
 
 FAMILY = Family(
     name="qwen2.5-vl",
+    models="Qwen2.5-VL",
+    heading="qwen-vl",
     architectures=("Qwen2_5_VLForConditionalGeneration",),
     config_class="Qwen2_5_VLConfig",
     parts=_PARTS_25,
@@ -55,6 +57,7 @@ FAMILY = Family(
 QWEN2_FAMILY = replace(
     FAMILY,
     name="qwen2-vl",
+    models="Qwen2-VL",
     architectures=("Qwen2VLForConditionalGeneration",),
     config_class="Qwen2VLConfig",
     parts=_PARTS_2,

@@ -50,6 +50,8 @@ def assemble(config: Config) -> tuple[Component, ...]:
 
 FAMILY = Family(
     name="qwen3-vl",
+    models="Qwen3-VL, dense models",
+    heading="qwen-vl",
     architectures=("Qwen3VLForConditionalGeneration",),
     config_class="Qwen3VLConfig",
     parts=_PARTS,
