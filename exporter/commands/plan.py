@@ -6,20 +6,24 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
-    bits_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
-    group_size_option,
     json_option,
     model_option,
     print_result,
-    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
     samples_option,
     skip_evaluation_option,
+)
+from exporter.commands.recipe_options import (
+    bits_option,
+    group_size_option,
+    max_new_tokens_option,
+    prompt_option,
+    recipe_of,
 )
 from exporter.commands.serve import serve_on_option
 from exporter.planning.vllm_kernels import read_hardware
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 @eval_batch_option
 @bits_option
 @group_size_option
+@prompt_option
+@max_new_tokens_option
 @skip_evaluation_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
@@ -64,6 +70,7 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model demo-llava
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4-vit8 --bits language=3 --bits vision=4 --group-size 64
+      mmq plan --recipe llava-w4-vit8 --prompt vqa='{question} Be brief.' --max-new-tokens vqa=30
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
     """
     show_plan(recipe_of(recipe, model, overrides), device, every_tensor, skip_evaluation, as_json, serve_on)
