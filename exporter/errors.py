@@ -61,7 +61,12 @@ class CheckpointError(MmqError):
 
 
 class DataError(MmqError):
-    """Calibration or evaluation data is missing or unreadable, or the two overlap."""
+    """Calibration or evaluation data is missing or unreadable, or the two overlap.
+
+    problems: one text for each unusable row, with file and line; empty for other errors.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 class CalibrationError(MmqError):

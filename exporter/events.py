@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 class Event:
     """Progress of a stage: `done` of `total` steps are finished.
 
-    stage: `prepare`, `read data`, `hash` (its steps are MiB), `check`, `calibrate`, `quantize`, `write`, `verify`,
-    `evaluate`, `study units`, `study points`, or `note` (a message for the user).
+    stage: `prepare`, `data`, `read data`, `hash` (its steps are MiB), `check`, `calibrate`, `quantize`, `write`,
+    `verify`, `evaluate`, `study units`, `study points`, or `note` (a message for the user).
     done, total: number of steps. numbers: measured values of the last step, such as `error`.
     """
 

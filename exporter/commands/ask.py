@@ -11,7 +11,7 @@ from exporter.commands.options import device_option, json_option, print_result, 
 if TYPE_CHECKING:
     from exporter.device import Device
     from exporter.events import Listener
-    from exporter.pipeline.ask import OnText, Question
+    from exporter.pipeline.ask import OnText, PictureQuestion
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 
@@ -48,7 +48,7 @@ def ask(model: str, picture: Path, question: str | None, device: str, as_json: b
     from exporter.pipeline.ask import question as read_question
 
     _refuse_unused(options)
-    asked = read_question(picture, question, options["max_tokens"], options["as_is"], model)
+    asked = read_question(picture, question, options["max_tokens"], options["as_is"])
     answers: dict[str, str] = {}
     with ProgressDisplay(as_json) as listen:
         for label, answer in _askers(model, asked, choose(device), listen, options).items():
@@ -77,7 +77,7 @@ def _refuse_unused(options: dict[str, Any]) -> None:
 
 
 def _askers(
-    model: str, asked: "Question", device: "Device", listen: "Listener", options: dict[str, Any]
+    model: str, asked: "PictureQuestion", device: "Device", listen: "Listener", options: dict[str, Any]
 ) -> dict[str, Callable[["OnText"], str]]:
     """Label -> function that asks one model; the source first, whose hashes are compared with the artifact's."""
     from exporter.inference.predict_server import Server

@@ -10,16 +10,20 @@ import click
 from exporter.commands.allocate import allocate
 from exporter.commands.ask import ask
 from exporter.commands.data import datasets, score
+from exporter.commands.data_check import data
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
+    bits_option,
     data_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
+    group_size_option,
     json_option,
     model_option,
     print_result,
+    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
@@ -28,13 +32,6 @@ from exporter.commands.options import (
 )
 from exporter.commands.plan import plan, show_plan
 from exporter.commands.publish import check_push, diff, publish, verify_published
-from exporter.commands.recipe_options import (
-    bits_option,
-    group_size_option,
-    max_new_tokens_option,
-    prompt_option,
-    recipe_of,
-)
 from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
 from exporter.commands.study import study
@@ -90,8 +87,6 @@ def cli() -> None:
 @eval_batch_option
 @bits_option
 @group_size_option
-@prompt_option
-@max_new_tokens_option
 @skip_evaluation_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact at --out.")
 @click.option("--serve-check", is_flag=True, help="Then compare its answers in vLLM, as `mmq check` does.")
@@ -125,12 +120,11 @@ def export(
       mmq export --recipe llava-w4-vit8 --model demo-llava
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe llava-w4-vit8 --model demo-llava --bits language=3 --group-size 64 --out ./demo-w3
-      mmq export --recipe llava-w4-vit8 --model ./my-llava --prompt captioning='Describe the image.'
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
     final_recipe = recipe_of(recipe, model, overrides | {"data": data})
     if dry_run:
-        return show_plan(final_recipe, device, every_tensor=False, skip_evaluation=skip_evaluation, as_json=as_json)
+        return show_plan(final_recipe, device, False, skip_evaluation, as_json, data=data)
     if push:
         check_push(push, skip_evaluation)
     if serve_check:
@@ -259,7 +253,7 @@ def doctor(as_json: bool) -> None:
 COMMANDS = (  # in the order of `mmq --help`
     *(recipes, plan, export, evaluate, verify, report),
     *(ask, serve, check, publish, diff),
-    *(study, allocate, datasets, score, doctor),
+    *(study, allocate, data, datasets, score, doctor),
 )
 for command in COMMANDS:
     cli.add_command(command)

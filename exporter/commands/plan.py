@@ -6,29 +6,28 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
+    bits_option,
+    data_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
+    group_size_option,
     json_option,
     model_option,
     print_result,
+    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
     samples_option,
     skip_evaluation_option,
 )
-from exporter.commands.recipe_options import (
-    bits_option,
-    group_size_option,
-    max_new_tokens_option,
-    prompt_option,
-    recipe_of,
-)
 from exporter.commands.serve import serve_on_option
 from exporter.planning.vllm_kernels import read_hardware
 
 if TYPE_CHECKING:
+    from exporter.events import Listener
+    from exporter.planning.plan import Plan
     from exporter.planning.recipe import Recipe
 
 
@@ -43,9 +42,8 @@ if TYPE_CHECKING:
 @eval_batch_option
 @bits_option
 @group_size_option
-@prompt_option
-@max_new_tokens_option
 @skip_evaluation_option
+@data_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
 @json_option
@@ -57,6 +55,7 @@ def plan(
     skip_evaluation: bool,
     every_tensor: bool,
     serve_on: str | None,
+    data: tuple[str, ...],
     as_json: bool,
     **overrides: Any,
 ) -> None:
@@ -70,10 +69,18 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model demo-llava
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4-vit8 --bits language=3 --bits vision=4 --group-size 64
-      mmq plan --recipe llava-w4-vit8 --prompt vqa='{question} Be brief.' --max-new-tokens vqa=30
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
+      mmq plan --recipe llava-w4-vit8 --data ./images
     """
-    show_plan(recipe_of(recipe, model, overrides), device, every_tensor, skip_evaluation, as_json, serve_on)
+    final_recipe = recipe_of(recipe, model, overrides | {"data": data})
+    show_plan(final_recipe, device, every_tensor, skip_evaluation, as_json, serve_on, data)
+
+
+def _data_lines(plan: "Plan", data: tuple[str, ...], skip_evaluation: bool, listen: "Listener") -> list[str]:
+    from exporter.data import places
+    from exporter.pipeline.samples import data_lines, read_samples
+
+    return data_lines(read_samples(plan, places(data), skip_evaluation, listen))
 
 
 def show_plan(
@@ -83,8 +90,12 @@ def show_plan(
     skip_evaluation: bool,
     as_json: bool,
     serve_on: str | None = None,
+    data: tuple[str, ...] = (),
 ) -> None:
-    """Plan and print the plan. Raises ServeError if vLLM cannot serve the planned artifact on `serve_on`."""
+    """Plan and print the plan. Raises ServeError if vLLM cannot serve the planned artifact on `serve_on`.
+
+    data: sources to read as the export would, with their pictures; DataError for what the export would refuse.
+    """
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
@@ -99,6 +110,10 @@ def show_plan(
 
         refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
     warnings = step_warnings(export_plan.steps, target, skip_evaluation)
+    lines = _data_lines(export_plan, data, skip_evaluation, listen) if data else []
     if as_json:
-        return print_result(show.plan_json(export_plan, every_tensor, warnings))
+        found = {"data": lines} if data else {}
+        return print_result(show.plan_json(export_plan, every_tensor, warnings) | found)
+    if lines:
+        print_result("\n".join(lines))
     print_result(show.plan_page(export_plan, target, every_tensor, warnings))

@@ -14,6 +14,7 @@ from exporter.events import Event
 
 NAMES = {
     "prepare": "preparing",
+    "data": "reading data",
     "read data": "reading calibration samples",
     "hash": "hashing the source, MiB",
     "check": "checking finished blocks",

@@ -1,4 +1,4 @@
-"""Data sources (demo, folder, COCO, Flickr30k, VQAv2, GQA, hub): read samples.
+"""Data sources (demo, folder, COCO, Flickr30k, VQAv2, GQA, hub, LLaVA's conversations): read samples.
 
 Enters: `NAME:PATH` (`coco:/data/coco`), `demo`, or a bare folder; a task, a split, a limit and a seed.
 Leaves: samples with pictures and texts, or one error that lists all unusable rows.
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from exporter.data import coco, flickr30k, folder, gqa, hub, vqav2
+from exporter.data import coco, flickr30k, folder, gqa, hub, llava, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
+from exporter.data.rows import Selection
 from exporter.errors import DataError, did_you_mean, one_line
 from exporter.model.families import FAMILIES
 from exporter.tasks import retrieval
@@ -62,6 +63,7 @@ DATA: dict[str, SourceReader] = {
     "vqav2": _local("vqav2", vqav2.samples),
     "gqa": _local("gqa", gqa.samples),
     "hub": _local("hub", hub.samples),
+    "llava": _local("llava", llava.samples),
 }
 
 
@@ -77,6 +79,8 @@ class SourceSpec:
         """The tasks it supports."""
         if self.name in CONVENTIONS:
             return CONVENTIONS[self.name].tasks
+        if self.name == "llava":
+            return (llava.TASK,)
         return hub.tasks(self.path) if self.name == "hub" and self.path else ANY_TASK
 
     def __str__(self) -> str:
@@ -90,7 +94,10 @@ class SourceSpec:
 
 
 def place(written: str | Path) -> SourceSpec:
-    """Parse `coco:/data/coco`, `demo`, or a bare folder. DataError for an unknown name."""
+    """Parse `coco:/data/coco`, `demo`, a bare folder, or a bare JSON file. DataError for an unknown name.
+
+    A bare folder of parquet files is read as `hub:FOLDER`, a bare `FILE.json` as `llava:FILE.json`.
+    """
     text = str(written)
     name, colon, path = text.partition(":")
     if name in DATA and (path or not colon):
@@ -98,7 +105,16 @@ def place(written: str | Path) -> SourceSpec:
     if colon and not Path(text).exists():
         hint = f"use NAME:PATH, with one of the names {', '.join(DATA)}"
         raise DataError(f"unknown data source '{text}'.{did_you_mean(name, DATA)}", hint)
-    return SourceSpec("folder", Path(text).expanduser())
+    local = Path(text).expanduser()
+    return SourceSpec("llava" if local.suffix == ".json" else "hub" if _is_parquet(local) else "folder", local)
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether a folder holds parquet files and no metadata of pictures."""
+    places = (path, *(path / split for split in folder.SPLITS))
+    described = any((place / name).is_file() for place in places for name in (folder.METADATA, folder.TABLE))
+    found = (next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
+    return path.is_dir() and not described and any(file is not None for file in found)
 
 
 def places(written: str | Path | Sequence[str | Path] | None) -> tuple[SourceSpec, ...]:
@@ -113,7 +129,10 @@ def samples(name: str, path: Path | None, task: str, split: str, limit: int, see
     name: a key of `DATA`. split: train, validation or test. Raises DataError with all problems of the data, or if there
     are no samples.
     """
-    read = [_plain(sample) for sample in DATA[name](path, task, split, limit, seed)]
+    selected = DATA[name](path, task, split, limit, seed)
+    read = [_plain(sample) for sample in selected]
+    if isinstance(selected, Selection):
+        read = Selection(read, selected.available)
     if task != retrieval.NAME:
         return read
     return retrieval.with_pool(read, DEMO_CANDIDATES if name in BUILT_IN else retrieval.CANDIDATES)
@@ -166,6 +185,7 @@ __all__ = [
     "BUILT_IN",
     "CONVENTIONS",
     "DATA",
+    "Selection",
     "SourceSpec",
     "Trace",
     "check_disjoint",

@@ -1,13 +1,17 @@
 """Local data folder of pictures and texts, in the layout of the hub's `imagefolder`.
 
-`DIR/metadata.jsonl` has one object per line: `file_name`, and `caption` or `captions`, and/or `question` with `answer`
-or `answers`; optional `id` and `kind`. Several lines may share a picture. `DIR/train`, `DIR/validation` and `DIR/test`
-may each have their own metadata; without these folders, half of the pictures are train and half are test. Pictures
-without metadata can only be used to calibrate, for captioning.
+`DIR/metadata.jsonl` has one object per line: `file_name`, and `caption` or `captions` (or `text`), and/or `question`
+with `answer` or `answers`; optional `id` and `kind`. `DIR/metadata.csv` has the same fields as columns, one text each.
+Several lines may share a picture. `DIR/train`, `DIR/validation` and `DIR/test` may each have their own metadata;
+without these folders, half of the pictures are train and half are test. Pictures without metadata can only be used to
+calibrate, for captioning.
 """
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ from exporter.tasks.sample import Sample
 
 SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
+TABLE = "metadata.csv"
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 _FIELDS = {
-    "captioning": "`caption` or `captions`",
+    "captioning": "`caption`, `captions` or `text`",
     "vqa": "`question` with `answer` or `answers`",
-    "retrieval": "`caption` or `captions`",
+    "retrieval": "`caption`, `captions` or `text`",
 }
 
 
@@ -35,14 +40,23 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     if not path.is_dir():
         raise DataError(f"no data folder {path}", f"create it with pictures and a {METADATA}, or omit --data")
     folder = _split_folder(path, split)
-    if not (folder / METADATA).is_file():
+    file = metadata_of(folder)
+    if file is None:
         result = _bare_rows(path, folder, task, split)
     else:
-        result = _described_rows(path, folder, task)
+        result = _described_rows(path, folder, file, task)
         if folder == path and not result.problems:
-            result.rows = _half(result.rows, split)
-    nothing = f"{folder / METADATA}: no line for task {task}, split {split}"
+            result.rows = half(result.rows, split)
+    nothing = f"{file or folder / METADATA}: no line for task {task}, split {split}"
     return to_samples(result, limit, seed, nothing, f"{task} needs {_FIELDS[task]}")
+
+
+def metadata_of(folder: Path) -> Path | None:
+    """The folder's metadata file; DataError if it has one of each kind."""
+    found = [folder / name for name in (METADATA, TABLE) if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{folder} has both {METADATA} and {TABLE}", "remove one of them")
+    return found[0] if found else None
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -69,15 +83,15 @@ def _bare_rows(path: Path, folder: Path, task: str, split: str) -> Rows:
     return Rows(path, [Row(name, name, path / name, name, None, ()) for name in names])
 
 
-def _described_rows(path: Path, folder: Path, task: str) -> Rows:
+def _described_rows(path: Path, folder: Path, file: Path, task: str) -> Rows:
     """Lines of the metadata that fit the task, and the problems of all lines."""
     result = Rows(path)
     places: dict[str, str] = {}
-    lines = (folder / METADATA).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"{(folder / METADATA).relative_to(path)}:{number}"
+    for number, read in _table(file) if file.name == TABLE else _lines(file):
+        where = f"{file.relative_to(path)}:{number}"
         with result.at(where):
-            row = _parse(line, where, path, folder, task) if line.strip() else None
+            entry = read()
+            row = None if entry is None else _parse(entry, where, path, folder, task)
             if row is None:
                 continue
             result.rows.append(row)
@@ -87,8 +101,15 @@ def _described_rows(path: Path, folder: Path, task: str) -> Rows:
     return result
 
 
-def _parse(line: bytes, where: str, path: Path, folder: Path, task: str) -> Row | None:
-    """Parse one line; None if it is valid but has no text for the task."""
+def _lines(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any] | None]]]:
+    """Number of every line of a JSON lines file, and a function that parses it (None: an empty line)."""
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        yield number, partial(_json_object, line)
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    if not line.strip():
+        return None
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -97,6 +118,32 @@ def _parse(line: bytes, where: str, path: Path, folder: Path, task: str) -> Row 
         raise BadRowError(f"not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise BadRowError("not a JSON object")
+    return entry
+
+
+def _table(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any] | None]]]:
+    """Last line of every row of a CSV file, and a function that gives its filled cells by column."""
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+        rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+        if "file_name" not in (rows.fieldnames or ()):
+            raise DataError(f"{file} has no column `file_name`", f"its columns are: {', '.join(rows.fieldnames or ())}")
+        for row in rows:
+            yield rows.line_num, partial(_cells, row)
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not UTF-8", "save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num + 1}: not CSV ({error})", "quote texts that contain commas") from None
+
+
+def _cells(row: dict[str | Any, Any]) -> dict[str, Any]:
+    if None in row:
+        raise BadRowError("more cells than the header has columns; quote texts that contain commas")
+    return {key: value for key, value in row.items() if value}
+
+
+def _parse(entry: dict[str, Any], where: str, path: Path, folder: Path, task: str) -> Row | None:
+    """The row of one entry; None if it is valid but has no text for the task."""
     name = _text(entry, "file_name")
     if name is None:
         raise BadRowError("`file_name` is missing")
@@ -141,11 +188,11 @@ def _question(entry: dict[str, Any]) -> str | None:
 
 
 def _references(entry: dict[str, Any], task: str) -> tuple[str, ...]:
-    captions = _texts(entry, "caption", "captions")
+    captions = _texts(entry, "caption", "captions") or _texts(entry, "text", "texts")
     return captions if task != "vqa" else _texts(entry, "answer", "answers")
 
 
-def _half(rows: Sequence[Row], split: str) -> list[Row]:
+def half(rows: Sequence[Row], split: str) -> list[Row]:
     """Train or test half of the pictures of a folder without splits: names sorted by hash, cut in the middle."""
     if split == "validation":
         raise DataError("a data folder without train, validation and test folders has no validation split")

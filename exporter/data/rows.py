@@ -6,6 +6,7 @@ or raises. No row is skipped silently: an unusable line, id or picture is a prob
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,14 @@ class Rows:
             self.problems.append(f"{where}: {error}")
 
 
+class Selection(list[Sample]):
+    """The selected samples. available: number of samples in the data, of which these are a selection."""
+
+    def __init__(self, samples: Iterable[Sample], available: int) -> None:
+        super().__init__(samples)
+        self.available = available
+
+
 def to_samples(rows: Rows, limit: int, seed: int, empty_message: str, hint: str | None = None) -> list[Sample]:
     """At most `limit` samples, selected by `seed`, independent of the order of rows; opens every selected picture.
 
@@ -71,10 +80,13 @@ def to_samples(rows: Rows, limit: int, seed: int, empty_message: str, hint: str 
     raise_all(rows.folder, [*rows.problems, *unwritable, *broken])
     if not selected:
         raise DataError(empty_message, hint)
-    return [
-        Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind, file=r.name)
-        for r in selected
-    ]
+    return Selection(
+        [
+            Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind, file=r.name)
+            for r in selected
+        ],
+        len(rows.rows),
+    )
 
 
 def digest(text: str) -> bytes:
@@ -108,10 +120,12 @@ def _is_writable(row: Row) -> bool:
 def _picture_problem(rows: Rows, row: Row) -> str | None:
     """Why the picture cannot be used, or None. Decodes the whole picture, within Pillow's limit on pixels.
 
-    Does not open files outside the user's folder, not even through a symbolic link.
+    Does not open files outside the user's folder, not even through a symbolic link, except the links of a snapshot in
+    the hub's cache to the files of the same repository.
     """
     try:
-        if not row.path.resolve().is_relative_to(rows.folder.resolve()):
+        target = row.path.resolve()
+        if not any(target.is_relative_to(root) for root in (rows.folder.resolve(), *_cache_roots(rows.folder))):
             return f"{row.where}: '{row.name}' is a link to a file outside the folder"
         if not row.path.is_file():
             return f"{row.where}: no picture '{row.name}'"
@@ -127,6 +141,13 @@ def _picture_problem(rows: Rows, row: Row) -> str | None:
     return None
 
 
+def _cache_roots(folder: Path) -> list[Path]:
+    """Folders to which the links of a snapshot in the hub's cache point: REPO/blobs of REPO/snapshots/COMMIT."""
+    places = [folder.absolute(), *folder.absolute().parents]
+    repositories = [place.parent.parent for place in places if place.parent.name == "snapshots"]
+    return [(repo / "blobs").resolve() for repo in repositories if re.match(r"(datasets|models)--", repo.name)]
+
+
 def raise_all(path: Path, problems: Sequence[str]) -> None:
     """Raise one DataError with the number of problems and the first `SHOWN` of them; return if there are none."""
     if not problems:
@@ -135,7 +156,9 @@ def raise_all(path: Path, problems: Sequence[str]) -> None:
     lines = [f"  {problem.encode('utf-8', 'backslashreplace').decode()}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  and {len(problems) - SHOWN} more")
-    raise DataError("\n".join([f"{path} has {count}", *lines]))
+    error = DataError("\n".join([f"{path} has {count}", *lines]))
+    error.problems = tuple(problems)
+    raise error
 
 
 def first_file(folder: Path, names: Iterable[str], what: str, layout: str) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import UnidentifiedImageError
 
-from exporter.artifact.artifact import Artifact, with_recorded_prompts
-from exporter.artifact.manifest import MANIFEST, Manifest, read_manifest
+from exporter.artifact.artifact import Artifact
+from exporter.artifact.manifest import MANIFEST
 from exporter.data.pictures import PictureError, open_picture
 from exporter.device import Device, free_bytes
 from exporter.errors import DataError
@@ -32,29 +32,20 @@ OnText = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A picture and a text.
-
-    longest: most tokens of the answer. as_is: send the text without the family's wording. manifest: of the artifact
-    whose prompts all asked models get; None for the family's.
-    """
+class PictureQuestion:
+    """A picture and a text. longest: most tokens of the answer. as_is: send the text without the family's wording."""
 
     sample: Sample
     longest: int
     as_is: bool = False
-    manifest: Manifest | None = None
 
     def wording(self, family: Family) -> Family:
         """The family, with the wording that this question gets."""
-        family = with_recorded_prompts(family, self.manifest) if self.manifest else family
         return replace(family, question_prompt="{question}") if self.as_is else family
 
 
-def question(picture: Path, text: str | None, longest: int, as_is: bool, model: str = "") -> Question:
-    """A question about a picture file; without text it asks for a caption. DataError if the picture cannot be used.
-
-    model: an artifact's folder, whose prompts are used; any other model has its family's.
-    """
+def question(picture: Path, text: str | None, longest: int, as_is: bool) -> PictureQuestion:
+    """A question about a picture file; without text it asks for a caption. DataError if the picture cannot be used."""
     try:
         image = open_picture(picture)
     except (PictureError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -62,17 +53,16 @@ def question(picture: Path, text: str | None, longest: int, as_is: bool, model: 
         raise DataError(f"{picture} cannot be used: {reason}", "pass a picture file such as photo.jpg") from None
     if text is not None and not text.strip():
         raise DataError("the question is empty", "leave it out to ask for a caption")
-    manifest = read_manifest(Path(model)) if (Path(model) / MANIFEST).is_file() else None
-    return Question(Sample(str(picture), lambda: image, text, ()), longest, as_is, manifest)
+    return PictureQuestion(Sample(str(picture), lambda: image, text, ()), longest, as_is)
 
 
-def ask(model: str, asked: Question, device: Device, on_event: Listener, on_text: OnText) -> str:
+def ask(model: str, asked: PictureQuestion, device: Device, on_event: Listener, on_text: OnText) -> str:
     """The answer of an artifact or a model (folder, hub id, demo name), computed here; `on_text` gets its pieces."""
     with _loaded(model, asked, device, on_event) as predictor:
         return predictor.stream(asked.sample, asked.longest, on_text)
 
 
-def ask_server(model: str, asked: Question, server: Server, on_text: OnText) -> str:
+def ask_server(model: str, asked: PictureQuestion, server: Server, on_text: OnText) -> str:
     """The answer of a server that serves `model`, whose family determines the wording. DataError if it fails."""
     family = _answering(open_source(model, headers_only=True)[1])
     name = str(server.served()["id"])
@@ -97,7 +87,7 @@ def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
 
 
 @contextmanager
-def _loaded(model: str, asked: Question, device: Device, on_event: Listener) -> Iterator[Predictor]:
+def _loaded(model: str, asked: PictureQuestion, device: Device, on_event: Listener) -> Iterator[Predictor]:
     """A predictor of an artifact (its weights dequantized, rounding as served) or of a model."""
     checkpoint, family = open_source(model)
     family = asked.wording(_answering(family))

@@ -1,5 +1,6 @@
 """Samples of an export: calibration and test samples by the recipe, without a shared picture."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from exporter.errors import DataError
 from exporter.events import Event, Listener
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
-from exporter.tasks.sample import Sample
+from exporter.tasks.sample import Sample, task_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ def read_samples(
     data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
     on_event(Event("prepare", 1, 1, "reading samples"))
     return ExportSamples(calibration, traces, evaluation)
+
+
+def data_lines(samples: ExportSamples) -> list[str]:
+    """The data of an export for `mmq plan --data`: number of samples by task, and notes."""
+
+    def counts(of: Sequence[Sample]) -> str:
+        found = Counter(task_of(sample) for sample in of)
+        return ", ".join(f"{count:,} {task}" for task, count in sorted(found.items())) or "none"
+
+    lines = [f"data: calibration {counts(samples.calibration)}; test {counts(samples.tested)}; no shared picture"]
+    return lines + list(data.notes(samples.calibration, samples.tested))
 
 
 def refuse_calibration_pictures(out: Path, evaluation: Mapping[str, Sequence[Sample]]) -> None:

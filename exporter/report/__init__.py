@@ -2,7 +2,7 @@
 
 Enters: the small files of an artifact: manifest, report, config.json.
 Leaves: a page, or a folder of plots.
-May import: publishing, evaluation, artifact, inference, data, tasks, files.
+May import: publishing, pipeline, evaluation, artifact, inference, data, tasks, files.
 """
 
 import json
