@@ -103,11 +103,12 @@ def family_table(page: str) -> str:
 
 
 def prompt_table() -> str:
-    """Markdown: the prompts of each family."""
-    lines = ["| family | question | caption |", "|---|---|---|"]
+    """Markdown: the prompts of each family, and its longest answers in tokens."""
+    lines = ["| family | question | caption | longest answer |", "|---|---|---|---|"]
     for family in FAMILIES.values():
         cells = [_prompt(text) for text in (family.question_prompt, family.caption_prompt)]
-        lines.append(f"| `{family.name}` | {cells[0]} | {cells[1]} |")
+        lengths = ", ".join(f"{task} {count}" for task, count in family.max_new_tokens.items())
+        lines.append(f"| `{family.name}` | {cells[0]} | {cells[1]} | {lengths or 'answers are ranks'} |")
     return "\n".join(lines)
 
 

@@ -51,6 +51,8 @@ def plan(
     eval_batch: int | None = None,
     bits: Mapping[str, int] | None = None,
     group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    max_new_tokens: Mapping[str, int] | None = None,
     serve_on: str | None = None,
     on_event: Listener = ignore,
 ) -> Plan:
@@ -59,6 +61,7 @@ def plan(
     model, revision, adapter, samples, eval_samples, eval_batch: replace the values of the recipe.
     bits: component -> bits of all its rules.
     group_size: of every rule that has groups, or component -> group size of all its rules.
+    prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     serve_on: fail unless vLLM can serve the artifact there: a GPU's compute capability (`9.0`) or `cpu`.
     """
     final_recipe = adjusted(
@@ -71,6 +74,8 @@ def plan(
         eval_batch=eval_batch,
         bits=bits,
         group_size=group_size,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
     )
     export_plan, checkpoint = prepare(final_recipe, chosen(device), headers_only=True, on_event=on_event)
     if serve_on:
@@ -93,6 +98,8 @@ def export(
     eval_batch: int | None = None,
     bits: Mapping[str, int] | None = None,
     group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    max_new_tokens: Mapping[str, int] | None = None,
     skip_evaluation: bool = False,
     work: str | Path | None = None,
     overwrite: bool = False,
@@ -106,6 +113,7 @@ def export(
     model, revision, adapter, data, seed, samples, eval_samples, eval_batch: replace the values of the recipe.
     bits: component -> bits of all its rules.
     group_size: of every rule that has groups, or component -> group size of all its rules.
+    prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     data: a source as on the command line (`coco:/data/coco`, or a folder), or a list with a source for each task.
     work: folder for finished blocks; None means beside `out`, and mmq removes it at the end.
     """
@@ -121,6 +129,8 @@ def export(
         data=data,
         bits=bits,
         group_size=group_size,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
     )
     return exporting.export(
         final_recipe,

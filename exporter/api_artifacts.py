@@ -1,6 +1,6 @@
 """The functions of the Python API on a finished artifact: verify, evaluate, check, publish, open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exporter import data as sources
@@ -58,6 +58,8 @@ def evaluate(
     data: Data = (),
     eval_samples: int | None = None,
     eval_batch: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    max_new_tokens: Mapping[str, int] | None = None,
     answers: str | Path | None = None,
     fresh: bool = False,
     device: str | Device = "auto",
@@ -69,14 +71,21 @@ def evaluate(
 
     baseline, adapter: the full-precision model; None means the source in the recipe.
     other_baseline: allow a model that the artifact was not made from.
-    data, eval_samples, eval_batch: replace the values of the recipe.
+    data, eval_samples, eval_batch, prompts, max_new_tokens: replace the values of the recipe.
     answers: folder of stored answers; None means `.mmq-answers` beside the artifact.
     fresh: store and reuse no answers.
     """
     folder = Path(artifact)
     artifact_recipe = load_recipe(str(folder / "recipe.yaml"))
     final_recipe = adjusted(
-        artifact_recipe, baseline, adapter=adapter, eval_samples=eval_samples, eval_batch=eval_batch, data=data
+        artifact_recipe,
+        baseline,
+        adapter=adapter,
+        eval_samples=eval_samples,
+        eval_batch=eval_batch,
+        data=data,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
     )
     store = None if fresh else Store(Path(answers)) if answers else default_store(folder)
     data_sources, target = sources.places(data), chosen(device)

@@ -14,7 +14,8 @@ from exporter.artifact.manifest import MANIFEST, Manifest
 from exporter.commands.main import cli
 from exporter.data import place
 from exporter.errors import ArtifactError, PublishError
-from exporter.evaluation.report_file import REPORT, EvaluationRecord, ServingRecord
+from exporter.evaluation.evaluation_record import EvaluationRecord
+from exporter.evaluation.report_file import REPORT, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
 from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
 from exporter.publishing.card import RESULTS, CardDeclarations, render, table

@@ -19,8 +19,9 @@ from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends
 from exporter.evaluation.answers import ABOUT, Backend, Store
 from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
+from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
-from exporter.evaluation.report_file import Counts, EvaluationRecord, Report, ServingRecord, read_report, write_report
+from exporter.evaluation.report_file import Counts, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
 from exporter.inference.predict_server import Server

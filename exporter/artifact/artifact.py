@@ -22,6 +22,7 @@ from exporter.artifact.artifact_tensors import write_tensors
 from exporter.artifact.manifest import (
     MANIFEST,
     Manifest,
+    PromptRecord,
     Provenance,
     RecipeIdentity,
     SizeRecord,
@@ -45,6 +46,7 @@ from exporter.model.processor_files import processor_files
 from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
+from exporter.planning.prompts import prompted, prompts_by_task
 from exporter.planning.recipe import Recipe
 from exporter.planning.vllm_rules import matches
 from exporter.quantization.workdir import Workdir
@@ -140,7 +142,15 @@ def _manifest(
         shards=tuple(shards),
         fingerprint=workdir.fingerprint,
         notes=(*plan.fallbacks, *(note for _, notes in results for note in notes)),
+        prompts={task: PromptRecord(**record) for task, record in prompts_by_task(plan.family).items()},
     )
+
+
+def with_recorded_prompts(family: Family, manifest: Manifest) -> Family:
+    """The family with the prompts and answer lengths in a manifest; an older mmq recorded none."""
+    records = {task: record for task, record in manifest.prompts.items() if task in family.max_new_tokens}
+    prompts = {task: record.prompt for task, record in records.items()}
+    return prompted(family, prompts, {task: record.max_new_tokens for task, record in records.items()})
 
 
 def _identity(recipe: Recipe) -> RecipeIdentity:
@@ -174,8 +184,8 @@ class Artifact:
 
     @cached_property
     def family(self) -> Family:
-        """The model family, with the components of the model's parts."""
-        return FAMILIES[self.manifest.family].of(self.checkpoint.config)
+        """The model family, with the components of the model's parts and the prompts of the export."""
+        return with_recorded_prompts(FAMILIES[self.manifest.family].of(self.checkpoint.config), self.manifest)
 
     def source_config(self) -> dict[str, Any]:
         """config.json without its quantization config; it builds the model for the dequantized tensors."""

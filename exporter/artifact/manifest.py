@@ -11,13 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from exporter.errors import ArtifactError, CheckpointError, did_you_mean, validation_message
 from exporter.files.strict_json import parse_object, read_small
 from exporter.files.writing import write_text
 from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES
+from exporter.planning.recipe import check_prompts
 
 MANIFEST = "mmq_manifest.json"
 VERSION = 1  # layout of this file; a newer mmq writes a larger number
@@ -64,6 +73,13 @@ FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_pla
 TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,500}$")]  # name of a tensor, module or block
 Line = Annotated[str, StringConstraints(max_length=4000), AfterValidator(_line)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class PromptRecord(Document):
+    """The prompt of a task, without chat template, and the longest answer in tokens."""
+
+    prompt: Annotated[str, StringConstraints(max_length=10_000)]
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class RecipeIdentity(Document):
@@ -133,7 +149,8 @@ class Manifest(Document):
 
     files: every file of the artifact except manifest, report and card -> sha256. linears: packed linear -> `digest` of
     its integers. errors: quantized linear -> relative error. units: quantized blocks, in order. shards: weight files,
-    in order. fingerprint: identity of the export job. notes: notes of the quantization.
+    in order. fingerprint: identity of the export job. notes: notes of the quantization. prompts: of every task that is
+    answered in text, as calibration used them.
     """
 
     family: Annotated[str, AfterValidator(_known(FAMILIES, "family"))]
@@ -152,7 +169,14 @@ class Manifest(Document):
     shards: tuple[FileName, ...] = ()
     fingerprint: Line | None = None
     notes: tuple[Line, ...] = ()
+    prompts: dict[TensorName, PromptRecord] = {}
     serving: ServingVerdict | None = None
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: dict[str, PromptRecord]) -> dict[str, PromptRecord]:
+        check_prompts({task: record.prompt for task, record in value.items()})
+        return value
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:

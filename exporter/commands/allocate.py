@@ -15,6 +15,7 @@ from exporter.commands.options import (
     reports_errors,
     revision_option,
 )
+from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
 from exporter.commands.study import (
     calibration_option,
     open_pool,
@@ -101,6 +102,8 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
     "--no-proof", is_flag=True, help="Do not export and measure the chosen allocation; the recipe states this."
 )
 @samples_seed_option
+@prompt_option
+@max_new_tokens_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="allocated.yaml", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [studies/MODEL].")
 @workers_option
@@ -121,6 +124,7 @@ def allocate(**options: Any) -> None:
     Examples:
       mmq allocate --model demo-llava --max-size 600kB --against llava-w3-vit4
       mmq allocate --model ./llava-1.5-7b-hf --max-size 4.2GB --plain --data coco:/data/coco --data vqav2:/data/vqa
+      mmq allocate --model ./my-llava --max-size 4GB --prompt captioning='Describe the image.'
       mmq allocate --model demo-llava --max-drop 0.01 --out mine.yaml
     """
     if (options["max_size"] is None) == (options["max_drop"] is None):
@@ -169,11 +173,13 @@ def search(options: dict[str, Any]) -> "AllocationResult":
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup: model, data and folder."""
     from exporter.data import places
+    from exporter.planning.overrides import with_prompts
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
+    recipe = with_prompts(recipe, options["prompts"], options["max_new_tokens"])
     folder = (options["folder"] or default_folder(options["model"])).absolute()  # workers may start elsewhere
     return Setup(folder, recipe.model_dump_json(), places=sources, samples=options["samples"], device=options["device"])
 

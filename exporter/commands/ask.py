@@ -48,7 +48,7 @@ def ask(model: str, picture: Path, question: str | None, device: str, as_json: b
     from exporter.pipeline.ask import question as read_question
 
     _refuse_unused(options)
-    asked = read_question(picture, question, options["max_tokens"], options["as_is"])
+    asked = read_question(picture, question, options["max_tokens"], options["as_is"], model)
     answers: dict[str, str] = {}
     with ProgressDisplay(as_json) as listen:
         for label, answer in _askers(model, asked, choose(device), listen, options).items():

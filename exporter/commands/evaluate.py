@@ -15,9 +15,9 @@ from exporter.commands.options import (
     eval_samples_option,
     json_option,
     print_result,
-    recipe_of,
     reports_errors,
 )
+from exporter.commands.recipe_options import max_new_tokens_option, prompt_option, recipe_of
 from exporter.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 @eval_samples_option
 @eval_batch_option
 @adapter_option
+@prompt_option
+@max_new_tokens_option
 @click.option("--server", metavar="URL", help="OpenAI-compatible server that serves the artifact.")
 @click.option("--served-model", metavar="NAME", help="Model name of the artifact on --server [the only one].")
 @click.option("--baseline-server", metavar="URL", help="Server of the full-precision model.")
@@ -66,6 +68,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     Examples:
       mmq evaluate artifacts/demo-llava-w4-vit8 --eval-samples 1000
       mmq evaluate artifacts/mine --data coco:/data/coco --data gqa:/data/gqa
+      mmq evaluate artifacts/mine --prompt captioning='Describe the image.' --max-new-tokens captioning=100
       mmq evaluate artifacts/mine --baseline-server http://127.0.0.1:8001 --server http://127.0.0.1:8000
     """
     from exporter.commands.progress import ProgressDisplay
@@ -75,7 +78,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.reevaluation import Reevaluation
 
-    overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch")}
+    overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch", "prompts", "max_new_tokens")}
     recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     other = bool(options["other_baseline"])

@@ -14,16 +14,13 @@ from exporter.commands.data_check import data
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
-    bits_option,
     data_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
-    group_size_option,
     json_option,
     model_option,
     print_result,
-    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
@@ -32,6 +29,13 @@ from exporter.commands.options import (
 )
 from exporter.commands.plan import plan, show_plan
 from exporter.commands.publish import check_push, diff, publish, verify_published
+from exporter.commands.recipe_options import (
+    bits_option,
+    group_size_option,
+    max_new_tokens_option,
+    prompt_option,
+    recipe_of,
+)
 from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
 from exporter.commands.study import study
@@ -87,6 +91,8 @@ def cli() -> None:
 @eval_batch_option
 @bits_option
 @group_size_option
+@prompt_option
+@max_new_tokens_option
 @skip_evaluation_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact at --out.")
 @click.option("--serve-check", is_flag=True, help="Then compare its answers in vLLM, as `mmq check` does.")
@@ -120,6 +126,7 @@ def export(
       mmq export --recipe llava-w4-vit8 --model demo-llava
       mmq export --recipe llava-w4-vit8 --out ./llava-w4 --device cuda:0
       mmq export --recipe llava-w4-vit8 --model demo-llava --bits language=3 --group-size 64 --out ./demo-w3
+      mmq export --recipe llava-w4-vit8 --model ./my-llava --prompt captioning='Describe the image.'
       mmq export --recipe ./mine.yaml --model ./my-llava --data coco:/data/coco --data vqav2:/data/vqa
     """
     final_recipe = recipe_of(recipe, model, overrides | {"data": data})

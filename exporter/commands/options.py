@@ -3,20 +3,15 @@
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from exporter.demo import MODELS
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
-
-if TYPE_CHECKING:
-    from exporter.numerics.quantized import GroupSize
-    from exporter.planning.recipe import Recipe
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
@@ -36,66 +31,6 @@ eval_batch_option = click.option(
     "--eval-batch",
     type=click.IntRange(min=1),
     help="Largest batch of test samples; smaller if memory is short [the recipe's].",
-)
-
-
-def parse_by_component(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Parse `language=3` of a repeatable option as component -> text; a value without a component has the key ""."""
-    pairs = [text.rpartition("=") for text in values]
-    repeated = [name for name, count in Counter(name for name, _, _ in pairs).items() if count > 1]
-    if repeated:
-        raise click.BadParameter(f"given twice for {repeated[0] or 'the whole recipe'}")
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def parse_bits(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    """Parse `language=3` as component -> bits."""
-    texts = parse_by_component(context, option, values)
-    for component, text in texts.items():
-        if not component or not text.isdecimal():
-            raise click.BadParameter(
-                f"expected COMPONENT=BITS like language=3, not '{values[list(texts).index(component)]}'"
-            )
-    return {component: int(text) for component, text in texts.items()}
-
-
-def parse_group_sizes(
-    context: click.Context, option: click.Parameter, values: tuple[str, ...]
-) -> "GroupSize | dict[str, GroupSize] | None":
-    """Parse `64` as a group size, and `language=64` as component -> group size."""
-    sizes = {name: _group_size(text) for name, text in parse_by_component(context, option, values).items()}
-    if "" not in sizes:
-        return sizes or None
-    if len(sizes) > 1:
-        raise click.BadParameter("give one size for the whole recipe, or COMPONENT=SIZE for each component")
-    return sizes[""]
-
-
-def _group_size(text: str) -> "GroupSize":
-    if text == "row":
-        return "row"
-    if text == "tensor":
-        return "tensor"
-    if not text.isdecimal():
-        raise click.BadParameter(f"expected a number, row or tensor, not '{text}'")
-    return int(text)
-
-
-bits_option = click.option(
-    "--bits",
-    metavar="COMPONENT=BITS",
-    multiple=True,
-    callback=parse_bits,
-    help="Bits of a component's rules, 2 to 8, or 16 to keep it; repeatable: --bits language=3 --bits vision=8. "
-    "[the recipe's]",
-)
-group_size_option = click.option(
-    "--group-size",
-    metavar="[COMPONENT=]SIZE",
-    multiple=True,
-    callback=parse_group_sizes,
-    help="Columns per scale, or row: in every rule with groups (--group-size 64), or in a component's rules "
-    "(--group-size language=row; repeatable). [the recipe's]",
 )
 skip_evaluation_option = click.option(
     "--skip-evaluation", is_flag=True, help="Do not measure tasks; the artifact is then unproven."
@@ -120,14 +55,6 @@ class LazyChoice(click.Choice):  # type: ignore[type-arg]  # generic in newer ve
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
         """The allowed values."""
         return tuple(self._names())
-
-
-def recipe_of(name_or_path: str, model: str | None, overrides: Mapping[str, Any]) -> "Recipe":
-    """The recipe with the options of the command line. RecipeError when they do not fit it."""
-    from exporter.planning.overrides import adjusted
-    from exporter.planning.recipe_file import load_recipe
-
-    return adjusted(load_recipe(name_or_path), model, **overrides)
 
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))

@@ -6,21 +6,25 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
-    bits_option,
     data_option,
     device_option,
     eval_batch_option,
     eval_samples_option,
-    group_size_option,
     json_option,
     model_option,
     print_result,
-    recipe_of,
     recipe_option,
     reports_errors,
     revision_option,
     samples_option,
     skip_evaluation_option,
+)
+from exporter.commands.recipe_options import (
+    bits_option,
+    group_size_option,
+    max_new_tokens_option,
+    prompt_option,
+    recipe_of,
 )
 from exporter.commands.serve import serve_on_option
 from exporter.planning.vllm_kernels import read_hardware
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 @eval_batch_option
 @bits_option
 @group_size_option
+@prompt_option
+@max_new_tokens_option
 @skip_evaluation_option
 @data_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
@@ -69,6 +75,7 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --model demo-llava
       mmq plan --recipe llava-w4-vit8 --model ./llava-1.5-7b-hf --all
       mmq plan --recipe llava-w4-vit8 --bits language=3 --bits vision=4 --group-size 64
+      mmq plan --recipe llava-w4-vit8 --prompt vqa='{question} Be brief.' --max-new-tokens vqa=30
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
       mmq plan --recipe llava-w4-vit8 --data ./images
     """

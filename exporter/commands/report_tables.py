@@ -40,6 +40,8 @@ def report_page(report: Report) -> RenderableType:
     if searched := report.evaluation.searched:
         sizes = ", ".join(f"{count:,} {name}" for name, count in searched.items())
         lines.append(f"retrieval searched: {sizes}")
+    if any(key.startswith(("prompt ", "max_new_tokens ")) for key in report.evaluation.overrides):
+        lines.append(f"prompts: {report.evaluation.prompts_text(report.samples)}")
     baseline = report.evaluation.baseline
     if baseline and not baseline.is_source:
         lines.append(f"the full-precision model, {baseline.model}, is not the artifact's source model")

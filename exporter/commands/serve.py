@@ -23,6 +23,7 @@ from exporter.serving.launch import START_SECONDS, Launch, Program
 
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
+    from exporter.model.families import Family
     from exporter.planning.recipe import Recipe
 
 vllm_option = click.option("--vllm", metavar="PROGRAM", help="Path or command of vllm [MMQ_VLLM, or `vllm` on PATH].")
@@ -83,10 +84,9 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
       mmq serve artifacts/demo-llava-w4-vit8a8 --vllm ./vllm-cpu/bin/vllm --print
     """
     from exporter.commands.serving_text import example_lines
-    from exporter.model.source import open_source
     from exporter.serving.vllm_engine import Engine, ending
 
-    launch = _launch(artifact, flags, options, only_print)
+    launch, family = _launch(artifact, flags, options, only_print)
     if only_print:
         return print_result(
             {"command": list(launch.command), "environment": dict(launch.environment)} if as_json else launch.shell()
@@ -94,7 +94,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
     try:
         with Engine(launch) as engine:
             seconds = engine.wait_healthy(options["wait"])
-            lines = example_lines(launch, str(artifact), open_source(str(artifact), headers_only=True)[1])
+            lines = example_lines(launch, str(artifact), family)
             if as_json:
                 state = {
                     "url": launch.url,
@@ -148,8 +148,13 @@ def _faster_flags_note(artifact: "Artifact", flags: tuple[str, ...], hardware: H
     )
 
 
-def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool) -> Launch:
-    """The command that serves the artifact on this machine. Raises ServeError if vLLM cannot serve it."""
+def _launch(
+    artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], only_print: bool
+) -> "tuple[Launch, Family]":
+    """The command that serves the artifact on this machine, and its family with the artifact's prompts.
+
+    Raises ServeError if vLLM cannot serve it.
+    """
     from exporter.artifact.artifact import Artifact
     from exporter.artifact.manifest import MANIFEST
     from exporter.model.source import open_source
@@ -163,6 +168,7 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
     (program, hardware), opened_artifact = _program(options["vllm"], only_print), None
     if (artifact / MANIFEST).exists():
         opened_artifact = Artifact.open(artifact)
+        family = opened_artifact.family
         refuse_unservable(opened_artifact, hardware, options["tensor_parallel"])
         if not only_print:  # a printed command may be for another machine
             refuse_processor(program, (opened_artifact.scheme_of(name) for name in opened_artifact.manifest.linears))
@@ -178,7 +184,9 @@ def _launch(artifact: Path, flags: tuple[str, ...], options: Mapping[str, Any], 
         tensor_parallel=options["tensor_parallel"],
         extra=flags,
     )
-    return with_plugin(command, program.version) if opened_artifact and needs_plugin(opened_artifact) else command
+    if opened_artifact and needs_plugin(opened_artifact):
+        command = with_plugin(command, program.version)
+    return command, family
 
 
 @click.command(cls=CommandWithVllmFlags)

@@ -21,16 +21,22 @@ def example_lines(launch: Launch, artifact: str, family: Family) -> dict[str, st
     }
 
 
+def example(family: Family) -> tuple[str, int]:
+    """Text and longest answer of the example requests: a question in the model's prompt, or its caption prompt."""
+    task = "vqa" if "vqa" in family.max_new_tokens else "captioning"
+    return family.text(QUESTION if task == "vqa" else None), family.max_new_tokens.get(task, 16)
+
+
 def _messages(family: Family, url: str) -> list[dict[str, object]]:
-    """A user message with a picture's URL, then the question in the family's wording."""
+    """A user message with a picture's URL, then the example's text."""
     picture = {"type": "image_url", "image_url": {"url": url}}
-    return [{"role": "user", "content": [picture, {"type": "text", "text": family.text(QUESTION)}]}]
+    return [{"role": "user", "content": [picture, {"type": "text", "text": example(family)[0]}]}]
 
 
 def shell_line(launch: Launch, family: Family) -> str:
-    """A curl command that sends the question about the example picture, which the shell encodes."""
-    messages = _messages(family, f"data:image/png;base64,{PLACE}")
-    body = json.dumps({"model": launch.model, "messages": messages, "max_tokens": 16, "temperature": 0})
+    """A curl command that sends the example about the example picture, which the shell encodes."""
+    messages, longest = _messages(family, f"data:image/png;base64,{PLACE}"), example(family)[1]
+    body = json.dumps({"model": launch.model, "messages": messages, "max_tokens": longest, "temperature": 0})
     url = f"{launch.url}/v1/chat/completions"
     encoded = f"'\"$(base64 < {shlex.quote(str(PICTURE))} | tr -d '\\n')\"'"
     return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body).replace(PLACE, encoded)}"
@@ -43,8 +49,8 @@ def python_line(launch: Launch, family: Family) -> str:
         "import base64; from openai import OpenAI; "
         f"url = 'data:image/png;base64,' + base64.b64encode(open({str(PICTURE)!r}, 'rb').read()).decode(); "
         f"client = OpenAI(base_url={launch.url + '/v1'!r}, api_key='none'); "
-        f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens=16, temperature=0, "
-        f"messages={messages}); "
+        f"answer = client.chat.completions.create(model={launch.model!r}, max_tokens={example(family)[1]}, "
+        f"temperature=0, messages={messages}); "
         "print(answer.choices[0].message.content)"
     )
     return f"python -c {shlex.quote(code)}"

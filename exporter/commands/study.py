@@ -14,6 +14,7 @@ from exporter.commands.options import (
     reports_errors,
     revision_option,
 )
+from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
 from exporter.errors import Interrupted
 from exporter.events import Listener
 
@@ -97,6 +98,8 @@ def parse_words(context: click.Context, option: click.Parameter, value: str | No
 @click.option("--samples", type=click.IntRange(min=8), default=250, show_default=True, help="Test samples per task.")
 @calibration_option
 @samples_seed_option
+@prompt_option
+@max_new_tokens_option
 @click.option("--answers", is_flag=True, help="Score generated answers by the tasks' metrics, as gates do; slower.")
 @click.option(
     "--sequential", is_flag=True, help="Quantize every setting as an export does, without sharing quantized units."
@@ -121,6 +124,7 @@ def study(context: click.Context, **options: Any) -> None:
       mmq study --model demo-llava
       mmq study --model demo-llava --bits 3,4 --blocks all,front,middle --roles all,attention,mlp --combine alone
       mmq study --model ./llava-1.5-7b-hf --grid grid.yaml --data coco:/data/coco --ray local
+      mmq study --model ./my-llava --prompt captioning='Describe the image.'
       mmq study importance studies/demo-llava
       mmq study plots studies/demo-llava
     """
@@ -169,11 +173,13 @@ def send_notes(notes: list[str], listen: "Listener") -> None:
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup, as workers receive it."""
     from exporter.data import places
+    from exporter.planning.overrides import with_prompts
     from exporter.study.prepare import base_recipe, default_folder
     from exporter.study.work import Setup
 
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
+    recipe = with_prompts(recipe, options["prompts"], options["max_new_tokens"])
     return Setup(
         folder=(options["out"] or default_folder(options["model"])).absolute(),  # workers may start elsewhere
         recipe=recipe.model_dump_json(),

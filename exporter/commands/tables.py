@@ -17,6 +17,7 @@ from exporter.evaluation.gate_text import VERDICT_SENTENCES
 from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unpredictable
 from exporter.pipeline.export import Export
 from exporter.planning.plan import Plan, PlanRow
+from exporter.planning.prompts import prompts_by_task, prompts_line
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from exporter.planning.vllm_kernels import serving_kernels
@@ -84,6 +85,8 @@ def plan_notes(plan: Plan) -> list[str]:
     if plan.recipe.kv_cache:
         engines = "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
         notes.append(f"  keys and values: {plan.recipe.kv_cache}, {engines}")
+    if plan.recipe.prompts or plan.recipe.max_new_tokens:
+        notes.append(f"prompts: {prompts_line(prompts_by_task(plan.family))}")
     if plan.recipe.overrides:
         notes.append(f"changed in the recipe: {plan.recipe.changes()}")
     return notes
@@ -143,6 +146,7 @@ def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> d
         "model": plan.origin,
         "recipe": plan.recipe.name,
         "overrides": plan.recipe.overrides,
+        "prompts": prompts_by_task(plan.family),
         "components": plan_summary(plan),
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,

@@ -46,14 +46,17 @@ def local_answerers(
     device: Device,
     batch: int,
     on_event: Listener = ignore,
+    *,
+    family: Family | None = None,
 ) -> tuple[Answerer, Answerer]:
     """Answerers that load source and artifact with transformers on demand; both use the source's processor.
 
     batch: largest number of samples at once; less where memory is short. Both models use the same placement.
+    family: with the prompts of the evaluation; None takes those of the artifact.
     """
-    placement = placement_of(checkpoint, artifact.family, device, batch)
+    family = family or artifact.family
+    placement = placement_of(checkpoint, family, device, batch)
     settings = _computed(placement, device)
-    family = artifact.family
 
     @cache
     def processor() -> Any:
@@ -138,12 +141,15 @@ def _query(processor: Any, family: Family, sample: Sample) -> str:
     return digest([sample.among.digest, sample.identity, sample.references])
 
 
-def served_answerers(checkpoint: Checkpoint, artifact: Artifact, servers: Servers) -> tuple[Answerer, Answerer]:
+def served_answerers(
+    checkpoint: Checkpoint, artifact: Artifact, servers: Servers, family: Family | None = None
+) -> tuple[Answerer, Answerer]:
     """Answerers of source and artifact behind servers. mmq trusts the server about which weights it serves.
 
-    When the server reports its model folder (vLLM's `root`), DataError if it is not the artifact's folder.
+    When the server reports its model folder (vLLM's `root`), DataError if it is not the artifact's folder. family: with
+    the prompts of the evaluation; None takes those of the artifact.
     """
-    family = artifact.family
+    family = family or artifact.family
     if family.unserved:
         raise DataError(f"mmq cannot evaluate {family.name} behind a server: {family.unserved}", "leave out --server")
 

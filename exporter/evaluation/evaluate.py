@@ -9,13 +9,12 @@ from typing import Any
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
+from exporter.evaluation.evaluation_record import Bootstrap, EvaluationRecord
 from exporter.evaluation.gate_text import accepted, sentence
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import (
     REPORT,
     AnswerPair,
-    Bootstrap,
-    EvaluationRecord,
     MetricScores,
     Report,
     TaskScores,
@@ -187,11 +186,12 @@ def _rows(
 def store_report(folder: Path, report: Report) -> bool:
     """Write the report into the artifact's folder, with the results of `mmq check` from the old report.
 
-    Return False and keep the old report when it is on the same data and the new one has fewer samples of some task and
-    more of none.
+    Return False and keep the old report when it is on the same data with the same prompts, and the new one has fewer
+    samples of some task and more of none.
     """
     old, serving = read_report(folder)
-    if old and old.evaluation.data == report.evaluation.data:
+    prompts = report.evaluation.prompts
+    if old and old.evaluation.data == report.evaluation.data and (old.evaluation.prompts or prompts) == prompts:
         before, after = ({m.task: m.samples for m in stored.measures} for stored in (old, report))
         gained = [after.get(task, 0) - before.get(task, 0) for task in before | after]
         if min(gained, default=0) < 0 and max(gained) <= 0:

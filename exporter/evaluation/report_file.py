@@ -11,24 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
-from exporter.artifact.manifest import Count, Document, Line, Sha256, parse_document, parse_json, read_document
+from exporter.artifact.manifest import (
+    Count,
+    Line,
+    Sha256,
+    parse_document,
+    parse_json,
+    read_document,
+)
+from exporter.evaluation.evaluation_record import Closed, EvaluationRecord, MetricName, Positive
 from exporter.evaluation.gates import Overall, Verdict
 from exporter.evaluation.report_upgrade import from_version_1
 from exporter.files.writing import write_text
 
 REPORT = "mmq_report.json"
 VERSION = 2
-
-MetricName = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,50}$")]  # name of a task or a metric
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
-
-
-class Closed(Document):
-    """A part of the report in which unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class MetricScores(Closed):
@@ -137,50 +136,6 @@ class Counts(Closed):
     changed: Count
     lost: Count
     gained: Count
-
-
-class AnswersRecord(Document):
-    """Identity of the answers of one model. weights, processor: digests. Other keys: generation settings, versions."""
-
-    model_config = ConfigDict(extra="allow")
-
-    weights: Line
-    processor: Line | None = None
-    backend: Line = ""
-    dtype: Line | None = None
-    device: Line | None = None
-
-
-class BaselineRecord(Closed):
-    """The model of the full-precision scores. differs: differences from the artifact's source (`baseline.Baseline`)."""
-
-    model: Line
-    is_source: bool
-    differs: tuple[Line, ...]
-
-
-class Bootstrap(Closed):
-    """Parameters of the bootstrap intervals."""
-
-    resamples: Positive
-    confidence: Annotated[float, Field(gt=0, lt=1)]
-    seed: int
-
-
-class EvaluationRecord(Document):
-    """Settings of the evaluation. seed: of the selected samples. searched: pool sizes of retrieval."""
-
-    model_config = ConfigDict(extra="allow")
-
-    data: Line | None = None
-    samples: Positive | None = None
-    seed: int | None = None
-    scoring: dict[MetricName, dict[Line, Line]] = Field(default_factory=dict)
-    searched: dict[MetricName, Count] | None = None
-    overrides: dict[Line, Line] = Field(default_factory=dict)
-    bootstrap: Bootstrap | None = None
-    baseline: BaselineRecord | None = None
-    models: dict[Line, AnswersRecord] = Field(default_factory=dict)
 
 
 class DistanceRecord(Closed):

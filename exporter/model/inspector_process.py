@@ -85,6 +85,8 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
             rendered = [_render(processor, text) for text in PROBES]
     fields = {name: getattr(processor, name, None) for name in request.get("fields", ())}
     reply: dict[str, Any] = {"rendered": rendered, "beyond": beyond}
+    start = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    reply["start"] = [str(start[0]), int(start[1])] if None not in start[:2] and start[1] != start[2] else None
     reply["fields"] = {name: value for name, value in fields.items() if _plain(value)}
     if "fallback" in request:
         try:

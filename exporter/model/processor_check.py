@@ -37,7 +37,18 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
         lines = "\n".join(f"  {problem}" for problem in problems)
         message = f"{checkpoint.origin}: its processor does not match config.json:\n{lines}"
         raise PlanError(message, _lines_to_add(family.processor_fields(config), inspection.fields))
-    return ()
+    return _start_notes(inspection)
+
+
+def _start_notes(inspection: Inspection) -> tuple[str, ...]:
+    """A note when the tokenizer has a start token that no prompt begins with."""
+    if inspection.start is None or inspection.start[1] in inspection.tokens:
+        return ()
+    return (
+        f"neither the chat template nor the processor writes the tokenizer's start token {inspection.start[0]!r}: "
+        "prompts begin without it. LLaVA-1.5 was trained with it; if this model was too, set `add_bos_token: true` in "
+        "tokenizer_config.json",
+    )
 
 
 def measured(checkpoint: Checkpoint, family: Family) -> Family:

@@ -38,6 +38,7 @@ class Inspection:
     for the picture. fields: the requested settings. failure: why it cannot encode the picture with the prompt; empty
     when it can. padded: ids of padded prompts. beyond: tokens, with their ids, for which the model has no embedding.
     typical: number of image tokens of a picture of 640 x 480 pixels; None when it was not requested.
+    start: the tokenizer's start token and its id; None when it has none, or when it is also the end token.
     """
 
     template: Template | None
@@ -48,6 +49,7 @@ class Inspection:
     padded: tuple[tuple[int, ...], ...] = ()
     beyond: tuple[tuple[str, int], ...] = ()
     typical: int | None = None
+    start: tuple[str, int] | None = None
 
 
 _helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the running helper
@@ -176,8 +178,10 @@ def _inspect(folder: Path, state: str, question: str) -> Inspection:
     tokens, pixels = tuple(reply.get("tokens", ())), tuple(reply.get("pixels", ()))
     padded = tuple(map(tuple, reply.get("padded", ())))
     beyond = tuple((token, number) for token, number in reply["beyond"])
-    typical = reply.get("typical")
-    return Inspection(template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond, typical)
+    start = tuple(reply["start"]) if reply["start"] else None
+    return Inspection(
+        template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond, reply.get("typical"), start
+    )
 
 
 def check_config_class(name: str, config: Mapping[str, Any], where: str, folder: Path) -> None:

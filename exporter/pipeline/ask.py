@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import UnidentifiedImageError
 
-from exporter.artifact.artifact import Artifact
-from exporter.artifact.manifest import MANIFEST
+from exporter.artifact.artifact import Artifact, with_recorded_prompts
+from exporter.artifact.manifest import MANIFEST, Manifest, read_manifest
 from exporter.data.pictures import PictureError, open_picture
 from exporter.device import Device, free_bytes
 from exporter.errors import DataError
@@ -33,19 +33,28 @@ OnText = Callable[[str], object]
 
 @dataclass(frozen=True)
 class PictureQuestion:
-    """A picture and a text. longest: most tokens of the answer. as_is: send the text without the family's wording."""
+    """A picture and a text.
+
+    longest: most tokens of the answer. as_is: send the text without the family's wording. manifest: of the artifact
+    whose prompts all asked models get; None for the family's.
+    """
 
     sample: Sample
     longest: int
     as_is: bool = False
+    manifest: Manifest | None = None
 
     def wording(self, family: Family) -> Family:
         """The family, with the wording that this question gets."""
+        family = with_recorded_prompts(family, self.manifest) if self.manifest else family
         return replace(family, question_prompt="{question}") if self.as_is else family
 
 
-def question(picture: Path, text: str | None, longest: int, as_is: bool) -> PictureQuestion:
-    """A question about a picture file; without text it asks for a caption. DataError if the picture cannot be used."""
+def question(picture: Path, text: str | None, longest: int, as_is: bool, model: str = "") -> PictureQuestion:
+    """A question about a picture file; without text it asks for a caption. DataError if the picture cannot be used.
+
+    model: an artifact's folder, whose prompts are used; any other model has its family's.
+    """
     try:
         image = open_picture(picture)
     except (PictureError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -53,7 +62,8 @@ def question(picture: Path, text: str | None, longest: int, as_is: bool) -> Pict
         raise DataError(f"{picture} cannot be used: {reason}", "pass a picture file such as photo.jpg") from None
     if text is not None and not text.strip():
         raise DataError("the question is empty", "leave it out to ask for a caption")
-    return PictureQuestion(Sample(str(picture), lambda: image, text, ()), longest, as_is)
+    manifest = read_manifest(Path(model)) if (Path(model) / MANIFEST).is_file() else None
+    return PictureQuestion(Sample(str(picture), lambda: image, text, ()), longest, as_is, manifest)
 
 
 def ask(model: str, asked: PictureQuestion, device: Device, on_event: Listener, on_text: OnText) -> str:

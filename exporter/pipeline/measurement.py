@@ -16,6 +16,7 @@ from exporter.evaluation.report_file import Report
 from exporter.events import Listener, ignore
 from exporter.model.checkpoint import Checkpoint
 from exporter.pipeline.samples import test_sources
+from exporter.planning.prompts import by_recipe, prompts_by_task
 from exporter.planning.recipe import Recipe
 from exporter.tasks import TASKS, retrieval
 from exporter.tasks.sample import Sample
@@ -38,7 +39,8 @@ def measure(
 
     other_baseline: whether `checkpoint` may be another model than the artifact's source; the report records this.
     """
-    baseline = require_source(artifact.Artifact.open(out), checkpoint, other_baseline, on_event)
+    opened = artifact.Artifact.open(out)
+    baseline, family = require_source(opened, checkpoint, other_baseline, on_event), by_recipe(opened.family, recipe)
     before, after = answerers(checkpoint, out, recipe, device, servers, on_event)
     name = ", ".join(map(str, sources or test_sources(recipe)))
     method = {task: dict(TASKS[task].method()) for task in samples}
@@ -50,6 +52,7 @@ def measure(
         "baseline": baseline.as_json(),
         "overrides": {as_line(key): as_line(value) for key, value in recipe.overrides.items()},
     }
+    about["prompts"] = prompts_by_task(family)
     if pool := retrieval.pool_sizes(samples.get(retrieval.NAME, [])):
         about["searched"] = pool
     return evaluate.measure(before, after, samples, recipe, store, on_event, about)
@@ -65,9 +68,10 @@ def answerers(
 ) -> tuple[Answerer, Answerer]:
     """Answerers of source and artifact, both with the same back end."""
     opened = artifact.Artifact.open(out, device.torch_device)
+    family = by_recipe(opened.family, recipe)
     if servers:
-        return served_answerers(checkpoint, opened, servers)
-    return local_answerers(checkpoint, opened, device, recipe.evaluation.batch, on_event)
+        return served_answerers(checkpoint, opened, servers, family)
+    return local_answerers(checkpoint, opened, device, recipe.evaluation.batch, on_event, family=family)
 
 
 def default_store(out: Path) -> Store:

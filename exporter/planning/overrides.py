@@ -26,11 +26,14 @@ def adjusted(
     data: str | Path | Sequence[str | Path] = (),
     bits: Mapping[str, int] | None = None,
     group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    max_new_tokens: Mapping[str, int] | None = None,
 ) -> Recipe:
     """A copy of the recipe with the values that are set; another model drops the recipe's revision.
 
-    bits, group_size: by component; one group size alone is that of every rule with groups. `Recipe.overrides` lists
-    them. RecipeError when a value is not allowed or no model is named, DataError for an unknown data source.
+    bits, group_size: by component; one group size alone is that of every rule with groups. prompts, max_new_tokens: by
+    task. `Recipe.overrides` lists these four. RecipeError when a value is not allowed or no model is named, DataError
+    for an unknown data source.
     """
     if not (model or recipe.model.repo):
         hint = "pass --model MODEL, or write `model: {repo: MODEL}` in the recipe"
@@ -48,7 +51,28 @@ def adjusted(
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, row['loc']))}: {validation_message(row, ())}" for row in error.errors()]
         raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None
+    recipe = with_prompts(recipe, prompts or {}, max_new_tokens or {})
     return _with_group_sizes(_with_bits(recipe, bits or {}), group_size)
+
+
+def with_prompts(recipe: Recipe, prompts: Mapping[str, str], max_new_tokens: Mapping[str, int]) -> Recipe:
+    """The recipe with other prompts and answer lengths, by task. RecipeError lists all that are not allowed."""
+    if not (prompts or max_new_tokens):
+        return recipe
+    texts = {f"prompt {task}": prompt for task, prompt in prompts.items()}
+    texts |= {f"max_new_tokens {task}": str(length) for task, length in max_new_tokens.items()}
+    content = recipe.model_dump()
+    content["prompts"] |= dict(prompts)
+    content["max_new_tokens"] |= dict(max_new_tokens)
+    try:
+        return Recipe.model_validate(content | {"overrides": recipe.overrides | texts})
+    except ValidationError as error:
+        problems = [
+            f"  {'.'.join(map(str, row['loc']))}: {line}"
+            for row in error.errors()
+            for line in validation_message(row, ()).splitlines()
+        ]
+        raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None
 
 
 def _with_bits(recipe: Recipe, bits: Mapping[str, int]) -> Recipe:

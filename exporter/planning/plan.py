@@ -15,6 +15,7 @@ from exporter.model.config_check import refuse_misfit
 from exporter.model.families import Family
 from exporter.planning.decisions import PlanRow, decide, stored_scale_dtype
 from exporter.planning.memory import Memory, predict_memory
+from exporter.planning.prompts import by_recipe, prompt_problems
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import Step, predict_steps
 from exporter.planning.vllm_kernels import serving_kernels
@@ -47,8 +48,8 @@ class Unit:
 class Plan:
     """The plan of an export.
 
-    rows: one per checkpoint tensor, in header order. steps: predicted memory and seconds. fallbacks: lines about the
-    linears that a rule's `else` applies to; they are among the warnings.
+    family: with the recipe's prompts. rows: one per checkpoint tensor, in header order. steps: predicted memory and
+    seconds. fallbacks: lines about the linears that a rule's `else` applies to; they are among the warnings.
     """
 
     recipe: Recipe
@@ -99,9 +100,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
             "remove `family` from the recipe's model section: the recipe then fits every family with its components",
         )
     refuse_misfit(checkpoint, family)
+    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *prompt_problems(recipe, family)]
+    family = by_recipe(family, recipe)
     decided = decide(recipe, checkpoint, family)
     rows = decided.rows
-    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *decided.problems]
+    problems += decided.problems
     names = {component.name for component in family.components}
     problems += [
         f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters exclude it"

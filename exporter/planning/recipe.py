@@ -6,12 +6,12 @@ The first rule that matches a linear applies. `recipe_file.py` reads recipes fro
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from exporter.data import place
-from exporter.errors import DataError
+from exporter.errors import DataError, did_you_mean
 from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES, Family
 from exporter.planning.rule import Rule, Strict, require_known
@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+PROMPTED = ("vqa", "captioning")  # tasks whose answers are texts
+QUESTION = "{question}"
+Text = Annotated[str, StringConstraints(max_length=10_000)]
+AnswerLength = Annotated[int, Field(ge=1, le=4096)]
 RULE_OVERRIDES = ("bits", "group_size")  # starts of the keys of `Recipe.overrides` that change rules
 
 
@@ -144,6 +148,23 @@ class Evidence(Strict):
     source: str
 
 
+def check_prompts(prompts: dict[str, str]) -> dict[str, str]:
+    """The prompts; ValueError lists those of unknown tasks, and those that misuse `{question}`."""
+    problems = []
+    for task, prompt in prompts.items():
+        if task not in PROMPTED:
+            problems.append(f"{task}: only {' and '.join(PROMPTED)} have a prompt.{did_you_mean(task, PROMPTED)}")
+        elif task == "vqa" and QUESTION not in prompt:
+            problems.append(
+                f"{task}: {QUESTION} is missing; mmq puts each question there, for example '{QUESTION} Be brief.'"
+            )
+        elif task == "captioning" and QUESTION in prompt:
+            problems.append(f"{task}: captions have no {QUESTION}; set the prompt of vqa instead")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return prompts
+
+
 class Publish(Strict):
     """The repository to which `mmq publish` uploads the artifact."""
 
@@ -168,6 +189,8 @@ class Recipe(Strict):
 
     gates: without them, scores are measured and no loss fails. evidence: required of the recipes that mmq ships.
     overrides: the values that a command or an API call replaced (`bits language`: `3`); mmq writes them.
+    prompts: task -> the user's text beside the picture, instead of the family's; that of vqa contains `{question}`.
+    max_new_tokens: task -> the longest answer in tokens, instead of the family's.
     kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3.
     """
 
@@ -179,6 +202,8 @@ class Recipe(Strict):
     format: str = "compressed_tensors"
     kv_cache: Literal["fp8"] | None = None
     evaluation: Evaluation = Evaluation()
+    prompts: dict[str, Text] = Field(default_factory=dict)
+    max_new_tokens: dict[str, AnswerLength] = Field(default_factory=dict)
     gates: tuple[Gate, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     publish: Publish = Publish()
@@ -194,6 +219,15 @@ class Recipe(Strict):
     def _some(cls, value: tuple[Rule, ...]) -> tuple[Rule, ...]:
         if not value:
             raise ValueError("at least one entry is required")
+        return value
+
+    _prompts = field_validator("prompts")(check_prompts)
+
+    @field_validator("max_new_tokens")
+    @classmethod
+    def _lengths(cls, value: dict[str, int]) -> dict[str, int]:
+        for task in value:
+            require_known(task, PROMPTED, "task with answers in text")
         return value
 
     @model_validator(mode="after")
@@ -215,7 +249,10 @@ class Recipe(Strict):
 
     def changes(self) -> str:
         """The overrides as one line; empty without any."""
-        return ", ".join(f"{key}={' '.join(value.split())}" for key, value in self.overrides.items())
+        texts = {
+            key: json.dumps(v, ensure_ascii=False) if len(v.split()) > 1 else v for key, v in self.overrides.items()
+        }
+        return ", ".join(f"{key}={text}" for key, text in texts.items())
 
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of comments, key order and who set a value."""
@@ -224,6 +261,9 @@ class Recipe(Strict):
             del content["kv_cache"]
         if self.model.adapter is None:
             del content["model"]["adapter"]
+        for key in ("prompts", "max_new_tokens"):
+            if not content[key]:
+                del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def foreign_components(self, family: Family) -> list[str]:

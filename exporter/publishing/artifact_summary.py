@@ -12,7 +12,8 @@ from exporter.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.data import BUILT_IN
 from exporter.demo import MODELS
 from exporter.errors import ArtifactError, RecipeError
-from exporter.evaluation.report_file import REPORT, EvaluationRecord, Report, ServingRecord, parse_report
+from exporter.evaluation.evaluation_record import EvaluationRecord
+from exporter.evaluation.report_file import REPORT, Report, ServingRecord, parse_report
 from exporter.model.families import FAMILIES
 from exporter.model.hub import PREFIX, open_remote, parse_place
 from exporter.numerics.quantized import Scheme

@@ -221,7 +221,7 @@ def _quality(summary: Summary) -> str:
         scores = [f"{d.before:.4f}", f"{d.after:.4f}", signed(d.change), f"{signed(d.low)} to {signed(d.high)}"]
         rows.append([m.task, m.metric, str(m.samples), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
-    other = summary.other_baseline
+    other, prompts = summary.other_baseline, summary.report.evaluation.prompts_text(summary.report.samples)
     parts = [
         f"> [!WARNING]\n> The full-precision scores come from **another model than the source**: {other}."
         if other
@@ -229,6 +229,7 @@ def _quality(summary: Summary) -> str:
         f"Both models answered the same samples ({data_name(summary)}) with greedy decoding; intervals are from a "
         "paired bootstrap.",
         table(head, rows),
+        f"Prompts, inside the chat template: {prompts}." if prompts else "",
         _gates(summary.report),
         drawings_note(summary),
     ]

@@ -1,15 +1,19 @@
 """Render the serving section of the model card."""
 
+import json
+
+from exporter.artifact.artifact import with_recorded_prompts
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
 from exporter.serving.launch import TESTED_VERSION
 
+QUESTION = "What is in the picture?"
 VLLM_IMAGE = f"vllm/vllm-openai:v{TESTED_VERSION}"
 
 
 def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
     """Commands for vLLM and Docker, a request, and the result of `mmq check`. lacks_start: see `card.render`."""
-    family = FAMILIES[summary.manifest.family]
+    family = with_recorded_prompts(FAMILIES[summary.manifest.family], summary.manifest)
     if family.unserved:
         return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"
@@ -36,8 +40,18 @@ def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
         + ('  "add_special_tokens": true,\n' if lacks_start else "")
         + '  "messages": [{"role": "user", "content": [\n'
         '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
-        '    {"type": "text", "text": "What is in the picture?"}]}]}\'\n```' + note + _checked(summary)
+        f'    {{"type": "text", "text": {_text(summary, family)}}}]}}]}}\'\n```' + note + _checked(summary)
     )
+
+
+def _text(summary: Summary, family: Family) -> str:
+    """The example's text as JSON inside single quotes of a shell: a question, in the recipe's own prompt if it has one.
+
+    A model without a prompt for questions gets its caption prompt.
+    """
+    own = summary.recipe.prompts
+    text = family.text(QUESTION) if "vqa" in own else family.text(None) if "captioning" in own else QUESTION
+    return json.dumps(text).replace("'", "'\\''")
 
 
 def _by_transformers(repo: str, family: Family) -> str:

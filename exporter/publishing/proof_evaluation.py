@@ -8,8 +8,11 @@ from exporter.data import BUILT_IN, image_key
 from exporter.demo import data as demo
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import ARTIFACT, SOURCE
-from exporter.evaluation.report_file import AnswersRecord, Report
+from exporter.evaluation.evaluation_record import AnswersRecord
+from exporter.evaluation.report_file import Report
 from exporter.inference.predict_server import generation
+from exporter.model.families import Family
+from exporter.planning.prompts import prompted
 from exporter.publishing.artifact_summary import Summary
 from exporter.tasks import TASKS, retrieval
 
@@ -29,7 +32,7 @@ def evaluation_problems(summary: Summary, report: Report, artifact: Artifact, we
         return ["the report does not name the two models that answered"]
     return [
         *_of_weights(summary, report, weights),
-        *_of_settings(models[SOURCE], models[ARTIFACT], summary, artifact),
+        *_of_settings(models[SOURCE], models[ARTIFACT], summary, prompted_as(artifact.family, report)),
         *_of_scoring(report),
         *_of_data(summary, report),
     ]
@@ -48,8 +51,18 @@ def _of_weights(summary: Summary, report: Report, weights: str) -> Iterator[str]
         yield f"the report's baseline is the source, although it lists differences: {baseline.differs[0]}"
 
 
-def _of_settings(source: AnswersRecord, artifact: AnswersRecord, summary: Summary, opened: Artifact) -> Iterator[str]:
-    """Problems unless both models answered with the source's processor and mmq's own settings."""
+def prompted_as(family: Family, report: Report) -> Family:
+    """The family with the prompts and answer lengths that a report records; an older mmq recorded none."""
+    records = report.evaluation.prompts
+    lengths = {task: record.max_new_tokens for task, record in records.items()}
+    return prompted(family, {task: record.prompt for task, record in records.items()}, lengths)
+
+
+def _of_settings(source: AnswersRecord, artifact: AnswersRecord, summary: Summary, family: Family) -> Iterator[str]:
+    """Problems unless both models answered with the source's processor and mmq's own settings.
+
+    family: with the prompts of the report.
+    """
     processor = summary.manifest.source.processor
     if (processor or summary.manifest.source.digest) and artifact.processor != digest(processor):
         yield "the two models answered with another processor than the source's"
@@ -57,7 +70,6 @@ def _of_settings(source: AnswersRecord, artifact: AnswersRecord, summary: Summar
     differing = [key for key in SHARED_SETTINGS if before.get(key) != after.get(key)]
     if differing:
         yield f"the two models answered with different settings: {', '.join(differing)}"
-    family = opened.family
     expected: dict[str, Any] = {task: generation(family, task) for task in family.max_new_tokens}
     if after.get("generation") != expected:
         yield f"the report's generation settings are not those of mmq for {family.name}: {AGAIN}"

@@ -14,6 +14,7 @@ from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan, make_plan
+from exporter.planning.prompts import prompts_by_task
 from exporter.publishing.artifact_summary import Summary
 from exporter.publishing.proof_files import cache_problems
 from exporter.publishing.proof_source import source_problems
@@ -31,6 +32,9 @@ def plan_problems(summary: Summary, artifact: Artifact) -> list[str]:
         return [f"the artifact does not fit its recipe: {error.message}"]
     problems = [*_of_linears(plan, summary, schemes), *_of_config(plan, artifact), *_of_calibration(plan, summary)]
     problems += [*cache_problems(plan, artifact), *source_problems(plan, summary, artifact)]
+    recorded = {task: record.model_dump() for task, record in manifest.prompts.items()}
+    if recorded and recorded != prompts_by_task(plan.family):
+        problems.append("the manifest and recipe.yaml have different prompts")
     if recipe.name != manifest.recipe.name:
         problems.append("the manifest and recipe.yaml have different recipe names")
     if not problems:

@@ -7,15 +7,9 @@ from typing import Any
 import yaml
 
 from exporter.artifact.manifest import Manifest
+from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
-from exporter.evaluation.report_file import (
-    AnswerPair,
-    DistanceRecord,
-    EvaluationRecord,
-    GateResult,
-    Report,
-    ServingRecord,
-)
+from exporter.evaluation.report_file import AnswerPair, DistanceRecord, GateResult, Report, ServingRecord
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 
 CHANGED_SHOWN = 40  # number of changed samples on the page; mmq_report.json lists more
@@ -52,6 +46,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "changed_total": sum(counts.changed for counts in report.counts.values()) if report else 0,
         "examples": _with_pictures(report.examples if report else (), pictures),
         "evaluation": report.evaluation.model_dump(exclude_none=True) if report else {},
+        "prompts": report.evaluation.prompts_text(report.samples) if report else "",
         "asked_by": _backend_text(report.evaluation) if report else "",
         "serving": _serving_content(summary.serving) if summary.serving else None,
         "plan": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),

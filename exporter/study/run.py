@@ -13,7 +13,7 @@ from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
 from exporter.pipeline.samples import training_samples
-from exporter.planning.recipe import Rule
+from exporter.planning.recipe import Recipe, Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
@@ -133,7 +133,9 @@ def _exam(setup: Setup, keys: Keys) -> str:
 
     These are the model, its calibration data, the version of each method, the samples and the way of scoring.
     """
-    how = [setup.how, setup.sequential, setup.split]
+    how: list[Any] = [setup.how, setup.sequential, setup.split]
+    lengths = Recipe.model_validate_json(setup.recipe).max_new_tokens
+    how += [lengths] if lengths and setup.how == "generated" else []
     return digest([keys.exam, how, keys.model, keys.calibration, method_versions(METHODS)])[:32]
 
 

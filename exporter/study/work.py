@@ -26,6 +26,7 @@ from exporter.model.stream import Stream
 from exporter.pipeline.preparation import with_suitable_data
 from exporter.pipeline.samples import training_samples
 from exporter.planning.plan import Plan, Unit, make_plan
+from exporter.planning.prompts import by_recipe
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization import calibrate
@@ -118,7 +119,7 @@ def open_model(setup: Setup, source: str = "") -> StudyModel:
         recipe.model.repo, recipe.model.revision, dtype=recipe.model.dtype, adapter=recipe.model.adapter
     )
     check_libraries(checkpoint, family)
-    return StudyModel(recipe, checkpoint, family, choose(setup.device))
+    return StudyModel(recipe, checkpoint, by_recipe(family, recipe), choose(setup.device))
 
 
 def store_of(setup: Setup) -> UnitStore:

@@ -186,7 +186,7 @@ class Family:
 
     def text(self, question: str | None) -> str:
         """The user's text next to the picture: the question in the family's wording, or the caption request."""
-        return self.caption_prompt if question is None else self.question_prompt.format(question=question)
+        return self.caption_prompt if question is None else self.question_prompt.replace("{question}", question)
 
     def reason_kept(self, module: str) -> str | None:
         """Why the linear `module` (a checkpoint name without `.weight`) is never quantized, or None."""
