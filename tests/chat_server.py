@@ -66,10 +66,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self._send(*fault)
             picture, text = body["messages"][0]["content"]
             image = Image.open(BytesIO(base64.b64decode(picture["image_url"]["url"].partition(",")[2])))
-            said = self.server.answer(text["text"], image)
+            answer = self.server.answer(text["text"], image)
             with self.server.lock:
                 self.server.bodies.append(body)
-            self._send(200, {}, events(said) if body.get("stream") else reply(said))
+            self._send(200, {}, events(answer) if body.get("stream") else reply(answer))
         finally:
             with self.server.lock:
                 self.server.open -= 1

@@ -147,8 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {self.path}"
         fault = self.hub.fault(line)
         length = int(self.headers.get("Content-Length") or 0)
-        wanted = length if fault is None or fault.cut is None or self.command == "GET" else min(length, fault.cut)
-        body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(wanted)
+        length_sent = length if fault is None or fault.cut is None or self.command == "GET" else min(length, fault.cut)
+        body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length_sent)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         with self.hub.lock:
             self.hub.log.append(Request(self.command, self.path, token, self.headers.get("Range"), len(body)))
@@ -225,8 +225,8 @@ class Routes:
         ]
         line = f"{self.handler.command} {self.path}"
         for pattern, route in routes:
-            if found := re.fullmatch(pattern, line):
-                return route(*(part and unquote(part) for part in found.groups()))
+            if match := re.fullmatch(pattern, line):
+                return route(*(part and unquote(part) for part in match.groups()))
         raise Refused(404, f"no endpoint {line}")
 
     def json(self) -> Any:
@@ -258,12 +258,12 @@ class Routes:
         return identity, repo.commits[identity]
 
     def create(self) -> Answer:
-        wanted = self.json()
-        name = f"{wanted['organization']}/{wanted['name']}"
+        request = self.json()
+        name = f"{request['organization']}/{request['name']}"
         self.may_write(name)
         if name in self.hub.repos:
             raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
-        repo = self.hub.repos[name] = Repo(wanted.get("visibility") == "private" or bool(wanted.get("private")))
+        repo = self.hub.repos[name] = Repo(request.get("visibility") == "private" or bool(request.get("private")))
         repo.commit("main", {".gitattributes": Entry(b"*.safetensors filter=lfs\n", False)})
         return ok({"url": f"{self.hub.url}/{name}", "name": name})
 
@@ -328,8 +328,8 @@ class Routes:
     def batch(self, name: str) -> Answer:
         self.writable(name)
         objects = []
-        for wanted in self.json()["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
+        for entry in self.json()["objects"]:
+            oid, size = entry["oid"], entry["size"]
             line: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.blobs:
                 upload: dict[str, Any] = {"href": f"{self.hub.storage}/upload/{oid}?part=1"}
@@ -349,8 +349,8 @@ class Routes:
 
     def complete(self, oid: str) -> Answer:
         parts = self.hub.parts[oid]
-        for said in self.json()["parts"]:
-            if said["etag"] != f'"{hashlib.md5(parts[said["partNumber"]]).hexdigest()}"':
+        for part in self.json()["parts"]:
+            if part["etag"] != f'"{hashlib.md5(parts[part["partNumber"]]).hexdigest()}"':
                 raise Refused(400, "a part has another etag")
         return ok({})
 
@@ -385,10 +385,10 @@ class Routes:
                 del new[value["path"]]
         branch = f"refs/pr/{len(repo.commits)}" if self.query.get("create_pr") else revision
         identity = repo.commit(branch, new)
-        said = {"commitUrl": f"{self.hub.url}/{name}/commit/{identity}", "commitOid": identity}
+        response = {"commitUrl": f"{self.hub.url}/{name}/commit/{identity}", "commitOid": identity}
         if branch != revision:
-            said["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/1"
-        return ok(said)
+            response["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/1"
+        return ok(response)
 
     def resolve(self, name: str, revision: str, path: str) -> Answer:
         identity, files = self.revision(self.seen(name), revision)
@@ -406,10 +406,10 @@ class Routes:
         return self.ranged(self.hub.blobs[oid], {"ETag": f'"{oid}"'})
 
     def ranged(self, content: bytes, headers: dict[str, str]) -> Answer:
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.handler.headers.get("Range") or "")
-        if not wanted:
+        range_match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.handler.headers.get("Range") or "")
+        if not range_match:
             return 200, {**headers, "X-Length": str(len(content))}, content
-        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        first, last = int(range_match[1]), min(int(range_match[2] or len(content)), len(content) - 1)
         part = content[first : last + 1]
         shown = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "X-Length": str(len(part))}
         return 206, headers | shown, part

@@ -56,10 +56,10 @@ def flickr30k(root: Path) -> dict[str, Any]:
 
 def vqav2(root: Path, subset: str = "val2014") -> tuple[dict[str, Any], dict[str, Any]]:
     """Questions and annotations of three questions on two pictures."""
-    said = (("yes/no", "yes", "no"), ("number", "2", "3"), ("other", "red", "blue"))
+    answer_types = (("yes/no", "yes", "no"), ("number", "2", "3"), ("other", "red", "blue"))
     images = (42, 42, 73)
     questions, annotations = [], []
-    for i, ((kind, most, other), image) in enumerate(zip(said, images, strict=True)):
+    for i, ((kind, most, other), image) in enumerate(zip(answer_types, images, strict=True)):
         people = [other] * 3 + [most] * 7
         answers = [{"answer": a, "answer_confidence": "yes", "answer_id": n + 1} for n, a in enumerate(people)]
         questions.append({"image_id": image, "question": f"Question {i}?", "question_id": image * 1000 + i})
@@ -75,11 +75,11 @@ def vqav2(root: Path, subset: str = "val2014") -> tuple[dict[str, Any], dict[str
         )
         picture(root / subset / f"COCO_{subset}_{image:012d}.jpg", image)
     about = {"info": {}, "license": {}, "data_subtype": subset, "data_type": "mscoco"}
-    asked = about | {"task_type": "Open-Ended", "questions": questions}
+    document = about | {"task_type": "Open-Ended", "questions": questions}
     answered = about | {"annotations": annotations}
-    write(root / f"v2_OpenEnded_mscoco_{subset}_questions.json", asked)
+    write(root / f"v2_OpenEnded_mscoco_{subset}_questions.json", document)
     write(root / f"v2_mscoco_{subset}_annotations.json", answered)
-    return asked, answered
+    return document, answered
 
 
 def gqa(root: Path, split: str = "testdev_balanced") -> dict[str, Any]:

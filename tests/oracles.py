@@ -181,8 +181,8 @@ def awq_clip_by_hand(weight: Tensor, x: Tensor, scheme: Scheme, scale_dtype: tor
         ends = [torch.stack([part.min().clamp_max(0), part.max().clamp_min(0)])[None] * (1 - i / 20) for i in range(11)]
         return [fit_scale(end, alone, scale_dtype) for end in ends]
 
-    def output(part: Tensor, inputs: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
-        lost = dequantize(quantize(part, *found, alone), *found, alone) - part
+    def output(part: Tensor, inputs: Tensor, scale_zero: tuple[Tensor, Tensor]) -> Tensor:
+        lost = dequantize(quantize(part, *scale_zero, alone), *scale_zero, alone) - part
         return inputs.double() @ lost[0].double()
 
     scale, zero = fit_scale(weight, scheme, scale_dtype)

@@ -38,12 +38,12 @@ LIVE = {QUERY: "model.language_model.layers.0.self_attn.q_proj", TOWER: "model.v
 def halves(rank: int = 4, names: dict[str, str] = LIVE) -> dict[str, Tensor]:
     """Random LoRA of a language and a vision linear, under the names of transformers 5."""
     torch.manual_seed(3)
-    found = {}
+    tensors = {}
     for hub, live in names.items():
         outputs, inputs = (128, 128) if hub == QUERY else (512, 128)
-        found[f"base_model.model.{live}.lora_A.weight"] = torch.randn(rank, inputs) / 8
-        found[f"base_model.model.{live}.lora_B.weight"] = torch.randn(outputs, rank) / 8
-    return found
+        tensors[f"base_model.model.{live}.lora_A.weight"] = torch.randn(rank, inputs) / 8
+        tensors[f"base_model.model.{live}.lora_B.weight"] = torch.randn(outputs, rank) / 8
+    return tensors
 
 
 def adapter(folder: Path, tensors: dict[str, Tensor] | None = None, **settings: Any) -> Path:
@@ -70,13 +70,13 @@ def merged(folder: Path) -> Checkpoint:
 )
 def test_a_merged_weight_is_the_naive_sum(tmp_path: Path, settings: dict[str, Any], query: float, tower: float) -> None:
     base, tensors = Checkpoint.open(DEMO, FAMILIES["llava"].canonical_name), halves()
-    found = merged(adapter(tmp_path / "a", **settings))
+    model = merged(adapter(tmp_path / "a", **settings))
     for module, scale in ((QUERY, query), (TOWER, tower)):
         a, b = (tensors[f"base_model.model.{LIVE[module]}.lora_{part}.weight"] for part in "AB")
         expected = base.read(f"{module}.weight").float() + (b @ a) * scale
-        assert torch.equal(found.read(f"{module}.weight"), expected.to(torch.bfloat16))
+        assert torch.equal(model.read(f"{module}.weight"), expected.to(torch.bfloat16))
     untouched = "language_model.model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(found.read(untouched), base.read(untouched))
+    assert torch.equal(model.read(untouched), base.read(untouched))
 
 
 def test_names_of_every_transformers_version_and_tensors_trained_whole(tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_names_of_every_transformers_version_and_tensors_trained_whole(tmp_path:
         "base_model.model.model.multi_modal_projector.linear_1.bias": torch.zeros(128),
     }
     old = {QUERY: QUERY, TOWER: TOWER}
-    found = merged(adapter(tmp_path / "a", halves(names=old) | projector))
+    model = merged(adapter(tmp_path / "a", halves(names=old) | projector))
     new = merged(adapter(tmp_path / "b"))
     for module in old:
-        assert torch.equal(found.read(f"{module}.weight"), new.read(f"{module}.weight"))
-    assert found.read("multi_modal_projector.linear_1.weight").eq(1).all()
-    assert found.read("multi_modal_projector.linear_1.bias").eq(0).all()
-    assert found.read("multi_modal_projector.linear_1.weight").dtype == torch.bfloat16
+        assert torch.equal(model.read(f"{module}.weight"), new.read(f"{module}.weight"))
+    assert model.read("multi_modal_projector.linear_1.weight").eq(1).all()
+    assert model.read("multi_modal_projector.linear_1.bias").eq(0).all()
+    assert model.read("multi_modal_projector.linear_1.weight").dtype == torch.bfloat16
 
 
 def test_peft_merges_the_same(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_peft_merges_the_same(tmp_path: Path) -> None:
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) / 8)
     tuned.save_pretrained(tmp_path / "a")
-    theirs = dict(tuned.merge_and_unload().named_parameters())
-    found = merged(tmp_path / "a")
-    assert found.adapter is not None
-    assert (len(found.adapter.pairs), len(found.adapter.whole)) == (7, 2)
+    expected = dict(tuned.merge_and_unload().named_parameters())
+    model = merged(tmp_path / "a")
+    assert model.adapter is not None
+    assert (len(model.adapter.pairs), len(model.adapter.whole)) == (7, 2)
     for name in names:
-        assert torch.equal(found.read(name), theirs[family.live_name(name)]), name
+        assert torch.equal(model.read(name), expected[family.live_name(name)]), name
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -176,9 +176,9 @@ def test_tensors_that_cannot_be_merged_are_refused(tmp_path: Path, what: str) ->
 def test_nonfinite_values_are_an_error_when_they_are_read(tmp_path: Path) -> None:
     tensors = halves()
     tensors[f"base_model.model.{LIVE[QUERY]}.lora_A.weight"][0, 0] = float("nan")
-    found = merged(adapter(tmp_path / "a", tensors))
+    model = merged(adapter(tmp_path / "a", tensors))
     with pytest.raises(CheckpointError, match=r"q_proj\.lora_A\.weight has values that are not finite"):
-        found.read(f"{QUERY}.weight")
+        model.read(f"{QUERY}.weight")
 
 
 def test_a_pickled_adapter_and_no_adapter_are_refused(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_an_artifact_of_base_and_adapter_equals_that_of_the_merged_model(tmp_pat
 
 
 def test_another_adapter_is_another_model(tmp_path: Path) -> None:
-    one, other = merged(adapter(tmp_path / "a")), merged(adapter(tmp_path / "b", lora_alpha=9))
-    assert len({checkpoint.digest() for checkpoint in (one, other, open_source("demo-llava")[0])}) == 3
+    first, other = merged(adapter(tmp_path / "a")), merged(adapter(tmp_path / "b", lora_alpha=9))
+    assert len({checkpoint.digest() for checkpoint in (first, other, open_source("demo-llava")[0])}) == 3
 
 
 def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:

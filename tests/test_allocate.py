@@ -66,10 +66,10 @@ def test_a_budget_below_the_smallest_size_is_an_error_with_that_size() -> None:
 
 def test_the_front_costs_less_the_larger_it_is() -> None:
     places, full = random_places(1)
-    found = front(places, full)
-    assert len(found) > 5
-    assert [c.bytes for c in found] == sorted({c.bytes for c in found})
-    assert all(a.cost > b.cost for a, b in itertools.pairwise(found))
+    choices = front(places, full)
+    assert len(choices) > 5
+    assert [c.bytes for c in choices] == sorted({c.bytes for c in choices})
+    assert all(a.cost > b.cost for a, b in itertools.pairwise(choices))
 
 
 def test_the_solver_writes_nothing_to_standard_output(capfd: pytest.CaptureFixture[str]) -> None:

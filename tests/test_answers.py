@@ -71,9 +71,9 @@ def test_a_second_evaluation_runs_no_samples_and_a_larger_one_only_new_samples(t
     first_answers = run(first, tasks, store)
     assert first_answers == {"vqa": [f"I am s{i}" for i in range(7)], "captioning": ["I am s0", "I am s1"]}
     assert len(first.answered) == 9
-    again = Counting()
-    assert run(again, tasks, Store(tmp_path)) == first_answers
-    assert (again.answered, again.opened) == ([], 0)
+    second = Counting()
+    assert run(second, tasks, Store(tmp_path)) == first_answers
+    assert (second.answered, second.opened) == ([], 0)
     larger = Counting()
     run(larger, {"vqa": [sample(i) for i in range(9)]}, store)
     assert larger.answered == ["s7", "s8"]

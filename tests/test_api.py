@@ -124,8 +124,8 @@ def test_tensors_of_an_opened_artifact_are_those_of_the_artifact(worked: dict[st
     packed = next(iter(artifact.manifest.linears))
     assert torch.equal(opened[f"{packed}.weight"], artifact.linear(packed).dequantize())
     assert opened[f"{packed}.weight"].dtype == torch.float32
-    kept = next(name for name in opened if name.endswith("norm.weight"))
-    assert torch.equal(opened[kept], artifact.checkpoint.read(kept))
+    unquantized = next(name for name in opened if name.endswith("norm.weight"))
+    assert torch.equal(opened[unquantized], artifact.checkpoint.read(unquantized))
     assert f"{packed}.weight_packed" not in opened  # a stored name
     with pytest.raises(KeyError):
         opened[f"{packed}.weight_packed"]
@@ -133,11 +133,11 @@ def test_tensors_of_an_opened_artifact_are_those_of_the_artifact(worked: dict[st
 
 
 def test_a_shorter_evaluation_keeps_the_report_and_says_so(worked: dict[str, object]) -> None:
-    folder, said = Path(str(worked["folder"])) / "artifacts" / "demo", list[Event]()
-    report = exporter.evaluate(folder, eval_samples=4, device=choose("cpu"), on_event=said.append)
+    folder, events = Path(str(worked["folder"])) / "artifacts" / "demo", list[Event]()
+    report = exporter.evaluate(folder, eval_samples=4, device=choose("cpu"), on_event=events.append)
     assert {measure.samples for measure in report.measures} == {4}
     assert exporter.open_artifact(folder).report == worked["report"]
-    assert "the artifact keeps its report" in said[-1].message
+    assert "the artifact keeps its report" in events[-1].message
 
 
 def test_publishing_lists_what_is_not_proven(worked: dict[str, object]) -> None:
@@ -156,7 +156,7 @@ def test_a_check_gets_its_arguments(worked: dict[str, object], monkeypatch: pyte
     folder = Path(str(worked["folder"])) / "artifacts" / "demo"
     for control in (True, False, "language"):
         exporter.check(folder, vllm="v", questions=3, control=control, flags=["--x"], wait=5, device="cpu")  # type: ignore[arg-type]
-    assert [(session.disturb, count, asked) for session, count, asked in calls] == [
+    assert [(session.disturb, count, device) for session, count, device in calls] == [
         (None, 3, True),
         (None, 3, False),
         ("language", 3, True),
@@ -170,7 +170,9 @@ def test_plan_takes_a_name_a_path_or_a_recipe() -> None:
     recipe = exporter.load_recipe("llava-w8")
     assert isinstance(recipe, Recipe)
     path = ROOT / "recipes" / "llava-w8.yaml"
-    plans = [exporter.plan(given, model="demo-llava", device="cpu") for given in (recipe, "llava-w8", path, str(path))]
+    plans = [
+        exporter.plan(argument, model="demo-llava", device="cpu") for argument in (recipe, "llava-w8", path, str(path))
+    ]
     assert {plan.bytes_after for plan in plans} == {plans[0].bytes_after}
     assert {plan.recipe.digest() for plan in plans} == {plans[0].recipe.digest()}
 

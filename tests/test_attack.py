@@ -23,12 +23,12 @@ def test_damaged_inputs_are_refused_or_work(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_mutation_is_decided_by_its_seed(tmp_path: Path) -> None:
-    made = []
+    inputs = []
     for name in "ab":
         (tmp_path / name).mkdir()
         KINDS["config"].damage(tmp_path / name, Random("7:config:3"))
-        made.append(sorted((path.name, path.read_bytes()) for path in (tmp_path / name).rglob("*.json")))
-    assert made[0] == made[1]
+        inputs.append(sorted((path.name, path.read_bytes()) for path in (tmp_path / name).rglob("*.json")))
+    assert inputs[0] == inputs[1]
     content = {"a": [1, {"b": "c"}], "d": None}
     assert damaged_json(content, Random("x")) == damaged_json(content, Random("x"))
     assert len({damaged_json(content, Random(f"{i}")) for i in range(60)}) > 30
@@ -67,9 +67,9 @@ def test_an_error_after_the_plan_is_late(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_kinds_share_the_count_and_the_table_counts_them() -> None:
-    chosen = cases(3000, 0, None)
-    assert abs(len(chosen) - 3000) < 9
-    assert {case.kind for case in chosen} == set(KINDS)
+    selected = cases(3000, 0, None)
+    assert abs(len(selected) - 3000) < 9
+    assert {case.kind for case in selected} == set(KINDS)
     assert cases(9, 5, "config:17") == [Case("config", 17, 5)]
     assert len(cases(9, 0, "config")) == 9
     shown = table([Result(Case("a", 0, 0), "works"), Result(Case("a", 1, 0), "hang"), Result(Case("b", 0, 0), "works")])

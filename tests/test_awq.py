@@ -28,7 +28,7 @@ def weights(*rows: int, columns: int) -> list[torch.Tensor]:
     return [torch.randn(out, columns, generator=generator) for out in rows]
 
 
-def seen(x: torch.Tensor) -> Statistics:
+def statistics_of(x: torch.Tensor) -> Statistics:
     statistics = Statistics(x.shape[1], CPU)
     statistics.update(x)
     return statistics
@@ -39,7 +39,7 @@ def seen(x: torch.Tensor) -> Statistics:
 )
 def test_scales_equal_a_search_by_hand(scheme: Scheme) -> None:
     x, both = inputs(60, 100), weights(6, 9, columns=100)  # two linears share the input; the last group is short
-    scales, before, after = find_scales(both, seen(x), scheme, Options(), HALF)
+    scales, before, after = find_scales(both, statistics_of(x), scheme, Options(), HALF)
     torch.testing.assert_close(scales, awq_scales_by_hand(both, x, scheme, HALF), rtol=1e-4, atol=0)
     assert after < before
     assert float(scales.std()) > 0.1
@@ -51,7 +51,7 @@ def test_errors_are_those_of_the_outputs() -> None:
     x, (weight,) = norm(inputs(50, 40).double()).detach().float(), weights(8, columns=40)
     linear.weight.data.copy_(weight)
     scheme, block = Scheme(3, 16, False), nn.ModuleDict({"norm": norm, "linear": linear})
-    scales, before, after = find_scales([weight], seen(x), scheme, Options(), HALF)
+    scales, before, after = find_scales([weight], statistics_of(x), scheme, Options(), HALF)
     fold(block, "norm", ("linear",), None, scales)
     folded = norm(inputs(50, 40).double()).detach().float()
     for y, stored, promised in ((x, weight, before), (folded, linear.weight.detach(), after)):
@@ -63,7 +63,7 @@ def test_errors_are_those_of_the_outputs() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_scales_lower_the_error_where_columns_differ(bits: int) -> None:
     x, both = inputs(400, 96), weights(24, 24, columns=96)
-    _, before, after = find_scales(both, seen(x), Scheme(bits, 32), Options(), HALF)
+    _, before, after = find_scales(both, statistics_of(x), Scheme(bits, 32), Options(), HALF)
     assert after < 0.7 * before
 
 
@@ -73,7 +73,7 @@ def test_scales_that_do_not_help_are_not_used() -> None:
     codes[:, ::8] = -7.5  # the peak of every group, half way between two codes, so that the step is 1
     x = inputs(60, 40)
     x[:, ::8] = 0.001
-    scales, before, after = find_scales([codes], seen(x), Scheme(4, 8), Options(), torch.float32)
+    scales, before, after = find_scales([codes], statistics_of(x), Scheme(4, 8), Options(), torch.float32)
     assert torch.equal(scales, torch.ones(40))
     assert after == before
 
@@ -83,22 +83,22 @@ def test_columns_without_inputs_or_weights_keep_scale_one_and_change_no_others()
     weight[:, 5] = 0
     x[:, 9] = 0
     scheme = Scheme(3, 8)
-    scales, before, after = find_scales([weight], seen(x), scheme, Options(), HALF)
+    scales, before, after = find_scales([weight], statistics_of(x), scheme, Options(), HALF)
     others = [i for i in range(40) if i not in (5, 9)]
     assert after < before
     assert scales[[5, 9]].tolist() == [1.0, 1.0]
     torch.testing.assert_close(scales[others].max() * scales[others].min(), torch.tensor(1.0))
-    nothing, before, after = find_scales([weight], Statistics(40, CPU), scheme, Options(), HALF)
-    assert torch.equal(nothing, torch.ones(40))
+    unscaled, before, after = find_scales([weight], Statistics(40, CPU), scheme, Options(), HALF)
+    assert torch.equal(unscaled, torch.ones(40))
     assert before == after == 0
 
 
 def test_scales_stay_within_the_range_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight,) = inputs(60, 40), weights(8, columns=40)
-    free, _, _ = find_scales([weight], seen(x), Scheme(3, 8), Options(), HALF)
+    free, _, _ = find_scales([weight], statistics_of(x), Scheme(3, 8), Options(), HALF)
     assert float(free.max()) > 1.5
     monkeypatch.setattr(awq, "LARGEST_SCALE", 1.5)
-    bound, _, _ = find_scales([weight], seen(x), Scheme(3, 8), Options(), HALF)
+    bound, _, _ = find_scales([weight], statistics_of(x), Scheme(3, 8), Options(), HALF)
     assert float(bound.max()) == 1.5
     assert float(bound.min()) >= 1 / 1.5
 
@@ -106,11 +106,11 @@ def test_scales_stay_within_the_range_of_float16(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("points", [1, 7, 20])
 def test_every_exponent_is_a_candidate_after_no_scales(points: int) -> None:
     x, both = inputs(60, 40), weights(8, columns=40)
-    found = list(awq.candidates(both, seen(x), Scheme(4, 8), Options(points=points)))
+    candidates = list(awq.candidates(both, statistics_of(x), Scheme(4, 8), Options(points=points)))
     expected = awq_candidates_by_hand(both, x, Scheme(4, 8), points)
-    assert len(found) == len(expected) == points + 1
-    assert torch.equal(found[0], torch.ones(40))
-    torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=1e-4, atol=0)
+    assert len(candidates) == len(expected) == points + 1
+    assert torch.equal(candidates[0], torch.ones(40))
+    torch.testing.assert_close(torch.stack(candidates), torch.tensor(expected), rtol=1e-4, atol=0)
 
 
 def test_the_best_is_the_first_of_the_smallest_errors() -> None:
@@ -134,11 +134,11 @@ def test_the_best_is_the_first_of_the_smallest_errors() -> None:
 @pytest.mark.parametrize("rows", [20, 300])  # fewer and more than a group has columns
 def test_clipping_equals_a_search_by_hand(scheme: Scheme, rows: int) -> None:
     x, (weight,) = inputs(rows, 100), weights(12, columns=100)  # a short last group
-    found, notes = awq.quantize_linear(weight, seen(x), scheme, Options(), HALF)
+    clipped, notes = awq.quantize_linear(weight, statistics_of(x), scheme, Options(), HALF)
     scale, zero = awq_clip_by_hand(weight, x, scheme, HALF)
     assert notes == ()
-    assert torch.equal(found.scale, scale)
-    assert torch.equal(found.zero, zero)
+    assert torch.equal(clipped.scale, scale)
+    assert torch.equal(clipped.zero, zero)
 
 
 def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
@@ -147,8 +147,8 @@ def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
     x = torch.randn(300, 1, generator=generator) + 0.3 * torch.randn(300, 96, generator=generator)
     (weight,) = weights(64, columns=96)
     scheme = Scheme(3, 32)
-    clipped, _ = awq.quantize_linear(weight, seen(x), scheme, Options(), HALF)
-    plain, _ = awq.quantize_linear(weight, seen(x), scheme, Options(clip=False), HALF)
+    clipped, _ = awq.quantize_linear(weight, statistics_of(x), scheme, Options(), HALF)
+    plain, _ = awq.quantize_linear(weight, statistics_of(x), scheme, Options(clip=False), HALF)
     errors = [(x @ (linear.dequantize() - weight).T).square().sum(0) for linear in (clipped, plain)]
     assert (errors[0] <= errors[1] * 1.0001).all()
     assert float(errors[0].sum()) < 0.9 * float(errors[1].sum())
@@ -159,7 +159,7 @@ def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
 )
 def test_without_clipping_it_is_rounding(options: Options, group: int, rows: int) -> None:
     (weight,) = weights(24, columns=96)
-    linear, _ = awq.quantize_linear(weight, seen(inputs(rows, 96)), Scheme(4, group), options, HALF)
+    linear, _ = awq.quantize_linear(weight, statistics_of(inputs(rows, 96)), Scheme(4, group), options, HALF)
     plain, _ = rtn.quantize_linear(weight, None, Scheme(4, group), rtn.Options(), HALF)
     assert torch.equal(linear.codes, plain.codes)
     assert torch.equal(linear.scale, plain.scale)
@@ -167,7 +167,7 @@ def test_without_clipping_it_is_rounding(options: Options, group: int, rows: int
 
 def test_stacked_linears_equal_separate_ones() -> None:
     x, both = inputs(300, 96), weights(8, 16, columns=96)
-    whole, _ = awq.quantize_linear(torch.cat(both), seen(x), Scheme(3, 32), Options(), HALF)
-    parts = [awq.quantize_linear(weight, seen(x), Scheme(3, 32), Options(), HALF)[0] for weight in both]
+    whole, _ = awq.quantize_linear(torch.cat(both), statistics_of(x), Scheme(3, 32), Options(), HALF)
+    parts = [awq.quantize_linear(weight, statistics_of(x), Scheme(3, 32), Options(), HALF)[0] for weight in both]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))

@@ -183,8 +183,8 @@ def big(name: str, family: Family, sparse: Callable[[str], Path]) -> Checkpoint:
 
 def plan_of(checkpoint: Checkpoint, family: Family, rules: list[dict[str, Any]] | None = None) -> Plan:
     """The plan for groups of 128, as on real models."""
-    chosen = rules or rules_for(family, group_size=128)
-    return make_plan(recipe_for(family, checkpoint.folder, quantize=chosen), checkpoint, family, H100)
+    final_rules = rules or rules_for(family, group_size=128)
+    return make_plan(recipe_for(family, checkpoint.folder, quantize=final_rules), checkpoint, family, H100)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_published_counts_of_what_is_quantized(
     checkpoint = big(name, family, sparse_checkpoint)
     plan = plan_of(checkpoint, family)
     assert [row.tensor.name for row in plan.rows] == list(checkpoint.tensors)
-    found = {
+    totals = {
         component.name: sum(row.tensor.size for row in plan.of(component.name) if row.decision != "kept")
         for component in family.components
     }
-    assert found == counts
+    assert totals == counts
     assert all(row.reason or row.decision == "packed" for row in plan.rows)
     for component in family.components:
         how = {row.decision for row in plan.of(component.name) if row.rule}
@@ -228,8 +228,8 @@ def test_every_recipe_fits_its_true_model(name: str, sparse_checkpoint: Callable
     assert len(plan.warnings) == NO_WARNING[family.name] or "w3" in name
     assert plan.bytes_before == 2 * plan.parameters
     assert all(row.reason or row.decision == "packed" for row in plan.rows)
-    linears, found = engine_linears(plan.rows, family), [(group.scheme, group.targets) for group in groups(plan)]
-    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    linears, schemes = engine_linears(plan.rows, family), [(group.scheme, group.targets) for group in groups(plan)]
+    assert pattern_problems(linears, schemes, kept_modules(plan)) == []
     dequantized = {row.component for row in plan.rows if row.decision == "dequantized"}
     assert dequantized <= {component.name for component in family.components if component.unpackable}
 
@@ -260,16 +260,16 @@ def test_the_engine_gives_every_linear_its_scheme(bits: int, sparse_checkpoint: 
     plan = plan_of(big(OPT_27B, BLIP2, sparse_checkpoint), BLIP2, rules_for(BLIP2, "rtn", bits, 128))
     linears = engine_linears(plan.rows, BLIP2)
     assert linears[0].name == ".encoder.layers.0.self_attn.qkv"  # the engine's tower has no name of its own
-    assert {found.engine.rpartition(".")[2] for found in linears if "decoder" in found.name} == {
+    assert {schemes.engine.rpartition(".")[2] for schemes in linears if "decoder" in schemes.name} == {
         "qkv_proj",
         "out_proj",
         "fc1",
         "fc2",
     }
-    found = [(group.scheme, group.targets) for group in groups(plan)]
-    assert len(found) == 1
-    assert pattern_problems(linears, found, kept_modules(plan)) == []
-    off = [(scheme, [target.replace(r"(?:vision_model)?\.?", "") for target in targets]) for scheme, targets in found]
+    schemes = [(group.scheme, group.targets) for group in groups(plan)]
+    assert len(schemes) == 1
+    assert pattern_problems(linears, schemes, kept_modules(plan)) == []
+    off = [(scheme, [target.replace(r"(?:vision_model)?\.?", "") for target in targets]) for scheme, targets in schemes]
     assert pattern_problems(linears, off, kept_modules(plan))
 
 
@@ -336,10 +336,10 @@ def test_answers_are_those_of_one_token_at_a_time(models: dict[str, Path]) -> No
     checkpoint, processor = Checkpoint.open(models["blip2"]), load_processor(models["blip2"])
     names, config = list(checkpoint.tensors), checkpoint.config
     model = load_whole(BLIP2, config, names, checkpoint.read, torch.device("cpu"), torch.float32)
-    asked = samples("captioning", "test", 3, 0) + samples("vqa", "test", 5, 0)
-    answers = Predictor(model, processor, BLIP2, torch.device("cpu"), 8).answer(asked)
+    mixed_samples = samples("captioning", "test", 3, 0) + samples("vqa", "test", 5, 0)
+    answers = Predictor(model, processor, BLIP2, torch.device("cpu"), 8).answer(mixed_samples)
     assert len(set(answers)) > 3
-    for sample, answer in zip(asked, answers, strict=True):
+    for sample, answer in zip(mixed_samples, answers, strict=True):
         inputs = prompt_inputs(processor, BLIP2, sample)
         start, longest = inputs["input_ids"].shape[1], BLIP2.max_new_tokens[task_of(sample)]
         assert inputs["input_ids"][0].tolist().count(config["image_token_index"]) == config["num_query_tokens"]
@@ -369,9 +369,9 @@ def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path]
     quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
     with pytest.raises(ServeError, match="vLLM does not support image-text retrieval"):
         refuse_unservable(Artifact.open(tmp_path / "out"), on=None, tensor_parallel=1)
-    said = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
-    assert "Blip2ForImageTextRetrieval.from_pretrained(" in said
-    assert "vllm serve" not in said
+    section = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
+    assert "Blip2ForImageTextRetrieval.from_pretrained(" in section
+    assert "vllm serve" not in section
 
 
 @pytest.mark.parametrize(

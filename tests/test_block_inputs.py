@@ -65,7 +65,7 @@ def test_gptq_uses_the_token_weights_of_the_recipe(vision: float, tmp_path: Path
     checkpoint = tiny_checkpoint(tmp_path / "model")
     recipe = plan_for(checkpoint, (rule,)).recipe.adjusted(calibration={"vision_weight": vision})
     plan = make_plan(recipe, checkpoint, LLAVA, choose("cpu"))
-    found = streamed(plan, checkpoint, tmp_path / "work", batches_for(LLAVA)).read(plan.units[0]).linears
+    linears = streamed(plan, checkpoint, tmp_path / "work", batches_for(LLAVA)).read(plan.units[0]).linears
     name = "language_model.model.layers.0.self_attn.q_proj"
     linear = live_model(LLAVA).get_submodule(LLAVA.live_name(name))
     hessian, image = torch.zeros(96, 96, dtype=torch.float64), LLAVA.tiny_config()["image_token_index"]
@@ -78,17 +78,17 @@ def test_gptq_uses_the_token_weights_of_the_recipe(vision: float, tmp_path: Path
     expected, _ = gptq.quantize_linear(
         linear.weight.detach(), statistics, rule.scheme(), gptq.Options(), torch.bfloat16
     )
-    assert int((found[name].codes != expected.codes).sum()) <= 2
+    assert int((linears[name].codes != expected.codes).sum()) <= 2
 
 
 def inputs(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What one linear receives, f64 `[batch * tokens, in]`."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     model = live_model(LLAVA)
-    model.get_submodule(LLAVA.live_name(name)).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.get_submodule(LLAVA.live_name(name)).register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     with torch.no_grad():
         model(**batch)
-    return seen[0].flatten(0, 1).double()
+    return captured[0].flatten(0, 1).double()
 
 
 def test_a_picture_weight_needs_an_image_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def whole_model_twin(plan: Plan, batches: list[dict[str, torch.Tensor]]) -> dict
             rows = [row for row in unit.rows if row.linear in phase]
             if not rows:
                 continue
-            statistics = watch_one(model, rows[0].module, family, batches)
+            statistics = watch_module(model, rows[0].module, family, batches)
             for row in rows:
                 linear = model.get_submodule(family.live_name(row.module))
                 method = METHODS[row.rule.method]
@@ -109,7 +109,7 @@ def whole_model_twin(plan: Plan, batches: list[dict[str, torch.Tensor]]) -> dict
 TEXT_IN_FORMER = ("attention.attention", "attention.output", "intermediate.", "output.")  # what also sees words
 
 
-def watch_one(model: nn.Module, module: str, family: Family, batches: list[dict[str, torch.Tensor]]) -> object:
+def watch_module(model: nn.Module, module: str, family: Family, batches: list[dict[str, torch.Tensor]]) -> object:
     """GPTQ statistics of one linear's input over whole forward passes, padding left out.
 
     Written out by name and by shape, and with whole passes only: the retrieval model's matching head, then its
@@ -149,9 +149,9 @@ def test_streaming_equals_running_the_whole_model(family: Family, tmp_path: Path
     assert [unit.component for unit in plan.units] == UNITS_OF[family.name]
     workdir = streamed(plan, checkpoint, tmp_path / "work", batches)
     expected = whole_model_twin(plan, batches)
-    found = {name: q for unit in plan.units for name, q in workdir.read(unit).linears.items()}
-    assert found.keys() == expected.keys()
-    for name, linear in found.items():
+    streamed_linears = {name: q for unit in plan.units for name, q in workdir.read(unit).linears.items()}
+    assert streamed_linears.keys() == expected.keys()
+    for name, linear in streamed_linears.items():
         same = (linear.codes == expected[name].codes).float().mean()
         assert same > 0.995, f"{name}: {same:.4f} of the codes agree; float sums in another order move a few"
         assert torch.equal(linear.scale, expected[name].scale), name
@@ -163,11 +163,11 @@ def test_linears_with_one_scale_per_tensor_do_not_share_it(tmp_path: Path) -> No
     plan = plan_for(checkpoint, (Rule(component="language", method="rtn", bits=4, group_size="tensor"),))
     workdir = streamed(plan, checkpoint, tmp_path / "work", [])
     for unit in plan.units:
-        found = workdir.read(unit).linears
+        linears = workdir.read(unit).linears
         for row in unit.rows:
             assert row.scheme is not None
             scale, _ = fit_scale(checkpoint.read(row.tensor.name).float(), row.scheme, torch.bfloat16)
-            assert torch.equal(found[row.module].scale, scale), row.module
+            assert torch.equal(linears[row.module].scale, scale), row.module
 
 
 @families
@@ -200,7 +200,7 @@ def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
     plan, batches = plan_for(checkpoint, RULES[:1]), [tiny_inputs(LLAVA)]
     result = streamed(plan, checkpoint, tmp_path / "work", batches).read(plan.units[0])
     module = f"{plan.units[0].block}.self_attn.q_proj"
-    statistics = watch_one(live_model(LLAVA), module, LLAVA, batches)
+    statistics = watch_module(live_model(LLAVA), module, LLAVA, batches)
     weight = checkpoint.read(f"{module}.weight")
     lost = statistics.energy(weight - result.linears[module].dequantize()) / statistics.energy(weight)
     assert result.errors[module] == pytest.approx(lost**0.5, rel=1e-3)

@@ -128,9 +128,9 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
         prompt = tuple(prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist())
         tokens = (7, 8, 9)
         bare = Reply("", prompt, tokens, (), ({},) * 3)
-        ours = reference.log_probabilities(sample, bare)
-        tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in ours)
-        logprobs = tuple(float(row[token]) for row, token in zip(ours, tokens, strict=True))
+        log_probs = reference.log_probabilities(sample, bare)
+        tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in log_probs)
+        logprobs = tuple(float(row[token]) for row, token in zip(log_probs, tokens, strict=True))
         replies.append(Reply("", prompt, tokens, logprobs, tops))
     assert reference.prompt_problems(samples, replies) == []
     compared = reference.compare(samples, replies)
@@ -215,5 +215,5 @@ def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
         with pytest.raises(ServeError, match=r"needs 16\.4 GiB; free memory: 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
             reference.reference_placement(artifact, gpu)
     else:
-        device, held = reference.reference_placement(artifact, gpu)
-        assert (device.torch_device.type, held) == (place, dtype)
+        device, chosen_dtype = reference.reference_placement(artifact, gpu)
+        assert (device.torch_device.type, chosen_dtype) == (place, dtype)

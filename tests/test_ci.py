@@ -22,8 +22,8 @@ def run(tmp_path: Path, broken: str = "", **more: str) -> tuple[int, list[str], 
     environment = {name: value for name, value in os.environ.items() if name != "MMQ_CI_VLLM"}
     environment |= {"PATH": path, "BROKEN": broken, **more}
     done = subprocess.run([str(RUN)], capture_output=True, text=True, env=environment, timeout=60)
-    made = [line.removeprefix("make ") for line in done.stdout.splitlines() if line.startswith("make ")]
-    return done.returncode, made, done.stderr
+    targets = [line.removeprefix("make ") for line in done.stdout.splitlines() if line.startswith("make ")]
+    return done.returncode, targets, done.stderr
 
 
 def test_a_real_vllm_is_served_without_being_asked_for(tmp_path: Path) -> None:
@@ -32,18 +32,18 @@ def test_a_real_vllm_is_served_without_being_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["check", "docs", "test-vllm", "test"])
 def test_what_fails_fails_the_run_and_the_rest_is_done(tmp_path: Path, broken: str) -> None:
-    code, made, _ = run(tmp_path, broken)
-    assert (code, made) == (3, ["check", "docs", "test-vllm", "test"])
+    code, targets, _ = run(tmp_path, broken)
+    assert (code, targets) == (3, ["check", "docs", "test-vllm", "test"])
 
 
 def test_a_vllm_that_cannot_be_installed_fails_the_run(tmp_path: Path) -> None:
-    code, made, said = run(tmp_path, "vllm")
-    assert (code, made) == (1, ["check", "docs", "test"])
-    assert "installing vLLM failed" in said
-    assert "vllm broke" in said
+    code, targets, output = run(tmp_path, "vllm")
+    assert (code, targets) == (1, ["check", "docs", "test"])
+    assert "installing vLLM failed" in output
+    assert "vllm broke" in output
 
 
 def test_it_is_left_out_only_where_that_is_said(tmp_path: Path) -> None:
-    code, made, said = run(tmp_path, MMQ_CI_VLLM="no")
-    assert (code, made) == (0, ["check", "docs", "test"])
-    assert "skipped the tests with vLLM" in said
+    code, targets, output = run(tmp_path, MMQ_CI_VLLM="no")
+    assert (code, targets) == (0, ["check", "docs", "test"])
+    assert "skipped the tests with vLLM" in output

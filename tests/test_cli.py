@@ -165,8 +165,8 @@ def test_export_then_verify_then_evaluate(tmp_path: Path) -> None:
     assert {"quantize", "write", "verify", "evaluate"} <= {event["stage"] for event in events}
     assert not (tmp_path / "artifact.work").exists()
     assert "verified" in mmq("verify", str(out)).output
-    again = mmq("evaluate", str(out), "--eval-samples", "4", "--json")
-    assert json.loads(again.stdout.splitlines()[0])["measures"] == exported["report"]["measures"]
+    second = mmq("evaluate", str(out), "--eval-samples", "4", "--json")
+    assert json.loads(second.stdout.splitlines()[0])["measures"] == exported["report"]["measures"]
 
 
 def test_a_failed_gate_has_its_own_exit_code_and_a_message_with_the_loss(tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_an_export_with_few_test_samples_is_not_resolved(tmp_path: Path) -> None
     assert "Error" not in result.stderr
     report = json.loads((out / "mmq_report.json").read_text())
     assert (report["passed"], report["verdict"]) == (False, "not resolved")
-    again = mmq("evaluate", str(out), "--eval-samples", "20", "--json")
-    assert again.exit_code == 5
-    assert [gate["verdict"] for gate in json.loads(again.stdout)["gates"]] == ["not resolved", "not resolved"]
+    second = mmq("evaluate", str(out), "--eval-samples", "20", "--json")
+    assert second.exit_code == 5
+    assert [gate["verdict"] for gate in json.loads(second.stdout)["gates"]] == ["not resolved", "not resolved"]
     refused = mmq("publish", str(out), "--repo", "me/x", "--dry-run")
     assert refused.exit_code == 1
     assert "gate vqa accuracy: not resolved with 20 samples" in refused.stderr

@@ -37,9 +37,9 @@ def test_a_memory_peak_counts_for_the_step_that_allocated_it() -> None:
         with clock.step("plan"):
             before = anonymous_bytes()
         with clock.step("quantize"):
-            held = np.ones(300 * MIB, dtype=np.uint8)
+            allocated = np.ones(300 * MIB, dtype=np.uint8)
             looked = clock._over.wait(0.3)  # the thread looks meanwhile
-            del held
+            del allocated
         with clock.step("write"):
             pass
     peaks = {step.name: step.host_bytes for step in clock.steps}

@@ -56,26 +56,26 @@ def test_a_line_serves_both_tasks(tmp_path: Path) -> None:
     assert len(captions) == len(questions) == 6
     assert captions["train/2.png"].references == ("c2",)
     assert captions["train/2.png"].question is None
-    found = questions["train/2.png: q2"]
-    assert (found.question, found.references, found.kind) == ("q2", ("a", "b2"), "k")
-    assert found.image().getpixel((0, 0)) == (2, 253, 7)
+    second_question = questions["train/2.png: q2"]
+    assert (second_question.question, second_question.references, second_question.kind) == ("q2", ("a", "b2"), "k")
+    assert second_question.image().getpixel((0, 0)) == (2, 253, 7)
 
 
 def test_choice_depends_on_the_seed_and_not_on_the_order_of_lines(tmp_path: Path) -> None:
     split_folder(tmp_path, 30)
-    chosen = [s.identity for s in read(tmp_path, limit=8)]
-    assert len(chosen) == 8
-    assert [s.identity for s in read(tmp_path, limit=5)] == chosen[:5]
-    assert [s.identity for s in read(tmp_path, limit=8, seed=1)] != chosen
+    identities = [s.identity for s in read(tmp_path, limit=8)]
+    assert len(identities) == 8
+    assert [s.identity for s in read(tmp_path, limit=5)] == identities[:5]
+    assert [s.identity for s in read(tmp_path, limit=8, seed=1)] != identities
     file = tmp_path / "train" / "metadata.jsonl"
     file.write_text("\n".join(reversed(file.read_text().splitlines())) + "\n\n")
-    assert [s.identity for s in read(tmp_path, limit=8)] == chosen
+    assert [s.identity for s in read(tmp_path, limit=8)] == identities
 
 
 def test_own_ids_and_several_lines_for_a_picture(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "in" / "a.png")
-    ask = {"file_name": "in/a.png", "answer": "x"}
-    metadata(tmp_path / "train", ask | {"question": "q"}, ask | {"question": "r"}, ask | {"question": "q", "id": 7})
+    row = {"file_name": "in/a.png", "answer": "x"}
+    metadata(tmp_path / "train", row | {"question": "q"}, row | {"question": "r"}, row | {"question": "q", "id": 7})
     assert {s.identity for s in read(tmp_path, "vqa")} == {"train/in/a.png: q", "train/in/a.png: r", "7"}
 
 
@@ -94,10 +94,10 @@ def test_pictures_alone_can_be_calibrated_on_and_nothing_else(tmp_path: Path) ->
     for i in range(3):
         picture(tmp_path / "deep" / f"{i}.jpg", i)
     (tmp_path / "notes.txt").write_text("no picture")
-    found = read(tmp_path)
-    assert sorted(s.identity for s in found) == ["deep/0.jpg", "deep/1.jpg", "deep/2.jpg"]
-    assert {s.references for s in found} == {()}
-    assert data.notes(found)[0].startswith("3 of 3 calibration samples have no text")
+    pictures = read(tmp_path)
+    assert sorted(s.identity for s in pictures) == ["deep/0.jpg", "deep/1.jpg", "deep/2.jpg"]
+    assert {s.references for s in pictures} == {()}
+    assert data.notes(pictures)[0].startswith("3 of 3 calibration samples have no text")
     for task, split in (("vqa", "train"), ("captioning", "test")):
         with pytest.raises(DataError, match=r"no metadata\.jsonl") as caught:
             read(tmp_path, task, split)
@@ -131,12 +131,12 @@ def test_one_error_lists_all_problems_with_their_lines(tmp_path: Path) -> None:
     metadata(train, *(line for line, _ in lines))
     with pytest.raises(DataError) as caught:
         read(tmp_path)
-    head, *told = caught.value.message.splitlines()
+    head, *problems = caught.value.message.splitlines()
     expected = {number: text for number, (_, text) in enumerate(lines, start=1) if text}
     assert head.endswith(f"has {len(expected)} problems")
-    assert len(told) == len(expected)
+    assert len(problems) == len(expected)
     for number, text in expected.items():
-        line = next(entry for entry in told if f"metadata.jsonl:{number}:" in entry)
+        line = next(entry for entry in problems if f"metadata.jsonl:{number}:" in entry)
         assert text in line
 
 
@@ -288,20 +288,20 @@ def test_a_copy_under_another_name_stops_the_job() -> None:
 
 def test_a_manifest_keeps_enough_to_find_copies() -> None:
     calibration = traces([Sample("train/a", lambda: textured(2), None, ("x",)), flat(7, "train/flat")])
-    kept = json.loads(json.dumps([trace.as_json() for trace in calibration]))
-    read = [Trace.from_json(one) for one in kept]
-    assert max(len(json.dumps(one)) for one in kept) < 1300
+    stored = json.loads(json.dumps([trace.as_json() for trace in calibration]))
+    read = [Trace.from_json(entry) for entry in stored]
+    assert max(len(json.dumps(entry)) for entry in stored) < 1300
     assert (read[0].look.bits == calibration[0].look.bits).all()
     assert (read[0].look.thumbnail == calibration[0].look.thumbnail).all()
-    assert [(one.identity, one.key) for one in read] == [(one.identity, one.key) for one in calibration]
+    assert [(entry.identity, entry.key) for entry in read] == [(entry.identity, entry.key) for entry in calibration]
     copy = Sample("test/b", lambda: compressed(textured(2), 80), None, ("x",))
     with pytest.raises(DataError, match=r"test/b \(looks like train/a\)"):
         check_disjoint(read, [copy])
     with pytest.raises(DataError, match=r"test/flat \(calibration sample train/flat\)"):
         check_disjoint(read, [flat(7, "test/flat")])
-    for one in kept:
-        one.pop("look", None)
-    old = [Trace.from_json(one) for one in kept]  # a manifest of an older version: equal pixels alone
+    for entry in stored:
+        entry.pop("look", None)
+    old = [Trace.from_json(entry) for entry in stored]  # a manifest of an older version: equal pixels alone
     check_disjoint(old, [copy])
     with pytest.raises(DataError, match="calibration sample train/a"):
         check_disjoint(old, [Sample("test/b", lambda: textured(2), None, ("x",))])
@@ -323,10 +323,10 @@ def test_a_color_is_enough_to_be_another_picture() -> None:
 
 
 def test_pictures_without_features_are_compared_by_their_pixels_alone() -> None:
-    one, other = flat(200, "a").image(), flat(201, "b").image()
-    assert look(one).flat
-    assert not alike(look(one), look(other))
-    assert not alike(look(one), look(one))
+    first, other = flat(200, "a").image(), flat(201, "b").image()
+    assert look(first).flat
+    assert not alike(look(first), look(other))
+    assert not alike(look(first), look(first))
 
 
 def test_no_two_drawings_are_taken_for_copies() -> None:
@@ -351,7 +351,7 @@ def test_no_two_drawings_are_taken_for_copies() -> None:
 @given(st.integers(0, 2**32), st.integers(40, 95))
 @settings(max_examples=25)
 def test_looking_alike_has_no_direction_and_holds_for_itself(seed: int, quality: int) -> None:
-    one = textured(seed)
-    other = compressed(one, quality)
-    assert alike(look(one), look(one))
-    assert alike(look(one), look(other)) == alike(look(other), look(one))
+    first = textured(seed)
+    other = compressed(first, quality)
+    assert alike(look(first), look(first))
+    assert alike(look(first), look(other)) == alike(look(other), look(first))

@@ -25,19 +25,19 @@ def problems(name: str, path: Path, task: str = "captioning") -> list[str]:
     """The lines of the error, each one problem."""
     with pytest.raises(DataError) as caught:
         read(name, path, task)
-    head, *told = caught.value.message.splitlines()
-    assert f"has {len(told)} problem" in head
-    return [line.strip() for line in told]
+    head, *lines = caught.value.message.splitlines()
+    assert f"has {len(lines)} problem" in head
+    return [line.strip() for line in lines]
 
 
 def test_coco(tmp_path: Path) -> None:
     layouts.coco(tmp_path)
     layouts.coco(tmp_path, 2, "train2017")
-    found = {s.identity: s for s in read("coco", tmp_path)}
-    assert found.keys() == {"1", "2", "3", "4"}
-    assert found["3"].references == tuple(f"Caption {k} of picture 3.\n" for k in range(5))
-    assert found["3"].question is None
-    assert found["3"].image().size == (12, 9)
+    by_identity = {s.identity: s for s in read("coco", tmp_path)}
+    assert by_identity.keys() == {"1", "2", "3", "4"}
+    assert by_identity["3"].references == tuple(f"Caption {k} of picture 3.\n" for k in range(5))
+    assert by_identity["3"].question is None
+    assert by_identity["3"].image().size == (12, 9)
     assert len(read("coco", tmp_path, split="train")) == 2
 
 
@@ -52,16 +52,16 @@ def test_flickr30k(tmp_path: Path) -> None:
     layouts.flickr30k(tmp_path)
     for split, numbers in (("train", "01"), ("validation", "23"), ("test", "45")):
         assert {s.identity for s in read("flickr30k", tmp_path, split=split)} == {f"100{i}.jpg" for i in numbers}
-    found = read("flickr30k", tmp_path, "retrieval")
-    assert sorted(found, key=lambda s: s.identity)[0].references == tuple(f"a dog, {k} of 4" for k in range(5))
+    rows = read("flickr30k", tmp_path, "retrieval")
+    assert sorted(rows, key=lambda s: s.identity)[0].references == tuple(f"a dog, {k} of 4" for k in range(5))
 
 
 def test_vqav2_keeps_ten_answers_and_puts_the_most_common_first(tmp_path: Path) -> None:
     layouts.vqav2(tmp_path)
-    found = {s.identity: s for s in read("vqav2", tmp_path, "vqa")}
-    assert found.keys() == {"42000", "42001", "73002"}
-    assert found["42001"].references == ("2",) * 7 + ("3",) * 3
-    assert (found["42001"].question, found["42001"].kind) == ("Question 1?", "number")
+    by_identity = {s.identity: s for s in read("vqav2", tmp_path, "vqa")}
+    assert by_identity.keys() == {"42000", "42001", "73002"}
+    assert by_identity["42001"].references == ("2",) * 7 + ("3",) * 3
+    assert (by_identity["42001"].question, by_identity["42001"].kind) == ("Question 1?", "number")
 
 
 def test_vqav2_also_as_its_own_tools_lay_it_out(tmp_path: Path) -> None:
@@ -78,9 +78,13 @@ def test_vqav2_also_as_its_own_tools_lay_it_out(tmp_path: Path) -> None:
 
 def test_gqa(tmp_path: Path) -> None:
     layouts.gqa(tmp_path)
-    found = {s.identity: s for s in read("gqa", tmp_path, "vqa")}
-    assert found.keys() == {"200", "201", "202"}
-    assert (found["201"].question, found["201"].references, found["201"].kind) == ("Is it 1?", ("left",), "choose")
+    by_identity = {s.identity: s for s in read("gqa", tmp_path, "vqa")}
+    assert by_identity.keys() == {"200", "201", "202"}
+    assert (by_identity["201"].question, by_identity["201"].references, by_identity["201"].kind) == (
+        "Is it 1?",
+        ("left",),
+        "choose",
+    )
 
 
 # Damage: layout, file to change, change of its content, the task, expected messages.
@@ -94,7 +98,7 @@ def _set(key: str, index: int, field: str, value: Any) -> Callable[[Any], None]:
 
 COCO = "annotations/captions_val2017.json"
 FLICKR = "dataset_flickr30k.json"
-ASKED, ANSWERED = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+QUESTIONS, ANSWERED = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 GQA = "questions1.2/testdev_balanced_questions.json"
 DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
     ("coco", COCO, _set("images", 0, "id", 2), ["image id 2 occurs 2 times", *["image_id 1 is not in the list"] * 5]),
@@ -111,7 +115,7 @@ DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
     ("flickr30k", FLICKR, _set("images", 5, "filename", "1004.jpg"), ["filename 1004.jpg occurs 2 times"]),
     ("flickr30k", FLICKR, _set("images", 0, "split", "tset"), ["images[0]: split 'tset' is not one of"]),
     ("flickr30k", FLICKR, _set("images", 4, "sentences", []), ["images[4]: `sentences` must be"]),
-    ("vqav2", ASKED, _set("questions", 1, "question_id", 42000), ["42000 occurs 2 times", "42001 is not in"]),
+    ("vqav2", QUESTIONS, _set("questions", 1, "question_id", 42000), ["42000 occurs 2 times", "42001 is not in"]),
     (
         "vqav2",
         ANSWERED,
@@ -120,7 +124,7 @@ DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
     ),
     ("vqav2", ANSWERED, lambda c: c["annotations"][2]["answers"].pop(), ["73002: `answers` must be a list of 10"]),
     ("vqav2", ANSWERED, lambda c: c["annotations"].pop(), ["73002: no answers in"]),
-    ("vqav2", ASKED, _set("questions", 0, "question", " "), ["42000: `question` must be a non-empty string"]),
+    ("vqav2", QUESTIONS, _set("questions", 0, "question", " "), ["42000: `question` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c["200"].pop("answer"), ["200: `answer` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c["200"].update(types={}), ["200: `structural` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c.update({"200": 4}), ["200: not an object"]),
@@ -136,9 +140,9 @@ def test_every_problem_names_its_file_and_position(
     content = json.loads((tmp_path / file).read_text())
     change(content)
     layouts.write(tmp_path / file, content)
-    told = problems(name, tmp_path, CONVENTIONS[name].tasks[0])
-    assert len(told) == len(said)
-    for line, text in zip(sorted(told), sorted(said, key=lambda t: next(x for x in told if t in x)), strict=True):
+    lines = problems(name, tmp_path, CONVENTIONS[name].tasks[0])
+    assert len(lines) == len(said)
+    for line, text in zip(sorted(lines), sorted(said, key=lambda t: next(x for x in lines if t in x)), strict=True):
         assert text in line
         assert Path(file).name in line or "is not in" in line
 
@@ -150,9 +154,9 @@ def test_every_missing_picture_is_reported_once(tmp_path: Path, name: str) -> No
     pictures = sorted(tmp_path.rglob("*.jpg"))[-2:]
     for file in pictures:
         file.unlink()
-    told = problems(name, tmp_path, task)
-    assert len(told) == 2
-    assert all(any(f"no picture '{file.relative_to(tmp_path)}'" in line for line in told) for file in pictures)
+    lines = problems(name, tmp_path, task)
+    assert len(lines) == 2
+    assert all(any(f"no picture '{file.relative_to(tmp_path)}'" in line for line in lines) for file in pictures)
     outside = layouts.picture(tmp_path.parent / "outside.jpg")
     for file in pictures:
         file.symlink_to(outside)
@@ -165,11 +169,11 @@ def test_a_file_that_is_cut_or_another_or_absent_is_said(tmp_path: Path, name: s
     task = CONVENTIONS[name].tasks[0]
     file = max(tmp_path.rglob("*.json"), key=lambda f: "annotations" in f.name)
     whole = file.read_text()
-    for content, said in ((whole[: len(whole) // 2], "is not JSON"), ("[1]", "official file")):
+    for content, message in ((whole[: len(whole) // 2], "is not JSON"), ("[1]", "official file")):
         file.write_text(content)
         with pytest.raises(DataError) as caught:
             read(name, tmp_path, task)
-        assert said in f"{caught.value.message} {caught.value.hint}"
+        assert message in f"{caught.value.message} {caught.value.hint}"
         assert str(file) in caught.value.message
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8"):
@@ -210,8 +214,8 @@ def test_prompts_of_the_conventions_are_those_of_the_families() -> None:
     for family in FAMILIES.values():
         for convention in CONVENTIONS.values():
             if family.name in convention.prompts:
-                asked = family.caption_prompt if "vqa" not in convention.tasks else family.question_prompt
-                assert convention.prompts[family.name] == asked
+                prompt = family.caption_prompt if "vqa" not in convention.tasks else family.question_prompt
+                assert convention.prompts[family.name] == prompt
 
 
 def test_places_are_written_with_a_name_a_path_or_both(tmp_path: Path) -> None:
@@ -246,10 +250,10 @@ def parquet(root: Path, name: str, rows: list[dict[str, Any]], split: str = "tes
     """A data set as the hub stores it: `data/test-00000-of-00001.parquet` with a column of pictures."""
     datasets = pytest.importorskip("datasets")
     (root / name / "data").mkdir(parents=True)
-    made = datasets.Dataset.from_list(rows)
+    dataset = datasets.Dataset.from_list(rows)
     if "image" in rows[0]:
-        made = made.cast_column("image", datasets.Image())
-    made.to_parquet(root / name / "data" / f"{split}-00000-of-00001.parquet")
+        dataset = dataset.cast_column("image", datasets.Image())
+    dataset.to_parquet(root / name / "data" / f"{split}-00000-of-00001.parquet")
     return root / name
 
 
@@ -279,27 +283,27 @@ def test_hub_rows_are_streamed_once_kept_and_checked(
         "answers": lambda i: answers,
         "answer_type": lambda i: "yes/no",
     }
-    made = parquet(tmp_path, "set", rows_of(tmp_path, 8, **columns))
-    found = read("hub", made, "vqa", limit=5)
-    assert len(found) == 5
-    assert all(s.question == f"q{s.identity}" and s.references == ("yes",) * 10 and s.kind == "yes/no" for s in found)
-    assert found[0].image().getpixel((0, 0)) == (int(found[0].identity) * 7, 255 - int(found[0].identity), 7)
+    folder = parquet(tmp_path, "set", rows_of(tmp_path, 8, **columns))
+    samples = read("hub", folder, "vqa", limit=5)
+    assert len(samples) == 5
+    assert all(s.question == f"q{s.identity}" and s.references == ("yes",) * 10 and s.kind == "yes/no" for s in samples)
+    assert samples[0].image().getpixel((0, 0)) == (int(samples[0].identity) * 7, 255 - int(samples[0].identity), 7)
     monkeypatch.setattr(hub, "stream", None)  # from here on only what was kept
-    assert [s.identity for s in read("hub", made, "vqa", limit=5)] == [s.identity for s in found]
-    kept = next(own_cache.rglob("*.png"))
-    kept.write_bytes(kept.read_bytes() + b"x")
+    assert [s.identity for s in read("hub", folder, "vqa", limit=5)] == [s.identity for s in samples]
+    cached = next(own_cache.rglob("*.png"))
+    cached.write_bytes(cached.read_bytes() + b"x")
     with pytest.raises(DataError, match="its files changed since the download"):
-        read("hub", made, "vqa", limit=5)
+        read("hub", folder, "vqa", limit=5)
 
 
 def test_hub_captions_and_what_is_missing(tmp_path: Path, own_cache: Path) -> None:
-    made = parquet(tmp_path, "captions", rows_of(tmp_path, 3, caption=lambda i: [f"c{i}", "d"]), "val")
-    found = read("hub", made, limit=9)
-    assert sorted(s.references for s in found) == [(f"c{i}", "d") for i in range(3)]
+    folder = parquet(tmp_path, "captions", rows_of(tmp_path, 3, caption=lambda i: [f"c{i}", "d"]), "val")
+    samples = read("hub", folder, limit=9)
+    assert sorted(s.references for s in samples) == [(f"c{i}", "d") for i in range(3)]
     with pytest.raises(DataError, match="has no column for question"):
-        read("hub", made, "vqa")
+        read("hub", folder, "vqa")
     with pytest.raises(DataError, match="none of the splits train"):
-        read("hub", made, split="train")
+        read("hub", folder, split="train")
     bare = parquet(tmp_path, "bare", [{"caption": "c"}])
     with pytest.raises(DataError, match="has no column for image"):
         read("hub", bare)
@@ -312,29 +316,29 @@ def test_hub_captions_and_what_is_missing(tmp_path: Path, own_cache: Path) -> No
 
 def test_a_folder_of_parquet_files_that_changed_is_read_again(tmp_path: Path, own_cache: Path) -> None:
     rows = rows_of(tmp_path, 3, caption=lambda i: "c", id=lambda i: i)
-    made = parquet(tmp_path, "at@home", [*rows, {**rows[0], "id": 1}, {**rows[0], "caption": " "}])
+    folder = parquet(tmp_path, "at@home", [*rows, {**rows[0], "id": 1}, {**rows[0], "caption": " "}])
     for _ in range(2):  # nothing that is broken is kept
-        with pytest.raises(DataError, match=f"^hub data set {made} has 2 problems") as caught:
-            read("hub", made)
+        with pytest.raises(DataError, match=f"^hub data set {folder} has 2 problems") as caught:
+            read("hub", folder)
         assert "part-" not in caught.value.message
         assert list(own_cache.rglob("*")) == [own_cache / "hub"]
-    file = next(made.rglob("*.parquet"))
-    again = parquet(tmp_path, "again", rows)
-    file.write_bytes(next(again.rglob("*.parquet")).read_bytes())
-    assert len(read("hub", made)) == 3
+    file = next(folder.rglob("*.parquet"))
+    changed = parquet(tmp_path, "again", rows)
+    file.write_bytes(next(changed.rglob("*.parquet")).read_bytes())
+    assert len(read("hub", folder)) == 3
     before = file.stat()
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert len(read("hub", made)) == 3
+    assert len(read("hub", folder)) == 3
     assert len(list(own_cache.glob("hub/*"))) == 2
 
 
 def test_the_commit_of_a_hub_set_is_read_and_recorded(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, asked = rows_of(tmp_path, 2, caption=lambda i: f"c{i}"), []
+    rows, requested = rows_of(tmp_path, 2, caption=lambda i: f"c{i}"), []
 
     def streamed(repo: str, revision: str | None, *rest: object) -> list[dict[str, Any]]:
-        asked.append((repo, revision))
+        requested.append((repo, revision))
         return rows
 
     def info(self: object, repo: str, revision: str | None, timeout: float) -> SimpleNamespace:
@@ -345,9 +349,9 @@ def test_the_commit_of_a_hub_set_is_read_and_recorded(
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
     assert len(read("hub", Path("org/name@v1"))) == 2  # what was kept
     assert len(read("hub", Path("org/name"))) == 2
-    assert asked == [("org/name", "v1"), ("org/name", "commit of org/name None")]
-    kept = [json.loads(file.read_text()) for file in own_cache.rglob(hub.ORIGIN)]
-    assert sorted(kept, key=lambda origin: str(origin["revision"])) == [
+    assert requested == [("org/name", "v1"), ("org/name", "commit of org/name None")]
+    origins = [json.loads(file.read_text()) for file in own_cache.rglob(hub.ORIGIN)]
+    assert sorted(origins, key=lambda origin: str(origin["revision"])) == [
         {"repo": "org/name", "revision": None, "commit": "commit of org/name None"},
         {"repo": "org/name", "revision": "v1", "commit": None},
     ]

@@ -41,8 +41,8 @@ def wrong_hints(text: str) -> list[str]:
     """What a text tells a user to install that is another project of the index, or that no index has."""
     name = re.compile(rf"['\"]?(?:{PROGRAM}|{DISTRIBUTION})(?![\w-])")
     commands = [re.split(r" (?:in|into|and|from|with) |[#;]", hint)[0] for hint in INSTALL.findall(text)]
-    told = [command for command in commands if any(name.match(word) for word in command.split())]
-    return told + re.findall(rf"(?<![\w-])(?:{PROGRAM}|{DISTRIBUTION})\[[a-z]", text)
+    commands_with_name = [command for command in commands if any(name.match(word) for word in command.split())]
+    return commands_with_name + re.findall(rf"(?<![\w-])(?:{PROGRAM}|{DISTRIBUTION})\[[a-z]", text)
 
 
 def test_the_project_has_the_name_and_the_version_of_the_code() -> None:
@@ -76,15 +76,15 @@ def test_files_name_the_program_and_never_the_distribution() -> None:
 
 
 def test_every_hint_names_what_really_installs() -> None:
-    wrong = {name: found for name, text in texts() if (found := wrong_hints(text))}
+    wrong = {name: hints for name, text in texts() if (hints := wrong_hints(text))}
     assert wrong == {}
 
 
 def test_every_extra_that_is_named_exists() -> None:
-    known = PROJECT["project"]["optional-dependencies"].keys()
-    named = {name: found for name, text in texts() if (found := extras(text))}
-    assert {extra for found in named.values() for extra in found} >= {"verify", "study", "report", "hub", "ray"}
-    assert {name: found - known for name, found in named.items() if found - known} == {}
+    declared = PROJECT["project"]["optional-dependencies"].keys()
+    named = {name: names for name, text in texts() if (names := extras(text))}
+    assert {extra for names in named.values() for extra in names} >= {"verify", "study", "report", "hub", "ray"}
+    assert {name: names - declared for name, names in named.items() if names - declared} == {}
 
 
 @pytest.mark.parametrize("wrong", ["mmq[verify]", "pip install mmq", "pip install 'mmq-vlm>=1'", "pip install -U mmq."])

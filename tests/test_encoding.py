@@ -50,11 +50,11 @@ def described(folder: Path, **texts: Any) -> Path:
 )
 def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: str, asked: str) -> None:
     folder = described(tmp_path, question=question, answer="a <image>", captions=["<image> c", "d"])
-    (found,) = data.samples("folder", folder, "vqa", "train", 9, 0)
-    assert (found.question, found.references) == (asked, ("a",))
+    (loaded,) = data.samples("folder", folder, "vqa", "train", 9, 0)
+    assert (loaded.question, loaded.references) == (asked, ("a",))
     (caption,) = data.samples("folder", folder, "captioning", "test", 9, 0)
     assert caption.references == ("c", "d")
-    (note,) = notes([found], [caption])
+    (note,) = notes([loaded], [caption])
     assert note.startswith("2 of 2 samples have <image> in a text")
     assert not notes([sample("s", "q", "a")])
 
@@ -68,47 +68,47 @@ def test_an_export_notes_once_that_image_tokens_are_removed(tmp_path: Path) -> N
     folder = described(tmp_path / "d", question="<image>\nwhat?", answer="red")
     changes = {"calibration": {"samples": 4, "tasks": ("vqa",)}, "model": {"repo": "demo-llava"}}
     recipe = load_recipe("llava-w4-vit8").adjusted(**changes)
-    said: list[Event] = []
+    events: list[Event] = []
     sources = data.places([folder])
     export(
-        recipe, out=tmp_path / "o", device=choose("cpu"), on_event=said.append, sources=sources, skip_evaluation=True
+        recipe, out=tmp_path / "o", device=choose("cpu"), on_event=events.append, sources=sources, skip_evaluation=True
     )
-    assert sum("<image>" in event.message for event in said) == 1
+    assert sum("<image>" in event.message for event in events) == 1
 
 
 def test_other_numbers_of_image_tokens_are_named() -> None:
-    made = load_processor(DEMO)
-    inputs = encode(made, FAMILY, [sample("a", "what?"), sample("b", "which color is it?")], [None, None], "right")
-    assert (inputs["input_ids"] == made.image_token_id).sum(dim=1).tolist() == [64, 64]
+    processor = load_processor(DEMO)
+    inputs = encode(processor, FAMILY, [sample("a", "what?"), sample("b", "which color is it?")], [None, None], "right")
+    assert (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [64, 64]
     with pytest.raises(DataError, match=r"cannot encode a, b: StopIteration|b: the text holds '<image>'"):
-        encode(made, FAMILY, [sample("a", "what?"), sample("b", "<image> what?")], [None, None], "right")
+        encode(processor, FAMILY, [sample("a", "what?"), sample("b", "<image> what?")], [None, None], "right")
 
 
 def test_samples_longer_than_the_models_positions_are_named() -> None:
-    made = load_processor(DEMO)
-    assert (made.positions, made.image_tokens) == (512, 64)
+    processor = load_processor(DEMO)
+    assert (processor.positions, processor.image_tokens) == (512, 64)
     words = "red " * 500
     long, short = sample("long", "what?", words), sample("short", "what?", "red")
-    refuse_too_long(made, FAMILY, [short], {"vqa": [short]})
+    refuse_too_long(processor, FAMILY, [short], {"vqa": [short]})
     with pytest.raises(DataError, match=r"1 samples are longer than the model's 512 positions: long \(5\d\d tokens\)"):
-        refuse_too_long(made, FAMILY, [short, long], {})
-    refuse_too_long(made, FAMILY, [], {"vqa": [long]})  # its reply is not read then
+        refuse_too_long(processor, FAMILY, [short, long], {})
+    refuse_too_long(processor, FAMILY, [], {"vqa": [long]})  # its reply is not read then
     with pytest.raises(DataError, match="asks"):
-        refuse_too_long(made, FAMILY, [], {"vqa": [sample("asks", words)]})
+        refuse_too_long(processor, FAMILY, [], {"vqa": [sample("asks", words)]})
     with pytest.raises(DataError, match=r"long: .* positions"):
-        encode(made, FAMILY, [long], [words], "right")
+        encode(processor, FAMILY, [long], [words], "right")
 
 
 def test_the_length_of_a_sample_is_that_of_its_tokens() -> None:
     for name, family in (("demo-llava", "llava"), ("demo-blip2", "blip2")):
-        made = load_processor(MODELS[name])
-        one = sample("s", "which color is the circle?", "red")
-        length = encode(made, FAMILIES[family], [one], ["red"], "right")["input_ids"].shape[1]
-        made.positions = length
-        refuse_too_long(made, FAMILIES[family], [one], {})
-        made.positions = length - 1
+        processor = load_processor(MODELS[name])
+        short = sample("s", "which color is the circle?", "red")
+        length = encode(processor, FAMILIES[family], [short], ["red"], "right")["input_ids"].shape[1]
+        processor.positions = length
+        refuse_too_long(processor, FAMILIES[family], [short], {})
+        processor.positions = length - 1
         with pytest.raises(DataError, match=f"{length} tokens"):
-            refuse_too_long(made, FAMILIES[family], [one], {})
+            refuse_too_long(processor, FAMILIES[family], [short], {})
 
 
 def test_a_picture_that_the_processor_cannot_take_is_named() -> None:

@@ -74,9 +74,9 @@ def program(tmp_path: Path) -> Program:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "model"
-    made.mkdir()
-    return made
+    model = tmp_path / "model"
+    model.mkdir()
+    return model
 
 
 def command(folder: Path, program: Program, *extra: str) -> Launch:
@@ -181,8 +181,8 @@ def test_a_taken_port_is_refused(engine):
         Engine(engine.launch).start()
 
 
-def flags(made: Launch) -> dict[str, str]:
-    return dict(zip(made.command[3::2], made.command[4::2], strict=False))
+def flags(serve_command: Launch) -> dict[str, str]:
+    return dict(zip(serve_command.command[3::2], serve_command.command[4::2], strict=False))
 
 
 def test_the_command_has_the_flags_that_the_artifact_needs(folder):
@@ -228,11 +228,11 @@ def tokenizer(folder: Path, start: bool) -> None:
     """A word tokenizer with or without `<s>` before every text."""
     from tokenizers import Tokenizer, models, processors
 
-    made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
-    made.add_special_tokens(["<s>"])
+    result = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    result.add_special_tokens(["<s>"])
     if start:
-        made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
-    made.save(str(folder / "tokenizer.json"))
+        result.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
+    result.save(str(folder / "tokenizer.json"))
 
 
 def rendered(template: str) -> str:
@@ -264,8 +264,8 @@ def test_a_model_without_template_gets_the_familys_prompt(folder):
     template = prompt_template(folder, "USER: <image>\n{text} ASSISTANT:")
     assert template
     assert rendered(template) == "<s>USER: <image>\nwhat? ASSISTANT:"
-    made = launch(folder, {}, Program("vllm", "0", False), fallback_prompt="Question: {text} Answer:")
-    assert flags(made)["--chat-template-content-format"] == "string"
+    serve_command = launch(folder, {}, Program("vllm", "0", False), fallback_prompt="Question: {text} Answer:")
+    assert flags(serve_command)["--chat-template-content-format"] == "string"
 
 
 def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):
@@ -290,9 +290,14 @@ def test_a_command_of_several_words_is_a_program(tmp_path, monkeypatch):
     monkeypatch.setenv("MMQ_VLLM", f"env PYTHONPATH={tmp_path} {sys.executable} -m vllm.entrypoints.cli.main")
     vllm = find_program()
     assert (vllm.version, vllm.cpu) == ("0.26.0", False)
-    made = launch(tmp_path, {}, vllm)
-    serve = made.command.index("serve")
-    assert made.command[1:serve] == (f"PYTHONPATH={tmp_path}", sys.executable, "-m", "vllm.entrypoints.cli.main")
+    serve_command = launch(tmp_path, {}, vllm)
+    serve = serve_command.command.index("serve")
+    assert serve_command.command[1:serve] == (
+        f"PYTHONPATH={tmp_path}",
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+    )
     monkeypatch.setenv("MMQ_VLLM", "nosuchprogram -m vllm")
     with pytest.raises(ServeError, match="the program 'nosuchprogram -m vllm' does not exist"):
         find_program()
@@ -317,8 +322,8 @@ def test_every_listed_token_is_compared():
 
 
 def test_an_empty_comparison_is_never_close():
-    nothing = distance_of([])
-    assert not EngineComparison(nothing, nothing).close(0.015)
+    empty = distance_of([])
+    assert not EngineComparison(empty, empty).close(0.015)
     floor = Distance(0.4, 0.1, 9)
     assert EngineComparison(Distance(0.79, 0.139, 9), floor).close(0.015)
     assert not EngineComparison(Distance(0.81, 0.139, 9), floor).close(0.015)
@@ -349,13 +354,13 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
 def test_a_free_port_stays_reserved_until_a_server_uses_it() -> None:
     """The system does not assign the port to others, and a server with SO_REUSEADDR can listen on it."""
     port = free_port()
-    given = []
+    ports = []
     for _ in range(300):
         with socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind(("127.0.0.1", 0))
-            given.append(other.getsockname()[1])
-    assert port not in given
+            ports.append(other.getsockname()[1])
+    assert port not in ports
     with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
         stranger.bind(("127.0.0.1", port))
     with HTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:

@@ -37,28 +37,28 @@ INEXACT = {
 def verdicts(config: dict[str, Any], folder: Path) -> tuple[dict[str, bool], Plan, list[UnitResult]]:
     """What the proof says of each smoothing in every block, by source, and the units that come out."""
     checkpoint: Checkpoint = checkpoint_of(folder / "model", config)
-    plan, found = plan_for(checkpoint, (AWQ,), ANY_LLAVA), dict[str, bool]()
+    plan, exact = plan_for(checkpoint, (AWQ,), ANY_LLAVA), dict[str, bool]()
     prove = smooth.folds_exactly
 
     def spy(block: Block, smoothing: Smoothing) -> bool:
         before = {name: block.parameter(name) for name in block.tensors}
-        found[smoothing.source] = found.get(smoothing.source, True) and prove(block, smoothing)
+        exact[smoothing.source] = exact.get(smoothing.source, True) and prove(block, smoothing)
         assert all(torch.equal(block.parameter(name), tensor) for name, tensor in before.items())
-        return found[smoothing.source]
+        return exact[smoothing.source]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smooth, "folds_exactly", spy)
         workdir = Workdir.open(folder / "work", {})
         batches = [inputs_for(config, 2, 9), inputs_for(config, 3, 14)]
         calibrate.run(plan, checkpoint, workdir, batches, choose("cpu"), lambda event: None)
-    return found, plan, [workdir.read(unit) for unit in plan.units]
+    return exact, plan, [workdir.read(unit) for unit in plan.units]
 
 
 @pytest.mark.parametrize("name", INEXACT)
 def test_norms_that_do_not_multiply_by_their_weight_are_not_folded(name: str, tmp_path: Path) -> None:
-    found, plan, results = verdicts(VARIANTS[name], tmp_path)
-    assert {source for source, exact in found.items() if not exact} == INEXACT[name]
-    assert {source for source, exact in found.items() if exact} >= {"mlp.up_proj"}
+    folded_exactly, plan, results = verdicts(VARIANTS[name], tmp_path)
+    assert {source for source, exact in folded_exactly.items() if not exact} == INEXACT[name]
+    assert {source for source, exact in folded_exactly.items() if exact} >= {"mlp.up_proj"}
     for unit, result in zip(plan.units, results, strict=True):
         refused = [note for note in result.notes if "no scales are moved out of it" in note]
         assert len(refused) == bool(INEXACT[name])

@@ -46,10 +46,10 @@ def test_returns_false_when_there_is_no_factor(column: int, value: float) -> Non
 
 
 def test_the_same_bits_every_time() -> None:
-    one, two = positive(100), positive(100)
-    assert inverse_factor_(one, 32)
+    first, two = positive(100), positive(100)
+    assert inverse_factor_(first, 32)
     assert inverse_factor_(two, 32)
-    assert torch.equal(one, two)
+    assert torch.equal(first, two)
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")

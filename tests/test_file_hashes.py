@@ -146,8 +146,8 @@ def test_progress_counts_the_bytes_of_all_files(tmp_path: Path, monkeypatch: pyt
     paths = [tmp_path / str(number) for number in range(3)]
     for path in paths:
         path.write_bytes(bytes(size))
-    seen: list[tuple[int, int]] = []
-    hash_files(paths, lambda done, total: seen.append((done, total)))
-    assert {total for _, total in seen} == {3 * size}
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert all(0 <= done <= 3 * size for done, _ in seen)
+    progress: list[tuple[int, int]] = []
+    hash_files(paths, lambda done, total: progress.append((done, total)))
+    assert {total for _, total in progress} == {3 * size}
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert all(0 <= done <= 3 * size for done, _ in progress)

@@ -202,10 +202,10 @@ def test_a_channel_whose_quotient_float16_cannot_hold_keeps_its_weight() -> None
 
 def test_shared_storage_is_not_modified() -> None:
     source, target = nn.Linear(4, 6), nn.Linear(6, 3)
-    held = [source.weight.detach(), source.bias.detach(), target.weight.detach()]
-    copies = [tensor.clone() for tensor in held]
+    tensors = [source.weight.detach(), source.bias.detach(), target.weight.detach()]
+    copies = [tensor.clone() for tensor in tensors]
     fold_rows(source, slice(0, 6), [target], torch.full((6,), 2.0))
-    assert all(torch.equal(tensor, kept) for tensor, kept in zip(held, copies, strict=True))
+    assert all(torch.equal(tensor, copied) for tensor, copied in zip(tensors, copies, strict=True))
     assert torch.equal(target.weight, copies[2] * 2)
     assert torch.equal(source.bias, copies[1] / 2)
 
@@ -215,10 +215,10 @@ def test_pairs_with_different_sizes_are_refused_by_name() -> None:
     block = nn.ModuleDict({"v_proj": values, "o_proj": out, "norm": nn.LayerNorm(HIDDEN)})
     assert misfit(block, "v_proj", ("o_proj",), None) == f"v_proj has 8 outputs but o_proj has {HIDDEN} inputs"
     assert misfit(block, "norm", ("o_proj", "v_proj"), None) is None
-    kept = out.weight.detach().clone()
+    before = out.weight.detach().clone()
     with pytest.raises(ValueError, match="v_proj has 8 outputs"):
         fold(block, "v_proj", ("o_proj",), None, torch.full((8,), 2.0))
-    assert torch.equal(out.weight, kept)
+    assert torch.equal(out.weight, before)
     with pytest.raises(ValueError, match="not a linear"):
         fold(block, "v_proj", ("norm",), None, torch.ones(8))
     with pytest.raises(ValueError, match="no parameter weight"):

@@ -58,13 +58,13 @@ def random_linear(
     return QuantizedLinear(scheme, codes, scale.to(dtype), zero)
 
 
-def assert_equal(found: QuantizedLinear, expected: QuantizedLinear) -> None:
+def assert_equal(actual: QuantizedLinear, expected: QuantizedLinear) -> None:
     """Same scheme and, bit for bit, the same tensors."""
-    assert found.scheme == expected.scheme
+    assert actual.scheme == expected.scheme
     for name in ("codes", "scale", "zero"):
-        one, other = getattr(found, name), getattr(expected, name)
-        assert one.dtype == other.dtype, name
-        assert torch.equal(one, other), name
+        first, other = getattr(actual, name), getattr(expected, name)
+        assert first.dtype == other.dtype, name
+        assert torch.equal(first, other), name
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -153,11 +153,11 @@ def test_unsupported_schemes_are_refused_with_a_reason(
 
 def golden_cases() -> list[tuple[str, str]]:
     """Library and case of every golden tensor group."""
-    found = []
+    cases = []
     for library in GOLDEN_FORMATS:
         with safe_open(GOLDEN / f"{library}.safetensors", "pt") as file:
-            found += [(library, case) for case in sorted({key.split("/")[0] for key in file.keys()})]  # noqa: SIM118
-    return found
+            cases += [(library, case) for case in sorted({key.split("/")[0] for key in file.keys()})]  # noqa: SIM118
+    return cases
 
 
 @pytest.mark.parametrize(("library", "case"), golden_cases())
@@ -180,10 +180,12 @@ def test_tensors_equal_those_of_the_formats_own_library(library: str, case: str)
 
 
 def test_golden_cases_cover_every_width() -> None:
-    seen = {(GOLDEN_FORMATS[library], int(case.split("-")[0]), case.split("-")[2]) for library, case in golden_cases()}
+    covered = {
+        (GOLDEN_FORMATS[library], int(case.split("-")[0]), case.split("-")[2]) for library, case in golden_cases()
+    }
     for name, schemes in CARRIED.items():
         packed = {s for s in schemes if s.number == "int" and not s.activations}
-        assert {(name, s.bits, "sym" if s.symmetric else "asym") for s in packed} <= seen
+        assert {(name, s.bits, "sym" if s.symmetric else "asym") for s in packed} <= covered
 
 
 def test_awq_stores_eight_for_symmetric_and_interleaves_nibbles() -> None:
@@ -235,15 +237,15 @@ MIXED = [
     Group(Scheme(8, "row", number="fp8"), ("multi_modal_projector.linear_1",)),
     Group(Scheme(4, 128, activations="fp8"), (r"re:.*mlp\.gate_proj$",)),
 ]
-KEPT = ["language_model.lm_head", "multi_modal_projector.linear_2"]
+UNQUANTIZED = ["language_model.lm_head", "multi_modal_projector.linear_2"]
 
 
 def test_compressed_config_round_trips() -> None:
     module = FORMATS["compressed_tensors"]
     for count in range(len(MIXED) + 1):
-        config = module.quantization_config(MIXED[:count], KEPT)
+        config = module.quantization_config(MIXED[:count], UNQUANTIZED)
         assert module.read_config(config) == MIXED[:count]
-        assert config["ignore"] == KEPT
+        assert config["ignore"] == UNQUANTIZED
 
 
 def test_compressed_config_names_each_layout() -> None:
@@ -279,7 +281,7 @@ def test_gptq_config_gives_each_module_its_scheme() -> None:
         Group(Scheme(4, 128), (r"re:language.*\.q_proj$", r"re:language.*\.o_proj$")),
         Group(Scheme(8, "row"), (r"re:vision.*\.fc1$", "projector.linear_1")),
     ]
-    config = FORMATS["gptq"].quantization_config(groups, KEPT)
+    config = FORMATS["gptq"].quantization_config(groups, UNQUANTIZED)
     assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 128, True, False)
     assert config["checkpoint_format"] == "gptq"
     for module, bits, size in (
@@ -287,10 +289,10 @@ def test_gptq_config_gives_each_module_its_scheme() -> None:
         ("vision.1.fc1", 8, -1),
         ("projector.linear_1", 8, -1),
     ):
-        found = gptq_override(config, module)
-        assert found is not None
-        assert (found["bits"], found["group_size"], found["sym"]) == (bits, size, True)
-    assert all(gptq_override(config, module) is None for module in KEPT)
+        override = gptq_override(config, module)
+        assert override is not None
+        assert (override["bits"], override["group_size"], override["sym"]) == (bits, size, True)
+    assert all(gptq_override(config, module) is None for module in UNQUANTIZED)
     assert gptq_override(config, "projectorXlinear_1") is config  # a name is not a pattern
     patterns = [Group(groups[1].scheme, (r"re:vision.*\.fc1$", r"re:projector\.linear_1$"))]
     assert FORMATS["gptq"].read_config(config) == groups[:1] + patterns
@@ -304,14 +306,14 @@ def test_gptq_config_without_rules_is_one_group() -> None:
 def test_awq_config() -> None:
     module = FORMATS["awq"]
     groups = [Group(Scheme(4, 64), ("re:a",)), Group(Scheme(4, 64, symmetric=False), ("re:b",))]
-    config = module.quantization_config(groups, KEPT)
+    config = module.quantization_config(groups, UNQUANTIZED)
     assert config == {
         "quant_method": "awq",
         "bits": 4,
         "group_size": 64,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": KEPT,
+        "modules_to_not_convert": UNQUANTIZED,
     }
     assert module.read_config(config) == [Group(Scheme(4, 64, symmetric=False), ("re:.*",))]
     row = module.quantization_config([Group(Scheme(4, "tensor"), ("re:a",))], [])
@@ -342,7 +344,7 @@ def compressed_tensors_scheme(scheme: Scheme) -> Any:
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, MIXED_TYPES], ids=Scheme.label)
 def test_compressed_tensors_decompresses_to_our_values(scheme: Scheme) -> None:
-    theirs = compressed_tensors_scheme(scheme)
+    library_scheme = compressed_tensors_scheme(scheme)
     from compressed_tensors.compressors import BaseCompressor
 
     integers = "int-quantized" if scheme.activations == "int8" else "pack-quantized"
@@ -351,7 +353,7 @@ def test_compressed_tensors_decompresses_to_our_values(scheme: Scheme) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         linear = random_linear(scheme, 20, 256 if scheme.mixed else 64, dtype=dtype)
         tensors = FORMATS["compressed_tensors"].pack("x", linear)
-        weight = compressor.decompress({key[2:]: t for key, t in tensors.items()}, theirs)["weight"]
+        weight = compressor.decompress({key[2:]: t for key, t in tensors.items()}, library_scheme)["weight"]
         assert torch.equal(weight, linear.dequantize(weight.dtype))
 
 
@@ -368,36 +370,36 @@ def test_float8_inputs_do_not_change_how_four_bits_are_stored() -> None:
 
 def test_only_compressed_tensors_stores_the_cache_dtype() -> None:
     module = FORMATS["compressed_tensors"]
-    assert module.quantization_config(MIXED, KEPT)["kv_cache_scheme"] is None
-    found = module.quantization_config(MIXED, KEPT, "fp8")
-    assert (found["kv_cache_scheme"]["num_bits"], found["kv_cache_scheme"]["type"]) == (8, "float")
+    assert module.quantization_config(MIXED, UNQUANTIZED)["kv_cache_scheme"] is None
+    written = module.quantization_config(MIXED, UNQUANTIZED, "fp8")
+    assert (written["kv_cache_scheme"]["num_bits"], written["kv_cache_scheme"]["type"]) == (8, "float")
     assert not FORMATS["gptq"].KV_CACHES
     assert not FORMATS["awq"].KV_CACHES
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationConfig
 
-    assert QuantizationConfig.model_validate(found).kv_cache_scheme.num_bits == 8
+    assert QuantizationConfig.model_validate(written).kv_cache_scheme.num_bits == 8
 
 
 def test_compressed_tensors_accepts_a_mixed_config() -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = FORMATS["compressed_tensors"].quantization_config(MIXED, KEPT)
-    found = QuantizationConfig.model_validate(config)
-    assert found.ignore == KEPT
-    assert [group.format for group in found.config_groups.values()] == [
+    config = FORMATS["compressed_tensors"].quantization_config(MIXED, UNQUANTIZED)
+    parsed = QuantizationConfig.model_validate(config)
+    assert parsed.ignore == UNQUANTIZED
+    assert [group.format for group in parsed.config_groups.values()] == [
         group["format"] for group in config["config_groups"].values()
     ]
-    for group, ours in zip(found.config_groups.values(), MIXED, strict=True):
-        assert (group.weights.num_bits, group.weights.symmetric) == (ours.scheme.bits, ours.scheme.symmetric)
-        assert (group.input_activations is not None) == bool(ours.scheme.activations)
+    for group, expected in zip(parsed.config_groups.values(), MIXED, strict=True):
+        assert (group.weights.num_bits, group.weights.symmetric) == (expected.scheme.bits, expected.scheme.symmetric)
+        assert (group.input_activations is not None) == bool(expected.scheme.activations)
 
 
 def test_a_gptq_config_without_packed_linears_names_a_supported_scheme() -> None:
     """Every linear is in a `-:` rule, and readers still ask for the base scheme."""
-    config = FORMATS["gptq"].quantization_config([], KEPT)
+    config = FORMATS["gptq"].quantization_config([], UNQUANTIZED)
     assert (config["bits"], config["group_size"], config["sym"]) == (4, 128, True)
     assert set(config["dynamic"]) == {
-        f"-:{re.escape(name)}$" if not name.startswith("re:") else f"-:{name[3:]}" for name in KEPT
+        f"-:{re.escape(name)}$" if not name.startswith("re:") else f"-:{name[3:]}" for name in UNQUANTIZED
     }

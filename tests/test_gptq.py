@@ -44,16 +44,16 @@ def test_equals_inverting_again_at_every_column(
     weight, statistics = correlated(300, 100)  # 100 columns: every group size leaves a ragged last group
     scheme = Scheme(size[0], size[1], symmetric)  # type: ignore[arg-type]
     options = Options(block=24, scales=scales, order=order, range="minmax", descent=0)  # type: ignore[arg-type]
-    found, notes = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
+    actual, notes = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
     scale, zero = fit_scale(weight, scheme, torch.float16)
     by_size = statistics.hessian.diagonal().argsort(descending=True, stable=True).tolist()
     columns = by_size if order == "activation" else list(range(100))
     fit = (lambda part: fit_scale(part, scheme, torch.float16)) if scales == "in_loop" else None
     codes = gptq_by_inversion(weight, statistics.hessian, scheme, scale, zero, 0.01, columns, fit)
     assert notes == ()
-    assert torch.equal(found.scale, scale)
-    assert torch.equal(found.zero, zero)
-    different = int((found.codes != codes).sum())
+    assert torch.equal(actual.scale, scale)
+    assert torch.equal(actual.zero, zero)
+    different = int((actual.codes != codes).sum())
     assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
 
 
@@ -93,7 +93,7 @@ def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_column
     statistics.hessian *= torch.linspace(0.1, 3, 100).outer(torch.linspace(0.1, 3, 100))  # later columns count more
     scheme = Scheme(3, 16)
     options = Options(block=24, scales="in_loop", order="none", descent=0)
-    found, _ = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
+    actual, _ = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
     order = torch.arange(100)
     upper, _ = inverse_factor(statistics.hessian, 0.01)
     assert upper is not None
@@ -101,8 +101,8 @@ def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_column
     scale, zero = fit_scale(weight, scheme, torch.float16)
     fit = lambda part: fit_scale(part, scheme, torch.float16, "mse", next(parts))  # noqa: E731
     codes = gptq_by_inversion(weight, statistics.hessian, scheme, scale, zero, 0.01, order.tolist(), fit)
-    assert int((found.scale != scale).sum()) <= 1  # a tie between two ranges, float32 against float64
-    assert int((found.codes != codes).sum()) <= 4
+    assert int((actual.scale != scale).sum()) <= 1  # a tie between two ranges, float32 against float64
+    assert int((actual.codes != codes).sum()) <= 4
 
 
 def damped(statistics: Statistics, share: float = 0.01) -> torch.Tensor:
@@ -132,10 +132,10 @@ def test_every_pass_of_coordinate_descent_lowers_the_error(bits: int, group: int
     scheme = Scheme(bits, group, symmetric)  # type: ignore[arg-type]
     errors = []
     for passes in (0, 1, 2):
-        found, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=passes), torch.float16)
-        off = found.dequantize() - weight
+        actual, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=passes), torch.float16)
+        off = actual.dequantize() - weight
         errors.append(((off @ damped(statistics)) * off).sum(1))
-        assert int(found.codes.max()) <= scheme.levels
+        assert int(actual.codes.max()) <= scheme.levels
     assert (errors[1] <= errors[0] * 1.0001).all()  # row by row
     assert (errors[2] <= errors[1] * 1.0001).all()
     assert errors[1].sum() < 0.97 * errors[0].sum()
@@ -147,15 +147,15 @@ def test_a_columns_importance_is_the_part_that_later_columns_cannot_compensate()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     upper, _ = inverse_factor(statistics.hessian, 0.01, order)
     assert upper is not None
-    seen = statistics.hessian.diagonal()[statistics.hessian.diagonal() > 0].mean()
-    full = (statistics.hessian + torch.eye(12) * 0.01 * seen).double()
-    full[4, 4] = 0.01 * 1.01 * seen  # never an input: next to nothing
+    mean = statistics.hessian.diagonal()[statistics.hessian.diagonal() > 0].mean()
+    full = (statistics.hessian + torch.eye(12) * 0.01 * mean).double()
+    full[4, 4] = 0.01 * 1.01 * mean  # never an input: next to nothing
     left = [order[step:].tolist() for step in range(12)]
     expected = torch.zeros(12, dtype=torch.float64)
     for columns in left:
         expected[columns[0]] = 1 / torch.linalg.inv(full[columns][:, columns])[0, 0]
-    found = importance(statistics.hessian, upper, 0.01, order)
-    torch.testing.assert_close(found.double(), expected / expected.mean(), rtol=1e-4, atol=1e-6)
+    actual = importance(statistics.hessian, upper, 0.01, order)
+    torch.testing.assert_close(actual.double(), expected / expected.mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_searched_ranges_follow_the_inputs() -> None:
@@ -167,9 +167,9 @@ def test_searched_ranges_follow_the_inputs() -> None:
     statistics = Statistics(32, CPU)
     statistics.update(x)
     scheme = Scheme(3, "row")
-    found, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
+    actual, _ = gptq.quantize_linear(weight, statistics, scheme, Options(descent=0), torch.float16)
     blind, _ = fit_scale(weight, scheme, torch.float16, "mse")
-    assert (found.scale < blind).float().mean() > 0.9
+    assert (actual.scale < blind).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 512])
@@ -196,17 +196,17 @@ def test_statistics_are_the_mean_outer_product_however_batched(strip: int, monke
     monkeypatch.setattr(moments, "STRIP", strip)
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
     weights = torch.rand(50)
-    one, many, weighted = Statistics(12, CPU), Statistics(12, CPU), Statistics(12, CPU)
-    one.update(x)
+    single, many, weighted = Statistics(12, CPU), Statistics(12, CPU), Statistics(12, CPU)
+    single.update(x)
     for part in x.split(7):
         many.update(part)
     many.update(x[:0])
     weighted.update(x, weights)
-    torch.testing.assert_close(one.hessian, x.T @ x / 50)
-    torch.testing.assert_close(many.hessian, one.hessian)
+    torch.testing.assert_close(single.hessian, x.T @ x / 50)
+    torch.testing.assert_close(many.hessian, single.hessian)
     torch.testing.assert_close(weighted.hessian, (x * weights[:, None]).T @ x / 50)
     matrix = torch.randn(5, 12)
-    assert one.energy(matrix) == pytest.approx(float((x @ matrix.T).square().sum() / 50), rel=1e-5)
+    assert single.energy(matrix) == pytest.approx(float((x @ matrix.T).square().sum() / 50), rel=1e-5)
 
 
 def test_inverse_factor_is_the_factor_of_the_inverse() -> None:

@@ -54,8 +54,8 @@ def test_only_methods_without_data_and_compressed_tensors_support_a_head(
     (row,) = plan.of("head")
     assert row.decision == "packed"
     assert row.bytes_after == 32064 * 4096 + 2 * 32064 + 16
-    kept = {row.tensor.name: row.reason for row in plan.rows if row.decision == "kept"}
-    assert kept["language_model.model.embed_tokens.weight"] == "embedding: vLLM cannot load it packed"
+    reasons = {row.tensor.name: row.reason for row in plan.rows if row.decision == "kept"}
+    assert reasons["language_model.model.embed_tokens.weight"] == "embedding: vLLM cannot load it packed"
     with pytest.raises(PlanError, match="component 'head', method gptq: its inputs are the outputs of the whole model"):
         make_plan(recipe(method="gptq"), big, FAMILIES["llava"], H100)
     with pytest.raises(PlanError, match="'head': vLLM loads it packed only in format compressed_tensors, not gptq"):

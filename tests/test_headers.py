@@ -121,16 +121,16 @@ def test_tensors_come_block_by_block():
 @pytest.mark.parametrize("name", HEADER_NAMES)
 def test_sparse_checkpoint_reads_back_at_its_real_size(name, sparse_checkpoint):
     folder: Path = sparse_checkpoint(name)
-    seen = {}
+    shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for tensor in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(tensor)
-                seen[tensor] = (part.get_dtype(), tuple(part.get_shape()))
-    assert seen == header(name)
+                shapes[tensor] = (part.get_dtype(), tuple(part.get_shape()))
+    assert shapes == header(name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors"))
-    assert size > sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in seen.values())
+    assert size > sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in shapes.values())
     assert on_disk < 2**20
     assert json.loads((folder / "config.json").read_text()) == header_file(name)["config"]
 

@@ -112,8 +112,8 @@ def identity_of(
     plan, checkpoint = prepare(change(recipe_of(root)), device)
     samples = calibration_samples(plan, places(str(root / "data")))
     pictures = [trace.key for trace in traces(samples)]
-    made = identity.of_job(plan, checkpoint, load_processor(checkpoint.folder), samples, pictures, device)
-    plain: dict[str, Any] = json.loads(json.dumps(made))
+    result = identity.of_job(plan, checkpoint, load_processor(checkpoint.folder), samples, pictures, device)
+    plain: dict[str, Any] = json.loads(json.dumps(result))
     return plain
 
 
@@ -306,9 +306,9 @@ def rot(path: Path, offset: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def recomputed(seen: list[Event], path: Path) -> list[str]:
+def recomputed(events: list[Event], path: Path) -> list[str]:
     """Notes that the file of a unit is damaged and its block is recomputed."""
-    notes = [event.message for event in seen if event.stage == "note"]
+    notes = [event.message for event in events if event.stage == "note"]
     return [note for note in notes if path.name in note and "this block is recomputed" in note]
 
 
@@ -316,9 +316,9 @@ def recomputed(seen: list[Event], path: Path) -> list[str]:
 def test_a_damaged_block_is_recomputed(number: int, finished: Path, finished_work: Path, tmp_path: Path) -> None:
     damaged = sorted(finished_work.glob("*.safetensors"))[number]
     rot(damaged, 1000)
-    seen: list[Event] = []
-    quick_export(tmp_path / "second", seen.append, work=finished_work)
-    assert len(recomputed(seen, damaged)) == 1
+    events: list[Event] = []
+    quick_export(tmp_path / "second", events.append, work=finished_work)
+    assert len(recomputed(events, damaged)) == 1
     assert contents(tmp_path / "second") == contents(finished)
 
 
@@ -341,7 +341,7 @@ def test_a_damaged_header_of_a_block_is_detected(
     header = HEADER_DAMAGE[name](before[8 : 8 + length])
     assert header != before[8 : 8 + length]
     path.write_bytes(len(header).to_bytes(8, "little") + header + before[8 + length :])
-    seen: list[Event] = []
-    quick_export(tmp_path / "second", seen.append, work=finished_work)
-    assert len(recomputed(seen, path)) == 1
+    events: list[Event] = []
+    quick_export(tmp_path / "second", events.append, work=finished_work)
+    assert len(recomputed(events, path)) == 1
     assert contents(tmp_path / "second") == contents(finished)

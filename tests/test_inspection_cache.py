@@ -70,8 +70,8 @@ def test_a_changed_reply_is_no_reply(model: Path) -> None:
 @pytest.mark.parametrize("package", inspection_cache.PACKAGES)
 def test_other_versions_ask_again(model: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     keep(model, "q", {"x": 1})
-    known = inspection_cache.installed_version
-    monkeypatch.setattr(inspection_cache, "installed_version", lambda name: "9" if name == package else known(name))
+    original = inspection_cache.installed_version
+    monkeypatch.setattr(inspection_cache, "installed_version", lambda name: "9" if name == package else original(name))
     inspection_cache._versions.cache_clear()
     assert recall(model, "q") is None
     monkeypatch.undo()
@@ -94,12 +94,12 @@ def test_the_oldest_files_go(model: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list(place().iterdir())) == 3
 
 
-ASKED: dict[str, Any] = {"text": "x", "fallback": "{text}", "fields": ["patch_size"], "rows": 256}
+REQUEST: dict[str, Any] = {"text": "x", "fallback": "{text}", "fields": ["patch_size"], "rows": 256}
 CONFIG = {"model_type": "llava"}
 
 
 def test_what_was_inspected_once_starts_no_helper(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = inspect(model, **ASKED)
+    first = inspect(model, **REQUEST)
     check_config_class("LlavaConfig", CONFIG, "m", model)
     processor_inspector._inspect.cache_clear()
 
@@ -108,13 +108,13 @@ def test_what_was_inspected_once_starts_no_helper(model: Path, monkeypatch: pyte
 
     monkeypatch.setattr(processor_inspector, "helper", refuse)
     start_helper(str(model))
-    assert inspect(model, **ASKED) == first
+    assert inspect(model, **REQUEST) == first
     check_config_class("LlavaConfig", CONFIG, "m", model)
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(AssertionError, match="was started"):
         start_helper(str(model))
     with pytest.raises(AssertionError, match="was started"):
-        inspect(model, **ASKED)
+        inspect(model, **REQUEST)
 
 
 def test_refusals_are_not_kept(model: Path) -> None:
@@ -122,10 +122,10 @@ def test_refusals_are_not_kept(model: Path) -> None:
     with pytest.raises(CheckpointError, match="TemplateSyntaxError"):
         inspect(model)
     (model / "chat_template.jinja").unlink()
-    assert inspect(model, **ASKED, extra="patch").failure == ""
+    assert inspect(model, **REQUEST, extra="patch").failure == ""
     content = json.loads((model / "processor_config.json").read_text())
     (model / "processor_config.json").write_text(json.dumps(content | {"patch_size": None}))
-    assert inspect(model, **ASKED).failure
+    assert inspect(model, **REQUEST).failure
     assert not knows(model)
     with pytest.raises(CheckpointError, match="cannot read its config"):
         check_config_class("LlavaConfig", {"vision_feature_layer": {"a": "b"}}, "m", model)

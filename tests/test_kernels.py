@@ -65,7 +65,7 @@ def test_the_search_of_ranges_equals_torch(
     fast = ranges._search_fast(weight, scheme, torch.float16, counts)
     grouped = ranges._grouped(weight, scheme)
     share = None if counts is None else ranges._grouped(counts[None], scheme)
-    errors = [ranges._errors(grouped, *found, scheme, share) for found in ((scale, zero), fast)]
+    errors = [ranges._errors(grouped, *pair, scheme, share) for pair in ((scale, zero), fast)]
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
@@ -94,7 +94,7 @@ def test_clipping_equals_torch(
     fast = ranges._launch(weight, scheme, torch.float16, 0.05, 11, hessian=hessian)
     assert not torch.equal(scale, start[0]), "nothing was clipped: the test says nothing"
     blocks = awq._diagonal_blocks(hessian, scheme)
-    errors = [awq._group_output_error(weight, blocks, *found, scheme) for found in ((scale, zero), fast)]
+    errors = [awq._group_output_error(weight, blocks, *pair, scheme) for pair in ((scale, zero), fast)]
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
@@ -115,13 +115,13 @@ def _square(columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [64, 50])
 def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, width: int) -> None:
-    here, grid = slice(FIRST, FIRST + width), _grid(3, COLUMNS)
+    part, grid = slice(FIRST, FIRST + width), _grid(3, COLUMNS)
     upper = torch.linalg.cholesky(_square(COLUMNS)).T.contiguous()
     codes = torch.zeros(2, ROWS, COLUMNS, dtype=torch.uint8, device=DEVICE)
-    inputs = (weight[:, here], upper[here, here], grid.part(here))
-    errors = columns_.quantize_columns_plain(*inputs, codes[0, :, here])
-    steps = grid.part(here).steps
-    fast = kernels["gptq_columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, here])
+    inputs = (weight[:, part], upper[part, part], grid.part(part))
+    errors = columns_.quantize_columns_plain(*inputs, codes[0, :, part])
+    steps = grid.part(part).steps
+    fast = kernels["gptq_columns_kernel"].quantize_columns_fast(*inputs[:2], steps, 15, codes[1, :, part])
     assert codes.any()
     same = _rows_alike(codes)
     torch.testing.assert_close(errors[same], fast[same])
@@ -131,16 +131,16 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
 def test_the_coordinate_descent_equals_torch(
     kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    here, grid, square = slice(FIRST, FIRST + 64), _grid(3, COLUMNS), _square(COLUMNS)
+    part, grid, square = slice(FIRST, FIRST + 64), _grid(3, COLUMNS), _square(COLUMNS)
     share = square.diagonal().clone()
     square.diagonal().zero_()
     codes = torch.stack([quantize(weight + 0.2, *grid.expanded())] * 2)
     off = torch.stack([(weight - dequantize(codes[0], *grid.expanded())).to(dtype)] * 2)
-    pull = off[0].float() @ square[here].T
-    inputs = (weight[:, here], pull, square[here, here].to(dtype), share[here], grid.part(here))
-    columns_.descend_columns_plain(*inputs, codes[0, :, here], off[0, :, here])
+    pull = off[0].float() @ square[part].T
+    inputs = (weight[:, part], pull, square[part, part].to(dtype), share[part], grid.part(part))
+    columns_.descend_columns_plain(*inputs, codes[0, :, part], off[0, :, part])
     assert (codes[0] != codes[1]).any(), "no code moved: the test says nothing"
-    fast = (*inputs[:4], grid.part(here).steps, 15, codes[1, :, here], off[1, :, here])
+    fast = (*inputs[:4], grid.part(part).steps, 15, codes[1, :, part], off[1, :, part])
     kernels["gptq_columns_kernel"].descend_columns_fast(*fast)
     same = _rows_alike(codes)
     torch.testing.assert_close(off[0, same], off[1, same])
@@ -169,12 +169,12 @@ def test_gptq_by_kernels_equals_torch(
     statistics = gptq.Statistics(columns, DEVICE)
     statistics.update(rows)
     options = gptq.Options(block=block, scales=scales, order=order)
-    found = []
+    results = []
     for fast in (False, True):
         monkeypatch.setattr(ColumnGrid, "has_kernels", fast)
         linear, notes = gptq.quantize_linear(weight, statistics, Scheme(4, group, False), options, torch.float16)
         off = linear.dequantize() - weight
-        found.append((linear.codes, float(((off @ statistics.hessian) * off).sum())))
+        results.append((linear.codes, float(((off @ statistics.hessian) * off).sum())))
         assert notes == ()
-    assert (found[0][0] != found[1][0]).float().mean() <= 2 * NEAR_TIES
-    assert found[1][1] == pytest.approx(found[0][1], rel=0.01)
+    assert (results[0][0] != results[1][0]).float().mean() <= 2 * NEAR_TIES
+    assert results[1][1] == pytest.approx(results[0][1], rel=0.01)

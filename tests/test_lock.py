@@ -28,7 +28,7 @@ with hold(Path(sys.argv[1]), Path(sys.argv[1]).parent, shared=sys.argv[2] == "sh
 
 
 @contextmanager
-def held_elsewhere(file: Path, how: str = "alone") -> Iterator[subprocess.Popen[str]]:
+def locked_by_another_process(file: Path, how: str = "alone") -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLDS, str(file), how], stdout=subprocess.PIPE, text=True)
     try:
@@ -42,7 +42,7 @@ def held_elsewhere(file: Path, how: str = "alone") -> Iterator[subprocess.Popen[
 
 def test_the_error_of_a_second_process_names_the_holder_of_the_lock(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
-    with held_elsewhere(file) as process:
+    with locked_by_another_process(file) as process:
         with pytest.raises(LockedError) as caught, hold(file, tmp_path):
             pytest.fail("it was locked")
         message = caught.value.message
@@ -54,7 +54,7 @@ def test_the_error_of_a_second_process_names_the_holder_of_the_lock(tmp_path: Pa
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
-    with held_elsewhere(file) as process:
+    with locked_by_another_process(file) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert file.exists()
@@ -83,7 +83,7 @@ def test_two_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
 
 def test_shared_locks_go_together_and_exclude_a_single_one(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
-    with held_elsewhere(file, "shared"):
+    with locked_by_another_process(file, "shared"):
         with hold(file, tmp_path, shared=True):
             pass
         assert file.exists()  # the other one is still there
@@ -117,7 +117,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b"null"])
 def test_any_content_of_a_lock_file_makes_a_sentence(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / ".lock"
-    with held_elsewhere(file):
+    with locked_by_another_process(file):
         file.write_bytes(content)
         with pytest.raises(LockedError, match="another process: it has just started"), hold(file, tmp_path):
             pytest.fail("it was locked")
@@ -125,7 +125,7 @@ def test_any_content_of_a_lock_file_makes_a_sentence(content: bytes, tmp_path: P
 
 def test_a_holder_cannot_print_control_characters_or_pages(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
-    with held_elsewhere(file):
+    with locked_by_another_process(file):
         file.write_text(json.dumps({"pid": 1, "host": "h", "since": "s", "command": "mmq \x1b[2J" + "x" * 2000}))
         with pytest.raises(LockedError) as caught, hold(file, tmp_path):
             pytest.fail("it was locked")
@@ -138,11 +138,11 @@ def test_a_file_system_without_locks_is_said_aloud(tmp_path: Path, monkeypatch: 
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
-    seen: list[Event] = []
-    with hold(tmp_path / ".lock", tmp_path, on_event=seen.append):
+    events: list[Event] = []
+    with hold(tmp_path / ".lock", tmp_path, on_event=events.append):
         pass
-    assert [event.stage for event in seen] == ["note"]
-    assert "cannot be locked" in seen[0].message
+    assert [event.stage for event in events] == ["note"]
+    assert "cannot be locked" in events[0].message
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_a_folder_that_cannot_be_written_to(shared: bool, tmp_path: Path, monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(lock.os, "open", refuse)
-    seen: list[Event] = []
+    events: list[Event] = []
     if shared:
-        with hold(tmp_path / ".lock", tmp_path, shared=True, on_event=seen.append):
+        with hold(tmp_path / ".lock", tmp_path, shared=True, on_event=events.append):
             pass
-        assert "cannot be locked (Permission denied)" in seen[0].message
+        assert "cannot be locked (Permission denied)" in events[0].message
         return
     with pytest.raises(CheckpointError, match="Permission denied"), hold(tmp_path / ".lock", tmp_path):
         pytest.fail("it was locked")

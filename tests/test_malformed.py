@@ -83,11 +83,11 @@ def changed(content: Any, path: tuple[Any, ...], what: str) -> Any:
 def refusal(name: str, root: Path) -> str | None:
     """The message of the DataError, which must be printable, or None. Any other exception fails the test."""
     try:
-        found = data.samples(name, root, CONVENTIONS[name].tasks[0], SPLITS.get(name, "test"), 99, 0)
+        samples = data.samples(name, root, CONVENTIONS[name].tasks[0], SPLITS.get(name, "test"), 99, 0)
     except DataError as error:
         error.message.encode()
         return error.message
-    for sample in found:
+    for sample in samples:
         f"{sample.identity}{sample.question}{sample.references}".encode()
     return None
 
@@ -96,18 +96,18 @@ def refusal(name: str, root: Path) -> str | None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_value_that_does_not_belong_there_is_a_data_error(tmp_path: Path, name: str, what: str) -> None:
     getattr(layouts, name)(tmp_path)
-    told: dict[str, list[str | None]] = {}
+    messages: dict[str, list[str | None]] = {}
     for file in FILES[name]:
         whole = json.loads((tmp_path / file).read_text())
         for path in places(whole):
             layouts.write(tmp_path / file, json.dumps(changed(whole, path, what)))
-            told.setdefault(str(path[-1]) if path else "", []).append(refusal(name, tmp_path))
+            messages.setdefault(str(path[-1]) if path else "", []).append(refusal(name, tmp_path))
         layouts.write(tmp_path / file, whole)
     assert refusal(name, tmp_path) is None
-    assert None not in told[""]
+    assert None not in messages[""]
     for layout, key, refused in REFUSED:
         if layout == name and what in refused:
-            assert any(told[key]), f"{key} may be {what}"
+            assert any(messages[key]), f"{key} may be {what}"
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
@@ -117,8 +117,8 @@ def test_every_invalid_id_is_reported(tmp_path: Path, name: str) -> None:
     for entry in whole[key]:
         entry["id" if name == "coco" else "imgid"] = [1]
     layouts.write(tmp_path / FILES[name][0], whole)
-    told = refusal(name, tmp_path) or ""
-    assert told.count("must be a whole number or a non-empty string") == min(SHOWN, len(whole[key]))
+    message = refusal(name, tmp_path) or ""
+    assert message.count("must be a whole number or a non-empty string") == min(SHOWN, len(whole[key]))
 
 
 def test_names_and_ids_of_a_data_folder(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_names_and_ids_of_a_data_folder(tmp_path: Path) -> None:
         for what in (value for value in BAD if value not in ("null", "negative", "huge number")):
             line = {"file_name": "a.png", "caption": "c", key: BAD[what]}
             layouts.write(tmp_path / "test" / "metadata.jsonl", line)
-            told = refusal_of_folder(tmp_path)
+            message = refusal_of_folder(tmp_path)
             if key == "file_name" or what in ("list", "object", "fraction", "truth", "empty", "surrogate"):
-                assert told, (key, what)
-                assert "metadata.jsonl:1" in told
+                assert message, (key, what)
+                assert "metadata.jsonl:1" in message
     layouts.write(tmp_path / "test" / "metadata.jsonl", '{"file_name": "a.png", "id": 1' + "0" * 5000 + "}")
     assert "metadata.jsonl:1: not JSON" in (refusal_of_folder(tmp_path) or "")
 

@@ -90,7 +90,7 @@ def test_an_unknown_key_is_ignored(plain: dict[str, Any]) -> None:
     assert parse(plain | {"colour": "red"}) == parse(plain)
 
 
-ODD: list[tuple[str, Any, str]] = [
+INVALID: list[tuple[str, Any, str]] = [
     ("format_version", VERSION + 1, "format_version"),
     ("format_version", "1", "format_version"),
     ("format_version", 0, "format_version"),
@@ -135,7 +135,7 @@ ODD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "fragment"), ODD)
+@pytest.mark.parametrize(("key", "value", "fragment"), INVALID)
 def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: str, value: Any, fragment: str) -> None:
     with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:
         parse(plain | {key: value})

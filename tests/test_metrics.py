@@ -77,9 +77,11 @@ def test_answers_are_normalized_as_by_the_evaluator(answer: str, expected: str) 
 def test_accuracy_is_that_of_the_evaluator() -> None:
     cases = GOLDEN["vqa"]["cases"]
     assert len(cases) == 400
-    kept = [case for case in cases if vqa.normalize(case[0])]
-    assert [vqa.accuracy(a, votes) for a, votes, _ in kept] == pytest.approx([score for *_, score in kept], abs=1e-9)
-    assert len({score for *_, score in kept}) > 4
+    with_words = [case for case in cases if vqa.normalize(case[0])]
+    assert [vqa.accuracy(a, votes) for a, votes, _ in with_words] == pytest.approx(
+        [score for *_, score in with_words], abs=1e-9
+    )
+    assert len({score for *_, score in with_words}) > 4
     # An answer without content is ours to call wrong: the evaluator lets it match an empty vote.
     assert {vqa.accuracy(a, votes) for a, votes, _ in cases if not vqa.normalize(a)} == {0.0}
 
@@ -104,18 +106,18 @@ def sample(*references: str, kind: str = "") -> Sample:
 
 def test_figures_of_a_set_by_kind() -> None:
     samples = [sample("yes", kind="verify"), sample("no", kind="verify"), sample("dog", kind="query")]
-    found = TASKS["vqa"].corpus(["yes", "yes", "dog"], samples)
-    assert found == {"accuracy": pytest.approx(2 / 3), "accuracy verify": 0.5, "accuracy query": 1.0}
+    figures = TASKS["vqa"].corpus(["yes", "yes", "dog"], samples)
+    assert figures == {"accuracy": pytest.approx(2 / 3), "accuracy verify": 0.5, "accuracy query": 1.0}
 
 
 def test_figures_of_a_set_of_captions() -> None:
     samples = [sample("a red circle on the left"), sample("two blue rings", "blue rings in the center")]
     answers = ["a red circle on the right", "two blue rings"]
-    found = TASKS["captioning"].corpus(answers, samples)
+    figures = TASKS["captioning"].corpus(answers, samples)
     scores = TASKS["captioning"].score(answers, samples)
-    assert found["cider"] == pytest.approx(sum(scores["cider"]) / 2)
+    assert figures["cider"] == pytest.approx(sum(scores["cider"]) / 2)
     words = [[a.split() for a in answers], [[r.split() for r in s.references] for s in samples]]
-    assert tuple(found[f"bleu{n}"] for n in (1, 2, 3, 4)) == pytest.approx(corpus_bleu(*words))
+    assert tuple(figures[f"bleu{n}"] for n in (1, 2, 3, 4)) == pytest.approx(corpus_bleu(*words))
     assert tuple(scores) == captioning.METRICS == ("cider", "bleu", "exact")
     assert captioning.method() == {"tokenizer": "Penn Treebank (Python)"}
 
@@ -144,30 +146,30 @@ def test_recall_with_ties_against_counting(data: st.DataObject) -> None:
     owners = data.draw(st.permutations([*range(pictures), *extra]))
     values = st.integers(-3, 3).map(float)  # few values, many ties
     matrix = [[data.draw(values) for _ in owners] for _ in range(pictures)]
-    found = recalls(torch.tensor(matrix), owners)
+    actual = recalls(torch.tensor(matrix), owners)
     by_picture, by_text = slow_ranks(matrix, owners)
     for k in RANKS:
-        assert found[f"text_r{k}"] == [float(rank < k) for rank in by_picture]
-        assert found[f"image_r{k}"] == [float(rank < k) for rank in by_text]
+        assert actual[f"text_r{k}"] == [float(rank < k) for rank in by_picture]
+        assert actual[f"image_r{k}"] == [float(rank < k) for rank in by_text]
 
 
 def test_recall_without_ties_is_that_of_sorting() -> None:
     generator = torch.Generator().manual_seed(5)
     similarity, owners = torch.randn(40, 200, generator=generator), [i // 5 for i in range(200)]
     similarity += 1.5 * (torch.tensor(owners)[None] == torch.arange(40)[:, None])
-    found = recalls(similarity, owners)
+    actual = recalls(similarity, owners)
     for k in RANKS:
         first = similarity.argsort(dim=1, descending=True)[:, :k]
-        assert found[f"text_r{k}"] == [float(any(owners[t] == i for t in row)) for i, row in enumerate(first.tolist())]
+        assert actual[f"text_r{k}"] == [float(any(owners[t] == i for t in row)) for i, row in enumerate(first.tolist())]
         first = similarity.argsort(dim=0, descending=True)[:k].T
-        assert found[f"image_r{k}"] == [float(owners[t] in row) for t, row in enumerate(first.tolist())]
-    means = [sum(found[f"text_r{k}"]) / 40 for k in RANKS]
+        assert actual[f"image_r{k}"] == [float(owners[t] in row) for t, row in enumerate(first.tolist())]
+    means = [sum(actual[f"text_r{k}"]) / 40 for k in RANKS]
     assert 0 < means[0] < means[1] < means[2] <= 1
 
 
 def test_scores_that_are_all_the_same_recall_nothing() -> None:
-    found = recalls(torch.ones(20, 100), [i // 5 for i in range(100)])
-    assert all(sum(values) == 0 for values in found.values())
+    actual = recalls(torch.ones(20, 100), [i // 5 for i in range(100)])
+    assert all(sum(values) == 0 for values in actual.values())
     lowest = torch.full((2, 2), -math.inf)
     assert recalls(lowest.fill_diagonal_(0), [0, 1])["text_r1"] == [1.0, 1.0]
 

@@ -35,8 +35,8 @@ from bench.mutation_operators import mutated, sites
     ],
 )
 def test_every_place_is_changed_once(source: str, expected: list[str]) -> None:
-    found = [ast.unparse(mutated(source, number)) for number in range(len(sites(source)))]
-    assert found == expected
+    mutants = [ast.unparse(mutated(source, number)) for number in range(len(sites(source)))]
+    assert mutants == expected
 
 
 def test_every_module_is_in_one_room() -> None:

@@ -67,9 +67,9 @@ def test_a_resumed_run_excludes_the_same_tokens_with_the_same_notes(tmp_path: Pa
     whole = [first.read(unit) for unit in plan.units]
     for unit in plan.units[1:]:
         (tmp_path / "work" / unit.file).unlink()
-    again = streamed(plan, checkpoint, tmp_path / "work", [batch])
+    resumed = streamed(plan, checkpoint, tmp_path / "work", [batch])
     for before, unit in zip(whole, plan.units, strict=True):
-        after = again.read(unit)
+        after = resumed.read(unit)
         assert after.notes == before.notes
         for name, linear in before.linears.items():
             assert torch.equal(linear.codes, after.linears[name].codes)
@@ -125,10 +125,10 @@ def test_rows_that_overflow_inside_a_block_are_excluded_only_for_that_linear() -
     hidden[0, 3, 1] = 200.0
     entry = inputs_of(hidden)
     statistics = block_of(Overflowing(), [entry]).gather([row_of("up"), row_of("down")])
-    everything, finite = hidden.flatten(0, 1), torch.ones(40, dtype=torch.bool)
+    all_rows, finite = hidden.flatten(0, 1), torch.ones(40, dtype=torch.bool)
     finite[3] = False
-    torch.testing.assert_close(statistics["up"].hessian, everything.T @ everything / 40)
-    torch.testing.assert_close(statistics["down"].hessian, everything[finite].T @ everything[finite] / 39)
+    torch.testing.assert_close(statistics["up"].hessian, all_rows.T @ all_rows / 40)
+    torch.testing.assert_close(statistics["down"].hessian, all_rows[finite].T @ all_rows[finite] / 39)
 
 
 def test_too_many_rows_that_overflow_inside_a_block_stop_the_job() -> None:

@@ -13,7 +13,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 
 @contextmanager
-def server_of_one_request_a_connection() -> Iterator[str]:
+def server_that_closes_connections() -> Iterator[str]:
     """A server that promises to keep each connection, and resets it when a second request comes on it."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -39,5 +39,5 @@ def answer_once(connection: socket.socket) -> None:
 
 
 def test_a_request_to_this_machine_never_uses_a_connection_that_the_server_may_have_closed():
-    with server_of_one_request_a_connection() as url:
+    with server_that_closes_connections() as url:
         assert [request_json(url)["answer"] for _ in range(3)] == [42, 42, 42]

@@ -206,12 +206,12 @@ def test_the_same_command_succeeds_after_a_kill_at_the_end(with_report: bool, ov
     first = quick_export(out, **options)
     before = contents(out)
     received: list[Event] = []
-    again = quick_export(out, received.append, **options)
+    repeated = quick_export(out, received.append, **options)
     assert contents(out) == before
     assert not {event.stage for event in received} & {"calibrate", "quantize", "write"}
-    assert again.verified == first.verified
-    assert again.report == first.report
-    assert (again.report is not None) == with_report
+    assert repeated.verified == first.verified
+    assert repeated.report == first.report
+    assert (repeated.report is not None) == with_report
 
 
 @pytest.mark.parametrize("left", ["all", "some", "no"])

@@ -55,8 +55,8 @@ def test_bits_change_every_rule_of_a_component_and_the_description() -> None:
     assert {rule.bits for rule in changed.quantize if rule.component == "language"} == {3}
     assert changed.changes() == "bits language=3"
     assert "language 3 bits" in changed.description()
-    again = adjusted(changed, bits={"language": 5}, group_size=32)
-    assert again.changes() == "bits language=5, group_size=32"
+    changed_twice = adjusted(changed, bits={"language": 5}, group_size=32)
+    assert changed_twice.changes() == "bits language=5, group_size=32"
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,11 @@ def test_big_endian_sixteen_bits(tmp_path: Path) -> None:
 def test_transparent_pixels_show_white(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (4, 4), (10, 10, 10, 0))
     image.paste((10, 10, 10, 255), (0, 0, 4, 2))
-    made = image.convert(mode)
+    converted = image.convert(mode)
     name = "a.tif" if mode == "PA" else "a.png"
-    shown = pixels(saved(tmp_path, made, name))
+    shown = pixels(saved(tmp_path, converted, name))
     assert (shown[:2] == 10).all()
-    assert (shown[2:] == (255 if mode != "P" or made.has_transparency_data else 10)).all()
+    assert (shown[2:] == (255 if mode != "P" or converted.has_transparency_data else 10)).all()
 
 
 def test_a_palette_with_one_transparent_color(tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def test_units_come_in_data_order(big: Checkpoint) -> None:
 
 
 def test_later_rules_that_match_nothing_are_an_error(big: Checkpoint) -> None:
-    everything = Rule(component="language", bits=4, group_size=128)
+    whole_component = Rule(component="language", bits=4, group_size=128)
     shadowed = Rule(component="language", bits=8, blocks="0:4")
     with pytest.raises(PlanError, match=r"quantize\[1\] .*matches no linear"):
-        plan_of("llava-w4", big, everything, shadowed)
+        plan_of("llava-w4", big, whole_component, shadowed)
     beyond = Rule(component="vision", bits=8, blocks="23:24")
     with pytest.raises(PlanError, match=r"quantize\[0\] .*matches no linear"):
         plan_of("llava-w4", big, beyond)

@@ -43,14 +43,14 @@ def test_a_changed_copy_is_written_again() -> None:
 
 
 def test_the_launch_switches_it_on_and_keeps_the_users_path() -> None:
-    made = with_plugin(
+    command = with_plugin(
         Launch(("vllm", "serve", "x"), {"A": "1"}, "http://127.0.0.1:1", "x"), "0.32.0", {"PYTHONPATH": "/mine"}
     )
     folder = str(plugin_folder())
-    assert made.environment == {"A": "1", "MMQ_VLLM_PLUGIN": "1", "PYTHONPATH": f"/mine{os.pathsep}{folder}"}
+    assert command.environment == {"A": "1", "MMQ_VLLM_PLUGIN": "1", "PYTHONPATH": f"/mine{os.pathsep}{folder}"}
     words = ("env", "PYTHONPATH=/site", "python3", "-m", "vllm", "serve", "PYTHONPATH=kept")
-    made = with_plugin(Launch(words, {}, "http://127.0.0.1:1", "x"), "0.32.0", {})
-    assert made.command == ("env", f"PYTHONPATH=/site{os.pathsep}{folder}", *words[2:])
+    command = with_plugin(Launch(words, {}, "http://127.0.0.1:1", "x"), "0.32.0", {})
+    assert command.command == ("env", f"PYTHONPATH=/site{os.pathsep}{folder}", *words[2:])
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "0.34.0rc1+cpu", "dev"])
@@ -65,9 +65,9 @@ def test_these_versions_are_supported(version: str) -> None:
 
 
 def test_another_version_is_refused_before_the_start() -> None:
-    made = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
+    command = Launch(("vllm", "serve", "x"), {}, "http://127.0.0.1:1", "x")
     with pytest.raises(ServeError, match=r"supports vLLM 0\.26 to 0\.33, this is 0\.40\.1") as caught:
-        with_plugin(made, "0.40.1")
+        with_plugin(command, "0.40.1")
     assert caught.value.hint
 
 
@@ -95,11 +95,11 @@ class Replicated(nn.Module):
 
 
 def test_only_named_linears_of_the_part_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = ModuleType("vllm.model_executor.layers.linear")
-    stand_in.ReplicatedLinear, stand_in.UnquantizedLinearMethod = Replicated, Unquantized  # type: ignore[attr-defined]
+    replacement = ModuleType("vllm.model_executor.layers.linear")
+    replacement.ReplicatedLinear, replacement.UnquantizedLinearMethod = Replicated, Unquantized  # type: ignore[attr-defined]
     for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.setitem(sys.modules, replacement.__name__, replacement)
     model = nn.Module()
     model.qformer = nn.ModuleDict({"query": nn.Linear(4, 6), "key": nn.Linear(4, 4, bias=False)})
     model.qformer_other, model.language_projection = nn.Linear(2, 2), nn.Linear(6, 8)

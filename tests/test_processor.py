@@ -40,8 +40,8 @@ def change(file: Path, **values: Any) -> None:
 
 def plan(folder: Path, recipe: str = "llava-w4-vit8") -> tuple[str, ...]:
     """Warnings of the plan."""
-    chosen = load_recipe(recipe).adjusted(model={"repo": str(folder)})
-    return prepare(chosen, choose("cpu"), headers_only=True)[0].warnings
+    adjusted = load_recipe(recipe).adjusted(model={"repo": str(folder)})
+    return prepare(adjusted, choose("cpu"), headers_only=True)[0].warnings
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,15 +51,17 @@ def test_the_embedded_models_processors_fit(name: str) -> None:
 
 
 def test_prompts_are_those_of_the_chat_template() -> None:
-    made = load_processor(MODELS["demo-llava"])
+    processor = load_processor(MODELS["demo-llava"])
     for text in ("what is it?", "  two\n", "{{ 7 * 7 }} {text} %d"):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        theirs = made.library.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        assert made.template is not None
-        assert made.template.prompt(text) == theirs
+        expected = processor.library.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        assert processor.template is not None
+        assert processor.template.prompt(text) == expected
     family = FAMILIES["llava"]
     question = Sample("s", lambda: None, "what?", ("x",))  # type: ignore[arg-type, return-value]
-    assert render(made, family, question, None) == f"USER: <image>\n{family.text('what?')} ASSISTANT:"
+    assert render(processor, family, question, None) == f"USER: <image>\n{family.text('what?')} ASSISTANT:"
 
 
 def test_a_template_is_parsed_only_when_it_writes_texts_unchanged() -> None:

@@ -75,7 +75,7 @@ class Files:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """good: a publishable artifact. other: a publishable artifact of the same model with other bits."""
     place = tmp_path_factory.mktemp("proof")
     for name, source in (("good", "llava-w4-vit8"), ("other", "llava-w8")):
@@ -98,10 +98,10 @@ def bootstrap_once(before: Sequence[float], after: Sequence[float], **options: A
 
 
 @pytest.fixture
-def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+def files(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr("exporter.publishing.proof.verify", partial(verify, load="nothing"))
     monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
-    return Files(shutil.copytree(made / "good", tmp_path / "artifact"))
+    return Files(shutil.copytree(exported / "good", tmp_path / "artifact"))
 
 
 def reasons(folder: Path) -> str:
@@ -150,7 +150,7 @@ def every(rows: list[Plain], **values: Any) -> None:
         row.update(values)
 
 
-def lose_everything(f: Files) -> None:
+def lose_all_scores(f: Files) -> None:
     for measure in f.report["measures"]:
         measure["difference"].update(after=0.0, change=-measure["difference"]["before"])
     every(f.report["gates"], change=-1.0)
@@ -227,7 +227,7 @@ def forgotten(f: Files, task: str) -> None:
 
 EDITS: list[tuple[str, Edit, str]] = [
     # the report's figures
-    ("all is lost, passed", lose_everything, "report's measure of vqa accuracy has difference"),
+    ("all is lost, passed", lose_all_scores, "report's measure of vqa accuracy has difference"),
     ("NaN, no samples", no_numbers, "samples: Input should be greater than or equal to 1"),
     ("max_drop 1e9", lambda f: every(f.report["gates"], max_drop=1e9), "max_drop: Input should be less than or equal"),
     ("max_drop NaN", lambda f: every(f.report["gates"], max_drop=float("nan")), "max_drop: Input should be"),
@@ -571,11 +571,11 @@ def test_an_edited_artifact_is_refused_with_the_reason(files: Files, edit: Edit,
     assert fragment in listed
 
 
-def test_a_report_of_another_artifact_is_refused(files: Files, made: Path) -> None:
+def test_a_report_of_another_artifact_is_refused(files: Files, exported: Path) -> None:
     """The report is from another artifact of the same source on the same samples."""
-    shutil.copy(made / "other" / REPORT, files.folder / REPORT)
+    shutil.copy(exported / "other" / REPORT, files.folder / REPORT)
     assert "the report was measured on other weights" in reasons(files.folder)
-    files.report = json.loads((made / "other" / REPORT).read_text())
+    files.report = json.loads((exported / "other" / REPORT).read_text())
     files.write()  # and names these weights
     assert "has 1 gates, but its scores and the recipe give 2" in reasons(files.folder)
 

@@ -33,7 +33,7 @@ REPO = "me/tiny-w4"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model, w4, w3: a source and two artifacts of it."""
     place = tmp_path_factory.mktemp("made")
     model = tiny_model(place / "model")
@@ -43,9 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def artifact(made: Path, tmp_path: Path) -> Path:
+def artifact(exported: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return shutil.copytree(made / "w4", tmp_path / "w4")
+    return shutil.copytree(exported / "w4", tmp_path / "w4")
 
 
 @pytest.fixture
@@ -234,20 +234,20 @@ def open_artifact() -> None:
     verify_remote(open_remote(REPO), ignore)
 
 
-def test_uploaded_files_are_not_sent_again(hub: Hub, made: Path) -> None:
+def test_uploaded_files_are_not_sent_again(hub: Hub, exported: Path) -> None:
     hub.faults.append(Fault(r"POST .*/commit/", 403))
-    refused(made / "w4")
+    refused(exported / "w4")
     sent = len(hub.sent("PUT /upload/"))
     assert sent > 1
-    published(made / "w4")
+    published(exported / "w4")
     assert len(hub.sent("PUT /upload/")) == sent
     hub.log.clear()
-    published(made / "w4")  # nothing has changed but the card's changelog
+    published(exported / "w4")  # nothing has changed but the card's changelog
     assert not hub.sent("PUT /upload/")
 
 
-def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path, tmp_path: Path) -> None:
-    old = shutil.copytree(made / "w4", tmp_path / "old")
+def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(exported / "w4", tmp_path / "old")
     (old / "notes.txt").write_text("gone later")
     manifest = json.loads((old / MANIFEST).read_text())
     from exporter.files.file_hashes import sha256
@@ -258,12 +258,12 @@ def test_updating_removes_stale_files_and_keeps_a_changelog(hub: Hub, made: Path
     published(old)
     first = hub.repos[REPO].branches["main"]
     assert "## Changelog" not in hub.files(REPO)["README.md"].decode()
-    published(made / "w3")
+    published(exported / "w3")
     card = hub.files(REPO)["README.md"].decode()
     assert "notes.txt" not in hub.files(REPO)
     assert f"since `{first[:12]}`" in card
     assert "- language: W4 g16 rtn → W3 g16 rtn" in card
-    published(made / "w4")
+    published(exported / "w4")
     card = hub.files(REPO)["README.md"].decode()
     assert card.index("W3 g16 rtn → W4 g16 rtn") < card.index("W4 g16 rtn → W3 g16 rtn")
     open_artifact()
@@ -307,26 +307,26 @@ def test_names_in_a_manifest_cannot_leave_the_folder(hub: Hub, artifact: Path, t
     assert not hub.sent("^(POST|PUT)")
 
 
-def test_an_update_keeps_foreign_files(hub: Hub, made: Path) -> None:
-    published(made / "w4")
-    mine = {"LICENSE": b"mine", "assets/figure.png": b"png", ".eval_results/community.yaml": b"- x"}
-    hub.add(REPO, hub.files(REPO) | mine)
-    published(made / "w3")
+def test_an_update_keeps_foreign_files(hub: Hub, exported: Path) -> None:
+    published(exported / "w4")
+    foreign = {"LICENSE": b"mine", "assets/figure.png": b"png", ".eval_results/community.yaml": b"- x"}
+    hub.add(REPO, hub.files(REPO) | foreign)
+    published(exported / "w3")
     files = hub.files(REPO)
-    assert {name: files[name] for name in mine} == mine
+    assert {name: files[name] for name in foreign} == foreign
     hub.add(REPO, files | {"adapter.safetensors": b"x" * 20_000})
-    assert "weights that mmq did not publish: adapter.safetensors" in refused(made / "w4")
-    published(made / "w4", "--replace")
+    assert "weights that mmq did not publish: adapter.safetensors" in refused(exported / "w4")
+    published(exported / "w4", "--replace")
     assert "adapter.safetensors" not in hub.files(REPO)
     assert hub.files(REPO)["LICENSE"] == b"mine"
 
 
-def test_a_commit_with_a_lost_response_is_recognized_beside_foreign_files(hub: Hub, made: Path) -> None:
-    published(made / "w4")
+def test_a_commit_with_a_lost_response_is_recognized_beside_foreign_files(hub: Hub, exported: Path) -> None:
+    published(exported / "w4")
     hub.add(REPO, hub.files(REPO) | {"LICENSE": b"mine"})
     before = commits(hub)
     hub.faults.append(Fault(r"POST .*/commit/", 0, after=True))
-    published(made / "w3")
+    published(exported / "w3")
     assert commits(hub) == before + 1
 
 
@@ -385,10 +385,10 @@ def test_a_repository_that_appears_in_the_meantime_is_checked(hub: Hub, artifact
 
 
 def test_the_parent_of_the_commit_is_the_checked_revision(
-    hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change between check and upload is detected as a concurrent commit."""
-    published(made / "w4")
+    published(exported / "w4")
     existing = exporter.publishing.upload.existing_repository
 
     def looked_then(*arguments: Any) -> Any:
@@ -397,7 +397,7 @@ def test_the_parent_of_the_commit_is_the_checked_revision(
         return remote
 
     monkeypatch.setattr("exporter.publishing.upload.existing_repository", looked_then)
-    assert "another upload changed it at the same time" in refused(made / "w3")
+    assert "another upload changed it at the same time" in refused(exported / "w3")
 
 
 def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) -> None:
@@ -416,8 +416,8 @@ def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: 
     head = hub.repos[REPO].branches["main"]
     assert "the same artifact with a new card" in hub.files(REPO)["README.md"].decode()
     assert "nothing to do: the repository already holds" in published(artifact, "--license", "mit", "--dry-run").output
-    again = published(artifact, "--license", "mit")
-    assert f"nothing to do: {hub.url}/{REPO}/commit/{head} already holds these files" in again.output
+    second = published(artifact, "--license", "mit")
+    assert f"nothing to do: {hub.url}/{REPO}/commit/{head} already holds these files" in second.output
     assert hub.repos[REPO].branches == {"main": head}
     published(artifact, "--license", "mit", "--revision", "copy")  # a new branch of it is something to do
     assert hub.repos[REPO].branches == {"main": head, "copy": head}
@@ -474,19 +474,19 @@ def test_a_token_that_is_invalid_in_a_header_has_a_clear_error(
         assert "secret" not in text
 
 
-def test_branch_and_pull_request(hub: Hub, made: Path) -> None:
-    published(made / "w4")
+def test_branch_and_pull_request(hub: Hub, exported: Path) -> None:
+    published(exported / "w4")
     main = hub.repos[REPO].branches["main"]
-    published(made / "w3", "--revision", "three-bits")
+    published(exported / "w3", "--revision", "three-bits")
     assert hub.repos[REPO].branches["main"] == main
     assert json.loads(hub.files(REPO, "three-bits")[MANIFEST])["recipe"]["name"] == "rtn-3"
-    done = published(made / "w3", "--create-pr")
+    done = published(exported / "w3", "--create-pr")
     assert "/discussions/1" in done.output
     assert hub.repos[REPO].branches["main"] == main
 
 
-def test_a_concurrent_commit_is_not_overwritten(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published(made / "w4")
+def test_a_concurrent_commit_is_not_overwritten(hub: Hub, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(exported / "w4")
     from huggingface_hub import HfApi
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
@@ -497,7 +497,7 @@ def test_a_concurrent_commit_is_not_overwritten(hub: Hub, made: Path, monkeypatc
 
     original = HfApi.create_commit
     monkeypatch.setattr(HfApi, "create_commit", meanwhile)
-    assert "another upload changed it at the same time" in refused(made / "w3")
+    assert "another upload changed it at the same time" in refused(exported / "w3")
 
 
 def test_verify_of_a_published_artifact_downloads_no_weights(hub: Hub, artifact: Path) -> None:
@@ -588,8 +588,8 @@ def test_scores_on_the_built_in_drawings_are_published_only_when_accepted(hub: H
     assert "gate vqa accuracy: failed" in refused(artifact, "--accept-built-in-data")
 
 
-def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, made: Path) -> None:
-    files = {path.name: path.read_bytes() for path in (made / "w4").iterdir()}
+def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, exported: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (exported / "w4").iterdir()}
     manifest = json.loads(files[MANIFEST])
     header = b'{"a": {"dtype": "F16"}}'
     for weights in (b"\xff" * 20_000, b"x", len(header).to_bytes(8, "little") + header + b" " * 20_000):
@@ -601,8 +601,8 @@ def test_a_file_that_is_not_safetensors_gives_one_clear_error(hub: Hub, made: Pa
         assert "model.safetensors has no valid safetensors header" in result.stdout
 
 
-def test_an_unknown_architecture_is_refused_before_the_download_of_weights(hub: Hub, made: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_an_unknown_architecture_is_refused_before_the_download_of_weights(hub: Hub, exported: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     config = json.loads(source["config.json"]) | {"architectures": ["FooForX"]}
     hub.add("org/foo", source | {"config.json": json.dumps(config).encode()})
     with pytest.raises(PlanError, match="mmq does not support FooForX"):
@@ -618,8 +618,8 @@ def test_the_artifact_may_be_the_current_folder(hub: Hub, artifact: Path, monkey
     assert "\n  w4 does not match its manifest" in text
 
 
-def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_reading_back_a_pinned_revision(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     old = hub.add("org/llava", source)
     hub.add("org/llava", source | {"config.json": b"{}"})
     folder, origin = locate("org/llava", old)
@@ -628,16 +628,25 @@ def test_reading_back_a_pinned_revision(hub: Hub, made: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="RevisionNotFound"):
         locate("org/llava", "no-such-branch")
     artifact = tmp_path / "out"
-    arguments = ["--recipe", made / "w4" / "recipe.yaml", "--model", "org/llava", "--revision", old, "--out", artifact]
+    arguments = [
+        "--recipe",
+        exported / "w4" / "recipe.yaml",
+        "--model",
+        "org/llava",
+        "--revision",
+        old,
+        "--out",
+        artifact,
+    ]
     result = mmq("export", *arguments, "--skip-evaluation", "--device", "cpu")
     assert result.exit_code == 0, result.output
     manifest = json.loads((artifact / MANIFEST).read_text())
     assert manifest["source"]["model"] == f"org/llava@{old}"
-    assert json.loads((made / "w4" / MANIFEST).read_text())["linears"] == manifest["linears"]
+    assert json.loads((exported / "w4" / MANIFEST).read_text())["linears"] == manifest["linears"]
 
 
-def test_an_interrupted_download_resumes(hub: Hub, made: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_an_interrupted_download_resumes(hub: Hub, exported: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /large/", cut=100_000))
     folder, _ = locate("org/llava", commit)
@@ -646,15 +655,15 @@ def test_an_interrupted_download_resumes(hub: Hub, made: Path) -> None:
     assert {request.token for request in hub.sent("GET /large/")} == {None}
 
 
-def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     hub.add("org/llava", source)
-    arguments = ["plan", "--recipe", str(made / "w4" / "recipe.yaml"), "--device", "cpu", "--json", "--model"]
+    arguments = ["plan", "--recipe", str(exported / "w4" / "recipe.yaml"), "--device", "cpu", "--json", "--model"]
     by_headers = json.loads(mmq(*arguments, "org/llava").stdout)
     weights = hub.sent("(GET|HEAD) /(large|.*model.safetensors)")
     assert weights
     assert all(request.range == "bytes=0-100000" for request in weights)
-    local = json.loads(mmq(*arguments, str(made / "model")).stdout)
+    local = json.loads(mmq(*arguments, str(exported / "model")).stdout)
     assert by_headers.pop("model").startswith("org/llava@")
     local.pop("model")
     only_local = [text for text in local["warnings"] if text.startswith("the model folder has no processor")]
@@ -663,8 +672,8 @@ def test_plan_of_a_hub_model_reads_headers_only(hub: Hub, made: Path, tmp_path: 
     assert by_headers == local
 
 
-def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, exported: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     commit = hub.add("org/llava", source)
     hub.faults.append(Fault(r"GET /api/models/org/llava", 500, times=99))
     with pytest.raises(CheckpointError, match="not in the hub cache"):
@@ -681,8 +690,8 @@ def test_plan_uses_the_cache_and_never_downloads_weights(hub: Hub, made: Path) -
     assert open_source("org/llava", headers_only=True)[0].origin == f"org/llava@{commit}"
 
 
-def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, made: Path) -> None:
-    source = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+def test_plan_of_a_sharded_hub_model_checks_its_index(hub: Hub, exported: Path) -> None:
+    source = {path.name: path.read_bytes() for path in (exported / "model").iterdir()}
     source["a.safetensors"] = source.pop("model.safetensors")
     for file, fragment in (
         ("b.safetensors", r"no b\.safetensors in"),

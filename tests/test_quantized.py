@@ -85,14 +85,14 @@ def linears(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Scheme]:
 @settings(deadline=None, max_examples=200)
 def test_no_code_is_nearer_than_the_chosen_one(case: tuple[Tensor, Tensor, Tensor, Scheme]) -> None:
     weight, scale, zero, scheme = case
-    chosen = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme)
-    everything = torch.arange(scheme.levels + 1, dtype=torch.uint8)
+    nearest = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme)
+    all_codes = torch.arange(scheme.levels + 1, dtype=torch.uint8)
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
             group = column // scheme.columns_per_group(weight.shape[1])
-            values = (everything.float() - zero[row, group].float()) * scale[row, group]
+            values = (all_codes.float() - zero[row, group].float()) * scale[row, group]
             best = (values - weight[row, column]).abs().min()
-            assert (chosen[row, column] - weight[row, column]).abs() <= best + 1e-6
+            assert (nearest[row, column] - weight[row, column]).abs() <= best + 1e-6
 
 
 @given(linears())

@@ -46,9 +46,9 @@ def test_search_equals_trying_every_range_by_hand() -> None:
     weight, scheme = weights(16), Scheme(3, 16)
     scale, _ = fit_scale(weight, scheme, torch.float16, "mse")
     for row in range(6):
-        tried = [(1 - 0.8 * step / 40) * 2 * float(weight[row].abs().max()) / 7 for step in range(40)]
+        candidates = [(1 - 0.8 * step / 40) * 2 * float(weight[row].abs().max()) / 7 for step in range(40)]
         errors = []
-        for candidate in tried:
+        for candidate in candidates:
             s = torch.tensor([[candidate]]).half()
             codes = torch.round(weight[row] / s.float()).clamp(-4, 3)
             errors.append((float((codes * s.float() - weight[row]).square().sum()), float(s)))
@@ -62,17 +62,17 @@ def test_weighted_search_equals_trying_every_range_by_hand(symmetric: bool, monk
     importance = torch.rand(40, generator=torch.Generator().manual_seed(1)) ** 3
     scale, zero = fit_scale(weight, scheme, torch.float16, "mse", importance)
     for row, group in itertools.product(range(6), range(3)):
-        here = slice(group * 16, min(40, group * 16 + 16))
-        own, counts = weight[row, here].double(), importance[here].double()
+        group_columns = slice(group * 16, min(40, group * 16 + 16))
+        own, counts = weight[row, group_columns].double(), importance[group_columns].double()
         low, high = min(float(own.min()), 0), max(float(own.max()), 0)
-        found = []
+        errors = []
         for part in (1 - 0.8 * step / 40 for step in range(40)):
             size = 2 * max(-low, high) / 7 if symmetric else (high - low) / 7
             s = torch.tensor(size * part).half().double()
             z = 4 if symmetric else round(-low * part / float(s))
             off = ((own / s).round() + z).clamp(0, 7).sub(z) * s - own
-            found.append((float((counts * off.abs() ** 2.5).sum()), float(s), z))
-        assert (float(scale[row, group]), int(zero[row, group])) == pytest.approx(min(found)[1:], rel=2e-3)
+            errors.append((float((counts * off.abs() ** 2.5).sum()), float(s), z))
+        assert (float(scale[row, group]), int(zero[row, group])) == pytest.approx(min(errors)[1:], rel=2e-3)
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
@@ -86,8 +86,8 @@ def test_kernel_equals_the_plain_search(scheme: Scheme, weighted: bool) -> None:
     fast = fit_scale(
         weight.to(device), scheme, torch.float16, "mse", None if importance is None else importance.to(device)
     )
-    for one, other in zip(plain, fast, strict=True):
-        assert int((one != other.cpu()).sum()) <= 2  # sums in another order may break a tie
+    for expected, other in zip(plain, fast, strict=True):
+        assert int((expected != other.cpu()).sum()) <= 2  # sums in another order may break a tie
 
 
 def test_groups_are_independent_and_the_last_may_be_short() -> None:

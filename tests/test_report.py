@@ -196,11 +196,13 @@ def test_the_page_of_an_artifact_without_evaluation_states_it(out: Path) -> None
 
 def test_scores_on_the_built_in_drawings_are_called_that(out: Path) -> None:
     """The embedded models learned them; for others they show little."""
-    found = summary(out)
-    said = "the scores show that the model works, not how much accuracy it lost"
-    assert said not in html(collect(found, {}))
-    source = found.manifest.source.model_copy(update={"model": "org/llava@abc"})
-    assert said in html(collect(replace(found, manifest=found.manifest.model_copy(update={"source": source})), {}))
+    artifact_summary = summary(out)
+    disclaimer = "the scores show that the model works, not how much accuracy it lost"
+    assert disclaimer not in html(collect(artifact_summary, {}))
+    source = artifact_summary.manifest.source.model_copy(update={"model": "org/llava@abc"})
+    assert disclaimer in html(
+        collect(replace(artifact_summary, manifest=artifact_summary.manifest.model_copy(update={"source": source})), {})
+    )
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -213,21 +215,21 @@ def test_the_result_of_check_is_on_the_page(
     shutil.copytree(out, copy)
     if not evaluated:
         (copy / REPORT).unlink()
-    seen, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
-    control = Control("vision", Distance(9.5, 4.25, 70), EngineComparison(seen, floor))
-    found = (
+    distance, floor = Distance(0.03125, 0.0125, 70), Distance(0.0625, 0.025, 70)
+    control = Control("vision", Distance(9.5, 4.25, 70), EngineComparison(distance, floor))
+    texts = (
         "0.32.0+cpu",
         "cpu",
         16,
         0.015,
-        EngineComparison(seen, floor),
+        EngineComparison(distance, floor),
         control,
         {"W4": 8},
         ("K for W4",),
         30.0,
         problems,
     )
-    store_result(copy, CheckResult(*found), "0" * 64)
+    store_result(copy, CheckResult(*texts), "0" * 64)
     content = collect(summary(copy), {})
     text = html(content)
     assert content["serving"]["passed"] is not bool(problems)
@@ -336,9 +338,9 @@ def test_the_page_shows_a_study(out: Path, tmp_path: Path) -> None:
     assert 'href="#study"' in text
     assert "Sensitivity: KL divergence with one part quantized" in text
     assert 'id="study"' not in html(collect(summary(out), {}))
-    nothing = mmq("report", out, "--study", out, "--out", file)
-    assert nothing.exit_code == 1
-    assert "contains no study" in nothing.stderr
+    failed = mmq("report", out, "--study", out, "--out", file)
+    assert failed.exit_code == 1
+    assert "contains no study" in failed.stderr
 
 
 def test_a_folder_without_an_artifact_is_an_error(tmp_path: Path) -> None:
@@ -408,7 +410,7 @@ def rgb(color: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", color)[:3])
 
 
-def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+def contrast(first: tuple[int, ...], other: tuple[int, ...]) -> float:
     """Contrast ratio as WCAG 2.2 defines it."""
 
     def luminance(color: tuple[int, ...]) -> float:
@@ -416,7 +418,7 @@ def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(first), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 

@@ -155,7 +155,7 @@ def test_version_1_must_have_measures_and_gates(key: str) -> None:
         parse({name: value for name, value in VERSION_1.items() if name != key})
 
 
-ODD: list[tuple[str, Any]] = [
+INVALID: list[tuple[str, Any]] = [
     ("format_version", VERSION + 1),
     ("format_version", "2"),
     ("passed", 1),
@@ -192,7 +192,7 @@ ODD: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), ODD)
+@pytest.mark.parametrize(("key", "value"), INVALID)
 def test_invalid_values_are_refused_with_their_key(key: str, value: Any) -> None:
     plain = json.loads(dump(crafted(1, 3), None)) | {key: value}
     with pytest.raises(ArtifactError, match="is damaged, or a newer mmq wrote it") as refused:

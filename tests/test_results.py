@@ -100,7 +100,7 @@ def test_sources_of_recipes_are_checked_and_read(tmp_path: Path) -> None:
     done = run("plan", "--recipe", wrong, "--model", "demo-llava", "--json")
     assert "calibration.data: unknown data source 'cocoo:/x'. Did you mean 'coco'?" in json.loads(done.stdout)["error"]
     for line in ("evaluation: {data: [demo, gqa:/x], ", "evaluation: {data: coco, "):
-        mine = layouts.write(tmp_path / "mine.yaml", text.replace("evaluation: {", line))
-        done = run("export", "--recipe", mine, "--model", "demo-llava", "--out", tmp_path / "out", "--json")
+        own_recipe = layouts.write(tmp_path / "mine.yaml", text.replace("evaluation: {", line))
+        done = run("export", "--recipe", own_recipe, "--model", "demo-llava", "--out", tmp_path / "out", "--json")
         assert done.exit_code == 1
         assert ("all support task vqa" in done.stdout) or ("coco does not support task vqa" in done.stdout)

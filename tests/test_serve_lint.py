@@ -81,9 +81,9 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
     ],
 )
 def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu: bool, cpu: bool):
-    chosen = [linear("mlp.down_proj", scheme)]
-    assert bool(kernel_problems(chosen, format_name)) is not (gpu or cpu)
-    assert bool(cpu_problems(chosen, format_name)) is not cpu
+    linears = [linear("mlp.down_proj", scheme)]
+    assert bool(kernel_problems(linears, format_name)) is not (gpu or cpu)
+    assert bool(cpu_problems(linears, format_name)) is not cpu
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
 )
 def test_an_architecture_runs_what_it_has_a_kernel_for(scheme: Scheme, format_name: str, runs: str):
     for card, name in zip([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], runs.split(), strict=True):
-        found = serving_kernels(scheme, format_name).on_gpu(card)
-        assert (found.name if found else "-") == name.replace("_", " ")
+        kernel = serving_kernels(scheme, format_name).on_gpu(card)
+        assert (kernel.name if kernel else "-") == name.replace("_", " ")
         problems = gpu_problems([linear("mlp.down_proj", scheme), linear("mlp.up_proj", None)], format_name, card)
         assert [problem.partition(":")[0] for problem in problems] == (["rule kernel"] if name == "-" else [])
     assert hardware_problems([linear("mlp.down_proj", scheme)], format_name, None) == []
@@ -175,8 +175,8 @@ def test_the_cpu_kernel_takes_multiples_of_32():
 )
 def test_groups_cannot_straddle_gpus(columns: int, group: int, fails_at: set[int]):
     scheme = Scheme(4, group)
-    found = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
-    assert found == fails_at
+    degrees = {n for n in (1, 2, 4, 8) if parallel_problems([linear("mlp.down_proj", scheme, (4096, columns))], n)}
+    assert degrees == fails_at
     assert parallel_problems([linear("mlp.up_proj", scheme, (4096, columns))], 8) == []  # divided along its outputs
     assert parallel_problems([linear("mlp.up_proj", scheme, (4100, columns))], 8)
 
@@ -212,9 +212,9 @@ def test_every_recipe_passes_every_rule_on_the_true_model(name: str, sparse_chec
     plan = make_plan(load_recipe(name), checkpoint, family, H100)
     linears = engine_linears(plan.rows, family)
     assert len(linears) == 23 * 6 + 2 + 32 * 7 + 1
-    assert len({found.engine for found in linears}) == 23 * 4 + 2 + 32 * 4 + 1
-    found = [(group.scheme, group.targets) for group in groups(plan)]
-    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    assert len({schemes.engine for schemes in linears}) == 23 * 4 + 2 + 32 * 4 + 1
+    schemes = [(group.scheme, group.targets) for group in groups(plan)]
+    assert pattern_problems(linears, schemes, kept_modules(plan)) == []
     assert parallel_problems(linears, 2) == []
 
 

@@ -90,22 +90,22 @@ def test_artifact_holds_the_folded_norms(smoothed: tuple[Checkpoint, Plan, Workd
     checkpoint, plan, workdir = smoothed
     provenance = {"calibration": {"data": "random", "seed": 0, "samples": []}, "device": "CPU"}
     artifact.write(plan, checkpoint, workdir, tmp_path / "out", provenance, lambda event: None, torch.device("cpu"))
-    found = artifact.Artifact.open(tmp_path / "out")
+    opened = artifact.Artifact.open(tmp_path / "out")
     for result in results(plan, workdir):
         for name, tensor in result.altered.items():
-            assert torch.equal(found.read(name), tensor)
+            assert torch.equal(opened.read(name), tensor)
     untouched = "language_model.model.norm.weight"
-    assert torch.equal(found.read(untouched), checkpoint.read(untouched))
+    assert torch.equal(opened.read(untouched), checkpoint.read(untouched))
 
 
 def test_resuming_gives_the_same_units(smoothed: tuple[Checkpoint, Plan, Workdir], tmp_path: Path) -> None:
     checkpoint, plan, workdir = smoothed
-    again = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    resumed = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
     (tmp_path / "work" / plan.units[1].file).unlink()
-    again = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
-    for one, two in zip(results(plan, workdir), results(plan, again), strict=True):
-        assert one.altered.keys() == two.altered.keys()
-        for name, linear in one.linears.items():
+    resumed = streamed(plan, checkpoint, tmp_path / "work", BATCHES)
+    for first, two in zip(results(plan, workdir), results(plan, resumed), strict=True):
+        assert first.altered.keys() == two.altered.keys()
+        for name, linear in first.linears.items():
             assert torch.equal(linear.codes, two.linears[name].codes), name
 
 
@@ -176,14 +176,14 @@ def test_a_block_search_tries_every_point_on_all_batches(tmp_path: Path, monkeyp
     """Beside a search by hand in the whole model: q, k and v of the first block, six batches."""
     from exporter.methods import awq
 
-    found: list[tuple[torch.Tensor, float, float]] = []
+    choices: list[tuple[torch.Tensor, float, float]] = []
     best = awq.best
 
-    def kept(tried: Any) -> tuple[torch.Tensor, float, float]:
-        found.append(best(tried))
-        return found[-1]
+    def recorded(expected_candidates: Any) -> tuple[torch.Tensor, float, float]:
+        choices.append(best(expected_candidates))
+        return choices[-1]
 
-    monkeypatch.setattr(awq, "best", kept)
+    monkeypatch.setattr(awq, "best", recorded)
     checkpoint = outlier_checkpoint(tmp_path / "model")
     batches = [tiny_inputs(LLAVA, 2, 4 + i) for i in range(6)]
     plan = plan_for(checkpoint, (AWQ.model_copy(update={"options": {"search": "block", "points": 6}}),))
@@ -211,31 +211,31 @@ def test_a_block_search_tries_every_point_on_all_batches(tmp_path: Path, monkeyp
     size, weights = rows.square().mean(0).sqrt(), [linear.weight.clone() for linear in linears]
     stacked = torch.cat(weights).abs()
     reach = (stacked / stacked.amax(1, keepdim=True)).mean(0)
-    errors, tried = [], [torch.ones_like(size)]
+    errors, expected_candidates = [], [torch.ones_like(size)]
     for point in range(6):
         scales = size ** (point / 6) / reach ** (1 - point / 6)
-        tried.append(scales / (scales.max() * scales.min()).sqrt())
-    for scales in tried:
+        expected_candidates.append(scales / (scales.max() * scales.min()).sqrt())
+    for scales in expected_candidates:
         for linear, weight in zip(linears, weights, strict=True):
             rounded, _ = rtn.quantize_linear(weight * scales, None, Scheme(3, "row"), rtn.Options(), torch.bfloat16)
             linear.weight.copy_(rounded.dequantize() / scales)
         errors.append(float((real_outputs(block, runs) - truth).norm() / truth.norm()))
-    scales, before, after = found[0]
+    scales, before, after = choices[0]
     assert min(errors) < errors[0]
     assert (before, after) == (pytest.approx(errors[0], rel=1e-3), pytest.approx(min(errors), rel=1e-3))
-    torch.testing.assert_close(scales, tried[errors.index(min(errors))], rtol=1e-3, atol=0)
+    torch.testing.assert_close(scales, expected_candidates[errors.index(min(errors))], rtol=1e-3, atol=0)
 
 
 def test_a_candidate_weight_is_removed_after_its_trial() -> None:
-    own, seen = {"a": torch.zeros(2), "b": torch.zeros(3)}, []
+    own, weights = {"a": torch.zeros(2), "b": torch.zeros(3)}, []
     live = dict(own)
     block = SimpleNamespace(parameter=live.__getitem__, put=live.__setitem__, restore=live.update)
 
     def error(block: object) -> float:
-        seen.append(dict(live))
+        weights.append(dict(live))
         return 0.25
 
-    tried = iter([torch.ones(2), torch.ones(3)])
-    assert smooth._error_with(block, ["a", "b"], tried, SimpleNamespace(error=error)) == 0.25  # type: ignore[arg-type]
-    assert [part.tolist() for part in seen[0].values()] == [[1, 1], [1, 1, 1]]
+    candidates = iter([torch.ones(2), torch.ones(3)])
+    assert smooth._error_with(block, ["a", "b"], candidates, SimpleNamespace(error=error)) == 0.25  # type: ignore[arg-type]
+    assert [part.tolist() for part in weights[0].values()] == [[1, 1], [1, 1, 1]]
     assert all(live[name] is own[name] for name in own)

@@ -57,11 +57,11 @@ def statistics() -> dict[str, Statistics]:
         "offset": plain + 30,
         "columns off": off,
     }
-    found = {}
+    result = {}
     for name, x in rows.items():
-        found[name] = Statistics(128, torch.device("cpu"))
-        found[name].update(x)
-    return found
+        result[name] = Statistics(128, torch.device("cpu"))
+        result[name].update(x)
+    return result
 
 
 @schemes
@@ -70,12 +70,12 @@ def test_every_method_stays_near_what_rounding_explains(scheme: Scheme) -> None:
     for weight in weights().values():
         for options in (rtn.Options(), rtn.Options(range="mse")):
             worst = max(worst, source_error(weight, rtn.quantize_linear(weight, None, scheme, options, dtype)[0]))
-        for seen in statistics().values():
+        for inputs in statistics().values():
             for options in (gptq.Options(), gptq.Options(damping=1e-4)):
-                linear, _ = gptq.quantize_linear(weight, seen, scheme, options, dtype)
-                worst = max(worst, source_error(weight, linear, seen))
-            linear, _ = awq.quantize_linear(weight, seen, scheme, awq.Options(), dtype)
-            worst = max(worst, source_error(weight, linear, seen))
+                linear, _ = gptq.quantize_linear(weight, inputs, scheme, options, dtype)
+                worst = max(worst, source_error(weight, linear, inputs))
+            linear, _ = awq.quantize_linear(weight, inputs, scheme, awq.Options(), dtype)
+            worst = max(worst, source_error(weight, linear, inputs))
     assert 0.3 < worst < 3 < MAX_RATIO / 2
 
 
@@ -88,9 +88,9 @@ def test_a_lost_row_is_detected(scheme: Scheme, seen: str | None) -> None:
     codes = linear.codes.clone()
     codes[rows] = linear.zero[rows].repeat_interleave(scheme.columns_per_group(128), 1)[:, :128]
     lost = replace(linear, codes=codes)
-    known = statistics()[seen] if seen else None
-    assert source_error(weight, linear, known) < 3
-    assert source_error(weight, lost, known) == float("inf")
+    inputs = statistics()[seen] if seen else None
+    assert source_error(weight, linear, inputs) < 3
+    assert source_error(weight, lost, inputs) == float("inf")
 
 
 def test_a_tensor_with_zero_rows_is_lost_when_its_other_rows_are() -> None:

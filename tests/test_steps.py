@@ -69,9 +69,9 @@ def test_predicted_memory_of_quantizing_equals_the_measured_peaks(
     name: str, recipe: str, gib: float, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
     """On an H100 (docs/measurements/quantization-time.md)."""
-    chosen = load_recipe(recipe)
-    checkpoint, family = open_source(str(sparse_checkpoint(name)), dtype=chosen.model.dtype)
-    plan = make_plan(chosen, checkpoint, family, gpu(78))
+    loaded = load_recipe(recipe)
+    checkpoint, family = open_source(str(sparse_checkpoint(name)), dtype=loaded.model.dtype)
+    plan = make_plan(loaded, checkpoint, family, gpu(78))
     assert by_name(plan)["quantize"].device_bytes / GIB == pytest.approx(gib, rel=0.04)
 
 
@@ -119,14 +119,14 @@ def test_tensors_upstream_of_a_component_are_all_except_those_from_it_on(
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_step_is_predicted(name: str, planned: Callable[..., Plan]) -> None:
     plan = planned(name, gpu(140))
-    found = by_name(plan)
-    assert list(found) == [step for step in NAMES if step != "check" or not plan.family.unserved]
+    steps_by_name = by_name(plan)
+    assert list(steps_by_name) == [step for step in NAMES if step != "check" or not plan.family.unserved]
     assert all(step.seconds > 0 and step.host_bytes > 0 for step in plan.steps)
     dense = 2 * plan.parameters
-    assert found["evaluate"].device_bytes > dense  # of weights, not of the words that they are packed into
-    assert plan.family.unserved or found["check"].device_bytes > dense
-    assert found["quantize"].device_bytes < dense / 2 or plan.family.unserved  # retrieval keeps every picture
-    assert max(found[step].host_bytes for step in ("quantize", "write", "verify")) < 4 * GIB
+    assert steps_by_name["evaluate"].device_bytes > dense  # of weights, not of the words that they are packed into
+    assert plan.family.unserved or steps_by_name["check"].device_bytes > dense
+    assert steps_by_name["quantize"].device_bytes < dense / 2 or plan.family.unserved  # retrieval keeps every picture
+    assert max(steps_by_name[step].host_bytes for step in ("quantize", "write", "verify")) < 4 * GIB
     assert step_warnings(plan.steps, gpu(140)) == []
 
 
@@ -148,8 +148,8 @@ def test_a_7b_on_a_card_of_24_gib_is_evaluated_in_smaller_batches(planned: Calla
     (warning,) = step_warnings(plan.steps, gpu(24))
     assert "it runs 20 samples at a time (change this with --eval-batch" in warning
     assert step_warnings(plan.steps, gpu(24), skip_evaluation=True) == []
-    asked = planned(make.LLAVA_7B, gpu(24), evaluation={"batch": 4})
-    assert step_warnings(asked.steps, gpu(24)) == []
+    smaller = planned(make.LLAVA_7B, gpu(24), evaluation={"batch": 4})
+    assert step_warnings(smaller.steps, gpu(24)) == []
 
 
 def test_a_34b_on_a_card_of_24_gib_is_evaluated_block_by_block(planned: Callable[..., Plan]) -> None:

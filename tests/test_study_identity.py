@@ -64,10 +64,10 @@ def notes(events: Sequence[Event]) -> list[str]:
 
 def test_repeating_a_study_computes_nothing(root: Path) -> None:
     first = measure(root)
-    again = measure(root)
-    assert (first.scored, first.quantized) == (2, again.units)
-    assert (again.scored, again.quantized) == (0, 0)
-    assert again.settings == first.settings
+    second = measure(root)
+    assert (first.scored, first.quantized) == (2, second.units)
+    assert (second.scored, second.quantized) == (0, 0)
+    assert second.settings == first.settings
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
@@ -85,15 +85,15 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 def test_results_are_recomputed_after_any_change(name: str, root: Path) -> None:
     first = measure(root)
     CHANGES[name](root)
-    again = measure(root)
-    assert (again.scored, again.quantized) == (2, first.quantized)
-    assert not {setting.id for setting in again.settings} & {setting.id for setting in first.settings}
+    second = measure(root)
+    assert (second.scored, second.quantized) == (2, first.quantized)
+    assert not {setting.id for setting in second.settings} & {setting.id for setting in first.settings}
     clean = measure(root, table="other")  # the same process scores the units in the store
     shutil.rmtree(root / "study")
     open_model.cache_clear()
     examiner.cache_clear()
     fresh = measure(root)
-    assert [setting.scores for setting in again.settings] == [setting.scores for setting in fresh.settings]
+    assert [setting.scores for setting in second.settings] == [setting.scores for setting in fresh.settings]
     assert [setting.scores for setting in clean.settings] == [setting.scores for setting in fresh.settings]
 
 
@@ -120,10 +120,10 @@ def test_a_damaged_unit_is_quantized_again_with_a_note(sequential: bool, root: P
     rot(units[-1], 300)
     (root / "study" / "study.sqlite").unlink()
     events: list[Event] = []
-    again = measure(root, events, sequential=sequential)
+    second = measure(root, events, sequential=sequential)
     repair = "this block is recomputed" if sequential else "it is quantized again"
     assert [note for note in notes(events) if units[-1].name in note and repair in note]
-    assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
+    assert [setting.scores for setting in second.settings] == [setting.scores for setting in first.settings]
 
 
 def edit_table(root: Path, *commands: str) -> None:
@@ -146,11 +146,11 @@ def test_a_changed_row_is_scored_again_with_a_note(command: str, root: Path) -> 
     first = measure(root)
     edit_table(root, command)
     events: list[Event] = []
-    again = measure(root, events)
-    assert again.scored == 2
-    assert again.quantized == 0
+    second = measure(root, events)
+    assert second.scored == 2
+    assert second.quantized == 0
     assert len([note for note in notes(events) if "is damaged; it is scored again" in note]) == 2
-    assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
+    assert [setting.scores for setting in second.settings] == [setting.scores for setting in first.settings]
 
 
 def test_rows_of_older_studies_without_checksums_are_kept(root: Path) -> None:

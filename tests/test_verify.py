@@ -140,10 +140,10 @@ def test_at_most_one_block_of_each_model_is_in_memory(finished: Path, monkeypatc
     judge, peaks = verify_blocks._ComparisonPass._judge, []
 
     def measured(self: Any, *args: Any) -> None:
-        peaks.append(held_bytes() - before)
+        peaks.append(live_bytes() - before)
         judge(self, *args)
 
-    def held_bytes() -> int:
+    def live_bytes() -> int:
         gc.collect()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
         return sum(storages.values())
@@ -152,7 +152,7 @@ def test_at_most_one_block_of_each_model_is_in_memory(finished: Path, monkeypatc
         return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
 
     monkeypatch.setattr(verify_blocks._ComparisonPass, "_judge", measured)
-    before = held_bytes()
+    before = live_bytes()
     verify(finished, CPU, ignore)
     sizes: dict[str, int] = {}
     artifact = Artifact.open(finished)
@@ -194,6 +194,6 @@ def test_placeholders_take_no_memory_and_have_the_dtype_and_device_of_the_weight
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     shape = stream.model.get_parameter(name).shape
     verify_blocks._set(stream, name, None)
-    held = stream.model.get_parameter(name)
-    assert (held.shape, held.dtype, held.device.type) == (shape, torch.bfloat16, "cpu")
-    assert held.untyped_storage().nbytes() == 2
+    parameter = stream.model.get_parameter(name)
+    assert (parameter.shape, parameter.dtype, parameter.device.type) == (shape, torch.bfloat16, "cpu")
+    assert parameter.untyped_storage().nbytes() == 2

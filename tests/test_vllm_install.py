@@ -39,19 +39,19 @@ def install(python: Path, folder: Path, fails: str = "") -> tuple[int, str, list
 
 
 def test_a_finished_folder_is_left_as_it_is(python: Path, tmp_path: Path) -> None:
-    code, said, asked = install(python, tmp_path / "vllm")
-    assert code == 0, said
-    assert said.endswith(f"is ready: {tmp_path}/vllm/bin/vllm\n")
-    assert len(asked) == 1
-    assert "--extra-index-url" not in asked[0]
+    code, output, requests = install(python, tmp_path / "vllm")
+    assert code == 0, output
+    assert output.endswith(f"is ready: {tmp_path}/vllm/bin/vllm\n")
+    assert len(requests) == 1
+    assert "--extra-index-url" not in requests[0]
     assert install(python, tmp_path / "vllm")[::2] == (0, [])
 
 
 def test_pytorchs_index_is_asked_where_pip_finds_no_torch(python: Path, tmp_path: Path) -> None:
-    code, said, asked = install(python, tmp_path / "vllm", "index")
-    assert code == 0, said
-    assert "retrying with http://i/" in said
-    assert ["--extra-index-url http://i/" in words for words in asked] == [False, True]
+    code, output, requests = install(python, tmp_path / "vllm", "index")
+    assert code == 0, output
+    assert "retrying with http://i/" in output
+    assert ["--extra-index-url http://i/" in words for words in requests] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_pytorchs_index_is_asked_where_pip_finds_no_torch(python: Path, tmp_path
     ],
 )
 def test_what_fails_is_said_and_tried_again_next_time(python: Path, tmp_path: Path, fails: str, message: str) -> None:
-    code, said, _ = install(python, tmp_path / "vllm", fails)
+    code, output, _ = install(python, tmp_path / "vllm", fails)
     assert code != 0
-    assert message in said
+    assert message in output
     assert not (tmp_path / "vllm" / ".mmq-vllm").exists()
     assert install(python, tmp_path / "vllm")[0] == 0
 
@@ -74,7 +74,7 @@ def test_what_fails_is_said_and_tried_again_next_time(python: Path, tmp_path: Pa
 def test_a_folder_with_other_things_is_left_alone(python: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("x")
-    code, said, _ = install(python, tmp_path / "mine")
+    code, output, _ = install(python, tmp_path / "mine")
     assert code == 2
-    assert "is not empty and not a virtual environment" in said
+    assert "is not empty and not a virtual environment" in output
     assert (tmp_path / "mine" / "letter").read_text() == "x"

@@ -70,16 +70,16 @@ def hessian_of_whole(model: nn.Module, module: str, batches: Batches) -> Tensor:
     """Mean of x x^T over all tokens that no mask hides, f32 `[in, in]`, by forward passes of the whole model."""
     rows, linear = [], model.get_submodule(ANY_LLAVA.live_name(module))
     for batch in batches:
-        seen: list[Tensor] = []
-        handle = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        captured: list[Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
         with torch.no_grad():
             model(**batch, use_cache=False)
         handle.remove()
-        (x,) = seen
+        (x,) = captured
         real = batch["attention_mask"].bool()
         rows.append(x[real] if module.startswith("language_model") else x.reshape(-1, x.shape[-1]))
-    everything = torch.cat(rows).double()
-    return (everything.T @ everything / len(everything)).float()
+    all_rows = torch.cat(rows).double()
+    return (all_rows.T @ all_rows / len(all_rows)).float()
 
 
 def stacks(plan: Plan) -> Iterator[list[str]]:

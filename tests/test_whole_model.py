@@ -34,27 +34,27 @@ def counts(folder: Path) -> WholeModel:
 def test_weights_are_those_that_transformers_builds(name: str, sparse_checkpoint: Callable[[str], Path]) -> None:
     folder = sparse_checkpoint(name)
     checkpoint, family = open_source(str(folder))
-    model, found = build_skeleton(family, checkpoint.config, torch.device("meta")), counts(folder)
-    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    model, actual = build_skeleton(family, checkpoint.config, torch.device("meta")), counts(folder)
+    assert actual.parameters == sum(parameter.numel() for parameter in model.parameters())
     wide = [p.numel() for n, p in model.named_parameters() if family.float32 and n.startswith(family.float32)]
-    assert found.weight_bytes(2) == 2 * found.parameters + 2 * sum(wide)
+    assert actual.weight_bytes(2) == 2 * actual.parameters + 2 * sum(wide)
     largest = max(
         sum(p.numel() for p in block.parameters())
         for stack in model.modules()
         if isinstance(stack, torch.nn.ModuleList)
         for block in stack
     )
-    assert found.block == largest
-    assert found.weight_bytes(2, streamed=True) < found.weight_bytes(2) / 2
+    assert actual.block == largest
+    assert actual.weight_bytes(2, streamed=True) < actual.weight_bytes(2) / 2
 
 
 @pytest.mark.parametrize(("name", "gib"), [(make.LLAVA_7B, 13.16), (make.LLAVA_13B, 24.87), (make.LLAVA_34B, 64.73)])
 def test_sizes_of_the_true_models(name: str, gib: float, sparse_checkpoint: Callable[[str], Path]) -> None:
     """Packed words would say a quarter of it. Keys and values: 704 tokens of 32, 40 and 60 blocks."""
-    found = counts(sparse_checkpoint(name))
-    assert found.weight_bytes(2) / GIB == pytest.approx(gib, abs=0.01)
+    actual = counts(sparse_checkpoint(name))
+    assert actual.weight_bytes(2) / GIB == pytest.approx(gib, abs=0.01)
     features = {make.LLAVA_7B: 32 * 4096, make.LLAVA_13B: 40 * 5120, make.LLAVA_34B: 60 * 1024}  # heads are shared
-    assert found.cache == 704 * 2 * features[name]
+    assert actual.cache == 704 * 2 * features[name]
 
 
 def grouped() -> dict[str, Any]:
@@ -68,22 +68,22 @@ def test_keys_and_values_are_those_that_transformers_keeps() -> None:
     family, config = FAMILIES["llava"], grouped()
     model: Any = build_skeleton(family, config, torch.device("cpu")).to_empty(device="cpu")
     with torch.no_grad():
-        kept = model(input_ids=torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
+        cache = model(input_ids=torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     longest = family.component("language").tokens(config) + max(family.max_new_tokens.values())
-    assert whole_model(infos(model, family), family, config).cache == held // 10 * longest
+    assert whole_model(infos(model, family), family, config).cache == elements // 10 * longest
 
 
 def infos(model: Any, family: Family) -> dict[str, TensorInfo]:
     """The header of a live model, by checkpoint names."""
-    found = {}
+    result = {}
     for live, parameter in model.named_parameters():
         name = family.canonical_name(live)
-        found[name] = TensorInfo(name, name, parameter.dtype, tuple(parameter.shape), "model.safetensors")
-    return found
+        result[name] = TensorInfo(name, name, parameter.dtype, tuple(parameter.shape), "model.safetensors")
+    return result
 
 
-class Held(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Largest number of bytes of tensors that operations made beside a model's own and that were alive at once."""
 
     def __init__(self, model: Any) -> None:
@@ -123,15 +123,15 @@ def test_a_pass_needs_the_predicted_memory(config: Any) -> None:
     torch.manual_seed(0)
     with torch.device("cpu"):
         model = random_weights(family.skeleton(config)).eval()
-    found = whole_model(infos(model, family), family, config)
+    predicted = whole_model(infos(model, family), family, config)
     words = torch.full((batch, family.component("language").tokens(config)), 5)
     words[:, : family.image_tokens(config)] = config["image_token_index"]
     inputs = {"input_ids": words, "pixel_values": torch.randn(batch, 3, 32, 32)}
-    with torch.no_grad(), Held(model) as held:
+    with torch.no_grad(), LiveMemory(model) as memory:
         model(**inputs, use_cache=True, logits_to_keep=1)
-    cache = found.cache * words.shape[1] // (words.shape[1] + max(family.max_new_tokens.values()))
-    expected = batch * (cache + found.activations) * 4
-    assert 0.8 * expected < held.peak < 1.1 * expected, (expected, held.peak)
+    cache = predicted.cache * words.shape[1] // (words.shape[1] + max(family.max_new_tokens.values()))
+    expected = batch * (cache + predicted.activations) * 4
+    assert 0.8 * expected < memory.peak < 1.1 * expected, (expected, memory.peak)
 
 
 @pytest.fixture
@@ -154,18 +154,18 @@ def seven(sparse_checkpoint: Callable[[str], Path]) -> WholeModel:
 def test_a_7b_gets_the_first_placement_that_fits(
     device: Device, room: int, dtype: torch.dtype, batch: int, streamed: bool, seven: WholeModel
 ) -> None:
-    held = choose_placement(seven, torch.float16, device, room * GIB, 32)
-    assert (held.dtype, held.batch, held.streamed, held.fits) == (dtype, batch, streamed, True)
-    assert held.bytes <= ROOM_SHARE * room * GIB
+    placement = choose_placement(seven, torch.float16, device, room * GIB, 32)
+    assert (placement.dtype, placement.batch, placement.streamed, placement.fits) == (dtype, batch, streamed, True)
+    assert placement.bytes <= ROOM_SHARE * room * GIB
     more = seven.weight_bytes(dtype.itemsize, streamed) + (batch + 1) * seven.sample_bytes(dtype.itemsize)
     assert batch == 32 or more > ROOM_SHARE * room * GIB  # the largest batch that fits
-    assert bool(held.note) == (batch < 32 or streamed or dtype == torch.bfloat16)
+    assert bool(placement.note) == (batch < 32 or streamed or dtype == torch.bfloat16)
 
 
 def test_a_7b_that_never_fits_reports_the_smallest_placement(seven: WholeModel) -> None:
-    held = choose_placement(seven, torch.float16, GPU, GIB, 32)
-    assert (held.fits, held.batch, held.streamed) == (False, 1, True)
-    assert "one sample at a time, and even that needs 1.7 GiB" in held.note
+    placement = choose_placement(seven, torch.float16, GPU, GIB, 32)
+    assert (placement.fits, placement.batch, placement.streamed) == (False, 1, True)
+    assert "one sample at a time, and even that needs 1.7 GiB" in placement.note
 
 
 def test_a_smaller_requested_batch_is_used(seven: WholeModel) -> None:

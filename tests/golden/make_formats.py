@@ -79,9 +79,9 @@ def autoawq(q: QuantizedLinear, folder: str) -> tuple[dict[str, Tensor], Tensor]
 
     group = q.scheme.columns_per_group(q.codes.shape[1])
     scales, zeros = q.scale.T.contiguous().float(), q.zero.T.contiguous().float()
-    made = WQLinear_GEMM.from_linear(as_module(q), 4, group, scales=scales, zeros=zeros)
-    weight = dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, group).T
-    return {"qweight": made.qweight, "qzeros": made.qzeros, "scales": made.scales}, weight
+    packed = WQLinear_GEMM.from_linear(as_module(q), 4, group, scales=scales, zeros=zeros)
+    weight = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales.float(), 4, group).T
+    return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}, weight
 
 
 def gptqmodel(q: QuantizedLinear, folder: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -91,15 +91,15 @@ def gptqmodel(q: QuantizedLinear, folder: str) -> tuple[dict[str, Tensor], Tenso
 
     rows, columns = q.codes.shape
     group = q.scheme.columns_per_group(columns)
-    made = TorchLinear(q.scheme.bits, group, True, False, columns, rows, format=FORMAT.GPTQ)
+    packed_linear = TorchLinear(q.scheme.bits, group, True, False, columns, rows, format=FORMAT.GPTQ)
     index = torch.arange(columns, dtype=torch.int32) // group
-    made.pack_original(as_module(q), q.scale.float(), q.zero.float(), index)
+    packed_linear.pack_original(as_module(q), q.scale.float(), q.zero.float(), index)
     config = QuantizeConfig(bits=q.scheme.bits, group_size=group)
-    convert_gptq_v2_to_v1_format_module(made, config)
-    tensors = {name: getattr(made, name).clone() for name in ("qweight", "qzeros", "scales", "g_idx")}
-    convert_gptq_v1_to_v2_format_module(made, q.scheme.bits, torch.int32)
-    made.post_init()
-    return tensors, made.eval().dequantize_weight().T
+    convert_gptq_v2_to_v1_format_module(packed_linear, config)
+    tensors = {name: getattr(packed_linear, name).clone() for name in ("qweight", "qzeros", "scales", "g_idx")}
+    convert_gptq_v1_to_v2_format_module(packed_linear, q.scheme.bits, torch.int32)
+    packed_linear.post_init()
+    return tensors, packed_linear.eval().dequantize_weight().T
 
 
 def auto_gptq(q: QuantizedLinear, folder: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -111,10 +111,10 @@ def auto_gptq(q: QuantizedLinear, folder: str) -> tuple[dict[str, Tensor], Tenso
     spec.loader.exec_module(module)
     rows, columns = q.codes.shape
     group = q.scheme.columns_per_group(columns)
-    made = module.QuantLinear(q.scheme.bits, group, columns, rows, bias=False, weight_dtype=torch.float32)
-    made.pack(as_module(q), q.scale.float(), q.zero.float(), None)
-    tensors = {name: getattr(made, name) for name in ("qweight", "qzeros", "g_idx")}
-    return {**tensors, "scales": made.scales.half()}, made(torch.eye(columns)).T
+    packed_linear = module.QuantLinear(q.scheme.bits, group, columns, rows, bias=False, weight_dtype=torch.float32)
+    packed_linear.pack(as_module(q), q.scale.float(), q.zero.float(), None)
+    tensors = {name: getattr(packed_linear, name) for name in ("qweight", "qzeros", "g_idx")}
+    return {**tensors, "scales": packed_linear.scales.half()}, packed_linear(torch.eye(columns)).T
 
 
 Packer = Callable[[QuantizedLinear, str], tuple[dict[str, Tensor], Tensor]]
@@ -134,8 +134,8 @@ LIBRARIES: dict[str, tuple[str, Packer, str, list[tuple[Scheme, int, int]]]] = {
 
 def cases(library: str, folder: str) -> Iterator[tuple[str, QuantizedLinear, Mapping[str, Tensor]]]:
     """Label, what went in and what came out of every case, checked against our packer and dequantize."""
-    ours, packer, _, schemes = LIBRARIES[library]
-    module: Any = FORMATS[ours]
+    format_name, packer, _, schemes = LIBRARIES[library]
+    module: Any = FORMATS[format_name]
     for scheme, rows, columns in schemes:
         q = linear(scheme, rows, columns)
         tensors, weight = packer(q, folder)
@@ -151,13 +151,13 @@ def cases(library: str, folder: str) -> Iterator[tuple[str, QuantizedLinear, Map
 
 def main(library: str, folder: str = "") -> None:
     written = LIBRARIES[library][2] or version(library)
-    found: dict[str, Tensor] = {}
+    all_tensors: dict[str, Tensor] = {}
     for label, q, tensors in cases(library, folder):
         inputs = {"in.codes": q.codes, "in.scale": q.scale, "in.zero": q.zero}
-        found |= {f"{label}/{name}": tensor.contiguous().clone() for name, tensor in (inputs | tensors).items()}
+        all_tensors |= {f"{label}/{name}": tensor.contiguous().clone() for name, tensor in (inputs | tensors).items()}
     # One key only: safetensors writes several in any order, and the file could not be made again byte for byte.
     note = {"made_by": f"{library} {written}; its reader dequantized to our values"}
-    save_file(found, HERE / f"{library}.safetensors", metadata=note)
+    save_file(all_tensors, HERE / f"{library}.safetensors", metadata=note)
 
 
 if __name__ == "__main__":

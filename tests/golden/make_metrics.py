@@ -80,23 +80,23 @@ def accuracy(evaluate: Any, answer: str, votes: list[str]) -> float:
 def vqa(path: str) -> dict[str, Any]:
     evaluate = evaluator(path)
     judge = evaluate(SimpleNamespace(getQuesIds=list), None)
-    everything = [*ANSWERS, *judge.contractions, *judge.contractions.values()]
+    words = [*ANSWERS, *judge.contractions, *judge.contractions.values()]
     normalized = {
         answer: judge.processDigitArticle(
             judge.processPunctuation(answer.replace("\n", " ").replace("\t", " ").strip())
         )
-        for answer in everything
+        for answer in words
     }
     rng = random.Random(3)
     cases = []
     for _ in range(400):
-        answer = rng.choice(everything)
+        answer = rng.choice(words)
         near = [
             answer,
             normalized[answer],
             normalized[answer] or "x",
             judge.processPunctuation(answer),
-            rng.choice(everything),
+            rng.choice(words),
         ]
         votes = [rng.choice(near) for _ in range(10)] if rng.random() < 0.8 else [rng.choice(near)] * 10
         cases.append([answer, votes, accuracy(evaluate, answer, votes)])
@@ -104,7 +104,7 @@ def vqa(path: str) -> dict[str, Any]:
 
 
 def captions() -> dict[str, Any]:
-    texts = {name: known["pairs"] for name, known in json.loads((HERE / "cider.json").read_text())["sets"].items()}
+    texts = {name: entry["pairs"] for name, entry in json.loads((HERE / "cider.json").read_text())["sets"].items()}
     sets = {}
     for name, pairs in {**texts, "words": PAIRS}.items():
         references = {i: list(group) for i, (_, group) in enumerate(pairs)}

@@ -51,19 +51,19 @@ def answer(question):
     dtype = getattr(torch, question["dtype"])
     settings.model_config = types.SimpleNamespace(dtype=dtype)
     config = CompressedTensorsConfig.from_config(question["config"])
-    (asked,) = config.target_scheme_map.values()
+    (scheme,) = config.target_scheme_map.values()
     layer = torch.nn.Module()
     try:
-        parts = (asked["weights"], asked["input_activations"], None, asked.get("format"))
-        found = config._get_scheme_from_parts(*parts)
-        config._check_scheme_supported(found.get_min_capability())
+        parts = (scheme["weights"], scheme["input_activations"], None, scheme.get("format"))
+        result = config._get_scheme_from_parts(*parts)
+        config._check_scheme_supported(result.get_min_capability())
         part = columns // degree if row_parallel else columns
         out = rows if row_parallel else rows // degree
         sizes = {"output_size": rows, "input_size": columns, "output_partition_sizes": [out]}
         sizes |= {"input_size_per_partition": part, "params_dtype": dtype, "weight_loader": print}
         with torch.device("meta"):
-            found.create_weights(layer=layer, **sizes)
-        kernel = getattr(found, "kernel", None) or getattr(found, "fp8_linear", None) or found.linear_kernel
+            result.create_weights(layer=layer, **sizes)
+        kernel = getattr(result, "kernel", None) or getattr(result, "fp8_linear", None) or result.linear_kernel
         return type(kernel).__name__
     except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
         return f"error: {type(error).__name__}: {error}"

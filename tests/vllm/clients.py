@@ -12,18 +12,18 @@ from openai import AsyncOpenAI
 CLIENTS = 8
 
 
-async def main(asked):
+async def main(requests):
     """Every client has a connection of its own and takes the next question when it has its answer."""
-    waiting, answers = list(enumerate(asked["questions"])), {}
+    waiting, answers = list(enumerate(requests["questions"])), {}
 
     async def client():
-        async with AsyncOpenAI(base_url=f"{asked['url']}/v1", api_key="none", timeout=120, max_retries=0) as server:
+        async with AsyncOpenAI(base_url=f"{requests['url']}/v1", api_key="none", timeout=120, max_retries=0) as server:
             while waiting:
                 place, (text, url) = waiting.pop()
                 parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
                 messages = [{"role": "user", "content": parts}]
                 answer = await server.chat.completions.create(
-                    model=asked["model"], messages=messages, max_tokens=asked["tokens"], temperature=0, seed=0
+                    model=requests["model"], messages=messages, max_tokens=requests["tokens"], temperature=0, seed=0
                 )
                 answers[place] = answer.choices[0].message.content
 

@@ -51,9 +51,9 @@ class Served:
 
     def start(self) -> None:
         """Start it and wait until it says how to ask (which it bounds itself)."""
-        with self.log.open("w") as said:
+        with self.log.open("w") as log:
             command = [*self._command, "--wait", "240"]
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self._process.stdout
         self.ready = json.loads(self._process.stdout.readline() or "{}")
         assert "url" in self.ready, f"{self.ready}\n{self.log.read_text()[-3000:]}"
@@ -96,11 +96,11 @@ class Served:
 
 def alive(group: int) -> list[str]:
     """Running processes of a process group; those that ended and wait for a parent to notice do not count."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             name, _, rest = path.read_text().rpartition(")")
             state, _, of_group = rest.split()[:3]
             if int(of_group) == group and state not in "ZX":
-                found.append(name)
-    return found
+                pids.append(name)
+    return pids

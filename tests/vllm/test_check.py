@@ -45,14 +45,14 @@ os.execv({vllm!r}, [{vllm!r}, sys.argv[1], str(copy), *sys.argv[3:]])
 """
 
 
-def kept(artifact: Path) -> tuple[Any, Any]:
+def stored_check(artifact: Path) -> tuple[Any, Any]:
     """What report and manifest say of serving."""
     return tuple(json.loads((artifact / f"mmq_{name}.json").read_text())["serving"] for name in ("report", "manifest"))
 
 
-def proven(found: dict[str, Any]) -> bool:
+def proven(result: dict[str, Any]) -> bool:
     """The control moved the answers much further than the engine differs."""
-    return bool(found["control"]["moved"]["mean"] > 20 * found["compared"]["distance"]["mean"])
+    return bool(result["control"]["moved"]["mean"] > 20 * result["compared"]["distance"]["mean"])
 
 
 def test_an_export_with_serve_check_is_served_and_says_so(serving_program: Program, tmp_path: Path):
@@ -60,17 +60,17 @@ def test_an_export_with_serve_check_is_served_and_says_so(serving_program: Progr
     arguments = ["--recipe", RECIPES["demo-llava"], "--model", "demo-llava", "--skip-evaluation", "--out", str(out)]
     done = mmq("export", *arguments, "--serve-check", "--vllm", serving_program.path, "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["passed"]
-    assert found["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
-    assert proven(found)
-    report, manifest = kept(out)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["passed"]
+    assert result["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
+    assert proven(result)
+    report, manifest = stored_check(out)
     assert len(report.pop("weights")) == 64  # of the files that were served
-    assert report == found
+    assert report == result
     assert manifest == {"engine": f"vllm {serving_program.version}", "build": "cpu", "passed": True}
     page = tmp_path / "page.html"
-    said = mmq("report", str(out), "--out", str(page))
-    assert said.returncode == 0, said.stderr
+    report_run = mmq("report", str(out), "--out", str(page))
+    assert report_run.returncode == 0, report_run.stderr
     assert f"vllm {serving_program.version}, cpu build" in page.read_text()
 
 
@@ -80,11 +80,11 @@ def test_a_packed_qformer_answers_as_the_reference_and_doubling_its_scales_shows
     artifact = exported(Recipe.model_validate(PACKED))
     control = ["--questions", "8", "--control", "qformer"]
     done = mmq("check", str(artifact), "--vllm", program.path, "--json", *control)
-    found = json.loads(done.stdout.splitlines()[0])
+    result = json.loads(done.stdout.splitlines()[0])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert found["schemes"] == {"CompressedTensorsW8A8Int8": 35, "CompressedTensorsWNA16": 8}
-    assert found["control"]["component"] == "qformer"
-    assert proven(found)
+    assert result["schemes"] == {"CompressedTensorsW8A8Int8": 35, "CompressedTensorsWNA16": 8}
+    assert result["control"]["component"] == "qformer"
+    assert proven(result)
 
 
 @pytest.mark.parametrize(("format_name", "symmetric"), [("gptq", True), ("awq", False)])
@@ -96,9 +96,9 @@ def test_artifacts_in_the_formats_of_autogptq_and_autoawq_answer_as_the_referenc
     artifact = exported(Recipe.model_validate(data | {"quantize": [rule]}).adjusted(model={"repo": "demo-llava"}))
     done = mmq("check", str(artifact), "--vllm", program.path, "--json", "--no-control", "--questions", "8")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[0])
-    assert found["passed"]
-    assert any("CPUWNA16LinearKernel" in kernel for kernel in found["kernels"])
+    result = json.loads(done.stdout.splitlines()[0])
+    assert result["passed"]
+    assert any("CPUWNA16LinearKernel" in kernel for kernel in result["kernels"])
 
 
 @pytest.fixture
@@ -115,6 +115,6 @@ def test_an_engine_that_computes_wrongly_fails_and_that_is_kept(exported: Callab
     assert done.returncode == 3, done.stdout + done.stderr[-3000:]
     assert "log-probabilities are too far from the reference: mean" in done.stderr
     assert "Traceback" not in done.stderr
-    report, manifest = kept(artifact)
+    report, manifest = stored_check(artifact)
     assert not report["passed"]
     assert not manifest["passed"]

@@ -33,10 +33,12 @@ def second_machine(artifact: Path, program: Program, flags: list[str], log: Path
     where = ["--vllm", program.path, "--tensor-parallel", "2", "--port", str(free_port())]
     shown = mmq("serve", str(artifact), *where, "--print", "--json", "--", *flags)
     assert shown.returncode == 0, shown.stderr
-    made = json.loads(shown.stdout)
-    with log.open("w") as said:
-        environment = {**os.environ, **made["environment"]}
-        process = subprocess.Popen(made["command"], stdout=said, stderr=said, env=environment, start_new_session=True)
+    printed = json.loads(shown.stdout)
+    with log.open("w") as log_file:
+        environment = {**os.environ, **printed["environment"]}
+        process = subprocess.Popen(
+            printed["command"], stdout=log_file, stderr=log_file, env=environment, start_new_session=True
+        )
     try:
         yield
     finally:  # it outlives the first machine's engine
@@ -50,14 +52,14 @@ def check(artifact: Path, program: Program, logs: Path, *flags: str) -> str:
     arguments = [str(artifact), "--vllm", program.path, "--tensor-parallel", "2", "--questions", "8", "--no-control"]
     done = mmq("check", *arguments, "--logs", str(logs), "--json", "--", *flags)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[0])
-    assert found["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
+    result = json.loads(done.stdout.splitlines()[0])
+    assert result["schemes"] == {"CompressedTensorsW8A8Int8": 8, "CompressedTensorsWNA16": 8}
     return (logs / "engine.log").read_text(errors="replace")
 
 
 def test_two_devices_share_linears(exported: Callable[[Recipe], Path], program: Program, tmp_path: Path):
-    said = check(exported(Recipe.model_validate(SHARED)), program, tmp_path)
-    assert all(f"world_size=2 rank={rank}" in said for rank in (0, 1))
+    result = check(exported(Recipe.model_validate(SHARED)), program, tmp_path)
+    assert all(f"world_size=2 rank={rank}" in result for rank in (0, 1))
 
 
 def test_two_machines_share_linears(exported: Callable[[Recipe], Path], program: Program, tmp_path: Path):

@@ -52,7 +52,7 @@ BREAKS = (  # pattern of a recipe -> a pattern that a person might have written
 )
 
 
-def ask(python: str, questions: list[dict], script: str = "match.py") -> list[str | None]:
+def run_script(python: str, questions: list[dict], script: str = "match.py") -> list[str | None]:
     """vLLM's answers."""
     command = [python, str(Path(__file__).with_name(script))]
     done = subprocess.run(command, input=json.dumps(questions), capture_output=True, text=True, timeout=300)
@@ -70,24 +70,28 @@ def test_matching_agrees_with_vllm(
     family = FAMILIES[kind]
     checkpoint = Checkpoint.open(sparse_checkpoint(model.replace("/", "--")), family.canonical_name)
     questions, expected = [], []
-    for recipe in [found for found in map(load_recipe, built_in()) if found.model.repo == model]:
+    for recipe in [model_recipe for model_recipe in map(load_recipe, built_in()) if model_recipe.model.repo == model]:
         plan = make_plan(recipe, checkpoint, family, H100)
-        found = [(group.scheme, list(group.targets)) for group in groups(plan)]
-        kept = kept_modules(plan)
+        model_recipe = [(group.scheme, list(group.targets)) for group in groups(plan)]
+        ignored = kept_modules(plan)
         for change in (lambda target: target, *BREAKS):
-            changed = [(scheme, [change(target) for target in targets]) for scheme, targets in found]
+            changed = [(scheme, [change(target) for target in targets]) for scheme, targets in model_recipe]
             members: dict[str, list[str]] = {}
             for linear in engine_linears(plan.rows, family):
                 members.setdefault(linear.engine, []).append(linear.name)
             for engine, names in members.items():
                 targets = [target for _, listed in changed for target in listed]
-                questions.append({"engine": engine, "targets": targets, "ignore": kept, "fused": FUSED})
-                expected.append((matched_scheme(engine, names, changed, kept), dict(_by_target(changed))))
-    answers = ask(engine_python, questions)
+                questions.append({"engine": engine, "targets": targets, "ignore": ignored, "fused": FUSED})
+                expected.append((matched_scheme(engine, names, changed, ignored), dict(_by_target(changed))))
+    answers = run_script(engine_python, questions)
     assert len(answers) > least
     assert len({str(answer) for answer in answers}) > 5
-    for question, (ours, by_target), theirs in zip(questions, expected, answers, strict=True):
-        assert ours == (by_target[theirs] if theirs else None), (question["engine"], question["targets"], theirs)
+    for question, (expected_scheme, by_target), actual in zip(questions, expected, answers, strict=True):
+        assert expected_scheme == (by_target[actual] if actual else None), (
+            question["engine"],
+            question["targets"],
+            actual,
+        )
 
 
 GROUPS = (16, 32, 64, 128, 256, "row", "tensor")
@@ -126,57 +130,59 @@ def question(linear: Linear, **changed: Any) -> dict:
 def test_shapes_of_4_bits_with_float8_inputs_are_refused_as_vllm_does(engine_python: str):
     scheme, card = Scheme(4, 128, activations="fp8"), (9, 0)
     sides = [(1408, 6144), (11008, 4096), (640, 128), (4096, 4096)]
-    asked = [(Linear("up_proj", "up_proj", shape, scheme), degree) for shape in sides for degree in (1, 2, 4)]
-    questions = [question(linear, degree=degree, capability=card) for linear, degree in asked]
-    answers = ask(engine_python, questions, "choose.py")
-    for (linear, degree), answer in zip(asked, answers, strict=True):
-        ours = gpu_problems([shard(linear, degree)], "compressed_tensors", card)
-        assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
+    combinations = [(Linear("up_proj", "up_proj", shape, scheme), degree) for shape in sides for degree in (1, 2, 4)]
+    questions = [question(linear, degree=degree, capability=card) for linear, degree in combinations]
+    answers = run_script(engine_python, questions, "choose.py")
+    for (linear, degree), answer in zip(combinations, answers, strict=True):
+        problems = gpu_problems([shard(linear, degree)], "compressed_tensors", card)
+        assert bool(problems) == answer.startswith("error: "), (linear, degree, problems, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
 
 @pytest.mark.parametrize("humming", [False, True])
 def test_kernels_of_every_architecture_are_those_that_vllm_chooses(engine_python: str, humming: bool):
-    asked = [(scheme, card) for scheme in SCHEMES for card in ARCHITECTURES]
-    linears = [(Linear("up_proj", "up_proj", (4096, 4096), scheme), card) for scheme, card in asked]
+    combinations = [(scheme, card) for scheme in SCHEMES for card in ARCHITECTURES]
+    linears = [(Linear("up_proj", "up_proj", (4096, 4096), scheme), card) for scheme, card in combinations]
     questions = [question(linear, capability=card, humming=humming) for linear, card in linears]
-    for (scheme, card), answer in zip(asked, ask(engine_python, questions, "choose.py"), strict=True):
+    for (scheme, card), answer in zip(combinations, run_script(engine_python, questions, "choose.py"), strict=True):
         kernels = [
             kernel for kernel in serving_kernels(scheme, "compressed_tensors").cuda if humming or not kernel.package
         ]
         if humming and card == (9, 0) and MARLIN in kernels:  # there 0.32 takes Humming first
             kernels.remove(MARLIN)
-        ours = next((kernel for kernel in kernels if kernel.runs_on(card)), None)
-        said = (scheme.label(), card, answer)
+        expected = next((kernel for kernel in kernels if kernel.runs_on(card)), None)
+        case = (scheme.label(), card, answer)
         if scheme.activations == "int8" and card >= (10, 0):
-            assert ours is None, said  # the compiled half refuses it at the first request, vLLM's choice does not
+            assert expected is None, case  # the compiled half refuses it at the first request, vLLM's choice does not
         elif answer == "TritonW4A16LinearKernel":
-            assert ours in (None, HUMMING), said  # named nowhere: it is the last that vLLM tries
-        elif ours is None:
-            assert answer.startswith("error: "), said
+            assert expected in (None, HUMMING), case  # named nowhere: it is the last that vLLM tries
+        elif expected is None:
+            assert answer.startswith("error: "), case
         else:
-            assert answer == CLASSES[ours], said
+            assert answer == CLASSES[expected], case
 
 
 def test_what_a_cpu_or_several_devices_refuse_is_what_vllm_refuses(engine_python: str):
     schemes = [*(Scheme(4, group) for group in (32, 64, 128, "row")), Scheme(8, 128)]
     schemes += [Scheme(8, "row", activations="int8"), Scheme(4, 128, activations="fp8")]
     shapes = [(256, 256), (96, 160), (100, 160), (96, 100), (256, 1408), (512, 11008), (2560, 2560), (1000, 4096)]
-    asked = [
+    combinations = [
         (Linear(name, name, shape, scheme), degree)
         for degree, name, scheme, shape in product((1, 2, 4), ("down_proj", "up_proj"), schemes, shapes)
         if supports(scheme, shape[1], shape[0]) is None and shape[name == "down_proj"] % degree == 0
     ]
-    asked += [(Linear("up_proj", "up_proj", (4096, 4096), scheme), 1) for scheme in SCHEMES]
-    answers = ask(engine_python, [question(linear, degree=degree) for linear, degree in asked], "choose.py")
-    for (linear, degree), answer in zip(asked, answers, strict=True):
-        ours = parallel_problems([linear], degree) + cpu_problems([shard(linear, degree)], "compressed_tensors")
-        assert bool(ours) == answer.startswith("error: "), (linear, degree, ours, answer)
-        if not ours:
+    combinations += [(Linear("up_proj", "up_proj", (4096, 4096), scheme), 1) for scheme in SCHEMES]
+    answers = run_script(
+        engine_python, [question(linear, degree=degree) for linear, degree in combinations], "choose.py"
+    )
+    for (linear, degree), answer in zip(combinations, answers, strict=True):
+        problems = parallel_problems([linear], degree) + cpu_problems([shard(linear, degree)], "compressed_tensors")
+        assert bool(problems) == answer.startswith("error: "), (linear, degree, problems, answer)
+        if not problems:
             assert answer == CPU_CLASSES[serving_kernels(linear.scheme, "compressed_tensors").cpu], (linear, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
 
 
-def _by_target(found: list[tuple[Scheme, list[str]]]) -> list[tuple[str, Scheme]]:
+def _by_target(schemes: list[tuple[Scheme, list[str]]]) -> list[tuple[str, Scheme]]:
     """Target -> its scheme; the first wins, as in vLLM's map from targets."""
-    return [(target, scheme) for scheme, targets in reversed(found) for target in reversed(targets)]
+    return [(target, scheme) for scheme, targets in reversed(schemes) for target in reversed(targets)]

@@ -27,22 +27,22 @@ SURE = -0.2  # log-probability of the least likely token: below it, another batc
 
 
 @pytest.fixture(scope="module")
-def asked(served: Served) -> list[Sample]:
+def sent_samples(served: Served) -> list[Sample]:
     return [sample for sample in questions(served.folder, (), 64) if sample.question]
 
 
 @pytest.fixture(scope="module")
-def answers(served: Served, asked: list[Sample]) -> dict[str, str]:
+def answers(served: Served, sent_samples: list[Sample]) -> dict[str, str]:
     """Sample id -> answer, for the answers that the model is sure of, asked one after the other."""
-    replies = {sample.identity: served.ask(sample) for sample in asked}
+    replies = {sample.identity: served.ask(sample) for sample in sent_samples}
     sure = {name: reply.text for name, reply in replies.items() if min(reply.logprobs) > SURE}
     assert len(sure) >= 10
     return sure
 
 
 @pytest.fixture(scope="module")
-def sure(asked: list[Sample], answers: dict[str, str]) -> list[Sample]:
-    return [sample for sample in asked if sample.identity in answers]
+def sure(sent_samples: list[Sample], answers: dict[str, str]) -> list[Sample]:
+    return [sample for sample in sent_samples if sample.identity in answers]
 
 
 def expected(samples: Sequence[Sample], answers: dict[str, str]) -> list[str]:
@@ -62,22 +62,22 @@ def test_the_lines_that_serve_prints_work(served: Served, engine_python: str, li
     command = ["bash", "-c", served.ready[line]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)["choices"][0]["message"]["content"] if line == "curl" else done.stdout
-    assert said.strip()
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"] if line == "curl" else done.stdout
+    assert answer.strip()
 
 
 def test_eight_openai_clients_get_the_answers_of_one(
     served: Served, engine_python: str, sure: list[Sample], answers: dict[str, str]
 ):
-    chosen = sure * ROUNDS
-    pictures = [message("", png(sample.image()))["content"][0]["image_url"]["url"] for sample in chosen]
-    texts = [prompt_text(served.family, sample) for sample in chosen]
+    repeated = sure * ROUNDS
+    pictures = [message("", png(sample.image()))["content"][0]["image_url"]["url"] for sample in repeated]
+    texts = [prompt_text(served.family, sample) for sample in repeated]
     request = {"url": served.ready["url"], "model": served.ready["model"], "tokens": LONGEST}
     request["questions"] = list(zip(texts, pictures, strict=True))
     command = [engine_python, str(Path(__file__).with_name("clients.py"))]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == expected(chosen, answers)
+    assert json.loads(done.stdout) == expected(repeated, answers)
 
 
 def post_body(served: Served, **changed: Any) -> Any:
@@ -107,10 +107,10 @@ def test_a_bad_image_is_refused_and_the_server_lives(
 
 
 def test_two_images_are_refused(served: Served, sure: list[Sample]):
-    one = message("what ?", png(sure[0].image()))
-    one["content"] = [one["content"][0], *one["content"]]
+    picture = message("what ?", png(sure[0].image()))
+    picture["content"] = [picture["content"][0], *picture["content"]]
     with pytest.raises(ServeError, match="answered 4"):
-        post_body(served, messages=[one])
+        post_body(served, messages=[picture])
 
 
 def test_a_huge_image_is_answered_or_refused(served: Served, sure: list[Sample], answers: dict[str, str]):
