@@ -18,6 +18,7 @@ import click
 import torch
 
 from docs.api_pages import api_reference, exit_code_page
+from docs.family_pages import support_table
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -219,7 +220,11 @@ def pages() -> dict[Path, str]:
             "families",
             family_table("docs/reference/families.md"),
         ),
-        families: between(families.read_text(encoding="utf-8"), "families", family_table("families.md")),
+        families: between(
+            between(families.read_text(encoding="utf-8"), "families", family_table("families.md")),
+            "checkpoints",
+            support_table(),
+        ),
         index: between(index.read_text(encoding="utf-8"), "families", family_table("reference/families.md")),
         prompts: between(prompts.read_text(encoding="utf-8"), "prompts", prompt_table()),
         ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),

@@ -10,7 +10,7 @@ import torch
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
 from exporter.errors import PlanError
-from exporter.model.config_check import known_family
+from exporter.model.config_check import REFUSED, known_family
 from exporter.model.families import FAMILIES
 from exporter.model.source import open_source
 from exporter.planning.plan import Plan, engine_linears, make_plan
@@ -53,6 +53,12 @@ def test_other_text_models_are_refused_by_name(name: str) -> None:
     other = {**config, "text_config": {**config["text_config"], "model_type": "phi3"}}
     with pytest.raises(PlanError, match="its text model is phi3; mmq supports"):
         known_family(other, name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_known_architectures_that_are_not_supported_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(PlanError, match=f"mmq does not support {name}: {REFUSED[name]}"):
+        known_family({"architectures": [name]}, "config.json")
 
 
 def test_every_family_is_selected_by_its_architecture() -> None:

@@ -16,6 +16,13 @@ from exporter.model.families import FAMILIES, Family
 MAX_LISTED = 5  # problems of one kind that an error lists
 # Buffers that older versions of transformers stored and newer versions compute from the config and ignore.
 STORED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
+# Architectures that mmq knows and does not support, with the reason.
+REFUSED = {
+    "InstructBlipForConditionalGeneration": "vLLM has no InstructBLIP, and its processor needs a second tokenizer",
+    "MllamaForConditionalGeneration": "vLLM no longer has Llama 3.2 Vision",
+    "Qwen3VLMoeForConditionalGeneration": "its experts are three-dimensional parameters, not linears",
+    "VipLlavaForConditionalGeneration": "vLLM has no VipLLaVA",
+}
 QUANTIZED = ("quantization_config", "compression_config")
 SUPPORTED = "mmq supports " + "; ".join(
     f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES.values()
@@ -47,7 +54,9 @@ def _family_of(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
             return family
-    raise PlanError(f"{where}: mmq does not support {', '.join(architectures)}", f"supported: {', '.join(supported)}")
+    reasons = [f": {REFUSED[name]}" for name in architectures if name in REFUSED][:1]
+    message = f"{where}: mmq does not support {', '.join(architectures)}{''.join(reasons)}"
+    raise PlanError(message, f"supported: {', '.join(supported)}")
 
 
 def without_buffers(checkpoint: Checkpoint, family: Family) -> Checkpoint:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.demo import MODELS
+from exporter.distribution import install_extra
 from exporter.errors import CheckpointError
 from exporter.model.chat_template import Template, parse_template
 from exporter.model.inspection_cache import keep, knows, recall
@@ -244,5 +245,7 @@ _HINTS = {
 def _refusal(folder: Path, reply: Mapping[str, Any]) -> CheckpointError:
     where = folder / reply["file"] if reply["file"] else folder
     hint = _HINTS[reply["step"]]
-    hint = "install the named package" if reply["error"] == "ImportError" else hint
+    if reply["error"] == "ImportError":
+        needs_torchvision = "torchvision" in reply["reason"].lower()
+        hint = install_extra("pixtral") if needs_torchvision else "install the named package"
     return CheckpointError(f"{where}: {_STEPS[reply['step']]}: {reply['reason']}", hint)

@@ -19,6 +19,8 @@ def load_library(folder: Path) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except RecursionError:
+        pass  # transformers takes the processor itself for the video processor that torchvision would provide
     except ImportError as error:
         if not any(package in str(error).lower() for package in ("torchvision", "num2words")):
             raise

@@ -57,6 +57,7 @@ class Family:
     flat: objects of config.json whose keys may be at the top level instead.
     misfits: problems between fields of different objects.
     varies: whether the number of image tokens depends on the picture.
+    any_size: whether it does so for a config.json's parts only.
     nested: whether the processor takes a list of pictures for every text.
     processor_fields: settings of the processor that follow from config.json.
     image_marker: the placeholder of a picture in prompts.
@@ -94,6 +95,7 @@ class Family:
     flat: tuple[str, ...] = ()
     misfits: Callable[[Sizes], list[str]] = lambda sizes: []
     varies: bool = False
+    any_size: Callable[[Config], bool] = lambda config: False
     nested: bool = False
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     image_marker: str = "<image>"
@@ -115,7 +117,8 @@ class Family:
 
     def of(self, config: Config) -> "Family":
         """The family with the components and names of a config.json's parts."""
-        return replace(self, components=self.assemble(config), tensor_names=self.names(config))
+        varies = self.varies or self.any_size(config)
+        return replace(self, components=self.assemble(config), tensor_names=self.names(config), varies=varies)
 
     def canonical_name(self, name: str) -> str:
         """The hub's name of a tensor that another program may have saved under another name."""

@@ -33,6 +33,7 @@ FAMILY = Family(
     positions=field_of(TOWER.parts, "text_config", "max_position_embeddings"),
     vocabulary=field_of(TOWER.parts, "text_config", "vocab_size"),
     pixels=TOWER.pixels,
+    any_size=TOWER.any_size,
     processor_fields=TOWER.processor_fields,
     tied={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
     tiny={

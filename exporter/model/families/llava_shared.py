@@ -126,8 +126,14 @@ class Tower:
         return int(part_of(self.parts, config, "vision_config") is towers.CLIP)
 
     def patches(self, config: Mapping[str, Any]) -> int:
-        """Number of patches of one picture of the tower."""
-        return int((self.size(config, "image_size") // self.size(config, "patch_size")) ** 2)
+        """Number of patches of one picture of the tower; of `TYPICAL` size for Pixtral, which takes any."""
+        side, patch = self.size(config, "image_size"), self.size(config, "patch_size")
+        height, width = (min(side, length) if self.any_size(config) else side for length in TYPICAL)
+        return int(height // patch) * int(width // patch)
+
+    def any_size(self, config: Mapping[str, Any]) -> bool:
+        """Whether the tower takes pictures of any size."""
+        return part_of(self.parts, config, "vision_config") is towers.PIXTRAL
 
     def features(self, config: Mapping[str, Any]) -> int:
         """Features of one picture; the strategy `default` drops the first vector, CLIP's class token."""
@@ -208,11 +214,11 @@ class Tower:
     def pixels(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Height and width of the tower's pictures; nothing for Pixtral, which takes any."""
         side = self.size(config, "image_size")
-        return () if part_of(self.parts, config, "vision_config") is towers.PIXTRAL else (side, side)
+        return () if self.any_size(config) else (side, side)
 
     def processor_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Settings from which transformers' processor computes the number of image tokens."""
-        if part_of(self.parts, config, "vision_config") is towers.PIXTRAL:
+        if self.any_size(config):
             return {"patch_size": self.size(config, "patch_size")}
         return {
             "patch_size": self.size(config, "patch_size"),
