@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exporter import data as sources
-from exporter.api_artifacts import Data, check, chosen, evaluate, open_artifact, publish, verify
+from exporter.api_artifacts import Data, as_device, check, evaluate, open_artifact, publish, verify
 from exporter.artifact.manifest import Manifest
 from exporter.artifact.output import default_out
 from exporter.artifact.verify import Verification
@@ -77,7 +77,7 @@ def plan(
         prompts=prompts,
         max_new_tokens=max_new_tokens,
     )
-    export_plan, checkpoint = prepare(final_recipe, chosen(device), headers_only=True, on_event=on_event)
+    export_plan, checkpoint = prepare(final_recipe, as_device(device), headers_only=True, on_event=on_event)
     if serve_on:
         refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
     return export_plan
@@ -135,7 +135,7 @@ def export(
     return exporting.export(
         final_recipe,
         out=default_out(final_recipe) if out is None else Path(out),
-        device=chosen(device),
+        device=as_device(device),
         on_event=on_event,
         work=None if work is None else Path(work),
         sources=sources.places(data),

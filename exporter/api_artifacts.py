@@ -46,7 +46,7 @@ def verify(
     """
     adapted = None if adapter is None else str(adapter)
     original = None if source is None else open_source(str(source), adapter=adapted)[0]
-    return verification.verify(Path(artifact), chosen(device), on_event, load, original)
+    return verification.verify(Path(artifact), as_device(device), on_event, load, original)
 
 
 def evaluate(
@@ -88,7 +88,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     store = None if fresh else Store(Path(answers)) if answers else default_store(folder)
-    data_sources, target = sources.places(data), chosen(device)
+    data_sources, target = sources.places(data), as_device(device)
     return Reevaluation(
         folder, final_recipe, target, on_event, data_sources, store, other_baseline=other_baseline
     ).measure()
@@ -125,7 +125,7 @@ def check(
     folder = Path(artifact)
     session = Session(
         program_for(folder, vllm),
-        chosen(device),
+        as_device(device),
         on_event,
         tensor_parallel,
         tuple(flags),
@@ -170,7 +170,7 @@ def publish(
     declared = CardDeclarations(base_model, keys, tuple(datasets), tuple(languages), tasks)
     options = (public, create_pr, replace, force, accept_built_in_data, dry_run)
     result = publish_artifact(
-        PublishRequest(Path(artifact), repo, revision, *options, declared), chosen(device), on_event
+        PublishRequest(Path(artifact), repo, revision, *options, declared), as_device(device), on_event
     )
     sizes = result.package.sizes()
     return result.publication or Publication("", "", len(sizes), sum(sizes.values()))
@@ -183,9 +183,9 @@ def open_artifact(artifact: str | Path, *, device: str | Device = "cpu") -> Open
 
     device: where packed tensors are dequantized, and where all tensors are returned.
     """
-    return OpenedArtifact(Path(artifact), chosen(device))
+    return OpenedArtifact(Path(artifact), as_device(device))
 
 
-def chosen(device: str | Device) -> Device:
+def as_device(device: str | Device) -> Device:
     """The device itself, or the one that a name like `cuda:1` stands for."""
     return device if isinstance(device, Device) else choose(device)

@@ -29,12 +29,12 @@ def is_shortage(error: BaseException) -> bool:
 
 def shortage_behind(error: BaseException) -> BaseException | None:
     """The out-of-memory error that `error` is, or that it replaced (its cause or context); None when there is none."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
+    while current is not None and id(current) not in visited:
         if _reports_shortage(current):
             return current
-        seen.add(id(current))
+        visited.add(id(current))
         current = current.__cause__ or current.__context__
     return None
 

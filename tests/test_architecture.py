@@ -155,3 +155,22 @@ def test_only_the_export_itself_is_imported_from_its_page():
             if isinstance(node, ast.ImportFrom) and node.module == "exporter.pipeline.export":
                 names |= {alias.name for alias in node.names}
     assert names == {"export", "Export"}
+
+
+VAGUE = {"found", "said", "told", "asked", "chosen", "wanted", "seen", "theirs", "mine", "aloud"}
+NAMED_FILES = [
+    path for folder in ("exporter", "bench", "tools", "docs", "serving") for path in (ROOT / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", NAMED_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_say_what_a_value_is(path):
+    """A name like `found` or `said` names the moment in which a value was made, not the value."""
+    vague = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+                vague += [f"{node.lineno}: {name}"] if VAGUE & set(name.split("_")) else []
+            case ast.ClassDef(name=name):
+                vague += [f"{node.lineno}: {name}"] if VAGUE & set(re.findall("[a-z]+", name.lower())) else []
+    assert vague == []

@@ -48,10 +48,10 @@ def ask(model: str, picture: Path, question: str | None, device: str, as_json: b
     from exporter.pipeline.ask import question as read_question
 
     _refuse_unused(options)
-    asked = read_question(picture, question, options["max_tokens"], options["as_is"], model)
+    request = read_question(picture, question, options["max_tokens"], options["as_is"], model)
     answers: dict[str, str] = {}
     with ProgressDisplay(as_json) as listen:
-        for label, answer in _askers(model, asked, choose(device), listen, options).items():
+        for label, answer in _askers(model, request, choose(device), listen, options).items():
             start = f"{label}: " if options["compare"] else ""
             answers[label] = answer(_printer(as_json, start, listen.hide))
             if not as_json:
@@ -77,7 +77,7 @@ def _refuse_unused(options: dict[str, Any]) -> None:
 
 
 def _askers(
-    model: str, asked: "PictureQuestion", device: "Device", listen: "Listener", options: dict[str, Any]
+    model: str, request: "PictureQuestion", device: "Device", listen: "Listener", options: dict[str, Any]
 ) -> dict[str, Callable[["OnText"], str]]:
     """Label -> function that asks one model; the source first, whose hashes are compared with the artifact's."""
     from exporter.inference.predict_server import Server
@@ -86,8 +86,8 @@ def _askers(
 
     def asker(place: str, url: str | None, name: str | None) -> Callable[["OnText"], str]:
         if url:
-            return lambda on_text: ask_server(place, asked, Server(url, name, tries=1), on_text)
-        return lambda on_text: ask_here(place, asked, device, listen, on_text)
+            return lambda on_text: ask_server(place, request, Server(url, name, tries=1), on_text)
+        return lambda on_text: ask_here(place, request, device, listen, on_text)
 
     models = {ARTIFACT: asker(model, options["server"], options["served_model"])}
     if not options["compare"]:

@@ -37,11 +37,11 @@ def extra_state(name: str) -> str:
     """Versions of an extra's packages; or those that are missing, what that costs, and how to install them."""
     packages, cost = EXTRAS[name]
     versions = {package: installed_version(package) for package in packages}
-    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    result = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     missing = [package for package, version in versions.items() if not version]
     if not missing:
-        return found
-    return f"missing {', '.join(missing)}: {cost}; {install_extra(name)}" + (f" (has {found})" if found else "")
+        return result
+    return f"missing {', '.join(missing)}: {cost}; {install_extra(name)}" + (f" (has {result})" if result else "")
 
 
 def vllm_state() -> str:
@@ -61,8 +61,8 @@ def vllm_state() -> str:
 
 def java_state() -> str:
     """Whether Java is installed; no command of mmq uses it."""
-    found = shutil.which("java")
-    return f"{found or 'missing'}: no command needs it; only the package pycocoevalcap uses it, for METEOR"
+    result = shutil.which("java")
+    return f"{result or 'missing'}: no command needs it; only the package pycocoevalcap uses it, for METEOR"
 
 
 def _hardware(device: Device) -> dict[str, str]:

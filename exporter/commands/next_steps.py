@@ -15,8 +15,8 @@ NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how t
 def program() -> str:
     """Shell text that runs this program again: `mmq` where PATH finds it, else its path or the module."""
     running = Path(sys.argv[0])
-    found = shutil.which(PROGRAM)
-    if found and (running.stem != PROGRAM or Path(found).resolve() == running.resolve()):
+    on_path = shutil.which(PROGRAM)
+    if on_path and (running.stem != PROGRAM or Path(on_path).resolve() == running.resolve()):
         return PROGRAM
     if running.stem == PROGRAM and running.is_file():
         return shlex.quote(_short(running))

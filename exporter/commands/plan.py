@@ -119,8 +119,8 @@ def show_plan(
     warnings = step_warnings(export_plan.steps, target, skip_evaluation)
     lines = _data_lines(export_plan, data, skip_evaluation, listen) if data else []
     if as_json:
-        found = {"data": lines} if data else {}
-        return print_result(show.plan_json(export_plan, every_tensor, warnings) | found)
+        data_report = {"data": lines} if data else {}
+        return print_result(show.plan_json(export_plan, every_tensor, warnings) | data_report)
     if lines:
         print_result("\n".join(lines))
     print_result(show.plan_page(export_plan, target, every_tensor, warnings))

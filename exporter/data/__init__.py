@@ -113,8 +113,8 @@ def _is_parquet(path: Path) -> bool:
     """Whether a folder holds parquet files and no metadata of pictures."""
     places = (path, *(path / split for split in folder.SPLITS))
     described = any((place / name).is_file() for place in places for name in (folder.METADATA, folder.TABLE))
-    found = (next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
-    return path.is_dir() and not described and any(file is not None for file in found)
+    matches = (next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
+    return path.is_dir() and not described and any(file is not None for file in matches)
 
 
 def places(written: str | Path | Sequence[str | Path] | None) -> tuple[SourceSpec, ...]:

@@ -47,16 +47,16 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
         result = _described_rows(path, folder, file, task)
         if folder == path and not result.problems:
             result.rows = half(result.rows, split)
-    nothing = f"{file or folder / METADATA}: no line for task {task}, split {split}"
-    return to_samples(result, limit, seed, nothing, f"{task} needs {_FIELDS[task]}")
+    no_lines = f"{file or folder / METADATA}: no line for task {task}, split {split}"
+    return to_samples(result, limit, seed, no_lines, f"{task} needs {_FIELDS[task]}")
 
 
 def metadata_of(folder: Path) -> Path | None:
     """The folder's metadata file; DataError if it has one of each kind."""
-    found = [folder / name for name in (METADATA, TABLE) if (folder / name).is_file()]
-    if len(found) > 1:
+    tables = [folder / name for name in (METADATA, TABLE) if (folder / name).is_file()]
+    if len(tables) > 1:
         raise DataError(f"{folder} has both {METADATA} and {TABLE}", "remove one of them")
-    return found[0] if found else None
+    return tables[0] if tables else None
 
 
 def _split_folder(path: Path, split: str) -> Path:

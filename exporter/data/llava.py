@@ -41,8 +41,8 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
 def _file(path: Path) -> Path:
     files = [path] if path.is_file() else sorted(path.glob("*.json")) if path.is_dir() else []
     if len(files) != 1:
-        found = f"it has {len(files)} JSON files" if path.is_dir() else "it does not exist"
-        raise DataError(f"{path} is no file of conversations ({found})", "pass llava:FILE.json")
+        problem = f"it has {len(files)} JSON files" if path.is_dir() else "it does not exist"
+        raise DataError(f"{path} is no file of conversations ({problem})", "pass llava:FILE.json")
     return files[0]
 
 
@@ -69,5 +69,5 @@ def _pairs(turns: Any) -> Iterator[tuple[str, str]]:
     speakers = [turn.get("from") for turn in turns]
     if speakers != list(SPEAKERS) * (len(turns) // 2):
         raise BadRowError(f"turns must alternate between {' and '.join(SPEAKERS)}")
-    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        yield text(asked, "value").replace(MARKER, " ").strip(), text(answered, "value").strip()
+    for question_turn, answer_turn in zip(turns[::2], turns[1::2], strict=True):
+        yield text(question_turn, "value").replace(MARKER, " ").strip(), text(answer_turn, "value").strip()

@@ -130,8 +130,8 @@ def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
             f"a prompt has {len(inspection.tokens)} tokens, but the model has only {family.positions(config)} positions"
         )
     if pixels and shape[-len(pixels) :] != pixels:
-        made, expected = (" x ".join(map(str, size)) for size in (shape[-len(pixels) :], pixels))
-        problems.append(f"{PICTURES} makes pictures of {made} pixels, but the vision tower expects {expected}")
+        produced, expected = (" x ".join(map(str, size)) for size in (shape[-len(pixels) :], pixels))
+        problems.append(f"{PICTURES} makes pictures of {produced} pixels, but the vision tower expects {expected}")
     return problems
 
 

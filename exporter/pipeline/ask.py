@@ -66,18 +66,18 @@ def question(picture: Path, text: str | None, longest: int, as_is: bool, model: 
     return PictureQuestion(Sample(str(picture), lambda: image, text, ()), longest, as_is, manifest)
 
 
-def ask(model: str, asked: PictureQuestion, device: Device, on_event: Listener, on_text: OnText) -> str:
+def ask(model: str, request: PictureQuestion, device: Device, on_event: Listener, on_text: OnText) -> str:
     """The answer of an artifact or a model (folder, hub id, demo name), computed here; `on_text` gets its pieces."""
-    with _loaded(model, asked, device, on_event) as predictor:
-        return predictor.stream(asked.sample, asked.longest, on_text)
+    with _loaded(model, request, device, on_event) as predictor:
+        return predictor.stream(request.sample, request.longest, on_text)
 
 
-def ask_server(model: str, asked: PictureQuestion, server: Server, on_text: OnText) -> str:
+def ask_server(model: str, request: PictureQuestion, server: Server, on_text: OnText) -> str:
     """The answer of a server that serves `model`, whose family determines the wording. DataError if it fails."""
     family = _answering(open_source(model, headers_only=True)[1])
     name = str(server.served()["id"])
-    predictor = ServedPredictor(server, asked.wording(family), name, server.lacks_start(name))
-    return predictor.stream(asked.sample, asked.longest, on_text)
+    predictor = ServedPredictor(server, request.wording(family), name, server.lacks_start(name))
+    return predictor.stream(request.sample, request.longest, on_text)
 
 
 def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
@@ -97,10 +97,10 @@ def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
 
 
 @contextmanager
-def _loaded(model: str, asked: PictureQuestion, device: Device, on_event: Listener) -> Iterator[Predictor]:
+def _loaded(model: str, request: PictureQuestion, device: Device, on_event: Listener) -> Iterator[Predictor]:
     """A predictor of an artifact (its weights dequantized, rounding as served) or of a model."""
     checkpoint, family = open_source(model)
-    family = asked.wording(_answering(family))
+    family = request.wording(_answering(family))
     label = f"loading {Path(model).name}"
     on_event(Event("prepare", 0, 1, label))
     stored = next(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)

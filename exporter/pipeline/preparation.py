@@ -44,10 +44,10 @@ def prepare(
     on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
-    found = check_libraries(checkpoint, plan.family)
+    library_notes = check_libraries(checkpoint, plan.family)
     if notes or family.varies:
         plan = make_plan(recipe, checkpoint, measured(checkpoint, plan.family), device)
-    plan = replace(plan, warnings=(*plan.warnings, *notes, *found))
+    plan = replace(plan, warnings=(*plan.warnings, *notes, *library_notes))
     on_event(Event("prepare", 1, 1, CHECKS))
     return plan, checkpoint
 

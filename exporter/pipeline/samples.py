@@ -45,8 +45,8 @@ def data_lines(samples: ExportSamples) -> list[str]:
     """The data of an export for `mmq plan --data`: number of samples by task, and notes."""
 
     def counts(of: Sequence[Sample]) -> str:
-        found = Counter(task_of(sample) for sample in of)
-        return ", ".join(f"{count:,} {task}" for task, count in sorted(found.items())) or "none"
+        by_task = Counter(task_of(sample) for sample in of)
+        return ", ".join(f"{count:,} {task}" for task, count in sorted(by_task.items())) or "none"
 
     lines = [f"data: calibration {counts(samples.calibration)}; test {counts(samples.tested)}; no shared picture"]
     return lines + list(data.notes(samples.calibration, samples.tested))

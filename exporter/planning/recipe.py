@@ -178,8 +178,8 @@ def widths(rules: Sequence[Rule]) -> str:
     for rule in rules:
         bits.setdefault(rule.component, []).append(rule.bits)
     spans = [
-        f"{name} {min(found)}" + (f" to {max(found)}" if min(found) < max(found) else "")
-        for name, found in bits.items()
+        f"{name} {min(numbers)}" + (f" to {max(numbers)}" if min(numbers) < max(numbers) else "")
+        for name, numbers in bits.items()
     ]
     return ", ".join(spans) + " bits"
 

@@ -63,8 +63,10 @@ def publish_artifact(request: PublishRequest, device: Device, on_event: Listener
         if note := disclosure_note(summary):
             on_event(Event("note", 0, 0, note))
         declared = with_source_license(summary, request.declared)
-        made = package(artifact, summary, repo, declared, problems, remote, target.replace)
-        return PublishResult(repo, made, None if request.dry_run else upload.publish(made, target, remote, on_event))
+        packaged = package(artifact, summary, repo, declared, problems, remote, target.replace)
+        return PublishResult(
+            repo, packaged, None if request.dry_run else upload.publish(packaged, target, remote, on_event)
+        )
 
 
 def benchmark(text: str) -> tuple[str, tuple[str, str]]:

@@ -142,32 +142,32 @@ class Family:
         described = getattr(transformers, self.config_class).from_dict(copy.deepcopy(dict(config)))
         return getattr(transformers, self.architectures[0])(described)
 
-    def tiny_config(self, **chosen: str) -> dict[str, Any]:
-        """A small config for tests with the real structure. chosen: object of config.json -> `model_type`."""
+    def tiny_config(self, **parts: str) -> dict[str, Any]:
+        """A small config for tests with the real structure. parts: object of config.json -> `model_type`."""
         config = copy.deepcopy(dict(self.tiny)) | {"architectures": [self.architectures[0]]}
         for key, kinds in self.parts.items():
-            part = kinds[chosen.get(key, next(iter(kinds)))]
+            part = kinds[parts.get(key, next(iter(kinds)))]
             config[key] = copy.deepcopy(dict(part.tiny)) | config.get(key, {})
             config |= part.tiny_top
         return config
 
     def tiny_configs(self) -> dict[str, dict[str, Any]]:
         """Small configs with every part of the family, by the `model_type` that differs from the default's."""
-        configs, seen = (
+        configs, used = (
             {self.name: self.tiny_config()},
             {id(next(iter(kinds.values()))) for kinds in self.parts.values()},
         )
         for key, kinds in self.parts.items():
             for name, part in kinds.items():
-                if id(part) not in seen:
+                if id(part) not in used:
                     configs[f"{self.name}-{name}"] = self.tiny_config(**{key: name})
-                    seen.add(id(part))
+                    used.add(id(part))
         return configs
 
     def image_token(self, config: Config) -> int | None:
         """Id of the placeholder of a picture in prompts; None when config.json names none."""
-        found = (config.get(key) for key in ("image_token_index", "image_token_id"))
-        return next((int(number) for number in found if number is not None), None)
+        ids = (config.get(key) for key in ("image_token_index", "image_token_id"))
+        return next((int(number) for number in ids if number is not None), None)
 
     def heads(self, config: Config) -> dict[str, int]:
         """Number of attention heads of every part, by its object in config.json."""
@@ -184,8 +184,8 @@ class Family:
 
     def component_with(self, name: str) -> Component | None:
         """`component_of` for a model whose config.json is not at hand: among the components of all parts."""
-        found = (replace(self, components=self.assemble(config)) for config in self.tiny_configs().values())
-        return next((component for family in found if (component := family.component_of(name))), None)
+        variants = (replace(self, components=self.assemble(config)) for config in self.tiny_configs().values())
+        return next((component for family in variants if (component := family.component_of(name))), None)
 
     def text(self, question: str | None) -> str:
         """The user's text next to the picture: the question in the family's wording, or the caption request."""
@@ -210,17 +210,17 @@ class Family:
         values, problems = read_fields(config, (*self.fields, *_EVERYWHERE), "")
         sizes: dict[str, Values] = {"": values}
         for key, supported in self.parts.items():
-            found = section(config, key) if key in self.flat else config.get(key)
-            if not isinstance(found, dict):
-                problems.append(f"{key}: expected an object, got {kind(found) if key in config else 'no value'}")
+            content = section(config, key) if key in self.flat else config.get(key)
+            if not isinstance(content, dict):
+                problems.append(f"{key}: expected an object, got {kind(content) if key in config else 'no value'}")
                 continue
-            name = found.get("model_type", next(iter(supported)))
+            name = content.get("model_type", next(iter(supported)))
             if not isinstance(name, str) or name not in supported:
                 label = name if isinstance(name, str) else kind(name)
                 problems.append(f"its {PART_NAMES[key]} is {label}; mmq supports {', '.join(supported)}")
                 continue
             part = supported[name]
-            values, wrong = read_fields(found, (*part.fields, *_EVERYWHERE), f"{key}.")
+            values, wrong = read_fields(content, (*part.fields, *_EVERYWHERE), f"{key}.")
             problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
             sizes[key] = values | {"model_type": name}
         return sizes, problems or self.misfits(sizes)

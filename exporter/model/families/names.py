@@ -31,8 +31,8 @@ class Names:
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     """The name with its longest matching prefix replaced; of equal prefixes the last one counts."""
-    found = [pair for pair in pairs if f"{name}.".startswith(f"{pair[0]}.")]
-    if not found:
+    matching = [pair for pair in pairs if f"{name}.".startswith(f"{pair[0]}.")]
+    if not matching:
         return name
-    old, new = max(reversed(found), key=lambda pair: len(pair[0]))
+    old, new = max(reversed(matching), key=lambda pair: len(pair[0]))
     return new + name.removeprefix(old)

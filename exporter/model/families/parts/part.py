@@ -146,8 +146,12 @@ Parts = Mapping[str, Mapping[str, Part]]  # object of config.json -> `model_type
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """An object of config.json; older files of some models have the text model's keys at the top level instead."""
-    found = config.get(key)
-    return found if isinstance(found, dict) else {name: value for name, value in config.items() if name != "model_type"}
+    content = config.get(key)
+    return (
+        content
+        if isinstance(content, dict)
+        else {name: value for name, value in config.items() if name != "model_type"}
+    )
 
 
 def part_of(parts: Parts, config: Mapping[str, Any], key: str) -> Part:
