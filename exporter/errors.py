@@ -103,6 +103,10 @@ class HubMissing(HubError):
     """The repository or revision does not exist, or the token has no access to it."""
 
 
+class HubUnreachable(HubError):
+    """There is no connection to the model hub, or HF_HUB_OFFLINE forbids one."""
+
+
 class PublishError(MmqError):
     """The artifact or the target repository does not meet the conditions for publishing."""
 

@@ -75,6 +75,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     from exporter.commands.report_tables import report_page
     from exporter.data import places
     from exporter.device import choose
+    from exporter.evaluation.backends import refuse_hopeless
     from exporter.evaluation.evaluate import raise_unless_accepted
     from exporter.pipeline.reevaluation import Reevaluation
 
@@ -82,6 +83,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
     other = bool(options["other_baseline"])
+    if servers:
+        refuse_hopeless(servers, store)
     try:
         with ProgressDisplay(as_json) as listen:
             job = Reevaluation(artifact, recipe, choose(device), listen, sources, store, servers, other)

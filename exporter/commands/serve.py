@@ -280,9 +280,9 @@ def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
     from exporter.serving.launch import find_program
     from exporter.serving.preflight import hardware, refuse_plan, refuse_processor
 
+    program = find_program(vllm)  # first: it takes no time
     plan, checkpoint = prepare(recipe, choose(device), headers_only=True)
     if plan.family.unserved:
         raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
-    program = find_program(vllm)
     refuse_plan(plan, checkpoint.config, hardware(program))
     refuse_processor(program, (row.scheme for row in plan.rows if row.decision == "packed"))

@@ -52,6 +52,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def has_served(self) -> bool:
+        """Whether there is any answer from a server."""
+        files = self.folder.glob(f"*/{ABOUT}")
+        return any('"backend": "openai"' in file.read_text(encoding="utf-8", errors="replace") for file in files)
+
     def read(self, identity: Mapping[str, Any], on_event: Listener = ignore) -> dict[str, str]:
         """Key -> answer of one model. Delete damaged files with a note; their batches run again."""
         answers: dict[str, str] = {}

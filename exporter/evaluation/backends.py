@@ -11,7 +11,7 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
-from exporter.evaluation.answers import Answerer, Backend, digest
+from exporter.evaluation.answers import Answerer, Backend, Store, digest
 from exporter.events import Event, Listener, ignore
 from exporter.inference.block_streaming import load_streamed
 from exporter.inference.encoding import render
@@ -158,7 +158,7 @@ def served_answerers(
         def opened() -> Iterator[Backend]:
             if server is None:
                 raise DataError(
-                    f"the {label} model has no server, and some of its answers are not in the answer store", _STEPS
+                    f"the {label} model has no server, and some of its answers are not in the answer store", STEPS
                 )
             entry = server.served()
             _check_root(server, entry, folder)
@@ -174,7 +174,21 @@ def served_answerers(
     )
 
 
-_STEPS = (
+def refuse_hopeless(servers: Servers, store: Store | None) -> None:
+    """DataError for what cannot succeed, before anything is read, unless stored answers may replace a server.
+
+    That is a missing server of the source, or a server that does not respond.
+    """
+    if store is not None and store.has_served():
+        return
+    if servers.source is None:
+        raise DataError(f"the {SOURCE} model has no server, and {NOT_STORED}", STEPS)
+    for server in filter(None, (servers.source, servers.artifact)):
+        server.require_connection(NOT_STORED)
+
+
+NOT_STORED = "no answer of a server is stored"
+STEPS = (
     "both models need a server: give --baseline-server and --server; with one GPU, first serve the source and run with "
     "--baseline-server only, then serve the artifact and run with --server"
 )

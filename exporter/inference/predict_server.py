@@ -22,6 +22,7 @@ from exporter.tasks.sample import Sample, task_of
 KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key, which is sent but never shown or stored
 BUSY = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
 UNKNOWN = frozenset((404, 405, 501))
+CONNECT_SECONDS = 10.0  # seconds until a server that does not respond is an error
 LONGEST_PAUSE = 60.0  # seconds; a limit on the server's Retry-After too
 PIECE = 32  # answers that `pieces` yields together
 
@@ -90,6 +91,15 @@ class Server:
             return False  # the tokenizer has no start token, or the server does not report tokens
         chat = tokens(messages=[{"role": "user", "content": "a"}], add_special_tokens=False)
         return bool(chat) and chat[: len(start)] != start
+
+    def require_connection(self, why: str) -> None:
+        """One request without retries; DataError if no response arrives. why: why that is an error, for the message."""
+        try:
+            request_json(f"{self.base}/v1/models", None, CONNECT_SECONDS, os.environ.get(KEY))
+        except RequestFailed as failed:
+            if not failed.sent:
+                message = f"{self.base}/v1/models: {failed.message}, and {why}"
+                raise DataError(message, "start the server, or correct its URL") from None
 
     def fetch(
         self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None, optional: bool = False

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import CheckpointError, HubError, HubMissing
+from exporter.errors import CheckpointError, HubError, HubMissing, HubUnreachable
 from exporter.files.safetensors_header import Entry, check_header
 
 PREFIX = "hub:"  # `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`, accepted in place of a local folder
 AGAIN = "run the same command again"
+PATIENCE = 10.0  # seconds to wait for the hub to look up a repository
 RESUME = f"{AGAIN}; it does not repeat large files that are already uploaded"
 WRITING = ("uploading", "creating the repository", "making the branch")  # actions that need a token with write access
 INVALID_TOKEN = "the hub token contains a space, a control character or a non-ASCII character, so it is not valid"
@@ -83,7 +84,7 @@ def open_remote(repo: str, revision: str | None = None) -> Remote:
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(repo, "looking it up"):
-        info = HfApi().model_info(repo, revision=revision)
+        info = HfApi().model_info(repo, revision=revision, timeout=PATIENCE)
         tree = HfApi().list_repo_tree(repo, recursive=True, revision=info.sha)
         entries = [entry for entry in tree if isinstance(entry, RepoFile)]
         files = {f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in entries}
@@ -173,9 +174,9 @@ def explain(error: Exception, repo: str, action: str) -> HubError | None:
     if refusal:
         return refusal
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError(f"{where}: HF_HUB_OFFLINE is set", "unset it to reach the hub")
+        return HubUnreachable(f"{where}: HF_HUB_OFFLINE is set", "unset it to reach the hub")
     if is_network(error):
-        return HubError(f"{where}: the connection failed ({type(error).__name__})", _retry_hint(action))
+        return HubUnreachable(f"{where}: the connection failed ({type(error).__name__})", _retry_hint(action))
     if isinstance(error, ValueError | OSError) and "huggingface_hub" in _raised_in(error):
         return HubError(f"{where}: {redact_token(str(error))}")
     return None

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.demo import MODELS
-from exporter.errors import CheckpointError, HubError, HubMissing, did_you_mean, one_line
+from exporter.errors import CheckpointError, HubError, HubMissing, HubUnreachable, did_you_mean, one_line
 from exporter.files.safetensors_header import DTYPES
 from exporter.files.strict_json import parse_object, read_json
 from exporter.model.adapter import open_adapter
@@ -98,8 +98,22 @@ def _open(repo: str, revision: str | None, headers_only: bool) -> tuple[Checkpoi
             return _headers_of(folder)
         return _open_folder(folder, f"{repo}@{folder.name}")
     if is_on_hub(repo):
+        if _is_unreachable(repo, revision):  # at once: the client library retries each download for half a minute
+            folder = _from_cache(repo, revision, f"'{repo}' is not in the hub cache and the hub cannot be reached")
+            return _open_folder(folder, f"{repo}@{folder.name}")
         _refuse_unsupported(repo, revision)
     return _open_folder(*locate(repo, revision))
+
+
+def _is_unreachable(repo: str, revision: str | None) -> bool:
+    """Whether one request to the hub gets no response."""
+    try:
+        open_remote(repo, revision)
+    except HubUnreachable:
+        return True
+    except HubError:
+        return False  # the download reports it
+    return False
 
 
 def _open_folder(folder: Path, origin: str) -> tuple[Checkpoint, Family]:
@@ -129,9 +143,6 @@ def _refuse_unsupported(repo: str, revision: str | None) -> None:
 
 def _cached(repo: str, revision: str | None) -> Path | Remote:
     """A hub model's folder when the cache has all its files, otherwise its `Remote`; downloads nothing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     remote, problem = None, f"'{repo}' is not in the hub cache and the hub cannot be reached"
     try:
         remote = open_remote(repo, revision)
@@ -139,15 +150,25 @@ def _cached(repo: str, revision: str | None) -> Path | Remote:
         problem = error.message
     except HubError:
         pass  # the cache may have it
-    commit = remote.commit if remote else revision
     try:
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=PATTERNS, local_files_only=True))
+        return _from_cache(repo, remote.commit if remote else revision, problem)
+    except CheckpointError:
+        if remote is None:
+            raise
+        return remote
+
+
+def _from_cache(repo: str, revision: str | None, problem: str) -> Path:
+    """A hub model's folder in the cache; CheckpointError with `problem` if it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS, local_files_only=True))
     except HFValidationError:
         raise CheckpointError(f"'{repo}' is neither a folder nor a valid hub id", _offline_hint(repo)) from None
     except LocalEntryNotFoundError:
-        if remote is None:
-            raise CheckpointError(problem, _offline_hint(repo)) from None
-        return remote
+        raise CheckpointError(problem, _offline_hint(repo)) from None
 
 
 def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
