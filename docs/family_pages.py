@@ -32,7 +32,7 @@ def _row(family: Family, name: str) -> str:
     whole = 2 * sum(map(prod, shapes.values()))
     saved = 0
     for component, bits in (("vision", 8), ("language", 4)):
-        part = {known.name: known for known in family.components}.get(component)
+        part = {c.name: c for c in family.components}.get(component)
         saved += _saved(part, config, shapes, bits) if part else 0
     cells = [f"`{name.replace('--', '/')}`", f"`{family.name}`", size(whole), size(whole - saved)]
     cells += [_groups(family, component, config, shapes) for component in ("vision", "language")]
@@ -66,16 +66,18 @@ def _fits(bits: int, group: GroupSize, rows: int, columns: int) -> bool:
 
 def _groups(family: Family, component: str, config: Any, shapes: Shapes) -> str:
     """The coarsest groups for 4 bits, and the linears that need other ones."""
-    part = {known.name: known for known in family.components}.get(component)
+    part = {c.name: c for c in family.components}.get(component)
     if part is None:
         return "no such component"
-    found: dict[GroupSize, list[str]] = {}
+    linears_by_group: dict[GroupSize, list[str]] = {}
     for linear in (linear for linear in part.linears_of(config, 0) if not part.plain(config, linear)):
         rows, columns = shapes[f"{part.module(0, linear)}.weight"]
-        found.setdefault(next(g for g in GROUPS if _fits(4, g, rows, columns)), []).append(linear)
-    usual = max(found, key=lambda group: len(found[group]))
+        linears_by_group.setdefault(next(g for g in GROUPS if _fits(4, g, rows, columns)), []).append(linear)
+    usual = max(linears_by_group, key=lambda group: len(linears_by_group[group]))
     others = [
-        f"{group} for {', '.join(f'`{name}`' for name in names)}" for group, names in found.items() if group != usual
+        f"{group} for {', '.join(f'`{name}`' for name in names)}"
+        for group, names in linears_by_group.items()
+        if group != usual
     ]
     text = "one scale per row" if usual == "row" else f"groups of {usual}"
     return "; ".join([text, *others])
