@@ -28,6 +28,12 @@ CPU = choose("cpu")
 RECIPES = {"demo-llava": "llava-w8", "demo-blip2-itm": "blip2-retrieval-w4"}
 
 
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retrieval then scores fewer pairs."""
+    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 3)
+
+
 @pytest.fixture(scope="module", params=RECIPES)
 def out(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One artifact per kind of answer: texts and ranks."""
@@ -44,7 +50,7 @@ def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Answerer, A
 
 def samples_of(out: Path) -> dict[str, list[Sample]]:
     """A few samples of every task of the model."""
-    return {task: samples("demo", None, task, "test", 10, 0) for task in Artifact.open(out).family.tasks}
+    return {task: samples("demo", None, task, "test", 9, 0) for task in Artifact.open(out).family.tasks}
 
 
 def answers(models: tuple[Answerer, Answerer], samples: dict[str, list[Sample]]) -> list[Any]:

@@ -287,7 +287,7 @@ def test_transformers_loads_4_bit_weights_whose_inputs_are_rounded(tmp_path: Pat
 
 def test_the_recipe_for_throughput_passes_its_gates_on_the_demo(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE)
-    recipe = recipe.adjusted(model={"repo": "demo-llava"}, evaluation={"samples": 160}, calibration={"samples": 32})
+    recipe = recipe.adjusted(model={"repo": "demo-llava"}, evaluation={"samples": 160}, calibration={"samples": 16})
     done = export(recipe, out=tmp_path / "a", device=choose("cpu"), on_event=lambda event: None)
     assert done.report is not None
     assert done.report.passed

@@ -37,7 +37,7 @@ from tools.demo_training.blip2_folder import build, config, save
 
 CPU = torch.device("cpu")
 CANDIDATES = 5
-COUNT = 12
+COUNT = 11  # more than the largest rank that counts
 
 
 @cache
@@ -100,8 +100,8 @@ def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
 def test_a_part_of_the_pool_has_the_ranks_of_the_whole(processor: Any) -> None:
     """What a resumed evaluation asks for."""
     whole = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(8)) for k, v in piece.items()}
-    part = {k: v for piece in rank(model(), processor, chosen()[9:], CPU, BatchSize(3)) for k, v in piece.items()}
-    assert part == {i: whole[i + 9] for i in range(3)}
+    part = {k: v for piece in rank(model(), processor, chosen()[-3:], CPU, BatchSize(3)) for k, v in piece.items()}
+    assert part == {i: whole[COUNT - 3 + i] for i in range(3)}
 
 
 def test_predictors_mix_tasks(processor: Any) -> None:
@@ -224,9 +224,9 @@ def test_nan_scores_are_reported_and_fail_gates() -> None:
     report = compare_models(good, bad, samples, recipe, None, seen.append, {})
     assert [gate.verdict for gate in report.gates] == ["failed", "failed"]
     assert [event.message for event in seen if event.stage == "note"] == [
-        "artifact: scores of 12 samples are not finite numbers; they count as misses"
+        f"artifact: scores of {COUNT} samples are not finite numbers; they count as misses"
     ]
-    with pytest.raises(DataError, match="full precision: scores of 12 samples are not finite"):
+    with pytest.raises(DataError, match=f"full precision: scores of {COUNT} samples are not finite"):
         compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
 
 
@@ -323,7 +323,7 @@ def test_recipes_search_as_many_pictures_as_papers_do(name: str) -> None:
 # A whole evaluation
 
 
-def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None:
+def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models of an export, their answers kept; what was deleted alone is asked again, with the same ranks."""
     from exporter.artifact.artifact import Artifact
     from exporter.device import choose
@@ -333,6 +333,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     from exporter.pipeline.preparation import prepare
     from exporter.pipeline.samples import evaluation_samples
 
+    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 4)
     device, out, seen = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
@@ -347,11 +348,11 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path) -> None
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
     texts = sum(len(sample.references) for sample in samples["retrieval"])
-    assert first.evaluation.searched == {"pictures": 24, "texts": texts, "candidates": 10}
+    assert first.evaluation.searched == {"pictures": 24, "texts": texts, "candidates": 4}
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
-    assert f"retrieval searched: 24 pictures, {texts} texts, 10 candidates" in console.export_text()
-    assert f"retrieval gallery: 24 pictures, {texts} texts, 10 candidates" in html(collect(read_place(str(out)), {}))
+    assert f"retrieval searched: 24 pictures, {texts} texts, 4 candidates" in console.export_text()
+    assert f"retrieval gallery: 24 pictures, {texts} texts, 4 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
     assert sorted(seen)[:1] == [16]  # of one model eight were missing
