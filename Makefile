@@ -8,6 +8,10 @@ PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
 # Timeouts: a longer run hangs.
 INSTALL_SECONDS ?= 900
 SERVE_SECONDS   ?= 1200
+# Extras that the development environment gets.
+EXTRAS ?= dev
+# Every child process would compile the modules that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -29,7 +33,7 @@ vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is 
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"
 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
-	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests/vllm
+	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs -n 2 tests/vllm
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
 	rm -rf build/line_tests
@@ -70,8 +74,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mmq and its development tools into $(VENV) (the first time takes some minutes)"
-	@$(PIP) -e '.[dev]'
-	@touch $@ $(VENV)/.ready
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@ $(VENV)/.ready $(if $(findstring docs,$(EXTRAS)),$(VENV)/.ready-docs)
 
 $(VENV)/.ready-docs: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mmq and Sphinx into $(VENV)"

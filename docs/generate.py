@@ -236,13 +236,14 @@ def pages() -> dict[Path, str]:
 
 def main() -> None:
     """Write, or check with `--check`."""
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    made = pages()
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is stale: run python -m docs.generate")
         raise SystemExit(1 if stale else 0)
-    for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+    for path in stale:
+        path.write_text(made[path], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,20 @@ from exporter.serving.vllm_engine import free_port
 from tests.vllm.served import Served
 
 RECIPES = {"demo-llava": "llava-w4-vit8a8", "demo-blip2": "blip2-caption-w4"}  # what also runs on a CPU
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs all tests of a server in their order; every other test goes to the worker that is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        """Groups the tests by the served model."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name in RECIPES if f"[{name}" in nodeid), nodeid)
+
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session")
