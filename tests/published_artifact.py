@@ -1,7 +1,10 @@
 """A small artifact of a random LLaVA, with a report: what publishing needs, without the embedded model."""
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
 from exporter.evaluation.evaluate import compare
 from exporter.evaluation.evaluation_record import AnswersRecord, Bootstrap, EvaluationRecord
 from exporter.evaluation.report_file import Report, write_report
-from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
+from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES, paired_bootstrap
 from exporter.events import ignore
 from exporter.inference.predict_server import generation
 from exporter.model.families import FAMILIES
@@ -102,3 +105,13 @@ def sample(i: int) -> Sample:
         (f"answer {i}",),
         "even" if i % 2 else "odd",
     )
+
+
+@cache
+def _bootstrap(before: tuple[float, ...], after: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> Any:
+    return paired_bootstrap(before, after, **dict(options))
+
+
+def bootstrap_once(before: Sequence[float], after: Sequence[float], **options: Any) -> Any:
+    """The bootstrap, computed once for equal scores: most tests leave them as they are."""
+    return _bootstrap(tuple(before), tuple(after), tuple(options.items()))

@@ -6,9 +6,9 @@ name the weights that are there.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import REPORT
-from exporter.evaluation.statistics import paired_bootstrap
 from exporter.events import ignore
 from exporter.files.file_hashes import sha256
 from exporter.pipeline.export import export
@@ -33,6 +32,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.proof import prove
 from tests.consistent_edits import CONSISTENT_EDITS
+from tests.published_artifact import bootstrap_once
 
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
@@ -85,16 +85,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data["gates"][0]["max_drop"] = 0.03
         export(Recipe.model_validate(data), out=place / name, device=choose("cpu"), on_event=ignore)
     return place
-
-
-@cache
-def _bootstrap(before: tuple[float, ...], after: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> Any:
-    return paired_bootstrap(before, after, **dict(options))
-
-
-def bootstrap_once(before: Sequence[float], after: Sequence[float], **options: Any) -> Any:
-    """The bootstrap, computed once for equal scores: most edits leave them as they are."""
-    return _bootstrap(tuple(before), tuple(after), tuple(options.items()))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from exporter.model.hub import open_remote
 from exporter.model.source import locate, open_source
 from exporter.publishing.remote_check import verify_remote
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
-from tests.published_artifact import tiny_artifact, tiny_model, write_scores
+from tests.published_artifact import bootstrap_once, tiny_artifact, tiny_model, write_scores
 
 REPO = "me/tiny-w4"
 
@@ -75,6 +75,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         monkeypatch.setattr(
             "exporter.publishing.proof.verify", partial(verify, load="nothing")
         )  # its own tests load models
+        monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)

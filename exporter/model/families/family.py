@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from exporter.files.strict_json import kind
@@ -184,8 +185,12 @@ class Family:
 
     def component_with(self, name: str) -> Component | None:
         """`component_of` for a model whose config.json is not at hand: among the components of all parts."""
-        variants = (replace(self, components=self.assemble(config)) for config in self.tiny_configs().values())
-        return next((component for family in variants if (component := family.component_of(name))), None)
+        return next((component for family in self._assembled if (component := family.component_of(name))), None)
+
+    @cached_property
+    def _assembled(self) -> tuple["Family", ...]:
+        """The family with each of its parts in turn."""
+        return tuple(replace(self, components=self.assemble(config)) for config in self.tiny_configs().values())
 
     def text(self, question: str | None) -> str:
         """The user's text next to the picture: the question in the family's wording, or the caption request."""
