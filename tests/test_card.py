@@ -240,6 +240,16 @@ def test_difference_lists_exactly_the_changes(made: Path, summary: Summary) -> N
     (metric,) = difference(summary, replace(summary, report=report))
     assert (metric.what, metric.first, metric.second) == ("vqa accuracy", "0.8800", "0.8000")
     assert metric.change == pytest.approx(-0.08)
+    fewer = replace(
+        summary, report=report.model_copy(update={"measures": (other_score.model_copy(update={"samples": 9}),)})
+    )
+    (marked,) = (c for c in difference(summary, fewer) if c.what.startswith("vqa"))
+    assert marked.what == "vqa accuracy, not comparable: other samples"
+    assert marked.change is None
+    assert marked.second.startswith("0.8000 (9 samples")
+    seed = report.evaluation.model_copy(update={"seed": 77})
+    reseeded = replace(summary, report=report.model_copy(update={"evaluation": seed}))
+    assert "not comparable" in next(c.what for c in difference(summary, reseeded) if c.what.startswith("vqa"))
     unmeasured = {c.what: c.second for c in difference(summary, replace(summary, report=None))}
     assert unmeasured == {"vqa accuracy": "not measured", "gates": "never evaluated"}
 

@@ -1,4 +1,4 @@
-"""Shares of importance, marginal drops, and reading of tables."""
+"""Shares of importance, marginal changes, and reading of tables."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from exporter.commands.main import cli
 from exporter.errors import DataError
-from exporter.study.importance import importance, linear_r2, marginal_drops, usable_bits
+from exporter.study.importance import importance, linear_r2, marginal_changes, usable_bits
 from exporter.study.table import Table, read_csv
 
 BITS = (2, 3, 4, 8, 16)
@@ -41,22 +41,22 @@ def test_a_component_without_effect_has_no_share() -> None:
 
 
 def test_shares_depend_on_the_bits_of_the_grid() -> None:
-    """Marginal drops do not: language loses more at every bit width, but vision has the larger share."""
+    """Marginal changes do not: language loses more at every bit width, but vision has the larger share."""
     whole = grid(vision=1.0, language=2.0)
     part = whole.where(whole.bits[:, 1] >= 4)
     assert importance(whole).shares.consensus["language"] > 70
     assert importance(part).shares.consensus["vision"] > 70
-    assert marginal_drops(part, 1.0)["language"][0].drop > marginal_drops(part, 1.0)["vision"][2].drop
+    assert marginal_changes(part, 1.0)["language"][0].change < marginal_changes(part, 1.0)["vision"][2].change
 
 
-def test_marginal_drops_are_exact_for_an_additive_score() -> None:
+def test_marginal_changes_are_exact_for_an_additive_score() -> None:
     table = grid(vision=0.5, language=2.0)
-    drops = marginal_drops(table, table.full_score())["language"]
-    assert [drop.bits for drop in drops] == [2, 3, 4, 8]
-    for drop in drops:
-        assert drop.drop == pytest.approx(2.0 * (loss(drop.bits) - loss(16)) / table.full_score())
-        assert drop.pairs == len(BITS)
-        assert drop.error == pytest.approx(0, abs=1e-9)
+    changes = marginal_changes(table, table.full_score())["language"]
+    assert [change.bits for change in changes] == [2, 3, 4, 8]
+    for change in changes:
+        assert change.change == pytest.approx(-2.0 * (loss(change.bits) - loss(16)) / table.full_score())
+        assert change.pairs == len(BITS)
+        assert change.error == pytest.approx(0, abs=1e-9)
 
 
 def test_usable_bits_keep_their_share_of_the_full_score() -> None:

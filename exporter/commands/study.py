@@ -247,7 +247,7 @@ def importance(
 
     TABLE is a study's folder, or a CSV file with columns COMPONENT_bits and a score. The consensus is the mean of the
     importances by random forest, permutation and SHAP, as in arXiv 2601.15287. The output also shows the fit of a
-    linear model, and the loss of score per bit width among usable settings. Needs the extra `study`.
+    linear model, and the change of score per bit width among usable settings. Needs the extra `study`.
 
     \b
     Examples:
@@ -279,7 +279,7 @@ def importance(
 def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], as_json: bool) -> None:
     """Draw a study's results as PNG files and one HTML page.
 
-    The plots are heat maps of bits x bits, importance, loss per bit width, the Pareto front of score over bits per
+    The plots are heat maps of bits x bits, importance, change per bit width, the Pareto front of score over bits per
     weight, and the sensitivity of each part (after `mmq allocate`). Needs the extra `study`.
 
     \b

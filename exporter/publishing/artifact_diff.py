@@ -79,15 +79,30 @@ def scheme_text(summary: Summary, component: str) -> str:
 
 def _metrics(first: Summary, second: Summary) -> list[Change]:
     before, after = first.metrics(), second.metrics()
+    measured = [samples_of(first), samples_of(second)]
     changes = []
     for name in dict.fromkeys([*before, *after]):
-        if name not in before or name not in after:
+        if name in before and name in after and measured[0][name] != measured[1][name]:
+            texts = [f"{m[name][1]:.4f} ({of[name]})" for m, of in zip((before, after), measured, strict=True)]
+            changes.append(Change(f"{name}, not comparable: other samples", texts[0], texts[1]))
+        elif name not in before or name not in after:
             texts = [f"{m[name][1]:.4f}" if name in m else "not measured" for m in (before, after)]
             changes.append(Change(name, texts[0], texts[1]))
         else:
             changes += _numbers(name, before[name][1], after[name][1], "{:.4f}")
             changes += _numbers(f"{name} at full precision", before[name][0], after[name][0], "{:.4f}")
     return changes
+
+
+def samples_of(summary: Summary) -> dict[str, str]:
+    """`task metric` -> number, data and seed of the samples of its score; scores of other samples do not compare."""
+    if summary.report is None:
+        return {}
+    about = summary.report.evaluation
+    origin = ", ".join(
+        f"{key} {value}" for key, value in (("data", about.data), ("seed", about.seed)) if value is not None
+    )
+    return {f"{m.task} {m.metric}": f"{m.samples} samples; {origin}" for m in summary.report.measures}
 
 
 def _recipe(first: Recipe, second: Recipe) -> list[Change]:

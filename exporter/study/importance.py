@@ -1,10 +1,10 @@
-"""Importance of each component's bits for the score: consensus of three forest methods, linear fit, marginal drops.
+"""Importance of each component's bits for the score: consensus of three forest methods, linear fit, marginal changes.
 
 The consensus follows Das et al. (arXiv 2601.15287): a random forest predicts the score from the bits; its impurity
 importance, the permutation importance (Breiman 2001, doi 10.1023/A:1010933404324) and the mean absolute SHAP value
 (TreeExplainer, Lundberg et al., arXiv 1905.04610) are each scaled to a sum of 100 and averaged. The result depends on
 the bits in the grid, because settings that destroy the model cause most of the variance. The module therefore also
-computes it within the usable region, and there the marginal drops: the loss of score per bit width of one component
+computes it within the usable region, and there the marginal changes: the change of score per bit width of one component
 with all others fixed, which does not depend on the grid.
 """
 
@@ -38,13 +38,14 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Drop:
-    """Loss of one component at `bits`, as a share of the full score: mean and standard error over `pairs` settings of
-    the other components.
+class MarginalChange:
+    """Change of the score with one component at `bits`, as a share of the full score; negative for a loss.
+
+    change, error: mean and standard error over `pairs` settings of the other components.
     """
 
     bits: float
-    drop: float
+    change: float
     error: float
     pairs: int
 
@@ -54,7 +55,7 @@ class Importance:
     """Importance of the components of one table.
 
     usable: component -> bit widths of the usable region. inside: shares within it, None if it has too few settings.
-    marginal: component -> the drop of each usable bit width against its largest one.
+    marginal: component -> the change at each usable bit width against its largest one.
     notes: limits of these figures.
     """
 
@@ -63,23 +64,23 @@ class Importance:
     shares: Shares
     usable: dict[str, tuple[float, ...]]
     inside: Shares | None
-    marginal: dict[str, tuple[Drop, ...]]
+    marginal: dict[str, tuple[MarginalChange, ...]]
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data; `consensus` is the first key."""
         inside = asdict(self.inside) if self.inside else None
-        region = {"bits": self.usable, "shares": inside, "marginal_drop": _drops_as_json(self.marginal)}
+        region = {"bits": self.usable, "shares": inside, "marginal_change": _changes_as_json(self.marginal)}
         fields = {"metric": self.metric, "full_score": self.full_score, "usable": region, "notes": list(self.notes)}
         return {**asdict(self.shares), **fields}
 
 
-def _drops_as_json(marginal: dict[str, tuple[Drop, ...]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: [asdict(drop) for drop in drops] for name, drops in marginal.items()}
+def _changes_as_json(marginal: dict[str, tuple[MarginalChange, ...]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [asdict(change) for change in changes] for name, changes in marginal.items()}
 
 
 def importance(table: Table, seed: int = 0, usable: float = USABLE) -> Importance:
-    """Shares and marginal drops of a table. Raises DataError for too few rows or without the extra `study`."""
+    """Shares and marginal changes of a table. Raises DataError for too few rows or without the extra `study`."""
     if len(table.scores) < LEAST_ROWS or not np.ptp(table.scores):
         raise DataError(
             f"{len(table.scores)} rows with {len(np.unique(table.scores))} different scores are too few for importance",
@@ -98,7 +99,7 @@ def importance(table: Table, seed: int = 0, usable: float = USABLE) -> Importanc
         shares=shares(table, seed),
         usable=usable_by_component,
         inside=shares(region, seed) if enough else None,
-        marginal=marginal_drops(region, table.full_score()) if rows.any() else {},
+        marginal=marginal_changes(region, table.full_score()) if rows.any() else {},
         notes=_few_rows_note(len(table.scores)) + table.notes,
     )
 
@@ -166,23 +167,24 @@ def usable_bits(table: Table, share: float) -> dict[str, tuple[float, ...]]:
     return usable
 
 
-def marginal_drops(table: Table, full: float) -> dict[str, tuple[Drop, ...]]:
-    """Component -> for each bit width, the mean loss against its largest one with all other components equal.
+def marginal_changes(table: Table, full: float) -> dict[str, tuple[MarginalChange, ...]]:
+    """Component -> for each bit width, the mean change against its largest one with all other components equal.
 
-    full: full-precision score; losses are shares of it. error: standard error of the mean, 0 for a single pair.
+    full: full-precision score; changes are shares of it. error: standard error of the mean, 0 for a single pair.
     """
-    drops_by_component = {}
+    by_component = {}
     for i, name in enumerate(table.components):
         groups = _scores_by_other_bits(table, i)
         top = float(table.bits[:, i].max())
-        drops = []
+        changes = []
         for bits in sorted({float(b) for b in table.bits[:, i]} - {top}):
-            losses = np.array([(g[top] - g[bits]) / full for g in groups if top in g and bits in g])
-            if len(losses):
-                error = float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
-                drops.append(Drop(bits, float(losses.mean()), error, len(losses)))
-        drops_by_component[name] = tuple(drops)
-    return drops_by_component
+            differences = np.array([(g[bits] - g[top]) / full for g in groups if top in g and bits in g])
+            if len(differences):
+                count = len(differences)
+                error = float(differences.std(ddof=1) / count**0.5) if count > 1 else 0.0
+                changes.append(MarginalChange(bits, float(differences.mean()), error, count))
+        by_component[name] = tuple(changes)
+    return by_component
 
 
 def _scores_by_other_bits(table: Table, i: int) -> list[dict[float, float]]:

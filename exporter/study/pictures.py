@@ -184,24 +184,23 @@ def importance_bars(result: Importance, name: str) -> Picture:
 
 
 def marginal_lines(result: Importance, name: str) -> Picture:
-    """Loss of score per bit width of each component in the usable region, with standard errors."""
+    """Change of score per bit width of each component in the usable region, with standard errors."""
     figure, axes = create_figure(6.5, 3.2)
-    for number, (component, drops) in enumerate(result.marginal.items()):
+    for number, (component, changes) in enumerate(result.marginal.items()):
         style = {"color": COLORS[number], "marker": MARKERS[number], "label": component, "capsize": 2}
-        if drops:
-            axes.errorbar(
-                [d.bits for d in drops], [100 * d.drop for d in drops], [100 * d.error for d in drops], **style
-            )
+        if changes:
+            values, errors = [100 * c.change for c in changes], [100 * c.error for c in changes]
+            axes.errorbar([c.bits for c in changes], values, errors, **style)
     axes.axhline(0, color="#555555", linewidth=1)
-    axes.set_xticks(sorted({d.bits for drops in result.marginal.values() for d in drops}))
+    axes.set_xticks(sorted({c.bits for changes in result.marginal.values() for c in changes}))
     axes.set_xlabel("bits")
-    axes.set_ylabel("relative loss of score, %")
+    axes.set_ylabel("change of score, %")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    title = f"Loss by bits in the usable region, {name}"
+    title = f"Change of score by bits in the usable region, {name}"
     axes.set_title(title, loc="left")
-    worst = {c: max((d.drop for d in drops), default=0.0) for c, drops in result.marginal.items()}
-    about = "largest drop: " + ", ".join(f"{c} {drop:.1%}" for c, drop in worst.items())
+    worst = {name: min((c.change for c in changes), default=0.0) for name, changes in result.marginal.items()}
+    about = "largest loss: " + ", ".join(f"{name} {change:+z.1%}" for name, change in worst.items())
     return encode_figure(figure, f"marginal-{name}.png", title, about)
 
 

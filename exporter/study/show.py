@@ -25,7 +25,7 @@ class UncutTable:
 
 
 def importance_page(result: Importance) -> Group:
-    """Shares and marginal drops, each with a title that explains it."""
+    """Shares and marginal changes, each with a title that explains it."""
     head = f"{result.metric}, {result.full_score:.4g} with the most bits; {result.shares.rows} settings"
     notes = [f"note: {text}" for text in result.notes]
     parts: list[UncutTable | str] = [head, *notes]
@@ -36,7 +36,7 @@ def importance_page(result: Importance) -> Group:
         parts.append(
             _shares(result.inside, f"importance among the {result.inside.rows} settings with usable bits only")
         )
-    return Group(*parts, "", _drops(result))
+    return Group(*parts, "", _changes(result))
 
 
 def _bits_text(bits: tuple[float, ...]) -> str:
@@ -61,12 +61,12 @@ def _shares(shares: Shares, title: str) -> UncutTable:
     return UncutTable(table)
 
 
-def _drops(result: Importance) -> UncutTable:
-    title = "loss per bit width among usable bits: mean share of the full score, others equal (standard error)"
-    widths = sorted({drop.bits for drops in result.marginal.values() for drop in drops})
+def _changes(result: Importance) -> UncutTable:
+    title = "change of score per bit width among usable bits: mean share of full score, others equal (standard error)"
+    widths = sorted({change.bits for changes in result.marginal.values() for change in changes})
     table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left", box=None)
-    for name, drops in result.marginal.items():
-        cells = {drop.bits: f"{drop.drop:+z.1%} ({drop.error:.1%})" for drop in drops}
+    for name, changes in result.marginal.items():
+        cells = {change.bits: f"{change.change:+z.1%} ({change.error:.1%})" for change in changes}
         table.add_row(name, *(cells.get(bits, "") for bits in widths))
     return UncutTable(table)
 
