@@ -322,6 +322,25 @@ def test_a_damaged_block_is_recomputed(number: int, finished: Path, finished_wor
     assert contents(tmp_path / "second") == contents(finished)
 
 
+@pytest.mark.parametrize("kind", ["vision", "language"])
+def test_the_file_of_another_block_is_detected(kind: str, finished: Path, finished_work: Path, tmp_path: Path) -> None:
+    """Its checksum is right, but it holds the linears of a neighbor."""
+    first, second = sorted(finished_work.glob(f"*{kind}*.safetensors"))[:2]
+    shutil.copyfile(first, second)
+    seen: list[Event] = []
+    quick_export(tmp_path / "second", seen.append, work=finished_work)
+    assert len(recomputed(seen, second)) == 1
+    assert contents(tmp_path / "second") == contents(finished)
+
+
+def test_a_pipe_in_place_of_a_block_is_not_read(finished_work: Path, tmp_path: Path) -> None:
+    path = sorted(finished_work.glob("*.safetensors"))[1]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(WorkdirError, match=f"{path.name} is not a regular file"):
+        quick_export(tmp_path / "second", work=finished_work)
+
+
 HEADER_DAMAGE = {
     "error of a linear": lambda header: header.replace(b'\\"errors\\": {', b'\\"errorz\\": {'),
     "shape": lambda header: header.replace(b'"shape":[', b'"shape":[1,', 1),

@@ -70,6 +70,17 @@ def test_nested_output_and_work_folders_are_refused(name: str, tmp_path: Path) -
     assert not list(tmp_path.glob("real/*"))
 
 
+@pytest.mark.parametrize("name", ["o.work", ".o.mmq-tmp", ".o.mmq-old"])
+def test_a_link_beside_the_output_is_not_followed(name: str, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "precious").write_text("x")
+    (tmp_path / name).symlink_to("real")
+    with pytest.raises(ArtifactError, match=f"{name} is a symbolic link"):
+        quick_export(tmp_path / "o")
+    assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "real" / "precious").read_text() == "x"
+
+
 def test_a_link_into_the_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "alias").symlink_to("o")

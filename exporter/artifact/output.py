@@ -36,12 +36,10 @@ class Destination:
             raise ArtifactError(
                 f"--out {self.out} is not the name of a new folder", "give a new folder, like ./artifact"
             )
-        for path in {self.out, default_work(self.out)}:
+        for path in (self.out, default_work(self.out), temporary_folder(self.out), _aside(self.out)):
             if path.is_symlink():
-                raise ArtifactError(
-                    f"{path} is a symbolic link, and mmq replaces folders, not links",
-                    f"give its target {path.resolve()}",
-                )
+                hint = f"give its target {path.resolve()}" if path == self.out else "remove it, or give another --out"
+                raise ArtifactError(f"{path} is a symbolic link, and mmq replaces folders, not links", hint)
         written = {"--out": self.out, "--work": self.work}
         read = {name: path for name, path in (("the model", model), ("the adapter", adapter)) if path}
         for first, second in [("--out", "--work"), *((first, second) for first in written for second in read)]:

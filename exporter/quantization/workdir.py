@@ -147,12 +147,16 @@ class Workdir:
             expected = metadata.pop("checksum")
             if checksum(metadata, stored) != expected:
                 raise DamagedUnitError(f"{self.path / unit.file} is damaged: its checksum is wrong", AGAIN)
+            if not {f"{row.module}.codes" for row in unit.rows} <= stored.keys():
+                raise DamagedUnitError(f"{self.path / unit.file} is damaged: it holds another block", AGAIN)
             return json.loads(metadata["result"]), stored
 
     @contextmanager
     def _opened(self, unit: Unit) -> Iterator[tuple[Any, dict[str, str]]]:
         """A unit's open file and its metadata; every read error but a lack of memory becomes a WorkdirError."""
         path = self.path / unit.file
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise WorkdirError(f"{path} is not a regular file", "delete it, and run the same command again")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
