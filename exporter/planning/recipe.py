@@ -39,6 +39,7 @@ PROMPTED = ("vqa", "captioning")  # tasks whose answers are texts
 QUESTION = "{question}"
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 AnswerLength = Annotated[int, Field(ge=1, le=4096)]
+MOST_SAMPLES = 10**8
 RULE_OVERRIDES = ("bits", "group_size")  # starts of the keys of `Recipe.overrides` that change rules
 
 
@@ -95,9 +96,9 @@ class Calibration(Strict):
 
     data: tuple[str, ...] = ("demo",)
     tasks: tuple[str, ...] = ("captioning", "vqa")
-    samples: int = Field(128, ge=1)
-    batch: int = Field(8, ge=1)
-    seed: int = 0
+    samples: int = Field(128, ge=1, le=MOST_SAMPLES)
+    batch: int = Field(8, ge=1, le=MOST_SAMPLES)
+    seed: int = Field(0, ge=0, lt=2**32)
     vision_weight: float = Field(1.0, ge=0, le=100)
 
     @field_validator("tasks")
@@ -114,9 +115,9 @@ class Evaluation(Strict):
     """The test data. samples: per task; more samples give narrower intervals. data: None uses calibration's."""
 
     data: tuple[str, ...] | None = None
-    samples: int = Field(500, ge=2)
-    batch: int = Field(32, ge=1)
-    seed: int = 0
+    samples: int = Field(500, ge=2, le=MOST_SAMPLES)
+    batch: int = Field(32, ge=1, le=MOST_SAMPLES)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     _data = field_validator("data", mode="before")(parse_sources)
 

@@ -4,10 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from exporter.errors import RecipeError, did_you_mean, validation_message
+from exporter.files.strict_yaml import parse_yaml
 from exporter.model.families import FAMILIES
 from exporter.planning.recipe import (
     Calibration,
@@ -60,10 +60,7 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 def parse_recipe(text: str, where: str) -> Recipe:
     """A recipe from YAML text; `where` is the file's name in errors."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from None
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with keys {', '.join(Recipe.model_fields)}")
     data.setdefault("name", Path(where).stem)

@@ -6,10 +6,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from exporter.errors import RecipeError, did_you_mean, validation_message
+from exporter.files.strict_yaml import parse_yaml
 from exporter.methods import METHODS
 from exporter.model.families import Family
 from exporter.model.families.component import Config
@@ -93,8 +93,8 @@ class Point:
 def read_grid(path: Path) -> Grid:
     """Read a grid from a YAML file. Raises RecipeError with every problem."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected a mapping with keys {', '.join(Grid.model_fields)}")
