@@ -17,6 +17,7 @@ from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import parallel_problems, pattern_problems
+from exporter.serving.launch import max_length
 from tests.headers.read import HEADER_NAMES, header_config
 from tests.tiny_models import CONFIGS
 
@@ -104,3 +105,18 @@ def test_tensors_of_a_published_checkpoint_that_are_kept_have_a_reason(
     known = {part.name for part in plan.family.components}
     assert {row.component for row in plan.rows} <= known | {""}
     assert 0 < plan.memory.device_bytes < 2**36
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("llava-hf--llava-1.5-7b-hf", 4096),
+        ("mistral-community--pixtral-12b", 32768),
+        ("Qwen--Qwen2.5-VL-7B-Instruct", 32768),  # its text model's keys are at the top level
+        ("Qwen--Qwen3-VL-8B-Instruct", 32768),
+        ("HuggingFaceTB--SmolVLM2-2.2B-Instruct", 8192),
+    ],
+)
+def test_the_context_of_a_served_model_is_limited(name: str, length: int) -> None:
+    assert max_length(header_config(name), cpu=False) == length
+    assert max_length(header_config(name), cpu=True) == 4096

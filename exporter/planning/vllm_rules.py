@@ -239,7 +239,7 @@ def mixed_problems(linears: Iterable[Linear]) -> list[str]:
 
 def head_size(config: Mapping[str, Any]) -> int | None:
     """Width of one attention head of the language model; None if the model's config does not have it."""
-    text = config.get("text_config") or {}
+    text = config.get("text_config") or config  # older Qwen files have its keys at the top level
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
     size: int | None = text.get("head_dim") or (width // heads if heads and width else None)
     return size

@@ -17,6 +17,7 @@ from exporter.files.strict_json import read_json
 START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 TESTED_VERSION = "0.32.0"  # the vLLM release with the most tests
 CPU_LENGTH = 4096  # tokens; the KV cache of a CPU engine is in host memory
+GPU_LENGTH = 2**15  # on a GPU; a picture takes a few thousand tokens, and --max-model-len asks for more
 CPU_CACHE_GIB = "1"
 MMQ_OPTIONS = {
     "--host": "--host",
@@ -169,9 +170,13 @@ def dtype(config: Mapping[str, Any], cpu: bool) -> str:
 
 
 def max_length(config: Mapping[str, Any], cpu: bool) -> int | None:
-    """Maximum tokens of image, question and answer, from the language model's config (None: engine default)."""
-    length = (config.get("text_config") or {}).get("max_position_embeddings")
-    return None if length is None else min(int(length), CPU_LENGTH) if cpu else int(length)
+    """Maximum tokens of image, question and answer, from the language model's config (None: engine default).
+
+    The engine reserves cache for one request of this length, so long contexts are limited. Older Qwen files have the
+    language model's keys at the top level.
+    """
+    length = (config.get("text_config") or config).get("max_position_embeddings")
+    return None if length is None else min(int(length), CPU_LENGTH if cpu else GPU_LENGTH)
 
 
 def prompt_template(folder: Path, fallback_prompt: str) -> str | None:
