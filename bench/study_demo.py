@@ -51,9 +51,7 @@ def compared(setup: Setup, samples: int, workers: int, points: int) -> dict[str,
         candidates, written_scores = score_choices(setup, places, [*same_size, *on_front], written, pool, print_note)
     rows = []
     for i, (name, recipe) in enumerate(written):
-        named = propose.recipe_of(
-            model.recipe, f"as-large-as-{name}", places, same_size[i], list(exam_samples(setup)), 0.99
-        )
+        named = propose.recipe_of(model.recipe, f"as-large-as-{name}", places, same_size[i], exam_samples(setup), 0.99)
         proposed, written_result = (
             propose.confirm(candidate, setup.folder / "confirmed", device, setup.places, samples, print_note)
             for candidate in (named, recipe)

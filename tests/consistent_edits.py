@@ -15,7 +15,7 @@ from exporter.evaluation.answers import digest
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import TaskScores
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks import TASKS
+from exporter.tasks import main_metric
 
 VQA, CAPTIONS = "vqa", "captioning"
 Edit = Callable[[Any], Any]
@@ -35,7 +35,8 @@ def judge_again(f: Any) -> None:
         counts={task: counts.model_dump() for task, counts in judged.counts.items()},
     )
     for row in f.report["changed"] + f.report["examples"]:
-        plain, first = f.report["samples"][row["task"]], TASKS[row["task"]].METRICS[0]
+        plain = f.report["samples"][row["task"]]
+        first = main_metric(row["task"], plain["scores"])
         index = plain["ids"].index(row["id"])
         row["scores"] = [plain["scores"][first][key][index] for key in ("before", "after")]
 

@@ -54,6 +54,41 @@ def flickr30k(root: Path) -> dict[str, Any]:
     return content
 
 
+def chartqa(root: Path, subset: str = "test") -> dict[str, list[dict[str, Any]]]:
+    """ChartQA's two files of a split and its charts; the second chart is in both."""
+    human = [{"imgname": f"{i}.png", "query": f"What is {i}?", "label": f"{10 * i}"} for i in (1, 2)]
+    augmented = [{"imgname": "2.png", "query": "What is the share?", "label": "25%"}]
+    for i in (1, 2):
+        picture(root / subset / "png" / f"{i}.png", i)
+    write(root / subset / f"{subset}_human.json", human)
+    write(root / subset / f"{subset}_augmented.json", augmented)
+    return {"human": human, "augmented": augmented}
+
+
+def docvqa(root: Path, subset: str = "val") -> dict[str, Any]:
+    """DocVQA's file with question types and its pages; returns the content of the file."""
+    rows = [
+        {
+            "questionId": 49150 + i,
+            "question": f"What is field {i}?",
+            "question_types": types,
+            "image": f"documents/page_{i}.png",
+            "docId": i,
+            "ucsf_document_id": f"doc{i}",
+            "ucsf_document_page_no": "1",
+            "answers": answers,
+            "data_split": subset,
+        }
+        for i, (types, answers) in enumerate([(["form"], ["0.28"]), (["table/list", "layout"], ["Coca Cola", "Coca"])])
+    ]
+    for i in range(2):
+        picture(root / "documents" / f"page_{i}.png", i)
+    about = {"dataset_name": "docvqa", "dataset_version": "1.0", "dataset_split": subset}
+    content = about | {"data": rows}
+    write(root / f"{subset}_v1.0_withQT.json", content)
+    return content
+
+
 def vqav2(root: Path, subset: str = "val2014") -> tuple[dict[str, Any], dict[str, Any]]:
     """Questions and annotations of three questions on two pictures."""
     answer_types = (("yes/no", "yes", "no"), ("number", "2", "3"), ("other", "red", "blue"))

@@ -87,6 +87,46 @@ def test_gqa(tmp_path: Path) -> None:
     )
 
 
+def test_chartqa_reads_both_files_of_a_split(tmp_path: Path) -> None:
+    layouts.chartqa(tmp_path)
+    found = {s.identity: s for s in read("chartqa", tmp_path, "vqa")}
+    assert found.keys() == {"human-0", "human-1", "augmented-0"}
+    assert (found["augmented-0"].question, found["augmented-0"].references) == ("What is the share?", ("25%",))
+    assert {s.kind for s in found.values()} == {"human", "augmented"}
+    assert {s.metrics for s in found.values()} == {("relaxed_accuracy",)}
+    assert found["human-1"].file == "test/png/2.png"
+    layouts.chartqa(tmp_path / "whole" / "ChartQA Dataset", "val")
+    assert len(read("chartqa", tmp_path / "whole", "vqa", "validation")) == 3
+    (tmp_path / "test" / "test_augmented.json").unlink()  # half of the test set is not the test set
+    with pytest.raises(DataError, match=r"has no questions: looked for test/test_augmented\.json"):
+        read("chartqa", tmp_path, "vqa")
+
+
+@pytest.mark.parametrize("pages", ["documents", "spdocvqa_images", "images"])
+def test_docvqa_in_the_layouts_of_its_archives(tmp_path: Path, pages: str) -> None:
+    layouts.docvqa(tmp_path)
+    (tmp_path / "documents").rename(tmp_path / pages)
+    (tmp_path / "qas").mkdir()
+    (tmp_path / "val_v1.0_withQT.json").rename(tmp_path / "qas" / "val_v1.0_withQT.json")
+    found = {s.identity: s for s in read("docvqa", tmp_path, "vqa")}
+    assert found.keys() == {"49150", "49151"}
+    assert (found["49151"].references, found["49151"].kind) == (("Coca Cola", "Coca"), "table/list, layout")
+    assert found["49150"].metrics == ("anls",)
+    assert found["49150"].file == f"{pages}/page_0.png"
+
+
+def test_rows_of_a_folder_may_name_a_metric(tmp_path: Path) -> None:
+    layouts.picture(tmp_path / "test" / "1.png")
+    row = {"file_name": "1.png", "question": "How many?", "answer": "12", "metric": "relaxed_accuracy"}
+    metadata = tmp_path / "test" / "metadata.jsonl"
+    metadata.write_text(json.dumps(row))
+    assert read("folder", tmp_path, "vqa")[0].metrics == ("relaxed_accuracy",)
+    metadata.write_text(json.dumps(row | {"metric": "anls2"}))
+    assert problems("folder", tmp_path, "vqa") == [
+        "test/metadata.jsonl:1: `metric` must be one of anls, relaxed_accuracy, accuracy, not 'anls2'"
+    ]
+
+
 # Damage: layout, file to change, change of its content, the task, expected messages.
 def _drop(key: str, index: int, field: str) -> Callable[[Any], None]:
     return lambda content: content[key][index].pop(field)
@@ -99,6 +139,7 @@ def _set(key: str, index: int, field: str, value: Any) -> Callable[[Any], None]:
 COCO = "annotations/captions_val2017.json"
 FLICKR = "dataset_flickr30k.json"
 QUESTIONS, ANSWERED = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+CHARTS, PAGES = "test/test_human.json", "val_v1.0_withQT.json"
 GQA = "questions1.2/testdev_balanced_questions.json"
 DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
     ("coco", COCO, _set("images", 0, "id", 2), ["image id 2 occurs 2 times", *["image_id 1 is not in the list"] * 5]),
@@ -125,6 +166,13 @@ DAMAGE: list[tuple[str, str, Callable[[Any], None], list[str]]] = [
     ("vqav2", ANSWERED, lambda c: c["annotations"][2]["answers"].pop(), ["73002: `answers` must be a list of 10"]),
     ("vqav2", ANSWERED, lambda c: c["annotations"].pop(), ["73002: no answers in"]),
     ("vqav2", QUESTIONS, _set("questions", 0, "question", " "), ["42000: `question` must be a non-empty string"]),
+    ("chartqa", CHARTS, lambda c: c[1].pop("query"), ["test_human.json: [1]: `query` must be a non-empty string"]),
+    ("chartqa", CHARTS, lambda c: c[0].update(label=True), ["[0]: `label` must be a non-empty string or a number"]),
+    ("chartqa", CHARTS, lambda c: c[0].update(imgname="../../x"), ["must stay in the folder"]),
+    ("docvqa", PAGES, _set("data", 1, "questionId", 49150), ["questionId 49150 occurs 2 times"]),
+    ("docvqa", PAGES, _drop("data", 0, "answers"), ["data[0]: `answers` must be a list (those of the test split"]),
+    ("docvqa", PAGES, _set("data", 0, "answers", [""]), ["data[0]: answers must be strings, and at least one"]),
+    ("docvqa", PAGES, _set("data", 1, "question_types", [3]), ["data[1]: `question_types` must be a list"]),
     ("gqa", GQA, lambda c: c["200"].pop("answer"), ["200: `answer` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c["200"].update(types={}), ["200: `structural` must be a non-empty string"]),
     ("gqa", GQA, lambda c: c.update({"200": 4}), ["200: not an object"]),
@@ -151,7 +199,7 @@ def test_every_problem_names_its_file_and_position(
 def test_every_missing_picture_is_reported_once(tmp_path: Path, name: str) -> None:
     getattr(layouts, name)(tmp_path)
     task = CONVENTIONS[name].tasks[0]
-    pictures = sorted(tmp_path.rglob("*.jpg"))[-2:]
+    pictures = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".jpg", ".png"))[-2:]
     for file in pictures:
         file.unlink()
     lines = problems(name, tmp_path, task)
@@ -358,7 +406,10 @@ def test_the_commit_of_a_hub_set_is_read_and_recorded(
 
 
 def test_known_copies_have_the_splits_they_say() -> None:
-    assert set(hub.COPIES) == set(CONVENTIONS)
+    assert set(hub.COPIES) == set(CONVENTIONS) - {"chartqa", "docvqa"}
+    with pytest.raises(DataError, match="mmq knows no copy of docvqa on the hub") as caught:
+        data.samples("hub", Path("docvqa"), "vqa", "test", 4, 0)
+    assert "use docvqa:FOLDER" in str(caught.value.hint)
     with pytest.raises(DataError, match="hub:vqav2 has no split 'train'"):
         hub.samples(Path("vqav2"), "vqa", "train", 5, 0)
     assert place("hub:vqav2").tasks == ("vqa",)

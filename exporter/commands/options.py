@@ -39,8 +39,8 @@ data_option = click.option(
     "--data",
     metavar="SOURCE",
     multiple=True,
-    help="Folder with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, gqa, hub, llava); repeatable "
-    "[the recipe's].",
+    help="Folder with metadata.jsonl, or NAME:PATH (coco, flickr30k, vqav2, gqa, chartqa, docvqa, hub, llava); "
+    "repeatable [the recipe's].",
 )
 
 

@@ -1,4 +1,4 @@
-"""Data sources (demo, folder, COCO, Flickr30k, VQAv2, GQA, hub, LLaVA's conversations): read samples.
+"""Data sources (demo, folder, public data sets, hub, LLaVA's conversations): read samples.
 
 Enters: `NAME:PATH` (`coco:/data/coco`), `demo`, or a bare folder; a task, a split, a limit and a seed.
 Leaves: samples with pictures and texts, or one error that lists all unusable rows.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from exporter.data import coco, flickr30k, folder, gqa, hub, llava, vqav2
+from exporter.data import chartqa, coco, docvqa, flickr30k, folder, gqa, hub, llava, vqav2
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
 from exporter.data.rows import Selection
@@ -62,6 +62,8 @@ DATA: dict[str, SourceReader] = {
     "flickr30k": _local("flickr30k", flickr30k.samples),
     "vqav2": _local("vqav2", vqav2.samples),
     "gqa": _local("gqa", gqa.samples),
+    "chartqa": _local("chartqa", chartqa.samples),
+    "docvqa": _local("docvqa", docvqa.samples),
     "hub": _local("hub", hub.samples),
     "llava": _local("llava", llava.samples),
 }

@@ -1,8 +1,8 @@
-"""Evaluation conventions of COCO, Flickr30k, VQAv2 and GQA: splits, prompts, metrics, file layout, license.
+"""Evaluation conventions of public data sets: splits, prompts, metrics, file layout, license.
 
-Prompts and generation settings per family are those of the paper (Das et al., arXiv 2601.15287, section 3 and code). A
-job uses the family's table (`families`): the same prompts, with greedy decoding everywhere, which servers reproduce.
-License notes are from the data sets' pages; mmq ships no picture of these data sets.
+Prompts and generation settings per family are those of the paper (Das et al., arXiv 2601.15287, section 3 and code),
+which does not use ChartQA and DocVQA. A job uses the family's table (`families`): the same prompts, with greedy
+decoding everywhere, which servers reproduce. License notes are from the data sets' pages; mmq ships no picture of them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ class Convention:
     """Conventions of one data set.
 
     splits: mmq's split -> the data set's split. tasks: supported tasks. prompts, generation: by family.
-    metrics: reported metrics, by task. kinds: meaning of a sample's `kind`. layout: which files to unpack where.
+    metrics: reported metrics, by task. measured: metrics that mmq measures besides the task's default ones.
+    kinds: meaning of a sample's `kind`. layout: which files to unpack where.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Convention:
     prompts: Mapping[str, str] = field(default_factory=dict)
     generation: Mapping[str, str] = field(default_factory=dict)
     kinds: str = ""
+    measured: tuple[str, ...] = ()
 
     def require(self, task: str, split: str) -> None:
         """DataError if the data set does not support the task or has no such split."""
@@ -96,5 +98,29 @@ CONVENTIONS: dict[str, Convention] = {
         prompts=_SHORT_ANSWER,
         generation=_ANSWERING,
         kinds="structural type: verify, query, choose, logical, compare",
+    ),
+    "chartqa": Convention(
+        name="chartqa",
+        tasks=("vqa",),
+        splits={"train": "train", "validation": "val", "test": "test"},
+        test_size="2,500 questions, half written by people and half generated",
+        metrics={"vqa": "relaxed accuracy: a number may be 5 % off, any other answer must be equal"},
+        layout="the folder 'ChartQA Dataset' of github.com/vis-nlp/ChartQA: test/test_human.json, "
+        "test/test_augmented.json and test/png/ (also train and val)",
+        license="see its repository; the charts are from Statista, Pew Research, Our World in Data and the OECD",
+        kinds="human or augmented questions",
+        measured=("relaxed_accuracy",),
+    ),
+    "docvqa": Convention(
+        name="docvqa",
+        tasks=("vqa",),
+        splits={"train": "train", "test": "val"},
+        test_size="5,349 questions, 1,286 pages (the answers of DocVQA's test split are not public)",
+        metrics={"vqa": "ANLS: similarity to the nearest answer, 0 below one half"},
+        layout="val_v1.0_withQT.json (train_v1.0_withQT.json) and the pages (documents/) of rrc.cvc.uab.es, task 1 of "
+        "DocVQA, into one folder",
+        license="for research, after registration; pages are from the UCSF Industry Documents Library",
+        kinds="question types: form, layout, table/list, figure/diagram and others",
+        measured=("anls",),
     ),
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 from exporter.data.rows import BadRowError, Row, Rows, below, digest, to_samples
 from exporter.errors import DataError
+from exporter.tasks import vqa
 from exporter.tasks.sample import Sample
 
 SPLITS = ("train", "validation", "test")
@@ -154,7 +155,18 @@ def _parse(entry: dict[str, Any], where: str, path: Path, folder: Path, task: st
     relative = (folder / name).relative_to(path).as_posix()
     task_question = question if task == "vqa" else None
     identity = _text(entry, "id") or (f"{relative}: {task_question}" if task_question else relative)
-    return Row(where, relative, file, identity, task_question, references, _text(entry, "kind") or "")
+    kind, metrics = _text(entry, "kind") or "", _metrics(entry, task)
+    return Row(where, relative, file, identity, task_question, references, kind, metrics)
+
+
+def _metrics(entry: dict[str, Any], task: str) -> tuple[str, ...]:
+    """The metric that the row names, for `vqa`."""
+    metric = _text(entry, "metric")
+    if metric is None or task != "vqa":
+        return ()
+    if metric not in vqa.METRICS:
+        raise BadRowError(f"`metric` must be one of {', '.join(vqa.METRICS)}, not '{metric}'")
+    return (metric,)
 
 
 def _text(entry: dict[str, Any], key: str) -> str | None:

@@ -52,8 +52,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # role -> column names; the first exist
     "id": ("question_id", "questionId", "id", "image_id", "img_id", "filename"),
     "image": ("image",),
     "captions": ("captions", "caption", "answer", "text", "alt_text", "sentences_raw"),
-    "question": ("question",),
-    "answers": ("answers", "answer"),
+    "question": ("question", "query"),
+    "answers": ("answers", "answer", "label"),
     "kind": ("answer_type", "type_structural", "question_type"),
 }
 
@@ -80,6 +80,8 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     """
     name = path.as_posix()
     copy = COPIES.get(name)
+    if copy is None and name in CONVENTIONS and not path.is_dir():
+        raise DataError(f"mmq knows no copy of {name} on the hub", f"use {name}:FOLDER, or hub:ORG/NAME")
     if copy and split not in copy.splits:
         raise DataError(f"hub:{name} has no split '{split}'", f"it has {', '.join(copy.splits)}; or use {name}:FOLDER")
     local = path.expanduser().resolve()

@@ -32,7 +32,10 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One usable entry. where: file and position, for messages. name: the picture relative to the user's folder."""
+    """One usable entry. where: file and position, for messages. name: the picture relative to the user's folder.
+
+    metrics: `Sample.metrics`.
+    """
 
     where: str
     name: str
@@ -41,6 +44,7 @@ class Row:
     question: str | None
     references: tuple[str, ...]
     kind: str = ""
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass
@@ -82,7 +86,15 @@ def to_samples(rows: Rows, limit: int, seed: int, empty_message: str, hint: str 
         raise DataError(empty_message, hint)
     return Selection(
         [
-            Sample(r.identity, partial(open_picture, r.path), r.question, r.references, r.kind, file=r.name)
+            Sample(
+                r.identity,
+                partial(open_picture, r.path),
+                r.question,
+                r.references,
+                r.kind,
+                file=r.name,
+                metrics=r.metrics,
+            )
             for r in selected
         ],
         len(rows.rows),

@@ -24,7 +24,7 @@ from exporter.evaluation.report_file import (
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.events import Event, Listener
 from exporter.planning.recipe import Gate, Recipe
-from exporter.tasks import TASKS, retrieval
+from exporter.tasks import TASKS, main_metric, measured, retrieval
 from exporter.tasks.sample import Sample
 
 MAX_CHANGED = 200  # changed answers in one report, largest loss first; `counts` counts all of them
@@ -87,7 +87,7 @@ def compare(
         answers = (before[task], after[task])
         scored[task] = _scores(task, of_task, keys[task], answers, gated)
         corpus[task] = _corpus(task, of_task, answers, scored[task].scores)
-        rows = _rows(task, of_task, keys[task], answers, scored[task].scores[TASKS[task].METRICS[0]])
+        rows = _rows(task, of_task, keys[task], answers, scored[task].scores[main_metric(task, scored[task].scores)])
         examples += rows[:EXAMPLES]
         changed.append(sorted((row for row in rows if row.before != row.after), key=_loss, reverse=True))
     judged = judge(scored, gates, seed)
@@ -134,7 +134,7 @@ def _scores(
                 after=tuple(after[metric]),
                 chance=tuple(chance[metric]) if metric in chance else None,
             )
-            for metric in TASKS[task].METRICS
+            for metric in measured(task, samples, gated)
         },
     )
 

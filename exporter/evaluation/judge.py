@@ -17,7 +17,7 @@ from exporter.evaluation.statistics import (
     samples_to_resolve,
 )
 from exporter.planning.recipe import Gate
-from exporter.tasks import TASKS
+from exporter.tasks import main_metric
 
 PERCENT = 0.01
 MOST_SAMPLES = 10**7  # a gate that needs more samples is too close to its bound to be resolved
@@ -111,8 +111,8 @@ def _to_resolve(difference: Difference, allowed: float, samples: int) -> int | N
 
 
 def _first(task: str, scores: TaskScores) -> MetricScores:
-    """Scores by the task's first metric."""
-    return scores.scores[TASKS[task].METRICS[0]]
+    """Scores by the task's main metric."""
+    return scores.scores[main_metric(task, scores.scores)]
 
 
 def _by_kind(kinds: Sequence[str], scores: MetricScores) -> dict[str, tuple[float, float, int]]:

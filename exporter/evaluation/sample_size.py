@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from exporter.evaluation.statistics import ASSUMED_SD, POINT, half_width, samples_to_exclude, samples_to_resolve
 from exporter.planning.recipe import Recipe
-from exporter.tasks import retrieval
+from exporter.tasks import retrieval, vqa
 
 ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
 RIGHT_OR_WRONG = {  # task -> metrics with scores 0 or 1; the spread of other metrics is unknown before an evaluation
-    "vqa": ("accuracy", "exact"),
+    "vqa": vqa.METRICS,  # ANLS is 0 or above 0.5, and varies less than a score of 0 or 1
     "retrieval": retrieval.METRICS,  # the fraction of a picture's texts varies less than a score of 0 or 1
 }
 

@@ -13,7 +13,7 @@ from PIL import Image
 from exporter.errors import DataError
 from exporter.evaluation.evaluate import EXAMPLES, MAX_CHANGED
 from exporter.evaluation.report_file import AnswerPair, Report, TaskScores
-from exporter.tasks import TASKS
+from exporter.tasks import TASKS, main_metric
 from exporter.tasks.sample import Sample
 
 RELATIVE_TOLERANCE = 1e-9  # the order of summation may differ
@@ -49,7 +49,7 @@ def _row_problem(row: AnswerPair, of_task: TaskScores) -> str:
     """Why a listed answer cannot be that of its sample; empty when it can."""
     if row.id not in of_task.ids:
         return "does not match its samples"
-    index, first = of_task.ids.index(row.id), of_task.scores[TASKS[row.task].METRICS[0]]
+    index, first = of_task.ids.index(row.id), of_task.scores[main_metric(row.task, of_task.scores)]
     pair = (first.before[index], first.after[index])
     if (row.image, row.kind, row.scores) != (of_task.pictures[index], of_task.kinds[index], pair):
         return "does not match its samples"
@@ -79,7 +79,7 @@ def _of_lists(report: Report) -> Iterator[str]:
     """Problems unless the lists have the first samples of each task, and the changed ones with the largest loss."""
     lists: list[list[tuple[str, str]]] = []
     for task, of_task in report.samples.items():
-        first = of_task.scores[TASKS[task].METRICS[0]]
+        first = of_task.scores[main_metric(task, of_task.scores)]
         losses = {i: first.before[i] - first.after[i] for i in of_task.changed}
         lists.append([(task, of_task.ids[i]) for i in sorted(losses, key=losses.__getitem__, reverse=True)])
         examples = [row.id for row in report.examples if row.task == task]

@@ -30,8 +30,8 @@ def _of_scores(report: Report, recipe: Recipe) -> Iterator[str]:
             yield f"the report has scores of '{task}', which is not a task"
             continue
         metrics = TASKS[task].METRICS
-        if metrics[0] not in of_task.scores:
-            yield f"the report has no {metrics[0]} of {task}"
+        if absent := [metric for metric in TASKS[task].DEFAULT if metric not in of_task.scores]:
+            yield f"the report has no {absent[0]} of {task}"
         if len(set(of_task.ids)) < len(of_task.ids):
             yield f"the report counts samples of {task} twice"
         for metric, scores in of_task.scores.items():

@@ -1,7 +1,7 @@
 """Turn an allocation into a recipe: build it, export and measure it, and add the results as evidence."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from exporter.pipeline.preparation import with_suitable_data
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, widths
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
-from exporter.tasks import TASKS
+from exporter.tasks import main_metric, measured
+from exporter.tasks.sample import Sample
 
 CLOSE = 0.05  # largest drop of a confirmed recipe, and of a gate without --max-drop
 MARGIN = 0.01  # gates allow this much more than the measured drop, without --max-drop
@@ -54,25 +55,30 @@ class MeasuredRecipe:
 
 
 def _main_measures(report: Report) -> list[Measure]:
-    """The measures of each task's first metric."""
-    return [measure for measure in report.measures if measure.metric == _main_metric(measure.task)]
-
-
-def _main_metric(task: str) -> str:
-    return TASKS[task].METRICS[0]
+    """The measures of each task's main metric."""
+    found = {(measure.task, measure.metric) for measure in report.measures}
+    mains = {task: main_metric(task, {metric for of, metric in found if of == task}) for task, _ in found}
+    return [measure for measure in report.measures if measure.metric == mains[measure.task]]
 
 
 def recipe_of(
-    base: Recipe, name: str, slots: Sequence[Slot], allocation: Allocation, tasks: Sequence[str], max_drop: float
+    base: Recipe,
+    name: str,
+    slots: Sequence[Slot],
+    allocation: Allocation,
+    exam: Mapping[str, Sequence[Sample]],
+    max_drop: float,
 ) -> Recipe:
-    """The recipe of an allocation, with a gate on each task's first metric and without evidence.
+    """The recipe of an allocation, with a gate on the main metric of each task of the exam, and without evidence.
 
     Raises RecipeError if the allocation quantizes nothing.
     """
     rules = rules_of(slots, allocation.options)
     if not rules:
         raise RecipeError("the allocation keeps everything at 16 bits", "lower --max-size, or raise --max-drop")
-    gates = tuple(Gate(task=task, metric=_main_metric(task), max_drop=max_drop) for task in tasks)
+    gates = tuple(
+        Gate(task=task, metric=measured(task, samples)[0], max_drop=max_drop) for task, samples in exam.items()
+    )
     return base.model_copy(
         update={
             "name": name,

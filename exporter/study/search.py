@@ -181,7 +181,7 @@ def _divergence_together(setup: Setup, recipe: Recipe, pool: WorkerPool, on_even
 def _recipe(setup: Setup, request: Request, slots: Sequence[Slot], allocation: Allocation) -> Recipe:
     """An allocation as a recipe, with gates on the tasks of the data."""
     max_drop, model = propose.CLOSE if request.max_drop is None else request.max_drop, open_model(setup)
-    recipe = propose.recipe_of(model.recipe, request.name, slots, allocation, list(exam_samples(setup)), max_drop)
+    recipe = propose.recipe_of(model.recipe, request.name, slots, allocation, exam_samples(setup), max_drop)
     return recipe.model_copy(update={"quantize": model.fitted(recipe.quantize)})
 
 

@@ -30,7 +30,7 @@ KINDS = (
 LOSSES = ("kl", "nll")  # last words of scores whose lower values are better
 ALIASES = {"vit": "vision", "vision_tower": "vision", "llm": "language", "q_former": "qformer"}
 # Default column of the score: the first of these that the file has, compared without case.
-SCORES = ("score", "cider", "accuracy", "acc", "overall", "r_mean", "txt_r1", "meteor")
+SCORES = ("score", "cider", "accuracy", "acc", "relaxed_accuracy", "anls", "overall", "r_mean", "txt_r1", "meteor")
 
 Floats = NDArray[np.float64]
 

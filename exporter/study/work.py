@@ -35,7 +35,7 @@ from exporter.study import exam
 from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
 from exporter.study.setting import Setting
 from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
-from exporter.tasks import TASKS
+from exporter.tasks import TASKS, measured
 from exporter.tasks.sample import Sample
 
 CHANGED = "wait until other programs stop writing to it, then run the same command again"
@@ -233,9 +233,9 @@ class Examiner:
         predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._batch)
         scores: exam.ExamScores = {}
         for task, samples in self._samples.items():
-            metrics = TASKS[task].score(predictor.answer(samples), samples)
-            scores |= {f"{task} {metric}": sum(values) / len(values) for metric, values in metrics.items()}
-        firsts = [scores[f"{task} {TASKS[task].METRICS[0]}"] for task in self._samples]
+            values = TASKS[task].score(predictor.answer(samples), samples)
+            scores |= {f"{task} {m}": sum(values[m]) / len(samples) for m in measured(task, samples)}
+        firsts = [scores[f"{task} {measured(task, samples)[0]}"] for task, samples in self._samples.items()]
         return scores | {"score": sum(firsts) / len(firsts)}
 
 

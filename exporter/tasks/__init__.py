@@ -8,7 +8,7 @@ To add a task, write `tasks/NAME.py` with the functions of `Task` and add a line
 prompts, the data source the samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 from exporter.tasks import captioning, retrieval, vqa
@@ -24,7 +24,11 @@ class Task(Protocol):
 
     @property
     def METRICS(self) -> tuple[str, ...]:
-        """Names of the metrics, main metric first. Higher is better; an empty answer scores 0."""
+        """Names of the metrics. Higher is better; an empty answer scores 0. The first measured one is the main one."""
+
+    @property
+    def DEFAULT(self) -> tuple[str, ...]:
+        """The metrics of every evaluation; the others are measured for gates and for data that names them."""
 
     @property
     def ALONE(self) -> tuple[str, ...]:
@@ -54,6 +58,17 @@ class Task(Protocol):
 
     def corpus(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
         """Scores of the whole set, as papers report them; some are not means over samples."""
+
+
+def measured(task: str, samples: Sequence[Sample], gated: Sequence[str] = ()) -> tuple[str, ...]:
+    """The metrics of an evaluation, in the task's order: its default ones, those of the samples, those of gates."""
+    wanted = {*TASKS[task].DEFAULT, *gated, *(metric for sample in samples for metric in sample.metrics)}
+    return tuple(metric for metric in TASKS[task].METRICS if metric in wanted)
+
+
+def main_metric(task: str, found: Container[str]) -> str:
+    """The main metric among those that were measured: the first in the task's order."""
+    return next((metric for metric in TASKS[task].METRICS if metric in found), TASKS[task].DEFAULT[0])
 
 
 TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning, "retrieval": retrieval}

@@ -10,6 +10,7 @@ from exporter.tasks.sample import Sample
 
 NAME = "captioning"
 METRICS = ("cider", "bleu", "exact")
+DEFAULT = METRICS
 ALONE = ("bleu", "exact")
 CORPUS = ("cider", "bleu1", "bleu2", "bleu3", "bleu4")
 MOVES = 3  # other samples against which `chance` scores each caption

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAME = "retrieval"
 RANKS = (1, 5, 10)
 METRICS = ("r1", *(f"{way}_r{k}" for k in RANKS for way in ("text", "image")))
+DEFAULT = METRICS
 ALONE = METRICS
 CORPUS = (*METRICS[1:], "r_mean")
 CANDIDATES = 128

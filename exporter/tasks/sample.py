@@ -19,6 +19,7 @@ class Sample:
     kind: question type, for tables by type.
     among: for retrieval, the pool of pictures and texts to search, including the sample itself.
     file: the picture's file in the data set's folder; empty if it has none.
+    metrics: metrics that its data set is judged by, besides the default ones of its task.
     marked: whether an image placeholder (`<image>`) was removed from its texts.
     """
 
@@ -30,6 +31,7 @@ class Sample:
     among: "Pool | None" = None
     file: str = ""
     marked: bool = False
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

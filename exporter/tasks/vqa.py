@@ -1,4 +1,4 @@
-"""Visual question answering, scored as on VQAv2.
+"""Visual question answering, scored as on VQAv2; for documents and charts also by ANLS and relaxed accuracy.
 
 Normalization and consensus follow the evaluation page of the VQA challenge (Antol et al., arXiv 1505.00468;
 visualqa.org/evaluation.html). Case, punctuation, articles, number words and missing apostrophes are ignored. The
@@ -7,13 +7,16 @@ accuracy against ten people's answers is min(1, matches / 3), averaged over leav
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from exporter.errors import DataError
+from exporter.tasks.anls import anls
+from exporter.tasks.relaxed import relaxed_accuracy
 from exporter.tasks.sample import Sample
 
 NAME = "vqa"
-METRICS = ("accuracy",)
+METRICS = ("anls", "relaxed_accuracy", "accuracy")
+DEFAULT = ("accuracy",)
 ALONE = METRICS
 CORPUS = METRICS
 
@@ -79,29 +82,43 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def score(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """`accuracy` of each answer; see `exporter.tasks.Task`."""
+    """`accuracy`, `anls` and `relaxed_accuracy` of each answer; see `exporter.tasks.Task`."""
     bare = [sample.identity for sample in samples if not sample.references]
     if bare:
         raise DataError(f"{len(bare)} samples have no answer to compare with, first {bare[0]}")
-    return {"accuracy": [accuracy(a, s.references) for a, s in zip(answers, samples, strict=True)]}
+    pairs = [(answer, sample.references) for answer, sample in zip(answers, samples, strict=True)]
+    return {metric: [_SCORES[metric](*pair) for pair in pairs] for metric in METRICS}
 
 
 def chance(answers: Sequence[str], samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
-    """`accuracy` of the best constant answer, selected from the most frequent references of the samples."""
+    """Scores of the best constant answer, selected for each metric from the most frequent references of the samples."""
     counts = Counter(answer for sample in samples for answer in {normalize(text) for text in sample.references})
     frequent = [answer for answer, _ in counts.most_common(FREQUENT) if answer]
-    constant = [[accuracy(answer, sample.references) for sample in samples] for answer in frequent]
-    best = max(constant, key=sum, default=[0.0] * len(samples))
-    return dict.fromkeys(metrics, best)
+
+    def best(metric: str) -> list[float]:
+        constant = [[_SCORES[metric](answer, sample.references) for sample in samples] for answer in frequent]
+        return max(constant, key=sum, default=[0.0] * len(samples))
+
+    return {metric: best(metric) for metric in metrics}
+
+
+_SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "anls": anls,
+    "relaxed_accuracy": relaxed_accuracy,
+    "accuracy": accuracy,
+}
 
 
 def corpus(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-    """`accuracy` over all samples, and by kind as `accuracy KIND` when samples have kinds."""
-    scores = score(answers, samples)["accuracy"]
-    groups: dict[str, list[float]] = {"accuracy": scores}
-    for value, sample in zip(scores, samples, strict=True):
-        if sample.kind:
-            groups.setdefault(f"accuracy {sample.kind}", []).append(value)
+    """`accuracy` and the metrics of the samples over all samples, and by kind as `accuracy KIND`."""
+    scores = score(answers, samples)
+    named = {*DEFAULT, *(metric for sample in samples for metric in sample.metrics)}
+    groups: dict[str, list[float]] = {}
+    for metric in (metric for metric in METRICS if metric in named):
+        groups[metric] = scores[metric]
+        for value, sample in zip(scores[metric], samples, strict=True):
+            if sample.kind:
+                groups.setdefault(f"{metric} {sample.kind}", []).append(value)
     return {name: sum(values) / max(1, len(values)) for name, values in groups.items()}
 
 

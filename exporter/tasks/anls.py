@@ -1,0 +1,40 @@
+"""ANLS, average normalized Levenshtein similarity: answers read from documents, with misread characters.
+
+Biten et al., Scene Text Visual Question Answering, ICCV 2019 (arXiv 1905.13648): the similarity of an answer and a
+reference is 1 - NL if NL < 0.5, else 0. NL is the Levenshtein distance divided by the length of the longer text. The
+score of an answer is its largest similarity to a reference. Upper and lower case are equal; spaces count.
+"""
+
+from collections.abc import Sequence
+
+THRESHOLD = 0.5
+
+
+def anls(answer: str, references: Sequence[str]) -> float:
+    """The largest similarity of an answer to a reference, 0 or above 0.5 up to 1; an empty answer scores 0."""
+    found = _plain(answer)
+    return max((_similarity(found, _plain(reference)) for reference in references), default=0.0) if found else 0.0
+
+
+def _plain(text: str) -> str:
+    """Lower case, without spaces at the ends and repeated spaces."""
+    return " ".join(text.lower().split())
+
+
+def _similarity(first: str, second: str) -> float:
+    longest = max(len(first), len(second))
+    if abs(len(first) - len(second)) >= THRESHOLD * longest:  # the distance is at least the difference of the lengths
+        return 0.0
+    distance = levenshtein(first, second) / longest
+    return 1 - distance if distance < THRESHOLD else 0.0
+
+
+def levenshtein(first: str, second: str) -> int:
+    """Smallest number of inserted, deleted and replaced characters that turn one text into the other."""
+    previous = list(range(len(second) + 1))
+    for i, left in enumerate(first, start=1):
+        row = [i]
+        for j, right in enumerate(second, start=1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (left != right)))
+        previous = row
+    return previous[-1]
