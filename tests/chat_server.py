@@ -1,4 +1,4 @@
-"""A chat completions server on loopback for tests: it answers by a function and can be told to fail first."""
+"""A chat completions server on loopback for tests: it answers by a function and can fail first on request."""
 
 import base64
 import json
@@ -91,14 +91,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
 
-def reply(said: str) -> str:
+def reply(content: str) -> str:
     """A whole chat completion."""
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]})
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
 
 
-def events(said: str) -> str:
+def events(content: str) -> str:
     """A chat completion as server-sent events, as vLLM sends it: the role, one piece for every word, the end."""
-    pieces = [{"role": "assistant", "content": ""}, *({"content": f"{word} "} for word in said.split(" ")), {}]
+    pieces = [{"role": "assistant", "content": ""}, *({"content": f"{word} "} for word in content.split(" ")), {}]
     lines = [f"data: {json.dumps({'choices': [{'index': 0, 'delta': piece}]})}\n\n" for piece in pieces]
     return "".join([": comment\n\n", *lines, f"data: {json.dumps({'choices': []})}\n\n", "data: [DONE]\n\n"])
 

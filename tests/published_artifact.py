@@ -84,10 +84,10 @@ def write_scores(folder: Path, after: float, before: float = 0.9, samples: int =
         bootstrap=Bootstrap(resamples=RESAMPLES, confidence=CONFIDENCE, seed=seed),
         models={
             name: AnswersRecord.model_validate(
-                {"weights": found or "", "processor": processor, "backend": "transformers", "dtype": "float32"}
+                {"weights": weight or "", "processor": processor, "backend": "transformers", "dtype": "float32"}
                 | {"generation": {task: generation(artifact.family, task) for task in artifact.family.max_new_tokens}}
             )
-            for name, found in weights.items()
+            for name, weight in weights.items()
         },
         scoring={"vqa": dict(TASKS["vqa"].method())},
     )

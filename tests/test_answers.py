@@ -232,7 +232,7 @@ def test_a_busy_server_is_asked_again_after_growing_pauses() -> None:
     assert pauses == [0.5, 1.0, 7.0, 4.0]
 
 
-def test_a_server_that_stays_busy_is_named_with_what_it_said() -> None:
+def test_a_server_that_stays_busy_is_named_with_its_message() -> None:
     with chat_server(color) as server:
         server.faults = [(503, {"Retry-After": "9999"}, '{"error": {"message": "no room\\nat all"}}')] * 9
         with pytest.raises(DataError, match=r"503 no room at all \(tried 3 times\)") as caught:

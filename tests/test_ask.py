@@ -54,8 +54,8 @@ def test_the_pieces_are_printed_as_they_come_and_joined_are_the_answer() -> None
     from exporter.pipeline.ask import question
 
     pieces: list[str] = []
-    asked = question(PICTURE, None, 8, False)
-    answer = run("demo-llava", asked, CPU, ignore, pieces.append)
+    request = question(PICTURE, None, 8, False)
+    answer = run("demo-llava", request, CPU, ignore, pieces.append)
     assert len(pieces) > 3
     assert "".join(pieces) == answer
     longer = run("demo-llava", question(PICTURE, None, 64, False), CPU, ignore, lambda piece: None)
@@ -91,9 +91,9 @@ def test_compare_asks_both_models_and_marks_what_differs(artifact: str) -> None:
     assert lines[:2] == [f"full precision: {source}", f"artifact: {coarse}"]
     assert "[" in lines[-1]
     assert lines[-1].replace("[", "").replace("]", "").split() == f"artifact: {coarse}".split()
-    found = json.loads(ask(artifact, str(PICTURE), "--compare", "--json").stdout)
-    assert found["answers"] == {"full precision": source, "artifact": coarse}
-    assert found["differences"]
+    result = json.loads(ask(artifact, str(PICTURE), "--compare", "--json").stdout)
+    assert result["answers"] == {"full precision": source, "artifact": coarse}
+    assert result["differences"]
     assert "The answers differ at" in done.stdout
 
 
@@ -125,9 +125,9 @@ def test_two_servers_are_compared(artifact: str) -> None:
     with chat_server(lambda text, image: "a red bar") as first, chat_server(lambda text, image: "a bar") as second:
         urls = ["--baseline-server", first.url, "--server", second.url]
         done = ask(artifact, str(PICTURE), "what?", "--compare", "--json", *urls)
-    found = json.loads(done.stdout)
-    assert found["answers"] == {"full precision": "a red bar", "artifact": "a bar"}
-    assert found["differences"] == [{"full precision": "red", "artifact": ""}]
+    result = json.loads(done.stdout)
+    assert result["answers"] == {"full precision": "a red bar", "artifact": "a bar"}
+    assert result["differences"] == [{"full precision": "red", "artifact": ""}]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_the_printed_requests_ask_about_the_picture_that_is_there(artifact: str,
     with chat_server(answer, "it's") as server:
         lines = example_lines(Launch((), {}, server.url, "it's"), artifact, family)
         done = subprocess.run(["bash", "-c", lines["curl"]], capture_output=True, text=True, check=True)
-        asked = CliRunner().invoke(cli, shell_words(lines["ask"]))
-    said: Any = json.loads(done.stdout)
-    assert said["choices"][0]["message"]["content"] == ANSWER
-    assert asked.stdout == f"{ANSWER}\n"
+        ask_run = CliRunner().invoke(cli, shell_words(lines["ask"]))
+    response: Any = json.loads(done.stdout)
+    assert response["choices"][0]["message"]["content"] == ANSWER
+    assert ask_run.stdout == f"{ANSWER}\n"
     texts = [body["messages"][0]["content"][1]["text"] for body in server.bodies]
     assert texts == [family.text(QUESTION)] * 2
     compile(shell_words(lines["python"])[-1], "printed", "exec")

@@ -26,7 +26,7 @@ REPO = "me/tiny"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w4, w3: two artifacts of one source."""
     place = tmp_path_factory.mktemp("made")
     model = tiny_model(place / "model")
@@ -36,8 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def summary(made: Path) -> Summary:
-    return read_summary("w4", folder_reader(made / "w4"))
+def summary(exported: Path) -> Summary:
+    return read_summary("w4", folder_reader(exported / "w4"))
 
 
 def changed(summary: Summary, **values: Any) -> Summary:
@@ -76,8 +76,8 @@ def test_the_base_model_is_a_hub_id_or_absent(summary: Summary) -> None:
     assert "base_model_relation" not in card(summary).data.to_dict()
     from_hub = changed(summary, source={"model": "llava-hf/llava-1.5-7b-hf@abc", "shards": {}})
     assert card(from_hub).data.base_model == "llava-hf/llava-1.5-7b-hf"
-    odd = changed(summary, source={"model": "my@folder", "shards": {}})
-    assert card(odd).data.base_model is None
+    unusual = changed(summary, source={"model": "my@folder", "shards": {}})
+    assert card(unusual).data.base_model is None
 
 
 def test_the_card_lists_schemes_scores_and_provenance(summary: Summary) -> None:
@@ -135,8 +135,8 @@ def test_a_card_without_report_states_that_there_was_no_evaluation(summary: Summ
     assert "unproven" in bare.data.tags
 
 
-def test_unusual_widths_need_a_newer_engine(made: Path) -> None:
-    text = card(read_summary("w3", folder_reader(made / "w3"))).text
+def test_unusual_widths_need_a_newer_engine(exported: Path) -> None:
+    text = card(read_summary("w3", folder_reader(exported / "w3"))).text
     assert "3-bit weights need vLLM 0.25.1 or later with `humming-kernels`" in text
 
 
@@ -152,19 +152,19 @@ def test_the_card_has_the_result_of_mmq_check(summary: Summary) -> None:
     assert "**differed from**" in card(replace(summary, serving=failing)).text
 
 
-def test_benchmark_results_only_for_benchmarks(made: Path, summary: Summary) -> None:
+def test_benchmark_results_only_for_benchmarks(exported: Path, summary: Summary) -> None:
     declared = CardDeclarations(benchmarks={"vqa": ("org/VQA", "vqa_test")})
     with pytest.raises(PublishError, match="drawings, not on a benchmark data set"):
-        package(made / "w4", measured_on(summary, "drawings"), REPO, declared, (), None)
+        package(exported / "w4", measured_on(summary, "drawings"), REPO, declared, (), None)
     measured = measured_on(summary, "vqav2 val")
     wrong = CardDeclarations(benchmarks={"captioning": ("org/COCO", "x")})
     with pytest.raises(PublishError, match="not measured on this task"):
-        package(made / "w4", measured, REPO, wrong, (), None)
-    content = package(made / "w4", measured, REPO, declared, (), None).files[RESULTS]
+        package(exported / "w4", measured, REPO, wrong, (), None)
+    content = package(exported / "w4", measured, REPO, declared, (), None).files[RESULTS]
     assert isinstance(content, bytes)
     (entry,) = parse_eval_result_entries(yaml.safe_load(content))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
-    assert RESULTS not in package(made / "w4", measured, REPO, CardDeclarations(), (), None).files
+    assert RESULTS not in package(exported / "w4", measured, REPO, CardDeclarations(), (), None).files
 
 
 def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:
@@ -217,9 +217,9 @@ def test_every_linear_has_a_component(summary: Summary) -> None:
         component_of("lm_head", "llava")
 
 
-def test_difference_lists_exactly_the_changes(made: Path, summary: Summary) -> None:
+def test_difference_lists_exactly_the_changes(exported: Path, summary: Summary) -> None:
     assert difference(summary, summary) == ()
-    other = read_summary("w3", folder_reader(made / "w3"))
+    other = read_summary("w3", folder_reader(exported / "w3"))
     changes = {c.what: c for c in difference(summary, other)}
     assert (changes["language"].first, changes["language"].second) == ("W4 g16 rtn", "W3 g16 rtn")
     assert changes["bits per weight"].change == other.manifest.bits_per_weight - summary.manifest.bits_per_weight
@@ -258,30 +258,30 @@ def test_flattened_paths() -> None:
     assert flattened({"a": [1, {"b": 2}], "c": None}, "r") == {"r.a[0]": "1", "r.a[1].b": "2", "r.c": "None"}
 
 
-def test_diff_on_the_command_line(made: Path) -> None:
+def test_diff_on_the_command_line(exported: Path) -> None:
     run = CliRunner().invoke
-    text = run(cli, ["diff", str(made / "w4"), str(made / "w3")])
+    text = run(cli, ["diff", str(exported / "w4"), str(exported / "w3")])
     assert text.exit_code == 0
     assert "W3 g16 rtn" in text.output
-    listed = json.loads(run(cli, ["diff", str(made / "w4"), str(made / "w3"), "--json"]).stdout)
+    listed = json.loads(run(cli, ["diff", str(exported / "w4"), str(exported / "w3"), "--json"]).stdout)
     assert {"what": "language", "first": "W4 g16 rtn", "second": "W3 g16 rtn", "change": None} in listed
-    assert "no difference" in run(cli, ["diff", str(made / "w4"), str(made / "w4")]).output
-    nothing = run(cli, ["diff", str(made / "model"), str(made / "w4")])
+    assert "no difference" in run(cli, ["diff", str(exported / "w4"), str(exported / "w4")]).output
+    nothing = run(cli, ["diff", str(exported / "model"), str(exported / "w4")])
     assert nothing.exit_code == 1
     assert f"has no {MANIFEST}: it is not an mmq artifact" in nothing.output
 
 
 @pytest.mark.parametrize("broken", ["{", '{"source": 1}', "[]"])
-def test_damaged_manifests_are_one_clear_error(made: Path, broken: str) -> None:
-    read = folder_reader(made / "w4")
+def test_damaged_manifests_are_one_clear_error(exported: Path, broken: str) -> None:
+    read = folder_reader(exported / "w4")
     with pytest.raises(ArtifactError, match="is damaged"):
         read_summary("w4", lambda name: broken.encode() if name == MANIFEST else read(name))
     with pytest.raises(ArtifactError, match="is damaged"):
         read_summary("w4", lambda name: b"{" if name == REPORT else read(name))
 
 
-def test_diff_takes_relative_folders(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(made / "w4")
+def test_diff_takes_relative_folders(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported / "w4")
     assert read_place(".").name == "w4"
     nothing = CliRunner().invoke(cli, ["diff", "/nope", "."])
     assert nothing.exit_code == 1

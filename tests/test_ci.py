@@ -26,7 +26,7 @@ def run(tmp_path: Path, broken: str = "", **more: str) -> tuple[int, list[str], 
     return done.returncode, targets, done.stderr
 
 
-def test_a_real_vllm_is_served_without_being_asked_for(tmp_path: Path) -> None:
+def test_a_real_vllm_is_tested_by_default(tmp_path: Path) -> None:
     assert run(tmp_path) == (0, ["check", "docs", "test-vllm", "test"], "")
 
 
@@ -43,7 +43,7 @@ def test_a_vllm_that_cannot_be_installed_fails_the_run(tmp_path: Path) -> None:
     assert "vllm broke" in output
 
 
-def test_it_is_left_out_only_where_that_is_said(tmp_path: Path) -> None:
+def test_it_is_skipped_only_on_request(tmp_path: Path) -> None:
     code, targets, output = run(tmp_path, MMQ_CI_VLLM="no")
     assert (code, targets) == (0, ["check", "docs", "test"])
     assert "skipped the tests with vLLM" in output

@@ -48,13 +48,13 @@ def rules(family: Family, method: str = "gptq") -> tuple[Rule, ...]:
 
 def stacks(plan: Plan) -> list[tuple[Component, list[str]]]:
     """Modules that GPTQ quantizes in one call, in order."""
-    found = []
+    result = []
     for unit in plan.units:
         component = plan.family.component(unit.component)
         for phase in component.phases:
             if modules := [row.module for row in unit.rows if row.linear in phase]:
-                found.append((component, modules))
-    return found
+                result.append((component, modules))
+    return result
 
 
 def stop(*_: Any) -> None:
@@ -62,7 +62,7 @@ def stop(*_: Any) -> None:
     raise ForwardStopped
 
 
-def rows_seen(
+def captured_rows(
     model: nn.Module, family: Family, component: Component, module: str, config: dict, batches: list
 ) -> Tensor:
     """The inputs of a linear in forward passes of the whole model, without padding, `[rows, in]`."""
@@ -70,15 +70,15 @@ def rows_seen(
     last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
     for entry in component.passes:
         for batch in batches:
-            seen: list[Tensor] = []
+            captured: list[Tensor] = []
             handles = [
-                linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])),
+                linear.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0])),
                 last.register_forward_hook(stop),  # the retrieval model calls its Q-Former again, which is another pass
             ]
             run_until_stopped(entry.run, model, batch)
             for handle in handles:
                 handle.remove()
-            for x in seen:
+            for x in captured:
                 mask = batch["attention_mask"].bool()
                 if not entry.padded or any(module.endswith(f".{name}") for name in component.unpadded):
                     rows.append(x.reshape(-1, x.shape[-1]))
@@ -152,7 +152,7 @@ def test_statistics_equal_those_of_the_whole_forward_pass(
     results = {name: linear for unit in plan.units for name, linear in workdir.read(unit).linears.items()}
     assert len(hessians) == len(stacks(plan)) > 0
     for (component, modules), hessian in zip(stacks(plan), hessians, strict=True):
-        x = rows_seen(model, family, component, modules[0], config, batches)
+        x = captured_rows(model, family, component, modules[0], config, batches)
         whole = (x.T @ x / len(x)).float()
         assert float((hessian - whole).norm() / whole.norm()) < 1e-5, modules[0]
         for module in modules:

@@ -181,7 +181,7 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
     assert read(tmp_path)[0].image().size == (2, 4)
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_fields_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data folder"):
         read(tmp_path / "absent")
     with pytest.raises(DataError, match="neither"):

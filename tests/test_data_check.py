@@ -39,8 +39,8 @@ def test_counts_tasks_and_splits_and_a_page_with_pictures(tmp_path: Path) -> Non
     text = page.read_text()
     assert text.count('<img src="data:image/png;base64,') == 12
     assert "picture 3" in text
-    found = json.loads(run("data", "check", str(tmp_path / "images"), "--json").stdout)
-    assert found["tasks"] == {"captioning": True, "vqa": True, "retrieval": True}
+    printed = json.loads(run("data", "check", str(tmp_path / "images"), "--json").stdout)
+    assert printed["tasks"] == {"captioning": True, "vqa": True, "retrieval": True}
 
 
 def test_every_unusable_row_is_listed_once_with_its_line(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_every_unusable_row_is_listed_once_with_its_line(tmp_path: Path) -> None
     assert bad[0].startswith("unusable: metadata.jsonl:31: not JSON")
     assert "has 26 unusable rows" in done.stderr
     assert "metadata.jsonl:56" in (tmp_path / "page.html").read_text()
-    found = run("data", "check", str(folder), "--json")
-    assert (found.exit_code, len(json.loads(found.stdout)["problems"])) == (1, 26)
+    result = run("data", "check", str(folder), "--json")
+    assert (result.exit_code, len(json.loads(result.stdout)["problems"])) == (1, 26)
 
 
 def test_a_source_without_samples_is_refused(tmp_path: Path) -> None:
@@ -138,13 +138,13 @@ def test_conversations_of_llava_are_questions(tmp_path: Path) -> None:
         {"id": "bare", "image": "coco/2.jpg", "conversations": turns("<image>", "A caption.")},
     ]
     file = conversations(tmp_path, entries)
-    found = {}
+    by_split = {}
     for source in (place(file), place(f"llava:{file}"), place(f"llava:{tmp_path}")):
         assert source.tasks == ("vqa",)
         for split in ("train", "test"):
             read = samples(source.name, source.path, "vqa", split, 9, 0)
-            found |= {s.identity: (s.question, s.references, s.file) for s in read}
-    assert found == {
+            by_split |= {s.identity: (s.question, s.references, s.file) for s in read}
+    assert by_split == {
         "a#1": ("What is it?", ("A dog.",), "coco/0.jpg"),
         "a#2": ("What color?", ("Red.",), "coco/0.jpg"),
         "7": ("Where?", ("There.",), "coco/1.jpg"),

@@ -212,7 +212,7 @@ def test_every_missing_picture_is_reported_once(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_a_file_that_is_cut_or_another_or_absent_is_said(tmp_path: Path, name: str) -> None:
+def test_a_truncated_wrong_or_missing_file_is_reported(tmp_path: Path, name: str) -> None:
     getattr(layouts, name)(tmp_path)
     task = CONVENTIONS[name].tasks[0]
     file = max(tmp_path.rglob("*.json"), key=lambda f: "annotations" in f.name)

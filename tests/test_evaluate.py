@@ -197,16 +197,16 @@ def test_a_captioner_that_ignores_its_pictures_is_at_chance_level() -> None:
 
 def test_ranks_at_random_are_chance_level() -> None:
     """Recall at 1 of 100 pictures with 2 texts each: 1 of 100 pictures, and 2 of 200 texts."""
-    made = retrieval.with_pool(
+    pooled = retrieval.with_pool(
         [Sample(f"r{i}", lambda: Image.new("RGB", (2, 2)), None, (f"text {i} a", f"text {i} b")) for i in range(100)]
     )
     gates = [Gate(task="retrieval", metric=metric, max_drop=0.2) for metric in ("text_r1", "image_r1", "r1")]
     lucky = {"retrieval": ["1 | 1 1"] + ["50 | 50 50"] * 99}
-    report = compare(lucky, lucky, {"retrieval": made}, gates, 0)
+    report = compare(lucky, lucky, {"retrieval": pooled}, gates, 0)
     assert [gate.verdict for gate in report.gates] == ["not comparable"] * 3
     assert [gate.chance for gate in report.gates] == pytest.approx([0.01, 0.01, 0.01])
     good = {"retrieval": ["1 | 1 1"] * 60 + ["50 | 50 50"] * 40}
-    assert [gate.verdict for gate in compare(good, good, {"retrieval": made}, gates, 0).gates] == ["passed"] * 3
+    assert [gate.verdict for gate in compare(good, good, {"retrieval": pooled}, gates, 0).gates] == ["passed"] * 3
 
 
 def test_a_gate_without_samples_of_its_task_is_not_measured() -> None:
@@ -235,8 +235,8 @@ def test_corpus_metrics_are_listed_where_they_are_not_means() -> None:
     """BLEU of a corpus is not the mean of its captions' BLEU; an accuracy is the mean of its samples'."""
     texts = ["a red ball on the table", "two dogs run on a long beach", "a man rides one horse"]
     given = ["a red ball on the table", "two dogs run on a beach", "a man rides one"]
-    made = [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (text,)) for i, text in enumerate(texts)]
-    samples = {"captioning": made, "vqa": [sample(0, "yes")]}
+    captions = [Sample(f"c{i}", lambda: Image.new("RGB", (2, 2)), None, (text,)) for i, text in enumerate(texts)]
+    samples = {"captioning": captions, "vqa": [sample(0, "yes")]}
     report = compare({"captioning": texts, "vqa": ["yes"]}, {"captioning": given, "vqa": ["yes"]}, samples, [], 0)
     words = [[text.split()] for text in texts]
     expected = [corpus_bleu([text.split() for text in listed], words) for listed in (texts, given)]

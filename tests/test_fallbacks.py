@@ -65,9 +65,9 @@ def test_linears_that_groups_do_not_divide_get_a_scale_per_row_and_are_listed() 
 
 def test_keep_leaves_them_in_16_bits_with_the_reason() -> None:
     plan = plan_of(RULE | {"else": "keep"})
-    kept = {row.linear for row in plan.of("language") if row.decision == "kept" and row.linear}
-    assert kept == {f"self_attn.{x}_proj" for x in "qkvo"} | {"mlp.gate_proj", "mlp.up_proj"}
-    reasons = {row.reason for row in plan.of("language") if row.linear in kept}
+    kept_linears = {row.linear for row in plan.of("language") if row.decision == "kept" and row.linear}
+    assert kept_linears == {f"self_attn.{x}_proj" for x in "qkvo"} | {"mlp.gate_proj", "mlp.up_proj"}
+    reasons = {row.reason for row in plan.of("language") if row.linear in kept_linears}
     assert reasons == {"groups of 96 do not divide its 128 inputs (else: keep)"}
     assert plan.fallbacks == (LINE + "16 bits (else: keep)",)
 
@@ -122,19 +122,21 @@ def test_else_is_a_key_of_recipes_and_absent_from_the_digest_of_others() -> None
     text = "quantize: [{component: language, bits: 4, group_size: 96, els: row}]"
     with pytest.raises(RecipeError, match=r"quantize\[0\].els: unknown key. Did you mean 'else'"):
         parse_recipe(text, "mine.yaml")
-    found = parse_recipe(text.replace("els:", "else:"), "mine.yaml")
-    assert found.quantize[0].fallback == "row"
-    dumped = found.quantize[0].model_dump(mode="json")
+    parsed = parse_recipe(text.replace("els:", "else:"), "mine.yaml")
+    assert parsed.quantize[0].fallback == "row"
+    dumped = parsed.quantize[0].model_dump(mode="json")
     assert dumped["else"] == "row"
-    assert Rule.model_validate(dumped) == found.quantize[0]
+    assert Rule.model_validate(dumped) == parsed.quantize[0]
     assert "else" not in load_recipe("llava-w4-vit8").quantize[0].model_dump()
 
 
 @pytest.mark.parametrize(("fallback", "packed"), [("row", 14), ("keep", 2)])
 def test_the_artifact_holds_what_the_plan_says(fallback: str, packed: int, tmp_path: Path) -> None:
     """Verified on export against compressed-tensors; its integers are those of the method with each linear's scheme."""
-    made = recipe(RULE | {"else": fallback})
-    result = export(made, out=tmp_path / "out", device=choose("cpu"), on_event=lambda _: None, skip_evaluation=True)
+    with_fallback = recipe(RULE | {"else": fallback})
+    result = export(
+        with_fallback, out=tmp_path / "out", device=choose("cpu"), on_event=lambda _: None, skip_evaluation=True
+    )
     assert result.verified.linears == packed
     artifact = Artifact.open(result.out)
     assert any(f"(else: {fallback})" in note for note in artifact.manifest.notes)

@@ -88,19 +88,19 @@ def test_members_of_a_phase_receive_the_same_tensor(family: Family, config: dict
         live = {name: model.get_submodule(family.live_name(component.module(0, name))) for name in linears}
         reached: set[str] = set()
         for entry in component.passes:
-            seen: dict[str, torch.Tensor] = {}
+            received: dict[str, torch.Tensor] = {}
 
-            def see(name: str, x: torch.Tensor, seen: dict = seen) -> None:
-                seen.setdefault(name, x.clone())
+            def see(name: str, x: torch.Tensor, received: dict = received) -> None:
+                received.setdefault(name, x.clone())
 
             with watch_inputs(live, see, stop=False):
                 run_until_stopped(entry.run, model, inputs)
-            reached |= seen.keys()
-            phases = [[name for name in phase if name in seen] for phase in component.phases]
+            reached |= received.keys()
+            phases = [[name for name in phase if name in received] for phase in component.phases]
             for phase in filter(None, phases):
                 for name in phase[1:]:
-                    assert torch.equal(seen[name], seen[phase[0]]), name
-            position = {name: i for i, name in enumerate(seen)}
+                    assert torch.equal(received[name], received[phase[0]]), name
+            position = {name: i for i, name in enumerate(received)}
             for earlier, later in itertools.pairwise(filter(None, phases)):
                 assert max(position[n] for n in earlier) < min(position[n] for n in later), component.name
         assert reached == set(linears)
@@ -123,12 +123,14 @@ def test_streamed_blocks_equal_the_whole_model(family: Family, config: dict[str,
                 with torch.no_grad():
                     hidden = first_output(call(block, hidden if call.added is None else hidden + call.added))
             last = model.get_submodule(family.live_name(chain[-1]))
-            found: list[torch.Tensor] = []
-            handle = last.register_forward_hook(lambda m, a, o, e=found: e.append(o[0] if isinstance(o, tuple) else o))
+            outputs: list[torch.Tensor] = []
+            handle = last.register_forward_hook(
+                lambda m, a, o, e=outputs: e.append(o[0] if isinstance(o, tuple) else o)
+            )
             with torch.no_grad():
                 entry.run(model, inputs)
             handle.remove()
-            assert torch.equal(hidden, found[0]), component.name
+            assert torch.equal(hidden, outputs[0]), component.name
 
 
 @published
@@ -138,18 +140,18 @@ def test_targets_match_their_linears_under_both_names_and_no_others(name: str) -
     for component in family.components:
         for i in {0, component.used(config) - 1} if component.used(config) else ():
             pattern = component.target.replace("{i}", str(i)) + r"(\.|$)"
-            wanted = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
-            assert wanted
+            members = {m for m in modules if f"{m}.".startswith(component.block(i) + ".")}
+            assert members
             for rename in (family.runtime_name, family.live_name):
-                assert {m for m in modules if re.match(pattern, rename(m))} == wanted
+                assert {m for m in modules if re.match(pattern, rename(m))} == members
 
 
 @models
 @torch.no_grad()
 def test_every_smoothing_is_an_exact_fold(family: Family, config: dict[str, Any]) -> None:
     """The whole model computes the same with scales from 1/30 to 30 in every block, one smoothing at a time."""
-    made = tiny_inputs(family, config=config)
-    inputs = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
+    batch_inputs = tiny_inputs(family, config=config)
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch_inputs.items()}
     generator = torch.Generator().manual_seed(2)
     folded = []
     for component in family.components:

@@ -134,13 +134,13 @@ def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool)
     attention, hidden = text.layers[0].self_attn, torch.randn(1, 9, text.config.hidden_size)
     turns = text.rotary_emb(hidden, torch.arange(9)[None])
 
-    def asked() -> torch.Tensor:
-        found: torch.Tensor = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
-        return found
+    def attend() -> torch.Tensor:
+        result: torch.Tensor = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
+        return result
 
     vision = model.config.vision_config._attn_implementation
     with torch.no_grad():
-        before = asked()
+        before = attend()
         round_as_served(model, ServedRounding(kv_cache="fp8"), cuda)
         shape = (1, 9, -1, attention.head_dim)
         q, k, v = (
@@ -151,7 +151,7 @@ def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool)
         q, k, v = to_float8(q) if cuda else q, *(repeat_kv(hold(t), attention.num_key_value_groups) for t in (k, v))
         scores = (q @ k.transpose(2, 3) * attention.scaling).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
         expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 9, -1))
-        assert torch.allclose(asked(), expected, atol=1e-6)
+        assert torch.allclose(attend(), expected, atol=1e-6)
     assert not torch.allclose(before, expected, atol=1e-5)
     assert model.config.vision_config._attn_implementation == vision
 
@@ -229,10 +229,10 @@ def test_rules_of_float8_are_plain_data() -> None:
 
 def test_a_config_asks_for_one_dtype_everywhere() -> None:
     named = {"architectures": ["X"], "torch_dtype": "float16", "text_config": {"dtype": "float16", "a": 1}}
-    found = in_dtype(named, "bfloat16")
-    assert found == named | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
+    converted = in_dtype(named, "bfloat16")
+    assert converted == named | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
     assert in_dtype({"architectures": ["X"]}, "bfloat16")["dtype"] == "bfloat16"
-    assert dtype(found, cpu=False) == "bfloat16"
+    assert dtype(converted, cpu=False) == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_transformers_finds_the_scales_of_the_cache(tmp_path: Path) -> None:
 
 
 def test_transformers_loads_4_bit_weights_whose_inputs_are_rounded(tmp_path: Path) -> None:
-    """With every layout `pack-quantized`: the library has to be told so group by group."""
+    """With every layout `pack-quantized`: each group must say so."""
     pytest.importorskip("compressed_tensors")
     data = load_recipe("llava-w4").adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
     data["quantize"] = [rule | {"activations": "fp8"} for rule in data["quantize"] if rule["component"] == "language"]

@@ -133,7 +133,7 @@ def test_a_holder_cannot_print_control_characters_or_pages(tmp_path: Path) -> No
     assert len(caught.value.message) < 600 + len(str(tmp_path))
 
 
-def test_a_file_system_without_locks_is_said_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(95, "Operation not supported")
 

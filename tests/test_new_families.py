@@ -38,9 +38,9 @@ def test_feed_forward_of_so400m_is_kept_where_vllm_builds_it_in_16_bits(
     rule = {"component": "vision", "method": "rtn", "bits": 8, "group_size": "row", "symmetric": True}
     plan = plan_of(sparse_checkpoint, ONEVISION, [rule])
     linears = [row for row in plan.of("vision") if row.linear]
-    kept = [row for row in linears if row.decision == "kept"]
-    assert {row.linear for row in kept} == {"mlp.fc1", "mlp.fc2"}
-    assert {row.reason for row in kept} == {"vLLM builds it in 16 bits, because 4304 is no multiple of 64"}
+    kept_rows = [row for row in linears if row.decision == "kept"]
+    assert {row.linear for row in kept_rows} == {"mlp.fc1", "mlp.fc2"}
+    assert {row.reason for row in kept_rows} == {"vLLM builds it in 16 bits, because 4304 is no multiple of 64"}
     assert {row.linear for row in linears if row.decision == "packed"} == {
         f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
     }
@@ -90,8 +90,8 @@ def test_vllm_matches_every_linear_of_a_published_checkpoint_to_its_scheme(
     packed = [linear for linear in linears if linear.scheme]
     assert len(packed) > 100
     assert {linear.scheme.bits for linear in packed if linear.scheme} == {4, 8}
-    found = [(group.scheme, list(group.targets)) for group in groups(plan)]
-    assert pattern_problems(linears, found, kept_modules(plan)) == []
+    schemes = [(group.scheme, list(group.targets)) for group in groups(plan)]
+    assert pattern_problems(linears, schemes, kept_modules(plan)) == []
     assert parallel_problems(linears, 1) == []
     assert all(heads > 0 for heads in plan.family.heads(header_config(name)).values())
 

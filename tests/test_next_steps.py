@@ -99,10 +99,10 @@ def texts_of(path: Path) -> list[str]:
 def test_no_message_names_a_file_that_a_wheel_lacks() -> None:
     paths = sorted((ROOT / "exporter").rglob("*.py"))
     named = {
-        path.name: found
+        path.name: outside
         for path in paths
         if path.name not in ("card.py", "repository.py", "proof_files.py", "upload.py")  # README.md is an artifact's
-        if (found := [text for text in texts_of(path) if OUTSIDE.search(text)])
+        if (outside := [text for text in texts_of(path) if OUTSIDE.search(text)])
     }
     assert named == {}
 

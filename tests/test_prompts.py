@@ -111,9 +111,9 @@ def test_recipes_without_prompts_keep_their_digest_and_others_change_it() -> Non
     assert len({other.digest() for other in others}) == 3
 
 
-def tokens(made: Recipe) -> list[list[int]]:
+def tokens(adjusted_recipe: Recipe) -> list[list[int]]:
     """Token ids of every calibration sample."""
-    plan, checkpoint = prepare(made, CPU, headers_only=True)
+    plan, checkpoint = prepare(adjusted_recipe, CPU, headers_only=True)
     processor = load_processor(checkpoint.folder)
     rows = batches(processor, plan.family, calibration_samples(plan, ()), 1)
     return [row["input_ids"][0].tolist() for row in rows]
@@ -130,12 +130,12 @@ def test_calibration_reads_the_prompts_and_its_identity_changes_with_them() -> N
     assert [holds(row) for row in tokens(changed)] == [True, False, True, False]  # captions and questions alternate
     assert not any(holds(row) for row in tokens(recipe()))
     identities = []
-    for made in (recipe(), changed):
-        plan, checkpoint = prepare(made, CPU, headers_only=True)
+    for variant in (recipe(), changed):
+        plan, checkpoint = prepare(variant, CPU, headers_only=True)
         samples = calibration_samples(plan, ())
         identities.append(identity.of_job(plan, checkpoint, processor, samples, ["a"] * len(samples), CPU))
     assert identities[0]["samples"] != identities[1]["samples"]
-    assert [before == after for before, after in zip(*(found["samples"] for found in identities), strict=True)] == [
+    assert [before == after for before, after in zip(*(entry["samples"] for entry in identities), strict=True)] == [
         False,
         True,
         False,
@@ -253,8 +253,8 @@ def test_check_and_the_example_of_serve_use_the_artifacts_prompts(
     assert example(opened.family) == (text, 3)
     assert json.dumps(text)[1:-1] in shell_line(launch(artifact, {}, program), opened.family)
     assert example(FAMILIES["llava"])[1] == LLAVA.max_new_tokens["vqa"]
-    asked = ask.question(demo_example.PICTURE, None, 8, False, str(artifact))
-    assert asked.wording(LLAVA).text(None) == CAPTION  # mmq ask, also for the source beside the artifact
+    request = ask.question(demo_example.PICTURE, None, 8, False, str(artifact))
+    assert request.wording(LLAVA).text(None) == CAPTION  # mmq ask, also for the source beside the artifact
     assert ask.question(demo_example.PICTURE, None, 8, False, "demo-llava").wording(LLAVA) == LLAVA
     captions = SimpleNamespace(
         max_new_tokens={"captioning": 9}, text=lambda question: CAPTION if question is None else ""
@@ -297,8 +297,8 @@ def test_plan_shows_the_prompts() -> None:
 
 def test_units_and_scores_of_a_study_depend_on_the_prompts(tmp_path: Path) -> None:
     def setup_with(how: How = "forced", **options: Any) -> Setup:
-        made = base_recipe("demo-llava", None, (), 4, 0).model_copy(update=options)
-        return Setup(tmp_path, made.model_dump_json(), samples=4, device="cpu", how=how)
+        base = base_recipe("demo-llava", None, (), 4, 0).model_copy(update=options)
+        return Setup(tmp_path, base.model_dump_json(), samples=4, device="cpu", how=how)
 
     def keys(**options: Any) -> Any:
         open_model.cache_clear()
@@ -316,10 +316,10 @@ def test_units_and_scores_of_a_study_depend_on_the_prompts(tmp_path: Path) -> No
 
 def test_a_start_token_that_nothing_writes_is_mentioned_once(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MODELS["demo-llava"], tmp_path / "m"))
-    made = adjusted(load_recipe("llava-w4"), folder)
+    with_folder = adjusted(load_recipe("llava-w4"), folder)
 
     def notes() -> list[str]:
-        return [note for note in prepare(made, CPU, headers_only=True)[0].warnings if "start token" in note]
+        return [note for note in prepare(with_folder, CPU, headers_only=True)[0].warnings if "start token" in note]
 
     assert notes() == []
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -78,11 +78,11 @@ def test_float16_is_read_as_the_bfloat16_in_which_it_is_served(tmp_path: Path) -
     plan, checkpoint = prepare(job, choose("cpu"))
     assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
     assert any("float16 tensors as bfloat16: vLLM's kernels" in warning for warning in plan.warnings)
-    plain, kept = prepare(load_recipe("llava-w4").adjusted(model={"repo": str(folder)}), choose("cpu"))
-    assert {info.dtype for info in kept.tensors.values()} == {torch.float16}
+    plain, unchanged = prepare(load_recipe("llava-w4").adjusted(model={"repo": str(folder)}), choose("cpu"))
+    assert {info.dtype for info in unchanged.tensors.values()} == {torch.float16}
     assert not any("as bfloat16" in warning for warning in plain.warnings)
     events: list[Event] = []
-    made = export(job, out=tmp_path / "out", device=choose("cpu"), on_event=events.append, skip_evaluation=True)
+    result = export(job, out=tmp_path / "out", device=choose("cpu"), on_event=events.append, skip_evaluation=True)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float8_e4m3fn}
-    assert made.verified.blocks  # compressed-tensors reads the weights that mmq computed
+    assert result.verified.blocks  # compressed-tensors reads the weights that mmq computed

@@ -43,10 +43,10 @@ COUNT = 11  # more than the largest rank that counts
 @cache
 def model() -> Any:
     """An untrained retrieval model; its scores are arbitrary, and contrast and matching differ about as much."""
-    made = build(config("retrieval"), 3).eval()
+    result = build(config("retrieval"), 3).eval()
     with torch.no_grad():
-        made.itm_head.weight.mul_(0.15)
-    return made
+        result.itm_head.weight.mul_(0.15)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -60,61 +60,65 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @cache
-def chosen() -> list[Sample]:
+def demo_samples() -> list[Sample]:
     """Scenes of which every third lost a caption, so that pictures differ in how many they have."""
-    found = data_samples("demo", None, "retrieval", "test", COUNT, 1)
-    cut = [replace(s, among=None, references=s.references[: 2 + (i % 3 > 0)]) for i, s in enumerate(found)]
+    loaded = data_samples("demo", None, "retrieval", "test", COUNT, 1)
+    cut = [replace(s, among=None, references=s.references[: 2 + (i % 3 > 0)]) for i, s in enumerate(loaded)]
     return with_pool(cut, CANDIDATES)
 
 
 def naive(processor: Any) -> dict[str, list[float]]:
     """Recalls from whole matrices: every pair through the model by itself."""
-    texts = [text for sample in chosen() for text in sample.references]
-    owners = [i for i, sample in enumerate(chosen()) for _ in sample.references]
+    texts = [text for sample in demo_samples() for text in sample.references]
+    owners = [i for i, sample in enumerate(demo_samples()) for _ in sample.references]
     contrast, match = torch.zeros(COUNT, len(texts)), torch.zeros(COUNT, len(texts))
-    for i, sample in enumerate(chosen()):
+    for i, sample in enumerate(demo_samples()):
         for j, text in enumerate(texts):
             inputs = processor(images=sample.image(), text=text, return_tensors="pt")
             with torch.no_grad():
                 contrast[i, j] = model()(**inputs).logits_per_image
                 match[i, j] = model()(**inputs, use_image_text_matching_head=True).logits_per_image[0, 1]
-    found: dict[str, list[float]] = {}
+    hits: dict[str, list[float]] = {}
     for way, axis in (("text", 1), ("image", 0)):
-        kept = torch.zeros_like(contrast, dtype=torch.bool).scatter(axis, contrast.topk(CANDIDATES, axis).indices, True)
-        whole = recalls((contrast + match).masked_fill(~kept, float("-inf")), owners)
-        found |= {name: values for name, values in whole.items() if name.startswith(way)}
-    return found
+        candidates = torch.zeros_like(contrast, dtype=torch.bool).scatter(
+            axis, contrast.topk(CANDIDATES, axis).indices, True
+        )
+        whole = recalls((contrast + match).masked_fill(~candidates, float("-inf")), owners)
+        hits |= {name: values for name, values in whole.items() if name.startswith(way)}
+    return hits
 
 
 def test_ranks_are_those_of_the_whole_matrices(processor: Any) -> None:
-    answers = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(5)) for k, v in piece.items()}
+    answers = {k: v for piece in rank(model(), processor, demo_samples(), CPU, BatchSize(5)) for k, v in piece.items()}
     expected = naive(processor)
-    found = [retrieval._parse_ranks(answers[i], len(s.references)) for i, s in enumerate(chosen())]
+    parsed = [retrieval._parse_ranks(answers[i], len(s.references)) for i, s in enumerate(demo_samples())]
     for k in RANKS:
-        assert [float(text <= k) for text, _ in found] == expected[f"text_r{k}"]
-        assert [float(rank <= k) for _, ranks in found for rank in ranks] == expected[f"image_r{k}"]
+        assert [float(text <= k) for text, _ in parsed] == expected[f"text_r{k}"]
+        assert [float(rank <= k) for _, ranks in parsed for rank in ranks] == expected[f"image_r{k}"]
     assert 0 < sum(expected["text_r5"]) < COUNT  # an untrained model finds some things and not others
     assert 0 < sum(expected["image_r5"]) < len(expected["image_r5"])
 
 
 def test_a_part_of_the_pool_has_the_ranks_of_the_whole(processor: Any) -> None:
     """What a resumed evaluation asks for."""
-    whole = {k: v for piece in rank(model(), processor, chosen(), CPU, BatchSize(8)) for k, v in piece.items()}
-    part = {k: v for piece in rank(model(), processor, chosen()[-3:], CPU, BatchSize(3)) for k, v in piece.items()}
+    whole = {k: v for piece in rank(model(), processor, demo_samples(), CPU, BatchSize(8)) for k, v in piece.items()}
+    part = {
+        k: v for piece in rank(model(), processor, demo_samples()[-3:], CPU, BatchSize(3)) for k, v in piece.items()
+    }
     assert part == {i: whole[COUNT - 3 + i] for i in range(3)}
 
 
 def test_predictors_mix_tasks(processor: Any) -> None:
     predictor = Predictor(model(), processor, FAMILIES["blip2-itm"], CPU, 4)
-    answers = predictor.answer(chosen()[:2])
+    answers = predictor.answer(demo_samples()[:2])
     assert answers == [
-        piece for part in rank(model(), processor, chosen()[:2], CPU, BatchSize(4)) for piece in part.values()
+        piece for part in rank(model(), processor, demo_samples()[:2], CPU, BatchSize(4)) for piece in part.values()
     ]
 
 
 def test_samples_of_two_pools_are_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match="one pool"):
-        list(rank(model(), processor, [chosen()[0], with_pool([chosen()[1]])[0]], CPU, BatchSize(4)))
+        list(rank(model(), processor, [demo_samples()[0], with_pool([demo_samples()[1]])[0]], CPU, BatchSize(4)))
 
 
 # Ties, and NaN scores
@@ -169,35 +173,37 @@ def test_ties_for_the_last_candidate_go_to_others() -> None:
 @cache
 def broken(part: str) -> Any:
     """The model with one weight that is not a number."""
-    made = deepcopy(model())
+    copied = deepcopy(model())
     with torch.no_grad():
-        {"head": made.itm_head, "vision": made.vision_model.encoder.layers[0].mlp.fc1}[part].weight[1, 0] = math.nan
-    return made
+        {"head": copied.itm_head, "vision": copied.vision_model.encoder.layers[0].mlp.fc1}[part].weight[1, 0] = math.nan
+    return copied
 
 
 @pytest.mark.parametrize("part", ["head", "vision"])
 def test_a_model_with_only_nan_scores_finds_no_match(processor: Any, part: str) -> None:
-    answers = [text for piece in rank(broken(part), processor, chosen(), CPU, BatchSize(5)) for text in piece.values()]
-    scores = score(answers, chosen())
+    answers = [
+        text for piece in rank(broken(part), processor, demo_samples(), CPU, BatchSize(5)) for text in piece.values()
+    ]
+    scores = score(answers, demo_samples())
     assert {value for metric in METRICS for value in scores[metric]} == {0.0}
     missed = retrieval.count_not_finite(answers)  # what the head spoils can have missed the candidates already
     assert missed == COUNT if part == "vision" else missed > 0
 
 
 def test_a_broken_picture_affects_only_its_own_search(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
+    whole = [text for piece in rank(model(), processor, demo_samples(), CPU, BatchSize(12)) for text in piece.values()]
     see = model().vision_model.forward
 
     def forward(**inputs: Any) -> Any:
-        seen = see(**inputs)
-        seen.last_hidden_state[4] = math.nan
-        return seen
+        output = see(**inputs)
+        output.last_hidden_state[4] = math.nan
+        return output
 
     monkeypatch.setattr(model().vision_model, "forward", forward)
-    found = [text for piece in rank(model(), processor, chosen(), CPU, BatchSize(12)) for text in piece.values()]
-    assert found[4] == format_answer(math.nan, [math.nan] * len(chosen()[4].references))
-    assert retrieval.count_not_finite(found) == 1
-    assert [text.partition(" | ")[0] for i, text in enumerate(found) if i != 4] == [
+    texts = [text for piece in rank(model(), processor, demo_samples(), CPU, BatchSize(12)) for text in piece.values()]
+    assert texts[4] == format_answer(math.nan, [math.nan] * len(demo_samples()[4].references))
+    assert retrieval.count_not_finite(texts) == 1
+    assert [text.partition(" | ")[0] for i, text in enumerate(texts) if i != 4] == [
         text.partition(" | ")[0] for i, text in enumerate(whole) if i != 4
     ]
 
@@ -205,42 +211,42 @@ def test_a_broken_picture_affects_only_its_own_search(processor: Any, monkeypatc
 def answering(label: str, answers: Sequence[str]) -> Answerer:
     """A model of given answers."""
 
-    class Given:
+    class FixedAnswers:
         def pieces(self, samples: Sequence[Sample]) -> Iterator[dict[int, str]]:
             yield dict(enumerate(answers))
 
     @contextmanager
     def opened() -> Iterator[Backend]:
-        yield Given()
+        yield FixedAnswers()
 
     return Answerer(label, {"weights": label}, lambda sample: sample.identity, opened)
 
 
 def test_nan_scores_are_reported_and_fail_gates() -> None:
-    samples, seen = {"retrieval": chosen()}, list[Event]()
-    good = answering("full precision", [format_answer(1, [1] * len(s.references)) for s in chosen()])
-    bad = answering("artifact", [format_answer(math.nan, [math.nan] * len(s.references)) for s in chosen()])
+    samples, events = {"retrieval": demo_samples()}, list[Event]()
+    good = answering("full precision", [format_answer(1, [1] * len(s.references)) for s in demo_samples()])
+    bad = answering("artifact", [format_answer(math.nan, [math.nan] * len(s.references)) for s in demo_samples()])
     recipe = load_recipe("blip2-retrieval-w4")
-    report = compare_models(good, bad, samples, recipe, None, seen.append, {})
+    report = compare_models(good, bad, samples, recipe, None, events.append, {})
     assert [gate.verdict for gate in report.gates] == ["failed", "failed"]
-    assert [event.message for event in seen if event.stage == "note"] == [
+    assert [event.message for event in events if event.stage == "note"] == [
         f"artifact: scores of {COUNT} samples are not finite numbers; they count as misses"
     ]
     with pytest.raises(DataError, match=f"full precision: scores of {COUNT} samples are not finite"):
-        compare_models(replace(bad, label="full precision"), good, samples, recipe, None, seen.append, {})
+        compare_models(replace(bad, label="full precision"), good, samples, recipe, None, events.append, {})
 
 
 def test_equal_pixels_with_other_texts_have_separate_answers(tmp_path: Path) -> None:
     """The same picture under two names, as real sets hold it: nothing but the place in the pool tells them apart."""
     picture = partial(Image.new, "RGB", (4, 4))
     samples = [Sample("a", picture, None, ("one", "two")), Sample("b", picture, None, ("three",))]
-    found = {"retrieval": with_pool(samples)}
+    pooled = {"retrieval": with_pool(samples)}
     given, family = [format_answer(1, [1, 2]), format_answer(2, [2])], FAMILIES["blip2-itm"]
     model = replace(answering("artifact", given), prompt=partial(_query, None, family))
     hashes = {"retrieval": ["the same", "the same"]}
-    assert collect_answers(model, found, hashes, Store(tmp_path), ignore) == {"retrieval": given}
-    renamed = {"retrieval": with_pool([replace(s, references=(*s.references, "more")) for s in found["retrieval"]])}
-    assert len({model.prompt(s) for s in (*found["retrieval"], *renamed["retrieval"])}) == 4
+    assert collect_answers(model, pooled, hashes, Store(tmp_path), ignore) == {"retrieval": given}
+    renamed = {"retrieval": with_pool([replace(s, references=(*s.references, "more")) for s in pooled["retrieval"]])}
+    assert len({model.prompt(s) for s in (*pooled["retrieval"], *renamed["retrieval"])}) == 4
 
 
 # Answers and scores
@@ -253,8 +259,8 @@ def sample(texts: int) -> Sample:
 
 
 def test_scores_are_shares_of_what_was_found() -> None:
-    found = score([format_answer(1, [1, 3]), format_answer(None, [7, None])], [sample(2), sample(2)])
-    assert found == {
+    scores = score([format_answer(1, [1, 3]), format_answer(None, [7, None])], [sample(2), sample(2)])
+    assert scores == {
         "r1": [0.75, 0.0],
         "text_r1": [1.0, 0.0],
         "image_r1": [0.5, 0.0],
@@ -263,7 +269,7 @@ def test_scores_are_shares_of_what_was_found() -> None:
         "text_r10": [1.0, 0.0],
         "image_r10": [1.0, 0.5],
     }
-    assert sorted(found) == sorted(METRICS)
+    assert sorted(scores) == sorted(METRICS)
 
 
 @pytest.mark.parametrize("answer", ["", "1", "1 | 1", "1 | 1 1 1", "a | b c", "1, 1 1"])
@@ -272,9 +278,9 @@ def test_an_answer_in_another_format_counts_as_no_match(answer: str) -> None:
 
 
 def test_recalls_of_the_whole_set_count_texts() -> None:
-    found = TASKS["retrieval"].corpus([format_answer(2, [1]), format_answer(1, [1, 6, None])], [sample(1), sample(3)])
-    assert (found["text_r1"], found["image_r1"], found["image_r10"]) == (0.5, 0.5, 0.75)
-    assert found["r_mean"] == pytest.approx((0.5 + 1 + 1 + 0.5 + 0.5 + 0.75) / 6)
+    figures = TASKS["retrieval"].corpus([format_answer(2, [1]), format_answer(1, [1, 6, None])], [sample(1), sample(3)])
+    assert (figures["text_r1"], figures["image_r1"], figures["image_r10"]) == (0.5, 0.5, 0.75)
+    assert figures["r_mean"] == pytest.approx((0.5 + 1 + 1 + 0.5 + 0.5 + 0.75) / 6)
 
 
 def test_pools_know_what_is_searched() -> None:
@@ -295,10 +301,10 @@ def test_pools_know_what_is_searched() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "drawings"])
 def test_demo_scenes_can_be_searched(name: str) -> None:
-    found = data_samples(name, None, "retrieval", "validation", 30, 0)
-    assert {s.kind for s in found} <= {f"{n} objects" for n in range(1, 5)}
-    assert all(s.among and len(s.among.samples) == 30 and s.among.candidates == 10 for s in found)
-    assert not any("." in text for s in found for text in s.references)
+    loaded = data_samples(name, None, "retrieval", "validation", 30, 0)
+    assert {s.kind for s in loaded} <= {f"{n} objects" for n in range(1, 5)}
+    assert all(s.among and len(s.among.samples) == 30 and s.among.candidates == 10 for s in loaded)
+    assert not any("." in text for s in loaded for text in s.references)
 
 
 def test_flickr30k_is_searched_with_the_papers_candidates(tmp_path: Path) -> None:
@@ -308,10 +314,10 @@ def test_flickr30k_is_searched_with_the_papers_candidates(tmp_path: Path) -> Non
     Image.new("RGB", (4, 4)).save(tmp_path / "flickr30k-images" / "1.jpg")
     entry = {"filename": "1.jpg", "imgid": 1, "split": "test", "sentences": [{"raw": "A Dog."}, {"raw": "one dog!"}]}
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": [entry]}))
-    found = data_samples("flickr30k", tmp_path, "retrieval", "test", 5, 0)
-    assert found[0].references == ("a dog", "one dog")
-    assert found[0].among is not None
-    assert found[0].among.candidates == 128
+    loaded = data_samples("flickr30k", tmp_path, "retrieval", "test", 5, 0)
+    assert loaded[0].references == ("a dog", "one dog")
+    assert loaded[0].among is not None
+    assert loaded[0].among.candidates == 128
 
 
 @pytest.mark.parametrize("name", ["blip2-retrieval-w3", "blip2-retrieval-w4"])
@@ -334,7 +340,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     from exporter.pipeline.samples import evaluation_samples
 
     monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 4)
-    device, out, seen = choose("cpu"), tmp_path / "made", []
+    device, out, progress = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
     first = export(recipe, out=out, device=device, on_event=lambda event: None).report
@@ -342,9 +348,9 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     assert [gate.metric for gate in first.gates] == ["text_r1", "image_r1"]
     assert {m.metric for m in first.measures} == set(METRICS)
     assert first.measures[0].difference.before > 0.8
-    kept = sorted(p for p in default_store(out).folder.glob("*/*.json") if p.name != "about.json")
-    assert len(kept) == 6  # two models, eight pictures a file
-    kept[0].unlink()
+    stored = sorted(p for p in default_store(out).folder.glob("*/*.json") if p.name != "about.json")
+    assert len(stored) == 6  # two models, eight pictures a file
+    stored[0].unlink()
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
     texts = sum(len(sample.references) for sample in samples["retrieval"])
@@ -353,8 +359,10 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     console.print(report_page(first))
     assert f"retrieval searched: 24 pictures, {texts} texts, 4 candidates" in console.export_text()
     assert f"retrieval gallery: 24 pictures, {texts} texts, 4 candidates" in html(collect(read_place(str(out)), {}))
-    again = measure(checkpoint, out, samples, recipe, device, lambda e: seen.append(e.done), store=default_store(out))
+    again = measure(
+        checkpoint, out, samples, recipe, device, lambda e: progress.append(e.done), store=default_store(out)
+    )
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
-    assert sorted(seen)[:1] == [16]  # of one model eight were missing
+    assert sorted(progress)[:1] == [16]  # of one model eight were missing
     with pytest.raises(DataError, match="vLLM does not support image-text retrieval"):
         served_answerers(checkpoint, Artifact.open(out), Servers(None, None))

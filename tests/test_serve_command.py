@@ -225,9 +225,9 @@ def test_address_and_number_of_gpus_are_options_of_mmq(flags: tuple[str, ...]) -
 
 @pytest.mark.parametrize("flags", [("--served-model-name", "mine"), ("--served_model_name=mine",)])
 def test_requests_use_the_served_model_name(flags: tuple[str, ...]) -> None:
-    made = launch(MODELS["demo-llava"], {}, Program("vllm", "0.32.0", cpu=False), extra=flags)
-    assert made.model == "mine"
-    assert "demo-llava" not in made.command
+    serve_command = launch(MODELS["demo-llava"], {}, Program("vllm", "0.32.0", cpu=False), extra=flags)
+    assert serve_command.model == "mine"
+    assert "demo-llava" not in serve_command.command
 
 
 def test_a_server_that_is_killed_during_its_start_is_an_error(vllm: str, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_launch_serves_the_folder_on_loopback_under_its_name(launch, tmp_path):
     assert lines[-1] == "--enforce-eager"
 
 
-def test_launch_listens_where_it_is_told(launch, tmp_path):
+def test_launch_listens_on_the_given_address(launch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     lines = launch(str(tmp_path), HOST="0.0.0.0", PORT="9").stdout.splitlines()
     assert lines[lines.index("--host") + 1] == "0.0.0.0"

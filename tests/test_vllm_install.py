@@ -63,7 +63,7 @@ def test_pytorchs_index_is_asked_where_pip_finds_no_torch(python: Path, tmp_path
         ("import", "importing vllm fails"),
     ],
 )
-def test_what_fails_is_said_and_tried_again_next_time(python: Path, tmp_path: Path, fails: str, message: str) -> None:
+def test_a_failed_install_is_reported_and_repeated(python: Path, tmp_path: Path, fails: str, message: str) -> None:
     code, output, _ = install(python, tmp_path / "vllm", fails)
     assert code != 0
     assert message in output

@@ -121,7 +121,7 @@ CPU_CLASSES = {
 
 
 def question(linear: Linear, **changed: Any) -> dict:
-    """What choose.py is asked about one linear of an artifact, on a CPU unless told otherwise."""
+    """The question to choose.py about one linear of an artifact; on a CPU by default."""
     config = quantization_config([Group(linear.scheme, ("re:.*x$",))], [])
     rest = {"capability": None, "degree": 1, "dtype": "bfloat16", "humming": False, **changed}
     return {"config": config, "shape": linear.shape, "row_parallel": linear.name in ROW_PARALLEL, **rest}
