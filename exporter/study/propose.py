@@ -56,8 +56,8 @@ class MeasuredRecipe:
 
 def _main_measures(report: Report) -> list[Measure]:
     """The measures of each task's main metric."""
-    found = {(measure.task, measure.metric) for measure in report.measures}
-    mains = {task: main_metric(task, {metric for of, metric in found if of == task}) for task, _ in found}
+    names = {(measure.task, measure.metric) for measure in report.measures}
+    mains = {task: main_metric(task, {metric for of, metric in names if of == task}) for task, _ in names}
     return [measure for measure in report.measures if measure.metric == mains[measure.task]]
 
 

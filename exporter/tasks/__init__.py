@@ -62,13 +62,13 @@ class Task(Protocol):
 
 def measured(task: str, samples: Sequence[Sample], gated: Sequence[str] = ()) -> tuple[str, ...]:
     """The metrics of an evaluation, in the task's order: its default ones, those of the samples, those of gates."""
-    wanted = {*TASKS[task].DEFAULT, *gated, *(metric for sample in samples for metric in sample.metrics)}
-    return tuple(metric for metric in TASKS[task].METRICS if metric in wanted)
+    names = {*TASKS[task].DEFAULT, *gated, *(metric for sample in samples for metric in sample.metrics)}
+    return tuple(metric for metric in TASKS[task].METRICS if metric in names)
 
 
-def main_metric(task: str, found: Container[str]) -> str:
-    """The main metric among those that were measured: the first in the task's order."""
-    return next((metric for metric in TASKS[task].METRICS if metric in found), TASKS[task].DEFAULT[0])
+def main_metric(task: str, metrics: Container[str]) -> str:
+    """The main metric among those that were measured, `metrics`: the first in the task's order."""
+    return next((metric for metric in TASKS[task].METRICS if metric in metrics), TASKS[task].DEFAULT[0])
 
 
 TASKS: dict[str, Task] = {"vqa": vqa, "captioning": captioning, "retrieval": retrieval}

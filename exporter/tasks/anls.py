@@ -12,8 +12,8 @@ THRESHOLD = 0.5
 
 def anls(answer: str, references: Sequence[str]) -> float:
     """The largest similarity of an answer to a reference, 0 or above 0.5 up to 1; an empty answer scores 0."""
-    found = _plain(answer)
-    return max((_similarity(found, _plain(reference)) for reference in references), default=0.0) if found else 0.0
+    plain = _plain(answer)
+    return max((_similarity(plain, _plain(reference)) for reference in references), default=0.0) if plain else 0.0
 
 
 def _plain(text: str) -> str:

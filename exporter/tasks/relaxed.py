@@ -14,8 +14,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?(?P<percent>\s*%)?"
 
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
     """1 if an answer equals a reference, or as a number is within 5 % of it; else 0. An empty answer scores 0."""
-    found = answer.strip().lower()
-    return float(bool(found) and any(_correct(found, reference.strip().lower()) for reference in references))
+    plain = answer.strip().lower()
+    return float(bool(plain) and any(_correct(plain, reference.strip().lower()) for reference in references))
 
 
 def _correct(answer: str, reference: str) -> bool:
