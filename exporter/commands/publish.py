@@ -131,7 +131,8 @@ def verify_published(place: str, as_json: bool) -> None:
 def diff(first: str, second: str, as_json: bool) -> None:
     """Show the differences between two artifacts.
 
-    mmq compares recipe, bits, scores, size and versions. FIRST and SECOND are folders, `hub:ORG/NAME` or
+    mmq compares recipe, bits, scores, size and versions; a change is SECOND minus FIRST. Scores of other samples (their
+    number, data or seed) are marked as not comparable. FIRST and SECOND are folders, `hub:ORG/NAME` or
     `hub:ORG/NAME@REVISION`.
 
     \b

@@ -19,6 +19,7 @@ from exporter.model.hub import PREFIX, open_remote, parse_place
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import parse_recipe
+from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import matches
 
 RECIPE = "recipe.yaml"
@@ -27,7 +28,10 @@ ReadFile = Callable[[str], bytes | None]  # file name -> its bytes, None when th
 
 @dataclass(frozen=True)
 class SchemeGroup:
-    """Linears of one component with the same scheme. packed: stored as integers; else rounded and stored in 16 bits."""
+    """Linears of one component with the same scheme.
+
+    packed: stored as integers; else rounded and stored in 16 bits. kernels: of vLLM for the scheme, by hardware.
+    """
 
     component: str
     scheme: str
@@ -35,6 +39,7 @@ class SchemeGroup:
     methods: tuple[str, ...]
     linears: int
     packed: bool
+    kernels: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ def _parts(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe) -> tup
         bits = scheme.bits if scheme else max((rule.bits for rule in rules), default=16)
         methods = {rule.method for rule in rules if rule.bits == bits}
         label = scheme.label() if scheme else f"W{bits}, stored dequantized in 16 bits"
-        parts.append(SchemeGroup(component, label, bits, tuple(sorted(methods)), count, packed))
+        kernels = serving_kernels(scheme, manifest.format).label() if scheme else ""
+        parts.append(SchemeGroup(component, label, bits, tuple(sorted(methods)), count, packed, kernels))
     return tuple(parts)
 
 

@@ -17,6 +17,7 @@ from exporter.evaluation.report_file import Report
 from exporter.model.families import FAMILIES
 from exporter.publishing.artifact_summary import Summary, drawings_note
 from exporter.publishing.card_serving import serving
+from exporter.publishing.card_usage import creation, hardware, provenance, python_example
 
 CARD = "README.md"
 RESULTS = ".eval_results/mmq.yaml"
@@ -73,9 +74,12 @@ def render(
         _warning(problems),
         "## What was quantized\n\n" + _parts(summary),
         "## Quality\n\n" + _quality(summary),
+        "## How it was made\n\n" + creation(summary, base_model(summary, declared)),
         "## Serving\n\n" + serving(repo, summary, lacks_start),
+        python_example(repo, summary, lacks_start),
+        "## Hardware\n\n" + hardware(summary),
         "## Calibration\n\n" + _calibration(summary),
-        "## Provenance\n\n" + _provenance(repo, summary),
+        "## Provenance\n\n" + provenance(repo, summary),
         "## Limitations\n\n" + _limits(summary),
         f"## Changelog\n\n{BEGIN}\n{changelog}\n{END}" if changelog else "",
         "## Citation\n\nThe recipe is based on the results of this paper:\n\n" + CITATION,
@@ -218,9 +222,16 @@ def _quality(summary: Summary) -> str:
     rows = []
     for m in summary.report.measures:
         d = m.difference
-        scores = [f"{d.before:.4f}", f"{d.after:.4f}", signed(d.change), f"{signed(d.low)} to {signed(d.high)}"]
+        recovery = f"{d.after / d.before:.1%}" if d.before > 0 else ""
+        scores = [
+            f"{d.before:.4f}",
+            f"{d.after:.4f}",
+            recovery,
+            signed(d.change),
+            f"{signed(d.low)} to {signed(d.high)}",
+        ]
         rows.append([m.task, m.metric, str(m.samples), *scores])
-    head = ["task", "metric", "samples", "full precision", "this model", "change", "95 % interval"]
+    head = ["task", "metric", "samples", "full precision", "this model", "recovery", "change", "95 % interval"]
     other, prompts = summary.other_baseline, summary.report.evaluation.prompts_text(summary.report.samples)
     parts = [
         f"> [!WARNING]\n> The full-precision scores come from **another model than the source**: {other}."
@@ -228,7 +239,7 @@ def _quality(summary: Summary) -> str:
         else "",
         f"Both models answered the same samples ({data_name(summary)}) with greedy decoding; intervals are from a "
         "paired bootstrap.",
-        table(head, rows),
+        table(head, rows) + "\n\nRecovery is this model's score as a share of the full-precision score.",
         f"Prompts, inside the chat template: {prompts}." if prompts else "",
         _gates(summary.report),
         drawings_note(summary),
@@ -258,17 +269,6 @@ def _calibration(summary: Summary) -> str:
         f"{len(calibration.samples)} training samples of {readable_sources(calibration.data)}, selected with seed "
         f"{calibration.seed}. `mmq_manifest.json` lists their ids and the hashes of their pictures. mmq compares their "
         "pixels with those of the test samples and stops when a picture is in both sets."
-    )
-
-
-def _provenance(repo: str, summary: Summary) -> str:
-    versions = summary.manifest.versions
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("mmq", "torch", "transformers") if name in versions)
-    return (
-        f"- source: `{summary.source}`; the sha256 of its shards is in `mmq_manifest.json`\n"
-        f"- recipe: `recipe.yaml` (sha256 `{summary.manifest.recipe.sha256}`)\n"
-        f"- exported with {shown} on {summary.manifest.provenance.device}\n"
-        f"- check this repository against its manifest: `mmq verify hub:{repo}`"
     )
 
 
