@@ -269,7 +269,7 @@ def test_code_of_a_model_folder_never_runs_and_no_question_is_asked(model: Path)
     command = [sys.executable, "-m", "exporter", "plan", "--recipe", "llava-w4-vit8", "--model", str(model)]
     done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {model}: its processor cannot be loaded")
+    assert f"Error: {model}: its processor cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr
     assert "[y/N]" not in done.stdout + done.stderr
     assert not (model / "PWNED").exists()

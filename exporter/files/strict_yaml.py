@@ -38,14 +38,14 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of a node."""
-        seen: list[Any] = []
+        keys: list[Any] = []
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
+                if key.value in keys:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key '{key.value}' occurs twice", key.start_mark
                     )
-                seen.append(key.value)
+                keys.append(key.value)
         return super().construct_mapping(node, deep)
 
 
