@@ -11,6 +11,7 @@ from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
 from exporter.evaluation.report_file import AnswerPair, DistanceRecord, GateResult, Report, ServingRecord
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
+from exporter.report.headline import headline
 
 CHANGED_SHOWN = 40  # number of changed samples on the page; mmq_report.json lists more
 NEVER = "never evaluated"
@@ -28,6 +29,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "name": summary.name,
         "source": summary.source,
         "recipe": {"name": recipe.name, "summary": recipe.description(), "overrides": recipe.changes()},
+        "headline": headline(summary),
         "verdict": verdict,
         "verdict_tone": TONES.get(verdict, "open"),
         "verdict_says": VERDICT_SENTENCES[report.verdict] if report else "it was never evaluated",
