@@ -17,12 +17,11 @@ from exporter.errors import MmqError
 from exporter.evaluation.opened_artifact import OpenedArtifact
 from exporter.evaluation.report_file import Report
 from exporter.events import Event, Listener, ignore
-from exporter.numerics.quantized import GroupSize
 from exporter.pipeline import export as exporting
 from exporter.pipeline.export import Export
 from exporter.pipeline.preparation import prepare
 from exporter.planning import recipe_file
-from exporter.planning.overrides import adjusted
+from exporter.planning.overrides import Groups, adjusted
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.vllm_kernels import read_hardware
@@ -50,7 +49,7 @@ def plan(
     eval_samples: int | None = None,
     eval_batch: int | None = None,
     bits: Mapping[str, int] | None = None,
-    group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    group_size: Groups | Mapping[str, Groups] | None = None,
     prompts: Mapping[str, str] | None = None,
     max_new_tokens: Mapping[str, int] | None = None,
     serve_on: str | None = None,
@@ -60,7 +59,8 @@ def plan(
 
     model, revision, adapter, samples, eval_samples, eval_batch: replace the values of the recipe.
     bits: component -> bits of all its rules.
-    group_size: of every rule that has groups, or component -> group size of all its rules.
+    group_size: of every rule that has groups, or component -> group size of all its rules; `(128, "row")` and
+        `(128, "keep")` also set the rules' `else`.
     prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     serve_on: fail unless vLLM can serve the artifact there: a GPU's compute capability (`9.0`) or `cpu`.
     """
@@ -97,7 +97,7 @@ def export(
     eval_samples: int | None = None,
     eval_batch: int | None = None,
     bits: Mapping[str, int] | None = None,
-    group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    group_size: Groups | Mapping[str, Groups] | None = None,
     prompts: Mapping[str, str] | None = None,
     max_new_tokens: Mapping[str, int] | None = None,
     skip_evaluation: bool = False,
@@ -112,7 +112,8 @@ def export(
     out: the artifact's folder; None means `artifacts/MODEL-RECIPE`.
     model, revision, adapter, data, seed, samples, eval_samples, eval_batch: replace the values of the recipe.
     bits: component -> bits of all its rules.
-    group_size: of every rule that has groups, or component -> group size of all its rules.
+    group_size: of every rule that has groups, or component -> group size of all its rules; `(128, "row")` and
+        `(128, "keep")` also set the rules' `else`.
     prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     data: a source as on the command line (`coco:/data/coco`, or a folder), or a list with a source for each task.
     work: folder for finished blocks; None means beside `out`, and mmq removes it at the end.

@@ -1,6 +1,7 @@
 """Values of a command that replace those of a recipe: the same artifact as from an edited copy, recorded everywhere."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 from exporter import api
 from exporter.artifact.manifest import read_manifest
 from exporter.commands.main import cli
-from exporter.errors import RecipeError
+from exporter.device import choose
+from exporter.errors import PlanError, RecipeError
+from exporter.model.source import open_source
 from exporter.numerics.quantized import Scheme
 from exporter.planning.overrides import adjusted
+from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
@@ -35,6 +39,8 @@ def edited(name: str, *changes: dict[str, Any]) -> Recipe:
         ({"group_size": 64}, [{}, {}, {"group_size": 64}]),  # the vision tower has a scale per row, and keeps it
         ({"group_size": {"vision": 32, "language": "row"}}, [{"group_size": 32}, {}, {"group_size": "row"}]),
         ({"bits": {"projector": 8}, "group_size": {"projector": 64}}, [{}, {"bits": 8, "group_size": 64}, {}]),
+        ({"group_size": (64, "row")}, [{}, {}, {"group_size": 64, "else": "row"}]),
+        ({"group_size": {"vision": (32, "keep")}}, [{"group_size": 32, "else": "keep"}, {}, {}]),
     ],
 )
 def test_overrides_equal_an_edited_copy(options: dict[str, Any], changes: list[dict[str, Any]]) -> None:
@@ -42,7 +48,7 @@ def test_overrides_equal_an_edited_copy(options: dict[str, Any], changes: list[d
     assert changed.quantize == copy.quantize
     assert changed.digest() == copy.digest() != load_recipe("llava-w4-vit8").digest()
     assert copy.overrides == {}
-    assert len(changed.overrides) == sum(1 if isinstance(value, int) else len(value) for value in options.values())
+    assert len(changed.overrides) == sum(len(value) if isinstance(value, dict) else 1 for value in options.values())
 
 
 def test_a_group_size_leaves_rules_that_keep_their_linears() -> None:
@@ -102,7 +108,8 @@ def test_plan_shows_and_lists_overrides() -> None:
     [
         ("--bits", "3", "expected COMPONENT=BITS like language=3, not '3'"),
         ("--bits", "language=many", "not 'language=many'"),
-        ("--group-size", "small", "expected a number, row or tensor, not 'small'"),
+        ("--group-size", "small", "expected a number, row, tensor, or a number with ,row or ,keep, not 'small'"),
+        ("--group-size", "64,rows", "not '64,rows'"),
     ],
 )
 def test_malformed_options_are_wrong_usage(option: str, value: str, message: str) -> None:
@@ -128,3 +135,33 @@ def test_an_export_makes_the_artifact_of_an_edited_copy_and_records_the_override
     summary = read_place(str(first.out))
     assert "(changed: bits vision=4, group_size=32)" in render("me/x", summary, CardDeclarations(), (), "")
     assert collect(summary, {})["recipe"]["overrides"] == "bits vision=4, group_size=32"
+
+
+def test_a_row_removes_else_and_the_command_line_sets_it() -> None:
+    first = adjusted(load_recipe("llava-w4-vit4"), group_size={"vision": (128, "row")})
+    assert first.quantize[0].fallback == "row"
+    assert adjusted(first, group_size=64).quantize[0].fallback == "row"
+    assert adjusted(first, group_size={"vision": "row"}).quantize[0].fallback is None
+    done = run("plan", "--recipe", "llava-w4-vit4", "--model", "demo-llava", "--group-size", "vision=96,row", "--json")
+    assert json.loads(done.stdout)["overrides"] == {"group_size vision": "96,row"}
+    assert "(else: row)" in " ".join(json.loads(done.stdout)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("header", "linear"),
+    [
+        ("HuggingFaceTB--SmolVLM2-2.2B-Instruct", "mlp.fc2"),  # 4304 inputs
+        ("Qwen--Qwen2.5-VL-3B-Instruct", "mlp.down_proj"),  # 3420 inputs
+        ("Qwen--Qwen3-VL-8B-Instruct", "mlp.linear_fc2"),
+    ],
+)
+def test_a_shipped_recipe_fits_towers_with_odd_inputs_by_the_option_that_the_error_names(
+    header: str, linear: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    checkpoint, family = open_source(str(sparse_checkpoint(header)))
+    with pytest.raises(PlanError, match=r"--group-size vision=128,row") as caught:
+        make_plan(load_recipe("llava-w4-vit4"), checkpoint, family, choose("cpu"))
+    assert f"{linear} (" in caught.value.message
+    plan = make_plan(adjusted(load_recipe("llava-w4-vit4"), group_size=(128, "row")), checkpoint, family, choose("cpu"))
+    assert {row.linear for row in plan.of("vision") if row.scheme == Scheme(4, "row")} == {linear}
+    assert len(plan.fallbacks) == 1

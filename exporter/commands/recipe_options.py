@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from exporter.numerics.quantized import GroupSize
+    from exporter.planning.overrides import Groups
     from exporter.planning.recipe import Recipe
 
 EXAMPLES = {"bits": "language=3", "max_new_tokens": "vqa=20"}
@@ -33,8 +33,8 @@ def parse_numbers_by_name(context: click.Context, option: click.Parameter, value
 
 def parse_group_sizes(
     context: click.Context, option: click.Parameter, values: tuple[str, ...]
-) -> "GroupSize | dict[str, GroupSize] | None":
-    """Parse `64` as a group size, and `language=64` as component -> group size."""
+) -> "Groups | dict[str, Groups] | None":
+    """Parse `64` or `128,row` as a group size, and `language=64` as component -> group size."""
     sizes = {name: _group_size(text) for name, text in parse_pairs(context, option, values).items()}
     if "" not in sizes:
         return sizes or None
@@ -43,13 +43,16 @@ def parse_group_sizes(
     return sizes[""]
 
 
-def _group_size(text: str) -> "GroupSize":
+def _group_size(text: str) -> "Groups":
+    size, comma, fallback = text.partition(",")
+    if comma and size.isdecimal() and fallback in ("row", "keep"):
+        return int(size), "row" if fallback == "row" else "keep"
     if text == "row":
         return "row"
     if text == "tensor":
         return "tensor"
     if not text.isdecimal():
-        raise click.BadParameter(f"expected a number, row or tensor, not '{text}'")
+        raise click.BadParameter(f"expected a number, row, tensor, or a number with ,row or ,keep, not '{text}'")
     return int(text)
 
 
@@ -63,11 +66,12 @@ bits_option = click.option(
 )
 group_size_option = click.option(
     "--group-size",
-    metavar="[COMPONENT=]SIZE",
+    metavar="[COMPONENT=]SIZE[,ELSE]",
     multiple=True,
     callback=parse_group_sizes,
     help="Columns per scale, or row: in every rule with groups (--group-size 64), or in a component's rules "
-    "(--group-size language=row; repeatable). [the recipe's]",
+    "(--group-size language=row; repeatable). `128,row` uses one scale per row where 128 does not divide the inputs, "
+    "`128,keep` 16 bits. [the recipe's]",
 )
 
 

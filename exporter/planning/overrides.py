@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -11,6 +11,8 @@ from exporter.errors import RecipeError, did_you_mean, validation_message
 from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Recipe
 from exporter.planning.rule import Rule
+
+Groups = GroupSize | tuple[int, Literal["row", "keep"]]  # a group size alone, or with the rule's `else`
 
 
 def adjusted(
@@ -25,7 +27,7 @@ def adjusted(
     eval_batch: int | None = None,
     data: str | Path | Sequence[str | Path] = (),
     bits: Mapping[str, int] | None = None,
-    group_size: GroupSize | Mapping[str, GroupSize] | None = None,
+    group_size: Groups | Mapping[str, Groups] | None = None,
     prompts: Mapping[str, str] | None = None,
     max_new_tokens: Mapping[str, int] | None = None,
 ) -> Recipe:
@@ -82,24 +84,36 @@ def _with_bits(recipe: Recipe, bits: Mapping[str, int]) -> Recipe:
     return _changed(recipe, texts, lambda rule: {"bits": bits[rule.component]} if rule.component in bits else {})
 
 
-def _with_group_sizes(recipe: Recipe, group_size: GroupSize | Mapping[str, GroupSize] | None) -> Recipe:
+def _with_group_sizes(recipe: Recipe, group_size: Groups | Mapping[str, Groups] | None) -> Recipe:
     """The recipe with another group size in every rule that has groups, or in every rule of a component."""
     if group_size is None:
         return recipe
     if isinstance(group_size, Mapping):
         sizes = group_size
         _require_rules(recipe, "group_size", sizes)
-        texts = {f"group_size {component}": str(size) for component, size in sizes.items()}
-        return _changed(recipe, texts, lambda r: {"group_size": sizes[r.component]} if r.component in sizes else {})
+        texts = {f"group_size {component}": _text(size) for component, size in sizes.items()}
+        return _changed(recipe, texts, lambda rule: _keys(sizes[rule.component]) if rule.component in sizes else {})
     if not any(_has_groups(rule) for rule in recipe.quantize):
         named = ", ".join(dict.fromkeys(rule.component for rule in recipe.quantize if rule.bits != 16))
         raise RecipeError(
-            f"group_size {group_size}: no rule of recipe '{recipe.name}' has groups",
-            f"name a component: --group-size COMPONENT={group_size}, with one of {named}",
+            f"group_size {_text(group_size)}: no rule of recipe '{recipe.name}' has groups",
+            f"name a component: --group-size COMPONENT={_text(group_size)}, with one of {named}",
         )
     return _changed(
-        recipe, {"group_size": str(group_size)}, lambda rule: {"group_size": group_size} if _has_groups(rule) else {}
+        recipe, {"group_size": _text(group_size)}, lambda rule: _keys(group_size) if _has_groups(rule) else {}
     )
+
+
+def _keys(groups: Groups) -> dict[str, Any]:
+    """The keys of a rule that a group size sets; a size that is no number removes `else`."""
+    if isinstance(groups, tuple):
+        return {"group_size": groups[0], "else": groups[1]}
+    return {"group_size": groups} | ({} if isinstance(groups, int) else {"else": None})
+
+
+def _text(groups: Groups) -> str:
+    """`64`, `row` or `128,row`."""
+    return ",".join(map(str, groups)) if isinstance(groups, tuple) else str(groups)
 
 
 def _has_groups(rule: Rule) -> bool:

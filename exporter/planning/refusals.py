@@ -63,7 +63,8 @@ def refusal_lines(
 
 def _offer(number: int, rule: Rule, inputs: Collection[int]) -> str:
     sizes = [size for size in OFFERED if size != rule.group_size and all(columns % size == 0 for columns in inputs)]
-    otherwise = "`else: row` in the rule (one scale per row for these linears), or `else: keep` (16 bits)"
+    size = f"--group-size {rule.component}={rule.group_size}"
+    otherwise = f"`else: row` to the rule ({size},row), one scale per row for these linears, or `else: keep`, 16 bits"
     if not sizes:
         listed = ", ".join(map(str, sorted(inputs)))
         return f"{_named(number, rule)}: no group size of 128, 64 or 32 divides all of {listed} inputs; add {otherwise}"
