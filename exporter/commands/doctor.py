@@ -15,6 +15,7 @@ from exporter.errors import ServeError
 CORE = (PROGRAM, "torch", "transformers", "safetensors", "pydantic", "huggingface-hub")
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {  # extra -> (its packages, what does not work without them)
     "verify": (("compressed-tensors",), "`mmq verify` and exports do not compare block outputs with its reading"),
+    "pixtral": (("torchvision",), "the processor of Pixtral does not load; other processors do not need it"),
     "hub": (("datasets",), "no data sets of the hub or of parquet files (`--data hub:...`)"),
     "report": (("matplotlib",), "no PNG plots (`mmq report --plots`); the HTML page works"),
     "study": (("matplotlib", "scikit-learn", "scipy", "shap"), "no importance, allocation and plots of studies"),
