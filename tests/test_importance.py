@@ -27,6 +27,13 @@ def grid(vision: float, language: float) -> Table:
     return Table(("vision", "language"), bits, scores, "score")
 
 
+@pytest.fixture
+def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what no share decides."""
+    monkeypatch.setattr("exporter.study.importance.TREES", 10)
+    monkeypatch.setattr("exporter.study.importance.REPEATS", 3)
+
+
 def test_shares_follow_the_effect_on_the_score_and_sum_to_100() -> None:
     shares = importance(grid(vision=0.5, language=2.0)).shares
     for shares_by_method in (shares.consensus, shares.forest, shares.permutation, shares.shap):
@@ -59,6 +66,7 @@ def test_marginal_changes_are_exact_for_an_additive_score() -> None:
         assert change.error == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.usefixtures("few_trees")
 def test_usable_bits_keep_their_share_of_the_full_score() -> None:
     assert usable_bits(grid(vision=0.5, language=2.0), 0.8) == {"vision": (2, 3, 4, 8, 16), "language": (4, 8, 16)}
     assert importance(grid(vision=0.5, language=2.0)).usable["language"] == (4, 8, 16)
@@ -105,6 +113,7 @@ def test_problems_of_a_file_are_errors(tmp_path: Path) -> None:
         read_csv(write(tmp_path / "none.csv", ["acc"], [[1]]))
 
 
+@pytest.mark.usefixtures("few_trees")
 def test_few_rows_and_mixed_settings_give_notes(tmp_path: Path) -> None:
     columns = ["vision_bits", "language_bits", "acc", "method", "group_size"]
     rows: list[list[object]] = [[v, q, 1 - loss(v) - loss(q), "gptq", "row"] for v in BITS for q in BITS]
@@ -121,6 +130,7 @@ def test_few_rows_and_mixed_settings_give_notes(tmp_path: Path) -> None:
     assert len(result_data["notes"]) == 2
 
 
+@pytest.mark.usefixtures("few_trees")
 def test_the_command_prints_the_consensus_first(tmp_path: Path) -> None:
     table = grid(0.5, 2.0)
     rows: list[list[object]] = [[*bits, score] for bits, score in zip(table.bits, table.scores, strict=True)]

@@ -22,6 +22,13 @@ from exporter.study.table import Table, read_table
 BITS = (2, 3, 4, 8, 16)
 
 
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here depends on the shares of importance."""
+    monkeypatch.setattr("exporter.study.importance.TREES", 10)
+    monkeypatch.setattr("exporter.study.importance.REPEATS", 3)
+
+
 def measured(number: int, exam: str, score: float, size: float, **about: str | int) -> ScoredSetting:
     scores = {"score": score, "kl": 1.01 - score}
     return ScoredSetting(f"{exam}-{number}", exam, about, int(1000 * size), size, 0.1, 0.1, scores)
