@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ if not choose("auto").is_cuda:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on a CPU
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 settings.load_profile("no deadline")
+gc.set_threshold(50_000, 20, 20)  # the libraries' objects are many, and looking through them takes a tenth of the time
 torch.set_num_threads(1)  # tiny tensors: more threads are slower, and sums stay the same everywhere
 
 __all__ = ["header", "header_config", "write_sparse_checkpoint"]
