@@ -55,7 +55,7 @@ def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: s
     (caption,) = data.samples("folder", folder, "captioning", "test", 9, 0)
     assert caption.references == ("c", "d")
     (note,) = notes([loaded], [caption])
-    assert note.startswith("2 of 2 samples have <image> in a text")
+    assert note.startswith("2 of 2 samples have <image> or <|image_pad|> in a text")
     assert not notes([sample("s", "q", "a")])
 
 

@@ -37,7 +37,7 @@ class Destination:
                 f"--out {self.out} is not the name of a new folder", "give a new folder, like ./artifact"
             )
         for path in (self.out, default_work(self.out), temporary_folder(self.out), _aside(self.out)):
-            if path.is_symlink():
+            if _is_link(path):
                 hint = f"give its target {path.resolve()}" if path == self.out else "remove it, or give another --out"
                 raise ArtifactError(f"{path} is a symbolic link, and mmq replaces folders, not links", hint)
         written = {"--out": self.out, "--work": self.work}
@@ -171,6 +171,14 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return bool(renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
+
+
+def _is_link(path: Path) -> bool:
+    """Whether a path is a symbolic link; ArtifactError when the file system refuses its name."""
+    try:
+        return path.is_symlink()
+    except OSError as error:  # the names of the folders beside --out are longer than its own
+        raise ArtifactError(f"{path}: {error.strerror}", "give a shorter --out") from None
 
 
 def _nested(first: Path, second: Path) -> bool:
