@@ -6,15 +6,20 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from random import Random
 
 from bench.damage import damaged_bytes, damaged_json
+from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import MANIFEST
 from exporter.device import choose
+from exporter.errors import MmqError
+from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
+from exporter.files.file_hashes import sha256
 from exporter.publishing import repository
 from exporter.publishing.artifact_diff import difference
 from exporter.publishing.artifact_summary import folder_reader, read_summary
@@ -54,6 +59,20 @@ def damage_artifact(folder: Path, random: Random) -> None:
         path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
     else:
         path.write_bytes(damaged_bytes(raw, random))
+    if random.random() < 0.6:
+        _renew_hashes(artifact)
+
+
+def _renew_hashes(place: Path) -> None:
+    """Let the manifest name the hashes of the files that are there, and the report these weights."""
+    if not (place / MANIFEST).exists() or not (place / REPORT).exists():
+        return
+    manifest, report = (json.loads((place / name).read_bytes()) for name in (MANIFEST, REPORT))
+    manifest["files"] = {name: sha256(place / name) for name in manifest["files"] if (place / name).is_file()}
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    with suppress(MmqError):  # then it cannot be opened
+        report["evaluation"]["models"]["artifact"]["weights"] = weights_digest(Artifact.open(place))
+        (place / REPORT).write_text(json.dumps(report))
 
 
 def damage_manifest(folder: Path, random: Random) -> None:

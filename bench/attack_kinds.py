@@ -15,6 +15,16 @@ import torch
 from PIL import Image
 
 from bench.attack_artifacts import damage_artifact, damage_manifest, damage_report, try_artifact
+from bench.attack_files import (
+    damage_answers,
+    damage_layout,
+    damage_recipe,
+    damage_work,
+    try_answers,
+    try_layout,
+    try_recipe,
+    try_work,
+)
 from bench.damage import damaged_bytes, damaged_json
 from exporter import data
 from exporter.demo import MODELS
@@ -200,14 +210,20 @@ def _rows(folder: Path, random: Random) -> None:
         {"file_name": "a.png", "question": "which color?", "answers": ["red"], "id": "2"},
         {"file_name": "a.png", "question": "<image>\nwhat?", "answer": "red", "caption": "red"},
     ]
-    lines = [damaged_json(row, random, ("file_name", "caption", "answer")) for row in rows]
+    first = random.randrange(len(rows))
+    lines = [
+        damaged_json(row, random, ("file_name", "caption", "answer"))
+        if i == first or random.random() < 0.3
+        else json.dumps(row).encode()
+        for i, row in enumerate(rows)
+    ]
     content = b"\n".join(lines) if random.random() < 0.9 else damaged_bytes(b"\n".join(lines), random)
     (split / "metadata.jsonl").write_bytes(content)
 
 
 def _try_rows(folder: Path, accepted: Callable[[], None]) -> None:
-    problems = []
-    for task in ("captioning", "vqa", "retrieval"):
+    problems, tasks = [], ("captioning", "vqa", "retrieval")
+    for task in tasks:
         try:
             samples = data.samples("folder", folder, task, "train", 9, 0)
         except DataError as error:
@@ -217,7 +233,7 @@ def _try_rows(folder: Path, accepted: Callable[[], None]) -> None:
             json.dumps(trace.as_json()).encode()
         for sample in samples:
             f"{sample.identity}{sample.question}{sample.references}{sample.kind}".encode()
-    if problems:
+    if len(problems) == len(tasks):
         raise problems[0]
 
 
@@ -249,4 +265,8 @@ KINDS: dict[str, Kind] = {
     "artifact": Kind("artifact: weights, header, config, recipe, a missing file", 0.06, damage_artifact, try_artifact),
     "manifest": Kind("`mmq_manifest.json`", 0.04, damage_manifest, try_artifact),
     "report": Kind("`mmq_report.json`", 0.04, damage_report, try_artifact),
+    "recipe": Kind("recipe (YAML), grid of a study", 0.06, damage_recipe, try_recipe),
+    "layout": Kind("COCO, VQAv2, GQA, Flickr30k, LLaVA's JSON, `metadata.csv`", 0.05, damage_layout, try_layout),
+    "answers": Kind("answers for `mmq score`", 0.02, damage_answers, try_answers),
+    "work": Kind("finished blocks and `job.json` of a work folder", 0.03, damage_work, try_work),
 }
