@@ -40,6 +40,23 @@ def test_values_outside_the_requested_dtype_are_not_reported_as_damage(tmp_path:
     assert "set it to bfloat16" in e.value.hint
 
 
+@pytest.mark.parametrize("peak", [1e-9, 5e-8, 3e-6])
+def test_a_matrix_that_float16_cannot_represent_is_refused(peak: float, tmp_path: Path) -> None:
+    """Such a linear became zero, and it equalled the source because that was read in float16 too."""
+    small = torch.linspace(-peak, peak, 6).reshape(2, 3)
+    tensors = {"small": small, "zero": torch.zeros(2, 3), "bias": small[0].clone(), "usual": small * 1e3 / peak}
+    checkpoint = narrowed(stored(tmp_path / "model", tensors), "float16")
+    with pytest.raises(CheckpointError, match=r"small has values of at most .*, which float16 cannot represent") as e:
+        block_io.require_finite(checkpoint, "small", checkpoint.read("small"))
+    assert "set it to bfloat16" in str(e.value.hint)
+    for name in ("zero", "bias", "usual"):
+        block_io.require_finite(checkpoint, name, checkpoint.read(name))
+    for whole in (stored(tmp_path / "whole", tensors), narrowed(stored(tmp_path / "wide", tensors), "bfloat16")):
+        block_io.require_finite(whole, "small", whole.read("small"))
+    half = stored(tmp_path / "half", {"small": small.half()})  # what a float16 checkpoint stores is exact
+    block_io.require_finite(half, "small", half.read("small"))
+
+
 def test_values_that_a_fold_made_infinite_are_not_reported_as_damage(tmp_path: Path) -> None:
     checkpoint = stored(tmp_path / "model", {"norm": torch.ones(4)})
     with pytest.raises(CheckpointError, match="norm is finite, but folding scales into it overflows"):

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from exporter.artifact.artifact import Artifact
+from exporter.artifact.artifact import Artifact, described_groups
 from exporter.artifact.manifest import (
     MANIFEST,
     VERSION,
@@ -19,7 +21,11 @@ from exporter.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
+from exporter.artifact.verify import verify
+from exporter.device import choose
 from exporter.errors import ArtifactError, MmqError
+from exporter.events import ignore
+from exporter.files.file_hashes import sha256
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from tests.published_artifact import tiny_artifact, tiny_model
 
@@ -180,6 +186,57 @@ def test_every_reader_refuses_a_damaged_config(folder: Path, tmp_path: Path, con
     if "describe" not in DAMAGED_CONFIGS[content]:
         with pytest.raises(ArtifactError, match=r"config\.json (or recipe is damaged|does not describe)"):
             read_summary("a", folder_reader(place))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("num_bits", value) for value in ("8", 8.0, True, 0, 9, 10**30, None, [4])],
+        *[("group_size", value) for value in (0, -5, "x", 16.0, True, None, [16])],
+        *[("symmetric", value) for value in (1, None, "yes")],
+        ("targets", [3]),
+    ],
+)
+def test_schemes_of_impossible_values_are_refused_when_an_artifact_is_opened(
+    folder: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "a"))
+    config = json.loads((place / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    (group if key == "targets" else group["weights"])[key] = value
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"config\.json does not describe weights of format compressed_tensors"):
+        Artifact.open(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gptq", {"bits": "4", "group_size": 128, "sym": True}),
+        ("gptq", {"bits": 4, "group_size": 0, "sym": True}),
+        ("gptq", {"bits": 4, "group_size": 128, "sym": "no"}),
+        ("gptq", {"bits": 4, "group_size": 128, "sym": True, "dynamic": {"+:x": {"bits": None}}}),
+        ("awq", {"bits": 4, "group_size": 0}),
+        ("awq", {"bits": 4, "group_size": "x"}),
+    ],
+)
+def test_schemes_of_impossible_values_are_refused_in_every_format(name: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=f"does not describe weights of format {name}"):
+        described_groups(name, {"quantization_config": config}, "here")
+
+
+def test_packed_weights_of_another_shape_are_a_difference(folder: Path, tmp_path: Path) -> None:
+    """Its hash is renewed, so that the codes are unpacked."""
+    place = Path(shutil.copytree(folder, tmp_path / "a"))
+    stored = load_file(place / "model.safetensors")
+    name = next(name for name in stored if name.endswith(".weight_packed"))
+    for changed in (stored[name][:, :-1], stored[name].to(torch.int64), stored[name][0], stored[name].float()):
+        save_file(stored | {name: changed.contiguous()}, place / "model.safetensors", {"format": "pt"})
+        plain = json.loads((place / MANIFEST).read_text())
+        plain["files"]["model.safetensors"] = sha256(place / "model.safetensors")
+        (place / MANIFEST).write_text(json.dumps(plain))
+        with pytest.raises(ArtifactError, match=name.removesuffix(".weight_packed")):
+            verify(place, choose("cpu"), ignore, load="nothing")
 
 
 def test_a_config_without_one_component_is_refused_when_it_is_opened(folder: Path, tmp_path: Path) -> None:

@@ -66,6 +66,25 @@ FORMATS: dict[str, Format] = {
 
 
 def read_groups(format_name: str, config: Mapping[str, Any]) -> list[Group]:
-    """The groups of an artifact from its config.json; none when all linears are dequantized."""
+    """The groups of an artifact from its config.json; none when all linears are dequantized.
+
+    LookupError, TypeError, AttributeError or ValueError when the config does not describe groups of this format.
+    """
     quantization_config = config.get("quantization_config")
-    return FORMATS[format_name].read_config(quantization_config) if quantization_config else []
+    groups = FORMATS[format_name].read_config(quantization_config) if quantization_config else []
+    for group in groups:
+        _refuse_invalid(group)
+    return groups
+
+
+def _refuse_invalid(group: Group) -> None:
+    """ValueError when a group that was read from an untrusted config has values that no scheme has."""
+    scheme = group.scheme
+    if type(scheme.bits) is not int or not 2 <= scheme.bits <= 8:
+        raise ValueError(f"{scheme.bits!r} is no number of bits")
+    if scheme.group_size not in ("row", "tensor") and (type(scheme.group_size) is not int or scheme.group_size < 1):
+        raise ValueError(f"{scheme.group_size!r} is no group size")
+    if not isinstance(scheme.symmetric, bool):
+        raise TypeError(f"symmetric is {scheme.symmetric!r}")
+    if not all(isinstance(target, str) for target in group.targets):
+        raise TypeError("targets must be texts")

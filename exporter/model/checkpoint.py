@@ -134,6 +134,16 @@ class Checkpoint:
             )
         return CheckpointError(f"{name} is finite, but folding scales into it overflows", "use another method")
 
+    def refuse_vanished(self, name: str) -> None:
+        """CheckpointError when float16 cannot represent the values of a float32 tensor because they are too small."""
+        stored = self._read_stored(name)
+        peak = float(stored.abs().max())
+        if stored.dtype == torch.float32 and peak > 0:
+            raise CheckpointError(
+                f"{name} has values of at most {peak:.6g} ({self.tensors[name].file}), which float16 cannot represent",
+                "the recipe's model.dtype reads the tensors as float16: set it to bfloat16 in a copy of the recipe",
+            )
+
     def _read_stored(self, name: str) -> Tensor:
         """One tensor in the dtype of its file, with the adapter merged."""
         info = self.tensors[name]

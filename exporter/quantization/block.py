@@ -23,7 +23,7 @@ from exporter.quantization.block_inputs import (
     weighted,
     zero_nonfinite,
 )
-from exporter.quantization.block_io import BlockIO
+from exporter.quantization.block_io import BlockIO, require_finite
 from exporter.quantization.workdir import UnitResult
 
 
@@ -188,9 +188,7 @@ class Block:
         """The weight f32 `[out, in]`, from the live block when it is in memory; CheckpointError when not finite."""
         read = self.parameter if self.inputs else self.io.checkpoint.read
         weight = read(row.tensor.name).to(self.io.device.torch_device, torch.float32)
-        if not torch.isfinite(weight).all():
-            raise self.io.checkpoint.not_finite(row.tensor.name)
-        return weight
+        return require_finite(self.io.checkpoint, row.tensor.name, weight)
 
 
 def _refuse_lost(row: PlanRow, error: float) -> None:

@@ -13,6 +13,8 @@ from exporter.model.stream import Stream
 from exporter.planning.plan import Plan, Unit
 from exporter.quantization.workdir import UnitResult, Workdir
 
+SMALLEST_PEAK = 2.0**-17  # matrices of smaller values lose more than 1 % as float16, whose steps are 2^-24 there
+
 
 class BlockIO:
     """Reads tensors and stores finished units; holds the plan, device, event listener and live model of a calibration.
@@ -97,11 +99,14 @@ class BlockIO:
 
 
 def require_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """The given tensor; CheckpointError when it has an infinity or a NaN."""
+    """The given tensor; CheckpointError when it has an infinity or a NaN, or is a matrix that float16 made zero."""
     if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
         extremes = torch.stack(torch.aminmax(tensor))  # NaN if one value is NaN; needs no mask as large as the tensor
         if not torch.isfinite(extremes).all():
             raise checkpoint.not_finite(name)
+        narrow = tensor.dim() == 2 and checkpoint.tensors[name].dtype == torch.float16
+        if narrow and float(extremes.abs().max()) < SMALLEST_PEAK:
+            checkpoint.refuse_vanished(name)
     return tensor
 
 
