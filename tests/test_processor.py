@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
-from exporter.inference.encoding import render
+from exporter.inference.encoding import encode, render
 from exporter.model import processor_inspector as inspector
 from exporter.model.chat_template import PROBES, Template, parse_template
 from exporter.model.families import FAMILIES
@@ -240,6 +241,17 @@ def test_padding_with_the_image_token_is_refused_by_the_plan(tmp_path: Path, nam
         change(folder / file, pad_token="<image>")
     with pytest.raises(PlanError, match=r"Mismatch in `image` token|padded prompt .* \(id 4\), expected 32"):
         plan(folder, recipe)
+
+
+def test_padding_with_the_image_token_is_no_picture_where_prompts_have_none(tmp_path: Path) -> None:
+    """Texts of different lengths are encoded; the padding is masked."""
+    folder = Path(shutil.copytree(MODELS["demo-blip2-itm"], tmp_path / "m"))
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        change(folder / file, pad_token="<image>")
+    plan(folder, "blip2-retrieval-w4")
+    samples = [Sample(text, lambda: Image.new("RGB", (9, 9)), None, (text,)) for text in ("red", "a red square")]
+    inputs = encode(load_processor(folder), FAMILIES["blip2-itm"], samples, ["red", "a red square"], "right")
+    assert not bool(inputs["attention_mask"].all())
 
 
 def test_a_pipe_in_place_of_a_file_is_not_read(model: Path) -> None:

@@ -92,7 +92,7 @@ def _check_pictures(
     if family.varies:
         counts = [text.count(placeholder) for text in texts]
     else:
-        counts = (inputs["input_ids"] == marker).sum(dim=1).tolist()
+        counts = ((inputs["input_ids"] == marker) & inputs["attention_mask"].bool()).sum(dim=1).tolist()
     expected = 1 if family.varies else min(counts)
     wrong = [sample for sample, count in zip(samples, counts, strict=True) if count != expected]
     if wrong:

@@ -23,7 +23,7 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     PlanError when they do not match, CheckpointError when one of them cannot be used.
     """
     check_config_class(family.config_class, checkpoint.config, checkpoint.origin, checkpoint.folder)
-    if not checkpoint.folder.is_dir():  # a model of the hub of which only headers were fetched
+    if not checkpoint.folder.is_dir():  # headers without files
         return ()
     if not has_processor(checkpoint.folder):
         return ("the model folder has no processor, which calibration and evaluation need",)

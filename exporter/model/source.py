@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from exporter.demo import MODELS
@@ -12,10 +13,12 @@ from exporter.model.adapter import open_adapter
 from exporter.model.checkpoint import Checkpoint, indexed_files
 from exporter.model.config_check import known_family, without_buffers
 from exporter.model.families import Family
-from exporter.model.hub import Remote, open_remote
+from exporter.model.hub import Remote, hub_errors, open_remote
 
 # Weights only as safetensors; all other files that a processor or vLLM reads are small texts.
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+PATTERNS = ["*.safetensors", *SMALL]
+MOST_BYTES = 64 * 2**20  # of a file besides the weights that a plan downloads
 
 
 def locate(repo: str, revision: str | None = None) -> tuple[Path, str]:
@@ -68,7 +71,7 @@ def open_source(
 ) -> tuple[Checkpoint, Family]:
     """Open a model's headers, and find its family (PlanError when mmq does not support it).
 
-    headers_only: fetch only the headers and the configuration of a hub model; its tensors cannot be read then.
+    headers_only: fetch only the headers and the small files of a hub model; its tensors cannot be read then.
     dtype: read float32 tensors as `float16` or `bfloat16`; None keeps float32.
     adapter: folder of a LoRA adapter that is merged into the tensors when they are read.
     """
@@ -172,7 +175,7 @@ def _from_cache(repo: str, revision: str | None, problem: str) -> Path:
 
 
 def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
-    """A hub model whose headers are read by range requests."""
+    """A hub model whose headers are read by range requests; its folder in the cache has only the small files."""
     config = parse_object(remote.read("config.json") or b"{}", f"{remote.repo}: config.json")
     family = known_family(config, f"{remote.repo}: config.json")
     headers = remote.headers()
@@ -185,5 +188,18 @@ def _headers_of(remote: Remote) -> tuple[Checkpoint, Family]:
         raise CheckpointError(f"{remote.name}: no {absent[0] if absent else 'safetensors file'} in the repository")
     headers = {file: headers[file] for file in indexed}
     rename = family.canonical_name
-    checkpoint = Checkpoint.from_headers(Path(remote.repo), config, headers, indexed, rename, remote.name)
+    checkpoint = Checkpoint.from_headers(_small_files(remote), config, headers, indexed, rename, remote.name)
     return without_buffers(checkpoint, family), family
+
+
+def _small_files(remote: Remote) -> Path:
+    """A commit's folder in the hub cache, with all its files but the weights; downloads what is missing."""
+    from huggingface_hub import snapshot_download
+
+    names = [
+        name
+        for name, file in remote.files.items()
+        if file.size <= MOST_BYTES and any(fnmatch(name, pattern) for pattern in SMALL)
+    ]
+    with hub_errors(remote.repo, "reading its settings"):
+        return Path(snapshot_download(remote.repo, revision=remote.commit, allow_patterns=names))

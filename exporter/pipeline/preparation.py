@@ -31,16 +31,25 @@ def prepare(
 ) -> tuple[Plan, Checkpoint]:
     """Open the model's headers and make the plan; raise every user error in recipe, model and device.
 
-    headers_only: download only the headers of a hub model, not its weights; this is enough for a plan.
+    headers_only: download only the headers and the small files of a hub model; this is enough for a plan. Otherwise its
+    weights are downloaded after the plan was made from them.
     """
     recipe = with_suitable_data(recipe)
+    start_helper(recipe.model.repo)
+    plan, checkpoint = _planned(recipe, device, True, on_event)
+    if headers_only or all((checkpoint.folder / file).exists() for file in checkpoint.files()):
+        return plan, checkpoint
+    return _planned(recipe, device, False, on_event)
+
+
+def _planned(recipe: Recipe, device: Device, headers_only: bool, on_event: Listener) -> tuple[Plan, Checkpoint]:
     model = recipe.model
-    start_helper(model.repo)
+    action = "looking up {} on the hub" if headers_only else "downloading {}"
     if remote := is_on_hub(model.repo):
-        on_event(Event("prepare", 0, 1, f"looking up {model.repo} on the hub"))
+        on_event(Event("prepare", 0, 1, action.format(model.repo)))
     checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
     if remote:
-        on_event(Event("prepare", 1, 1, f"looking up {model.repo} on the hub"))
+        on_event(Event("prepare", 1, 1, action.format(model.repo)))
     on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
