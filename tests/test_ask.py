@@ -110,10 +110,12 @@ def test_a_served_answer_grows_and_has_the_wording_of_the_family(artifact: str) 
         plain = ask(artifact, str(PICTURE), "what is it?", "--server", server.url, "--as-is")
         server.faults += [(200, {}, reply("whole"))]  # a server that does not stream
         whole = ask(artifact, str(PICTURE), "--server", server.url)
+        server.models[0]["max_model_len"] = 126  # as vLLM lists it; the demo model's context
+        ask(artifact, str(PICTURE), "what is it?", "--server", server.url)
         server.faults += [(400, {}, '{"error": {"message": "too long"}}')]
         failed = ask(artifact, str(PICTURE), "--server", server.url)
     assert done.stdout == plain.stdout == "a red bar\n"
-    assert server.bodies[0]["max_tokens"] == 7
+    assert [body["max_tokens"] for body in server.bodies] == [7, 128, 63]
     texts = [body["messages"][0]["content"][1]["text"] for body in server.bodies[:2]]
     assert texts == [open_source("demo-llava")[1].text("what is it?"), "what is it?"]
     assert whole.stdout == "whole\n"

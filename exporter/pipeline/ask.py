@@ -73,11 +73,16 @@ def ask(model: str, request: PictureQuestion, device: Device, on_event: Listener
 
 
 def ask_server(model: str, request: PictureQuestion, server: Server, on_text: OnText) -> str:
-    """The answer of a server that serves `model`, whose family determines the wording. DataError if it fails."""
+    """The answer of a server that serves `model`, whose family determines the wording. DataError if it fails.
+
+    The answer gets at most half of the server's context, because vLLM refuses requests that could exceed it.
+    """
     family = _answering(open_source(model, headers_only=True)[1])
-    name = str(server.served()["id"])
+    entry = server.served()
+    name, context = str(entry["id"]), entry.get("max_model_len")
+    longest = min(request.longest, max(1, context // 2)) if isinstance(context, int) else request.longest
     predictor = ServedPredictor(server, request.wording(family), name, server.lacks_start(name))
-    return predictor.stream(request.sample, request.longest, on_text)
+    return predictor.stream(request.sample, longest, on_text)
 
 
 def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
