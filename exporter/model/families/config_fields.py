@@ -13,6 +13,7 @@ Values = Mapping[str, Any]  # validated fields of one object of config.json, wit
 MAX_BLOCKS = 1024
 MAX_WIDTH = 2**18
 MAX_ROWS = 2**24  # rows of an embedding
+MAX_NUMBER = 1e12  # largest base or factor of rotary frequencies
 
 
 class Field(Protocol):
@@ -136,12 +137,32 @@ class Fraction:
 
 
 @dataclass(frozen=True)
+class Positive:
+    """A positive number or null, for example the base of rotary frequencies."""
+
+    key: str
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """The number in `values`, or None."""
+        return values.get(self.key)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is neither a positive number nor null, or None."""
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
+        return None if value is None or number else f"expected a positive number, got {kind(value)}"
+
+
+@dataclass(frozen=True)
 class Section:
-    """An object whose keys transformers validates. kinds: some of its keys -> their valid strings."""
+    """An object whose keys transformers validates. kinds: some of its keys -> their valid strings.
+
+    numbers: keys whose values are positive numbers or null.
+    """
 
     key: str
     null: bool = False
     kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()
 
     def of(self, values: Mapping[str, Any]) -> Any:
         """The object in `values`, or an empty object."""
@@ -154,7 +175,8 @@ class Section:
         for key, options in self.kinds.items():
             if key in value and value[key] not in options:
                 return f"{key}: expected {' or '.join(options)}, got {kind(value[key])}"
-        return None
+        wrong = ((key, Positive(key).problem(value.get(key))) for key in self.numbers)
+        return next((f"{key}: {problem}" for key, problem in wrong if problem), None)
 
 
 def read_fields(config: Mapping[str, Any], fields: Iterable[Field], where: str) -> tuple[dict[str, Any], list[str]]:

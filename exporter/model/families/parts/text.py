@@ -12,6 +12,7 @@ from exporter.model.families.config_fields import (
     Flag,
     Fraction,
     Number,
+    Positive,
     Section,
     Values,
 )
@@ -49,6 +50,19 @@ _TINY |= {"num_key_value_heads": 3, "vocab_size": 128, "max_position_embeddings"
 _GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
 _ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 _ROPES = {"rope_type": _ROPE, "type": _ROPE}
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
 
 
 def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Number) -> tuple[Field, ...]:
@@ -67,8 +81,9 @@ def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Nu
         BlockKinds(),
         pad_token(0),
         Fraction("attention_dropout", 0.0),
-        Section("rope_parameters", null=True, kinds=_ROPES),
-        Section("rope_scaling", null=True, kinds=_ROPES),
+        Positive("rope_theta"),
+        Section("rope_parameters", null=True, kinds=_ROPES, numbers=_ROPE_NUMBERS),
+        Section("rope_scaling", null=True, kinds=_ROPES, numbers=_ROPE_NUMBERS),
     )
 
 
@@ -192,8 +207,8 @@ def _changed(fields: tuple[Field, ...], *others: Field) -> tuple[Field, ...]:
 
 _POSITIONS = {"rope_type": (*_ROPE, "mrope"), "type": (*_ROPE, "mrope")}  # one position each for time, row and column
 _AXES = (
-    Section("rope_parameters", null=True, kinds=_POSITIONS),
-    Section("rope_scaling", null=True, kinds=_POSITIONS),
+    Section("rope_parameters", null=True, kinds=_POSITIONS, numbers=_ROPE_NUMBERS),
+    Section("rope_scaling", null=True, kinds=_POSITIONS, numbers=_ROPE_NUMBERS),
 )
 QWEN2_VL = Part(
     _changed(
