@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,7 +149,19 @@ def test_progress_counts_the_bytes_of_all_files(tmp_path: Path, monkeypatch: pyt
     for path in paths:
         path.write_bytes(bytes(size))
     progress: list[tuple[int, int]] = []
-    hash_files(paths, lambda done, total: progress.append((done, total)))
+    reported, real = threading.Event(), file_hashes.sha256
+
+    def held(path: Path, on_read: Callable[[int], None]) -> str:
+        digest = real(path, on_read)
+        assert reported.wait(60)  # a fast machine would finish before the first report
+        return digest
+
+    def record(done: int, total: int) -> None:
+        progress.append((done, total))
+        reported.set()
+
+    monkeypatch.setattr(file_hashes, "sha256", held)
+    hash_files(paths, record)
     assert {total for _, total in progress} == {3 * size}
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
     assert all(0 <= done <= 3 * size for done, _ in progress)
