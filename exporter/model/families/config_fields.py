@@ -137,7 +137,7 @@ class Fraction:
 
 
 @dataclass(frozen=True)
-class Positive:
+class PositiveNumber:
     """A positive number or null, for example the base of rotary frequencies."""
 
     key: str
@@ -175,7 +175,7 @@ class Section:
         for key, options in self.kinds.items():
             if key in value and value[key] not in options:
                 return f"{key}: expected {' or '.join(options)}, got {kind(value[key])}"
-        wrong = ((key, Positive(key).problem(value.get(key))) for key in self.numbers)
+        wrong = ((key, PositiveNumber(key).problem(value.get(key))) for key in self.numbers)
         return next((f"{key}: {problem}" for key, problem in wrong if problem), None)
 
 

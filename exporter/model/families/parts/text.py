@@ -12,7 +12,7 @@ from exporter.model.families.config_fields import (
     Flag,
     Fraction,
     Number,
-    Positive,
+    PositiveNumber,
     Section,
     Values,
 )
@@ -81,7 +81,7 @@ def _fields(vocabulary: int, feeds: int, positions: int, heads: Number, head: Nu
         BlockKinds(),
         pad_token(0),
         Fraction("attention_dropout", 0.0),
-        Positive("rope_theta"),
+        PositiveNumber("rope_theta"),
         Section("rope_parameters", null=True, kinds=_ROPES, numbers=_ROPE_NUMBERS),
         Section("rope_scaling", null=True, kinds=_ROPES, numbers=_ROPE_NUMBERS),
     )
