@@ -3,40 +3,21 @@
 Checkpoint names are those of `llava-hf/llava-v1.6-mistral-7b-hf`; vLLM (models/llava_next.py) uses the same.
 """
 
-from exporter.model.families.family import Family
 from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
-from exporter.model.families.names import Names
-from exporter.model.families.parts.part import field_of
 
 _TOWERS = {name: part for name, part in TOWERS.items() if name != "pixtral"}
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _TINY_PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 TOWER = Tower({"vision_config": _TOWERS, "text_config": TEXTS}, fields(-2, "default", 32000), _PINPOINTS)
 
-FAMILY = Family(
+FAMILY = TOWER.family(
     name="llava-next",
     models="LLaVA-NeXT (1.6)",
     heading="llava-next-and-llava-onevision",
     architectures=("LlavaNextForConditionalGeneration",),
     config_class="LlavaNextConfig",
-    parts=TOWER.parts,
-    assemble=TOWER.components,
-    names=lambda config: Names(TOWER.rows(config), TOWER.also(config)),
-    shapes=TOWER.shapes,
-    fields=TOWER.fields,
-    misfits=TOWER.misfits,
-    question_prompt="{question}\nAnswer the question using a single word or phrase.",
-    caption_prompt="Provide a one-sentence caption for the provided image.",
     fallback_prompt="[INST] <image>\n{text} [/INST]",
-    max_new_tokens={"vqa": 10, "captioning": 64},
-    tasks=("vqa", "captioning"),
-    image_tokens=TOWER.image_tokens,
     varies=True,
-    positions=field_of(TOWER.parts, "text_config", "max_position_embeddings"),
-    vocabulary=field_of(TOWER.parts, "text_config", "vocab_size"),
-    pixels=TOWER.pixels,
-    processor_fields=TOWER.processor_fields,
-    tied={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
     tiny={
         "model_type": "llava_next",
         "image_token_index": 127,

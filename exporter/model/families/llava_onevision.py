@@ -4,10 +4,7 @@ Checkpoint names are those of `llava-hf/llava-onevision-qwen2-7b-ov-hf`; vLLM (m
 It builds the projector from plain linears.
 """
 
-from exporter.model.families.family import Family
 from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
-from exporter.model.families.names import Names
-from exporter.model.families.parts.part import field_of
 
 _PLAIN = "vLLM builds LLaVA-OneVision's projector from plain linears and cannot load it packed"
 _SIDES = tuple(range(384, 2305, 384))
@@ -21,33 +18,19 @@ TOWER = Tower(
     tuple((height, width) for height in _SIDES for width in _SIDES),
 )
 
-FAMILY = Family(
+FAMILY = TOWER.family(
     name="llava-onevision",
     models="LLaVA-OneVision",
     heading="llava-next-and-llava-onevision",
     architectures=("LlavaOnevisionForConditionalGeneration",),
     config_class="LlavaOnevisionConfig",
-    parts=TOWER.parts,
     assemble=lambda config: TOWER.components(config, unpackable=_PLAIN),
-    names=lambda config: Names(TOWER.rows(config), TOWER.also(config)),
-    shapes=TOWER.shapes,
-    fields=TOWER.fields,
-    misfits=TOWER.misfits,
-    question_prompt="{question}\nAnswer the question using a single word or phrase.",
-    caption_prompt="Provide a one-sentence caption for the provided image.",
     fallback_prompt="<|im_start|>user <image>\n{text}<|im_end|><|im_start|>assistant\n",
-    max_new_tokens={"vqa": 10, "captioning": 64},
-    tasks=("vqa", "captioning"),
-    image_tokens=TOWER.image_tokens,
     varies=True,
-    positions=field_of(TOWER.parts, "text_config", "max_position_embeddings"),
-    vocabulary=field_of(TOWER.parts, "text_config", "vocab_size"),
-    pixels=TOWER.pixels,
     processor_fields=lambda config: {
         "num_image_tokens": TOWER.patches(config),
         "vision_feature_select_strategy": TOWER.top(config, "vision_feature_select_strategy"),
     },
-    tied={"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
     tiny={
         "model_type": "llava_onevision",
         "image_token_index": 127,

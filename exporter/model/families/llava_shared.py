@@ -8,6 +8,8 @@ from typing import Any
 from exporter.files.strict_json import kind
 from exporter.model.families.component import Component, Pass, head, single, stack
 from exporter.model.families.config_fields import MAX_ROWS, Choice, Field, Flag, Number, Values
+from exporter.model.families.family import Family
+from exporter.model.families.names import Names
 from exporter.model.families.parts import text as texts
 from exporter.model.families.parts import vision as towers
 from exporter.model.families.parts.part import (
@@ -16,6 +18,7 @@ from exporter.model.families.parts.part import (
     Shapes,
     TinyProcessor,
     below,
+    field_of,
     linear,
     part_of,
     size_of,
@@ -75,6 +78,28 @@ class Tower:
     parts: Parts
     fields: tuple[Field, ...]
     pinpoints: tuple[tuple[int, int], ...] | None = None
+
+    def family(self, **declared: Any) -> Family:
+        """A family with this tower and LLaVA's prompts. declared: its other fields, and those with other values."""
+        shared: dict[str, Any] = {
+            "parts": self.parts,
+            "assemble": self.components,
+            "names": lambda config: Names(self.rows(config), self.also(config)),
+            "shapes": self.shapes,
+            "fields": self.fields,
+            "misfits": self.misfits,
+            "question_prompt": "{question}\nAnswer the question using a single word or phrase.",
+            "caption_prompt": "Provide a one-sentence caption for the provided image.",
+            "max_new_tokens": {"vqa": 10, "captioning": 64},
+            "tasks": ("vqa", "captioning"),
+            "image_tokens": self.image_tokens,
+            "positions": field_of(self.parts, "text_config", "max_position_embeddings"),
+            "vocabulary": field_of(self.parts, "text_config", "vocab_size"),
+            "pixels": self.pixels,
+            "processor_fields": self.processor_fields,
+            "tied": {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
+        }
+        return Family(**(shared | declared))
 
     def top(self, config: Mapping[str, Any], key: str) -> Any:
         """A field of config.json's top level, or transformers' default."""

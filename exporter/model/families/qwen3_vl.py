@@ -5,12 +5,10 @@ Checkpoint names are those of `Qwen/Qwen3-VL-4B-Instruct`; vLLM: models/qwen3_vl
 """
 
 from exporter.model.families.component import Component, Config, stack
-from exporter.model.families.family import Family
-from exporter.model.families.names import Names
-from exporter.model.families.parts.part import Smoothing, field_of, size_of
+from exporter.model.families.parts.part import Smoothing, size_of
 from exporter.model.families.parts.qwen_vision import QWEN3
 from exporter.model.families.parts.text import QWEN3_VL
-from exporter.model.families.qwen_shared import FALLBACK, FIELDS, TINY, Qwen, tiny_processor
+from exporter.model.families.qwen_shared import TINY, Qwen, tiny_processor
 
 _LINEARS = ("linear_fc1", "linear_fc2")
 _PARTS = {
@@ -48,37 +46,12 @@ def assemble(config: Config) -> tuple[Component, ...]:
     return vision, deepstack, projector, *others
 
 
-FAMILY = Family(
+FAMILY = _THREE.family(
     name="qwen3-vl",
     models="Qwen3-VL, dense models",
-    heading="qwen-vl",
     architectures=("Qwen3VLForConditionalGeneration",),
     config_class="Qwen3VLConfig",
-    parts=_PARTS,
     assemble=assemble,
-    names=lambda config: Names(
-        (
-            ("model.visual", "model.visual", "visual"),
-            ("model.language_model", "model.language_model", "language_model.model"),
-            ("lm_head", "lm_head", "language_model.lm_head"),
-        )
-    ),
-    shapes=_THREE.shapes,
-    fields=FIELDS,
-    misfits=_THREE.misfits,
-    question_prompt="{question}\nPlease try to answer the question with short words or phrases if possible.",
-    caption_prompt="Provide a one-sentence caption for the provided image.",
-    fallback_prompt=FALLBACK,
-    reply_end="<|im_end|>",
-    max_new_tokens={"vqa": 10, "captioning": 64},
-    tasks=("vqa", "captioning"),
-    image_tokens=_THREE.image_tokens,
-    varies=True,
-    image_marker="<|image_pad|>",
-    positions=field_of(_PARTS, "text_config", "max_position_embeddings"),
-    vocabulary=field_of(_PARTS, "text_config", "vocab_size"),
-    pixels=_THREE.pixels,
-    tied={"lm_head.weight": "model.language_model.embed_tokens.weight"},
     tiny=TINY | {"model_type": "qwen3_vl"},
     tiny_processor=tiny_processor("Qwen3VLProcessor"),
 )

@@ -5,8 +5,9 @@ from typing import Any
 
 from exporter.model.families.component import Component, Config, Pass, head, single, stack
 from exporter.model.families.config_fields import MAX_ROWS, Field, Flag, Number
-from exporter.model.families.family import Sizes
-from exporter.model.families.parts.part import Parts, Shapes, Smoothing, TinyProcessor, below, size_of
+from exporter.model.families.family import Family, Sizes
+from exporter.model.families.names import Names
+from exporter.model.families.parts.part import Parts, Shapes, Smoothing, TinyProcessor, below, field_of, size_of
 
 TYPICAL = (480, 640)  # height and width in pixels of a picture for which memory is predicted
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,6 +41,38 @@ class Qwen:
     inside: str
     merger: tuple[str, str]
     norm: str
+
+    def family(self, **declared: Any) -> Family:
+        """A family with this structure. declared: its other fields of `Family`."""
+        shared: dict[str, Any] = {
+            "heading": "qwen-vl",
+            "parts": self.parts,
+            "assemble": self.components,
+            "names": lambda config: Names(
+                (
+                    (self.visual, "model.visual", "visual"),
+                    (self.words, "model.language_model", "language_model.model"),
+                    ("lm_head", "lm_head", "language_model.lm_head"),
+                )
+            ),
+            "shapes": self.shapes,
+            "fields": FIELDS,
+            "misfits": self.misfits,
+            "question_prompt": "{question}\nPlease try to answer the question with short words or phrases if possible.",
+            "caption_prompt": "Provide a one-sentence caption for the provided image.",
+            "fallback_prompt": FALLBACK,
+            "reply_end": "<|im_end|>",
+            "max_new_tokens": {"vqa": 10, "captioning": 64},
+            "tasks": ("vqa", "captioning"),
+            "image_tokens": self.image_tokens,
+            "varies": True,
+            "image_marker": "<|image_pad|>",
+            "positions": field_of(self.parts, "text_config", "max_position_embeddings"),
+            "vocabulary": field_of(self.parts, "text_config", "vocab_size"),
+            "pixels": self.pixels,
+            "tied": {"lm_head.weight": f"{self.words}.embed_tokens.weight"},
+        }
+        return Family(**(shared | declared))
 
     def vision(self, config: Config, name: str) -> int:
         """A field of the tower."""
