@@ -28,7 +28,7 @@ GIB = 2**30
 DEFAULTS = {  # header -> recipe
     "llava-hf--llava-1.5-7b-hf": "llava-w4-vit8",
     "llava-hf--llava-1.5-13b-hf": "llava-w4-vit8",
-    "llava-hf--llava-v1.6-34b-hf": "llava-w4-vit8",
+    "llava-1.5-shapes-34b": "llava-w4-vit8",
     "Salesforce--blip2-opt-2.7b": "blip2-caption-w4",
     "Salesforce--blip2-itm-vit-g-coco": "blip2-retrieval-w4",
 }

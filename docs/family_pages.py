@@ -12,7 +12,7 @@ from exporter.numerics.quantized import GroupSize, Scheme
 from tests.headers.read import HEADER_NAMES, header, header_config
 
 GROUPS: tuple[GroupSize, ...] = (128, 64, 32, "row")  # the coarsest first, as recipes have them
-UNPUBLISHED = ("llava-hf--llava-v1.6-34b-hf",)  # the shapes of LLaVA-NeXT 34B in a plain LLaVA, for measurements
+UNPUBLISHED = ("llava-1.5-shapes-34b",)  # the shapes of LLaVA-NeXT 34B in a plain LLaVA, for measurements
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -60,9 +60,42 @@ def llava(
         "text_config": text,
         "vision_config": vision,
         "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-        **top,
+        **({"tie_word_embeddings": False} | top),
     }
+
+
+QWEN2_05B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 152000,
+}
+YI_34B = {
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 56,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000000.0,
+    "vocab_size": 64064,
+}
+
+
+def llava_onevision(text: dict[str, Any], **top: Any) -> dict[str, Any]:
+    """config.json of a LLaVA-OneVision."""
+    settings = {"image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1}
+    settings |= {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    return llava(architecture, "llava_onevision", text, SIGLIP, **settings, torch_dtype="float16", **top)
 
 
 def llava_next(text: dict[str, Any], **top: Any) -> dict[str, Any]:
@@ -137,15 +170,15 @@ def qwen2_vl(number: str, text: tuple[int, ...], vision: Config, tied: bool, voc
     }
 
 
-def qwen25_vision(out: int) -> Config:
-    """The tower of a Qwen2.5-VL whose text model is `out` wide."""
+def qwen25_vision(out: int, inner: int = 3420) -> Config:
+    """The tower of a Qwen2.5-VL whose text model is `out` wide. inner: width of its feed-forward."""
     return {
         "depth": 32,
         "fullatt_block_indexes": [7, 15, 23, 31],
         "hidden_act": "silu",
         "hidden_size": 1280,
         "in_chans": 3,
-        "intermediate_size": 3420,
+        "intermediate_size": inner,
         "model_type": "qwen2_5_vl",
         "num_heads": 16,
         "out_hidden_size": out,
@@ -198,6 +231,28 @@ def qwen3_vl(text: tuple[int, ...], large: bool, tied: bool) -> Config:
     }
 
 
+IDEFICS3_8B = {
+    "architectures": ["Idefics3ForConditionalGeneration"],
+    "image_token_id": 128257,
+    "model_type": "idefics3",
+    "pad_token_id": 128002,
+    "scale_factor": 2,
+    "text_config": {
+        **LLAMA_3,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "vocab_size": 128259,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vision_config": {"model_type": "idefics3", **SO400M, "image_size": 364},
+}
 SMOL, IDEFICS = "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
@@ -228,10 +283,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
         llava_next({**LLAMA_3, "vocab_size": 128320}, image_token_index=128256),
         LLAVA,
     ),
+    "llava-hf--llava-v1.6-34b-hf": (llava_next(YI_34B, image_token_index=64000), LLAVA),
     "llava-hf--llava-onevision-qwen2-7b-ov-hf": (
-        llava(
-            "LlavaOnevisionForConditionalGeneration",
-            "llava_onevision",
+        llava_onevision(
             {
                 "hidden_size": 3584,
                 "intermediate_size": 18944,
@@ -243,16 +297,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
                 "rope_theta": 1000000.0,
                 "vocab_size": 152064,
             },
-            SIGLIP,
-            image_token_index=151646,
-            video_token_index=151647,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_9",
-            torch_dtype="float16",
         ),
         LLAVA,
     ),
+    "llava-hf--llava-onevision-qwen2-0.5b-ov-hf": (llava_onevision(QWEN2_05B, tie_word_embeddings=True), LLAVA),
     "xtuner--llava-llama-3-8b-v1_1-transformers": (
         llava(
             "LlavaForConditionalGeneration",
@@ -298,6 +346,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
         ),
         PIXTRAL,
     ),
+    "HuggingFaceM4--Idefics3-8B-Llama3": (IDEFICS3_8B, ()),
     "HuggingFaceTB--SmolVLM-256M-Instruct": (
         smolvlm(IDEFICS, "idefics3", (576, 1536, 30, 9, 3), {"model_type": "idefics3", **BASE_512}, 4),
         (),
@@ -339,25 +388,40 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[tuple[str, str], ...]]] = {
         qwen2_vl("2_5_", (3584, 18944, 28, 28, 4), qwen25_vision(3584), False, 152064),
         QWEN2,
     ),
+    "Qwen--Qwen2.5-VL-32B-Instruct": (
+        qwen2_vl("2_5_", (5120, 27648, 64, 40, 8), qwen25_vision(5120, 3456), False, 152064),
+        QWEN2,
+    ),
+    "Qwen--Qwen2.5-VL-72B-Instruct": (
+        qwen2_vl("2_5_", (8192, 29568, 80, 64, 8), qwen25_vision(8192, 3456), False, 152064),
+        QWEN2,
+    ),
     "Qwen--Qwen3-VL-2B-Instruct": (qwen3_vl((2048, 6144, 28, 16, 8), False, True), ()),
     "Qwen--Qwen3-VL-4B-Instruct": (qwen3_vl((2560, 9728, 36, 32, 8), False, True), ()),
     "Qwen--Qwen3-VL-8B-Instruct": (qwen3_vl((4096, 12288, 36, 32, 8), True, False), ()),
+    "Qwen--Qwen3-VL-32B-Instruct": (qwen3_vl((5120, 25600, 64, 64, 8), True, False), ()),
 }
 TOTALS = {
     "llava-hf--llava-v1.6-mistral-7b-hf": 7_566_747_648,
     "llava-hf--llava-v1.6-vicuna-7b-hf": 7_063_431_168,
     "llava-hf--llama3-llava-next-8b-hf": 8_355_276_800,
+    "llava-hf--llava-v1.6-34b-hf": 34_752_083_968,
     "llava-hf--llava-onevision-qwen2-7b-ov-hf": 8_030_348_832,
+    "llava-hf--llava-onevision-qwen2-0.5b-ov-hf": 893_675_552,
     "mistral-community--pixtral-12b": 12_682_739_712,
+    "HuggingFaceM4--Idefics3-8B-Llama3": 8_462_086_384,
     "HuggingFaceTB--SmolVLM-256M-Instruct": 256_484_928,
     "HuggingFaceTB--SmolVLM2-500M-Video-Instruct": 507_482_304,
     "HuggingFaceTB--SmolVLM2-2.2B-Instruct": 2_246_784_880,
     "Qwen--Qwen2-VL-2B-Instruct": 2_208_985_600,
     "Qwen--Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "Qwen--Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen--Qwen2.5-VL-32B-Instruct": 33_452_718_336,
+    "Qwen--Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "Qwen--Qwen3-VL-2B-Instruct": 2_127_532_032,
     "Qwen--Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen--Qwen3-VL-8B-Instruct": 8_767_123_696,
+    "Qwen--Qwen3-VL-32B-Instruct": 33_357_390_064,
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
