@@ -18,11 +18,21 @@ from exporter.errors import PlanError
 
 @dataclass(frozen=True)
 class Device:
-    """A selected device. free_bytes: free memory at the time of selection (host memory for the CPU)."""
+    """A selected device. free_bytes: free memory at the time of selection (host memory for the CPU).
+
+    others: further devices of the same type that share the calibration batches; everything else runs on
+    `torch_device`. With others, free_bytes is the smallest of all.
+    """
 
     torch_device: torch.device
     name: str
     free_bytes: int
+    others: tuple[torch.device, ...] = ()
+
+    @property
+    def all(self) -> tuple[torch.device, ...]:
+        """Every device of a calibration, the first one first."""
+        return (self.torch_device, *self.others)
 
     @property
     def is_cuda(self) -> bool:
@@ -39,8 +49,11 @@ class Device:
 def choose(request: str = "auto") -> Device:
     """Select a device. `auto`: the CUDA device with the most free memory, or the CPU without CUDA.
 
-    Raises PlanError for an unknown name or a device that does not exist.
+    request: `auto`, `cpu`, `cuda`, `cuda:N`, or several GPUs that share calibration, as in `cuda:0,cuda:1`. Raises
+    PlanError for an unknown name or a device that does not exist.
     """
+    if "," in request:
+        return _several(request)
     if request == "auto":
         free_devices = [(torch.cuda.mem_get_info(i)[0], i) for i in range(torch.cuda.device_count())]
         request = f"cuda:{max(free_devices)[1]}" if free_devices else "cpu"
@@ -53,6 +66,27 @@ def choose(request: str = "auto") -> Device:
     if number >= count:
         raise PlanError(f"no device '{request}': torch sees {count} CUDA devices", "use --device auto or cpu")
     return Device(torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0])
+
+
+def _several(request: str) -> Device:
+    """The GPUs of a list such as `cuda:0,cuda:1`, which share calibration."""
+    names = [name.strip() for name in request.split(",")]
+    if not all(re.fullmatch(r"cuda:\d+", name) for name in names) or len(set(names)) < len(names):
+        raise PlanError(f"unknown devices '{request}'", "use different GPUs, as in cuda:0,cuda:1")
+    devices = [choose(name) for name in names]
+    others = tuple(device.torch_device for device in devices[1:])
+    name = " + ".join(device.name for device in devices)
+    return Device(devices[0].torch_device, name, min(device.free_bytes for device in devices), others)
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one of this thread, so that kernels start on it; does nothing for the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
 
 
 def capability() -> tuple[int, int] | None:
@@ -121,15 +155,15 @@ def exact_math(seed: int) -> Iterator[None]:
 
 
 def reset_peak(device: Device) -> None:
-    """Start a new measurement of the device's peak memory."""
-    if device.is_cuda:
-        torch.cuda.reset_peak_memory_stats(device.torch_device)
+    """Start a new measurement of the peak memory of all its GPUs."""
+    for gpu in device.all if device.is_cuda else ():
+        torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def peak_bytes(device: Device) -> tuple[int, int]:
-    """(peak device memory since `reset_peak`, peak resident host memory of this process), in bytes."""
+    """(peak memory of the fullest GPU since `reset_peak`, peak resident host memory of this process), in bytes."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated(device.torch_device) if device.is_cuda else 0), host
+    return max((torch.cuda.max_memory_allocated(gpu) for gpu in device.all if device.is_cuda), default=0), host
 
 
 def free_bytes(device: torch.device) -> int:
@@ -165,5 +199,5 @@ def return_freed_memory() -> None:
 
 def synchronize(device: Device) -> None:
     """Wait until the device has finished its queued work, so that timings include it."""
-    if device.is_cuda:
-        torch.cuda.synchronize(device.torch_device)
+    for gpu in device.all if device.is_cuda else ():
+        torch.cuda.synchronize(gpu)

@@ -112,7 +112,7 @@ def block_of(module: nn.Module, inputs: list[BlockInputs]) -> Block:
 
 
 def inputs_of(hidden: Tensor, weights: Tensor | None = None) -> BlockInputs:
-    return BlockInputs.enter(ChainInput(hidden, (BlockCall((), {}, named=False),) * 3), weights, CPU)
+    return BlockInputs.enter(ChainInput(hidden, (BlockCall((), {}, named=False),) * 3), weights, CPU, CPU)
 
 
 def row_of(linear: str) -> Any:

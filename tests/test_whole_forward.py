@@ -211,7 +211,7 @@ def test_a_model_may_add_to_the_outputs_of_its_blocks(tuples: bool) -> None:
     model, batches = Chain("adds", tuples), [{"x": torch.randn(2, 3, 4)}, {"x": torch.randn(1, 5, 4)}]
     entries = capture_calls(model, list(model.blocks), batches, lambda m, b: m(**b), "text")
     for entered, batch in zip(entries, batches, strict=True):
-        inputs = BlockInputs.enter(entered, None, torch.device("cpu"))
+        inputs = BlockInputs.enter(entered, None, torch.device("cpu"), torch.device("cpu"))
         for block in list(model.blocks)[:-1]:
             inputs.advance(block, torch.device("cpu"))
         last = inputs.output(model.blocks[-1], torch.device("cpu"))

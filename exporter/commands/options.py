@@ -21,7 +21,12 @@ revision_option = click.option("--revision", metavar="REV", help="Commit, tag or
 adapter_option = click.option(
     "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the full-precision model."
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:N, or GPUs that share calibration: cuda:0,cuda:1.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, events as JSON lines on stderr.")
 samples_option = click.option("--samples", type=click.IntRange(min=1), help="Calibration samples [the recipe's].")
 eval_samples_option = click.option(

@@ -28,6 +28,17 @@ class Statistics:
             self.hessian[strip].add_(_product(weighted[:, strip], rows), alpha=1 / total)
         self.rows = total
 
+    def add(self, other: "Statistics") -> None:
+        """Add the rows of other statistics, which may be on another device."""
+        total = self.rows + other.rows
+        if not other.rows:
+            return
+        self.hessian.mul_(self.rows / total)
+        for start in range(0, len(self.hessian), STRIP):
+            strip = slice(start, start + STRIP)
+            self.hessian[strip].add_(other.hessian[strip].to(self.hessian.device), alpha=other.rows / total)
+        self.rows = total
+
     def is_finite(self) -> bool:
         """Whether all inputs so far, and their squares, are finite."""
         return bool(torch.isfinite(self.hessian.diagonal()).all())

@@ -14,6 +14,7 @@ from exporter.model.families import Component
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
+from exporter.quantization.batch_rounds import PlacedBlock, by_batch, placed_blocks
 from exporter.quantization.block_inputs import (
     BlockInputs,
     check_excluded,
@@ -73,9 +74,12 @@ class Block:
 
         Tokens with a non-finite value are zeros.
         """
-        for entry in self.inputs[:batches]:
-            output = entry.output(self.module, self.io.device.torch_device)
-            yield weighted(output if torch.isfinite(output).all() else zero_nonfinite(output), entry.weights)
+
+        def output(block: PlacedBlock, entry: BlockInputs) -> Tensor:
+            output = entry.output(block.module, block.device)
+            return weighted(output if torch.isfinite(output).all() else zero_nonfinite(output), entry.weights)
+
+        yield from by_batch(placed_blocks(self.module, self.io.device), self.inputs[:batches], output)
 
     def gather(self, rows: Sequence[PlanRow]) -> dict[str, Any]:
         """Input statistics over all batches, by linear; linears whose method uses no statistics are absent.
@@ -105,23 +109,31 @@ class Block:
 
         clean: exclude input rows with a non-finite value.
         """
-        device = self.io.device.torch_device
-        statistics = {row.linear: kinds[row.linear](row.tensor.shape[1], device) for row in rows}
-        excluded = dict.fromkeys(statistics, 0)
+        blocks = placed_blocks(self.module, self.io.device)
+        shares = [
+            {row.linear: kinds[row.linear](row.tensor.shape[1], block.device) for row in rows} for block in blocks
+        ]
         linears = {row.linear: self.io.stream.module(row.module) for row in rows}
-        for entry in self.inputs:
 
-            def update(name: str, x: Tensor, entry: BlockInputs = entry) -> None:
+        def run(block: PlacedBlock, entry: BlockInputs) -> dict[str, int]:
+            excluded = dict.fromkeys(linears, 0)
+
+            def update(name: str, x: Tensor) -> None:
                 counted, weights = counted_rows(x, None if name in self.component.unpadded else entry.weights)
                 if clean:
                     finite, weights = finite_rows(counted, weights)
                     excluded[name] += len(counted) - len(finite)
                     counted = finite
-                statistics[name].update(counted, weights)
+                shares[block.index][name].update(counted, weights)
 
-            with watch_inputs(linears, update, stop=True):
-                entry.run(self.module, device)
-        return statistics, excluded
+            watched = {name: block.module_for(linear) for name, linear in linears.items()}
+            with watch_inputs(watched, update, stop=True):
+                entry.run(block.module, block.device)
+            return excluded
+
+        counts = list(by_batch(blocks, self.inputs, run))
+        excluded = {name: sum(count[name] for count in counts) for name in linears}
+        return _summed(shares), excluded
 
     def quantize(self) -> UnitResult:
         """Quantize the unit's linears in data order; each is calibrated on inputs computed with the quantized ones.
@@ -189,6 +201,15 @@ class Block:
         read = self.parameter if self.inputs else self.io.checkpoint.read
         weight = read(row.tensor.name).to(self.io.device.torch_device, torch.float32)
         return require_finite(self.io.checkpoint, row.tensor.name, weight)
+
+
+def _summed(shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics by linear of all devices, on the first one; the others' are freed one at a time."""
+    total, *others = shares
+    for name, statistics in total.items():
+        for share in others:
+            statistics.add(share.pop(name))
+    return total
 
 
 def _refuse_lost(row: PlanRow, error: float) -> None:

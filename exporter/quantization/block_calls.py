@@ -43,6 +43,19 @@ class BlockCall:
             return block(*self.args, **self.kwargs, hidden_states=hidden)
         return block(hidden, *self.args, **self.kwargs)
 
+    def to(self, device: torch.device, moved: dict[int, Tensor]) -> "BlockCall":
+        """The same call with its tensors on `device`, except `added`.
+
+        moved: tensors that are already there, by `id` of the original; several calls of a batch share tensors.
+        """
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return moved.setdefault(id(value), value.to(device))
+            return device if isinstance(value, torch.device) else value
+
+        return replace(self, args=_mapped(self.args, move), kwargs=_mapped(self.kwargs, move))
+
 
 @dataclass(frozen=True)
 class ChainInput:
@@ -253,6 +266,16 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from chain.from_iterable(map(_leaves, value.values()))
     else:
         yield value
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with every value inside replaced by `change` of it."""
+    if isinstance(value, tuple | list):
+        parts = [_mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return change(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

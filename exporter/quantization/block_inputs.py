@@ -72,18 +72,27 @@ class BlockInputs:
 
     @classmethod
     def enter(
-        cls, entered: ChainInput, weights: Tensor | None, store: torch.device, upstream: Cleaning | None = None
+        cls,
+        entered: ChainInput,
+        weights: Tensor | None,
+        device: torch.device,
+        store: torch.device,
+        upstream: Cleaning | None = None,
     ) -> "BlockInputs":
-        """The input of a component's first block; the hidden states are stored on the device `store`."""
+        """The input of a component's first block, for computing on `device`; hidden states are stored on `store`."""
         counted = entered.hidden.shape[:-1].numel() if weights is None else int((weights > 0).sum())
-        calls = tuple(replace(c, added=None if c.added is None else c.added.to(store)) for c in entered.calls)
+        moved: dict[int, Tensor] = {}
+        calls = tuple(
+            replace(call.to(device, moved), added=None if call.added is None else call.added.to(store))
+            for call in entered.calls
+        )
         inputs = cls(entered.hidden, calls, weights, upstream or Cleaning(), counted)
         inputs._keep(entered.hidden, store)
         return inputs
 
     def run(self, block: nn.Module, device: torch.device) -> Tensor | None:
         """The block's output on `device`, or None when a hook ended the pass early."""
-        output = first_output(run_until_stopped(self.calls[0], block, self.hidden.to(device)))
+        output = first_output(run_until_stopped(self.calls[0].to(device, {}), block, self.hidden.to(device)))
         assert output is None or isinstance(output, Tensor)
         return output
 

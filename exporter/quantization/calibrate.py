@@ -14,6 +14,7 @@ from exporter.inference.encoding import Batch
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Component
 from exporter.planning.plan import Plan, Unit
+from exporter.quantization.batch_rounds import by_batch, placed_blocks
 from exporter.quantization.block import Block
 from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted
 from exporter.quantization.block_io import BlockIO
@@ -82,9 +83,10 @@ def walk(
         if name in noted:
             mark_noted(inputs)
         if i + 1 < count:
-            module = io.stream.module(name)
-            for entry in inputs:
-                entry.advance(module, io.device.torch_device)
+            blocks = placed_blocks(io.stream.module(name), io.device)
+            for _ in by_batch(blocks, inputs, lambda block, entry: entry.advance(block.module, block.device)):
+                pass
+            del blocks  # frees the copies on other devices
             check_excluded(name, inputs)
         io.stream.unload(tensors)
     for unit in units:

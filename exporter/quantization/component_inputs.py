@@ -52,7 +52,7 @@ def _inputs_by_batch(
 ) -> Iterator[BlockInputs]:
     """The inputs of the component's block `names[0]`: for each pass of the component, for each batch."""
     blocks = [io.stream.module(name) for name in names]
-    store = io.device.torch_device if _fits(io) else torch.device("cpu")
+    devices, fits = io.device.all, _fits(io)
     image, vision = image_token(io.stream.model.config), io.plan.recipe.calibration.vision_weight
     pictures = image is not None or vision == 1
     done, total = 0, len(component.passes) * len(batches)
@@ -65,7 +65,8 @@ def _inputs_by_batch(
                 entered = _enter_cleaned(io, component, blocks, batch, entry, upstream)
             weights = token_weights(batch, entered.hidden, image, vision) if entry.padded else None
             pictures = pictures or (entry.padded and entered.hidden.shape[1] > batch["attention_mask"].shape[1])
-            yield BlockInputs.enter(entered, weights, store, upstream)
+            device = devices[done % len(devices)]
+            yield BlockInputs.enter(entered, weights, device, device if fits else torch.device("cpu"), upstream)
             done += 1
             io.on_event(Event("calibrate", done, total, f"inputs of {component.name}"))
     if not pictures and any(entry.padded for entry in component.passes):

@@ -44,7 +44,9 @@ def of_source(checkpoint: Checkpoint, on_event: Listener = ignore) -> Identity:
 def of_machine(device: Device, stored: torch.dtype) -> Identity:
     """Identity of the hardware and software that compute. stored: dtype of the checkpoint's linears."""
     dtype = device.compute_dtype(stored)
-    kind = {"device": device.torch_device.type, "compute dtype": str(dtype).removeprefix("torch.")}
+    kind: Identity = {"device": device.torch_device.type, "compute dtype": str(dtype).removeprefix("torch.")}
+    if device.others:  # sums of another number of parts round differently
+        kind["devices that share calibration"] = len(device.all)
     return kind | {"versions": package_versions()}
 
 
