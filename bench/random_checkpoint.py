@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from exporter.demo import MODELS
 from exporter.files.safetensors_header import DTYPES
 from exporter.files.shard_writer import ShardWriter
+from exporter.model.families import FAMILIES
 from tests.headers.read import Header, load_header
+from tests.tiny_models import write_processor as write_tiny_processor
 
 
 def first_blocks(config: dict[str, Any], tensors: Header, blocks: int) -> tuple[dict[str, Any], Header]:
@@ -75,6 +77,8 @@ def write_processor(out: Path, config: dict[str, Any]) -> None:
     """The demo's processor with this model's image size; its token ids are valid in any larger vocabulary."""
     if "qformer_config" in config:
         return write_blip2_processor(out, config)
+    if config["model_type"].startswith("qwen"):
+        return write_qwen_processor(out, config)
     demo = MODELS["demo-llava"]
     for path in demo.iterdir():
         if path.suffix in (".json", ".jinja") and not path.name.startswith("model"):
@@ -114,6 +118,21 @@ def write_blip2_processor(out: Path, config: dict[str, Any]) -> None:
     if has_placeholder:
         config = config | {"image_token_index": json.loads((demo / "config.json").read_text())["image_token_index"]}
     (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_qwen_processor(out: Path, config: dict[str, Any]) -> None:
+    """The tests' processor with this model's patches, and config.json with the token ids of its tokenizer."""
+    family = next(family for family in FAMILIES.values() if config["architectures"][0] in family.architectures)
+    family = family.of(config)
+    tiny, rows = family.tiny_config(), family.vocabulary(config)
+    ids = {name: rows - family.vocabulary(tiny) + tiny[name] for name in tiny if name.endswith("_token_id")}
+    config = config | ids
+    write_tiny_processor(out, family, config)
+    vision, path = config["vision_config"], out / "preprocessor_config.json"
+    square = vision["patch_size"] * vision.get("spatial_merge_size", 2)
+    settings = {"patch_size": vision["patch_size"], "merge_size": vision.get("spatial_merge_size", 2)}
+    settings |= {"size": {"shortest_edge": (4 * square) ** 2, "longest_edge": (32 * square) ** 2}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def main() -> None:

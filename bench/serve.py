@@ -7,8 +7,9 @@ start and compile in parallel, which needs GPU memory for all of them. Measures 
 decode time per token with one client; then, with 1, 8 and 64 clients that each send their own image (576 + 64 tokens)
 and request 128 tokens, the tokens per second with prompts and while all clients decode; and images per second with one
 requested token. The floor is the bytes read per decoded token (weights, cache) divided by the bandwidth of a copy.
-`--compiled` uses vLLM's default compilation with Inductor; `--compilation` adds settings, `--tensor-parallel` splits
-every linear over GPUs, `--kernels` reports the time by kernel. `--smoke` is a short test on a CPU with the demo model.
+`--compiled` uses vLLM's default compilation with Inductor; `--compilation` adds settings, `--kernels` reports the time
+by kernel. NAME@tp2 splits every linear over two GPUs (tensor parallelism), NAME@dp2 runs a whole model on each of two
+GPUs (data parallelism). `--smoke` is a short test on a CPU with the demo model.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import torch
 
 from bench.random_checkpoint import write_processor
 from bench.serve_engine import READY, TURN
-from bench.serve_variants import VARIANTS, W4, Variant
+from bench.serve_variants import VARIANTS, W4, ParallelVariant, Variant
 from exporter.artifact.artifact_config import artifact_config
 from exporter.demo import MODELS
 from exporter.device import Device
@@ -78,9 +79,11 @@ def decode_bytes(plan: Plan, variant: Variant, config: Mapping[str, Any], contex
     return int(weights + context * 2 * width * (1 if plan.recipe.kv_cache else 2))
 
 
-def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options: argparse.Namespace) -> Path:
-    """The folder and the spec of one variant."""
-    variant, folder = VARIANTS[name], out / name.replace(" ", "-")
+def prepare(
+    case: ParallelVariant, out: Path, source: Path, config: dict[str, Any], options: argparse.Namespace
+) -> Path:
+    """The folder and the spec of one case."""
+    variant, folder = VARIANTS[case.variant], out / case.label.replace(" ", "-")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     plan = plan_of(variant, source)
     artifact_settings = artifact_config(plan, config)
@@ -101,9 +104,9 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "disable_log_stats": True,
         "renderer_num_workers": options.renderers,
     }
-    if options.tensor_parallel > 1:
-        engine["tensor_parallel_size"] = options.tensor_parallel
-    if name in options.kernels:
+    parallel = {"tensor_parallel_size": case.tensor_parallel, "data_parallel_size": case.data_parallel}
+    engine |= {name: number for name, number in parallel.items() if number > 1}
+    if case.label in options.kernels:
         trace = {"profiler": "torch", "torch_profiler_dir": str(folder.resolve() / "trace")}
         engine["profiler_config"] = trace | {"torch_profiler_with_stack": False, "ignore_frontend": True}
     counts = [1, 2, 4, *(8 * i for i in range(1, max(options.clients) // 8 + 1))]
@@ -115,7 +118,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
     graphs |= json.loads(options.compilation)
     sizes = {"max_num_seqs": max(options.clients), "compilation_config": graphs}
     sizes |= {"max_num_batched_tokens": options.batched_tokens}
-    cache = (14 if plan.recipe.kv_cache else 27) * 10**9  # for 64 concurrent requests
+    cache = (14 if plan.recipe.kv_cache else 27) * 10**9 // case.tensor_parallel  # for 64 concurrent requests
     sizes |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "skip_mm_profiling": True}
     engine |= {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.2} if options.smoke else sizes
     spec = {
@@ -131,7 +134,7 @@ def prepare(name: str, out: Path, source: Path, config: dict[str, Any], options:
         "clients": options.clients,
         "settle_s": {count: 0.2 + count / 64 for count in options.clients},
         "blocks": config["text_config"].get("num_hidden_layers", 32),
-        "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2) // options.tensor_parallel,
+        "decode_bytes": decode_bytes(plan, variant, config, 640 + options.tokens // 2) // case.tensor_parallel,
     }
     if options.together:
         spec["turn"] = str(folder.resolve() / "turn")
@@ -245,7 +248,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", default="python3", help="command of the interpreter that has vllm")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:8])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=ParallelVariant.parse,
+        metavar="NAME",
+        default=[ParallelVariant(name, name) for name in list(VARIANTS)[:8]],
+    )
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="consecutive requests per client")
@@ -257,7 +266,6 @@ def main() -> None:
     parser.add_argument(
         "--compilation", default="{}", metavar="JSON", help="additional entries of vLLM's compilation_config"
     )
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="number of tensor-parallel GPUs")
     parser.add_argument(
         "--kernels", nargs="+", default=[], help="variants whose time by kernel is written to speed.json"
     )
@@ -265,7 +273,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     config = write_source(options.out / "source", options.smoke)
-    folders = {name: prepare(name, options.out, options.out / "source", config, options) for name in options.only}
+    folders = {case.label: prepare(case, options.out, options.out / "source", config, options) for case in options.only}
     speed = bandwidth(options)
     print(f"bandwidth of a copy on the GPU: {speed / 1e12:.2f} TB/s" if speed else "no GPU")
     clients = "/".join(map(str, options.clients))

@@ -1,5 +1,7 @@
 """Variants of serving LLaVA-1.5-7B for `bench/serve.py`, by name."""
 
+import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,3 +77,22 @@ VARIANTS = {
     "w8a8": Variant([VIT_INT8, INT8 | {"component": "language"}]),
     "w4a8int-cache8-xqa": Variant([VIT8, W4], (int8_activations,), kv_cache="fp8", engine=HUMMING | XQA),
 }
+
+
+@dataclass(frozen=True)
+class ParallelVariant:
+    """A variant on one or several GPUs. label: as on the command line, `VARIANT`, `VARIANT@tp2` or `VARIANT@dp2`."""
+
+    label: str
+    variant: str
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+
+    @classmethod
+    def parse(cls, label: str) -> "ParallelVariant":
+        """The variant of a label; ArgumentTypeError for an unknown one."""
+        match = re.fullmatch(r"(.+?)(?:@(tp|dp)([2-9]))?", label)
+        if not match or match[1] not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"unknown variant '{label}'; use {', '.join(VARIANTS)}, or NAME@tp2")
+        kind, number = match[2], int(match[3] or 1)
+        return cls(label, match[1], number if kind == "tp" else 1, number if kind == "dp" else 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporter.files.shard_writer import ShardWriter
 from exporter.model.families import FAMILIES, Family
@@ -28,7 +28,7 @@ TEMPLATE = (
 )
 
 
-def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+def random_weights(model: Any, seed: int = 0) -> Any:
     """The model with other weights: transformers' own initializers leave a fresh BLIP-2 blind."""
     torch.manual_seed(seed)
     with torch.no_grad():
