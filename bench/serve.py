@@ -253,7 +253,7 @@ def main() -> None:
         nargs="+",
         type=ParallelVariant.parse,
         metavar="NAME",
-        default=[ParallelVariant(name, name) for name in list(VARIANTS)[:8]],
+        default=list(map(ParallelVariant.parse, list(VARIANTS)[:8])),
     )
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=128)
