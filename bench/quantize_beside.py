@@ -25,6 +25,7 @@ from bench.quantize_phase import inputs_of, phase
 from exporter import data
 from exporter.demo import MODELS
 from exporter.device import Device, release
+from exporter.dtypes import FLOAT16
 from exporter.inference.forward_hooks import watch_inputs
 from exporter.inference.predict import batches
 from exporter.model.processor import load_processor
@@ -122,7 +123,7 @@ def peer_run(
             str(folder / "inputs.safetensors"),
             str(out),
         ]
-        command += ["--group", str(setting.group), "--observer", observer, "--device", device.torch_device.type]
+        command += ["--group", str(setting.group), "--observer", observer, "--device", device.kind]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if process.returncode:
             raise SystemExit(
@@ -137,10 +138,10 @@ class ErrorMeasure:
 
     def __init__(self, recipe: Recipe, held_out: Sequence[Batch], device: Device) -> None:
         plan, checkpoint = prepare(recipe, device)
-        place, dtype = device.torch_device, device.compute_dtype(torch.float16)
+        place, dtype = device.torch_device, device.compute_dtype(FLOAT16).torch
         tensors, config = checkpoint.tensors, checkpoint.config
         rows = [row for unit in plan.units for row in unit.rows if row.rule]
-        self.stored = rows[0].tensor.dtype
+        self.stored = rows[0].tensor.dtype.torch
         self.model = load_whole(plan.family, config, tensors, checkpoint.read, place, dtype)
         self.linears = {
             name: self.model.get_submodule(name) for name in (plan.family.live_name(r.module) for r in rows)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.demo import MODELS
-from exporter.files.safetensors_header import DTYPES
+from exporter.dtypes import DTYPES
 from exporter.files.shard_writer import ShardWriter
 from exporter.model.families import FAMILIES
 from tests.headers.read import Header, load_header
@@ -53,7 +53,7 @@ def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes
             tensor = torch.ones(shape, device=device)
         else:
             tensor = torch.randn(shape, generator=generator, device=device) * 0.02
-        writer.add(name, tensor.to(DTYPES[dtype]).cpu())
+        writer.add(name, tensor.to(DTYPES[dtype].torch).cpu())
         parameters += tensor.numel()
     writer.finish()
     write_processor(out, config)

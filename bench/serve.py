@@ -26,8 +26,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.random_checkpoint import write_processor
 from bench.serve_engine import READY, TURN
 from bench.serve_variants import VARIANTS, W4, ParallelVariant, Variant
@@ -41,7 +39,7 @@ from exporter.planning.recipe_file import load_recipe
 from tests.headers.read import load_header, write_sparse_shard
 
 HEADER = "llava-hf--llava-1.5-7b-hf"
-H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+H100 = Device("cuda:0", "H100", 78 * 2**30)
 CHILD = Path(__file__).with_name("serve_engine.py")
 
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import torch
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
@@ -67,7 +66,7 @@ KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # schemes with the s
     ("W8 symmetric", "gptq", [Scheme(8, group) for group in USUAL]),
     ("W4", "awq", [Scheme(4, group, symmetric=False) for group in USUAL]),
 )
-ROOMY = Device(torch.device("cpu"), "CPU", 2**50)
+ROOMY = Device("cpu", "CPU", 2**50)
 
 
 def recipe_table() -> str:

@@ -17,9 +17,7 @@ def main() -> None:
     try:
         try:
             if sys.argv[1:2] and sys.argv[1] in PROCESSOR_COMMANDS and not {"-h", "--help"} & set(sys.argv):
-                from exporter.model.processor_inspector import start_helper
-
-                start_helper(_model(sys.argv))  # the helper loads its libraries while this process loads torch
+                _start_ahead(sys.argv)
             from exporter.commands.main import main as run
 
             run()
@@ -40,7 +38,7 @@ def _leave(end: SystemExit) -> None:
 
     Every file is closed and every thread has ended by now, so nothing is lost.
     """
-    if "torch" in sys.modules:
+    if "exporter.device" in sys.modules:
         from exporter.device import uses_gpu
 
         if uses_gpu() and isinstance(end.code, int | None):
@@ -50,13 +48,27 @@ def _leave(end: SystemExit) -> None:
     raise end
 
 
-def _model(arguments: list[str]) -> str | None:
-    """Value of `--model`; None without it."""
+def _start_ahead(arguments: list[str]) -> None:
+    """Start what takes time: the helper that loads a processor, and for plans the CUDA driver.
+
+    They load their libraries while this process loads its own.
+    """
+    from exporter.model.processor_inspector import start_helper
+
+    start_helper(_value(arguments, "--model"))
+    if arguments[1] == "plan" and _value(arguments, "--device") != "cpu":
+        from exporter.cuda_driver import start
+
+        start()
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """Value of an option; None without it."""
     for word, next_word in zip(arguments, [*arguments[1:], None], strict=True):
-        if word == "--model":
+        if word == option:
             return next_word
-        if word.startswith("--model="):
-            return word.removeprefix("--model=")
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
     return None
 
 

@@ -1,5 +1,7 @@
 """The compute device: selection, free memory, peak memory, deterministic math. Only this file names `torch.cuda`."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import re
@@ -11,39 +13,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import torch
-
+from exporter.cuda_driver import gpus, has_contexts
+from exporter.dtypes import FLOAT32, Dtype
 from exporter.errors import PlanError
+from exporter.lazy_torch import torch
+
+THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # variables from which torch takes its number of threads
 
 
 @dataclass(frozen=True)
 class Device:
-    """A selected device. free_bytes: free memory at the time of selection (host memory for the CPU).
+    """A selected device.
 
-    others: further devices of the same type that share the calibration batches; everything else runs on
-    `torch_device`. With others, free_bytes is the smallest of all.
+    place: torch's name for it: `cpu` or `cuda:N`. free_bytes: free memory at the time of selection (host memory for the
+    CPU). others: places of further GPUs that share the calibration batches; everything else runs on `torch_device`.
+    With others, free_bytes is the smallest of all.
     """
 
-    torch_device: torch.device
+    place: str
     name: str
     free_bytes: int
-    others: tuple[torch.device, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[torch.device, ...]:
         """Every device of a calibration, the first one first."""
-        return (self.torch_device, *self.others)
+        return tuple(map(torch.device, (self.place, *self.others)))
+
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.place.partition(":")[0]
 
     @property
     def is_cuda(self) -> bool:
         """True on an NVIDIA (or ROCm) GPU."""
-        return self.torch_device.type == "cuda"
+        return self.kind == "cuda"
 
-    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+    @property
+    def torch_device(self) -> torch.device:
+        """torch's own object for it."""
+        return torch.device(self.place)
+
+    def compute_dtype(self, stored: Dtype) -> Dtype:
         """Dtype of forward passes: `stored` if it has 16 bits and the device is a GPU, else float32 (CPUs are slow
         with 16 bits).
         """
-        return stored if self.is_cuda and stored.itemsize == 2 else torch.float32
+        return stored if self.is_cuda and stored.itemsize == 2 else FLOAT32
 
 
 def choose(request: str = "auto") -> Device:
@@ -54,18 +70,47 @@ def choose(request: str = "auto") -> Device:
     """
     if "," in request:
         return _several(request)
-    if request == "auto":
-        free_devices = [(torch.cuda.mem_get_info(i)[0], i) for i in range(torch.cuda.device_count())]
-        request = f"cuda:{max(free_devices)[1]}" if free_devices else "cpu"
     if request == "cpu":
-        return Device(torch.device("cpu"), "CPU", free_host_bytes())
+        return Device("cpu", "CPU", free_host_bytes())
     kind, _, index = request.partition(":")
-    if kind != "cuda" or not (index == "" or index.isdigit()):
+    if request != "auto" and (kind != "cuda" or not (index == "" or index.isdigit())):
         raise PlanError(f"unknown device '{request}'", "use auto, cpu, cuda or cuda:N")
-    number, count = int(index or 0), torch.cuda.device_count()
-    if number >= count:
-        raise PlanError(f"no device '{request}': torch sees {count} CUDA devices", "use --device auto or cpu")
-    return Device(torch.device("cuda", number), torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)[0])
+    present = _gpus()
+    if request == "auto":
+        free_devices = [(free, i) for i, (_, free) in enumerate(present)]
+        return choose(f"cuda:{max(free_devices)[1]}" if free_devices else "cpu")
+    number = int(index or 0)
+    if number >= len(present):
+        raise PlanError(f"no device '{request}': torch sees {len(present)} CUDA devices", "use --device auto or cpu")
+    return Device(f"cuda:{number}", *present[number])
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and free bytes of every GPU that torch uses. Without torch they are read from the driver, where possible."""
+    if "torch" not in sys.modules and (present := gpus()) is not None:
+        return present
+    cuda = torch.cuda
+    return [(cuda.get_device_name(i), cuda.mem_get_info(i)[0]) for i in range(cuda.device_count())]
+
+
+def cpu_threads() -> int:
+    """Number of torch's threads on the CPU: one for every physical core, or fewer if an environment variable says so."""
+    if "torch" in sys.modules:
+        return torch.get_num_threads()
+    limits = [int(text) for name in THREADS if (text := os.environ.get(name, "")).isdigit() and int(text)]
+    return min([_physical_cores(), *limits[:1]])
+
+
+def _physical_cores() -> int:
+    """Number of cores on which this process may run, counting two threads of one core once."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as siblings:
+                cores.add(siblings.read())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
 
 
 def _several(request: str) -> Device:
@@ -74,9 +119,9 @@ def _several(request: str) -> Device:
     if not all(re.fullmatch(r"cuda:\d+", name) for name in names) or len(set(names)) < len(names):
         raise PlanError(f"unknown devices '{request}'", "use different GPUs, as in cuda:0,cuda:1")
     devices = [choose(name) for name in names]
-    others = tuple(device.torch_device for device in devices[1:])
+    others = tuple(device.place for device in devices[1:])
     name = " + ".join(device.name for device in devices)
-    return Device(devices[0].torch_device, name, min(device.free_bytes for device in devices), others)
+    return Device(devices[0].place, name, min(device.free_bytes for device in devices), others)
 
 
 @contextmanager
@@ -176,7 +221,7 @@ def free_bytes(device: torch.device) -> int:
 
 def uses_gpu() -> bool:
     """Whether this process has a context on a GPU."""
-    return bool(torch.cuda.is_initialized())
+    return has_contexts() or ("torch" in sys.modules and bool(torch.cuda.is_initialized()))
 
 
 def empty_caches() -> None:

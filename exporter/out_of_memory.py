@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from safetensors import SafetensorError
 
 from exporter.device import Device, free_bytes, free_host_bytes
@@ -40,7 +39,7 @@ def shortage_behind(error: BaseException) -> BaseException | None:
 
 
 def _reports_shortage(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without its import
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

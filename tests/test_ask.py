@@ -17,6 +17,7 @@ from exporter.commands.serving_text import example_lines
 from exporter.demo.data import picture
 from exporter.demo.example import ANSWER, PICTURE, QUESTION, SCENE
 from exporter.device import choose
+from exporter.dtypes import BFLOAT16, FLOAT32
 from exporter.evaluation.word_differences import marked, spans
 from exporter.inference.text_stream import TextStream
 from exporter.model.source import open_source
@@ -154,9 +155,9 @@ def test_what_cannot_be_answered_is_refused(words: list[str], code: int, message
 
 def test_a_model_that_does_not_fit_runs_in_less_or_block_by_block() -> None:
     parameters = 1_000
-    whole, narrow, streamed = (placement_of(parameters, torch.float32, CPU, room) for room in (5_000, 4_999, 2_499))
-    assert (whole.dtype, whole.streamed) == (torch.float32, False)
-    assert (narrow.dtype, narrow.streamed) == (torch.bfloat16, False)
+    whole, narrow, streamed = (placement_of(parameters, FLOAT32, CPU, room) for room in (5_000, 4_999, 2_499))
+    assert (whole.dtype, whole.streamed) == (FLOAT32, False)
+    assert (narrow.dtype, narrow.streamed) == (BFLOAT16, False)
     assert streamed.streamed
     assert "block by block" in streamed.note
 

@@ -12,6 +12,7 @@ import torch
 from exporter.artifact.artifact import Artifact
 from exporter.data import samples
 from exporter.device import choose
+from exporter.dtypes import FLOAT32
 from exporter.evaluation import backends
 from exporter.evaluation.answers import Answerer, collect_answers
 from exporter.evaluation.evaluate import picture_keys
@@ -75,7 +76,7 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
         released.append(sum(model() is not None for model in living))
         free(device)
 
-    held = Placement(torch.float32, 4, loader == "load_streamed", 0)
+    held = Placement(FLOAT32, 4, loader == "load_streamed", 0)
     monkeypatch.setattr(backends, "placement_of", lambda *arguments: held)
     monkeypatch.setattr(backends, loader, counted)
     monkeypatch.setattr(backends, "release", release)
@@ -121,7 +122,7 @@ def test_float32_that_does_not_fit_is_announced_and_recorded(out: Path, monkeypa
     events: list[Event] = []
     source, family = open_source(out.name)
     held = backends.placement_of(source, family, CPU, 8)
-    assert (held.dtype, held.note) == (torch.float32, "")
+    assert (held.dtype, held.note) == (FLOAT32, "")
     model = whole_model(source.tensors, family, source.config)
     room = (model.weight_bytes(itemsize=2) + model.sample_bytes(itemsize=2)) / ROOM_SHARE
     monkeypatch.setattr(backends, "free_bytes", lambda device: int(room) + 2)

@@ -27,9 +27,9 @@ from tests.test_calibrate import RULES_OF, batches_for, families, plan_for, tiny
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-ONE = Device(CPU, "CPU", 2**34)
-TWO = replace(ONE, others=(CPU,))
-THREE = replace(ONE, others=(CPU, CPU))
+ONE = Device("cpu", "CPU", 2**34)
+TWO = replace(ONE, others=("cpu",))
+THREE = replace(ONE, others=("cpu", "cpu"))
 PHASES = {"llava": 16, "blip2": 33, "blip2-itm": 32}  # of all blocks that GPTQ quantizes
 
 
@@ -113,7 +113,7 @@ def test_copies_have_the_present_weights_on_their_device_and_share_no_module() -
             self.register_buffer("table", torch.arange(3.0), persistent=False)
 
     block = Configured()
-    live, copy = placed_blocks(block, replace(ONE, others=(META,)))
+    live, copy = placed_blocks(block, replace(ONE, others=("meta",)))
     assert live.module is block
     assert live.module_for(block.inner) is block.inner
     assert copy.module_for(block.inner) is copy.module.inner is not block.inner

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.artifact_config import groups, kept_modules
-from exporter.commands.tables import plan_notes
+from exporter.commands.plan_tables import plan_notes
 from exporter.demo.data import samples
 from exporter.device import Device, choose
+from exporter.dtypes import FLOAT16
 from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
 from exporter.inference.encoding import render, reply_end
@@ -42,7 +43,7 @@ from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoin
 from tests.tiny_blip2 import write_tiny_blip2
 
 BLIP2, ITM = FAMILIES["blip2"], FAMILIES["blip2-itm"]
-H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+H100 = Device("cuda:0", "H100", 78 * 2**30)
 OPT_27B, ITM_COCO = "Salesforce--blip2-opt-2.7b", "Salesforce--blip2-itm-vit-g-coco"
 both = pytest.mark.parametrize("family", [BLIP2, ITM], ids=["blip2", "blip2-itm"])
 
@@ -320,7 +321,7 @@ def test_float32_is_read_as_16_bits_on_request(tmp_path: Path) -> None:
     done = quick_export(recipe_for(BLIP2, folder, model=model), tmp_path / "out")
     stored, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(folder)
     floats = {info.dtype for info in stored.tensors.values() if info.dtype.is_floating_point}
-    assert floats == {torch.float16}
+    assert floats == {FLOAT16}
     assert stored.config["dtype"] == "float16"
     assert done.plan.bytes_before == 2 * done.plan.parameters
     assert done.plan.bytes_after == sum(info.bytes for info in stored.tensors.values())

@@ -209,8 +209,8 @@ def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
 ) -> None:
     checkpoint = SimpleNamespace(config={"dtype": "float16"})
     artifact = cast(Artifact, SimpleNamespace(parameters=lambda: 7_063_427_072, checkpoint=checkpoint))
-    gpu = Device(torch.device("cuda", 0), "GPU", gpu_gib * 2**30)
-    monkeypatch.setattr(reference, "choose", lambda name: Device(torch.device("cpu"), "CPU", host_gib * 2**30))
+    gpu = Device("cuda:0", "GPU", gpu_gib * 2**30)
+    monkeypatch.setattr(reference, "choose", lambda name: Device("cpu", "CPU", host_gib * 2**30))
     if place is None:
         with pytest.raises(ServeError, match=r"needs 16\.4 GiB; free memory: 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
             reference.reference_placement(artifact, gpu)

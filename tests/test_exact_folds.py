@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from exporter.device import choose
+from exporter.dtypes import DTYPES, Dtype
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Smoothing
 from exporter.planning.plan import Plan
@@ -79,10 +80,10 @@ def test_the_exactness_check_works_in_16_bits_and_with_a_large_residual(
     device = choose("cpu")
 
     class Narrow(type(device)):  # type: ignore[misc]
-        def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-            return dtype
+        def compute_dtype(self, stored: Dtype) -> Dtype:
+            return next(known for known in DTYPES.values() if known.torch == dtype)
 
-    narrow = Narrow(device.torch_device, device.name, device.free_bytes)
+    narrow = Narrow(device.place, device.name, device.free_bytes)
     workdir = Workdir.open(tmp_path / "work", {})
     with ThreadPoolExecutor(1) as pool:
         job = BlockIO(plan, checkpoint, workdir, narrow, lambda event: None, pool)

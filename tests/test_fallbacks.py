@@ -29,7 +29,7 @@ from exporter.study.work import Setup, open_model
 from tests.headers.read import write_sparse_shard
 from tests.llava_variants import llava_config
 
-CPU = Device(torch.device("cpu"), "CPU", 64 * 2**30)
+CPU = Device("cpu", "CPU", 64 * 2**30)
 # demo-llava's language linears have 128 inputs, and down_proj 384: groups of 96 divide only those of down_proj.
 RULE = {"component": "language", "bits": 4, "group_size": 96}
 LINE = (

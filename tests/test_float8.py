@@ -35,7 +35,7 @@ from exporter.serving.launch import dtype
 from exporter.serving.preflight import refuse_plan
 
 RECIPE = "llava-w4a8-vitfp8-cache8"
-H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+H100 = Device("cuda:0", "H100", 78 * 2**30)
 MIXED = Scheme(4, 128, activations="fp8")
 # Every value of float8 e4m3 from 0: subnormals in steps of 2^-9, then eight to each power of two, up to 448.
 VALUES = sorted({m / 512 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)} - {480.0})

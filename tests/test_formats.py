@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from exporter.errors import ArtifactError
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
-from exporter.numerics.quantized import FP8, GroupSize, QuantizedLinear, Scheme, quantize
+from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme, quantize
 from tests.oracles import naive_pack_bits
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -218,7 +218,7 @@ def test_compressed_int8_and_float8_tensors_hold_the_values_themselves() -> None
     assert torch.equal(weight.float() * linear.scale.float(), linear.dequantize())
     linear = random_linear(Scheme(8, "row", number="fp8", activations="fp8"), 4, 10)
     weight = module.pack("x", linear)["x.weight"]
-    assert weight.dtype == FP8
+    assert weight.dtype == torch.float8_e4m3fn
     assert torch.equal(weight.float() * linear.scale.float(), linear.dequantize())
 
 

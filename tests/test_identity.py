@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -236,7 +235,7 @@ def test_another_version_of_a_method_or_of_the_calibration_is_named(
 def test_device_kind_and_dtype_are_part_of_it(root: Path) -> None:
     plan, _ = prepare(recipe_of(root), CPU)
     stored = next(row.tensor.dtype for row in plan.rows if row.linear)
-    gpu = replace(CPU, torch_device=torch.device("cuda", 0))
+    gpu = replace(CPU, place="cuda:0")
     lines = changes(identity.of_machine(CPU, stored), identity.of_machine(gpu, stored))
     assert lines[0] == "device cpu -> cuda"
     assert lines[1].startswith("compute dtype float32 -> ")

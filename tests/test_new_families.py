@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
@@ -21,7 +20,7 @@ from exporter.serving.launch import max_length
 from tests.headers.read import HEADER_NAMES, header_config
 from tests.tiny_models import CONFIGS
 
-H100 = Device(torch.device("cpu"), "CPU", 2**50)
+H100 = Device("cpu", "CPU", 2**50)
 ONEVISION = "llava-hf--llava-onevision-qwen2-7b-ov-hf"
 
 

@@ -13,8 +13,8 @@ from exporter import api
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import MANIFEST, read_manifest
 from exporter.commands.main import cli
+from exporter.commands.plan_tables import plan_notes
 from exporter.commands.serving_text import example, shell_line
-from exporter.commands.tables import plan_notes
 from exporter.demo import MODELS
 from exporter.demo import example as demo_example
 from exporter.device import choose

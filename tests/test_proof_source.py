@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from exporter.artifact.artifact import Artifact
 from exporter.demo import MODELS
 from exporter.device import choose
+from exporter.dtypes import BFLOAT16, FLOAT16
 from exporter.events import Event, ignore
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
@@ -76,10 +77,10 @@ def test_float16_is_read_as_the_bfloat16_in_which_it_is_served(tmp_path: Path) -
     folder = model(tmp_path / "model", torch.float16, dtype="float16")
     job = load_recipe(CACHE).adjusted(model={"repo": str(folder)})
     plan, checkpoint = prepare(job, choose("cpu"))
-    assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
+    assert {info.dtype for info in checkpoint.tensors.values()} == {BFLOAT16}
     assert any("float16 tensors as bfloat16: vLLM's kernels" in warning for warning in plan.warnings)
     plain, unchanged = prepare(load_recipe("llava-w4").adjusted(model={"repo": str(folder)}), choose("cpu"))
-    assert {info.dtype for info in unchanged.tensors.values()} == {torch.float16}
+    assert {info.dtype for info in unchanged.tensors.values()} == {FLOAT16}
     assert not any("as bfloat16" in warning for warning in plain.warnings)
     events: list[Event] = []
     result = export(job, out=tmp_path / "out", device=choose("cpu"), on_event=events.append, skip_evaluation=True)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exporter.numerics.quantized import (
-    FP8,
     FP8_MAX,
     GroupSize,
     QuantizedLinear,
@@ -132,7 +131,8 @@ def test_fp8_codes_are_the_bytes_of_saturated_floats() -> None:
     weight, scale = torch.tensor([[1.0, -3.1, 2e4, -2e4]]), torch.tensor([[2.0]])
     codes = quantize(weight, scale, torch.zeros(1, 1, dtype=torch.uint8), scheme)
     assert codes.dtype == torch.uint8
-    assert torch.equal(codes.view(FP8), torch.tensor([[0.5, -1.55, FP8_MAX, -FP8_MAX]]).to(FP8))
+    expected = torch.tensor([[0.5, -1.55, FP8_MAX, -FP8_MAX]]).to(torch.float8_e4m3fn)
+    assert torch.equal(codes.view(torch.float8_e4m3fn), expected)
     linear = QuantizedLinear(scheme, codes, scale, torch.zeros(1, 1, dtype=torch.uint8))
     assert linear.dequantize().tolist() == [[1.0, -3.0, 2 * FP8_MAX, -2 * FP8_MAX]]
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
@@ -32,7 +31,7 @@ from exporter.planning.vllm_rules import (
 )
 
 W4, W8, A8 = Scheme(4, 128), Scheme(8, "row"), Scheme(8, "row", activations="int8")
-H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+H100 = Device("cuda:0", "H100", 78 * 2**30)
 BLOCK = "language_model.model.layers.0"
 
 

@@ -27,8 +27,8 @@ from exporter.planning.plan import Unit
 from exporter.quantization.block_calls import capture_calls
 from exporter.quantization.workdir import UnitResult, Workdir
 
-CPU = Device(torch.device("cpu"), "CPU", 2**30)
-GPU = Device(torch.device("cuda", 0), "H100", 2**30)
+CPU = Device("cpu", "CPU", 2**30)
+GPU = Device("cuda:0", "H100", 2**30)
 CUDA_TEXT = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free."
 )

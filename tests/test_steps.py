@@ -29,7 +29,7 @@ NAMES = ["plan", "read data", "quantize", "write", "verify", "evaluate", "check"
 
 def gpu(free: float) -> Device:
     """A card with so many GiB free."""
-    return Device(torch.device("cuda", 0), "a card", int(free * GIB))
+    return Device("cuda:0", "a card", int(free * GIB))
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_every_step_is_predicted(name: str, planned: Callable[..., Plan]) -> Non
 def test_seconds_are_near_what_was_measured(planned: Callable[..., Plan]) -> None:
     """21 to 22 s on an H100 and an H200; a CPU's core has a ten-thousandth of their arithmetic."""
     assert by_name(planned(make.LLAVA_7B, gpu(140)))["quantize"].seconds == pytest.approx(21.5, rel=0.25)
-    cpu = Device(torch.device("cpu"), "CPU", 64 * GIB)
+    cpu = Device("cpu", "CPU", 64 * GIB)
     assert by_name(planned(make.LLAVA_7B, cpu))["quantize"].seconds > 3600 / torch.get_num_threads()
     parts = [by_name(planned(name, gpu(140))) for name in (make.LLAVA_7B, make.LLAVA_13B, make.LLAVA_34B)]
     for step in ("quantize", "write", "verify", "evaluate"):
@@ -183,7 +183,7 @@ def test_a_small_host_is_refused_with_every_step_that_does_not_fit(
 
 
 def test_on_a_cpu_all_memory_is_the_hosts(planned: Callable[..., Plan]) -> None:
-    cpu = Device(torch.device("cpu"), "CPU", 23 * GIB)
+    cpu = Device("cpu", "CPU", 23 * GIB)
     on_cpu, on_gpu = by_name(planned(make.LLAVA_7B, cpu)), by_name(planned(make.LLAVA_7B, gpu(140)))
     assert all(step.device_bytes == 0 for step in on_cpu.values())
     assert on_cpu["quantize"].host_bytes > on_gpu["quantize"].device_bytes

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporter.device import Device
+from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, Dtype
 from exporter.model.checkpoint import TensorInfo
 from exporter.model.families import FAMILIES, Family
 from exporter.model.source import open_source
@@ -20,8 +21,8 @@ from tests.headers import make
 from tests.test_families import random_weights
 
 GIB = 2**30
-CPU = Device(torch.device("cpu"), "CPU", 64 * GIB)
-GPU = Device(torch.device("cuda", 0), "H100", 80 * GIB)
+CPU = Device("cpu", "CPU", 64 * GIB)
+GPU = Device("cuda:0", "H100", 80 * GIB)
 
 
 def counts(folder: Path) -> WholeModel:
@@ -79,7 +80,7 @@ def infos(model: Any, family: Family) -> dict[str, TensorInfo]:
     result = {}
     for live, parameter in model.named_parameters():
         name = family.canonical_name(live)
-        result[name] = TensorInfo(name, name, parameter.dtype, tuple(parameter.shape), "model.safetensors")
+        result[name] = TensorInfo(name, name, FLOAT32, tuple(parameter.shape), "model.safetensors")
     return result
 
 
@@ -143,31 +144,31 @@ def seven(sparse_checkpoint: Callable[[str], Path]) -> WholeModel:
 @pytest.mark.parametrize(
     ("device", "room", "dtype", "batch", "streamed"),
     [
-        (GPU, 80, torch.float16, 32, False),
-        (GPU, 24, torch.float16, 20, False),
-        (GPU, 12, torch.float16, 23, True),
-        (CPU, 64, torch.float32, 32, False),
-        (CPU, 23, torch.bfloat16, 18, False),
-        (CPU, 10, torch.float32, 7, True),
+        (GPU, 80, FLOAT16, 32, False),
+        (GPU, 24, FLOAT16, 20, False),
+        (GPU, 12, FLOAT16, 23, True),
+        (CPU, 64, FLOAT32, 32, False),
+        (CPU, 23, BFLOAT16, 18, False),
+        (CPU, 10, FLOAT32, 7, True),
     ],
 )
 def test_a_7b_gets_the_first_placement_that_fits(
-    device: Device, room: int, dtype: torch.dtype, batch: int, streamed: bool, seven: WholeModel
+    device: Device, room: int, dtype: Dtype, batch: int, streamed: bool, seven: WholeModel
 ) -> None:
-    placement = choose_placement(seven, torch.float16, device, room * GIB, 32)
+    placement = choose_placement(seven, FLOAT16, device, room * GIB, 32)
     assert (placement.dtype, placement.batch, placement.streamed, placement.fits) == (dtype, batch, streamed, True)
     assert placement.bytes <= ROOM_SHARE * room * GIB
     more = seven.weight_bytes(dtype.itemsize, streamed) + (batch + 1) * seven.sample_bytes(dtype.itemsize)
     assert batch == 32 or more > ROOM_SHARE * room * GIB  # the largest batch that fits
-    assert bool(placement.note) == (batch < 32 or streamed or dtype == torch.bfloat16)
+    assert bool(placement.note) == (batch < 32 or streamed or dtype == BFLOAT16)
 
 
 def test_a_7b_that_never_fits_reports_the_smallest_placement(seven: WholeModel) -> None:
-    placement = choose_placement(seven, torch.float16, GPU, GIB, 32)
+    placement = choose_placement(seven, FLOAT16, GPU, GIB, 32)
     assert (placement.fits, placement.batch, placement.streamed) == (False, 1, True)
     assert "one sample at a time, and even that needs 1.7 GiB" in placement.note
 
 
 def test_a_smaller_requested_batch_is_used(seven: WholeModel) -> None:
-    assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).batch == 4
-    assert choose_placement(seven, torch.float16, GPU, 24 * GIB, 4).note == ""
+    assert choose_placement(seven, FLOAT16, GPU, 24 * GIB, 4).batch == 4
+    assert choose_placement(seven, FLOAT16, GPU, 24 * GIB, 4).note == ""

@@ -76,7 +76,7 @@ def _stored_tensors(plan: Plan, checkpoint: Checkpoint, row: PlanRow, result: Un
     if row.decision == "packed":
         return FORMATS[plan.recipe.format].pack(row.module, result.linears[row.module])
     if row.decision == "dequantized":
-        return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype))}
+        return {name: result.linears[row.module].dequantize(stored_scale_dtype(row.tensor.dtype).torch)}
     tensor = result.altered[name] if name in result.altered else checkpoint.read(name)
     return {name: require_finite(checkpoint, name, tensor)}
 

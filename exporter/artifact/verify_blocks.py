@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exporter.artifact.artifact import CACHE_SCALES, Artifact
 from exporter.device import Device
+from exporter.dtypes import DTYPES, Dtype
 from exporter.errors import ArtifactError
 from exporter.events import Event, Listener
 from exporter.inference.forward_hooks import first_output
@@ -46,8 +47,8 @@ def compare_blocks(
     """
     family, config = artifact.family, artifact.source_config()
     stored = _stored_dtype(artifact.checkpoint.config)
-    plain = Stream(family, config, device.torch_device, device.compute_dtype(stored))
-    prepared = _TransformersModel(artifact, device, stored, plain.dtype)
+    plain = Stream(family, config, device.torch_device, device.compute_dtype(stored).torch)
+    prepared = _TransformersModel(artifact, device, stored.torch, plain.dtype)
     problems = prepared.name_problems()
     if problems:
         raise ArtifactError("\n".join(["transformers expects other tensors than the artifact has:", *problems]))
@@ -60,10 +61,11 @@ def compare_blocks(
     return BlockComparison(walk.ran, walk.difference)
 
 
-def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+def _stored_dtype(config: Mapping[str, Any]) -> Dtype:
     """The dtype in which transformers loads the model: `dtype` of config.json, else float32."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]
+    name = str(name).removeprefix("torch.")
+    return next(dtype for dtype in DTYPES.values() if dtype.name == name)
 
 
 class _TransformersModel:

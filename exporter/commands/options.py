@@ -69,9 +69,19 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator: print an MmqError as a message and exit with its code; MMQ_DEBUG=1 shows the traceback instead."""
 
     @wraps(command)
+    def loading_torch(*args: Any, **kwargs: Any) -> None:
+        _import_torch(bool(kwargs.get("as_json")))
+        command(*args, **kwargs)
+
+    return reports_errors_without_torch(loading_torch)
+
+
+def reports_errors_without_torch(command: Callable[..., None]) -> Callable[..., None]:
+    """`reports_errors` for a command that computes no tensor and imports torch only where it must."""
+
+    @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            _import_torch(bool(kwargs.get("as_json")))
             command(*args, **kwargs)
         except KeyboardInterrupt:  # click itself would exit with code 1
             fail(Interrupted("stopped"), bool(kwargs.get("as_json")))

@@ -14,7 +14,7 @@ from exporter.commands.options import (
     model_option,
     print_result,
     recipe_option,
-    reports_errors,
+    reports_errors_without_torch,
     revision_option,
     samples_option,
     skip_evaluation_option,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
 @json_option
-@reports_errors
+@reports_errors_without_torch
 def plan(
     recipe: str,
     model: str | None,
@@ -103,7 +103,7 @@ def show_plan(
 
     data: sources to read as the export would, with their pictures; DataError for what the export would refuse.
     """
-    from exporter.commands import tables as show
+    from exporter.commands import plan_tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.pipeline.preparation import prepare

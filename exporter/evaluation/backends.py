@@ -102,7 +102,7 @@ def opened_predictor(
     if placement.note:
         on_event(Event("note", 0, 0, placement.note))
     load = load_streamed if placement.streamed else load_whole
-    loaded = load(family, config, names, read, device.torch_device, placement.dtype)
+    loaded = load(family, config, names, read, device.torch_device, placement.dtype.torch)
     round_as_served(loaded, rounded, gpu=True)
     predictor = Predictor(loaded, processor(), family, device.torch_device, placement.batch, on_event)
     del loaded
@@ -118,8 +118,8 @@ def _computed(placement: Placement, device: Device) -> dict[str, Any]:
     """Back end, device, dtype and package versions, for the identity of answers from this process."""
     return {
         "backend": "transformers",
-        "device": device.torch_device.type,
-        "dtype": str(placement.dtype).removeprefix("torch."),
+        "device": device.kind,
+        "dtype": placement.dtype.name,
         "versions": package_versions(),
     }
 

@@ -12,24 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from exporter.dtypes import DTYPES, Dtype
 from exporter.errors import CheckpointError
 from exporter.files.strict_json import kind, parse_object
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 METADATA = "__metadata__"
 MAX_HEADER = 100 * 2**20  # the format's own limit
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -41,7 +27,7 @@ HINT = "download the file again; `mmq doctor` shows where the hub cache is"
 class Entry:
     """Header entry of one tensor. start, end: byte range in the data section."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     start: int
     end: int

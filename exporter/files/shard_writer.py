@@ -4,13 +4,15 @@ import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from exporter.files.file_hashes import sha256
 from exporter.files.writing import disk_error, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 10**9  # size of the shards that mmq writes
 
@@ -33,7 +35,7 @@ class ShardWriter:
         self._saves: list[Future[None]] = []
         self._hashes: list[Future[str]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: "Tensor") -> None:
         """Add one tensor and start writing a full shard. CheckpointError if an earlier shard could not be written."""
         size = tensor.numel() * tensor.itemsize
         if self._pending and self._pending_bytes + size > self.shard_bytes:
@@ -75,7 +77,9 @@ class ShardWriter:
         return dict(zip(names, hashes, strict=True))
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, tensors: "dict[str, Tensor]") -> None:
+    from safetensors.torch import save_file
+
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
         path.chmod(0o644)  # safetensors creates files that only the owner may read

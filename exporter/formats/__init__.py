@@ -7,14 +7,17 @@ May import: numerics.
 To add one, write `formats/NAME.py` with the members of `Format` and add a line to `FORMATS`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from exporter.formats import autoawq, autogptq, compressed_tensors
 from exporter.formats.group import Group
 from exporter.numerics.quantized import QuantizedLinear, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Format(Protocol):

@@ -6,14 +6,17 @@ by vLLM's `AutoAWQConfig` and GPTQModel. The format has no symmetric schemes: th
 One scheme for the whole model: the config has no per-component rules, only `modules_to_not_convert`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
 from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "awq"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no field for it

@@ -10,16 +10,19 @@ Only symmetric schemes: `zero - 1` cannot represent a zero point of 0, which rea
 value, and vLLM refuses asymmetric weights in this format.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
+from exporter.lazy_torch import torch
 from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "gptq"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {}  # its config has no field for it

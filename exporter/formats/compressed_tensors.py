@@ -8,14 +8,17 @@ signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`; `weight_shape` 
 8 bits with int8 activations are `int-quantized` (`weight` int8), float8 is `float-quantized` (`weight` float8 e4m3).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from exporter.formats.group import Group
-from exporter.numerics.quantized import FP8, QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+from exporter.lazy_torch import torch
+from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "compressed_tensors"
 # All scales are 1 (docs/explanation/float8.md explains when that is sufficient).
@@ -66,7 +69,7 @@ def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one linear."""
     scheme, scale = linear.scheme, linear.scale
     if scheme.number == "fp8":
-        return {f"{name}.weight": linear.codes.view(FP8), f"{name}.weight_scale": scale}
+        return {f"{name}.weight": linear.codes.view(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
     if _layout(scheme) == "int-quantized":
         signed = (linear.codes ^ scheme.middle).view(torch.int8)  # flipping the top bit subtracts 128
         return {f"{name}.weight": signed, f"{name}.weight_scale": scale}

@@ -6,6 +6,7 @@ from typing import TypeVar
 from exporter.device import empty_caches
 from exporter.out_of_memory import is_shortage
 
+PAIRS = 8  # the batch of pairs of picture and text relative to that of pictures; pairs skip the ViT
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.inference.batch_size import BatchSize
+from exporter.inference.batch_size import PAIRS, BatchSize
 from exporter.inference.row_store import RowStore
 from exporter.tasks.retrieval import format_answer
 from exporter.tasks.sample import Pool, Sample
 
 LONGEST = 35  # largest number of tokens of a text, as in the paper
 PIECE = 8  # pictures whose ranks are yielded together
-PAIRS = 8  # the batch of pairs relative to that of pictures; pairs skip the ViT
 
 
 @dataclass(frozen=True)

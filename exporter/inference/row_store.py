@@ -3,14 +3,18 @@
 Image-text retrieval stores the ViT features of every picture, 1.9 MB each in 16 bits: 9.5 GB for COCO's 5,000 pictures.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import tempfile
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from exporter.errors import DataError
+from exporter.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOUND = 2**30  # bytes; a larger store is a file
 

@@ -8,15 +8,18 @@ To add one, write `methods/NAME.py` with the members of `Method` and add a line 
 (`Smoother`) gets a line in `SMOOTHERS` too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from exporter.lazy_torch import torch
 from exporter.methods import awq, gptq, rtn
 from exporter.methods.options import MethodOptions
 from exporter.numerics.quantized import QuantizedLinear, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["METHODS", "SMOOTHERS", "Method", "MethodOptions", "Smoother"]
 

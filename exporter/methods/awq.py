@@ -6,17 +6,21 @@ from the second moments without running the block (on a GPU with bfloat16 produc
 output. The paper's search runs the module around the linears on a sample.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from exporter.lazy_torch import torch
 from exporter.methods.options import MethodOptions
 from exporter.numerics.hessian import Statistics, times
 from exporter.numerics.quantized import QuantizedLinear, Scheme, dequantize, quantize
 from exporter.numerics.ranges import clip_fast, fit_scale, scale_within
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "VERSION",

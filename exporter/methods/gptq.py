@@ -4,19 +4,23 @@ For inputs x the output error of a linear is `tr(D H D^T)` with `D = W - Q` and 
 so linears that share an input can be stacked along `out` in one call.
 """
 
+from __future__ import annotations
+
 from itertools import pairwise
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from exporter.lazy_torch import torch
 from exporter.methods.options import MethodOptions
 from exporter.numerics.gptq_columns import descend_columns, quantize_columns
 from exporter.numerics.hessian import Statistics, times
 from exporter.numerics.inverse_cholesky import PANEL, inverse_factor_, slices
 from exporter.numerics.quantized import ColumnGrid, QuantizedLinear, Scheme, dequantize, quantize
 from exporter.numerics.ranges import Range, fit_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["VERSION", "Options", "Statistics", "quantize_linear"]
 

@@ -1,14 +1,18 @@
 """Round to nearest (RTN): rounds every weight to the nearest value of its grid, without calibration data."""
 
-from typing import Any
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
+
 from pydantic import ConfigDict, Field
-from torch import Tensor
 
+from exporter.lazy_torch import torch
 from exporter.methods.options import MethodOptions
 from exporter.numerics.quantized import QuantizedLinear, Scheme, quantize
 from exporter.numerics.ranges import Range, fit_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 2
 Statistics = None

@@ -5,19 +5,23 @@ linear. Its weight becomes W + scale * B A, computed in float32 like peft's `mer
 trained in full (`modules_to_save`) replace the base model's. Settings that mmq cannot merge exactly are errors.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from exporter.errors import CheckpointError, one_line
 from exporter.files.safetensors_header import Entry, read_header
 from exporter.files.strict_json import kind, read_json
+from exporter.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -3,25 +3,31 @@
 File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from exporter.dtypes import Dtype
 from exporter.errors import CheckpointError
 from exporter.events import Event, Listener, ignore
 from exporter.files.file_hashes import hash_files, start_hashing
 from exporter.files.safetensors_header import Entry, read_header
 from exporter.files.strict_json import kind, read_json
+from exporter.lazy_torch import torch
 from exporter.model.adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 10**9  # size of written shards; one is in memory until it is complete
 
@@ -35,14 +41,14 @@ class TensorInfo:
 
     name: str
     stored: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     file: str
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+        return prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -76,7 +82,7 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path, rename: Callable[[str], str] = str, origin: str = "") -> "Checkpoint":
+    def open(cls, folder: Path, rename: Callable[[str], str] = str, origin: str = "") -> Checkpoint:
         """Read config.json and the headers of all shards; reads no tensor data."""
         config = read_json(folder / "config.json")
         indexed = shard_files(folder)
@@ -92,7 +98,7 @@ class Checkpoint:
         indexed: Mapping[str, set[str]],
         rename: Callable[[str], str] = str,
         origin: str = "",
-    ) -> "Checkpoint":
+    ) -> Checkpoint:
         """A checkpoint from parsed headers. indexed: shard -> the tensor names that the index lists for it."""
         tensors: dict[str, TensorInfo] = {}
         for file, header in headers.items():
@@ -107,14 +113,14 @@ class Checkpoint:
                 tensors[name] = TensorInfo(name, stored, entry.dtype, entry.shape, file)
         return cls(folder, config, tensors, origin or str(folder))
 
-    def changed(self, **fields: Any) -> "Checkpoint":
+    def changed(self, **fields: Any) -> Checkpoint:
         """The same checkpoint with another `config`, `tensors`, `ignored` or `adapter`."""
         current = {"config": self.config, "tensors": self.tensors, "ignored": self.ignored, "adapter": self.adapter}
         return Checkpoint(self.folder, origin=self.origin, **(current | fields))
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU with the adapter merged (memory-mapped: pages are read when they are used)."""
-        return self._read_stored(name).to(self.tensors[name].dtype)
+        return self._read_stored(name).to(self.tensors[name].dtype.torch)
 
     def not_finite(self, name: str) -> CheckpointError:
         """The error that explains why the tensor `name` has an infinity or NaN after it was read and changed."""
@@ -125,8 +131,8 @@ class Checkpoint:
                 f"{name} has {bad} values that are not finite ({info.file})",
                 "the checkpoint is damaged, or its training diverged; download it again",
             )
-        dtype, peak = str(info.dtype).removeprefix("torch."), float(stored.abs().max())
-        limit = torch.finfo(info.dtype).max
+        dtype, peak = info.dtype, float(stored.abs().max())
+        limit = torch.finfo(dtype.torch).max
         if peak > limit:
             return CheckpointError(
                 f"{name} has values up to {peak:.6g} ({info.file}), but the largest {dtype} is {limit:.6g}",
@@ -176,7 +182,7 @@ class Checkpoint:
 
     def dtypes(self) -> dict[str, int]:
         """Dtype -> number of tensors that are read in it, which can differ from the stored dtype."""
-        return dict(Counter(str(info.dtype).removeprefix("torch.") for info in self.tensors.values()))
+        return dict(Counter(info.dtype.name for info in self.tensors.values()))
 
     def digest(self, on_event: Listener = ignore) -> str:
         """The checkpoint's identity: sha256 over every byte of every shard, the configuration and `dtypes`."""

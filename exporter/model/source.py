@@ -6,8 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from exporter.demo import MODELS
+from exporter.dtypes import DTYPES
 from exporter.errors import CheckpointError, HubError, HubMissing, HubUnreachable, did_you_mean, one_line
-from exporter.files.safetensors_header import DTYPES
 from exporter.files.strict_json import parse_object, read_json
 from exporter.model.adapter import open_adapter
 from exporter.model.checkpoint import Checkpoint, indexed_files

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.numerics.quantized import FP8, FP8_MAX, FP8_MIN_SCALE, Activations
+from exporter.numerics.quantized import FP8_MAX, FP8_MIN_SCALE, Activations
 
+FP8 = torch.float8_e4m3fn
 INT8_MAX = 127.0
 
 

@@ -4,10 +4,15 @@
 the reference in torch; on a CUDA device a single Triton kernel launch replaces a loop of about a thousand small ones.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from exporter.numerics.quantized import FP8, FP8_MAX, ColumnGrid, Scheme
+from typing import TYPE_CHECKING
+
+from exporter.lazy_torch import torch
+from exporter.numerics.quantized import FP8_MAX, ColumnGrid, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def quantize_columns(weight: Tensor, upper: Tensor, grid: ColumnGrid, codes: Tensor) -> Tensor:
@@ -82,10 +87,10 @@ def _round_column(column: Tensor, scale: Tensor, zero: Tensor, empty: Tensor, sc
     """
     ratio = torch.div(column, scale, out=values).masked_fill_(empty, 0.0)
     if scheme.number == "fp8":
-        return values.copy_(ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8)) * scale
+        return values.copy_(ratio.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)) * scale
     return (ratio.round_().add_(zero).clamp_(0, scheme.levels) - zero).mul_(scale)
 
 
 def _as_codes(values: Tensor, scheme: Scheme) -> Tensor:
     """The `values` of `_round_column` as codes, uint8."""
-    return values.to(FP8).view(torch.uint8) if scheme.number == "fp8" else values.to(torch.uint8)
+    return values.to(torch.float8_e4m3fn).view(torch.uint8) if scheme.number == "fp8" else values.to(torch.uint8)

@@ -3,8 +3,15 @@
 With `H = mean x x^T` and `D = W - Q`, the mean squared error of the output is `tr(D H D^T)`, summed over all rows.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from exporter.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 STRIP = 4096  # columns per product, because a second [in, in] matrix would not fit into memory
 
@@ -28,7 +35,7 @@ class Statistics:
             self.hessian[strip].add_(_product(weighted[:, strip], rows), alpha=1 / total)
         self.rows = total
 
-    def add(self, other: "Statistics") -> None:
+    def add(self, other: Statistics) -> None:
         """Add the rows of other statistics, which may be on another device."""
         total = self.rows + other.rows
         if not other.rows:

@@ -5,10 +5,16 @@ matrix: at the 11,008 inputs of a 7B model each takes 462 MiB. Panels and matrix
 memory, and run at the speed of the products.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from exporter.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 PANEL = 512  # columns per panel; the library factorizes and inverts matrices of this size
 TALL = 4  # panels of rows per product of the inversion

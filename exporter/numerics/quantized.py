@@ -5,18 +5,22 @@ them. Scales are rounded to their stored dtype *before* codes are computed, so t
 the values that vLLM uses.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from exporter.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 GroupSize = int | Literal["row", "tensor"]
 Activations = Literal["int8", "fp8"]
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FP8_MIN_SCALE = 1 / (512 * FP8_MAX)  # vLLM's smallest scale of a dynamic float8 row
 
@@ -86,9 +90,10 @@ class QuantizedLinear:
     scale: Tensor
     zero: Tensor
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """`(codes - zero) * scale` in float32, `[out, in]`, then cast to `dtype`."""
-        return dequantize(self.codes, self.scale, self.zero, self.scheme).to(dtype)
+        weight = dequantize(self.codes, self.scale, self.zero, self.scheme)
+        return weight if dtype is None else weight.to(dtype)
 
     def as_served(self) -> Tensor:
         """The float32 weight `[out, in]` that vLLM multiplies by: `dequantize`, except for `mixed` schemes.
@@ -100,17 +105,17 @@ class QuantizedLinear:
             return self.dequantize()
         eighths, row = float8_scales(self.scale)
         signed = self.codes.float() - self.scheme.middle
-        products = signed.mul_(expand_groups(eighths, self.codes.shape[1], self.scheme)).to(FP8)  # at most 448
-        return products.float().mul_(8 * row)
+        products = signed.mul_(expand_groups(eighths, self.codes.shape[1], self.scheme))  # at most 448
+        return products.to(torch.float8_e4m3fn).float().mul_(8 * row)
 
-    def split(self, rows: Sequence[int]) -> list["QuantizedLinear"]:
+    def split(self, rows: Sequence[int]) -> list[QuantizedLinear]:
         """Split a stacked linear into linears of `rows` output rows each."""
         parts = zip(
             self.codes.split(list(rows)), self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True
         )
         return [QuantizedLinear(self.scheme, *part) for part in parts]
 
-    def to(self, device: torch.device | str) -> "QuantizedLinear":
+    def to(self, device: torch.device | str) -> QuantizedLinear:
         """The same linear on another device."""
         return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
 
@@ -127,8 +132,8 @@ def float8_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = scale.float()
     row = (wide.amax(dim=1, keepdim=True) / FP8_MAX).clamp_min(FP8_MIN_SCALE)
-    rounded = (wide / row).clamp_max(FP8_MAX).to(FP8).float()
-    return (rounded / 8).to(FP8).float(), row
+    rounded = (wide / row).clamp_max(FP8_MAX).to(torch.float8_e4m3fn).float()
+    return (rounded / 8).to(torch.float8_e4m3fn).float(), row
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
@@ -142,7 +147,7 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Ten
     ratio = (weight / steps).masked_fill_(empty, 0.0)
     del steps, empty  # each is as large as the weight
     if scheme.number == "fp8":
-        return ratio.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+        return ratio.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     return ratio.round_().add_(expand_groups(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
 
 
@@ -150,7 +155,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Te
     """The float32 weight `[out, in]` of `codes`."""
     columns = codes.shape[1]
     if scheme.number == "fp8":
-        return codes.view(FP8).float() * expand_groups(scale.float(), columns, scheme)
+        return codes.view(torch.float8_e4m3fn).float() * expand_groups(scale.float(), columns, scheme)
     weight = codes.float().sub_(expand_groups(zero.float(), columns, scheme))
     return weight.mul_(expand_groups(scale.float(), columns, scheme))  # in place, to hold at most two matrices
 
@@ -167,7 +172,7 @@ class ColumnGrid:
     zero: Tensor
     group: Tensor
 
-    def part(self, columns: slice) -> "ColumnGrid":
+    def part(self, columns: slice) -> ColumnGrid:
         """The grid of these columns."""
         return ColumnGrid(self.scheme, self.scale, self.zero, self.group[columns])
 

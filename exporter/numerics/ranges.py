@@ -5,12 +5,15 @@ A symmetric scheme has codes `-2**(bits-1) .. 2**(bits-1)-1` around its middle, 
 error of at most half a step, and all other weights get a finer grid.
 """
 
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
-from exporter.numerics.quantized import FP8, FP8_MAX, Scheme, float8_scales
+from exporter.lazy_torch import torch
+from exporter.numerics.quantized import FP8_MAX, Scheme, float8_scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Range = Literal["minmax", "mse"]
 
@@ -179,7 +182,7 @@ def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts
     steps, zeros = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
     difference = grouped / steps
     if scheme.number == "fp8":
-        difference = difference.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
+        difference = difference.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     else:
         difference.round_().add_(zeros).clamp_(0, scheme.levels).sub_(zeros)
     difference.mul_(steps).sub_(grouped)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import UnidentifiedImageError
 
 from exporter.artifact.artifact import Artifact, with_recorded_prompts
 from exporter.artifact.manifest import MANIFEST, Manifest, read_manifest
 from exporter.data.pictures import PictureError, open_picture
 from exporter.device import Device, free_bytes
+from exporter.dtypes import BFLOAT16, Dtype
 from exporter.errors import DataError
 from exporter.evaluation.backends import opened_predictor
 from exporter.evaluation.baseline import require_source
@@ -123,14 +123,14 @@ def _loaded(model: str, request: PictureQuestion, device: Device, on_event: List
         yield predictor
 
 
-def placement_of(parameters: int, stored: torch.dtype, device: Device, room: int) -> Placement:
+def placement_of(parameters: int, stored: Dtype, device: Device, room: int) -> Placement:
     """Whole in `device.compute_dtype`, else whole in bfloat16, else block by block, by the bytes that are free."""
-    for dtype in (device.compute_dtype(stored), torch.bfloat16):
+    for dtype in (device.compute_dtype(stored), BFLOAT16):
         size = int(parameters * dtype.itemsize * ROOM)
         if size <= room:
             return Placement(dtype, 1, False, size)
     note = f"the model needs {size / 2**30:.1f} GiB and {room / 2**30:.1f} GiB are free: it runs block by block, slowly"
-    return Placement(torch.bfloat16, 1, True, size, note=note)
+    return Placement(BFLOAT16, 1, True, size, note=note)
 
 
 def _answering(family: Family) -> Family:

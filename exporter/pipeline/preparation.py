@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import torch
-
 from exporter.artifact.artifact_config import needs_bfloat16
 from exporter.demo import MODELS
 from exporter.device import Device
+from exporter.dtypes import FLOAT16, FLOAT32
 from exporter.events import Event, Listener, ignore
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries, measured
@@ -66,11 +65,11 @@ def _in_served_dtype(plan: Plan, checkpoint: Checkpoint) -> tuple[Checkpoint, tu
 
     Scales are then rounded to their served values before codes are computed.
     """
-    wide = any(row.decision == "packed" and row.tensor.dtype == torch.float32 for row in plan.rows)
+    wide = any(row.decision == "packed" and row.tensor.dtype == FLOAT32 for row in plan.rows)
     dtypes = {"float32": "F32"} if wide else {}
     if not needs_bfloat16(plan):
         return (narrowed(checkpoint, "bfloat16"), (READ_IN_16_BITS,)) if wide else (checkpoint, ())
-    if any(info.dtype == torch.float16 for info in checkpoint.tensors.values()):
+    if any(info.dtype == FLOAT16 for info in checkpoint.tensors.values()):
         dtypes["float16"] = "F16"
     note = READ_AS_BFLOAT16.format(" and ".join(dtypes))
     return narrowed(checkpoint, "bfloat16", tuple(dtypes.values())), (note,) if dtypes else ()

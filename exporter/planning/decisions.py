@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
+from exporter.dtypes import BFLOAT16, Dtype
 from exporter.formats import FORMATS
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint, TensorInfo
@@ -180,9 +179,9 @@ def _refusal(row: PlanRow, format_name: str) -> str | None:
     return FORMATS[format_name].supports(row.scheme, row.tensor.shape[1], row.tensor.shape[0])
 
 
-def stored_scale_dtype(weight: torch.dtype) -> torch.dtype:
+def stored_scale_dtype(weight: Dtype) -> Dtype:
     """Dtype of stored scales: that of a 16-bit weight, bfloat16 for float32 weights."""
-    return weight if weight.itemsize == 2 else torch.bfloat16
+    return weight if weight.itemsize == 2 else BFLOAT16
 
 
 def _reason_not_linear(tensor: TensorInfo, family: Family, config: Any) -> str:

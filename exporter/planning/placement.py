@@ -6,9 +6,8 @@ The first placement that fits into free memory is used. On a GPU: whole in the c
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from exporter.device import Device
+from exporter.dtypes import BFLOAT16, Dtype
 from exporter.planning.whole_model import WholeModel
 
 GIB = 2**30
@@ -23,7 +22,7 @@ class Placement:
     differs from the requested one, and why; empty when it does not differ.
     """
 
-    dtype: torch.dtype
+    dtype: Dtype
     batch: int
     streamed: bool
     bytes: int
@@ -31,7 +30,7 @@ class Placement:
     note: str = ""
 
 
-def choose_placement(model: WholeModel, stored: torch.dtype, device: Device, room: int, batch: int) -> Placement:
+def choose_placement(model: WholeModel, stored: Dtype, device: Device, room: int, batch: int) -> Placement:
     """The first placement that fits into free memory; when none does, the smallest one, with `fits` False.
 
     stored: dtype of the checkpoint's linears. room: free bytes of the device's memory. batch: the largest batch size.
@@ -39,7 +38,7 @@ def choose_placement(model: WholeModel, stored: torch.dtype, device: Device, roo
     dtype = device.compute_dtype(stored)
     requested = _placement(model, dtype, batch)
     candidates = (
-        [(dtype, False), (dtype, True)] if device.is_cuda else [(dtype, False), (torch.bfloat16, False), (dtype, True)]
+        [(dtype, False), (dtype, True)] if device.is_cuda else [(dtype, False), (BFLOAT16, False), (dtype, True)]
     )
     for candidate, streamed in candidates:
         largest = min(batch, model.batch_within(room, candidate.itemsize, streamed))
@@ -51,7 +50,7 @@ def choose_placement(model: WholeModel, stored: torch.dtype, device: Device, roo
     return replace(placement, note=_note(requested, placement, device, room))
 
 
-def _placement(model: WholeModel, dtype: torch.dtype, batch: int, streamed: bool = False) -> Placement:
+def _placement(model: WholeModel, dtype: Dtype, batch: int, streamed: bool = False) -> Placement:
     size = model.weight_bytes(dtype.itemsize, streamed) + batch * model.sample_bytes(dtype.itemsize)
     return Placement(dtype, batch, streamed, size)
 
@@ -60,7 +59,7 @@ def _note(requested: Placement, placement: Placement, device: Device, room: int)
     """A sentence about how `placement` differs from `requested`; empty when it does not."""
     changes = []
     if placement.dtype != requested.dtype:
-        changes.append(f"in {str(placement.dtype).removeprefix('torch.')}")
+        changes.append(f"in {placement.dtype}")
     if placement.streamed:
         changes.append("block by block, which is slow")
     if placement.batch != requested.batch:

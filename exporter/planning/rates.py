@@ -6,9 +6,7 @@ the terms for LLaVA-1.5-7B with GPTQ and AWQ). CPU: one core of an EPYC with AVX
 
 from dataclasses import dataclass, replace
 
-import torch
-
-from exporter.device import Device
+from exporter.device import Device, cpu_threads
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def rates(device: Device) -> Rates:
     """The rates of a device; on a CPU those of one core times the number of torch's threads."""
     if device.is_cuda:
         return CUDA
-    threads = torch.get_num_threads()
+    threads = cpu_threads()
     return replace(
         CORE,
         passes=CORE.passes * threads,

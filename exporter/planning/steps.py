@@ -112,8 +112,8 @@ def _evaluation(
     host = placement.batch * 3 * _side(checkpoint.config) ** 2 * PIXEL_BYTES
     if "retrieval" in family.tasks:
         host += _retrieval_bytes(recipe.evaluation.samples, family, checkpoint.config, placement)
-    dtype = str(placement.dtype).removeprefix("torch.")
-    note = f"both models in turn, {dtype}, batch {placement.batch}{', block by block' if placement.streamed else ''}"
+    how = ", block by block" if placement.streamed else ""
+    note = f"both models in turn, {placement.dtype}, batch {placement.batch}{how}"
     seconds = evaluate_seconds(recipe, family, whole, placement, device)
     warning = (
         f"evaluate: {placement.note} (change this with --eval-batch, --device or --skip-evaluation)"

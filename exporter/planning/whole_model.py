@@ -7,7 +7,7 @@ block at a time (`memory`); evaluation and the reference of `mmq check` need the
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from exporter.inference.retrieval import PAIRS
+from exporter.inference.batch_size import PAIRS
 from exporter.model.checkpoint import TensorInfo
 from exporter.model.families import Component, Family
 from exporter.model.families.component import Config

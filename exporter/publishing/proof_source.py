@@ -59,7 +59,7 @@ def _dtypes(plan: Plan) -> Iterator[dict[str, int]]:
     """`Checkpoint.dtypes` of the source; weights that are stored dequantized in 16 bits may have been float32."""
     for wide in (False, True):
         kinds = ["float32" if wide and row.decision == "dequantized" else row.tensor.dtype for row in plan.rows]
-        yield dict(Counter(str(kind).removeprefix("torch.") for kind in kinds))
+        yield dict(Counter(map(str, kinds)))
 
 
 def _configs(plan: Plan, config: dict[str, Any]) -> Iterator[dict[str, Any]]:

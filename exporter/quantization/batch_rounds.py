@@ -37,7 +37,7 @@ class PlacedBlock:
 def placed_blocks(block: nn.Module, device: Device) -> list[PlacedBlock]:
     """The live block on the first device, and a copy of it with its present weights on every other device."""
     return [PlacedBlock(0, device.torch_device, block, {})] + [
-        _copied(block, index, other) for index, other in enumerate(device.others, 1)
+        _copied(block, index, other) for index, other in enumerate(device.all[1:], 1)
     ]
 
 

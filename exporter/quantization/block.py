@@ -154,7 +154,7 @@ class Block:
                 statistics,
                 scheme,
                 rule.parsed_options(),
-                stored_scale_dtype(rows[0].tensor.dtype),
+                stored_scale_dtype(rows[0].tensor.dtype).torch,
             )
             notes += [f"{self.unit.block}: {', '.join(row.linear for row in rows)}: {remark}" for remark in remarks]
             parts = stacked.split([len(weight) for weight in weights])

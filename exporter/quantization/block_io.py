@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from exporter.device import Device
+from exporter.dtypes import FLOAT16, Dtype
 from exporter.events import Event, Listener
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.stream import Stream
@@ -36,9 +37,8 @@ class BlockIO:
         self.workdir = workdir
         self.device = device
         self.on_event = on_event
-        self.stream = Stream(
-            plan.family, checkpoint.config, device.torch_device, device.compute_dtype(stored_dtype(plan))
-        )
+        dtype = device.compute_dtype(stored_dtype(plan))
+        self.stream = Stream(plan.family, checkpoint.config, device.torch_device, dtype.torch)
         self.finished = workdir.done(plan.units)
         self._unit_of = {name: unit for unit in plan.units for name in self.tensors_under(unit.block)}
         self._planned = {row.tensor.name for unit in plan.units for row in unit.rows}
@@ -104,12 +104,12 @@ def require_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
         extremes = torch.stack(torch.aminmax(tensor))  # NaN if one value is NaN; needs no mask as large as the tensor
         if not torch.isfinite(extremes).all():
             raise checkpoint.not_finite(name)
-        narrow = tensor.dim() == 2 and checkpoint.tensors[name].dtype == torch.float16
+        narrow = tensor.dim() == 2 and checkpoint.tensors[name].dtype == FLOAT16
         if narrow and float(extremes.abs().max()) < SMALLEST_PEAK:
             checkpoint.refuse_vanished(name)
     return tensor
 
 
-def stored_dtype(plan: Plan) -> torch.dtype:
+def stored_dtype(plan: Plan) -> Dtype:
     """The checkpoint's dtype of the linears."""
     return next(row.tensor.dtype for row in plan.rows if row.linear)

@@ -8,10 +8,9 @@ not.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-
 from exporter.device import Device
 from exporter.distribution import PROGRAM, installed_version
+from exporter.dtypes import Dtype
 from exporter.events import Listener, ignore
 from exporter.inference.predict import calibration_text
 from exporter.methods import METHODS
@@ -41,10 +40,9 @@ def of_source(checkpoint: Checkpoint, on_event: Listener = ignore) -> Identity:
     return {"config.json": checkpoint.config, "tensors read as": checkpoint.dtypes(), "files": files}
 
 
-def of_machine(device: Device, stored: torch.dtype) -> Identity:
+def of_machine(device: Device, stored: Dtype) -> Identity:
     """Identity of the hardware and software that compute. stored: dtype of the checkpoint's linears."""
-    dtype = device.compute_dtype(stored)
-    kind: Identity = {"device": device.torch_device.type, "compute dtype": str(dtype).removeprefix("torch.")}
+    kind: Identity = {"device": device.kind, "compute dtype": device.compute_dtype(stored).name}
     if device.others:  # sums of another number of parts round differently
         kind["devices that share calibration"] = len(device.all)
     return kind | {"versions": package_versions()}

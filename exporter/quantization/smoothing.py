@@ -108,7 +108,7 @@ def _altered(block: Block, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     planned = {row.tensor.name for row in block.unit.rows}
     changed = [name for name in original if not torch.equal(block.parameter(name), original[name])]
     dtypes = block.io.checkpoint.tensors
-    return {name: block.parameter(name).to(dtypes[name].dtype) for name in changed if name not in planned}
+    return {name: block.parameter(name).to(dtypes[name].dtype.torch) for name in changed if name not in planned}
 
 
 def _distance(outputs: Iterable[Tensor], reference: Sequence[Tensor]) -> float:
@@ -161,7 +161,7 @@ def _search(
     method, options = SMOOTHERS[rule.method], rule.parsed_options()
     names = [rows[target].tensor.name for target in smoothing.targets]
     weights = [block.parameter(name).float() for name in names]
-    dtype = stored_scale_dtype(first.tensor.dtype)
+    dtype = stored_scale_dtype(first.tensor.dtype).torch
     tie = partial(tied, block.module, smoothing.source, smoothing.targets, smoothing.rows)
     if not options.runs_block:
         return method.find_scales(weights, statistics[first.linear], scheme, options, dtype, tie)
@@ -219,7 +219,7 @@ def _round_as_stored(block: Block, name: str, rows: Mapping[str, PlanRow]) -> No
     """Round a live float32 tensor to the 16-bit dtype in which the artifact stores it, unless it is quantized."""
     quantized = {row.tensor.name for row in rows.values()}
     if name not in quantized:
-        block.put(name, block.parameter(name).to(block.io.checkpoint.tensors[name].dtype))
+        block.put(name, block.parameter(name).to(block.io.checkpoint.tensors[name].dtype.torch))
 
 
 def _applies(smoothing: Smoothing, rows: Mapping[str, PlanRow]) -> bool:

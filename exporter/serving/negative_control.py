@@ -1,10 +1,15 @@
 """Negative control of `mmq check`: a copy of an artifact with doubled scales, which the comparison must detect."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from exporter.artifact.artifact import Artifact
 from exporter.errors import ServeError
+
+if TYPE_CHECKING:
+    from exporter.artifact.artifact import Artifact
 
 
 def modules_of(artifact: Artifact, component: str) -> list[str]:

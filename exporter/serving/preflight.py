@@ -1,10 +1,11 @@
 """Check whether vLLM can serve an artifact or a plan on this hardware, before it starts."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from exporter.artifact.artifact import Artifact
 from exporter.device import capability
 from exporter.errors import ServeError
 from exporter.model.families import Family
@@ -23,6 +24,9 @@ from exporter.planning.vllm_rules import (
 )
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
+
+if TYPE_CHECKING:
+    from exporter.artifact.artifact import Artifact
 
 CPUINFO = Path("/proc/cpuinfo")
 WNA16_FLAG = "avx512f"

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from exporter.data import image_key
 from exporter.device import Device
+from exporter.dtypes import Dtype
 from exporter.errors import DataError
 from exporter.evaluation.answers import digest
 from exporter.events import Listener
@@ -66,7 +65,7 @@ def of_machine(device: Device, checkpoint: Checkpoint) -> dict[str, Any]:
     return identity.of_machine(device, stored_dtype(checkpoint))
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> Dtype:
     """Dtype of the checkpoint's first matrix."""
     return next(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
 

@@ -192,7 +192,7 @@ class Examiner:
         self._passing = not whole_size.batch_within(free, dtype.itemsize)
         self._batch = max(1, min(setup.batch, whole_size.batch_within(free, dtype.itemsize, self._passing)))
         self._setting = Setting((), lambda unit: store_of(setup).read(unit))
-        self._stream = Stream(family, checkpoint.config, self._device, dtype)
+        self._stream = Stream(family, checkpoint.config, self._device, dtype.torch)
         names = list(checkpoint.tensors)
         self._inside, _ = names_by_block(family, checkpoint.config, names) if self._passing else ({}, names)
         if self._passing:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
@@ -40,7 +39,7 @@ from exporter.planning.vllm_rules import (
     shard,
 )
 
-H100 = Device(torch.device("cuda", 0), "H100", 78 * 2**30)
+H100 = Device("cuda:0", "H100", 78 * 2**30)
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 BREAKS = (  # pattern of a recipe -> a pattern that a person might have written
     lambda target: target.replace("re:.*", "re:^model\\."),
