@@ -94,7 +94,7 @@ def _gpus() -> list[tuple[str, int]]:
 
 
 def cpu_threads() -> int:
-    """Number of torch's threads on the CPU: one for every physical core, or fewer if an environment variable says so."""
+    """Number of torch's threads on the CPU: one for every physical core, or fewer as an environment variable says."""
     if "torch" in sys.modules:
         return torch.get_num_threads()
     limits = [int(text) for name in THREADS if (text := os.environ.get(name, "")).isdigit() and int(text)]
