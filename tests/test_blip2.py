@@ -18,7 +18,7 @@ from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.commands.plan_tables import plan_notes
 from exporter.demo.data import samples
 from exporter.device import Device, choose
-from exporter.dtypes import FLOAT16
+from exporter.dtypes import BFLOAT16, FLOAT16
 from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
 from exporter.inference.encoding import render, reply_end
@@ -147,7 +147,7 @@ def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> No
     stored = Checkpoint.open(tmp_path / "out").tensors
     for row in done.plan.rows:
         if row.decision == "dequantized":
-            assert stored[row.tensor.name].dtype == torch.bfloat16
+            assert stored[row.tensor.name].dtype == BFLOAT16
             assert row.bytes_after == 2 * row.tensor.size
     assert done.plan.bytes_after == sum(info.bytes for info in stored.values())
 
