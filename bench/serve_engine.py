@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from itertools import count
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,7 +235,7 @@ def main() -> None:
     half.rename(out)
 
 
-if __name__ == "__mp_main__" and TURN in os.environ:
+if __name__ == "__mp_main__" and TURN in os.environ and "Coordinator" not in current_process().name:
     import_and_wait()
 if __name__ == "__main__":
     main()
