@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.artifact_config import groups, kept_modules
+from exporter.commands.main import cli
 from exporter.commands.plan_tables import plan_notes
 from exporter.demo.data import samples
 from exporter.device import Device, choose
@@ -248,12 +250,37 @@ def test_a_packed_q_former_is_refused_with_what_to_do(sparse_checkpoint: Callabl
         plan_of(checkpoint, BLIP2, [{"component": "qformer", "bits": 8}])
 
 
-def test_flan_t5_is_refused_with_the_reason(sparse_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = big(OPT_27B, BLIP2, sparse_checkpoint)
-    checkpoint.config["use_decoder_only_language_model"] = False
-    checkpoint.config["text_config"]["model_type"] = "t5"
-    with pytest.raises(PlanError, match=r"its language model is t5.* BLIP-2 only with OPT"):
-        plan_of(checkpoint, BLIP2)
+FLAN_T5_XL = {  # the text model of Salesforce/blip2-flan-t5-xl
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_ff": 5120,
+    "d_kv": 64,
+    "d_model": 2048,
+    "is_encoder_decoder": True,
+    "model_type": "t5",
+    "num_decoder_layers": 24,
+    "num_heads": 32,
+    "num_layers": 24,
+    "vocab_size": 32128,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("Blip2ForConditionalGeneration", "its language model is t5, but mmq supports BLIP-2 only with OPT: vLLM"),
+        ("InstructBlipForConditionalGeneration", "vLLM has no InstructBLIP, and its processor needs a second token"),
+    ],
+)
+def test_models_with_flan_t5_and_instructblip_are_refused_at_plan_with_the_reason(
+    architecture: str, reason: str, sparse_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = sparse_checkpoint(OPT_27B)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": [architecture], "use_decoder_only_language_model": False, "text_config": FLAN_T5_XL}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = CliRunner().invoke(cli, ["plan", "--recipe", "blip2-caption-w4", "--model", str(folder)])
+    assert refused.exit_code == 1
+    assert reason in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -35,9 +35,8 @@ def known_family(config: Mapping[str, Any], where: str) -> Family:
     PlanError when mmq does not support it, or when config.json has invalid values. where: the file, for messages.
     """
     family = _family_of(config, where)
-    _, problems = family.read(config)
-    if not problems and (refusal := family.refuses(config)):
-        problems = [refusal]
+    refusal = family.refuses(config)  # before the fields: those of a refused model may have other names
+    problems = [refusal] if refusal else family.read(config)[1]
     if problems:
         raise PlanError(_listed(f"{where}: mmq does not support this model", problems), SUPPORTED)
     return family.of(config)

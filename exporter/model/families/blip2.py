@@ -23,7 +23,9 @@ _RETRIEVAL_PARTS = {key: sizes.PARTS[key] for key in ("vision_config", "qformer_
 
 def refuses(config: Config) -> str | None:
     """Why mmq does not support this model: Flan-T5, or an OPT that differs in structure from the published models."""
-    text = config["text_config"]
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return None  # an invalid config.json, which has its own error
     kind = text.get("model_type", "opt")
     if kind != "opt" or not config.get("use_decoder_only_language_model", True):
         return (
