@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exporter.errors import DataError
@@ -71,6 +72,23 @@ def encode(
         raise DataError(message, "shorten the texts of these samples, or remove the samples")
     _check_pictures(processor, family, inputs, samples, texts)
     return inputs
+
+
+def continued(inputs: Batch, tokens: Sequence[int]) -> Batch:
+    """Inputs of one sample with text after its prompt. tokens: ids of that text.
+
+    Every tensor `[1, tokens]` grows: the ids by `tokens`, the attention mask by ones, and kinds of tokens
+    (`mm_token_type_ids` of Qwen-VL) by zeros, which mean text.
+    """
+    ids = torch.tensor([list(tokens)], dtype=torch.long)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shape = inputs["input_ids"].shape
+    return {
+        name: torch.cat([value, more.get(name, torch.zeros_like(ids)).to(value.dtype)], 1)
+        if value.shape == shape
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _adds_start(processor: Processor, text: str) -> bool:

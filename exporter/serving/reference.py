@@ -9,7 +9,7 @@ and not root mean squares, because one question that amplifies rounding errors w
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, choose
 from exporter.errors import ServeError
+from exporter.inference.encoding import continued
 from exporter.inference.predict import prompt_inputs
 from exporter.model.stream import load_whole
 from exporter.numerics.activation_rounding import round_as_served
@@ -90,6 +91,7 @@ class Reference:
 
     def __init__(self, artifact: Artifact, processor: Any, device: Device, gpu: bool | None = None) -> None:
         self._family = artifact.family
+        self._placeholder = artifact.family.image_token(artifact.checkpoint.config)
         device, self._high = reference_placement(artifact, device)
         self._device = device.torch_device
         self._processor = processor
@@ -110,6 +112,7 @@ class Reference:
 
     def compare(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> EngineComparison:
         """Compare the engine with the reference, and the reference in 16 bits with itself, on the same tokens."""
+        replies = [before_placeholder(reply, self._placeholder) for reply in replies]
         pairs = list(zip(samples, replies, strict=True))
         high = [self.log_probabilities(sample, reply) for sample, reply in pairs]
         listed = [listed_tokens(reply) for reply in replies]
@@ -125,7 +128,8 @@ class Reference:
     def distance(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> Distance:
         """Compare the engine with the reference only, without the floor."""
         differences = []
-        for sample, reply in zip(samples, replies, strict=True):
+        for sample, whole in zip(samples, replies, strict=True):
+            reply = before_placeholder(whole, self._placeholder)
             expected = self.log_probabilities(sample, reply)
             differences += [abs(t[2] - float(expected[t[:2]])) for t in listed_tokens(reply)]
         return distance_of(differences)
@@ -142,13 +146,19 @@ class Reference:
             step = torch.finfo(self._low).eps / 4
             inputs["pixel_values"] = inputs["pixel_values"] * (1 + step * (2 * draw - 1))
         start = inputs["input_ids"].shape[1]
-        answer = torch.tensor([reply.tokens[:-1]], dtype=torch.long)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs = continued(inputs, reply.tokens[:-1])
         dtype = next(self._model.parameters()).dtype
         moved = {k: v.to(self._device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
         logits: Tensor = self._model(**moved, use_cache=False).logits[0, start - 1 :]
         return logits.float().log_softmax(-1).cpu()
+
+
+def before_placeholder(reply: Reply, placeholder: int | None) -> Reply:
+    """The reply up to the first placeholder of a picture, after which transformers expects another picture."""
+    if placeholder not in reply.tokens:
+        return reply
+    end = reply.tokens.index(placeholder) + 1
+    return replace(reply, tokens=reply.tokens[:end], logprobs=reply.logprobs[:end], top=reply.top[:end])
 
 
 def listed_tokens(reply: Reply) -> list[tuple[int, int, float]]:
