@@ -8,10 +8,11 @@ from exporter.amounts import size
 from exporter.formats import compressed_tensors
 from exporter.model.config_check import known_family
 from exporter.model.families import Component, Family
-from exporter.numerics.quantized import GroupSize, Scheme
+from exporter.numerics.quantized import Scheme
+from exporter.planning.rule import Rule
 from tests.headers.read import HEADER_NAMES, header, header_config
 
-GROUPS: tuple[GroupSize, ...] = (128, 64, 32, "row")  # the coarsest first, as recipes have them
+GROUPS = (128, 64, 32)  # the coarsest first
 UNPUBLISHED = ("llava-1.5-shapes-34b",)  # the shapes of LLaVA-NeXT 34B in a plain LLaVA, for measurements
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,14 +55,17 @@ def _saved(part: Component, config: Any, shapes: Shapes, bits: int) -> int:
     total = 0
     for name in _linears(part, config):
         rows, columns = shapes[name]
-        group = "row" if bits == 8 else next(g for g in GROUPS if _fits(bits, g, rows, columns))
-        packed = compressed_tensors.stored_bytes(Scheme(bits, group), columns, rows, 2)
+        scheme = Scheme(8, "row") if bits == 8 else _four_bits(rows, columns)
+        packed = compressed_tensors.stored_bytes(scheme, columns, rows, 2)
         total += 2 * rows * columns - packed
     return total
 
 
-def _fits(bits: int, group: GroupSize, rows: int, columns: int) -> bool:
-    return compressed_tensors.supports(Scheme(bits, group), columns, rows) is None
+def _four_bits(rows: int, columns: int) -> Scheme:
+    """4 bits with the coarsest groups that fit; one scale per row as `else: row` stores it."""
+    rule = Rule.model_validate({"component": "", "bits": 4, "group_size": GROUPS[0], "else": "row"})
+    schemes = [*(Scheme(4, group) for group in GROUPS), rule.fitted(columns).scheme()]
+    return next(s for s in schemes if s and compressed_tensors.supports(s, columns, rows) is None)
 
 
 def _groups(family: Family, component: str, config: Any, shapes: Shapes) -> str:
@@ -69,18 +73,19 @@ def _groups(family: Family, component: str, config: Any, shapes: Shapes) -> str:
     part = {c.name: c for c in family.components}.get(component)
     if part is None:
         return "no such component"
-    linears_by_group: dict[GroupSize, list[str]] = {}
+    linears_by_group: dict[str, list[str]] = {}
     for linear in (linear for linear in part.linears_of(config, 0) if not part.plain(config, linear)):
         rows, columns = shapes[f"{part.module(0, linear)}.weight"]
-        linears_by_group.setdefault(next(g for g in GROUPS if _fits(4, g, rows, columns)), []).append(linear)
+        scheme = _four_bits(rows, columns)
+        group = f"8 bits, {scheme.group_size}" if scheme.bits == 8 else str(scheme.group_size)
+        linears_by_group.setdefault(group, []).append(linear)
     usual = max(linears_by_group, key=lambda group: len(linears_by_group[group]))
     others = [
         f"{group} for {', '.join(f'`{name}`' for name in names)}"
         for group, names in linears_by_group.items()
         if group != usual
     ]
-    text = "one scale per row" if usual == "row" else f"groups of {usual}"
-    return "; ".join([text, *others])
+    return "; ".join([f"groups of {usual}", *others])
 
 
 def _kept(family: Family, config: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from exporter.model.families import FAMILIES, Component, Family
+from tests.tiny_models import tiny_inputs
 
 
 def _any_llava() -> Family:
@@ -115,24 +116,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def picture_tokens(config: dict[str, Any]) -> int:
-    """Tokens of one picture in the prompt."""
-    vision = config["vision_config"]
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    class_token = vision["model_type"] == "clip_vision_model" and config["vision_feature_select_strategy"] == "full"
-    return patches + int(class_token)
-
-
-def inputs_for(config: dict[str, Any], batch: int, words: int) -> dict[str, torch.Tensor]:
-    """Pictures and prompts longer than the windows; the last row is padded by three on the left."""
-    generator = torch.Generator().manual_seed(batch)
-    image = config.get("image_token_index", config.get("image_token_id"))
-    tokens = torch.randint(4, 100, (batch, 2 + picture_tokens(config) + words), generator=generator)
-    tokens[:, 2 : 2 + picture_tokens(config)] = image
-    mask = torch.ones_like(tokens)
-    mask[-1, :3] = 0
-    if image in tokens[-1, :3]:  # a hidden picture token would still ask for its feature: move the padding behind
-        mask[-1] = mask[-1].flip(0)
-    side = config["vision_config"]["image_size"]
-    pixels = torch.randn(batch, 3, side, side, generator=generator)
-    return {"input_ids": tokens, "attention_mask": mask, "pixel_values": pixels}
+def inputs_for(config: dict[str, Any], batch: int, letters: int) -> dict[str, torch.Tensor]:
+    """What the processor makes of pictures and texts longer than the windows; the last row is padded on the left."""
+    return tiny_inputs(FAMILIES["llava"], batch, letters, config)

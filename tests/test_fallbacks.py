@@ -22,6 +22,7 @@ from exporter.planning.overrides import adjusted
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe, parse_recipe
+from exporter.planning.refusals import fallback_lines
 from exporter.planning.rule import Rule
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.publishing.proof_plan import plan_problems
@@ -70,6 +71,15 @@ def test_keep_leaves_them_in_16_bits_with_the_reason() -> None:
     reasons = {row.reason for row in plan.of("language") if row.linear in kept_linears}
     assert reasons == {"groups of 96 do not divide its 128 inputs (else: keep)"}
     assert plan.fallbacks == (LINE + "16 bits (else: keep)",)
+
+
+@pytest.mark.parametrize(("columns", "bits", "stored"), [(3420, 4, 8), (4304, 4, 4), (4304, 3, 8), (3420, 8, 8)])
+def test_rows_whose_codes_fill_no_whole_words_have_8_bits(columns: int, bits: int, stored: int) -> None:
+    rule = Rule.model_validate(RULE | {"bits": bits, "group_size": 128, "symmetric": False, "else": "row"})
+    fitted = rule.fitted(columns)
+    assert (fitted.bits, fitted.group_size, fitted.symmetric) == (stored, "row", stored != bits)
+    wide = fallback_lines(parse_recipe(f"quantize: [{json.dumps(rule.model_dump())}]", "mine"), [(0, "down", columns)])
+    assert wide[0].endswith(f"one scale per row{' of 8 bits' if stored != bits else ''} (else: row)")
 
 
 def test_groups_that_divide_everything_leave_no_trace() -> None:

@@ -24,6 +24,8 @@ from exporter.planning.vllm_rules import (
     hardware_problems,
     head_problems,
     kernel_problems,
+    lint,
+    packing_problems,
     parallel_problems,
     pattern_problems,
     shard,
@@ -156,6 +158,34 @@ def test_the_cpu_kernel_takes_multiples_of_32():
     assert cpu_problems([linear("mlp.down_proj", Scheme(4, 32), (96, 160))], "compressed_tensors") == []
     assert cpu_problems([linear("mlp.down_proj", Scheme(4, "row"), (100, 160))], "compressed_tensors")
     assert cpu_problems([linear("mlp.down_proj", None, (100, 160))], "compressed_tensors") == []
+
+
+def test_the_cpu_kernel_sees_linears_after_fusion():
+    halves = [linear(f"mlp.{name}", W4, (48, 256), "mlp.gate_up_proj") for name in ("gate_proj", "up_proj")]
+    assert cpu_problems(halves, "compressed_tensors") == []
+    (problem,) = cpu_problems(halves[:1], "compressed_tensors")
+    assert problem.endswith("mlp.gate_up_proj [48, 256]: the CPU kernel needs multiples of 32")
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "words"),
+    [
+        ((1280, 3420), Scheme(4, "row"), "3420 codes of 4 bits"),  # the tower of Qwen2.5-VL
+        ((1280, 3420), Scheme(8, "row"), None),
+        ((1152, 4304), Scheme(4, "row"), None),  # SigLIP so400m
+        ((3420, 1280), Scheme(4, 128), None),
+        ((3420, 1280), Scheme(4, 128, symmetric=False), "3420 zero points"),
+        ((3424, 1280), Scheme(4, 128, symmetric=False), None),
+        ((100, 3420), Scheme(8, "row", activations="int8"), None),
+        ((100, 3420), None, None),
+    ],
+)
+def test_codes_fill_whole_words(shape: tuple[int, int], scheme: Scheme | None, words: str | None):
+    linears = [linear(f"blocks.{i}.mlp.down_proj", scheme, shape) for i in range(2)]
+    problems = packing_problems(linears)
+    assert problems == [problem for problem in lint(linears, "compressed_tensors") if "rule packing" in problem]
+    assert gpu_problems(linears, "compressed_tensors", (8, 0)) == problems
+    assert [words in problem for problem in problems] == ([True] if words else [])
 
 
 @pytest.mark.parametrize(  # measured with vLLM's own loader: ViT-g 1408, OPT 2560, Llama 11008 inputs

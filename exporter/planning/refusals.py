@@ -79,9 +79,9 @@ def fallback_lines(recipe: Recipe, members: Iterable[Member]) -> list[str]:
     for linears in grouped(members):
         rule = recipe.quantize[linears.number]
         reason = f"groups of {rule.group_size} do not divide {linears.columns} inputs"
-        lines.append(
-            f"{rule.component}: {linears.text()}: {reason}: {FALLBACKS[rule.fallback or KEEP]} (else: {rule.fallback})"
-        )
+        bits = " of 8 bits" if rule.widened(linears.columns) else ""
+        what = FALLBACKS[rule.fallback or KEEP] + bits
+        lines.append(f"{rule.component}: {linears.text()}: {reason}: {what} (else: {rule.fallback})")
     return lines
 
 

@@ -18,6 +18,7 @@ from exporter.methods import METHODS, MethodOptions
 from exporter.numerics.quantized import Activations, GroupSize, Scheme
 
 KEEP = "keep"
+WORD_BITS = 32  # compressed-tensors packs codes into words of this size
 
 
 class Strict(BaseModel):
@@ -36,8 +37,9 @@ def require_known(value: str, registry: Any, what: str) -> str:
 class Rule(Strict):
     """How the linears of a component, or some of its blocks or one role, are quantized. bits 16 keeps them.
 
-    fallback: the key `else`: for linears whose inputs groups do not divide, "row" stores one scale per row and "keep"
-    leaves 16 bits; None refuses the recipe for such a model.
+    fallback: the key `else`: for linears whose inputs groups do not divide, "row" stores one scale per row (in 8 bits
+    where a row of codes fills no whole number of 32-bit words, which vLLM needs) and "keep" leaves 16 bits; None
+    refuses the recipe for such a model.
     store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
     """
 
@@ -129,7 +131,12 @@ class Rule(Strict):
         changes: dict[str, Any] = {"fallback": None}
         if self.leaves_columns(columns):
             changes |= {"group_size": "row"} if self.fallback == "row" else {"bits": 16}
+            changes |= {"bits": 8, "symmetric": True} if self.widened(columns) else {}
         return self.model_copy(update=changes)
+
+    def widened(self, columns: int) -> bool:
+        """Whether `else: row` stores rows of this number of inputs in 8 bits, because their codes fill no words."""
+        return self.fallback == "row" and self.leaves_columns(columns) and columns * self.bits % WORD_BITS != 0
 
     def parsed_options(self) -> MethodOptions:
         """The method's options, validated by the method (ValueError lists all problems)."""

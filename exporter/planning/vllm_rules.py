@@ -7,6 +7,7 @@ fused-scheme     linears that vLLM fuses (q/k/v, gate/up) share one scheme, or a
 pattern          the config's targets match every linear, under its fused name, to its own scheme and no other
 unbuilt-block    blocks that vLLM does not build (after CLIP's feature block) have no packed linears
 kernel           a kernel of vLLM runs the scheme in this format, on the given hardware
+packing          codes fill whole 32-bit words where vLLM computes sizes from the number of words
 kv-cache         the artifact's config can name the number type of the KV cache, and vLLM supports it
 tensor-parallel  a linear's shape and groups can be divided among the GPUs
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
+from exporter.planning.rule import WORD_BITS
 from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
 
 # Last names of linears that tensor parallelism divides along their inputs; it divides all others along their outputs.
@@ -46,8 +48,9 @@ class Linear:
 
 
 def lint(linears: Sequence[Linear], format_name: str) -> list[str]:
-    """Problems on one GPU of unknown kind: rules fused-scheme, unbuilt-block and kernel."""
-    return [*fused_problems(linears), *unbuilt_problems(linears), *kernel_problems(linears, format_name)]
+    """Problems on one GPU of unknown kind: rules fused-scheme, unbuilt-block, kernel and packing."""
+    problems = [*fused_problems(linears), *unbuilt_problems(linears), *kernel_problems(linears, format_name)]
+    return problems + packing_problems(linears)
 
 
 def fused_problems(linears: Iterable[Linear]) -> list[str]:
@@ -93,6 +96,27 @@ def kernel_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
             reason = kernels.note or f"format {format_name} does not support {scheme.label()}"
             problems.append(f"rule kernel: {linear.name}, {scheme.label()}: vLLM has no kernel for it: {reason}")
     return problems
+
+
+def packing_problems(linears: Iterable[Linear]) -> list[str]:
+    """Rule packing, for weights that are packed into 32-bit words: one problem for linears of the same name and shape.
+
+    Marlin computes the inputs of a word from a column's number of words (`marlin_pad_qweight`), and vLLM's loader the
+    place of a fused linear's zero points (`_adjust_shard_indexes_for_packing`); both round down.
+    """
+    problems = []
+    for linear in linears:
+        scheme = linear.scheme
+        if scheme is None or scheme.activations or scheme.number != "int":
+            continue
+        rows, columns = linear.shape
+        name = f"rule packing: {_last(linear.name)} {[rows, columns]}, {scheme.label()}"
+        if scheme.bits == 4 and columns % 8:
+            remedy = "use 8 bits or keep it: `else: row` or `else: keep` beside a group_size does so"
+            problems.append(f"{name}: {columns} codes of 4 bits fill no whole number of 32-bit words; {remedy}")
+        if not scheme.symmetric and rows * scheme.bits % WORD_BITS:
+            problems.append(f"{name}: {rows} zero points fill no whole number of 32-bit words; use symmetric: true")
+    return list(dict.fromkeys(problems))
 
 
 def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str], packed: bool) -> list[str]:
@@ -195,16 +219,24 @@ def matches(target: str, name: str) -> bool:
 def cpu_problems(linears: Iterable[Linear], format_name: str) -> list[str]:
     """Rule kernel on a CPU: schemes without a CPU kernel, and 4-bit linears with a side that is no multiple of 32."""
     problems = []
-    for linear in linears:
-        if linear.scheme is None:
-            continue
-        kernel = serving_kernels(linear.scheme, format_name)
+    for (engine, scheme), shape in _fused_shapes(linears).items():
+        kernel = serving_kernels(scheme, format_name)
         if kernel.cpu is None:
             reason = kernel.note or "vLLM has no CPU kernel for it"
-            problems.append(f"rule kernel: {linear.scheme.label()} is not served on a CPU: {reason}")
-        elif linear.scheme.bits == 4 and any(side % 32 for side in linear.shape):
-            problems.append(f"rule kernel: {linear.name} {list(linear.shape)}: the CPU kernel needs multiples of 32")
+            problems.append(f"rule kernel: {scheme.label()} is not served on a CPU: {reason}")
+        elif scheme.bits == 4 and any(side % 32 for side in shape):
+            problems.append(f"rule kernel: {engine} {list(shape)}: the CPU kernel needs multiples of 32")
     return sorted(set(problems), key=problems.index)
+
+
+def _fused_shapes(linears: Iterable[Linear]) -> dict[tuple[str, Scheme], tuple[int, int]]:
+    """Name and scheme of vLLM's packed linears -> their shapes, after fusion."""
+    shapes: dict[tuple[str, Scheme], tuple[int, int]] = {}
+    for linear in linears:
+        if linear.scheme:
+            key, (rows, columns) = (linear.engine, linear.scheme), linear.shape
+            shapes[key] = (shapes.get(key, (0, 0))[0] + rows, columns)
+    return shapes
 
 
 def hardware_problems(linears: Sequence[Linear], format_name: str, on: Hardware) -> list[str]:
@@ -223,17 +255,15 @@ def gpu_problems(linears: Sequence[Linear], format_name: str, gpu: Capability) -
         if kernels.on_gpu(gpu) is None:
             reason = f"its kernel is {kernels.gpu_label()}" if kernels.cuda else kernels.note
             problems.append(f"rule kernel: {scheme.label()} is not served on {where}: {reason}")
-    return problems or mixed_problems(linears)
+    return problems or [*mixed_problems(linears), *packing_problems(linears)]
 
 
 def mixed_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule kernel: Cutlass W4A8 needs multiples of 128 on both sides of a linear after fusion."""
-    fused = _fused(linear for linear in linears if linear.scheme and linear.scheme.mixed)
-    shapes = {engine: (sum(m.shape[0] for m in members), members[0].shape[1]) for engine, members in fused.items()}
     return [
         f"rule kernel: {engine} {list(shape)}: Cutlass W4A8 needs multiples of 128"
-        for engine, shape in shapes.items()
-        if any(side % 128 for side in shape)
+        for (engine, scheme), shape in _fused_shapes(linears).items()
+        if scheme.mixed and any(side % 128 for side in shape)
     ]
 
 

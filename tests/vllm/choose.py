@@ -69,8 +69,9 @@ def answer(question):
         return f"error: {type(error).__name__}: {error}"
 
 
-questions = json.load(sys.stdin)
 settings = VllmConfig()
-with set_current_vllm_config(settings):
-    card = pretend() if any(question["capability"] for question in questions) else None
-    print(json.dumps([answer(question) for question in questions]))
+if __name__ == "__main__":
+    questions = json.load(sys.stdin)
+    with set_current_vllm_config(settings):
+        card = pretend() if any(question["capability"] for question in questions) else None
+        print(json.dumps([answer(question) for question in questions]))

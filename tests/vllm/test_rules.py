@@ -165,6 +165,7 @@ def test_what_a_cpu_or_several_devices_refuse_is_what_vllm_refuses(engine_python
     schemes = [*(Scheme(4, group) for group in (32, 64, 128, "row")), Scheme(8, 128)]
     schemes += [Scheme(8, "row", activations="int8"), Scheme(4, 128, activations="fp8")]
     shapes = [(256, 256), (96, 160), (100, 160), (96, 100), (256, 1408), (512, 11008), (2560, 2560), (1000, 4096)]
+    shapes += [(1280, 3420), (3420, 1280), (1152, 4304), (4304, 1152)]  # towers of Qwen2.5-VL and SigLIP so400m
     combinations = [
         (Linear(name, name, shape, scheme), degree)
         for degree, name, scheme, shape in product((1, 2, 4), ("down_proj", "up_proj"), schemes, shapes)
@@ -180,6 +181,22 @@ def test_what_a_cpu_or_several_devices_refuse_is_what_vllm_refuses(engine_python
         if not problems:
             assert answer == CPU_CLASSES[serving_kernels(linear.scheme, "compressed_tensors").cpu], (linear, answer)
     assert {answer.startswith("error: ") for answer in answers} == {True, False}
+
+
+def test_words_that_vllm_cannot_load_are_refused(engine_python: str):
+    """By vLLM's own parameters and Marlin's padding: 4-bit rows of 3,420, and zero points of fused odd outputs."""
+    rows, columns = [(3420, 3420), (3456, 3456), (1280,), (1152,), (4304,), (96, 100)], (1280, 3420, 3456, 4304)
+    schemes = [Scheme(4, "row"), Scheme(4, "row", symmetric=False), Scheme(8, "row")]  # those of Marlin
+    questions, expected = [], []
+    for members, inputs, scheme in product(rows, columns, schemes):
+        linears = [Linear(f"{i}.x", "x", (count, inputs), scheme) for i, count in enumerate(members)]
+        problems = " ".join(gpu_problems(linears, "compressed_tensors", (8, 0)))
+        expected.append(("zeros" if "zero points" in problems else "words") if problems else "ok")
+        config = quantization_config([Group(scheme, ("re:.*x$",))], [])
+        size = {"bits": scheme.bits, "rows": members, "columns": inputs, "capability": (8, 0)}
+        questions.append({"config": config, **size})
+    assert run_script(engine_python, questions, "load.py") == expected
+    assert set(expected) == {"ok", "words", "zeros"}
 
 
 def _by_target(schemes: list[tuple[Scheme, list[str]]]) -> list[tuple[str, Scheme]]:

@@ -27,7 +27,7 @@ def refuses(config: Config) -> str | None:
     if not isinstance(text, dict):
         return None  # an invalid config.json, which has its own error
     kind = text.get("model_type", "opt")
-    if kind != "opt" or not config.get("use_decoder_only_language_model", True):
+    if kind == "t5" or not config.get("use_decoder_only_language_model", True):
         return (
             f"its language model is {kind}, but mmq supports BLIP-2 only with OPT: vLLM has no encoder-decoder T5 and "
             "could not serve the artifact"
