@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "sizes": ({k: v[:, :64] if "lora_A" in k else v for k, v in halves().items()}, r"do not multiply to \[128, 128\]"),
     "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not multiply to"),
     "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not multiply to"),
-    "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as torch.int8"),
+    "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as int8"),
     "embedding": ({f"base_model.model.{WORDS}.lora_embedding_A": torch.ones(4, 256)}, "LoRA matrices of linears"),
     "magnitude": (
         {f"base_model.model.{LIVE[QUERY]}.lora_magnitude_vector.weight": torch.ones(128)},

@@ -252,8 +252,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "missing bias": (lambda t: t.pop(BIAS), f"{BIAS}: missing"),
     "missing head": (lambda t: t.pop("language_model.lm_head.weight"), "lm_head.weight: missing"),
-    "float64": (widen, "stored as torch.float64"),
-    "integers": (lambda t: t.update({BIAS: torch.ones(512, dtype=torch.int8)}), "stored as torch.int8"),
+    "float64": (widen, "stored as float64"),
+    "integers": (lambda t: t.update({BIAS: torch.ones(512, dtype=torch.int8)}), "stored as int8"),
 }
 
 
