@@ -5,10 +5,11 @@ where the file system cannot exchange names, the older one is `.NAME.mmq-old` un
 """
 
 import ctypes
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -19,6 +20,7 @@ from exporter.events import Event, Listener
 from exporter.files.folder_lock import hold
 from exporter.planning.recipe import Recipe
 
+OWN = ("mmq_report.json", "README.md")  # files of an artifact that its manifest does not name
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -50,6 +52,22 @@ class Destination:
                     f"give another {first}",
                 )
 
+    def refuse_inputs(self, inputs: Iterable[Path]) -> None:
+        """ArtifactError when a file or folder that the job reads lies in a folder that it replaces or deletes.
+
+        The job may write beside its data and below them, but nothing that it reads may be lost.
+        """
+        replaced = {"--out": self.out, "--work": self.work}
+        replaced |= {"a folder that mmq replaces,": temporary_folder(self.out), "that folder,": _aside(self.out)}
+        for path in inputs:
+            for name, folder in replaced.items():
+                place, target = folder.resolve(), path.resolve()
+                if target == place or place in target.parents:
+                    raise ArtifactError(
+                        f"the job reads {path}, which lies in {name} {folder} and would be deleted with it",
+                        f"move it, or give another {name}" if name.startswith("--") else "move it",
+                    )
+
     def refuse_occupied(self, recipe: str, fingerprint: str | None = None) -> None:
         """ArtifactError unless `out` is absent, empty, the artifact of this same job, or may be replaced.
 
@@ -63,8 +81,10 @@ class Destination:
             raise ArtifactError(
                 f"{self.out} holds files that mmq did not write; mmq does not replace it", "give another --out"
             )
-        if self.overwrite or self.is_made(recipe, fingerprint):
+        if self.is_made(recipe, fingerprint):
             return
+        if self.overwrite:
+            return refuse_foreign(self.out)
         raise ArtifactError(
             f"{self.out} is not empty: it holds an artifact of {_described(self.out, recipe)}",
             "give another --out, or --overwrite to replace it",
@@ -92,6 +112,35 @@ def reading(folder: Path, on_event: Listener) -> AbstractContextManager[None]:
     LockedError when an export is writing to it.
     """
     return hold(_lock_of(folder.resolve()), folder, shared=True, on_event=on_event)
+
+
+@contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Exclusive section around reading and rewriting the report or the manifest of an artifact; waits for its turn.
+
+    Processes with a shared lock (`reading`) may update at once. It locks the folder itself, so that no file is left in
+    the artifact; on a file system without such locks it excludes nobody.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_foreign(out: Path) -> None:
+    """ArtifactError when an artifact's folder holds files that no mmq command wrote. Hidden files do not count."""
+    known = {MANIFEST, *OWN, *read_manifest(out).files}
+    paths = (path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = [str(path) for path in paths if str(path) not in known and not path.parts[0].startswith(".")]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ArtifactError(
+            f"{out} holds files that mmq did not write ({foreign[0]}{more}), which --overwrite would delete",
+            "move them, or give another --out",
+        )
 
 
 def _lock_of(out: Path) -> Path:

@@ -135,6 +135,7 @@ def allocate(**options: Any) -> None:
     from exporter.study.propose import write_recipe
     from exporter.study.show_allocation import allocation_page
 
+    refuse_other_file(options["out"])
     make_folder(options["out"].absolute().parent)  # before anything is measured
     allocation = search(options)
     write_recipe(allocation.recipe, options["out"], command_line())
@@ -142,6 +143,18 @@ def allocate(**options: Any) -> None:
     print_result(result if options["as_json"] else allocation_page(allocation, options["out"]))
     if allocation.warnings:
         raise GateFailed(f"{options['out']} is written, but " + "; ".join(allocation.warnings))
+
+
+def refuse_other_file(out: Path) -> None:
+    """RecipeError when the file that the recipe would replace is no recipe."""
+    from exporter.planning.recipe_file import load_recipe
+
+    if not out.exists() and not out.is_symlink():
+        return
+    try:
+        load_recipe(str(out.absolute()))
+    except RecipeError as error:
+        raise RecipeError(f"{out} exists and is no recipe, so mmq does not replace it", "give another --out") from error
 
 
 def command_line() -> str:
@@ -154,15 +167,18 @@ def search(options: dict[str, Any]) -> "AllocationResult":
     from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
+    from exporter.study.prepare import refuse_places
     from exporter.study.search import allocate as run
     from exporter.study.work import open_model
 
     setup = setup_of(options)
+    model = open_model(setup)
+    refuse_places(setup.folder, model.checkpoint, setup.places)
     try:
         with (
             ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
-            open_pool(options, open_model(setup).device.is_cuda, sys.maxsize) as pool,
+            open_pool(options, model.device.is_cuda, sys.maxsize) as pool,
         ):
             return run(setup, request_of(options), pool, listen, prove=not options["no_proof"])
     except KeyboardInterrupt:

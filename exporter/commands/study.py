@@ -16,7 +16,6 @@ from exporter.commands.options import (
 )
 from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
 from exporter.errors import Interrupted
-from exporter.events import Listener
 
 if TYPE_CHECKING:
     from exporter.model.families import Family
@@ -139,14 +138,17 @@ def study(context: click.Context, **options: Any) -> None:
 def measure(options: dict[str, Any]) -> "Outcome":
     """Run the grid that the options describe. Raises Interrupted on Ctrl-C."""
     from exporter.commands.progress import ProgressDisplay
+    from exporter.events import Event
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.grid import points, read_grid
+    from exporter.study.prepare import refuse_places
     from exporter.study.run import run
     from exporter.study.work import open_model
 
     setup = setup_of(options)
     model = open_model(setup)
+    refuse_places(setup.folder, model.checkpoint, setup.places)
     grid = read_grid(options["grid"]) if options["grid"] else grid_of(options, model.family)
     grid_points, notes = points(grid, model.family, model.checkpoint.config)
     try:
@@ -155,19 +157,12 @@ def measure(options: dict[str, Any]) -> "Outcome":
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
             open_pool(options, model.device.is_cuda, len(grid_points)) as pool,
         ):
-            send_notes(notes, listen)
+            for note in notes:
+                listen(Event("note", 0, 0, note))
             return run(setup, grid_points, pool, listen)
     except KeyboardInterrupt:
         message = f"stopped; finished results are kept in {setup.folder}"
         raise Interrupted(message, "run the same command again to resume") from None
-
-
-def send_notes(notes: list[str], listen: "Listener") -> None:
-    """Send each note to the listener as an event."""
-    from exporter.events import Event
-
-    for note in notes:
-        listen(Event("note", 0, 0, note))
 
 
 def setup_of(options: dict[str, Any]) -> "Setup":

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from exporter.artifact.output import updating
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
@@ -189,15 +190,22 @@ def store_report(folder: Path, report: Report) -> bool:
     Return False and keep the old report when it is on the same data with the same prompts, and the new one has fewer
     samples of some task and more of none.
     """
-    old, serving = read_report(folder)
-    prompts = report.evaluation.prompts
-    if old and old.evaluation.data == report.evaluation.data and (old.evaluation.prompts or prompts) == prompts:
-        before, after = ({m.task: m.samples for m in stored.measures} for stored in (old, report))
-        gained = [after.get(task, 0) - before.get(task, 0) for task in before | after]
-        if min(gained, default=0) < 0 and max(gained) <= 0:
+    with updating(folder):
+        old, serving = read_report(folder)
+        if old and _is_on_fewer(report, old):
             return False
-    write_report(folder, report, serving)
+        write_report(folder, report, serving)
     return True
+
+
+def _is_on_fewer(report: Report, old: Report) -> bool:
+    """Whether both reports are on the same data with the same prompts, and the new one has only fewer samples."""
+    prompts = report.evaluation.prompts
+    if old.evaluation.data != report.evaluation.data or (old.evaluation.prompts or prompts) != prompts:
+        return False
+    before, after = ({m.task: m.samples for m in stored.measures} for stored in (old, report))
+    gained = [after.get(task, 0) - before.get(task, 0) for task in before | after]
+    return min(gained, default=0) < 0 and max(gained) <= 0
 
 
 def raise_unless_accepted(report: Report, where: Path) -> None:

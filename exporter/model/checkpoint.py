@@ -165,17 +165,20 @@ class Checkpoint:
         """The shard files, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
+    def paths(self) -> list[Path]:
+        """The shards and the adapter's files."""
+        return [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
+
     def start_hashing(self) -> None:
         """Start to hash all shards in the background, so that `shard_hashes` and `digest` wait less."""
-        start_hashing([self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else []))
+        start_hashing(self.paths())
 
     def shard_hashes(self, on_event: Listener = ignore) -> dict[str, str]:
         """File name -> hex sha256 of every shard and of the adapter's files; each file is read once per process.
 
         CheckpointError when a file of the hub's cache was modified after the download.
         """
-        paths = [self.folder / file for file in self.files()] + (self.adapter.files if self.adapter else [])
-        hashes = hash_files(paths, lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
+        hashes = hash_files(self.paths(), lambda done, total: on_event(Event("hash", done >> 20, total >> 20)))
         for path, digest in hashes.items():
             _require_hub_hash(path, digest)
         return {path.name: digest for path, digest in hashes.items()}

@@ -18,7 +18,7 @@ from exporter.model.processor import load_processor
 from exporter.pipeline.make_artifact import ExportJob, make_artifact, remove_work, verify_existing
 from exporter.pipeline.measurement import default_store, measure
 from exporter.pipeline.preparation import prepare, with_suitable_data
-from exporter.pipeline.samples import ExportSamples, read_samples
+from exporter.pipeline.samples import ExportSamples, data_paths, read_samples
 from exporter.pipeline.step_clock import Clock
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
@@ -58,11 +58,13 @@ def export(
     """
     destination = Destination(out, work or default_work(out), overwrite)
     destination.refuse_places()
+    destination.refuse_inputs(data_paths(recipe, sources))
     destination.refuse_occupied(with_suitable_data(recipe).digest())
     with Clock(device) as clock, ExitStack() as reserved:
         with clock.step("plan"):
             plan, checkpoint = prepare(recipe, device, on_event=on_event)
             destination.refuse_places(checkpoint.folder, checkpoint.adapter.folder if checkpoint.adapter else None)
+            destination.refuse_inputs(checkpoint.paths())
             checkpoint.start_hashing()
             refuse_shortage(plan.steps, device)
             clock.predicted = plan.steps

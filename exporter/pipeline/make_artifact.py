@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from exporter.artifact import artifact
-from exporter.artifact.output import Destination
+from exporter.artifact.output import Destination, refuse_foreign
 from exporter.artifact.verify import Verification, verify
 from exporter.data import Trace
 from exporter.device import Device, exact_math, return_freed_memory, synchronize
@@ -66,6 +66,7 @@ def verify_existing(
             return verify(destination.out, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS)
     except ArtifactError as error:
         if destination.overwrite:
+            refuse_foreign(destination.out)
             return None
         raise ArtifactError(error.message, "give --overwrite to export it again") from None
 

@@ -98,6 +98,12 @@ def evaluation_samples(plan: Plan, sources: Sequence[data.SourceSpec]) -> dict[s
         raise DataError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
 
 
+def data_paths(recipe: Recipe, sources: Sequence[data.SourceSpec]) -> list[Path]:
+    """Files and folders of this machine that the samples of a recipe are read from."""
+    specs = sources or (*data.places(recipe.calibration.data), *test_sources(recipe))
+    return [spec.path for spec in specs if spec.path and spec.path.exists()]
+
+
 def test_sources(recipe: Recipe) -> tuple[data.SourceSpec, ...]:
     """Sources of test samples: `evaluation.data` of the recipe, else its `calibration.data`."""
     return data.places(recipe.calibration.data if recipe.evaluation.data is None else recipe.evaluation.data)

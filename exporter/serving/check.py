@@ -16,6 +16,7 @@ from typing import Any
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
+from exporter.artifact.output import updating
 from exporter.device import Device, release
 from exporter.evaluation.report_file import ServingRecord, read_report, write_report
 from exporter.events import Event, Listener
@@ -243,11 +244,13 @@ def store_result(folder: Path, checked: CheckResult, weights: str) -> None:
 
     weights: `backends.weights_digest` of the served artifact, which ties the result to it.
     """
-    report, _ = read_report(folder)
     plain = _finite({"passed": checked.passed, **asdict(checked), "weights": weights})
-    write_report(folder, report, ServingRecord.model_validate(plain, strict=False))
+    record = ServingRecord.model_validate(plain, strict=False)
     verdict = ServingVerdict(engine=f"vllm {checked.engine}", build=checked.build, passed=checked.passed)
-    write_manifest(folder, read_manifest(folder).model_copy(update={"serving": verdict}))
+    with updating(folder):
+        report, _ = read_report(folder)
+        write_report(folder, report, record)
+        write_manifest(folder, read_manifest(folder).model_copy(update={"serving": verdict}))
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exporter import data
+from exporter.artifact.manifest import MANIFEST
 from exporter.demo import MODELS
+from exporter.errors import ArtifactError
+from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
 from exporter.model.source import open_source
 from exporter.planning.recipe import Calibration, Evaluation, Model, Recipe, Rule
@@ -25,6 +28,16 @@ def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSp
         calibration=Calibration(data=data_names, tasks=tasks or family.tasks, samples=samples, seed=seed),
         evaluation=Evaluation(seed=seed),
     )
+
+
+def refuse_places(study: Path, model: Checkpoint, places: Sequence[data.SourceSpec]) -> None:
+    """ArtifactError when the folder of a study is an artifact, a data folder, or the model's folder or inside it."""
+    place, inputs = study.resolve(), [model.folder, *([model.adapter.folder] if model.adapter else [])]
+    within = next((path for path in inputs if path.resolve() in (place, *place.parents)), None)
+    same = next((spec.path for spec in places if spec.path and spec.path.resolve() == place), None)
+    if taken := within or same or (study if (study / MANIFEST).exists() else None):
+        reason = "an artifact" if taken == study else f"in {taken}, which the study only reads"
+        raise ArtifactError(f"the folder of the study, {study}, is {reason}", "give another folder")
 
 
 def default_folder(model: str) -> Path:
