@@ -174,3 +174,16 @@ def test_two_gpus_are_one_device_with_the_smaller_free_memory(monkeypatch: pytes
     assert device.free_bytes == 2**30
     with pytest.raises(PlanError, match="no device 'cuda:2'"):
         device_module.choose("cuda:0,cuda:2")
+
+
+def test_each_further_device_has_one_thread_for_the_whole_job() -> None:
+    """On a GPU, a new thread for every round plans attention anew: quantizing took four times as long."""
+
+    def work(block: PlacedBlock, entry: BlockInputs) -> tuple[int, int]:
+        return block.index, threading.get_ident()
+
+    runs = [list(by_batch(placed_blocks(nn.Linear(4, 4), THREE), inputs_of(7), work)) for _ in range(3)]
+    threads = {index: {thread for run in runs for i, thread in run if i == index} for index in range(3)}
+    assert threads[0] == {threading.get_ident()}
+    assert all(len(idents) == 1 for idents in threads.values())
+    assert len(set.union(*threads.values())) == 3

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -59,14 +60,26 @@ def by_batch(
     blocks: Sequence[PlacedBlock], inputs: Sequence[BlockInputs], work: Callable[[PlacedBlock, BlockInputs], Result]
 ) -> Iterator[Result]:
     """`work` of every batch, in order; the devices work at the same time, each on one batch of a round."""
-    if len(blocks) == 1:
-        yield from (work(blocks[0], entry) for entry in inputs)
+    first, *others = blocks
+    if not others:
+        yield from (work(first, entry) for entry in inputs)
         return
 
     def on_device(block: PlacedBlock, entry: BlockInputs) -> Result:
         with current(block.device):
             return work(block, entry)
 
-    with ThreadPoolExecutor(len(blocks)) as pool:
-        for start in range(0, len(inputs), len(blocks)):
-            yield from pool.map(on_device, blocks, inputs[start : start + len(blocks)])
+    for start in range(0, len(inputs), len(blocks)):
+        own, *rest = inputs[start : start + len(blocks)]
+        pending = [_thread(b.index).submit(on_device, b, e) for b, e in zip(others, rest, strict=False)]
+        try:
+            yield on_device(first, own)
+        finally:
+            wait(pending)
+        yield from (future.result() for future in pending)
+
+
+@cache
+def _thread(index: int) -> Executor:
+    """The thread of a further device, kept for the life of the process: cuDNN plans attention once per thread."""
+    return ThreadPoolExecutor(1)
