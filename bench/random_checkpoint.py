@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from exporter.demo import MODELS
 from exporter.dtypes import DTYPES
 from exporter.files.shard_writer import ShardWriter
-from exporter.model.families import FAMILIES
+from exporter.model.families import FAMILIES, Family
 from tests.headers.read import Header, load_header
 from tests.tiny_models import write_processor as write_tiny_processor
 
@@ -57,6 +57,7 @@ def write(header_name: str, out: Path, device: str, blocks: int = 0, shard_bytes
         parameters += tensor.numel()
     writer.finish()
     write_processor(out, config)
+    name_all_tokens(out, family_of(config).vocabulary(config))
     return parameters
 
 
@@ -71,6 +72,12 @@ def write_with_random_language(source: Path, out: Path) -> None:
                 random_weights = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
                 tensors[name] = random_weights.to(tensor.dtype)
         save_file(tensors, out / file.name, metadata={"format": "pt"})
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a config.json."""
+    architecture = config["architectures"][0]
+    return next(family for family in FAMILIES.values() if architecture in family.architectures).of(config)
 
 
 def write_processor(out: Path, config: dict[str, Any]) -> None:
@@ -120,10 +127,18 @@ def write_blip2_processor(out: Path, config: dict[str, Any]) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def name_all_tokens(out: Path, rows: int) -> None:
+    """Add names to the tokenizer for all ids below `rows`, because random weights answer with any of them."""
+    path = out / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"<filler {i}>": i for i in range(1 + max(words.values()), rows)}
+    path.write_text(json.dumps(tokenizer))
+
+
 def write_qwen_processor(out: Path, config: dict[str, Any]) -> None:
     """The tests' processor with this model's patches, and config.json with the token ids of its tokenizer."""
-    family = next(family for family in FAMILIES.values() if config["architectures"][0] in family.architectures)
-    family = family.of(config)
+    family = family_of(config)
     tiny, rows = family.tiny_config(), family.vocabulary(config)
     ids = {name: rows - family.vocabulary(tiny) + tiny[name] for name in tiny if name.endswith("_token_id")}
     config = config | ids
