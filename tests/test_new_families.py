@@ -15,7 +15,8 @@ from exporter.model.source import open_source
 from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.planning.vllm_rules import parallel_problems, pattern_problems
+from exporter.planning.tensor_parallel import parallel_problems
+from exporter.planning.vllm_rules import pattern_problems
 from exporter.serving.launch import max_length
 from tests.headers.read import HEADER_NAMES, header_config
 from tests.tiny_models import CONFIGS

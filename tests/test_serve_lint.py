@@ -14,6 +14,7 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
 from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import (
     Linear,
@@ -22,15 +23,13 @@ from exporter.planning.vllm_rules import (
     fused_problems,
     gpu_problems,
     hardware_problems,
-    head_problems,
     kernel_problems,
     lint,
     packing_problems,
-    parallel_problems,
     pattern_problems,
-    shard,
     unbuilt_problems,
 )
+from tests.headers.read import header_config
 
 W4, W8, A8 = Scheme(4, 128), Scheme(8, "row"), Scheme(8, "row", activations="int8")
 H100 = Device("cuda:0", "H100", 78 * 2**30)
@@ -144,9 +143,20 @@ def test_cutlass_takes_multiples_of_128_of_the_fused_linear():
 
 def test_heads_are_shared_whole():
     heads = {"text_config": 32, "vision_config": 16}
-    assert head_problems(heads, 16) == head_problems({}, 3) == []
-    (problem,) = head_problems(heads, 32)
+    assert head_problems(heads, {}, 16) == head_problems({}, {}, 3) == []
+    (problem,) = head_problems(heads, {}, 32)
     assert problem == "rule tensor-parallel: vision_config: 16 attention heads cannot be divided among 32 GPUs"
+
+
+def test_key_and_value_heads_are_divided_or_repeated():
+    """vLLM asserts that one of the two numbers divides the other."""
+    fails = {(n, degree) for n in (2, 3, 8) for degree in (1, 2, 4, 8) if head_problems({}, {"text_config": n}, degree)}
+    assert fails == {(3, 2), (3, 4), (3, 8)}
+    (problem,) = head_problems({"text_config": 12}, {"text_config": 3}, 2)
+    assert problem == "rule tensor-parallel: text_config: 3 key and value heads cannot be divided among 2 GPUs"
+    grouped = header_config("Qwen--Qwen2.5-VL-7B-Instruct")
+    assert FAMILIES["qwen2.5-vl"].shared_heads(grouped) == {"text_config": 4}
+    assert FAMILIES["blip2"].shared_heads(header_config("Salesforce--blip2-opt-2.7b")) == {}
 
 
 def test_one_device_holds_its_shard():
@@ -208,6 +218,19 @@ def test_groups_cannot_straddle_gpus(columns: int, group: int, fails_at: set[int
     assert degrees == fails_at
     assert parallel_problems([linear("mlp.up_proj", scheme, (4096, columns))], 8) == []  # divided along its outputs
     assert parallel_problems([linear("mlp.up_proj", scheme, (4100, columns))], 8)
+
+
+def test_gpus_hold_whole_words():
+    """vLLM 0.26 ended on two H200s: start (428) + length (428) exceeds dimension size (855)."""
+    for scheme, problem in {
+        Scheme(8, "row"): ["3420 inputs of 8 bits in 32-bit words cannot be divided among 2 GPUs"],
+        Scheme(8, "row", activations="int8"): [],
+        Scheme(8, "row", number="fp8"): [],
+    }.items():
+        problems = parallel_problems([linear("mlp.down_proj", scheme, (1280, 3420))], 2)
+        assert [text.partition("down_proj: ")[2] for text in problems] == problem
+        assert parallel_problems([linear("mlp.up_proj", scheme, (3420, 1280))], 2) == []  # divided along its outputs
+        assert parallel_problems([linear("mlp.down_proj", scheme, (1280, 3420))], 1) == []
 
 
 @pytest.mark.parametrize("name", ["self_attn.o_proj", "self_attn.out_proj", "mlp.down_proj", "mlp.fc2", "linear_2"])

@@ -9,27 +9,18 @@ unbuilt-block    blocks that vLLM does not build (after CLIP's feature block) ha
 kernel           a kernel of vLLM runs the scheme in this format, on the given hardware
 packing          codes fill whole 32-bit words where vLLM computes sizes from the number of words
 kv-cache         the artifact's config can name the number type of the KV cache, and vLLM supports it
-tensor-parallel  a linear's shape and groups can be divided among the GPUs
+
+Rule tensor-parallel is in `tensor_parallel.py`.
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
-from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.planning.rule import WORD_BITS
 from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
-
-# Last names of linears that tensor parallelism divides along their inputs; it divides all others along their outputs.
-ROW_PARALLEL = frozenset(
-    name.rpartition(".")[2]
-    for family in FAMILIES.values()
-    for config in family.tiny_configs().values()
-    for component in family.assemble(config)
-    for name in component.row_parallel
-)
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,8 @@ def lint(linears: Sequence[Linear], format_name: str) -> list[str]:
 def fused_problems(linears: Iterable[Linear]) -> list[str]:
     """Rule fused-scheme."""
     return [
-        f"rule fused-scheme: vLLM fuses {', '.join(_last(m.name) for m in members)} into {engine}; they need one scheme"
+        f"rule fused-scheme: vLLM fuses {', '.join(last_name(m.name) for m in members)} into {engine}; "
+        "they need one scheme"
         for engine, members in _fused(linears).items()
         if len({m.scheme for m in members}) > 1
     ]
@@ -70,7 +62,7 @@ def _fused(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
     return members
 
 
-def _last(name: str) -> str:
+def last_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
@@ -107,10 +99,10 @@ def packing_problems(linears: Iterable[Linear]) -> list[str]:
     problems = []
     for linear in linears:
         scheme = linear.scheme
-        if scheme is None or scheme.activations or scheme.number != "int":
+        if not packed_in_words(scheme):
             continue
         rows, columns = linear.shape
-        name = f"rule packing: {_last(linear.name)} {[rows, columns]}, {scheme.label()}"
+        name = f"rule packing: {last_name(linear.name)} {[rows, columns]}, {scheme.label()}"
         if scheme.bits == 4 and columns % 8:
             remedy = "use 8 bits or keep it: `else: row` or `else: keep` beside a group_size does so"
             problems.append(f"{name}: {columns} codes of 4 bits fill no whole number of 32-bit words; {remedy}")
@@ -134,37 +126,9 @@ def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str]
     ]
 
 
-def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
-    """Rule tensor-parallel: linears that cannot be divided among `degree` GPUs; none for one GPU."""
-    problems = []
-    for linear in linears:
-        rows, columns = linear.shape
-        if _last(linear.name) not in ROW_PARALLEL:
-            if rows % degree:
-                problems.append(f"{linear.name}: {rows} outputs")
-        elif columns % degree:
-            problems.append(f"{linear.name}: {columns} inputs")
-        elif linear.scheme and isinstance(linear.scheme.group_size, int):
-            size = linear.scheme.columns_per_group(columns)
-            if columns // degree % size:
-                problems.append(f"{linear.name}: {columns} inputs in groups of {size}")
-    return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
-
-
-def head_problems(heads: Mapping[str, int], degree: int) -> list[str]:
-    """Rule tensor-parallel: attention heads that cannot be divided among `degree` GPUs. heads: of the model's parts."""
-    return [
-        f"rule tensor-parallel: {part}: {number} attention heads cannot be divided among {degree} GPUs"
-        for part, number in heads.items()
-        if number % degree
-    ]
-
-
-def shard(linear: Linear, degree: int) -> Linear:
-    """The part of a linear that one of `degree` devices holds."""
-    rows, columns = linear.shape
-    by_inputs = _last(linear.name) in ROW_PARALLEL
-    return replace(linear, shape=(rows, columns // degree) if by_inputs else (rows // degree, columns))
+def packed_in_words(scheme: Scheme | None) -> TypeGuard[Scheme]:
+    """Whether the codes are packed along the inputs into 32-bit words."""
+    return scheme is not None and scheme.number == "int" and not scheme.activations
 
 
 def pattern_problems(

@@ -12,16 +12,9 @@ from exporter.model.families import Family
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.plan import engine_linears as planned_linears
+from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
 from exporter.planning.vllm_kernels import Hardware
-from exporter.planning.vllm_rules import (
-    Linear,
-    cpu_cache_problems,
-    hardware_problems,
-    head_problems,
-    parallel_problems,
-    pattern_problems,
-    shard,
-)
+from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, pattern_problems
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
 
@@ -101,9 +94,9 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     config, linears = artifact.checkpoint.config, engine_linears(artifact)
     parts = [shard(linear, tensor_parallel) for linear in linears]
     problems = _hardware_rules(parts, artifact.manifest.format, artifact.kv_cache, config, on)
-    problems += head_problems(artifact.family.heads(config), tensor_parallel) + parallel_problems(
-        linears, tensor_parallel
-    )
+    family = artifact.family
+    problems += head_problems(family.heads(config), family.shared_heads(config), tensor_parallel)
+    problems += parallel_problems(linears, tensor_parallel)
     if artifact.manifest.format == "compressed_tensors":
         ignored = (config.get("quantization_config") or {}).get("ignore") or ()
         problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)

@@ -3,7 +3,8 @@
 A question on stdin is `{"config": quantization_config, "bits": n, "rows": [outputs of each fused linear], "columns": n,
 "capability": [major, minor]}`. vLLM's own parameters of a GPU with Marlin load random words; an answer is "ok", "zeros"
 (the zero points differ from those of the linears), "words" (Marlin's padded weight has another number of words than its
-inputs need, and its compiled half refuses it), or "error: ...".
+inputs need, and its compiled half refuses it), or "error: ...". With `"degree": n` a linear is divided along its inputs
+among n devices; "shards": a device does not get the codes of its own inputs.
 """
 
 import json
@@ -24,9 +25,35 @@ def codes(words, bits, count):
     return (stream.unflatten(0, (count, bits)) << torch.arange(bits).view(1, -1, 1)).sum(1)
 
 
+def sharded(question):
+    """Whether every one of `degree` devices loads the codes of its inputs."""
+    bits, (rows,), columns, degree = (question[key] for key in ("bits", "rows", "columns", "degree"))
+    config = CompressedTensorsConfig.from_config(question["config"])
+    (scheme,) = config.target_scheme_map.values()
+    stored = torch.randint(-(2**31), 2**31, (rows, -(-columns * bits // 32)), dtype=torch.int32)
+    own = columns // degree
+    for rank in range(degree):
+        result = config._get_scheme_from_parts(scheme["weights"], scheme["input_activations"], None, scheme["format"])
+        layer = torch.nn.Module()
+        sizes = {"output_size": rows, "input_size": columns, "output_partition_sizes": [rows]}
+        sizes |= {"input_size_per_partition": own, "params_dtype": torch.bfloat16, "weight_loader": print}
+        try:
+            result.create_weights(layer=layer, **sizes)
+            layer.weight_packed.tp_rank, layer.weight_packed.tp_size = rank, degree
+            layer.weight_packed.load_row_parallel_weight(stored)
+            loaded = codes(layer.weight_packed.data.T.contiguous(), bits, own)
+        except (ValueError, AssertionError, NotImplementedError, RuntimeError, IndexError):
+            return "shards"
+        if not torch.equal(loaded, codes(stored.T.contiguous(), bits, columns)[rank * own : (rank + 1) * own]):
+            return "shards"
+    return "ok"
+
+
 def answer(question):
     """What is left of a linear's values."""
     card.capability = tuple(question["capability"])
+    if "degree" in question:
+        return sharded(question)
     bits, rows, columns = question["bits"], question["rows"], question["columns"]
     config = CompressedTensorsConfig.from_config(question["config"])
     (scheme,) = config.target_scheme_map.values()

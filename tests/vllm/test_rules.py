@@ -18,6 +18,7 @@ from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import engine_linears, make_plan
 from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.tensor_parallel import ROW_PARALLEL, parallel_problems, shard
 from exporter.planning.vllm_kernels import (
     ARCHITECTURES,
     FP8_CUTLASS,
@@ -29,15 +30,7 @@ from exporter.planning.vllm_kernels import (
     W4A8_CUTLASS,
     serving_kernels,
 )
-from exporter.planning.vllm_rules import (
-    ROW_PARALLEL,
-    Linear,
-    cpu_problems,
-    gpu_problems,
-    matched_scheme,
-    parallel_problems,
-    shard,
-)
+from exporter.planning.vllm_rules import Linear, cpu_problems, gpu_problems, matched_scheme
 
 H100 = Device("cuda:0", "H100", 78 * 2**30)
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -197,6 +190,21 @@ def test_words_that_vllm_cannot_load_are_refused(engine_python: str):
         questions.append({"config": config, **size})
     assert run_script(engine_python, questions, "load.py") == expected
     assert set(expected) == {"ok", "words", "zeros"}
+
+
+def test_devices_load_whole_words_of_their_inputs(engine_python: str):
+    """A ViT of Qwen2.5-VL with 3,420 inputs in 8 bits: two devices would have 427.5 words each."""
+    questions, expected = [], []
+    for columns, degree, bits in product((1280, 3420, 3424, 4304, 2568), (1, 2, 4), (4, 8)):
+        scheme = Scheme(bits, "row")
+        if columns * bits % 32 == 0:
+            problems = parallel_problems([Linear("down_proj", "down_proj", (128, columns), scheme)], degree)
+            expected.append("shards" if problems else "ok")
+            config = quantization_config([Group(scheme, ("re:.*x$",))], [])
+            size = {"bits": bits, "rows": (128,), "columns": columns, "degree": degree, "capability": (9, 0)}
+            questions.append({"config": config, **size})
+    assert run_script(engine_python, questions, "load.py") == expected
+    assert set(expected) == {"ok", "shards"}
 
 
 def _by_target(schemes: list[tuple[Scheme, list[str]]]) -> list[tuple[str, Scheme]]:

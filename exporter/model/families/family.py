@@ -15,7 +15,7 @@ from exporter.files.strict_json import kind
 from exporter.model.families.component import Component, Config, Inputs, logits
 from exporter.model.families.config_fields import Choice, Field, Number, Section, TokenIds, Values, read_fields
 from exporter.model.families.names import Names
-from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, section, size_of
+from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, part_of, section, size_of
 
 Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 
@@ -174,6 +174,12 @@ class Family:
         """Number of attention heads of every part, by its object in config.json."""
         pairs = {key: next(iter(kinds.values())).stack.heads for key, kinds in self.parts.items()}
         return {key: int(size_of(self.parts, config, key, name)) for key, name in pairs.items()}
+
+    def shared_heads(self, config: Config) -> dict[str, int]:
+        """Number of key and value heads of every part that groups its queries, by its object in config.json."""
+        name = "num_key_value_heads"
+        grouped = [key for key in self.parts if any(f.key == name for f in part_of(self.parts, config, key).fields)]
+        return {key: int(size_of(self.parts, config, key, name)) for key in grouped}
 
     def component(self, name: str) -> Component:
         """The component called `name` (KeyError when there is none)."""
