@@ -116,7 +116,7 @@ class CalibrationSample(Document):
 
     id: str
     image: Sha256
-    look: Annotated[str, StringConstraints(max_length=4000)] | None = None
+    look: Annotated[str, StringConstraints(max_length=9000)] | None = None
 
 
 class CalibrationRecord(Document):
