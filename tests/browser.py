@@ -54,6 +54,10 @@ class Browser:
         shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
+    def console(self) -> list[str]:
+        """Warnings and errors of the console since the last call."""
+        return [entry["message"] for entry in self.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+
     def requested(self) -> list[str]:
         """Addresses that were asked for since the last call."""
         entries = [json.loads(entry["message"])["message"] for entry in self.call("/se/log", {"type": "performance"})]
@@ -79,7 +83,7 @@ def browser() -> Iterator[Browser]:
                 line = next(line for line in driver.stdout if "started successfully on port" in line)
                 base = f"http://127.0.0.1:{line.rstrip().rstrip('.').rpartition(' ')[2]}"
                 options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": CHROMIUM}
-                always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}
+                always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"}}
                 session = _call(f"{base}/session", {"capabilities": {"alwaysMatch": always}})["sessionId"]
                 opened = Browser(f"{base}/session/{session}")
                 try:

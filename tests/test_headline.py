@@ -6,8 +6,8 @@ import pytest
 
 from exporter.evaluation.report_file import Report
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
+from exporter.publishing.headline import headline
 from exporter.report import collect, html
-from exporter.report.headline import headline
 from tests.published_artifact import tiny_artifact, tiny_model
 
 

@@ -29,7 +29,8 @@ from exporter.report import charts, collect, find_pictures, html, thumbnail, wri
 from exporter.serving.check import CheckResult, Control, store_result
 from exporter.serving.reference import Distance, EngineComparison
 from exporter.tasks.sample import Sample
-from tests.browser import CHROMIUM, DRIVER, ENTER, TAB, Browser, browser
+from tests.browser import ENTER, TAB, Browser, browser
+from tests.page_audit import WIDTHS, audit, need_browser
 from tests.test_evaluate import crafted
 
 HOSTILE = "<script>alert(1)</script><img src=http://example.invalid/x.png onerror=alert(1)> \" ' &"
@@ -173,7 +174,7 @@ def test_verdicts(out: Path, wrong_after: int, verdict: str, tone: str, text_par
     text = html(content)
     assert content["verdict"] == verdict
     assert f'<span class="badge {tone}">{verdict}</span>' in text
-    assert f'<td class="{tone}">{verdict}</td>' in text
+    assert f'class="{tone}"><b>{verdict}</b></td>' in text
     assert text_part in text
     if tone == "open":
         assert 'class="passed"' not in text
@@ -261,18 +262,37 @@ def rectangles(svg: str, kind: str) -> list[tuple[float, float, float]]:
 
 
 def test_charts_are_to_scale() -> None:
-    row = {"name": "vqa accuracy", "relative": {"change": -0.02, "low": -0.04, "high": 0.01}, "allowed": -0.05}
+    row = {
+        "name": "vqa accuracy",
+        "relative": {"change": -0.02, "low": -0.04, "high": 0.01},
+        "allowed": -0.05,
+        "tone": "open",
+    }
     svg = charts.change(row, (-0.10, 0.10))
     assert rectangles(svg, "forbidden") == [(0, pytest.approx(25), 20)]
-    assert rectangles(svg, "interval") == [(pytest.approx(30), pytest.approx(25), 6)]
-    marks = [float(a["x1"] or 0) for tag, a in Tags(svg).tags if tag == "line"]
-    assert marks == pytest.approx([50, 40])  # zero, then the measured change
+    assert rectangles(svg, "interval open") == [(pytest.approx(30), pytest.approx(25), 6)]
+    lines = {a["class"]: float(a["x1"] or 0) for tag, a in Tags(svg).tags if tag == "line" and a["class"] != "tick"}
+    assert lines == {"bound": 25, "zero": 50, "mark": 40}
+    assert [(tick["text"], round(tick["place"])) for tick in charts.ticks((-0.10, 0.10))] == [
+        ("-10", 0),
+        ("-5", 25),
+        ("0", 50),
+        ("+5", 75),
+        ("+10", 100),
+    ]
     low, high = charts.reach([row])
     assert low < -0.05 < 0.01 < 0.02 < high
     bars = charts.blocks([{"block": "a", "mean": 0.1, "largest": 0.4}, {"block": "b", "mean": 0.3, "largest": 0.3}])
     assert [height for _, _, height in rectangles(bars, "strong")] == pytest.approx([25, 75])
     assert [height for _, _, height in rectangles(bars, "quiet")] == pytest.approx([100, 75])
-    assert [width for _, width, _ in rectangles(charts.sizes(200, 50), "strong")] == pytest.approx([25])
+    assert [width for _, width, _ in rectangles(charts.sizes(200, 50, {})[0]["chart"], "strong")] == pytest.approx([25])
+    parts = {"vision": {"before": 80, "after": 20, "kept": 4}, "language": {"before": 120, "after": 30, "kept": 0}}
+    whole, vision, language = charts.sizes(200, 50, parts)
+    assert rectangles(whole["chart"], "kept") == [(0, 2, 8)]
+    assert rectangles(whole["chart"], "strong") == [(2, 23, 8)]
+    assert [row["name"] for row in (vision, language)] == ["vision", "language"]
+    assert rectangles(language["chart"], "quiet") == [(0, 100, 8)]
+    assert rectangles(vision["chart"], "strong") == [(3.33, 13.33, 8)]
 
 
 def test_thumbnails_are_small_and_have_the_right_format() -> None:
@@ -377,16 +397,22 @@ def test_without_matplotlib_the_hint_names_the_extra(
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)")
+    need_browser()
     with browser() as opened:
         yield opened
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_has_no_fault_in_a_browser(chromium: Browser, page: Path, width: int, dark: bool) -> None:
+    assert audit(chromium, page, width, dark) == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_in_a_browser(chromium: Browser, page: Path, width: int, dark: bool) -> None:
     """No horizontal scrolling, readable contrast, and no request besides the file itself."""
+    chromium.requested()  # of the tests before
     chromium.show(page, width, 800, dark)
     assert chromium.run("return document.documentElement.scrollWidth") <= width
     hidden = chromium.run(

@@ -21,6 +21,7 @@ from exporter.artifact.artifact_config import artifact_config
 from exporter.artifact.artifact_tensors import write_tensors
 from exporter.artifact.manifest import (
     MANIFEST,
+    ComponentSize,
     Manifest,
     PromptRecord,
     Provenance,
@@ -52,6 +53,7 @@ from exporter.planning.vllm_rules import matches
 from exporter.quantization.workdir import Workdir
 
 REPORT = "mmq_report.json"
+OTHER_TENSORS = "other tensors"  # those of no component
 CACHE_SCALES = (".k_scale", ".v_scale")
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST, REPORT, "adapter_config.json"}
@@ -136,7 +138,7 @@ def _manifest(
         linears=digests,
         errors={name: error for errors, _ in results for name, error in errors.items()},
         units=tuple(unit.block for unit in plan.units),
-        bytes=SizeRecord(before=plan.bytes_before, after=plan.bytes_after),
+        bytes=size_record(plan),
         bits_per_weight=plan.bits_per_weight,
         versions={name: installed_version(name) or "absent" for name in PACKAGES},
         shards=tuple(shards),
@@ -144,6 +146,19 @@ def _manifest(
         notes=(*plan.fallbacks, *(note for _, notes in results for note in notes)),
         prompts={task: PromptRecord(**record) for task, record in prompts_by_task(plan.family).items()},
     )
+
+
+def size_record(plan: Plan) -> SizeRecord:
+    """Bytes of all tensors and of each component, as the plan predicts them."""
+    components = {}
+    for name in (*(component.name for component in plan.family.components), ""):
+        if rows := plan.of(name):
+            components[name or OTHER_TENSORS] = ComponentSize(
+                before=sum(row.tensor.bytes for row in rows),
+                after=sum(row.bytes_after for row in rows),
+                kept=sum(row.bytes_after for row in rows if row.decision == "kept"),
+            )
+    return SizeRecord(before=plan.bytes_before, after=plan.bytes_after, components=components)
 
 
 def with_recorded_prompts(family: Family, manifest: Manifest) -> Family:

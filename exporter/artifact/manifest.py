@@ -104,11 +104,26 @@ class SourceRecord(Document):
     processor: dict[Line, Sha256] = {}
 
 
+Bytes = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class ComponentSize(Document):
+    """Bytes of a component in the source and in the artifact; kept: of its tensors that are copied unchanged."""
+
+    before: Bytes
+    after: Bytes
+    kept: Bytes
+
+
 class SizeRecord(Document):
-    """Size of all tensors in bytes. before: of the source. after: of the artifact."""
+    """Size of all tensors in bytes. before: of the source. after: of the artifact.
+
+    components: component -> its size, in the order of the data, last those of no component; empty in older manifests.
+    """
 
     before: Annotated[int, Field(gt=0, lt=2**53)]
     after: Annotated[int, Field(gt=0, lt=2**53)]
+    components: dict[Line, ComponentSize] = {}
 
 
 class CalibrationSample(Document):

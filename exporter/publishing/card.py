@@ -18,6 +18,7 @@ from exporter.model.families import FAMILIES
 from exporter.publishing.artifact_summary import Summary, drawings_note
 from exporter.publishing.card_serving import serving
 from exporter.publishing.card_usage import creation, hardware, provenance, python_example
+from exporter.publishing.headline import headline
 
 CARD = "README.md"
 RESULTS = ".eval_results/mmq.yaml"
@@ -70,6 +71,7 @@ def render(
     """
     sections = [
         f"# {repo.partition('/')[2]}",
+        f"**{headline(summary)}**",
         _introduction(summary, declared),
         _warning(problems),
         "## What was quantized\n\n" + _parts(summary),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from exporter.artifact.artifact import CACHE_SCALES, Artifact
+from exporter.artifact.artifact import CACHE_SCALES, Artifact, size_record
 from exporter.artifact.artifact_config import artifact_config
 from exporter.device import choose
 from exporter.errors import ArtifactError, MmqError
@@ -137,6 +137,8 @@ def _of_sizes(plan: Plan, summary: Summary, artifact: Artifact) -> Iterator[str]
     stored = sum(info.bytes for info in tensors if not info.name.endswith(CACHE_SCALES))
     if not manifest.bytes.after == plan.bytes_after == stored:
         yield f"the manifest counts {manifest.bytes.after:,} bytes of tensors, the artifact has {stored:,}"
+    if manifest.bytes.components and manifest.bytes.components != size_record(plan).components:
+        yield "the manifest's bytes of the components differ from the plan's"
     if manifest.bytes.before != plan.bytes_before:
         yield f"the manifest counts {manifest.bytes.before:,} bytes of source tensors, the plan {plan.bytes_before:,}"
     if not math.isclose(manifest.bits_per_weight, plan.bits_per_weight, rel_tol=1e-9):

@@ -39,9 +39,11 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
     )
     environment.filters |= {"size": size, "score": "{:z.4f}".format, "percent": percent}
     environment.filters |= {"signed": "{:+z.4f}".format, "points": "{:+z.1f}".format}
+    axis = charts.reach(content["scores"])
     drawings = {
-        "sizes": charts.sizes(content["bytes"]["before"], content["bytes"]["after"]),
-        "changes": [charts.change(row, charts.reach(content["scores"])) for row in content["scores"]],
+        "sizes": charts.sizes(content["bytes"]["before"], content["bytes"]["after"], content["bytes"]["components"]),
+        "changes": [charts.change(row, axis) for row in content["scores"]],
+        "ticks": charts.ticks(axis),
         "blocks": {name: charts.blocks(rows) for name, rows in content["blocks"].items()},
     }
     return environment.get_template(TEMPLATE).render(c=content, charts=drawings, study=study)

@@ -4,12 +4,15 @@ Shapes stretch with the page (`preserveAspectRatio="none"`), so visible text sta
 Screen readers get the `aria-label`. Colors come from the page's CSS classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 LEAST_REACH = 0.02  # the axis covers at least 2 % on each side, so that small noise looks small
+STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # distances between the marks of an axis
+MOST_TICKS = 6  # marks that fit beside each other at 400 px
 LEAST_BLOCKS = 8  # minimum number of bars the width is divided into, so that two blocks do not fill the page
 
 
@@ -27,11 +30,31 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"/>'
 
 
-def sizes(before: int, after: int) -> Markup:
-    """Two bars, source above artifact; lengths are proportional to the bytes."""
-    most = max(before, after, 1)
-    shapes = [_bar(0, 1, 100 * before / most, 8, "quiet"), _bar(0, 11, 100 * after / most, 8, "strong")]
-    return _svg(100, 20, "sizes", f"the artifact takes {after / max(before, 1):.0%} of the source's bytes", shapes)
+def sizes(before: int, after: int, components: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Rows of the chart of sizes: name, bytes of source and artifact, share that is kept in 16 bits, and two bars.
+
+    The first row is the whole. Lengths are proportional to the bytes: of the source's whole in the first row, of the
+    largest component in the others.
+    """
+    rows = [_size_row("whole model", before, after, sum(c["kept"] for c in components.values()), max(before, after, 1))]
+    most = max([1, *(max(c["before"], c["after"]) for c in components.values())])
+    return rows + [_size_row(name, c["before"], c["after"], c["kept"], most) for name, c in components.items()]
+
+
+def _size_row(name: str, before: int, after: int, kept: int, most: int) -> dict[str, Any]:
+    shapes = [
+        _bar(0, 1, 100 * before / most, 8, "quiet", f"source {before:,} bytes"),
+        _bar(0, 11, 100 * kept / most, 8, "kept", f"kept unchanged {kept:,} bytes"),
+        _bar(100 * kept / most, 11, 100 * (after - kept) / most, 8, "strong", f"artifact {after:,} bytes"),
+    ]
+    label = f"{name}: the artifact takes {after / max(before, 1):.0%} of the source's bytes"
+    return {
+        "name": name,
+        "before": before,
+        "after": after,
+        "kept": kept,
+        "chart": _svg(100, 20, "sizes", label, shapes),
+    }
 
 
 def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -42,23 +65,38 @@ def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return low - 0.1 * (high - low), high + 0.05 * (high - low)
 
 
+def ticks(axis: tuple[float, float]) -> list[dict[str, Any]]:
+    """Marks of an axis at round values, at most six: text, and place in percent of its width."""
+    span = axis[1] - axis[0]
+    step = next((step for step in STEPS if span / step <= MOST_TICKS), STEPS[-1])
+    numbers = range(math.ceil(axis[0] / step), math.floor(axis[1] / step) + 1)
+    digits = 0 if step >= 0.01 else 1
+    return [{"text": f"{100 * n * step:+.{digits}f}" if n else "0", "place": _place(n * step, axis)} for n in numbers]
+
+
+def _place(share: float, axis: tuple[float, float]) -> float:
+    return 100 * (share - axis[0]) / (axis[1] - axis[0])
+
+
 def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
-    """Chart of one metric: zero, interval, measured change and the range the gate forbids. Empty without a baseline."""
+    """Chart of one metric: ticks, zero, interval, measured change, and the gate's bound with the range it forbids.
+
+    Empty without a baseline.
+    """
     relative = row["relative"]
     if not relative:
         return Markup("")
-
-    def place(share: float) -> float:
-        return 100 * (share - axis[0]) / (axis[1] - axis[0])
-
-    shapes = [_line(place(0), 0, place(0), 20, "zero")]
+    shapes = [_line(tick["place"], 0, tick["place"], 20, "tick") for tick in ticks(axis)]
+    bound = ""
     if row["allowed"] is not None:
-        shapes.insert(0, _bar(0, 0, place(row["allowed"]), 20, "forbidden"))
-    low, high = place(relative["low"]), place(relative["high"])
-    middle = place(relative["change"])
-    shapes += [_bar(low, 7, max(high - low, 0.4), 6, "interval"), _line(middle, 3, middle, 17, "mark")]
+        place = _place(row["allowed"], axis)
+        shapes = [_bar(0, 0, place, 20, "forbidden"), *shapes, _line(place, 0, place, 20, "bound")]
+        bound = f", the gate allows {row['allowed']:+z.1%}"
+    low, middle, high = (_place(relative[key], axis) for key in ("low", "change", "high"))
+    shapes += [_line(_place(0, axis), 0, _place(0, axis), 20, "zero")]
+    shapes += [_bar(low, 7, max(high - low, 0.4), 6, f"interval {row['tone']}"), _line(middle, 3, middle, 17, "mark")]
     interval = f"{relative['low']:+z.1%} to {relative['high']:+z.1%}"
-    label = f"{row['name']}: change {relative['change']:+z.1%}, interval {interval}"
+    label = f"{row['name']}: change {relative['change']:+z.1%}, interval {interval}{bound}"
     return _svg(100, 20, "change", label, shapes)
 
 

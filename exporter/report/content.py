@@ -10,8 +10,9 @@ from exporter.artifact.manifest import Manifest
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
 from exporter.evaluation.report_file import AnswerPair, DistanceRecord, GateResult, Report, ServingRecord
+from exporter.evaluation.word_differences import spans
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
-from exporter.report.headline import headline
+from exporter.publishing.headline import headline, relative_change
 
 CHANGED_SHOWN = 40  # number of changed samples on the page; mmq_report.json lists more
 NEVER = "never evaluated"
@@ -51,7 +52,9 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "prompts": report.evaluation.prompts_text(report.samples) if report else "",
         "asked_by": _backend_text(report.evaluation) if report else "",
         "serving": _serving_content(summary.serving) if summary.serving else None,
-        "plan": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "plan": yaml.safe_dump(
+            recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
+        ),
         "provenance": _provenance(manifest),
     }
 
@@ -60,7 +63,7 @@ def _gate(gate: GateResult) -> dict[str, Any]:
     """A gate for the page: its values, the CSS class of its verdict, and the samples that would resolve it."""
     return {
         **gate.model_dump(),
-        "tone": TONES.get(gate.verdict, "open"),
+        "tone": gate_tone(gate),
         "rule": DECIDE_RULES[gate.decide],
         "accepted": accepted(gate),
         "more": more_samples(gate) if gate.verdict == "not resolved" else "",
@@ -68,11 +71,18 @@ def _gate(gate: GateResult) -> dict[str, Any]:
     }
 
 
+def gate_tone(gate: GateResult) -> str:
+    """CSS class of a gate; `open` also for one that passed although its interval exceeds the bound."""
+    uncertain = gate.verdict == "passed" and gate.low is not None and gate.low < -gate.max_drop
+    return "open" if uncertain else TONES.get(gate.verdict, "open")
+
+
 def scores(report: Report | None) -> list[dict[str, Any]]:
     """One row per metric; `relative` and `allowed` are shares of the full-precision score, as in gates."""
     if report is None:
         return []
     allowed = {(gate.task, gate.metric): -gate.max_drop for gate in report.gates}
+    tones = {(gate.task, gate.metric): gate_tone(gate) for gate in report.gates}
     rows = []
     for measure in report.measures:
         difference = measure.difference
@@ -84,8 +94,9 @@ def scores(report: Report | None) -> list[dict[str, Any]]:
                 "before": difference.before,
                 "after": difference.after,
                 "absolute": absolute,
-                "relative": {k: v / difference.before for k, v in absolute.items()} if difference.before > 0 else None,
+                "relative": relative_change(report, measure),
                 "allowed": allowed.get((measure.task, measure.metric)),
+                "tone": tones.get((measure.task, measure.metric), "none"),
                 "needed": measure.samples_to_resolve_one_percent,
             }
         )
@@ -157,7 +168,14 @@ def _backend_text(evaluation: EvaluationRecord) -> str:
 
 
 def _with_pictures(rows: Sequence[AnswerPair], pictures: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
-    return [row.model_dump(mode="json") | {"picture": pictures.get((row.task, row.id))} for row in rows]
+    return [
+        row.model_dump(mode="json")
+        | {
+            "picture": pictures.get((row.task, row.id)),
+            "words": [asdict(span) | {"differs": span.differs} for span in spans(row.before, row.after)],
+        }
+        for row in rows
+    ]
 
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:
