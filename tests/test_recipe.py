@@ -93,7 +93,7 @@ def test_all_problems_of_options_are_listed_by_the_names_that_a_recipe_uses() ->
         parse_recipe(built_in()["llava-w4-vit8"].read_text().replace("method: gptq", options), "wrong.yaml")
     message = caught.value.message
     assert "wrong.yaml has 4 problems" in message
-    assert "quantize[2]: options.range: Input should be 'minmax' or 'mse'" in message
+    assert "quantize[2]: options.range: Input should be 'minmax', 'mse' or 'signed'" in message
     assert "quantize[2]: options.dampin: unknown option. Did you mean 'damping'? (damping, block" in message
 
 

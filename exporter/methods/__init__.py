@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from exporter.lazy_torch import torch
-from exporter.methods import awq, gptq, rtn
+from exporter.methods import autoround, awq, gptq, rtn
 from exporter.methods.options import MethodOptions
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 
@@ -81,5 +81,5 @@ class Smoother(Method, Protocol):
         """From (scales, error) pairs: the best scales, the error of the first pair, and the smallest error."""
 
 
-METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "awq": awq}
+METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "awq": awq, "autoround": autoround}
 SMOOTHERS: dict[str, Smoother] = {"awq": awq}  # those of METHODS that move scales

@@ -40,8 +40,10 @@ class Options(MethodOptions):
     scales: "static" computes a group's scale from the original weights, "in_loop" from the updated weights when the
     loop
         reaches the group.
-    range: as in `ranges.fit_scale`; "mse" weights a column's error by the part that later columns cannot compensate.
+    range: as in `ranges.fit_scale`; "mse" and "signed" weight a column's error by the part that later columns cannot
+        compensate.
     descent: number of passes of coordinate descent that round every column again after all are quantized.
+    steps: steps of learned rounding that follow, as in `autoround`; 0 is none.
     """
 
     damping: float = Field(0.01, gt=0, le=1)
@@ -50,12 +52,28 @@ class Options(MethodOptions):
     scales: Literal["static", "in_loop"] = "static"
     range_: Range = Field("mse", alias="range")
     descent: int = Field(1, ge=0, le=10)
+    steps: int = Field(0, ge=0, le=100_000)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.order == "activation" and self.scales == "in_loop":
             raise ValueError("scales: in_loop needs order: none (the default order, activation, needs static scales)")
         return self
+
+    @property
+    def learned_steps(self) -> int:
+        """Steps of learned rounding after the method."""
+        return self.steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Size of the first step of learned rounding."""
+        return 1 / max(1, self.steps)
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a group may get a negative scale."""
+        return self.range_ == "signed"
 
     @property
     def scales_in_loop(self) -> bool:

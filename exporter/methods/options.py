@@ -14,6 +14,21 @@ class MethodOptions(BaseModel):
         return False
 
     @property
+    def learned_steps(self) -> int:
+        """Steps of learned rounding after the method, for all linears of a block together; 0 is none."""
+        return 0
+
+    @property
+    def learning_rate(self) -> float:
+        """Size of the first step of learned rounding."""
+        return 0.0
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a group may get a negative scale."""
+        return False
+
+    @property
     def scales_in_loop(self) -> bool:
         """Whether a group's scale is known only after the earlier columns are quantized."""
         return False

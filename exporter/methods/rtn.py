@@ -19,11 +19,18 @@ Statistics = None
 
 
 class Options(MethodOptions):
-    """range: "minmax" covers every weight, "mse" searches the range with the smallest squared error."""
+    """range: "minmax" covers every weight, "mse" searches the range with the smallest squared error, "signed" also
+    among negative scales, which put the additional code of a symmetric scheme on the side of the larger weights.
+    """
 
     model_config = ConfigDict(populate_by_name=True)
 
     range_: Range = Field("minmax", alias="range")
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a group may get a negative scale."""
+        return self.range_ == "signed"
 
 
 def quantize_linear(

@@ -15,7 +15,7 @@ from exporter.numerics.quantized import FP8_MAX, Scheme, float8_scales
 if TYPE_CHECKING:
     from torch import Tensor
 
-Range = Literal["minmax", "mse"]
+Range = Literal["minmax", "mse", "signed"]
 
 SHRINK_STEPS = 40
 KERNEL_WIDTH = 16384  # widest group that one Triton program holds in registers
@@ -35,13 +35,37 @@ def fit_scale(
     """Scale (in `scale_dtype`) and zero (uint8), each `[out, groups]`, of `weight` f32 `[out, in]`.
 
     range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps the one with the smallest error per
-    group. "tensor" schemes repeat one value. Scales of `mixed` schemes are rounded as vLLM will round them. importance:
-    f32 `[in]`. With it, "mse" minimizes the sum of `importance * |error|^2.5` over the columns of a group, without it
-    the sum of `error^2`. The exponent exceeds 2 because clipping a few weights harms the output more than their squared
-    errors suggest.
+    group; "signed" tries them with scales of either sign: a symmetric scheme has one code more below zero than above,
+    and a negative scale moves it to the other side of the range. "tensor" schemes repeat one value. Scales of `mixed`
+    schemes are rounded as vLLM will round them. importance: f32 `[in]`. With it, "mse" and "signed" minimize the sum of
+    `importance * |error|^2.5` over the columns of a group, without it the sum of `error^2`. The exponent exceeds 2
+    because clipping a few weights harms the output more than their squared errors suggest.
     """
+    if range_ == "signed":
+        return _with_sign(weight, scheme, scale_dtype, importance)
     scale, zero = _fitted(weight, scheme, scale_dtype, range_, importance)
     return (_as_float8(scale) if scheme.mixed else scale), zero
+
+
+def _with_sign(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The best range of an integer scheme; of a symmetric one with a scale of either sign.
+
+    A negative scale is the positive scale of the negated weights, so both searches are the same.
+    """
+    scale, zero = fit_scale(weight, scheme, scale_dtype, "mse", importance)
+    if not scheme.symmetric:
+        return scale, zero
+    mirrored, _ = fit_scale(-weight, scheme, scale_dtype, "mse", importance)
+    counts = None if importance is None else _grouped(importance.unsqueeze(0), scheme)
+    pieces = zip(*(tensor.split(_rows(weight, scheme)) for tensor in (weight, scale, mirrored, zero)), strict=True)
+    better = [
+        _errors(_grouped(-part, scheme), other, middle, scheme, counts)
+        < _errors(_grouped(part, scheme), plain, middle, scheme, counts)
+        for part, plain, other, middle in pieces
+    ]
+    return torch.where(torch.cat(better), -mirrored, scale), zero
 
 
 def _fitted(
@@ -52,11 +76,15 @@ def _fitted(
     low, high = full_range(weight, scheme)
     if range_ == "minmax":
         return _scale_of(low, high, scheme, scale_dtype)
-    piece = CUDA_PIECE if weight.is_cuda else PIECE
-    rows = len(weight) if scheme.group_size == "tensor" else max(1, piece // max(1, weight.shape[1]))
-    pieces = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
+    pieces = zip(*(tensor.split(_rows(weight, scheme)) for tensor in (weight, low, high)), strict=True)
     fitted = [_search(part, least, most, scheme, scale_dtype, importance) for part, least, most in pieces]
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
+
+
+def _rows(weight: Tensor, scheme: Scheme) -> int:
+    """The number of rows per search."""
+    piece = CUDA_PIECE if weight.is_cuda else PIECE
+    return len(weight) if scheme.group_size == "tensor" else max(1, piece // max(1, weight.shape[1]))
 
 
 def _as_float8(scale: Tensor) -> Tensor:
@@ -166,6 +194,11 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     info, least = torch.finfo(dtype), least_scale(dtype)
     small = (scale / least).ceil_().clamp_min_(1).mul_(least)
     return torch.where(scale < info.smallest_normal, small, scale).clamp_(max=info.max).to(dtype)
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale of either sign rounded to `dtype`, never 0 or infinite."""
+    return torch.where(scale < 0, -_stored(-scale, dtype), _stored(scale, dtype))
 
 
 def least_scale(dtype: torch.dtype) -> float:

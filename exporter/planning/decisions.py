@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from exporter.dtypes import BFLOAT16, Dtype
 from exporter.formats import FORMATS
-from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.model.families import Component, Family
 from exporter.numerics.quantized import Scheme
@@ -150,7 +149,7 @@ def _linear_row(
     columns, rule = tensor.shape[1], rule.fitted(tensor.shape[1])
     if rule.bits == 16:
         return replace(row, reason=f"groups of {rule.group_size} do not divide its {columns} inputs (else: {KEEP})")
-    if component.without_data and METHODS[rule.method].Statistics:
+    if component.without_data and rule.needs_data:
         problems.append(f"component '{component.name}', method {rule.method}: {component.without_data}")
     if rule.store == "dequantized":
         size = tensor.size * stored_scale_dtype(tensor.dtype).itemsize

@@ -10,10 +10,12 @@ from exporter.planning.decisions import PlanRow
 from exporter.planning.placement import Placement
 from exporter.planning.rates import BLOCK, PICTURE, rates
 from exporter.planning.recipe import Recipe
+from exporter.planning.rule import TUNE_CHECKS
 from exporter.planning.whole_model import WholeModel
 
 SEARCH_FACTOR = 2.2  # passes of a method that searches scales, over those of a method that does not (9 instead of 4)
 ANSWER_SHARE = 0.5  # share of the longest allowed answer that the slowest sample of a batch generates
+CHECKED_SHARE = 1 / 8  # share of the batches on which learned rounding is compared
 CHECK_SAMPLES, CHECK_PASSES = 16, 9  # samples of `mmq check`, and its forward passes per sample
 
 
@@ -33,6 +35,8 @@ def quantize_seconds(
         searches, (rows, columns) = row.rule.method in SMOOTHERS, row.tensor.shape
         if row.block not in weights_before:
             seconds += BLOCK
+        if row.rule.learned_steps:
+            seconds += _tune_seconds(recipe, row, tokens[row.component], device)
         if METHODS[row.rule.method].Statistics is None:  # blocks with statistics are loaded in the background
             seconds += row.tensor.size / speed.weights + row.tensor.bytes / speed.load
             weights_before.setdefault(row.block, 0)
@@ -48,6 +52,19 @@ def quantize_seconds(
         seconds += row.tensor.size / speed.search if searches else 2 * rows * columns**2 / speed.solves
         weights_before[row.block] = offset + row.tensor.size
     return seconds
+
+
+def _tune_seconds(recipe: Recipe, row: PlanRow, tokens: int, device: Device) -> float:
+    """Predicted seconds to learn the rounding of one linear.
+
+    Every step runs a batch forward and backward; the full-precision model runs once, and the checks run the batches
+    that are held out.
+    """
+    assert row.rule is not None
+    speed, steps = rates(device), row.rule.learned_steps
+    batch = tokens * recipe.calibration.batch / recipe.calibration.samples
+    passes = 3 * steps * batch + (1 + CHECKED_SHARE * TUNE_CHECKS) * tokens
+    return steps * row.tensor.size / speed.tune + passes * 2 * row.tensor.size / speed.passes
 
 
 def evaluate_seconds(recipe: Recipe, family: Family, whole: WholeModel, placement: Placement, device: Device) -> float:

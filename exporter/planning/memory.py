@@ -21,6 +21,9 @@ FLOAT_BYTES = 4  # per weight: its float32 value
 CODE_BYTES = 1  # per weight: its code
 ROUND_BYTES = 9  # per weight while all are rounded at once: the scales, a mask of zero scales, the ratios
 REPORT_BYTES = 14  # per weight of one linear, to compute its error: the dequantized weight, the difference, products
+OFFSET_BYTES = 4  # per weight: what learned rounding adds to it before it is rounded, in float32
+LEARNED_BYTES = 24  # per weight of one linear: the temporaries of rounding it in one step
+BACKWARD = 3  # outputs inside a block that a backward pass holds, over those that a forward pass holds at a time
 SMOOTH_BYTES = 28  # per weight of one linear: the temporaries of one candidate for the column scales
 
 
@@ -44,11 +47,12 @@ def predict_memory(
     planned: Collection[str],
     statistics: Mapping[str, bool],
     device: Device,
+    tuned: Collection[str] = (),
 ) -> Memory:
     """Predict the peaks of quantizing the `planned` components.
 
     statistics: components that are calibrated -> whether a method moves scales between their linears. The other
-    components hold only the linears that share an input at a time.
+    components hold only the linears that share an input at a time. tuned: components with learned rounding.
     """
     itemsize = 2 if device.is_cuda else 4
     peaks = {"one block": 0}
@@ -69,6 +73,13 @@ def predict_memory(
         solve = _solve(phases, True, device)
         if statistics[component.name]:  # codes with and without folded scales, codes of the last block, original block
             solve = max(solve, 3 * CODE_BYTES * _weights(phases) + _smooth(phases)) + block
+        if component.name in tuned:  # the full-precision model's inputs and outputs, and its block
+            inputs, masks, solve = 3 * inputs, 2 * masks, solve + block
+            learned = OFFSET_BYTES + 2 * size + 3 * CODE_BYTES
+            temporaries = LEARNED_BYTES * max(max(sizes) for _, sizes in phases)
+            peaks[f"{component.name}: learned rounding of one block"] = (
+                inputs + masks + 2 * block + learned * _weights(phases) + temporaries + BACKWARD * batch
+            )
         names = upstream_tensors(checkpoint.tensors, family, checkpoint.config, component)
         upstream = sum(checkpoint.tensors[name].size for name in names) * itemsize
         peaks[f"{component.name}: statistics of one block"] = inputs + masks + block + max(batch, solve)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.formats import FORMATS
-from exporter.methods import METHODS, SMOOTHERS
+from exporter.methods import SMOOTHERS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import refuse_misfit
 from exporter.model.families import Family
@@ -41,7 +41,7 @@ class Unit:
     @property
     def needs_statistics(self) -> bool:
         """Whether a method of the unit needs calibration data."""
-        return any(row.rule and METHODS[row.rule.method].Statistics is not None for row in self.rows)
+        return any(row.rule and row.rule.needs_data for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
     units = _units(rows, family, checkpoint)
-    methods = [(row.component, row.rule.method) for row in rows if row.rule]
+    rules = [(row.component, row.rule) for row in rows if row.rule]
     # Sorting puts True last, so that a component with any smoothing method gets True.
-    statistics = dict(sorted((name, m in SMOOTHERS) for name, m in methods if METHODS[m].Statistics))
-    planned = {name for name, _ in methods}
-    memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device)
+    statistics = dict(sorted((name, rule.method in SMOOTHERS) for name, rule in rules if rule.needs_data))
+    planned = {name for name, _ in rules}
+    tuned = {name for name, rule in rules if rule.learned_steps}
+    memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device, tuned)
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
     fallbacks = tuple(decided.fallbacks)
     warnings = (*fallbacks, *_source_notes(checkpoint), *_warnings(recipe, family, rows))

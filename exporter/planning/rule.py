@@ -19,6 +19,7 @@ from exporter.numerics.quantized import Activations, GroupSize, Scheme
 
 KEEP = "keep"
 WORD_BITS = 32  # compressed-tensors packs codes into words of this size
+TUNE_CHECKS = 20  # comparisons of learned rounding on the batches that are held out
 
 
 class Strict(BaseModel):
@@ -106,7 +107,18 @@ class Rule(Strict):
                 "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
                 "to the row's largest scale, which is known only after the last group"
             )
+        if problem := self._unlearnable():
+            raise ValueError(problem)
         return self
+
+    def _unlearnable(self) -> str | None:
+        """Why the method's negative scales or learned rounding do not fit the scheme; None when they do."""
+        options, weights_alone = self.parsed_options(), self.number == "int" and not self.activations
+        if options.learned_steps and not (weights_alone and self.group_size != "tensor"):
+            return "learned rounding needs number: int, no activations, and group_size: a number or row"
+        if options.signed_scales and not weights_alone:
+            return "range: signed needs number: int and no activations"
+        return None
 
     @model_serializer(mode="wrap")
     def _by_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -114,6 +126,21 @@ class Rule(Strict):
         content: dict[str, Any] = dump(self)
         fallback = content.pop("fallback", content.pop("else", None))
         return content | ({"else": fallback} if fallback else {})
+
+    @property
+    def learned_steps(self) -> int:
+        """Steps of learned rounding after the method; 0 is none."""
+        return 0 if self.bits == 16 else self.parsed_options().learned_steps
+
+    @property
+    def follows_source(self) -> bool:
+        """Whether it needs the activations of the full-precision model beside those of the quantized one."""
+        return self.learned_steps > 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it needs calibration data."""
+        return self.bits != 16 and (METHODS[self.method].Statistics is not None or self.follows_source)
 
     def leaves_columns(self, columns: int) -> bool:
         """Whether the rule has groups that do not divide this number of inputs."""

@@ -25,6 +25,7 @@ from exporter.quantization.block_inputs import (
     zero_nonfinite,
 )
 from exporter.quantization.block_io import BlockIO, require_finite
+from exporter.quantization.source_stream import SourceStream, lower_weights
 from exporter.quantization.workdir import UnitResult
 
 
@@ -34,12 +35,19 @@ class Block:
 
     inputs: the block's inputs, one entry per batch. When no method of the unit needs them, they are empty, the block
     is not in memory, `quantize` reads one weight at a time from the checkpoint, and no other method may be called.
+    source: the full-precision model at this block, for rules that follow it.
     """
 
     io: BlockIO
     component: Component
     unit: Unit
     inputs: Sequence[BlockInputs] = ()
+    source: SourceStream | None = None
+
+    def token_weights(self, number: int) -> Tensor | None:
+        """Weights of the tokens of a batch, f32 `[batch, tokens]`, 0 for those that either stream excludes."""
+        own = self.inputs[number].weights
+        return lower_weights(own, self.source.inputs[number].weights) if self.source else own
 
     @property
     def module(self) -> nn.Module:
@@ -142,6 +150,7 @@ class Block:
         """
         linears: dict[str, QuantizedLinear] = {}
         errors: dict[str, float] = {}
+        kept: dict[str, Tensor] = {}
         notes = [f"{self.unit.block}: {note}" for note in excluded_token_notes(self.inputs)]
         for rows in self._stacks():
             statistics = self.gather(rows[:1]).get(rows[0].linear)
@@ -159,9 +168,11 @@ class Block:
             notes += [f"{self.unit.block}: {', '.join(row.linear for row in rows)}: {remark}" for remark in remarks]
             parts = stacked.split([len(weight) for weight in weights])
             linears |= {row.module: part for row, part in zip(rows, parts, strict=True)}
+            if rule.learned_steps:
+                kept |= {row.module: self.parameter(row.tensor.name) for row in rows}
             errors |= self._errors(rows, parts, weights, statistics)
             del weights, stacked, statistics  # free them before the next linears' statistics are gathered
-        return UnitResult(linears, errors, tuple(notes))
+        return UnitResult(linears, errors, tuple(notes), weights=kept)
 
     def _errors(
         self, rows: Sequence[PlanRow], linears: Sequence[QuantizedLinear], weights: Sequence[Tensor], statistics: Any

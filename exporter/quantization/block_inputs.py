@@ -90,7 +90,7 @@ class BlockInputs:
         inputs._keep(entered.hidden, store)
         return inputs
 
-    def run(self, block: nn.Module, device: torch.device) -> Tensor | None:
+    def run(self, block: Callable[..., Any], device: torch.device) -> Tensor | None:
         """The block's output on `device`, or None when a hook ended the pass early."""
         output = first_output(run_until_stopped(self.calls[0].to(device, {}), block, self.hidden.to(device)))
         assert output is None or isinstance(output, Tensor)
@@ -104,10 +104,13 @@ class BlockInputs:
 
     def advance(self, block: nn.Module, device: torch.device) -> None:
         """Run the block and make its output the input of the next block."""
-        output = self.output(block, device)
+        self.accept(self.output(block, device))
+
+    def accept(self, output: Tensor) -> None:
+        """Make `output` of the block, on the compute device, the input of the next block."""
         self.calls = self.calls[1:]
         if (added := self.calls[0].added) is not None:
-            output = output + added.to(device)
+            output = output + added.to(output.device)
         self._keep(output, self.hidden.device)
 
     def _keep(self, hidden: Tensor, store: torch.device) -> None:

@@ -63,6 +63,15 @@ class BlockIO:
             return result.linears[module].as_served()
         return result.altered[name] if name in result.altered else self.checkpoint.read(name)
 
+    def is_finished(self, block: str) -> bool:
+        """Whether `read` gives the quantized weights of this block."""
+        return any(unit.block == block and unit.index < self.finished for unit in self.plan.units)
+
+    def name_inside(self, block: str, name: str) -> str:
+        """The name inside the live block of the tensor with this checkpoint name."""
+        live = self.plan.family.live_name
+        return live(name).removeprefix(live(block) + ".")
+
     def tensors_under(self, prefix: str) -> list[str]:
         """Names of the checkpoint's tensors that start with this prefix and a dot."""
         return [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]

@@ -7,6 +7,9 @@ quantization error of everything before it, as in the finished artifact. The pha
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from torch import Tensor
 
 from exporter.device import Device
 from exporter.events import Event, Listener
@@ -20,7 +23,9 @@ from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark
 from exporter.quantization.block_io import BlockIO
 from exporter.quantization.component_inputs import first_block_inputs
 from exporter.quantization.smoothing import Folding
-from exporter.quantization.workdir import Workdir
+from exporter.quantization.source_stream import SourceStream
+from exporter.quantization.tuning import tune
+from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 3  # part of a job's fingerprint; increment it when a change in this file changes results
 
@@ -46,12 +51,21 @@ def run(
         for component in plan.family.components:
             units = [u for u in plan.units if u.component == component.name and u.index >= io.finished]
             for block in walk(io, component, units, batches):
-                folding, result = Folding.start(block), block.quantize()
-                if folding:
-                    result = folding.best(result, block.quantize() if folding.fold(result) else None)
-                io.commit(block.unit, result)
-                del folding, result  # frees a copy of the block, and the codes once they are written
+                io.commit(block.unit, quantized(block))
         io.settle()
+
+
+def quantized(block: Block) -> UnitResult:
+    """The block quantized by its methods, with the better of two quantizations where scales can move, then tuned."""
+    targets: Sequence[Tensor] = ()
+    if any(row.rule and row.rule.learned_steps for row in block.unit.rows):
+        device = block.io.device.torch_device
+        unchanged = [entry.output(block.module, device) for entry in block.inputs] if not block.source else []
+        targets = block.source.outputs if block.source else unchanged
+    folding, result = Folding.start(block), block.quantize()
+    if folding:
+        result = folding.best(result, block.quantize() if folding.fold(result) else None)
+    return replace(tune(block, result, targets), weights={})
 
 
 def walk(
@@ -70,14 +84,17 @@ def walk(
         yield from _walk_apart(io, component, units, batches, sequential)
         return
     inputs = first_block_inputs(io, component, names[:count], batches) if count else []
+    source = source_stream(io, component, names[:count], units, batches) if sequential else None
     noted = {unit.block for unit in (*io.plan.units, *units)}  # their notes report tokens excluded before them
     for i, name in enumerate(names[:count]):
         tensors = io.tensors_under(name)
         io.stream.load(tensors, io.read)
         if i + 1 < count:
             io.read_ahead(io.tensors_under(names[i + 1]))
+        if source:
+            source.enter(io, name)
         for unit in (unit for unit in units if unit.block == name):
-            yield Block(io, component, unit, inputs)
+            yield Block(io, component, unit, inputs, source)
             if not sequential:
                 io.stream.load(tensors, io.read)
         if name in noted:
@@ -87,11 +104,21 @@ def walk(
             for _ in by_batch(blocks, inputs, lambda block, entry: entry.advance(block.module, block.device)):
                 pass
             del blocks  # frees the copies on other devices
+            if source:
+                source.advance(io)
             check_excluded(name, inputs)
         io.stream.unload(tensors)
     for unit in units:
         if unit.block not in names[:count]:
             yield Block(io, component, unit)
+
+
+def source_stream(
+    io: BlockIO, component: Component, names: Sequence[str], units: Sequence[Unit], batches: Sequence[Batch]
+) -> SourceStream | None:
+    """The full-precision stream at block `names[0]`; None when no rule of the units follows it."""
+    follows = any(row.rule and row.rule.follows_source for unit in units for row in unit.rows)
+    return SourceStream.start(io, component, names, batches) if follows and names else None
 
 
 def _walk_apart(
@@ -101,11 +128,15 @@ def _walk_apart(
     for block in dict.fromkeys(unit.block for unit in units):
         own = [unit for unit in units if unit.block == block]
         inputs: list[BlockInputs] = []
+        source = None
         if any(unit.needs_statistics for unit in own):
             inputs = first_block_inputs(io, component, [block], batches)
+            source = source_stream(io, component, [block], own, batches) if sequential else None
             io.stream.load(io.tensors_under(block), io.read)
+            if source:
+                source.enter(io, block)
         for unit in own:
-            yield Block(io, component, unit, inputs)
+            yield Block(io, component, unit, inputs, source)
             if inputs and not sequential:
                 io.stream.load(io.tensors_under(block), io.read)
         if inputs:

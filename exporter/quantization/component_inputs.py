@@ -11,6 +11,7 @@ from exporter.events import Event
 from exporter.inference.encoding import Batch
 from exporter.inference.forward_hooks import replaced_forwards
 from exporter.model.families import Component, Pass
+from exporter.model.stream import Read
 from exporter.planning.memory import upstream_tensors
 from exporter.quantization.block_calls import ChainInput, capture_calls
 from exporter.quantization.block_inputs import BlockInputs, Cleaning, check_excluded, is_finite, token_weights
@@ -18,12 +19,13 @@ from exporter.quantization.block_io import BlockIO
 
 
 def first_block_inputs(
-    io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]
+    io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch], read: Read | None = None
 ) -> list[BlockInputs]:
     """Run everything upstream of the component on all batches, and return the inputs of its block `names[0]`.
 
-    names: the component's blocks that will run, each on the output of the previous one. CalibrationError without
-    batches, and when too many tokens are not finite.
+    names: the component's blocks that will run, each on the output of the previous one. read: reads the tensors
+    upstream; None reads them as the artifact will have them. CalibrationError without batches, and when too many tokens
+    are not finite.
     """
     if not batches:
         raise CalibrationError("the recipe's methods need calibration data, but there are no samples")
@@ -32,7 +34,7 @@ def first_block_inputs(
     upstream = family.components[:position]
     unused = [part.block(i) for part in upstream for i in range(part.used(config), part.stored(config))]
     loaded = upstream_tensors(io.checkpoint.tensors, family, config, component)
-    io.stream.load(loaded, io.read)
+    io.stream.load(loaded, read or io.read)
     later = [part.block(i) for part in family.components[position:] for i in range(part.used(config))]
     skipped_blocks = [*unused, *(block for block in later if block not in names)]
     with replaced_forwards([(io.stream.module(block), _identity) for block in skipped_blocks]):

@@ -35,12 +35,14 @@ class UnitResult:
     linears: module name -> quantized linear. errors: module name -> relative error of the linear's output on the
     calibration data (of its weight, for methods without data). notes: messages for the user.
     altered: tensors of the block that stay in 16 bits and were changed by a fold (norms and biases).
+    weights: module name -> the weight `[out, in]` that the linear approximates, for rules that round again; not stored.
     """
 
     linears: Mapping[str, QuantizedLinear]
     errors: Mapping[str, float]
     notes: tuple[str, ...]
     altered: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 JOB = "job.json"

@@ -25,7 +25,6 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.planning.plan import Plan, PlanRow, Unit
 from exporter.quantization import calibrate
 from exporter.quantization.block_io import BlockIO
-from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 1  # increment it when a change of this file changes the numbers
@@ -59,13 +58,14 @@ def units_of(plan: Plan, source: str, calibration: str) -> tuple[StudyUnit, ...]
             role = component.roles[row.linear]
             groups.setdefault((role, bare_rule.model_dump_json()), []).append(replace(row, rule=bare_rule))
         for (_, rule), rows in groups.items():
-            method = METHODS[rows[0].rule.method]  # type: ignore[union-attr]  # set just above
+            assert rows[0].rule is not None
+            method = METHODS[rows[0].rule.method]
             key_fields: dict[str, Any] = {
                 "source": source,
                 "linears": [row.module for row in rows],
                 "rule": json.loads(rule),
                 "versions": [VERSION, calibrate.VERSION, method.VERSION],
-                "calibration": calibration if method.Statistics is not None else None,
+                "calibration": calibration if rows[0].rule.needs_data else None,
             }
             study_units.append(StudyUnit(0, unit.component, unit.block, tuple(rows), digest(key_fields)[:32]))
     return tuple(study_units)
@@ -121,9 +121,5 @@ def quantize(
             inputs = batches() if any(unit.needs_statistics for unit in component_units) else ()
             for block in calibrate.walk(io, component, component_units, inputs, sequential=False):
                 assert isinstance(block.unit, StudyUnit)
-                folding, result = Folding.start(block), block.quantize()
-                if folding:
-                    result = folding.best(result, block.quantize() if folding.fold(result) else None)
-                store.write(block.unit, result)
-                del folding, result  # free the copy of the block while its codes are written
+                store.write(block.unit, calibrate.quantized(block))
     return len(missing)

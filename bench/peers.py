@@ -1,0 +1,220 @@
+"""Methods and tools at few bits under one judge: how far are the next tokens from those at full precision?
+
+    python -m bench.peers --model demo-llava --bits 3 2 --methods rtn gptq awq --draws 3
+    python -m bench.peers --model demo-blip2 --component vision --bits 2 --methods gptq
+    python -m bench.peers --model demo-llava --bits 2 --autoround PYTHON --llmcompressor PYTHON --json out.json
+    python -m bench.peers --model demo-llava --artifact FOLDER
+
+Quantizes one component with every method, for several draws of calibration samples, and measures on test samples: the
+Kullback-Leibler divergence of the next token from the full-precision model, a mean over reply tokens, captions and
+answers weighing the same, and the share of captions that greedy decoding returns exactly. Weights are first rounded to
+the checkpoint's 16 bits. PYTHON is the interpreter of an environment that `bench/peers_environment.sh` builds; the
+tools quantize the language model only, on the same samples (`bench/peers_tools.py`). --artifact judges a folder that
+`mmq export` wrote.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bench.peers_inputs import write_language_model
+from bench.quantize_phase import inputs_of
+from exporter import data
+from exporter.artifact.artifact import Artifact
+from exporter.device import Device, choose, exact_math, synchronize
+from exporter.events import ignore
+from exporter.model.processor import load_processor
+from exporter.model.stream import load_whole
+from exporter.pipeline.preparation import prepare
+from exporter.pipeline.samples import test_sources
+from exporter.planning.recipe import Recipe
+from exporter.quantization import calibrate
+from exporter.quantization.workdir import Workdir
+from exporter.study import exam
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ("captioning", "vqa")
+Weights = Mapping[str, Tensor]  # by live name
+METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
+    "rtn": {"method": "rtn"},
+    "rtn-signed": {"method": "rtn", "options": {"range": "signed"}},
+    "gptq": {"method": "gptq"},
+    "gptq-signed": {"method": "gptq", "options": {"range": "signed"}},
+    "gptq-learned": {"method": "gptq", "options": {"range": "signed", "steps": 200}},
+    "gptq-learned-positive": {"method": "gptq", "options": {"steps": 200}},
+    "awq": {"method": "awq"},
+    "autoround": {"method": "autoround"},
+    "autoround-1000": {"method": "autoround", "options": {"steps": 1000}},
+}
+
+
+def recipe_of(model: str, component: str, rule: Mapping[str, Any], samples: int, seed: int) -> Recipe:
+    """A recipe that quantizes one component of a demo model, or of a folder, and nothing else."""
+    return Recipe.model_validate(
+        {
+            "name": "peers",
+            "model": {"repo": model},
+            "quantize": [{"component": component, **rule}],
+            "calibration": {"data": "demo", "tasks": list(TASKS), "samples": samples, "seed": seed},
+            "evaluation": {"data": "demo"},
+        }
+    )
+
+
+class Judge:
+    """The full-precision model, and test samples on which other weights are compared with it.
+
+    stored: the dtype to which weights are rounded before they are judged.
+    """
+
+    def __init__(self, recipe: Recipe, count: int, device: Device) -> None:
+        plan, checkpoint = prepare(recipe, device)
+        places, processor = test_sources(recipe), load_processor(checkpoint.folder)
+        # Questions of easy-VQA, which are half as many as those of scenes, are unlike the calibration samples.
+        samples = {}
+        for task in TASKS:
+            mixed = data.samples_from(places, task, "test", min(1000, 2 * count), 0)
+            samples[task] = [sample for sample in mixed if not sample.identity.startswith("easy-vqa")][:count]
+        self._place = device.torch_device
+        self._exam = exam.prepare(processor, plan.family, samples, 50)
+        names, config = checkpoint.tensors, checkpoint.config
+        self.model = load_whole(plan.family, config, names, checkpoint.read, self._place, torch.float32)
+        self.stored = next(row.tensor.dtype.torch for row in plan.rows if row.linear)
+        self._full = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self._exam.learn(self.model, self._place)
+
+    def __call__(self, weights: Weights) -> dict[str, float]:
+        """`kl`: the divergence; `captions`: the share of exact captions, of which `full captions` is without loss."""
+        rounded = {name: tensor.to(self.stored).to(self._place, torch.float32) for name, tensor in weights.items()}
+        self.model.load_state_dict(rounded, strict=False)
+        scores = self._exam.grade(self.model, self._place)
+        self.model.load_state_dict(self._full)
+        return {"kl": scores["kl"], "captions": scores["captioning exact"]}
+
+
+def own_weights(recipe: Recipe, inputs: Sequence[dict[str, Tensor]], device: Device) -> tuple[Weights, float]:
+    """The weights that mmq quantizes, dequantized, by live name, and the seconds it took."""
+    plan, checkpoint = prepare(recipe, device)
+    with tempfile.TemporaryDirectory() as work:
+        workdir = Workdir.open(Path(work), {"bench": work})
+        start = time.perf_counter()
+        with exact_math(recipe.calibration.seed):
+            calibrate.run(plan, checkpoint, workdir, inputs, device, ignore)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        weights: dict[str, Tensor] = {}
+        for unit in plan.units:
+            result = workdir.read(unit)
+            weights |= {f"{name}.weight": linear.as_served() for name, linear in result.linears.items()}
+            weights |= result.altered
+    return {plan.family.live_name(name): tensor for name, tensor in weights.items()}, seconds
+
+
+def tool_weights(python: str, tool: str, rule: Mapping[str, Any], folder: Path, out: Path) -> tuple[Weights, float]:
+    """The weights that another tool quantizes, dequantized, by live name, and its seconds.
+
+    folder: the language model with its calibration inputs (`bench/peers_inputs.py`).
+    """
+    command = [python, "-m", "bench.peers_tools", tool.removeprefix("tool-"), str(folder), str(out)]
+    command += ["--bits", str(rule["bits"]), "--group", str(rule["group_size"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{tool} failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return load_file(out), float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def tools_of(options: argparse.Namespace) -> dict[str, str]:
+    """Name of a run of another tool -> the interpreter of its environment."""
+    tools = dict.fromkeys(options.autoround_runs, options.autoround) if options.autoround else {}
+    return tools | (dict.fromkeys(options.llmcompressor_runs, options.llmcompressor) if options.llmcompressor else {})
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per bits and method: mean and range over the draws of KL, mean of captions and seconds."""
+    lines = [
+        "| bits | method | draws | KL | range of draws | exact captions | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for bits, name in dict.fromkeys((row["bits"], row["method"]) for row in rows):
+        same = [row for row in rows if (row["bits"], row["method"]) == (bits, name)]
+        kls = [row["kl"] for row in same]
+        captions, seconds = mean(row["captions"] for row in same), mean(row["seconds"] for row in same)
+        spread = f"{min(kls):.5f} to {max(kls):.5f}"
+        lines.append(
+            f"| {bits} | {name} | {len(same)} | {mean(kls):.5f} | {spread} | {100 * captions:.1f} % | {seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[dict[str, Any]]:
+    """A row of figures for every method or tool, bits and draw; each row is printed when it is measured."""
+    rows: list[dict[str, Any]] = []
+    group: int | str = int(options.group) if options.group.isdigit() else options.group
+    runs = [*options.methods, *tools_of(options)]
+    for draw in range(options.first_draw, options.first_draw + options.draws):
+        plain = recipe_of(options.model, options.component, {"method": "gptq", "bits": 4}, options.samples, draw)
+        _, inputs = inputs_of(plain, device)
+        for bits in options.bits:
+            for name in runs:
+                rule = {**METHODS.get(name, {}), "bits": bits, "group_size": group}
+                with tempfile.TemporaryDirectory() as scratch:
+                    if name in METHODS:
+                        recipe = recipe_of(options.model, options.component, rule, options.samples, draw)
+                        weights, seconds = own_weights(recipe, inputs, device)
+                    else:
+                        folder = write_language_model(plain, inputs, Path(scratch) / "model", device)
+                        out = Path(scratch) / "out.safetensors"
+                        weights, seconds = tool_weights(tools_of(options)[name], name, rule, folder, out)
+                rows.append({"bits": bits, "method": name, "draw": draw, **judge(weights), "seconds": seconds})
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo-llava", help="an embedded model or a folder")
+    parser.add_argument("--component", default="language")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3])
+    parser.add_argument("--group", default="32", help="columns that share a scale, or `row`")
+    parser.add_argument("--methods", nargs="*", default=[], choices=METHODS)
+    parser.add_argument("--draws", type=int, default=3, help="draws of calibration samples")
+    parser.add_argument("--first-draw", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--test-samples", type=int, default=300, help="test samples of each task")
+    parser.add_argument("--autoround", help="Python of an environment with AutoRound")
+    parser.add_argument("--autoround-runs", nargs="+", default=["tool-autoround-200", "tool-autoround-1000"])
+    parser.add_argument("--llmcompressor", help="Python of an environment with llm-compressor")
+    parser.add_argument(
+        "--llmcompressor-runs", nargs="+", default=["tool-llmcompressor-gptq", "tool-llmcompressor-awq"]
+    )
+    parser.add_argument("--artifact", type=Path, help="judge this artifact of --model instead")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = choose(options.device)
+    plain = recipe_of(options.model, options.component, {"method": "rtn", "bits": 8}, options.samples, 0)
+    judge = Judge(plain, options.test_samples, device)
+    print(json.dumps({"method": "full precision", **judge({})}), flush=True)
+    if options.artifact:
+        artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family
+        print(json.dumps(judge({family.live_name(name): artifact.read(name) for name in artifact.names()})))
+        return
+    rows = measure(options, device, judge)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

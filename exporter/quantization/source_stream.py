@@ -1,0 +1,82 @@
+"""The hidden states of the full-precision model, computed block by block beside those of the quantized model.
+
+GPTQ's correction and learned rounding use them: both let a block make up for the errors of the blocks before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from exporter.inference.encoding import Batch
+from exporter.model.families import Component
+from exporter.quantization.block_inputs import BlockInputs
+from exporter.quantization.block_io import BlockIO
+from exporter.quantization.component_inputs import first_block_inputs
+
+
+@dataclass
+class SourceStream:
+    """The full-precision model at one block.
+
+    inputs: the inputs of the block, one entry per batch, as in `Block`. outputs: the block's outputs for them. weights:
+    its tensors, by their names inside the live block.
+    """
+
+    inputs: Sequence[BlockInputs]
+    outputs: Sequence[Tensor] = ()
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]) -> "SourceStream":
+        """The stream at the component's block `names[0]`; everything upstream of it runs with the source's weights."""
+        return cls(first_block_inputs(io, component, names, batches, io.checkpoint.read))
+
+    def enter(self, io: BlockIO, block: str) -> None:
+        """Run the block, which is loaded, with the source's weights, and keep them; its own weights stay in it."""
+        tensors, device, module = io.tensors_under(block), io.device.torch_device, io.stream.module(block)
+        finished = io.is_finished(block)
+        if finished:
+            io.stream.load(tensors, io.checkpoint.read)
+        self.weights = {io.name_inside(block, name): io.stream.parameter(name) for name in tensors}
+        self.outputs = [entry.output(module, device).to(entry.hidden.device) for entry in self.inputs]
+        if finished:
+            io.stream.load(tensors, io.read)
+
+    def advance(self, io: BlockIO) -> None:
+        """Make the outputs of the block the inputs of the next one."""
+        for entry, output in zip(self.inputs, self.outputs, strict=True):
+            entry.accept(output.to(io.device.torch_device))
+        self.outputs, self.weights = (), {}
+
+    def block(self, module: nn.Module) -> Callable[..., Any]:
+        """The live block `module` with the source's weights, as a function; hooks of its modules run."""
+        return with_weights(module, self.weights)
+
+
+def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """A function that calls `module` with other tensors, named as inside the module."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, weights, args, kwargs)
+
+    return run
+
+
+def lower_weights(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The smaller of two token weights, f32 `[batch, tokens]`; None means 1 everywhere."""
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.minimum(first, second)
+
+
+def split_batches(count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to fit on, and of those held out to judge the fit: every eighth, at least one of four.
+
+    With fewer than four batches none is held out.
+    """
+    held_out = [i for i in range(count) if i % 8 == min(7, count - 1)] if count >= 4 else []
+    return [i for i in range(count) if i not in held_out], held_out
