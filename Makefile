@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test vllm test-vllm mutations check docs format clean
+.PHONY: help setup demo test test-slow vllm test-vllm mutations check docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,8 +26,11 @@ demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, verify and evaluate th
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
 	@echo "to write mmq instead of $(BIN)/mmq: source $(BIN)/activate"
 
-test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM
-	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs $(PARALLEL)
+test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM and slow repetitions
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs -m "not slow" $(PARALLEL)
+
+test-slow: $(VENV)/.ready-dev ## run the tests that repeat with other values what `make test` proves
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs -m slow $(PARALLEL)
 
 vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is already installed
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"

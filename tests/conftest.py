@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,25 @@ if not choose("auto").is_cuda:
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 settings.load_profile("no deadline")
 gc.set_threshold(50_000, 20, 20)  # the libraries' objects are many, and looking through them takes a tenth of the time
+CONFIGS = "transformers.configuration_utils"
+_modules = [0]  # how many were imported at the last `gc.freeze`
 torch.set_num_threads(1)  # tiny tensors: more threads are slower, and sums stay the same everywhere
 
 __all__ = ["header", "header_config", "write_sparse_checkpoint"]
+
+
+def pytest_runtest_setup() -> None:
+    """Spare every test two costs of the libraries, which nothing in a test depends on.
+
+    A full collection, which follows every evaluated model, looks through all that was imported: modules never go, so
+    they are taken out of it. transformers formats a configuration for a log message where nothing is logged.
+    """
+    if len(sys.modules) > _modules[0] + 100:
+        _modules[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+    if CONFIGS in sys.modules:
+        sys.modules[CONFIGS].PreTrainedConfig.__repr__ = object.__repr__
 
 
 @pytest.fixture

@@ -49,9 +49,9 @@ def both(out: Path, batch: int = 8, on_event: Any = ignore) -> tuple[Answerer, A
     return backends.local_answerers(open_source(out.name)[0], Artifact.open(out), CPU, batch, on_event)
 
 
-def samples_of(out: Path) -> dict[str, list[Sample]]:
+def samples_of(out: Path, count: int = 9) -> dict[str, list[Sample]]:
     """A few samples of every task of the model."""
-    return {task: samples("demo", None, task, "test", 9, 0) for task in Artifact.open(out).family.tasks}
+    return {task: samples("demo", None, task, "test", count, 0) for task in Artifact.open(out).family.tasks}
 
 
 def answers(models: tuple[Answerer, Answerer], samples: dict[str, list[Sample]]) -> list[Any]:
@@ -82,7 +82,7 @@ def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monke
     monkeypatch.setattr(backends, "release", release)
     gc.disable()  # it must not need the collector's good luck
     try:
-        answers(both(out), samples_of(out))
+        answers(both(out), samples_of(out, 3))
     finally:
         gc.enable()
     assert len(living) == 2

@@ -21,13 +21,15 @@ from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.recipe_file import load_recipe
 from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
+from tests.slow import some, some_of
 from tests.test_calibrate import plan_for
 from tests.test_whole_forward import gathered
-from tests.tiny_models import CONFIGS, random_weights, tiny_inputs, write_tiny
+from tests.tiny_models import CONFIGS, QUICK, random_weights, tiny_inputs, write_tiny
 
-models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
-
-
+# Every part once: the other models of a family differ in parts that `test_whole_forward.py` runs in LLaVA.
+MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*FAMILIES, "llava-pixtral"]))
+# A chain of one kind of blocks, with a Q-Former, with passes of their own, and with blocks that are no chain.
+CHAINS = ("llava", "blip2", "blip2-itm", "qwen3-vl")
 TASKS_OF = {("vqa", "captioning"): ["captioning", "vqa"], ("retrieval",): ["retrieval"]}
 
 
@@ -40,6 +42,7 @@ def rules(family: Family, method: str = "gptq") -> tuple[Rule, ...]:
             bits=8 if method == "gptq" else 4,
             group_size="row",
             store="dequantized" if component.unpackable else "packed",
+            options=QUICK[method],
         )
         for component in family.components
         if not component.without_data
@@ -89,7 +92,7 @@ def captured_rows(
     return torch.cat(rows).double()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, CHAINS))
 def test_stopped_after_any_unit_and_resumed_gives_the_same_integers(name: str, tmp_path: Path) -> None:
     family, config = CONFIGS[name]
     checkpoint = Checkpoint.open(write_tiny(tmp_path / "model", family), family.canonical_name)
@@ -113,10 +116,16 @@ def test_stopped_after_any_unit_and_resumed_gives_the_same_integers(name: str, t
         assert whole.read(unit).errors == parts.read(unit).errors
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if method == "awq" or name in CHAINS else pytest.mark.slow)
+        for name in FAMILIES
+        for method in ("gptq", "awq")  # AWQ does what GPTQ does, and folds scales
+    ],
+)
 def test_every_component_is_what_transformers_opens(name: str, method: str, tmp_path: Path) -> None:
-    family, _ = CONFIGS[name]
+    family, config = CONFIGS[name]
     recipe = load_recipe("llava-w4").model_dump() | {
         "quantize": [rule.model_dump() for rule in rules(family, method)],
         "model": {"repo": str(write_tiny(tmp_path / "model", family))},
@@ -129,15 +138,23 @@ def test_every_component_is_what_transformers_opens(name: str, method: str, tmp_
     if find_spec("compressed_tensors"):
         assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
         assert done.verified.skipped == ""
-        stored = sum(part.stored(family.tiny_config()) for part in family.components)
+        stored = sum(part.stored(config) for part in family.components)
         assert done.verified.blocks >= stored  # the retrieval model runs its blocks in several passes
-    artifact = Artifact.open(tmp_path / "out")
-    assert set(artifact.names()) == set(Checkpoint.open(tmp_path / "model", family.canonical_name).tensors)
+    artifact, source = Artifact.open(tmp_path / "out"), Checkpoint.open(tmp_path / "model", family.canonical_name)
+    assert set(artifact.names()) == set(source.tensors)
     packed = {row.module for row in done.plan.rows if row.decision == "packed"}
     assert packed == set(artifact.manifest.linears) != set()
+    for component in family.components:
+        if component.without_data:
+            continue
+        for i in range(component.used(config)):
+            for linear in component.linears_of(config, i):
+                module = component.module(i, linear)
+                assert (module in packed) == (component.unpackable is None), module
+                assert not torch.equal(artifact.read(f"{module}.weight"), source.read(f"{module}.weight").float())
 
 
-@models
+@MODELS
 def test_statistics_equal_those_of_the_whole_forward_pass(
     family: Family, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
+from exporter.artifact.output import default_work
 from exporter.artifact.verify import verify
 from exporter.demo import MODELS
 from exporter.device import choose
@@ -29,6 +30,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
 from tests.children import killed_after
+from tests.tiny_models import QUICK
 
 DEMO = MODELS["demo-llava"]
 
@@ -39,6 +41,8 @@ def quick_recipe(model: str | Path = "demo-llava", name: str = "llava-w4-vit4", 
     data["model"] |= {"repo": str(model), "revision": None}
     data["calibration"] |= {"samples": samples, "batch": 3}
     data["evaluation"] |= {"samples": 4}
+    for rule in data["quantize"]:
+        rule["options"] |= QUICK[rule["method"]]
     return Recipe.model_validate(data)
 
 
@@ -334,8 +338,9 @@ def stop_at(stage: str) -> Callable[[Event], None]:
     return listen
 
 
-def test_the_same_command_resumes_a_stopped_evaluation(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_same_command_resumes_a_stopped_evaluation(finished: Path, finished_work: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", default_work(tmp_path / "out")
+    shutil.copytree(finished_work, work)
     with pytest.raises(Stopped):
         quick_export(out, stop_at("evaluate"), skip_evaluation=False)
     assert contents(out) == contents(finished)  # written and verified, only not measured
@@ -345,8 +350,11 @@ def test_the_same_command_resumes_a_stopped_evaluation(finished: Path, tmp_path:
 
 
 @pytest.mark.parametrize("stage", ["write", "verify"])
-def test_an_artifact_is_renamed_to_out_only_after_verification(stage: str, finished: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_renamed_to_out_only_after_verification(
+    stage: str, finished: Path, finished_work: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
+    finished_work.rename(default_work(out))
     with pytest.raises(Stopped):
         quick_export(out, stop_at(stage))
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}

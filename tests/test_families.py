@@ -1,5 +1,6 @@
 """Family conformance: tests that are parametrized over the registry, so that they cover new families too."""
 
+import copy
 import itertools
 import re
 from collections.abc import Mapping
@@ -18,10 +19,16 @@ from exporter.numerics.scale_folding import fold, misfit
 from exporter.quantization.block_calls import capture_calls
 from tests.conftest import header, header_config
 from tests.headers.read import HEADER_NAMES
+from tests.slow import some_of
 from tests.tiny_models import CONFIGS, random_weights, tiny_inputs
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
+# Every family, and every part in LLaVA; the same parts in its relatives are slow.
+parts = pytest.mark.parametrize(
+    ("family", "config"),
+    some_of(CONFIGS, [name for name, (family, _) in CONFIGS.items() if name in FAMILIES or family.name == "llava"]),
+)
 published = pytest.mark.parametrize("name", HEADER_NAMES)
 
 
@@ -80,7 +87,7 @@ def test_skeleton_has_the_buffers_of_an_eager_model(family: Family, config: dict
         assert torch.equal(buffer, eager[name]), name
 
 
-@models
+@parts
 def test_members_of_a_phase_receive_the_same_tensor(family: Family, config: dict[str, Any]) -> None:
     model, inputs = live_model(family, config=config), tiny_inputs(family, config=config)
     for component in family.components:
@@ -106,7 +113,7 @@ def test_members_of_a_phase_receive_the_same_tensor(family: Family, config: dict
         assert reached == set(linears)
 
 
-@models
+@parts
 def test_streamed_blocks_equal_the_whole_model(family: Family, config: dict[str, Any]) -> None:
     model, inputs = live_model(family, config=config), tiny_inputs(family, config=config)
     weights = {family.canonical_name(name): p.detach() for name, p in model.named_parameters()}
@@ -146,18 +153,18 @@ def test_targets_match_their_linears_under_both_names_and_no_others(name: str) -
                 assert {m for m in modules if re.match(pattern, rename(m))} == members
 
 
-@models
+@parts
 @torch.no_grad()
 def test_every_smoothing_is_an_exact_fold(family: Family, config: dict[str, Any]) -> None:
     """The whole model computes the same with scales from 1/30 to 30 in every block, one smoothing at a time."""
     batch_inputs = tiny_inputs(family, config=config)
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch_inputs.items()}
     generator = torch.Generator().manual_seed(2)
-    folded = []
+    whole, folded = live_model(family, config=config).double(), []
+    before = family.outputs(whole, inputs)
     for component in family.components:
         for smoothing in component.smoothings:
-            model = live_model(family, config=config).double()
-            before = family.outputs(model, inputs)
+            model = copy.deepcopy(whole)
             for i in range(component.used(config)):
                 block = model.get_submodule(family.live_name(component.block(i)))
                 if set(smoothing.targets) <= set(component.linears_of(config, i)):

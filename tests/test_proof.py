@@ -37,7 +37,7 @@ from tests.published_artifact import bootstrap_once
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
 VQA, CAPTIONS = "vqa", "captioning"
-SAMPLES = 200  # of each task; the gates are resolved
+SAMPLES = 100  # of each task; the gates are resolved
 
 
 class Files:
@@ -82,7 +82,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = load_recipe(source).adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8}).model_dump()
         data["evaluation"]["samples"] = SAMPLES
         data["gates"] = data["gates"][: 2 if name == "good" else 1]
-        data["gates"][0]["max_drop"] = 0.03
+        data["gates"][0]["max_drop"] = 0.04
         export(Recipe.model_validate(data), out=place / name, device=choose("cpu"), on_event=ignore)
     return place
 
@@ -163,10 +163,10 @@ def shortened(f: Files) -> None:
     """Remove samples and keep all figures that followed from them."""
     task = f.report["samples"][VQA]
     for key in ("ids", "pictures", "kinds"):
-        task[key] = task[key][:150]
-    task["changed"] = [i for i in task["changed"] if i < 150]
+        task[key] = task[key][:75]
+    task["changed"] = [i for i in task["changed"] if i < 75]
     for scores in task["scores"].values():
-        scores.update({key: values[:150] for key, values in scores.items()})
+        scores.update({key: values[:75] for key, values in scores.items()})
 
 
 def changed_recipe(f: Files, change: Callable[[Plain], None]) -> None:
@@ -225,7 +225,7 @@ EDITS: list[tuple[str, Edit, str]] = [
     (
         "max_drop of no recipe",
         lambda f: every(f.report["gates"], max_drop=0.9),
-        "has max_drop 0.9, but the scores give 0.03",
+        "has max_drop 0.9, but the scores give 0.04",
     ),
     (
         "decided by another rule",
@@ -290,7 +290,7 @@ EDITS: list[tuple[str, Edit, str]] = [
     ),
     ("a score less", lambda f: f.scores()["after"].pop(), f"{SAMPLES} ids, but {SAMPLES - 1} accuracy after"),
     ("no scores", lambda f: f.scores().update(before=[], after=[], chance=[]), f"{SAMPLES} ids, but 0 accuracy before"),
-    ("samples left out", shortened, f"has samples {SAMPLES}, but the scores give 150"),
+    ("samples left out", shortened, f"has samples {SAMPLES}, but the scores give 75"),
     (
         "a sample twice",
         lambda f: f.report["samples"][VQA]["ids"].__setitem__(1, f.report["samples"][VQA]["ids"][0]),
@@ -423,7 +423,7 @@ EDITS: list[tuple[str, Edit, str]] = [
     (
         "laxer gates, digest renewed",
         lambda f: changed_recipe(f, lambda d: every(d["gates"], max_drop=0.9)),
-        "has max_drop 0.03, but the scores give 0.9",
+        "has max_drop 0.04, but the scores give 0.9",
     ),
     (
         "a gate that allows all",

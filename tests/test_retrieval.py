@@ -63,7 +63,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def demo_samples() -> list[Sample]:
     """Scenes of which every third lost a caption, so that pictures differ in how many they have."""
     loaded = data_samples("demo", None, "retrieval", "test", COUNT, 1)
-    cut = [replace(s, among=None, references=s.references[: 2 + (i % 3 > 0)]) for i, s in enumerate(loaded)]
+    cut = [replace(s, among=None, references=s.references[: 1 + (i % 3 > 0)]) for i, s in enumerate(loaded)]
     return with_pool(cut, CANDIDATES)
 
 
@@ -341,7 +341,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 4)
     device, out, progress = choose("cpu"), tmp_path / "made", []
-    recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 24}, calibration={"samples": 8})
+    recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 16}, calibration={"samples": 4})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
     first = export(recipe, out=out, device=device, on_event=lambda event: None).report
     assert first is not None
@@ -349,20 +349,20 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     assert {m.metric for m in first.measures} == set(METRICS)
     assert first.measures[0].difference.before > 0.8
     stored = sorted(p for p in default_store(out).folder.glob("*/*.json") if p.name != "about.json")
-    assert len(stored) == 6  # two models, eight pictures a file
+    assert len(stored) == 4  # two models, eight pictures a file
     stored[0].unlink()
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
     texts = sum(len(sample.references) for sample in samples["retrieval"])
-    assert first.evaluation.searched == {"pictures": 24, "texts": texts, "candidates": 4}
+    assert first.evaluation.searched == {"pictures": 16, "texts": texts, "candidates": 4}
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
-    assert f"retrieval searched: 24 pictures, {texts} texts, 4 candidates" in console.export_text()
-    assert f"retrieval gallery: 24 pictures, {texts} texts, 4 candidates" in html(collect(read_place(str(out)), {}))
+    assert f"retrieval searched: 16 pictures, {texts} texts, 4 candidates" in console.export_text()
+    assert f"retrieval gallery: 16 pictures, {texts} texts, 4 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(
         checkpoint, out, samples, recipe, device, lambda e: progress.append(e.done), store=default_store(out)
     )
     assert [m.difference for m in again.measures] == [m.difference for m in first.measures]
-    assert sorted(progress)[:1] == [16]  # of one model eight were missing
+    assert sorted(progress)[:1] == [8]  # of one model eight were missing
     with pytest.raises(DataError, match="vLLM does not support image-text retrieval"):
         served_answerers(checkpoint, Artifact.open(out), Servers(None, None))

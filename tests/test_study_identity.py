@@ -33,15 +33,53 @@ POINTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`root`, a model with data for calibration and exam, and `studied`, the same after its study."""
+    folder = tmp_path_factory.mktemp("studies")
+    root = folder / "root"
+    shutil.copytree(MODELS["demo-llava"], root / "model")
+    write_data(root / "data")
+    (root / "data" / "test").mkdir()
+    for path in (root / "data" / "train").iterdir():
+        shutil.copy(path, root / "data" / "test")
+    shutil.copytree(root, folder / "new")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(place: Path) -> Outcome:
+    """The study of `studied`."""
+    outcome = measure(place / "root")
+    (place / "root").rename(place / "studied")
+    return outcome
+
+
+def copied(place: Path, name: str) -> Path:
+    """One of the folders as `root`, where its study was made."""
+    open_model.cache_clear()
+    examiner.cache_clear()
+    shutil.rmtree(place / "root", ignore_errors=True)
+    return Path(shutil.copytree(place / name, place / "root"))
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder with a model, and data for calibration and exam."""
-    shutil.copytree(MODELS["demo-llava"], tmp_path / "model")
-    write_data(tmp_path / "data")
-    (tmp_path / "data" / "test").mkdir()
-    for path in (tmp_path / "data" / "train").iterdir():
-        shutil.copy(path, tmp_path / "data" / "test")
-    return tmp_path
+def root(place: Path, study: Outcome) -> Path:
+    """A model with data that a test may change, before any study."""
+    return copied(place, "new")
+
+
+@pytest.fixture
+def first(place: Path, study: Outcome) -> Outcome:
+    """The study of `studied`, whose copy is now `root`."""
+    copied(place, "studied")
+    return study
+
+
+@pytest.fixture
+def studied(place: Path, first: Outcome) -> Path:
+    """`root` after its study, which is `first`."""
+    return place / "root"
 
 
 def setup_of(root: Path, **options: Any) -> Setup:
@@ -62,9 +100,8 @@ def notes(events: Sequence[Event]) -> list[str]:
     return [event.message for event in events if event.stage == "note"]
 
 
-def test_repeating_a_study_computes_nothing(root: Path) -> None:
-    first = measure(root)
-    second = measure(root)
+def test_repeating_a_study_computes_nothing(first: Outcome, studied: Path) -> None:
+    second = measure(studied)
     assert (first.scored, first.quantized) == (2, second.units)
     assert (second.scored, second.quantized) == (0, 0)
     assert second.settings == first.settings
@@ -82,8 +119,8 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_results_are_recomputed_after_any_change(name: str, root: Path) -> None:
-    first = measure(root)
+def test_results_are_recomputed_after_any_change(name: str, first: Outcome, studied: Path) -> None:
+    root = studied
     CHANGES[name](root)
     second = measure(root)
     assert (second.scored, second.quantized) == (2, first.quantized)
@@ -97,11 +134,10 @@ def test_results_are_recomputed_after_any_change(name: str, root: Path) -> None:
     assert [setting.scores for setting in clean.settings] == [setting.scores for setting in fresh.settings]
 
 
-def test_another_version_of_torch_is_another_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure(root)
+def test_another_version_of_torch_is_another_study(studied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "99.1" if name == "torch" else true(name))
-    assert measure(root).scored == 2
+    assert measure(studied).scored == 2
 
 
 def test_a_worker_with_other_packages_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +178,8 @@ def edit_table(root: Path, *commands: str) -> None:
         "UPDATE points SET bytes = bytes + 1",
     ],
 )
-def test_a_changed_row_is_scored_again_with_a_note(command: str, root: Path) -> None:
-    first = measure(root)
+def test_a_changed_row_is_scored_again_with_a_note(command: str, first: Outcome, studied: Path) -> None:
+    root = studied
     edit_table(root, command)
     events: list[Event] = []
     second = measure(root, events)
@@ -153,8 +189,8 @@ def test_a_changed_row_is_scored_again_with_a_note(command: str, root: Path) -> 
     assert [setting.scores for setting in second.settings] == [setting.scores for setting in first.settings]
 
 
-def test_rows_of_older_studies_without_checksums_are_kept(root: Path) -> None:
-    first = measure(root)
+def test_rows_of_older_studies_without_checksums_are_kept(first: Outcome, studied: Path) -> None:
+    root = studied
     edit_table(root, "DROP TABLE checksums")
     with Records(root / "study" / "study.sqlite") as records:
         assert [checksum(setting) for setting in records.all().values()] == [
@@ -163,8 +199,8 @@ def test_rows_of_older_studies_without_checksums_are_kept(root: Path) -> None:
         assert records.damaged == ()
 
 
-def test_a_damaged_database_is_an_error_with_its_path(root: Path) -> None:
-    measure(root)
+def test_a_damaged_database_is_an_error_with_its_path(studied: Path) -> None:
+    root = studied
     path = root / "study" / "study.sqlite"
     data = bytearray(path.read_bytes())
     data[4096 : len(data)] = bytes(len(data) - 4096)

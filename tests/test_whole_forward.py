@@ -25,11 +25,12 @@ from exporter.quantization.workdir import Workdir
 from tests.llava_variants import ANY_LLAVA, VARIANTS, inputs_for, llava_config
 from tests.test_calibrate import plan_for
 from tests.test_families import random_weights
+from tests.tiny_models import QUICK
 
 RULES = (
-    Rule(component="vision", method="gptq", bits=4, group_size=16),
-    Rule(component="projector", method="gptq", bits=8, group_size="row"),
-    Rule(component="language", method="gptq", bits=4, group_size=32),
+    Rule(component="vision", method="gptq", bits=4, group_size=16, options=QUICK["gptq"]),
+    Rule(component="projector", method="gptq", bits=8, group_size="row", options=QUICK["gptq"]),
+    Rule(component="language", method="gptq", bits=4, group_size=32, options=QUICK["gptq"]),
 )
 Batches = list[dict[str, Tensor]]
 

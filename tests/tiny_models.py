@@ -19,6 +19,11 @@ from exporter.model.processor_library import load_library
 CONFIGS: dict[str, tuple[Family, dict[str, Any]]] = {
     name: (family.of(config), config) for family in FAMILIES.values() for name, config in family.tiny_configs().items()
 }
+QUICK: dict[str, dict[str, Any]] = {  # options of a method where a test is not about the quality of its rounding
+    "rtn": {},
+    "gptq": {"range": "minmax", "descent": 0},
+    "awq": {"points": 4, "clip_steps": 2},
+}
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
 TEMPLATE = (
