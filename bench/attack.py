@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from random import Random
@@ -100,9 +101,15 @@ class Worker:
         self.started = 0.0
 
     def submit(self, case: Case) -> None:
-        """Start a case."""
+        """Start a case; a process that ended after its last result is replaced first."""
+        try:
+            self.pipe.send(case)
+        except OSError:
+            self.close()
+            self._start()
+            with suppress(OSError):  # `result` reports that the new process ended too
+                self.pipe.send(case)
         self.case, self.started = case, time.monotonic()
-        self.pipe.send(case)
 
     def result(self) -> Result | None:
         """The result of the current case; None while it runs."""

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from bench.attack import Case, Result, as_json, attempt, cases, from_log, table
+from bench.attack import Case, Result, Worker, as_json, attempt, cases, from_log, table
 from bench.attack_artifacts import NAME, proven, try_artifact
 from bench.attack_kinds import KINDS, Kind
 from bench.damage import TEXTS, damaged_bytes, damaged_json
@@ -99,3 +99,34 @@ def test_an_undamaged_file_is_accepted(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(f"{module}.damaged_bytes", lambda raw, *rest: raw)
     whole = [attempt(Case(kind, number, SEED), tmp_path / "a") for number in range(8)]
     assert "works" in {result.outcome for result in whole}
+
+
+def waited(worker: Worker) -> Result:
+    """The result of the worker's case."""
+    while (result := worker.result()) is None:
+        worker.pipe.poll(1)
+    return result
+
+
+def test_a_worker_that_died_after_its_result_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(tmp_path / "w")
+    try:
+        for _ in range(2):
+            worker._process.kill()
+            worker._process.join()
+            worker.submit(Case("header", 0, 0))
+            assert waited(worker).outcome in ("refused", "works")
+        ended = Worker._start
+
+        def start_and_die(self: Worker) -> None:
+            ended(self)
+            self._process.kill()
+            self._process.join()
+
+        monkeypatch.setattr(Worker, "_start", start_and_die)
+        worker._process.kill()
+        worker._process.join()
+        worker.submit(Case("header", 0, 0))
+        assert waited(worker) == Result(Case("header", 0, 0), "died", "exit code -9")
+    finally:
+        worker.close()
