@@ -1,15 +1,19 @@
 """`mmq check` without an engine: shapes, schemes, doubled scales, prompts, and the report."""
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
+from exporter.demo import MODELS
 from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.evaluation.report_file import write_report
@@ -33,18 +37,20 @@ from exporter.serving.negative_control import double_scales, modules_of
 from exporter.serving.preflight import engine_linears, refuse_unservable
 from exporter.serving.reference import Distance, EngineComparison, Reference
 from exporter.serving.vllm_engine import Reply
+from exporter.tasks.sample import Sample
 from tests.test_evaluate import crafted
 
 A8 = {"component": "vision", "bits": 8, "activations": "int8"}
 W4 = {"component": "language", "bits": 4, "group_size": 128}
 ASYMMETRIC = W4 | {"symmetric": False}
+SMALLEST_NORMAL = 2.0**-14  # of float16
 RULES = {"compressed_tensors": [A8, W4], "gptq": [W4], "awq": [ASYMMETRIC]}
 
 
-def exported(out: Path, format_name: str) -> tuple[Path, object]:
+def exported(out: Path, format_name: str, model: str = "demo-llava") -> tuple[Path, object]:
     """An artifact of the demo model, rounded to nearest, in the given format."""
     data = load_recipe("llava-w4").model_dump() | {"format": format_name, "quantize": RULES[format_name]}
-    data["model"] |= {"repo": "demo-llava"}
+    data["model"] |= {"repo": model}
     recipe = Recipe.model_validate(data)
     done = export(recipe, out=out, device=choose("cpu"), on_event=lambda event: None, skip_evaluation=True)
     return out, done.plan
@@ -118,20 +124,25 @@ def test_doubled_scales_double_one_component_and_nothing_else(folder: Path, tmp_
         assert torch.equal(doubled.read(name), artifact.read(name) * factor), name
 
 
+def replies_of(reference: Reference, artifact: Artifact, processor: object, samples: Sequence[Sample]) -> list[Reply]:
+    """What an engine answers that computes as the reference does."""
+    replies = []
+    for sample in samples:
+        prompt = tuple(prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist())
+        tokens = (7, 8, 9)
+        log_probs = reference.log_probabilities(sample, Reply("", prompt, tokens, (), ({},) * 3))
+        tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in log_probs)
+        logprobs = tuple(float(row[token]) for row, token in zip(log_probs, tokens, strict=True))
+        replies.append(Reply("", prompt, tokens, logprobs, tops))
+    return replies
+
+
 def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Path, tmp_path: Path):
     """An engine with the reference's answers passes; the control with doubled scales does not."""
     samples = questions(folder, (), 4)
     artifact, processor, cpu = Artifact.open(folder), load_processor(folder), choose("cpu")
     reference = Reference(artifact, processor, cpu)
-    replies = []
-    for sample in samples:
-        prompt = tuple(prompt_inputs(processor, artifact.family, sample)["input_ids"][0].tolist())
-        tokens = (7, 8, 9)
-        bare = Reply("", prompt, tokens, (), ({},) * 3)
-        log_probs = reference.log_probabilities(sample, bare)
-        tops = tuple({int(i): float(row[i]) for i in row.topk(5).indices} for row in log_probs)
-        logprobs = tuple(float(row[token]) for row, token in zip(log_probs, tokens, strict=True))
-        replies.append(Reply("", prompt, tokens, logprobs, tops))
+    replies = replies_of(reference, artifact, processor, samples)
     assert reference.prompt_problems(samples, replies) == []
     compared = reference.compare(samples, replies)
     assert compared.distance.largest < 1e-6
@@ -141,6 +152,53 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
     assert not Reference(doubled, processor, cpu).compare(samples, replies).close(0.015)
     cut = [Reply("", replies[0].prompt[1:], (7,), (0.0,), ({},)), *replies[1:]]
     assert "prompts differ" in reference.prompt_problems(samples, cut)[0]
+
+
+def small_float16_model(folder: Path, factor: int = 2**11) -> Path:
+    """The demo model in float16: linears after a norm are `factor` times smaller, and the norms as much larger."""
+    source = MODELS["demo-llava"]
+    shutil.copytree(source, folder)
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    for name in tensors:
+        if re.search(r"layers\.\d+\.(input|post_attention)_layernorm\.weight", name):
+            tensors[name] *= factor
+        elif re.search(r"layers\.\d+\..*\.(q|k|v|gate|up)_proj\.weight", name) and name.startswith("language"):
+            tensors[name] /= factor
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"bfloat16"', '"float16"'))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])  # of an engine on a GPU, and on a CPU
+@pytest.mark.parametrize("format_name", RULES)
+def test_scales_below_the_normal_numbers_of_float16_are_checked_like_others(
+    format_name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An engine that computes with them passes, and one that takes them for zero does not."""
+    out, _ = exported(tmp_path / "artifact", format_name, str(small_float16_model(tmp_path / "model")))
+    artifact, processor, cpu = Artifact.open(out), load_processor(out), choose("cpu")
+    names = [f"{m}.{name}" for m in artifact.manifest.linears for name in ("weight_scale", "scales")]
+    scales = {name: artifact.checkpoint.read(name) for name in names if name in artifact.checkpoint.tensors}
+    tiny = [name for name, scale in scales.items() if scale.dtype == torch.float16 and (scale < SMALLEST_NORMAL).all()]
+    assert len(tiny) == 2 * 5
+    assert all((scales[name] > 0).all() for name in tiny)
+    for hardware in ((8, 0), (9, 0)):
+        refuse_unservable(artifact, hardware, 1)
+    monkeypatch.setattr(reference, "engine_dtype", lambda config, cpu: dtype)
+    samples = questions(out, (), 4)
+    whole = Reference(artifact, processor, cpu)
+    replies = replies_of(whole, artifact, processor, samples)
+    compared = whole.compare(samples, replies)
+    assert compared.distance.largest < 1e-6
+    assert 0 < compared.floor.mean < 1
+    assert compared.close(0.015)
+    tensors = load_file(out / "model.safetensors")
+    save_file(tensors | {name: tensors[name] * 0 for name in tiny}, out / "model.safetensors", {"format": "pt"})
+    flushed = Reference(Artifact.open(out), processor, cpu)
+    lost = replies_of(flushed, artifact, processor, samples)
+    (problem,) = distance_problems(whole.compare(samples, lost), None, 0.015)
+    assert "log-probabilities are too far from the reference" in problem
 
 
 def test_a_control_without_effect_is_a_problem():
