@@ -29,7 +29,8 @@ from exporter.pipeline.export import export
 from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe import Recipe
 from exporter.serving import vllm_blip2
-from exporter.serving.check import DoubledRun, Session, judge, scheme_problems
+from exporter.serving.check import scheme_problems
+from exporter.serving.comparison import DoubledRun, Session, judge
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.reference import BOUND, Distance

@@ -21,7 +21,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.card import CardDeclarations
 from exporter.publishing.publication import PublishRequest, benchmark, publish_artifact
 from exporter.publishing.upload import Publication
-from exporter.serving.check import CheckResult, Session
+from exporter.serving.check import CheckResult
+from exporter.serving.comparison import Session
 from exporter.serving.launch import START_SECONDS
 from exporter.serving.reference import BOUND
 

@@ -166,14 +166,14 @@ def _queried(field: str) -> str:
 
 
 def free_host_bytes() -> int:
-    """Available host memory in bytes: MemAvailable, bounded by the memory limit of the container."""
+    """Available host memory in bytes: MemAvailable, bounded by the limits of the container and of this process."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         pass
-    return min(free, _container_room())
+    return min(free, _container_room(), _process_room())
 
 
 def _container_room() -> int:
@@ -185,6 +185,17 @@ def _container_room() -> int:
             return max(0, limit_bytes - int(current.read()))
     except (OSError, ValueError):
         return sys.maxsize
+
+
+def _process_room() -> int:
+    """Bytes left under the limit of this process's address space (`ulimit -v`); sys.maxsize without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as sizes:
+            used = int(sizes.read().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - used)
 
 
 @contextmanager

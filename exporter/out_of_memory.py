@@ -16,7 +16,7 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # which raise errors of other types.
 MESSAGE_PARTS = (
     *("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED"),
-    *("Unable to allocate", "could not create a primitive", "can't start new thread"),
+    *("Unable to allocate", "could not create a primitive", "can't start new thread", "std::bad_alloc"),
 )
 REQUEST = re.compile(r"tr(?:ied|ying) to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 

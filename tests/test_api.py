@@ -18,7 +18,7 @@ from exporter.errors import DataError, MmqError, PlanError, PublishError, Recipe
 from exporter.evaluation.report_file import Report
 from exporter.events import Event
 from exporter.planning.recipe import Recipe
-from exporter.serving.check import Session
+from exporter.serving.comparison import Session
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reference" / "python-api.md"

@@ -28,11 +28,10 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.serving import reference
 from exporter.serving.check import (
     CheckResult,
-    Control,
-    distance_problems,
     scheme_problems,
     store_result,
 )
+from exporter.serving.comparison import Control, distance_problems
 from exporter.serving.negative_control import double_scales, modules_of
 from exporter.serving.preflight import engine_linears, refuse_unservable
 from exporter.serving.reference import Distance, EngineComparison, Reference
@@ -271,7 +270,7 @@ def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
     monkeypatch.setattr(reference, "choose", lambda name: Device("cpu", "CPU", host_gib * 2**30))
     if place is None:
         with pytest.raises(ServeError, match=r"needs 16\.4 GiB; free memory: 8\.0 GiB on GPU and 12\.0 GiB on CPU"):
-            reference.reference_placement(artifact, gpu)
+            reference.reference_placements(artifact, gpu)
     else:
-        device, chosen_dtype = reference.reference_placement(artifact, gpu)
+        device, chosen_dtype = reference.reference_placements(artifact, gpu)[0]
         assert (device.torch_device.type, chosen_dtype) == (place, dtype)

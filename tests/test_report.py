@@ -26,7 +26,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import card
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.report import charts, collect, find_pictures, html, thumbnail, write
-from exporter.serving.check import CheckResult, Control, store_result
+from exporter.serving.check import CheckResult, store_result
+from exporter.serving.comparison import Control
 from exporter.serving.reference import Distance, EngineComparison
 from exporter.tasks.sample import Sample
 from tests.browser import ENTER, TAB, Browser, browser

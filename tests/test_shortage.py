@@ -40,6 +40,7 @@ FAILURES = {
     "Python": MemoryError(),
     "oneDNN": RuntimeError("could not create a primitive"),
     "safetensors": SafetensorError("Error while mapping: Cannot allocate memory (os error 12)"),
+    "C++": RuntimeError("std::bad_alloc"),
     "a thread": RuntimeError("can't start new thread"),
 }
 OTHERS = [RuntimeError("shapes do not match"), OSError(28, "No space left on device"), ValueError("out of memory")]

@@ -242,7 +242,8 @@ def check(
     from exporter.data import places
     from exporter.device import choose
     from exporter.pipeline.serving_check import check_artifact, program_for, questions
-    from exporter.serving.check import Session, as_plain
+    from exporter.serving.check import as_plain
+    from exporter.serving.comparison import Session
     from exporter.serving.reference import BOUND
 
     program = program_for(artifact, options["vllm"])

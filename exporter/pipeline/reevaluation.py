@@ -16,11 +16,14 @@ from exporter.evaluation.evaluate import picture_keys, store_report
 from exporter.evaluation.report_file import Report
 from exporter.events import Event, Listener
 from exporter.model.checkpoint import Checkpoint
+from exporter.out_of_memory import explain_shortage
 from exporter.pipeline.measurement import answerers, measure
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import evaluation_samples, refuse_calibration_pictures
 from exporter.planning.recipe import Recipe
 from exporter.tasks.sample import Sample
+
+SHORTAGE = "use a smaller --eval-batch, fewer --eval-samples, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,13 @@ class Reevaluation:
     def _opened(self) -> Iterator[tuple[Checkpoint, Recipe, Mapping[str, Sequence[Sample]]]]:
         """Source, recipe and samples, while no export can replace the artifact."""
         plan, checkpoint = prepare(self.recipe, self.device)
-        with reading(self.artifact, self.on_event):
+        step = next(step for step in plan.steps if step.name == "evaluate")
+        kept = f"answers so far are in {self.store.folder}: the same command resumes; " if self.store else ""
+        needs = step.device_bytes, step.host_bytes
+        with (
+            explain_shortage("evaluate", self.device, needs, kept + SHORTAGE),
+            reading(self.artifact, self.on_event),
+        ):
             require_source(Artifact.open(self.artifact), checkpoint, self.other_baseline, self.on_event)
             samples = evaluation_samples(plan, self.sources)
             refuse_calibration_pictures(self.artifact, samples)

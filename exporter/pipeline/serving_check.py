@@ -11,7 +11,8 @@ from exporter.evaluation.backends import weights_digest
 from exporter.model.processor import load_processor
 from exporter.pipeline.samples import test_sources
 from exporter.planning.recipe_file import load_recipe
-from exporter.serving.check import CheckResult, Session, check, store_result
+from exporter.serving.check import CheckResult, check, store_result
+from exporter.serving.comparison import Session
 from exporter.serving.launch import Program, find_program
 from exporter.serving.preflight import refuse_unserved
 from exporter.tasks.sample import Sample

@@ -7,7 +7,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.evaluation.report_file import ComparisonRecord, DistanceRecord, ServingRecord
 from exporter.planning.vllm_rules import engine_classes
 from exporter.publishing.artifact_summary import Summary
-from exporter.serving.check import Control, distance_problems
+from exporter.serving.comparison import Control, distance_problems
 from exporter.serving.negative_control import modules_of
 from exporter.serving.reference import BOUND, Distance, EngineComparison
 

@@ -17,34 +17,19 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
 from exporter.artifact.output import updating
-from exporter.device import Device, release
 from exporter.evaluation.report_file import ServingRecord, read_report, write_report
-from exporter.events import Event, Listener
+from exporter.events import Event
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_classes
-from exporter.serving.launch import Program, launch
+from exporter.serving.comparison import Control, DoubledRun, Session, judge
+from exporter.serving.launch import launch
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
 from exporter.serving.preflight import hardware, needs_plugin, refuse_processor, refuse_unservable
-from exporter.serving.reference import BOUND, Distance, EngineComparison, Reference
+from exporter.serving.reference import EngineComparison, reference_placements
 from exporter.serving.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
-
-MIN_MOVE_RATIO = 5.0  # doubled scales must move the answers by this multiple of the allowed mean difference
-
-
-@dataclass(frozen=True)
-class Control:
-    """Result of the negative control. component: the one with doubled scales.
-
-    moved: distance from that engine to the unchanged reference. restored: comparison with the reference with the same
-    doubled scales.
-    """
-
-    component: str
-    moved: Distance
-    restored: EngineComparison
 
 
 @dataclass(frozen=True)
@@ -72,25 +57,6 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class Session:
-    """Settings of a check: vLLM program, start options, device of the reference, event listener.
-
-    logs: folder for the engine's `engine.log` and the control's `doubled.log` (None: logs are not kept).
-    disturb: component whose scales the control doubles (None: the first with packed linears).
-    """
-
-    program: Program
-    device: Device
-    on_event: Listener
-    tensor_parallel: int = 1
-    extra: tuple[str, ...] = ()
-    start_seconds: float = 900.0
-    bound: float = BOUND
-    logs: Path | None = None
-    disturb: str | None = None
-
-
-@dataclass(frozen=True)
 class EngineRun:
     """Result of one run of the engine. schemes: runtime name -> scheme class. seconds: startup time."""
 
@@ -98,15 +64,6 @@ class EngineRun:
     schemes: Mapping[str, str]
     kernels: tuple[str, ...]
     seconds: float
-
-
-@dataclass(frozen=True)
-class DoubledRun:
-    """Run of the control. component: the one with doubled scales. folder: the copy. replies: its answers."""
-
-    component: str
-    folder: Path
-    replies: list[Reply]
 
 
 def check(
@@ -117,6 +74,7 @@ def check(
     refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
     refuse_processor(session.program, (artifact.scheme_of(module) for module in artifact.manifest.linears))
     component = disturbed_component(artifact, session.disturb)
+    reference_placements(artifact, session.device)  # refuses what is too large before the engine starts
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
         logs = session.logs or scratch
@@ -133,32 +91,6 @@ def check(
         if not problems:
             compared, control_result, problems = judge(artifact, samples, run.replies, doubled, processor, session)
     return _result(session, run, compared, control_result, problems)
-
-
-def judge(
-    artifact: Artifact,
-    samples: Sequence[Sample],
-    replies: Sequence[Reply],
-    doubled: DoubledRun | None,
-    processor: Any,
-    session: Session,
-) -> tuple[EngineComparison | None, Control | None, list[str]]:
-    """Compare replies with the reference, evaluate the control, and list the problems."""
-    gpu = not session.program.cpu
-    reference = Reference(artifact, processor, session.device, gpu)
-    problems = reference.prompt_problems(samples, replies)
-    if problems:
-        return None, None, problems
-    compared, control = reference.compare(samples, replies), None
-    if doubled:
-        far = reference.distance(samples, doubled.replies)
-        del reference
-        release(session.device)
-        restored = Reference(Artifact.open(doubled.folder), processor, session.device, gpu).compare(
-            samples, doubled.replies
-        )
-        control = Control(doubled.component, far, restored)
-    return compared, control, distance_problems(compared, control, session.bound)
 
 
 def _result(
@@ -216,27 +148,6 @@ def scheme_problems(artifact: Artifact, log: Mapping[str, str]) -> list[str]:
             text = actual or "none (the linear runs unquantized or under another name)"
             problems.append(f"{name}: the scheme in vllm's log is {text}; expected {' or '.join(expected)}")
     return sorted(set(problems), key=problems.index)
-
-
-def distance_problems(compared: EngineComparison, control: Control | None, bound: float) -> list[str]:
-    """Problems of the log-probabilities: distances above the bound, and a control that detects no error."""
-    problems = []
-    if not compared.close(bound):
-        problems.append(f"log-probabilities are too far from the reference: {_distance_text(compared, bound)}")
-    if control and not control.moved.mean >= MIN_MOVE_RATIO * compared.allowed(bound)[1]:
-        move = f"moved the answers by only {control.moved.mean:.4f} on average"
-        problems.append(f"doubling the scales of {control.component} {move}: the comparison cannot detect an error")
-    if control and not control.restored.close(bound):
-        text = _distance_text(control.restored, bound)
-        problems.append(
-            f"with doubled scales of {control.component} on both sides, the log-probabilities are too far apart: {text}"
-        )
-    return problems
-
-
-def _distance_text(compared: EngineComparison, bound: float) -> str:
-    d, (largest, mean) = compared.distance, compared.allowed(bound)
-    return f"mean {d.mean:.4f} of {mean:.4f} allowed, largest {d.largest:.4f} of {largest:.4f} allowed"
 
 
 def store_result(folder: Path, checked: CheckResult, weights: str) -> None:

@@ -62,18 +62,22 @@ class EngineComparison:
         return self.distance.largest <= largest and self.distance.mean <= mean
 
 
-def reference_placement(artifact: Artifact, device: Device) -> tuple[Device, torch.dtype]:
-    """Device of the reference and dtype of its weights.
+def reference_placements(artifact: Artifact, device: Device) -> list[tuple[Device, torch.dtype]]:
+    """Devices of the reference with dtypes of its weights that fit into free memory, the preferred one first.
 
     float32 where weights and activations fit, else the engine's 16-bit dtype; the CPU where neither fits on `device`.
     ServeError when host memory is too small as well.
     """
     parameters, config = artifact.parameters(), artifact.checkpoint.config
     places = [device] if not device.is_cuda else [device, choose("cpu")]
-    for place in places:
-        for dtype in (torch.float32, getattr(torch, engine_dtype(config, not place.is_cuda))):
-            if dtype.itemsize * parameters * ROOM_FOR_ACTIVATIONS < place.free_bytes:
-                return place, dtype
+    fitting = [
+        (place, dtype)
+        for place in places
+        for dtype in (torch.float32, getattr(torch, engine_dtype(config, not place.is_cuda)))
+        if dtype.itemsize * parameters * ROOM_FOR_ACTIVATIONS < place.free_bytes
+    ]
+    if fitting:
+        return fitting
     free = " and ".join(f"{place.free_bytes / 2**30:.1f} GiB on {place.name}" for place in places)
     raise ServeError(
         f"the reference needs {2 * ROOM_FOR_ACTIVATIONS * parameters / 2**30:.1f} GiB; free memory: {free}",
@@ -84,15 +88,24 @@ def reference_placement(artifact: Artifact, device: Device) -> tuple[Device, tor
 class Reference:
     """The artifact in transformers with the rounding of an engine, in float32 if it fits.
 
+    placement: its device and dtype; None takes the first of `reference_placements`.
+
     Weights are dequantized; activations are rounded as the schemes require, keys and values as the KV cache stores
     them. gpu: whether the engine runs on a GPU, whose rounding of a float8 cache differs from a CPU's; None: as the
     device of the reference.
     """
 
-    def __init__(self, artifact: Artifact, processor: Any, device: Device, gpu: bool | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        processor: Any,
+        device: Device,
+        gpu: bool | None = None,
+        placement: tuple[Device, torch.dtype] | None = None,
+    ) -> None:
         self._family = artifact.family
         self._placeholder = artifact.family.image_token(artifact.checkpoint.config)
-        device, self._high = reference_placement(artifact, device)
+        device, self._high = placement or reference_placements(artifact, device)[0]
         self._device = device.torch_device
         self._processor = processor
         self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
