@@ -50,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "rtn-signed": {"method": "rtn", "options": {"range": "signed"}},
     "gptq": {"method": "gptq"},
     "gptq-signed": {"method": "gptq", "options": {"range": "signed"}},
+    "gptq-corrected": {"method": "gptq", "options": {"correct": True}},
+    "gptq-signed-corrected": {"method": "gptq", "options": {"range": "signed", "correct": True}},
     "gptq-learned": {"method": "gptq", "options": {"range": "signed", "steps": 200}},
     "gptq-learned-positive": {"method": "gptq", "options": {"steps": 200}},
     "awq": {"method": "awq"},

@@ -43,6 +43,8 @@ class Options(MethodOptions):
     range: as in `ranges.fit_scale`; "mse" and "signed" weight a column's error by the part that later columns cannot
         compensate.
     descent: number of passes of coordinate descent that round every column again after all are quantized.
+    correct: quantize a weight that gives the full-precision outputs on the quantized model's inputs, as far as that
+        fits held-out batches (`numerics/mismatch.py`).
     steps: steps of learned rounding that follow, as in `autoround`; 0 is none.
     """
 
@@ -52,6 +54,7 @@ class Options(MethodOptions):
     scales: Literal["static", "in_loop"] = "static"
     range_: Range = Field("mse", alias="range")
     descent: int = Field(1, ge=0, le=10)
+    correct: bool = False
     steps: int = Field(0, ge=0, le=100_000)
 
     @model_validator(mode="after")
@@ -59,6 +62,11 @@ class Options(MethodOptions):
         if self.order == "activation" and self.scales == "in_loop":
             raise ValueError("scales: in_loop needs order: none (the default order, activation, needs static scales)")
         return self
+
+    @property
+    def correction_damping(self) -> float | None:
+        """Damping of the correction of weights for everything that was quantized before them; None without one."""
+        return self.damping if self.correct else None
 
     @property
     def learned_steps(self) -> int:

@@ -14,6 +14,11 @@ class MethodOptions(BaseModel):
         return False
 
     @property
+    def correction_damping(self) -> float | None:
+        """Damping of the correction of weights for everything that was quantized before them; None without one."""
+        return None
+
+    @property
     def learned_steps(self) -> int:
         """Steps of learned rounding after the method, for all linears of a block together; 0 is none."""
         return 0

@@ -32,7 +32,7 @@ class Statistics:
         self.hessian.mul_(self.rows / total)
         for start in range(0, rows.shape[1], STRIP):
             strip = slice(start, start + STRIP)
-            self.hessian[strip].add_(_product(weighted[:, strip], rows), alpha=1 / total)
+            self.hessian[strip].add_(inner_product(weighted[:, strip], rows), alpha=1 / total)
         self.rows = total
 
     def add(self, other: Statistics) -> None:
@@ -74,7 +74,7 @@ def times(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32) if left.itemsize == 2 else left @ right
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """left.T @ right in float32, `[in, in]`; on a GPU 16-bit rows are multiplied in 16 bits, with float32 sums."""
     if left.is_cuda and left.itemsize == 2:
         return torch.mm(left.T, right, out_dtype=torch.float32)

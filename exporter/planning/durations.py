@@ -43,15 +43,27 @@ def quantize_seconds(
             continue
         phase = next(phase[0] for phase in family.component(row.component).phases if row.linear in phase)
         passes = SEARCH_FACTOR if searches else 1.0
+        seconds += 2 * tokens[row.component] * row.tensor.size / speed.passes if row.rule.corrects else 0.0
         offset = weights_before.get(row.block, 0)
         seconds += passes * 2 * tokens[row.component] * row.tensor.size / speed.passes
         if (row.block, columns, phase) not in hessians:
             hessians.add((row.block, columns, phase))
             seconds += passes * 2 * tokens[row.component] * (columns**2 / speed.squares + offset / speed.passes)
             seconds += 0 if searches else columns**3 / speed.solves
+            seconds += _correct_seconds(row, tokens[row.component], offset, device) if row.rule.corrects else 0.0
         seconds += row.tensor.size / speed.search if searches else 2 * rows * columns**2 / speed.solves
         weights_before[row.block] = offset + row.tensor.size
     return seconds
+
+
+def _correct_seconds(row: PlanRow, tokens: int, offset: int, device: Device) -> float:
+    """Predicted seconds to correct linears that share an input.
+
+    Both models run once more up to them, for which the second moments of the mismatch and a factorization follow.
+    offset: weights of the block before them.
+    """
+    speed, columns = rates(device), row.tensor.shape[1]
+    return 2 * tokens * (columns**2 / speed.squares + 2 * offset / speed.passes) + columns**3 / speed.solves
 
 
 def _tune_seconds(recipe: Recipe, row: PlanRow, tokens: int, device: Device) -> float:

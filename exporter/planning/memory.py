@@ -48,11 +48,13 @@ def predict_memory(
     statistics: Mapping[str, bool],
     device: Device,
     tuned: Collection[str] = (),
+    corrected: Collection[str] = (),
 ) -> Memory:
     """Predict the peaks of quantizing the `planned` components.
 
     statistics: components that are calibrated -> whether a method moves scales between their linears. The other
     components hold only the linears that share an input at a time. tuned: components with learned rounding.
+    corrected: components whose weights are corrected for earlier errors.
     """
     itemsize = 2 if device.is_cuda else 4
     peaks = {"one block": 0}
@@ -73,8 +75,11 @@ def predict_memory(
         solve = _solve(phases, True, device)
         if statistics[component.name]:  # codes with and without folded scales, codes of the last block, original block
             solve = max(solve, 3 * CODE_BYTES * _weights(phases) + _smooth(phases)) + block
-        if component.name in tuned:  # the full-precision model's inputs and outputs, and its block
-            inputs, masks, solve = 3 * inputs, 2 * masks, solve + block
+        if component.name in corrected:
+            solve = max(solve, _correct(phases))
+        if component.name in tuned or component.name in corrected:
+            inputs, masks, solve = 3 * inputs, 2 * masks, solve + block  # inputs, outputs and block of the source
+        if component.name in tuned:
             learned = OFFSET_BYTES + 2 * size + 3 * CODE_BYTES
             temporaries = LEARNED_BYTES * max(max(sizes) for _, sizes in phases)
             peaks[f"{component.name}: learned rounding of one block"] = (
@@ -121,6 +126,12 @@ def _quantize(width: int, sizes: Sequence[int], device: Device) -> int:
     descent = weights + (SQUARE_BYTES + half) * square + (FLOAT_BYTES + CODE_BYTES + half) * count + expanded_scales
     report = SQUARE_BYTES * square + (FLOAT_BYTES + CODE_BYTES) * count + REPORT_BYTES * max(sizes)
     return max(factor, column_loop, descent, report)
+
+
+def _correct(phases: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Peak bytes of correcting weights: a Hessian, its factor and the mismatch, the weights twice, and two products."""
+    peaks = [3 * SQUARE_BYTES * width * width + 4 * FLOAT_BYTES * sum(sizes) for width, sizes in phases]
+    return CODE_BYTES * _weights(phases) + max(peaks)
 
 
 def _smooth(phases: Sequence[tuple[int, Sequence[int]]]) -> int:

@@ -125,7 +125,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     statistics = dict(sorted((name, rule.method in SMOOTHERS) for name, rule in rules if rule.needs_data))
     planned = {name for name, _ in rules}
     tuned = {name for name, rule in rules if rule.learned_steps}
-    memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device, tuned)
+    corrected = {name for name, rule in rules if rule.corrects}
+    memory = predict_memory(checkpoint, family, recipe.calibration, planned, statistics, device, tuned, corrected)
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
     fallbacks = tuple(decided.fallbacks)
     warnings = (*fallbacks, *_source_notes(checkpoint), *_warnings(recipe, family, rows))

@@ -133,9 +133,14 @@ class Rule(Strict):
         return 0 if self.bits == 16 else self.parsed_options().learned_steps
 
     @property
+    def corrects(self) -> bool:
+        """Whether the method corrects weights for everything that was quantized before them."""
+        return self.parsed_options().correction_damping is not None
+
+    @property
     def follows_source(self) -> bool:
         """Whether it needs the activations of the full-precision model beside those of the quantized one."""
-        return self.learned_steps > 0
+        return self.learned_steps > 0 or (self.bits != 16 and self.corrects)
 
     @property
     def needs_data(self) -> bool:

@@ -14,6 +14,7 @@ from exporter.model.families import Component
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
+from exporter.quantization import correction
 from exporter.quantization.batch_rounds import PlacedBlock, by_batch, placed_blocks
 from exporter.quantization.block_inputs import (
     BlockInputs,
@@ -151,6 +152,7 @@ class Block:
         linears: dict[str, QuantizedLinear] = {}
         errors: dict[str, float] = {}
         kept: dict[str, Tensor] = {}
+        shares: list[tuple[Sequence[PlanRow], float]] = []
         notes = [f"{self.unit.block}: {note}" for note in excluded_token_notes(self.inputs)]
         for rows in self._stacks():
             statistics = self.gather(rows[:1]).get(rows[0].linear)
@@ -158,8 +160,13 @@ class Block:
             rule, scheme = rows[0].rule, rows[0].scheme
             assert rule is not None
             assert scheme is not None
+            whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+            if self.source and rule.corrects:
+                whole, share = self._corrected(rows, whole, statistics)
+                shares.append((rows, share))
+                weights = list(whole.split([len(weight) for weight in weights]))
             stacked, remarks = METHODS[rule.method].quantize_linear(
-                weights[0] if len(weights) == 1 else torch.cat(weights),
+                whole,
                 statistics,
                 scheme,
                 rule.parsed_options(),
@@ -169,10 +176,21 @@ class Block:
             parts = stacked.split([len(weight) for weight in weights])
             linears |= {row.module: part for row, part in zip(rows, parts, strict=True)}
             if rule.learned_steps:
-                kept |= {row.module: self.parameter(row.tensor.name) for row in rows}
+                dtype = self.parameter(rows[0].tensor.name).dtype
+                kept |= {row.module: weight.to(dtype) for row, weight in zip(rows, weights, strict=True)}
             errors |= self._errors(rows, parts, weights, statistics)
-            del weights, stacked, statistics  # free them before the next linears' statistics are gathered
+            del weights, whole, stacked, statistics  # free them before the next linears' statistics are gathered
+        notes += [f"{self.unit.block}: {correction.note(shares)}"] * bool(shares)
         return UnitResult(linears, errors, tuple(notes), weights=kept)
+
+    def _corrected(self, rows: Sequence[PlanRow], weight: Tensor, statistics: Any) -> tuple[Tensor, float]:
+        """The weights of linears that share an input, corrected for earlier errors, and the share of the correction."""
+        assert self.source is not None
+        assert rows[0].rule is not None
+        padded, linear = rows[0].linear not in self.component.unpadded, self.io.stream.module(rows[0].module)
+        damping = rows[0].rule.parsed_options().correction_damping
+        assert damping is not None
+        return correction.corrected(self.source, self.inputs, self.module, linear, padded, weight, statistics, damping)
 
     def _errors(
         self, rows: Sequence[PlanRow], linears: Sequence[QuantizedLinear], weights: Sequence[Tensor], statistics: Any

@@ -22,18 +22,20 @@ from exporter.quantization.component_inputs import first_block_inputs
 class SourceStream:
     """The full-precision model at one block.
 
-    inputs: the inputs of the block, one entry per batch, as in `Block`. outputs: the block's outputs for them. weights:
-    its tensors, by their names inside the live block.
+    inputs: the inputs of the block, one entry per batch, as in `Block`. device: where it computes. outputs: the block's
+    outputs for them. weights: its tensors, by their names inside the live block.
     """
 
     inputs: Sequence[BlockInputs]
+    device: torch.device
     outputs: Sequence[Tensor] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]) -> "SourceStream":
         """The stream at the component's block `names[0]`; everything upstream of it runs with the source's weights."""
-        return cls(first_block_inputs(io, component, names, batches, io.checkpoint.read))
+        inputs = first_block_inputs(io, component, names, batches, io.checkpoint.read)
+        return cls(inputs, io.device.torch_device)
 
     def enter(self, io: BlockIO, block: str) -> None:
         """Run the block, which is loaded, with the source's weights, and keep them; its own weights stay in it."""

@@ -1,0 +1,54 @@
+"""The weight that gives a linear its full-precision outputs on the quantized model's inputs.
+
+For inputs x of the full-precision model and y of the quantized one, `W + W C (H + damping)^-1` with `C = mean (x - y)
+y^T` and `H = mean y y^T` is the damped least-squares fit of `W x` from y. GPTAQ (Li et al., arXiv 2504.02692) and
+Qronos (Zhang et al., arXiv 2505.11695) correct column by column inside the loop; here the weight is corrected first,
+and only by the share that also fits on inputs that were held out.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from exporter.numerics.hessian import STRIP, inner_product
+
+
+class Mismatch:
+    """The mean of `(x - y) y^T` over the input rows so far: `moment`, f32 `[in, in]`."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.moment = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.rows = 0
+
+    def update(self, full: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+        """Add rows `[rows, in]` of the full-precision model and of the quantized one, with their weights `[rows]`."""
+        if not len(rows):
+            return
+        total, difference = self.rows + len(rows), full - rows
+        weighted = difference if weights is None else (difference * weights.unsqueeze(1)).to(rows.dtype)
+        self.moment.mul_(self.rows / total)
+        for start in range(0, rows.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            self.moment[strip].add_(inner_product(weighted[:, strip], rows), alpha=1 / total)
+        self.rows = total
+
+    def shift(self, weight: Tensor, upper: Tensor) -> Tensor:
+        """`W C (H + damping)^-1` of `weight` f32 `[out, in]`. upper: U with `U^T U = (H + damping)^-1`, `[in, in]`."""
+        return ((weight @ self.moment) @ upper.T) @ upper
+
+
+def fitting_share(weight: Tensor, shift: Tensor, pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float:
+    """The share of `shift`, 0 to 1, with which `weight + share * shift` fits best on other rows.
+
+    weight, shift: f32 `[out, in]`. pairs: rows `[rows, in]` of the full-precision model and of the quantized one, and
+    their weights `[rows]`. The squared error is a parabola of the share, so its minimum needs two sums.
+    """
+    along = length = 0.0
+    for full, rows, weights in pairs:
+        moved = rows.float() @ shift.T
+        missing = (full - rows).float() @ weight.T
+        counts = 1.0 if weights is None else weights.unsqueeze(1)
+        along += float((missing * moved * counts).sum())
+        length += float((moved.square() * counts).sum())
+    return min(1.0, max(0.0, along / length)) if length > 0 else 0.0
