@@ -13,7 +13,7 @@ from exporter.planning.plan import PlanRow
 from exporter.quantization.block_inputs import BlockInputs, counted_rows
 from exporter.quantization.source_stream import SourceStream, lower_weights, split_batches
 
-Pair = tuple[Tensor, Tensor, Tensor | None]  # rows of both models [rows, in], and their weights [rows]
+PairedRows = tuple[Tensor, Tensor, Tensor | None]  # rows of both models [rows, in], and their weights [rows]
 
 
 def corrected(
@@ -54,7 +54,7 @@ def pairs(
     linear: nn.Module,
     padded: bool,
     numbers: Sequence[int],
-) -> Iterator[Pair]:
+) -> Iterator[PairedRows]:
     """Inputs of a linear in the full-precision model and in the quantized one, batch by batch, without padding.
 
     Rows with a value that is not finite in either model are left out.
