@@ -15,10 +15,10 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow vllm test-vllm mutations check docs format clean
+.PHONY: help setup demo test test-slow test-pages vllm test-vllm mutations check docs format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.ready ## create .venv and install mmq into it
 
@@ -31,6 +31,9 @@ test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM an
 
 test-slow: $(VENV)/.ready-dev ## run the tests that repeat with other values what `make test` proves
 	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs -m slow $(PARALLEL)
+
+test-pages: $(VENV)/.ready-dev ## open the data page and the built documentation in chromium, if it is installed
+	$(BIN)/python -m pytest -q -rs tests/test_pages.py
 
 vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is already installed
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"

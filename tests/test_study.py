@@ -28,7 +28,7 @@ from exporter.quantization.workdir import UnitResult
 from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
-from exporter.study.records import FILE, Records, ScoredSetting, comparable, last_exam, read_records
+from exporter.study.records import ERROR, FILE, SAMPLES, Records, ScoredSetting, comparable, last_exam, read_records
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.setting import Setting, changes
 from exporter.study.show import outcome_page
@@ -408,7 +408,13 @@ def test_the_score_of_a_retrieval_model_is_the_recall_of_its_answers(
     broken = (Rule(component="qformer", bits=2),)
     both = [Point((), (("qformer_bits", 16),)), Point(broken, (("qformer_bits", 2),))]
     full, worse = (setting.scores for setting in run(setup, both, pool.inline, ignore).settings)
-    assert set(worse) == {*(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")), "score", "kl"}
+    assert set(worse) == {
+        *(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")),
+        "score",
+        "kl",
+        ERROR,
+        SAMPLES,
+    }
     assert full["kl"] == pytest.approx(0, abs=1e-6)
     assert worse["kl"] > 0.01
     assert full["score"] > worse["score"] > 0

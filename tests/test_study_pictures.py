@@ -4,6 +4,8 @@ import base64
 import json
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study import gallery, pictures
 from exporter.study.gallery import components_of, gather, paper_points, write_page
-from exporter.study.records import FILE, Records, ScoredSetting, as_csv
+from exporter.study.records import ERROR, FILE, SAMPLES, Point, Records, ScoredSetting, as_csv
 from exporter.study.table import Table, read_table
+from tests.browser import Browser, browser
+from tests.page_audit import WIDTHS, audit, need_browser
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -57,7 +61,13 @@ def choices_in(folder: Path) -> None:
 def test_gather_returns_every_plot_that_the_folder_has_data_for(tmp_path: Path) -> None:
     grid_in(tmp_path)
     names = {picture.name for picture in gather(tmp_path)}
-    assert names == {"heat-vision-language-gptq.png", "importance-gptq.png", "marginal-gptq.png", "pareto.png"}
+    assert names == {
+        "heat-vision-language-gptq.png",
+        "importance-gptq.png",
+        "marginal-gptq.png",
+        "pareto.png",
+        "pareto-upper.png",
+    }
     choices_in(tmp_path)
     plots = gather(tmp_path)
     assert {picture.name for picture in plots} == names | {"sensitivity.png"}
@@ -85,7 +95,11 @@ def test_every_kind_of_quantization_has_separate_plots(tmp_path: Path) -> None:
                 records.add(measured(100 * number + v * 16 + q, "grid", 1 - loss, (v + q) / 2, **about))
     about_by_name = {picture.name: picture.about for picture in gather(tmp_path)}
     kinds = ("gptq-row", "gptq-g32", "rtn", "gptq-g32-zero-points")
-    assert set(about_by_name) == {"pareto.png", *(f"heat-vision-language-{kind}.png" for kind in kinds)}
+    assert set(about_by_name) == {
+        "pareto.png",
+        "pareto-upper.png",
+        *(f"heat-vision-language-{kind}.png" for kind in kinds),
+    }
     for number, kind in enumerate(kinds):
         assert f"from {0.9 - 0.1 * number:.3f} to 1.000" in about_by_name[f"heat-vision-language-{kind}.png"]
 
@@ -117,8 +131,8 @@ def test_the_text_counts_values_below_the_axis(tmp_path: Path) -> None:
 
 
 def test_the_front_omits_dominated_points() -> None:
-    points = [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]
-    assert pictures.front(points) == [(3.0, 0.2), (4.0, 0.9), (8.0, 1.0)]
+    points = [Point(*xy) for xy in [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]]
+    assert pictures.front(points) == [Point(3.0, 0.2), Point(4.0, 0.9), Point(8.0, 1.0)]
 
 
 def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() -> None:
@@ -136,20 +150,50 @@ def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() ->
 def test_points_of_a_paper_are_shares_of_its_full_score(tmp_path: Path) -> None:
     path = tmp_path / "paper.csv"
     path.write_text("vision_bits,language_bits,acc,bpw\n4,4,60,4.5\n16,16,61,16\n2,4,30,4.4\n")
-    assert paper_points(path) == [(4.5, 60 / 61), (16, 1), (4.4, 30 / 61)]
+    assert paper_points(path) == [Point(4.5, 60 / 61), Point(16, 1), Point(4.4, 30 / 61)]
     path.write_text("vision_bits,language_bits,acc\n4,4,60\n16,16,61\n")
     with pytest.raises(DataError, match="no column bpw"):
         paper_points(path)
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    grid_in(tmp_path)
-    plots = gather(tmp_path)
-    page = write_page(plots, "a <b>", tmp_path / "page.html").read_text()
+    folder = tmp_path / "a <b>"
+    grid_in(folder)
+    plots = gather(folder)
+    page = write_page(plots, folder, tmp_path / "page.html").read_text()
     assert "a &lt;b&gt;" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]+"', page)
     assert [base64.b64decode(encoded) for encoded in images] == [picture.png for picture in plots]
     assert not re.search(r"<script|https?://", page)
+
+
+def test_the_page_has_samples_and_intervals(tmp_path: Path) -> None:
+    with Records(tmp_path / FILE) as records:
+        for number, (bits, score) in enumerate(((16, 0.8), (8, 0.796), (4, 0.6))):
+            about: dict[str, str | int] = {"vision_bits": bits, "method": "rtn" if bits < 16 else "none"}
+            setting = measured(number, "grid", score, float(bits), blocks="all", role="all", sequential=0, **about)
+            scores = {**setting.scores, ERROR: 0.02, SAMPLES: 250.0}
+            records.add(replace(setting, scores=scores))
+    page = write_page(gather(tmp_path), tmp_path, tmp_path / "page.html").read_text()
+    assert "means of 250 samples for each setting" in page
+    assert "The smallest setting that keeps 99 % of the score is vision 8: 99.5% (± 4.9%, 95 % interval)" in page
+    assert "75.0 % ± 4.9" in page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    need_browser()
+    with browser() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_has_no_fault_in_a_browser(tmp_path: Path, chromium: Browser, width: int, dark: bool) -> None:
+    grid_in(tmp_path)
+    choices_in(tmp_path)
+    page = write_page(gather(tmp_path), tmp_path, tmp_path / "page.html")
+    assert audit(chromium, page, width, dark) == []
 
 
 def test_the_command_writes_files_and_prints_their_paths(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
     make_folder(target)
     notes: list[str] = []
     pictures = gather(folder, score, papers, notes.append)
-    files = [*write_pictures(pictures, target), write_page(pictures, folder.resolve().name, target / "study.html")]
+    files = [*write_pictures(pictures, target), write_page(pictures, folder, target / "study.html", score)]
     paths = [str(path) for path in files]
     lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in paths)]
     print_result({"files": paths, "notes": notes} if as_json else "\n".join(lines))

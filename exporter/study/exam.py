@@ -6,6 +6,8 @@ negative log-likelihood of the reply, and the Kullback-Leibler divergence from t
 does not depend on the quality of the references, and it grows before answers change.
 """
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from exporter.inference.predict import Conversations, conversations
 from exporter.model.families import Family
+from exporter.study.records import ERROR, SAMPLES
 from exporter.study.search_exam import Search
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
-ExamScores = dict[str, float]  # `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score` and `kl`
+# `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score`, `kl`, ERROR (standard error of `score`) and SAMPLES.
+ExamScores = dict[str, float]
 
 
 class TaskExam(Protocol):
@@ -28,8 +32,11 @@ class TaskExam(Protocol):
     def learn(self, model: Any, device: torch.device) -> None:
         """Store the predictions of `model`, the full-precision one, as the reference of `kl`."""
 
-    def grade(self, model: Any, device: torch.device) -> ExamScores:
-        """Metric -> value, the main metric first; `kl` only after `learn`."""
+    def grade(self, model: Any, device: torch.device) -> Mapping[str, Sequence[float]]:
+        """Metric -> value for each sample (of `kl` also for each group of samples), the main metric first.
+
+        `kl` only after `learn`.
+        """
 
 
 @dataclass
@@ -46,7 +53,7 @@ class Replies:
         """See `Part`."""
         self.truth = [predictions(model, batch, device) for batch in self.batches]
 
-    def grade(self, model: Any, device: torch.device) -> ExamScores:
+    def grade(self, model: Any, device: torch.device) -> Mapping[str, Sequence[float]]:
         """See `Part`."""
         exact: list[float] = []
         nll: list[float] = []
@@ -61,7 +68,7 @@ class Replies:
             nll += [float(part.mean()) for part in losses.split(sizes)]
             if self.truth:
                 kl += [float(part.mean()) for part in divergence(self.truth[i], log_probabilities).split(sizes)]
-        return {"exact": _mean(exact), "nll": _mean(nll)} | ({"kl": _mean(kl)} if kl else {})
+        return {"exact": exact, "nll": nll} | ({"kl": kl} if kl else {})
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,26 @@ class Exam:
 
     def grade(self, model: Any, device: torch.device) -> ExamScores:
         """Scores of a model: means over the samples of each task, and means of these over tasks."""
-        scores_by_task = {task: task_scores.grade(model, device) for task, task_scores in self.tasks.items()}
+        values_by_task = {task: task_exam.grade(model, device) for task, task_exam in self.tasks.items()}
         scores = {
-            f"{task} {metric}": value
-            for task, task_scores in scores_by_task.items()
-            for metric, value in task_scores.items()
+            f"{task} {metric}": _mean(values)
+            for task, metrics in values_by_task.items()
+            for metric, values in metrics.items()
         }
-        scores["score"] = _mean([next(iter(task_scores.values())) for task_scores in scores_by_task.values()])
-        if all("kl" in task_scores for task_scores in scores_by_task.values()):
-            scores["kl"] = _mean([task_scores["kl"] for task_scores in scores_by_task.values()])
+        scores |= overall([next(iter(metrics.values())) for metrics in values_by_task.values()])
+        if all("kl" in metrics for metrics in values_by_task.values()):
+            scores["kl"] = _mean([scores[f"{task} kl"] for task in values_by_task])
         return scores
+
+
+def overall(values_by_task: Sequence[Sequence[float]]) -> ExamScores:
+    """`score`, the mean over tasks of the means over samples, with its standard error and the number of samples."""
+    squares = [statistics.variance(values) / len(values) if len(values) > 1 else 0.0 for values in values_by_task]
+    return {
+        "score": _mean([_mean(values) for values in values_by_task]),
+        ERROR: math.sqrt(sum(squares)) / max(len(values_by_task), 1),
+        SAMPLES: float(sum(len(values) for values in values_by_task)),
+    }
 
 
 def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:

@@ -4,18 +4,33 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from exporter.amounts import size
 from exporter.errors import DataError, did_you_mean
 from exporter.files.writing import atomic, make_folder, write_text
 from exporter.inference.openai_client import data_url
 from exporter.study import pictures
 from exporter.study.importance import importance, need_forest
 from exporter.study.pictures import Picture
-from exporter.study.records import FILE, ScoredSetting, columns, is_full, is_whole, kind_of, last_exam, read_records
+from exporter.study.records import (
+    ERROR,
+    FILE,
+    SAMPLES,
+    Point,
+    ScoredSetting,
+    columns,
+    is_full,
+    is_whole,
+    kind_of,
+    last_exam,
+    read_records,
+)
 from exporter.study.sensitivity import TABLE
 from exporter.study.table import SUFFIX, Table, from_rows, read_csv, require_gain
 
 TEMPLATE = "page.html.jinja"
 ALLOCATED = "mmq allocate"
+KEPT = 0.99  # share of the full-precision score that a setting must keep to be recommended
+Z95 = 1.96  # standard errors in half of a 95 % interval
 SIZE = "bpw"  # column of bits per weight in a paper's CSV file
 
 
@@ -41,7 +56,7 @@ def gather(
     series = _series(grids, allocations, score)
     paper_series = {f"paper: {path.stem}": paper_points(path) for path in papers}
     if series or paper_series:
-        gallery.append(pictures.pareto(series, paper_series, ALLOCATED))
+        gallery += pictures.pareto(series, paper_series, ALLOCATED)
     if sensitivity_file.exists():
         gallery.append(pictures.sensitivity(last_exam(read_records(sensitivity_file))))
     if not gallery:
@@ -101,10 +116,8 @@ def _sequential(setting: ScoredSetting) -> bool:
     return bool(setting.about.get("sequential"))
 
 
-def _series(
-    grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting], score: str
-) -> dict[str, list[tuple[float, float]]]:
-    """Series name -> points (bits per weight, share of the full-precision model's score on the same exam)."""
+def _series(grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting], score: str) -> dict[str, list[Point]]:
+    """Series name -> its settings, with scores relative to the full-precision model's on the same exam."""
     full = {
         setting.exam: setting.scores[score]
         for setting in [*grids, *allocations]
@@ -115,7 +128,7 @@ def _series(
         for setting in allocations
         if setting.about.get("name") == "full" and score in setting.scores
     }
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[Point]] = {}
     for setting in [*grids, *allocations]:
         if not full.get(setting.exam) or score not in setting.scores:
             continue
@@ -128,19 +141,26 @@ def _series(
             else "hand-written recipes"
         )
         if name != "full" and setting.bits_per_weight < 16:
-            series.setdefault(label, []).append((setting.bits_per_weight, setting.scores[score] / full[setting.exam]))
+            series.setdefault(label, []).append(_point(setting, score, full[setting.exam]))
     return series
 
 
-def paper_points(path: Path) -> list[tuple[float, float]]:
-    """Points (bits per weight, share of the full-precision score) of a CSV file with a column `bpw`."""
+def _point(setting: ScoredSetting, score: str, full: float) -> Point:
+    error = Z95 * setting.scores[ERROR] / full if score == "score" and ERROR in setting.scores else None
+    bits = [f"{key.removesuffix(SUFFIX)} {value}" for key, value in setting.about.items() if key.endswith(SUFFIX)]
+    name = str(setting.about.get("name", "")) or ", ".join(bits)
+    return Point(setting.bits_per_weight, setting.scores[score] / full, error, name, setting.bytes)
+
+
+def paper_points(path: Path) -> list[Point]:
+    """The settings of a CSV file with a column `bpw`."""
     table = read_csv(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         sizes = [row.get(SIZE) for row in csv.DictReader(file)]
     if any(not size for size in sizes):
         raise DataError(f"{path} has no column {SIZE}", f"add bits per weight as column {SIZE}, or drop this --paper")
     full = table.full_score()
-    return [(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)]
+    return [Point(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)]
 
 
 def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
@@ -152,17 +172,62 @@ def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
     return [folder / picture.name for picture in gallery]
 
 
-def write_page(gallery: Sequence[Picture], name: str, path: Path) -> Path:
-    """Write one self-contained HTML page with all plots, without scripts and without network access."""
+def front_table(folder: Path, score: str = "score") -> list[Point]:
+    """The settings of a study's folder on the Pareto front, smallest first; empty without a full-precision score."""
+    grids = last_exam(read_records(folder / FILE)) if (folder / FILE).exists() else []
+    front = folder / f"{TABLE}-front.sqlite"
+    allocations = last_exam(read_records(front)) if front.exists() else []
+    points = [point for points in _series(grids, allocations, score).values() for point in points]
+    return pictures.front(points)
+
+
+def samples_text(folder: Path) -> str:
+    """How many samples the scores are means of; empty for studies of an older version."""
+    settings = [
+        setting
+        for file in (FILE, f"{TABLE}-front.sqlite")
+        if (folder / file).exists()
+        for setting in last_exam(read_records(folder / file))
+    ]
+    counts = sorted({int(setting.scores[SAMPLES]) for setting in settings if SAMPLES in setting.scores})
+    return f"{' or '.join(f'{count:,}' for count in counts)} samples for each setting" if counts else ""
+
+
+def write_page(gallery: Sequence[Picture], folder: Path, path: Path, score: str = "score") -> Path:
+    """Write one self-contained HTML page with all plots, without scripts and without network access.
+
+    folder: of the study; its name is the title.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template(TEMPLATE).render(name=name, pictures=[as_data(picture) for picture in gallery])
+    environment.filters["size"] = size
+    front = front_table(folder, score)
+    page = environment.get_template(TEMPLATE).render(
+        name=folder.resolve().name,
+        score=score,
+        samples=samples_text(folder),
+        verdict=verdict(front),
+        front=front,
+        pictures=[as_data(picture) for picture in gallery],
+    )
     write_text(path, page)
     return path
+
+
+def verdict(front: Sequence[Point]) -> str:
+    """The first sentence of the page: the smallest setting that keeps 99 % of the score, else the best one."""
+    if not front:
+        return ""
+    good = next((point for point in front if point.share >= KEPT), front[-1])
+    interval = f" (± {good.error:.1%}, 95 % interval)" if good.error is not None else ""
+    prefix = (
+        "The smallest setting that keeps 99 % of the score" if good.share >= KEPT else "No setting keeps 99 %; the best"
+    )
+    return f"{prefix} is {good.name}: {good.share:.1%}{interval} at {good.bits_per_weight:.2f} bits per weight."
 
 
 def as_data(picture: Picture) -> dict[str, str]:

@@ -15,12 +15,13 @@ import numpy as np
 from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.study.importance import Importance
-from exporter.study.records import ScoredSetting
+from exporter.study.records import Point, ScoredSetting
 from exporter.study.table import Table
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130
+PHONE = 4.8  # width in inches of figures that stay readable at 400 px
 DARK = 0.5  # cells below this share of the color range have white text
 LEAST_KL = 1e-6  # lower end of the log axis
 EXAMS = "scores are relative to the full-precision model on the same samples (allocations: on the validation split)"
@@ -99,67 +100,72 @@ def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], met
     axes.set_xlabel(f"{second} bits")
     axes.set_ylabel(f"{first} bits")
     title = f"{subtable.metric} by bits, {method}"
-    axes.set_title(title, loc="left")
     figure.colorbar(image, ax=axes)
     about = f"{subtable.metric} from {low:.3f} to {high:.3f} over {first} and {second} bits"
     return encode_figure(figure, f"heat-{first}-{second}-{method}.png", title, about)
 
 
 def pareto(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    other_series: Mapping[str, Sequence[tuple[float, float]]],
-    line_series: str,
-) -> Picture:
-    """Scatter plots of score over bits per weight, full range and upper end, with the Pareto front of `series`.
+    series: Mapping[str, Sequence[Point]], other_series: Mapping[str, Sequence[Point]], line_series: str
+) -> list[Picture]:
+    """Scatter plots of score over bits per weight, of all scores and above UPPER, with the Pareto front of `series`.
 
-    series: name -> points (bits per weight, share of the full score). other_series: the same for other models, without
-    effect on the front. line_series: name of the series to draw as a line.
+    other_series: of other models, without effect on the front. line_series: name of the series to draw as a line.
     """
-    figure, axes = create_figure(10, 4.8, 2)
     front_points = front([point for points in series.values() for point in points])
-    for number, (name, points) in enumerate({**series, **other_series}.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-        hollow = {"markerfacecolor": "none"} if name in other_series else {}
-        for axis in axes:
-            axis.plot(
-                xs, ys, linestyle="-" if name == line_series else "none", alpha=0.85, label=name, **style, **hollow
-            )
-    for axis in axes:
+    about = "; ".join(share_text(point) for point in front_points[:: max(1, len(front_points) // 6)])
+    pictures = []
+    for name, title, low in (
+        ("pareto.png", "Score relative to full precision, by size", None),
+        ("pareto-upper.png", f"The same, above {UPPER:.0%}", UPPER),
+    ):
+        figure, axis = create_figure(PHONE, 4.2)
+        for number, (label, points) in enumerate({**series, **other_series}.items()):
+            style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            hollow = {"markerfacecolor": "none"} if label in other_series else {}
+            line = {"linestyle": "-" if label == line_series else "none", "label": label}
+            _scatter(axis, points, style | hollow | line)
         if front_points:
-            axis.step(
-                *zip(*front_points, strict=True),
-                where="post",
-                color="#555555",
-                linewidth=1,
-                linestyle="--",
-                label="Pareto front",
-            )
+            steps = [(point.bits_per_weight, point.share) for point in front_points]
+            dashes: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": "--", "label": "Pareto front"}
+            axis.step(*zip(*steps, strict=True), where="post", **dashes)
         axis.set_xlabel("bits per weight of the whole artifact")
+        axis.set_ylabel("share of the full-precision score")
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("score relative to full precision")
-    axes[1].set_ylim(UPPER, 1.02)
-    axes[1].set_title(f"above {UPPER:.0%}", loc="left", fontsize=10)
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
-    title = "Score relative to full precision, by size"
-    axes[0].set_title(title, loc="left")
-    about = "; ".join(f"{y:.1%} at {x:.2f} bits per weight" for x, y in front_points[:: max(1, len(front_points) // 6)])
-    return encode_figure(figure, "pareto.png", title, f"Pareto front: {about}; {EXAMS}")
+        if low is not None:
+            axis.set_ylim(low, 1.02)
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=1 if len(series) > 3 else 2)
+        text = f"Pareto front: {about}; {EXAMS}; bars: 95 % intervals" if low is None else f"Scores from {low:.0%} on"
+        pictures.append(encode_figure(figure, name, title, text))
+    return pictures
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The Pareto front, sorted by x: points whose y is larger than that of every point with at most their x."""
-    front_points: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front_points or y > front_points[-1][1]:
-            front_points.append((x, y))
+def _scatter(axis: Any, points: Sequence[Point], style: Mapping[str, Any]) -> None:
+    """Points with their intervals, in the order of size."""
+    ordered = sorted(points, key=lambda point: (point.bits_per_weight, point.share))
+    errors = [point.error or 0.0 for point in ordered]
+    xs, ys = [point.bits_per_weight for point in ordered], [point.share for point in ordered]
+    axis.errorbar(xs, ys, errors if any(errors) else None, alpha=0.85, elinewidth=0.8, capsize=2, **style)
+
+
+def share_text(point: Point) -> str:
+    """A setting in words: its share of the score with its interval, and its size."""
+    interval = f" ± {point.error:.1%}" if point.error is not None else ""
+    return f"{point.share:.1%}{interval} at {point.bits_per_weight:.2f} bits per weight"
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The Pareto front by size: points whose share is larger than that of every point with at most their size."""
+    front_points: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.bits_per_weight, -point.share)):
+        if not front_points or point.share > front_points[-1].share:
+            front_points.append(point)
     return front_points
 
 
 def importance_bars(result: Importance, name: str) -> Picture:
     """Bars of the consensus importance per component, in the whole grid and in the usable region."""
-    figure, axes = create_figure(7.5, 3.2)
+    figure, axes = create_figure(PHONE, 3.4)
     series = {"whole grid": result.shares.consensus} | (
         {"usable bits only": result.inside.consensus} if result.inside else {}
     )
@@ -174,18 +180,16 @@ def importance_bars(result: Importance, name: str) -> Picture:
     axes.set_xticks(range(len(components)), components)
     axes.set_ylabel("consensus importance, %")
     axes.set_ylim(0, 115)
-    axes.legend(
-        frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1)
-    )  # outside of the axes, because bars may reach any corner
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     title = f"Importance of components for {result.metric}, {name}"
-    axes.set_title(title, loc="left")
     about = "; ".join(f"{label}: {', '.join(f'{c} {s:.0f} %' for c, s in x.items())}" for label, x in series.items())
+    about += f"; from {result.shares.rows} settings"
     return encode_figure(figure, f"importance-{name}.png", title, about)
 
 
 def marginal_lines(result: Importance, name: str) -> Picture:
     """Change of score per bit width of each component in the usable region, with standard errors."""
-    figure, axes = create_figure(6.5, 3.2)
+    figure, axes = create_figure(PHONE, 3.4)
     for number, (component, changes) in enumerate(result.marginal.items()):
         style = {"color": COLORS[number], "marker": MARKERS[number], "label": component, "capsize": 2}
         if changes:
@@ -198,9 +202,11 @@ def marginal_lines(result: Importance, name: str) -> Picture:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     title = f"Change of score by bits in the usable region, {name}"
-    axes.set_title(title, loc="left")
-    worst = {name: min((c.change for c in changes), default=0.0) for name, changes in result.marginal.items()}
-    about = "largest loss: " + ", ".join(f"{name} {change:+z.1%}" for name, change in worst.items())
+    worst = {
+        name: min(changes, key=lambda change: change.change) for name, changes in result.marginal.items() if changes
+    }
+    about = "largest loss: " + ", ".join(f"{name} {c.change:+z.1%} ± {c.error:.1%}" for name, c in worst.items())
+    about += " (standard error over the bits of the other components)"
     return encode_figure(figure, f"marginal-{name}.png", title, about)
 
 
@@ -213,25 +219,25 @@ def sensitivity(settings: Sequence[ScoredSetting]) -> Picture:
             name = str(setting.about["place"])
             by_slot[name] = min(setting.scores["kl"], by_slot.get(name, np.inf))
     places = list(dict.fromkeys(name for by_slot in by_bits.values() for name in by_slot))
-    figure, axes = create_figure(2 + 0.42 * max(len(places), 8), 4.2)
+    figure, axes = create_figure(PHONE, 1.4 + 0.24 * max(len(places), 4))
     clipped = sum(value < LEAST_KL for by_slot in by_bits.values() for value in by_slot.values())
     for number, (bits, by_slot) in enumerate(sorted(by_bits.items())):
-        xs = [places.index(name) for name in by_slot]
-        ys = [max(value, LEAST_KL) for value in by_slot.values()]
+        rows = [places.index(name) for name in by_slot]
+        values = [max(value, LEAST_KL) for value in by_slot.values()]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot(xs, ys, linestyle="none", markersize=6, label=f"{bits} bits", **style)
+        axes.plot(values, rows, linestyle="none", markersize=6, label=f"{bits} bits", **style)
     values = [max(value, LEAST_KL) for by_slot in by_bits.values() for value in by_slot.values()]
-    axes.set_ylim(min(values) / 2, max(values) * 2)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("KL per token, quantized alone")
+    axes.set_xlim(min(values) / 2, max(values) * 2)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(places)), places, fontsize=9)
+    axes.set_ylim(len(places) - 0.5, -0.5)
+    axes.set_xlabel("KL per token, quantized alone")
     if clipped:
         label = f"{LEAST_KL:.0e} or less"
-        axes.axhline(LEAST_KL, color="#555555", linewidth=1, linestyle=":", zorder=0, label=label)
+        axes.axvline(LEAST_KL, color="#555555", linewidth=1, linestyle=":", zorder=0, label=label)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     title = "Sensitivity: KL divergence with one part quantized"
-    axes.set_title(title, loc="left")
     lowest = min(by_bits)
     top = sorted(by_bits[lowest].items(), key=lambda item: -item[1])[:3]
     about = f"largest at {lowest} bits: " + ", ".join(f"{name} {value:.3g}" for name, value in top)

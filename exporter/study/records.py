@@ -18,6 +18,7 @@ from exporter.files.writing import make_folder
 FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles
 FULL = "none"  # method of the full-precision setting
+ERROR, SAMPLES = "score error", "samples"  # scores that say how certain `score` is; older studies lack them
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
   id TEXT PRIMARY KEY,      -- digest of the units and the exam, so that a setting is measured once
@@ -72,6 +73,17 @@ class ScoredSetting:
         """One row of the CSV file."""
         plain = {"bytes": self.bytes, "bits_per_weight": self.bits_per_weight, "seconds": self.seconds}
         return {**self.about, **plain, **self.scores, "exam": self.exam[:EXAM_DIGITS]}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting in a plot. share: score as a share of the full-precision score; error: half of its 95 % interval."""
+
+    bits_per_weight: float
+    share: float
+    error: float | None = None
+    name: str = ""
+    bytes: int = 0
 
 
 class Records:

@@ -70,8 +70,8 @@ class Search:
             self.truth += list(zip(pairs_by_query, self._scored(model, searched, pairs_by_query, device), strict=True))
 
     @torch.inference_mode()
-    def grade(self, model: Any, device: torch.device) -> dict[str, float]:
-        """`r1` (mean of both directions), `text_r1`, `image_r1`, and `kl` after `learn`."""
+    def grade(self, model: Any, device: torch.device) -> dict[str, list[float]]:
+        """`r1` (mean of both directions), `text_r1`, `image_r1` of each sample, and `kl` after `learn`."""
         searched = self._search(model, device)
         answers: list[str] = []
         divergences: list[float] = []
@@ -85,8 +85,8 @@ class Search:
             ]
             scored_references = zip(references, scores[len(pairs_by_query) :], strict=True)
             divergences += [divergence(reference, values, pairs[2]) for (pairs, reference), values in scored_references]
-        means = {name: sum(v) / len(v) for name, v in retrieval.score(answers, self.samples).items() if name in SHOWN}
-        return means | ({"kl": sum(divergences) / len(divergences)} if divergences else {})
+        values = {name: list(v) for name, v in retrieval.score(answers, self.samples).items() if name in SHOWN}
+        return values | ({"kl": divergences} if divergences else {})
 
     def _search(self, model: Any, device: torch.device) -> EncodedPool:
         return encode_pool(model, self.processor, self.pool, device, BatchSize(self.batch), self.pixels)

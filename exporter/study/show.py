@@ -7,7 +7,7 @@ from rich.table import Table
 
 from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
-from exporter.study.records import ScoredSetting, columns
+from exporter.study.records import ERROR, SAMPLES, ScoredSetting, columns
 from exporter.study.run import Outcome
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
@@ -90,7 +90,13 @@ def outcome_page(outcome: Outcome) -> Group:
     bits = [name for name in columns_of(outcome.settings) if name.endswith("_bits") and _varies(outcome.settings, name)]
     other_columns = [name for name in VARYING_COLUMNS if _varies(outcome.settings, name)]
     scores = (
-        [name for name in outcome.settings[0].scores if not name.endswith((" nll", " kl"))] if outcome.settings else []
+        [
+            name
+            for name in outcome.settings[0].scores
+            if not name.endswith((" nll", " kl")) and name not in (ERROR, SAMPLES)
+        ]
+        if outcome.settings
+        else []
     )
     table = Table("", box=None)
     for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores)):

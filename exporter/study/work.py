@@ -232,11 +232,12 @@ class Examiner:
     def _answers(self) -> exam.ExamScores:
         predictor = Predictor(self._live, self._processor, self._model.family, self._device, self._batch)
         scores: exam.ExamScores = {}
+        firsts = []
         for task, samples in self._samples.items():
             values = TASKS[task].score(predictor.answer(samples), samples)
             scores |= {f"{task} {m}": sum(values[m]) / len(samples) for m in measured(task, samples)}
-        firsts = [scores[f"{task} {measured(task, samples)[0]}"] for task, samples in self._samples.items()]
-        return scores | {"score": sum(firsts) / len(firsts)}
+            firsts.append(values[measured(task, samples)[0]])
+        return scores | exam.overall(firsts)
 
 
 @lru_cache(maxsize=1)
