@@ -18,7 +18,7 @@ from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study import gallery, pictures
 from exporter.study.gallery import components_of, gather, paper_points, write_page
-from exporter.study.records import ERROR, FILE, SAMPLES, Point, Records, ScoredSetting, as_csv
+from exporter.study.records import ERROR, FILE, SAMPLES, PlottedSetting, Records, ScoredSetting, as_csv
 from exporter.study.table import Table, read_table
 from tests.browser import Browser, browser
 from tests.page_audit import WIDTHS, audit, need_browser
@@ -131,8 +131,8 @@ def test_the_text_counts_values_below_the_axis(tmp_path: Path) -> None:
 
 
 def test_the_front_omits_dominated_points() -> None:
-    points = [Point(*xy) for xy in [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]]
-    assert pictures.front(points) == [Point(3.0, 0.2), Point(4.0, 0.9), Point(8.0, 1.0)]
+    points = [PlottedSetting(*xy) for xy in [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]]
+    assert pictures.front(points) == [PlottedSetting(3.0, 0.2), PlottedSetting(4.0, 0.9), PlottedSetting(8.0, 1.0)]
 
 
 def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() -> None:
@@ -150,7 +150,7 @@ def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() ->
 def test_points_of_a_paper_are_shares_of_its_full_score(tmp_path: Path) -> None:
     path = tmp_path / "paper.csv"
     path.write_text("vision_bits,language_bits,acc,bpw\n4,4,60,4.5\n16,16,61,16\n2,4,30,4.4\n")
-    assert paper_points(path) == [Point(4.5, 60 / 61), Point(16, 1), Point(4.4, 30 / 61)]
+    assert paper_points(path) == [PlottedSetting(4.5, 60 / 61), PlottedSetting(16, 1), PlottedSetting(4.4, 30 / 61)]
     path.write_text("vision_bits,language_bits,acc\n4,4,60\n16,16,61\n")
     with pytest.raises(DataError, match="no column bpw"):
         paper_points(path)

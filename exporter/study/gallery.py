@@ -15,7 +15,7 @@ from exporter.study.records import (
     ERROR,
     FILE,
     SAMPLES,
-    Point,
+    PlottedSetting,
     ScoredSetting,
     columns,
     is_full,
@@ -116,7 +116,9 @@ def _sequential(setting: ScoredSetting) -> bool:
     return bool(setting.about.get("sequential"))
 
 
-def _series(grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting], score: str) -> dict[str, list[Point]]:
+def _series(
+    grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting], score: str
+) -> dict[str, list[PlottedSetting]]:
     """Series name -> its settings, with scores relative to the full-precision model's on the same exam."""
     full = {
         setting.exam: setting.scores[score]
@@ -128,7 +130,7 @@ def _series(grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting]
         for setting in allocations
         if setting.about.get("name") == "full" and score in setting.scores
     }
-    series: dict[str, list[Point]] = {}
+    series: dict[str, list[PlottedSetting]] = {}
     for setting in [*grids, *allocations]:
         if not full.get(setting.exam) or score not in setting.scores:
             continue
@@ -145,14 +147,14 @@ def _series(grids: Sequence[ScoredSetting], allocations: Sequence[ScoredSetting]
     return series
 
 
-def _point(setting: ScoredSetting, score: str, full: float) -> Point:
+def _point(setting: ScoredSetting, score: str, full: float) -> PlottedSetting:
     error = Z95 * setting.scores[ERROR] / full if score == "score" and ERROR in setting.scores else None
     bits = [f"{key.removesuffix(SUFFIX)} {value}" for key, value in setting.about.items() if key.endswith(SUFFIX)]
     name = str(setting.about.get("name", "")) or ", ".join(bits)
-    return Point(setting.bits_per_weight, setting.scores[score] / full, error, name, setting.bytes)
+    return PlottedSetting(setting.bits_per_weight, setting.scores[score] / full, error, name, setting.bytes)
 
 
-def paper_points(path: Path) -> list[Point]:
+def paper_points(path: Path) -> list[PlottedSetting]:
     """The settings of a CSV file with a column `bpw`."""
     table = read_csv(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -160,7 +162,9 @@ def paper_points(path: Path) -> list[Point]:
     if any(not size for size in sizes):
         raise DataError(f"{path} has no column {SIZE}", f"add bits per weight as column {SIZE}, or drop this --paper")
     full = table.full_score()
-    return [Point(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)]
+    return [
+        PlottedSetting(float(size or 0), float(value) / full) for size, value in zip(sizes, table.scores, strict=True)
+    ]
 
 
 def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
@@ -172,7 +176,7 @@ def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
     return [folder / picture.name for picture in gallery]
 
 
-def front_table(folder: Path, score: str = "score") -> list[Point]:
+def front_table(folder: Path, score: str = "score") -> list[PlottedSetting]:
     """The settings of a study's folder on the Pareto front, smallest first; empty without a full-precision score."""
     grids = last_exam(read_records(folder / FILE)) if (folder / FILE).exists() else []
     front = folder / f"{TABLE}-front.sqlite"
@@ -218,7 +222,7 @@ def write_page(gallery: Sequence[Picture], folder: Path, path: Path, score: str 
     return path
 
 
-def verdict(front: Sequence[Point]) -> str:
+def verdict(front: Sequence[PlottedSetting]) -> str:
     """The first sentence of the page: the smallest setting that keeps 99 % of the score, else the best one."""
     if not front:
         return ""

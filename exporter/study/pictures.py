@@ -15,7 +15,7 @@ import numpy as np
 from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.study.importance import Importance
-from exporter.study.records import Point, ScoredSetting
+from exporter.study.records import PlottedSetting, ScoredSetting
 from exporter.study.table import Table
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -106,7 +106,9 @@ def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], met
 
 
 def pareto(
-    series: Mapping[str, Sequence[Point]], other_series: Mapping[str, Sequence[Point]], line_series: str
+    series: Mapping[str, Sequence[PlottedSetting]],
+    other_series: Mapping[str, Sequence[PlottedSetting]],
+    line_series: str,
 ) -> list[Picture]:
     """Scatter plots of score over bits per weight, of all scores and above UPPER, with the Pareto front of `series`.
 
@@ -140,7 +142,7 @@ def pareto(
     return pictures
 
 
-def _scatter(axis: Any, points: Sequence[Point], style: Mapping[str, Any]) -> None:
+def _scatter(axis: Any, points: Sequence[PlottedSetting], style: Mapping[str, Any]) -> None:
     """Points with their intervals, in the order of size."""
     ordered = sorted(points, key=lambda point: (point.bits_per_weight, point.share))
     errors = [point.error or 0.0 for point in ordered]
@@ -148,15 +150,15 @@ def _scatter(axis: Any, points: Sequence[Point], style: Mapping[str, Any]) -> No
     axis.errorbar(xs, ys, errors if any(errors) else None, alpha=0.85, elinewidth=0.8, capsize=2, **style)
 
 
-def share_text(point: Point) -> str:
+def share_text(point: PlottedSetting) -> str:
     """A setting in words: its share of the score with its interval, and its size."""
     interval = f" ± {point.error:.1%}" if point.error is not None else ""
     return f"{point.share:.1%}{interval} at {point.bits_per_weight:.2f} bits per weight"
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(points: Sequence[PlottedSetting]) -> list[PlottedSetting]:
     """The Pareto front by size: points whose share is larger than that of every point with at most their size."""
-    front_points: list[Point] = []
+    front_points: list[PlottedSetting] = []
     for point in sorted(points, key=lambda point: (point.bits_per_weight, -point.share)):
         if not front_points or point.share > front_points[-1].share:
             front_points.append(point)

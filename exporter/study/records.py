@@ -76,7 +76,7 @@ class ScoredSetting:
 
 
 @dataclass(frozen=True)
-class Point:
+class PlottedSetting:
     """A setting in a plot. share: score as a share of the full-precision score; error: half of its 95 % interval."""
 
     bits_per_weight: float
