@@ -43,7 +43,7 @@ test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on 
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
 	rm -rf build/line_tests
-	env -u MMQ_VLLM $(BIN)/python -m pytest -q -p bench.line_tests $(PARALLEL)
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -p bench.line_tests -m "not slow" $(PARALLEL)
 	$(BIN)/python -m bench.mutate $(MUTATIONS)
 	$(BIN)/python -m bench.mutations
 

@@ -23,18 +23,19 @@ from exporter.quantization import calibrate
 from exporter.quantization.block import relative_error
 from exporter.quantization.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
+from tests.tiny_models import QUICK
 
 LLAVA = FAMILIES["llava"]
 LANGUAGE = (
     Rule(component="language", method="rtn", bits=3, group_size="row", blocks="0:1", role="attention"),
-    Rule(component="language", method="gptq", bits=3, group_size=32, symmetric=False),
+    Rule(component="language", method="gptq", bits=3, group_size=32, symmetric=False, options=QUICK["gptq"]),
 )
 RULES = (
-    Rule(component="vision", method="gptq", bits=4, group_size=16),
-    Rule(component="projector", method="gptq", bits=4, group_size="row"),
+    Rule(component="vision", method="gptq", bits=4, group_size=16, options=QUICK["gptq"]),
+    Rule(component="projector", method="gptq", bits=4, group_size="row", options=QUICK["gptq"]),
     *LANGUAGE,
 )
-FORMER = Rule(component="qformer", method="gptq", bits=4, group_size=16)
+FORMER = Rule(component="qformer", method="gptq", bits=4, group_size=16, options=QUICK["gptq"])
 RULES_OF = {
     "llava": RULES,
     "blip2": (

@@ -173,7 +173,7 @@ def test_a_failed_gate_has_its_own_exit_code_and_a_message_with_the_loss(tmp_pat
     recipe = tmp_path / "ruin.yaml"
     text = mmq("recipes", "llava-w4-vit8").output
     recipe.write_text(text.replace("bits: 4, group_size: 128", "bits: 2, group_size: row").replace("gptq", "rtn"))
-    result = mmq(*quick(tmp_path / "out", "--eval-samples", "40", "--recipe", str(recipe)))
+    result = mmq(*quick(tmp_path / "out", "--eval-samples", "20", "--recipe", str(recipe)))
     assert result.exit_code == 3, result.output
     assert "gates failed" in result.stderr
     assert "a gate failed: the loss is larger than the recipe allows" in result.stdout
@@ -185,23 +185,23 @@ def test_a_failed_gate_has_its_own_exit_code_and_a_message_with_the_loss(tmp_pat
 def test_an_export_with_few_test_samples_is_not_resolved(tmp_path: Path) -> None:
     """Neither passed nor failed: exit code 5, and a message with the number of samples that would resolve it."""
     out = tmp_path / "out"
-    result = mmq(*quick(out, "--eval-samples", "20", "--recipe", "llava-w8"))
+    result = mmq(*quick(out, "--eval-samples", "9", "--recipe", "llava-w8"))
     assert result.exit_code == 5, result.output
     assert "Not resolved: " in result.stderr
     assert "2 of 2 gates are not resolved" in result.stderr
     assert re.search(
-        r"gate vqa accuracy: not resolved with 20 samples: changed by .*; about [\d,]+ samples would", result.stdout
+        r"gate vqa accuracy: not resolved with 9 samples: changed by .*; about [\d,]+ samples would", result.stdout
     )
     assert "passed" not in result.stdout
     assert "Error" not in result.stderr
     report = json.loads((out / "mmq_report.json").read_text())
     assert (report["passed"], report["verdict"]) == (False, "not resolved")
-    second = mmq("evaluate", str(out), "--eval-samples", "20", "--json")
+    second = mmq("evaluate", str(out), "--eval-samples", "9", "--json")
     assert second.exit_code == 5
     assert [gate["verdict"] for gate in json.loads(second.stdout)["gates"]] == ["not resolved", "not resolved"]
     refused = mmq("publish", str(out), "--repo", "me/x", "--dry-run")
     assert refused.exit_code == 1
-    assert "gate vqa accuracy: not resolved with 20 samples" in refused.stderr
+    assert "gate vqa accuracy: not resolved with 9 samples" in refused.stderr
 
 
 def test_an_artifact_of_a_recipe_without_gates_is_served_at_any_score(tmp_path: Path) -> None:

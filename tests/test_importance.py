@@ -27,6 +27,13 @@ def grid(vision: float, language: float) -> Table:
     return Table(("vision", "language"), bits, scores, "score")
 
 
+@pytest.fixture(autouse=True)
+def fewer_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for shares to differ clearly."""
+    monkeypatch.setattr("exporter.study.importance.TREES", 40)
+    monkeypatch.setattr("exporter.study.importance.REPEATS", 10)
+
+
 @pytest.fixture
 def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what no share decides."""

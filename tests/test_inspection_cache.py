@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exporter.__main__ import _model
+from exporter.__main__ import _value
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError
 from exporter.model import inspection_cache, processor_inspector
@@ -133,8 +133,8 @@ def test_refusals_are_not_kept(model: Path) -> None:
 
 
 def test_the_model_of_a_command_line() -> None:
-    assert _model(["mmq", "plan", "--model", "./m", "--all"]) == "./m"
-    assert _model(["mmq", "plan", "--model=./m"]) == "./m"
-    assert _model(["mmq", "plan", "--model"]) is None
-    assert _model(["mmq", "plan"]) is None
+    assert _value(["mmq", "plan", "--model", "./m", "--all"], "--model") == "./m"
+    assert _value(["mmq", "plan", "--model=./m"], "--model") == "./m"
+    assert _value(["mmq", "plan", "--model"], "--model") is None
+    assert _value(["mmq", "plan"], "--model") is None
     start_helper("no/such-model")
