@@ -18,7 +18,8 @@ from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.report_file import REPORT, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
 from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
-from exporter.publishing.card import RESULTS, CardDeclarations, render, table
+from exporter.publishing.card import RESULTS, CardDeclarations, render
+from exporter.publishing.card_table import table
 from exporter.publishing.repository import package
 from tests.published_artifact import tiny_artifact, tiny_model
 

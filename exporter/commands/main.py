@@ -9,6 +9,7 @@ import click
 
 from exporter.commands.allocate import allocate
 from exporter.commands.ask import ask
+from exporter.commands.bench import bench
 from exporter.commands.data import datasets, score
 from exporter.commands.data_check import data
 from exporter.commands.evaluate import evaluate
@@ -259,7 +260,7 @@ def doctor(as_json: bool) -> None:
 
 COMMANDS = (  # in the order of `mmq --help`
     *(recipes, plan, export, evaluate, verify, report),
-    *(ask, serve, check, publish, diff),
+    *(ask, serve, check, bench, publish, diff),
     *(study, allocate, data, datasets, score, doctor),
 )
 for command in COMMANDS:

@@ -5,6 +5,8 @@ import shlex
 
 from exporter.commands.next_steps import command
 from exporter.demo.example import PICTURE, QUESTION
+from exporter.evaluation.speed_record import SpeedRecord
+from exporter.evaluation.speed_table import figures_rows
 from exporter.model.families import Family
 from exporter.serving.check import CheckResult
 from exporter.serving.launch import Launch
@@ -80,3 +82,15 @@ def checked_page(result: CheckResult) -> str:
     ]
     lines += [f"kernel {kernel}" for kernel in result.kernels]
     return "\n".join([*lines, "passed" if result.passed else "FAILED"])
+
+
+def speed_page(record: SpeedRecord) -> str:
+    """The result of `mmq bench` as a table."""
+    rows = [("", "artifact", "source", ""), *figures_rows(record.artifact, record.source)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    head = f"{record.engine} on {record.device}; {record.tokens} tokens a request, {record.requests} requests a client"
+    return "\n".join([head, *(line.rstrip() for line in lines)])

@@ -24,6 +24,8 @@ from exporter.artifact.manifest import (
 from exporter.evaluation.evaluation_record import Closed, EvaluationRecord, MetricName, Positive
 from exporter.evaluation.gates import Overall, Verdict
 from exporter.evaluation.report_upgrade import from_version_1
+from exporter.evaluation.speed_record import KEY as SPEED_KEY
+from exporter.evaluation.speed_record import SpeedRecord, plain_speed, read_speed
 from exporter.files.writing import write_text
 
 REPORT = "mmq_report.json"
@@ -211,6 +213,7 @@ def parse_report(content: bytes, where: str) -> tuple[Report | None, ServingReco
     """
     plain = parse_json(content, where)
     serving = plain.pop("serving", None)
+    plain.pop(SPEED_KEY, None)  # `speed_record.parse_speed` reads it
     evaluated = None
     if plain.keys() - {"format_version"}:
         if plain.get("format_version", 1) == 1:
@@ -228,13 +231,18 @@ def read_report(folder: Path) -> tuple[Report | None, ServingRecord | None]:
 
 
 def write_report(folder: Path, report: Report | None, serving: ServingRecord | None) -> None:
-    """Write a report into an artifact's folder, atomically."""
-    write_text(folder / REPORT, dump(report, serving))
+    """Write a report into an artifact's folder, atomically; the result of `mmq bench` in the folder's report stays."""
+    write_text(folder / REPORT, dump(report, serving, read_speed(folder / REPORT)))
 
 
-def dump(report: Report | None, serving: ServingRecord | None) -> str:
+def write_speed(folder: Path, speed: SpeedRecord) -> None:
+    """Write the result of `mmq bench` into an artifact's report, atomically; the rest of the report stays."""
+    write_text(folder / REPORT, dump(*read_report(folder), speed))
+
+
+def dump(report: Report | None, serving: ServingRecord | None, speed: SpeedRecord | None = None) -> str:
     """Text of the report file: indented JSON, with the scores of single samples in one line per list."""
-    plain: dict[str, Any] = report.plain() if report else {}
+    plain: dict[str, Any] = (report.plain() if report else {}) | plain_speed(speed)
     if serving:
         plain["serving"] = serving.model_dump(mode="json")
     text = json.dumps({"format_version": VERSION, **plain}, indent=1, sort_keys=True)

@@ -61,6 +61,11 @@ def stream_text(url: str, body: Mapping[str, Any], seconds: float = 300.0, key: 
 
     A server that does not stream sends one piece.
     """
+    return map(_piece, stream_events(url, body, seconds, key))
+
+
+def stream_events(url: str, body: Mapping[str, Any], seconds: float = 300.0, key: str | None = None) -> Iterator[str]:
+    """The JSON texts of a streamed response, as the server sends them; RequestFailed as for `request_json`."""
     import httpx2
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -73,7 +78,7 @@ def stream_text(url: str, body: Mapping[str, Any], seconds: float = 300.0, key: 
             for line in response.iter_lines():
                 content = line.removeprefix("data:").strip()
                 if content and content != "[DONE]" and not content.startswith(":"):
-                    yield _piece(content)
+                    yield content
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise RequestFailed(f"no response ({type(error).__name__}: {error})", sent=False) from None
 

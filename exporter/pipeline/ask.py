@@ -68,7 +68,7 @@ def question(picture: Path, text: str | None, longest: int, as_is: bool, model: 
 
 def ask(model: str, request: PictureQuestion, device: Device, on_event: Listener, on_text: OnText) -> str:
     """The answer of an artifact or a model (folder, hub id, demo name), computed here; `on_text` gets its pieces."""
-    with _loaded(model, request, device, on_event) as predictor:
+    with opened_model(model, request.wording, device, on_event) as predictor:
         return predictor.stream(request.sample, request.longest, on_text)
 
 
@@ -102,10 +102,15 @@ def source_of(artifact: str, baseline: str | None, on_event: Listener) -> str:
 
 
 @contextmanager
-def _loaded(model: str, request: PictureQuestion, device: Device, on_event: Listener) -> Iterator[Predictor]:
-    """A predictor of an artifact (its weights dequantized, rounding as served) or of a model."""
+def opened_model(
+    model: str, wording: Callable[[Family], Family], device: Device, on_event: Listener
+) -> Iterator[Predictor]:
+    """A predictor of an artifact (its weights dequantized, rounding as served) or of a model.
+
+    wording: changes prompts and answer lengths of the family.
+    """
     checkpoint, family = open_source(model)
-    family = request.wording(_answering(family))
+    family = wording(_answering(family))
     label = f"loading {Path(model).name}"
     on_event(Event("prepare", 0, 1, label))
     stored = next(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)

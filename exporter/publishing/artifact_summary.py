@@ -14,6 +14,7 @@ from exporter.demo import MODELS
 from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.report_file import REPORT, Report, ServingRecord, parse_report
+from exporter.evaluation.speed_record import SpeedRecord, parse_speed
 from exporter.model.families import FAMILIES
 from exporter.model.hub import PREFIX, open_remote, parse_place
 from exporter.numerics.quantized import Scheme
@@ -44,7 +45,10 @@ class SchemeGroup:
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of one artifact. report: None before the first evaluation. serving: None before the first `mmq check`."""
+    """Summary of one artifact.
+
+    report, serving, speed: None before the first evaluation, `mmq check`, `mmq bench`.
+    """
 
     name: str
     manifest: Manifest
@@ -52,6 +56,7 @@ class Summary:
     recipe: Recipe
     parts: tuple[SchemeGroup, ...]
     serving: ServingRecord | None = None
+    speed: SpeedRecord | None = None
 
     @property
     def source(self) -> str:
@@ -118,6 +123,7 @@ def read_summary(name: str, read: ReadFile) -> Summary:
     manifest = parse_manifest(_needed(name, read, MANIFEST), f"{MANIFEST} of {name}")
     stored = read(REPORT)
     report, serving = (None, None) if stored is None else parse_report(stored, f"{REPORT} of {name}")
+    speed = None if stored is None else parse_speed(stored, f"{REPORT} of {name}")
     try:
         recipe = parse_recipe(_needed(name, read, RECIPE).decode(), f"{RECIPE} of {name}")
         config = json.loads(_needed(name, read, "config.json"))
@@ -126,7 +132,7 @@ def read_summary(name: str, read: ReadFile) -> Summary:
         raise ArtifactError(error.message, "export it again") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ArtifactError(f"{name}: its config.json or recipe is damaged ({error})", "export it again") from None
-    return Summary(name, manifest, report, recipe, parts, serving)
+    return Summary(name, manifest, report, recipe, parts, serving, speed)
 
 
 def _needed(name: str, read: ReadFile, file: str) -> bytes:

@@ -16,7 +16,8 @@ from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import Report
 from exporter.model.families import FAMILIES
 from exporter.publishing.artifact_summary import Summary, drawings_note
-from exporter.publishing.card_serving import serving
+from exporter.publishing.card_serving import serving, speed_section
+from exporter.publishing.card_table import table
 from exporter.publishing.card_usage import creation, hardware, provenance, python_example
 from exporter.publishing.headline import headline
 
@@ -80,6 +81,7 @@ def render(
         "## Serving\n\n" + serving(repo, summary, lacks_start),
         python_example(repo, summary, lacks_start),
         "## Hardware\n\n" + hardware(summary),
+        speed_section(summary),
         "## Calibration\n\n" + _calibration(summary),
         "## Provenance\n\n" + provenance(repo, summary),
         "## Limitations\n\n" + _limits(summary),
@@ -282,12 +284,6 @@ def _limits(summary: Summary) -> str:
     lines.append("- The scores hold for the samples above. Evaluate the model on your own data before you use it.")
     lines.append("- The limitations and the license of the source model also apply to this model.")
     return "\n".join(lines)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; vertical bars inside cells are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def gigabytes(count: float) -> str:

@@ -1,10 +1,12 @@
-"""Render the serving section of the model card."""
+"""Render the sections of the model card about serving and speed."""
 
 import json
 
 from exporter.artifact.artifact import with_recorded_prompts
+from exporter.evaluation.speed_table import figures_rows
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
+from exporter.publishing.card_table import table
 from exporter.serving.launch import TESTED_VERSION
 
 QUESTION = "What is in the picture?"
@@ -79,3 +81,13 @@ def _checked(summary: Summary) -> str:
         f"about pictures; its log-probabilities {verdict} those of the dequantized weights in transformers (bound "
         f"{record.bound})."
     )
+
+
+def speed_section(summary: Summary) -> str:
+    """Result of `mmq bench`; empty when it did not run."""
+    speed = summary.speed
+    if speed is None:
+        return ""
+    rows = [list(row) for row in figures_rows(speed.artifact, speed.source)]
+    about = f"{speed.engine} on {speed.device}; every request generates {speed.tokens} tokens about its own picture"
+    return f"## Speed and memory\n\n{about}.\n\n" + table(["", "this model", "source", "ratio"], rows)

@@ -21,7 +21,7 @@ from exporter.publishing.proof_evaluation import evaluation_problems
 from exporter.publishing.proof_files import file_problems
 from exporter.publishing.proof_plan import plan_problems
 from exporter.publishing.proof_report import score_problems
-from exporter.publishing.proof_serving import serving_problems
+from exporter.publishing.proof_serving import serving_problems, speed_problems
 
 
 def prove(
@@ -50,6 +50,8 @@ def prove(
         problems += serving_problems(summary, summary.serving, artifact, weights_digest(artifact))
     elif summary.manifest.serving:
         problems.append("the manifest has a verdict of `mmq check` but the report has none: run `mmq check` again")
+    if summary.speed:
+        problems += speed_problems(summary, weights_digest(artifact))
     return summary, tuple(dict.fromkeys(problems))
 
 

@@ -29,6 +29,12 @@ def serving_problems(summary: Summary, serving: ServingRecord, artifact: Artifac
         yield from (f"`mmq check` passed, although {line}: {AGAIN}" for line in _unproven(serving, artifact))
 
 
+def speed_problems(summary: Summary, weights: str) -> Iterator[str]:
+    """One line if the result of `mmq bench` is about other weights. weights: `weights_digest` of the artifact."""
+    if summary.speed is not None and summary.speed.weights != weights:
+        yield "the result of `mmq bench` is about other weights: run `mmq bench` again"
+
+
 def _unproven(serving: ServingRecord, artifact: Artifact) -> Iterator[str]:
     """Reasons why a check with the verdict `passed` should have failed."""
     compared, control = serving.compared, serving.control

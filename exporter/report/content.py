@@ -10,6 +10,8 @@ from exporter.artifact.manifest import Manifest
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
 from exporter.evaluation.report_file import AnswerPair, DistanceRecord, GateResult, Report, ServingRecord
+from exporter.evaluation.speed_record import SpeedRecord
+from exporter.evaluation.speed_table import figures_rows
 from exporter.evaluation.word_differences import spans
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 from exporter.publishing.headline import headline, relative_change
@@ -52,6 +54,7 @@ def collect(summary: Summary, pictures: Mapping[tuple[str, str], str]) -> dict[s
         "prompts": report.evaluation.prompts_text(report.samples) if report else "",
         "asked_by": _backend_text(report.evaluation) if report else "",
         "serving": _serving_content(summary.serving) if summary.serving else None,
+        "speed": _speed_content(summary.speed) if summary.speed else None,
         "plan": yaml.safe_dump(
             recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
         ),
@@ -139,6 +142,13 @@ def _serving_content(serving: ServingRecord) -> dict[str, Any]:
         "rows": rows,
         "found": serving.model_dump(),
     }
+
+
+def _speed_content(speed: SpeedRecord) -> dict[str, Any]:
+    """Result of `mmq bench`: how it was measured, rows of the table, and the figures."""
+    about = f"{speed.engine} on {speed.device}; {speed.tokens} tokens a request, {speed.requests} requests a client"
+    rows = [list(row) for row in figures_rows(speed.artifact, speed.source)]
+    return {"about": about, "rows": rows, "figures": speed.model_dump(mode="json", exclude_none=True)}
 
 
 def _distances(serving: ServingRecord) -> dict[str, DistanceRecord]:
