@@ -57,9 +57,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 def bench(
     artifact: Path, flags: tuple[str, ...], device: str, data: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
-    """Measure load time, first token, tokens per second and peak memory, beside the source.
+    """Measure an artifact's speed and memory beside its source.
 
-    mmq serves the artifact, then its source, with the same settings, and sends requests with different pictures. Tokens
+    The figures are load time, first token, tokens per second of one and several clients, and peak memory. mmq serves the artifact, then its source, with the same settings, and sends requests with different pictures. Tokens
     per second count the generated tokens of all clients, prompts included. mmq writes the result to the artifact's
     mmq_report.json; `mmq report` and the model card show it. Nothing else should run on the machine meanwhile.
 
