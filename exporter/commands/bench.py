@@ -59,8 +59,9 @@ def bench(
 ) -> None:
     """Measure an artifact's speed and memory beside its source.
 
-    The figures are load time, first token, tokens per second of one and several clients, and peak memory. mmq serves the artifact, then its source, with the same settings, and sends requests with different pictures. Tokens
-    per second count the generated tokens of all clients, prompts included. mmq writes the result to the artifact's
+    The figures are load time, first token, tokens per second of one and several clients, and peak memory. mmq serves
+    the artifact, then its source, with the same settings, and sends requests with different pictures. Tokens per second
+    count the generated tokens of all clients, prompts included. mmq writes the result to the artifact's
     mmq_report.json; `mmq report` and the model card show it. Nothing else should run on the machine meanwhile.
 
     \b
