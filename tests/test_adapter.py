@@ -163,7 +163,28 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "resized": ({"base_model.model.lm_head.weight": torch.ones(300, 128)}, r"\[300, 128\], expected \[256"),
     "foreign": ({"base_model.model.score.weight": torch.ones(2, 128)}, "the base model has no tensor score.weight"),
     "nothing": ({}, "it has no tensors"),
+    "another rank": (halves(rank=3), "its rank is 3, but adapter_config.json has the number 4"),
+    "twice": (
+        halves() | renamed(halves(), ".weight", ".default.weight"), "has this tensor twice",
+    ),
+    "two names of one module": (halves() | halves(names={QUERY: QUERY}), f"the adapter has {QUERY}.weight twice"),
+    "LoRA and whole": (
+        halves() | {f"base_model.model.{LIVE[QUERY]}.weight": torch.ones(128, 128)},
+        f"the adapter has {QUERY}.weight twice",
+    ),
+    "whole twice": (
+        {f"base_model.model.lm_head.{part}weight": torch.ones(256, 128) for part in ("", "modules_to_save.")},
+        "has this tensor twice",
+    ),
 }  # fmt: skip
+
+
+def test_ranks_of_single_modules_are_compared_unless_they_are_regular_expressions(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in halves(rank=3).items() if "fc1" not in name}
+    merged(adapter(tmp_path / "a", tensors, rank_pattern={"self_attn.q_proj": 3}))
+    merged(adapter(tmp_path / "b", tensors, rank_pattern={"^.*q_proj$": 3}))
+    with pytest.raises(CheckpointError, match=r"its rank is 3, but adapter_config\.json has the number 2"):
+        merged(adapter(tmp_path / "c", tensors, rank_pattern={"q_proj": 2}))
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -242,3 +263,19 @@ def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, [*arguments, "--adapter", str(folder)])
     assert done.exit_code == 0, done.stderr
     assert "adapter mine: merged into 2 linears" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["lm_head", WORDS])
+def test_an_adapter_that_unties_the_head_is_refused(name: str, tmp_path: Path) -> None:
+    """In peft the other of the two keeps its values; transformers and vLLM would read different models."""
+    folder = Path(shutil.copytree(DEMO, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    lora = adapter(tmp_path / "a", {f"base_model.model.{name}.weight": torch.ones(256, 128)})
+    with pytest.raises(CheckpointError, match=r"ties language_model\.lm_head\.weight to|has no tensor"):
+        open_source(str(folder), adapter=str(lora))
+    open_source(str(folder), adapter=str(adapter(tmp_path / "b")))

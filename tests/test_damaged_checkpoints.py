@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.events import ignore
 from exporter.model.source import open_source
+from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
 from exporter.planning.plan import Plan
 from exporter.planning.recipe_file import load_recipe
@@ -226,6 +228,12 @@ def test_a_quantized_source_is_refused_wherever_its_config_is_quantized(model: P
         plan_of(model)
 
 
+def test_a_quantization_config_in_any_object_is_refused(model: Path) -> None:
+    with_config(model, text_config__inner={"more": {"quantization_config": {"bits": 4}}})
+    with pytest.raises(PlanError, match=r"config\.json has text_config\.inner\.more\.quantization_config"):
+        plan_of(model)
+
+
 def test_a_null_quantization_config_is_ignored(model: Path) -> None:
     with_config(model, quantization_config=None)
     plan_of(model)
@@ -287,6 +295,30 @@ def test_a_tied_head_need_not_be_stored(model: Path, place: str) -> None:
     assert not any(row.linear == "language_model.lm_head" for row in plan_of(model).rows)  # stored all the same
     with_tensors(model, lambda tensors: tensors.pop("language_model.lm_head.weight"))
     assert not any("lm_head" in row.tensor.name for row in plan_of(model).rows)
+
+
+def test_a_stored_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(model: Path, tmp_path: Path) -> None:
+    """transformers would use the head, and vLLM the embedding."""
+    head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    with_config(model, tie_word_embeddings=True)
+    recipe = load_recipe("llava-w8").adjusted(model={"repo": str(model)})
+    with pytest.raises(CheckpointError, match=f"config.json ties {head} to {words}, but the stored tensors differ"):
+        export(recipe, out=tmp_path / "out", device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+    assert not (tmp_path / "out").exists()
+    with_tensors(model, lambda tensors: tensors.update({head: tensors[words].clone()}))
+    prepare(recipe, choose("cpu"))
+    with_tensors(model, lambda tensors: tensors.pop(head))
+    prepare(recipe, choose("cpu"))
+
+
+def test_of_several_architectures_the_first_known_one_counts(model: Path) -> None:
+    """As in vLLM."""
+    llava = "LlavaForConditionalGeneration"
+    with_config(model, architectures=["Unknown", llava, "Qwen2VLForConditionalGeneration"])
+    assert plan_of(model).family.name == "llava"
+    with_config(model, architectures=["Qwen2VLForConditionalGeneration", llava])
+    with pytest.raises(PlanError):
+        plan_of(model)
 
 
 def test_every_error_can_be_printed(model: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from exporter.data import samples
 from exporter.data.pictures import PictureError, check_sides, open_picture, to_rgb
@@ -138,3 +138,24 @@ def test_sides_may_differ_within_reason() -> None:
         check_sides((201, 1))
     with pytest.raises(PictureError, match="0 x 5"):
         check_sides((0, 5))
+
+
+def test_no_picture_makes_pillow_run_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes EPS with Ghostscript, which executes the file; its name may end with .png."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UnidentifiedImageError):
+        open_picture(tmp_path / "a.png")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_signed_bytes_are_refused(tmp_path: Path) -> None:
+    """Pillow reads them as unsigned: -1 would be 255."""
+    Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(PictureError, match="its values are signed"):
+        open_picture(tmp_path / "a.tif")

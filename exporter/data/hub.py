@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
+from exporter.data.pictures import opened
 from exporter.distribution import install_extra
 from exporter.errors import DataError, HubError
 from exporter.model.hub import hub_errors
@@ -180,7 +179,7 @@ def _line(place: Path, row: Mapping[str, Any], i: int, task: str) -> dict[str, A
     if not content:
         raise DataError(f"row {i} has no picture", "the column `image` must contain pictures")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(io.BytesIO(content)) as image:
             suffix = SUFFIXES.get(image.format or "", ".img")
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
         raise DataError(f"row {i}: its picture cannot be read") from error

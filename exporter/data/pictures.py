@@ -1,10 +1,12 @@
 """Opening of pictures: conversion of any mode to 8-bit RGB, limits on pixels and aspect ratio.
 
-Pillow's own conversion to RGB clips 16-bit and float values at 255 and shows the colors under transparent pixels.
+Pillow's own conversion to RGB clips 16-bit and float values at 255 and shows the colors under transparent pixels. For
+some formats, Pillow runs another program (Ghostscript for EPS): mmq opens only `FORMATS`, whatever a file is called.
 """
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,13 @@ from PIL import Image, ImageOps
 MOST_ASPECT = 200  # processors scale the shorter side to a fixed size, so the longer side must be limited
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I;16S", "I")  # integer modes of more than 8 bits
 SCALED_BY_READER = ("PNG", "PPM")  # formats for which Pillow scales wide integers to 0..65535
+
+
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF"),
+    *("WEBP", "XBM"),
+)
+SAMPLE_FORMAT, SIGNED = 339, 2  # a tag of TIFF, and its value for signed integers
 
 
 class PictureError(Exception):
@@ -27,9 +36,17 @@ def open_picture(path: Path) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        with opened(path) as image:
             check_sides(image.size)
+            if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()) and image.mode not in WIDE:
+                raise PictureError("its values are signed; save it with 8 or 16 unsigned bits")
             return to_rgb(ImageOps.exif_transpose(image), image.format or "")
+
+
+def opened(source: Path | BinaryIO) -> Image.Image:
+    """Pillow's image of a file in one of `FORMATS`; its pixels are decoded later. Pillow's errors pass through."""
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def check_sides(size: tuple[int, int]) -> None:

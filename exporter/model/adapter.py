@@ -132,11 +132,16 @@ def _setting_problems(settings: Mapping[str, Any]) -> list[str]:
     alphas = settings.get("alpha_pattern") or {}
     if not isinstance(alphas, dict) or not all(_positive(value) for value in alphas.values()):
         problems.append("alpha_pattern: expected an object of positive numbers")
-    elif invalid := [pattern for pattern in alphas if not re.fullmatch(r"[\w.]+", pattern)]:  # no regular expressions
-        problems.append(f"alpha_pattern: {invalid[0]!r} is not a module name")
+    elif not _is_plain(alphas):
+        problems.append(f"alpha_pattern: {next(p for p in alphas if not _is_plain([p]))!r} is not a module name")
     if not isinstance(settings.get("use_rslora", False), bool):
         problems.append("use_rslora: expected true or false")
     return problems
+
+
+def _is_plain(patterns: Any) -> bool:
+    """Whether patterns are module names and no regular expressions."""
+    return isinstance(patterns, dict | list) and all(re.fullmatch(r"[\w.]+", pattern) for pattern in patterns)
 
 
 def _positive(value: Any) -> bool:
@@ -153,28 +158,46 @@ def _sort(
         name = stored.removeprefix(PREFIX)
         match = _NAME.fullmatch(name)
         if match:
-            halves.setdefault(match["module"], {})[match["part"]] = stored
+            earlier = halves.setdefault(match["module"], {}).setdefault(match["part"], stored)
         elif "lora_" in name:
             problems.append(f"{stored}: mmq merges only LoRA matrices of linears")
+            continue
         else:
-            whole[rename(_SAVED.sub("", name))] = stored
-    pairs = {}
+            earlier = whole.setdefault(rename(_SAVED.sub("", name)), stored)
+        if earlier != stored:
+            problems.append(f"{stored}: the adapter has this tensor twice, the other one is {earlier}")
+    pairs: dict[str, Pair] = {}
     for module, parts in halves.items():
+        weight = rename(f"{module}.weight")
         if len(parts) < 2:
             problems.append(f"{next(iter(parts.values()))}: the other matrix of the pair is missing")
             continue
-        rank = entries[parts["A"]].shape[0] if entries[parts["A"]].shape else 0
-        pairs[rename(f"{module}.weight")] = Pair(parts["A"], parts["B"], _scale(settings, module, rank))
+        if weight in whole or weight in pairs:
+            problems.append(f"{parts['A']}: the adapter has {weight} twice")
+        rank, expected = _rank(entries[parts["A"]]), _of_module(settings, "rank_pattern", "r", module)
+        if _is_plain(settings.get("rank_pattern") or {}) and expected not in (None, rank):
+            problems.append(f"{parts['A']}: its rank is {rank}, but {SETTINGS} has {kind(expected)}")
+        pairs[weight] = Pair(parts["A"], parts["B"], _scale(settings, module, rank))
     return pairs, whole
 
 
+def _rank(entry: Entry) -> int:
+    return entry.shape[0] if entry.shape else 0
+
+
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; `alpha_pattern` sets alpha for modules by the end of their name."""
-    patterns = settings.get("alpha_pattern") or {}
-    matching = [alpha for pattern, alpha in patterns.items() if f".{module}".endswith(f".{pattern}")]
-    alpha = matching[0] if matching else settings["lora_alpha"]
+    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    alpha = _of_module(settings, "alpha_pattern", "lora_alpha", module)
     root = max(rank, 1) ** 0.5 if settings.get("use_rslora") else max(rank, 1)
     return float(alpha / root)
+
+
+def _of_module(settings: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    """A setting of one module: that of the first pattern that its name ends with, else the general one."""
+    named = settings.get(patterns) or {}
+    named = named if isinstance(named, dict) else {}
+    matching = [value for pattern, value in named.items() if f".{module}".endswith(f".{pattern}")]
+    return matching[0] if matching else settings.get(default)
 
 
 def _shape_problems(

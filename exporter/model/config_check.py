@@ -50,9 +50,10 @@ def _family_of(config: Mapping[str, Any], where: str) -> Family:
         raise PlanError(f"{where}: `architectures` is missing or empty", hint)
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise PlanError(f"{where}: `architectures` must be a list of texts, got {kind(architectures)}", hint)
-    for family in FAMILIES.values():
-        if set(architectures) & set(family.architectures):
-            return family
+    for name in architectures:  # vLLM takes the first one that it knows
+        for family in FAMILIES.values():
+            if name in family.architectures:
+                return family
     reasons = [f": {REFUSED[name]}" for name in architectures if name in REFUSED][:1]
     message = f"{where}: mmq does not support {', '.join(architectures)}{''.join(reasons)}"
     raise PlanError(message, f"supported: {', '.join(supported)}")
@@ -90,12 +91,12 @@ def refuse_misfit(checkpoint: Checkpoint, family: Family) -> None:
 
 
 def _quantized(config: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Keys of config.json that describe quantized weights, at its top level or in the object of a part."""
+    """Keys of config.json that describe quantized weights, in any object."""
     for key, value in config.items():
         if key in QUANTIZED and value is not None:
             yield f"{place}{key}"
-        if isinstance(value, dict) and not place:
-            yield from _quantized(value, f"{key}.")
+        if isinstance(value, dict):
+            yield from _quantized(value, f"{place}{key}.")
 
 
 def _misfits(checkpoint: Checkpoint, family: Family) -> list[str]:

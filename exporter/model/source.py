@@ -14,6 +14,7 @@ from exporter.model.checkpoint import Checkpoint, indexed_files
 from exporter.model.config_check import known_family, without_buffers
 from exporter.model.families import Family
 from exporter.model.hub import Remote, hub_errors, open_remote
+from exporter.model.tied_heads import refuse_trained_apart
 
 # Weights only as safetensors; all other files that a processor or vLLM reads are small texts.
 SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -80,6 +81,7 @@ def open_source(
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         lora = open_adapter(Path(adapter).expanduser(), shapes, family.canonical_name)
         checkpoint = checkpoint.changed(adapter=lora)
+        refuse_trained_apart(checkpoint, family)
     return (narrowed(checkpoint, dtype) if dtype else checkpoint), family
 
 

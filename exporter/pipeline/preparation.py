@@ -11,6 +11,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries, measured
 from exporter.model.processor_inspector import start_helper
 from exporter.model.source import is_on_hub, narrowed, open_source
+from exporter.model.tied_heads import refuse_different
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe
 
@@ -36,9 +37,12 @@ def prepare(
     recipe = with_suitable_data(recipe)
     start_helper(recipe.model.repo)
     plan, checkpoint = _planned(recipe, device, True, on_event)
-    if headers_only or all((checkpoint.folder / file).exists() for file in checkpoint.files()):
+    if headers_only:
         return plan, checkpoint
-    return _planned(recipe, device, False, on_event)
+    if not all((checkpoint.folder / file).exists() for file in checkpoint.files()):
+        plan, checkpoint = _planned(recipe, device, False, on_event)
+    refuse_different(checkpoint, plan.family)
+    return plan, checkpoint
 
 
 def _planned(recipe: Recipe, device: Device, headers_only: bool, on_event: Listener) -> tuple[Plan, Checkpoint]:

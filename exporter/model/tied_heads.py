@@ -1,0 +1,42 @@
+"""Output heads that config.json ties to the embedding: both must have the same values, also with an adapter.
+
+transformers reads a stored head whose values differ from the embedding's in spite of config.json, and vLLM reads the
+embedding: the same folder is two models.
+"""
+
+from collections.abc import Iterator
+
+from exporter.errors import CheckpointError
+from exporter.lazy_torch import torch
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import Family
+
+
+def tied(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[str, str]]:
+    """Head and embedding that share their values by config.json, by checkpoint name; the head may not be stored."""
+    own = family.shapes(family.read(checkpoint.config)[0])
+    return ((head, embedding) for head, embedding in family.tied.items() if embedding in own and head not in own)
+
+
+def refuse_trained_apart(checkpoint: Checkpoint, family: Family) -> None:
+    """CheckpointError when the adapter changes a head or an embedding that share their values."""
+    adapter = checkpoint.adapter
+    changed = {*adapter.pairs, *adapter.whole} if adapter else set()
+    for head, embedding in tied(checkpoint, family):
+        if names := sorted({head, embedding} & changed):
+            raise CheckpointError(
+                f"{adapter.folder if adapter else ''}: the adapter changes {names[0]}, but config.json ties {head} to "
+                f"{embedding}",
+                "merge it with peft into a model with `tie_word_embeddings: false`, and export that",
+            )
+
+
+def refuse_different(checkpoint: Checkpoint, family: Family) -> None:
+    """CheckpointError when a stored head differs from the embedding to which config.json ties it; reads both."""
+    for head, embedding in tied(checkpoint, family):
+        if head in checkpoint.tensors and not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+            raise CheckpointError(
+                f"{checkpoint.origin}: config.json ties {head} to {embedding}, but the stored tensors differ: "
+                "transformers would use the head, and vLLM the embedding",
+                "set `tie_word_embeddings: false` in config.json if the head was trained, or remove it",
+            )
