@@ -57,7 +57,7 @@ def test_a_memory_shortage_reports_the_prediction_and_the_finished_work() -> Non
         raise MemoryError
     assert caught.value.message.startswith("write: out of memory on the host: ")
     assert caught.value.message.endswith("the step was predicted to take 3.00 GiB")
-    assert caught.value.hint == "blocks are kept; close other programs that use memory"
+    assert caught.value.hint == "blocks are kept; close other programs that use memory, or use a machine with more"
 
 
 def failing(stage: str, done: int, error: Exception) -> Callable[[Event], None]:

@@ -329,3 +329,13 @@ def test_a_config_that_transformers_rejects_is_a_checkpoint_error() -> None:
     config["text_config"]["rope_parameters"] = "evil"
     with pytest.raises(CheckpointError, match="transformers cannot build a model"):
         build_skeleton(FAMILIES["llava"], config, torch.device("meta"))
+
+
+def test_an_answer_beyond_the_model_s_positions_is_refused_by_the_plan(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    positions = config["text_config"]["max_position_embeddings"]
+    recipe = load_recipe("llava-w4-vit8").adjusted(model={"repo": str(model)})
+    longer = recipe.model_copy(update={"max_new_tokens": {"vqa": positions}})
+    expected = rf"a prompt has \d+ tokens and the longest answer {positions} .*, but the model has only {positions}"
+    with pytest.raises(PlanError, match=expected):
+        prepare(longer, choose("cpu"), headers_only=True)

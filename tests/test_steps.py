@@ -208,3 +208,15 @@ def test_a_recipe_that_needs_no_data_reads_none(sparse_checkpoint: Callable[[str
         for name in ("llava-w8", "llava-w4")
     )
     assert calibrated.host_bytes - plain.host_bytes == 128 * 3 * 336 * 336 * 4
+
+
+def test_no_step_on_a_cpu_is_told_to_use_the_cpu(planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device("cpu", "CPU", 2**20)
+    plan = planned(make.LLAVA_7B, cpu)
+    monkeypatch.setattr(steps, "free_host_bytes", lambda: 2**20)
+    problems = steps.shortages(plan.steps, cpu)
+    assert set(problems) == {step.name for step in plan.steps}
+    assert not [problem for problem in problems.values() if "--device cpu" in problem]
+    assert problems["check"].endswith("close other programs that use memory, or use a machine with more")
+    assert problems["evaluate"].endswith(": use a smaller --eval-batch or --skip-evaluation")
+    assert steps.advice("quantize", gpu(1)).endswith("a smaller calibration.batch in the recipe, or --device cpu")

@@ -125,9 +125,11 @@ def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     """Prompts that are too long, and pictures of a wrong size."""
     pixels, shape = family.pixels(config), inspection.pixels
     problems = []
-    if len(inspection.tokens) > family.positions(config):
+    prompt, longest = len(inspection.tokens), max(family.max_new_tokens.values(), default=0)
+    if prompt + longest > family.positions(config):
+        answer = f" and the longest answer {longest} (--max-new-tokens)" if prompt <= family.positions(config) else ""
         problems.append(
-            f"a prompt has {len(inspection.tokens)} tokens, but the model has only {family.positions(config)} positions"
+            f"a prompt has {prompt} tokens{answer}, but the model has only {family.positions(config)} positions"
         )
     if pixels and shape[-len(pixels) :] != pixels:
         produced, expected = (" x ".join(map(str, size)) for size in (shape[-len(pixels) :], pixels))

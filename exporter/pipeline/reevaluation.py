@@ -21,9 +21,8 @@ from exporter.pipeline.measurement import answerers, measure
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import evaluation_samples, refuse_calibration_pictures
 from exporter.planning.recipe import Recipe
+from exporter.planning.steps import advice
 from exporter.tasks.sample import Sample
-
-SHORTAGE = "use a smaller --eval-batch, fewer --eval-samples, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Reevaluation:
         kept = f"answers so far are in {self.store.folder}: the same command resumes; " if self.store else ""
         needs = step.device_bytes, step.host_bytes
         with (
-            explain_shortage("evaluate", self.device, needs, kept + SHORTAGE),
+            explain_shortage("evaluate", self.device, needs, kept + advice("evaluate again", self.device)),
             reading(self.artifact, self.on_event),
         ):
             require_source(Artifact.open(self.artifact), checkpoint, self.other_baseline, self.on_event)

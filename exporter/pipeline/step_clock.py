@@ -10,7 +10,7 @@ from typing import Self
 
 from exporter.device import Device, peak_bytes, reset_peak
 from exporter.out_of_memory import explain_shortage
-from exporter.planning.steps import ADVICE, Step
+from exporter.planning.steps import Step, advice
 
 SAMPLING_SECONDS = 0.05  # interval between two readings of the process's memory
 
@@ -56,9 +56,9 @@ class Clock:
         self._lap()
         self._open.append(name)
         needs = next(((s.device_bytes, s.host_bytes) for s in self.predicted if s.name == name), (0, 0))
-        advice = "; ".join(text for text in (recovery, ADVICE[name]) if text)
+        hint = "; ".join(text for text in (recovery, advice(name, self._device)) if text)
         try:
-            with explain_shortage(name, self._device, needs, advice):
+            with explain_shortage(name, self._device, needs, hint):
                 yield
         finally:
             self._lap()

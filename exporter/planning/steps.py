@@ -31,15 +31,13 @@ HASHING = 16  # bytes per weight of a linear while four threads unpack and hash 
 RECONSTRUCTING = 9  # bytes per weight of a linear while compressed-tensors unpacks it
 PIXEL_BYTES = 4  # bytes per pixel and color: float32
 NEEDED = ("quantize", "write", "verify")
-OTHERS = "close other programs that use memory"
-ADVICE = {
-    "plan": OTHERS,
-    "read data": "use fewer --samples",
-    "quantize": "use fewer --samples, a smaller calibration.batch in the recipe, or --device cpu",
-    "write": OTHERS,
-    "verify": OTHERS,
-    "evaluate": "use a smaller --eval-batch, --device cpu, or --skip-evaluation",
-    "check": "use --device cpu",
+ON_CPU = "--device cpu"
+REMEDIES: dict[str, tuple[str, ...]] = {  # step -> what needs less memory
+    "read data": ("fewer --samples",),
+    "quantize": ("fewer --samples", "a smaller calibration.batch in the recipe", ON_CPU),
+    "evaluate": ("a smaller --eval-batch", ON_CPU, "--skip-evaluation"),
+    "evaluate again": ("a smaller --eval-batch", "fewer --eval-samples", ON_CPU),
+    "check": (ON_CPU,),
 }
 
 
@@ -153,6 +151,15 @@ def _sizes(rows: Sequence[PlanRow]) -> dict[str, int]:
     return sizes
 
 
+def advice(step: str, device: Device) -> str:
+    """What to do when a step runs out of memory on this device."""
+    remedies = [remedy for remedy in REMEDIES.get(step, ()) if device.is_cuda or remedy != ON_CPU]
+    if not remedies:
+        return "close other programs that use memory, or use a machine with more"
+    *others, last = remedies
+    return f"use {', '.join(others)}{',' if len(others) > 1 else ''} or {last}" if others else f"use {last}"
+
+
 def shortages(steps: Sequence[Step], device: Device) -> dict[str, str]:
     """Name of each step that does not fit into free memory -> a sentence with the sizes and a remedy."""
     problems, host = {}, free_host_bytes()
@@ -164,7 +171,7 @@ def shortages(steps: Sequence[Step], device: Device) -> dict[str, str]:
             if need > free
         ]
         if short:
-            problems[step.name] = f"{step.name} needs {' and '.join(short)}: {ADVICE[step.name]}"
+            problems[step.name] = f"{step.name} needs {' and '.join(short)}: {advice(step.name, device)}"
     return problems
 
 

@@ -19,7 +19,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 MIN_MOVE_RATIO = 5.0  # doubled scales must move the answers by this multiple of the allowed mean difference
 STEP = "the reference of the check"
-ADVICE = "the artifact is not affected: use --device cpu, fewer --questions, or a machine with more memory"
+ADVICE = "the artifact is not affected; close other programs that use memory, or use a machine with more"
 
 
 @dataclass(frozen=True)
