@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-pages vllm test-vllm mutations check docs format clean
+.PHONY: help setup demo test test-slow test-pages vllm test-vllm mutations check docs lock pythons format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,15 @@ docs: $(VENV)/.ready-docs ## build the documentation site in build/docs; broken 
 	$(BIN)/python -m docs.generate
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
+
+lock: $(VENV)/.ready-dev ## write the lock files for CPU and CUDA (locks/) with the versions of constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/python -m tools.lock
+
+pythons: ## run the tests with every Python from 3.11 to 3.13 that is installed, each in its own environment
+	@for version in 3.11 3.12 3.13; do \
+	  if command -v python$$version > /dev/null; then $(MAKE) test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	  else echo "python$$version is not installed: skipped"; fi; done
 
 format: $(VENV)/.ready-dev ## format the code
 	$(BIN)/ruff check --fix .

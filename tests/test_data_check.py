@@ -1,6 +1,7 @@
 """`mmq data check` and `mmq plan --data`; metadata.csv, `text`, parquet, LLaVA's conversations, the hub's snapshots."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,55 @@ def test_a_table_that_cannot_be_read_is_named(content: bytes, message: str, tmp_
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         samples("folder", tmp_path, "captioning", "train", 9, 0)
+
+
+def parquet(folder: Path, **columns: list[Any]) -> Path:
+    tables = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as files
+
+    for i in range(4):
+        picture(folder / f"{i}.png", i)
+    files.write_table(tables.table(columns), folder / "metadata.parquet")
+    return folder
+
+
+def test_metadata_in_parquet_is_read_with_its_lists(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(4)]
+    captions: list[Any] = [["a", "b"], ["c"], None, ["d"]]
+    parquet(
+        tmp_path,
+        file_name=names,
+        captions=captions,
+        question=[None, "what?", "who?", None],
+        answer=[None, "x", "y", None],
+    )
+    read = [s for split in ("train", "test") for s in samples("folder", tmp_path, "captioning", split, 9, 0)]
+    assert {(s.file, s.references) for s in read} == {("0.png", ("a", "b")), ("1.png", ("c",)), ("3.png", ("d",))}
+    asked = [s for split in ("train", "test") for s in samples("folder", tmp_path, "vqa", split, 9, 0)]
+    assert {(s.question, s.references) for s in asked} == {("what?", ("x",)), ("who?", ("y",))}
+    assert place(tmp_path).name == "folder"  # not the hub's source of parquet files
+
+
+def test_problems_in_parquet_are_named_by_row(tmp_path: Path) -> None:
+    parquet(tmp_path, file_name=["0.png", "../x.png", None], text=["a", "b", "c"])
+    with pytest.raises(DataError) as error:
+        samples("folder", tmp_path, "captioning", "train", 9, 0)
+    named = [text.partition(": ")[0] for text in error.value.problems]
+    assert named == ["metadata.parquet:2", "metadata.parquet:3"]
+    parquet(tmp_path, name=["0.png"], text=["a"])
+    with pytest.raises(DataError, match="no column `file_name`"):
+        samples("folder", tmp_path, "captioning", "train", 9, 0)
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 not parquet")
+    with pytest.raises(DataError, match="not a parquet file"):
+        samples("folder", tmp_path, "captioning", "train", 9, 0)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path, file_name=["0.png"], text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="needs pyarrow") as error:
+        samples("folder", tmp_path, "captioning", "train", 9, 0)
+    assert "hub" in str(error.value.hint)
 
 
 def test_two_kinds_of_metadata_are_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def data() -> None:
 def check(source: str, samples: int, page: Path | None, as_json: bool) -> None:
     """Count a source's samples by task and split, and list unusable rows.
 
-    SOURCE is a folder of images with metadata.jsonl or metadata.csv, a folder of parquet files, a JSON file of LLaVA's
+    SOURCE is a folder of images with metadata.jsonl (.csv, .parquet), a folder of parquet files, a JSON file of LLaVA's
     conversations, or NAME:PATH as for --data. The exit code is 1 if a row is unusable or if there are no samples.
 
     \b

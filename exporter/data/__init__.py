@@ -114,7 +114,7 @@ def place(written: str | Path) -> SourceSpec:
 def _is_parquet(path: Path) -> bool:
     """Whether a folder holds parquet files and no metadata of pictures."""
     places = (path, *(path / split for split in folder.SPLITS))
-    described = any((place / name).is_file() for place in places for name in (folder.METADATA, folder.TABLE))
+    described = any((place / name).is_file() for place in places for name in folder.METADATA_FILES)
     matches = (next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
     return path.is_dir() and not described and any(file is not None for file in matches)
 

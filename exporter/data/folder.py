@@ -1,7 +1,8 @@
 """Local data folder of pictures and texts, in the layout of the hub's `imagefolder`.
 
 `DIR/metadata.jsonl` has one object per line: `file_name`, and `caption` or `captions` (or `text`), and/or `question`
-with `answer` or `answers`; optional `id` and `kind`. `DIR/metadata.csv` has the same fields as columns, one text each.
+with `answer` or `answers`; optional `id` and `kind`. `DIR/metadata.csv` has the same fields as columns, one text each;
+`DIR/metadata.parquet` has them as columns of strings and lists of strings.
 Several lines may share a picture. `DIR/train`, `DIR/validation` and `DIR/test` may each have their own metadata;
 without these folders, half of the pictures are train and half are test. Pictures without metadata can only be used to
 calibrate, for captioning.
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from exporter.data.rows import BadRowError, Row, Rows, below, digest, to_samples
-from exporter.errors import DataError
+from exporter.distribution import install_extra
+from exporter.errors import DataError, one_line
 from exporter.tasks import vqa
 from exporter.tasks.sample import Sample
 
 SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
 TABLE = "metadata.csv"
+PARQUET = "metadata.parquet"
+METADATA_FILES = (METADATA, TABLE, PARQUET)
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 _FIELDS = {
@@ -53,10 +57,10 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The folder's metadata file; DataError if it has one of each kind."""
-    tables = [folder / name for name in (METADATA, TABLE) if (folder / name).is_file()]
+    """The folder's metadata file; DataError if it has several."""
+    tables = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
     if len(tables) > 1:
-        raise DataError(f"{folder} has both {METADATA} and {TABLE}", "remove one of them")
+        raise DataError(f"{folder} has both {tables[0].name} and {tables[1].name}", "remove one of them")
     return tables[0] if tables else None
 
 
@@ -88,7 +92,8 @@ def _described_rows(path: Path, folder: Path, file: Path, task: str) -> Rows:
     """Lines of the metadata that fit the task, and the problems of all lines."""
     result = Rows(path)
     places: dict[str, str] = {}
-    for number, read in _table(file) if file.name == TABLE else _lines(file):
+    readers = {METADATA: _lines, TABLE: _table, PARQUET: _parquet_rows}
+    for number, read in readers[file.name](file):
         where = f"{file.relative_to(path)}:{number}"
         with result.at(where):
             entry = read()
@@ -135,6 +140,28 @@ def _table(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any] | None
         raise DataError(f"{file} is not UTF-8", "save it as UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{file}:{rows.line_num + 1}: not CSV ({error})", "quote texts that contain commas") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any] | None]]]:
+    """Number of every row of a parquet file, from 1, and a function that gives its values by column, without nulls."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        hint = f"{install_extra('hub')}, or write {METADATA}"
+        raise DataError(f"{file} needs pyarrow", hint) from None
+    try:
+        table = ParquetFile(file)
+        if "file_name" not in table.schema_arrow.names:
+            columns = ", ".join(table.schema_arrow.names)
+            raise DataError(f"{file} has no column `file_name`", f"its columns are: {columns}")
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, partial(dict, {key: value for key, value in row.items() if value not in (None, "", [])})
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file} is not a parquet file ({one_line(str(error))})", "write it again") from None
 
 
 def _cells(row: dict[str | Any, Any]) -> dict[str, Any]:
