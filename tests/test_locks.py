@@ -1,4 +1,4 @@
-"""The lock files of `make lock` agree with constraints.txt, whose versions the tests run with, and with pyproject.toml."""
+"""The lock files of `make lock` agree with pyproject.toml and with constraints.txt, the versions of the tests."""
 
 from pathlib import Path
 
