@@ -34,7 +34,7 @@ from exporter.serving.check import (
 from exporter.serving.comparison import Control, distance_problems
 from exporter.serving.negative_control import double_scales, modules_of
 from exporter.serving.preflight import engine_linears, refuse_unservable
-from exporter.serving.reference import Distance, EngineComparison, Reference
+from exporter.serving.reference import Distance, EngineComparison, Reference, before_placeholder, listed_tokens
 from exporter.serving.vllm_engine import Reply
 from exporter.tasks.sample import Sample
 from tests.test_evaluate import crafted
@@ -198,6 +198,13 @@ def test_scales_below_the_normal_numbers_of_float16_are_checked_like_others(
     lost = replies_of(flushed, artifact, processor, samples)
     (problem,) = distance_problems(whole.compare(samples, lost), None, 0.015)
     assert "log-probabilities are too far from the reference" in problem
+
+
+def test_a_reply_is_compared_up_to_the_placeholder_of_a_picture():
+    reply = Reply("", (1,), (7, 5, 5, 8), (-1.0, -2.0, -3.0, -4.0), ({}, {1: -9.0}, {}, {}))
+    cut = before_placeholder(reply, 5)
+    assert listed_tokens(cut) == [(0, 7, -1.0), (1, 1, -9.0), (1, 5, -2.0)]
+    assert before_placeholder(reply, None) == before_placeholder(reply, 6) == reply
 
 
 def test_a_control_without_effect_is_a_problem():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from exporter import data
@@ -13,13 +14,14 @@ from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import DataError
 from exporter.events import Event
-from exporter.inference.encoding import encode, refuse_too_long
-from exporter.model.families import FAMILIES
+from exporter.inference.encoding import continued, encode, refuse_too_long
+from exporter.model.families import FAMILIES, Family
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 from tests import layouts
+from tests.tiny_models import CONFIGS, processor_of
 
 FAMILY = FAMILIES["llava"]
 DEMO = MODELS["demo-llava"]
@@ -115,3 +117,19 @@ def test_a_picture_that_the_processor_cannot_take_is_named() -> None:
     broken = Sample("odd", lambda: "no picture", None, ())  # type: ignore[arg-type, return-value]
     with pytest.raises(DataError, match="the processor cannot encode odd: "):
         encode(load_processor(DEMO), FAMILY, [broken], [None], "right")
+
+
+@pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CONFIGS)
+def test_text_after_a_prompt_is_what_the_processor_makes_of_the_longer_text(
+    family: Family, config: dict[str, Any]
+) -> None:
+    tiny, processor = family.tiny_processor(config), processor_of(f"{family.name} {json.dumps(config)}")
+    picture = Image.new("RGB", (40, 30), (9, 99, 200))
+    prompt, whole = (
+        processor(images=[[picture]] if family.nested else [picture], text=[text], return_tensors="pt")
+        for text in ((tiny.prompt or "") + "AB", (tiny.prompt or "") + "ABCDE")
+    )
+    inputs = {name: value for name, value in prompt.items() if isinstance(value, torch.Tensor)}
+    longer = continued(inputs, whole["input_ids"][0, -3:].tolist())
+    assert longer.keys() == inputs.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in longer.items())
