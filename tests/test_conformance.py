@@ -7,89 +7,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from exporter.artifact.artifact import Artifact
 from exporter.device import choose
 from exporter.events import Event, ignore
-from exporter.inference.forward_hooks import ForwardStopped, run_until_stopped
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.families import FAMILIES, Component, Family
+from exporter.model.families import FAMILIES, Family
 from exporter.pipeline.export import export
-from exporter.planning.plan import Plan
-from exporter.planning.recipe import Recipe, Rule
+from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
 from tests.slow import some, some_of
 from tests.test_calibrate import plan_for
 from tests.test_whole_forward import gathered
-from tests.tiny_models import CONFIGS, QUICK, random_weights, tiny_inputs, write_tiny
+from tests.tiny_models import CONFIGS, random_weights, tiny_inputs, write_tiny
+from tests.whole_forward import captured_rows, rules, stacks
 
 # Every part once: the other models of a family differ in parts that `test_whole_forward.py` runs in LLaVA.
 MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*FAMILIES, "llava-pixtral"]))
 # A chain of one kind of blocks, with a Q-Former, with passes of their own, and with blocks that are no chain.
 CHAINS = ("llava", "blip2", "blip2-itm", "qwen3-vl")
 TASKS_OF = {("vqa", "captioning"): ["captioning", "vqa"], ("retrieval",): ["retrieval"]}
-
-
-def rules(family: Family, method: str = "gptq") -> tuple[Rule, ...]:
-    """A method for every component that calibration data can quantize."""
-    return tuple(
-        Rule(
-            component=component.name,
-            method=method,
-            bits=8 if method == "gptq" else 4,
-            group_size="row",
-            store="dequantized" if component.unpackable else "packed",
-            options=QUICK[method],
-        )
-        for component in family.components
-        if not component.without_data
-    )
-
-
-def stacks(plan: Plan) -> list[tuple[Component, list[str]]]:
-    """Modules that GPTQ quantizes in one call, in order."""
-    result = []
-    for unit in plan.units:
-        component = plan.family.component(unit.component)
-        for phase in component.phases:
-            if modules := [row.module for row in unit.rows if row.linear in phase]:
-                result.append((component, modules))
-    return result
-
-
-def stop(*_: Any) -> None:
-    """A hook that ends a forward pass."""
-    raise ForwardStopped
-
-
-def captured_rows(
-    model: nn.Module, family: Family, component: Component, module: str, config: dict, batches: list
-) -> Tensor:
-    """The inputs of a linear in forward passes of the whole model, without padding, `[rows, in]`."""
-    linear, rows = model.get_submodule(family.live_name(module)), []
-    last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
-    for entry in component.passes:
-        for batch in batches:
-            captured: list[Tensor] = []
-            handles = [
-                linear.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0])),
-                last.register_forward_hook(stop),  # the retrieval model calls its Q-Former again, which is another pass
-            ]
-            run_until_stopped(entry.run, model, batch)
-            for handle in handles:
-                handle.remove()
-            for x in captured:
-                mask = batch["attention_mask"].bool()
-                if not entry.padded or any(module.endswith(f".{name}") for name in component.unpadded):
-                    rows.append(x.reshape(-1, x.shape[-1]))
-                    continue
-                tokens = x.reshape(len(mask), -1, x.shape[-1])
-                before = torch.ones(len(mask), max(0, tokens.shape[1] - mask.shape[1]), dtype=torch.bool)
-                rows.append(tokens[torch.cat([before, mask], 1)[:, -tokens.shape[1] :]])
-    return torch.cat(rows).double()
 
 
 @pytest.mark.parametrize("name", some(FAMILIES, CHAINS))

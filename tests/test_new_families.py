@@ -1,5 +1,6 @@
 """What differs between families in plans: linears that vLLM builds in 16 bits, and text models that mmq refuses."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
 from exporter.errors import PlanError
+from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import REFUSED, known_family
 from exporter.model.families import FAMILIES
+from exporter.model.processor_check import check_libraries
 from exporter.model.source import open_source
 from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe
@@ -19,7 +22,7 @@ from exporter.planning.tensor_parallel import parallel_problems
 from exporter.planning.vllm_rules import pattern_problems
 from exporter.serving.launch import max_length
 from tests.headers.read import HEADER_NAMES, header_config
-from tests.tiny_models import CONFIGS
+from tests.tiny_models import CONFIGS, write_processor
 
 H100 = Device("cpu", "CPU", 2**50)
 ONEVISION = "llava-hf--llava-onevision-qwen2-7b-ov-hf"
@@ -120,3 +123,31 @@ def test_tensors_of_a_published_checkpoint_that_are_kept_have_a_reason(
 def test_the_context_of_a_served_model_is_limited(name: str, length: int) -> None:
     assert max_length(header_config(name), cpu=False) == length
     assert max_length(header_config(name), cpu=True) == 4096
+
+
+VARYING = [name for name, (family, config) in CONFIGS.items() if family.of(config).varies]
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_an_image_token_that_is_not_the_processors_is_refused(name: str, tmp_path: Path) -> None:
+    """For example after the vocabulary was resized: the other token may occur in prompts too."""
+    family, config = CONFIGS[name]
+    write_processor(tmp_path, family, config)
+    checkpoint = Checkpoint(tmp_path, config, {}, name)
+    check_libraries(checkpoint, family)
+    key = next(key for key in ("image_token_index", "image_token_id") if key in config)
+    with pytest.raises(PlanError, match=r"the processor's image token has the id 127, but config\.json has 125"):
+        check_libraries(Checkpoint(tmp_path, {**config, key: 125}, {}, name), family)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("place", ["", "text_config"])
+def test_flags_for_a_tied_head_that_transformers_and_vllm_read_differently_are_refused(name: str, place: str) -> None:
+    """vLLM served uninitialized output heads where only the first one was set."""
+    config = copy.deepcopy(CONFIGS[name][1])
+    known_family(config, name)
+    (config[place] if place else config)["tie_word_embeddings"] = True
+    with pytest.raises(PlanError, match=r"tie_word_embeddings is .*: set both to the same value"):
+        known_family(config, name)
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    known_family(config, name)

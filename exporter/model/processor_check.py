@@ -15,6 +15,7 @@ from exporter.model.processor_inspector import Inspection, check_config_class, h
 
 MAX_NAMED = 3  # tokens that a message names
 PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
+PLACEHOLDER = "image_token_id"  # of processors in transformers: the id with which they fill the place of a picture
 
 
 def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def _inspection(checkpoint: Checkpoint, family: Family) -> Inspection:
     config = checkpoint.config
     request = {
         "text": family.text(None if "captioning" in family.tasks else "a"),
-        "fields": sorted(family.processor_fields(config)),
+        "fields": sorted({*family.processor_fields(config), PLACEHOLDER}),
         "nested": family.nested,
         "varying": family.image_token(config) if family.varies else None,
     }
@@ -86,6 +87,9 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     if marker is None or not expected:
         return []
     counts = [row.count(marker) for row in (inspection.tokens, *inspection.padded)]
+    own = inspection.fields.get(PLACEHOLDER)
+    if family.varies and own is not None and own != marker:
+        return [f"the processor's image token has the id {own}, but config.json has {marker}"]
     if family.varies:
         return _setting_problems(config, family, inspection) or [
             f"a prompt with one picture has no image token (id {marker}), so the model would not see the picture"

@@ -1,7 +1,7 @@
 """Output heads that config.json ties to the embedding: both must have the same values, also with an adapter.
 
-transformers reads a stored head whose values differ from the embedding's in spite of config.json, and vLLM reads the
-embedding: the same folder is two models.
+transformers 5.19 and vLLM 0.32 read a stored head whose values differ from the embedding's in spite of config.json, other
+versions and programs read the embedding: the same folder is two models.
 """
 
 from collections.abc import Iterator
@@ -37,6 +37,6 @@ def refuse_different(checkpoint: Checkpoint, family: Family) -> None:
         if head in checkpoint.tensors and not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
             raise CheckpointError(
                 f"{checkpoint.origin}: config.json ties {head} to {embedding}, but the stored tensors differ: "
-                "transformers would use the head, and vLLM the embedding",
+                "some versions of transformers and vLLM would use the head, and others the embedding",
                 "set `tie_word_embeddings: false` in config.json if the head was trained, or remove it",
             )

@@ -4,6 +4,7 @@ Checkpoint names are those of `HuggingFaceM4/Idefics3-8B-Llama3` and `HuggingFac
 transformers and vLLM (models/idefics3.py, whose tower has no 16-bit linears) use the same.
 """
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,15 @@ def shapes(sizes: Sizes) -> Shapes:
     return tensors | (
         {} if top["tie_word_embeddings"] else {"lm_head.weight": (text["vocab_size"], text["hidden_size"])}
     )
+
+
+def misfits(sizes: Sizes) -> list[str]:
+    """A problem when the two flags for a tied head differ: transformers reads the first one, vLLM the second one."""
+    top, text = (sizes[key]["tie_word_embeddings"] for key in ("", "text_config"))
+    if top == text:
+        return []
+    differ = f"tie_word_embeddings: {json.dumps(top)}, but text_config.tie_word_embeddings is {json.dumps(text)}"
+    return [f"{differ}; transformers reads the first one and vLLM the second one: set both to the same value"]
 
 
 def patches(config: Config) -> int:
@@ -85,6 +95,7 @@ FAMILY = Family(
     parts=PARTS,
     assemble=assemble,
     shapes=shapes,
+    misfits=misfits,
     fields=(_SCALE, _TIED, Number("image_token_id", 128257, least=0, most=MAX_ROWS)),
     question_prompt="{question} Answer briefly.",
     caption_prompt="Provide a one-sentence caption for the provided image.",

@@ -1,0 +1,231 @@
+"""Train tiny models of other families from demo-llava: `python -m tools.demo_training.lineages FAMILY --out DIR`.
+
+FAMILY is `llava-next` (the same parts on tiles) or `smolvlm` (a new tower of 4-pixel patches, a pixel shuffle and one
+linear, in front of demo-llava's text model). The new parts of SmolVLM first learn demo-llava's picture features; then
+the whole model learns captions and answers about the demo scenes. Inputs and prompts are those that mmq itself makes.
+Takes minutes on a CPU; the folder is one that mmq, transformers and vLLM load.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.demo import MODELS
+from exporter.demo.data import samples
+from exporter.demo.scenes import SIDE
+from exporter.inference.encoding import encode
+from exporter.inference.predict import conversations
+from exporter.model.families import FAMILIES, Family
+from exporter.model.processor import load_processor
+from exporter.model.source import open_source
+from exporter.model.stream import load_whole
+from exporter.tasks.sample import Sample
+from tools.demo_training.folder import CHAT_TEMPLATE, hub_tensors, tokenizer, write_generation, write_json
+
+TEACHER = MODELS["demo-llava"]
+MARKS = ("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)))
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A family's model. change: config.json of demo-llava -> its own.
+
+    pictures, settings: class and settings of its image processor. processor: fields of processor_config.json.
+    distilled: whether its tower starts from random weights.
+    """
+
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+    pictures: str
+    settings: dict[str, Any]
+    processor: dict[str, Any]
+    distilled: bool
+
+
+def next_config(config: dict[str, Any]) -> dict[str, Any]:
+    """demo-llava with tiles."""
+    own = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
+    return {k: v for k, v in config.items() if k != "image_seq_length"} | own | {"image_grid_pinpoints": PINPOINTS}
+
+
+def smolvlm_config(config: dict[str, Any]) -> dict[str, Any]:
+    """demo-llava's text model behind a tower of 256 patches, of which four make a token."""
+    vision = {"model_type": "smolvlm_vision", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": 4, "hidden_act": "gelu_pytorch_tanh"}
+    return {
+        "architectures": ["SmolVLMForConditionalGeneration"],
+        "model_type": "smolvlm",
+        "dtype": "bfloat16",
+        "image_token_id": config["image_token_index"],
+        "pad_token_id": config["pad_token_id"],
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+        "text_config": config["text_config"],
+        "vision_config": vision,
+    }
+
+
+LINEAGES = {
+    "llava-next": Lineage(
+        next_config,
+        "LlavaNextImageProcessorPil",
+        {
+            "size": {"shortest_edge": SIDE},
+            "crop_size": {"height": SIDE, "width": SIDE},
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        {"processor_class": "LlavaNextProcessor", "patch_size": 8, "num_additional_image_tokens": 1}
+        | {"vision_feature_select_strategy": "default", "image_token": "<image>"},
+        distilled=False,
+    ),
+    "smolvlm": Lineage(
+        smolvlm_config,
+        "SmolVLMImageProcessorPil",
+        {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 64},
+        distilled=True,
+    ),
+}
+
+
+def write_folder(out: Path, lineage: Lineage) -> dict[str, Any]:
+    """All files but the weights; returns config.json."""
+    import transformers
+
+    out.mkdir(parents=True)
+    config = lineage.change(json.loads((TEACHER / "config.json").read_text()))
+    write_json(out / "config.json", config)
+    write_generation(out)
+    getattr(transformers, lineage.pictures)(**lineage.settings).save_pretrained(out)
+    write_json(out / "processor_config.json", lineage.processor)
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>\\n", "<image>"))
+    write_words(out)
+    return config
+
+
+def write_words(out: Path) -> None:
+    """demo-llava's tokenizer, with marks of tiles in the place of unused tokens."""
+    from tokenizers import AddedToken, Tokenizer
+
+    text = tokenizer().to_str()
+    for i, mark in enumerate(MARKS):
+        assert f'"<unused{i}>"' in text
+        text = text.replace(f'"<unused{i}>"', json.dumps(mark))
+    words = Tokenizer.from_str(text)
+    words.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    words.save(str(out / "tokenizer.json"))
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (out / name).write_text((TEACHER / name).read_text())
+
+
+def start(family: Family, config: dict[str, Any]) -> tuple[Any, Any]:
+    """The new model, in float32, with every weight of demo-llava that it has, and demo-llava."""
+    checkpoint, llava = open_source(str(TEACHER))
+    names = list(checkpoint.tensors)
+    teacher = load_whole(llava, checkpoint.config, names, checkpoint.read, torch.device("cpu"), torch.float32).eval()
+    torch.manual_seed(0)
+    model = family.skeleton(config).float().train()
+    own, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
+    own |= {name.replace("text_model", "language_model"): parameter for name, parameter in own.items()}
+    with torch.no_grad():
+        for name, value in theirs.items():
+            if name in own and own[name].shape == value.shape:
+                own[name].copy_(value)
+    return model, teacher
+
+
+def pool(seed: int) -> list[Sample]:
+    """Captions and questions about the training scenes in random order."""
+    both = [*samples("captioning", "train", 20_000, seed), *samples("vqa", "train", 20_000, seed)]
+    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))
+    return [both[i] for i in order.tolist()]
+
+
+def answer_loss(model: Any, processor: Any, family: Family, group: list[Sample]) -> Tensor:
+    """Mean negative log-likelihood of the replies' tokens."""
+    (talk,) = conversations(processor, family, group, len(group))
+    logits = model(**talk.inputs, use_cache=False).logits
+    rows = [
+        logits[row, begin - 1 : begin - 1 + len(reply)]
+        for row, (begin, reply) in enumerate(zip(talk.starts, talk.replies, strict=True))
+    ]
+    return F.cross_entropy(torch.cat(rows), torch.cat(talk.replies))
+
+
+def features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Picture features that the text model reads, `[batch, tokens, width]`."""
+    names = ("pixel_values", "pixel_attention_mask")
+    output = model.model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+    output = getattr(output, "pooler_output", output)
+    return torch.stack(list(output)) if isinstance(output, list | tuple) else output
+
+
+def feature_loss(model: Any, teacher: Any, processors: tuple[Any, Any], family: Family, group: list[Sample]) -> Tensor:
+    """Squared distance between the features of both models, relative to the variance of the teacher's."""
+    own, theirs = (
+        encode(processor, kind, group, [None] * len(group), "right")
+        for processor, kind in zip(processors, (family, FAMILIES["llava"]), strict=True)
+    )
+    with torch.no_grad():
+        expected = features(teacher, {"pixel_values": theirs["pixel_values"]})
+    return F.mse_loss(features(model, own).reshape_as(expected), expected) / expected.var()
+
+
+def train(model: Any, loss: Callable[[list[Sample]], Tensor], rate: float, steps: int, seed: int) -> None:
+    """Train in place: AdamW, warm-up for 3 % of the steps, then cosine decay to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
+    order, begin = batches(seed), time.process_time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / steps / 0.03, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(next(order))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 19:
+            print(f"{time.process_time() - begin:.0f} CPU s, step {step + 1}, loss {value.item():.4f}", flush=True)
+
+
+def batches(seed: int) -> Iterator[list[Sample]]:
+    """Groups of samples, without end."""
+    while True:
+        shuffled = pool(seed)
+        yield from (shuffled[i : i + BATCH] for i in range(0, len(shuffled) - BATCH, BATCH))
+        seed += 1
+
+
+def main() -> None:
+    """Train one model and write its folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=LINEAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--distill", type=int, default=400, help="steps for the picture features of new parts")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    options = parser.parse_args()
+    lineage = LINEAGES[options.family]
+    config = write_folder(options.out, lineage)
+    family = FAMILIES[options.family].of(config)
+    model, teacher = start(family, config)
+    processor = load_processor(options.out)
+    if lineage.distilled:
+        both = (processor, load_processor(TEACHER))
+        train(model, lambda group: feature_loss(model, teacher, both, family, group), 2e-3, options.distill, 1)
+    train(model, lambda group: answer_loss(model, processor, family, group), options.rate, options.steps, 2)
+    save_file(hub_tensors(model, family.canonical_name), options.out / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
