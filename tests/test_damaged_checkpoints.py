@@ -298,7 +298,7 @@ def test_a_tied_head_need_not_be_stored(model: Path, place: str) -> None:
 
 
 def test_a_stored_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(model: Path, tmp_path: Path) -> None:
-    """transformers would use the head, and vLLM the embedding."""
+    """Some versions of transformers and vLLM would use the head, others the embedding."""
     head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     with_config(model, tie_word_embeddings=True)
     recipe = load_recipe("llava-w8").adjusted(model={"repo": str(model)})

@@ -1,7 +1,7 @@
 """Output heads that config.json ties to the embedding: both must have the same values, also with an adapter.
 
-transformers 5.19 and vLLM 0.32 read a stored head whose values differ from the embedding's in spite of config.json, other
-versions and programs read the embedding: the same folder is two models.
+transformers 5.19 and vLLM 0.32 read a stored head whose values differ from the embedding's in spite of config.json;
+other versions and programs read the embedding: the same folder is two models.
 """
 
 from collections.abc import Iterator
