@@ -136,12 +136,12 @@ def start(family: Family, config: dict[str, Any]) -> tuple[Any, Any]:
     teacher = load_whole(llava, checkpoint.config, names, checkpoint.read, torch.device("cpu"), torch.float32).eval()
     torch.manual_seed(0)
     model = family.skeleton(config).float().train()
-    own, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
-    own |= {name.replace("text_model", "language_model"): parameter for name, parameter in own.items()}
+    parameters = dict(model.named_parameters())
+    parameters |= {name.replace("text_model", "language_model"): value for name, value in parameters.items()}
     with torch.no_grad():
-        for name, value in theirs.items():
-            if name in own and own[name].shape == value.shape:
-                own[name].copy_(value)
+        for name, value in teacher.named_parameters():
+            if name in parameters and parameters[name].shape == value.shape:
+                parameters[name].copy_(value)
     return model, teacher
 
 
@@ -173,13 +173,13 @@ def features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def feature_loss(model: Any, teacher: Any, processors: tuple[Any, Any], family: Family, group: list[Sample]) -> Tensor:
     """Squared distance between the features of both models, relative to the variance of the teacher's."""
-    own, theirs = (
+    inputs, teacher_inputs = (
         encode(processor, kind, group, [None] * len(group), "right")
         for processor, kind in zip(processors, (family, FAMILIES["llava"]), strict=True)
     )
     with torch.no_grad():
-        expected = features(teacher, {"pixel_values": theirs["pixel_values"]})
-    return F.mse_loss(features(model, own).reshape_as(expected), expected) / expected.var()
+        expected = features(teacher, {"pixel_values": teacher_inputs["pixel_values"]})
+    return F.mse_loss(features(model, inputs).reshape_as(expected), expected) / expected.var()
 
 
 def train(model: Any, loss: Callable[[list[Sample]], Tensor], rate: float, steps: int, seed: int) -> None:
