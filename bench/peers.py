@@ -55,6 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "gptq-learned": {"method": "gptq", "options": {"range": "signed", "steps": 200}},
     "gptq-learned-positive": {"method": "gptq", "options": {"steps": 200}},
     "awq": {"method": "awq"},
+    "awq-signed": {"method": "awq", "options": {"range": "signed"}},
+    "awq-noclip": {"method": "awq", "options": {"clip": False}},
     "autoround": {"method": "autoround"},
     "autoround-1000": {"method": "autoround", "options": {"steps": 1000}},
 }

@@ -7,7 +7,8 @@ from torch import nn
 from exporter.methods import awq, rtn
 from exporter.methods.awq import Options, find_scales
 from exporter.numerics.hessian import Statistics
-from exporter.numerics.quantized import Scheme
+from exporter.numerics.quantized import Scheme, quantize
+from exporter.numerics.ranges import fit_scale
 from exporter.numerics.scale_folding import fold
 from tests.oracles import awq_candidates_by_hand, awq_clip_by_hand, awq_scales_by_hand
 
@@ -171,3 +172,18 @@ def test_stacked_linears_equal_separate_ones() -> None:
     parts = [awq.quantize_linear(weight, statistics_of(x), Scheme(3, 32), Options(), HALF)[0] for weight in both]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
+
+
+@pytest.mark.parametrize("range_", ["mse", "signed"])
+def test_other_ranges_are_weighted_by_the_squares_of_the_inputs(range_: str) -> None:
+    weight = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    statistics = awq.Statistics(40, torch.device("cpu"))
+    statistics.update(torch.randn(50, 40, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 4, 40))
+    scheme, squares = Scheme(2, 8), statistics.hessian.diagonal()
+    linear, _ = awq.quantize_linear(weight, statistics, scheme, Options(range=range_), torch.bfloat16)
+    scale, zero = fit_scale(weight, scheme, torch.bfloat16, range_, squares / squares.mean())
+    assert torch.equal(linear.scale, scale)
+    assert torch.equal(linear.codes, quantize(weight, scale, zero, scheme))
+    assert bool((scale < 0).any()) == (range_ == "signed")
+    plain, _ = fit_scale(weight, scheme, torch.bfloat16, range_)
+    assert not torch.equal(plain, scale)

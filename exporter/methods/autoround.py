@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "Options", "Statistics", "quantize_linear"]
 
 VERSION = 1
-LEAST_IMPORTANCE = 1e-4  # of a column, relative to the mean; columns without inputs keep some influence on the range
 
 
 class Options(MethodOptions):
@@ -54,7 +53,5 @@ def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """The start: nearest codes of `weight` f32 `[out, in]` within ranges weighted by the squares of the inputs."""
-    squares = statistics.hessian.diagonal()
-    importance = (squares / squares.mean().clamp_min(1e-30)).clamp_min(LEAST_IMPORTANCE)
-    scale, zero = fit_scale(weight, scheme, scale_dtype, "signed", importance)
+    scale, zero = fit_scale(weight, scheme, scale_dtype, "signed", statistics.importance())
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()

@@ -41,6 +41,9 @@ LARGEST_SCALE = 1e4  # the smallest scale is its inverse; AutoAWQ has the same l
 class Options(MethodOptions):
     """points: number of exponents to try for the column scales. clip: search narrower ranges, weighted by the inputs.
 
+    range: "clip" searches them by each group's part of the output; "mse" and "signed" are those of `ranges.fit_scale`,
+    weighted by the squares of the inputs.
+
     search: how candidates are compared: by the outputs of the "linears" that they scale, or by the output of the whole
     "block", which then runs on all batches for every point.
     """
@@ -48,7 +51,13 @@ class Options(MethodOptions):
     points: int = Field(20, ge=1, le=100)
     search: Literal["linears", "block"] = "linears"
     clip: bool = True
+    range_: Literal["clip", "mse", "signed"] = Field("clip", alias="range")
     clip_steps: int = Field(10, ge=1, le=100)
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a group may get a negative scale."""
+        return self.clip and self.range_ == "signed"
 
     @property
     def runs_block(self) -> bool:
@@ -131,6 +140,9 @@ def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """Round `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
+    if options.clip and options.range_ != "clip":
+        scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_, statistics.importance())
+        return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":
         parts = [part.split(ROWS) for part in (weight, scale, zero)]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_IMPORTANCE = 1e-4  # of a column; columns without inputs keep some influence on the range
 STRIP = 4096  # columns per product, because a second [in, in] matrix would not fit into memory
 
 
@@ -49,6 +50,11 @@ class Statistics:
     def is_finite(self) -> bool:
         """Whether all inputs so far, and their squares, are finite."""
         return bool(torch.isfinite(self.hessian.diagonal()).all())
+
+    def importance(self) -> Tensor:
+        """Mean square of each input relative to the mean of all, f32 `[in]`, at least `LEAST_IMPORTANCE`."""
+        squares = self.hessian.diagonal()
+        return (squares / squares.mean().clamp_min(1e-30)).clamp_min(LEAST_IMPORTANCE)
 
     def energy(self, matrix: Tensor) -> float:
         """Mean squared norm of `matrix` f32 `[out, in]` times an input row (from 16-bit products on a GPU)."""
