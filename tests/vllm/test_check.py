@@ -11,7 +11,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving.launch import Program
 from tests.vllm.conftest import RECIPES
-from tests.vllm.served import mmq
+from tests.vllm.served import ONE_PROCESS_LESS, mmq
 
 ROWS = {"method": "rtn", "bits": 8, "group_size": "row", "activations": "int8"}
 PACKED = {
@@ -79,7 +79,7 @@ def test_a_packed_qformer_answers_as_the_reference_and_doubling_its_scales_shows
 ):
     artifact = exported(Recipe.model_validate(PACKED))
     control = ["--questions", "8", "--control", "qformer"]
-    done = mmq("check", str(artifact), "--vllm", program.path, "--json", *control)
+    done = mmq("check", str(artifact), "--vllm", program.path, "--json", *control, environment=ONE_PROCESS_LESS)
     result = json.loads(done.stdout.splitlines()[0])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert result["schemes"] == {"CompressedTensorsW8A8Int8": 35, "CompressedTensorsWNA16": 8}
@@ -94,7 +94,8 @@ def test_artifacts_in_the_formats_of_autogptq_and_autoawq_answer_as_the_referenc
     data = load_recipe("llava-w4").model_dump() | {"name": f"as-{format_name}", "format": format_name}
     rule = {"component": "language", "method": "rtn", "bits": 4, "group_size": 128, "symmetric": symmetric}
     artifact = exported(Recipe.model_validate(data | {"quantize": [rule]}).adjusted(model={"repo": "demo-llava"}))
-    done = mmq("check", str(artifact), "--vllm", program.path, "--json", "--no-control", "--questions", "8")
+    arguments = [str(artifact), "--vllm", program.path, "--json", "--no-control", "--questions", "8"]
+    done = mmq("check", *arguments, environment=ONE_PROCESS_LESS)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[0])
     assert result["passed"]
@@ -111,7 +112,8 @@ def wrong_engine(program: Program, engine_python: str, tmp_path: Path) -> str:
 
 def test_an_engine_that_computes_wrongly_fails_and_that_is_kept(exported: Callable[[Recipe], Path], wrong_engine: str):
     artifact = exported(load_recipe(RECIPES["demo-llava"]).adjusted(model={"repo": "demo-llava"}))
-    done = mmq("check", str(artifact), "--vllm", wrong_engine, "--no-control", "--questions", "8")
+    arguments = [str(artifact), "--vllm", wrong_engine, "--no-control", "--questions", "8"]
+    done = mmq("check", *arguments, environment=ONE_PROCESS_LESS)
     assert done.returncode == 3, done.stdout + done.stderr[-3000:]
     assert "log-probabilities are too far from the reference: mean" in done.stderr
     assert "Traceback" not in done.stderr
