@@ -25,10 +25,11 @@ def rows(files: dict[PurePosixPath, str]) -> dict[str, str]:
     lines = sorted(text.count("\n") for text in package.values())
     tests = [text for path, text in files.items() if path.parts[0] == "tests"]
     prose = [text for path, text in files.items() if path.suffix == ".md" and path.parts[0] in ("docs", "README.md")]
-    top = [path for path in package if len(path.parts) == 2]
+    top = {path.name for path in package if len(path.parts) == 2}
+    packages = {path.parts[1] for path in package} - top
     return {
         "modules at the top of `exporter/`": f"{len(top)}",
-        "packages at the top of `exporter/`": f"{len({path.parts[1] for path in package} - {path.name for path in top})}",
+        "packages at the top of `exporter/`": f"{len(packages)}",
         "files of the package": f"{len(package)}",
         "lines of the package": f"{sum(lines):,}",
         "median file, lines": f"{statistics.median(lines):.0f}",
