@@ -24,7 +24,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > /tmp/installed.txt \
     && python3 -m pip install --no-cache-dir --no-deps /wheels/mmq_vlm-*.whl \
     && python3 -m pip install --no-cache-dir -c /tmp/installed.txt \
-       "click>=8.1" "rich>=13" "pydantic>=2.7,<3" "PyYAML>=6" "jinja2>=3.1" "httpx2>=2.10" \
+       "click>=8.1" "rich>=13" "pydantic>=2.7,<3" "PyYAML>=6" "jinja2>=3.1" "httpx2>=2.10" "imagehash>=4.3" \
     && rm /tmp/installed.txt \
     && mmq --help > /dev/null
 

@@ -1,6 +1,6 @@
-"""Smoke test of a running server: one question about one image; exit code 0 only for a non-empty answer.
+"""Smoke test of a running server: one question about one image; exit code 0 only for a non-empty or expected answer.
 
-    python serving/smoke.py [--url http://127.0.0.1:8000] [--image PICTURE] [--question TEXT] [--wait SECONDS]
+    python serving/smoke.py [--url http://127.0.0.1:8000] [--image PICTURE] [--question TEXT] [--expect TEXT] [--wait S]
 
 Needs only the standard library. Without --image it sends a generated red square.
 """
@@ -17,6 +17,8 @@ import urllib.request
 import zlib
 from pathlib import Path
 from typing import Any
+
+QUESTION = "What color is the shape?\nAnswer the question using a single word or phrase."
 
 
 def red_square(side: int = 64) -> bytes:
@@ -70,9 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ask a running server one question about one image.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--image", help="picture file (default: a red square)")
-    parser.add_argument(
-        "--question", default="What color is the shape?\nAnswer the question using a single word or phrase."
-    )
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--expect", default="", metavar="TEXT", help="fail unless the answer contains this text")
     parser.add_argument("--wait", type=float, default=0, help="seconds to wait for the server to start")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for the answer")
     options = parser.parse_args(arguments)
@@ -88,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if not answer:
         print(f"{model} returned an empty answer", file=sys.stderr)
+        return 1
+    if options.expect.lower() not in answer.lower():
+        print(f"{model} answered '{answer}', which does not contain '{options.expect}'", file=sys.stderr)
         return 1
     print(f"{model}: {answer}")
     return 0

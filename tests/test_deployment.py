@@ -18,6 +18,8 @@ from exporter.demo import MODELS
 
 ROOT = Path(__file__).parent.parent
 COMPOSE, KUBERNETES = ROOT / "serving" / "compose.yaml", ROOT / "serving" / "kubernetes.yaml"
+FETCH, RAY = ROOT / "serving" / "kubernetes-fetch.yaml", ROOT / "serving" / "ray.yaml"
+VERSION = "1.33"  # of Kubernetes, whose schemas the manifests are compared with
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
@@ -36,8 +38,8 @@ def compose_service() -> dict[str, Any]:
     return service
 
 
-def container() -> dict[str, Any]:
-    documents = {document["kind"]: document for document in yaml.safe_load_all(KUBERNETES.read_text(encoding="utf-8"))}
+def container(manifest: Path = KUBERNETES) -> dict[str, Any]:
+    documents = {document["kind"]: document for document in yaml.safe_load_all(manifest.read_text(encoding="utf-8"))}
     container: dict[str, Any] = documents["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     return container
 
@@ -51,8 +53,8 @@ def image() -> list[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [compose_service()["command"], container()["args"], image()],
-    ids=["compose", "kubernetes", "image"],
+    [compose_service()["command"], container()["args"], container(FETCH)["args"], image()],
+    ids=["compose", "kubernetes", "kubernetes-fetch", "image"],
 )
 def test_what_they_run_is_a_command_of_mmq(arguments: list[str], tmp_path: Path) -> None:
     vllm = tmp_path / "vllm"
@@ -83,3 +85,53 @@ def test_the_pieces_of_the_deployment_name_each_other() -> None:
     assert {m["name"] for m in container()["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     gpus = container()["resources"]["limits"]["nvidia.com/gpu"]
     assert f"--tensor-parallel={gpus}" in container()["args"]
+
+
+@pytest.mark.parametrize("manifest", [KUBERNETES, FETCH], ids=lambda path: path.stem)
+def test_manifests_fit_the_schemas_of_kubernetes(manifest: Path) -> None:
+    schemas = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for document in yaml.safe_load_all(manifest.read_text(encoding="utf-8")):
+        schemas.validate(document, VERSION, strict=True)
+        broken = json.loads(json.dumps(document)) | {"spec": {**document["spec"], "replcas": 2}}
+        with pytest.raises(schemas.ValidationError):
+            schemas.validate(broken, VERSION, strict=True)
+
+
+def test_a_fetched_artifact_is_verified_before_it_is_served() -> None:
+    pod = yaml.safe_load(FETCH.read_text(encoding="utf-8"))["spec"]["template"]["spec"]
+    fetch, verify = pod["initContainers"]
+    assert fetch["args"][-1] == verify["args"][-1] == container(FETCH)["args"][1]
+    done = CliRunner().invoke(cli, [verify["args"][0], "--help"])
+    assert done.exit_code == 0
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for part in (fetch, verify, container(FETCH)) for mount in part["volumeMounts"]} == volumes
+
+
+@pytest.mark.parametrize("manifest", [KUBERNETES, FETCH], ids=lambda path: path.stem)
+def test_pods_are_ready_only_after_an_answer(manifest: Path) -> None:
+    program, script, *arguments = container(manifest)["startupProbe"]["exec"]["command"]
+    assert program == "python3"
+    copied = re.search(r"COPY --chmod=755 (.*) /usr/local/bin/\n", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert copied
+    assert f"serving/{Path(script).name}" in copied[1].split()
+    usage = [sys.executable, str(ROOT / "serving" / "smoke.py"), *arguments, "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(usage, capture_output=True, text=True)
+    assert done.returncode == 1  # no server there; 2 would be a wrong option
+    assert "no valid answer" in done.stderr
+
+
+def test_the_ray_example_names_its_application() -> None:
+    config = yaml.safe_load(RAY.read_text(encoding="utf-8"))
+    (application,) = config["applications"]
+    module, _, function = application["import_path"].partition(":")
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    assert f"def {function}(" in source
+    (deployment,) = application["deployments"]
+    assert f"class {deployment['name']}:" in source
+    assert set(application["args"]) <= set(re.findall(r"settings(?:\.get\(|\[)\"(\w+)\"", source))
+
+
+def test_the_ray_example_fits_the_schema_of_ray_serve() -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="pip install 'ray[serve]'")
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(RAY.read_text(encoding="utf-8")))
+    assert config.applications[0].deployments[0].max_ongoing_requests == 64

@@ -96,6 +96,13 @@ def test_smoke_fails_on_an_empty_answer(server, answer):
     assert "empty answer" in done.stderr
 
 
+def test_smoke_waits_for_the_right_answer(server):
+    assert smoke(server, "--expect", "RED").returncode == 0
+    done = smoke(server, "--expect", "blue")
+    assert done.returncode == 1
+    assert "answered 'red', which does not contain 'blue'" in done.stderr
+
+
 def test_smoke_fails_with_the_servers_own_words(server):
     server.status = 400
     done = smoke(server)
