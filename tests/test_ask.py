@@ -142,7 +142,7 @@ def test_two_servers_are_compared(artifact: str) -> None:
         (["demo-llava", "PICTURE", "--served-model", "x"], 2, "--served-model needs --server"),
         (["demo-llava", "PICTURE", "--compare", "--server", "x"], 2, "needs both --server and --baseline-server"),
         (["demo-llava", "PICTURE", " "], 1, "the question is empty"),
-        (["demo-llava", __file__, "what?"], 1, "is not a picture"),
+        (["demo-llava", __file__, "what?"], 1, "it cannot be read as a picture"),
         (["demo-blip2-itm", "PICTURE", "what?"], 1, "do not answer with text"),
         (["demo-llava", "PICTURE", "--server", "http://127.0.0.1:9"], 1, "no response"),
         (["demo-lava", "PICTURE"], 1, "Did you mean 'demo-llava'?"),

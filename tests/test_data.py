@@ -162,7 +162,7 @@ def test_a_picture_with_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypat
     picture(tmp_path / "train" / "1.png", size=(40, 40))
     for limit in (1000, 500):  # Pillow warns above its limit and raises above twice as much
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match=rf"1 problem\n.*:2: 'train/1\.png' has more than {limit} pixels"):
+        with pytest.raises(DataError, match=rf"1 problem\n.*:2: 'train/1\.png': it has more than {limit} pixels"):
             read(tmp_path)
 
 

@@ -82,8 +82,17 @@ def test_other_numbers_of_image_tokens_are_named() -> None:
     processor = load_processor(DEMO)
     inputs = encode(processor, FAMILY, [sample("a", "what?"), sample("b", "which color is it?")], [None, None], "right")
     assert (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [64, 64]
-    with pytest.raises(DataError, match=r"cannot encode a, b: StopIteration|b: the text holds '<image>'"):
+    with pytest.raises(DataError, match=r"^b: the text contains '<image>', the placeholder of a picture"):
         encode(processor, FAMILY, [sample("a", "what?"), sample("b", "<image> what?")], [None, None], "right")
+
+
+@pytest.mark.parametrize("name", ["demo-llava", "demo-blip2"])
+def test_an_image_token_in_a_question_or_a_reply_is_named(name: str) -> None:
+    """Also in a single sample, with which no other count can be compared."""
+    processor, family = load_processor(MODELS[name]), FAMILIES[name.removeprefix("demo-")]
+    for question, reply in (("what <image> is it?", None), ("what?", "a <image>")):
+        with pytest.raises(DataError, match=r"^a: the text contains '<image>'"):
+            encode(processor, family, [sample("a", question)], [reply], "right")
 
 
 def test_samples_longer_than_the_models_positions_are_named() -> None:

@@ -1,5 +1,6 @@
 """Pictures of every mode become the same 8-bit RGB; what would take all memory is refused before it is decoded."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from exporter.data import samples
 from exporter.data.pictures import PictureError, check_sides, open_picture, to_rgb
 from exporter.errors import DataError
+from exporter.pipeline.ask import question
 from tests import layouts
 
 RAMP = np.linspace(0, 255, 256).round().astype(np.uint8).reshape(16, 16)
@@ -149,7 +151,7 @@ def test_no_picture_makes_pillow_run_a_program(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(PictureError, match="it cannot be read as a picture"):
         open_picture(tmp_path / "a.png")
     assert not (tmp_path / "ran").exists()
 
@@ -159,3 +161,27 @@ def test_signed_bytes_are_refused(tmp_path: Path) -> None:
     Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo={339: 2})
     with pytest.raises(PictureError, match="its values are signed"):
         open_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("content", [bomb(60_000, 60_000), bomb(10_000, 10_000), bomb(64, 64), b"", b"hello"])
+def test_a_question_about_a_damaged_picture_is_one_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png cannot be used: it (has more than|cannot be read)"):
+        question(tmp_path / "a.png", "what?", 9, False)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"torn")])
+def test_a_picture_that_changes_after_it_was_selected_is_one_error(damage: Any, tmp_path: Path) -> None:
+    layouts.picture(tmp_path / "train" / "a.png")
+    layouts.write(tmp_path / "train" / "metadata.jsonl", '{"file_name": "a.png", "caption": "c"}')
+    (sample,) = samples("folder", tmp_path, "captioning", "train", 1, 0)
+    damage(tmp_path / "train" / "a.png")
+    with pytest.raises(DataError, match=r"a\.png changed while the job ran: it cannot be read"):
+        sample.image()
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path, Path("/dev/zero")):
+        with pytest.raises(PictureError, match="it is not a file"):
+            open_picture(path)

@@ -10,8 +10,11 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from exporter.out_of_memory import is_shortage
+
+MOST_LETTERS = 120  # of a reason
 MOST_ASPECT = 200  # processors scale the shorter side to a fixed size, so the longer side must be limited
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I;16S", "I")  # integer modes of more than 8 bits
 SCALED_BY_READER = ("PNG", "PPM")  # formats for which Pillow scales wide integers to 0..65535
@@ -31,16 +34,34 @@ class PictureError(Exception):
 def open_picture(path: Path) -> Image.Image:
     """Open a picture as 8-bit RGB, rotated by its EXIF orientation; the first frame of an animation.
 
-    PictureError if the range of its values is unknown, or, before decoding, if its aspect ratio is too large. Pillow's
-    errors pass through.
+    PictureError if it cannot be read, if the range of its values is unknown, or, before decoding, if it has too many
+    pixels or its aspect ratio is too large. A lack of memory passes through.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with opened(path) as image:
-            check_sides(image.size)
-            if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()) and image.mode not in WIDE:
-                raise PictureError("its values are signed; save it with 8 or 16 unsigned bits")
-            return to_rgb(ImageOps.exif_transpose(image), image.format or "")
+    if path.exists() and not path.is_file():  # opening a pipe would block forever
+        raise PictureError("it is not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with opened(path) as image:
+                return _decoded(image)
+    except PictureError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise PictureError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except UnidentifiedImageError:
+        raise PictureError("it cannot be read as a picture") from None
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        if is_shortage(error):
+            raise
+        reason = " ".join(str(error).split())[:MOST_LETTERS]
+        raise PictureError(f"it cannot be read ({reason or type(error).__name__})") from None
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    check_sides(image.size)
+    if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()) and image.mode not in WIDE:
+        raise PictureError("its values are signed; save it with 8 or 16 unsigned bits")
+    return to_rgb(ImageOps.exif_transpose(image), image.format or "")
 
 
 def opened(source: Path | BinaryIO) -> Image.Image:

@@ -88,7 +88,7 @@ def to_samples(rows: Rows, limit: int, seed: int, empty_message: str, hint: str 
         [
             Sample(
                 r.identity,
-                partial(open_picture, r.path),
+                partial(_reopened, r.path),
                 r.question,
                 r.references,
                 r.kind,
@@ -99,6 +99,14 @@ def to_samples(rows: Rows, limit: int, seed: int, empty_message: str, hint: str 
         ],
         len(rows.rows),
     )
+
+
+def _reopened(path: Path) -> Image.Image:
+    """A picture that could be read when the samples were selected; DataError if it changed since then."""
+    try:
+        return open_picture(path)
+    except PictureError as error:
+        raise DataError(f"{path} changed while the job ran: {error}", "run the same command again") from None
 
 
 def digest(text: str) -> bytes:
@@ -142,11 +150,9 @@ def _picture_problem(rows: Rows, row: Row) -> str | None:
         if not row.path.is_file():
             return f"{row.where}: no picture '{row.name}'"
         open_picture(row.path)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return f"{row.where}: '{row.name}' has more than {Image.MAX_IMAGE_PIXELS} pixels"
     except PictureError as error:
         return f"{row.where}: '{row.name}': {error}"
-    except Exception as error:  # Pillow's readers raise many exceptions on damaged files
+    except (OSError, RuntimeError) as error:  # a file that vanished, or a loop of links
         if is_shortage(error):
             raise
         return f"{row.where}: '{row.name}' cannot be read ({type(error).__name__})"

@@ -54,6 +54,7 @@ def encode(
     DataError when the processor fails, when a text has more tokens than the model has positions, or when a sample's
     text contains the placeholder of a picture.
     """
+    _refuse_placeholders(processor, samples, replies)
     texts = [render(processor, family, s, reply) for s, reply in zip(samples, replies, strict=True)]
     images = [[sample.image()] if family.nested else sample.image() for sample in samples]
     options = {"padding": True, "padding_side": side, "return_tensors": "pt"}
@@ -97,6 +98,20 @@ def _adds_start(processor: Processor, text: str) -> bool:
     return not (start and text.startswith(start))
 
 
+def _refuse_placeholders(processor: Processor, samples: Sequence[Sample], replies: Sequence[str | None]) -> None:
+    """DataError when a text contains the placeholder of a picture; a prompt adds it itself."""
+    placeholder = processor.image_token
+    texts = [f"{sample.question or ''} {reply or ''}" for sample, reply in zip(samples, replies, strict=True)]
+    wrong = [sample for sample, text in zip(samples, texts, strict=True) if placeholder and placeholder in text]
+    if wrong:
+        raise _placeholder_error(wrong, placeholder)
+
+
+def _placeholder_error(samples: Sequence[Sample], placeholder: str | None) -> DataError:
+    message = f"{_named(samples)}: the text contains {placeholder!r}, the placeholder of a picture"
+    return DataError(message, "remove it from the text")
+
+
 def _check_pictures(
     processor: Processor, family: Family, inputs: Batch, samples: Sequence[Sample], texts: Sequence[str]
 ) -> None:
@@ -114,10 +129,7 @@ def _check_pictures(
     expected = 1 if family.varies else min(counts)
     wrong = [sample for sample, count in zip(samples, counts, strict=True) if count != expected]
     if wrong:
-        raise DataError(
-            f"{_named(wrong)}: the text contains {placeholder!r}, the placeholder of a picture",
-            "remove it from the text",
-        )
+        raise _placeholder_error(wrong, placeholder)
 
 
 def refuse_too_long(

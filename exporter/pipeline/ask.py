@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
-
 from exporter.artifact.artifact import Artifact, with_recorded_prompts
 from exporter.artifact.manifest import MANIFEST, Manifest, read_manifest
 from exporter.data.pictures import PictureError, open_picture
@@ -57,9 +55,8 @@ def question(picture: Path, text: str | None, longest: int, as_is: bool, model: 
     """
     try:
         image = open_picture(picture)
-    except (PictureError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"{picture} cannot be used: {reason}", "pass a picture file such as photo.jpg") from None
+    except PictureError as error:
+        raise DataError(f"{picture} cannot be used: {error}", "pass a picture file such as photo.jpg") from None
     if text is not None and not text.strip():
         raise DataError("the question is empty", "leave it out to ask for a caption")
     manifest = read_manifest(Path(model)) if (Path(model) / MANIFEST).is_file() else None
