@@ -148,20 +148,20 @@ def test_a_row_removes_else_and_the_command_line_sets_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "linear"),
+    ("header", "linear", "bits"),
     [
-        ("HuggingFaceTB--SmolVLM2-2.2B-Instruct", "mlp.fc2"),  # 4304 inputs
-        ("Qwen--Qwen2.5-VL-3B-Instruct", "mlp.down_proj"),  # 3420 inputs
-        ("Qwen--Qwen3-VL-8B-Instruct", "mlp.linear_fc2"),
+        ("HuggingFaceTB--SmolVLM2-2.2B-Instruct", "mlp.fc2", 4),  # 4304 inputs
+        ("Qwen--Qwen2.5-VL-3B-Instruct", "mlp.down_proj", 8),  # 3420 inputs: 4 bits fill no whole 32-bit words
+        ("Qwen--Qwen3-VL-8B-Instruct", "mlp.linear_fc2", 4),
     ],
 )
 def test_a_shipped_recipe_fits_towers_with_odd_inputs_by_the_option_that_the_error_names(
-    header: str, linear: str, sparse_checkpoint: Callable[[str], Path]
+    header: str, linear: str, bits: int, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
     checkpoint, family = open_source(str(sparse_checkpoint(header)))
     with pytest.raises(PlanError, match=r"--group-size vision=128,row") as caught:
         make_plan(load_recipe("llava-w4-vit4"), checkpoint, family, choose("cpu"))
     assert f"{linear} (" in caught.value.message
     plan = make_plan(adjusted(load_recipe("llava-w4-vit4"), group_size=(128, "row")), checkpoint, family, choose("cpu"))
-    assert {row.linear for row in plan.of("vision") if row.scheme == Scheme(4, "row")} == {linear}
+    assert {row.linear for row in plan.of("vision") if row.scheme == Scheme(bits, "row")} == {linear}
     assert len(plan.fallbacks) == 1
