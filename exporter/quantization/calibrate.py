@@ -51,18 +51,24 @@ def run(
         for component in plan.family.components:
             units = [u for u in plan.units if u.component == component.name and u.index >= io.finished]
             for block in walk(io, component, units, batches):
-                io.commit(block.unit, quantized(block))
+                io.commit(block.unit, refined(block, learned_outputs(block), Folding.start(block), block.quantize()))
         io.settle()
 
 
-def quantized(block: Block) -> UnitResult:
-    """The block quantized by its methods, with the better of two quantizations where scales can move, then tuned."""
-    targets: Sequence[Tensor] = ()
-    if any(row.rule and row.rule.learned_steps for row in block.unit.rows):
-        device = block.io.device.torch_device
-        unchanged = [entry.output(block.module, device) for entry in block.inputs] if not block.source else []
-        targets = block.source.outputs if block.source else unchanged
-    folding, result = Folding.start(block), block.quantize()
+def learned_outputs(block: Block) -> Sequence[Tensor]:
+    """The outputs by batch that learned rounding approximates, of a block that is not yet quantized; else empty."""
+    if not any(row.rule and row.rule.learned_steps for row in block.unit.rows):
+        return ()
+    if block.source:
+        return block.source.outputs
+    return [entry.output(block.module, block.io.device.torch_device) for entry in block.inputs]
+
+
+def refined(block: Block, targets: Sequence[Tensor], folding: Folding | None, result: UnitResult) -> UnitResult:
+    """The better of two quantizations where scales can move, then tuned to `targets`.
+
+    result: the block quantized by its methods. folding: from before that.
+    """
     if folding:
         result = folding.best(result, block.quantize() if folding.fold(result) else None)
     return replace(tune(block, result, targets), weights={})

@@ -25,6 +25,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.planning.plan import Plan, PlanRow, Unit
 from exporter.quantization import calibrate
 from exporter.quantization.block_io import BlockIO
+from exporter.quantization.smoothing import Folding
 from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 1  # increment it when a change of this file changes the numbers
@@ -121,5 +122,7 @@ def quantize(
             inputs = batches() if any(unit.needs_statistics for unit in component_units) else ()
             for block in calibrate.walk(io, component, component_units, inputs, sequential=False):
                 assert isinstance(block.unit, StudyUnit)
-                store.write(block.unit, calibrate.quantized(block))
+                targets, folding = calibrate.learned_outputs(block), Folding.start(block)
+                store.write(block.unit, calibrate.refined(block, targets, folding, block.quantize()))
+                del targets, folding  # the copies of the block and of its outputs
     return len(missing)
