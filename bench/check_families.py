@@ -24,7 +24,7 @@ from exporter.model.families import FAMILIES, Family
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from tests.tiny_models import CONFIGS, write_tiny
+from tests.tiny_models import CONFIGS, TEMPLATE, words, write_tiny
 
 RESULTS = Path(__file__).parent.parent / "docs" / "measurements" / "checked-families.json"
 HEADS = {"num_attention_heads": 4, "head_dim": 32}
@@ -59,6 +59,20 @@ def served_config(config: dict[str, Any]) -> dict[str, Any]:
     if "embed_dim" in vision:
         vision["hidden_size"] = 128
     return wide
+
+
+def write_pixtral_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Pixtral's own processor, which vLLM needs; mmq loads it where torchvision is installed."""
+    marks = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    words(config["text_config"]["vocab_size"], marks, named=False).save_pretrained(folder)
+    patch, side = config["vision_config"]["patch_size"], config["vision_config"]["image_size"]
+    pictures = {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": side}}
+    pictures |= {"patch_size": {"height": patch, "width": patch}}
+    processor = {"processor_class": "PixtralProcessor", "patch_size": patch, "image_token": marks[0]}
+    processor |= {"image_break_token": marks[1], "image_end_token": marks[2]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("PICTURE", marks[0]))
 
 
 def recipe_for(family: Family, name: str, folder: Path) -> Recipe:
@@ -100,22 +114,30 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return kept | ({"problems": result["problems"]} if result["problems"] else {})
 
 
+def export_model(name: str, schemes: str, scratch: Path) -> Path:
+    """The artifact of a tiny model (a key of `CONFIGS`) with the schemes of a key of `SCHEMES`."""
+    family, tiny = CONFIGS[name]
+    config, folder, out = served_config(tiny), scratch / name, scratch / f"{name}-{schemes}"
+    if not folder.exists():
+        write_tiny(folder, family, config=config)
+        if config["vision_config"].get("model_type") == "pixtral":
+            write_pixtral_processor(folder, config)
+    recipe = recipe_for(family.of(config), schemes, folder)
+    export(recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+    return out
+
+
 def check_model(name: str, vllm: str, scratch: Path, logs: Path, questions: int) -> dict[str, Any]:
     """Results by scheme."""
-    family, tiny = CONFIGS[name]
-    config = served_config(tiny)
-    folder = write_tiny(scratch / name, family, config=config)
     results = {}
-    for scheme in ["w4", "w8a8"] if name == family.name else ["mixed"]:
-        out = scratch / f"{name}-{scheme}"
+    for schemes in ["w4", "w8a8"] if name in FAMILIES else ["mixed"]:
         try:
-            recipe = recipe_for(family.of(config), scheme, folder)
-            export(recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
+            artifact = export_model(name, schemes, scratch)
         except MmqError as error:
-            results[scheme] = {"passed": False, "problems": [str(error)]}
+            results[schemes] = {"passed": False, "problems": [str(error)]}
             continue
-        options = ["--questions", str(questions), *(["--no-control"] if scheme != "w4" else [])]
-        results[scheme] = summary(checked(out, vllm, options, logs / f"{name}-{scheme}"))
+        options = ["--questions", str(questions), *(["--no-control"] if schemes != "w4" else [])]
+        results[schemes] = summary(checked(artifact, vllm, options, logs / artifact.name))
     return results
 
 

@@ -18,6 +18,7 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
+from docs.measured_pages import family_checks, model_checks
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -211,7 +212,9 @@ def pages() -> dict[Path, str]:
     families, index = ROOT / "docs" / "reference" / "families.md", ROOT / "docs" / "index.md"
     api_page, prompts = ROOT / "docs" / "reference" / "python-api.md", ROOT / "docs" / "how-to" / "own-prompts.md"
     map_page = ROOT / "docs" / "architecture.md"
+    checked = ROOT / "docs" / "measurements" / "families.md"
     return {
+        checked: between(checked.read_text(encoding="utf-8"), "checks", model_checks()),
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(
@@ -220,9 +223,13 @@ def pages() -> dict[Path, str]:
             family_table("docs/reference/families.md"),
         ),
         families: between(
-            between(families.read_text(encoding="utf-8"), "families", family_table("families.md")),
-            "checkpoints",
-            support_table(),
+            between(
+                between(families.read_text(encoding="utf-8"), "families", family_table("families.md")),
+                "checkpoints",
+                support_table(),
+            ),
+            "checks",
+            family_checks(),
         ),
         index: between(index.read_text(encoding="utf-8"), "families", family_table("reference/families.md")),
         prompts: between(prompts.read_text(encoding="utf-8"), "prompts", prompt_table()),
