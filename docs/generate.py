@@ -18,7 +18,7 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
-from docs.measured_pages import family_checks, model_checks
+from docs.measured_pages import family_checks, lineage_tables, model_checks
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -213,7 +213,9 @@ def pages() -> dict[Path, str]:
     api_page, prompts = ROOT / "docs" / "reference" / "python-api.md", ROOT / "docs" / "how-to" / "own-prompts.md"
     map_page = ROOT / "docs" / "architecture.md"
     checked = ROOT / "docs" / "measurements" / "families.md"
+    trained = ROOT / "docs" / "measurements" / "lineages.md"
     return {
+        trained: between(trained.read_text(encoding="utf-8"), "lineages", lineage_tables()),
         checked: between(checked.read_text(encoding="utf-8"), "checks", model_checks()),
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.family_pages import UNPUBLISHED
-from exporter.model.families import FAMILIES, Family
+from exporter.model.families import FAMILIES
 from tests.headers.read import HEADER_NAMES, header_config
 from tests.tiny_models import CONFIGS
 
@@ -71,9 +71,14 @@ def model_checks() -> str:
     return "\n".join(lines)
 
 
-def lineage_table(family: Family) -> str:
-    """Markdown: the trained model of a family by bits."""
-    rows = read("lineages.json")[family.name]
+def lineage_tables() -> str:
+    """Markdown: a table of each trained model of another family."""
+    results = read("lineages.json")
+    return "\n\n".join(f"## `{family}`\n\n{_lineage(rows)}" for family, rows in results.items())
+
+
+def _lineage(rows: list[dict[str, Any]]) -> str:
+    """The trained model of a family by bits."""
     lines = [
         "| bits | where | RTN: captions | NLL | answers | KL | GPTQ: captions | NLL | answers | KL |",
         "|" + "---|" * 10,
