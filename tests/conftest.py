@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,9 @@ import torch
 from hypothesis import settings
 
 from exporter.device import choose
+from tests.browser import Browser, browser
 from tests.headers.read import header, header_config, write_sparse_checkpoint
+from tests.page_audit import need_browser
 
 if TYPE_CHECKING:
     from exporter.pipeline.export import Export
@@ -85,3 +87,11 @@ def finished(finished_export: FinishedExport) -> Path:
 def finished_work(finished_export: FinishedExport, tmp_path: Path) -> Path:
     """A copy of its work folder, `work` in the test's folder."""
     return Path(shutil.copytree(finished_export.work, tmp_path / "work"))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser for the tests of a file; they are skipped without one."""
+    need_browser()
+    with browser() as opened:
+        yield opened

@@ -187,3 +187,12 @@ def test_each_further_device_has_one_thread_for_the_whole_job() -> None:
     assert threads[0] == {threading.get_ident()}
     assert all(len(idents) == 1 for idents in threads.values())
     assert len(set.union(*threads.values())) == 3
+
+
+def test_a_block_is_called_with_arguments_and_hidden_states_on_one_device() -> None:
+    """Also where a step runs on the first device what another one stores: learned rounding calls blocks itself."""
+    call = BlockCall((torch.ones(2),), {"mask": torch.ones(2)}, named=False)
+    entry = BlockInputs.enter(ChainInput(torch.ones(1, 2, 4), (call,)), None, CPU, CPU)
+    output, *received = entry.call(lambda hidden, *args, mask: ([hidden, *args, mask],), META)
+    assert {tensor.device for tensor in (output, *received)} == {META}
+    assert len(received) == 2

@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.device import choose
 from exporter.methods.gptq import inverse_factor
 from exporter.numerics import hessian
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.mismatch import Mismatch, fitting_share
 from exporter.planning.rule import Rule
-from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model
-from tests.test_learned_rounding import content, learned_batches
+from tests.test_learned_rounding import check_resumed_runs, learned_batches
 
 CORRECTED = tuple(
     Rule(component=name, method="gptq", bits=2, group_size=16, options={"correct": True})
@@ -34,7 +32,6 @@ def rows_of(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_the_shift_is_the_damped_least_squares_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hessian, "STRIP", 5)
-    monkeypatch.setattr("exporter.numerics.mismatch.STRIP", 5)
     full, rows, weights = rows_of(90, 0)
     weight = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
     statistics, mismatch = Statistics(12, torch.device("cpu")), Mismatch(12, torch.device("cpu"))
@@ -99,17 +96,7 @@ def test_both_streams_are_those_of_whole_models(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_stopped_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    plan = plan_for(checkpoint, CORRECTED)
-    whole = streamed(plan, checkpoint, tmp_path / "whole", learned_batches())
-    for kept in range(1, len(plan.units)):
-        folder = tmp_path / f"work{kept}"
-        resumed = Workdir.open(folder, {"test": 1})
-        for unit in plan.units[:kept]:
-            (folder / unit.file).write_bytes((whole.path / unit.file).read_bytes())
-        calibrate.run(plan, checkpoint, resumed, learned_batches(), choose("cpu"), lambda event: None)
-        for unit in plan.units:
-            assert content(folder / unit.file) == content(whole.path / unit.file), (kept, unit.block)
+    check_resumed_runs(tmp_path, CORRECTED)
 
 
 def test_the_share_is_reported_and_is_0_without_held_out_batches(tmp_path: Path) -> None:

@@ -162,18 +162,23 @@ def content(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         return opened.metadata(), {name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
 
-def test_a_stopped_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    plan = plan_for(checkpoint, LEARNED)
-    whole = streamed(plan, checkpoint, tmp_path / "whole", learned_batches())
+def check_resumed_runs(folder: Path, rules: tuple[Rule, ...]) -> None:
+    """Quantize a tiny model with these rules; runs that stopped after any unit resume with the same bytes."""
+    checkpoint = tiny_checkpoint(folder / "model")
+    plan = plan_for(checkpoint, rules)
+    whole = streamed(plan, checkpoint, folder / "whole", learned_batches())
     for kept in range(1, len(plan.units)):
-        folder = tmp_path / f"work{kept}"
-        resumed = Workdir.open(folder, {"test": 1})
+        work = folder / f"work{kept}"
+        resumed = Workdir.open(work, {"test": 1})
         for unit in plan.units[:kept]:
-            (folder / unit.file).write_bytes((whole.path / unit.file).read_bytes())
+            (work / unit.file).write_bytes((whole.path / unit.file).read_bytes())
         calibrate.run(plan, checkpoint, resumed, learned_batches(), choose("cpu"), lambda event: None)
         for unit in plan.units:
-            assert content(folder / unit.file) == content(whole.path / unit.file), (kept, unit.block)
+            assert content(work / unit.file) == content(whole.path / unit.file), (kept, unit.block)
+
+
+def test_a_stopped_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
+    check_resumed_runs(tmp_path, LEARNED)
 
 
 def test_blocks_aim_at_the_full_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,26 +3,18 @@
 `make docs` builds the site; .ci/run does so before the tests. Reports and studies are opened by their own tests.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from exporter.commands.main import cli
-from tests.browser import Browser, browser
-from tests.page_audit import WIDTHS, audit, need_browser
+from tests.browser import Browser
+from tests.page_audit import WIDTHS, audit
 from tests.test_data_check import images
 
 SITE = Path(__file__).parents[1] / "build" / "docs"
 GENERATED = {"genindex.html", "search.html", "py-modindex.html"}  # Sphinx' own pages
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    need_browser()
-    with browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,8 +29,8 @@ from exporter.serving.check import CheckResult, store_result
 from exporter.serving.comparison import Control
 from exporter.serving.reference import Distance, EngineComparison
 from exporter.tasks.sample import Sample
-from tests.browser import ENTER, TAB, Browser, browser
-from tests.page_audit import WIDTHS, audit, need_browser
+from tests.browser import ENTER, TAB, Browser
+from tests.page_audit import WIDTHS, audit
 from tests.test_evaluate import crafted
 
 HOSTILE = "<script>alert(1)</script><img src=http://example.invalid/x.png onerror=alert(1)> \" ' &"
@@ -394,13 +393,6 @@ def test_without_matplotlib_the_hint_names_the_extra(
     assert result.exit_code == 1
     assert "pip install '.[report]'" in result.stderr
     assert (tmp_path / "r.html").exists()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    need_browser()
-    with browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -20,8 +19,8 @@ from exporter.study import gallery, pictures
 from exporter.study.gallery import components_of, gather, paper_points, write_page
 from exporter.study.records import ERROR, FILE, SAMPLES, PlottedSetting, Records, ScoredSetting, as_csv
 from exporter.study.table import Table, read_table
-from tests.browser import Browser, browser
-from tests.page_audit import WIDTHS, audit, need_browser
+from tests.browser import Browser
+from tests.page_audit import WIDTHS, audit
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -178,13 +177,6 @@ def test_the_page_has_samples_and_intervals(tmp_path: Path) -> None:
     assert "means of 250 samples for each setting" in page
     assert "The smallest setting that keeps 99 % of the score is vision 8: 99.5% (± 4.9%, 95 % interval)" in page
     assert "75.0 % ± 4.9" in page
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    need_browser()
-    with browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

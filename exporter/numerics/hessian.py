@@ -26,15 +26,7 @@ class Statistics:
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Add input rows `[rows, in]`; `weights` `[rows]` multiply their contributions."""
-        if not len(rows):
-            return
-        total = self.rows + len(rows)
-        weighted = rows if weights is None else (rows * weights.unsqueeze(1)).to(rows.dtype)
-        self.hessian.mul_(self.rows / total)
-        for start in range(0, rows.shape[1], STRIP):
-            strip = slice(start, start + STRIP)
-            self.hessian[strip].add_(inner_product(weighted[:, strip], rows), alpha=1 / total)
-        self.rows = total
+        self.rows = add_rows(self.hessian, self.rows, rows, rows, weights)
 
     def add(self, other: Statistics) -> None:
         """Add the rows of other statistics, which may be on another device."""
@@ -73,6 +65,22 @@ class Statistics:
             strip = slice(start, start + STRIP)
             total += (times(left, self.hessian[:, strip]).mul_(matrix[:, strip])).sum(1)
         return total
+
+
+def add_rows(mean: Tensor, count: int, left: Tensor, right: Tensor, weights: Tensor | None) -> int:
+    """Add rows to `mean`, f32 `[in, in]`, the mean of left x right^T over `count` rows; the new number of rows.
+
+    left, right: `[rows, in]`. weights `[rows]` multiply the contributions.
+    """
+    if not len(right):
+        return count
+    total = count + len(right)
+    weighted = left if weights is None else (left * weights.unsqueeze(1)).to(right.dtype)
+    mean.mul_(count / total)
+    for start in range(0, right.shape[1], STRIP):
+        strip = slice(start, start + STRIP)
+        mean[strip].add_(inner_product(weighted[:, strip], right), alpha=1 / total)
+    return total
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from exporter.numerics.hessian import STRIP, inner_product
+from exporter.numerics.hessian import add_rows
 
 
 class Mismatch:
@@ -23,15 +23,7 @@ class Mismatch:
 
     def update(self, full: Tensor, rows: Tensor, weights: Tensor | None) -> None:
         """Add rows `[rows, in]` of the full-precision model and of the quantized one, with their weights `[rows]`."""
-        if not len(rows):
-            return
-        total, difference = self.rows + len(rows), full - rows
-        weighted = difference if weights is None else (difference * weights.unsqueeze(1)).to(rows.dtype)
-        self.moment.mul_(self.rows / total)
-        for start in range(0, rows.shape[1], STRIP):
-            strip = slice(start, start + STRIP)
-            self.moment[strip].add_(inner_product(weighted[:, strip], rows), alpha=1 / total)
-        self.rows = total
+        self.rows = add_rows(self.moment, self.rows, full - rows, rows, weights)
 
     def shift(self, weight: Tensor, upper: Tensor) -> Tensor:
         """`W C (H + damping)^-1` of `weight` f32 `[out, in]`. upper: U with `U^T U = (H + damping)^-1`, `[in, in]`."""

@@ -90,9 +90,13 @@ class BlockInputs:
         inputs._keep(entered.hidden, store)
         return inputs
 
+    def call(self, block: Callable[..., Any], device: torch.device) -> Any:
+        """The hidden states that `block` returns on `device`; differentiable, and a hook that ends the pass raises."""
+        return first_output(self.calls[0].to(device, {})(block, self.hidden.to(device)))
+
     def run(self, block: Callable[..., Any], device: torch.device) -> Tensor | None:
         """The block's output on `device`, or None when a hook ended the pass early."""
-        output = first_output(run_until_stopped(self.calls[0].to(device, {}), block, self.hidden.to(device)))
+        output = run_until_stopped(self.call, block, device)
         assert output is None or isinstance(output, Tensor)
         return output
 

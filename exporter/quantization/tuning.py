@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exporter.device import repeatable_math
-from exporter.inference.forward_hooks import first_output, watch_inputs
+from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import MethodOptions
 from exporter.numerics.learned_rounding import LearnedLinear
 from exporter.numerics.quantized import QuantizedLinear
@@ -51,7 +51,7 @@ class Learner:
     def difference(self, number: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The block's output on a batch minus its target, weighted, and the output itself (for its graph)."""
         entry, device = self.block.inputs[number], self.block.io.device.torch_device
-        output = first_output(entry.calls[0](with_weights(self.block.module, weights), entry.hidden.to(device)))
+        output = entry.call(with_weights(self.block.module, weights), device)
         error = output.detach().float() - self.targets[number].to(device).float()
         counted = self.weights[number].to(device).view(*error.shape[:-1], 1)
         return torch.where(counted > 0, error, 0.0) * counted, output

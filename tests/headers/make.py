@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.headers.published import CONFIGS, header_of
+from tests.headers.published import CONFIGS, YI_34B, header_of
 
 Entry = list[Any]  # [dtype, shape] or [dtype, shape, "start:stop:step"]
 Tensors = dict[str, Entry]
@@ -213,18 +213,8 @@ def llava_13b() -> dict[str, Any]:
 
 def llava_34b() -> dict[str, Any]:
     """LLaVA-NeXT 34B's shapes as LLaVA-1.5: Yi 34B, whose 56 heads of queries share 8 of keys and values."""
-    text = {
-        "_name_or_path": "NousResearch/Nous-Hermes-2-Yi-34B",
-        "hidden_size": 7168,
-        "intermediate_size": 20480,
-        "max_position_embeddings": 4096,
-        "num_attention_heads": 56,
-        "num_hidden_layers": 60,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 5000000.0,
-        "vocab_size": 64064,
-    }
+    shapes = {key: value for key, value in YI_34B.items() if key != "model_type"}
+    text = {"_name_or_path": "NousResearch/Nous-Hermes-2-Yi-34B", **shapes}
     note = "LLaVA-NeXT 34B's shapes as plain LLaVA-1.5: one picture of 336 pixels, no image_newline"
     return {"note": note, **llava(text, 7168, 20480, 60, 64000, pairs=8 * 128)}
 
