@@ -1,5 +1,6 @@
 """GPTQ on weights corrected for earlier errors: the fit in float64, the share, the two streams, resuming."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from exporter.numerics import hessian
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.mismatch import Mismatch, fitting_share
 from exporter.planning.rule import Rule
+from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
+from tests.test_batch_rounds import ONE, TWO
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model
 from tests.test_learned_rounding import check_resumed_runs, learned_batches
@@ -115,3 +118,16 @@ def test_the_share_is_reported_and_is_0_without_held_out_batches(tmp_path: Path)
         assert torch.equal(linear.codes, same[name].codes)
     _, notes = streamed(corrected, checkpoint, tmp_path / "many", many).read_notes(unit)
     assert "q_proj 0.00" not in notes[-1]
+
+
+def test_several_devices_correct_as_one_does(tmp_path: Path) -> None:
+    """With more devices the full-precision inputs are gathered in passes of their own."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plan, batches, shares = plan_for(checkpoint, (CORRECTED[1],)), learned_batches(), []
+    for name, device in (("one", ONE), ("two", TWO)):
+        workdir = Workdir.open(tmp_path / name, {"test": 1})
+        calibrate.run(plan, checkpoint, workdir, batches, device, lambda event: None)
+        notes = [workdir.read_notes(unit)[1][-1] for unit in plan.units]
+        shares.append([float(share) for note in notes for share in re.findall(r" ([01]\.\d\d)", note)])
+    assert max(shares[0]) > 0
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)

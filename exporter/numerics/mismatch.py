@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from exporter.numerics.hessian import add_rows
+from exporter.numerics.hessian import add_rows, times
 
 
 class Mismatch:
@@ -38,9 +38,13 @@ def fitting_share(weight: Tensor, shift: Tensor, pairs: Iterable[tuple[Tensor, T
     """
     along = length = 0.0
     for full, rows, weights in pairs:
-        moved = rows.float() @ shift.T
-        missing = (full - rows).float() @ weight.T
+        moved, missing = _outputs(rows, shift), _outputs(full - rows, weight)
         counts = 1.0 if weights is None else weights.unsqueeze(1)
         along += float((missing * moved * counts).sum())
         length += float((moved.square() * counts).sum())
     return min(1.0, max(0.0, along / length)) if length > 0 else 0.0
+
+
+def _outputs(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows @ weight.T` in float32; a GPU multiplies in 16 bits, which is exact enough to choose a share."""
+    return times(rows.to(torch.bfloat16) if rows.is_cuda else rows.float(), weight.T)

@@ -1,6 +1,6 @@
 """One transformer block during calibration: input statistics, quantization of its linears, and their errors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,17 +90,20 @@ class Block:
 
         yield from by_batch(placed_blocks(self.module, self.io.device), self.inputs[:batches], output)
 
-    def gather(self, rows: Sequence[PlanRow]) -> dict[str, Any]:
+    def gather(
+        self, rows: Sequence[PlanRow], see: Callable[[BlockInputs, Tensor], None] | None = None
+    ) -> dict[str, Any]:
         """Input statistics over all batches, by linear; linears whose method uses no statistics are absent.
 
-        Input rows with a non-finite value are excluded. CalibrationError when too many rows are excluded, or when the
-        squares of finite inputs overflow float32.
+        see: called with every batch and the input of each linear in it. Input rows with a non-finite value are
+        excluded. CalibrationError when too many rows are excluded, or when the squares of finite inputs overflow
+        float32.
         """
         kinds = {row.linear: METHODS[row.rule.method].Statistics for row in rows if row.rule}
         watched = [row for row in rows if kinds.get(row.linear) is not None]
         if not watched or not self.inputs:
             return {}
-        statistics, _ = self._gather_once(watched, kinds, clean=False)
+        statistics, _ = self._gather_once(watched, kinds, clean=False, see=see)
         damaged = [row for row in watched if not statistics[row.linear].is_finite()]
         if damaged:
             clean, excluded = self._gather_once(damaged, kinds, clean=True)
@@ -112,7 +115,11 @@ class Block:
         return statistics
 
     def _gather_once(
-        self, rows: Sequence[PlanRow], kinds: Mapping[str, Any], clean: bool
+        self,
+        rows: Sequence[PlanRow],
+        kinds: Mapping[str, Any],
+        clean: bool,
+        see: Callable[[BlockInputs, Tensor], None] | None = None,
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """Statistics by linear, and the number of excluded input rows by linear (0 unless `clean`).
 
@@ -125,9 +132,11 @@ class Block:
         linears = {row.linear: self.io.stream.module(row.module) for row in rows}
 
         def run(block: PlacedBlock, entry: BlockInputs) -> dict[str, int]:
-            excluded = dict.fromkeys(linears, 0)
+            excluded, received = dict.fromkeys(linears, 0), list[Tensor]()
 
             def update(name: str, x: Tensor) -> None:
+                if see:
+                    received.append(x)
                 counted, weights = counted_rows(x, None if name in self.component.unpadded else entry.weights)
                 if clean:
                     finite, weights = finite_rows(counted, weights)
@@ -138,6 +147,9 @@ class Block:
             watched = {name: block.module_for(linear) for name, linear in linears.items()}
             with watch_inputs(watched, update, stop=True):
                 entry.run(block.module, block.device)
+            if see:
+                for x in received:
+                    see(entry, x)
             return excluded
 
         counts = list(by_batch(blocks, self.inputs, run))
@@ -155,14 +167,15 @@ class Block:
         shares: list[tuple[Sequence[PlanRow], float]] = []
         notes = [f"{self.unit.block}: {note}" for note in excluded_token_notes(self.inputs)]
         for rows in self._stacks():
-            statistics = self.gather(rows[:1]).get(rows[0].linear)
-            weights = [self._weight(row) for row in rows]
             rule, scheme = rows[0].rule, rows[0].scheme
             assert rule is not None
             assert scheme is not None
+            correcting = self._correction(rows[0])
+            statistics = self._statistics(rows[0], correcting)
+            weights = [self._weight(row) for row in rows]
             whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-            if self.source and rule.corrects:
-                whole, share = self._corrected(rows, whole, statistics)
+            if correcting:
+                whole, share = correcting.corrected(whole, statistics)
                 shares.append((rows, share))
                 weights = list(whole.split([len(weight) for weight in weights]))
             stacked, remarks = METHODS[rule.method].quantize_linear(
@@ -183,14 +196,24 @@ class Block:
         notes += [f"{self.unit.block}: {correction.note(shares)}"] * bool(shares)
         return UnitResult(linears, errors, tuple(notes), weights=kept)
 
-    def _corrected(self, rows: Sequence[PlanRow], weight: Tensor, statistics: Any) -> tuple[Tensor, float]:
-        """The weights of linears that share an input, corrected for earlier errors, and the share of the correction."""
-        assert self.source is not None
-        assert rows[0].rule is not None
-        padded, linear = rows[0].linear not in self.component.unpadded, self.io.stream.module(rows[0].module)
-        damping = rows[0].rule.parsed_options().correction_damping
+    def _correction(self, row: PlanRow) -> correction.Correction | None:
+        """The correction of the linears that share the row's input; None when their rule does not correct."""
+        if not self.source or not row.rule or not row.rule.corrects:
+            return None
+        padded, linear = row.linear not in self.component.unpadded, self.io.stream.module(row.module)
+        damping = row.rule.parsed_options().correction_damping
         assert damping is not None
-        return correction.corrected(self.source, self.inputs, self.module, linear, padded, weight, statistics, damping)
+        return correction.Correction(self.source, self.inputs, self.module, linear, padded, damping)
+
+    def _statistics(self, row: PlanRow, correcting: correction.Correction | None) -> Any:
+        """Input statistics of the row's linear, None without; the same passes feed the correction on one device."""
+        if correcting is None or self.io.device.others:
+            statistics = self.gather([row])
+            if correcting:
+                correcting.add_all()
+        else:
+            statistics = self.gather([row], correcting.add)
+        return statistics.get(row.linear)
 
     def _errors(
         self, rows: Sequence[PlanRow], linears: Sequence[QuantizedLinear], weights: Sequence[Tensor], statistics: Any

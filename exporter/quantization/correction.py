@@ -1,6 +1,7 @@
 """Corrects the weights of linears that share an input for the errors of everything that was quantized before them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,64 +17,86 @@ from exporter.quantization.source_stream import SourceStream, lower_weights, spl
 PairedRows = tuple[Tensor, Tensor, Tensor | None]  # rows of both models [rows, in], and their weights [rows]
 
 
-def corrected(
-    source: SourceStream,
-    inputs: Sequence[BlockInputs],
-    block: nn.Module,
-    linear: nn.Module,
-    padded: bool,
-    weight: Tensor,
-    statistics: Statistics,
-    damping: float,
-) -> tuple[Tensor, float]:
-    """`weight` f32 `[out, in]` moved by a share of the least-squares correction, and the share.
+class Correction:
+    """The correction of the weights of linears that share an input; collects how the inputs of both models differ.
 
-    linear: the first of the linears inside `block` that share an input. padded: whether their input has the padding of
-    the block's. statistics: of their inputs in the quantized model. The share is chosen on batches that are held out;
-    it is 0 with fewer than four batches.
+    linear: the first of these linears, inside the live `block`. padded: whether its input has the padding of the
+    block's. damping: added to the Hessian's diagonal, relative to its mean. The correction is fitted on most batches,
+    and its share is chosen on those that are held out.
     """
-    fitted, held_out = split_batches(len(inputs))
-    if not held_out:
-        return weight, 0.0
-    upper, _ = inverse_factor(statistics.hessian, damping)
-    if upper is None:
-        return weight, 0.0
-    mismatch = Mismatch(weight.shape[1], weight.device)
-    for full, rows, weights in pairs(source, inputs, block, linear, padded, fitted):
-        mismatch.update(full, rows, weights)
-    shift = mismatch.shift(weight, upper)
-    del upper, mismatch  # each is as large as the Hessian
-    share = fitting_share(weight, shift, pairs(source, inputs, block, linear, padded, held_out))
-    return weight.add(shift, alpha=share), share
 
+    def __init__(
+        self,
+        source: SourceStream,
+        inputs: Sequence[BlockInputs],
+        block: nn.Module,
+        linear: nn.Module,
+        padded: bool,
+        damping: float,
+    ) -> None:
+        self._source, self._inputs, self._block, self._linear = source, inputs, block, linear
+        self._padded, self._damping = padded, damping
+        fitted, self._held_out = split_batches(len(inputs))
+        self._fitted = {id(inputs[number]): number for number in fitted}
+        self._mismatch: Mismatch | None = None
 
-def pairs(
-    source: SourceStream,
-    inputs: Sequence[BlockInputs],
-    block: nn.Module,
-    linear: nn.Module,
-    padded: bool,
-    numbers: Sequence[int],
-) -> Iterator[PairedRows]:
-    """Inputs of a linear in the full-precision model and in the quantized one, batch by batch, without padding.
+    def add(self, entry: BlockInputs, x: Tensor) -> None:
+        """Add the linear's input `x` in the quantized model for the batch `entry`, unless the batch is held out."""
+        if not self._held_out or id(entry) not in self._fitted:
+            return
+        pair = self._pair(self._fitted[id(entry)], x)
+        if pair is not None:
+            self._mismatch = self._mismatch or Mismatch(x.shape[-1], self._source.device)
+            self._mismatch.update(*pair)
 
-    Rows with a value that is not finite in either model are left out.
-    """
-    for number in numbers:
-        own, full = inputs[number], source.inputs[number]
-        weights = lower_weights(own.weights, full.weights) if padded else None
-        received: list[Tensor] = []
+    def add_all(self) -> None:
+        """Run every batch that is not held out up to the linear, and add its input."""
+        for number in self._fitted.values():
+            for x in self._received(self._inputs[number], self._block):
+                self.add(self._inputs[number], x)
 
-        def record(_: str, x: Tensor, received: list[Tensor] = received) -> None:
-            received.append(x)
+    def corrected(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
+        """`weight` f32 `[out, in]` moved by a share of the least-squares correction, and the share.
 
-        with watch_inputs({"": linear}, record, stop=True):
-            full.run(source.block(block), source.device)
-            own.run(block, source.device)
-        if len(received) == 2:  # a linear that this batch does not run receives nothing
-            (rows_full, counts), (rows, _) = (counted_rows(x, weights) for x in received)
+        statistics: of the linears' inputs in the quantized model. The share is 0 with fewer than four batches.
+        """
+        if self._mismatch is None:
+            return weight, 0.0
+        upper, _ = inverse_factor(statistics.hessian, self._damping)
+        if upper is None:
+            return weight, 0.0
+        shift = self._mismatch.shift(weight, upper)
+        del upper
+        self._mismatch = None  # each is as large as the Hessian
+        share = fitting_share(weight, shift, self._held_out_pairs())
+        return weight.add(shift, alpha=share), share
+
+    def _held_out_pairs(self) -> Iterator[PairedRows]:
+        for number in self._held_out:
+            for x in self._received(self._inputs[number], self._block):
+                pair = self._pair(number, x)
+                if pair is not None:
+                    yield pair
+
+    def _pair(self, number: int, x: Tensor) -> PairedRows | None:
+        """The linear's inputs in both models for a batch, without padding and without rows that are not finite.
+
+        x: in the quantized model. None when the linear does not run in the full-precision model.
+        """
+        own, full = self._inputs[number], self._source.inputs[number]
+        weights = lower_weights(own.weights, full.weights) if self._padded else None
+        for x_full in self._received(full, self._source.block(self._block)):
+            (rows_full, counts), (rows, _) = (counted_rows(tensor, weights) for tensor in (x_full, x))
             finite = torch.isfinite(rows_full).all(-1) & torch.isfinite(rows).all(-1)
-            yield rows_full[finite], rows[finite], None if counts is None else counts[finite]
+            return rows_full[finite], rows[finite], None if counts is None else counts[finite]
+        return None
+
+    def _received(self, entry: BlockInputs, block: Callable[..., Any]) -> list[Tensor]:
+        """The linear's input when `block` runs on a batch; empty when the batch does not run the linear."""
+        received: list[Tensor] = []
+        with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop=True):
+            entry.run(block, self._source.device)
+        return received
 
 
 def note(linears: Sequence[tuple[Sequence[PlanRow], float]]) -> str:
