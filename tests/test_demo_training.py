@@ -1,20 +1,28 @@
-"""Training of the retrieval model: initialization, labels, forward passes, and that a few steps lower the loss."""
+"""Training of the retrieval model and of SmolVLM: initialization, labels, forward passes, and that steps help."""
 
 import argparse
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.demo import MODELS
+from exporter.demo import MODELS, data
 from exporter.demo.scenes import draw, scenes
+from exporter.inference.predict import conversations
+from exporter.model.families import FAMILIES
+from exporter.model.processor import load_processor
+from tests.tiny_models import random_weights
+from tools.demo_training import smolvlm_packing
 from tools.demo_training.blip2_folder import build, config
 from tools.demo_training.blip2_packing import encode_image, qformer, queries_of
 from tools.demo_training.blip2_retrieval import captioning, matching, picture_features, text_features
 from tools.demo_training.folder import EOS, PAD
-from tools.demo_training.packing import normalize
+from tools.demo_training.lineages import LINEAGES, start, write_folder
+from tools.demo_training.packing import mask_and_positions, normalize, pack, slot_lengths
 from tools.demo_training.texts import NAMED, STYLES, hard_negatives, lexicon_tokens, texts
 from tools.demo_training.train_loop import Training, run
 from tools.demo_training.train_retrieval import (
@@ -125,3 +133,27 @@ def test_every_stored_tensor_learns_and_a_few_steps_teach() -> None:
     assert saved == [1]
     assert len(lines) == 12
     assert loss(*batch).item() < 0.8 * before.item()
+
+
+def test_packed_slots_of_smolvlm_are_the_sequences_that_mmq_makes(tmp_path: Path) -> None:
+    """Logits of the training's forward pass against transformers' own, with the inputs of mmq's processor."""
+    config = write_folder(tmp_path / "m", LINEAGES["smolvlm"])
+    family = FAMILIES["smolvlm"].of(config)
+    model, _ = start(family, config)
+    random_weights(model.eval())
+    samples = [data.samples("captioning", "test", 1)[0], data.samples("vqa", "test", 2)[1]]
+    layout, lengths = smolvlm_packing.LAYOUT, slot_lengths(1, 1, smolvlm_packing.LAYOUT)
+    mask, positions = mask_and_positions(lengths, CPU, layout.prefix)
+    for sample in samples:
+        rows: list[tuple[str | None, str] | None] = [None, None]
+        rows[sample.question is not None] = (sample.question, sample.references[0])
+        packed = pack([rows], lengths, layout)
+        pixels = torch.from_numpy(np.array(sample.image())).permute(2, 0, 1)[None]
+        (talk,) = conversations(load_processor(tmp_path / "m"), family, [sample], 1)
+        (begin,), (reply,) = talk.starts, talk.replies
+        with torch.no_grad():
+            expected = model(**talk.inputs).logits[0, begin - 1 : begin - 1 + len(reply)]
+            scores = layout.forward(CPU)(model, normalize(pixels), packed.tokens.long(), mask, positions)[0]
+        answer = packed.labels[0] >= 0
+        assert packed.labels[0, answer].tolist() == reply.tolist()
+        torch.testing.assert_close(scores[answer], expected, rtol=1e-3, atol=1e-3)

@@ -1,9 +1,10 @@
 """Train tiny models of other families from demo-llava: `python -m tools.demo_training.lineages FAMILY --out DIR`.
 
-FAMILY is `llava-next` (the same parts on tiles) or `smolvlm` (a new tower of 4-pixel patches, a pixel shuffle and one
-linear, in front of demo-llava's text model). The new parts of SmolVLM first learn demo-llava's picture features; then
-the whole model learns captions and answers about the demo scenes. Inputs and prompts are those that mmq itself makes.
-Takes minutes on a CPU; the folder is one that mmq, transformers and vLLM load.
+FAMILY is `llava-next` (the same parts on tiles, trained with the inputs that mmq itself makes, minutes on a CPU) or
+`smolvlm` (a new tower of 4-pixel patches, a pixel shuffle and one linear, in front of demo-llava's text model). The new
+parts of SmolVLM first learn demo-llava's picture features; then the whole model learns the demo's captions and
+questions, as demo-llava did: minutes on a GPU (`--device cuda --compile`). The folder is one that mmq, transformers and
+vLLM load.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,15 @@ from torch.nn import functional as F
 from exporter.demo import MODELS
 from exporter.demo.data import samples
 from exporter.demo.scenes import SIDE
-from exporter.inference.encoding import encode
 from exporter.inference.predict import conversations
 from exporter.model.families import FAMILIES, Family
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 from exporter.tasks.sample import Sample
-from tools.demo_training.folder import CHAT_TEMPLATE, hub_tensors, tokenizer, write_generation, write_json
+from tools.demo_training import packing, smolvlm_packing, train_answers
+from tools.demo_training.folder import CHAT_TEMPLATE, MEAN, STD, hub_tensors, tokenizer, write_generation, write_json
+from tools.demo_training.train_loop import Training, run
 
 TEACHER = MODELS["demo-llava"]
 MARKS = ("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)))
@@ -42,15 +45,15 @@ BATCH = 32
 class Lineage:
     """A family's model. change: config.json of demo-llava -> its own.
 
-    pictures, settings: class and settings of its image processor. processor: fields of processor_config.json.
-    distilled: whether its tower starts from random weights.
+    pictures, settings: class and settings of its image processor. processor: fields of processor_config.json. train:
+    trains the model in place (model, demo-llava, processor, options); returns scores.
     """
 
     change: Callable[[dict[str, Any]], dict[str, Any]]
     pictures: str
     settings: dict[str, Any]
     processor: dict[str, Any]
-    distilled: bool
+    train: Callable[[Any, Any, Any, argparse.Namespace], dict[str, Any]]
 
 
 def next_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -74,29 +77,6 @@ def smolvlm_config(config: dict[str, Any]) -> dict[str, Any]:
         "text_config": config["text_config"],
         "vision_config": vision,
     }
-
-
-LINEAGES = {
-    "llava-next": Lineage(
-        next_config,
-        "LlavaNextImageProcessorPil",
-        {
-            "size": {"shortest_edge": SIDE},
-            "crop_size": {"height": SIDE, "width": SIDE},
-            "image_grid_pinpoints": PINPOINTS,
-        },
-        {"processor_class": "LlavaNextProcessor", "patch_size": 8, "num_additional_image_tokens": 1}
-        | {"vision_feature_select_strategy": "default", "image_token": "<image>"},
-        distilled=False,
-    ),
-    "smolvlm": Lineage(
-        smolvlm_config,
-        "SmolVLMImageProcessorPil",
-        {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}},
-        {"processor_class": "SmolVLMProcessor", "image_seq_len": 64},
-        distilled=True,
-    ),
-}
 
 
 def write_folder(out: Path, lineage: Lineage) -> dict[str, Any]:
@@ -163,25 +143,6 @@ def answer_loss(model: Any, processor: Any, family: Family, group: list[Sample])
     return F.cross_entropy(torch.cat(rows), torch.cat(talk.replies))
 
 
-def features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Picture features that the text model reads, `[batch, tokens, width]`."""
-    names = ("pixel_values", "pixel_attention_mask")
-    output = model.model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
-    output = getattr(output, "pooler_output", output)
-    return torch.stack(list(output)) if isinstance(output, list | tuple) else output
-
-
-def feature_loss(model: Any, teacher: Any, processors: tuple[Any, Any], family: Family, group: list[Sample]) -> Tensor:
-    """Squared distance between the features of both models, relative to the variance of the teacher's."""
-    inputs, teacher_inputs = (
-        encode(processor, kind, group, [None] * len(group), "right")
-        for processor, kind in zip(processors, (family, FAMILIES["llava"]), strict=True)
-    )
-    with torch.no_grad():
-        expected = features(teacher, {"pixel_values": teacher_inputs["pixel_values"]})
-    return F.mse_loss(features(model, inputs).reshape_as(expected), expected) / expected.var()
-
-
 def train(model: Any, loss: Callable[[list[Sample]], Tensor], rate: float, steps: int, seed: int) -> None:
     """Train in place: AdamW, warm-up for 3 % of the steps, then cosine decay to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
@@ -206,25 +167,88 @@ def batches(seed: int) -> Iterator[list[Sample]]:
         seed += 1
 
 
+def train_answers_alone(model: Any, teacher: Any, processor: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Captions and answers with the processor's own inputs, on the CPU."""
+    family = FAMILIES[options.family].of(model.config.to_dict())
+    train(model, lambda group: answer_loss(model, processor, family, group), options.rate, options.steps or 400, 2)
+    return {}
+
+
+def feature_loss(model: Any, teacher: Any) -> Callable[..., Tensor]:
+    """Squared distance between the picture features of both models, relative to the variance of the teacher's."""
+
+    def loss(pixels: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        normalized = packing.normalize(pixels)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+            with torch.no_grad():
+                expected = packing.encode_image(teacher, normalized)
+            features = smolvlm_packing.encode_image(model, normalized)
+        return F.mse_loss(features.float(), expected.float()) / expected.float().var()
+
+    return loss
+
+
+def train_new_tower(model: Any, teacher: Any, processor: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Picture features of demo-llava first, then captions and answers, on the device of the options."""
+    device, layout = torch.device(options.device), smolvlm_packing.LAYOUT
+    model.to(device)
+    training = train_answers.training(model, lambda: None, layout, options, device)
+    new = [value for name, value in model.named_parameters() if "text_model" not in name and "lm_head" not in name]
+    distill = Training(new, feature_loss(model, teacher.to(device)), training.source, dict, training.save)
+    report = partial(print, flush=True)
+    run(distill, argparse.Namespace(**vars(options) | {"steps": options.distill, "rate": 2e-3}), report)
+    figures = run(training, options, report)
+    return figures | train_answers.final(model.to(torch.bfloat16), layout, device)
+
+
+LINEAGES = {
+    "llava-next": Lineage(
+        next_config,
+        "LlavaNextImageProcessorPil",
+        {
+            "size": {"shortest_edge": SIDE},
+            "crop_size": {"height": SIDE, "width": SIDE},
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        {"processor_class": "LlavaNextProcessor", "patch_size": 8, "num_additional_image_tokens": 1}
+        | {"vision_feature_select_strategy": "default", "image_token": "<image>"},
+        train_answers_alone,
+    ),
+    "smolvlm": Lineage(
+        smolvlm_config,
+        "SmolVLMImageProcessorPil",
+        {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}}
+        | {"image_mean": list(MEAN), "image_std": list(STD)},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 64},
+        train_new_tower,
+    ),
+}
+
+
 def main() -> None:
     """Train one model and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=LINEAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--distill", type=int, default=400, help="steps for the picture features of new parts")
+    parser.add_argument("--steps", type=int, default=0, help="0: 400 for llava-next, --minutes for smolvlm")
     parser.add_argument("--rate", type=float, default=1e-3)
+    smolvlm = parser.add_argument_group("smolvlm")
+    smolvlm.add_argument("--minutes", type=float, default=2.5)
+    smolvlm.add_argument("--distill", type=int, default=1000, help="steps for the picture features of new parts")
+    smolvlm.add_argument("--device", default="cpu")
+    smolvlm.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    smolvlm.add_argument("--workers", type=int, default=4, help="tokenizer processes")
+    smolvlm.add_argument("--batch", type=int, default=256)
+    smolvlm.add_argument("--scenes", type=int, default=80_000)
+    parser.set_defaults(seed=0, decay=0.05, report=20.0, keep=2.0)
     options = parser.parse_args()
     lineage = LINEAGES[options.family]
     config = write_folder(options.out, lineage)
     family = FAMILIES[options.family].of(config)
     model, teacher = start(family, config)
-    processor = load_processor(options.out)
-    if lineage.distilled:
-        both = (processor, load_processor(TEACHER))
-        train(model, lambda group: feature_loss(model, teacher, both, family, group), 2e-3, options.distill, 1)
-    train(model, lambda group: answer_loss(model, processor, family, group), options.rate, options.steps, 2)
+    record = lineage.train(model, teacher, load_processor(options.out), options)
     save_file(hub_tensors(model, family.canonical_name), options.out / "model.safetensors", metadata={"format": "pt"})
+    print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,19 +66,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _encode_image(model: Any, pixels: Tensor) -> Tensor:
-    """Image tokens `[n, 64, 128]` from normalized pixels."""
-    tower = model.model.vision_tower
-    tower = getattr(tower, "vision_model", tower)
-    heads = model.config.vision_config.num_attention_heads
-    x = tower.pre_layrnorm(tower.embeddings(pixels))
+def encoder(tower: Any, x: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The blocks of CLIP's and SigLIP's towers on embeddings `[n, t, width]`."""
     for block in tower.encoder.layers:
         normed, attention = block.layer_norm1(x), block.self_attn
         q, k, v = (_split_heads(f(normed), heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + attention.out_proj(mixed)
-        hidden = block.mlp.fc1(block.layer_norm2(x))
-        x = x + block.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))
+        x = x + block.mlp.fc2(activation(block.mlp.fc1(block.layer_norm2(x))))
+    return x
+
+
+def encode_image(model: Any, pixels: Tensor) -> Tensor:
+    """Image tokens `[n, 64, 128]` of LLaVA from normalized pixels."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    heads = model.config.vision_config.num_attention_heads
+    x = tower.pre_layrnorm(tower.embeddings(pixels))
+    x = encoder(tower, x, heads, lambda hidden: hidden * torch.sigmoid(1.702 * hidden))
     projector = model.model.multi_modal_projector
     result: Tensor = projector.linear_2(F.gelu(projector.linear_1(x[:, 1:])))
     return result
@@ -86,12 +91,25 @@ def _encode_image(model: Any, pixels: Tensor) -> Tensor:
 
 def logits(model: Any, pixels: Tensor, tokens: Tensor, mask: Tensor, positions: Tensor, user: Tensor) -> Tensor:
     """Next-token logits `[n, slots' tokens, vocabulary]`; pixels normalized, user = the ids of `USER:`, int64 [2]."""
-    language, heads = model.model.language_model, model.config.text_config.num_attention_heads
-    n, width = tokens.shape[0], HIDDEN // heads
-    image = _encode_image(model, pixels)
-    start = torch.cat([torch.full_like(user[:1], BOS), user])
-    words = language.embed_tokens(torch.cat([start.expand(n, -1), tokens], dim=1))
-    x = torch.cat([words[:, :3], image.to(words.dtype), words[:, 3:]], dim=1)
+    before = torch.cat([torch.full_like(user[:1], BOS), user])
+    image = encode_image(model, pixels)
+    return text_logits(model, model.model.language_model, image, (before, user[:0]), tokens, mask, positions)
+
+
+def text_logits(
+    model: Any,
+    language: Any,
+    image: Tensor,
+    around: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Next-token logits of a Llama after a picture. language: its decoder. around: ids before and after the picture."""
+    n, heads, first = tokens.shape[0], model.config.text_config.num_attention_heads, around[0].shape[0]
+    width = HIDDEN // heads
+    words = language.embed_tokens(torch.cat([*(ids.expand(n, -1) for ids in around), tokens], dim=1))
+    x = torch.cat([words[:, :first], image.to(words.dtype), words[:, first:]], dim=1)
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=x.device).float() / width)
     angles = torch.cat([positions[:, None] * rates] * 2, dim=-1)  # [t, d]
     cos, sin = angles.cos().to(image.dtype), angles.sin().to(image.dtype)
@@ -103,7 +121,7 @@ def logits(model: Any, pixels: Tensor, tokens: Tensor, mask: Tensor, positions: 
         x = x + attention.o_proj(mixed)
         normed = block.post_attention_layernorm(x)
         x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed))
-    result: Tensor = model.lm_head(language.norm(x[:, PREFIX:]))
+    result: Tensor = model.lm_head(language.norm(x[:, -tokens.shape[1] :]))
     return result
 
 
