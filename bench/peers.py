@@ -4,13 +4,14 @@
     python -m bench.peers --model demo-blip2 --component vision --bits 2 --methods gptq
     python -m bench.peers --model demo-llava --bits 2 --autoround PYTHON --llmcompressor PYTHON --json out.json
     python -m bench.peers --model demo-llava --artifact FOLDER
+    python -m bench.peers --model FOLDER --data drawings --prompts smollm2 --prose Rdata.rdb --group 64
 
 Quantizes one component with every method, for several draws of calibration samples, and measures on test samples: the
 Kullback-Leibler divergence of the next token from the full-precision model, a mean over reply tokens, captions and
 answers weighing the same, and the share of captions that greedy decoding returns exactly. Weights are first rounded to
 the checkpoint's 16 bits. PYTHON is the interpreter of an environment that `bench/peers_environment.sh` builds; the
 tools quantize the language model only, on the same samples (`bench/peers_tools.py`). --artifact judges a folder that
-`mmq export` wrote.
+`mmq export` wrote. --prose also measures the perplexity of a novel (`bench/smollm2_llava.py`).
 """
 
 import argparse
@@ -29,6 +30,9 @@ from torch import Tensor
 
 from bench.peers_inputs import write_language_model
 from bench.quantize_phase import inputs_of
+from bench.smollm2_model import perplexity
+from bench.smollm2_rows import PROMPTS as SMOLLM2_PROMPTS
+from bench.smollm2_rows import UNSEEN, novels, prose_rows
 from exporter import data
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, choose, exact_math, synchronize
@@ -44,6 +48,7 @@ from exporter.study import exam
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("captioning", "vqa")
+PROSE_ROWS = 64  # of 512 tokens
 Weights = Mapping[str, Tensor]  # by live name
 METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "rtn": {"method": "rtn"},
@@ -62,15 +67,23 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
 }
 
 
-def recipe_of(model: str, component: str, rule: Mapping[str, Any], samples: int, seed: int) -> Recipe:
-    """A recipe that quantizes one component of a demo model, or of a folder, and nothing else."""
+PROMPTS: dict[str, Mapping[str, str]] = {"family": {}, "smollm2": SMOLLM2_PROMPTS}  # by the name of an option
+
+
+def recipe_of(options: argparse.Namespace, rule: Mapping[str, Any], seed: int, prompts: str) -> Recipe:
+    """A recipe that quantizes one component of a demo model, or of a folder, and nothing else.
+
+    prompts: a key of `PROMPTS`, those of calibration or of the judge.
+    """
+    calibration = {"tasks": list(TASKS), "samples": options.samples, "seed": seed}
     return Recipe.model_validate(
         {
             "name": "peers",
-            "model": {"repo": model},
-            "quantize": [{"component": component, **rule}],
-            "calibration": {"data": "demo", "tasks": list(TASKS), "samples": samples, "seed": seed},
-            "evaluation": {"data": "demo"},
+            "model": {"repo": options.model},
+            "quantize": [{"component": options.component, **rule}],
+            "calibration": {"data": options.data, **calibration},
+            "evaluation": {"data": options.data},
+            "prompts": PROMPTS[prompts],
         }
     )
 
@@ -78,10 +91,10 @@ def recipe_of(model: str, component: str, rule: Mapping[str, Any], samples: int,
 class Judge:
     """The full-precision model, and test samples on which other weights are compared with it.
 
-    stored: the dtype to which weights are rounded before they are judged.
+    stored: the dtype to which weights are rounded before they are judged. prose: a file of novels, for perplexity.
     """
 
-    def __init__(self, recipe: Recipe, count: int, device: Device) -> None:
+    def __init__(self, recipe: Recipe, count: int, device: Device, prose: Path | None = None) -> None:
         plan, checkpoint = prepare(recipe, device)
         places, processor = test_sources(recipe), load_processor(checkpoint.folder)
         # Questions of easy-VQA, which are half as many as those of scenes, are unlike the calibration samples.
@@ -96,14 +109,18 @@ class Judge:
         self.stored = next(row.tensor.dtype.torch for row in plan.rows if row.linear)
         self._full = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self._exam.learn(self.model, self._place)
+        self._prose = prose_rows(novels(prose)[UNSEEN], processor.tokenizer, 512)[:PROSE_ROWS] if prose else None
 
     def __call__(self, weights: Weights) -> dict[str, float]:
-        """`kl`: the divergence; `captions`: the share of exact captions, of which `full captions` is without loss."""
+        """`kl`: the divergence; `captions`: the share of exact captions; `perplexity` of the prose, if any."""
         rounded = {name: tensor.to(self.stored).to(self._place, torch.float32) for name, tensor in weights.items()}
         self.model.load_state_dict(rounded, strict=False)
         scores = self._exam.grade(self.model, self._place)
+        figures = {"kl": scores["kl"], "captions": scores["captioning exact"]}
+        if self._prose is not None:
+            figures["perplexity"] = perplexity(self.model, self._prose)
         self.model.load_state_dict(self._full)
-        return {"kl": scores["kl"], "captions": scores["captioning exact"]}
+        return figures
 
 
 def own_weights(recipe: Recipe, inputs: Sequence[dict[str, Tensor]], device: Device) -> tuple[Weights, float]:
@@ -124,13 +141,17 @@ def own_weights(recipe: Recipe, inputs: Sequence[dict[str, Tensor]], device: Dev
     return {plan.family.live_name(name): tensor for name, tensor in weights.items()}, seconds
 
 
-def tool_weights(python: str, tool: str, rule: Mapping[str, Any], folder: Path, out: Path) -> tuple[Weights, float]:
+def tool_weights(
+    python: str, tool: str, rule: Mapping[str, Any], folder: Path, device: Device
+) -> tuple[Weights, float]:
     """The weights that another tool quantizes, dequantized, by live name, and its seconds.
 
     folder: the language model with its calibration inputs (`bench/peers_inputs.py`).
     """
+    out = folder.parent / "out.safetensors"
     command = [python, "-m", "bench.peers_tools", tool.removeprefix("tool-"), str(folder), str(out)]
     command += ["--bits", str(rule["bits"]), "--group", str(rule["group_size"])]
+    command += ["--device", device.torch_device.type]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{tool} failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -164,24 +185,32 @@ def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[d
     """A row of figures for every method or tool, bits and draw; each row is printed when it is measured."""
     rows: list[dict[str, Any]] = []
     group: int | str = int(options.group) if options.group.isdigit() else options.group
-    runs = [*options.methods, *tools_of(options)]
+    about = {name: getattr(options, name) for name in ("model", "component", "samples", "calibration_prompts")}
+    about |= {"group": group}
     for draw in range(options.first_draw, options.first_draw + options.draws):
-        plain = recipe_of(options.model, options.component, {"method": "gptq", "bits": 4}, options.samples, draw)
+        prompts = options.calibration_prompts
+        plain = recipe_of(options, {"method": "gptq", "bits": 4}, draw, prompts)
         _, inputs = inputs_of(plain, device)
         for bits in options.bits:
-            for name in runs:
+            for name in [*options.methods, *tools_of(options)]:
                 rule = {**METHODS.get(name, {}), "bits": bits, "group_size": group}
                 with tempfile.TemporaryDirectory() as scratch:
                     if name in METHODS:
-                        recipe = recipe_of(options.model, options.component, rule, options.samples, draw)
-                        weights, seconds = own_weights(recipe, inputs, device)
+                        weights, seconds = own_weights(recipe_of(options, rule, draw, prompts), inputs, device)
                     else:
                         folder = write_language_model(plain, inputs, Path(scratch) / "model", device)
-                        out = Path(scratch) / "out.safetensors"
-                        weights, seconds = tool_weights(tools_of(options)[name], name, rule, folder, out)
-                rows.append({"bits": bits, "method": name, "draw": draw, **judge(weights), "seconds": seconds})
-                print(json.dumps(rows[-1]), flush=True)
+                        weights, seconds = tool_weights(tools_of(options)[name], name, rule, folder, device)
+                rows.append({**about, "bits": bits, "method": name, "draw": draw, **judge(weights), "seconds": seconds})
+                record(rows[-1], options.lines)
     return rows
+
+
+def record(row: Mapping[str, Any], lines: Path | None) -> None:
+    """Print one row of figures, and append it to the file `lines`, which several processes may share."""
+    print(json.dumps(row), flush=True)
+    if lines:
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
@@ -192,24 +221,30 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--group", default="32", help="columns that share a scale, or `row`")
     parser.add_argument("--methods", nargs="*", default=[], choices=METHODS)
+    parser.add_argument("--data", default="demo", choices=("demo", "drawings"))
+    parser.add_argument("--prompts", default="family", choices=PROMPTS, help="of the judge")
+    parser.add_argument("--calibration-prompts", choices=PROMPTS, help="default: those of the judge")
+    parser.add_argument("--prose", type=Path, help="Rdata.rdb of r-cran-janeaustenr")
     parser.add_argument("--draws", type=int, default=3, help="draws of calibration samples")
     parser.add_argument("--first-draw", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--test-samples", type=int, default=300, help="test samples of each task")
     parser.add_argument("--autoround", help="Python of an environment with AutoRound")
-    parser.add_argument("--autoround-runs", nargs="+", default=["tool-autoround-200", "tool-autoround-1000"])
+    parser.add_argument("--autoround-runs", nargs="*", default=["tool-autoround-200", "tool-autoround-1000"])
     parser.add_argument("--llmcompressor", help="Python of an environment with llm-compressor")
     parser.add_argument(
-        "--llmcompressor-runs", nargs="+", default=["tool-llmcompressor-gptq", "tool-llmcompressor-awq"]
+        "--llmcompressor-runs", nargs="*", default=["tool-llmcompressor-gptq", "tool-llmcompressor-awq"]
     )
     parser.add_argument("--artifact", type=Path, help="judge this artifact of --model instead")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--lines", type=Path, help="append each row of figures to this file")
     options = parser.parse_args()
+    options.calibration_prompts = options.calibration_prompts or options.prompts
     device = choose(options.device)
-    plain = recipe_of(options.model, options.component, {"method": "rtn", "bits": 8}, options.samples, 0)
-    judge = Judge(plain, options.test_samples, device)
-    print(json.dumps({"method": "full precision", **judge({})}), flush=True)
+    plain = recipe_of(options, {"method": "rtn", "bits": 8}, 0, options.prompts)
+    judge = Judge(plain, options.test_samples, device, options.prose)
+    record({"model": options.model, "method": "full precision", **judge({})}, options.lines)
     if options.artifact:
         artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family
         print(json.dumps(judge({family.live_name(name): artifact.read(name) for name in artifact.names()})))

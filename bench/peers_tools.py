@@ -65,7 +65,7 @@ def autoround(model: Any, rows: list[Tensor], options: argparse.Namespace) -> No
         batch_size=BATCH,
         dataset=batches,
         amp=False,
-        device_map="cpu",
+        device_map=options.device,
         enable_torch_compile=False,
         **extension,
     )
@@ -80,7 +80,8 @@ def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoTokenizer
 
-    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]  # llm-compressor pins without a GPU too
+    if options.device == "cpu":  # llm-compressor pins without a GPU too
+        torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
     weights = {"num_bits": options.bits, "type": "int", "symmetric": True, "strategy": "group"}
     weights |= {"group_size": options.group, "observer": "memoryless_mse"}
     targets = ["re:.*layers.*(proj|fc1|fc2)$"]
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group", type=int, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
