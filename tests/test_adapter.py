@@ -26,11 +26,14 @@ from exporter.model.stream import load_whole
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe
+from tests.slow import some
+from tests.tiny_models import CONFIGS, write_tiny
 
 DEMO = MODELS["demo-llava"]
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "fc1"], "bias": "none"}
 QUERY = "language_model.model.layers.0.self_attn.q_proj"
 WORDS = "model.language_model.embed_tokens"
+PATCHES = "model.vision_tower.embeddings.patch_embedding"
 TOWER = "vision_tower.vision_model.encoder.layers.1.mlp.fc1"
 LIVE = {QUERY: "model.language_model.layers.0.self_attn.q_proj", TOWER: "model.vision_tower.encoder.layers.1.mlp.fc1"}
 
@@ -94,27 +97,56 @@ def test_names_of_every_transformers_version_and_tensors_trained_whole(tmp_path:
     assert model.read("multi_modal_projector.linear_1.weight").dtype == torch.bfloat16
 
 
-def test_peft_merges_the_same(tmp_path: Path) -> None:
-    """Against peft itself, where it is installed."""
+def saved_by_peft(model: str, folder: Path, **settings: Any) -> dict[str, Tensor]:
+    """Write a random adapter of `model` with peft; return the parameters that peft's own merge makes, by live name."""
     peft = pytest.importorskip("peft")
-    checkpoint, family = open_source("demo-llava")
+    checkpoint, family = open_source(model)
     names = list(checkpoint.tensors)
     whole = load_whole(family, checkpoint.config, names, checkpoint.read, torch.device("cpu"), torch.bfloat16)
-    options = {"r": 4, "lora_alpha": 7, "use_rslora": True, "target_modules": ["q_proj", "fc1", "linear_2"]}
-    options |= {"rank_pattern": {"fc1": 2}, "alpha_pattern": {"layers.1.mlp.fc1": 3}, "modules_to_save": ["linear_1"]}
-    tuned = peft.get_peft_model(whole, peft.LoraConfig(**options), autocast_adapter_dtype=True)
+    tuned = peft.get_peft_model(whole, peft.LoraConfig(r=4, lora_alpha=7, **settings), autocast_adapter_dtype=True)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) / 8)
-    tuned.save_pretrained(tmp_path / "a")
-    expected = dict(tuned.merge_and_unload().named_parameters())
-    model = merged(tmp_path / "a")
+    tuned.save_pretrained(folder)
+    return dict(tuned.merge_and_unload().named_parameters())
+
+
+def test_peft_merges_the_same_with_settings_of_single_modules(tmp_path: Path) -> None:
+    settings = {"use_rslora": True, "target_modules": ["q_proj", "fc1", "linear_2"], "rank_pattern": {"fc1": 2}}
+    settings |= {"alpha_pattern": {"layers.1.mlp.fc1": 3}, "modules_to_save": ["linear_1"]}
+    expected = saved_by_peft("demo-llava", tmp_path / "a", **settings)
+    model, family = merged(tmp_path / "a"), FAMILIES["llava"]
     assert model.adapter is not None
     assert (len(model.adapter.pairs), len(model.adapter.whole)) == (7, 2)
-    for name in names:
+    for name in model.tensors:
         assert torch.equal(model.read(name), expected[family.live_name(name)]), name
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # peft stores the weight of the head
+@pytest.mark.parametrize("name", some(FAMILIES, ("llava", "qwen2.5-vl")))
+def test_peft_merges_the_same_in_every_family(name: str, tmp_path: Path) -> None:
+    """LoRA of every linear of every component, the output head included, and one norm that is trained in full."""
+    family, config = CONFIGS[name]
+    source = write_tiny(tmp_path / "m", family)
+    linears = [
+        family.live_name(part.module(i, linear))
+        for part in family.components
+        for i in range(part.stored(config))
+        for linear in part.linears_of(config, i)
+    ]
+    shapes = {key: info.shape for key, info in Checkpoint.open(source, family.canonical_name).tensors.items()}
+    norm = next(key for key, shape in shapes.items() if len(shape) == 1 and "norm" in key)
+    trained = [family.live_name(norm).removesuffix(".weight").removesuffix(".bias")]
+    expected = saved_by_peft(str(source), tmp_path / "a", target_modules=linears, modules_to_save=trained)
+    checkpoint, _ = open_source(str(source), adapter=str(tmp_path / "a"))
+    assert checkpoint.adapter is not None
+    assert {family.live_name(weight) for weight in checkpoint.adapter.pairs} == {f"{live}.weight" for live in linears}
+    assert norm in checkpoint.adapter.whole
+    for tensor in shapes:
+        read = checkpoint.read(tensor)
+        assert torch.equal(read, expected[family.live_name(tensor)].to(read.dtype)), tensor
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -152,6 +184,10 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "half": ({k: v for k, v in halves().items() if "q_proj.lora_B" not in k}, "other matrix of the pair is missing"),
     "ranks": ({k: v[:3] if "lora_A" in k else v for k, v in halves().items()}, "do not multiply to"),
     "sizes": ({k: v[:, :64] if "lora_A" in k else v for k, v in halves().items()}, r"do not multiply to \[128, 128\]"),
+    "convolution": (
+        {f"base_model.model.{PATCHES}.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"},
+        r"mmq merges only LoRA matrices of linears, and .*patch_embedding\.weight has the shape \[128, 3, 8, 8\]",
+    ),
     "flat": ({k: v.reshape(-1) for k, v in halves().items()}, "do not multiply to"),
     "rank 0": ({k: v[:0] if "lora_A" in k else v[:, :0] for k, v in halves().items()}, "do not multiply to"),
     "integers": ({k: v.to(torch.int8) for k, v in halves().items()}, "stored as int8"),
@@ -235,20 +271,36 @@ def test_a_folder_with_only_an_adapter_is_not_a_model(tmp_path: Path) -> None:
 
 
 def test_an_artifact_of_base_and_adapter_equals_that_of_the_merged_model(tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "a")
-    both = merged(folder)
-    whole = Path(shutil.copytree(DEMO, tmp_path / "whole"))
-    stored = load_file(whole / "model.safetensors")
-    save_file({name: both.read(name) for name in stored}, whole / "model.safetensors", {"format": "pt"})
+    """On a Qwen2.5-VL whose head shares the embedding's tensor, under names of transformers 5 and of older versions."""
+    family, config = CONFIGS["qwen2.5-vl"]
+    source = write_tiny(tmp_path / "m", family, config={**config, "tie_word_embeddings": True})
+    modules = {
+        "visual.blocks.1.attn.qkv": "model.visual.blocks.1.attn.qkv",
+        "visual.merger.mlp.2": "visual.merger.mlp.2",
+    }
+    modules |= {"model.layers.0.mlp.up_proj": "model.language_model.layers.0.mlp.up_proj"}
+    tensors = {}
+    for hub, saved in modules.items():
+        outputs, inputs = Checkpoint.open(source, family.canonical_name).tensors[f"{hub}.weight"].shape
+        tensors[f"base_model.model.{saved}.lora_A.weight"] = torch.randn(4, inputs) / 8
+        tensors[f"base_model.model.{saved}.lora_B.weight"] = torch.randn(outputs, 4) / 8
+    folder = adapter(tmp_path / "a", tensors)
+    both = open_source(str(source), adapter=str(folder))[0]
+    whole = Path(shutil.copytree(source, tmp_path / "whole"))
+    (shard,) = whole.glob("*.safetensors")
+    stored = load_file(shard)
+    save_file({name: both.read(name) for name in stored}, shard, {"format": "pt"})
+    changed = [name for name, tensor in load_file(shard).items() if not torch.equal(tensor, stored[name])]
+    assert sorted(changed) == sorted(f"{hub}.weight" for hub in modules)
     outs = {}
-    for name, recipe in (("one", recipe_for(DEMO, adapter=str(folder))), ("two", recipe_for(whole))):
+    for name, recipe in (("one", recipe_for(source, adapter=str(folder))), ("two", recipe_for(whole))):
         export(recipe, out=tmp_path / name, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
         outs[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert outs["one"] == outs["two"]
     verify(tmp_path / "one", choose("cpu"), ignore, "nothing", both)
-    source = read_manifest(tmp_path / "one").source
-    assert source.adapter == "a"
-    assert {SETTINGS, WEIGHTS, "model.safetensors"} == source.shards.keys()
+    manifest = read_manifest(tmp_path / "one").source
+    assert manifest.adapter == "a"
+    assert {SETTINGS, WEIGHTS, shard.name} == manifest.shards.keys()
     assert not list((tmp_path / "one").glob("adapter*"))
 
 

@@ -2,7 +2,8 @@
 
 `adapter_config.json` has the settings; `adapter_model.safetensors` has two low-rank matrices A and B for every trained
 linear. Its weight becomes W + scale * B A, computed in float32 like peft's `merge_and_unload`. Tensors that were
-trained in full (`modules_to_save`) replace the base model's. Settings that mmq cannot merge exactly are errors.
+trained in full (`modules_to_save`) replace the base model's; beside LoRA of the output head, peft also stores the
+head's own weight (`base_layer`). Settings that mmq cannot merge exactly are errors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ UNSUPPORTED = (  # settings that change the arithmetic
 )
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 _SAVED = re.compile(r"\.(modules_to_save|original_module)(\.default)?(?=\.)")
+_BASE = ".base_layer.weight"  # the weight to which the product is added
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Adapter:
     def merged(self, name: str, tensor: Tensor) -> Tensor:
         """The base model's tensor with the adapter merged, in the same dtype; unchanged without a part in it."""
         if name in self.whole:
-            return self._read(self.whole[name]).to(tensor.dtype)
+            tensor = self._read(self.whole[name]).to(tensor.dtype)
         pair = self.pairs.get(name)
         if pair is None:
             return tensor
@@ -163,7 +165,8 @@ def _sort(
             problems.append(f"{stored}: mmq merges only LoRA matrices of linears")
             continue
         else:
-            earlier = whole.setdefault(rename(_SAVED.sub("", name)), stored)
+            plain = name.removesuffix(_BASE) + ".weight" if name.endswith(_BASE) else _SAVED.sub("", name)
+            earlier = whole.setdefault(rename(plain), stored)
         if earlier != stored:
             problems.append(f"{stored}: the adapter has this tensor twice, the other one is {earlier}")
     pairs: dict[str, Pair] = {}
@@ -172,7 +175,7 @@ def _sort(
         if len(parts) < 2:
             problems.append(f"{next(iter(parts.values()))}: the other matrix of the pair is missing")
             continue
-        if weight in whole or weight in pairs:
+        if not whole.get(weight, _BASE).endswith(_BASE) or weight in pairs:
             problems.append(f"{parts['A']}: the adapter has {weight} twice")
         rank, expected = _rank(entries[parts["A"]]), _of_module(settings, "rank_pattern", "r", module)
         if _is_plain(settings.get("rank_pattern") or {}) and expected not in (None, rank):
@@ -210,8 +213,10 @@ def _shape_problems(
     problems = []
     for name, pair in pairs.items():
         a, b, base = entries[pair.a].shape, entries[pair.b].shape, shapes.get(name)
-        if base is None or len(base) != 2:
+        if base is None:
             problems.append(f"{pair.a}: the base model has no linear {name.removesuffix('.weight')}")
+        elif len(base) != 2:
+            problems.append(f"{pair.a}: mmq merges only LoRA matrices of linears, and {name} has the shape {list(base)}")
         elif not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (b[0], a[1]) == base):
             problems.append(f"{pair.a} {list(a)} and {pair.b} {list(b)} do not multiply to {list(base)}")
     for name, stored in whole.items():
