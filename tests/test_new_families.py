@@ -22,7 +22,7 @@ from exporter.planning.tensor_parallel import parallel_problems
 from exporter.planning.vllm_rules import pattern_problems
 from exporter.serving.launch import max_length
 from tests.headers.read import HEADER_NAMES, header_config
-from tests.tiny_models import CONFIGS, write_processor
+from tests.tiny_models import CONFIGS, write_processor, write_tiny
 
 H100 = Device("cpu", "CPU", 2**50)
 ONEVISION = "llava-hf--llava-onevision-qwen2-7b-ov-hf"
@@ -151,3 +151,25 @@ def test_flags_for_a_tied_head_that_transformers_and_vllm_read_differently_are_r
         known_family(config, name)
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     known_family(config, name)
+
+
+@pytest.mark.parametrize(
+    ("component", "changed", "reason"),
+    [
+        ("vision", {"vision_feature_layer": 0}, "this block never runs: vision_feature_layer selects the output"),
+        (
+            "head",
+            {"tie_word_embeddings": True},
+            "the model does not store it .a tied output head shares the embedding's tensor",
+        ),
+    ],
+)
+def test_a_rule_for_linears_that_never_run_is_refused_with_the_reason(
+    component: str, changed: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    family, config = CONFIGS["llava"]
+    checkpoint, family = open_source(str(write_tiny(tmp_path / "m", family, config=config | changed)))
+    rule = {"component": component, "method": "rtn", "bits": 8, "group_size": "row"}
+    recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule], "gates": ()}
+    with pytest.raises(PlanError, match=rf"bits 8\) matches no linear: {reason}"):
+        make_plan(Recipe.model_validate(recipe), checkpoint, family, H100)

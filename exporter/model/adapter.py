@@ -216,7 +216,9 @@ def _shape_problems(
         if base is None:
             problems.append(f"{pair.a}: the base model has no linear {name.removesuffix('.weight')}")
         elif len(base) != 2:
-            problems.append(f"{pair.a}: mmq merges only LoRA matrices of linears, and {name} has the shape {list(base)}")
+            problems.append(
+                f"{pair.a}: mmq merges only LoRA matrices of linears, and {name} has the shape {list(base)}"
+            )
         elif not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (b[0], a[1]) == base):
             problems.append(f"{pair.a} {list(a)} and {pair.b} {list(b)} do not multiply to {list(base)}")
     for name, stored in whole.items():

@@ -3,8 +3,9 @@
 It takes seconds and reads only tensor headers. PlanError reports every problem of the recipe before a tensor is read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.device import Device
 from exporter.errors import PlanError
@@ -12,7 +13,7 @@ from exporter.formats import FORMATS
 from exporter.methods import SMOOTHERS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import refuse_misfit
-from exporter.model.families import Family
+from exporter.model.families import Component, Family
 from exporter.planning.decisions import PlanRow, decide, stored_scale_dtype
 from exporter.planning.memory import Memory, predict_memory
 from exporter.planning.prompts import by_recipe, prompt_problems
@@ -92,6 +93,13 @@ class Plan:
         return tuple(row for row in self.rows if row.component == component)
 
 
+def _absence(part: Component, config: Mapping[str, Any]) -> str:
+    """Why a rule for a component matches none of its linears."""
+    if not part.stored(config):
+        return "the model does not store it (a tied output head shares the embedding's tensor)"
+    return "earlier rules or its filters exclude it" if part.used(config) else part.unused
+
+
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
     """Decide every tensor; PlanError lists all problems."""
     if recipe.model.family not in (None, family.name):
@@ -105,11 +113,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     decided = decide(recipe, checkpoint, family)
     rows = decided.rows
     problems += decided.problems
-    names = {component.name for component in family.components}
+    parts = {component.name: component for component in family.components}
     problems += [
-        f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: earlier rules or its filters exclude it"
+        f"quantize[{i}] ({rule.component}, bits {rule.bits}) matches no linear: {_absence(part, checkpoint.config)}"
         for i, rule in enumerate(recipe.quantize)
-        if i not in decided.used and rule.component in names
+        if i not in decided.used and (part := parts.get(rule.component))
     ]
     problems += [] if family.unserved else lint(engine_linears(rows, family), recipe.format)
     conflict = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
