@@ -185,8 +185,8 @@ def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[d
     """A row of figures for every method or tool, bits and draw; each row is printed when it is measured."""
     rows: list[dict[str, Any]] = []
     group: int | str = int(options.group) if options.group.isdigit() else options.group
-    about = {name: getattr(options, name) for name in ("model", "component", "samples", "calibration_prompts")}
-    about |= {"group": group}
+    about = {name: getattr(options, name) for name in ("component", "samples", "calibration_prompts")}
+    about |= {"model": options.name, "group": group}
     for draw in range(options.first_draw, options.first_draw + options.draws):
         prompts = options.calibration_prompts
         plain = recipe_of(options, {"method": "gptq", "bits": 4}, draw, prompts)
@@ -217,6 +217,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo-llava", help="an embedded model or a folder")
+    parser.add_argument("--name", help="of the model in the rows of figures; default: --model")
     parser.add_argument("--component", default="language")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--group", default="32", help="columns that share a scale, or `row`")
@@ -241,10 +242,11 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, help="append each row of figures to this file")
     options = parser.parse_args()
     options.calibration_prompts = options.calibration_prompts or options.prompts
+    options.name = options.name or options.model
     device = choose(options.device)
     plain = recipe_of(options, {"method": "rtn", "bits": 8}, 0, options.prompts)
     judge = Judge(plain, options.test_samples, device, options.prose)
-    record({"model": options.model, "method": "full precision", **judge({})}, options.lines)
+    record({"model": options.name, "method": "full precision", **judge({})}, options.lines)
     if options.artifact:
         artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family
         print(json.dumps(judge({family.live_name(name): artifact.read(name) for name in artifact.names()})))
