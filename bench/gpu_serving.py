@@ -41,6 +41,10 @@ QUESTIONS = 16
 W4A8 = W4 | {"activations": "fp8"}
 HEAD8 = {"component": "head", "method": "rtn", "bits": 8, "group_size": 128}
 FP8_ALL = [VIT_FP8, LANGUAGE_FP8]
+BLOCKS = {"method": "rtn", "bits": 8, "group_size": "block", "number": "fp8"}
+NVFP4 = {"method": "gptq", "bits": 4, "group_size": 16, "number": "nvfp4"}
+MXFP4 = {"method": "gptq", "bits": 4, "group_size": 32, "number": "mxfp4"}
+MXFP8 = {"method": "rtn", "bits": 8, "group_size": 32, "number": "mxfp8"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,13 @@ CASES = {  # most informative first, in case the time runs out
     "w4-cache8": Case([VIT8, W4], kv_cache="fp8"),
     "w4a8-cache8": Case([VIT_FP8, W4A8], kv_cache="fp8"),
     "fp8-cache8": Case(FP8_ALL, kv_cache="fp8"),
+    "nvfp4": Case([{"component": part, **NVFP4} for part in ("vision", "language")]),
+    "mxfp4": Case([{"component": part, **MXFP4} for part in ("vision", "language")]),
+    "mxfp8": Case([{"component": part, **MXFP8} for part in ("vision", "language")]),
+    "fp8-block": Case([{"component": part, **BLOCKS, "activations": "fp8"} for part in ("vision", "language")]),
+    "fp8-block-w8a16": Case([{"component": part, **BLOCKS} for part in ("vision", "language")]),
+    **{f"w{n}a8": Case([W4 | {"bits": n, "activations": "int8"}]) for n in (2, 3, 5, 6, 7)},
+    "w3-vit-nvfp4": Case([{"component": "vision", **NVFP4}, W4 | {"bits": 3, "activations": "int8"}]),
     "w4-marlin": Case([VIT8, W4], engine=MARLIN),
     "w4-humming": Case([VIT8, W4], engine=HUMMING),
     "w4-humming-cache8-xqa": Case([VIT8, W4], kv_cache="fp8", engine=HUMMING | XQA),

@@ -42,6 +42,8 @@ TASKS = {"vqa": "questions", "captioning": "captions", "retrieval": "image-text 
 USUAL: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
 ALL: tuple[GroupSize, ...] = (*USUAL, 16, 32, 256)
 FP8 = Scheme(8, "row", number="fp8")
+BLOCKS = Scheme(8, "block", number="fp8")
+ODD = (2, 3, 5, 6, 7)
 KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # schemes with the same cells
     (
         "W4, rows or groups of 64, 128",
@@ -58,11 +60,21 @@ KERNEL_ROWS: tuple[tuple[str, str, list[Scheme]], ...] = (  # schemes with the s
         "compressed_tensors",
         [Scheme(8, g, symmetric=False) for g in USUAL],
     ),
-    ("W2, W3, W5, W6, W7", "compressed_tensors", [Scheme(bits, g) for bits in (2, 3, 5, 6, 7) for g in ALL]),
+    ("W2, W3, W5, W6, W7", "compressed_tensors", [Scheme(bits, g) for bits in ODD for g in ALL]),
     ("W8A8 int8", "compressed_tensors", [Scheme(8, "row", activations="int8")]),
     ("FP8", "compressed_tensors", [replace(FP8, activations="fp8")]),
     ("FP8, weights alone", "compressed_tensors", [FP8]),
     ("W4, groups of 128, FP8 inputs", "compressed_tensors", [Scheme(4, 128, activations="fp8")]),
+    ("FP8, blocks of 128 x 128, FP8 inputs", "compressed_tensors", [replace(BLOCKS, activations="fp8")]),
+    ("FP8, blocks of 128 x 128, weights alone", "compressed_tensors", [BLOCKS]),
+    ("NVFP4, weights alone", "compressed_tensors", [Scheme(4, 16, number="nvfp4")]),
+    ("MXFP4, weights alone", "compressed_tensors", [Scheme(4, 32, number="mxfp4")]),
+    ("MXFP8, weights alone", "compressed_tensors", [Scheme(8, 32, number="mxfp8")]),
+    (
+        "W2, W3, W5, W6, W7, int8 inputs",
+        "compressed_tensors",
+        [Scheme(b, g, activations="int8") for b in ODD for g in ALL],
+    ),
     ("W4 symmetric", "gptq", [Scheme(4, group) for group in USUAL]),
     ("W8 symmetric", "gptq", [Scheme(8, group) for group in USUAL]),
     ("W4", "awq", [Scheme(4, group, symmetric=False) for group in USUAL]),

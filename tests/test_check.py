@@ -17,9 +17,11 @@ from exporter.demo import MODELS
 from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.evaluation.report_file import write_report
+from exporter.formats import FORMATS
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
+from exporter.numerics.quantized import Scheme
 from exporter.pipeline.export import export
 from exporter.pipeline.serving_check import questions
 from exporter.planning.plan import engine_linears as planned_linears
@@ -32,12 +34,13 @@ from exporter.serving.check import (
     store_result,
 )
 from exporter.serving.comparison import Control, distance_problems
-from exporter.serving.negative_control import double_scales, modules_of
+from exporter.serving.negative_control import SCALES, double_scales, doubled_scale, modules_of
 from exporter.serving.preflight import engine_linears, refuse_unservable
 from exporter.serving.reference import Distance, EngineComparison, Reference, before_placeholder, listed_tokens
 from exporter.serving.vllm_engine import Reply
 from exporter.tasks.sample import Sample
 from tests.test_evaluate import crafted
+from tests.test_formats import BLOCKS, NARROW, random_linear
 
 A8 = {"component": "vision", "bits": 8, "activations": "int8"}
 W4 = {"component": "language", "bits": 4, "group_size": 128}
@@ -281,3 +284,11 @@ def test_the_reference_of_a_7b_counts_weights_and_not_packed_words(
     else:
         device, chosen_dtype = reference.reference_placements(artifact, gpu)[0]
         assert (device.torch_device.type, chosen_dtype) == (place, dtype)
+
+
+@pytest.mark.parametrize("scheme", [*NARROW, *BLOCKS, Scheme(4, 32)], ids=Scheme.label)
+def test_doubled_scales_double_the_weight_in_every_layout(scheme: Scheme) -> None:
+    module, linear = FORMATS["compressed_tensors"], random_linear(scheme, 128, 128)
+    stored = module.pack("x", linear)
+    doubled = {name: doubled_scale(t) if name.removeprefix("x.") in SCALES else t for name, t in stored.items()}
+    assert torch.equal(module.unpack("x", doubled, scheme).dequantize(), 2 * linear.dequantize())

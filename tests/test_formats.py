@@ -16,6 +16,7 @@ from exporter.errors import ArtifactError
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme, quantize
+from exporter.numerics.ranges import fit_scale
 from tests.oracles import naive_pack_bits
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,8 +29,11 @@ GOLDEN_FORMATS = {
 INTEGERS = [Scheme(b, g, s) for b in range(2, 9) for g in (8, 32, "row", "tensor") for s in (True, False)]
 INT8 = [Scheme(8, g, activations="int8") for g in ("row", "tensor")]
 FLOATS = [Scheme(8, g, number="fp8", activations=a) for g in ("row", "tensor") for a in (None, "fp8")]
+PACKED_INT8 = [Scheme(b, g, activations="int8") for b in (2, 3, 4, 5) for g in (32, "row")]
+NARROW = [Scheme(4, 16, number="nvfp4"), Scheme(4, 32, number="mxfp4"), Scheme(8, 32, number="mxfp8")]
+BLOCKS = [Scheme(8, "block", number="fp8", activations=a) for a in (None, "fp8")]
 MIXED_TYPES = Scheme(4, 128, activations="fp8")
-SCHEMES = INTEGERS + INT8 + FLOATS
+SCHEMES = INTEGERS + INT8 + FLOATS + PACKED_INT8 + NARROW
 CARRIED = {
     "compressed_tensors": set(SCHEMES),
     "gptq": {s for s in INTEGERS if s.bits in (2, 3, 4, 8) and s.symmetric},
@@ -47,9 +51,10 @@ def random_linear(
     groups = scheme.groups(columns)
     scale = torch.rand(rows, groups, generator=generator) + 0.5
     scale = scale[:1, :1].expand(rows, groups).contiguous() if scheme.group_size == "tensor" else scale
-    if scheme.number == "fp8":
-        weight, zero = torch.randn(rows, columns, generator=generator), torch.zeros(rows, groups, dtype=torch.uint8)
-        return QuantizedLinear(scheme, quantize(weight, scale.to(dtype), zero, scheme), scale.to(dtype), zero)
+    if scheme.grid:
+        weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+        scale, zero = fit_scale(weight, scheme, dtype)
+        return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero)
     codes, zero = (
         torch.randint(0, scheme.levels + 1, shape, generator=generator, dtype=torch.uint8)
         for shape in ((rows, columns), (rows, groups))
@@ -121,14 +126,19 @@ def test_stored_bytes_are_those_of_the_packed_tensors(name: str, rows: int, colu
         ("compressed_tensors", Scheme(4, 48), (32, 64), "groups of 48"),
         ("compressed_tensors", Scheme(4, 128), (32, 64), "groups of 128"),
         ("compressed_tensors", Scheme(9, "row"), (32, 64), "9"),
-        ("compressed_tensors", Scheme(4, "row", activations="int8"), (32, 64), "8 bits"),
-        ("compressed_tensors", Scheme(8, 32, activations="int8"), (32, 64), "group_size row"),
-        ("compressed_tensors", Scheme(8, "row", activations="fp8"), (32, 64), "int8"),
+        ("compressed_tensors", Scheme(4, "row", False, activations="int8"), (32, 64), "symmetric"),
+        ("compressed_tensors", Scheme(4, "block"), (128, 128), "number: fp8"),
+        ("compressed_tensors", Scheme(8, "block", number="fp8"), (192, 128), "multiples of 128"),
+        ("compressed_tensors", Scheme(4, 32, number="nvfp4"), (32, 64), "group_size: 16"),
+        ("compressed_tensors", Scheme(4, 32, False, number="mxfp4"), (32, 64), "symmetric"),
+        ("compressed_tensors", Scheme(8, 32, number="mxfp8", activations="fp8"), (32, 64), "no activations"),
+        ("compressed_tensors", NARROW[1], (32, 48), "groups of 32"),
+        ("compressed_tensors", Scheme(8, "row", activations="fp8"), (32, 64), "number: fp8"),
         ("compressed_tensors", Scheme(8, "row", number="fp8", activations="int8"), (32, 64), "fp8"),
-        ("compressed_tensors", Scheme(8, 32, number="fp8"), (32, 64), "group_size row"),
-        ("compressed_tensors", Scheme(4, 64, activations="fp8"), (128, 128), "group_size 128"),
+        ("compressed_tensors", Scheme(8, 32, number="fp8"), (32, 64), "group_size: row"),
+        ("compressed_tensors", Scheme(4, 64, activations="fp8"), (128, 128), "group_size: 128"),
         ("compressed_tensors", Scheme(4, 128, False, activations="fp8"), (128, 128), "symmetric"),
-        ("compressed_tensors", Scheme(8, 128, activations="fp8"), (128, 128), "4 bits"),
+        ("compressed_tensors", Scheme(8, 128, activations="fp8"), (128, 128), "bits: 4"),
         ("compressed_tensors", MIXED_TYPES, (96, 128), "multiples of 128"),
         ("compressed_tensors", MIXED_TYPES, (128, 192), "multiples of 128"),
         ("gptq", MIXED_TYPES, (128, 128), "weight-only"),
@@ -342,19 +352,66 @@ def compressed_tensors_scheme(scheme: Scheme) -> Any:
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, MIXED_TYPES], ids=Scheme.label)
+def library_layout(scheme: Scheme) -> str:
+    """The library's name for how a scheme is stored, written out."""
+    eight = scheme.activations == "int8" and scheme.bits == 8
+    integers = "int-quantized" if eight else "pack-quantized"
+    floats = {"fp8": "float-quantized", "mxfp8": "mxfp8-quantized"}
+    return floats.get(scheme.number, integers if scheme.number == "int" else f"{scheme.number}-pack-quantized")
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *BLOCKS, MIXED_TYPES], ids=Scheme.label)
 def test_compressed_tensors_decompresses_to_our_values(scheme: Scheme) -> None:
     library_scheme = compressed_tensors_scheme(scheme)
     from compressed_tensors.compressors import BaseCompressor
 
-    integers = "int-quantized" if scheme.activations == "int8" else "pack-quantized"
-    layout = "float-quantized" if scheme.number == "fp8" else integers
-    compressor = BaseCompressor.get_value_from_registry(layout)
+    compressor = BaseCompressor.get_value_from_registry(library_layout(scheme))
+    shape = (256, 128) if scheme.group_size == "block" else (20, 256 if scheme.mixed else 64)
     for dtype in (torch.float32, torch.bfloat16):
-        linear = random_linear(scheme, 20, 256 if scheme.mixed else 64, dtype=dtype)
+        linear = random_linear(scheme, *shape, dtype=dtype)
         tensors = FORMATS["compressed_tensors"].pack("x", linear)
         weight = compressor.decompress({key[2:]: t for key, t in tensors.items()}, library_scheme)["weight"]
         assert torch.equal(weight, linear.dequantize(weight.dtype))
+
+
+@pytest.mark.parametrize("scheme", [*NARROW, *BLOCKS], ids=Scheme.label)
+def test_float_grids_equal_the_librarys_own_compressor(scheme: Scheme) -> None:
+    """Codes and stored scales, bit for bit, of the same weight and the same scales."""
+    library_scheme = compressed_tensors_scheme(scheme)
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(library_layout(scheme))
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(3)) * 0.02
+    scale, zero = fit_scale(weight, scheme, torch.bfloat16, "mse")
+    linear = QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero)
+    module = FORMATS["compressed_tensors"]
+    stored = {key[2:]: tensor for key, tensor in module.pack("x", linear).items()}
+    given = {"weight": weight, "weight_scale": scale if scheme.powers_of_two else stored["weight_scale"].float()}
+    if scheme.group_size == "block":
+        given["weight_scale"] = stored["weight_scale"]
+    if scheme.number == "nvfp4":
+        given["weight_global_scale"] = stored["weight_global_scale"]
+    expected = compressor.compress(given, library_scheme)
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == stored[name].dtype, name
+        assert torch.equal(tensor.view(torch.uint8), stored[name].view(torch.uint8)), name
+    packed, config = module.pack("x", linear), module.quantization_config([Group(scheme, ("re:x",))], [])
+    assert_equal(module.unpack("x", packed, scheme), linear)
+    assert module.read_config(config) == [Group(scheme, ("re:x",))]
+    assert module.stored_bytes(scheme, 128, 256, 2) == sum(tensor.nbytes for tensor in packed.values())
+
+
+def test_fused_linears_share_the_factor_of_their_scales() -> None:
+    """vLLM uses the largest of the factors for all of them."""
+    weight = torch.cat([torch.full((8, 32), 0.001), torch.full((8, 32), 0.9)])
+    scale, zero = fit_scale(weight, NARROW[0], torch.bfloat16)
+    whole = QuantizedLinear(NARROW[0], quantize(weight, scale, zero, NARROW[0]), scale, zero)
+    parts = whole.split([8, 8])
+    packed = [FORMATS["compressed_tensors"].pack("x", part)["x.weight_global_scale"] for part in parts]
+    assert torch.equal(*packed)
+    assert 224 < float((scale * packed[0]).max()) <= 448
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
 
 
 def test_float8_inputs_do_not_change_how_four_bits_are_stored() -> None:

@@ -57,7 +57,13 @@ def test_equals_inverting_again_at_every_column(
     assert different <= 2, f"{different} codes differ; float32 against float64 may break a tie, no more"
 
 
-LOOP_SCHEMES = [Scheme(4, 32), Scheme(3, 16, False), Scheme(8, "row", False), Scheme(8, 32, number="fp8")]
+LOOP_SCHEMES = [
+    Scheme(4, 32),
+    Scheme(3, 16, False),
+    Scheme(8, "row", False),
+    Scheme(8, 32, number="fp8"),
+    Scheme(4, 16, number="nvfp4"),
+]
 
 
 @pytest.mark.parametrize("scheme", LOOP_SCHEMES, ids=lambda scheme: scheme.label())

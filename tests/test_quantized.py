@@ -6,17 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exporter.numerics.quantized import (
-    FP8_MAX,
-    GroupSize,
-    QuantizedLinear,
-    Scheme,
-    dequantize,
-    expand_groups,
-    pack_bits,
-    quantize,
-    unpack_bits,
-)
+from exporter.numerics.bit_packing import pack_bits, unpack_bits
+from exporter.numerics.quantized import FP8_MAX, GroupSize, QuantizedLinear, Scheme, dequantize, expand_groups, quantize
 from tests.oracles import naive_pack_bits
 
 SIZES: tuple[GroupSize, ...] = (1, 3, 8, 32, "row", "tensor")

@@ -73,6 +73,9 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(8, "row", number="fp8", activations="fp8"), "compressed_tensors", True, True),
         (Scheme(8, "row", number="fp8"), "compressed_tensors", True, False),
         (Scheme(4, 128, activations="fp8"), "compressed_tensors", True, False),
+        (Scheme(4, 128, activations="int8"), "compressed_tensors", False, False),
+        (Scheme(3, 128, activations="int8"), "compressed_tensors", True, False),
+        (Scheme(8, "block", number="fp8", activations="fp8"), "compressed_tensors", True, False),
         (W4, "gptq", True, True),
         (Scheme(3, 128), "gptq", False, False),
         (W8, "gptq", True, False),
@@ -99,6 +102,16 @@ def test_a_scheme_without_kernel_is_found(scheme: Scheme, format_name: str, gpu:
             "FP8_Marlin FP8_Marlin " + 3 * "Cutlass_FP8 ",
         ),
         (Scheme(4, 128, activations="fp8"), "compressed_tensors", "- - - Cutlass_W4A8 -"),
+        (Scheme(4, 128, activations="int8"), "compressed_tensors", "- - - - -"),
+        (Scheme(3, 128, activations="int8"), "compressed_tensors", "Humming Humming Humming Humming Humming"),
+        (Scheme(4, 16, number="nvfp4"), "compressed_tensors", 5 * "NVFP4_Marlin "),
+        (Scheme(4, 32, number="mxfp4"), "compressed_tensors", "- MXFP4_Marlin MXFP4_Marlin MXFP4_Marlin -"),
+        (Scheme(8, 32, number="mxfp8"), "compressed_tensors", "- MXFP8_Marlin MXFP8_Marlin MXFP8_Marlin -"),
+        (
+            Scheme(8, "block", number="fp8", activations="fp8"),
+            "compressed_tensors",
+            "FP8_Marlin FP8_Marlin FP8_block FP8_block FP8_block",
+        ),
         (Scheme(4, 128, symmetric=False), "awq", "Marlin Marlin Marlin Machete Marlin"),
         (Scheme(4, 64), "compressed_tensors", "Marlin Marlin Marlin Machete Marlin"),
         (Scheme(8, "tensor"), "compressed_tensors", "Marlin Marlin Marlin Machete Marlin"),
@@ -120,6 +133,13 @@ def test_a_gpu_without_the_kernel_is_named_with_those_that_have_it():
     (problem,) = gpu_problems([linear("mlp.down_proj", A8)], "compressed_tensors", (10, 0))
     where = "is not served on compute capability 10.0 (Blackwell)"
     assert problem == f"rule kernel: {A8.label()} {where}: its kernel is Cutlass int8 (7.5 to 9.0)"
+
+
+def test_the_refusal_of_a_kernel_that_changes_the_inputs_says_so():
+    (problem,) = gpu_problems([linear("mlp.down_proj", Scheme(4, 32, number="mxfp4"))], "compressed_tensors", (10, 0))
+    assert "newer GPUs also round the inputs to 4 bits: use number: nvfp4" in problem
+    (problem,) = kernel_problems([linear("mlp.down_proj", Scheme(4, 64, activations="int8"))], "compressed_tensors")
+    assert "Machete or Marlin, whose inputs stay 16 bits" in problem
 
 
 def test_the_requirement_for_serving_is_reported():

@@ -28,6 +28,10 @@ SCHEMES = [
     Scheme(8, "row"),
     Scheme(8, "tensor"),
     Scheme(8, "row", number="fp8"),
+    Scheme(4, 16, number="nvfp4"),
+    Scheme(4, 32, number="mxfp4"),
+    Scheme(8, 32, number="mxfp8"),
+    Scheme(8, "block", number="fp8"),
     Scheme(4, 128, activations="fp8"),
 ]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label())

@@ -249,7 +249,7 @@ class Artifact:
 
     def rounded(self) -> ServedRounding:
         """Rounding of activations and KV cache that vLLM applies while it computes."""
-        kinds = {module: self.scheme_of(module).activations for module in self.manifest.linears}
+        kinds = {module: self.scheme_of(module).input_rounding for module in self.manifest.linears}
         return ServedRounding(
             {self.family.live_name(name): kind for name, kind in kinds.items() if kind}, self.kv_cache
         )

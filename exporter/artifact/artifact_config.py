@@ -18,7 +18,8 @@ def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     """The source's config.json with a quantization config; without packed linears there is no quantization config.
 
     The dtype becomes bfloat16 where vLLM's kernels have no other output dtype: Cutlass kernels for 4-bit weights with
-    float8 inputs, and FlashAttention 3 with float8 keys and values ("output must have dtype BF16").
+    float8 inputs, kernels whose scales are powers of two, and FlashAttention 3 with float8 keys and values ("output
+    must have dtype BF16").
     """
     schemes, result = groups(plan), dict(config)
     if schemes:
@@ -29,7 +30,8 @@ def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def needs_bfloat16(plan: Plan) -> bool:
     """Whether vLLM's kernels for this plan have no other output dtype than bfloat16."""
-    return bool(plan.recipe.kv_cache) or any(group.scheme.mixed for group in groups(plan))
+    schemes = [group.scheme for group in groups(plan)]
+    return bool(plan.recipe.kv_cache) or any(scheme.mixed or scheme.powers_of_two for scheme in schemes)
 
 
 def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from exporter.events import Event, Listener
 from exporter.files.shard_writer import SHARD_BYTES, ShardWriter
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
-from exporter.numerics.quantized import QuantizedLinear, pack_bits
+from exporter.numerics.bit_packing import pack_bits
+from exporter.numerics.quantized import QuantizedLinear
 from exporter.planning.plan import Plan, PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block_io import require_finite
 from exporter.quantization.workdir import UnitResult, Workdir

@@ -151,6 +151,7 @@ class _TransformersModel:
 
 def _prepare(model: Any, quantization_config: Mapping[str, Any]) -> None:
     """Replace the linears of a plain model on the meta device by packed linears, as `from_pretrained` does."""
+    import compressed_tensors.compressors  # noqa: F401 (creates its tables on the CPU, not on the meta device)
     from transformers.quantizers import AutoHfQuantizer
 
     with redirect_stderr(StringIO()), torch.device("meta"):  # the library draws progress bars

@@ -85,9 +85,12 @@ def _refuse_invalid(group: Group) -> None:
     scheme = group.scheme
     if type(scheme.bits) is not int or not 2 <= scheme.bits <= 8:
         raise ValueError(f"{scheme.bits!r} is no number of bits")
-    if scheme.group_size not in ("row", "tensor") and (type(scheme.group_size) is not int or scheme.group_size < 1):
+    named = scheme.group_size in ("row", "tensor", "block")
+    if not named and (type(scheme.group_size) is not int or scheme.group_size < 1):
         raise ValueError(f"{scheme.group_size!r} is no group size")
     if not isinstance(scheme.symmetric, bool):
         raise TypeError(f"symmetric is {scheme.symmetric!r}")
+    if problem := scheme.invalid():
+        raise ValueError(problem)
     if not all(isinstance(target, str) for target in group.targets):
         raise TypeError("targets must be texts")

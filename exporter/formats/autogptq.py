@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from exporter.errors import ArtifactError
 from exporter.formats.group import Group
 from exporter.lazy_torch import torch
-from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+from exporter.numerics.bit_packing import pack_bits, packed_words, unpack_bits
+from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,11 +1,15 @@
-"""compressed-tensors format: codes as a dense little-endian bit stream along `in`, one config with several groups.
+"""compressed-tensors format: one config with several groups; the layout of the tensors follows from the scheme.
 
-Weight-only integers are `pack-quantized`: `weight_packed` int32 `[out, ceil(in*bits/32)]` holds the code, which is the
-signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`; `weight_shape` int64 `[2]`; asymmetric schemes add
-`weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same stream along `out`. Read by vLLM's
-`CompressedTensorsWNA16` and by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape).
-4 bits with float8 activations are stored like weight-only 4 bits; `CompressedTensorsW4A8Fp8` reads them on Hopper.
-8 bits with int8 activations are `int-quantized` (`weight` int8), float8 is `float-quantized` (`weight` float8 e4m3).
+- `pack-quantized`, integers: codes as a dense little-endian bit stream along `in`. `weight_packed` int32 `[out,
+  ceil(in*bits/32)]` holds the code, which is the signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`;
+  `weight_shape` int64 `[2]`; asymmetric schemes add `weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same
+  stream along `out`. Read by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape). Inputs may be
+  8 bits: float8 for 4 bits on Hopper, int8 where `Scheme.as_int8` is false.
+- `int-quantized`: `weight` int8. `float-quantized`: `weight` float8 e4m3; with blocks of 128 x 128, `weight_scale` is
+  `[out/128, in/128]`.
+- `nvfp4-pack-quantized` and `mxfp4-pack-quantized`: `weight_packed` uint8 `[out, in/2]`, the earlier of two float4
+  numbers in the low half. `weight_scale` is float8 e4m3 with `weight_global_scale` f32 `[1]`, by which scales are
+  divided; or uint8, the exponent of a power of two plus 127. `mxfp8-quantized`: `weight` float8 and such exponents.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.formats.group import Group
 from exporter.lazy_torch import torch
-from exporter.numerics.quantized import QuantizedLinear, Scheme, pack_bits, packed_words, unpack_bits
+from exporter.numerics.bit_packing import pack_bits, packed_words, unpack_bits
+from exporter.numerics.quantized import BLOCK, QuantizedLinear, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,19 +30,23 @@ NAME = "compressed_tensors"
 KV_CACHES: Mapping[str, Mapping[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 }
+LAYOUTS = {
+    "int": "pack-quantized",
+    "fp8": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+NUMBERS = {layout: number for number, layout in LAYOUTS.items()}
+EXPONENT_BIAS = 127  # of powers of two that are stored as one byte
 
 
 def supports(scheme: Scheme, columns: int, rows: int) -> str | None:
     """Why a linear `[rows, columns]` cannot be stored, or None."""
-    eight_bits = scheme.bits == 8 and scheme.symmetric and not isinstance(scheme.group_size, int)
-    if scheme.number == "fp8" and (not eight_bits or scheme.activations == "int8"):
-        return "float8 weights are 8 bits, symmetric, with group_size row or tensor, and activations fp8 or none"
-    if scheme.mixed and (columns % 128 or rows % 128):
-        return "4 bits with float8 activations need inputs and outputs in multiples of 128; remove activations: fp8"
-    plain = scheme.activations is None or (eight_bits and scheme.activations == "int8")
-    if scheme.number == "int" and not plain and not scheme.mixed:
-        allowed = "integers with activations are 8 bits, symmetric, with group_size row or tensor, and activations int8"
-        return f"{allowed}; or 4 bits, symmetric, with group_size 128, and activations fp8"
+    if problem := scheme.invalid():
+        return problem
+    if (scheme.mixed or scheme.group_size == "block") and (columns % BLOCK or rows % BLOCK):
+        return f"{scheme.label()} needs inputs and outputs in multiples of {BLOCK}"
     if not 2 <= scheme.bits <= 8:
         return f"it stores 2 to 8 bits, not {scheme.bits}"
     if isinstance(scheme.group_size, int) and columns % scheme.group_size:
@@ -52,42 +61,64 @@ def conflict(schemes: Sequence[Scheme]) -> str | None:
 
 def _layout(scheme: Scheme) -> str:
     """The format's name for the layout of a scheme."""
-    if scheme.number == "fp8":
-        return "float-quantized"
-    return "int-quantized" if scheme.activations == "int8" else "pack-quantized"
+    return "int-quantized" if scheme.as_int8 else LAYOUTS[scheme.number]
 
 
 def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
     """Names of the tensors of the linear `name`."""
-    if _layout(scheme) != "pack-quantized":
-        return f"{name}.weight", f"{name}.weight_scale"
+    layout = _layout(scheme)
+    weight = f"{name}.weight_packed" if "pack" in layout else f"{name}.weight"
+    if layout == "nvfp4-pack-quantized":
+        return weight, f"{name}.weight_scale", f"{name}.weight_global_scale"
+    if layout != "pack-quantized":
+        return weight, f"{name}.weight_scale"
     zero = () if scheme.symmetric else (f"{name}.weight_zero_point",)
-    return f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero
+    return weight, f"{name}.weight_scale", f"{name}.weight_shape", *zero
 
 
 def pack(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one linear."""
+    return dict(zip(tensor_names(name, linear.scheme), _tensors(linear), strict=True))
+
+
+def _tensors(linear: QuantizedLinear) -> list[Tensor]:
+    """The tensors of one linear, in the order of `tensor_names`."""
     scheme, scale = linear.scheme, linear.scale
-    if scheme.number == "fp8":
-        return {f"{name}.weight": linear.codes.view(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
-    if _layout(scheme) == "int-quantized":
-        signed = (linear.codes ^ scheme.middle).view(torch.int8)  # flipping the top bit subtracts 128
-        return {f"{name}.weight": signed, f"{name}.weight_scale": scale}
-    tensors = {
-        f"{name}.weight_packed": pack_bits(linear.codes, scheme.bits),
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
-    }
+    if scheme.as_int8:
+        return [(linear.codes ^ scheme.middle).view(torch.int8), scale]  # flipping the top bit subtracts 128
+    if scheme.number == "nvfp4":
+        factor = linear.scale_factor
+        return [_half_bytes(linear.codes), (scale * factor).to(torch.float8_e4m3fn), torch.tensor([factor])]
+    if scheme.grid:
+        whole = linear.codes.view(torch.float8_e4m3fn) if scheme.bits == 8 else _half_bytes(linear.codes)
+        return [whole, _stored_scale(scale, scheme)]
+    shape = torch.tensor(linear.codes.shape, dtype=torch.int64)
+    tensors = [pack_bits(linear.codes, scheme.bits), scale, shape]
     if not scheme.symmetric:
-        tensors[f"{name}.weight_zero_point"] = pack_bits(linear.zero.T.contiguous(), scheme.bits).T.contiguous()
+        tensors.append(pack_bits(linear.zero.T.contiguous(), scheme.bits).T.contiguous())
     return tensors
+
+
+def _half_bytes(codes: Tensor) -> Tensor:
+    return pack_bits(codes, 4).view(torch.uint8)[:, : codes.shape[1] // 2].contiguous()
+
+
+def _stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Scales of a float grid as they are stored: one for a block, or the exponents of powers of two."""
+    if scheme.number in ("mxfp4", "mxfp8"):
+        return (torch.frexp(scale)[1] - 1 + EXPONENT_BIAS).to(torch.uint8)
+    return scale[::BLOCK].contiguous() if scheme.group_size == "block" else scale
 
 
 def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> int:
     """Bytes of the tensors of `pack` for a linear `[rows, columns]` with `scale_bytes` per scale."""
     groups = scheme.groups(columns)
+    if scheme.grid:
+        scales = groups * (-(-rows // BLOCK) if scheme.group_size == "block" else rows)
+        factor = 4 if scheme.number == "nvfp4" else 0
+        return rows * columns * scheme.bits // 8 + scales * (scale_bytes if scheme.number == "fp8" else 1) + factor
     scales = rows * groups * scale_bytes
-    if _layout(scheme) != "pack-quantized":
+    if scheme.as_int8:
         return rows * columns + scales
     zeros = 0 if scheme.symmetric else 4 * packed_words(rows, scheme.bits) * groups
     return 4 * rows * packed_words(columns, scheme.bits) + scales + 2 * 8 + zeros  # `weight_shape` is two int64
@@ -95,20 +126,30 @@ def stored_bytes(scheme: Scheme, columns: int, rows: int, scale_bytes: int) -> i
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     """The inverse of `pack`."""
-    scale = tensors[f"{name}.weight_scale"]
-    middle = 0 if scheme.number == "fp8" else scheme.middle
-    zero = torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
-    if scheme.number == "fp8":
-        return QuantizedLinear(scheme, tensors[f"{name}.weight"].view(torch.uint8), scale, zero)
-    if _layout(scheme) == "int-quantized":
-        codes = tensors[f"{name}.weight"].view(torch.uint8) ^ scheme.middle
-        return QuantizedLinear(scheme, codes, scale, zero)
-    rows, columns = tensors[f"{name}.weight_shape"].tolist()
-    codes = unpack_bits(tensors[f"{name}.weight_packed"], scheme.bits, columns)
+    weight, scale, *others = (tensors[each] for each in tensor_names(name, scheme))
+    if scheme.grid:
+        return _unpack_floats(weight, scale, others, scheme)
+    zero = torch.full(scale.shape, scheme.middle, dtype=torch.uint8, device=scale.device)
+    if scheme.as_int8:
+        return QuantizedLinear(scheme, weight.view(torch.uint8) ^ scheme.middle, scale, zero)
+    rows, columns = others[0].tolist()
     if not scheme.symmetric:
-        packed = tensors[f"{name}.weight_zero_point"].T.contiguous()
-        zero = unpack_bits(packed, scheme.bits, rows).T.contiguous()
-    return QuantizedLinear(scheme, codes, scale, zero)
+        zero = unpack_bits(others[1].T.contiguous(), scheme.bits, rows).T.contiguous()
+    return QuantizedLinear(scheme, unpack_bits(weight, scheme.bits, columns), scale, zero)
+
+
+def _unpack_floats(weight: Tensor, scale: Tensor, others: Sequence[Tensor], scheme: Scheme) -> QuantizedLinear:
+    codes = weight.view(torch.uint8)
+    if scheme.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    factor = float(others[0]) if others else 0.0
+    if scheme.number == "nvfp4":
+        scale = scale.float() / factor
+    elif scheme.number != "fp8":
+        scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - EXPONENT_BIAS)
+    elif scheme.group_size == "block":
+        scale = scale.repeat_interleave(BLOCK, 0)
+    return QuantizedLinear(scheme, codes, scale, torch.zeros_like(scale, dtype=torch.uint8), factor)
 
 
 def quantization_config(
@@ -133,17 +174,13 @@ def quantization_config(
 
 def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
     scheme = group.scheme
-    grouped = isinstance(scheme.group_size, int)
-    number = "float" if scheme.number == "fp8" else "int"
     config: dict[str, Any] = {
         "targets": list(group.targets),
         "weights": {
             "num_bits": scheme.bits,
-            "type": number,
+            "type": "float" if scheme.grid else "int",
             "symmetric": scheme.symmetric,
-            # A "tensor" scheme is stored with equal scales per row, because kernels support only channels and groups.
-            "strategy": "group" if grouped else "channel",
-            "group_size": scheme.group_size if grouped else None,
+            **_strategy(scheme),
             "dynamic": False,
         },
         "input_activations": None,
@@ -152,20 +189,36 @@ def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
     if scheme.activations:
         kind = "float" if scheme.activations == "fp8" else "int"
         token = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-        config["input_activations"] = token
+        in_groups = {"strategy": "group", "group_size": BLOCK} if scheme.input_rounding == "fp8-groups" else {}
+        config["input_activations"] = token | in_groups
     if with_format:
         config["format"] = _layout(scheme)
     return config
 
 
+def _strategy(scheme: Scheme) -> dict[str, Any]:
+    """Which weights share a scale, and the dtype of scales that are no 16-bit numbers."""
+    if scheme.group_size == "block":
+        return {"strategy": "block", "group_size": None, "block_structure": [BLOCK, BLOCK]}
+    if not isinstance(scheme.group_size, int):
+        # A "tensor" scheme is stored with equal scales per row, because kernels support only channels and groups.
+        return {"strategy": "channel", "group_size": None}
+    strategy = {"strategy": "group", "group_size": scheme.group_size}
+    if scheme.number == "nvfp4":
+        return strategy | {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    return strategy | ({"scale_dtype": "torch.uint8"} if scheme.grid else {})
+
+
 def read_config(config: Mapping[str, Any]) -> list[Group]:
     """The groups of a `quantization_config`; a "tensor" scheme is read as "row", because it is stored that way."""
-    return [Group(_scheme(group), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
+    every = config.get("format")
+    return [Group(_scheme(group, every), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
 
 
-def _scheme(group: Mapping[str, Any]) -> Scheme:
+def _scheme(group: Mapping[str, Any], layout: Any) -> Scheme:
     weights, inputs = group["weights"], group.get("input_activations")
-    number = "fp8" if weights["type"] == "float" else "int"
+    number = NUMBERS[group.get("format", layout)] if weights["type"] == "float" else "int"
     activations = None if not inputs else ("fp8" if inputs["type"] == "float" else "int8")
-    size = weights["group_size"] if weights["strategy"] == "group" else "row"
+    named = {"channel": "row", "tensor": "row", "block": "block"}
+    size = named.get(weights["strategy"]) or weights["group_size"]
     return Scheme(weights["num_bits"], size, weights["symmetric"], number, activations)  # type: ignore[arg-type]

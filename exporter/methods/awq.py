@@ -17,7 +17,7 @@ from exporter.lazy_torch import torch
 from exporter.methods.options import MethodOptions
 from exporter.numerics.hessian import Statistics, times
 from exporter.numerics.quantized import QuantizedLinear, Scheme, dequantize, quantize
-from exporter.numerics.ranges import clip_fast, fit_scale, scale_within
+from exporter.numerics.ranges import Range, clip_fast, fit_scale, scale_within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,8 +140,9 @@ def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """Round `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
-    if options.clip and options.range_ != "clip":
-        scale, zero = fit_scale(weight, scheme, scale_dtype, options.range_, statistics.importance())
+    if options.clip and (options.range_ != "clip" or scheme.grid):
+        range_: Range = "mse" if options.range_ == "clip" else options.range_
+        scale, zero = fit_scale(weight, scheme, scale_dtype, range_, statistics.importance())
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":

@@ -1,7 +1,8 @@
 """Applies vLLM's rounding of activations to a transformers model: inputs of linears, and keys and values of the cache.
 
 Inputs of linears whose scheme has 8-bit activations: dynamic, one scale per token. int8 rounds to 127 steps on both
-sides of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales).
+sides of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales); fp8-groups
+has one scale for 128 inputs of a token (`per_token_group_quant_fp8`).
 
 Keys and values of a float8 cache: to float8 e4m3 with a scale of 1. On a GPU, flash attention multiplies float8 by
 float8, so queries are rounded too (vLLM's `Attention.query_quant`); rounding inside its softmax is not reproduced here.
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.numerics.quantized import FP8_MAX, FP8_MIN_SCALE, Activations
+from exporter.numerics.float_grids import FP8_MAX
+from exporter.numerics.quantized import BLOCK, FP8_MIN_SCALE, InputRounding
 
 FP8 = torch.float8_e4m3fn
 INT8_MAX = 127.0
@@ -25,7 +27,7 @@ INT8_MAX = 127.0
 class ServedRounding:
     """The activations that vLLM rounds. linears: live name -> number type; kv_cache: "fp8", or None for 16 bits."""
 
-    linears: Mapping[str, Activations] = field(default_factory=dict)
+    linears: Mapping[str, InputRounding] = field(default_factory=dict)
     kv_cache: str | None = None
 
     def described(self) -> dict[str, Any]:
@@ -44,8 +46,13 @@ def round_as_served(model: nn.Module, rounded: ServedRounding, gpu: bool) -> Non
         round_cache(model, gpu)
 
 
-def round_rows(x: Tensor, kind: Activations) -> Tensor:
-    """`x` `[..., in]` rounded to 8 bits with one scale per row, in its own dtype. Rows of zeros stay zeros."""
+def round_rows(x: Tensor, kind: InputRounding) -> Tensor:
+    """`x` `[..., in]` rounded to 8 bits with one scale per row, in its own dtype. Rows of zeros stay zeros.
+
+    fp8-groups: one scale for 128 numbers of a row.
+    """
+    if kind == "fp8-groups":
+        return round_rows(x.unflatten(-1, (-1, BLOCK)), "fp8").flatten(-2)
     wide = x.float()
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     scale = wide.abs().amax(dim=-1, keepdim=True) / largest
@@ -55,11 +62,11 @@ def round_rows(x: Tensor, kind: Activations) -> Tensor:
     return (rounded.float() * scale).to(x.dtype)
 
 
-def round_inputs(model: nn.Module, linears: Mapping[str, Activations]) -> None:
+def round_inputs(model: nn.Module, linears: Mapping[str, InputRounding]) -> None:
     """Round the inputs of these linears (by live name) in all later forward passes of `model`."""
     for name, kind in linears.items():
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kind: Activations = kind) -> tuple[Any, ...]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kind: InputRounding = kind) -> tuple[Any, ...]:
             return (round_rows(args[0], kind), *args[1:])
 
         model.get_submodule(name).register_forward_pre_hook(hook)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from exporter.lazy_torch import torch
-from exporter.numerics.quantized import FP8_MAX, ColumnGrid, Scheme
+from exporter.numerics.quantized import ColumnGrid, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +86,11 @@ def _round_column(column: Tensor, scale: Tensor, zero: Tensor, empty: Tensor, sc
     The numbers are those of `quantize` and `dequantize`, which would expand the groups again for every column.
     """
     ratio = torch.div(column, scale, out=values).masked_fill_(empty, 0.0)
-    if scheme.number == "fp8":
-        return values.copy_(ratio.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)) * scale
+    if scheme.grid:
+        return values.copy_(scheme.grid.round(ratio)) * scale
     return (ratio.round_().add_(zero).clamp_(0, scheme.levels) - zero).mul_(scale)
 
 
 def _as_codes(values: Tensor, scheme: Scheme) -> Tensor:
     """The `values` of `_round_column` as codes, uint8."""
-    return values.to(torch.float8_e4m3fn).view(torch.uint8) if scheme.number == "fp8" else values.to(torch.uint8)
+    return scheme.grid.encode(values) if scheme.grid else values.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""The quantized linear, independent of any file format: schemes, codes, scales, zero points, bit packing.
+"""The quantized linear, independent of any file format: schemes, codes, scales, zero points.
 
 Shapes are `[out, in]`; `groups = ceil(in / group_size)`. A method computes the integers once; a format only rearranges
 them. Scales are rounded to their stored dtype *before* codes are computed, so the reference `dequantize` uses exactly
@@ -8,20 +8,22 @@ the values that vLLM uses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from exporter.lazy_torch import torch
+from exporter.numerics.float_grids import FP8_MAX, GRIDS, FloatGrid, WeightNumber, common_factor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-GroupSize = int | Literal["row", "tensor"]
+GroupSize = int | Literal["row", "tensor", "block"]
 Activations = Literal["int8", "fp8"]
+InputRounding = Literal["int8", "fp8", "fp8-groups"]
 
-FP8_MAX = 448.0
+BLOCK = 128  # rows and columns that share a scale under group_size "block"
+FLOAT_GROUPS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "mxfp8": (8, 32)}  # number -> bits and group size
 FP8_MIN_SCALE = 1 / (512 * FP8_MAX)  # vLLM's smallest scale of a dynamic float8 row
 
 
@@ -30,18 +32,69 @@ class Scheme:
     """How one linear is quantized.
 
     bits: bits per code, 2 to 8.
-    group_size: number of columns that share a scale; "row" is one scale per output row, "tensor" one for all.
+    group_size: number of columns that share a scale; "row" is one scale per output row, "tensor" one for all, "block"
+        one for 128 rows and 128 columns (of number fp8; its scales are powers of two).
     symmetric: the zero point is fixed at the middle code, `2**(bits-1)`.
-    number: "int" (uniform integers) or "fp8" (float8 e4m3; 8 bits, symmetric, no zero point).
-    activations: None (weight only), or the dynamic per-token quantization of the input at run time. int8 requires 8-bit
-        integers; fp8 requires float8 weights or 4 bits (see `mixed`).
+    number: "int" (uniform integers), or a float grid without zero point: "fp8" (float8 e4m3), "mxfp8" and "mxfp4"
+        (float8 and float4, groups of 32, scales are powers of two), "nvfp4" (float4, groups of 16, float8 scales).
+    activations: None (weight only), or the dynamic quantization of the input at run time, per token. int8 requires
+        integers; fp8 requires float8 weights or 4 bits (see `mixed`). fp8 with "block" is per token and 128 inputs.
     """
 
     bits: int
     group_size: GroupSize
     symmetric: bool = True
-    number: Literal["int", "fp8"] = "int"
+    number: WeightNumber = "int"
     activations: Activations | None = None
+
+    @property
+    def grid(self) -> FloatGrid | None:
+        """The float grid of the codes; None for integers."""
+        return GRIDS.get(self.number)
+
+    @property
+    def zero_code(self) -> int:
+        """The code of 0 in a symmetric scheme, which is its zero point."""
+        return 0 if self.grid else self.middle
+
+    @property
+    def as_int8(self) -> bool:
+        """Whether 8-bit integers with int8 inputs are stored as int8 numbers, for kernels that multiply int8 by int8.
+
+        Other integers with int8 inputs are packed like those with 16-bit inputs, and their kernel unpacks them.
+        """
+        plain = self.bits == 8 and self.symmetric and self.group_size in ("row", "tensor")
+        return self.number == "int" and self.activations == "int8" and plain
+
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """How inputs are rounded at run time; None for 16 bits."""
+        in_groups = self.activations == "fp8" and self.group_size == "block"
+        return "fp8-groups" if in_groups else self.activations
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether all scales are powers of two. (For "block", kernels of vLLM round them to powers of two.)"""
+        return self.number in ("mxfp4", "mxfp8") or self.group_size == "block"
+
+    def invalid(self) -> str | None:
+        """Why bits, groups and inputs do not fit together, or None."""
+        if self.number in FLOAT_GROUPS:
+            bits, size = FLOAT_GROUPS[self.number]
+            if (self.bits, self.group_size, self.symmetric, self.activations) != (bits, size, True, None):
+                return f"number: {self.number} needs bits: {bits}, group_size: {size}, symmetric: true, no activations"
+        elif self.number == "fp8":
+            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor", "block"):
+                return "number: fp8 needs bits: 8, symmetric: true and group_size: row, tensor or block"
+            if self.activations == "int8":
+                return "number: fp8 needs activations: fp8, or none"
+        elif self.group_size == "block":
+            return "group_size: block needs number: fp8"
+        elif self.activations == "int8" and not self.symmetric:
+            return "activations: int8 needs symmetric: true"  # vLLM 0.26 ignores zero points beside int8 inputs
+        elif self.activations == "fp8" and not self.mixed:
+            return "activations: fp8 needs number: fp8, or bits: 4, symmetric: true and group_size: 128"
+        return None
 
     @property
     def levels(self) -> int:
@@ -60,16 +113,17 @@ class Scheme:
         return self.activations == "fp8" and integers and self.group_size == 128
 
     def columns_per_group(self, columns: int) -> int:
-        """Number of columns that share a scale in a linear of `columns` inputs."""
-        return min(self.group_size, columns) if isinstance(self.group_size, int) else columns
+        """WeightNumber of columns that share a scale in a linear of `columns` inputs."""
+        width = BLOCK if self.group_size == "block" else self.group_size
+        return min(width, columns) if isinstance(width, int) else columns
 
     def groups(self, columns: int) -> int:
-        """Number of scales per row, `ceil(in / group_size)`."""
+        """WeightNumber of scales per row, `ceil(in / group_size)`."""
         return -(-columns // self.columns_per_group(columns))
 
     def label(self) -> str:
         """Short name for tables: `W4 g128`, `W8 row A8`, `FP8 row`."""
-        name = "FP8" if self.number == "fp8" else f"W{self.bits}"
+        name = self.number.upper() if self.grid else f"W{self.bits}"
         group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
         extra = "" if self.symmetric else " asym"
         acts = {None: "", "int8": " A8", "fp8": " A-FP8"}[self.activations]
@@ -80,15 +134,24 @@ class Scheme:
 class QuantizedLinear:
     """Codes, scales and zero points of one linear.
 
-    codes: uint8 `[out, in]`, values `0..2**bits-1` (for fp8: the byte of each float8 e4m3 value).
-    scale: floating point, `[out, groups]`, in the dtype that the artifact stores ("tensor" schemes repeat one value).
-    zero: uint8 `[out, groups]`; `2**(bits-1)` everywhere when symmetric; all 0 for fp8.
+    codes: uint8 `[out, in]`, values `0..2**bits-1` (for float grids: the bits of each number).
+    scale: floating point, `[out, groups]`, in the dtype that the artifact stores ("tensor" and "block" schemes repeat
+        values); f32 for nvfp4, mxfp4 and mxfp8.
+    zero: uint8 `[out, groups]`; `2**(bits-1)` everywhere when symmetric; all 0 for float grids.
+    factor: of nvfp4: the power of two that makes float8 numbers of the scales. 0 means that it follows from them.
+        Linears that vLLM fuses need the same, so `split` sets it.
     """
 
     scheme: Scheme
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    factor: float = 0.0
+
+    @property
+    def scale_factor(self) -> float:
+        """The power of two by which nvfp4 scales are multiplied before they are stored as float8 numbers."""
+        return self.factor or common_factor(float(self.scale.max()))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """`(codes - zero) * scale` in float32, `[out, in]`, then cast to `dtype`."""
@@ -113,11 +176,12 @@ class QuantizedLinear:
         parts = zip(
             self.codes.split(list(rows)), self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True
         )
-        return [QuantizedLinear(self.scheme, *part) for part in parts]
+        factor = self.scale_factor if self.scheme.number == "nvfp4" else 0.0
+        return [QuantizedLinear(self.scheme, *part, factor) for part in parts]
 
     def to(self, device: torch.device | str) -> QuantizedLinear:
         """The same linear on another device."""
-        return QuantizedLinear(self.scheme, self.codes.to(device), self.scale.to(device), self.zero.to(device))
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
 
 
 def expand_groups(per_group: Tensor, columns: int, scheme: Scheme) -> Tensor:
@@ -146,16 +210,16 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Ten
     empty = steps == 0
     ratio = (weight / steps).masked_fill_(empty, 0.0)
     del steps, empty  # each is as large as the weight
-    if scheme.number == "fp8":
-        return ratio.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    if scheme.grid:
+        return scheme.grid.encode(scheme.grid.round(ratio))
     return ratio.round_().add_(expand_groups(zero.float(), columns, scheme)).clamp_(0, scheme.levels).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """The float32 weight `[out, in]` of `codes`."""
     columns = codes.shape[1]
-    if scheme.number == "fp8":
-        return codes.view(torch.float8_e4m3fn).float() * expand_groups(scale.float(), columns, scheme)
+    if scheme.grid:
+        return scheme.grid.decode(codes) * expand_groups(scale.float(), columns, scheme)
     weight = codes.float().sub_(expand_groups(zero.float(), columns, scheme))
     return weight.mul_(expand_groups(scale.float(), columns, scheme))  # in place, to hold at most two matrices
 
@@ -190,52 +254,3 @@ class ColumnGrid:
     def has_kernels(self) -> bool:
         """Whether Triton's kernels support it: on a CUDA device, with integers."""
         return self.scale.is_cuda and self.scheme.number == "int"
-
-
-def packed_words(count: int, bits: int) -> int:
-    """Number of 32-bit words in a row of `pack_bits` with `count` codes."""
-    return -(-count * bits // 32)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes uint8 `[rows, n]`, all below `2**bits`, into a dense little-endian bit stream along the last axis.
-
-    Element i of a row occupies bits `i*bits .. i*bits+bits-1` of the stream, least significant first; 32 stream
-    bits make one int32. Returns int32 `[rows, ceil(n*bits/32)]`, unused high bits zero.
-    """
-    rows, n = codes.shape
-    period, octets, parts = _overlaps(bits)
-    padded = -n % 32  # 32 codes fill `bits` whole words
-    codes = torch.nn.functional.pad(codes, (0, padded)) if padded else codes
-    stream = torch.zeros(rows, (n + padded) * bits // 8, dtype=torch.uint8, device=codes.device)
-    for code, octet, shift in parts:
-        stream[:, octet::octets] |= _shifted(codes[:, code::period], shift)
-    return stream.view(torch.int32)[:, : packed_words(n, bits)].contiguous()
-
-
-def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of `pack_bits`: int32 `[rows, words]` to uint8 `[rows, n]`."""
-    rows, words = packed.shape
-    period, octets, parts = _overlaps(bits)
-    padded = -words % bits
-    packed = torch.nn.functional.pad(packed, (0, padded)) if padded else packed.contiguous()
-    stream = packed.view(torch.uint8)  # [rows, whole multiple of 4*bits]
-    codes = torch.zeros(rows, stream.shape[1] * 8 // bits, dtype=torch.uint8, device=packed.device)
-    for code, octet, shift in parts:
-        codes[:, code::period] |= _shifted(stream[:, octet::octets], -shift)
-    return codes[:, :n].bitwise_and_((1 << bits) - 1).contiguous()
-
-
-def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """How codes overlap bytes: `period` codes fill exactly `octets` bytes, then the pattern repeats.
-
-    Returns period, octets, and `(code, octet, left shift of the code)` for every pair that shares bits.
-    """
-    period, octets = 8 // gcd(8, bits), bits // gcd(8, bits)
-    pairs = [(code, octet, code * bits - octet * 8) for code in range(period) for octet in range(octets)]
-    return period, octets, [pair for pair in pairs if -bits < pair[2] < 8]
-
-
-def _shifted(octets: Tensor, left: int) -> Tensor:
-    """Bytes shifted left, or right when negative; bits outside of the byte are dropped."""
-    return octets << left if left >= 0 else octets >> -left

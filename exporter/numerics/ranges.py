@@ -7,10 +7,12 @@ error of at most half a step, and all other weights get a finer grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from exporter.lazy_torch import torch
-from exporter.numerics.quantized import FP8_MAX, Scheme, float8_scales
+from exporter.numerics.float_grids import common_factor, float8_multiples, four_digits, power_of_two
+from exporter.numerics.quantized import BLOCK, Scheme, float8_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +38,17 @@ def fit_scale(
 
     range_: "minmax" covers every weight; "mse" tries narrower ranges and keeps the one with the smallest error per
     group; "signed" tries them with scales of either sign: a symmetric scheme has one code more below zero than above,
-    and a negative scale moves it to the other side of the range. "tensor" schemes repeat one value. Scales of `mixed`
-    schemes are rounded as vLLM will round them. importance: f32 `[in]`. With it, "mse" and "signed" minimize the sum of
-    `importance * |error|^2.5` over the columns of a group, without it the sum of `error^2`. The exponent exceeds 2
-    because clipping a few weights harms the output more than their squared errors suggest.
+    and a negative scale moves it to the other side of the range. "tensor" schemes repeat one value, "block" schemes one
+    for 128 rows. Scales of `mixed` schemes are rounded as vLLM will round them; those of nvfp4, mxfp4 and mxfp8 are
+    f32 numbers that the formats of these schemes have. importance: f32 `[in]`. With it, "mse" and "signed" minimize the
+    sum of `importance * |error|^2.5` over the columns of a group, without it the sum of `error^2`. The exponent exceeds
+    2 because clipping a few weights harms the output more than their squared errors suggest.
     """
     if range_ == "signed":
         return _with_sign(weight, scheme, scale_dtype, importance)
     scale, zero = _fitted(weight, scheme, scale_dtype, range_, importance)
+    if scheme.number == "nvfp4":
+        return float8_multiples(scale, common_factor(float(scale.max()))), zero
     return (_as_float8(scale) if scheme.mixed else scale), zero
 
 
@@ -84,7 +89,8 @@ def _fitted(
 def _rows(weight: Tensor, scheme: Scheme) -> int:
     """The number of rows per search."""
     piece = CUDA_PIECE if weight.is_cuda else PIECE
-    return len(weight) if scheme.group_size == "tensor" else max(1, piece // max(1, weight.shape[1]))
+    rows = max(1, piece // max(1, weight.shape[1]))
+    return len(weight) if scheme.group_size == "tensor" else -(-rows // BLOCK) * BLOCK if _in_blocks(scheme) else rows
 
 
 def _as_float8(scale: Tensor) -> Tensor:
@@ -170,18 +176,41 @@ def full_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     if scheme.group_size == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+    if _in_blocks(scheme):
+        low, high = -_by_block(-low, torch.amax), _by_block(high, torch.amax)
     return low, high
+
+
+def _in_blocks(scheme: Scheme) -> bool:
+    return scheme.group_size == "block"
+
+
+def _by_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """`values` `[out, groups]`, all at least 0, reduced over every 128 rows and repeated to these rows."""
+    rows, groups = values.shape
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % BLOCK)).view(-1, BLOCK, groups)
+    return reduce(padded, 1).repeat_interleave(BLOCK, 0)[:rows]
 
 
 def _scale_of(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale, rounded to its stored dtype, and the zero point for this rounded scale."""
     peak = torch.maximum(-low, high)
-    if scheme.number == "fp8":
-        return _stored(peak / FP8_MAX, scale_dtype), torch.zeros_like(peak, dtype=torch.uint8)
+    if scheme.grid:
+        return _float_scale(peak / scheme.grid.largest, scheme, scale_dtype), torch.zeros_like(peak, dtype=torch.uint8)
     if scheme.symmetric:
         return _stored(2 * peak / scheme.levels, scale_dtype), torch.full_like(peak, scheme.middle, dtype=torch.uint8)
     scale = _stored((high - low) / scheme.levels, scale_dtype)
     return scale, torch.round(-low / scale.float()).clamp(0, scheme.levels).to(torch.uint8)
+
+
+def _float_scale(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """A scale of a float grid, rounded to the numbers that its format has."""
+    if scheme.number == "nvfp4":
+        return four_digits(scale)
+    if scheme.powers_of_two:
+        powers = power_of_two(scale)
+        return powers if scheme.number != "fp8" else powers.clamp_min_(least_scale(dtype)).to(dtype)
+    return _stored(scale, dtype)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,8 +243,8 @@ def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts
     """
     steps, zeros = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
     difference = grouped / steps
-    if scheme.number == "fp8":
-        difference = difference.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    if scheme.grid:
+        difference = scheme.grid.round(difference)
     else:
         difference.round_().add_(zeros).clamp_(0, scheme.levels).sub_(zeros)
     difference.mul_(steps).sub_(grouped)
@@ -224,4 +253,6 @@ def _errors(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, counts
     else:
         size = difference.abs_().sqrt()
         errors = difference.square_().mul_(size).mul_(counts).sum(-1)
+    if _in_blocks(scheme):
+        return _by_block(errors, torch.sum)
     return errors.sum().expand_as(errors) if scheme.group_size == "tensor" else errors

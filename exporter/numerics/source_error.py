@@ -9,12 +9,12 @@ increase the weight error, so their error is measured with their statistics.
 import torch
 from torch import Tensor
 
+from exporter.numerics.float_grids import FLOAT8
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.numerics.ranges import full_range
 
 MAX_RATIO = 8.0  # largest error relative to rounding; all methods stay below 3 (`tests/test_source_error.py`)
-FLOAT8_VARIANCE = 2.0**-6 / 12  # error variance of a number from 1 to 2 that is rounded to 3 fractional bits
 
 
 def source_error(weight: Tensor, quantized: QuantizedLinear, statistics: Statistics | None = None) -> float:
@@ -49,11 +49,12 @@ def _explained(weight: Tensor, quantized: QuantizedLinear, inputs: Tensor) -> Te
     width, groups = scheme.columns_per_group(columns), scheme.groups(columns)
     low, high = full_range(weight, scheme)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
-    steps = 2**18 if scheme.number == "fp8" else scheme.levels  # float8's smallest step is 2^-9, for values up to 448
+    grid = FLOAT8 if scheme.mixed else scheme.grid
+    steps = scheme.grid.steps if scheme.grid else scheme.levels
     step = (span / steps).clamp_min(_smallest(quantized.scale.dtype))
     size = torch.nn.functional.pad(inputs, (0, groups * width - columns)).view(groups, width).sum(1)
     energy = weight.square() @ inputs
-    floating = FLOAT8_VARIANCE * energy if scheme.number == "fp8" or scheme.mixed else 0.0
+    floating = grid.variance * energy if grid else 0.0
     return step.square() @ size / 12 + floating + 1e-6 * energy  # products of the statistics may have 16 bits
 
 

@@ -15,6 +15,7 @@ from pydantic import (
 
 from exporter.errors import did_you_mean, validation_message
 from exporter.methods import METHODS, MethodOptions
+from exporter.numerics.float_grids import WeightNumber
 from exporter.numerics.quantized import Activations, GroupSize, Scheme
 
 KEEP = "keep"
@@ -50,7 +51,7 @@ class Rule(Strict):
     group_size: GroupSize = "row"
     fallback: Literal["row", "keep"] | None = Field(None, alias="else")
     symmetric: bool = True
-    number: Literal["int", "fp8"] = "int"
+    number: WeightNumber = "int"
     activations: Activations | None = None
     blocks: str | None = None
     role: Literal["attention", "mlp"] | None = None
@@ -73,7 +74,8 @@ class Rule(Strict):
     @classmethod
     def _group(cls, value: GroupSize) -> GroupSize:
         if isinstance(value, int) and (value < 8 or value % 8):
-            raise ValueError(f"group_size must be a multiple of 8 (usually 128), 'row' or 'tensor', not {value}")
+            known = "a multiple of 8 (usually 128), 'row', 'tensor' or 'block'"
+            raise ValueError(f"group_size must be {known}, not {value}")
         return value
 
     @field_validator("blocks")
@@ -87,25 +89,17 @@ class Rule(Strict):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.number == "fp8" and (self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor")):
-            raise ValueError("number: fp8 needs bits: 8, symmetric: true and group_size: row or tensor")
         scheme = Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
-        if self.activations and not scheme.mixed:
-            if self.bits != 8 or not self.symmetric or self.group_size not in ("row", "tensor"):
-                raise ValueError(
-                    "activations need bits: 8, symmetric: true and group_size: row or tensor; "
-                    "activations: fp8 is also possible with bits: 4, symmetric: true and group_size: 128"
-                )
-            if (self.activations == "fp8") != (self.number == "fp8"):
-                raise ValueError("activations: fp8 needs number: fp8 or bits: 4; int8 needs number: int")
+        if self.bits != 16 and (problem := scheme.invalid()):
+            raise ValueError(problem)
         if self.fallback and not isinstance(self.group_size, int):
             raise ValueError(f"else needs a group_size that is a number, not {self.group_size}")
-        if self.fallback == "row" and self.activations:
-            raise ValueError("else: row is not possible with activations: fp8 and bits: 4; use else: keep")
-        if self.parsed_options().scales_in_loop and scheme.mixed:
+        if self.fallback == "row" and (self.activations or scheme.grid):
+            raise ValueError("else: row is possible only for integers without activations; use else: keep")
+        if self.parsed_options().scales_in_loop and (scheme.mixed or self.number == "nvfp4"):
             raise ValueError(
-                "scales: in_loop is not possible with bits: 4 and activations: fp8: vLLM rounds these scales relative "
-                "to the row's largest scale, which is known only after the last group"
+                "scales: in_loop is not possible with bits: 4 and activations: fp8, or number: nvfp4: these scales are "
+                "rounded relative to the largest, which is known only after the last group"
             )
         if problem := self._unlearnable():
             raise ValueError(problem)
@@ -153,7 +147,8 @@ class Rule(Strict):
 
     def or_rows(self) -> "Rule":
         """The rule with `else: row` if it has groups and no `else`, and allows it."""
-        able = self.bits != 16 and isinstance(self.group_size, int) and not self.activations
+        integers = self.number == "int" and not self.activations
+        able = self.bits != 16 and isinstance(self.group_size, int) and integers
         return self.model_copy(update={"fallback": "row"}) if able and self.fallback is None else self
 
     def fitted(self, columns: int) -> "Rule":

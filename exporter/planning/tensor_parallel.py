@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from exporter.model.families import FAMILIES
+from exporter.numerics.quantized import BLOCK
 from exporter.planning.rule import WORD_BITS
 from exporter.planning.vllm_rules import Linear, last_name, packed_in_words
 
@@ -25,9 +26,11 @@ def parallel_problems(linears: Iterable[Linear], degree: int) -> list[str]:
         if last_name(linear.name) not in ROW_PARALLEL:
             if rows % degree:
                 problems.append(f"{linear.name}: {rows} outputs")
+            elif linear.scheme and linear.scheme.group_size == "block" and rows // degree % BLOCK:
+                problems.append(f"{linear.name}: {rows} outputs in blocks of {BLOCK}")
         elif columns % degree:
             problems.append(f"{linear.name}: {columns} inputs")
-        elif linear.scheme and isinstance(linear.scheme.group_size, int):
+        elif linear.scheme and linear.scheme.group_size not in ("row", "tensor"):
             size = linear.scheme.columns_per_group(columns)
             if columns // degree % size:
                 problems.append(f"{linear.name}: {columns} inputs in groups of {size}")

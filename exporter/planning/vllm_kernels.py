@@ -74,6 +74,12 @@ FP8_CUTLASS = Kernel("Cutlass FP8", (8, 9))
 FP8_MARLIN = Kernel("FP8 Marlin", (7, 5))
 INT8_CUTLASS = Kernel("Cutlass int8", (7, 5), (9, 0))  # vLLM's dispatcher fails on newer GPUs at the first request
 W4A8_CUTLASS = Kernel("Cutlass W4A8", (9, 0), (9, 0))
+FP8_BLOCK = Kernel("FP8 block", (8, 9))
+NVFP4_MARLIN = Kernel("NVFP4 Marlin", (7, 5))
+# On Blackwell GPUs vLLM prefers kernels that also round the inputs to 4 or 8 bits, which mmq does not reproduce.
+MXFP4_MARLIN = Kernel("MXFP4 Marlin", (8, 0), (9, 0))
+MXFP8_MARLIN = Kernel("MXFP8 Marlin", (8, 0), (9, 0))
+ROUNDED_INPUTS = "newer GPUs also round the inputs to {bits} bits: use number: {instead}"
 # A scheme with one scale per tensor is stored with equal scales per row.
 MACHETE_GROUPS, MARLIN_GROUPS = ("row", "tensor", 64, 128), ("row", "tensor", 32, 64, 128)
 
@@ -118,23 +124,44 @@ class SchemeKernels:
 
 def serving_kernels(scheme: "Scheme", format_name: str) -> SchemeKernels:
     """The vLLM kernels for one scheme in one format."""
-    if scheme.number == "fp8":
-        weight_only = scheme.activations is None
-        return (
-            SchemeKernels((FP8_MARLIN,), None)
-            if weight_only
-            else SchemeKernels((FP8_CUTLASS, FP8_MARLIN), "torch fallback")
-        )
+    if scheme.grid:
+        return _floats(scheme)
     if scheme.mixed:
         return SchemeKernels((W4A8_CUTLASS,), None, "needs a Hopper GPU, compute capability 9.0")
-    if scheme.activations == "int8":
+    if scheme.as_int8:
         return SchemeKernels((INT8_CUTLASS,), "oneDNN int8")
+    if scheme.activations == "int8":
+        return _packed_with_int8_inputs(scheme)
     if format_name in ("gptq", "awq"):
         return _auto_formats(scheme, format_name)
     if scheme.bits == 4:
         return SchemeKernels(_weight_only(scheme), "CPU WNA16")
     note = "8-bit weight-only has no CPU kernel: add activations: int8" if scheme.bits == 8 else ""
     return SchemeKernels(_weight_only(scheme), None, note)
+
+
+def _floats(scheme: "Scheme") -> SchemeKernels:
+    """Kernels for the float grids."""
+    if scheme.number == "nvfp4":
+        return SchemeKernels((NVFP4_MARLIN,), None)
+    if scheme.number == "mxfp4":
+        return SchemeKernels((MXFP4_MARLIN,), None, ROUNDED_INPUTS.format(bits=4, instead="nvfp4"))
+    if scheme.number == "mxfp8":
+        return SchemeKernels((MXFP8_MARLIN,), None, ROUNDED_INPUTS.format(bits=8, instead="fp8"))
+    if scheme.activations is None:
+        return SchemeKernels((FP8_MARLIN,), None)
+    if scheme.group_size == "block":
+        return SchemeKernels((FP8_BLOCK, FP8_MARLIN), None)
+    return SchemeKernels((FP8_CUTLASS, FP8_MARLIN), "torch fallback")
+
+
+def _packed_with_int8_inputs(scheme: "Scheme") -> SchemeKernels:
+    """Kernels that unpack integers and multiply them by int8 inputs."""
+    others = [kernel.name for kernel in _weight_only(scheme) if not kernel.package]
+    if others:
+        note = f"vLLM runs it with {' or '.join(others)}, whose inputs stay 16 bits: remove activations: int8"
+        return SchemeKernels((), None, note)
+    return SchemeKernels((HUMMING,), None)
 
 
 def _weight_only(scheme: "Scheme") -> tuple[Kernel, ...]:

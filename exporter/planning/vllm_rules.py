@@ -22,6 +22,12 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.rule import WORD_BITS
 from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
 
+FLOAT_CLASSES = {
+    "nvfp4": "CompressedTensorsW4A4Fp4",
+    "mxfp4": "CompressedTensorsW4A4Mxfp4",
+    "mxfp8": "CompressedTensorsW8A8Mxfp8",
+}
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -128,7 +134,7 @@ def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str]
 
 def packed_in_words(scheme: Scheme | None) -> TypeGuard[Scheme]:
     """Whether the codes are packed along the inputs into 32-bit words."""
-    return scheme is not None and scheme.number == "int" and not scheme.activations
+    return scheme is not None and scheme.number == "int" and not (scheme.as_int8 or scheme.mixed)
 
 
 def pattern_problems(
@@ -218,6 +224,7 @@ def gpu_problems(linears: Sequence[Linear], format_name: str, gpu: Capability) -
         kernels = serving_kernels(scheme, format_name)
         if kernels.on_gpu(gpu) is None:
             reason = f"its kernel is {kernels.gpu_label()}" if kernels.cuda else kernels.note
+            reason += f"; {kernels.note}" if kernels.cuda and kernels.note and scheme.grid else ""
             problems.append(f"rule kernel: {scheme.label()} is not served on {where}: {reason}")
     return problems or [*mixed_problems(linears), *packing_problems(linears)]
 
@@ -252,11 +259,13 @@ def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[
 
 def engine_classes(scheme: Scheme) -> tuple[str, ...]:
     """Names of vLLM's compressed-tensors classes that can load a scheme."""
+    if scheme.number in FLOAT_CLASSES:
+        return (FLOAT_CLASSES[scheme.number],)
     if scheme.number == "fp8":
         weight_only = "CompressedTensorsW8A16Fp8"  # GPUs of capability 8.0 use it for float8 activations too
         return ("CompressedTensorsW8A8Fp8", weight_only) if scheme.activations else (weight_only,)
     if scheme.mixed:
         return ("CompressedTensorsW4A8Fp8",)
     if scheme.activations == "int8":
-        return ("CompressedTensorsW8A8Int8",)
+        return ("CompressedTensorsW8A8Int8" if scheme.as_int8 else "CompressedTensorsWNA8Int",)
     return ("CompressedTensorsWNA16",)

@@ -198,9 +198,9 @@ def _warning(problems: Sequence[str]) -> str:
 
 
 def _width(scheme: str) -> str:
-    """Hub tag of a scheme's label: `w4a16`, `w8a8`, `w4a8`, `fp8`."""
+    """Hub tag of a scheme's label: `w4a16`, `w8a8`, `w4a8`, `fp8`, `nvfp4`."""
     first = scheme.partition(" ")[0].lower()
-    return first if first == "fp8" else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
+    return first if "fp" in first else first + ("a8" if scheme.endswith((" A8", " A-FP8")) else "a16")
 
 
 def _parts(summary: Summary) -> str:

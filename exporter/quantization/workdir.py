@@ -23,7 +23,8 @@ from exporter.events import Event, Listener
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
 from exporter.files.writing import make_folder, write_tensors, write_text
-from exporter.numerics.quantized import QuantizedLinear, pack_bits, unpack_bits
+from exporter.numerics.bit_packing import pack_bits, unpack_bits
+from exporter.numerics.quantized import QuantizedLinear
 from exporter.out_of_memory import is_shortage
 from exporter.planning.plan import PlanRow, Unit
 
@@ -103,6 +104,8 @@ class Workdir:
             tensors[f"{name}.scale"] = linear.scale
             if not linear.scheme.symmetric:
                 tensors[f"{name}.zero"] = linear.zero
+            if linear.scheme.number == "nvfp4":
+                tensors[f"{name}.factor"] = torch.tensor([linear.scale_factor])
         tensors |= {f"altered.{name}": tensor for name, tensor in result.altered.items()}
         summary = json.dumps({"errors": dict(result.errors), "notes": list(result.notes)}, sort_keys=True)
         stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -215,8 +218,8 @@ def _read_linear(tensors: Mapping[str, Tensor], row: PlanRow) -> QuantizedLinear
     codes = unpack_bits(tensors[f"{row.module}.codes"], scheme.bits, row.tensor.shape[1])
     scale = tensors[f"{row.module}.scale"]
     if scheme.symmetric:
-        middle = 0 if scheme.number == "fp8" else scheme.middle
-        zero = torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
+        zero = torch.full(scale.shape, scheme.zero_code, dtype=torch.uint8, device=scale.device)
     else:
         zero = tensors[f"{row.module}.zero"]
-    return QuantizedLinear(scheme, codes, scale, zero)
+    factor = float(tensors[f"{row.module}.factor"]) if scheme.number == "nvfp4" else 0.0
+    return QuantizedLinear(scheme, codes, scale, zero, factor)
