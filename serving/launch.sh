@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Serve an artifact with vLLM on this machine:  serving/launch.sh ARTIFACT [more flags of `vllm serve`]
 #
-# For machines without mmq. `mmq serve` also adds LLaVA-1.5's start token to the chat template (with this script, requests
-# must set "add_special_tokens": true) and enables the plugin for a packed Q-Former.
+# For machines without mmq. `mmq serve` also enables the plugin for a packed Q-Former.
 #
 # HOST (127.0.0.1) and PORT (8000) set the address. vLLM has no authentication: keep the loopback address unless a proxy
 # authenticates clients. The model is named after the artifact's folder.

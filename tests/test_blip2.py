@@ -397,7 +397,7 @@ def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path]
     quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
     with pytest.raises(ServeError, match="vLLM does not support image-text retrieval"):
         refuse_unservable(Artifact.open(tmp_path / "out"), on=None, tensor_parallel=1)
-    section = card_serving.serving("me/mine", read_place(str(tmp_path / "out")), lacks_start=False)
+    section = card_serving.serving("me/mine", read_place(str(tmp_path / "out")))
     assert "Blip2ForImageTextRetrieval.from_pretrained(" in section
     assert "vllm serve" not in section
 

@@ -98,14 +98,11 @@ def test_the_card_lists_schemes_scores_and_provenance(summary: Summary) -> None:
     assert "needs the humming-kernels package" in text  # groups of 16
 
 
-def test_requests_set_the_start_token_flag_where_the_template_lacks_it(summary: Summary) -> None:
-    with_it, without = (render(REPO, summary, CardDeclarations(), (), "", lacks) for lacks in (True, False))
-    assert "add_special_tokens" not in without
-    request = with_it.partition("-d '")[2].partition("'\n```")[0]
-    body = json.loads(request)
-    assert body.pop("add_special_tokens") is True
-    assert body == json.loads(without.partition("-d '")[2].partition("'\n```")[0])
-    assert "Every request needs `add_special_tokens`" in with_it
+def test_the_request_of_the_card_has_no_field_besides_model_and_messages(summary: Summary) -> None:
+    """The artifact's chat template writes the start token, so that no request needs `add_special_tokens`."""
+    text = card(summary).text
+    assert "add_special_tokens" not in text
+    assert set(json.loads(text.partition("-d '")[2].partition("'\n```")[0])) == {"model", "messages"}
 
 
 def test_calibration_and_measured_data_are_named(summary: Summary) -> None:

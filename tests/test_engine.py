@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.demo import MODELS
 from exporter.errors import ServeError
+from exporter.model.families import FAMILIES
 from exporter.numerics.activation_rounding import round_inputs, round_rows
-from exporter.serving.launch import Launch, Program, dtype, find_program, lacks_start, launch, prompt_template
+from exporter.serving.launch import Launch, Program, dtype, find_program, launch
 from exporter.serving.reference import Distance, EngineComparison, distance_of, listed_tokens
 from exporter.serving.vllm_engine import Engine, Reply, free_port, log_tail, read_kernels, read_reply, read_schemes
 
@@ -224,48 +226,12 @@ def test_dtype(config, cpu, expected):
     assert dtype(config, cpu) == expected
 
 
-def tokenizer(folder: Path, start: bool) -> None:
-    """A word tokenizer with or without `<s>` before every text."""
-    from tokenizers import Tokenizer, models, processors
-
-    result = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
-    result.add_special_tokens(["<s>"])
-    if start:
-        result.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
-    result.save(str(folder / "tokenizer.json"))
-
-
-def rendered(template: str) -> str:
-    import jinja2
-
-    messages = [{"role": "user", "content": "<image>\nwhat?"}]
-    return jinja2.Template(template).render(messages=messages, bos_token="<s>")
-
-
-def test_the_template_writes_the_start_token_once(folder):
+def test_the_engine_gets_a_template_where_the_models_own_lacks_the_start_token():
     """vLLM tokenizes a rendered template without special tokens; LLaVA-1.5's template does not write `<s>`."""
-    own = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
-    (folder / "chat_template.jinja").write_text(own)
-    tokenizer(folder, start=False)
-    assert prompt_template(folder, "") is None
-    assert not lacks_start(folder)
-    tokenizer(folder, start=True)
-    assert lacks_start(folder)
-    template = prompt_template(folder, "")
-    assert template
-    assert rendered(template) == "<s>USER: <image>\nwhat?"
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + own)
-    assert prompt_template(folder, "") is None
-    assert not lacks_start(folder)
-
-
-def test_a_model_without_template_gets_the_familys_prompt(folder):
-    tokenizer(folder, start=True)
-    template = prompt_template(folder, "USER: <image>\n{text} ASSISTANT:")
-    assert template
-    assert rendered(template) == "<s>USER: <image>\nwhat? ASSISTANT:"
-    serve_command = launch(folder, {}, Program("vllm", "0", False), fallback_prompt="Question: {text} Answer:")
-    assert flags(serve_command)["--chat-template-content-format"] == "string"
+    folder, vllm = MODELS["demo-llava"], Program("vllm", "0", False)
+    own = (folder / "chat_template.jinja").read_text()
+    assert flags(launch(folder, {}, vllm, family=FAMILIES["llava"]))["--chat-template"] == "{{ '<s>' }}" + own
+    assert "--chat-template" not in flags(launch(folder, {}, vllm))
 
 
 def test_a_missing_or_silent_program_is_refused(tmp_path, monkeypatch):

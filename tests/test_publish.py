@@ -744,7 +744,7 @@ def test_export_can_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| vqa | accuracy | **not resolved** |" in hub.files(REPO)["README.md"].decode()
     assert f"{hub.url}/{REPO}/commit/" in result.output
     assert (out / MANIFEST).read_bytes() == hub.files(REPO)[MANIFEST]
-    assert '"add_special_tokens": true' in hub.files(REPO)["README.md"].decode()  # LLaVA's template lacks `<s>`
+    assert hub.files(REPO)["chat_template.jinja"].decode().startswith("{{ '<s>' }}")  # LLaVA's template lacks `<s>`
     monkeypatch.setattr("exporter.commands.publish.check_push", lambda repo, skip: None)
     failing = tmp_path / "failing.yaml"
     failing.write_text(text.replace("method: rtn, bits: 8", "method: rtn, bits: 2"))

@@ -44,6 +44,7 @@ from exporter.formats.group import Group
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.model.processor_files import processor_files
+from exporter.model.served_template import ship_template
 from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
@@ -109,12 +110,13 @@ def write(
 
 
 def _write_texts(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
-    """Write config.json and recipe.yaml, and copy tokenizer, processor, chat template and license files."""
+    """Write config.json, recipe.yaml and the chat template, and copy tokenizer, processor and license files."""
     write_text(folder / "config.json", json.dumps(artifact_config(plan, checkpoint.config), indent=2) + "\n")
     for pattern in COPIED:
         for path in sorted(checkpoint.folder.glob(pattern)):
             if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)
+    ship_template(checkpoint.folder, folder, plan.family)
     write_text(folder / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
 
 

@@ -180,7 +180,7 @@ def _launch(
         program,
         host=options["host"],
         port=options["port"] or free_port(),
-        fallback_prompt=family.fallback_prompt,
+        family=family,
         tensor_parallel=options["tensor_parallel"],
         extra=flags,
     )

@@ -87,6 +87,7 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
     reply: dict[str, Any] = {"rendered": rendered, "beyond": beyond}
     start = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     reply["start"] = [str(start[0]), int(start[1])] if None not in start[:2] and start[1] != start[2] else None
+    reply["added"] = _added(processor.tokenizer)
     reply["fields"] = {name: value for name, value in fields.items() if _plain(value)}
     if "fallback" in request:
         try:
@@ -98,6 +99,14 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
+
+
+def _added(tokenizer: Any) -> str:
+    """The tokens, as text, that the tokenizer puts before every text."""
+    text = PROBES[1]
+    bare, whole = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (False, True))
+    count = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(whole[:count]))
 
 
 def _plain(value: Any) -> bool:

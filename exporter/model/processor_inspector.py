@@ -40,6 +40,7 @@ class Inspection:
     when it can. padded: ids of padded prompts. beyond: tokens, with their ids, for which the model has no embedding.
     typical: number of image tokens of a picture of 640 x 480 pixels; None when it was not requested.
     start: the tokenizer's start token and its id; None when it has none, or when it is also the end token.
+    added: the tokens, as text, that the tokenizer puts before every text; empty when there are none.
     """
 
     template: Template | None
@@ -51,6 +52,7 @@ class Inspection:
     beyond: tuple[tuple[str, int], ...] = ()
     typical: int | None = None
     start: tuple[str, int] | None = None
+    added: str = ""
 
 
 _helpers: dict[tuple[str, ...], "Helper"] = {}  # hidden packages -> the running helper
@@ -180,8 +182,9 @@ def _inspect(folder: Path, state: str, question: str) -> Inspection:
     padded = tuple(map(tuple, reply.get("padded", ())))
     beyond = tuple((token, number) for token, number in reply["beyond"])
     start = tuple(reply["start"]) if reply["start"] else None
+    failure, typical = reply.get("failure", ""), reply.get("typical")
     return Inspection(
-        template, tokens, pixels, reply["fields"], reply.get("failure", ""), padded, beyond, reply.get("typical"), start
+        template, tokens, pixels, reply["fields"], failure, padded, beyond, typical, start, reply.get("added", "")
     )
 
 

@@ -97,7 +97,7 @@ def _in_vllm(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigu
         checkpoint.config,
         request.program,
         port=free_port(),
-        fallback_prompt=family.fallback_prompt,
+        family=family,
         extra=request.extra,
     )
     if Path(model) == request.artifact and needs_plugin(Artifact.open(request.artifact)):

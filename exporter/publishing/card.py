@@ -58,18 +58,8 @@ def base_model(summary: Summary, declared: CardDeclarations) -> str | None:
     return declared.base_model or (repo if at and repo.count("/") == 1 else None)
 
 
-def render(
-    repo: str,
-    summary: Summary,
-    declared: CardDeclarations,
-    problems: Sequence[str],
-    changelog: str,
-    lacks_start: bool = False,
-) -> str:
-    """Text of README.md. problems: reasons against publishing that `--force` overrides; the card lists them first.
-
-    lacks_start: whether the model's chat template omits the start token, so that requests must set a flag for it.
-    """
+def render(repo: str, summary: Summary, declared: CardDeclarations, problems: Sequence[str], changelog: str) -> str:
+    """Text of README.md. problems: reasons against publishing that `--force` overrides; the card lists them first."""
     sections = [
         f"# {repo.partition('/')[2]}",
         f"**{headline(summary)}**",
@@ -78,8 +68,8 @@ def render(
         "## What was quantized\n\n" + _parts(summary),
         "## Quality\n\n" + _quality(summary),
         "## How it was made\n\n" + creation(summary, base_model(summary, declared)),
-        "## Serving\n\n" + serving(repo, summary, lacks_start),
-        python_example(repo, summary, lacks_start),
+        "## Serving\n\n" + serving(repo, summary),
+        python_example(repo, summary),
         "## Hardware\n\n" + hardware(summary),
         speed_section(summary),
         "## Calibration\n\n" + _calibration(summary),

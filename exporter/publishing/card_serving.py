@@ -13,8 +13,8 @@ QUESTION = "What is in the picture?"
 VLLM_IMAGE = f"vllm/vllm-openai:v{TESTED_VERSION}"
 
 
-def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
-    """Commands for vLLM and Docker, a request, and the result of `mmq check`. lacks_start: see `card.render`."""
+def serving(repo: str, summary: Summary) -> str:
+    """Commands for vLLM and Docker, a request, and the result of `mmq check`."""
     family = with_recorded_prompts(FAMILIES[summary.manifest.family], summary.manifest)
     if family.unserved:
         return _by_transformers(repo, family)
@@ -24,12 +24,6 @@ def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
     if unusual:
         widths = " and ".join(map(str, unusual))
         note = f"\n\n{widths}-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU."
-    if lacks_start:
-        note = (
-            "\n\nEvery request needs `add_special_tokens`: the model's chat template omits the start token of the "
-            "training prompts, and without it the answers differ. `mmq serve` with a local copy passes a template "
-            "that writes the token." + note
-        )
     return (
         f"```\nvllm serve {repo} {limit}\n```\n\n"
         "Or in a container:\n\n"
@@ -39,8 +33,7 @@ def serving(repo: str, summary: Summary, lacks_start: bool) -> str:
         "Send a question about a picture:\n\n"
         "```\ncurl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
         f'  "model": "{repo}",\n'
-        + ('  "add_special_tokens": true,\n' if lacks_start else "")
-        + '  "messages": [{"role": "user", "content": [\n'
+        '  "messages": [{"role": "user", "content": [\n'
         '    {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
         f'    {{"type": "text", "text": {_text(summary, family)}}}]}}]}}\'\n```' + note + _checked(summary)
     )

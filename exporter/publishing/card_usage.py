@@ -28,19 +28,18 @@ def _source(name: str) -> str:
     return "PATH" if kind == "folder" else f"{kind}:PATH"
 
 
-def python_example(repo: str, summary: Summary, lacks_start: bool) -> str:
-    """Python code that asks a server, and code for transformers. lacks_start: see `card.render`."""
+def python_example(repo: str, summary: Summary) -> str:
+    """Python code that asks a server, and code for transformers."""
     family = FAMILIES[summary.manifest.family]
     if family.unserved:
         return ""
-    flag = ', extra_body={"add_special_tokens": True}' if lacks_start else ""
     client = (
         "From Python, with `pip install openai` and the server above:\n\n```python\nfrom openai import OpenAI\n\n"
         'client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")\n'
         'picture = {"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}}\n'
         f'question = {{"type": "text", "text": "{QUESTION}"}}\n'
         'messages = [{"role": "user", "content": [picture, question]}]\n'
-        f'answer = client.chat.completions.create(model="{repo}", messages=messages{flag})\n'
+        f'answer = client.chat.completions.create(model="{repo}", messages=messages)\n'
         "print(answer.choices[0].message.content)\n```\n\n"
     )
     known = summary.manifest.format == "compressed_tensors"  # transformers reads the other formats with more libraries

@@ -11,6 +11,7 @@ from exporter.artifact.coverage import NEEDED
 from exporter.errors import MmqError
 from exporter.model.processor_check import check_libraries
 from exporter.model.processor_files import processor_files
+from exporter.model.served_template import as_in_source, engine_file
 from exporter.planning.plan import Plan
 from exporter.publishing.repository import INDEX
 
@@ -35,24 +36,32 @@ def _unexpected(artifact: Artifact) -> Iterator[str]:
 
 def _is_copied(name: str) -> bool:
     """Whether an export copies a file of this name from the source."""
-    return name not in NOT_COPIED and not name.startswith(".") and any(fnmatch(name, pattern) for pattern in COPIED)
+    kept = name not in NOT_COPIED and not name.startswith(".") and "/" not in name
+    return kept and any(fnmatch(name, pattern) for pattern in COPIED)
 
 
 def _of_processor(artifact: Artifact) -> Iterator[str]:
-    """Differences between the artifact's processor files and those of the source that an export copies."""
+    """Differences between the artifact's processor files and those of the source that an export copies.
+
+    An export inserts the start token into the chat template or adds a template (`served_template`).
+    """
     source = {name: file for name, file in artifact.manifest.source.processor.items() if _is_copied(name)}
     if not source and artifact.manifest.source.digest is None:
         return  # an older mmq did not record them
-    stored = processor_files(artifact.checkpoint.folder)
+    folder, family = artifact.checkpoint.folder, artifact.family
+    stored = processor_files(folder)
+    try:
+        check_libraries(artifact.checkpoint.changed(config=artifact.source_config()), family)
+        if engine_file(folder, family):
+            yield "its chat template lacks the start token of the training prompts: export the artifact again"
+        stored = as_in_source(folder, family, stored, source)
+    except MmqError as error:
+        yield error.message
     for name in sorted(source.keys() | stored.keys()):
         if name not in stored:
             yield f"{name} of the source is missing: prompts or pictures may be processed otherwise"
         elif source.get(name) != stored[name]:
             yield f"{name} differs from the source's file: prompts or pictures may be processed otherwise"
-    try:
-        check_libraries(artifact.checkpoint.changed(config=artifact.source_config()), artifact.family)
-    except MmqError as error:
-        yield error.message
 
 
 def _not_finite(artifact: Artifact) -> Iterator[str]:

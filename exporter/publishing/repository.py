@@ -30,7 +30,6 @@ from exporter.publishing.card import (
     data_name,
     render,
 )
-from exporter.serving.launch import lacks_start
 
 INDEX = "model.safetensors.index.json"
 
@@ -99,12 +98,11 @@ def package(
         files[RESULTS] = results.encode()
     removed = stale_files(remote, {*files, CARD}, replace) if remote else ()
     earlier = stored_changelog(remote)
-    lacking = lacks_start(folder)
-    files[CARD] = render(repo, summary, declared, problems, earlier, lacking).encode()
+    files[CARD] = render(repo, summary, declared, problems, earlier).encode()
     if remote and not removed and all(same_content(content, remote.files.get(name)) for name, content in files.items()):
         return Package(files, (), problems, unchanged=True)
     changelog = updated_changelog(summary, remote, earlier)
-    files[CARD] = render(repo, summary, declared, problems, changelog, lacking).encode()
+    files[CARD] = render(repo, summary, declared, problems, changelog).encode()
     return Package(files, removed, problems)
 
 

@@ -2,5 +2,5 @@
 
 Enters: an artifact.
 Leaves: a running server, or a `CheckResult` of its answers.
-May import: evaluation, artifact, planning, inference, model, tasks, numerics, files.
+May import: evaluation, artifact, planning, inference, model, tasks, numerics.
 """

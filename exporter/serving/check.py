@@ -122,7 +122,7 @@ def _run_engine(
         artifact.checkpoint.config,
         session.program,
         port=free_port(),
-        fallback_prompt=artifact.family.fallback_prompt,
+        family=artifact.family,
         tensor_parallel=session.tensor_parallel,
         extra=session.extra,
     )

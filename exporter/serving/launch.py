@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import ServeError
-from exporter.files.strict_json import read_json
+from exporter.model.families import Family
+from exporter.model.served_template import engine_template
 
 START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 TESTED_VERSION = "0.32.0"  # the vLLM release with the most tests
@@ -110,14 +111,14 @@ def launch(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    fallback_prompt: str = "",
+    family: Family | None = None,
     tensor_parallel: int = 1,
     extra: Sequence[str] = (),
 ) -> Launch:
     """Command that serves `folder`. config: its config.json. extra: vLLM flags that override mmq's flags.
 
-    fallback_prompt: the family's prompt with `{text}`, for a model without chat template. ServeError when `extra` has a
-    flag of `MMQ_OPTIONS`.
+    family: decides the chat template of a folder whose own one is not sufficient. ServeError when `extra` has a flag of
+    `MMQ_OPTIONS`.
     """
     positions = {word.partition("=")[0].replace("_", "-"): i for i, word in enumerate(extra)}
     if reserved := [flag for flag in MMQ_OPTIONS if flag in positions]:
@@ -141,11 +142,8 @@ def launch(
         flags["--max-model-len"] = str(length)
     if tensor_parallel > 1:
         flags["--tensor-parallel-size"] = str(tensor_parallel)
-    template = prompt_template(folder, fallback_prompt)
-    if template:
+    if template := family and engine_template(folder, family):
         flags["--chat-template"] = template
-    if template and not own_template(folder):
-        flags["--chat-template-content-format"] = "string"
     defaults = [word for flag, value in flags.items() if flag not in positions for word in (flag, value)]
     environment = dict(OFFLINE_ENVIRONMENT)
     if program.cpu:
@@ -177,65 +175,3 @@ def max_length(config: Mapping[str, Any], cpu: bool) -> int | None:
     """
     length = (config.get("text_config") or config).get("max_position_embeddings")
     return None if length is None else min(int(length), CPU_LENGTH if cpu else GPU_LENGTH)
-
-
-def prompt_template(folder: Path, fallback_prompt: str) -> str | None:
-    """Chat template for the engine; None when the model's own template is sufficient.
-
-    The engine tokenizes the rendered template without special tokens. When the tokenizer puts a start token before
-    every text (`<s>` of Llama) and the template does not write it (LLaVA-1.5), mmq prepends it to the template.
-    """
-    own, start = own_template(folder), start_token(folder)
-    template = own or (inline_template(fallback_prompt) if fallback_prompt else None)
-    if template is None:
-        return None
-    if start and not _writes(template, start):
-        return f"{{{{ {json.dumps(start)} }}}}{template}"
-    return None if own else template
-
-
-def lacks_start(folder: Path) -> bool:
-    """Whether prompts of a plain `vllm serve` of `folder` lack the start token of the training prompts.
-
-    Requests then need `"add_special_tokens": true`.
-    """
-    start = start_token(folder)
-    return bool(start) and not _writes(own_template(folder) or "", str(start))
-
-
-def _writes(template: str, start: str) -> bool:
-    return start in template or "bos_token" in template
-
-
-def own_template(folder: Path) -> str | None:
-    """The model's chat template, from its own file, or from the processor or tokenizer config."""
-    plain = folder / "chat_template.jinja"
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        template = read_json(path).get("chat_template") if path.is_file() else None
-        if isinstance(template, str) and template:
-            return template
-    return None
-
-
-def start_token(folder: Path) -> str | None:
-    """The special token that the tokenizer puts before every text; None when there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        encoding = Tokenizer.from_file(str(path)).encode("a")
-    except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
-        raise ServeError(f"{path}: the tokenizer cannot be read: {error}", "export the artifact again") from None
-    return str(encoding.tokens[0]) if encoding.special_tokens_mask[:1] == [1] else None
-
-
-def inline_template(prompt: str) -> str:
-    """Chat template from a prompt with `{text}`; the engine itself inserts the image placeholder before the text."""
-    before, _, after = prompt.replace("<image>\n", "").partition("{text}")
-    quoted = [f"{{{{ {json.dumps(part)} }}}}" if part else "" for part in (before, after)]
-    return f"{{% for message in messages %}}{quoted[0]}{{{{ message['content'] }}}}{quoted[1]}{{% endfor %}}"
