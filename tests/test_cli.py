@@ -59,6 +59,20 @@ print(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_m
     assert done.stdout.strip() == "['__main__', 'click', 'exporter']"
 
 
+def test_lists_of_recipes_and_data_load_no_torch() -> None:
+    code = """
+import sys
+from click.testing import CliRunner
+from exporter.commands.main import cli
+from exporter.data import DATA
+for words in (["recipes"], ["recipes", "llava-w4"], ["datasets"], *(["datasets", name, "--json"] for name in DATA)):
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_plan_of_the_demo_as_text_and_json() -> None:
     text = mmq("plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava")
     assert text.exit_code == 0, text.output

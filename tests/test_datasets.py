@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from exporter import data
-from exporter.data import CONVENTIONS, DATA, SourceSpec, hub, place, places, samples_from
+from exporter.data import CONVENTIONS, DATA, LAYOUTS, SourceSpec, hub, place, places, samples_from
 from exporter.errors import DataError
 from exporter.model.families import FAMILIES
 from exporter.tasks.sample import Sample
@@ -413,3 +414,35 @@ def test_known_copies_have_the_splits_they_say() -> None:
     with pytest.raises(DataError, match="hub:vqav2 has no split 'train'"):
         hub.samples(Path("vqav2"), "vqa", "train", 5, 0)
     assert place("hub:vqav2").tasks == ("vqa",)
+
+
+def test_every_source_is_described_once() -> None:
+    assert sorted(DATA) == sorted([*CONVENTIONS, *LAYOUTS])
+    for name, described in {**CONVENTIONS, **LAYOUTS}.items():
+        assert described.name == name
+        assert described.tasks == SourceSpec(name).tasks or name == "hub"
+
+
+def test_the_examples_of_layouts_are_read(tmp_path: Path) -> None:
+    """`mmq datasets folder` and `mmq datasets llava` show content that works."""
+    for name in ("0001.jpg", "0002.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text(LAYOUTS["folder"].example)
+    (tmp_path / "talks.json").write_text(LAYOUTS["llava"].example)
+    read = {
+        (source, task): [sample for split in ("train", "test") for sample in _if_any(source, task, split)]
+        for source, task in ((str(tmp_path), "captioning"), (str(tmp_path), "vqa"), (f"{tmp_path}/talks.json", "vqa"))
+    }
+    assert [[sample.references for sample in samples] for samples in read.values()] == [
+        [("a dog on a beach",)],
+        [("red",)],
+        [("a dog",)],
+    ]
+
+
+def _if_any(source: str, task: str, split: str) -> list[Sample]:
+    """The samples of a split; none when the source has none."""
+    try:
+        return samples_from((place(source),), task, split, 9, 0)
+    except DataError:
+        return []

@@ -1,24 +1,31 @@
 """`mmq datasets` and `mmq score`: list the known data sets, and score a file of answers from another program."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.options import LazyChoice, json_option, print_result, reports_errors
+from exporter.commands.options import (
+    LazyChoice,
+    json_option,
+    print_result,
+    reports_errors,
+    reports_errors_without_torch,
+)
 
 if TYPE_CHECKING:
-    from exporter.data.conventions import Convention
+    from exporter.data.conventions import Convention, Layout
 
 ALL_SAMPLES = 10**9
 
 
-def data_sets() -> list[str]:
-    """Names of the known data sets."""
-    from exporter.data import CONVENTIONS
+def data_sources() -> list[str]:
+    """Names of all data sources."""
+    from exporter.data import DATA
 
-    return list(CONVENTIONS)
+    return list(DATA)
 
 
 def text_tasks() -> list[str]:
@@ -29,41 +36,59 @@ def text_tasks() -> list[str]:
 
 
 @click.command()
-@click.argument("name", required=False, type=LazyChoice(data_sets))
+@click.argument("name", required=False, type=LazyChoice(data_sources))
 @json_option
-@reports_errors
+@reports_errors_without_torch
 def datasets(name: str | None, as_json: bool) -> None:
-    """List the public data sets of --data, or describe one.
+    """List the data sources of --data, or describe one.
 
-    A description has splits, layout, prompts, metrics and a license note.
+    The description of a public data set has splits, layout, prompts, metrics and a license note; that of a layout for
+    your own data has its fields and an example.
 
     \b
     Examples:
       mmq datasets
+      mmq datasets folder
       mmq datasets vqav2
     """
     from rich.table import Table
+    from rich.text import Text
 
-    from exporter.data import CONVENTIONS
+    from exporter.data import CONVENTIONS, LAYOUTS
 
-    conventions = [CONVENTIONS[name]] if name else list(CONVENTIONS.values())
+    described = {key: _convention_as_json(convention) for key, convention in CONVENTIONS.items()}
+    described |= {key: asdict(layout) for key, layout in LAYOUTS.items()}
     if as_json:
-        return print_result([_convention_as_json(convention) for convention in conventions])
+        return print_result([described[name]] if name else list(described.values()))
     if not name:
-        table = Table("data set", "tasks", "test split", "license")
-        for convention in conventions:
-            table.add_row(
-                convention.name,
-                ", ".join(convention.tasks),
-                f"{convention.splits['test']}: {convention.test_size}",
-                convention.license,
-            )
-        return print_result(table)
+        print_result(_layouts_table(list(LAYOUTS.values())))
+        return print_result(_conventions_table(list(CONVENTIONS.values())))
     table = Table(show_header=False, box=None)
-    for key, value in _convention_as_json(conventions[0]).items():
+    for key, value in described[name].items():
         text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(key, ", ".join(text) if isinstance(text, tuple) else text)
+        text = ", ".join(text) if isinstance(text, tuple) else text
+        if text:
+            table.add_row(key, Text(text))
     print_result(table)
+
+
+def _layouts_table(layouts: Sequence["Layout"]) -> Any:
+    from rich.table import Table
+
+    table = Table("other data", "tasks", "what it is")
+    for layout in layouts:
+        table.add_row(layout.name, ", ".join(layout.tasks), layout.about)
+    return table
+
+
+def _conventions_table(conventions: Sequence["Convention"]) -> Any:
+    from rich.table import Table
+
+    table = Table("public data set", "tasks", "test split", "license")
+    for convention in conventions:
+        test = f"{convention.splits['test']}: {convention.test_size}"
+        table.add_row(convention.name, ", ".join(convention.tasks), test, convention.license)
+    return table
 
 
 def _convention_as_json(convention: "Convention") -> dict[str, Any]:

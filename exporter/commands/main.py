@@ -24,6 +24,7 @@ from exporter.commands.options import (
     print_result,
     recipe_option,
     reports_errors,
+    reports_errors_without_torch,
     revision_option,
     samples_option,
     skip_evaluation_option,
@@ -215,7 +216,7 @@ def verify(
 @click.command()
 @click.argument("name", required=False)
 @json_option
-@reports_errors
+@reports_errors_without_torch
 def recipes(name: str | None, as_json: bool) -> None:
     """List the built-in recipes, or print one as YAML.
 
@@ -224,7 +225,7 @@ def recipes(name: str | None, as_json: bool) -> None:
       mmq recipes
       mmq recipes llava-w4-vit8 > mine.yaml
     """
-    from exporter.commands import tables as show
+    from exporter.commands.plan_tables import recipes_table
     from exporter.planning.recipe_file import built_in, load_recipe
 
     if name:
@@ -233,9 +234,7 @@ def recipes(name: str | None, as_json: bool) -> None:
         return click.echo(path.read_text(encoding="utf-8"), nl=False)
     built_in_recipes = [load_recipe(recipe_name) for recipe_name in built_in()]
     print_result(
-        [recipe.model_dump(mode="json") for recipe in built_in_recipes]
-        if as_json
-        else show.recipes_table(built_in_recipes)
+        [recipe.model_dump(mode="json") for recipe in built_in_recipes] if as_json else recipes_table(built_in_recipes)
     )
 
 

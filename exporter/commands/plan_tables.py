@@ -1,7 +1,8 @@
-"""Tables and JSON of plans; the commands print them."""
+"""Tables and JSON of plans and recipes; the commands print them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from exporter.device import Device
 from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unpredictable
 from exporter.planning.plan import Plan, PlanRow
 from exporter.planning.prompts import prompts_by_task, prompts_line
+from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from exporter.planning.vllm_kernels import serving_kernels
 
@@ -158,4 +160,14 @@ def tensor_table(plan: Plan) -> Table:
     for line in map(tensor_line, plan.rows):
         scheme = f"{line['scheme']} {line['method']}" if line["scheme"] else ""
         table.add_row(line["name"], "x".join(map(str, line["shape"])), line["decision"], scheme, line["reason"])
+    return table
+
+
+def recipes_table(recipes: list[Recipe]) -> Table:
+    """Table of recipes, one row per recipe."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("recipe", "default model", "summary"):
+        table.add_column(name, no_wrap=name != "summary")
+    for recipe in recipes:
+        table.add_row(recipe.name, Path(recipe.model.repo).name, recipe.description())
     return table

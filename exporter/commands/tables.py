@@ -1,8 +1,7 @@
-"""Tables and JSON of exports, recipes and differences; the commands print them."""
+"""Tables and JSON of exports and differences; the commands print them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,7 +14,6 @@ from exporter.commands.plan_tables import plan_json, plan_table
 from exporter.commands.report_tables import report_page
 from exporter.evaluation.gate_text import VERDICT_SENTENCES
 from exporter.pipeline.export import Export
-from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from exporter.publishing.artifact_diff import Change
 
@@ -87,16 +85,6 @@ def verified_line(verified: Verification) -> str:
     if verified.logit_difference is not None:
         line += f"; the whole model's logits differ by at most {verified.logit_difference:.1e}"
     return f"{line}; not run in transformers: {verified.skipped}" if verified.skipped else line
-
-
-def recipes_table(recipes: list[Recipe]) -> Table:
-    """Table of recipes, one row per recipe."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("recipe", "default model", "summary"):
-        table.add_column(name, no_wrap=name != "summary")
-    for recipe in recipes:
-        table.add_row(recipe.name, Path(recipe.model.repo).name, recipe.description())
-    return table
 
 
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:

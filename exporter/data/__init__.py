@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from exporter.data import chartqa, coco, docvqa, flickr30k, folder, gqa, hub, llava, vqav2
-from exporter.data.conventions import CONVENTIONS
+from exporter.data.conventions import CONVENTIONS, LAYOUTS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
 from exporter.data.rows import Selection
 from exporter.errors import DataError, did_you_mean, one_line
@@ -187,6 +187,7 @@ __all__ = [
     "BUILT_IN",
     "CONVENTIONS",
     "DATA",
+    "LAYOUTS",
     "Selection",
     "SourceSpec",
     "Trace",

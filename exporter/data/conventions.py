@@ -124,3 +124,73 @@ CONVENTIONS: dict[str, Convention] = {
         measured=("anls",),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data source that is no public data set.
+
+    about: a few words. written: what --data takes. tasks: supported tasks. splits: how samples are divided.
+    layout: its files and fields. example: the shortest valid content; empty when mmq makes or fetches the data.
+    """
+
+    name: str
+    about: str
+    written: str
+    tasks: tuple[str, ...]
+    splits: str
+    layout: str
+    example: str = ""
+
+
+_HALVED = "half of the pictures are train and half are test"
+_ALL_TASKS = ("captioning", "vqa", "retrieval")
+
+LAYOUTS: dict[str, Layout] = {
+    "folder": Layout(
+        name="folder",
+        about="a folder of pictures and a metadata.jsonl, .csv or .parquet",
+        written="DIR or folder:DIR",
+        tasks=_ALL_TASKS,
+        splits=f"DIR/train, DIR/validation and DIR/test; without them, {_HALVED}",
+        layout="pictures beside metadata.jsonl (one object per line), metadata.csv or metadata.parquet with file_name "
+        "and caption, captions or text; or question with answer or answers; optional: id, kind, metric",
+        example='{"file_name": "0001.jpg", "caption": "a dog on a beach"}\n'
+        '{"file_name": "0002.jpg", "question": "what color is the car?", "answer": "red"}',
+    ),
+    "llava": Layout(
+        name="llava",
+        about="LLaVA's conversations",
+        written="FILE.json or llava:FILE.json",
+        tasks=("vqa",),
+        splits=_HALVED,
+        layout="a list of objects with id, image (relative to the file) and conversations",
+        example='[{"id": "1", "image": "0001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is '
+        'it?"}, {"from": "gpt", "value": "a dog"}]}]',
+    ),
+    "hub": Layout(
+        name="hub",
+        about="a data set of the hub, or a folder of parquet files",
+        written="hub:ORG/NAME, hub:ORG/NAME@REVISION, hub:coco, hub:vqav2, or a DIR of parquet files",
+        tasks=_ALL_TASKS,
+        splits="those of the data set; of a folder, by the files' names",
+        layout="a column image with pictures, and captions, or questions with answers, under their usual names; needs "
+        "the extra hub",
+    ),
+    "demo": Layout(
+        name="demo",
+        about="drawings in the made-up language of the demo models",
+        written="demo",
+        tasks=_ALL_TASKS,
+        splits="train, validation and test, by seed",
+        layout="none: mmq makes the pictures",
+    ),
+    "drawings": Layout(
+        name="drawings",
+        about="drawings in plain English; they do not measure quality",
+        written="drawings",
+        tasks=_ALL_TASKS,
+        splits="train, validation and test, by seed",
+        layout="none: mmq makes the pictures of demo",
+    ),
+}

@@ -9,11 +9,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.errors import ServeError
-from exporter.model.families import Family
-from exporter.model.served_template import engine_template
+
+if TYPE_CHECKING:
+    from exporter.model.families import Family
 
 START_SECONDS = 900.0  # enough for a 7B model from a cold disk, with compilation
 TESTED_VERSION = "0.32.0"  # the vLLM release with the most tests
@@ -111,7 +112,7 @@ def launch(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    family: Family | None = None,
+    family: "Family | None" = None,
     tensor_parallel: int = 1,
     extra: Sequence[str] = (),
 ) -> Launch:
@@ -142,7 +143,7 @@ def launch(
         flags["--max-model-len"] = str(length)
     if tensor_parallel > 1:
         flags["--tensor-parallel-size"] = str(tensor_parallel)
-    if template := family and engine_template(folder, family):
+    if template := _template(folder, family):
         flags["--chat-template"] = template
     defaults = [word for flag, value in flags.items() if flag not in positions for word in (flag, value)]
     environment = dict(OFFLINE_ENVIRONMENT)
@@ -152,6 +153,12 @@ def launch(
         environment |= {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = (program.path, *program.words, "serve", str(folder.resolve()), *defaults, *extra)
     return Launch(command, environment, f"http://{_reachable(host)}:{port}", name)
+
+
+def _template(folder: Path, family: "Family | None") -> str | None:
+    from exporter.model.served_template import engine_template  # the help of `mmq serve` needs no family
+
+    return engine_template(folder, family) if family else None
 
 
 def _reachable(host: str) -> str:
