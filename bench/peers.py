@@ -17,6 +17,7 @@ tools quantize the language model only, on the same samples (`bench/peers_tools.
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -141,21 +142,24 @@ def own_weights(recipe: Recipe, inputs: Sequence[dict[str, Tensor]], device: Dev
     return {plan.family.live_name(name): tensor for name, tensor in weights.items()}, seconds
 
 
-def tool_weights(
-    python: str, tool: str, rule: Mapping[str, Any], folder: Path, device: Device
-) -> tuple[Weights, float]:
-    """The weights that another tool quantizes, dequantized, by live name, and its seconds.
+class ToolError(Exception):
+    """Another tool failed on a model; the comparison goes on without it."""
 
-    folder: the language model with its calibration inputs (`bench/peers_inputs.py`).
-    """
-    out = folder.parent / "out.safetensors"
-    command = [python, "-m", "bench.peers_tools", tool.removeprefix("tool-"), str(folder), str(out)]
-    command += ["--bits", str(rule["bits"]), "--group", str(rule["group_size"])]
-    command += ["--device", device.torch_device.type]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{tool} failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return load_file(out), float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+def tool_weights(
+    python: str, tool: str, rule: Mapping[str, Any], recipe: Recipe, inputs: Sequence[dict[str, Tensor]], device: Device
+) -> tuple[Weights, float]:
+    """The weights that another tool quantizes, dequantized, by live name, and its seconds; ToolError when it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_language_model(recipe, inputs, Path(scratch) / "model", device)
+        out = Path(scratch) / "out.safetensors"
+        command = [python, "-m", "bench.peers_tools", tool.removeprefix("tool-"), str(folder), str(out)]
+        command += ["--bits", str(rule["bits"]), "--group", str(rule["group_size"])]
+        command += ["--device", device.torch_device.type]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ToolError(f"{tool} failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        return load_file(out), float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
 def tools_of(options: argparse.Namespace) -> dict[str, str]:
@@ -194,12 +198,14 @@ def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[d
         for bits in options.bits:
             for name in [*options.methods, *tools_of(options)]:
                 rule = {**METHODS.get(name, {}), "bits": bits, "group_size": group}
-                with tempfile.TemporaryDirectory() as scratch:
+                try:
                     if name in METHODS:
                         weights, seconds = own_weights(recipe_of(options, rule, draw, prompts), inputs, device)
                     else:
-                        folder = write_language_model(plain, inputs, Path(scratch) / "model", device)
-                        weights, seconds = tool_weights(tools_of(options)[name], name, rule, folder, device)
+                        weights, seconds = tool_weights(tools_of(options)[name], name, rule, plain, inputs, device)
+                except ToolError as error:
+                    print(error, file=sys.stderr, flush=True)
+                    continue
                 rows.append({**about, "bits": bits, "method": name, "draw": draw, **judge(weights), "seconds": seconds})
                 record(rows[-1], options.lines)
     return rows

@@ -20,6 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BATCH = 8
+OPT = (  # a layer whose outputs AWQ scales -> the linears that divide by it
+    ("self_attn_layer_norm", ("q_proj", "k_proj", "v_proj")),
+    ("v_proj", ("out_proj",)),
+    ("final_layer_norm", ("fc1",)),
+    ("fc1", ("fc2",)),
+)
 
 
 def padded(rows: list[Tensor], pad: int) -> list[dict[str, Tensor]]:
@@ -76,7 +82,7 @@ def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -
     """Quantize `model` in place with llm-compressor, sample by sample without padding."""
     from compressed_tensors.quantization import fake_quantize
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.awq import AWQMapping, AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoTokenizer
 
@@ -87,6 +93,13 @@ def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -
     targets = ["re:.*layers.*(proj|fc1|fc2)$"]
     modifier: Callable[..., Any] = AWQModifier
     more: dict[str, Any] = {}
+    if model.config.model_type == "opt":  # the modifier knows the names of Llama's blocks only
+        more = {
+            "mappings": [
+                AWQMapping(f"re:.*layers.*{smooth}$", [f"re:.*layers.*{name}$" for name in into])
+                for smooth, into in OPT
+            ]
+        }
     if options.tool == "llmcompressor-gptq":
         modifier, more = GPTQModifier, {"dampening_frac": 0.01, "block_size": 128}
         weights |= {"actorder": "static"}

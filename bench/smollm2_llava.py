@@ -35,7 +35,7 @@ from exporter.demo.scenes import SIDE
 from tools.demo_training.folder import MEAN, PATCH, STD, hub_tensors, write_json
 
 PROSE_TOKENS = 256  # of a row in training; twice as many when measuring
-PARTS = 3  # files of the trained tensors, so that each is small
+PARTS = 2  # files of the trained tensors, each below 16 MB
 TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
@@ -97,7 +97,8 @@ def build(options: argparse.Namespace) -> None:
     base, tokenizer = load_base(options.gguf, options.blocks)
     settings = config_of(base, tokenizer.convert_tokens_to_ids("<image>"))
     model = assemble(base, settings, 0)
-    kept = {name: t.float() for n in range(PARTS) for name, t in _part(options.trained, n).items()}
+    files = sorted(options.trained.glob("trained-*.safetensors"))
+    kept = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
     language = model.model.language_model
     for name, module in language.named_modules():
         if f"adapters.{name}.up" in kept:
@@ -116,10 +117,6 @@ def build(options: argparse.Namespace) -> None:
     figures |= exact_shares(model.to(torch.bfloat16).float().to(device), tokenizer, options.check, device)
     write_json(options.out / "built.json", figures)
     print(json.dumps(figures), flush=True)
-
-
-def _part(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"trained-{number}.safetensors")
 
 
 def save(model: Any, settings: dict[str, Any], tokenizer: Any, out: Path) -> None:
