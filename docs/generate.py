@@ -18,6 +18,7 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
+from docs.few_bits_page import calibration_table, method_tables
 from docs.measured_pages import family_checks, lineage_tables, model_checks
 from exporter import demo
 from exporter.amounts import size
@@ -226,7 +227,13 @@ def pages() -> dict[Path, str]:
     map_page = ROOT / "docs" / "architecture.md"
     checked = ROOT / "docs" / "measurements" / "families.md"
     trained = ROOT / "docs" / "measurements" / "lineages.md"
+    few_bits = ROOT / "docs" / "measurements" / "few-bits.md"
     return {
+        few_bits: between(
+            between(few_bits.read_text(encoding="utf-8"), "methods", method_tables()),
+            "calibration",
+            calibration_table(),
+        ),
         trained: between(trained.read_text(encoding="utf-8"), "lineages", lineage_tables()),
         checked: between(checked.read_text(encoding="utf-8"), "checks", model_checks()),
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
