@@ -14,14 +14,15 @@ from tests.headers.read import HEADER_NAMES, header, header_config
 
 GROUPS = (128, 64, 32)  # the coarsest first
 UNPUBLISHED = ("llava-1.5-shapes-34b",)  # the shapes of LLaVA-NeXT 34B in a plain LLaVA, for measurements
+WIDTHS = ({"vision": 8, "language": 4}, {"vision": 4, "language": 3})
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def support_table() -> str:
     """Markdown: one row per published checkpoint of `tests/headers/`."""
     lines = [
-        "| checkpoint | family | 16 bits | 8 / 4 bits | `vision` at 4 bits | `language` at 4 bits | kept in 16 bits |",
-        "|---|---|---|---|---|---|---|",
+        "| checkpoint | family | 16 bits | 8 / 4 bits | 4 / 3 bits | `vision` in 4 | `language` in 4 bits | kept |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = [(known_family(header_config(name), name), name) for name in HEADER_NAMES if name not in UNPUBLISHED]
     order = sorted(rows, key=lambda row: (row[0].name, row[1]))
@@ -30,14 +31,21 @@ def support_table() -> str:
 
 def _row(family: Family, name: str) -> str:
     config, shapes = header_config(name), {tensor: shape for tensor, (_, shape) in header(name).items()}
-    whole = 2 * sum(map(prod, shapes.values()))
-    saved = 0
-    for component, bits in (("vision", 8), ("language", 4)):
-        part = {c.name: c for c in family.components}.get(component)
-        saved += _saved(part, config, shapes, bits) if part else 0
-    cells = [f"`{name.replace('--', '/')}`", f"`{family.name}`", size(whole), size(whole - saved)]
+    cells = [f"`{name.replace('--', '/')}`", f"`{family.name}`", *map(size, sizes_of(name))]
     cells += [_groups(family, component, config, shapes) for component in ("vision", "language")]
     return "| " + " | ".join([*cells, _kept(family, config)]) + " |"
+
+
+def sizes_of(name: str) -> tuple[int, int, int]:
+    """Bytes of a published checkpoint's tensors: in 16 bits, and with `WIDTHS` in `vision` and `language`."""
+    config, shapes = header_config(name), {tensor: shape for tensor, (_, shape) in header(name).items()}
+    parts = {part.name: part for part in known_family(config, name).components}
+    whole = 2 * sum(map(prod, shapes.values()))
+    smaller = [
+        whole - sum(_saved(parts[key], config, shapes, bits) for key, bits in widths.items() if key in parts)
+        for widths in WIDTHS
+    ]
+    return whole, smaller[0], smaller[1]
 
 
 def _linears(part: Component, config: Any) -> list[str]:
@@ -55,16 +63,16 @@ def _saved(part: Component, config: Any, shapes: Shapes, bits: int) -> int:
     total = 0
     for name in _linears(part, config):
         rows, columns = shapes[name]
-        scheme = Scheme(8, "row") if bits == 8 else _four_bits(rows, columns)
+        scheme = Scheme(8, "row") if bits == 8 else _grouped(bits, rows, columns)
         packed = compressed_tensors.stored_bytes(scheme, columns, rows, 2)
         total += 2 * rows * columns - packed
     return total
 
 
-def _four_bits(rows: int, columns: int) -> Scheme:
-    """4 bits with the coarsest groups that fit; one scale per row as `else: row` stores it."""
-    rule = Rule.model_validate({"component": "", "bits": 4, "group_size": GROUPS[0], "else": "row"})
-    schemes = [*(Scheme(4, group) for group in GROUPS), rule.fitted(columns).scheme()]
+def _grouped(bits: int, rows: int, columns: int) -> Scheme:
+    """The coarsest groups that fit; one scale per row as `else: row` stores it."""
+    rule = Rule.model_validate({"component": "", "bits": bits, "group_size": GROUPS[0], "else": "row"})
+    schemes = [*(Scheme(bits, group) for group in GROUPS), rule.fitted(columns).scheme()]
     return next(s for s in schemes if s and compressed_tensors.supports(s, columns, rows) is None)
 
 
@@ -76,7 +84,7 @@ def _groups(family: Family, component: str, config: Any, shapes: Shapes) -> str:
     linears_by_group: dict[str, list[str]] = {}
     for linear in (linear for linear in part.linears_of(config, 0) if not part.plain(config, linear)):
         rows, columns = shapes[f"{part.module(0, linear)}.weight"]
-        scheme = _four_bits(rows, columns)
+        scheme = _grouped(4, rows, columns)
         group = f"8 bits, {scheme.group_size}" if scheme.bits == 8 else str(scheme.group_size)
         linears_by_group.setdefault(group, []).append(linear)
     usual = max(linears_by_group, key=lambda group: len(linears_by_group[group]))

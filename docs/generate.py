@@ -18,8 +18,9 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
+from docs.family_support import family_support
 from docs.few_bits_page import calibration_table, method_tables
-from docs.measured_pages import family_checks, lineage_tables, model_checks
+from docs.measured_pages import lineage_tables, model_checks
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -250,7 +251,7 @@ def pages() -> dict[Path, str]:
                 support_table(),
             ),
             "checks",
-            family_checks(),
+            family_support(),
         ),
         index: between(index.read_text(encoding="utf-8"), "families", family_table("reference/families.md")),
         prompts: between(prompts.read_text(encoding="utf-8"), "prompts", prompt_table()),

@@ -4,11 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from docs.family_pages import UNPUBLISHED
-from exporter.model.families import FAMILIES
-from tests.headers.read import HEADER_NAMES, header_config
-from tests.tiny_models import CONFIGS
-
 MEASUREMENTS = Path(__file__).parent / "measurements"
 BITS = (8, 4, 3, 2)
 
@@ -19,49 +14,13 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
-def family_checks() -> str:
-    """Markdown: a row per family, what of it is planned, packed and checked in vLLM on a CPU."""
-    results = read("checked-families.json")
-    heads = ("family", "published headers planned", "packed", "4 bits in vLLM", "int8 in vLLM", "other parts in vLLM")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    published = [name for name in HEADER_NAMES if name not in UNPUBLISHED]
-    planned = [header_config(name)["architectures"][0] for name in published]
-    for name, family in FAMILIES.items():
-        count = sum(planned.count(architecture) for architecture in family.architectures)
-        packed = ", ".join(part.name for part in family.components if not (part.unpackable or part.without_data))
-        others = {model: result for model, result in results.items() if CONFIGS[model][0].name == name != model}
-        checks = [f"not served: {family.unserved}", "", ""] if family.unserved else _checks(results[name], others)
-        lines.append(f"| `{name}` | {count} | {packed} | {' | '.join(checks)} |")
-    return "\n".join(lines)
-
-
-def _checks(result: dict[str, Any], others: dict[str, Any]) -> list[str]:
-    """Cells of one family: both schemes of its default parts, and its other parts."""
-    parts = [_part(model) for model in others]
-    passed = all(check["passed"] for checks in others.values() for check in checks.values())
-    rest = f"{', '.join(parts)}: {'passed' if passed else 'failed'}" if parts else ""
-    return [*(_verdict(result[schemes]) for schemes in ("w4", "w8a8")), rest]
-
-
-def _part(model: str) -> str:
-    """The part in which a tiny model differs from the default of its family."""
-    family = CONFIGS[model][0]
-    return f"`{model.removeprefix(family.name + '-').removesuffix('_vision_model')}`"
-
-
-def _verdict(check: dict[str, Any]) -> str:
-    if not check["passed"]:
-        return f"failed: {check['problems'][0]}"
-    return f"passed: {check['mean']:.3f} ({check['floor']:.3f})"
-
-
-def model_checks() -> str:
-    """Markdown: a row per check of a tiny model in vLLM."""
+def model_checks(name: str = "checked-families.json") -> str:
+    """Markdown: a row per check of a tiny model in vLLM. name: of the recorded file."""
     lines = [
         "| model | schemes | vLLM's linears | engine | floor | scales doubled | doubled on both sides |",
         "|---|---|---|---|---|---|---|",
     ]
-    for model, checks in read("checked-families.json").items():
+    for model, checks in read(name).items():
         for schemes, check in checks.items():
             linears = ", ".join(f"{count} {name[17:]}" for name, count in sorted(check["schemes"].items()))
             control = check.get("control") or {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from docs.family_support import declaration
 from exporter.inference.forward_hooks import first_output, run_until_stopped, watch_inputs
 from exporter.model.config_check import known_family
 from exporter.model.families import FAMILIES, Family
@@ -75,6 +76,14 @@ def test_names_are_total_and_injective_on_real_headers(name: str) -> None:
 
 def test_every_family_has_a_published_checkpoint() -> None:
     assert {family_of(name).name for name in HEADER_NAMES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_declared_in_at_most_120_lines(name: str) -> None:
+    """What families share is in other files; some files declare two families."""
+    file, lines, count = declaration(FAMILIES[name])
+    assert lines <= 120 * count, file
+    assert "shared" not in file
 
 
 @models

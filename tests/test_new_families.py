@@ -1,11 +1,13 @@
 """What differs between families in plans: linears that vLLM builds in 16 bits, and text models that mmq refuses."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
@@ -14,7 +16,9 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import REFUSED, known_family
 from exporter.model.families import FAMILIES
 from exporter.model.processor_check import check_libraries
+from exporter.model.processor_library import load_library
 from exporter.model.source import open_source
+from exporter.model.stream import build_skeleton
 from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
@@ -125,6 +129,41 @@ def test_the_context_of_a_served_model_is_limited(name: str, length: int) -> Non
     assert max_length(header_config(name), cpu=True) == 4096
 
 
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("name", [name for name, (family, _) in CONFIGS.items() if family.name == name and family.tied])
+def test_heads_are_tied_as_transformers_ties_them_or_refused(name: str, top: bool, text: bool) -> None:
+    family, config = CONFIGS[name]
+    config = copy.deepcopy(config) | {"tie_word_embeddings": top}
+    config["text_config"]["tie_word_embeddings"] = text
+    sizes, problems = family.read(config)
+    if problems:
+        assert top != text
+        assert "set both to the same value" in problems[0]
+        return
+    model = build_skeleton(family, config, torch.device("meta"))
+    model.tie_weights()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    (head,) = family.tied
+    assert (head in family.shapes(sizes)) != tied
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("axes", [None, [2, 3, 4], [8], "2,3,3", [4, 5, -1], [2.0, 3.0, 3.0]])
+def test_frequencies_of_positions_that_do_not_fit_a_head_are_refused(name: str, axes: Any) -> None:
+    """transformers fails on them in its first forward pass; None: the default, for heads of 128."""
+    config = copy.deepcopy(CONFIGS[name][1])
+    known_family(config, name)
+    rope = config["text_config"]["rope_parameters"]
+    rope |= {"mrope_section": axes}
+    if axes is None:
+        del rope["mrope_section"]
+    with pytest.raises(PlanError, match=r"mrope_section: expected three numbers whose sum is 8, half the width"):
+        known_family(config, name)
+    config["text_config"]["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}  # it has precedence
+    known_family(config, name)
+
+
 VARYING = [name for name, (family, config) in CONFIGS.items() if family.of(config).varies]
 
 
@@ -138,6 +177,22 @@ def test_an_image_token_that_is_not_the_processors_is_refused(name: str, tmp_pat
     key = next(key for key in ("image_token_index", "image_token_id") if key in config)
     with pytest.raises(PlanError, match=r"the processor's image token has the id 127, but config\.json has 125"):
         check_libraries(Checkpoint(tmp_path, {**config, key: 125}, {}, name), family)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("suffix", ["", "Fast", None])
+def test_image_processors_load_under_the_names_of_every_version(name: str, suffix: str | None, tmp_path: Path) -> None:
+    """Qwen3-VL's files name `Qwen2VLImageProcessorFast`; older files of some models name none."""
+    family, config = CONFIGS[name]
+    write_processor(tmp_path, family, config)
+    path = tmp_path / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    kind = settings.pop("image_processor_type").removesuffix("Pil")
+    path.write_text(json.dumps(settings | ({} if suffix is None else {"image_processor_type": kind + suffix})))
+    processor = load_library(tmp_path)
+    assert suffix is None or type(processor.image_processor).__name__.removesuffix("Pil") == kind
+    loaded = json.loads(processor.image_processor.to_json_string())
+    assert {key: value for key, value in settings.items() if loaded[key] != value} == {}
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])

@@ -21,7 +21,7 @@ def load_library(folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except RecursionError:
         pass  # transformers takes the processor itself for the video processor that torchvision would provide
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # a ValueError where the image processor's name ends with `Fast`
         if not any(package in str(error).lower() for package in ("torchvision", "num2words")):
             raise
     with _without_videos():

@@ -4,14 +4,13 @@ Checkpoint names are those of `HuggingFaceM4/Idefics3-8B-Llama3` and `HuggingFac
 transformers and vLLM (models/idefics3.py, whose tower has no 16-bit linears) use the same.
 """
 
-import json
 from dataclasses import replace
 from typing import Any
 
 from exporter.model.families.component import Component, Config, Pass, head, single, stack
 from exporter.model.families.config_fields import MAX_ROWS, Flag, Number
 from exporter.model.families.family import Family, Sizes
-from exporter.model.families.parts.part import Shapes, TinyProcessor, below, field_of, size_of
+from exporter.model.families.parts.part import Shapes, TinyProcessor, below, field_of, size_of, tied_misfit
 from exporter.model.families.parts.text import LLAMA
 from exporter.model.families.parts.vision import IDEFICS3
 
@@ -33,12 +32,8 @@ def shapes(sizes: Sizes) -> Shapes:
 
 
 def misfits(sizes: Sizes) -> list[str]:
-    """A problem when the two flags for a tied head differ: transformers reads the first one, vLLM the second one."""
-    top, text = (sizes[key]["tie_word_embeddings"] for key in ("", "text_config"))
-    if top == text:
-        return []
-    differ = f"tie_word_embeddings: {json.dumps(top)}, but text_config.tie_word_embeddings is {json.dumps(text)}"
-    return [f"{differ}; transformers reads the first one and vLLM the second one: set both to the same value"]
+    """A problem when the two flags for a tied head differ."""
+    return tied_misfit(sizes, "transformers reads the first one and vLLM the second one")
 
 
 def patches(config: Config) -> int:

@@ -8,7 +8,8 @@ from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
 _TOWERS = {name: part for name, part in TOWERS.items() if name != "pixtral"}
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _TINY_PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
-TOWER = Tower({"vision_config": _TOWERS, "text_config": TEXTS}, fields(-2, "default", 32000), _PINPOINTS)
+_PARTS = {"vision_config": _TOWERS, "text_config": TEXTS}
+TOWER = Tower(_PARTS, fields(-2, "default", 32000), _PINPOINTS, text_ties=False)
 
 FAMILY = TOWER.family(
     name="llava-next",

@@ -19,6 +19,7 @@ from exporter.model.families.parts.part import (
     TinyProcessor,
     below,
     field_of,
+    ignored_tie,
     linear,
     part_of,
     size_of,
@@ -72,12 +73,14 @@ class Tower:
 
     parts: of the family, the default tower first. fields: of its top level. pinpoints: the default sizes, as (height,
     width), to which a picture is scaled before it is cut into tiles of the tower's size; their rows end with a learned
-    `image_newline`. None: a picture is one tile.
+    `image_newline`. None: a picture is one tile. text_ties: whether transformers ties the output head also when only
+    the text model's flag says so.
     """
 
     parts: Parts
     fields: tuple[Field, ...]
     pinpoints: tuple[tuple[int, int], ...] | None = None
+    text_ties: bool = True
 
     def family(self, **declared: Any) -> Family:
         """A family with this tower and LLaVA's prompts. declared: its other fields, and those with other values."""
@@ -106,10 +109,11 @@ class Tower:
         return {field.key: field for field in self.fields}[key].of(config)
 
     def misfits(self, sizes: Mapping[str, Values]) -> list[str]:
-        """A problem for a feature layer that the tower does not have."""
+        """Problems: a feature layer that the tower does not have; a flag for a tied head that is ignored."""
         stored, layers = sizes["vision_config"]["num_hidden_layers"], _listed(sizes[""]["vision_feature_layer"])
         wrong = [layer for layer in layers if not -stored - 1 <= layer <= stored]
-        return [f"vision_feature_layer: {wrong[0]}, but the vision tower has {stored} blocks"] if wrong else []
+        absent = [f"vision_feature_layer: {wrong[0]}, but the vision tower has {stored} blocks"] if wrong else []
+        return absent + ([] if self.text_ties else ignored_tie(sizes))
 
     def shapes(self, sizes: Mapping[str, Values]) -> Shapes:
         """Shapes of all tensors of a checkpoint, by the hub's names."""

@@ -15,7 +15,9 @@ _PARTS = {
     "vision_config": dict.fromkeys(("qwen3_vl_vision", "qwen3_vl"), QWEN3),
     "text_config": dict.fromkeys(("qwen3_vl_text", "qwen3_vl"), QWEN3_VL),
 }
-_THREE = Qwen(_PARTS, "model.visual", "model.language_model", "out_hidden_size", "hidden_size", _LINEARS, "norm")
+_THREE = Qwen(
+    _PARTS, "model.visual", "model.language_model", "out_hidden_size", "hidden_size", _LINEARS, "norm", text_ties=False
+)
 
 
 def taps(config: Config) -> int:

@@ -7,7 +7,16 @@ from exporter.model.families.component import Component, Config, Pass, head, sin
 from exporter.model.families.config_fields import MAX_ROWS, Field, Flag, Number
 from exporter.model.families.family import Family, Sizes
 from exporter.model.families.names import Names
-from exporter.model.families.parts.part import Parts, Shapes, Smoothing, TinyProcessor, below, field_of, size_of
+from exporter.model.families.parts.part import (
+    Parts,
+    Shapes,
+    Smoothing,
+    TinyProcessor,
+    below,
+    field_of,
+    ignored_tie,
+    size_of,
+)
 
 TYPICAL = (480, 640)  # height and width in pixels of a picture for which memory is predicted
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -31,7 +40,8 @@ class Qwen:
     """One of the families.
 
     parts: its tower and text model. visual, words: prefixes of their tensors in checkpoints. width: field of the tower
-    with the width of its output. inside: field with the width of its blocks. merger: linears of the merger.
+    with the width of its output. inside: field with the width of its blocks. merger: linears of the merger. text_ties:
+    whether transformers also ties the output head when only the text model's flag says so.
     """
 
     parts: Parts
@@ -41,6 +51,7 @@ class Qwen:
     inside: str
     merger: tuple[str, str]
     norm: str
+    text_ties: bool = True
 
     def family(self, **declared: Any) -> Family:
         """A family with this structure. declared: its other fields of `Family`."""
@@ -103,9 +114,10 @@ class Qwen:
         return any(FIELDS[0].of(values) for values in flags)
 
     def misfits(self, sizes: Sizes) -> list[str]:
-        """A problem when the tower's output is not as wide as the text model."""
+        """Problems: the tower's output is not as wide as the text model; a flag for a tied head is ignored."""
         out, text = sizes["vision_config"][self.width], sizes["text_config"]["hidden_size"]
-        return [f"vision_config.{self.width}: {out}, but text_config.hidden_size is {text}"] if out != text else []
+        wide = [f"vision_config.{self.width}: {out}, but text_config.hidden_size is {text}"] if out != text else []
+        return wide + ([] if self.text_ties else ignored_tie(sizes))
 
     def shapes(self, sizes: Sizes) -> Shapes:
         """Shapes of all tensors of a checkpoint."""

@@ -1,6 +1,7 @@
 """`Part`: what mmq knows about one kind of vision tower or text model, wherever a family has it; helpers for shapes."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -139,6 +140,19 @@ def heads_misfit(values: Values) -> list[str]:
     """A problem when the number of attention heads does not divide the width."""
     width, heads = values["hidden_size"], values["num_attention_heads"]
     return [f"num_attention_heads: {heads} does not divide hidden_size {width}"] if width % heads else []
+
+
+def tied_misfit(sizes: Mapping[str, Values], reason: str) -> list[str]:
+    """A problem when the two flags for a tied output head differ. sizes: fields by object of config.json."""
+    top, text = (sizes[key]["tie_word_embeddings"] for key in ("", "text_config"))
+    differ = f"tie_word_embeddings: {json.dumps(top)}, but text_config.tie_word_embeddings is {json.dumps(text)}"
+    return [f"{differ}; {reason}: set both to the same value"] if top != text else []
+
+
+def ignored_tie(sizes: Mapping[str, Values]) -> list[str]:
+    """A problem when only the text model's flag ties the head, for families whose top level decides."""
+    reason = "transformers 5 reads the first one and older versions the second one"
+    return tied_misfit(sizes, reason) if sizes["text_config"]["tie_word_embeddings"] else []
 
 
 Parts = Mapping[str, Mapping[str, Part]]  # object of config.json -> `model_type` -> part, the default first

@@ -1,5 +1,6 @@
 """Text models: Llama and its relatives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +211,24 @@ _AXES = (
     Section("rope_parameters", null=True, kinds=_POSITIONS, numbers=_ROPE_NUMBERS),
     Section("rope_scaling", null=True, kinds=_POSITIONS, numbers=_ROPE_NUMBERS),
 )
+
+
+def _axes_misfits(default: list[int]) -> Callable[[Values], list[str]]:
+    """`_misfits`, and a problem when the frequencies of time, row and column are not those of half a head."""
+
+    def check(values: Values) -> list[str]:
+        rope = values["rope_scaling"] or values["rope_parameters"] or {}
+        axes = rope.get("mrope_section", default)
+        width = int(values["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
+        whole = isinstance(axes, list) and len(axes) == 3 and all(type(axis) is int and axis >= 0 for axis in axes)
+        if whole and sum(axes) == width:
+            return _misfits(values)
+        problem = f"mrope_section: expected three numbers whose sum is {width}, half the width of a head, got {axes}"
+        return [*_misfits(values), problem]
+
+    return check
+
+
 QWEN2_VL = Part(
     _changed(
         QWEN2.fields,
@@ -224,7 +243,7 @@ QWEN2_VL = Part(
     ),
     _qwen2,
     DECODER,
-    _misfits,
+    _axes_misfits([16, 24, 24]),
     {
         "model_type": "qwen2_5_vl_text",
         **_TINY,
@@ -242,7 +261,7 @@ QWEN3_VL = Part(
     ),
     _qwen3,
     DECODER,
-    _misfits,
+    _axes_misfits([24, 20, 20]),
     {
         "model_type": "qwen3_vl_text",
         **_TINY,
