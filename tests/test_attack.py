@@ -111,11 +111,10 @@ def waited(worker: Worker) -> Result:
 def test_a_worker_that_died_after_its_result_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(tmp_path / "w")
     try:
-        for _ in range(2):
-            worker._process.kill()
-            worker._process.join()
-            worker.submit(Case("header", 0, 0))
-            assert waited(worker).outcome in ("refused", "works")
+        worker._process.kill()
+        worker._process.join()
+        worker.submit(Case("header", 0, 0))
+        assert waited(worker).outcome in ("refused", "works")
         ended = Worker._start
 
         def start_and_die(self: Worker) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from exporter import device as device_module
 from exporter.device import Device, choose
 from exporter.errors import PlanError
-from exporter.model.families import Family
+from exporter.model.families import FAMILIES, Family
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.planning.plan import PlanRow
@@ -23,7 +23,7 @@ from exporter.quantization.block import Block
 from exporter.quantization.block_calls import BlockCall, ChainInput
 from exporter.quantization.block_inputs import BlockInputs
 from exporter.quantization.workdir import Workdir
-from tests.test_calibrate import RULES_OF, batches_for, families, plan_for, tiny_checkpoint
+from tests.test_calibrate import RULES_OF, batches_for, plan_for, tiny_checkpoint
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -33,8 +33,20 @@ THREE = replace(ONE, others=("cpu", "cpu"))
 PHASES = {"llava": 16, "blip2": 33, "blip2-itm": 32}  # of all blocks that GPTQ quantizes
 
 
-@families
-@pytest.mark.parametrize("device", [TWO, THREE], ids=["two", "three"])
+@pytest.mark.parametrize(
+    ("family", "device"),
+    [
+        pytest.param(FAMILIES[name], device, id=f"{name}-{label}", marks=() if fast else pytest.mark.slow)
+        for name, label, device, fast in (
+            ("llava", "two", TWO, True),
+            ("llava", "three", THREE, True),
+            ("blip2", "two", TWO, False),
+            ("blip2", "three", THREE, False),
+            ("blip2-itm", "two", TWO, True),
+            ("blip2-itm", "three", THREE, False),
+        )
+    ],
+)
 def test_statistics_of_several_devices_equal_those_of_one(
     family: Family, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

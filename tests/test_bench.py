@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,6 +20,8 @@ from exporter.evaluation.report_file import read_report, write_report, write_spe
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord, read_speed
 from exporter.evaluation.speed_table import figures_rows
 from exporter.model.families import FAMILIES
+from exporter.pipeline import speed
+from exporter.pipeline.speed import SpeedRequest, measure_here
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.publishing.card import CardDeclarations, render
 from exporter.report import collect, html
@@ -164,11 +167,24 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_with_transformers_figures_reach_report_and_card(artifact: Path) -> None:
+def test_without_vllm_figures_of_transformers_reach_report_and_card(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(artifact))
+    monkeypatch.delenv("MMQ_VLLM", raising=False)
+    in_a_child, children = speed._here, list[str]()
+
+    def here(request: SpeedRequest, on_event: Any, model: str) -> SpeedFigures:
+        """The first model is measured in a process of its own, as both are; the second in this one, which is faster."""
+        children.append(model)
+        return in_a_child(request, on_event, model) if len(children) == 1 else measure_here(request, model)
+
+    monkeypatch.setattr(speed, "_here", here)
     weights = {path.name: path.read_bytes() for path in artifact.glob("*.safetensors")}
-    words = ["--engine", "transformers", "--clients", "1,2", "--tokens", "3", "--requests", "1", "--device", "cpu"]
+    words = ["--clients", "1,2", "--tokens", "3", "--requests", "1", "--device", "cpu"]
     done = mmq("bench", artifact, *words, "--json")
     assert done.exit_code == 0, done.output
+    assert "transformers measures, with dequantized weights" in " ".join(done.stderr.split())
     record = json.loads(done.stdout)
     assert record["engine"].startswith("transformers ")
     for model in ("artifact", "source"):
@@ -203,12 +219,17 @@ def test_what_cannot_work_is_refused_at_once(artifact: Path, words: list[str], m
     assert "Traceback" not in done.stderr
 
 
-def test_without_vllm_transformers_measures_and_a_note_names_it(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(artifact))
-    monkeypatch.delenv("MMQ_VLLM", raising=False)
-    done = mmq("bench", artifact, "--clients", "1", "--tokens", "2", "--requests", "1", "--no-source")
+def test_transformers_on_request_measures_without_a_note(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: the test above starts a process for each model."""
+    measured: list[str] = []
+
+    def figures(request: object, on_event: object, model: str) -> SpeedFigures:
+        measured.append(model)
+        return FIGURES
+
+    monkeypatch.setattr("exporter.pipeline.speed._here", figures)
+    done = mmq("bench", artifact, "--engine", "transformers", "--no-source")
     assert done.exit_code == 0, done.output
-    assert "transformers measures, with dequantized weights" in " ".join(done.stderr.split())
+    assert "dequantized weights" not in done.stderr
     assert done.stdout.startswith("transformers ")
+    assert len(measured) == 1

@@ -30,7 +30,7 @@ from exporter.model.families import FAMILIES, Family
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
-from exporter.pipeline.export import export
+from exporter.pipeline.export import Export, export
 from exporter.planning.plan import Plan, engine_linears, make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.recipe_file import built_in, load_recipe
@@ -43,6 +43,7 @@ from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_blip2 import write_tiny_blip2
+from tests.tiny_models import QUICK
 
 BLIP2, ITM = FAMILIES["blip2"], FAMILIES["blip2-itm"]
 H100 = Device("cuda:0", "H100", 78 * 2**30)
@@ -52,7 +53,7 @@ both = pytest.mark.parametrize("family", [BLIP2, ITM], ids=["blip2", "blip2-itm"
 
 def rules_for(family: Family, method: str = "gptq", bits: int = 4, group_size: Any = 16) -> list[dict[str, Any]]:
     """One rule for every component; what the engine cannot load packed is stored dequantized."""
-    rule = {"method": method, "bits": bits, "group_size": group_size}
+    rule = {"method": method, "bits": bits, "group_size": group_size, "options": QUICK[method]}
     store = {component.name: "dequantized" if component.unpackable else "packed" for component in family.components}
     return [{"component": name, "store": how, **rule} for name, how in store.items()]
 
@@ -84,16 +85,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family.name: write_tiny_blip2(root / family.name, family) for family in (BLIP2, ITM)}
 
 
+@pytest.fixture(scope="module")
+def rounded(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
+    """An export of each model with every component rounded to nearest."""
+    root = tmp_path_factory.mktemp("rounded")
+    return {
+        family.name: quick_export(
+            recipe_for(family, models[family.name], quantize=rules_for(family, "rtn")), root / family.name
+        )
+        for family in (BLIP2, ITM)
+    }
+
+
 @both
 def test_every_component_rounded_to_nearest_is_what_transformers_opens(
-    family: Family, models: dict[str, Path], tmp_path: Path
+    family: Family, models: dict[str, Path], rounded: dict[str, Export]
 ) -> None:
     """GPTQ and AWQ: `test_conformance.py`."""
-    recipe = recipe_for(family, models[family.name], quantize=rules_for(family, "rtn"))
-    done = quick_export(recipe, tmp_path / "out")
+    done = rounded[family.name]
     if find_spec("compressed_tensors"):
         assert done.verified.block_difference == pytest.approx(0, abs=1e-4)
-    artifact = Artifact.open(tmp_path / "out")
+    artifact = Artifact.open(done.out)
     source = Checkpoint.open(models[family.name])
     packed = set(artifact.manifest.linears)
     for component in family.components:
@@ -333,9 +345,8 @@ def test_texts_to_calibrate_retrieval_on_are_those_that_are_searched_for(models:
     assert render(processor, BLIP2, caption, caption.references[0]) == "A large Cross.</s>"
 
 
-def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:
-    quick_export(recipe_for(BLIP2, models["blip2"]), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+def test_config_of_the_artifact_names_what_is_packed_and_nothing_else(rounded: dict[str, Export]) -> None:
+    config = json.loads((rounded["blip2"].out / "config.json").read_text())["quantization_config"]
     ignored = set(config["ignore"])
     assert {"language_projection", "language_model.lm_head"} <= ignored | {"language_model.lm_head"}
     assert "qformer.encoder.layer.0.crossattention.attention.key" in ignored
@@ -393,11 +404,11 @@ def test_what_the_plan_says_of_parts_that_are_not_served(sparse_checkpoint: Call
     assert "Machete" not in retrieval
 
 
-def test_a_retrieval_artifact_is_not_offered_for_serving(models: dict[str, Path], tmp_path: Path) -> None:
-    quick_export(recipe_for(ITM, models["blip2-itm"], quantize=rules_for(ITM, "rtn")), tmp_path / "out")
+def test_a_retrieval_artifact_is_not_offered_for_serving(rounded: dict[str, Export]) -> None:
+    out = rounded["blip2-itm"].out
     with pytest.raises(ServeError, match="vLLM does not support image-text retrieval"):
-        refuse_unservable(Artifact.open(tmp_path / "out"), on=None, tensor_parallel=1)
-    section = card_serving.serving("me/mine", read_place(str(tmp_path / "out")))
+        refuse_unservable(Artifact.open(out), on=None, tensor_parallel=1)
+    section = card_serving.serving("me/mine", read_place(str(out)))
     assert "Blip2ForImageTextRetrieval.from_pretrained(" in section
     assert "vllm serve" not in section
 

@@ -21,19 +21,14 @@ from exporter.publishing.artifact_summary import Summary, component_of, folder_r
 from exporter.publishing.card import RESULTS, CardDeclarations, render
 from exporter.publishing.card_table import table
 from exporter.publishing.repository import package
-from tests.published_artifact import tiny_artifact, tiny_model
 
 REPO = "me/tiny"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(random_artifacts: Path) -> Path:
     """w4, w3: two artifacts of one source."""
-    place = tmp_path_factory.mktemp("made")
-    model = tiny_model(place / "model")
-    tiny_artifact(place / "w4", model)
-    tiny_artifact(place / "w3", model, bits=3)
-    return place
+    return random_artifacts
 
 
 @pytest.fixture

@@ -172,8 +172,17 @@ def small_float16_model(folder: Path, factor: int = 2**11) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])  # of an engine on a GPU, and on a CPU
-@pytest.mark.parametrize("format_name", RULES)
+FAST_SCALES = {("compressed_tensors", "float16"), ("gptq", "bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("format_name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if (name, dtype) in FAST_SCALES else pytest.mark.slow)
+        for name in RULES
+        for dtype in ("float16", "bfloat16")  # of an engine on a GPU, and on a CPU
+    ],
+)
 def test_scales_below_the_normal_numbers_of_float16_are_checked_like_others(
     format_name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,23 +27,23 @@ def run(tmp_path: Path, broken: str = "", **more: str) -> tuple[int, list[str], 
 
 
 def test_a_real_vllm_is_tested_by_default(tmp_path: Path) -> None:
-    assert run(tmp_path) == (0, ["check", "docs", "test-pages", "test-vllm", "test-slow", "test"], "")
+    assert run(tmp_path) == (0, ["check", "docs", "test-pages", "test-vllm", "test SELECT="], "")
 
 
-@pytest.mark.parametrize("broken", ["check", "docs", "test-pages", "test-vllm", "test-slow", "test"])
+@pytest.mark.parametrize("broken", ["check", "docs", "test-pages", "test-vllm", "test"])
 def test_what_fails_fails_the_run_and_the_rest_is_done(tmp_path: Path, broken: str) -> None:
     code, targets, _ = run(tmp_path, broken)
-    assert (code, targets) == (3, ["check", "docs", "test-pages", "test-vllm", "test-slow", "test"])
+    assert (code, targets) == (3, ["check", "docs", "test-pages", "test-vllm", "test SELECT="])
 
 
 def test_a_vllm_that_cannot_be_installed_fails_the_run(tmp_path: Path) -> None:
     code, targets, output = run(tmp_path, "vllm")
-    assert (code, targets) == (1, ["check", "docs", "test-pages", "test-slow", "test"])
+    assert (code, targets) == (1, ["check", "docs", "test-pages", "test SELECT="])
     assert "installing vLLM failed" in output
     assert "vllm broke" in output
 
 
 def test_it_is_skipped_only_on_request(tmp_path: Path) -> None:
     code, targets, output = run(tmp_path, MMQ_CI_VLLM="no")
-    assert (code, targets) == (0, ["check", "docs", "test-pages", "test-slow", "test"])
+    assert (code, targets) == (0, ["check", "docs", "test-pages", "test SELECT="])
     assert "skipped the tests with vLLM" in output

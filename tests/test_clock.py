@@ -16,6 +16,8 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.steps import NEEDED, Step
 from tests.test_export import contents, quick_recipe
 
+pytestmark = pytest.mark.usefixtures("unloaded")
+
 CPU = choose("cpu")
 MIB = 2**20
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from bench.study_paper import TABLE, WITHIN, Published
 from exporter.commands.main import cli
-from exporter.study.importance import REPEATS, TREES
+from exporter.study import importance
+from exporter.study.importance import REPEATS
 from exporter.study.table import Floats
 
 PAPER = Path(os.environ.get("MMQ_PAPER_DATA", Path(__file__).parents[2] / "shared" / "paper-data"))
@@ -42,8 +43,9 @@ def scores(bits: Floats) -> Floats:
     return score
 
 
-def test_the_consensus_is_what_its_definition_gives(tmp_path: Path) -> None:
+def test_the_consensus_is_what_its_definition_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against gains of splits, shuffles and Shapley values that are computed here from a forest's trees."""
+    monkeypatch.setattr(importance, "TREES", 30)
     bits = np.array(list(product(BITS, BITS, BITS)), dtype=np.float64)
     with (tmp_path / "grid.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -59,7 +61,7 @@ def naive_consensus(bits: Floats, values: Floats) -> Floats:
     """Percent of each column."""
     from sklearn.ensemble import RandomForestRegressor
 
-    forest = RandomForestRegressor(n_estimators=TREES, random_state=1).fit(bits, values)
+    forest = RandomForestRegressor(n_estimators=importance.TREES, random_state=1).fit(bits, values)
     trees = [tree.tree_ for tree in forest.estimators_]
     gains = sum(gains_of(tree, bits.shape[1]) for tree in trees)
     dice = np.random.default_rng(5)

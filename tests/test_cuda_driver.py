@@ -148,7 +148,9 @@ def test_the_build_of_torch_is_read_without_importing_it(monkeypatch: pytest.Mon
     assert (build["__version__"], build["cuda"]) == (torch.__version__, torch.version.cuda)
 
 
-@pytest.mark.parametrize("settings", [(), (1,), (2, 1), (1, 2), (99,)])
+@pytest.mark.parametrize(
+    "settings", [(), (2, 1), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1,), (1, 2), (99,)))]
+)
 def test_threads_without_torch_are_those_of_torch(settings: tuple[int, ...]) -> None:
     code = "from exporter.device import cpu_threads; a = cpu_threads(); import torch; print(a, torch.get_num_threads())"
     environment = {name: value for name, value in os.environ.items() if name not in device.THREADS}

@@ -35,8 +35,15 @@ from exporter.tasks.bleu import corpus_bleu
 from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 from tests.children import running_command
+from tests.published_artifact import bootstrap_once
 
 CPU = choose("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several gates on the same scores resample them once."""
+    monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
 
 
 def sample(i: int, answer: str, kind: str = "") -> Sample:
@@ -330,7 +337,7 @@ def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
     assert [crafted(0, 0, n=n, max_drop=0.03).verdict for n in (121, 122)] == ["not resolved", "passed"]
     nothing = recipe.model_copy(update={"gates": (Gate(task="vqa", metric="accuracy", max_drop=0.0),)})
     assert "no number of samples" in too_few(nothing)[0]
-    assert crafted(0, 0, n=5000, max_drop=0.0).gates[0].verdict == "not resolved"
+    assert crafted(0, 0, n=600, max_drop=0.0).gates[0].verdict == "not resolved"
     arguments = ["plan", "--model", "demo-llava", "--recipe", "llava-w4-vit8", "--eval-samples", "100"]
     shown = CliRunner().invoke(cli, arguments)
     assert f"warning: {few[0]}" in " ".join(shown.output.split())

@@ -32,6 +32,8 @@ from exporter.publishing.artifact_summary import read_place
 from tests.children import killed_after
 from tests.tiny_models import QUICK
 
+pytestmark = pytest.mark.usefixtures("unloaded")
+
 DEMO = MODELS["demo-llava"]
 
 

@@ -1,6 +1,7 @@
 """The first sentence of the report page is that of the manifest's and report's figures."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,15 +9,12 @@ from exporter.evaluation.report_file import Report
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.publishing.headline import headline
 from exporter.report import collect, html
-from tests.published_artifact import tiny_artifact, tiny_model
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+def summary(random_artifacts: Path) -> Summary:
     """An artifact with accuracy 0.9 -> 0.88, interval -0.034 to -0.008, 500 samples."""
-    place = tmp_path_factory.mktemp("headline")
-    tiny_artifact(place / "w4", tiny_model(place / "model"))
-    return read_summary("w4", folder_reader(place / "w4"))
+    return read_summary("w4", folder_reader(random_artifacts / "w4"))
 
 
 def test_size_kept_quality_and_serving_are_in_one_sentence(summary: Summary) -> None:

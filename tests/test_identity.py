@@ -29,6 +29,8 @@ from exporter.quantization import calibrate, identity
 from exporter.quantization.workdir import fingerprint_of
 from tests.test_export import contents, quick_export, quick_recipe
 
+pytestmark = pytest.mark.usefixtures("unloaded")
+
 CPU = choose("cpu")
 LINEAR = "language_model.model.layers.0.self_attn.q_proj.weight"
 

@@ -25,9 +25,9 @@ from tests.test_families import live_model, tiny_inputs
 SCHEMES = [Scheme(bits, group, symmetric) for bits in (2, 3, 4) for group in (16, "row") for symmetric in (True, False)]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
 LEARNED = (
-    Rule(component="vision", method="autoround", bits=3, group_size=16, options={"steps": 8}),
-    Rule(component="projector", method="autoround", bits=3, group_size="row", options={"steps": 8}),
-    Rule(component="language", method="gptq", bits=3, group_size=16, symmetric=False, options={"steps": 8}),
+    Rule(component="vision", method="autoround", bits=3, group_size=16, options={"steps": 3}),
+    Rule(component="projector", method="autoround", bits=3, group_size="row", options={"steps": 3}),
+    Rule(component="language", method="gptq", bits=3, group_size=16, symmetric=False, options={"steps": 3}),
 )
 
 

@@ -27,15 +27,13 @@ from exporter.errors import ArtifactError, MmqError
 from exporter.events import ignore
 from exporter.files.file_hashes import sha256
 from exporter.publishing.artifact_summary import folder_reader, read_summary
-from tests.published_artifact import tiny_artifact, tiny_model
 
 HASH = "0" * 64
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("manifest")
-    return tiny_artifact(place / "w4", tiny_model(place / "model"))
+def folder(random_artifacts: Path) -> Path:
+    return random_artifacts / "w4"
 
 
 @pytest.fixture

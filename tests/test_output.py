@@ -18,6 +18,8 @@ from exporter.quantization.workdir import LOCK
 from tests.children import running_command
 from tests.test_export import DEMO, Stopped, contents, quick_export, quick_recipe, stop_at
 
+pytestmark = pytest.mark.usefixtures("unloaded")
+
 
 def names(folder: Path) -> set[str]:
     """Names in a folder."""
@@ -209,8 +211,14 @@ def test_an_artifact_that_another_run_wrote_in_the_meantime_is_not_replaced(
 # Kills at the end
 
 
-@pytest.mark.parametrize("with_report", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("with_report", "overwrite"),
+    [
+        pytest.param(report, overwrite, marks=() if report != overwrite else pytest.mark.slow)
+        for report in (False, True)
+        for overwrite in (False, True)
+    ],
+)
 def test_the_same_command_succeeds_after_a_kill_at_the_end(with_report: bool, overwrite: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"skip_evaluation": not with_report, "overwrite": overwrite}

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpcore2
 import pytest
 from click.testing import CliRunner, Result
 
@@ -27,25 +28,24 @@ from exporter.model.hub import open_remote
 from exporter.model.source import locate, open_source
 from exporter.publishing.remote_check import verify_remote
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
-from tests.published_artifact import bootstrap_once, tiny_artifact, tiny_model, write_scores
+from tests.published_artifact import bootstrap_once, write_scores
 
 REPO = "me/tiny-w4"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(random_artifacts: Path) -> Path:
     """model, w4, w3: a source and two artifacts of it."""
-    place = tmp_path_factory.mktemp("made")
-    model = tiny_model(place / "model")
-    tiny_artifact(place / "w4", model)
-    tiny_artifact(place / "w3", model, bits=3)
-    return place
+    return random_artifacts
 
 
 @pytest.fixture
 def artifact(exported: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(exported / "w4", tmp_path / "w4")
+
+
+_default_ssl_context = cache(httpcore2.default_ssl_context)
 
 
 @pytest.fixture
@@ -72,6 +72,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http.time, "sleep", waits.append)
+        # Every client reads all certificates, which takes longer than most uploads.
+        monkeypatch.setattr(httpcore2, "default_ssl_context", _default_ssl_context)
         monkeypatch.setattr(
             "exporter.publishing.proof.verify", partial(verify, load="nothing")
         )  # its own tests load models

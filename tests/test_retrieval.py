@@ -339,7 +339,7 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     from exporter.pipeline.preparation import prepare
     from exporter.pipeline.samples import evaluation_samples
 
-    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 4)
+    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 2)
     device, out, progress = choose("cpu"), tmp_path / "made", []
     recipe = load_recipe("blip2-retrieval-w4").adjusted(evaluation={"samples": 16}, calibration={"samples": 4})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"repo": "demo-blip2-itm"})})
@@ -354,11 +354,11 @@ def test_a_stopped_evaluation_goes_on_and_servers_refuse(tmp_path: Path, monkeyp
     plan, checkpoint = prepare(recipe, device)
     samples = evaluation_samples(plan, ())
     texts = sum(len(sample.references) for sample in samples["retrieval"])
-    assert first.evaluation.searched == {"pictures": 16, "texts": texts, "candidates": 4}
+    assert first.evaluation.searched == {"pictures": 16, "texts": texts, "candidates": 2}
     console = Console(width=100, file=StringIO(), record=True)
     console.print(report_page(first))
-    assert f"retrieval searched: 16 pictures, {texts} texts, 4 candidates" in console.export_text()
-    assert f"retrieval gallery: 16 pictures, {texts} texts, 4 candidates" in html(collect(read_place(str(out)), {}))
+    assert f"retrieval searched: 16 pictures, {texts} texts, 2 candidates" in console.export_text()
+    assert f"retrieval gallery: 16 pictures, {texts} texts, 2 candidates" in html(collect(read_place(str(out)), {}))
     again = measure(
         checkpoint, out, samples, recipe, device, lambda e: progress.append(e.done), store=default_store(out)
     )

@@ -38,9 +38,15 @@ from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_un
 from exporter.tasks import retrieval
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double, read_without_memory
+from tests.shared_exams import share_exams
 from tests.tiny_models import QUICK
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def shared_exams(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_exams(monkeypatch)
 
 
 def setup_in(folder: Path, **changed: Any) -> Setup:
@@ -174,7 +180,9 @@ def test_a_unit_does_not_depend_on_other_units_of_the_same_pass(tmp_path: Path, 
 def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> None:
     """RTN gives the weights of an export; GPTQ in an export also compensates errors of earlier blocks."""
     for method in ("rtn", "gptq"):
-        rules = tuple(Rule(component=name, bits=4, method=method) for name in ("vision", "language"))
+        rules = tuple(
+            Rule(component=name, bits=4, method=method, options=QUICK[method]) for name in ("vision", "language")
+        )
         point = Point(rules, (("vision_bits", 4), ("language_bits", 4)))
         shared, exact = (
             run(setup_in(tmp_path / method, sequential=way), [point], pool.inline, ignore).settings[0].scores["kl"]
@@ -218,7 +226,7 @@ def test_a_run_that_reuses_everything_shows_its_own_exam(tmp_path: Path) -> None
 
 def test_exact_replies_equal_greedy_answers() -> None:
     """Compare with generation, on a model with some wrong answers."""
-    setup = setup_in(Path("unused"), samples=40)
+    setup = setup_in(Path("unused"), samples=16)
     model_examiner = examiner(setup)
     model = open_model(setup)
     broken = {}
@@ -265,7 +273,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
     """Grade settings one after the other, so that the tensors of the previous setting must be restored."""
     monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 3)
     recipe = base_recipe(model, None, (), 8, 0).model_dump_json()
-    setup = Setup(tmp_path, recipe, samples=5, batch=3, device="cpu")
+    setup = Setup(tmp_path, recipe, samples=3, batch=2, device="cpu")
     vision, other = Rule(component="vision", bits=3), Rule(component=component, bits=2, store="dequantized")
     rules: list[tuple[Rule, ...]] = [(vision, other), (), (vision,)]
     points = [Point(setting_rules, (("setting", i),)) for i, setting_rules in enumerate(rules)]

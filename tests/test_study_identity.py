@@ -26,10 +26,14 @@ from exporter.study.records import Records, checksum
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.work import Setup, examiner, make_units, open_model
 from tests.test_identity import another_picture, appended, edit_config, edit_line, flip_signs_in_place, rot, write_data
+from tests.tiny_models import QUICK
 
 POINTS = [
     Point((), (("language_bits", 16),)),
-    Point((Rule(component="language", bits=3, method="gptq", blocks="0:1"),), (("language_bits", 3),)),
+    Point(
+        (Rule(component="language", bits=3, method="gptq", blocks="0:1", options=QUICK["gptq"]),),
+        (("language_bits", 3),),
+    ),
 ]
 
 

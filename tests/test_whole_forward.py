@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.files.shard_writer import ShardWriter
-from exporter.inference.forward_hooks import first_output
+from exporter.inference.forward_hooks import ForwardStopped, first_output, run_until_stopped
 from exporter.methods import gptq
 from exporter.model.checkpoint import Checkpoint
 from exporter.planning.plan import Plan
@@ -72,11 +72,16 @@ def hessian_of_whole(model: nn.Module, module: str, batches: Batches) -> Tensor:
     rows, linear = [], model.get_submodule(ANY_LLAVA.live_name(module))
     for batch in batches:
         captured: list[Tensor] = []
-        handle = linear.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...], captured: list[Tensor] = captured) -> None:
+            captured.append(args[0])
+            raise ForwardStopped
+
+        handle = linear.register_forward_pre_hook(stop)
         with torch.no_grad():
-            model(**batch, use_cache=False)
+            run_until_stopped(model, **batch, use_cache=False)
         handle.remove()
-        (x,) = captured
+        x = captured[0]
         real = batch["attention_mask"].bool()
         rows.append(x[real] if module.startswith("language_model") else x.reshape(-1, x.shape[-1]))
     all_rows = torch.cat(rows).double()

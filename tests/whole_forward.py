@@ -56,7 +56,8 @@ def captured_rows(
 ) -> Tensor:
     """The inputs of a linear in forward passes of the whole model, without padding, `[rows, in]`."""
     linear, rows = model.get_submodule(family.live_name(module)), []
-    last = model.get_submodule(family.live_name(component.block(component.used(config) - 1)))
+    blocks = [component.block(i) for i in range(component.used(config))]
+    last = model.get_submodule(family.live_name(next(name for name in blocks if f"{module}.".startswith(f"{name}."))))
     for entry in component.passes:
         for batch in batches:
             captured: list[Tensor] = []
