@@ -118,12 +118,23 @@ def identity_of(
     return plain
 
 
+def write_root(folder: Path) -> Path:
+    """A model and data to calibrate on."""
+    shutil.copytree(MODELS["demo-llava"], folder / "model")
+    write_data(folder / "data")
+    return folder
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A model and data to calibrate on."""
-    shutil.copytree(MODELS["demo-llava"], tmp_path / "model")
-    write_data(tmp_path / "data")
-    return tmp_path
+    """A model and data that a test may change."""
+    return write_root(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The identity of every `root` before a change: the name of the folder is not part of it."""
+    return identity_of(write_root(tmp_path_factory.mktemp("unchanged")))
 
 
 FILES = {
@@ -156,10 +167,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_file_changes_the_identity_and_is_named(name: str, root: Path) -> None:
+def test_a_changed_file_changes_the_identity_and_is_named(name: str, root: Path, before: dict[str, Any]) -> None:
     change, named = FILES[name]
-    before = identity_of(root)
-    assert identity_of(root) == before
     change(root)
     now = identity_of(root)
     assert fingerprint_of(now) != fingerprint_of(before)
@@ -187,9 +196,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_changed_setting_is_named(name: str, root: Path) -> None:
+def test_a_changed_setting_is_named(name: str, root: Path, before: dict[str, Any]) -> None:
     change, named = SETTINGS[name]
-    assert named in changes(identity_of(root), identity_of(root, change))
+    assert named in changes(before, identity_of(root, change))
 
 
 UNRELATED = {
@@ -201,29 +210,29 @@ UNRELATED = {
 
 
 @pytest.mark.parametrize("name", UNRELATED)
-def test_settings_that_change_no_number_are_not_part_of_it(name: str, root: Path) -> None:
-    assert changes(identity_of(root), identity_of(root, UNRELATED[name])) == []
+def test_settings_that_change_no_number_are_not_part_of_it(name: str, root: Path, before: dict[str, Any]) -> None:
+    assert changes(before, identity_of(root, UNRELATED[name])) == []
 
 
-def test_the_folder_s_name_is_not_part_of_it(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    moved = tmp_path_factory.mktemp("moved") / "elsewhere"
-    before = identity_of(root)
-    shutil.copytree(root, moved)
-    assert identity_of(moved) == before
+def test_the_folder_s_name_is_not_part_of_it_and_nothing_that_changes_by_itself(
+    root: Path, before: dict[str, Any]
+) -> None:
+    assert identity_of(root) == before
+    assert identity_of(root) == before
 
 
 @pytest.mark.parametrize("package", identity.PACKAGES)
-def test_another_version_of_a_package_is_named(package: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = identity_of(root)
+def test_another_version_of_a_package_is_named(
+    package: str, root: Path, before: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "99.1" if name == package else true(name))
     assert changes(before, identity_of(root)) == [f"{package} {true(package)} -> 99.1"]
 
 
 def test_another_version_of_a_method_or_of_the_calibration_is_named(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, before: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = identity_of(root)
     monkeypatch.setattr(METHODS["gptq"], "VERSION", 98)
     monkeypatch.setattr(calibrate, "VERSION", 99)
     lines = changes(before, identity_of(root))

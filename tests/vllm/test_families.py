@@ -9,6 +9,7 @@ import pytest
 
 from bench.check_families import checked, export_model
 from exporter.serving.launch import Program
+from tests.vllm.served import ONE_PROCESS_LESS
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,11 @@ from exporter.serving.launch import Program
     ],
 )
 def test_tiny_models_of_new_families_answer_as_the_reference(
-    name: str, packed: dict[str, int], serving_program: Program, tmp_path: Path
+    name: str, packed: dict[str, int], serving_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention in 4 bits, feed-forwards with int8 weights and inputs, all components that vLLM loads packed."""
+    for variable, value in ONE_PROCESS_LESS.items():
+        monkeypatch.setenv(variable, value)
     artifact = export_model(name, "mixed", tmp_path)
     options = ["--questions", "4", "--no-control"]
     result = checked(artifact, serving_program.path, options, tmp_path / "logs")
