@@ -11,13 +11,19 @@ from exporter.methods.gptq import inverse_factor
 from exporter.numerics import hessian
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.mismatch import Mismatch, fitting_share
+from exporter.planning.memory import _correction
 from exporter.planning.rule import Rule
 from exporter.quantization import calibrate
+from exporter.quantization.block_calls import BlockCall, ChainInput
+from exporter.quantization.block_inputs import BlockInputs
+from exporter.quantization.correction import Correction
+from exporter.quantization.source_stream import SourceStream
 from exporter.quantization.workdir import Workdir
-from tests.test_batch_rounds import ONE, TWO
+from tests.test_batch_rounds import CPU, ONE, TWO
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model
 from tests.test_learned_rounding import check_resumed_runs, learned_batches
+from tests.test_whole_model import LiveMemory
 
 CORRECTED = tuple(
     Rule(component=name, method="gptq", bits=2, group_size=16, options={"correct": True})
@@ -66,6 +72,29 @@ def test_the_share_minimizes_the_error_of_the_outputs() -> None:
     assert fitting_share(weight, -shift, [(full, rows, None)]) == 0.0
     assert fitting_share(weight, 0.01 * shift, [(full, rows, None)]) == 1.0
     assert fitting_share(weight, shift, []) == 0.0
+
+
+@pytest.mark.parametrize(("width", "outputs", "rows"), [(1536, 64, 20), (64, 6000, 400), (128, 5000, 20)])
+def test_a_correction_needs_the_predicted_memory(width: int, outputs: int, rows: int) -> None:
+    """The tensors that are alive while weights are corrected, beside the weights, the Hessian and the mismatch."""
+    block, other = (torch.nn.Linear(width, outputs, bias=False) for _ in range(2))
+    call = BlockCall((), {}, named=False)
+    own, full = (
+        [BlockInputs.enter(ChainInput(torch.randn(1, rows, width), (call,)), None, CPU, CPU) for _ in range(8)]
+        for _ in range(2)
+    )
+    source = SourceStream(full, CPU, weights=dict(other.named_parameters()))
+    correcting, statistics = Correction(source, own, block, block, False, 0.01), Statistics(width, CPU)
+    for entry in own:
+        statistics.update(entry.hidden[0])
+    correcting.add_all()
+    with torch.no_grad(), LiveMemory(block) as memory:
+        correcting.corrected(block.weight.detach(), statistics)
+    size = width * outputs
+    steps = _correction(width, size, rows, 4, batch=0)
+    beside = 4 * (size + 2 * width * width)
+    expected = max(steps["factor"], steps["shift"], steps["share"] + 4 * width * width) - beside
+    assert 0.6 * expected < memory.peak < 1.1 * expected, (expected, memory.peak)
 
 
 def test_both_streams_are_those_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,9 @@ def parse_words(context: click.Context, option: click.Parameter, value: str | No
     show_default=True,
     help="Bit widths; 16: full precision.",
 )
-@click.option("--methods", callback=parse_words, default="gptq", show_default=True, help="Methods: rtn, gptq, awq, autoround.")
+@click.option(
+    "--methods", callback=parse_words, default="gptq", show_default=True, help="Methods: rtn, gptq, awq, autoround."
+)
 @click.option("--groups", callback=parse_words, default="row", show_default=True, help="Columns per scale, or row.")
 @click.option(
     "--blocks",

@@ -6,12 +6,18 @@ Qronos (Zhang et al., arXiv 2505.11695) correct column by column inside the loop
 and only by the share that also fits on inputs that were held out.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from exporter.lazy_torch import torch
 from exporter.numerics.hessian import add_rows, times
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIECE = 2048  # rows of a weight per product, to bound the temporaries
 
 
 class Mismatch:
@@ -27,7 +33,10 @@ class Mismatch:
 
     def shift(self, weight: Tensor, upper: Tensor) -> Tensor:
         """`W C (H + damping)^-1` of `weight` f32 `[out, in]`. upper: U with `U^T U = (H + damping)^-1`, `[in, in]`."""
-        return ((weight @ self.moment) @ upper.T) @ upper
+        shift = torch.empty_like(weight)
+        for part in _parts(weight):
+            shift[part] = ((weight[part] @ self.moment) @ upper.T) @ upper
+        return shift
 
 
 def fitting_share(weight: Tensor, shift: Tensor, pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float:
@@ -38,11 +47,22 @@ def fitting_share(weight: Tensor, shift: Tensor, pairs: Iterable[tuple[Tensor, T
     """
     along = length = 0.0
     for full, rows, weights in pairs:
-        moved, missing = _outputs(rows, shift), _outputs(full - rows, weight)
-        counts = 1.0 if weights is None else weights.unsqueeze(1)
-        along += float((missing * moved * counts).sum())
-        length += float((moved.square() * counts).sum())
+        differences = full - rows
+        for part in _parts(weight):
+            sums = _sums(_outputs(rows, shift[part]), _outputs(differences, weight[part]), weights)
+            along, length = along + sums[0], length + sums[1]
     return min(1.0, max(0.0, along / length)) if length > 0 else 0.0
+
+
+def _sums(moved: Tensor, missing: Tensor, weights: Tensor | None) -> tuple[float, float]:
+    """Weighted sums of `missing * moved` and of `moved^2`, which are overwritten."""
+    counts = 1.0 if weights is None else weights.unsqueeze(1)
+    return float(missing.mul_(moved).mul_(counts).sum()), float(moved.square_().mul_(counts).sum())
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Slices of at most `PIECE` rows."""
+    return [slice(start, start + PIECE) for start in range(0, len(weight), PIECE)]
 
 
 def _outputs(rows: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from exporter.model.checkpoint import Checkpoint, TensorInfo
 from exporter.model.families import Component, Family
 from exporter.model.families.component import Config
 from exporter.numerics.inverse_cholesky import PANEL
+from exporter.numerics.mismatch import PIECE
 from exporter.planning.recipe import Calibration
 
 SQUARE_BYTES = 4  # per element of an [in, in] matrix: a float32 Hessian or its factor
@@ -76,7 +77,7 @@ def predict_memory(
         if statistics[component.name]:  # codes with and without folded scales, codes of the last block, original block
             solve = max(solve, 3 * CODE_BYTES * _weights(phases) + _smooth(phases)) + block
         if component.name in corrected:
-            solve = max(solve, _correct(phases))
+            solve = max(solve, _correct(phases, calibration.batch * tokens, size, batch))
         if component.name in tuned or component.name in corrected:
             inputs, masks, solve = 3 * inputs, 2 * masks, solve + block  # inputs, outputs and block of the source
         if component.name in tuned:
@@ -128,10 +129,26 @@ def _quantize(width: int, sizes: Sequence[int], device: Device) -> int:
     return max(factor, column_loop, descent, report)
 
 
-def _correct(phases: Sequence[tuple[int, Sequence[int]]]) -> int:
-    """Peak bytes of correcting weights: a Hessian, its factor and the mismatch, the weights twice, and two products."""
-    peaks = [3 * SQUARE_BYTES * width * width + 4 * FLOAT_BYTES * sum(sizes) for width, sizes in phases]
-    return CODE_BYTES * _weights(phases) + max(peaks)
+def _correct(phases: Sequence[tuple[int, Sequence[int]]], rows: int, size: int, batch: int) -> int:
+    """Peak bytes of correcting weights, without the block's own weights and those of the source.
+
+    rows: input rows of a batch. size: bytes of one of their elements. batch: bytes of a forward pass.
+    """
+    return CODE_BYTES * _weights(phases) + max(
+        max(_correction(width, sum(sizes), rows, size, batch).values()) for width, sizes in phases
+    )
+
+
+def _correction(width: int, count: int, rows: int, size: int, batch: int) -> dict[str, int]:
+    """Peak bytes of each step of correcting `count` weights of `width` inputs."""
+    square, weights, pair = SQUARE_BYTES * width * width, FLOAT_BYTES * count, 3 * rows * width * size
+    piece = min(PIECE, count // width)  # rows of the weight
+    return {
+        "collect": 2 * square + batch + pair,  # the Hessian and the mismatch
+        "factor": weights + 3 * square + STRIP_BYTES * width,  # and the factor
+        "shift": 2 * weights + 3 * square + 2 * FLOAT_BYTES * piece * width,
+        "share": 2 * weights + square + batch + pair + 2 * FLOAT_BYTES * piece * rows,
+    }
 
 
 def _smooth(phases: Sequence[tuple[int, Sequence[int]]]) -> int:

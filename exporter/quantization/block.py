@@ -175,9 +175,10 @@ class Block:
             weights = [self._weight(row) for row in rows]
             whole = weights[0] if len(weights) == 1 else torch.cat(weights)
             if correcting:
+                sizes, weights = [len(weight) for weight in weights], []  # frees them: `whole` holds them too
                 whole, share = correcting.corrected(whole, statistics)
                 shares.append((rows, share))
-                weights = list(whole.split([len(weight) for weight in weights]))
+                weights = list(whole.split(sizes))
             stacked, remarks = METHODS[rule.method].quantize_linear(
                 whole,
                 statistics,

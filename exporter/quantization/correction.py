@@ -69,7 +69,7 @@ class Correction:
         del upper
         self._mismatch = None  # each is as large as the Hessian
         share = fitting_share(weight, shift, self._held_out_pairs())
-        return weight.add(shift, alpha=share), share
+        return torch.add(weight, shift, alpha=share, out=shift), share
 
     def _held_out_pairs(self) -> Iterator[PairedRows]:
         for number in self._held_out:
