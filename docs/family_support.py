@@ -53,12 +53,18 @@ def declaration(family: Family) -> tuple[str, int, int]:
     return file.name, len(file.read_text(encoding="utf-8").splitlines()), count
 
 
-def _published(family: Family) -> list[str]:
-    """Number of published headers that the tests plan, and the sizes of the smallest of these checkpoints."""
+def smallest(family: Family) -> tuple[int, str, tuple[int, int, int]]:
+    """Number of published headers that the tests plan; name of the smallest checkpoint; its bytes as in `sizes_of`."""
     names = [n for n in HEADER_NAMES if n not in UNPUBLISHED and known_family(header_config(n), n).name == family.name]
     sizes = {name: sizes_of(name) for name in names}
-    smallest = min(sizes, key=lambda name: sizes[name][0])
-    return [str(len(names)), f"`{smallest.split('--')[1]}`: {', '.join(map(size, sizes[smallest]))}"]
+    name = min(sizes, key=lambda name: sizes[name][0])
+    return len(names), name.split("--")[1], sizes[name]
+
+
+def _published(family: Family) -> list[str]:
+    """Cells: number of headers, and the sizes of the smallest checkpoint."""
+    count, name, sizes = smallest(family)
+    return [str(count), f"`{name}`: {', '.join(map(size, sizes))}"]
 
 
 def _methods(results: dict[str, Any], family: Family) -> str:

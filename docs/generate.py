@@ -18,7 +18,7 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
-from docs.family_support import family_support
+from docs.family_support import family_support, smallest
 from docs.few_bits_page import calibration_table, method_tables
 from docs.measured_pages import lineage_tables, model_checks
 from exporter import demo
@@ -109,11 +109,13 @@ def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
 def family_table(page: str) -> str:
     """Markdown: the families with their models and tasks. page: relative path of the reference page."""
     demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in demo.MODELS.items()}
-    lines = ["| family | models | tasks | demo model |", "|---|---|---|---|"]
+    lines = ["| family | models | tasks | smallest one: 16, 8 / 4 bits | demo model |", "|---|---|---|---|---|"]
     for name, family in FAMILIES.items():
+        _, checkpoint, (whole, smaller, _) = smallest(family)
         tasks = ", ".join(TASKS[task] for task in family.tasks)
         shipped = f"`{demos[name]}`" if name in demos else ""
-        lines.append(f"| [`{name}`]({page}#{family.heading}) | {family.models} | {tasks} | {shipped} |")
+        sizes = f"`{checkpoint}`: {size(whole)}, {size(smaller)}"
+        lines.append(f"| [`{name}`]({page}#{family.heading}) | {family.models} | {tasks} | {sizes} | {shipped} |")
     return "\n".join(lines)
 
 
