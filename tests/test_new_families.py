@@ -164,6 +164,40 @@ def test_frequencies_of_positions_that_do_not_fit_a_head_are_refused(name: str, 
     known_family(config, name)
 
 
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [
+        ([2, 0], r"deepstack_visual_indexes: expected rising block numbers, got \[2, 0\]"),
+        ([1, 1], "deepstack_visual_indexes: expected rising block numbers"),
+        ([0, 4], "deepstack_visual_indexes: 4, but the vision tower has 4 blocks"),
+    ],
+)
+def test_blocks_whose_features_cannot_enter_the_text_model_are_refused(taps: list[int], message: str) -> None:
+    """transformers looks each block up in the list, and fails in its first forward pass."""
+    config = copy.deepcopy(CONFIGS["qwen3-vl"][1])
+    config["vision_config"]["deepstack_visual_indexes"] = taps
+    with pytest.raises(PlanError, match=message):
+        known_family(config, "qwen3-vl")
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "llava-next-siglip_vision_model"])
+def test_a_strategy_that_does_not_leave_the_patches_of_a_tile_is_refused(name: str) -> None:
+    config = copy.deepcopy(CONFIGS[name][1])
+    known_family(config, name)
+    other = {"full": "default", "default": "full"}[config["vision_feature_select_strategy"]]
+    with pytest.raises(PlanError, match="vision_feature_select_strategy: it must leave exactly the patches"):
+        known_family(config | {"vision_feature_select_strategy": other}, name)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if CONFIGS[name][0].image_token(CONFIGS[name][1])])
+def test_two_different_image_tokens_are_refused(name: str) -> None:
+    """transformers takes the last one."""
+    config = CONFIGS[name][1] | {"image_token_index": 127, "image_token_id": 127}
+    known_family(config, name)
+    with pytest.raises(PlanError, match="image_token_index: 126, but image_token_id is 127: set both"):
+        known_family(config | {"image_token_index": 126}, name)
+
+
 VARYING = [name for name, (family, config) in CONFIGS.items() if family.of(config).varies]
 
 
@@ -209,21 +243,25 @@ def test_flags_for_a_tied_head_that_transformers_and_vllm_read_differently_are_r
 
 
 @pytest.mark.parametrize(
-    ("component", "changed", "reason"),
+    ("name", "component", "changed", "reason"),
     [
-        ("vision", {"vision_feature_layer": 0}, "this block never runs: vision_feature_layer selects the output"),
+        ("llava", "vision", {"vision_feature_layer": 0}, "this block never runs: vision_feature_layer selects"),
         (
+            "llava",
             "head",
             {"tie_word_embeddings": True},
-            "the model does not store it .a tied output head shares the embedding's tensor",
+            "the model stores none of its linears, because the output head",
         ),
+        ("qwen3-vl", "deepstack", {"vision_config": {"deepstack_visual_indexes": []}}, "the model stores none of its"),
     ],
 )
 def test_a_rule_for_linears_that_never_run_is_refused_with_the_reason(
-    component: str, changed: dict[str, Any], reason: str, tmp_path: Path
+    name: str, component: str, changed: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    family, config = CONFIGS["llava"]
-    checkpoint, family = open_source(str(write_tiny(tmp_path / "m", family, config=config | changed)))
+    family, config = CONFIGS[name]
+    tower = config["vision_config"] | changed.get("vision_config", {})
+    config = config | changed | {"vision_config": tower}
+    checkpoint, family = open_source(str(write_tiny(tmp_path / "m", family, config=config)))
     rule = {"component": component, "method": "rtn", "bits": 8, "group_size": "row"}
     recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule], "gates": ()}
     with pytest.raises(PlanError, match=rf"bits 8\) matches no linear: {reason}"):

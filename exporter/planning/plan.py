@@ -96,7 +96,8 @@ class Plan:
 def _absence(part: Component, config: Mapping[str, Any]) -> str:
     """Why a rule for a component matches none of its linears."""
     if not part.stored(config):
-        return "the model does not store it (a tied output head shares the embedding's tensor)"
+        tied = ", because the output head shares the embedding's tensor" if part.name == "head" else ""
+        return f"the model stores none of its linears{tied}"
     return "earlier rules or its filters exclude it" if part.used(config) else part.unused
 
 

@@ -234,4 +234,12 @@ class Family:
             values, wrong = read_fields(content, (*part.fields, *_EVERYWHERE), f"{key}.")
             problems += wrong or [f"{key}.{misfit}" for misfit in part.misfits(values)]
             sizes[key] = values | {"model_type": name}
-        return sizes, problems or self.misfits(sizes)
+        return sizes, problems or [*_two_image_tokens(config), *self.misfits(sizes)]
+
+
+def _two_image_tokens(config: Config) -> list[str]:
+    """A problem when config.json has both keys for the placeholder of a picture, with different values."""
+    old, new = (config.get(key) for key in ("image_token_index", "image_token_id"))
+    if None in (old, new) or old == new:
+        return []
+    return [f"image_token_index: {old}, but image_token_id is {new}: set both to the same value"]

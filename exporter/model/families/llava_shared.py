@@ -73,8 +73,7 @@ class Tower:
 
     parts: of the family, the default tower first. fields: of its top level. pinpoints: the default sizes, as (height,
     width), to which a picture is scaled before it is cut into tiles of the tower's size; their rows end with a learned
-    `image_newline`. None: a picture is one tile. text_ties: whether transformers ties the output head also when only
-    the text model's flag says so.
+    `image_newline`. None: a picture is one tile. text_ties: whether the text model's flag alone ties the output head.
     """
 
     parts: Parts
@@ -109,10 +108,13 @@ class Tower:
         return {field.key: field for field in self.fields}[key].of(config)
 
     def misfits(self, sizes: Mapping[str, Values]) -> list[str]:
-        """Problems: a feature layer that the tower does not have; a flag for a tied head that is ignored."""
+        """Problems: a feature layer that the tower lacks; tiles without their class token's place; an ignored flag."""
         stored, layers = sizes["vision_config"]["num_hidden_layers"], _listed(sizes[""]["vision_feature_layer"])
         wrong = [layer for layer in layers if not -stored - 1 <= layer <= stored]
         absent = [f"vision_feature_layer: {wrong[0]}, but the vision tower has {stored} blocks"] if wrong else []
+        values = {"vision_config": sizes["vision_config"], **sizes[""]}
+        if self.pinpoints and self.features(values) != self.patches(values):
+            absent.append("vision_feature_select_strategy: it must leave exactly the patches of a tile")
         return absent + ([] if self.text_ties else ignored_tie(sizes))
 
     def shapes(self, sizes: Mapping[str, Values]) -> Shapes:
@@ -257,11 +259,8 @@ class Tower:
 
     def tiny_processor(self, config: Mapping[str, Any], library: str, pictures: str) -> TinyProcessor:
         """A processor of pictures of the tower's size, also for Pixtral, whose own processor needs torchvision."""
-        side = self.size(config, "image_size")
-        settings: dict[str, Any] = {
-            "size": {"height": side, "width": side},
-            "crop_size": {"height": side, "width": side},
-        }
+        square = dict.fromkeys(("height", "width"), self.size(config, "image_size"))
+        settings: dict[str, Any] = {"size": square, "crop_size": square}
         if self.pinpoints:
             settings["image_grid_pinpoints"] = config["image_grid_pinpoints"]
         return TinyProcessor(library, pictures, settings, tokens=("<image>", "<video>"))

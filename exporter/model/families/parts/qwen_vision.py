@@ -18,6 +18,7 @@ from exporter.model.families.parts.part import (
     norm,
 )
 
+MAX_NAMED = 8  # block numbers that a message has
 _ATTENTION = ("attn.qkv", "attn.proj")
 _FOLDS = (Smoothing("norm1", ("attn.qkv",)), Smoothing("attn.qkv", ("attn.proj",), rows=(2, 3)))
 
@@ -58,7 +59,8 @@ class Taps:
     def problem(self, value: Any) -> str | None:
         """Why `value` does not select blocks, or None."""
         if isinstance(value, list) and all(type(entry) is int and 0 <= entry < MAX_BLOCKS for entry in value):
-            return None
+            ordered = value == sorted(set(value))
+            return None if ordered else f"expected rising block numbers, got {value[:MAX_NAMED]}"
         return f"expected a list of block numbers, got {kind(value)}"
 
 
@@ -84,6 +86,13 @@ def _misfits(width: str) -> Any:
         return [f"num_heads: {heads} does not divide {width} {size}"] if size % heads else []
 
     return check
+
+
+def _tap_misfits(values: Values) -> list[str]:
+    """`_misfits` of the width, and a problem when a selected block does not exist."""
+    taps, depth = values[Taps.key], values["depth"]
+    absent = [f"{Taps.key}: {taps[-1]}, but the vision tower has {depth} blocks"] if taps and taps[-1] >= depth else []
+    return [*_misfits("hidden_size")(values), *absent]
 
 
 def _patches(values: Values, width: int, bias: bool) -> Shapes:
@@ -167,7 +176,7 @@ QWEN3 = Part(
     ),
     _qwen3,
     _plain("mlp.linear_fc1", "mlp.linear_fc2"),
-    _misfits("hidden_size"),
+    _tap_misfits,
     {
         "model_type": "qwen3_vl_vision",
         **_TINY,
