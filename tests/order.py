@@ -4,6 +4,7 @@ from pathlib import Path
 
 LONGEST = (  # by CPU seconds of a file alone; the others follow by name
     "test_conformance",
+    "test_memory_limits",  # five processes that import everything
     "test_study",
     "test_publish",
     "test_proof",
