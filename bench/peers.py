@@ -61,9 +61,13 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "gptq-learned": {"method": "gptq", "options": {"range": "signed", "steps": 200}},
     "gptq-learned-positive": {"method": "gptq", "options": {"steps": 200}},
     "awq": {"method": "awq"},
-    "awq-signed": {"method": "awq", "options": {"range": "signed"}},
+    "awq-clip": {"method": "awq", "options": {"range": "clip"}},
+    "awq-mse": {"method": "awq", "options": {"range": "mse"}},
     "awq-noclip": {"method": "awq", "options": {"clip": False}},
+    "gptq-folded": {"method": "gptq", "fold": "awq"},
+    "gptq-signed-folded": {"method": "gptq", "fold": "awq", "options": {"range": "signed"}},
     "autoround": {"method": "autoround"},
+    "autoround-folded": {"method": "autoround", "fold": "awq"},
     "autoround-1000": {"method": "autoround", "options": {"steps": 1000}},
 }
 

@@ -14,6 +14,7 @@ from tests.oracles import awq_candidates_by_hand, awq_clip_by_hand, awq_scales_b
 
 CPU = torch.device("cpu")
 HALF = torch.float16
+CLIP = Options(range="clip")
 
 
 def inputs(rows: int, columns: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ def test_the_best_is_the_first_of_the_smallest_errors() -> None:
 @pytest.mark.parametrize("rows", [20, 300])  # fewer and more than a group has columns
 def test_clipping_equals_a_search_by_hand(scheme: Scheme, rows: int) -> None:
     x, (weight,) = inputs(rows, 100), weights(12, columns=100)  # a short last group
-    clipped, notes = awq.quantize_linear(weight, statistics_of(x), scheme, Options(), HALF)
+    clipped, notes = awq.quantize_linear(weight, statistics_of(x), scheme, CLIP, HALF)
     scale, zero = awq_clip_by_hand(weight, x, scheme, HALF)
     assert notes == ()
     assert torch.equal(clipped.scale, scale)
@@ -148,7 +149,7 @@ def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
     x = torch.randn(300, 1, generator=generator) + 0.3 * torch.randn(300, 96, generator=generator)
     (weight,) = weights(64, columns=96)
     scheme = Scheme(3, 32)
-    clipped, _ = awq.quantize_linear(weight, statistics_of(x), scheme, Options(), HALF)
+    clipped, _ = awq.quantize_linear(weight, statistics_of(x), scheme, CLIP, HALF)
     plain, _ = awq.quantize_linear(weight, statistics_of(x), scheme, Options(clip=False), HALF)
     errors = [(x @ (linear.dequantize() - weight).T).square().sum(0) for linear in (clipped, plain)]
     assert (errors[0] <= errors[1] * 1.0001).all()
@@ -156,7 +157,7 @@ def test_clipping_is_used_where_it_helps_and_never_hurts_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "group", "rows"), [(Options(clip=False), 32, 300), (Options(), "tensor", 300), (Options(), 32, 0)]
+    ("options", "group", "rows"), [(Options(clip=False), 32, 300), (CLIP, "tensor", 300), (CLIP, 32, 0)]
 )
 def test_without_clipping_it_is_rounding(options: Options, group: int, rows: int) -> None:
     (weight,) = weights(24, columns=96)
@@ -187,3 +188,21 @@ def test_other_ranges_are_weighted_by_the_squares_of_the_inputs(range_: str) -> 
     assert bool((scale < 0).any()) == (range_ == "signed")
     plain, _ = fit_scale(weight, scheme, torch.bfloat16, range_)
     assert not torch.equal(plain, scale)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "range_"),
+    [
+        (Scheme(2, 8), "signed"),
+        (Scheme(4, 16, number="nvfp4"), "mse"),
+        (Scheme(8, "row", activations="int8"), "mse"),
+    ],
+    ids=str,
+)
+def test_the_default_range_has_negative_scales_only_for_weight_only_integers(scheme: Scheme, range_: str) -> None:
+    (weight,), statistics = weights(20, columns=48), statistics_of(inputs(100, 48))
+    default, _ = awq.quantize_linear(weight, statistics, scheme, Options(), torch.bfloat16)
+    named, _ = awq.quantize_linear(weight, statistics, scheme, Options(range=range_), torch.bfloat16)
+    assert torch.equal(default.scale, named.scale)
+    assert torch.equal(default.codes, named.codes)
+    assert bool((default.scale < 0).any()) == (range_ == "signed")

@@ -239,3 +239,37 @@ def test_a_candidate_weight_is_removed_after_its_trial() -> None:
     assert smooth._error_with(block, ["a", "b"], candidates, SimpleNamespace(error=error)) == 0.25  # type: ignore[arg-type]
     assert [part.tolist() for part in weights[0].values()] == [[1, 1], [1, 1, 1]]
     assert all(live[name] is own[name] for name in own)
+
+
+def test_scales_move_before_another_method_where_the_rule_folds(tmp_path: Path) -> None:
+    """GPTQ then quantizes the scaled weights; the product with the folded norm still approximates the source's."""
+    checkpoint = outlier_checkpoint(tmp_path / "model")
+    plan = plan_for(checkpoint, (AWQ.model_copy(update={"method": "gptq", "fold": "awq"}),))
+    unit = plan.units[0]
+    result = streamed(plan, checkpoint, tmp_path / "work", BATCHES).read(unit)
+    norm, module = f"{unit.block}.input_layernorm.weight", f"{unit.block}.self_attn.q_proj"
+    assert not torch.equal(result.altered[norm], checkpoint.read(norm))
+    before = checkpoint.read(f"{module}.weight").float() * checkpoint.read(norm).float()
+    after = result.linears[module].dequantize() * result.altered[norm].float()
+    lost = result.linears[module].dequantize() * checkpoint.read(norm).float()  # as if the fold were lost
+    assert float((before - after).norm()) < 0.8 * float((before - lost).norm())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "rtn"}, "not possible with method: rtn"),
+        ({"method": "awq"}, "not possible with method: awq"),
+        ({"method": "gptq", "options": {"correct": True}}, "correct: false"),
+        ({"method": "gptq", "fold": "gptq"}, "Input should be 'awq'"),
+    ],
+)
+def test_rules_that_cannot_fold_are_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Rule.model_validate({"component": "language", "bits": 3, "fold": "awq", **change})
+
+
+def test_only_a_rule_that_folds_has_the_key() -> None:
+    plain = Rule(component="language", method="gptq", bits=3)
+    assert "fold" not in plain.model_dump()
+    assert Rule.model_validate(plain.model_dump() | {"fold": "awq"}).model_dump()["fold"] == "awq"

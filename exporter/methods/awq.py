@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., arXiv 2306.00978): scale up important columns before rounding, and clip the ranges.
+"""AWQ (Lin et al., arXiv 2306.00978): scale up important columns before rounding, and search the ranges.
 
 The scales are folded into the previous module (a norm or another linear; `numerics/scale_folding.py`), so inference has
 no division. Candidates are compared on all calibration rows: by the error of the linears' own outputs, which follows
@@ -33,7 +33,7 @@ __all__ = [
     "rounded",
 ]
 
-VERSION = 3
+VERSION = 4
 ROWS = 4096  # rows per range search, because a candidate's errors take as much memory as its weights
 LARGEST_SCALE = 1e4  # the smallest scale is its inverse; AutoAWQ has the same limits
 
@@ -41,8 +41,9 @@ LARGEST_SCALE = 1e4  # the smallest scale is its inverse; AutoAWQ has the same l
 class Options(MethodOptions):
     """points: number of exponents to try for the column scales. clip: search narrower ranges, weighted by the inputs.
 
-    range: "clip" searches them by each group's part of the output; "mse" and "signed" are those of `ranges.fit_scale`,
-    weighted by the squares of the inputs.
+    range: "mse" and "signed" are those of `ranges.fit_scale`, weighted by the squares of the inputs; "clip" searches by
+    each group's part of the output, as published. None is "signed" for symmetric integers without activations, and
+    "mse" for others.
 
     search: how candidates are compared: by the outputs of the "linears" that they scale, or by the output of the whole
     "block", which then runs on all batches for every point.
@@ -51,12 +52,12 @@ class Options(MethodOptions):
     points: int = Field(20, ge=1, le=100)
     search: Literal["linears", "block"] = "linears"
     clip: bool = True
-    range_: Literal["clip", "mse", "signed"] = Field("clip", alias="range")
+    range_: Literal["clip", "mse", "signed"] | None = Field(None, alias="range")
     clip_steps: int = Field(10, ge=1, le=100)
 
     @property
     def signed_scales(self) -> bool:
-        """Whether a group may get a negative scale."""
+        """Whether the user wants negative scales."""
         return self.clip and self.range_ == "signed"
 
     @property
@@ -139,10 +140,10 @@ def _output_error(quantized: Iterable[Tensor], weights: Sequence[Tensor], statis
 def quantize_linear(
     weight: Tensor, statistics: Statistics, scheme: Scheme, options: Options, scale_dtype: torch.dtype
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """Round `weight` f32 `[out, in]`, whose columns are already scaled, within clipped ranges."""
-    if options.clip and (options.range_ != "clip" or scheme.grid):
-        range_: Range = "mse" if options.range_ == "clip" else options.range_
-        scale, zero = fit_scale(weight, scheme, scale_dtype, range_, statistics.importance())
+    """Round `weight` f32 `[out, in]`, whose columns are already scaled, within searched ranges."""
+    grouped = scheme.group_size != "block" and scheme.number != "nvfp4"  # groups whose scales are independent
+    if options.clip and not (options.range_ == "clip" and grouped):
+        scale, zero = fit_scale(weight, scheme, scale_dtype, _range(options, scheme), statistics.importance())
         return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
     scale, zero = fit_scale(weight, scheme, scale_dtype)
     if options.clip and scheme.group_size != "tensor":
@@ -152,6 +153,13 @@ def quantize_linear(
         ]
         scale, zero = torch.cat([s for s, _ in ranges]), torch.cat([z for _, z in ranges])
     return QuantizedLinear(scheme, quantize(weight, scale, zero, scheme), scale, zero), ()
+
+
+def _range(options: Options, scheme: Scheme) -> Range:
+    """The search of ranges: the one that the user wants, or the best that the scheme has."""
+    if options.range_ in ("mse", "signed"):
+        return options.range_
+    return "mse" if scheme.grid or scheme.activations else "signed"
 
 
 def _clip(

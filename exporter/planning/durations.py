@@ -33,6 +33,7 @@ def quantize_seconds(
     for row in planned:
         assert row.rule is not None
         searches, (rows, columns) = row.rule.method in SMOOTHERS, row.tensor.shape
+        solutions = 2 if row.rule.fold else 1  # without and with scales
         if row.block not in weights_before:
             seconds += BLOCK
         if row.rule.learned_steps:
@@ -42,16 +43,16 @@ def quantize_seconds(
             weights_before.setdefault(row.block, 0)
             continue
         phase = next(phase[0] for phase in family.component(row.component).phases if row.linear in phase)
-        passes = SEARCH_FACTOR if searches else 1.0
+        passes = SEARCH_FACTOR if row.rule.smoother else 1.0
         seconds += 2 * tokens[row.component] * row.tensor.size / speed.passes if row.rule.corrects else 0.0
         offset = weights_before.get(row.block, 0)
         seconds += passes * 2 * tokens[row.component] * row.tensor.size / speed.passes
         if (row.block, columns, phase) not in hessians:
             hessians.add((row.block, columns, phase))
             seconds += passes * 2 * tokens[row.component] * (columns**2 / speed.squares + offset / speed.passes)
-            seconds += 0 if searches else columns**3 / speed.solves
+            seconds += 0 if searches else solutions * columns**3 / speed.solves
             seconds += _correct_seconds(row, tokens[row.component], offset, device) if row.rule.corrects else 0.0
-        seconds += row.tensor.size / speed.search if searches else 2 * rows * columns**2 / speed.solves
+        seconds += row.tensor.size / speed.search if searches else solutions * 2 * rows * columns**2 / speed.solves
         weights_before[row.block] = offset + row.tensor.size
     return seconds
 

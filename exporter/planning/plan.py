@@ -10,7 +10,6 @@ from typing import Any
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.formats import FORMATS
-from exporter.methods import SMOOTHERS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import refuse_misfit
 from exporter.model.families import Component, Family
@@ -131,7 +130,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     units = _units(rows, family, checkpoint)
     rules = [(row.component, row.rule) for row in rows if row.rule]
     # Sorting puts True last, so that a component with any smoothing method gets True.
-    statistics = dict(sorted((name, rule.method in SMOOTHERS) for name, rule in rules if rule.needs_data))
+    statistics = dict(sorted((name, rule.smoother is not None) for name, rule in rules if rule.needs_data))
     planned = {name for name, _ in rules}
     tuned = {name for name, rule in rules if rule.learned_steps}
     corrected = {name for name, rule in rules if rule.corrects}

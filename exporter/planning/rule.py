@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from exporter.errors import did_you_mean, validation_message
-from exporter.methods import METHODS, MethodOptions
+from exporter.methods import METHODS, SMOOTHERS, MethodOptions
 from exporter.numerics.float_grids import WeightNumber
 from exporter.numerics.quantized import Activations, GroupSize, Scheme
 
@@ -42,6 +42,7 @@ class Rule(Strict):
     fallback: the key `else`: for linears whose inputs groups do not divide, "row" stores one scale per row (in 8 bits
     where a row of codes fills no whole number of 32-bit words, which vLLM needs) and "keep" leaves 16 bits; None
     refuses the recipe for such a model.
+    fold: "awq" also moves scales out of the linears' inputs before they are quantized, as method awq does.
     store: "dequantized" stores quantized values in 16 bits; "plugin" packs what vLLM loads only with mmq's plugin.
     """
 
@@ -56,6 +57,7 @@ class Rule(Strict):
     blocks: str | None = None
     role: Literal["attention", "mlp"] | None = None
     store: Literal["packed", "dequantized", "plugin"] = "packed"
+    fold: Literal["awq"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("method")
@@ -101,9 +103,17 @@ class Rule(Strict):
                 "scales: in_loop is not possible with bits: 4 and activations: fp8, or number: nvfp4: these scales are "
                 "rounded relative to the largest, which is known only after the last group"
             )
-        if problem := self._unlearnable():
+        if problem := self._unlearnable() or self._unfoldable():
             raise ValueError(problem)
         return self
+
+    def _unfoldable(self) -> str | None:
+        """Why scales cannot be moved before the method quantizes, or None."""
+        if self.fold is None:
+            return None
+        if METHODS[self.method].Statistics is None or self.method in SMOOTHERS:
+            return f"fold: {self.fold} is not possible with method: {self.method}; use gptq or autoround"
+        return "fold needs correct: false, because the other stream has unscaled inputs" if self.corrects else None
 
     def _unlearnable(self) -> str | None:
         """Why the method's negative scales or learned rounding do not fit the scheme; None when they do."""
@@ -116,8 +126,10 @@ class Rule(Strict):
 
     @model_serializer(mode="wrap")
     def _by_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data with `else` only where it is set, so that older recipes keep their digest."""
+        """Plain data with `else` and `fold` only where they are set, so that older recipes keep their digest."""
         content: dict[str, Any] = dump(self)
+        if self.fold is None:
+            content.pop("fold", None)
         fallback = content.pop("fallback", content.pop("else", None))
         return content | ({"else": fallback} if fallback else {})
 
@@ -125,6 +137,11 @@ class Rule(Strict):
     def learned_steps(self) -> int:
         """Steps of learned rounding after the method; 0 is none."""
         return 0 if self.bits == 16 else self.parsed_options().learned_steps
+
+    @property
+    def smoother(self) -> str | None:
+        """The key in `SMOOTHERS` of the method that moves scales; None when none are moved."""
+        return self.fold or (self.method if self.method in SMOOTHERS else None)
 
     @property
     def corrects(self) -> bool:

@@ -28,7 +28,7 @@ def smooths(unit: Unit) -> bool:
 
 def row_moves_scales(row: PlanRow) -> bool:
     """Whether this linear's method moves scales between linears."""
-    return row.rule is not None and row.rule.method in SMOOTHERS
+    return row.rule is not None and row.rule.smoother is not None
 
 
 def comparison_batches(unit: Unit) -> int | None:
@@ -158,7 +158,9 @@ def _search(
     rule, scheme = first.rule, first.scheme
     assert rule is not None
     assert scheme is not None
-    method, options = SMOOTHERS[rule.method], rule.parsed_options()
+    assert rule.smoother is not None
+    method = SMOOTHERS[rule.smoother]
+    options = method.Options() if rule.fold else rule.parsed_options()
     names = [rows[target].tensor.name for target in smoothing.targets]
     weights = [block.parameter(name).float() for name in names]
     dtype = stored_scale_dtype(first.tensor.dtype).torch
