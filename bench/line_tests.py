@@ -9,11 +9,12 @@ its lines with the tests (by their number) that ran them. Processes that a test 
 import ast
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "line_tests"
-MAX_TESTS = 150  # tests that run against one mutant
-MAX_SECONDS = 40.0  # their total time without a mutant
+MAX_TESTS = 250  # tests that run against one mutant
+MAX_SECONDS = 80.0  # their total time without a mutant
 
 
 class _Recorder:
@@ -96,22 +97,50 @@ class LineTests:
         return cls(seconds, lines)
 
     def select(self, module: str, line: int) -> list[str]:
-        """Tests that run the statement at `line`, the fastest of each file first; of the whole module if it has none.
+        """Tests of the statement at `line`, within `MAX_TESTS` and `MAX_SECONDS`.
 
-        A statement of a module's top level runs at import, which no test owns.
+        The fastest tests come first, for half of the time, because they test units. Then come the fastest of each file.
+
+        A statement in a function: the tests that ran it. Others run at an import, which belongs to no test, and some
+        functions run only in child processes, which are not recorded. For these: the tests that ran a statement of the
+        package with a name that the statement or its function binds; then the module's tests; then those of the modules
+        that import it.
         """
-        by_line = self.lines.get(module, {})
-        first, last = _statements(module).get(line, (line, line))
-        tests = frozenset().union(*(by_line.get(number, frozenset()) for number in range(first, last + 1)))
-        tests = tests or frozenset().union(*by_line.values())
-        selected: list[str] = []
+        statement = _statements(module).get(line, Statement(line, line, frozenset(), inside=False))
+        tests = self._of(module, range(statement.first, statement.last + 1)) if statement.inside else frozenset()
+        groups = [tests] if tests else self._near(module, statement.names)
+        selected: dict[str, None] = {}
         total = 0.0
-        for test in _alternating(sorted(tests, key=lambda test: (self.seconds[test], test))):
-            total += self.seconds[test]
-            if selected and (len(selected) == MAX_TESTS or total > MAX_SECONDS):
-                break
-            selected.append(test)
-        return selected
+        for group in groups:
+            for test in self._ordered(group - selected.keys()):
+                total += self.seconds[test]
+                if selected and (len(selected) == MAX_TESTS or total > MAX_SECONDS):
+                    return list(selected)
+                selected[test] = None
+        return list(selected)
+
+    def _ordered(self, tests: Set[str]) -> list[str]:
+        """The fastest tests for half of `MAX_SECONDS`, then the others in turns of files."""
+        fastest = sorted(tests, key=lambda test: (self.seconds[test], test))
+        ends = accumulate(self.seconds[test] for test in fastest)
+        units = sum(end <= MAX_SECONDS / 2 for end in ends)
+        return [*fastest[:units], *_alternating(fastest[units:])]
+
+    def _near(self, module: str, names: frozenset[str]) -> Iterator[frozenset[str]]:
+        """Groups of tests for a statement of `module` that no test ran itself; names: those that it binds."""
+        uses = _uses()
+        users = [self._of(*use) for name in sorted(names) for use in uses.get(name, ())]
+        yield frozenset().union(*users)
+        seen, reached = {module}, [module]
+        while reached:
+            yield frozenset().union(*(self._of(name, self.lines.get(name, {})) for name in reached))
+            reached = sorted({other for name in reached for other in _importers(name)} - seen)
+            seen |= set(reached)
+
+    def _of(self, module: str, lines: Iterable[int]) -> frozenset[str]:
+        """The tests that ran any of these lines."""
+        by_line = self.lines.get(module, {})
+        return frozenset().union(*(by_line.get(line, frozenset()) for line in lines))
 
 
 def _alternating(tests: list[str]) -> Iterator[str]:
@@ -122,14 +151,85 @@ def _alternating(tests: list[str]) -> Iterator[str]:
     return (test for test in chain.from_iterable(zip_longest(*files.values())) if test)
 
 
+@dataclass(frozen=True)
+class Statement:
+    """A statement, of a compound statement only its head. first, last: its lines. inside: whether in a function.
+
+    names: those that it binds; of a statement in a function, the function's name.
+    """
+
+    first: int
+    last: int
+    names: frozenset[str]
+    inside: bool
+
+
 @lru_cache
-def _statements(module: str) -> dict[int, tuple[int, int]]:
-    """Line -> first and last line of its innermost statement; of a compound statement, only those of its head."""
-    tree = ast.parse((ROOT / "exporter" / f"{module}.py").read_text(encoding="utf-8"))
-    spans: dict[int, tuple[int, int]] = {}
-    for node in ast.walk(tree):  # outer statements first
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            last = body[0].lineno - 1 if body else node.end_lineno or node.lineno
-            spans |= dict.fromkeys(range(node.lineno, max(last, node.lineno) + 1), (node.lineno, last))
+def _statements(module: str) -> dict[int, Statement]:
+    """Line -> its innermost statement."""
+    spans: dict[int, Statement] = {}
+    _add_statements(_tree(module).body, "", spans)
     return spans
+
+
+def _add_statements(body: Sequence[ast.AST], function: str, spans: dict[int, Statement]) -> None:
+    """Add the statements in `body` to `spans`, outer statements first. function: the name of the one around them."""
+    for node in body:
+        around = function
+        if isinstance(node, ast.stmt):
+            inner = getattr(node, "body", None)
+            last = max(inner[0].lineno - 1 if inner else node.end_lineno or node.lineno, node.lineno)
+            names = frozenset([function] if function else _bound(node))
+            statement = Statement(node.lineno, last, names, inside=bool(function))
+            spans |= dict.fromkeys(range(node.lineno, last + 1), statement)
+            if isinstance(node, ast.FunctionDef):
+                around = node.name
+        _add_statements(list(ast.iter_child_nodes(node)), around, spans)
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement outside functions binds."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+
+
+@lru_cache
+def _uses() -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Name -> the statements in functions of the package that read it: module and lines."""
+    uses: dict[str, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+    for module in _modules():
+        statements = _statements(module)
+        for node in ast.walk(_tree(module)):
+            name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+            statement = statements.get(getattr(node, "lineno", 0))
+            if name and statement and statement.inside:
+                uses[name].append((module, tuple(range(statement.first, statement.last + 1))))
+    return uses
+
+
+@lru_cache
+def _importers(module: str) -> frozenset[str]:
+    """The modules whose text has the module's dotted name."""
+    name = re.compile(rf"\b{re.escape('.'.join(('exporter', *_dotted(module))))}\b")
+    return frozenset(other for other in _modules() if other != module and name.search(_text(other)))
+
+
+def _dotted(module: str) -> list[str]:
+    return module.removesuffix("/__init__").split("/")
+
+
+@lru_cache
+def _modules() -> list[str]:
+    package = ROOT / "exporter"
+    return sorted(path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py"))
+
+
+@lru_cache
+def _text(module: str) -> str:
+    return (ROOT / "exporter" / f"{module}.py").read_text(encoding="utf-8")
+
+
+@lru_cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_text(module))

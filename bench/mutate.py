@@ -4,15 +4,12 @@
 
 A mutant is one change of `mutation_operators` in one module; a room's mutants are sampled by seed. For each mutant, the
 tests that ran its line (`line_tests`) run in a child of a fork server that has already imported the libraries; an
-import hook loads the changed module. This needs no copy of the tree and no import of torch per mutant. mutmut forks
-while torch's threads run, and cosmic-ray starts a new interpreter per mutant. A test that detects a mutant must pass
-without it. `bench/mutations.py` has handwritten mutations.
+import hook loads the changed module, also in Python processes that a test starts. This needs no copy of the tree and
+no import of torch per mutant. mutmut forks while torch's threads run, and cosmic-ray starts a new interpreter per
+mutant. A test that detects a mutant must pass without it. `bench/mutations.py` has handwritten mutations.
 """
 
 import argparse
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,14 +21,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any
 
+from bench.changed_module import PACKAGE, ROOT, load_changed
 from bench.line_tests import LineTests
-from bench.mutation_operators import Site, mutated, sites
+from bench.mutation_operators import Site, sites
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "exporter"
 BESIDE = "beside"  # the room of the modules beside the packages
 PRELOAD = ["torch", "numpy", "pytest", "hypothesis", "transformers", "safetensors.torch", "PIL.Image", "pydantic"]
 EQUIVALENT = {  # (part of the line, change): why no test can detect it
@@ -61,24 +56,6 @@ class Mutant:
         return f"{self.path.relative_to(ROOT)}:{self.site.line}: {self.site.description}"
 
 
-class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
-    """Import hook that loads one module from its changed code."""
-
-    def __init__(self, name: str, path: Path, code: CodeType) -> None:
-        self.name, self.path, self.code = name, path, code
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        package = self.path.name == "__init__.py"
-        return importlib.util.spec_from_file_location(
-            name, self.path, loader=self, submodule_search_locations=[str(self.path.parent)] if package else None
-        )
-
-    def exec_module(self, module: ModuleType) -> None:
-        exec(self.code, module.__dict__)
-
-
 class _First:
     """Pytest plugin that records the first failed test."""
 
@@ -101,9 +78,7 @@ def _child(mutant: Mutant | None, tests: Sequence[str], answer: Path) -> None:
     os.chdir(ROOT)
     os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": str(answer.parent / "hypothesis"), "PYTHONPATH": str(ROOT)}
     if mutant:
-        name = "exporter." + mutant.module.removesuffix("/__init__").replace("/", ".")
-        code = compile(mutated(mutant.path.read_text(encoding="utf-8"), mutant.number), str(mutant.path), "exec")
-        sys.meta_path.insert(0, _Changed(name, mutant.path, code))
+        load_changed(mutant.module, mutant.number)
     first = _First()
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(answer.parent / answer.stem)]
     code_ = pytest.main([*options, *tests], plugins=[first])

@@ -1,11 +1,15 @@
 """Mutants: what is changed and what is not, and which tests run against a mutant."""
 
 import ast
+import os
+import subprocess
+import sys
 
 import pytest
 
-from bench.line_tests import MAX_SECONDS, LineTests
-from bench.mutate import PACKAGE, modules, rooms, sampled
+from bench.changed_module import IN_CHILDREN, PACKAGE, ROOT, VARIABLE
+from bench.line_tests import MAX_SECONDS, MAX_TESTS, LineTests
+from bench.mutate import modules, rooms, sampled
 from bench.mutation_operators import mutated, sites
 
 
@@ -45,14 +49,49 @@ def test_every_module_is_in_one_room() -> None:
     assert {"methods/gptq", "model/families/parts/text", "errors", "commands/main"} <= set(listed)
 
 
-def test_the_fastest_tests_of_each_file_that_run_the_statement_are_selected() -> None:
-    source = (PACKAGE / "numerics" / "hessian.py").read_text().splitlines()
-    number = next(i for i, line in enumerate(source, 1) if "self.hessian.mul_(" in line)
-    tests = {"tests/a.py::slow": 30.0, "tests/a.py::fast": 1.0, "tests/b.py::other": 2.0, "tests/b.py::never": 1.0}
-    record = LineTests(tests, {"numerics/hessian": {1: frozenset(tests), number: frozenset(list(tests)[:3])}})
-    assert record.select("numerics/hessian", number) == ["tests/a.py::fast", "tests/b.py::other", "tests/a.py::slow"]
-    slow = LineTests(dict.fromkeys(tests, 30.0), record.lines)
-    assert len(slow.select("numerics/hessian", number)) == int(MAX_SECONDS // 30)
+def line_of(module: str, part: str) -> int:
+    """The first line of a module with `part`."""
+    source = (PACKAGE / f"{module}.py").read_text().splitlines()
+    return next(i for i, line in enumerate(source, 1) if part in line)
+
+
+def test_the_fastest_tests_that_run_the_statement_are_selected_and_then_those_of_each_file() -> None:
+    number = line_of("numerics/hessian", "self.hessian.mul_(")
+    quick = {f"tests/a.py::quick{i}": MAX_SECONDS / 8 for i in range(4)}
+    slow = {"tests/a.py::slow": MAX_SECONDS / 7, "tests/a.py::slower": MAX_SECONDS / 6, "tests/b.py::one": MAX_SECONDS}
+    tests = {"tests/c.py::never": 1.0} | quick | slow
+    record = LineTests(tests, {"numerics/hessian": {1: frozenset(tests), number: frozenset(quick | slow)}})
+    assert record.select("numerics/hessian", number) == [*quick, "tests/a.py::slow"]
+    many = {f"tests/a.py::{i:03}": 0.01 for i in range(MAX_TESTS + 1)}
+    assert len(LineTests(many, {"methods/rtn": {1: frozenset(many)}}).select("methods/rtn", 1)) == MAX_TESTS
+
+
+def test_a_constant_has_the_tests_of_the_functions_that_read_it() -> None:
+    read = line_of("files/safetensors_header", "> min(MAX_HEADER")
+    seconds = {"tests/a.py::first_import": 0.1, "tests/a.py::reader": 5.0, "tests/a.py::neighbor": 1.0}
+    first, reader, neighbor = (frozenset({test}) for test in seconds)
+    constant = line_of("files/safetensors_header", "MAX_HEADER = ")
+    record = LineTests(seconds, {"files/safetensors_header": {constant: first, read: reader, read + 5: neighbor}})
+    assert record.select("files/safetensors_header", constant) == [
+        "tests/a.py::reader",
+        "tests/a.py::first_import",
+        "tests/a.py::neighbor",
+    ]
+
+
+def test_a_function_that_runs_only_in_child_processes_has_the_tests_of_the_modules_that_start_it() -> None:
+    record = LineTests({"tests/a.py::asks": 1.0}, {"model/processor_inspector": {90: frozenset({"tests/a.py::asks"})}})
+    for module in ("model/inspector_process", "model/tokenizer_check"):  # the second is imported by the first
+        assert record.select(module, line_of(module, "    return ")) == ["tests/a.py::asks"]
+
+
+def test_a_mutant_is_loaded_in_child_processes_too() -> None:
+    module = "demo/example"
+    number = next(n for n, site in enumerate(sites((PACKAGE / f"{module}.py").read_text())) if "1 becomes" in str(site))
+    code = "from exporter.demo.example import SCENE; print(SCENE[1])"
+    environment = os.environ | {VARIABLE: f"{module}:{number}", "PYTHONPATH": f"{ROOT}{os.pathsep}{IN_CHILDREN}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
 
 
 def test_a_sample_is_the_seeds_alone() -> None:
