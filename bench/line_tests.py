@@ -131,11 +131,11 @@ class LineTests:
         uses = _uses()
         users = [self._of(*use) for name in sorted(names) for use in uses.get(name, ())]
         yield frozenset().union(*users)
-        seen, reached = {module}, [module]
+        visited, reached = {module}, [module]
         while reached:
             yield frozenset().union(*(self._of(name, self.lines.get(name, {})) for name in reached))
-            reached = sorted({other for name in reached for other in _importers(name)} - seen)
-            seen |= set(reached)
+            reached = sorted({other for name in reached for other in _importers(name)} - visited)
+            visited |= set(reached)
 
     def _of(self, module: str, lines: Iterable[int]) -> frozenset[str]:
         """The tests that ran any of these lines."""
