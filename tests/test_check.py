@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
+from exporter.commands.serving_text import checked_page
 from exporter.demo import MODELS
 from exporter.device import Device, choose
 from exporter.errors import ServeError
@@ -258,6 +259,17 @@ def test_the_result_is_written_into_the_report(folder: Path, tmp_path: Path):
     manifest = json.loads((tmp_path / "mmq_manifest.json").read_text())
     verdict = {"engine": "vllm 0.32.0+cpu", "build": "cpu", "passed": False}
     assert manifest == json.loads((folder / "mmq_manifest.json").read_text()) | {"serving": verdict}
+
+
+def test_the_page_of_a_check_lists_schemes_and_kernels():
+    result = CheckResult("0.32.0", "cuda", 8, 0.015, None, None, {"B": 1, "A": 2}, ("K for A",), 30.4, ())
+    assert checked_page(result).splitlines() == [
+        "vllm 0.32.0, ready after 30 s, answered 8 questions",
+        "2 linears run as A according to vLLM's log",
+        "1 linears run as B according to vLLM's log",
+        "kernel K for A",
+        "passed",
+    ]
 
 
 def test_pictures_are_sent_without_loss(folder: Path):

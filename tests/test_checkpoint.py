@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import CheckpointError
+from exporter.files.safetensors_header import read_header
 from exporter.files.shard_writer import ShardWriter
 from exporter.files.writing import write_tensors, write_text
 from exporter.model.checkpoint import Checkpoint
@@ -53,6 +55,14 @@ def test_truncated_shard_is_refused_from_its_header(tmp_path: Path, keep: float)
     shard.write_bytes(data[: int(keep if keep >= 1 or keep == 0 else len(data) * keep)])
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
         Checkpoint.open(tmp_path / "m")
+
+
+def test_a_header_beyond_the_format_s_limit_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.safetensors").open("wb") as file:  # sparse
+        file.write(struct.pack("<Q", 100 * 2**20 + 1))
+        file.truncate(101 * 2**20)
+    with pytest.raises(CheckpointError, match="not a safetensors file, or truncated inside its header"):
+        read_header(tmp_path / "a.safetensors")
 
 
 def test_missing_shard_tensor_and_config_are_refused(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
 from exporter.device import choose
 from exporter.errors import DataError, GateFailed, GateNotResolved
-from exporter.evaluation import backends
+from exporter.evaluation import backends, judge
 from exporter.evaluation.answers import ABOUT, Backend, Store
 from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.report_file import Counts, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
+from exporter.evaluation.statistics import Difference, samples_to_exclude
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
 from exporter.model.source import open_source
@@ -127,6 +128,12 @@ def test_the_estimated_number_of_samples_resolves_a_gate() -> None:
         gate
     )
     assert [rounded_up(n) for n in (7, 368, 3842, 3900)] == [7, 370, 3900, 3900]
+
+
+def test_the_estimate_is_above_the_number_of_samples_that_did_not_resolve_the_gate() -> None:
+    difference = Difference(1.0, 0.9, change=-0.1, low=-0.1, high=-0.1, sd=0.0)
+    assert judge._to_resolve(difference, allowed=0.2, samples=5) == samples_to_exclude(0.2) == 17
+    assert judge._to_resolve(difference, allowed=0.2, samples=1000) == 1001
 
 
 def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:

@@ -130,6 +130,7 @@ def test_streamed_blocks_equal_the_whole_model(family: Family, config: dict[str,
         stream = Stream(family, config, torch.device("cpu"), torch.float32)
         stream.load(weights, weights.__getitem__)
         names = [component.block(i) for i in range(component.used(config))]
+        assert not any(parameter.requires_grad for name in names for parameter in stream.module(name).parameters())
         chains = [names] if component.chained else [[name] for name in names]
         for entry, chain in itertools.product(component.passes, chains):
             blocks = [stream.module(name) for name in chain]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.numerics.scale_folding import fold, fold_rows, misfit
+from exporter.numerics.scale_folding import fold, fold_norm, fold_rows, misfit
 
 HIDDEN, WIDE, HEADS, TOKENS = 24, 40, 3, 5
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -223,3 +223,16 @@ def test_pairs_with_different_sizes_are_refused_by_name() -> None:
         fold(block, "v_proj", ("norm",), None, torch.ones(8))
     with pytest.raises(ValueError, match="no parameter weight"):
         misfit(nn.ModuleDict({"act": nn.ReLU(), "o_proj": out}), "act", ("o_proj",), None)
+
+
+def test_scales_of_another_number_of_columns_change_nothing() -> None:
+    source, target, norm = nn.Linear(4, 8), nn.Linear(6, 3), nn.LayerNorm(8)
+    before = [tensor.detach().clone() for layer in (source, target, norm) for tensor in layer.parameters()]
+    for wrong in (
+        lambda: fold_rows(source, slice(0, 8), [target], torch.ones(8)),
+        lambda: fold_norm(norm, [target], torch.ones(8)),
+    ):
+        with pytest.raises(ValueError, match="8 outputs cannot feed a linear with 6 inputs"):
+            wrong()
+    after = [tensor for layer in (source, target, norm) for tensor in layer.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))

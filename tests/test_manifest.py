@@ -146,9 +146,9 @@ def test_invalid_values_are_refused_with_their_key(plain: dict[str, Any], key: s
     assert fragment in refused.value.message.partition("\n")[2]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "1e999", '{"a": ' * 100_000, "\xff", '{"a": 1, "a": 1}'])
 def test_a_file_that_is_not_a_manifest_gives_one_error(folder: Path, content: str) -> None:
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with pytest.raises(ArtifactError, match="the manifest is damaged:\n"):
         parse_manifest(content.encode("latin-1"), "the manifest")
 
 

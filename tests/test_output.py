@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact import output
+from exporter.artifact import artifact, output
 from exporter.artifact.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
 from exporter.commands.main import cli
 from exporter.errors import ArtifactError, LockedError, MmqError
@@ -362,6 +362,21 @@ def test_leftovers_of_a_finished_exchange_are_removed(tmp_path: Path) -> None:
     restore(out, lambda event: None)
     assert names(tmp_path) == {"out"}
     assert (out / "mmq_manifest.json").read_text() == "old"
+    shutil.rmtree(out)
+    with pytest.raises(OSError, match="Input/output error"):
+        put_in_place(new, out, overwrite=True)
+
+
+def test_a_disk_error_while_the_artifact_is_completed_is_one_error(
+    finished_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "sync_folder", full)
+    with pytest.raises(MmqError, match=r"out: .*No space left on device"):
+        quick_export(tmp_path / "out", work=finished_work)
+    assert names(tmp_path) == {"work"}
 
 
 def test_temporary_folders_of_a_killed_run_are_removed(finished: Path, tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def test_malformed_options_are_wrong_usage(option: str, value: str, message: str
     assert done.exit_code == 2
     assert message in done.output
     assert "given twice" in run("plan", "--recipe", "llava-w4-vit8", "--group-size", "64", "--group-size", "32").output
+    both = run("plan", "--recipe", "llava-w4-vit8", "--group-size", "64", "--group-size", "language=32")
+    assert "one size for the whole recipe, or COMPONENT=SIZE" in both.output
 
 
 def test_an_export_makes_the_artifact_of_an_edited_copy_and_records_the_overrides(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from exporter.model.families import FAMILIES
 from exporter.model.processor import load_processor
 from exporter.model.processor_inspector import inspect
 from exporter.model.stream import build_skeleton
+from exporter.model.tokenizer_check import try_out
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
@@ -240,6 +241,24 @@ def test_a_tokenizer_that_cannot_pad_is_refused_by_the_plan(model: Path) -> None
         plan(model)
 
 
+def test_a_tokenizer_is_tried_on_padded_and_truncated_texts_of_both_sides() -> None:
+    tokenizer = load_processor(MODELS["demo-llava"]).tokenizer
+    given: list[dict[str, Any]] = []
+
+    class Recording:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            given.append(options)
+            return tokenizer(texts, **options)
+
+    assert try_out(Recording(), 512) == []
+    padded = [options for options in given if options]
+    assert [options["padding_side"] for options in padded] == ["left", "right"]
+    assert all(options["padding"] and options["truncation"] for options in padded)
+
+
 @pytest.mark.parametrize(("name", "recipe"), [("demo-llava", "llava-w4-vit8"), ("demo-blip2", "blip2-caption-w4")])
 def test_padding_with_the_image_token_is_refused_by_the_plan(tmp_path: Path, name: str, recipe: str) -> None:
     folder = Path(shutil.copytree(MODELS[name], tmp_path / "m"))
@@ -306,6 +325,16 @@ def test_the_helper_is_restarted_after_it_died() -> None:
     os.kill(helper._process.pid, signal.SIGKILL)
     helper._process.wait()
     assert inspect(folder, fields=["patch_size"]).fields == {"patch_size": 8}
+
+
+def test_a_closed_helper_leaves_no_process_and_no_open_pipe() -> None:
+    helper = inspector.Helper(inspector.HIDDEN)
+    process = helper._process
+    helper.close()
+    assert process.returncode == -signal.SIGKILL
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert (process.stdin.closed, process.stdout.closed) == (True, True)
 
 
 def test_one_helper_answers_all_threads() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from exporter.errors import RecipeError
 from exporter.files import strict_yaml
-from exporter.files.strict_yaml import MOST_VALUES, parse_yaml
+from exporter.files.strict_yaml import DEEPEST, MOST_VALUES, parse_yaml
 from exporter.planning.recipe_file import parse_recipe
 from exporter.study.grid import read_grid
 
@@ -47,6 +47,13 @@ def test_yaml_that_is_no_bounded_plain_data_is_refused(
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"grid\.yaml"):
         read_grid(tmp_path / "grid.yaml")
+
+
+def test_values_are_read_to_the_deepest_level_that_is_allowed() -> None:
+    for opening, closing in (("[", "]"), ("{a: ", "}")):
+        assert parse_yaml(opening * DEEPEST + closing * DEEPEST, "r.yaml")
+        with pytest.raises(RecipeError, match="nested too deeply"):
+            parse_yaml(opening * (DEEPEST + 1) + closing * (DEEPEST + 1), "r.yaml")
 
 
 def test_plain_data_with_repeated_values_is_read() -> None:

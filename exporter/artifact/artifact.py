@@ -80,7 +80,6 @@ def write(
     overwrite: whether the artifact may replace another one in `out`.
     """
     temporary = temporary_folder(out)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         written = write_tensors(plan, checkpoint, workdir, temporary, device, on_event, shard_bytes)
