@@ -104,10 +104,6 @@ GOLDEN_SPLITS = {  # all pixels of the first 250 scenes
     "validation": "72a44cca7c1f3ce6",
     "train": "084892b0c416f6f3",
 }
-    "test": "cc7ce1a5a038600c",
-    "validation": "72a44cca7c1f3ce6",
-    "train": "084892b0c416f6f3",
-}  # all pixels of the first 250 scenes
 
 
 def test_every_kind_of_object_has_its_own_name() -> None:

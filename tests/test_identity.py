@@ -265,6 +265,12 @@ def test_tensors_read_in_another_dtype_are_another_model_though_config_and_files
     assert changes(identity.of_source(whole), identity.of_source(cut))
 
 
+def test_a_prompt_is_named_only_if_nothing_else_of_its_sample_changed() -> None:
+    before = {"samples": [{"id": name, "prompt": name, "caption": name} for name in "abc"]}
+    after = {"samples": [{"id": name, "prompt": "p", "caption": "x" if name == "a" else name} for name in "abc"]}
+    assert changes(before, after) == ["caption of sample 1 (a)", "prompt of 2 samples, the first is sample 2 (b)"]
+
+
 def test_many_changes_are_cut_short() -> None:
     lines = changes({"files": {str(i): "a" for i in range(40)}}, {"files": {str(i): "b" for i in range(40)}})
     assert lines[0] == "0 a -> b"
