@@ -2,7 +2,8 @@
 
 A mutant is an index: `sites` lists all sites in the order of the syntax tree, `mutated` applies one. Annotations,
 docstrings, decorators and strings are not mutated, because they do not change results. `assert`, `strict=True` and
-`stable=True` are not mutated, because they guard against states that no test can reach.
+`stable=True` are not mutated, because they guard against states that no test can reach. `return False` becomes
+`return True` but not `return None`, which is false too.
 """
 
 import ast
@@ -138,7 +139,7 @@ def _constant(walk: _Walk, node: ast.AST) -> ast.AST:
 
 def _return(walk: _Walk, node: ast.AST) -> ast.AST:
     assert isinstance(node, ast.Return)
-    empty = node.value is None or (isinstance(node.value, ast.Constant) and node.value.value in (None, "", ()))
+    empty = node.value is None or (isinstance(node.value, ast.Constant) and node.value.value in (None, "", (), False))
     if not empty and walk._at(node, "None is returned"):
         node.value = ast.copy_location(ast.Constant(None), node)
     return node

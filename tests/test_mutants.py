@@ -9,8 +9,8 @@ import pytest
 
 from bench.changed_module import IN_CHILDREN, PACKAGE, ROOT, VARIABLE
 from bench.line_tests import MAX_SECONDS, MAX_TESTS, LineTests
-from bench.mutate import modules, rooms, sampled
-from bench.mutation_operators import mutated, sites
+from bench.mutate import BOUNDS, EQUIVALENT, modules, rooms, sampled
+from bench.mutation_operators import Site, mutated, sites
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ from bench.mutation_operators import mutated, sites
         ),
         ("@f(1)\ndef g():\n    'two'\n    return None", []),
         ("x: Literal[1]", []),
+        ("def f():\n    return False", ["def f():\n    return True"]),
         ("def tiny_config():\n    return 1", []),
         ("assert a == 1", []),
         ("sorted(a, stable=True)", ["pass"]),
@@ -92,6 +93,25 @@ def test_a_mutant_is_loaded_in_child_processes_too() -> None:
     environment = os.environ | {VARIABLE: f"{module}:{number}", "PYTHONPATH": f"{ROOT}{os.pathsep}{IN_CHILDREN}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
+
+
+def test_equivalent_mutants_are_not_tried_and_their_lines_exist() -> None:
+    lines = {}
+    for room in rooms():
+        for module in modules(room):
+            source = (PACKAGE / f"{module}.py").read_text()
+            lines |= {(module, i): line for i, line in enumerate(source.splitlines(), 1)}
+    for part, _ in EQUIVALENT:
+        assert any(part in line for line in lines.values()), part
+    for bound in BOUNDS:
+        assert any(bound.search(line) for line in lines.values()), bound.pattern
+    tried = {(mutant.module, mutant.site) for mutant in sampled("files", 10**6, 0)}
+    for line, description, expected in (
+        (line_of("files/file_hashes", "READ_BYTES = "), "32 becomes 64", False),
+        (line_of("files/safetensors_header", "MAX_HEADER = "), "100 becomes 200", True),
+    ):
+        module = "files/safetensors_header" if expected else "files/file_hashes"
+        assert ((module, Site(line, description)) in tried) is expected
 
 
 def test_a_sample_is_the_seeds_alone() -> None:
