@@ -26,7 +26,7 @@ help: ## list the targets
 setup: $(VENV)/.ready ## create .venv and install mmq into it
 
 demo: $(VENV)/.ready ## quantize the embedded tiny LLaVA, verify and evaluate the artifact (no GPU, no network)
-	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --out artifacts/demo-llava-w4-vit8 --overwrite
+	$(BIN)/mmq export --recipe llava-w4-vit8 --model demo-llava --eval-samples 160 --eval-batch 160 --out artifacts/demo-llava-w4-vit8 --overwrite
 	@echo "to write mmq instead of $(BIN)/mmq: source $(BIN)/activate"
 
 test: $(VENV)/.ready-dev ## run the tests, except slow repetitions and those of test-vllm and test-pages

@@ -34,7 +34,7 @@ class EngineReplica:
     """One engine.
 
     artifact: folder. arguments: further arguments of `mmq serve`. question, expect: sent with a picture of a red square
-    before the replica takes requests; its answer must contain `expect`.
+    (or the picture `image`) before the replica takes requests; its answer must contain `expect`.
     """
 
     def __init__(
@@ -88,13 +88,15 @@ class EngineReplica:
 
 
 def app(settings: Mapping[str, Any]) -> Any:
-    """The application from `args` of ray.yaml."""
+    """The application from `args` of ray.yaml. ValueError without `expect`: then any answer would be right."""
+    if not settings.get("expect"):
+        raise ValueError("args.expect is missing: a part of the right answer to args.question")
     deployment: Any = EngineReplica
     return deployment.bind(
         settings["artifact"],
         settings.get("arguments", ()),
         settings.get("program", "mmq"),
         settings.get("question", smoke.QUESTION),
-        settings.get("expect", ""),
+        settings["expect"],
         settings.get("image"),
     )

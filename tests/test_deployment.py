@@ -135,3 +135,14 @@ def test_the_ray_example_fits_the_schema_of_ray_serve() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="pip install 'ray[serve]'")
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(RAY.read_text(encoding="utf-8")))
     assert config.applications[0].deployments[0].max_ongoing_requests == 64
+
+
+def test_a_replica_needs_a_right_answer_to_compare_with() -> None:
+    pytest.importorskip("ray.serve", reason="pip install 'ray[serve]'")
+    from serving.ray_app import app
+
+    arguments = yaml.safe_load(RAY.read_text(encoding="utf-8"))["applications"][0]["args"]
+    app(arguments)
+    for wrong in ({**arguments, "expect": ""}, {key: arguments[key] for key in arguments if key != "expect"}):
+        with pytest.raises(ValueError, match="expect is missing"):
+            app(wrong)

@@ -29,6 +29,7 @@ from exporter.study import exam, pool, search_exam, work
 from exporter.study.grid import Grid, Point, parse_grid, points
 from exporter.study.prepare import base_recipe
 from exporter.study.records import ERROR, FILE, SAMPLES, Records, ScoredSetting, comparable, last_exam, read_records
+from exporter.study.remote import ray_pool
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.setting import Setting, changes
 from exporter.study.show import outcome_page
@@ -354,13 +355,13 @@ def test_processes_give_results_and_errors() -> None:
 
 def test_ray_gives_results_and_errors() -> None:
     pytest.importorskip("ray")
-    with pool.ray_cluster(None) as workers:
+    with ray_pool(None) as workers:
         check_pool(workers)
 
 
 def test_without_ray_the_hint_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match="ray") as caught, pool.ray_cluster(None):
+    with pytest.raises(DataError, match="ray") as caught, ray_pool(None):
         pass
     assert caught.value.hint is not None
     assert "pip install '.[ray]'" in caught.value.hint

@@ -12,6 +12,7 @@ from exporter.commands.options import (
     device_option,
     json_option,
     print_result,
+    ray_option,
     reports_errors,
     revision_option,
 )
@@ -21,7 +22,6 @@ from exporter.commands.study import (
     open_pool,
     parse_numbers,
     parse_words,
-    ray_option,
     samples_seed_option,
     workers_option,
 )

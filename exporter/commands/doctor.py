@@ -19,7 +19,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {  # extra -> (its packages, wh
     "hub": (("datasets",), "no data sets of the hub or of parquet files (`--data hub:...`)"),
     "report": (("matplotlib",), "no PNG plots (`mmq report --plots`); the HTML page works"),
     "study": (("matplotlib", "scikit-learn", "scipy", "shap"), "no importance, allocation and plots of studies"),
-    "ray": (("ray",), "no study on several machines (`mmq study --ray`)"),
+    "ray": (("ray",), "no study or evaluation on several machines (`--ray`)"),
 }
 NO_GPU = "none: exports and evaluation run on the CPU; `mmq plan` shows their time; most kernels of vLLM need a GPU"
 

@@ -1,12 +1,14 @@
 """`mmq evaluate`: score an artifact and its full-precision model on the same samples, and decide the gates."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.commands.options import (
+    LOCAL,
     adapter_option,
     artifact_argument,
     data_option,
@@ -15,12 +17,14 @@ from exporter.commands.options import (
     eval_samples_option,
     json_option,
     print_result,
+    ray_option,
     reports_errors,
 )
 from exporter.commands.recipe_options import max_new_tokens_option, prompt_option, recipe_of
 from exporter.errors import Interrupted
 
 if TYPE_CHECKING:
+    from exporter.cluster.ray_cluster import RayCluster
     from exporter.evaluation.answers import Store
     from exporter.evaluation.backends import Servers
 
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Concurrent requests to a server.",
 )
+@ray_option
 @click.option(
     "--answers", type=click.Path(path_type=Path, file_okay=False), help="Folder that stores answers [beside ARTIFACT]."
 )
@@ -60,6 +65,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
 
     The full-precision model must be the artifact's source by the hashes in the manifest. With --other-baseline, report
     and card name the other model, and `mmq publish` refuses the artifact.
+
+    --ray spreads the answers over the machines of a cluster, which need mmq but no other file.
 
     mmq saves answers, so the same command resumes an interrupted evaluation. With one GPU, serve one model after the
     other: --baseline-server alone saves the answers of the baseline, and --server then compares.
@@ -82,12 +89,12 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
     overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch", "prompts", "max_new_tokens")}
     recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
     sources, store, servers = places(data), _store(artifact, options), _servers(options)
-    other = bool(options["other_baseline"])
+    other, hardware = bool(options["other_baseline"]), choose(device)
     if servers:
         refuse_hopeless(servers, store)
     try:
-        with ProgressDisplay(as_json) as listen:
-            job = Reevaluation(artifact, recipe, choose(device), listen, sources, store, servers, other)
+        with ProgressDisplay(as_json) as listen, _cluster(options, hardware.is_cuda) as cluster:
+            job = Reevaluation(artifact, recipe, hardware, listen, sources, store, servers, other, cluster)
             if servers and not servers.artifact:
                 job.collect_baseline()
                 return print_result(_baseline_message(store))
@@ -130,6 +137,17 @@ def _servers(options: Mapping[str, Any]) -> "Servers | None":
     if options["fresh"] and not all(servers):
         raise click.UsageError("--fresh with a server needs both --server and --baseline-server")
     return Servers(*servers)
+
+
+def _cluster(options: Mapping[str, Any], on_gpu: bool) -> "AbstractContextManager[RayCluster | None]":
+    """The cluster of --ray; None without it. Raises click.UsageError beside servers."""
+    from exporter.cluster.ray_cluster import ray_cluster
+
+    if not options["ray"]:
+        return nullcontext()
+    if options["server"] or options["baseline_server"]:
+        raise click.UsageError("--ray and servers exclude each other")
+    return ray_cluster(None if options["ray"] == LOCAL else options["ray"], gpus=1 if on_gpu else 0)
 
 
 def _baseline_message(store: "Store | None") -> str:

@@ -138,6 +138,12 @@ def fail(error: MmqError, as_json: bool) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+LOCAL = "local"
+ray_option = click.option(
+    "--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address; `local` starts one on this machine."
+)
+
+
 def print_result(result: Any) -> None:
     """Print a result: a dict or list as one JSON line, any other value as rich renders it."""
     if isinstance(result, dict | list):

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.commands.options import (
+    LOCAL,
     data_option,
     device_option,
     json_option,
     print_result,
+    ray_option,
     reports_errors,
     revision_option,
 )
@@ -24,18 +26,12 @@ if TYPE_CHECKING:
     from exporter.study.run import Outcome
     from exporter.study.work import Setup
 
-LOCAL = "local"
-
-
 # Options of both `mmq study` and `mmq allocate`.
 calibration_option = click.option(
     "--calibration", type=click.IntRange(min=1), default=128, show_default=True, help="Total calibration samples."
 )
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes [one per core; 1 on a GPU]."
-)
-ray_option = click.option(
-    "--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address; `local` starts one on this machine."
 )
 samples_seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed that selects the samples."
@@ -204,11 +200,12 @@ def open_pool(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractCont
     """A pool of `tasks` workers at most: a Ray cluster with --ray, else processes of this machine."""
     import os
 
-    from exporter.study.pool import local, ray_cluster
+    from exporter.study.pool import local
+    from exporter.study.remote import ray_pool
 
     if options["ray"]:
         address = None if options["ray"] == LOCAL else options["ray"]
-        return ray_cluster(address, gpus=1 if on_gpu else 0)
+        return ray_pool(address, gpus=1 if on_gpu else 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return local(min(options["workers"] or (1 if on_gpu else cores), max(tasks, 1)))
 

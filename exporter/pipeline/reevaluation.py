@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.output import reading
+from exporter.cluster.ray_cluster import RayCluster
 from exporter.data import SourceSpec
 from exporter.device import Device
 from exporter.evaluation.answers import Store, collect_answers
@@ -30,7 +31,8 @@ class Reevaluation:
     """One evaluation of an artifact in a folder.
 
     recipe: the artifact's own, with the values that the user changes. store: None stores no answers. servers: None
-    computes the answers in this process. other_baseline: `recipe` may name another model than the artifact's source.
+    computes the answers in this process, or on the machines of `cluster`. other_baseline: `recipe` may name another
+    model than the artifact's source.
     """
 
     artifact: Path
@@ -41,6 +43,7 @@ class Reevaluation:
     store: Store | None = None
     servers: Servers | None = None
     other_baseline: bool = False
+    cluster: RayCluster | None = None
 
     def measure(self) -> Report:
         """The report of both models. It replaces the artifact's report, unless that one is on more samples."""
@@ -54,6 +57,7 @@ class Reevaluation:
                 self.on_event,
                 store=self.store,
                 servers=self.servers,
+                cluster=self.cluster,
                 sources=self.sources,
                 other_baseline=self.other_baseline,
             )

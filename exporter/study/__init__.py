@@ -2,6 +2,6 @@
 
 Enters: a grid of settings or a budget, a model, data.
 Leaves: a table of scores with intervals, plots, a recipe.
-May import: pipeline, evaluation, artifact, quantization, planning, inference, data, model, demo, tasks, formats,
-methods, numerics, files.
+May import: pipeline, evaluation, artifact, quantization, planning, inference, data, model, demo, cluster, tasks,
+formats, methods, numerics, files.
 """

@@ -12,7 +12,6 @@ from exporter.events import Event, Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
-from exporter.pipeline.samples import training_samples
 from exporter.planning.recipe import Recipe, Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
@@ -30,6 +29,7 @@ from exporter.study.work import (
     open_model,
     score_point,
     store_of,
+    study_training,
 )
 
 
@@ -113,7 +113,7 @@ def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Liste
 def keys_of_run(setup: Setup, model: StudyModel, on_event: Listener) -> Keys:
     """Digests that identify units and settings. Raises DataError if calibration and exam share a picture."""
     model.checkpoint.start_hashing()
-    exam_samples_by_task, training = exam_samples(setup), training_samples(model.recipe, setup.places)
+    exam_samples_by_task, training = exam_samples(setup), study_training(setup, model)
     if setup.split != "train":
         data.check_disjoint(
             data.traces(training), [sample for samples in exam_samples_by_task.values() for sample in samples]

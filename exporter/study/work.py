@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from exporter import data
+from exporter.cluster.packed_samples import packed_groups
 from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError
 from exporter.events import ignore
@@ -38,6 +39,7 @@ from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS, measured
 from exporter.tasks.sample import Sample
 
+CALIBRATION = "calibration"  # name of the calibration samples in a packed file, beside the tasks
 CHANGED = "wait until other programs stop writing to it, then run the same command again"
 How = Literal["forced", "generated"]
 
@@ -49,6 +51,7 @@ class Setup:
     recipe: JSON of a recipe, for its model, data and format; its rules are ignored. places: data sources, instead of
     the recipe's. split, samples: split of the exam, and samples per task. how: `forced` scores references in one
     forward pass, `generated` scores answers by the tasks' metrics. table: base name of the files of results.
+    packed: file of all samples, on a machine without the data sources.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Setup:
     how: How = "forced"
     sequential: bool = False
     table: str = "study"
+    packed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,8 @@ def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
 
     Raises DataError if the data has none of them.
     """
+    if setup.packed:
+        return {name: samples for name, samples in packed_groups(setup.packed).items() if name != CALIBRATION}
     model = open_model(setup)
     sources = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
     tasks = [task for task in model.family.tasks if any(task in place.tasks for place in sources)]
@@ -145,10 +151,16 @@ def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
     return {task: data.samples_from(sources, task, setup.split, setup.samples, seed) for task in tasks}
 
 
+def study_training(setup: Setup, model: StudyModel) -> list[Sample]:
+    """Calibration samples of a study."""
+    packed = packed_groups(setup.packed)[CALIBRATION] if setup.packed else None
+    return training_samples(model.recipe, setup.places) if packed is None else packed
+
+
 def calibration_batches(setup: Setup, keys: Keys | None = None) -> list[dict[str, Tensor]]:
-    """Model inputs of the calibration samples. Raises DataError if the data changed since `keys` were computed."""
+    """Model inputs of the calibration samples; DataError if the data changed since `keys` were computed."""
     model = open_model(setup, keys.source if keys else "")
-    samples = training_samples(model.recipe, setup.places)
+    samples = study_training(setup, model)
     processor = load_processor(model.checkpoint.folder)
     if keys and calibration_digest(model.recipe, processor, model.family, samples) != keys.calibration:
         raise DataError("the calibration data changed while the study ran", CHANGED)
