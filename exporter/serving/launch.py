@@ -21,7 +21,6 @@ TESTED_VERSION = "0.32.0"  # the vLLM release with the most tests
 CPU_LENGTH = 4096  # tokens; the KV cache of a CPU engine is in host memory
 GPU_LENGTH = 2**15  # on a GPU; a picture takes a few thousand tokens, and --max-model-len asks for more
 CPU_CACHE_GIB = "1"
-DRAIN_SECONDS = 15  # for open requests after SIGTERM; without it vLLM answers them with HTTP 500
 MMQ_OPTIONS = {
     "--host": "--host",
     "--port": "--port",
@@ -138,7 +137,6 @@ def launch(
         "--served-model-name": name,
         "--dtype": dtype(config, program.cpu),
         "--limit-mm-per-prompt": json.dumps({"image": 1}),  # all supported families use one image per request
-        "--shutdown-timeout": str(DRAIN_SECONDS),
     }
     length = max_length(config, program.cpu)
     if length:

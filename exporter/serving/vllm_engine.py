@@ -20,10 +20,10 @@ from typing import IO, Any, Self
 
 from exporter.errors import ServeError
 from exporter.inference.openai_client import RequestFailed, message, request_json, responds
-from exporter.serving.launch import DRAIN_SECONDS, START_SECONDS, Launch
+from exporter.serving.launch import START_SECONDS, Launch
 
 ANSWER_SECONDS = 300.0
-STOP_SECONDS = DRAIN_SECONDS + 10.0
+STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
 KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
 # On Linux the kernel sends SIGTERM to the server when this process dies, even by SIGKILL.
