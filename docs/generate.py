@@ -20,7 +20,7 @@ from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
 from docs.family_support import family_support, smallest
 from docs.few_bits_page import calibration_table, method_tables
-from docs.measured_pages import lineage_tables, model_checks
+from docs.measured_pages import gpu_checks, lineage_tables, model_checks
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -238,7 +238,9 @@ def pages() -> dict[Path, str]:
             calibration_table(),
         ),
         trained: between(trained.read_text(encoding="utf-8"), "lineages", lineage_tables()),
-        checked: between(checked.read_text(encoding="utf-8"), "checks", model_checks()),
+        checked: between(
+            between(checked.read_text(encoding="utf-8"), "checks", model_checks()), "gpu-checks", gpu_checks()
+        ),
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(

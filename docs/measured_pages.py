@@ -30,6 +30,20 @@ def model_checks(name: str = "checked-families.json") -> str:
     return "\n".join(lines)
 
 
+def gpu_checks() -> str:
+    """Markdown: a row per check of a tiny model in vLLM on a GPU, with the kernels that its log names."""
+    lines = ["| model | schemes | vLLM's linears by kernel | engine | floor |", "|---|---|---|---|---|"]
+    for model, checks in read("checked-families-gpu.json").items():
+        for schemes, check in checks.items():
+            pairs = (kernel.split(" for CompressedTensors") for kernel in check["kernels"])
+            counts = {name[17:]: count for name, count in check["schemes"].items()}
+            linears = ", ".join(
+                f"{counts[scheme]} {scheme}: {kernel.removesuffix('LinearKernel')}" for kernel, scheme in pairs
+            )
+            lines.append(f"| `{model}` | {schemes} | {linears} | {check['mean']:.4f} | {check['floor']:.4f} |")
+    return "\n".join(lines)
+
+
 def lineage_tables() -> str:
     """Markdown: a table of each trained model of another family."""
     results = read("lineages.json")
