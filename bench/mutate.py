@@ -34,6 +34,7 @@ PIECES = re.compile(
     r"^(\w*PIECE|READ_BYTES|SMALL_BYTES|SHARD_BYTES|AT_ONCE|READERS|ROWS|\w*_WIDTH|WARPS|HELD|PANEL|TALL) = "
 )
 BOUNDS = {  # pattern of a line whose numbers no test can detect: why
+    re.compile(r"\b(max|clamp_min)\(.*1e-\d\d\)"): "a divisor that avoids a division by zero, smaller than all values",
     PIECES: "the size of a piece of work, chosen for memory and time, does not change the result",
     re.compile(r"^\w*SECONDS = |\btimeout="): "time limits and intervals only need to be long enough on a busy machine",
     re.compile(r"\bField\(.*\b(le|lt|max_length)="): "limits on options and files are far beyond all sensible values",

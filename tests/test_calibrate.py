@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from exporter.files.shard_writer import ShardWriter
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
+from exporter.model.stream import Stream
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.numerics.ranges import fit_scale
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.recipe_file import load_recipe
-from exporter.quantization import calibrate
+from exporter.quantization import block_io, calibrate
 from exporter.quantization.block import relative_error
 from exporter.quantization.workdir import Workdir
 from tests.test_families import live_model, tiny_inputs
@@ -227,13 +229,28 @@ def test_missing_data_is_an_error(tmp_path: Path) -> None:
         streamed(plan, checkpoint, tmp_path / "a", [])
 
 
-def test_events_count_units_that_are_on_disk(tmp_path: Path) -> None:
+def test_events_count_units_that_are_on_disk_and_all_weights_are_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     plan, workdir, counts = plan_for(checkpoint), Workdir.open(tmp_path / "work", {}), []
+    entered: dict[str, list[tuple[int, int]]] = {}
+    streams: list[Stream] = []
+
+    class Recorded(Stream):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            streams.append(self)
 
     def listen(event: Event) -> None:
         if event.stage == "quantize":
             counts.append((event.done, len(list((tmp_path / "work").glob("[0-9]*.safetensors")))))
+        if event.stage == "calibrate":
+            entered.setdefault(event.message, []).append((event.done, event.total))
 
-    calibrate.run(plan, checkpoint, workdir, [tiny_inputs(LLAVA)], choose("cpu"), listen)
+    monkeypatch.setattr(block_io, "Stream", Recorded)
+    calibrate.run(plan, checkpoint, workdir, [tiny_inputs(LLAVA)] * 2, choose("cpu"), listen)
     assert counts == [(i, i) for i in range(1, len(plan.units) + 1)]
+    assert entered == {f"inputs of {name}": [(1, 2), (2, 2)] for name in ("vision", "projector", "language")}
+    assert streams
+    assert all(tensor.is_meta for stream in streams for tensor in stream.model.parameters())
