@@ -354,6 +354,9 @@ def test_a_failed_rename_restores_the_old_artifact(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="Input/output error"):
         put_in_place(new, out, overwrite=True)
     assert (out / "mmq_manifest.json").read_text() == "old"
+    shutil.rmtree(out)
+    with pytest.raises(OSError, match="Input/output error"):
+        put_in_place(new, out, overwrite=True)
 
 
 def test_leftovers_of_a_finished_exchange_are_removed(tmp_path: Path) -> None:
@@ -362,9 +365,6 @@ def test_leftovers_of_a_finished_exchange_are_removed(tmp_path: Path) -> None:
     restore(out, lambda event: None)
     assert names(tmp_path) == {"out"}
     assert (out / "mmq_manifest.json").read_text() == "old"
-    shutil.rmtree(out)
-    with pytest.raises(OSError, match="Input/output error"):
-        put_in_place(new, out, overwrite=True)
 
 
 def test_a_disk_error_while_the_artifact_is_completed_is_one_error(
