@@ -36,6 +36,9 @@ PIECES = re.compile(
 BOUNDS = {  # pattern of a line whose numbers no test can detect: why
     re.compile(r"\b(max|clamp_min)\(.*1e-\d\d\)"): "a divisor that avoids a division by zero, smaller than all values",
     PIECES: "the size of a piece of work, chosen for memory and time, does not change the result",
+    re.compile(r"= Rates\(|^(SEARCH_FACTOR|ANSWER_SHARE|CHECKED_SHARE|IMPORTS|BLOCK|PICTURE) = "): (
+        "factors of predicted durations, fitted to measurements of some devices"
+    ),
     re.compile(r"^\w*SECONDS = |\btimeout="): "time limits and intervals only need to be long enough on a busy machine",
     re.compile(r"\bField\(.*\b(le|lt|max_length)="): "limits on options and files are far beyond all sensible values",
 }
