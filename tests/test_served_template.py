@@ -161,3 +161,11 @@ def test_earlier_turns_end_as_in_calibration(tmp_path: Path) -> None:
     ]
     assert library.apply_chat_template(turns) == f"<s>{whole}USER: b ASSISTANT:"
     assert prompt_template(family, "").startswith("{%-")
+
+
+def test_a_start_token_in_the_familys_prompt_is_written_once() -> None:
+    """Idefics 3's prompt begins with it; a second turn must not."""
+    template = prompt_template(FAMILIES["idefics3"], "", "<|begin_of_text|>")
+    assert template.startswith("{{ '<|begin_of_text|>' }}{%-")
+    assert template.count("<|begin_of_text|>") == 1
+    assert prompt_template(FAMILIES["idefics3"], "<|begin_of_text|>") == template

@@ -22,6 +22,7 @@ from exporter.files.writing import disk_error, make_folder
 
 FIELDS = ("pid", "host", "since", "command")  # fields of a lock file that describe its holder
 MAX_BYTES = 4096  # most bytes read of a lock file
+TRIES = 1000  # to create a lock file in a folder that other processes remove
 MAX_SHOWN = 300  # characters of a holder's command in an error
 
 
@@ -74,16 +75,17 @@ def _acquire(file: Path, folder: Path, shared: bool) -> int:
 
 def _open(file: Path, shared: bool) -> int:
     """Open the lock file; create it and its folder if missing. CheckpointError (shared lock: OSError) on failure."""
-    while True:
+    for left in reversed(range(TRIES)):
         make_folder(file.parent)
         try:
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
-            continue  # another process removed the folder meanwhile
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and left:
+                continue  # another process removed the folder meanwhile; /proc takes no file at all
             if shared:
                 raise
             raise disk_error(file, error) from None
+    raise AssertionError("the last try returns or raises")
 
 
 def _is_open_file(file: Path, descriptor: int) -> bool:
