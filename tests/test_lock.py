@@ -199,5 +199,6 @@ def test_a_folder_that_cannot_be_written_to(shared: bool, tmp_path: Path, monkey
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs procfs")
 def test_a_file_system_that_takes_no_file_is_an_error() -> None:
     """procfs answers a new file with "no such file or directory", like a folder that was removed."""
-    with pytest.raises(CheckpointError, match=r"write failed: .*No such file"), hold(Path("/proc/.lock"), Path("/proc")):
+    place = Path("/proc")
+    with pytest.raises(CheckpointError, match=r"write failed: .*No such file"), hold(place / ".lock", place):
         pass
