@@ -192,8 +192,8 @@ def test_every_smoothing_is_an_exact_fold(family: Family, config: dict[str, Any]
     [
         ({}, None),
         ({"activation_function": "relu", "do_layer_norm_before": True}, None),
-        ({"activation_function": "gelu"}, "other activations or norms"),
-        ({"do_layer_norm_before": False}, "other activations or norms"),
+        ({"activation_function": "gelu"}, 'activation_function is "gelu", but mmq supports only "relu"'),
+        ({"do_layer_norm_before": False}, "do_layer_norm_before is false, but mmq supports only true"),
         ({"model_type": "t5"}, "its language model is t5"),
     ],
 )

@@ -26,7 +26,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llava", {"vision_config.model_type": "siglip_vision_model", "vision_config.vision_use_head": False}),
     ("llava", {"vision_config.num_channels": 1, "vision_config.image_size": 33}),
     ("llava", {"vision_feature_layer": [-2, 1], "multimodal_projector_bias": False}),
-    ("blip2", {"text_config.word_embed_proj_dim": 40, "text_config.enable_bias": False}),
+    ("blip2", {"text_config.enable_bias": False}),
     ("blip2", {"text_config.layer_norm_elementwise_affine": False, "vision_config.qkv_bias": False}),
     ("blip2", {"text_config.tie_word_embeddings": False, "qformer_config.encoder_hidden_size": 7}),
     ("blip2", {"qformer_config.use_qformer_text_input": True, "qformer_config.cross_attention_frequency": 3}),

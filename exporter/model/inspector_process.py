@@ -83,7 +83,7 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
     if getattr(processor, "chat_template", None):
         with _step("template", RENDER_SECONDS):
             rendered = [_render(processor, text) for text in PROBES]
-    fields = {name: getattr(processor, name, None) for name in request.get("fields", ())}
+    fields = {name: _setting(processor, name) for name in request.get("fields", ())}
     reply: dict[str, Any] = {"rendered": rendered, "beyond": beyond}
     start = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     reply["start"] = [str(start[0]), int(start[1])] if None not in start[:2] and start[1] != start[2] else None
@@ -109,7 +109,18 @@ def _added(tokenizer: Any) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(whole[:count]))
 
 
-def _plain(value: Any) -> bool:
+def _setting(processor: Any, name: str) -> Any:
+    """An attribute of the processor, or of an object in it: `image_processor.size.height`. None when it has none."""
+    value = processor
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return value
+
+
+def _plain(value: Any, depth: int = 2) -> bool:
+    """Whether a value is null, a number or a text, or a list of such values, or of lists of them."""
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_plain(entry, depth - 1) for entry in value)
     return value is None or isinstance(value, str | int | float | bool)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from exporter.errors import PlanError
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.families import Component, Family
+from exporter.model.families import AtMost, Component, Family
 from exporter.model.processor_inspector import Inspection, check_config_class, has_processor, inspect
 
 MAX_NAMED = 3  # tokens that a message names
+MAX_SHOWN = 60  # characters of a setting in a message
 PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
 PLACEHOLDER = "image_token_id"  # of processors in transformers: the id with which they fill the place of a picture
 
@@ -29,15 +30,16 @@ def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     if not has_processor(checkpoint.folder):
         return ("the model folder has no processor, which calibration and evaluation need",)
     config, inspection = checkpoint.config, _inspection(checkpoint, family)
+    problems = _setting_problems(config, family, inspection)
     if inspection.failure:
-        problems = [f"the processor cannot encode a picture with a prompt: {inspection.failure}"]
+        problems.append(f"the processor cannot encode a picture with a prompt: {inspection.failure}")
     else:
         checks = (_vocabulary_problems, _token_problems, _pixel_problems)
-        problems = [problem for check in checks for problem in check(config, family, inspection)]
+        problems += [problem for check in checks for problem in check(config, family, inspection)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         message = f"{checkpoint.origin}: its processor does not match config.json:\n{lines}"
-        raise PlanError(message, _lines_to_add(family.processor_fields(config), inspection.fields))
+        raise PlanError(message, _lines_to_add(_expected(config, family, inspection)))
     return _start_notes(inspection)
 
 
@@ -73,7 +75,7 @@ def _inspection(checkpoint: Checkpoint, family: Family) -> Inspection:
     config = checkpoint.config
     request = {
         "text": family.text(None if "captioning" in family.tasks else "a"),
-        "fields": sorted({*family.processor_fields(config), PLACEHOLDER}),
+        "fields": sorted({*family.processor_fields(config), *family.shared_settings(config), PLACEHOLDER}),
         "nested": family.nested,
         "varying": family.image_token(config) if family.varies else None,
     }
@@ -91,9 +93,8 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     if family.varies and own is not None and own != marker:
         return [f"the processor's image token has the id {own}, but config.json has {marker}"]
     if family.varies:
-        return _setting_problems(config, family, inspection) or [
-            f"a prompt with one picture has no image token (id {marker}), so the model would not see the picture"
-        ] * (min(counts) == 0)
+        unseen = f"a prompt with one picture has no image token (id {marker}), so the model would not see the picture"
+        return [unseen] * (min(counts) == 0)
     if counts[0] != expected:
         effect = "" if counts[0] else ", so the model would not see the picture"
         actual = f"a prompt with one picture has {counts[0]} image tokens (id {marker})"
@@ -104,13 +105,36 @@ def _token_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
 
 
 def _setting_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
-    """Settings of the processor that differ from those that follow from config.json."""
-    expected = family.processor_fields(config)
+    """Settings of the processor that differ from those that follow from config.json.
+
+    Where the number of image tokens is fixed, those of a prompt are counted instead.
+    """
+    shared = family.shared_settings(config)
     return [
-        f"the processor has {key}: {json.dumps(inspection.fields.get(key))}, but the model expects {json.dumps(value)}"
-        for key, value in expected.items()
-        if inspection.fields.get(key) != value
+        f"the processor has {key}: {_shown(inspection.fields.get(key))}, but the model expects {_shown(value)}"
+        for key, value in _expected(config, family, inspection).items()
+        if family.varies or key in shared
     ]
+
+
+def _expected(config: Mapping[str, Any], family: Family, inspection: Inspection) -> dict[str, Any]:
+    """Settings that differ from those that follow from config.json: attribute path -> the value that is right."""
+    own, required = inspection.fields, family.processor_fields(config)
+    shared = {key: value for key, value in family.shared_settings(config).items() if own.get(key) is not None}
+    return {key: value for key, value in {**required, **shared}.items() if not _fits(own.get(key), value)}
+
+
+def _fits(own: Any, expected: Any) -> bool:
+    if isinstance(expected, AtMost):
+        return isinstance(own, int) and own <= expected.value
+    return bool(own == expected)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, AtMost):
+        return f"at most {value.value}"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _vocabulary_problems(config: Mapping[str, Any], family: Family, inspection: Inspection) -> list[str]:
@@ -141,10 +165,16 @@ def _pixel_problems(config: Mapping[str, Any], family: Family, inspection: Inspe
     return problems
 
 
-def _lines_to_add(expected: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
-    """A hint with the settings that config.json requires and the processor does not have."""
-    wrong = {key: value for key, value in expected.items() if fields.get(key) != value}
-    if not wrong:
-        return "use the processor files that were saved with this config.json"
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in wrong.items()]
-    return f"add to {SETTINGS}: {', '.join(lines)}"
+def _lines_to_add(expected: Mapping[str, Any]) -> str:
+    """A hint with the settings that config.json requires, by file. expected: attribute path -> value."""
+    prefix = "image_processor."
+    lines: dict[str, list[str]] = {}
+    for path, value in expected.items():
+        first, *inner = path.removeprefix(prefix).split(".")
+        content = value.value if isinstance(value, AtMost) else value
+        for key in reversed(inner):
+            content = {key: content}
+        file = PICTURES if path.startswith(prefix) else SETTINGS
+        lines.setdefault(file, []).append(f"{json.dumps(first)}: {json.dumps(content)}")
+    added = "; ".join(f"add to {file}: {', '.join(settings)}" for file, settings in lines.items())
+    return added or "use the processor files that were saved with this config.json"

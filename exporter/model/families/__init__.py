@@ -2,7 +2,7 @@
 
 from exporter.model.families import blip2, idefics3, llava, llava_next, llava_onevision, qwen2_vl, qwen3_vl
 from exporter.model.families.component import Component, Pass
-from exporter.model.families.family import Family
+from exporter.model.families.family import AtMost, Family
 from exporter.model.families.parts.part import Smoothing
 
 FAMILIES: dict[str, Family] = {
@@ -18,4 +18,4 @@ FAMILIES: dict[str, Family] = {
     "blip2-itm": blip2.RETRIEVAL,
 }
 
-__all__ = ["FAMILIES", "Component", "Family", "Pass", "Smoothing"]
+__all__ = ["FAMILIES", "AtMost", "Component", "Family", "Pass", "Smoothing"]

@@ -5,13 +5,14 @@ same. vLLM (models/blip2.py) builds the ViT without a prefix, so its linears are
 builds the Q-Former and the projection as plain linears that it cannot load packed.
 """
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import exporter.model.families.parts.blip2 as sizes
 from exporter.model.families.component import Component, Config, Inputs, Pass, single, stack
 from exporter.model.families.config_fields import Number
-from exporter.model.families.family import Family
+from exporter.model.families.family import Family, Sizes
 from exporter.model.families.names import Names
 from exporter.model.families.parts.part import TinyProcessor, field_of
 from exporter.model.families.parts.qformer import CROSS, QUERIES
@@ -32,9 +33,21 @@ def refuses(config: Config) -> str | None:
             f"its language model is {kind}, but mmq supports BLIP-2 only with OPT: vLLM has no encoder-decoder T5 and "
             "could not serve the artifact"
         )
-    if text.get("activation_function", "relu") != "relu" or not text.get("do_layer_norm_before", True):
-        return "its OPT has other activations or norms than OPT-2.7b and OPT-6.7b"
+    for key, value in {"activation_function": "relu", "do_layer_norm_before": True}.items():
+        if text.get(key, value) != value:
+            return (
+                f"text_config.{key} is {json.dumps(text[key])[:40]}, but mmq supports only {json.dumps(value)}, which "
+                "OPT-2.7b and OPT-6.7b have"
+            )
     return None
+
+
+def misfits(config_sizes: Sizes) -> list[str]:
+    """A problem when OPT's embedding is not as wide as its blocks: the projection makes vectors of that width."""
+    text = config_sizes["text_config"]
+    width, embedded = text["hidden_size"], text["word_embed_proj_dim"]
+    same = f"text_config.word_embed_proj_dim: {embedded}, but a picture's tokens have the hidden_size {width}"
+    return [] if width == embedded else [f"{same}; mmq supports only equal widths"]
 
 
 def match(model: Any, inputs: Inputs) -> Any:
@@ -153,6 +166,7 @@ FAMILY = Family(
     float32=("query_tokens", "qformer."),
     fields=sizes.FIELDS,
     shapes=sizes.shapes,
+    misfits=misfits,
     tiny=_TINY | {"image_token_index": 127, "use_decoder_only_language_model": True},
     tiny_processor=lambda config: _TINY_PROCESSOR,
     tied={"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"},
@@ -182,7 +196,10 @@ RETRIEVAL = Family(
     positions=sizes.former_positions,
     vocabulary=field_of(_PARTS, "qformer_config", "vocab_size"),
     pixels=sizes.pixels,
-    processor_fields=lambda config: {"num_query_tokens": sizes.queries(config)},
+    processor_fields=lambda config: (
+        {"num_query_tokens": sizes.image_tokens(config)} if sizes.image_tokens(config) else {}
+    ),
+    shared_settings=lambda config: {"num_query_tokens": sizes.image_tokens(config)},  # 0 without an image token
     reply_end="",
     outputs=retrieval_scores,
     float32=("query_tokens", "qformer."),

@@ -36,6 +36,13 @@ _EVERYWHERE: tuple[Field, ...] = (
 
 
 @dataclass(frozen=True)
+class AtMost:
+    """The largest allowed value of a processor's setting."""
+
+    value: int
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that differs between model families.
 
@@ -61,6 +68,7 @@ class Family:
     any_size: whether it does so for a config.json's parts only.
     nested: whether the processor takes a list of pictures for every text.
     processor_fields: settings of the processor that follow from config.json.
+    shared_settings: attributes of the processor that must equal config.json's values if the processor has them.
     image_marker: the placeholder of a picture in prompts.
     reply_end: the text that ended replies in training: None for the tokenizer's end token, "" for no text.
     outputs: all outputs of the model for a batch as one tensor, to compare two loadings of it.
@@ -99,6 +107,7 @@ class Family:
     any_size: Callable[[Config], bool] = lambda config: False
     nested: bool = False
     processor_fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    shared_settings: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     image_marker: str = "<image>"
     reply_end: str | None = None
     outputs: Callable[[Any, Inputs], Any] = logits

@@ -32,8 +32,11 @@ def shapes(sizes: Sizes) -> Shapes:
 
 
 def misfits(sizes: Sizes) -> list[str]:
-    """A problem when the two flags for a tied head differ."""
-    return tied_misfit(sizes, "transformers reads the first one and vLLM the second one")
+    """Problems: the two flags for a tied head differ; the patches of a tile's side cannot be merged evenly."""
+    vision, scale = sizes["vision_config"], sizes[""]["scale_factor"]
+    side = vision["image_size"] // vision["patch_size"]
+    uneven = [f"scale_factor: {scale} does not divide the {side} patches of a tile's side"] if side % scale else []
+    return uneven + tied_misfit(sizes, "transformers reads the first one and vLLM the second one")
 
 
 def patches(config: Config) -> int:

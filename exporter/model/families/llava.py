@@ -4,7 +4,8 @@ Checkpoint names are those of `llava-hf/llava-1.5-7b-hf`. vLLM (models/llava.py)
 `vision_feature_layer`, and fuses q/k/v and gate/up.
 """
 
-from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
+from exporter.model.families.llava_fields import fields
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower
 
 TOWER = Tower({"vision_config": TOWERS, "text_config": TEXTS}, fields(-2, "default", 32000))
 

@@ -3,7 +3,8 @@
 Checkpoint names are those of `llava-hf/llava-v1.6-mistral-7b-hf`; vLLM (models/llava_next.py) uses the same.
 """
 
-from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
+from exporter.model.families.llava_fields import fields
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower
 
 _TOWERS = {name: part for name, part in TOWERS.items() if name != "pixtral"}
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

@@ -4,7 +4,8 @@ Checkpoint names are those of `llava-hf/llava-onevision-qwen2-7b-ov-hf`; vLLM (m
 It builds the projector from plain linears.
 """
 
-from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower, fields
+from exporter.model.families.llava_fields import TileLimit, fields
+from exporter.model.families.llava_shared import TEXTS, TOWERS, Tower
 
 _PLAIN = "vLLM builds LLaVA-OneVision's projector from plain linears and cannot load it packed"
 _SIDES = tuple(range(384, 2305, 384))
@@ -14,7 +15,7 @@ TOWER = Tower(
         "vision_config": {"siglip_vision_model": TOWERS["siglip_vision_model"]},
         "text_config": {name: TEXTS[name] for name in ("qwen2", "llama", "mistral", "qwen3")},
     },
-    fields(-1, "full", 151646),
+    (*fields(-1, "full", 151646), TileLimit()),
     tuple((height, width) for height in _SIDES for width in _SIDES),
 )
 
@@ -31,6 +32,7 @@ FAMILY = TOWER.family(
         "num_image_tokens": TOWER.patches(config),
         "vision_feature_select_strategy": TOWER.top(config, "vision_feature_select_strategy"),
     },
+    shared_settings=lambda config: TOWER.shared_settings(config) | {TileLimit.key: TileLimit().of(config)},
     tiny={
         "model_type": "llava_onevision",
         "image_token_index": 127,

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-from exporter.files.strict_json import kind
 from exporter.model.families.component import Component, Pass, head, single, stack
-from exporter.model.families.config_fields import MAX_ROWS, Choice, Field, Flag, Number, Values
-from exporter.model.families.family import Family
+from exporter.model.families.config_fields import Field, Values
+from exporter.model.families.family import AtMost, Family
+from exporter.model.families.llava_fields import TileSizes
 from exporter.model.families.names import Names
 from exporter.model.families.parts import text as texts
 from exporter.model.families.parts import vision as towers
 from exporter.model.families.parts.part import (
-    ACTIVATIONS,
     Parts,
     Shapes,
     TinyProcessor,
@@ -25,26 +24,6 @@ from exporter.model.families.parts.part import (
     size_of,
 )
 
-
-@dataclass(frozen=True)
-class Layers:
-    """The key that selects the ViT layers whose outputs are used: an integer, or a list of integers."""
-
-    default: int = -2
-    key: str = "vision_feature_layer"
-
-    def of(self, values: Mapping[str, Any]) -> Any:
-        """The value in `values`, or the default."""
-        return values.get(self.key, self.default)
-
-    def problem(self, value: Any) -> str | None:
-        """Why `value` does not select layers, or None."""
-        listed = value if isinstance(value, list) else [value]
-        if listed and all(type(layer) is int for layer in listed):
-            return None
-        return f"expected an integer or a list of integers, got {kind(value)}"
-
-
 TOWERS = {
     "clip_vision_model": towers.CLIP,
     "siglip_vision_model": towers.SIGLIP,
@@ -53,18 +32,6 @@ TOWERS = {
 TEXTS = {"llama": texts.LLAMA, "mistral": texts.MISTRAL, "qwen2": texts.QWEN2, "qwen3": texts.QWEN3}
 TYPICAL = (480, 640)  # height and width in pixels of a picture for which memory is predicted
 WIDTH_STEP = 64  # vLLM's siglip.py builds a feed-forward in 16 bits unless this divides both of its widths
-
-
-def fields(layer: int, strategy: str, image_token: int) -> tuple[Field, ...]:
-    """Fields of config.json's top level, with the defaults of one class."""
-    return (
-        Layers(layer),
-        Choice("vision_feature_select_strategy", strategy, ("default", "full")),
-        Flag("tie_word_embeddings", False),
-        Number("image_token_index", image_token, least=0, most=MAX_ROWS),
-        Flag("multimodal_projector_bias", True),
-        Choice("projector_hidden_act", "gelu", ACTIVATIONS),
-    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +55,7 @@ class Tower:
             "assemble": self.components,
             "names": lambda config: Names(self.rows(config), self.also(config)),
             "shapes": self.shapes,
-            "fields": self.fields,
+            "fields": (*self.fields, *((TileSizes(self.pinpoints),) if self.pinpoints else ())),
             "misfits": self.misfits,
             "question_prompt": "{question}\nAnswer the question using a single word or phrase.",
             "caption_prompt": "Provide a one-sentence caption for the provided image.",
@@ -99,6 +66,7 @@ class Tower:
             "vocabulary": field_of(self.parts, "text_config", "vocab_size"),
             "pixels": self.pixels,
             "processor_fields": self.processor_fields,
+            "shared_settings": self.shared_settings,
             "tied": {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"},
         }
         return Family(**(shared | declared))
@@ -115,6 +83,10 @@ class Tower:
         values = {"vision_config": sizes["vision_config"], **sizes[""]}
         if self.pinpoints and self.features(values) != self.patches(values):
             absent.append("vision_feature_select_strategy: it must leave exactly the patches of a tile")
+        side = sizes["vision_config"]["image_size"]
+        for size in sizes[""][TileSizes.key] if self.pinpoints else ():
+            if size[0] % side or size[1] % side:
+                absent.append(f"{TileSizes.key}: {size}, but tiles of {side} pixels do not fill it")
         return absent + ([] if self.text_ties else ignored_tie(sizes))
 
     def shapes(self, sizes: Mapping[str, Values]) -> Shapes:
@@ -189,7 +161,7 @@ class Tower:
             area = min(int(height * scale) * int(width * scale), height * width)
             return area, -(point[0] * point[1] - area)
 
-        rows, columns = max(config.get("image_grid_pinpoints") or self.pinpoints, key=kept)
+        rows, columns = max(TileSizes(self.pinpoints).of(config), key=kept)
         return max(1, rows // side), max(1, columns // side)
 
     def image_tokens(self, config: Mapping[str, Any]) -> int:
@@ -256,6 +228,13 @@ class Tower:
             "num_additional_image_tokens": self.class_tokens(config),
             "vision_feature_select_strategy": self.top(config, "vision_feature_select_strategy"),
         }
+
+    def shared_settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the processor that decide the vectors of one picture of any size."""
+        if self.any_size(config):  # the tower has no positions for larger pictures
+            sides = (f"image_processor.size.{name}" for name in ("longest_edge", "height", "width"))
+            return dict.fromkeys(sides, AtMost(self.size(config, "image_size"))) | {"spatial_merge_size": 1}
+        return {f"image_processor.{TileSizes.key}": TileSizes(self.pinpoints).of(config)} if self.pinpoints else {}
 
     def tiny_processor(self, config: Mapping[str, Any], library: str, pictures: str) -> TinyProcessor:
         """A processor of pictures of the tower's size, also for Pixtral, whose own processor needs torchvision."""

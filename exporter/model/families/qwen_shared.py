@@ -81,6 +81,7 @@ class Qwen:
             "positions": field_of(self.parts, "text_config", "max_position_embeddings"),
             "vocabulary": field_of(self.parts, "text_config", "vocab_size"),
             "pixels": self.pixels,
+            "shared_settings": self.shared_settings,
             "tied": {"lm_head.weight": f"{self.words}.embed_tokens.weight"},
         }
         return Family(**(shared | declared))
@@ -106,6 +107,12 @@ class Qwen:
             * self.vision(config, "temporal_patch_size")
             * self.vision(config, "patch_size") ** 2,
         )
+
+    def shared_settings(self, config: Config) -> dict[str, Any]:
+        """Settings of the image processor: how it cuts pictures into patches, and groups them."""
+        keys = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+        keys["merge_size"] = "spatial_merge_size"
+        return {f"image_processor.{own}": self.vision(config, key) for own, key in keys.items()}
 
     def tied(self, config: Config) -> bool:
         """Whether the head shares the embedding's tensor."""

@@ -32,7 +32,7 @@ _STACK = Stack(
 
 
 def _opt(values: Values) -> Shapes:
-    width, feeds, embedded = values["hidden_size"], values["ffn_dim"], values["word_embed_proj_dim"]
+    width, feeds = values["hidden_size"], values["ffn_dim"]
     bias, learned = values["enable_bias"], values["layer_norm_elementwise_affine"]
 
     def affine(name: str) -> Shapes:
@@ -44,11 +44,9 @@ def _opt(values: Values) -> Shapes:
     block |= affine("self_attn_layer_norm") | linear("fc1", feeds, width, bias)
     block |= linear("fc2", width, feeds, bias) | affine("final_layer_norm")
     tensors: Shapes = {
-        "embed_tokens.weight": (values["vocab_size"], embedded),
+        "embed_tokens.weight": (values["vocab_size"], width),
         "embed_positions.weight": (values["max_position_embeddings"] + 2, width),  # OPT's positions start at 2
     }
-    if embedded != width:
-        tensors |= linear("project_out", embedded, width, False) | linear("project_in", width, embedded, False)
     if values["do_layer_norm_before"] and not values["_remove_final_layer_norm"]:
         tensors |= affine("final_layer_norm")
     return tensors | blocks("layers", values["num_hidden_layers"], block)

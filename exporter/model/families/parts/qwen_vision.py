@@ -36,6 +36,7 @@ def _plain(first: str, second: str) -> Stack:
     )
 
 
+_WINDOW = Number("window_size", 112, most=2**14)  # side in pixels of the squares in which most blocks attend
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _GATED = replace(
     _plain("", "mlp.down_proj"),
@@ -79,13 +80,23 @@ def _fields(width: int, act: str, patch: int, count: int = 32) -> tuple[Field, .
 
 
 def _misfits(width: str) -> Any:
-    """A check that the heads divide the field `width`."""
+    """A check that the heads divide the field `width` into heads whose quarters rotate with row and column."""
 
     def check(values: Values) -> list[str]:
         size, heads = values[width], values["num_heads"]
-        return [f"num_heads: {heads} does not divide {width} {size}"] if size % heads else []
+        if size % heads:
+            return [f"num_heads: {heads} does not divide {width} {size}"]
+        odd = f"num_heads: {heads} makes heads of {size // heads} values, which must be a multiple of 4"
+        return [odd] if size // heads % 4 else []
 
     return check
+
+
+def _window_misfits(values: Values) -> list[str]:
+    """`_misfits` of the width, and a problem when a window holds no square of merged patches."""
+    square, window = values["patch_size"] * values["spatial_merge_size"], values["window_size"]
+    small = [f"window_size: {window} is less than patch_size x spatial_merge_size, {square}"] if window < square else []
+    return [*_misfits("hidden_size")(values), *small]
 
 
 def _tap_misfits(values: Values) -> list[str]:
@@ -152,10 +163,10 @@ QWEN2 = Part(
     {"model_type": "qwen2_vl_vision", **_TINY, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 2},
 )
 QWEN25 = Part(
-    (*_fields(3584, "silu", 14), Number("intermediate_size", 3420), Number("out_hidden_size", 3584)),
+    (*_fields(3584, "silu", 14), Number("intermediate_size", 3420), Number("out_hidden_size", 3584), _WINDOW),
     _qwen25,
     _GATED,
-    _misfits("hidden_size"),
+    _window_misfits,
     {
         "model_type": "qwen2_5_vl_vision",
         **_TINY,

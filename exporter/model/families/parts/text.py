@@ -113,7 +113,21 @@ def _misfits(values: Values) -> list[str]:
     count = values["num_hidden_layers"]
     problems += pad_misfit(values)
     wrong_count = bool(kinds) and len(kinds) != count
-    return problems + ([f"layer_types: {len(kinds)} entries for {count} blocks"] if wrong_count else [])
+    problems += [f"layer_types: {len(kinds)} entries for {count} blocks"] if wrong_count else []
+    return problems + _kinds_misfits(values)
+
+
+def _kinds_misfits(values: Values) -> list[str]:
+    """A problem when blocks are to have a window and the text model has none, or has it in all blocks."""
+    named = set(values["layer_types"] or ())
+    window = values.get("sliding_window", MAX_ROWS) < MAX_ROWS
+    if "use_sliding_window" in values:  # the Qwens, which read the kinds
+        given = window and values["use_sliding_window"]
+        needs = "sliding_attention needs `use_sliding_window: true` and a number as `sliding_window`"
+        return [f"layer_types: {needs}"] if "sliding_attention" in named and not given else []
+    only = "sliding_attention" if window else "full_attention"
+    ignored = "transformers ignores it for this text model, and vLLM does not"
+    return [f"layer_types: every block has {only}, and {ignored}: remove it"] if named - {only} else []
 
 
 def _decoder(values: Values, query_bias: bool, output_bias: bool, mlp_bias: bool, head_norms: bool) -> Shapes:

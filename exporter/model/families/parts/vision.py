@@ -136,6 +136,13 @@ def _blip2(values: Values) -> Shapes:
     return embeddings | encoder | norm("post_layernorm", width)
 
 
+def _pixtral_misfits(values: Values) -> list[str]:
+    """`_misfits`, and a problem when a head has no values to rotate with both row and column."""
+    width = values["hidden_size"] // values["num_attention_heads"]
+    odd = f"num_attention_heads: heads of {width} values, but the width must be even and at least 4"
+    return _misfits(values) or ([odd] if width < 4 or width % 2 else [])
+
+
 _CHANNELS = Number("num_channels", 3, most=64)
 
 
@@ -193,7 +200,7 @@ PIXTRAL = Part(
     (*_fields(1024, 4096, 24, 16, 1024, 16, "gelu"), _CHANNELS),
     _pixtral,
     _PIXTRAL,
-    _misfits,
+    _pixtral_misfits,
     {"model_type": "pixtral", **_TINY, "hidden_act": "gelu"},
     {"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
 )
