@@ -3,9 +3,11 @@
 It imports little, because every child process of a mutant's tests imports it (`in_children/sitecustomize.py`).
 """
 
+import ast
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import linecache
 import os
 import sys
 from pathlib import Path
@@ -56,5 +58,7 @@ def load_from_environment() -> None:
 def _install(module: str, number: int) -> None:
     path = PACKAGE / f"{module}.py"
     name = "exporter." + module.removesuffix("/__init__").replace("/", ".")
-    code = compile(mutated(path.read_text(encoding="utf-8"), number), str(path), "exec")
-    sys.meta_path.insert(0, _Changed(name, path, code))
+    text = ast.unparse(mutated(path.read_text(encoding="utf-8"), number))
+    # Triton compiles kernels from the source that `inspect` finds here; an entry without a time is not read again
+    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+    sys.meta_path.insert(0, _Changed(name, path, compile(text, str(path), "exec")))
