@@ -39,6 +39,7 @@ BOUNDS = {  # pattern of a line whose numbers no test can detect: why
     re.compile(r"= Rates\(|^(SEARCH_FACTOR|ANSWER_SHARE|CHECKED_SHARE|IMPORTS|BLOCK|PICTURE) = "): (
         "factors of predicted durations, fitted to measurements of some devices"
     ),
+    re.compile(r"^VERSION = "): "another number only makes other fingerprints",
     re.compile(r"^\w*SECONDS = |\btimeout="): "time limits and intervals only need to be long enough on a busy machine",
     re.compile(r"\bField\(.*\b(le|lt|max_length)="): "limits on options and files are far beyond all sensible values",
 }
@@ -58,6 +59,9 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("if number > 2 * MOST_VALUES:", "Gt becomes GtE"): "it bounds memory; the exact limit follows in `_check`",
     ("or scheme.group_size < 1):", "1 becomes 2"): "no recipe makes groups of one column",
     ("concurrent: int = 16", "16 becomes 32"): "the number of open requests does not change the answers",
+    ("_row_errors(weight, hessian, *full, scheme)", "Lt becomes LtE"): "of ranges with the same error either is right",
+    ("(column > n) & (column < columns), other=0.0)", "Gt becomes GtE"): "a column that is rounded is not read again",
+    ("(column > n) & (column < columns), other=0.0)", "Lt becomes LtE"): "a column beyond the last is not stored",
     ('"qkv_bias": True', "True becomes False"): "configuration of a tiny model for tests",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }

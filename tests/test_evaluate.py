@@ -21,7 +21,7 @@ from exporter.evaluation.answers import ABOUT, Backend, Store
 from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
-from exporter.evaluation.report_file import Counts, Report, ServingRecord, read_report, write_report
+from exporter.evaluation.report_file import Counts, GateResult, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.evaluation.statistics import Difference, samples_to_exclude
 from exporter.events import ignore
@@ -155,6 +155,11 @@ def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
     raise_unless_accepted(passed, Path("out"))
     with pytest.raises(GateFailed, match="1 of 1 gates failed"):
         raise_unless_accepted(failed, Path("out"))
+
+
+def test_a_gate_without_samples_says_so() -> None:
+    gate = GateResult(task="vqa", metric="accuracy", max_drop=0.1, decide="upper", verdict="not measured")
+    assert sentence(gate) == "vqa accuracy: not measured, the evaluation has no samples of this task"
 
 
 def test_a_baseline_of_zero_is_not_comparable() -> None:

@@ -94,13 +94,16 @@ def test_the_column_loops_equal_rounding_each_column_by_itself(scheme: Scheme, e
     assert not torch.equal(after, before)
 
 
-def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_columns() -> None:
-    weight, statistics = correlated(300, 100)
-    statistics.hessian *= torch.linspace(0.1, 3, 100).outer(torch.linspace(0.1, 3, 100))  # later columns count more
+@pytest.mark.parametrize("columns", [32, 100])  # two groups, and several with a short one
+def test_scales_in_the_loop_are_searched_with_the_importance_of_their_own_columns(columns: int) -> None:
+    weight, statistics = correlated(300, columns)
+    statistics.hessian *= torch.linspace(0.1, 3, columns).outer(
+        torch.linspace(0.1, 3, columns)
+    )  # later columns count more
     scheme = Scheme(3, 16)
     options = Options(block=24, scales="in_loop", order="none", descent=0)
     actual, _ = gptq.quantize_linear(weight, statistics, scheme, options, torch.float16)
-    order = torch.arange(100)
+    order = torch.arange(columns)
     upper, _ = inverse_factor(statistics.hessian, 0.01)
     assert upper is not None
     parts = iter(importance(statistics.hessian, upper, 0.01, order).split(16))
