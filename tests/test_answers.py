@@ -124,8 +124,13 @@ def test_a_damaged_file_loses_only_its_batch(content: str, tmp_path: Path) -> No
     assert len(files) == 2
     files[0].write_text(content)
     rest, notes = Counting(), list[Event]()
+
+    def listen(event: Event) -> None:
+        notes.append(event)
+        assert event.stage != "note" or not files[0].exists()
+
     pictures = {"vqa": [image_key(s.image()) for s in samples["vqa"]]}
-    assert collect_answers(rest.model(), samples, pictures, Store(tmp_path), notes.append) == whole
+    assert collect_answers(rest.model(), samples, pictures, Store(tmp_path), listen) == whole
     assert len(rest.answered) == 3
     assert [event.message for event in notes if event.stage == "note"] == [
         f"{files[0]} was damaged and is deleted: its samples run again"
