@@ -78,7 +78,7 @@ def test_bits_change_every_rule_of_a_component_and_the_description() -> None:
         ("llava-w4-vit8", {"bits": {"vision": 9}}, r"\(vision\), bits: 9: bits must be 2 to 8, or 16", ""),
         ("llava-w4-vit8", {"group_size": 100}, "group_size must be a multiple of 8", ""),
         ("llava-w8", {"group_size": 64}, "no rule of recipe 'llava-w8' has groups", "COMPONENT=64, with one of vision"),
-        ("llava-w4-vit8a8", {"bits": {"vision": 4}}, "activations need bits: 8", ""),
+        ("llava-w4a8-vitfp8-cache8", {"bits": {"language": 3}}, "activations: fp8 needs number: fp8, or bits: 4", ""),
     ],
 )
 def test_impossible_overrides_say_what_is_allowed(name: str, options: dict[str, Any], message: str, hint: str) -> None:
