@@ -117,7 +117,7 @@ def test_an_allowed_other_baseline_is_named_in_report_and_card(artifact: Path, t
     summary = read_place(str(artifact))
     assert summary.other_baseline == "damaged, not demo-llava"
     assert collect(summary, {})["other_baseline"] == summary.other_baseline
-    card = render("me/x", summary, CardDeclarations(), (), "", ())
+    card = render("me/x", summary, CardDeclarations(), (), "")
     assert "**another model than the source**: damaged, not demo-llava" in card
     done = CliRunner().invoke(cli, ["report", str(artifact), "--out", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output

@@ -87,7 +87,7 @@ def test_files_without_answers_are_refused(tmp_path: Path, content: Any, fragmen
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_data_sets_are_described(name: str) -> None:
     listed = json.loads(run("datasets", "--json").stdout)
-    assert [entry["name"] for entry in listed] == list(CONVENTIONS)
+    assert [entry["name"] for entry in listed][: len(CONVENTIONS)] == list(CONVENTIONS)
     text = " ".join(run("datasets", name).stdout.split())
     assert CONVENTIONS[name].license.split(";")[0][:30] in text
     assert name in run("datasets").stdout
