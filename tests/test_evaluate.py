@@ -150,6 +150,11 @@ def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
             GateNotResolved, match=r"1 of 1 gates are not resolved\n  vqa accuracy: not resolved with 100"
         ):
             raise_unless_accepted(report, Path("out"))
+    with pytest.raises(GateNotResolved) as caught:
+        raise_unless_accepted(within["upper"], Path("my out"))
+    needed = within["upper"].gates[0].samples_needed
+    assert needed is not None
+    assert f"`mmq evaluate 'my out' --eval-samples {rounded_up(needed)}` runs" in (caught.value.hint or "")
     failed, passed = crafted(0, 90, 100, decide="point"), crafted(0, 0, 100, decide="point")
     assert (failed.verdict, passed.verdict) == ("failed", "passed")
     raise_unless_accepted(passed, Path("out"))

@@ -44,8 +44,10 @@ from exporter.commands.study import study
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import EXIT_CODES, Interrupted
 
+# The line after \b is not wrapped, so that it can be pasted.
 COMPLETION = (
-    'Completion of commands and options in bash: eval "$(_MMQ_COMPLETE=bash_source mmq)" (zsh_source, fish_source).'
+    "Completion of commands and options in bash (zsh_source and fish_source for other shells):\n\n"
+    '\b\n  eval "$(_MMQ_COMPLETE=bash_source mmq)"'
 )
 EPILOG = f"{COMPLETION}\n\nExit codes: {', '.join(f'{code} {name}' for code, (name, _, _) in EXIT_CODES.items())}."
 

@@ -1,7 +1,8 @@
 """Evaluate baseline and artifact on the same samples: scores of both, measures, gates and changed answers."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
 from exporter.evaluation.evaluation_record import Bootstrap, EvaluationRecord
-from exporter.evaluation.gate_text import accepted, sentence
+from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import (
     REPORT,
     AnswerPair,
+    GateResult,
     MetricScores,
     Report,
     TaskScores,
@@ -222,14 +224,19 @@ def raise_unless_accepted(report: Report, where: Path) -> None:
     if "not comparable" in verdicts:
         hint = "check some answers of the full-precision model by hand"
         raise GateFailed(f"{count} could not be decided\n{lines}", hint)
-    raise GateNotResolved(f"{count} are not resolved\n{lines}", _resolution_hint(verdicts))
+    raise GateNotResolved(f"{count} are not resolved\n{lines}", _resolution_hint(open_gates, where))
 
 
-def _resolution_hint(verdicts: Collection[str]) -> str:
-    """Hint for gates that neither passed nor failed."""
-    samples = (
-        "`mmq evaluate --eval-samples N` runs only the additional samples; `decide: point` in the recipe's gate "
-        "decides by the measured change"
-    )
-    data = "`mmq evaluate --data SOURCE` measures the gates on data with samples of these tasks"
-    return "; ".join([samples] * ("not resolved" in verdicts) + [data] * ("not measured" in verdicts))
+def _resolution_hint(gates: Sequence[GateResult], where: Path) -> str:
+    """Hint for gates that neither passed nor failed: the command that resolves them, where more samples can."""
+    command, hints = f"mmq evaluate {shlex.quote(str(where))}", []
+    verdicts = {gate.verdict for gate in gates}
+    open_counts = [gate.samples_needed for gate in gates if gate.verdict == "not resolved"]
+    needed = [rounded_up(count) for count in open_counts if count is not None]
+    if needed:
+        hints.append(f"`{command} --eval-samples {max(needed)}` runs only the additional samples")
+    if "not resolved" in verdicts:
+        hints.append("`decide: point` in the recipe's gate decides by the measured change")
+    if "not measured" in verdicts:
+        hints.append(f"`{command} --data SOURCE` measures the gates on data with samples of these tasks")
+    return "; ".join(hints)
