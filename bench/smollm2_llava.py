@@ -31,8 +31,7 @@ from bench.smollm2_model import (
 )
 from bench.smollm2_rows import LEARNED, UNSEEN, novels, prose_rows
 from bench.smollm2_train import Clock, half, packed_scenes, pictures, train_language, train_tower
-from exporter.demo.scenes import SIDE
-from tools.demo_training.folder import MEAN, PATCH, STD, hub_tensors, write_json
+from tools.demo_training.folder import hub_tensors, write_json, write_processor
 
 PROSE_TOKENS = 256  # of a row in training; twice as many when measuring
 PARTS = 2  # files of the trained tensors, each below 16 MB
@@ -134,14 +133,7 @@ def save(model: Any, settings: dict[str, Any], tokenizer: Any, out: Path) -> Non
     write_json(out / "tokenizer_config.json", {**special, **more, "processor_class": "LlavaProcessor"})
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     write_json(out / "generation_config.json", {**ends, "do_sample": False, "max_new_tokens": 96})
-    pictures_of = {"do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3, "do_center_crop": True}
-    pictures_of |= {"crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255}
-    pictures_of |= {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_convert_rgb": True}
-    pictures_of |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
-    write_json(out / "preprocessor_config.json", pictures_of)
-    processor = {"processor_class": "LlavaProcessor", "patch_size": PATCH, "image_token": "<image>"}
-    processor |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    write_json(out / "processor_config.json", processor)
+    write_processor(out)
     (out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 

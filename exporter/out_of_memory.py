@@ -2,13 +2,14 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError
 
 from exporter.device import Device, free_bytes, free_host_bytes
-from exporter.errors import MemoryShortage
+from exporter.errors import MemoryShortage, MmqError
 
 GIB = 2**30
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -36,6 +37,20 @@ def shortage_behind(error: BaseException) -> BaseException | None:
         visited.add(id(current))
         current = current.__cause__ or current.__context__
     return None
+
+
+def keeping_shortage(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a worker process; MemoryError when one of mmq's errors replaced a lack of memory.
+
+    An error that is sent to another process loses the error that it replaced.
+    """
+    try:
+        return function(*arguments)
+    except MmqError as error:
+        cause = shortage_behind(error)
+        if cause is None:
+            raise
+        raise MemoryError(str(cause)) from None
 
 
 def _reports_shortage(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Samples as one file: a zip archive of their texts in JSON and of every picture once as PNG, without loss."""
 
+import hashlib
 import io
 import json
 import threading
@@ -20,17 +21,18 @@ _PLAIN = tuple(field.name for field in fields(Sample) if field.name not in ("ima
 
 def pack_samples(groups: Mapping[str, Sequence[Sample]], path: Path) -> None:
     """Write named groups of samples."""
-    pictures: dict[tuple[tuple[int, int], bytes], int] = {}
+    pictures: dict[tuple[tuple[int, int], bytes], int] = {}  # (size, sha256 of the pixels) -> number
 
     def described(sample: Sample) -> dict[str, Any]:
         image = sample.image()
         assert image.mode == "RGB"
-        number = pictures.setdefault((image.size, image.tobytes()), len(pictures))
-        if number == len(pictures) - 1 and f"{number}.png" not in archive.NameToInfo:
+        key = (image.size, hashlib.sha256(image.tobytes()).digest())
+        if key not in pictures:
+            pictures[key] = len(pictures)
             buffer = io.BytesIO()
             image.save(buffer, "PNG", compress_level=1)
-            archive.writestr(f"{number}.png", buffer.getvalue())
-        return {name: getattr(sample, name) for name in _PLAIN} | {"picture": number}
+            archive.writestr(f"{pictures[key]}.png", buffer.getvalue())
+        return {name: getattr(sample, name) for name in _PLAIN} | {"picture": pictures[key]}
 
     pools: dict[int, tuple[int, Pool]] = {}
     with zipfile.ZipFile(path, "w") as archive:

@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.distribution import install_extra
 from exporter.errors import DataError, MmqError
-from exporter.out_of_memory import shortage_behind
+from exporter.out_of_memory import keeping_shortage
 
 _HINT = "`ray start --head` starts a cluster; if it requires a token, set RAY_AUTH_TOKEN to the cluster's token"
 
@@ -93,17 +93,3 @@ def ray_cluster(address: str | None, gpus: float = 0) -> Iterator[RayCluster]:
     finally:
         if started:
             ray.shutdown()
-
-
-def keeping_shortage(function: Function, *arguments: Any) -> Any:
-    """Run a task in a worker; MemoryError when one of mmq's errors replaced a lack of memory.
-
-    An error that is sent to another process loses the error that it replaced.
-    """
-    try:
-        return function(*arguments)
-    except MmqError as error:
-        cause = shortage_behind(error)
-        if cause is None:
-            raise
-        raise MemoryError(str(cause)) from None

@@ -19,6 +19,7 @@ from exporter.files.writing import disk_error
 
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.yaml")  # files that mmq reads from a model
 PIECE = 64 * 2**20  # bytes of one object
+MODEL, ADAPTER, SAMPLES = "model", "adapter", "samples.zip"  # names below a machine's folder
 
 Put = Callable[[Any], Any]  # a value -> its reference
 
@@ -44,6 +45,17 @@ def folder_files(folder: Path, below: str) -> dict[str, Path]:
     """The files of a model's or an artifact's folder, by their names on the workers; links are followed."""
     paths = (path for pattern in PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file())
     return {f"{below}/{path.name}": path for path in paths}
+
+
+def model_files(folder: Path, adapter: str | None) -> dict[str, Path]:
+    """The files of a model and of its adapter, by their names on the workers."""
+    files = folder_files(folder, MODEL)
+    return files | folder_files(Path(adapter).expanduser(), ADAPTER) if adapter else files
+
+
+def received_adapter(folder: Path, adapter: str | None) -> str | None:
+    """The adapter's place below a machine's folder; None for a model without one."""
+    return str(folder / ADAPTER) if adapter else None
 
 
 def _pieces(path: Path, put: Put) -> tuple[Any, ...]:

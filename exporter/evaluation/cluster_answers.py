@@ -14,7 +14,17 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.cluster.packed_samples import pack_samples, packed_groups
 from exporter.cluster.ray_cluster import RayCluster
-from exporter.cluster.shipment import Shipment, folder_files, received, remove_received, shipped
+from exporter.cluster.shipment import (
+    MODEL,
+    SAMPLES,
+    Shipment,
+    folder_files,
+    model_files,
+    received,
+    received_adapter,
+    remove_received,
+    shipped,
+)
 from exporter.device import Device, choose
 from exporter.errors import DataError
 from exporter.evaluation.answers import Answerer, Backend, digest
@@ -26,7 +36,7 @@ from exporter.planning.prompts import by_recipe
 from exporter.planning.recipe import Recipe
 from exporter.tasks.sample import Sample, task_of
 
-SOURCE_FOLDER, ARTIFACT_FOLDER, ADAPTER, SAMPLES = "model", "artifact", "adapter", "samples.zip"
+ARTIFACT = "artifact"  # name below a machine's folder
 GROUP = "samples"
 
 
@@ -49,9 +59,7 @@ def cluster_answerers(
     """Answerers of source and artifact whose batches run on the machines of a cluster."""
     opened = Artifact.open(artifact)
     family, batch = by_recipe(opened.family, recipe), recipe.evaluation.batch
-    files = folder_files(checkpoint.folder, SOURCE_FOLDER) | folder_files(artifact, ARTIFACT_FOLDER)
-    if recipe.model.adapter:
-        files |= folder_files(Path(recipe.model.adapter).expanduser(), ADAPTER)
+    files = model_files(checkpoint.folder, recipe.model.adapter) | folder_files(artifact, ARTIFACT)
 
     @contextmanager
     def backend(answerer: Answerer, second: bool) -> Iterator[Backend]:
@@ -144,9 +152,9 @@ _OPENED = _OpenedModel()
 
 def _answerer(folder: Path, model: RemoteModel) -> Answerer:
     recipe = Recipe.model_validate_json(model.recipe)
-    adapter = str(folder / ADAPTER) if recipe.model.adapter else None
-    checkpoint, _ = open_source(str(folder / SOURCE_FOLDER), dtype=recipe.model.dtype, adapter=adapter)
+    adapter = received_adapter(folder, recipe.model.adapter)
+    checkpoint, _ = open_source(str(folder / MODEL), dtype=recipe.model.dtype, adapter=adapter)
     device = choose(model.device)
-    opened = Artifact.open(folder / ARTIFACT_FOLDER, device.torch_device)
+    opened = Artifact.open(folder / ARTIFACT, device.torch_device)
     family = by_recipe(opened.family, recipe)
     return local_answerers(checkpoint, opened, device, recipe.evaluation.batch, family=family)[model.second]

@@ -31,8 +31,7 @@ LEAST_POWER = -100  # the smallest power of two that is used as a scale; far bel
 class FloatGrid:
     """A set of numbers. All functions are elementwise.
 
-    largest: the largest number. fraction: bits of fraction. least: the smallest
-    positive number. round: f32 numbers,
+    largest: the largest number. fraction: bits of fraction. least: the smallest positive number. round: f32 numbers,
     rounded to the nearest of the set (ties to even), and clipped. encode: f32 numbers of the set to codes, uint8;
     decode: the inverse.
     """

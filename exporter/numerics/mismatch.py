@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from exporter.lazy_torch import torch
 from exporter.numerics.hessian import add_rows, times
+from exporter.numerics.inverse_cholesky import slices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ class Mismatch:
     def shift(self, weight: Tensor, upper: Tensor) -> Tensor:
         """`W C (H + damping)^-1` of `weight` f32 `[out, in]`. upper: U with `U^T U = (H + damping)^-1`, `[in, in]`."""
         shift = torch.empty_like(weight)
-        for part in _parts(weight):
+        for part in slices(len(weight), PIECE):
             shift[part] = ((weight[part] @ self.moment) @ upper.T) @ upper
         return shift
 
@@ -48,7 +49,7 @@ def fitting_share(weight: Tensor, shift: Tensor, pairs: Iterable[tuple[Tensor, T
     along = length = 0.0
     for full, rows, weights in pairs:
         differences = full - rows
-        for part in _parts(weight):
+        for part in slices(len(weight), PIECE):
             sums = _sums(_outputs(rows, shift[part]), _outputs(differences, weight[part]), weights)
             along, length = along + sums[0], length + sums[1]
     return min(1.0, max(0.0, along / length)) if length > 0 else 0.0
@@ -58,11 +59,6 @@ def _sums(moved: Tensor, missing: Tensor, weights: Tensor | None) -> tuple[float
     """Weighted sums of `missing * moved` and of `moved^2`, which are overwritten."""
     counts = 1.0 if weights is None else weights.unsqueeze(1)
     return float(missing.mul_(moved).mul_(counts).sum()), float(moved.square_().mul_(counts).sum())
-
-
-def _parts(weight: Tensor) -> list[slice]:
-    """Slices of at most `PIECE` rows."""
-    return [slice(start, start + PIECE) for start in range(0, len(weight), PIECE)]
 
 
 def _outputs(rows: Tensor, weight: Tensor) -> Tensor:

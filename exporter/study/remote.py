@@ -14,7 +14,16 @@ from typing import Any
 
 from exporter.cluster.packed_samples import pack_samples
 from exporter.cluster.ray_cluster import Call, Function, RayCluster, ray_cluster
-from exporter.cluster.shipment import Shipment, folder_files, received, remove_received, shipped
+from exporter.cluster.shipment import (
+    MODEL,
+    SAMPLES,
+    Shipment,
+    model_files,
+    received,
+    received_adapter,
+    remove_received,
+    shipped,
+)
 from exporter.evaluation.answers import digest
 from exporter.files.writing import atomic, make_folder
 from exporter.planning.recipe import Recipe
@@ -32,7 +41,7 @@ from exporter.study.work import (
     study_training,
 )
 
-STUDY, MODEL, ADAPTER, SAMPLES = "study", "model", "adapter", "samples.zip"  # below a machine's folder
+STUDY = "study"  # name below a machine's folder
 UNITS = f"{STUDY}/units"
 
 
@@ -89,9 +98,7 @@ class _Jobs:
         """Model, adapter and samples of a study."""
         if (setup, keys) not in self._shipments:
             model = open_model(setup, keys.source)
-            files = folder_files(model.checkpoint.folder, MODEL)
-            if model.recipe.model.adapter:
-                files |= folder_files(Path(model.recipe.model.adapter).expanduser(), ADAPTER)
+            files = model_files(model.checkpoint.folder, model.recipe.model.adapter)
             with tempfile.TemporaryDirectory(prefix="mmq-ray-") as folder:
                 packed = Path(folder) / SAMPLES
                 pack_samples({CALIBRATION: study_training(setup, model), **exam_samples(setup)}, packed)
@@ -123,7 +130,7 @@ def run_received(
 def _here(setup: Setup, folder: Path) -> Setup:
     """The setup with the folders of this machine."""
     recipe = Recipe.model_validate_json(setup.recipe)
-    adapter = str(folder / ADAPTER) if recipe.model.adapter else None
+    adapter = received_adapter(folder, recipe.model.adapter)
     model = recipe.model.model_copy(update={"repo": str(folder / MODEL), "revision": None, "adapter": adapter})
     return replace(
         setup,

@@ -128,13 +128,8 @@ def write_generation(out: Path) -> None:
     write_json(out / "generation_config.json", {**tokens, "do_sample": False, "max_new_tokens": 64})
 
 
-def save(model: torch.nn.Module, settings: dict[str, Any], out: Path) -> None:
-    """Write the complete folder that transformers and vLLM load."""
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(hub_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
-    write_json(out / "config.json", settings)
-    write_generation(out)
-    write_tokenizer(out, "LlavaProcessor")
+def write_processor(out: Path) -> None:
+    """preprocessor_config.json and processor_config.json of a LLaVA with this tower's pictures."""
     pictures = {"do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3, "do_center_crop": True}
     pictures |= {"crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255}
     pictures |= {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_convert_rgb": True}
@@ -143,6 +138,16 @@ def save(model: torch.nn.Module, settings: dict[str, Any], out: Path) -> None:
     processor = {"processor_class": "LlavaProcessor", "patch_size": PATCH, "image_token": "<image>"}
     processor |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     write_json(out / "processor_config.json", processor)
+
+
+def save(model: torch.nn.Module, settings: dict[str, Any], out: Path) -> None:
+    """Write the complete folder that transformers and vLLM load."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(hub_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
+    write_json(out / "config.json", settings)
+    write_generation(out)
+    write_tokenizer(out, "LlavaProcessor")
+    write_processor(out)
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
