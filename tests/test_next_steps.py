@@ -96,6 +96,34 @@ def texts_of(path: Path) -> list[str]:
     return [node.value for node in constants if isinstance(node.value, str)]
 
 
+def commands_of(path: Path) -> list[str]:
+    """The commands of mmq between backticks in the texts of a module; {} stands for a value that is filled in."""
+    texts = texts_of(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values))  # type: ignore[misc]
+    return [command for text in texts for command in re.findall(r"`(mmq [^`]*)`", text)]
+
+
+def test_no_hint_has_a_command_with_a_placeholder() -> None:
+    """Only the user knows SOURCE, the place of the test data; COMMAND is the one that was wrong."""
+    named = {path: commands_of(path) for path in sorted((ROOT / "exporter").rglob("*.py"))}
+    assert sum(map(len, named.values())) > 20
+    words = [(path.name, word) for path, commands in named.items() for text in commands for word in text.split()]
+    assert {pair for pair in words if re.fullmatch(r"[A-Z]{3,}", pair[1])} == {
+        ("errors.py", "COMMAND"),
+        ("proof.py", "SOURCE"),
+    }
+
+
+def test_a_hint_starts_with_the_program_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(a_program(tmp_path / ".venv" / "bin"))])
+    monkeypatch.setenv("PATH", "/nowhere")
+    shown = CliRunner().invoke(main.cli, ["plan", "--recipe", "llava-w9", "--model", "demo-llava"]).stderr
+    assert "`.venv/bin/mmq recipes` describes them" in shown
+
+
 def test_no_message_names_a_file_that_a_wheel_lacks() -> None:
     paths = sorted((ROOT / "exporter").rglob("*.py"))
     named = {

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import capability
 from exporter.errors import ServeError
+from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import head_size
 from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
+from exporter.serving.other_recipes import recipe_hint, served_recipes
 from exporter.serving.preflight import refuse_processor
 from exporter.serving.vllm_engine import ending, free_port
 from tests.children import running_command
@@ -139,10 +143,43 @@ def test_16_bits_and_8_bits_are_served_without_avx_512(
 ) -> None:
     processor(tmp_path, monkeypatch, "sse2 avx2")
     assert "AVX-512" not in serve(DEMO, "--vllm", vllm).stderr
-    program = Program(vllm, "0.32.0+cpu", cpu=True)
-    refuse_processor(program, [None, Scheme(8, "row", True, activations="int8")])
-    with pytest.raises(ServeError, match="needs AVX-512"):
-        refuse_processor(program, [None, Scheme(4, 128, True)])
+    program, recipe = (
+        Program(vllm, "0.32.0+cpu", cpu=True),
+        load_recipe("llava-w4-vit8").adjusted(model={"repo": "a b"}),
+    )
+    refuse_processor(program, [None, Scheme(8, "row", True, activations="int8")], recipe, FAMILIES["llava"])
+    with pytest.raises(ServeError, match="needs AVX-512") as caught:
+        refuse_processor(program, [None, Scheme(4, 128, True)], recipe, FAMILIES["llava"])
+    assert "vLLM serves llava-w8a8 on a CPU: `mmq export --recipe llava-w8a8 --model 'a b'`" in (
+        caught.value.hint or ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "on", "names", "closest"),
+    [
+        ("llava", "cpu", {"llava-w4", "llava-w4-vit4", "llava-w4-vit8a8", "llava-w8a8"}, "llava-w4-vit8a8"),
+        ("llava", (10, 0), {"llava-w4-vit8", "llava-w8", "llava-fp8-vit16-cache8"}, "llava-w4-vit8"),
+        ("blip2", (8, 0), {"blip2-caption-w4", "llava-w4-vit8a8"}, "llava-w4-vit8"),
+    ],
+)
+def test_a_refusal_names_the_recipes_that_are_served_and_a_command_to_paste(
+    family: str, on: Hardware, names: set[str], closest: str
+) -> None:
+    recipe = load_recipe("llava-w4-vit8").adjusted(model={"repo": "demo-llava"})
+    hint, served = recipe_hint(recipe, FAMILIES[family], on), served_recipes(FAMILIES[family], on)
+    assert names <= set(served)
+    assert hint.endswith(f"`mmq export --recipe {closest} --model demo-llava`")
+    assert (family == "blip2") == any(name.startswith("blip2") for name in served)
+    assert all(name in hint for name in served)
+    without = {
+        "cpu": {"llava-w8", "llava-fp8-vit16-cache8"},
+        (10, 0): {"llava-w4-vit8a8"},
+        (8, 0): {"llava-w4a8-vitfp8-cache8"},
+    }
+    assert not without[on] & set(served)  # type: ignore[index]
+    visual = replace(FAMILIES[family], components=FAMILIES[family].components[:1])
+    assert recipe_hint(recipe, visual, on).startswith(f"no built-in recipe for {family} has kernels on ")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,24 @@
 """`serving/cpu/install.sh` with stand-ins for Python and pip: every step that fails ends it with a message."""
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from exporter.artifact.output import default_out
+from exporter.commands.main import cli
+from exporter.model.families import FAMILIES
+from exporter.planning.overrides import adjusted
+from exporter.planning.recipe_file import load_recipe
+from exporter.serving.launch import Program
+from exporter.serving.preflight import processor_flags, refuse_processor
 
 SCRIPT = Path(__file__).parent.parent / "serving" / "cpu" / "install.sh"
+LLAVA = FAMILIES["llava"]
 PYTHON = """#!/bin/bash
 # Stands for an interpreter; FAILS names the step that does not work, LOG takes what pip was asked.
 case "$*" in
@@ -34,6 +46,7 @@ def install(python: Path, folder: Path, fails: str = "") -> tuple[int, str, list
     log = python.with_name("asked")
     log.write_text("")
     environment = {**os.environ, "PYTHON": str(python), "FAILS": fails, "LOG": str(log), "TORCH_INDEX": "http://i/"}
+    environment["EVERY"] = "0"
     done = subprocess.run([str(SCRIPT), str(folder)], capture_output=True, text=True, env=environment, timeout=60)
     return done.returncode, done.stdout + done.stderr, log.read_text().splitlines()
 
@@ -41,10 +54,31 @@ def install(python: Path, folder: Path, fails: str = "") -> tuple[int, str, list
 def test_a_finished_folder_is_left_as_it_is(python: Path, tmp_path: Path) -> None:
     code, output, requests = install(python, tmp_path / "vllm")
     assert code == 0, output
-    assert output.endswith(f"is ready: {tmp_path}/vllm/bin/vllm\n")
+    lines = output.splitlines()
+    steps = [line.partition(" s] ")[2] for line in lines if line.startswith("[")]
+    assert [step.split()[0] for step in steps] == ["creating", "downloading", "repairing", "testing:"]
+    assert steps[1].endswith("about 4.0 GB")
+    assert lines[0].startswith("[1/4, ")
+    assert re.search(r"^ +0\.0 GB of about 4\.0 GB after \d+ s$", output, re.MULTILINE)
+    assert f"is ready: {tmp_path}/vllm/bin/vllm, 0.0 GB after" in lines[-5]
     assert len(requests) == 1
     assert "--extra-index-url" not in requests[0]
-    assert install(python, tmp_path / "vllm")[::2] == (0, [])
+    again, said, asked = install(python, tmp_path / "vllm")
+    assert (again, asked) == (0, [])
+    assert said.splitlines()[-4:] == lines[-4:]
+
+
+def test_the_install_ends_with_commands_that_mmq_takes_on_this_machine(python: Path, tmp_path: Path) -> None:
+    lines = install(python, tmp_path / "my vllm")[1].splitlines()
+    assert shlex.split(lines[-3]) == ["export", f"MMQ_VLLM={tmp_path}/my vllm/bin/vllm"]
+    export, serve = (shlex.split(line)[1:] for line in lines[-2:])
+    done = CliRunner().invoke(cli, [*export, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    recipe = adjusted(load_recipe(export[export.index("--recipe") + 1]), "demo-llava")
+    assert serve == ["serve", str(default_out(recipe))]
+    flags = processor_flags()
+    refuse_processor(Program("vllm", "0.32.0+cpu", True), [rule.scheme() for rule in recipe.quantize], recipe, LLAVA)
+    assert ("w4" in recipe.name) == (flags is not None and "avx512f" in flags)
 
 
 def test_pytorchs_index_is_asked_where_pip_finds_no_torch(python: Path, tmp_path: Path) -> None:

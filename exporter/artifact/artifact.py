@@ -50,6 +50,7 @@ from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.prompts import prompted, prompts_by_task
 from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import matches
 from exporter.quantization.workdir import Workdir
 
@@ -202,6 +203,10 @@ class Artifact:
     def family(self) -> Family:
         """The model family, with the components of the model's parts and the prompts of the export."""
         return with_recorded_prompts(FAMILIES[self.manifest.family].of(self.checkpoint.config), self.manifest)
+
+    def recipe(self) -> Recipe:
+        """The recipe of the export. RecipeError when the folder has none."""
+        return load_recipe(str(self.checkpoint.folder / "recipe.yaml"))
 
     def source_config(self) -> dict[str, Any]:
         """config.json without its quantization config; it builds the model for the dequantized tensors."""

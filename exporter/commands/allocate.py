@@ -131,6 +131,7 @@ def allocate(**options: Any) -> None:
         raise RecipeError(
             "give exactly one of --max-size and --max-drop", "for example --max-size 4.2GB or --max-drop 0.01"
         )
+    from exporter.commands.next_steps import command
     from exporter.files.writing import make_folder
     from exporter.study.propose import write_recipe
     from exporter.study.show_allocation import allocation_page
@@ -140,7 +141,8 @@ def allocate(**options: Any) -> None:
     allocation = search(options)
     write_recipe(allocation.recipe, options["out"], command_line())
     result = allocation.as_json() | {"file": str(options["out"])}
-    print_result(result if options["as_json"] else allocation_page(allocation, options["out"]))
+    export = command("export", "--recipe", options["out"])
+    print_result(result if options["as_json"] else allocation_page(allocation, options["out"], export))
     if allocation.warnings:
         raise GateFailed(f"{options['out']} is written, but " + "; ".join(allocation.warnings))
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from exporter.commands.next_steps import program
 from exporter.demo import MODELS
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
 
@@ -134,10 +135,11 @@ def fail(error: MmqError, as_json: bool) -> NoReturn:
     else:
         click.echo(f"{error.label}: {error.message}", err=True)
         if error.hint:
-            click.echo(f"Hint: {error.hint}", err=True)
+            click.echo(f"Hint: {error.hint.replace('`mmq ', f'`{program()} ')}", err=True)
     sys.exit(error.exit_code)
 
 
+WIDEST = 1000  # characters of a line where there is no terminal
 LOCAL = "local"
 ray_option = click.option(
     "--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address; `local` starts one on this machine."
@@ -145,10 +147,19 @@ ray_option = click.option(
 
 
 def print_result(result: Any) -> None:
-    """Print a result: a dict or list as one JSON line, any other value as rich renders it."""
+    """Print a result: a dict or list as one JSON line, any other value as rich renders it, with tables that fit.
+
+    Output that is no terminal has no width, so its tables are not narrowed, unless the variable COLUMNS gives one.
+    """
     if isinstance(result, dict | list):
         click.echo(json.dumps(result))
     else:
         from rich.console import Console
 
-        Console(highlight=False, markup=False, soft_wrap=True).print(result)
+        from exporter.commands.fitted_table import fitted_parts
+
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDEST
+        for part in fitted_parts(result, console.width):
+            console.print(part)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,7 +161,7 @@ def _launch(
     from exporter.model.source import open_source
     from exporter.serving.launch import launch
     from exporter.serving.plugin import with_plugin
-    from exporter.serving.preflight import needs_plugin, refuse_processor, refuse_unservable, refuse_unserved
+    from exporter.serving.preflight import needs_plugin, refuse_artifact_here, refuse_unservable, refuse_unserved
     from exporter.serving.vllm_engine import free_port
 
     checkpoint, family = open_source(str(artifact))
@@ -171,7 +172,7 @@ def _launch(
         family = opened_artifact.family
         refuse_unservable(opened_artifact, hardware, options["tensor_parallel"])
         if not only_print:  # a printed command may be for another machine
-            refuse_processor(program, (opened_artifact.scheme_of(name) for name in opened_artifact.manifest.linears))
+            refuse_artifact_here(program, opened_artifact)
         if hardware != "cpu" and (note := _faster_flags_note(opened_artifact, flags, hardware)):
             click.echo(f"note: {note}", err=True)
     command = launch(
@@ -267,7 +268,8 @@ def check(
         lines = "\n".join(f"  {problem}" for problem in result.problems[:20])
         raise CheckFailed(
             f"{artifact}: the check of vLLM's answers failed:\n{lines}",
-            "`mmq check --logs FOLDER` stores vLLM's logs; --bound sets the mean difference that is always allowed",
+            f"`mmq check {shlex.quote(str(artifact))} --logs logs` stores vLLM's logs; --bound sets the mean "
+            "difference that is always allowed",
         )
 
 
@@ -286,4 +288,4 @@ def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
     if plan.family.unserved:
         raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
     refuse_plan(plan, checkpoint.config, hardware(program))
-    refuse_processor(program, (row.scheme for row in plan.rows if row.decision == "packed"))
+    refuse_processor(program, (row.scheme for row in plan.rows if row.decision == "packed"), recipe, plan.family)

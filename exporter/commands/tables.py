@@ -89,9 +89,10 @@ def verified_line(verified: Verification) -> str:
 
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
     """Table of the differences between two artifacts, one row per difference."""
-    table = Table(box=None, pad_edge=False)
-    for name, justify in (("what", "left"), (first, "left"), (second, "left"), ("change", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = Table(title=f"first: {first}\nsecond: {second}", title_justify="left")
+    for name in ("what", "first", "second"):
+        table.add_column(name)
+    table.add_column("change", justify="right", no_wrap=True)
     for change in changes:
         table.add_row(
             change.what, change.first, change.second, "" if change.change is None else f"{change.change:+,.4g}"

@@ -28,7 +28,7 @@ from exporter.pipeline.ask import opened_model, source_of
 from exporter.pipeline.serving_check import questions
 from exporter.serving.launch import Program, launch
 from exporter.serving.plugin import with_plugin
-from exporter.serving.preflight import hardware, needs_plugin, refuse_processor, refuse_unservable, refuse_unserved
+from exporter.serving.preflight import hardware, needs_plugin, refuse_artifact_here, refuse_unservable, refuse_unserved
 from exporter.serving.speed import SpeedSettings, serve_and_measure
 from exporter.serving.vllm_engine import free_port
 
@@ -63,7 +63,7 @@ def bench_artifact(request: SpeedRequest, on_event: Listener) -> SpeedRecord:
             opened = Artifact.open(request.artifact)
             refuse_unserved(opened.family)
             refuse_unservable(opened, hardware(request.program), 1)
-            refuse_processor(request.program, (opened.scheme_of(module) for module in opened.manifest.linears))
+            refuse_artifact_here(request.program, opened)
         source = None if request.alone else source_of(str(request.artifact), request.baseline, on_event)
         figures = measure(str(request.artifact))
         record = SpeedRecord(

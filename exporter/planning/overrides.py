@@ -38,7 +38,7 @@ def adjusted(
     for an unknown data source.
     """
     if not (model or recipe.model.repo):
-        hint = "pass --model MODEL, or write `model: {repo: MODEL}` in the recipe"
+        hint = "pass --model, or write `model: {repo: llava-hf/llava-1.5-7b-hf}` in the recipe"
         raise RecipeError(f"recipe '{recipe.name}' names no model", hint)
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
@@ -129,7 +129,7 @@ def _require_rules(recipe: Recipe, key: str, values: Mapping[str, Any]) -> None:
         if name not in able
     ]
     if problems:
-        hint = f"it has rules for {', '.join(able)}; add a rule in a copy: `mmq recipes NAME > mine.yaml`"
+        hint = f"it has rules for {', '.join(able)}; add a rule in a copy of the recipe"
         raise RecipeError("\n".join(problems), hint)
 
 

@@ -54,7 +54,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         return parse_recipe(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise RecipeError(
-            f"{path} is not UTF-8 text", "a recipe is a YAML file; `mmq recipes NAME` shows one"
+            f"{path} is not UTF-8 text", f"a recipe is a YAML file; `mmq recipes {next(iter(names))}` shows one"
         ) from None
 
 
@@ -70,7 +70,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
         problems = list(dict.fromkeys([*_problems(error), *_unknown_names(data)]))
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise RecipeError(f"{where} has {count}\n{lines}", "`mmq recipes NAME` prints a working recipe") from None
+        hint = "`mmq recipes llava-w4-vit8` prints a working recipe"
+        raise RecipeError(f"{where} has {count}\n{lines}", hint) from None
 
 
 def _problems(error: ValidationError) -> list[str]:

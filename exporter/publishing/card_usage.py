@@ -1,6 +1,7 @@
 """Sections of the model card about use: the command that makes the artifact again, Python examples, and hardware."""
 
 from exporter.data import BUILT_IN
+from exporter.demo import MODELS
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
 
@@ -10,6 +11,7 @@ QUESTION = "What is in the picture?"
 def creation(summary: Summary, base: str | None) -> str:
     """The command that makes this artifact from the recipe in the repository. base: hub id of the source."""
     _, _, commit = summary.source.partition("@")
+    base = base or (summary.source if summary.source in MODELS else None)
     words = ["mmq export --recipe recipe.yaml", f"--model {base or 'MODEL'}"]
     words += [f"--revision {commit}"] if base and commit else []
     words += ["--adapter ADAPTER"] if summary.manifest.source.adapter else []

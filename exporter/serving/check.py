@@ -26,7 +26,7 @@ from exporter.serving.comparison import Control, DoubledRun, Session, judge
 from exporter.serving.launch import launch
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
-from exporter.serving.preflight import hardware, needs_plugin, refuse_processor, refuse_unservable
+from exporter.serving.preflight import hardware, needs_plugin, refuse_artifact_here, refuse_unservable
 from exporter.serving.reference import EngineComparison, reference_placements
 from exporter.serving.vllm_engine import Engine, Reply, free_port
 from exporter.tasks.sample import Sample, task_of
@@ -72,7 +72,7 @@ def check(
     """Serve `folder`, send it `samples` and compare; ServeError when the engine does not start or answer."""
     artifact = Artifact.open(folder)
     refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
-    refuse_processor(session.program, (artifact.scheme_of(module) for module in artifact.manifest.linears))
+    refuse_artifact_here(session.program, artifact)
     component = disturbed_component(artifact, session.disturb)
     reference_placements(artifact, session.device)  # refuses what is too large before the engine starts
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:

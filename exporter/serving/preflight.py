@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from exporter.device import capability
 from exporter.errors import ServeError
@@ -12,11 +12,13 @@ from exporter.model.families import Family
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.plan import engine_linears as planned_linears
+from exporter.planning.recipe import Recipe
 from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
 from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, pattern_problems
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
+from exporter.serving.other_recipes import recipe_hint
 
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
@@ -40,10 +42,11 @@ def processor_flags() -> frozenset[str] | None:
     return None if listed is None else frozenset(listed.partition(":")[2].split())
 
 
-def refuse_processor(program: Program, schemes: Iterable[Scheme | None]) -> None:
+def refuse_processor(program: Program, schemes: Iterable[Scheme | None], recipe: Recipe, family: Family) -> None:
     """ServeError when vLLM's CPU build would start on this machine, but fail on the first request.
 
-    Its kernel of 4-bit linears (`cpu_gemm_wna16`) is compiled for AVX-512 only. schemes: of the packed linears.
+    Its kernel of 4-bit linears (`cpu_gemm_wna16`) is compiled for AVX-512 only. schemes: of the packed linears. recipe,
+    family: of the model, for the hint.
     """
     flags = processor_flags() if program.cpu else None
     if flags is None or WNA16_FLAG in flags or not any(scheme and scheme.bits == 4 for scheme in schemes):
@@ -51,9 +54,14 @@ def refuse_processor(program: Program, schemes: Iterable[Scheme | None]) -> None
     raise ServeError(
         "vLLM's CPU build has no kernel of 4-bit linears for this machine's processor: it needs AVX-512 "
         f"({CPUINFO} does not list {WNA16_FLAG})",
-        "serve the artifact on a CPU with AVX-512 or on a GPU; this CPU runs 16-bit linears, and 8-bit linears with "
-        "int8 activations",
+        f"without AVX-512 {recipe_hint(recipe, family, 'cpu', lambda scheme: scheme.bits != 4)}",
     )
+
+
+def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
+    """`refuse_processor` for an artifact."""
+    schemes = (artifact.scheme_of(name) for name in artifact.manifest.linears)
+    refuse_processor(program, schemes, artifact.recipe(), artifact.family)
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:
@@ -100,17 +108,17 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
     if artifact.manifest.format == "compressed_tensors":
         ignored = (config.get("quantization_config") or {}).get("ignore") or ()
         problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)
-    _refuse("this artifact", problems)
+    if problems:
+        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on))
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
     """ServeError with the rules of vLLM that the planned artifact violates. config: config.json of the model."""
     refuse_unserved(plan.family)
     linears = planned_linears(plan.rows, plan.family)
-    _refuse(
-        f"an artifact of recipe '{plan.recipe.name}'",
-        _hardware_rules(linears, plan.recipe.format, plan.recipe.kv_cache, config, on),
-    )
+    problems = _hardware_rules(linears, plan.recipe.format, plan.recipe.kv_cache, config, on)
+    if problems:
+        _refuse(f"an artifact of recipe '{plan.recipe.name}'", problems, recipe_hint(plan.recipe, plan.family, on))
 
 
 def _hardware_rules(
@@ -121,10 +129,6 @@ def _hardware_rules(
     return hardware_problems(linears, format_name, on) + cache
 
 
-def _refuse(what: str, problems: Sequence[str]) -> None:
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems[:10])
-        raise ServeError(
-            f"vllm cannot serve {what} on this hardware:\n{lines}",
-            "`mmq plan --recipe RECIPE --serve-on HARDWARE` lists the kernels of other recipes and hardware",
-        )
+def _refuse(what: str, problems: Sequence[str], hint: str) -> NoReturn:
+    lines = "\n".join(f"  {problem}" for problem in problems[:10])
+    raise ServeError(f"vllm cannot serve {what} on this hardware:\n{lines}", hint)

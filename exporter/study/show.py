@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Group
 from rich.table import Table
 
 from exporter.amounts import size
@@ -11,24 +11,13 @@ from exporter.study.records import ERROR, SAMPLES, ScoredSetting, columns
 from exporter.study.run import Outcome
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
-WIDEST = 1000  # largest width of a table, in characters
-
-
-class UncutTable:
-    """A table at its full width: a narrow terminal wraps its lines instead of truncating its columns."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from console.render(self._table, options.update(max_width=WIDEST))
 
 
 def importance_page(result: Importance) -> Group:
     """Shares and marginal changes, each with a title that explains it."""
     head = f"{result.metric}, {result.full_score:.4g} with the most bits; {result.shares.rows} settings"
     notes = [f"note: {text}" for text in result.notes]
-    parts: list[UncutTable | str] = [head, *notes]
+    parts: list[Table | str] = [head, *notes]
     parts.append(_shares(result.shares, "importance for the score in percent, whole grid"))
     region = "; ".join(f"{name} {_bits_text(bits)}" for name, bits in result.usable.items())
     parts.append(f"\nusable bits: {region}")
@@ -43,7 +32,7 @@ def _bits_text(bits: tuple[float, ...]) -> str:
     return ", ".join(f"{b:g}" for b in bits) or "none"
 
 
-def _shares(shares: Shares, title: str) -> UncutTable:
+def _shares(shares: Shares, title: str) -> Table:
     r2 = f"R2: forest {shares.r2_forest:.2f}, line {shares.r2_linear:.2f}"
     table = Table(
         "component",
@@ -58,17 +47,17 @@ def _shares(shares: Shares, title: str) -> UncutTable:
     for name in shares.consensus:
         methods = (shares.consensus, shares.forest, shares.permutation, shares.shap)
         table.add_row(name, *(f"{shares_of_method[name]:.1f}" for shares_of_method in methods))
-    return UncutTable(table)
+    return table
 
 
-def _changes(result: Importance) -> UncutTable:
+def _changes(result: Importance) -> Table:
     title = "change of score per bit width among usable bits: mean share of full score, others equal (standard error)"
     widths = sorted({change.bits for changes in result.marginal.values() for change in changes})
     table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left", box=None)
     for name, changes in result.marginal.items():
         cells = {change.bits: f"{change.change:+z.1%} ({change.error:.1%})" for change in changes}
         table.add_row(name, *(cells.get(bits, "") for bits in widths))
-    return UncutTable(table)
+    return table
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -106,9 +95,7 @@ def outcome_page(outcome: Outcome) -> Group:
         values = [f"{setting.scores[name]:z.4f}" for name in scores]
         mark = "*" if setting.id in front_ids else ""
         table.add_row(mark, *cells, size(setting.bytes), f"{setting.bits_per_weight:.2f}", *values)
-    return Group(
-        UncutTable(table), "* on the Pareto front: no setting of at most this size scores higher", _cost_text(outcome)
-    )
+    return Group(table, "* on the Pareto front: no setting of at most this size scores higher", _cost_text(outcome))
 
 
 def _short_name(name: str) -> str:

@@ -10,12 +10,11 @@ from exporter.amounts import size
 from exporter.planning.recipe import Rule
 from exporter.study.propose import MeasuredRecipe
 from exporter.study.search import AllocationResult, Candidate
-from exporter.study.show import UncutTable
 
 
-def allocation_page(result: AllocationResult, file: Path) -> Group:
-    """The chosen rules, their front, and the results on real tasks."""
-    parts: list[UncutTable | str] = [_rules(result.recipe.quantize)]
+def allocation_page(result: AllocationResult, file: Path, command: str) -> Group:
+    """The chosen rules, their front, the results on real tasks, and the command that exports the recipe in `file`."""
+    parts: list[Table | str] = [_rules(result.recipe.quantize)]
     setting = result.winner.measured
     bits = f"{setting.bits_per_weight:.2f} bits per weight"
     parts.append(f"{size(setting.bytes)}, {bits}; sum of the costs {result.winner.predicted:z.5f}")
@@ -28,21 +27,21 @@ def allocation_page(result: AllocationResult, file: Path) -> Group:
         parts.append("not measured on real tasks: --no-proof")
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     parts.append(f"sensitivities: {steps}; {result.cpu_seconds:.0f} CPU seconds")
-    parts.append(f"recipe: {file}; mmq export --recipe {file}")
     parts += [f"WARNING: {text}" for text in result.warnings]
+    parts.append(f"recipe: {file}\nnext:\n  {command}")
     return Group(*parts)
 
 
-def _rules(rules: Sequence[Rule]) -> UncutTable:
+def _rules(rules: Sequence[Rule]) -> Table:
     table = Table("component", "blocks", "role", "scheme", box=None, title="the allocation", title_justify="left")
     for rule in rules:
         scheme = rule.scheme()
         scheme_text = f"{scheme.label()} {rule.method}" if scheme else "16 bits"
         table.add_row(rule.component, rule.blocks or "all", rule.role or "all", scheme_text)
-    return UncutTable(table)
+    return table
 
 
-def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner: Candidate) -> UncutTable:
+def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner: Candidate) -> Table:
     title = "allocations of minimal cost by size, and recipes; score: exact replies on the validation split"
     table = Table("", "name", box=None, title=title, title_justify="left")
     for name in ("size", "bits/w", "predicted", "KL", "score", "change"):
@@ -53,10 +52,10 @@ def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner
         values = [size(setting.bytes), f"{setting.bits_per_weight:.2f}", cost, f"{setting.scores['kl']:z.5f}"]
         mark = ">" if candidate is winner else ""
         table.add_row(mark, candidate.name, *values, f"{setting.scores['score']:.4f}", f"{candidate.change:+z.1%}")
-    return UncutTable(table)
+    return table
 
 
-def _proof(confirmed: Sequence[MeasuredRecipe]) -> UncutTable:
+def _proof(confirmed: Sequence[MeasuredRecipe]) -> Table:
     table = Table("recipe", box=None, title="exported artifacts on real tasks, test data", title_justify="left")
     metrics = list(confirmed[0].row()["metrics"])
     for name in ("size", "bits/w", *metrics, "mean change"):
@@ -72,4 +71,4 @@ def _proof(confirmed: Sequence[MeasuredRecipe]) -> UncutTable:
             *values,
             f"{confirmed_recipe.change:+z.1%}",
         )
-    return UncutTable(table)
+    return table

@@ -1,0 +1,45 @@
+"""Built-in recipes that vLLM serves on a hardware: the hint of a refusal, with a command to paste."""
+
+import difflib
+import shlex
+from collections.abc import Callable
+
+from exporter.model.families import Family
+from exporter.numerics.quantized import Scheme
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import built_in, load_recipe
+from exporter.planning.vllm_kernels import Hardware, capability_label, serving_kernels
+
+
+def recipe_hint(recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True) -> str:
+    """The built-in recipes that vLLM serves there, and the export with the one whose name is closest to `recipe`'s.
+
+    runs: whether the hardware runs a scheme that has a kernel.
+    """
+    names = served_recipes(family, on, runs)
+    where = "this hardware" if on is None else "a CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
+    if not names:
+        return f"no built-in recipe for {family.name} has kernels on {where}"
+    closest = difflib.get_close_matches(recipe.name, names, n=1, cutoff=0)[0]
+    command = shlex.join(["mmq", "export", "--recipe", closest, "--model", recipe.model.repo or "demo-llava"])
+    return f"vLLM serves {', '.join(names)} on {where}: `{command}`"
+
+
+def served_recipes(family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True) -> list[str]:
+    """Names of the built-in recipes whose rules fit the family's components and whose schemes have kernels there."""
+    able = {component.name for component in family.components}
+    names = []
+    for name in built_in():
+        recipe = load_recipe(name)
+        schemes = [rule.scheme() for rule in recipe.quantize]
+        fits = {rule.component for rule in recipe.quantize} <= able and not (on == "cpu" and recipe.kv_cache)
+        if fits and all(scheme is None or (_kernel(scheme, recipe, on) and runs(scheme)) for scheme in schemes):
+            names.append(name)
+    return names
+
+
+def _kernel(scheme: Scheme, recipe: Recipe, on: Hardware) -> bool:
+    kernels = serving_kernels(scheme, recipe.format)
+    if on == "cpu":
+        return kernels.cpu is not None
+    return bool(kernels.cuda) if on is None else kernels.on_gpu(on) is not None
