@@ -57,9 +57,12 @@ def test_the_command_makes_the_artifact_again(data: str, arguments: list[str], s
 
 
 def test_a_source_that_is_not_on_the_hub_is_named(summary: Summary) -> None:
-    text = creation(summary, None)
-    assert "--model MODEL" in text
-    assert "`demo-llava`" in text
+    demo = command_of(creation(summary, None))
+    assert demo[demo.index("--model") + 1] == "demo-llava"
+    source = summary.manifest.source.model_copy(update={"model": "my-llava"})
+    local = replace(summary, manifest=summary.manifest.model_copy(update={"source": source}))
+    assert "--model MODEL" in creation(local, None)
+    assert "`my-llava`" in creation(local, None)
 
 
 def code_of(text: str) -> list[str]:

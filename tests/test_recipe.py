@@ -47,7 +47,7 @@ def test_a_recipe_of_rules_alone_is_complete_with_a_model() -> None:
     assert adjusted(recipe, "demo-llava").model.repo == "demo-llava"
     with pytest.raises(RecipeError, match="recipe 'mine' names no model") as caught:
         adjusted(recipe)
-    assert "--model MODEL" in str(caught.value.hint)
+    assert "--model llava-hf/llava-1.5-7b-hf" in str(caught.value.hint)
 
 
 def test_the_page_about_recipes_lists_every_key() -> None:

@@ -44,8 +44,8 @@ def fitted(table: Table, width: int) -> Table | str:
     while sum(widths) > room:
         spare = [have - least for have, least in zip(widths, shortest, strict=True)]
         widths[max(range(len(widths)), key=lambda i: (spare[i] > 0, widths[i]))] -= 1
-    for column, chosen in zip(table.columns, widths, strict=True):
-        column.width, column.overflow = chosen, "fold"
+    for column, characters in zip(table.columns, widths, strict=True):
+        column.width, column.overflow = characters, "fold"
     return table
 
 

@@ -38,7 +38,7 @@ def adjusted(
     for an unknown data source.
     """
     if not (model or recipe.model.repo):
-        hint = "pass --model, or write `model: {repo: llava-hf/llava-1.5-7b-hf}` in the recipe"
+        hint = "pass `--model llava-hf/llava-1.5-7b-hf` or another, or write `model: {repo: demo-llava}` in the recipe"
         raise RecipeError(f"recipe '{recipe.name}' names no model", hint)
     if model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": None})})
