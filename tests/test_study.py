@@ -1,6 +1,5 @@
 """Studies: grids, shared units, scores, resumed runs, and worker pools."""
 
-import io
 import json
 import math
 import sys
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 from safetensors.torch import load_file
 
 from exporter.commands.main import cli
+from exporter.commands.options import print_result
 from exporter.errors import DataError, MmqError, RecipeError
 from exporter.events import Event, ignore
 from exporter.inference.predict import Predictor
@@ -398,15 +397,17 @@ def measured(name: str, exam: str, **about: str | int) -> ScoredSetting:
     )
 
 
-def test_the_page_of_a_sequential_study_counts_quantized_units(tmp_path: Path) -> None:
+def test_the_page_of_a_sequential_study_counts_quantized_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     two = settings(grid(components={"vision": {"bits": [4, 16]}}))
     outcome = run(setup_in(tmp_path, sequential=True), two, pool.inline, ignore)
     assert outcome.quantized == 4  # attention and mlp of two blocks
-    console = Console(width=60, record=True, file=io.StringIO())
-    console.print(outcome_page(outcome), soft_wrap=True)
-    text = console.export_text()
+    monkeypatch.setenv("COLUMNS", "70")
+    print_result(outcome_page(outcome))
+    text = capsys.readouterr().out
     assert "as an export does: 4 units, none shared" in text
-    assert {"captioning", "score"} <= set(text.splitlines()[0].split())  # no column is cut at a width of 60
+    assert {"captioning", "score"} <= set(text.splitlines()[0].split())  # no column is cut
     assert "-0.0000" not in text
 
 
