@@ -125,7 +125,7 @@ def test_only_the_command_line_prints():
 def test_importing_the_package_loads_no_heavy_library():
     """`mmq --help` must answer at once: transformers is imported by the functions that need it."""
     modules = [f"exporter.{module_name(path)}" for path in FILES if module_name(path)]
-    heavy = ("exporter.numerics.gptq_columns_kernel", "exporter.numerics.ranges_kernel")
+    heavy = tuple(f"exporter.numerics.{name}_kernel" for name in ("gptq_columns", "ranges", "learned_rounding"))
     light = [name for name in modules if name not in heavy]
     code = f"import importlib, sys\nfor m in {light}: importlib.import_module(m)\nprint('transformers' in sys.modules)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,8 @@ from exporter.device import choose
 from exporter.methods import awq, gptq
 from exporter.numerics import gptq_columns as columns_
 from exporter.numerics import ranges
-from exporter.numerics.quantized import ColumnGrid, Scheme, dequantize, quantize
+from exporter.numerics.learned_rounding import LearnedLinear
+from exporter.numerics.quantized import ColumnGrid, QuantizedLinear, Scheme, dequantize, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
@@ -35,7 +36,8 @@ def _nearest(value: Any) -> Any:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The modules of the kernels."""
     modules = {
-        name: importlib.import_module(f"exporter.numerics.{name}") for name in ("ranges_kernel", "gptq_columns_kernel")
+        name: importlib.import_module(f"exporter.numerics.{name}")
+        for name in ("ranges_kernel", "gptq_columns_kernel", "learned_rounding_kernel")
     }
     if not ON_GPU:
         for module in modules.values():
@@ -210,3 +212,34 @@ def test_gptq_by_kernels_equals_torch(
         assert notes == ()
     assert (results[0][0] != results[1][0]).float().mean() <= 2 * NEAR_TIES
     assert results[1][1] == pytest.approx(results[0][1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("group", "columns", "symmetric"),
+    [(32, COLUMNS, True), (32, COLUMNS, False), ("row", COLUMNS, True), ("row", 1200, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_learned_rounding_equals_torch(
+    kernels: dict[str, ModuleType], group: Any, columns: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    rows = ROWS if columns < 1000 else 3
+    weight, scheme = _drawn(8, rows, columns).to(dtype), Scheme(3, group, symmetric)
+    scale, zero = ranges.fit_scale(weight.float(), scheme, torch.float16, "signed")
+    start = QuantizedLinear(scheme, quantize(weight.float(), scale, zero, scheme), scale, zero)
+    plain, fast = LearnedLinear(weight, start), LearnedLinear(weight, start)
+    plain._has_kernels, fast._has_kernels = False, True
+    for step in range(3):
+        gradient = _drawn(9 + step, rows, columns)
+        gradient[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        for learned in (plain, fast):
+            learned.step(gradient, 0.2, 0.1)
+        torch.testing.assert_close(plain.served(torch.float16), fast.served(torch.float16), rtol=1e-2, atol=1e-3)
+        assert _share_of_other(plain._offset, fast._offset) <= NEAR_TIES
+        assert _share_of_other(plain._low, fast._low) <= NEAR_TIES
+        assert _share_of_other(plain._high, fast._high) <= NEAR_TIES
+    assert (fast.quantized().codes != start.codes).float().mean() > 0.05
+    assert torch.equal(fast.quantized().as_served().to(dtype), fast.served(dtype))
+
+
+def _share_of_other(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(((first - second).abs() > 1e-6).float().mean())

@@ -23,7 +23,8 @@ class LearnedLinear:
     """
 
     def __init__(self, source: Tensor, start: QuantizedLinear) -> None:
-        self._source, self._scheme, self._dtype = source, start.scheme, start.scale.dtype
+        self._source, self._scheme, self._dtype = source.contiguous(), start.scheme, start.scale.dtype
+        self._has_kernels, self._width = source.is_cuda, start.scheme.columns_per_group(source.shape[1])
         self._scale, self._zero = start.scale.float(), start.zero.float()
         self._low = torch.ones_like(self._scale)  # of the lower end of each range; of the whole range when symmetric
         self._high = torch.ones_like(self._scale)
@@ -45,11 +46,31 @@ class LearnedLinear:
             codes[part] = quantize(shifted, scale[part], zero[part], self._scheme)
         return QuantizedLinear(self._scheme, codes, scale, zero)
 
+    def served(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[out, in]` that vLLM multiplies by, as it is rounded now, in `dtype`."""
+        if not self._has_kernels or self._scheme.mixed:
+            return self.quantized().as_served().to(dtype)
+        from exporter.numerics.learned_rounding_kernel import rounded_fast
+
+        scale, zero = self._grid()
+        return rounded_fast(self._source, self._offset, scale, zero, self._scheme.levels, self._width, dtype)
+
     def step(self, gradient: Tensor, rounding: float, ranges: float) -> None:
         """Move offsets by `rounding` and ranges by `ranges`, against the sign of their gradients.
 
         gradient: `[out, in]`, of the loss with respect to the dequantized weight.
         """
+        if self._has_kernels:
+            from exporter.numerics.learned_rounding_kernel import move_fast
+
+            grid, levels = self._grid(), self._scheme.levels
+            sums = move_fast(self._source, self._offset, gradient, grid, levels, self._width, rounding)
+            self._step_ranges(slice(None), *sums, ranges)
+        else:
+            self._step_plain(gradient, rounding, ranges)
+
+    def _step_plain(self, gradient: Tensor, rounding: float, ranges: float) -> None:
+        """`step` in torch."""
         scale, zero = self._grid()
         for part in self._parts():
             steps, zeros = self._expanded(scale[part].float()), self._expanded(zero[part].float())

@@ -113,12 +113,12 @@ class Scheme:
         return self.activations == "fp8" and integers and self.group_size == 128
 
     def columns_per_group(self, columns: int) -> int:
-        """WeightNumber of columns that share a scale in a linear of `columns` inputs."""
+        """Number of columns that share a scale in a linear of `columns` inputs."""
         width = BLOCK if self.group_size == "block" else self.group_size
         return min(width, columns) if isinstance(width, int) else columns
 
     def groups(self, columns: int) -> int:
-        """WeightNumber of scales per row, `ceil(in / group_size)`."""
+        """Number of scales per row, `ceil(in / group_size)`."""
         return -(-columns // self.columns_per_group(columns))
 
     def label(self) -> str:

@@ -43,10 +43,7 @@ class Learner:
         """The weights as they are rounded now, by name inside the live block."""
         io, name = self.block.io, self.block.unit.block
         dtype = {tensor: self.block.parameter(tensor).dtype for tensor in self.linears}
-        return {
-            io.name_inside(name, tensor): linear.quantized().as_served().to(dtype[tensor])
-            for tensor, linear in self.linears.items()
-        }
+        return {io.name_inside(name, tensor): linear.served(dtype[tensor]) for tensor, linear in self.linears.items()}
 
     def difference(self, number: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The block's output on a batch minus its target, weighted, and the output itself (for its graph)."""
