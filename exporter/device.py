@@ -215,16 +215,17 @@ def exact_math(seed: int) -> Iterator[None]:
 def repeatable_math() -> Iterator[None]:
     """Within the context, backward passes add in a fixed order, so that a resumed run learns the same numbers."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # a write to every new tensor, for debugging
+    memory: Any = torch.utils.deterministic  # its types are missing
+    filled = memory.fill_uninitialized_memory  # a write to every new tensor, for debugging
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 def reset_peak(device: Device) -> None:

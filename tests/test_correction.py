@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exporter.methods.gptq import inverse_factor
 from exporter.numerics import hessian
+from exporter.numerics import mismatch as mismatch_
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.mismatch import Mismatch, fitting_share
 from exporter.planning.memory import _correction
@@ -39,10 +40,12 @@ def rows_of(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return full, rows, torch.rand(count, generator=random)
 
 
-def test_the_shift_is_the_damped_least_squares_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outputs", [7, 20])
+def test_the_shift_is_the_damped_least_squares_fit(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hessian, "STRIP", 5)
+    monkeypatch.setattr(mismatch_, "PIECE", 5)
     full, rows, weights = rows_of(90, 0)
-    weight = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(outputs, 12, generator=torch.Generator().manual_seed(1))
     statistics, mismatch = Statistics(12, torch.device("cpu")), Mismatch(12, torch.device("cpu"))
     for part in (slice(0, 40), slice(40, 40), slice(40, 90)):
         statistics.update(rows[part], weights[part])

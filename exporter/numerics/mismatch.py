@@ -33,10 +33,21 @@ class Mismatch:
         self.rows = add_rows(self.moment, self.rows, full - rows, rows, weights)
 
     def shift(self, weight: Tensor, upper: Tensor) -> Tensor:
-        """`W C (H + damping)^-1` of `weight` f32 `[out, in]`. upper: U with `U^T U = (H + damping)^-1`, `[in, in]`."""
+        """`W C (H + damping)^-1` of `weight` f32 `[out, in]`, once: it overwrites the moment.
+
+        upper: U with `U^T U = (H + damping)^-1`, `[in, in]`. With more outputs than inputs, `C (H + damping)^-1` is
+        computed first; a GPU multiplies the weight with it in 16 bits, whose errors are relative to each column's size.
+        """
         shift = torch.empty_like(weight)
+        if len(weight) <= weight.shape[1]:
+            for part in slices(len(weight), PIECE):
+                shift[part] = ((weight[part] @ self.moment) @ upper.T) @ upper
+            return shift
+        for part in slices(len(self.moment), PIECE):
+            self.moment[part] = (self.moment[part] @ upper.T) @ upper
+        solved = self.moment.to(torch.bfloat16) if weight.is_cuda else self.moment
         for part in slices(len(weight), PIECE):
-            shift[part] = ((weight[part] @ self.moment) @ upper.T) @ upper
+            shift[part] = times(weight[part].to(solved.dtype), solved)
         return shift
 
 

@@ -166,11 +166,12 @@ class Block:
         kept: dict[str, Tensor] = {}
         shares: list[tuple[Sequence[PlanRow], float]] = []
         notes = [f"{self.unit.block}: {note}" for note in excluded_token_notes(self.inputs)]
-        for rows in self._stacks():
+        stacks = list(self._stacks())
+        for rows in stacks:
             rule, scheme = rows[0].rule, rows[0].scheme
             assert rule is not None
             assert scheme is not None
-            correcting = self._correction(rows[0])
+            correcting = self._correction(rows[0], rows is stacks[-1])
             statistics = self._statistics(rows[0], correcting)
             weights = [self._weight(row) for row in rows]
             whole = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -197,14 +198,17 @@ class Block:
         notes += [f"{self.unit.block}: {correction.note(shares)}"] * bool(shares)
         return UnitResult(linears, errors, tuple(notes), weights=kept)
 
-    def _correction(self, row: PlanRow) -> correction.Correction | None:
-        """The correction of the linears that share the row's input; None when their rule does not correct."""
+    def _correction(self, row: PlanRow, last: bool) -> correction.Correction | None:
+        """The correction of the linears that share the row's input; None when their rule does not correct.
+
+        last: whether the unit has no linears after them.
+        """
         if not self.source or not row.rule or not row.rule.corrects:
             return None
         padded, linear = row.linear not in self.component.unpadded, self.io.stream.module(row.module)
         damping = row.rule.parsed_options().correction_damping
         assert damping is not None
-        return correction.Correction(self.source, self.inputs, self.module, linear, padded, damping)
+        return correction.Correction(self.source, self.inputs, self.module, linear, padded, damping, last)
 
     def _statistics(self, row: PlanRow, correcting: correction.Correction | None) -> Any:
         """Input statistics of the row's linear, None without; the same passes feed the correction on one device."""

@@ -60,7 +60,7 @@ def learned_outputs(block: Block) -> Sequence[Tensor]:
     if not any(row.rule and row.rule.learned_steps for row in block.unit.rows):
         return ()
     if block.source:
-        return block.source.outputs
+        return block.source.outputs(block.module)
     return [entry.output(block.module, block.io.device.torch_device) for entry in block.inputs]
 
 
@@ -111,7 +111,7 @@ def walk(
                 pass
             del blocks  # frees the copies on other devices
             if source:
-                source.advance(io)
+                source.advance(io.stream.module(name))
             check_excluded(name, inputs)
         io.stream.unload(tensors)
     for unit in units:

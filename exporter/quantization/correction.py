@@ -1,7 +1,6 @@
 """Corrects the weights of linears that share an input for the errors of everything that was quantized before them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,9 @@ class Correction:
     """The correction of the weights of linears that share an input; collects how the inputs of both models differ.
 
     linear: the first of these linears, inside the live `block`. padded: whether its input has the padding of the
-    block's. damping: added to the Hessian's diagonal, relative to its mean. The correction is fitted on most batches,
-    and its share is chosen on those that are held out.
+    block's. damping: added to the Hessian's diagonal, relative to its mean. last: whether no linears of the block
+    follow, so that the passes of the full-precision model go on to the block's end and give its outputs too. The
+    correction is fitted on most batches, and its share is chosen on those that are held out.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class Correction:
         linear: nn.Module,
         padded: bool,
         damping: float,
+        last: bool = False,
     ) -> None:
         self._source, self._inputs, self._block, self._linear = source, inputs, block, linear
-        self._padded, self._damping = padded, damping
+        self._padded, self._damping, self._last = padded, damping, last
         fitted, self._held_out = split_batches(len(inputs))
         self._fitted = {id(inputs[number]): number for number in fitted}
         self._mismatch: Mismatch | None = None
@@ -52,7 +53,7 @@ class Correction:
     def add_all(self) -> None:
         """Run every batch that is not held out up to the linear, and add its input."""
         for number in self._fitted.values():
-            for x in self._received(self._inputs[number], self._block):
+            for x in self._received(number):
                 self.add(self._inputs[number], x)
 
     def corrected(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
@@ -73,7 +74,7 @@ class Correction:
 
     def _held_out_pairs(self) -> Iterator[PairedRows]:
         for number in self._held_out:
-            for x in self._received(self._inputs[number], self._block):
+            for x in self._received(number):
                 pair = self._pair(number, x)
                 if pair is not None:
                     yield pair
@@ -85,17 +86,24 @@ class Correction:
         """
         own, full = self._inputs[number], self._source.inputs[number]
         weights = lower_weights(own.weights, full.weights) if self._padded else None
-        for x_full in self._received(full, self._source.block(self._block)):
+        for x_full in self._received_by_source(number):
             (rows_full, counts), (rows, _) = (counted_rows(tensor, weights) for tensor in (x_full, x))
             finite = torch.isfinite(rows_full).all(-1) & torch.isfinite(rows).all(-1)
             return rows_full[finite], rows[finite], None if counts is None else counts[finite]
         return None
 
-    def _received(self, entry: BlockInputs, block: Callable[..., Any]) -> list[Tensor]:
-        """The linear's input when `block` runs on a batch; empty when the batch does not run the linear."""
+    def _received(self, number: int) -> list[Tensor]:
+        """The linear's input when the quantized block runs on a batch; empty when the batch does not run the linear."""
         received: list[Tensor] = []
         with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop=True):
-            entry.run(block, self._source.device)
+            self._inputs[number].run(self._block, self._source.device)
+        return received
+
+    def _received_by_source(self, number: int) -> list[Tensor]:
+        """The linear's input in the full-precision block."""
+        received: list[Tensor] = []
+        with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop=not self._last):
+            self._source.run(number, self._block)
         return received
 
 

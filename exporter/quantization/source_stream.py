@@ -22,14 +22,14 @@ from exporter.quantization.component_inputs import first_block_inputs
 class SourceStream:
     """The full-precision model at one block.
 
-    inputs: the inputs of the block, one entry per batch, as in `Block`. device: where it computes. outputs: the block's
-    outputs for them. weights: its tensors, by their names inside the live block.
+    inputs: the inputs of the block, one entry per batch, as in `Block`. device: where it computes. weights: its
+    tensors, by their names inside the live block. computed: its outputs so far, by the number of the batch.
     """
 
     inputs: Sequence[BlockInputs]
     device: torch.device
-    outputs: Sequence[Tensor] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
+    computed: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, io: BlockIO, component: Component, names: Sequence[str], batches: Sequence[Batch]) -> "SourceStream":
@@ -38,21 +38,33 @@ class SourceStream:
         return cls(inputs, io.device.torch_device)
 
     def enter(self, io: BlockIO, block: str) -> None:
-        """Run the block, which is loaded, with the source's weights, and keep them; its own weights stay in it."""
-        tensors, device, module = io.tensors_under(block), io.device.torch_device, io.stream.module(block)
-        finished = io.is_finished(block)
+        """Keep the source's weights of the block, which is loaded; its own weights stay in it."""
+        tensors, finished = io.tensors_under(block), io.is_finished(block)
         if finished:
             io.stream.load(tensors, io.checkpoint.read)
         self.weights = {io.name_inside(block, name): io.stream.parameter(name) for name in tensors}
-        self.outputs = [entry.output(module, device).to(entry.hidden.device) for entry in self.inputs]
         if finished:
             io.stream.load(tensors, io.read)
 
-    def advance(self, io: BlockIO) -> None:
+    def advance(self, module: nn.Module) -> None:
         """Make the outputs of the block the inputs of the next one."""
-        for entry, output in zip(self.inputs, self.outputs, strict=True):
-            entry.accept(output.to(io.device.torch_device))
-        self.outputs, self.weights = (), {}
+        for entry, output in zip(self.inputs, self.outputs(module), strict=True):
+            entry.accept(output.to(self.device))
+        self.computed, self.weights = {}, {}
+
+    def outputs(self, module: nn.Module) -> list[Tensor]:
+        """The outputs of the live block `module` with the source's weights, by batch, where the inputs are stored."""
+        for number in range(len(self.inputs)):
+            if number not in self.computed:
+                self.run(number, module)
+        return [self.computed[number] for number in range(len(self.inputs))]
+
+    def run(self, number: int, module: nn.Module) -> None:
+        """Run `module` with the source's weights on a batch, and keep its output unless a hook ends the pass."""
+        entry = self.inputs[number]
+        output = entry.run(self.block(module), self.device)
+        if output is not None:
+            self.computed[number] = output.to(entry.hidden.device)
 
     def block(self, module: nn.Module) -> Callable[..., Any]:
         """The live block `module` with the source's weights, as a function; hooks of its modules run."""
