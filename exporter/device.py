@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.cuda_driver import gpus, has_contexts
 from exporter.dtypes import FLOAT32, Dtype
