@@ -89,10 +89,15 @@ class Command:
 
 
 @contextmanager
-def running_command(arguments: Sequence[str], folder: Path) -> Iterator[Command]:
-    """`mmq ARGUMENTS` by the program's own entry point, in a child whose output goes into files of `folder`."""
+def running_command(
+    arguments: Sequence[str], folder: Path, prepare: Callable[[], None] | None = None
+) -> Iterator[Command]:
+    """`mmq ARGUMENTS` by the program's own entry point, in a child whose output goes into files of `folder`.
+
+    prepare: called in the child before it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    process = _server().Process(target=_command, args=(list(arguments), folder))
+    process = _server().Process(target=_command, args=(list(arguments), folder, prepare))
     command = Command(process, folder)
     command.stdout.touch()
     command.stderr.touch()
@@ -104,7 +109,7 @@ def running_command(arguments: Sequence[str], folder: Path) -> Iterator[Command]
         process.join()
 
 
-def _command(arguments: list[str], folder: Path) -> None:
+def _command(arguments: list[str], folder: Path, prepare: Callable[[], None] | None) -> None:
     """In the child: descriptors, arguments and signals as a shell gives them."""
     from exporter.__main__ import main
 
@@ -113,4 +118,6 @@ def _command(arguments: list[str], folder: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["mmq", *arguments]
     torch.set_num_threads(1)
+    if prepare:
+        prepare()
     main()

@@ -25,6 +25,7 @@ from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks import TASKS
+from exporter.tasks.captioning import score as captioning_score
 from exporter.tasks.sample import Sample
 
 
@@ -110,6 +111,17 @@ def sample(i: int) -> Sample:
 @cache
 def _bootstrap(before: tuple[float, ...], after: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> Any:
     return paired_bootstrap(before, after, **dict(options))
+
+
+@cache
+def _captions(answers: tuple[str, ...], references: tuple[tuple[str, ...], ...]) -> dict[str, list[float]]:
+    samples = [Sample("", lambda: Image.new("RGB", (1, 1)), None, texts) for texts in references]
+    return captioning_score(answers, samples)
+
+
+def score_captions_once(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """The scores of captions, computed once for equal texts: most tests leave them as they are."""
+    return _captions(tuple(answers), tuple(sample.references for sample in samples))
 
 
 def bootstrap_once(before: Sequence[float], after: Sequence[float], **options: Any) -> Any:

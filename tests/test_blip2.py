@@ -41,6 +41,7 @@ from exporter.serving.preflight import refuse_unservable
 from exporter.tasks import TASKS
 from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after
+from tests.slow import some_of
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint
 from tests.tiny_blip2 import write_tiny_blip2
 from tests.tiny_models import QUICK
@@ -147,8 +148,7 @@ def test_logits_move_with_the_weights_of_every_component(
 
 
 @pytest.mark.skipif(not find_spec("compressed_tensors"), reason="transformers reads packed weights with it")
-@both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("family", "dtype"), [(BLIP2, torch.float32), (ITM, torch.float16)])
 def test_transformers_loads_artifacts_of_other_dtypes(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_tiny_blip2(tmp_path / "model", family, dtype)
     done = quick_export(recipe_for(family, folder, quantize=rules_for(family, "rtn", 8)), tmp_path / "out")
@@ -166,7 +166,7 @@ def test_dequantized_parts_of_a_float32_model_take_16_bits(tmp_path: Path) -> No
     assert done.plan.bytes_after == sum(info.bytes for info in stored.values())
 
 
-@both
+@pytest.mark.parametrize("family", some_of({"blip2": (BLIP2,), "blip2-itm": (ITM,)}, ["blip2"]))
 def test_killed_in_every_component_and_resumed_is_byte_identical(
     family: Family, models: dict[str, Path], tmp_path: Path
 ) -> None:

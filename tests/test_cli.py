@@ -229,7 +229,7 @@ def test_an_artifact_of_a_recipe_without_gates_is_served_at_any_score(tmp_path: 
     assert "lost more" not in result.output
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_export_has_a_hint_and_resumes(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running_command(quick(out, "--json"), tmp_path) as command:

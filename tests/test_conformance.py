@@ -26,12 +26,14 @@ from tests.whole_forward import captured_rows, rules, stacks
 
 # Every part once: the other models of a family differ in parts that `test_whole_forward.py` runs in LLaVA.
 MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*FAMILIES, "llava-pixtral"]))
-# A chain of one kind of blocks, with a Q-Former, with passes of their own, and with blocks that are no chain.
-CHAINS = ("llava", "blip2", "blip2-itm", "qwen3-vl")
+# Passes of their own, and blocks that are no chain; test_export.py and test_blip2.py stop chains.
+PASSES = ("blip2-itm", "qwen3-vl")
+# Every kind of component once; all families are compared with their whole forward pass.
+OPENED = ("llava", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "blip2", "blip2-itm")
 TASKS_OF = {("vqa", "captioning"): ["captioning", "vqa"], ("retrieval",): ["retrieval"]}
 
 
-@pytest.mark.parametrize("name", some(FAMILIES, CHAINS))
+@pytest.mark.parametrize("name", some(FAMILIES, PASSES))
 def test_stopped_in_every_component_and_resumed_gives_the_same_integers(name: str, tmp_path: Path) -> None:
     check_stopped(name, tmp_path, every_unit=False)
 
@@ -70,7 +72,7 @@ def check_stopped(name: str, tmp_path: Path, every_unit: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(name, method, marks=() if method == "awq" or name == "blip2" else pytest.mark.slow)
+        pytest.param(name, method, marks=() if method == "awq" and name in OPENED else pytest.mark.slow)
         for name in FAMILIES
         for method in ("gptq", "awq")  # AWQ does what GPTQ does, and folds scales
     ],

@@ -20,7 +20,7 @@ from exporter.numerics.scale_folding import fold, misfit
 from exporter.quantization.block_calls import capture_calls
 from tests.conftest import header, header_config
 from tests.headers.read import HEADER_NAMES
-from tests.slow import some_of
+from tests.slow import some, some_of
 from tests.tiny_models import CONFIGS, random_weights, tiny_inputs
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -29,6 +29,18 @@ models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CON
 parts = pytest.mark.parametrize(
     ("family", "config"),
     some_of(CONFIGS, [name for name, (family, _) in CONFIGS.items() if name in FAMILIES or family.name == "llava"]),
+)
+SMALLEST = (  # of each family
+    "llava-hf--llava-1.5-7b-hf",
+    "llava-hf--llava-v1.6-mistral-7b-hf",
+    "llava-hf--llava-onevision-qwen2-0.5b-ov-hf",
+    "Qwen--Qwen2-VL-2B-Instruct",
+    "Qwen--Qwen2.5-VL-3B-Instruct",
+    "Qwen--Qwen3-VL-2B-Instruct",
+    "HuggingFaceM4--Idefics3-8B-Llama3",
+    "HuggingFaceTB--SmolVLM-256M-Instruct",
+    "Salesforce--blip2-opt-2.7b",
+    "Salesforce--blip2-itm-vit-g",
 )
 published = pytest.mark.parametrize("name", HEADER_NAMES)
 
@@ -62,7 +74,7 @@ def test_every_linear_is_planned_or_kept_with_a_reason(family: Family, config: d
         assert component.unpadded <= set(component.linears)
 
 
-@published
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_names_are_total_and_injective_on_real_headers(name: str) -> None:
     family, tensors = family_of(name), header(name)
     model = build_skeleton(family, header_config(name), torch.device("meta"))

@@ -17,6 +17,7 @@ from exporter.numerics import gptq_columns as columns_
 from exporter.numerics import ranges
 from exporter.numerics.learned_rounding import LearnedLinear
 from exporter.numerics.quantized import ColumnGrid, QuantizedLinear, Scheme, dequantize, quantize
+from tests.slow import some, some_of
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' own sums are tested on a GPU only")
 
@@ -54,8 +55,8 @@ def weight() -> torch.Tensor:
     return _drawn(0, ROWS, COLUMNS)
 
 
-# Every pair of two of them; the other combinations are slow.
-RANGES = {(128, True, True), (128, False, False), ("row", True, False), ("row", False, True)}
+# Every value of each of them; the other combinations are slow.
+RANGES = {(128, COLUMNS, True, True), ("row", COLUMNS, True, False), ("row", 2500, False, True)}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ RANGES = {(128, True, True), (128, False, False), ("row", True, False), ("row", 
             columns,
             symmetric,
             weighted,
-            marks=() if (group, symmetric, weighted) in RANGES else pytest.mark.slow,
+            marks=() if (group, columns, symmetric, weighted) in RANGES else pytest.mark.slow,
         )
         for group, columns in ((128, COLUMNS), ("row", COLUMNS), ("row", 2500))
         for symmetric in (True, False)
@@ -88,7 +89,7 @@ def test_the_search_of_ranges_equals_torch(
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("size", some([1e-3, 1e-5, 1e-7], [1e-5]))
 def test_scales_of_small_weights_equal_torch(kernels: dict[str, ModuleType], size: float) -> None:
     """Subnormal numbers of float16, multiples of 2^-24."""
     weight, scheme = _drawn(1, ROWS, COLUMNS) * size, Scheme(8, "row")
@@ -99,8 +100,10 @@ def test_scales_of_small_weights_equal_torch(kernels: dict[str, ModuleType], siz
     assert ((scale != fast[0]) | (zero != fast[1])).float().mean() <= NEAR_TIES
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(
+    ("group", "symmetric"),
+    some_of({f"{g} {s}": (g, s) for g in (32, 128) for s in (True, False)}, ["32 False", "128 True"]),
+)
 def test_clipping_equals_torch(
     kernels: dict[str, ModuleType], weight: torch.Tensor, symmetric: bool, group: int
 ) -> None:
@@ -171,10 +174,9 @@ def _rows_alike(codes: torch.Tensor) -> torch.Tensor:
     return same
 
 
-# Every pair of scales, order, block and group; the other combinations are slow.
+# Every kind of scales and order, block and group; the other combinations are slow.
 PAIRS = {
-    (16, 1, "in_loop"), (16, 20, "activation"), (16, 128, "none"),
-    ("row", 1, "activation"), ("row", 20, "none"), ("row", 128, "in_loop"),
+    ("row", 1, "activation"), (16, 128, "none"), ("row", 20, "in_loop"),
     (16, 20, "in_loop"),  # the short last block has two groups
 }  # fmt: skip
 GPTQ = [

@@ -1,11 +1,11 @@
 """Commands in processes whose memory is limited while they work: one error, and finished work is kept."""
 
+import ctypes
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import exporter.data
 from exporter.artifact.artifact import Artifact
+from exporter.commands import progress
 from exporter.commands.main import cli
 from exporter.device import Device, choose
 from exporter.errors import MemoryShortage
@@ -21,40 +23,58 @@ from exporter.events import Event
 from exporter.model.processor import load_processor
 from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe_file import load_recipe
-from exporter.serving import comparison
+from exporter.serving import check, comparison, preflight
+from exporter.serving.check import EngineRun
 from exporter.serving.comparison import Session, judge
 from exporter.serving.launch import Program
+from exporter.tasks.sample import Sample
+from tests.children import running_command
 from tests.test_check import exported, replies_of
 from tests.test_export import quick_export
 
-# Runs a command. {limit}: whether memory ends at an event. The process then gets at most a megabyte more, and the
-# allocator asks the system for every tensor.
-CHILD = """
-import os, resource, sys
-from pathlib import Path
-from exporter.commands import progress
-start = progress.ProgressDisplay.__enter__
-def enter(self):
-    listen = start(self)
-    def limited(event):
-        listen(event)
-        if {limit}:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, resource.RLIM_INFINITY))
-    return limited
-progress.ProgressDisplay.__enter__ = enter
-{more}
-from exporter.__main__ import main
-main()
-"""
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TOP_PAD_": "0", "MALLOC_TRIM_THRESHOLD_": "0"}
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.argtypes, LIBC.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+LIBC.free.argtypes, LIBC.free.restype = [ctypes.c_void_p], None
 
 
-def limited(limit: str, arguments: Sequence[str], more: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command in another process."""
-    code = CHILD.format(limit=limit, more=more)
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, timeout=300)
+def allow(more: int) -> None:
+    """Let this process get `more` bytes from now on: no block that it once freed is left to it."""
+    kept = LIBC.malloc(more)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+    for size in (2**20, 2**16, 2**12, 2**9):
+        while LIBC.malloc(size):
+            pass
+    LIBC.free(kept)
+
+
+def limit_memory(stage: str, done: int) -> None:
+    """From an event of the next command on, this process gets at most a megabyte more."""
+    start = progress.ProgressDisplay.__enter__
+
+    def enter(display: progress.ProgressDisplay) -> Callable[[Event], None]:
+        listen = start(display)
+
+        def limited(event: Event) -> None:
+            listen(event)
+            if event.stage == stage and event.done >= done:
+                allow(2**20)
+
+        return limited
+
+    progress.ProgressDisplay.__enter__ = enter  # type: ignore[method-assign]
+
+
+def ended(arguments: Sequence[str], folder: Path, prepare: Callable[[], None]) -> tuple[int, str]:
+    """Run a command in another process; the exit code and stderr."""
+    with running_command(arguments, folder / "output", prepare) as command:
+        return command.ended(), command.stderr.read_text()
+
+
+def few_candidates() -> None:
+    """Retrieval among three pictures, until memory ends."""
+    exporter.data.DEMO_CANDIDATES = 3
+    limit_memory("evaluate", 16)
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +86,29 @@ def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_retrieval_without_memory_keeps_its_answers_and_resumes(retrieval: Path, tmp_path: Path) -> None:
-    arguments = ["evaluate", str(retrieval), "--eval-samples", "40", "--device", "cpu", "--answers"]
-    ended = limited("event.stage == 'evaluate' and event.done >= 16", [*arguments, str(tmp_path / "kept")])
-    assert ended.returncode == 4, ended.stderr
-    error = ended.stderr[ended.stderr.index("Error: ") :]
+def test_retrieval_without_memory_keeps_its_answers_and_resumes(
+    retrieval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "evaluate",
+        str(retrieval),
+        "--eval-samples",
+        "24",
+        "--eval-batch",
+        "8",
+        "--device",
+        "cpu",
+        "--answers",
+    ]
+    code, stderr = ended([*arguments, str(tmp_path / "kept")], tmp_path, few_candidates)
+    assert code == 4, stderr
+    error = stderr[stderr.index("Error: ") :]
     sizes = r"([\d.]+ GiB more were requested, )?0\.00 GiB are free, the step was predicted to take 0\.\d\d GiB\n"
     assert re.match(f"Error: evaluate: out of memory on the host: {sizes}", error), error
     hint = f"Hint: answers so far are in {tmp_path / 'kept'}: the same command resumes; use a smaller --eval-batch"
     assert hint in error
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in stderr
+    monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 3)
     resumed = CliRunner().invoke(cli, [*arguments, str(tmp_path / "kept"), "--json"])
     first = next(event for event in map(json.loads, resumed.stderr.splitlines()) if event["stage"] == "evaluate")
     assert first["done"] >= 16
@@ -83,22 +116,21 @@ def test_retrieval_without_memory_keeps_its_answers_and_resumes(retrieval: Path,
     assert json.loads(resumed.stdout) == json.loads(whole.stdout)
 
 
-STAND_IN = """
-from exporter.artifact.artifact import Artifact
-from exporter.device import choose
-from exporter.events import Event
-from exporter.serving import check
-from exporter.serving.reference import Reference
-from exporter.model.processor import load_processor
-from tests.test_check import replies_of
-def run(folder, artifact, samples, session, log, note=""):
-    processor = load_processor(folder)
-    replies = replies_of(Reference(artifact, processor, choose("cpu")), artifact, processor, samples)
-    session.on_event(Event("answered", 1, 1))
-    return check.EngineRun(replies, {}, (), 1.0)
-check._run_engine = run
-check.scheme_problems = lambda artifact, log: []
-"""
+def answered_engine(cpuinfo: Path) -> None:
+    """An engine that answers as the reference does, on this CPU; then memory ends."""
+
+    def run(
+        folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
+    ) -> EngineRun:
+        processor = load_processor(folder)
+        replies = replies_of(comparison.Reference(artifact, processor, choose("cpu")), artifact, processor, samples)
+        session.on_event(Event("answered", 1, 1))
+        return EngineRun(replies, {}, (), 1.0)
+
+    check._run_engine = run  # type: ignore[assignment]
+    check.scheme_problems = lambda artifact, log: []  # type: ignore[assignment]
+    preflight.CPUINFO = cpuinfo
+    limit_memory("answered", 1)
 
 
 def test_a_reference_without_memory_is_one_error_and_leaves_the_artifact(tmp_path: Path) -> None:
@@ -108,14 +140,11 @@ def test_a_reference_without_memory_is_one_error_and_leaves_the_artifact(tmp_pat
     vllm.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 0.32.0+cpu\n')
     vllm.chmod(0o755)
     (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
-    more = (
-        f"{STAND_IN}\nfrom exporter.serving import preflight\npreflight.CPUINFO = Path({str(tmp_path / 'cpuinfo')!r})"
-    )
     arguments = ["check", str(out), "--vllm", str(vllm), "--device", "cpu", "--questions", "2", "--no-control"]
-    ended = limited("event.stage == 'answered'", arguments, more)
-    assert ended.returncode == 4, ended.stderr
-    assert "note: the reference of the check ran out of memory in float32 on CPU" in ended.stderr
-    error = ended.stderr[ended.stderr.index("Error: ") :]
+    code, stderr = ended(arguments, tmp_path, partial(answered_engine, tmp_path / "cpuinfo"))
+    assert code == 4, stderr
+    assert "note: the reference of the check ran out of memory in float32 on CPU" in stderr
+    error = stderr[stderr.index("Error: ") :]
     sizes = r"([\d.]+ GiB more were requested, )?0\.00 GiB are free, the step was predicted to take 0\.00 GiB\n"
     assert re.match(f"Error: the reference of the check: out of memory on the host: {sizes}", error), error
     assert "Hint: the artifact is not affected; close other programs" in error

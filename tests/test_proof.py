@@ -32,7 +32,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.proof import prove
 from tests.consistent_edits import CONSISTENT_EDITS
-from tests.published_artifact import bootstrap_once
+from tests.published_artifact import bootstrap_once, score_captions_once
 
 Plain = dict[str, Any]
 Edit = Callable[["Files"], None]
@@ -91,6 +91,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr("exporter.publishing.proof.verify", partial(verify, load="nothing"))
     monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
+    monkeypatch.setattr("exporter.tasks.captioning.score", score_captions_once)
     return Files(shutil.copytree(exported / "good", tmp_path / "artifact"))
 
 

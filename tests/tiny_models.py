@@ -22,7 +22,7 @@ CONFIGS: dict[str, tuple[Family, dict[str, Any]]] = {
 QUICK: dict[str, dict[str, Any]] = {  # options of a method where a test is not about the quality of its rounding
     "rtn": {},
     "gptq": {"range": "minmax", "descent": 0},
-    "awq": {"points": 4, "clip_steps": 2},
+    "awq": {"points": 4, "clip": False},
 }
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
