@@ -95,7 +95,6 @@ CASES = {  # most informative first, in case the time runs out
     "mxfp4": Case([{"component": part, **MXFP4} for part in ("vision", "language")]),
     "mxfp8": Case([{"component": part, **MXFP8} for part in ("vision", "language")]),
     "fp8-block": Case([{"component": part, **BLOCKS, "activations": "fp8"} for part in ("vision", "language")]),
-    "fp8-block-w8a16": Case([{"component": part, **BLOCKS} for part in ("vision", "language")]),
     **{f"w{n}a8": Case([W4 | {"bits": n, "activations": "int8"}]) for n in (2, 3, 5, 6, 7)},
     "w3-vit-nvfp4": Case([{"component": "vision", **NVFP4}, W4 | {"bits": 3, "activations": "int8"}]),
     "awq-signed": Case([W4 | {"method": "awq"}]),

@@ -75,6 +75,7 @@ def test_a_packed_linear_in_a_block_that_never_runs_is_found():
         (Scheme(4, 128, activations="fp8"), "compressed_tensors", True, False),
         (Scheme(4, 128, activations="int8"), "compressed_tensors", False, False),
         (Scheme(3, 128, activations="int8"), "compressed_tensors", True, False),
+        (Scheme(8, "block", number="fp8"), "compressed_tensors", False, False),
         (Scheme(8, "block", number="fp8", activations="fp8"), "compressed_tensors", True, False),
         (W4, "gptq", True, True),
         (Scheme(3, 128), "gptq", False, False),

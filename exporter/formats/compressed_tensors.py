@@ -3,8 +3,8 @@
 - `pack-quantized`, integers: codes as a dense little-endian bit stream along `in`. `weight_packed` int32 `[out,
   ceil(in*bits/32)]` holds the code, which is the signed value plus `2**(bits-1)`; `weight_scale` `[out, groups]`;
   `weight_shape` int64 `[2]`; asymmetric schemes add `weight_zero_point` int32 `[ceil(out*bits/32), groups]`, the same
-  stream along `out`. Read by compressed-tensors >= 0.18 (0.17 packs 3, 5, 6 and 7 bits in another shape). Inputs may be
-  8 bits: float8 for 4 bits on Hopper, int8 where `Scheme.as_int8` is false.
+  stream along `out`. Read by compressed-tensors >= 0.19 (0.17 packs 3, 5, 6 and 7 bits in another shape; 0.18 fails on
+  float8 blocks). Inputs may be 8 bits: float8 for 4 bits on Hopper, int8 where `Scheme.as_int8` is false.
 - `int-quantized`: `weight` int8. `float-quantized`: `weight` float8 e4m3; with blocks of 128 x 128, `weight_scale` is
   `[out/128, in/128]`.
 - `nvfp4-pack-quantized` and `mxfp4-pack-quantized`: `weight_packed` uint8 `[out, in/2]`, the earlier of two float4
