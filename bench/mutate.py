@@ -40,6 +40,10 @@ BOUNDS = {  # pattern of a line whose numbers no test can detect: why
         "factors of predicted durations, fitted to measurements of some devices"
     ),
     re.compile(r"^VERSION = "): "another number only makes other fingerprints",
+    re.compile(r"\bindent=\d"): "spaces in a JSON file are for its readers",
+    re.compile(r"\bcompress_level="): "the level of a lossless compression does not change the pictures",
+    re.compile(r"\b(fontsize|linewidth|alpha|figsize|markersize|labelsize)="): "the look of a plot, not its data",
+    re.compile(r"^(THREADS|HASHING) = 4|\bThreadPoolExecutor\(\d"): "the number of threads does not change the result",
     re.compile(r"^\w*SECONDS = |\btimeout="): "time limits and intervals only need to be long enough on a busy machine",
     re.compile(r"\bField\(.*\b(le|lt|max_length)="): "limits on options and files are far beyond all sensible values",
 }

@@ -2,8 +2,9 @@
 
 A mutant is an index: `sites` lists all sites in the order of the syntax tree, `mutated` applies one. Annotations,
 docstrings, decorators and strings are not mutated, because they do not change results. `assert`, `strict=True` and
-`stable=True` are not mutated, because they guard against states that no test can reach. `return False` becomes
-`return True` but not `return None`, which is false too.
+`stable=True` are not mutated, because they guard against states that no test can reach. `if TYPE_CHECKING` is not
+mutated, because its names are for annotations. `return False` becomes `return True` but not `return None`, which is
+false too.
 """
 
 import ast
@@ -115,6 +116,8 @@ def _not(walk: _Walk, node: ast.AST) -> ast.AST:
 
 def _condition(walk: _Walk, node: ast.AST) -> ast.AST:
     assert isinstance(node, ast.If | ast.IfExp | ast.While)
+    if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return node
     if not isinstance(node.test, ast.Compare | ast.UnaryOp) and walk._at(node, "the condition is negated"):
         node.test = ast.copy_location(ast.UnaryOp(ast.Not(), node.test), node.test)
     return node

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from exporter.commands.main import cli
+from exporter.commands.serving_text import speed_page
 from exporter.errors import ArtifactError, ServeError
 from exporter.evaluation.report_file import read_report, write_report, write_speed
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord, read_speed
@@ -156,6 +157,18 @@ def test_rows_compare_artifact_and_source() -> None:
         ("peak memory, host", "3.0 MB", "3.0 MB", "1.00 x"),
     ]
     assert figures_rows(FIGURES, None)[0] == ("load", "12.5 s", "", "")
+
+
+def test_the_table_has_aligned_columns() -> None:
+    assert speed_page(RECORD).splitlines() == [
+        "vllm 0.32.0 on CPU, cpu build; 64 tokens a request, 4 requests a client",
+        "                              artifact   source",
+        "load                            12.5 s   25.0 s  0.50 x",
+        "first token, 1 client          0.050 s  0.050 s  1.00 x",
+        "tokens per second, 1 client       40.0     20.0  2.00 x",
+        "tokens per second, 8 clients     160.0    160.0  1.00 x",
+        "peak memory, host               3.0 MB   3.0 MB  1.00 x",
+    ]
 
 
 @pytest.fixture(scope="module")

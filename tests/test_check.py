@@ -272,6 +272,21 @@ def test_the_page_of_a_check_lists_schemes_and_kernels():
     ]
 
 
+def test_the_page_of_a_check_gives_differences_beside_those_that_are_allowed():
+    floor = Distance(0.5, 0.0625, 100)
+    compared, restored = (EngineComparison(Distance(0.75, mean, 100), floor) for mean in (0.03125, 0.046875))
+    control = Control("vision", Distance(8.0, 2.5, 100), restored)
+    result = CheckResult("0.32.0", "cuda", 8, 0.015, compared, control, {}, (), 30.4, ("why",))
+    assert checked_page(result).splitlines()[1:] == [
+        "log-probabilities against the dequantized reference, 100 tokens: "
+        "mean difference 0.0312 (allowed 0.0875), largest 0.7500 (allowed 1.0000)",
+        "16-bit rounding of the reference alone: mean 0.0625, largest 0.5000",
+        "control, scales of vision doubled: mean 2.5000, largest 8.0000; against a reference with the same scales: "
+        "mean 0.0469 (16-bit rounding alone 0.0625)",
+        "FAILED",
+    ]
+
+
 def test_pictures_are_sent_without_loss(folder: Path):
     import io
 

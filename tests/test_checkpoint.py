@@ -47,6 +47,13 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_two_shards_have_an_index(tmp_path: Path) -> None:
+    tensors = small_checkpoint(tmp_path / "m", shard_bytes=1024)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict(zip(sorted(tensors), [shards[0]] * 2 + [shards[1]] * 2, strict=True))
+
+
 @pytest.mark.parametrize("keep", [0, 4, 60, 0.5, 0.99])
 def test_truncated_shard_is_refused_from_its_header(tmp_path: Path, keep: float) -> None:
     small_checkpoint(tmp_path / "m")

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from exporter.commands import interrupt
 from exporter.commands.main import cli
+from exporter.commands.options import reports_errors_without_torch
 from exporter.commands.progress import ProgressDisplay
 from exporter.distribution import DISTRIBUTION, VERSION
 from exporter.events import Event
@@ -241,6 +243,19 @@ def test_an_interrupted_export_has_a_hint_and_resumes(how: signal.Signals, tmp_p
     assert list((tmp_path / "out.work").glob("*.safetensors"))
     assert mmq(*quick(out)).exit_code == 5  # four samples do not resolve the gates
     assert out.exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_interrupted_command_says_so_with_the_exit_code_of_a_signal(as_json: bool) -> None:
+    @click.command()
+    @reports_errors_without_torch
+    def stopped(**options: bool) -> None:
+        raise KeyboardInterrupt
+
+    stopped.params.append(click.Option(["--json", "as_json"], is_flag=True))
+    done = CliRunner().invoke(stopped, ["--json"] if as_json else [])
+    assert done.exit_code == 130
+    assert (json.loads(done.stdout)["error"] if as_json else done.stderr.split(": ")[1].strip()) == "stopped"
 
 
 def test_an_interrupt_while_libraries_load_ends_quietly() -> None:

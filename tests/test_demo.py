@@ -106,6 +106,13 @@ GOLDEN_SPLITS = {  # all pixels of the first 250 scenes
 }
 
 
+def test_samples_are_those_of_seed_0_unless_another_is_given() -> None:
+    for draws in (samples, drawings):
+        default, first, second = draws("captioning", "test", 3), *(draws("captioning", "test", 3, i) for i in (0, 1))
+        assert [sample.identity for sample in default] == [sample.identity for sample in first]
+        assert [sample.identity for sample in first] != [sample.identity for sample in second]
+
+
 def test_every_kind_of_object_has_its_own_name() -> None:
     assert len(lexicon()) == len(COLORS) * len(RADII) * len(SHAPES) * len(DOTS) == len(set(lexicon().values()))
 

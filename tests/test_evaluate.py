@@ -136,6 +136,23 @@ def test_the_estimate_is_above_the_number_of_samples_that_did_not_resolve_the_ga
     assert judge._to_resolve(difference, allowed=0.2, samples=1000) == 1001
 
 
+def test_the_estimate_is_relative_to_the_full_precision_score() -> None:
+    """Full precision has 800 of 1000 answers right: 2 % of its score are 0.016."""
+    gate = crafted(200, 212, 1000, max_drop=0.02).gates[0]
+    assert gate.verdict == "not resolved"
+    margin, deviation = 0.016 - 0.012, (0.012 - 0.012**2) ** 0.5
+    assert gate.samples_needed == pytest.approx((1.96 * deviation / margin) ** 2, rel=0.01)
+
+
+def test_a_gate_that_ten_million_samples_do_not_resolve_is_too_close() -> None:
+    for sd, known in ((15.0, True), (17.0, False)):  # 8.6 and 11.1 million samples for an interval of +- 0.01
+        difference = Difference(1.0, 1.0, change=0.0, low=-0.1, high=0.1, sd=sd)
+        assert (judge._for_one_percent(difference) is not None) is known
+        assert (judge._to_resolve(difference, allowed=0.01, samples=5) is not None) is known
+    gate = crafted(0, 7, 500, max_drop=0.02).gates[0].model_copy(update={"samples_needed": None})
+    assert sentence(gate).endswith("; the measured change is too close to the bound for more samples to resolve it")
+
+
 def test_the_recipe_decides_whether_a_gate_must_be_resolved() -> None:
     """`point` accepts a measured change within the bound; the verdict is still `not resolved`."""
     within, beyond = (

@@ -110,7 +110,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
     """A coarse clock may give two contents the same times; only of a file that rests are they believed."""
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    state = FileState.of(path)._replace(ctime_ns=0 if settled else time.time_ns())
+    state = FileState.of(path)._replace(ctime_ns=time.time_ns() - (10**9 if settled else 0))
     monkeypatch.setattr(FileState, "of", lambda path: state)
     first = hash_files([path])
     path.write_bytes(b"two")

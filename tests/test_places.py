@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.artifact.output import Destination
+from exporter.artifact.output import Destination, refuse_foreign
 from exporter.commands.main import cli
 from exporter.data import places
 from exporter.errors import ArtifactError
@@ -130,6 +130,15 @@ def test_files_of_others_in_an_artifact_are_not_deleted(
         quick_export(out, overwrite=True, **({} if damaged else {"recipe": OTHER}))
     kept = {name: content for name, content in tree(tmp_path).items() if ".work/" not in name}
     assert kept == before
+
+
+def test_several_files_of_others_are_counted(finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    refuse_foreign(out)
+    for name in ("c", "a", "b"):
+        (out / name).touch()
+    with pytest.raises(ArtifactError, match=r"did not write \(a and 2 more\), which --overwrite would delete"):
+        refuse_foreign(out)
 
 
 def test_a_report_a_card_and_hidden_files_are_replaced(finished: Path, tmp_path: Path) -> None:

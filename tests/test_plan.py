@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.random_checkpoint import write_processor
+from exporter.commands.plan_tables import plan_table
 from exporter.device import Device
 from exporter.errors import PlanError
 from exporter.formats import FORMATS
@@ -104,6 +105,18 @@ def test_units_come_in_data_order(big: Checkpoint) -> None:
     assert [unit.block for unit in plan.units[:2]] == [f"vision_tower.vision_model.encoder.layers.{i}" for i in (0, 1)]
     assert plan.units[23 + 10].block == "language_model.model.layers.10"
     assert plan.units[23].rows[0].linear == "self_attn.q_proj"
+
+
+def test_the_tables_of_a_plan_have_figures_at_the_right(big: Checkpoint) -> None:
+    plan = plan_of("llava-w4-vit8", big)
+    table = plan_table(plan)
+    columns = {str(column.header): [column.justify, *column.cells] for column in table.columns}
+    assert {name: cells[0] for name, cells in columns.items()} == dict.fromkeys(
+        ("component", "decision", "scheme"), "left"
+    ) | dict.fromkeys(("tensors", "before", "after"), "right")
+    assert [cells[1] for cells in columns.values()] == ["vision", "packed", "W8 row rtn", "138", "578.8 MB", "289.8 MB"]
+    assert [cells[-1] for cells in columns.values()][:4] == ["total", "", "", str(len(plan.rows))]
+    assert all(column.no_wrap for column in table.columns)
 
 
 def test_later_rules_that_match_nothing_are_an_error(big: Checkpoint) -> None:
