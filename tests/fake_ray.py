@@ -33,12 +33,12 @@ class FakeTask:
         self._ray.calls.append(self._options)
         try:
             return self._ray.put(self._function(*arguments))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (`get` raises it)
             return self._ray.put(error if isinstance(error, RayError) else FakeTaskError(f"trace\n{error}", error))
 
 
 class FakeRay(ModuleType):
-    """The functions of ray that mmq calls. nodes_: of the cluster. resources: of all of them. calls: options of tasks."""
+    """The functions of ray that mmq calls. machines: those of the cluster. calls: the options of every task."""
 
     def __init__(self) -> None:
         super().__init__("ray")

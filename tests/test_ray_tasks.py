@@ -229,5 +229,5 @@ def test_an_evaluations_batches_are_tasks_and_a_pool_is_one(
     assert opened == [True]  # once for all batches
     assert not list(temporary.glob("mmq-ray-*"))  # neither the packed samples nor the machine's folder
     other = ClusterBackend(RayCluster(ray, 0), files, RemoteModel("", "cpu", True, {"weights": "other"}), 2)
-    with pytest.raises(DataError, match="this worker differs from the process that started the evaluation: .*weights"):
+    with pytest.raises(DataError, match=r"this worker differs from the process that started the evaluation: .*weights"):
         list(other.pieces(plain))

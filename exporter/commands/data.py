@@ -63,7 +63,7 @@ def datasets(name: str | None, as_json: bool) -> None:
     if not name:
         print_result(_layouts_table(list(LAYOUTS.values())))
         return print_result(_conventions_table(list(CONVENTIONS.values())))
-    table = Table(show_header=False, box=None)
+    table = Table(show_header=False)
     for key, value in described[name].items():
         text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
         text = ", ".join(text) if isinstance(text, tuple) else text

@@ -57,7 +57,7 @@ def _reasons(rows: list[PlanRow]) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """The plan as a table with one row per component, decision and scheme."""
-    table = Table(title=f"{plan.origin} with {plan.recipe.name}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{plan.origin} with {plan.recipe.name}")
     for name in ("component", "decision", "scheme", "tensors", "before", "after"):
         table.add_column(name, justify="right" if name in ("tensors", "before", "after") else "left", no_wrap=True)
     for line in plan_summary(plan):
@@ -104,7 +104,7 @@ def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence
 def steps_table(steps: Sequence[Step], device: Device) -> Table:
     """Predicted peak memory and time of each step, and how mmq runs it."""
     title = f"estimated peak memory and time on {device.name}; host memory excludes the page cache"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title)
     for name in ("step", *(("device",) if device.is_cuda else ()), "host", "time", "how"):
         table.add_column(name, justify="left" if name in ("step", "how") else "right", no_wrap=name != "how")
     for step in steps:
@@ -154,7 +154,7 @@ def tensor_line(row: PlanRow) -> dict[str, Any]:
 
 def tensor_table(plan: Plan) -> Table:
     """Table with the decision of every tensor."""
-    table = Table(box=None, pad_edge=False)
+    table = Table()
     for name in ("tensor", "shape", "decision", "scheme", "why"):
         table.add_column(name, no_wrap=name != "why")
     for line in map(tensor_line, plan.rows):
@@ -165,7 +165,7 @@ def tensor_table(plan: Plan) -> Table:
 
 def recipes_table(recipes: list[Recipe]) -> Table:
     """Table of recipes, one row per recipe."""
-    table = Table(box=None, pad_edge=False)
+    table = Table()
     for name in ("recipe", "default model", "summary"):
         table.add_column(name, no_wrap=name != "summary")
     for recipe in recipes:

@@ -19,7 +19,7 @@ COLORS: dict[Verdict, str] = {
 
 def report_page(report: Report) -> RenderableType:
     """Table of scores with 95 % intervals, then one line per gate, then notes."""
-    table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="evaluation")
     for name in ("score", "samples", "full", "artifact", "change", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for measure in report.measures:

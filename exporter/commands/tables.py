@@ -22,7 +22,7 @@ def measured_table(predicted: Sequence[Step], measured: Sequence[Step]) -> Table
     """Measured time and peak memory of each step, with the predictions."""
     on_device = any(step.device_bytes for step in measured)
     names = ["step", "time", "predicted", "host", "predicted", *(["device", "predicted"] if on_device else [])]
-    table = Table(title="time and peak memory, measured and predicted", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="time and peak memory, measured and predicted")
     for name in names:
         table.add_column(name, justify="left" if name == "step" else "right", no_wrap=True)
     expected = {step.name: step for step in predicted}
@@ -89,7 +89,7 @@ def verified_line(verified: Verification) -> str:
 
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
     """Table of the differences between two artifacts, one row per difference."""
-    table = Table(title=f"first: {first}\nsecond: {second}", title_justify="left")
+    table = Table(title=f"first: {first}\nsecond: {second}")
     for name in ("what", "first", "second"):
         table.add_column(name)
     table.add_column("change", justify="right", no_wrap=True)
