@@ -53,6 +53,7 @@ def plan(
     prompts: Mapping[str, str] | None = None,
     max_new_tokens: Mapping[str, int] | None = None,
     serve_on: str | None = None,
+    skip_evaluation: bool = False,
     on_event: Listener = ignore,
 ) -> Plan:
     """Plan an export from the headers of the model's files: the decision for every tensor, sizes, memory and seconds.
@@ -63,6 +64,7 @@ def plan(
         `(128, "keep")` also set the rules' `else`.
     prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     serve_on: fail unless vLLM can serve the artifact there: a GPU's compute capability (`9.0`) or `cpu`.
+    skip_evaluation: plan an export without evaluation: unless it calibrates, the model may lack a processor.
     """
     final_recipe = adjusted(
         _loaded(recipe),
@@ -77,7 +79,9 @@ def plan(
         prompts=prompts,
         max_new_tokens=max_new_tokens,
     )
-    export_plan, checkpoint = prepare(final_recipe, as_device(device), headers_only=True, on_event=on_event)
+    export_plan, checkpoint = prepare(
+        final_recipe, as_device(device), headers_only=True, on_event=on_event, skip_evaluation=skip_evaluation
+    )
     if serve_on:
         refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
     return export_plan

@@ -15,6 +15,7 @@ from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.events import ignore
 from exporter.inference.encoding import encode, render
 from exporter.model import processor_inspector as inspector
 from exporter.model.chat_template import PROBES, Template, parse_template
@@ -23,7 +24,9 @@ from exporter.model.processor import load_processor
 from exporter.model.processor_inspector import inspect
 from exporter.model.stream import build_skeleton
 from exporter.model.tokenizer_check import try_out
+from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
+from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.tasks.sample import Sample
 from tests.conftest import header_config
@@ -286,12 +289,59 @@ def test_a_pipe_in_place_of_a_file_is_not_read(model: Path) -> None:
         plan(model)
 
 
-def test_a_folder_without_processor_is_planned_with_a_note(model: Path) -> None:
-    for path in [*model.glob("*processor*"), *model.glob("tokenizer*")]:
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        (("*processor*", "tokenizer*"), ("preprocessor_config.json", "tokenizer.json")),
+        (("*processor*",), ("preprocessor_config.json",)),
+        (("tokenizer*",), ("tokenizer.json",)),
+        (("preprocessor_config.json",), ("preprocessor_config.json",)),
+    ],
+)
+def test_a_folder_that_lacks_files_of_a_processor_is_refused_by_the_plan(
+    removed: tuple[str, ...], named: tuple[str, ...], model: Path
+) -> None:
+    """An export would need them only after it had read the data."""
+    change(model / "processor_config.json", image_processor=...)
+    for path in [path for pattern in removed for path in model.glob(pattern)]:
         path.unlink()
-    assert any("the model folder has no processor" in warning for warning in plan(model))
+    for attempt in (plan, load_processor):
+        with pytest.raises(CheckpointError, match="the folder has no processor: it lacks") as caught:
+            attempt(model)
+        assert str(model) in caught.value.message
+        files = {"preprocessor_config.json", "tokenizer.json"}
+        assert {name for name in files if f" {name} (" in caught.value.message} == set(named)
+        assert "copy the missing files from the model's repository" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("skip_evaluation", [False, True])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_only_an_export_that_encodes_no_samples_needs_no_processor(
+    method: str, skip_evaluation: bool, model: Path, tmp_path: Path
+) -> None:
+    """Plan and export agree: without calibration and evaluation the weights alone are sufficient."""
+    for path in [*model.glob("*processor*"), *model.glob("tokenizer*"), *model.glob("chat_template*")]:
+        path.unlink()
+    rule = {"component": "vision", "method": method, "bits": 8, "group_size": "row"}
+    recipe = load_recipe("llava-w4").model_dump() | {"quantize": [rule], "gates": (), "model": {"repo": str(model)}}
+    valid, cpu, out = Recipe.model_validate(recipe), choose("cpu"), tmp_path / "out"
+    if method == "rtn" and skip_evaluation:
+        warnings = prepare(valid, cpu, headers_only=True, skip_evaluation=True)[0].warnings
+        assert any("the model folder has no processor" in warning for warning in warnings)
+        export(valid, out=out, device=cpu, on_event=ignore, skip_evaluation=True)
+        return
     with pytest.raises(CheckpointError, match="the folder has no processor"):
-        load_processor(model)
+        prepare(valid, cpu, headers_only=True, skip_evaluation=skip_evaluation)
+    with pytest.raises(CheckpointError, match="the folder has no processor"):
+        export(valid, out=out, device=cpu, on_event=ignore, skip_evaluation=skip_evaluation)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"])
+def test_a_file_that_is_not_json_is_named(name: str, model: Path) -> None:
+    (model / name).write_text("{{")
+    with pytest.raises(CheckpointError, match=rf"{name}: its processor cannot be loaded"):
+        plan(model)
 
 
 def evil(folder: Path) -> None:

@@ -111,7 +111,9 @@ def show_plan(
 
     target = choose(device)
     with ProgressDisplay(as_json) as listen:
-        export_plan, checkpoint = prepare(recipe, target, headers_only=True, on_event=listen)
+        export_plan, checkpoint = prepare(
+            recipe, target, headers_only=True, on_event=listen, skip_evaluation=skip_evaluation
+        )
     if serve_on:
         from exporter.serving.preflight import refuse_plan
 

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from exporter.model.chat_template import MAX_CHARACTERS, PROBES, conversation
+from exporter.model.processor_files import PATTERNS
 from exporter.model.processor_library import load_library
 from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
 
@@ -210,12 +211,12 @@ def _reason(error: BaseException) -> str:
 
 def blame(folder: Path) -> str:
     """The file because of which a processor cannot be loaded, as far as the libraries tell; empty when unknown."""
-    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+    for path in sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.suffix == ".json"):
         try:
-            if (folder / name).exists() and not isinstance(json.loads((folder / name).read_text("utf-8")), dict):
-                return name
+            if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                return path.name
         except (OSError, ValueError, RecursionError):
-            return name
+            return path.name
     try:
         from tokenizers import Tokenizer
 

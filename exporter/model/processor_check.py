@@ -11,24 +11,32 @@ from typing import Any
 from exporter.errors import PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import AtMost, Component, Family
-from exporter.model.processor_inspector import Inspection, check_config_class, has_processor, inspect
+from exporter.model.processor_files import PICTURES, SETTINGS
+from exporter.model.processor_inspector import (
+    Inspection,
+    check_config_class,
+    has_processor,
+    inspect,
+    refuse_incomplete,
+)
 
 MAX_NAMED = 3  # tokens that a message names
 MAX_SHOWN = 60  # characters of a setting in a message
-PICTURES, SETTINGS = "preprocessor_config.json", "processor_config.json"
 PLACEHOLDER = "image_token_id"  # of processors in transformers: the id with which they fill the place of a picture
 
 
-def check_libraries(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
+def check_libraries(checkpoint: Checkpoint, family: Family, needed: bool = True) -> tuple[str, ...]:
     """Load config.json and the processor with transformers in the helper; returns notes for the plan.
 
+    needed: whether samples will be encoded, for calibration or evaluation; otherwise a folder may have no processor.
     PlanError when they do not match, CheckpointError when one of them cannot be used.
     """
     check_config_class(family.config_class, checkpoint.config, checkpoint.origin, checkpoint.folder)
     if not checkpoint.folder.is_dir():  # headers without files
         return ()
-    if not has_processor(checkpoint.folder):
-        return ("the model folder has no processor, which calibration and evaluation need",)
+    if not needed and not has_processor(checkpoint.folder):
+        return ("the model folder has no processor, which calibration, evaluation and serving need",)
+    refuse_incomplete(checkpoint.folder)
     config, inspection = checkpoint.config, _inspection(checkpoint, family)
     problems = _setting_problems(config, family, inspection)
     if inspection.failure:

@@ -24,11 +24,12 @@ from exporter.distribution import install_extra
 from exporter.errors import CheckpointError
 from exporter.model.chat_template import Template, parse_template
 from exporter.model.inspection_cache import keep, knows, recall
-from exporter.model.processor_files import PATTERNS
+from exporter.model.processor_files import PATTERNS, missing_files
 
 HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # slow imports that processors rarely need
 WAIT_SECONDS = 300  # for a reply on a busy machine; the helper itself limits its processor time
 HINT = "the folder needs preprocessor_config.json, tokenizer.json and tokenizer_config.json next to the weights"
+COPY = "copy the missing files from the model's repository: those that were saved with these weights"
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,18 @@ def has_processor(folder: Path) -> bool:
     return any(folder.glob("*processor*.json"))
 
 
+def refuse_incomplete(folder: Path) -> None:
+    """CheckpointError with the missing files unless the folder has those of a processor."""
+    if missing := missing_files(folder):
+        raise CheckpointError(f"{folder}: the folder has no processor: it lacks {' and '.join(missing)}", COPY)
+
+
 def inspect(folder: Path, **request: Any) -> Inspection:
     """The properties of the processor in `folder`; CheckpointError with the file and the reason when it cannot be used.
 
     request: `text`, `fallback`, `fields` and `rows`, see `inspector_process.inspect`.
     """
-    if not has_processor(folder):
-        raise CheckpointError(f"{folder}: the folder has no processor", HINT)
+    refuse_incomplete(folder)
     return _inspect(folder, _state(folder), json.dumps(request, sort_keys=True))
 
 

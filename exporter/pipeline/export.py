@@ -62,7 +62,7 @@ def export(
     destination.refuse_occupied(with_suitable_data(recipe).digest())
     with Clock(device) as clock, ExitStack() as reserved:
         with clock.step("plan"):
-            plan, checkpoint = prepare(recipe, device, on_event=on_event)
+            plan, checkpoint = prepare(recipe, device, on_event=on_event, skip_evaluation=skip_evaluation)
             destination.refuse_places(checkpoint.folder, checkpoint.adapter.folder if checkpoint.adapter else None)
             destination.refuse_inputs(checkpoint.paths())
             checkpoint.start_hashing()

@@ -28,24 +28,28 @@ def prepare(
     device: Device,
     headers_only: bool = False,
     on_event: Listener = ignore,
+    skip_evaluation: bool = False,
 ) -> tuple[Plan, Checkpoint]:
     """Open the model's headers and make the plan; raise every user error in recipe, model and device.
 
     headers_only: download only the headers and the small files of a hub model; this is enough for a plan. Otherwise its
     weights are downloaded after the plan was made from them.
+    skip_evaluation: if the recipe needs no calibration data either, the model may lack a processor.
     """
     recipe = with_suitable_data(recipe)
     start_helper(recipe.model.repo)
-    plan, checkpoint = _planned(recipe, device, True, on_event)
+    plan, checkpoint = _planned(recipe, device, True, on_event, skip_evaluation)
     if headers_only:
         return plan, checkpoint
     if not all((checkpoint.folder / file).exists() for file in checkpoint.files()):
-        plan, checkpoint = _planned(recipe, device, False, on_event)
+        plan, checkpoint = _planned(recipe, device, False, on_event, skip_evaluation)
     refuse_different(checkpoint, plan.family)
     return plan, checkpoint
 
 
-def _planned(recipe: Recipe, device: Device, headers_only: bool, on_event: Listener) -> tuple[Plan, Checkpoint]:
+def _planned(
+    recipe: Recipe, device: Device, headers_only: bool, on_event: Listener, skip_evaluation: bool
+) -> tuple[Plan, Checkpoint]:
     model = recipe.model
     action = "looking up {} on the hub" if headers_only else "downloading {}"
     if remote := is_on_hub(model.repo):
@@ -56,7 +60,7 @@ def _planned(recipe: Recipe, device: Device, headers_only: bool, on_event: Liste
     on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
-    library_notes = check_libraries(checkpoint, plan.family)
+    library_notes = check_libraries(checkpoint, plan.family, plan.needs_calibration or not skip_evaluation)
     if notes or family.varies:
         plan = make_plan(recipe, checkpoint, measured(checkpoint, plan.family), device)
     plan = replace(plan, warnings=(*plan.warnings, *notes, *library_notes))
