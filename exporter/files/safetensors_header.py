@@ -57,6 +57,22 @@ def read_header(path: Path) -> dict[str, Entry]:
     return check_header(header, str(path), size - 8 - length)
 
 
+def read_excerpts(path: Path, name: str, places: int, length: int) -> list[bytes]:
+    """Stored bytes of tensor `name` at evenly spaced places, the first and the last bytes among them.
+
+    length: bytes at each place, fewer when the tensor has fewer. CheckpointError if the file is damaged.
+    """
+    entry = read_header(path)[name]
+    with path.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        most = max(entry.end - entry.start - length, 0)
+        excerpts = []
+        for offset in sorted({most * place // (places - 1) for place in range(places)}):
+            file.seek(8 + header + entry.start + offset)
+            excerpts.append(file.read(min(length, entry.end - entry.start - offset)))
+    return excerpts
+
+
 def check_header(header: Mapping[str, Any], where: str, data_bytes: int | None) -> dict[str, Entry]:
     """Validate a parsed header and return its entries.
 

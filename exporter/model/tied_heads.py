@@ -7,9 +7,12 @@ other versions and programs read the embedding: the same folder is two models.
 from collections.abc import Iterator
 
 from exporter.errors import CheckpointError
+from exporter.files.safetensors_header import read_excerpts
 from exporter.lazy_torch import torch
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
+
+PLACES, LENGTH = 16, 4096  # of a plan's comparison: excerpts of each tensor, and their bytes
 
 
 def tied(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[str, str]]:
@@ -31,12 +34,38 @@ def refuse_trained_apart(checkpoint: Checkpoint, family: Family) -> None:
             )
 
 
+def refuse_unlike(checkpoint: Checkpoint, family: Family) -> None:
+    """CheckpointError as `refuse_different`, from excerpts of both tensors: for plans, which take a second.
+
+    Heads that equal the embedding in all excerpts, or whose files are not on this machine, pass.
+    """
+    for head, embedding in _stored(checkpoint, family):
+        infos = [checkpoint.tensors[name] for name in (head, embedding)]
+        paths = [checkpoint.folder / info.file for info in infos]
+        if not all(path.is_file() for path in paths):
+            continue
+        pairs = zip(paths, infos, strict=True)
+        first, second = (read_excerpts(path, info.stored, PLACES, LENGTH) for path, info in pairs)
+        if [len(part) for part in first] == [len(part) for part in second] and first != second:
+            raise _difference(checkpoint, head, embedding)
+
+
 def refuse_different(checkpoint: Checkpoint, family: Family) -> None:
     """CheckpointError when a stored head differs from the embedding to which config.json ties it; reads both."""
-    for head, embedding in tied(checkpoint, family):
-        if head in checkpoint.tensors and not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
-            raise CheckpointError(
-                f"{checkpoint.origin}: config.json ties {head} to {embedding}, but the stored tensors differ: "
-                "some versions of transformers and vLLM would use the head, and others the embedding",
-                "set `tie_word_embeddings: false` in config.json if the head was trained, or remove it",
-            )
+    for head, embedding in _stored(checkpoint, family):
+        if not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+            raise _difference(checkpoint, head, embedding)
+
+
+def _stored(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[str, str]]:
+    """Those of `tied` whose head is stored beside the embedding."""
+    return ((head, embedding) for head, embedding in tied(checkpoint, family) if head in checkpoint.tensors)
+
+
+def _difference(checkpoint: Checkpoint, head: str, embedding: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.origin}: config.json ties {head} to {embedding}, but the stored tensors differ: "
+        "some versions of transformers and vLLM would use the head, and others the embedding",
+        "set `tie_word_embeddings: false` in config.json (also in its `text_config`) if the head was trained, or "
+        "remove the head",
+    )

@@ -11,7 +11,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries, measured
 from exporter.model.processor_inspector import start_helper
 from exporter.model.source import is_on_hub, narrowed, open_source
-from exporter.model.tied_heads import refuse_different
+from exporter.model.tied_heads import refuse_different, refuse_unlike
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe
 
@@ -59,6 +59,7 @@ def _planned(
         on_event(Event("prepare", 1, 1, action.format(model.repo)))
     on_event(Event("prepare", 0, 1, CHECKS))
     plan = make_plan(recipe, checkpoint, family, device)
+    refuse_unlike(checkpoint, family)
     checkpoint, notes = _in_served_dtype(plan, checkpoint)
     library_notes = check_libraries(checkpoint, plan.family, plan.needs_calibration or not skip_evaluation)
     if notes or family.varies:

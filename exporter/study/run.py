@@ -12,6 +12,7 @@ from exporter.events import Event, Listener
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
+from exporter.model.tied_heads import refuse_different
 from exporter.planning.recipe import Recipe, Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Point
@@ -111,7 +112,11 @@ def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Liste
 
 
 def keys_of_run(setup: Setup, model: StudyModel, on_event: Listener) -> Keys:
-    """Digests that identify units and settings. Raises DataError if calibration and exam share a picture."""
+    """Digests that identify units and settings.
+
+    Raises DataError if calibration and exam share a picture, CheckpointError if a head differs from its embedding.
+    """
+    refuse_different(model.checkpoint, model.family)
     model.checkpoint.start_hashing()
     exam_samples_by_task, training = exam_samples(setup), study_training(setup, model)
     if setup.split != "train":
