@@ -18,7 +18,7 @@ from exporter.model.stream import build_skeleton
 from exporter.planning.placement import choose_placement
 from exporter.planning.whole_model import ROOM_SHARE, WholeModel, whole_model
 from tests.headers import make
-from tests.test_families import random_weights
+from tests.tiny_models import random_weights, tiny_inputs
 
 GIB = 2**30
 CPU = Device("cpu", "CPU", 64 * GIB)
@@ -125,12 +125,13 @@ def test_a_pass_needs_the_predicted_memory(config: Any) -> None:
     with torch.device("cpu"):
         model = random_weights(family.skeleton(config)).eval()
     predicted = whole_model(infos(model, family), family, config)
-    words = torch.full((batch, family.component("language").tokens(config)), 5)
-    words[:, : family.image_tokens(config)] = config["image_token_index"]
-    inputs = {"input_ids": words, "pixel_values": torch.randn(batch, 3, 32, 32)}
+    length, letters = family.component("language").tokens(config), 6
+    around = tiny_inputs(family, batch, letters, config)["input_ids"].shape[1] - letters
+    inputs = tiny_inputs(family, batch, length - around, config)
+    assert inputs["input_ids"].shape == (batch, length)
     with torch.no_grad(), LiveMemory(model) as memory:
         model(**inputs, use_cache=True, logits_to_keep=1)
-    cache = predicted.cache * words.shape[1] // (words.shape[1] + max(family.max_new_tokens.values()))
+    cache = predicted.cache * length // (length + max(family.max_new_tokens.values()))
     expected = batch * (cache + predicted.activations) * 4
     assert 0.8 * expected < memory.peak < 1.1 * expected, (expected, memory.peak)
 
