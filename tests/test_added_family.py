@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from exporter.model.families import FAMILIES, Family
-from tests import test_conformance, test_families, test_new_families, test_parts, tiny_models
+from tests import test_conformance, test_families, test_headers, test_new_families, test_parts, tiny_models
+from tests.headers import make, published, read
 
 NEXT = FAMILIES["llava-next"]
 FAMILY = replace(
@@ -20,6 +21,14 @@ FAMILY = replace(
     tiny=dict(NEXT.tiny) | {"model_type": "llava_next_video", "video_token_index": 126},
     tiny_processor=lambda config: replace(NEXT.tiny_processor(config), library="LlavaNextVideoProcessor"),
 )
+
+
+HEADER = "llava-hf--LLaVA-NeXT-Video-7B-hf"
+PUBLISHED = published.CONFIGS["llava-hf--llava-v1.6-vicuna-7b-hf"][0] | {
+    "architectures": list(FAMILY.architectures),
+    "model_type": "llava_next_video",
+    "video_token_index": 32001,
+}
 
 
 @pytest.fixture
@@ -47,6 +56,25 @@ def test_an_added_family_conforms(
         family, config, tmp_path / "statistics", monkeypatch
     )
     test_conformance.test_every_component_is_what_transformers_opens(FAMILY.name, "awq", tmp_path / "export")
+    test_conformance.check_stopped(FAMILY.name, tmp_path / "stopped", every_unit=False)
+    test_conformance.test_an_evaluated_export_has_a_complete_report(FAMILY.name, tmp_path / "evaluated")
+
+
+@pytest.mark.usefixtures("added")
+def test_an_added_family_is_planned_at_its_true_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header follows from a published config.json, as those of the registry do."""
+    monkeypatch.setitem(published.CONFIGS, HEADER, (PUBLISHED, published.LLAVA))
+    monkeypatch.setattr(read, "HEADERS", tmp_path)
+    (tmp_path / f"{HEADER}.json").write_text(make.render(published.header_of(PUBLISHED, published.LLAVA)))
+    test_headers.test_transformers_builds_these_names_and_shapes(HEADER)
+    test_families.test_names_are_total_and_injective_on_real_headers(HEADER)
+    test_families.test_targets_match_their_linears_under_both_names_and_no_others(HEADER)
+
+    def sparse(name: str) -> Path:
+        return read.write_sparse_checkpoint(tmp_path / name, name)
+
+    test_new_families.test_vllm_matches_every_linear_of_a_published_checkpoint_to_its_scheme(HEADER, sparse)
+    test_new_families.test_tensors_of_a_published_checkpoint_that_are_kept_have_a_reason(HEADER, sparse)
 
 
 def test_an_added_family_that_describes_another_model_does_not_conform(

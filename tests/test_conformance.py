@@ -1,6 +1,7 @@
 """Statistics of every tiny model of the registry equal those of transformers' forward pass of the whole model."""
 
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ from safetensors.torch import load_file
 
 from exporter.artifact.artifact import Artifact
 from exporter.device import choose
+from exporter.evaluation.backends import ARTIFACT, SOURCE
+from exporter.evaluation.report_file import read_report
 from exporter.events import Event, ignore
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
+from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
+from exporter.report import collect, html
+from exporter.tasks import TASKS
 from tests.slow import some, some_of
 from tests.test_calibrate import plan_for
 from tests.test_whole_forward import gathered
@@ -30,6 +36,7 @@ MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*FAMILI
 PASSES = ("blip2-itm", "qwen3-vl")
 # Every kind of component once; all families are compared with their whole forward pass.
 OPENED = ("llava", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "blip2", "blip2-itm")
+EVALUATED = 4  # samples per task
 TASKS_OF = {("vqa", "captioning"): ["captioning", "vqa"], ("retrieval",): ["retrieval"]}
 
 
@@ -105,6 +112,46 @@ def test_every_component_is_what_transformers_opens(name: str, method: str, tmp_
                 module = component.module(i, linear)
                 assert (module in packed) == (component.unpackable is None), module
                 assert not torch.equal(artifact.read(f"{module}.weight"), source.read(f"{module}.weight").float())
+
+
+def evaluated_recipe(family: Family, folder: Path) -> Recipe:
+    """Rounding to 8 bits, which needs no calibration; all tasks with a gate each, on a few drawings."""
+    rounded = [part for part in family.components if part.name in ("vision", "language")]
+    quantize = [{"component": part.name, "method": "rtn", "bits": 8, "group_size": "row"} for part in rounded]
+    gates = [{"task": task, "metric": TASKS[task].DEFAULT[0], "max_drop": 0.5} for task in family.tasks]
+    changed = {"quantize": quantize, "gates": gates, "model": {"repo": str(folder)}}
+    changed["evaluation"] = {"data": ("demo",), "samples": EVALUATED, "batch": EVALUATED}
+    changed["max_new_tokens"] = dict.fromkeys(family.max_new_tokens, 4)  # random weights never end a reply
+    return Recipe.model_validate(load_recipe("llava-w4").model_dump() | changed)
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, PASSES))
+def test_an_evaluated_export_has_a_complete_report(name: str, tmp_path: Path) -> None:
+    """Both models answered every sample of every task; how well is no question for random weights."""
+    family, _ = CONFIGS[name]
+    recipe = evaluated_recipe(family, write_tiny(tmp_path / "model", family))
+    done = export(recipe, out=tmp_path / "out", device=choose("cpu"), on_event=ignore)
+    report, _ = read_report(tmp_path / "out")
+    assert report is not None
+    assert report == done.report
+    assert report.samples.keys() == report.counts.keys() == set(family.tasks)
+    expected = {(task, metric) for task in family.tasks for metric in TASKS[task].DEFAULT}
+    assert {(task, metric) for task, stored in report.samples.items() for metric in stored.scores} == expected
+    assert {(measure.task, measure.metric) for measure in report.measures} == expected
+    for stored in report.samples.values():
+        assert len(stored.ids) == EVALUATED
+        for scores in stored.scores.values():
+            assert len(scores.before) == len(scores.after) == EVALUATED
+            assert all(map(isfinite, (*scores.before, *scores.after)))
+    assert [(gate.task, gate.max_drop) for gate in report.gates] == [(task, 0.5) for task in family.tasks]
+    assert {pair.task for pair in report.examples} == set(family.tasks)
+    identities = report.evaluation.models
+    assert identities.keys() == {SOURCE, ARTIFACT}
+    assert identities[SOURCE].weights != identities[ARTIFACT].weights
+    assert "evaluate" in {step.name for step in done.measured}
+    summary = read_summary("out", folder_reader(tmp_path / "out"))
+    page = html(collect(summary, {}))
+    assert all(recipe.name in page and task in page for task in family.tasks)
 
 
 @MODELS
