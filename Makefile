@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-pages vllm test-vllm mutations check docs lock pythons format clean
+.PHONY: help setup demo test test-slow test-pages vllm test-vllm nightly mutations check docs lock pythons format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,10 @@ vllm: ## install vLLM's CPU build into its own environment (4 GB), unless it is 
 
 test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on the CPU and check their answers
 	MMQ_VLLM="$(VLLM)/bin/vllm" timeout --signal=INT --kill-after=60 $(SERVE_SECONDS) $(BIN)/python -m pytest -q -rs $(SELECT) -n 2 tests/vllm
+
+nightly: ## what .ci/run leaves out: every test with its repetitions, every start of vLLM, and the mutation tests
+	@status=0; for target in "test SELECT=" "test-vllm SELECT=" mutations; do \
+	  $(MAKE) $$target || status=1; done; exit $$status
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
 	rm -rf build/line_tests

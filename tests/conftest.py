@@ -1,6 +1,8 @@
 """What several test modules share."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -49,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+    # Every export and every plan asks for a dozen versions, and each answer parses a file.
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -133,7 +133,7 @@ def test_the_best_is_the_first_of_the_smallest_errors() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [20, 300])  # fewer and more than a group has columns
+@pytest.mark.parametrize("rows", [20, pytest.param(300, marks=pytest.mark.slow)])  # fewer and more than columns
 def test_clipping_equals_a_search_by_hand(scheme: Scheme, rows: int) -> None:
     x, (weight,) = inputs(rows, 100), weights(12, columns=100)  # a short last group
     clipped, notes = awq.quantize_linear(weight, statistics_of(x), scheme, CLIP, HALF)

@@ -38,7 +38,7 @@ PHASES = {"llava": 16, "blip2": 33, "blip2-itm": 32}  # of all blocks that GPTQ 
     [
         pytest.param(FAMILIES[name], device, id=f"{name}-{label}", marks=() if fast else pytest.mark.slow)
         for name, label, device, fast in (
-            ("llava", "two", TWO, True),
+            ("llava", "two", TWO, False),
             ("llava", "three", THREE, True),
             ("blip2", "two", TWO, False),
             ("blip2", "three", THREE, False),

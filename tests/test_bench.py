@@ -180,17 +180,18 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("started", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_without_vllm_figures_of_transformers_reach_report_and_card(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
+    started: int, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(artifact))
     monkeypatch.delenv("MMQ_VLLM", raising=False)
     in_a_child, children = speed._here, list[str]()
 
     def here(request: SpeedRequest, on_event: Any, model: str) -> SpeedFigures:
-        """The first model is measured in a process of its own, as both are; the second in this one, which is faster."""
+        """The first models are measured in processes of their own, as all are; others in this one, which is faster."""
         children.append(model)
-        return in_a_child(request, on_event, model) if len(children) == 1 else measure_here(request, model)
+        return in_a_child(request, on_event, model) if len(children) <= started else measure_here(request, model)
 
     monkeypatch.setattr(speed, "_here", here)
     weights = {path.name: path.read_bytes() for path in artifact.glob("*.safetensors")}

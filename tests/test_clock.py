@@ -92,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Export:
     ("stage", "error"),
     [
         ("quantize", torch.OutOfMemoryError("CUDA out of memory")),
-        ("write", MemoryError()),
+        pytest.param("write", MemoryError(), marks=pytest.mark.slow),
         ("verify", torch.OutOfMemoryError("CUDA out of memory")),
         ("evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")),
     ],

@@ -19,7 +19,7 @@ from exporter.model.stream import Stream, build_skeleton
 from exporter.numerics.scale_folding import fold, misfit
 from exporter.quantization.block_calls import capture_calls
 from tests.conftest import header, header_config
-from tests.headers.read import HEADER_NAMES
+from tests.headers.read import HEADER_NAMES, SMALLEST
 from tests.slow import some, some_of
 from tests.tiny_models import CONFIGS, random_weights, tiny_inputs
 
@@ -29,18 +29,6 @@ models = pytest.mark.parametrize(("family", "config"), CONFIGS.values(), ids=CON
 parts = pytest.mark.parametrize(
     ("family", "config"),
     some_of(CONFIGS, [name for name, (family, _) in CONFIGS.items() if name in FAMILIES or family.name == "llava"]),
-)
-SMALLEST = (  # of each family
-    "llava-hf--llava-1.5-7b-hf",
-    "llava-hf--llava-v1.6-mistral-7b-hf",
-    "llava-hf--llava-onevision-qwen2-0.5b-ov-hf",
-    "Qwen--Qwen2-VL-2B-Instruct",
-    "Qwen--Qwen2.5-VL-3B-Instruct",
-    "Qwen--Qwen3-VL-2B-Instruct",
-    "HuggingFaceM4--Idefics3-8B-Llama3",
-    "HuggingFaceTB--SmolVLM-256M-Instruct",
-    "Salesforce--blip2-opt-2.7b",
-    "Salesforce--blip2-itm-vit-g",
 )
 published = pytest.mark.parametrize("name", HEADER_NAMES)
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from tests.headers import make
 from tests.headers.published import CONFIGS, TOTALS
-from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, header, header_config, header_file, shards
+from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, SMALLEST, header, header_config, header_file, shards
+from tests.slow import some
 
 LLAVA, OPT, ITM = make.LLAVA_7B, make.OPT_27B, make.ITM_COCO
 BLIP2 = (OPT, make.OPT_67B, ITM, make.ITM)
@@ -99,7 +100,7 @@ def to_live(name: str) -> Callable[[str], str]:
     return lambda tensor: next(live + tensor[len(stored) :] for stored, live in pairs if tensor.startswith(stored))
 
 
-@pytest.mark.parametrize("name", HEADER_NAMES)
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_transformers_builds_these_names_and_shapes(name):
     import transformers
 

@@ -134,7 +134,7 @@ def _square(columns: int) -> torch.Tensor:
     return torch.eye(columns, device=DEVICE) + mixed @ mixed.T / columns
 
 
-@pytest.mark.parametrize("width", [64, 50])
+@pytest.mark.parametrize("width", some([64, 50], [50]))
 def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: torch.Tensor, width: int) -> None:
     part, grid = slice(FIRST, FIRST + width), _grid(3, COLUMNS)
     upper = torch.linalg.cholesky(_square(COLUMNS)).T.contiguous()
@@ -148,7 +148,7 @@ def test_the_column_loop_equals_torch(kernels: dict[str, ModuleType], weight: to
     torch.testing.assert_close(errors[same], fast[same])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_the_coordinate_descent_equals_torch(
     kernels: dict[str, ModuleType], weight: torch.Tensor, dtype: torch.dtype
 ) -> None:

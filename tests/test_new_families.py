@@ -25,7 +25,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.planning.tensor_parallel import parallel_problems
 from exporter.planning.vllm_rules import pattern_problems
 from exporter.serving.launch import max_length
-from tests.headers.read import HEADER_NAMES, header_config
+from tests.headers.read import HEADER_NAMES, SMALLEST, header_config
+from tests.slow import some
 from tests.tiny_models import CONFIGS, write_processor, write_tiny
 
 H100 = Device("cpu", "CPU", 2**50)
@@ -87,7 +88,7 @@ def all_rules(name: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", HEADER_NAMES)
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_vllm_matches_every_linear_of_a_published_checkpoint_to_its_scheme(
     name: str, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -103,7 +104,7 @@ def test_vllm_matches_every_linear_of_a_published_checkpoint_to_its_scheme(
     assert all(heads > 0 for heads in plan.family.heads(header_config(name)).values())
 
 
-@pytest.mark.parametrize("name", HEADER_NAMES)
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_tensors_of_a_published_checkpoint_that_are_kept_have_a_reason(
     name: str, sparse_checkpoint: Callable[[str], Path]
 ) -> None:

@@ -154,7 +154,7 @@ def test_a_worker_with_other_packages_is_an_error(root: Path, monkeypatch: pytes
         make_units(setup, [], keys)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_damaged_unit_is_quantized_again_with_a_note(sequential: bool, root: Path) -> None:
     first = measure(root, sequential=sequential)
     units = sorted((root / "study").glob("sequential/*/*.safetensors" if sequential else "units/*.safetensors"))

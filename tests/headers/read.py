@@ -11,6 +11,18 @@ from typing import Any
 
 HEADERS = Path(__file__).parent
 HEADER_NAMES = tuple(sorted(path.stem for path in HEADERS.glob("*.json")))
+SMALLEST = (  # of each family
+    "llava-hf--llava-1.5-7b-hf",
+    "llava-hf--llava-v1.6-mistral-7b-hf",
+    "llava-hf--llava-onevision-qwen2-0.5b-ov-hf",
+    "Qwen--Qwen2-VL-2B-Instruct",
+    "Qwen--Qwen2.5-VL-3B-Instruct",
+    "Qwen--Qwen3-VL-2B-Instruct",
+    "HuggingFaceM4--Idefics3-8B-Llama3",
+    "HuggingFaceTB--SmolVLM-256M-Instruct",
+    "Salesforce--blip2-opt-2.7b",
+    "Salesforce--blip2-itm-vit-g",
+)
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape), in file order

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 from exporter.planning.recipe import Recipe
 from exporter.serving.launch import Program
 from exporter.serving.vllm_engine import free_port
@@ -57,6 +59,7 @@ def check(artifact: Path, program: Program, logs: Path, *flags: str) -> str:
     return (logs / "engine.log").read_text(errors="replace")
 
 
+@pytest.mark.slow
 def test_two_devices_share_linears(exported: Callable[[Recipe], Path], program: Program, tmp_path: Path):
     result = check(exported(Recipe.model_validate(SHARED)), program, tmp_path)
     assert all(f"world_size=2 rank={rank}" in result for rank in (0, 1))
