@@ -4,6 +4,7 @@
     python -m bench.peers --model demo-blip2 --component vision --bits 2 --methods gptq
     python -m bench.peers --model demo-llava --bits 2 --autoround PYTHON --llmcompressor PYTHON --json out.json
     python -m bench.peers --model demo-llava --artifact FOLDER
+    python -m bench.peers --model demo-llava --caches fp8 int8_per_token_head int4_per_token_head
     python -m bench.peers --model FOLDER --data drawings --prompts smollm2 --prose Rdata.rdb --group 64
 
 Quantizes one component with every method, for several draws of calibration samples, and measures on test samples: the
@@ -11,7 +12,8 @@ Kullback-Leibler divergence of the next token from the full-precision model, a m
 answers weighing the same, and the share of captions that greedy decoding returns exactly. Weights are first rounded to
 the checkpoint's 16 bits. PYTHON is the interpreter of an environment that `bench/peers_environment.sh` builds; the
 tools quantize the language model only, on the same samples (`bench/peers_tools.py`). --artifact judges a folder that
-`mmq export` wrote. --prose also measures the perplexity of a novel (`bench/smollm2_llava.py`).
+`mmq export` wrote. --caches judges caches of fewer bits, as on a GPU, with full weights. --prose also measures the
+perplexity of a novel (`bench/smollm2_llava.py`).
 """
 
 import argparse
@@ -40,6 +42,8 @@ from exporter.device import Device, choose, exact_math, synchronize
 from exporter.events import ignore
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
+from exporter.numerics.activation_rounding import ServedRounding, round_as_served
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import test_sources
 from exporter.planning.recipe import Recipe
@@ -247,6 +251,7 @@ def main() -> None:
         "--llmcompressor-runs", nargs="*", default=["tool-llmcompressor-gptq", "tool-llmcompressor-awq"]
     )
     parser.add_argument("--artifact", type=Path, help="judge this artifact of --model instead")
+    parser.add_argument("--caches", nargs="*", default=[], choices=["fp8", *BY_FLAG])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--lines", type=Path, help="append each row of figures to this file")
@@ -260,6 +265,11 @@ def main() -> None:
     if options.artifact:
         artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family
         print(json.dumps(judge({family.live_name(name): artifact.read(name) for name in artifact.names()})))
+        return
+    for cache in options.caches:
+        round_as_served(judge.model, ServedRounding(kv_cache=cache), gpu=True)
+        record({"model": options.name, "method": f"cache {cache}", **judge({})}, options.lines)
+    if options.caches:
         return
     rows = measure(options, device, judge)
     if options.json:

@@ -46,6 +46,7 @@ from exporter.model.families import FAMILIES, Family
 from exporter.model.processor_files import processor_files
 from exporter.model.served_template import ship_template
 from exporter.numerics.activation_rounding import ServedRounding
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
 from exporter.planning.prompts import prompted, prompts_by_task
@@ -147,6 +148,7 @@ def _manifest(
         fingerprint=workdir.fingerprint,
         notes=(*plan.fallbacks, *(note for _, notes in results for note in notes)),
         prompts={task: PromptRecord(**record) for task, record in prompts_by_task(plan.family).items()},
+        kv_cache=plan.recipe.kv_cache if plan.recipe.kv_cache in BY_FLAG else None,
     )
 
 
@@ -249,9 +251,9 @@ class Artifact:
 
     @property
     def kv_cache(self) -> str | None:
-        """Dtype of the KV cache: "fp8", or None for the model's 16-bit dtype."""
+        """Number type of the KV cache, as in `Recipe.kv_cache`; None for the model's 16-bit dtype."""
         described = (self.checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
-        return "fp8" if described else None
+        return "fp8" if described else self.manifest.kv_cache
 
     def rounded(self) -> ServedRounding:
         """Rounding of activations and KV cache that vLLM applies while it computes."""

@@ -10,6 +10,7 @@ from typing import Any
 from exporter.formats import FORMATS
 from exporter.formats.group import Group
 from exporter.model.families import Component
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import Plan, PlanRow
 
@@ -24,14 +25,19 @@ def artifact_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     schemes, result = groups(plan), dict(config)
     if schemes:
         write = FORMATS[plan.recipe.format].quantization_config
-        result["quantization_config"] = write(schemes, kept_modules(plan), plan.recipe.kv_cache)
+        result["quantization_config"] = write(schemes, kept_modules(plan), named_cache(plan))
     return in_dtype(result, "bfloat16") if needs_bfloat16(plan) else result
 
 
 def needs_bfloat16(plan: Plan) -> bool:
     """Whether vLLM's kernels for this plan have no other output dtype than bfloat16."""
     schemes = [group.scheme for group in groups(plan)]
-    return bool(plan.recipe.kv_cache) or any(scheme.mixed or scheme.powers_of_two for scheme in schemes)
+    return bool(named_cache(plan)) or any(scheme.mixed or scheme.powers_of_two for scheme in schemes)
+
+
+def named_cache(plan: Plan) -> str | None:
+    """The number type of the KV cache that config.json names; None for 16 bits, and for those that a flag names."""
+    return None if plan.recipe.kv_cache in BY_FLAG else plan.recipe.kv_cache
 
 
 def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -59,11 +65,11 @@ def kept_modules(plan: Plan) -> list[str]:
 
 
 def cache_scales(plan: Plan) -> list[str]:
-    """Names of the key and value scales that the artifact stores; empty unless the recipe sets `kv_cache`.
+    """Names of the key and value scales that the artifact stores; empty unless config.json names its type.
 
     vLLM uses 1 for a missing scale, but transformers leaves the parameter uninitialized, so mmq stores them.
     """
-    if plan.recipe.kv_cache is None:
+    if named_cache(plan) is None:
         return []
     end, names = ".k_proj.weight", [row.tensor.name for row in plan.rows if row.component == "language"]
     blocks = [name.removesuffix(end) for name in names if name.endswith(end)]

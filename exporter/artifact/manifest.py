@@ -26,6 +26,7 @@ from exporter.files.strict_json import parse_object, read_small
 from exporter.files.writing import write_text
 from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.planning.recipe import check_prompts
 
 MANIFEST = "mmq_manifest.json"
@@ -165,7 +166,8 @@ class Manifest(Document):
     files: every file of the artifact except manifest, report and card -> sha256. linears: packed linear -> `digest` of
     its integers. errors: quantized linear -> relative error. units: quantized blocks, in order. shards: weight files,
     in order. fingerprint: identity of the export job. notes: notes of the quantization. prompts: of every task that is
-    answered in text, as calibration used them.
+    answered in text, as calibration used them. kv_cache: the value of vLLM's --kv-cache-dtype that the artifact was
+    evaluated with and needs; None where config.json says everything.
     """
 
     family: Annotated[str, AfterValidator(_known(FAMILIES, "family"))]
@@ -185,6 +187,7 @@ class Manifest(Document):
     fingerprint: Line | None = None
     notes: tuple[Line, ...] = ()
     prompts: dict[TensorName, PromptRecord] = {}
+    kv_cache: Annotated[str, AfterValidator(_known(BY_FLAG, "KV cache"))] | None = None
     serving: ServingVerdict | None = None
 
     @field_validator("prompts")

@@ -11,6 +11,7 @@ from rich.table import Table
 from exporter.amounts import duration, memory, size
 from exporter.device import Device
 from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unpredictable
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.planning.plan import Plan, PlanRow
 from exporter.planning.prompts import prompts_by_task, prompts_line
 from exporter.planning.recipe import Recipe
@@ -77,13 +78,19 @@ def plan_notes(plan: Plan) -> list[str]:
         why = f": {line['why']}" if line["why"] else ""
         notes.append(f"  {line['component']}: {decision}{why}")
     if plan.recipe.kv_cache:
-        engines = "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
-        notes.append(f"  keys and values: {plan.recipe.kv_cache}, {engines}")
+        notes.append(f"  keys and values: {plan.recipe.kv_cache}, {_cache_engines(plan.recipe.kv_cache)}")
     if plan.recipe.prompts or plan.recipe.max_new_tokens:
         notes.append(f"prompts: {prompts_line(prompts_by_task(plan.family))}")
     if plan.recipe.overrides:
         notes.append(f"changed in the recipe: {plan.recipe.changes()}")
     return notes
+
+
+def _cache_engines(cache: str) -> str:
+    """Where vLLM has this type of keys and values."""
+    if cache in BY_FLAG:
+        return f"vLLM from 0.26 on GPUs, with --kv-cache-dtype {cache}, which `mmq serve` gives"
+    return "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
 
 
 def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence[str] = ()) -> RenderableType:

@@ -183,6 +183,7 @@ def _launch(
         port=options["port"] or free_port(),
         family=family,
         tensor_parallel=options["tensor_parallel"],
+        kv_cache=opened_artifact.manifest.kv_cache if opened_artifact else None,
         extra=flags,
     )
     if opened_artifact and needs_plugin(opened_artifact):

@@ -6,7 +6,8 @@ has one scale for 128 inputs of a token (`per_token_group_quant_fp8`).
 
 Keys and values of a float8 cache: to float8 e4m3 with a scale of 1. On a GPU, flash attention multiplies float8 by
 float8, so queries are rounded too (vLLM's `Attention.query_quant`); rounding inside its softmax is not reproduced here.
-vLLM's CPU build truncates instead of rounding to nearest, and does not round queries (measured with 0.32).
+vLLM's CPU build truncates instead of rounding to nearest, and does not round queries (measured with 0.32). Caches with
+one scale per token and head: see `kv_caches`; queries stay as they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.numerics.float_grids import FP8_MAX
+from exporter.numerics.kv_caches import BY_FLAG, rounded_per_head
 from exporter.numerics.quantized import BLOCK, FP8_MIN_SCALE, InputRounding
 
 FP8 = torch.float8_e4m3fn
@@ -25,7 +27,7 @@ INT8_MAX = 127.0
 
 @dataclass(frozen=True)
 class ServedRounding:
-    """The activations that vLLM rounds. linears: live name -> number type; kv_cache: "fp8", or None for 16 bits."""
+    """The activations that vLLM rounds. linears: live name -> number type. kv_cache: None for 16 bits."""
 
     linears: Mapping[str, InputRounding] = field(default_factory=dict)
     kv_cache: str | None = None
@@ -43,7 +45,7 @@ def round_as_served(model: nn.Module, rounded: ServedRounding, gpu: bool) -> Non
     """Add vLLM's rounding, on a GPU or on a CPU, to all later forward passes of `model`."""
     round_inputs(model, rounded.linears)
     if rounded.kv_cache:
-        round_cache(model, gpu)
+        round_cache(model, rounded.kv_cache, gpu)
 
 
 def round_rows(x: Tensor, kind: InputRounding) -> Tensor:
@@ -85,8 +87,8 @@ def truncate_to_float8(x: Tensor) -> Tensor:
     return (nearest.view(torch.uint8) - too_large.to(torch.uint8)).view(FP8).to(x.dtype)
 
 
-def round_cache(model: nn.Module, gpu: bool) -> None:
-    """Round keys and values like a float8 cache, in all causal self-attentions and later forward passes of `model`.
+def round_cache(model: nn.Module, cache: str, gpu: bool) -> None:
+    """Round keys and values like `cache` of vLLM, in all causal self-attentions and later forward passes of `model`.
 
     They are rounded where attention reads them, after rotary embedding, in every pass, with or without a cache.
     """
@@ -94,8 +96,8 @@ def round_cache(model: nn.Module, gpu: bool) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    name = f"mmq_float8_cache_{'gpu' if gpu else 'cpu'}"
-    AttentionInterface.register(name, _rounded_attention(sdpa_attention_forward, gpu))
+    name = f"mmq_cache_{cache}_{'gpu' if gpu else 'cpu'}"
+    AttentionInterface.register(name, _rounded_attention(sdpa_attention_forward, cache, gpu))
     AttentionMaskInterface.register(name, sdpa_mask)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -103,10 +105,11 @@ def round_cache(model: nn.Module, gpu: bool) -> None:
             config._attn_implementation = name
 
 
-def _rounded_attention(attention: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
-    store = to_float8 if gpu else truncate_to_float8
+def _rounded_attention(attention: Callable[..., Any], cache: str, gpu: bool) -> Callable[..., Any]:
+    rounds_queries, store = gpu and cache not in BY_FLAG, to_float8 if gpu else truncate_to_float8
 
     def rounded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return attention(module, to_float8(query) if gpu else query, store(key), store(value), *args, **kwargs)
+        kept = [rounded_per_head(x, cache) if cache in BY_FLAG else store(x) for x in (key, value)]
+        return attention(module, to_float8(query) if rounds_queries else query, *kept, *args, **kwargs)
 
     return rounded

@@ -92,15 +92,17 @@ def _in_vllm(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigu
     assert request.program is not None
     checkpoint, family = open_source(model)
     samples = questions(request.artifact, request.sources, PICTURES)
+    artifact = Artifact.open(request.artifact) if Path(model) == request.artifact else None
     command = launch(
         checkpoint.folder,
         checkpoint.config,
         request.program,
         port=free_port(),
         family=family,
+        kv_cache=artifact.manifest.kv_cache if artifact else None,
         extra=request.extra,
     )
-    if Path(model) == request.artifact and needs_plugin(Artifact.open(request.artifact)):
+    if artifact and needs_plugin(artifact):
         command = with_plugin(command, request.program.version)
     on_event(Event("note", 0, 0, f"starting vllm {request.program.version} on {checkpoint.folder.name}"))
     with tempfile.TemporaryDirectory(prefix="mmq-bench-") as folder:

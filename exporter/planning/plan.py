@@ -19,7 +19,7 @@ from exporter.planning.prompts import by_recipe, prompt_problems
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import Step, predict_steps
 from exporter.planning.vllm_kernels import serving_kernels
-from exporter.planning.vllm_rules import Linear, cache_problems, lint
+from exporter.planning.vllm_rules import Linear, cache_problems, head_size, lint
 
 __all__ = ["Plan", "PlanRow", "Unit", "engine_linears", "make_plan", "stored_scale_dtype"]
 
@@ -123,7 +123,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     conflict = FORMATS[recipe.format].conflict([row.scheme for row in rows if row.decision == "packed" and row.scheme])
     problems += [f"format {recipe.format}: {conflict}"] if conflict else []
     packed = any(row.decision == "packed" for row in rows)
-    problems += cache_problems(recipe.kv_cache, recipe.format, FORMATS[recipe.format].KV_CACHES, packed)
+    head = head_size(checkpoint.config)
+    problems += cache_problems(recipe.kv_cache, recipe.format, FORMATS[recipe.format].KV_CACHES, packed, head)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
         raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")

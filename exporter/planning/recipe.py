@@ -14,6 +14,7 @@ from exporter.data import place
 from exporter.errors import DataError, did_you_mean
 from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES, Family
+from exporter.numerics.kv_caches import KVCache
 from exporter.planning.rule import Rule, Strict, require_known
 from exporter.tasks import TASKS
 
@@ -192,7 +193,8 @@ class Recipe(Strict):
     overrides: the values that a command or an API call replaced (`bits language`: `3`); mmq writes them.
     prompts: task -> the user's text beside the picture, instead of the family's; that of vqa contains `{question}`.
     max_new_tokens: task -> the longest answer in tokens, instead of the family's.
-    kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3.
+    kv_cache: the number type of the language model's key-value cache: None for 16 bits, "fp8" for float8 e4m3 with
+    scale 1. Those with a scale per token and head are served with vLLM's flag --kv-cache-dtype.
     """
 
     name: str
@@ -201,7 +203,7 @@ class Recipe(Strict):
     quantize: tuple[Rule, ...]
     calibration: Calibration = Calibration()
     format: str = "compressed_tensors"
-    kv_cache: Literal["fp8"] | None = None
+    kv_cache: KVCache | None = None
     evaluation: Evaluation = Evaluation()
     prompts: dict[str, Text] = Field(default_factory=dict)
     max_new_tokens: dict[str, AnswerLength] = Field(default_factory=dict)

@@ -8,7 +8,7 @@ pattern          the config's targets match every linear, under its fused name, 
 unbuilt-block    blocks that vLLM does not build (after CLIP's feature block) have no packed linears
 kernel           a kernel of vLLM runs the scheme in this format, on the given hardware
 packing          codes fill whole 32-bit words where vLLM computes sizes from the number of words
-kv-cache         the artifact's config can name the number type of the KV cache, and vLLM supports it
+kv-cache         the artifact's config or a flag can name the number type of the KV cache, and vLLM supports it
 
 Rule tensor-parallel is in `tensor_parallel.py`.
 """
@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from exporter.numerics.kv_caches import BY_FLAG, LEAST_HEAD
 from exporter.numerics.quantized import Scheme
 from exporter.planning.rule import WORD_BITS
 from exporter.planning.vllm_kernels import ARCHITECTURES, Capability, Hardware, capability_label, serving_kernels
@@ -117,11 +118,16 @@ def packing_problems(linears: Iterable[Linear]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str], packed: bool) -> list[str]:
+def cache_problems(
+    kv_cache: str | None, format_name: str, able: Collection[str], packed: bool, head: int | None = None
+) -> list[str]:
     """Rule kv-cache.
 
     able: the number types that the format's config can name. packed: whether the artifact has a quantization config.
+    head: size of an attention head; None when the model's config does not have it.
     """
+    if kv_cache and kv_cache in BY_FLAG:
+        return _head_problems(kv_cache, head) if head else []
     if kv_cache is None or (packed and kv_cache in able):
         return []
     reason = f"format {format_name} has no field for the KV-cache dtype; use compressed_tensors"
@@ -130,6 +136,16 @@ def cache_problems(kv_cache: str | None, format_name: str, able: Collection[str]
     return [
         f"rule kv-cache: kv_cache: {kv_cache}: {reason}, or remove kv_cache and serve with --kv-cache-dtype {kv_cache}"
     ]
+
+
+def _head_problems(kv_cache: str, head: int) -> list[str]:
+    """Rule kv-cache: sizes of attention heads for the caches with a scale per token and head."""
+    need = ""
+    if head < LEAST_HEAD:
+        need = f"vLLM's Triton attention needs at least {LEAST_HEAD}"
+    elif kv_cache == "int4_per_token_head" and head & (head - 1):
+        need = "the Hadamard transform of vLLM 0.26 needs a power of two; use int8_per_token_head"
+    return [f"rule kv-cache: kv_cache: {kv_cache}: attention heads of {head}: {need}"] if need else []
 
 
 def packed_in_words(scheme: Scheme | None) -> TypeGuard[Scheme]:
@@ -251,6 +267,8 @@ def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[
 
     A float8 cache also needs AVX-512; vLLM itself reports that.
     """
+    if kv_cache in BY_FLAG:
+        return [f"rule kv-cache: {kv_cache}: vLLM's CPU build has no such cache; serve it on a GPU"]
     size = head_size(config)
     if kv_cache is None or size is None or size % 32 == 0:
         return []

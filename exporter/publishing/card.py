@@ -15,6 +15,7 @@ from exporter.demo import MODELS
 from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import Report
 from exporter.model.families import FAMILIES
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.publishing.artifact_summary import Summary, drawings_note
 from exporter.publishing.card_serving import serving, speed_section
 from exporter.publishing.card_table import table
@@ -206,8 +207,16 @@ def _parts(summary: Summary) -> str:
         table(["component", "linears", "scheme", "method", "stored"], rows)
         + "\n\n`W4 g128` means 4-bit weights with one scale per group of 128 weights of a row; `row` means one scale "
         "per row. Activations stay in 16 bits unless the scheme has `A8` or `A-FP8`."
-        + (" The KV cache is in float8 (e4m3)." if summary.recipe.kv_cache else "")
+        + _cache_text(summary.recipe.kv_cache)
     )
+
+
+def _cache_text(cache: str | None) -> str:
+    """A sentence about the number type of the KV cache; empty for 16 bits."""
+    if cache and cache in BY_FLAG:
+        bits = BY_FLAG[cache]
+        return f" The scores hold for a KV cache of {bits} bits, `--kv-cache-dtype {cache}`."
+    return " The KV cache is in float8 (e4m3)." if cache else ""
 
 
 def _quality(summary: Summary) -> str:

@@ -19,6 +19,8 @@ def serving(repo: str, summary: Summary) -> str:
     if family.unserved:
         return _by_transformers(repo, family)
     limit = "--limit-mm-per-prompt '{\"image\": 1}'"
+    if cache := summary.manifest.kv_cache:
+        limit += f" --kv-cache-dtype {cache}"
     unusual = sorted({part.bits for part in summary.parts if part.packed and part.bits not in (4, 8)})
     note = ""
     if unusual:

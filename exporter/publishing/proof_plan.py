@@ -97,7 +97,7 @@ def _of_config(plan: Plan, artifact: Artifact) -> Iterator[str]:
     if plan.recipe.format != artifact.manifest.format:
         yield f"the manifest has format {artifact.manifest.format}, the recipe {plan.recipe.format}"
     if plan.recipe.kv_cache != artifact.kv_cache:
-        yield "config.json and recipe.yaml have different dtypes of the KV cache"
+        yield "the artifact and recipe.yaml have different number types of the KV cache"
 
 
 def _unordered(value: Any) -> Any:

@@ -124,6 +124,7 @@ def _run_engine(
         port=free_port(),
         family=artifact.family,
         tensor_parallel=session.tensor_parallel,
+        kv_cache=artifact.manifest.kv_cache,
         extra=session.extra,
     )
     command = with_plugin(command, session.program.version) if needs_plugin(artifact) else command

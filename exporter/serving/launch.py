@@ -114,10 +114,12 @@ def launch(
     port: int = 8000,
     family: "Family | None" = None,
     tensor_parallel: int = 1,
+    kv_cache: str | None = None,
     extra: Sequence[str] = (),
 ) -> Launch:
     """Command that serves `folder`. config: its config.json. extra: vLLM flags that override mmq's flags.
 
+    kv_cache: value of --kv-cache-dtype, of an artifact that names one in its manifest.
     family: decides the chat template of a folder whose own one is not sufficient. ServeError when `extra` has a flag of
     `MMQ_OPTIONS`.
     """
@@ -143,6 +145,8 @@ def launch(
         flags["--max-model-len"] = str(length)
     if tensor_parallel > 1:
         flags["--tensor-parallel-size"] = str(tensor_parallel)
+    if kv_cache:
+        flags["--kv-cache-dtype"] = kv_cache
     if template := _template(folder, family):
         flags["--chat-template"] = template
     defaults = [word for flag, value in flags.items() if flag not in positions for word in (flag, value)]

@@ -1,0 +1,179 @@
+"""Caches with one scale per token and head: rounding, rules, and how an artifact asks vLLM for them."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from exporter.artifact.artifact import Artifact
+from exporter.commands.main import cli
+from exporter.device import Device, choose
+from exporter.errors import ArtifactError, PlanError, ServeError
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.families import FAMILIES
+from exporter.numerics.activation_rounding import ServedRounding, round_as_served
+from exporter.numerics.kv_caches import BY_FLAG, hadamard, rounded_per_head
+from exporter.pipeline.export import export
+from exporter.planning.plan import make_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.vllm_rules import cache_problems, cpu_cache_problems
+from exporter.publishing.artifact_summary import read_place
+from exporter.publishing.card import CardDeclarations, render
+from exporter.serving.preflight import refuse_plan, refuse_unservable
+
+INT8 = "int8_per_token_head"
+INT4 = "int4_per_token_head"
+
+
+def half_away(x: float) -> float:
+    """The nearest integer, halves away from zero."""
+    return math.copysign(math.floor(abs(x) + 0.5), x)
+
+
+@pytest.mark.parametrize(("cache", "largest"), [(INT8, 127), ("fp8_per_token_head", 448)])
+def test_8_bit_caches_have_one_scale_for_each_token_and_head(cache: str, largest: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 32) * torch.tensor([1e-3, 1.0, 30.0]).view(1, 3, 1, 1)
+    x[0, 0, 0] = 0
+    expected = x.clone()
+    for row in expected.view(-1, 32):
+        scale = max(max(map(abs, row.tolist())) / largest, 1e-6)
+        for i, number in enumerate((row / scale).tolist()):
+            step = half_away(number) if cache == INT8 else float(torch.tensor(number).to(torch.float8_e4m3fn))
+            row[i] = step * scale
+    assert torch.allclose(rounded_per_head(x, cache), expected, rtol=1e-5, atol=1e-9)
+    halves = torch.tensor([127.0, 2.5, -2.5, 0.5])
+    assert rounded_per_head(halves, INT8).tolist() == [127.0, 3.0, -3.0, 1.0]
+    assert rounded_per_head(halves.bfloat16(), cache).dtype == torch.bfloat16
+
+
+def test_the_hadamard_transform_is_its_matrix() -> None:
+    matrix = torch.ones(1, 1)
+    for _ in range(4):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    x = torch.randn(3, 16)
+    assert torch.allclose(hadamard(x), x @ matrix.T, atol=1e-5)
+
+
+def test_a_4_bit_cache_rounds_behind_the_transform_of_vllm() -> None:
+    """Written out from the documented layout: random signs, transform, 16 levels with a zero point, and back."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 16) + 0.5
+    signs = 2 * torch.bernoulli(torch.full((16,), 0.5), generator=torch.Generator().manual_seed(2654435769)) - 1
+    matrix = hadamard(torch.eye(16))
+    turned = (x * signs) @ matrix
+    expected = []
+    for row in turned.tolist():
+        scale = (max(row) - min(row)) / 15
+        zero = min(max(half_away(-min(row) / scale), 0), 15)
+        codes = [min(max(half_away(number / scale + zero), 0), 15) for number in row]
+        expected.append([(code - zero) * scale for code in codes])
+    back = torch.tensor(expected) @ matrix * signs / 16
+    rounded = rounded_per_head(x, INT4)
+    assert torch.allclose(rounded, back, atol=1e-4)
+    assert 0.02 < float((rounded - x).norm() / x.norm()) < 0.2
+
+
+@pytest.mark.parametrize("cache", BY_FLAG)
+def test_attention_reads_the_keys_and_values_of_the_cache(cache: str) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+    family = FAMILIES["llava"]
+    torch.manual_seed(0)
+    model = family.skeleton(family.tiny_config()).float().eval()
+    text = model.model.language_model
+    attention, hidden = text.layers[0].self_attn, torch.randn(1, 9, text.config.hidden_size)
+    turns = text.rotary_emb(hidden, torch.arange(9)[None])
+    with torch.no_grad():
+        before = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
+        round_as_served(model, ServedRounding(kv_cache=cache), gpu=True)
+        shape = (1, 9, -1, attention.head_dim)
+        q, k, v = (
+            part(hidden).view(shape).transpose(1, 2) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *turns)
+        k, v = (repeat_kv(rounded_per_head(t, cache), attention.num_key_value_groups) for t in (k, v))
+        scores = (q @ k.transpose(2, 3) * attention.scaling).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
+        expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 9, -1))
+        actual = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
+    assert torch.allclose(actual, expected, atol=1e-6)
+    assert not torch.allclose(before, expected, atol=1e-5)
+
+
+def test_heads_and_hardware_that_vllm_has_no_such_cache_for() -> None:
+    assert cache_problems(INT8, "gptq", (), False, 80) == cache_problems(INT4, "awq", (), True, 128) == []
+    assert cache_problems(INT4, "compressed_tensors", (), True) == []  # a size that the config leaves out
+    assert "heads of 16: vLLM's Triton attention needs at least 32" in cache_problems(INT8, "gptq", (), True, 16)[0]
+    assert "heads of 80: the Hadamard transform" in cache_problems(INT4, "gptq", (), True, 80)[0]
+    assert "vLLM's CPU build has no such cache" in cpu_cache_problems(INT8, {"text_config": {"head_dim": 128}})[0]
+
+
+def test_a_plan_refuses_heads_without_such_a_cache(sparse_checkpoint: Callable[[str], Path]) -> None:
+    family, device = FAMILIES["llava"], Device("cuda:0", "H100", 78 * 2**30)
+    big = Checkpoint.open(sparse_checkpoint("llava-hf--llava-1.5-7b-hf"), family.canonical_name)
+    recipe = load_recipe("llava-w4").model_copy(update={"kv_cache": INT4})
+    plan = make_plan(recipe, big, family, device)
+    with pytest.raises(ServeError, match="vLLM's CPU build has no such cache"):
+        refuse_plan(plan, big.config, "cpu")
+    refuse_plan(plan, big.config, (9, 0))
+    blip2 = FAMILIES["blip2"]
+    opt = Checkpoint.open(sparse_checkpoint("Salesforce--blip2-opt-2.7b"), blip2.canonical_name)
+    recipe = load_recipe("blip2-caption-w4").model_copy(update={"kv_cache": INT4})
+    with pytest.raises(PlanError, match="attention heads of 80"):
+        make_plan(recipe, opt, blip2, device)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """demo-llava with 4-bit language weights and an int8 cache."""
+    recipe = load_recipe("llava-w4").adjusted(model={"repo": "demo-llava"}, calibration={"samples": 8})
+    data = recipe.model_dump() | {"kv_cache": INT8}
+    out = tmp_path_factory.mktemp("cache") / "artifact"
+    device = choose("cpu")
+    export(Recipe.model_validate(data), out=out, device=device, on_event=lambda event: None, skip_evaluation=True)
+    return out
+
+
+def test_an_artifact_names_a_cache_that_config_json_cannot(artifact: Path) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_scheme"] is None
+    opened = Artifact.open(artifact)
+    assert opened.manifest.kv_cache == opened.kv_cache == opened.rounded().kv_cache == INT8
+    assert not any(name.endswith("k_scale") for name in opened.checkpoint.tensors)
+    assert config["dtype"] == opened.source_config()["dtype"]
+    with pytest.raises(ServeError, match="vLLM's CPU build has no such cache"):
+        refuse_unservable(opened, "cpu", 1)
+
+
+def test_a_manifest_names_only_caches_that_vllm_has(artifact: Path, tmp_path: Path) -> None:
+    (copy := tmp_path / "copy").symlink_to(artifact)
+    plain = json.loads((artifact / "mmq_manifest.json").read_text())
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in copy.iterdir():
+        (broken / path.name).symlink_to(path)
+    (broken / "mmq_manifest.json").unlink()
+    (broken / "mmq_manifest.json").write_text(json.dumps(plain | {"kv_cache": "auto --trust-remote-code"}))
+    with pytest.raises(ArtifactError, match="kv_cache"):
+        Artifact.open(broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((), [INT8]), (("--", "--kv-cache-dtype", "fp8"), ["fp8"])], ids=["own", "user's"]
+)
+def test_serving_asks_vllm_for_the_cache(artifact: Path, given: tuple[str, ...], expected: list[str]) -> None:
+    done = CliRunner().invoke(cli, ["serve", str(artifact), "--print", *given])
+    assert done.exit_code == 0, done.output
+    words = done.stdout.split()
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--kv-cache-dtype"] == expected
+
+
+def test_the_card_names_the_cache_and_its_flag(artifact: Path) -> None:
+    text = render("me/mine", read_place(str(artifact)), CardDeclarations(), (), "")
+    assert "The scores hold for a KV cache of 8 bits" in text
+    assert text.count(f"--kv-cache-dtype {INT8}") == 3  # vllm serve, docker, and the sentence
