@@ -55,7 +55,8 @@ def fixing_ones(size: int, generator: torch.Generator) -> Tensor:
     start[:, 0] = 1
     basis: Tensor = torch.linalg.qr(start)[0]
     inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), orthogonal(size - 1, generator))
-    return basis @ inner @ basis.T
+    turn: Tensor = basis @ inner @ basis.T
+    return turn
 
 
 def fold(tensors: dict[str, Tensor], norm: str, linears: list[str]) -> None:
