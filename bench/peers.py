@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.ideas import IDEAS
 from bench.peers_inputs import write_language_model
 from bench.quantize_phase import inputs_of
 from bench.smollm2_model import perplexity
@@ -73,6 +75,9 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "autoround": {"method": "autoround"},
     "autoround-folded": {"method": "autoround", "fold": "awq"},
     "autoround-1000": {"method": "autoround", "options": {"steps": 1000}},
+    "gptq-asym": {"method": "gptq", "symmetric": False},
+    "autoround-asym": {"method": "autoround", "symmetric": False},
+    **{name: rule for name, (rule, _) in IDEAS.items()},
 }
 
 
@@ -208,7 +213,8 @@ def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[d
                 rule = {**METHODS.get(name, {}), "bits": bits, "group_size": group}
                 try:
                     if name in METHODS:
-                        weights, seconds = own_weights(recipe_of(options, rule, draw, prompts), inputs, device)
+                        with IDEAS[name][1]() if name in IDEAS else nullcontext():
+                            weights, seconds = own_weights(recipe_of(options, rule, draw, prompts), inputs, device)
                     else:
                         weights, seconds = tool_weights(tools_of(options)[name], name, rule, plain, inputs, device)
                 except ToolError as error:
