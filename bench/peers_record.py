@@ -3,7 +3,8 @@
     python -m bench.peers_record demos.jsonl compare.jsonl --rename /tmp/llava=smollm2-llava --json smollm2=built.json
 
 Of rows about the same run (model, component, bits, group, samples, prompts, draw, method) the last one is kept. Then
-`python -m docs.generate` writes the tables of docs/measurements/few-bits.md.
+`python -m docs.generate` writes the tables of docs/measurements/few-bits.md; with --out docs/measurements/ideas.json,
+those of docs/measurements/ideas.md.
 """
 
 import argparse
@@ -34,13 +35,14 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rename", nargs="*", default=[], help="OLD=NEW names of models")
     parser.add_argument("--json", nargs="*", default=[], help="NAME=FILE, other recorded figures")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     rows = gathered(options.files, dict(pair.split("=", 1) for pair in options.rename))
     others = {pair.split("=", 1)[0]: json.loads(Path(pair.split("=", 1)[1]).read_text()) for pair in options.json}
     lines = ",\n".join(json.dumps(row) for row in rows)
     head = "".join(f"{json.dumps(name)}: {json.dumps(content)},\n" for name, content in others.items())
-    OUT.write_text(f'{{\n{head}"rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
-    print(f"{len(rows)} rows in {OUT}")
+    options.out.write_text(f'{{\n{head}"rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
+    print(f"{len(rows)} rows in {options.out}")
 
 
 if __name__ == "__main__":

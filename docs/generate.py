@@ -20,6 +20,7 @@ from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
 from docs.family_support import family_support, smallest
 from docs.few_bits_page import calibration_table, method_tables
+from docs.ideas_page import cache_table, ideas_table, rotation_table
 from docs.measured_pages import gpu_checks, lineage_tables, model_checks
 from exporter import demo
 from exporter.amounts import size
@@ -231,7 +232,13 @@ def pages() -> dict[Path, str]:
     checked = ROOT / "docs" / "measurements" / "families.md"
     trained = ROOT / "docs" / "measurements" / "lineages.md"
     few_bits = ROOT / "docs" / "measurements" / "few-bits.md"
+    ideas = ROOT / "docs" / "measurements" / "ideas.md"
     return {
+        ideas: between(
+            between(between(ideas.read_text(encoding="utf-8"), "ideas", ideas_table()), "rotations", rotation_table()),
+            "caches",
+            cache_table(),
+        ),
         few_bits: between(
             between(few_bits.read_text(encoding="utf-8"), "methods", method_tables()),
             "calibration",
