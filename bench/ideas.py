@@ -53,9 +53,9 @@ def _joint(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tenso
         widest, points = torch.maximum(below, above), torch.full_like(zero, point)
         for step in range(ranges.SHRINK_STEPS):
             candidate = ranges._stored(widest * (1 - ranges.MAX_SHRINK * step / ranges.SHRINK_STEPS), dtype)
-            found = ranges._errors(grouped, candidate, points, scheme, counts)
-            better = found < error
-            error, scale = torch.where(better, found, error), torch.where(better, candidate, scale)
+            candidate_error = ranges._errors(grouped, candidate, points, scheme, counts)
+            better = candidate_error < error
+            error, scale = torch.where(better, candidate_error, error), torch.where(better, candidate, scale)
             zero = torch.where(better, points, zero)
     return scale, zero
 
