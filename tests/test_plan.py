@@ -164,6 +164,17 @@ def test_incomplete_checkpoint_is_refused(big: Checkpoint) -> None:
         plan_of("llava-w4", big)
 
 
+def test_tensors_that_the_artifact_leaves_out_are_counted(big: Checkpoint) -> None:
+    notes = []
+    for names in ((), ("a",), ("a", "b", "c")):
+        big.ignored = names  # type: ignore[misc]
+        notes += plan_of("llava-w4", big).warnings
+    assert [note.partition(",")[0] for note in notes if "left out" in note] == [
+        "left out of the artifact: a",
+        "left out of the artifact: a and 2 more",
+    ]
+
+
 def test_bits_without_a_standard_kernel_warn_of_the_required_package(big: Checkpoint) -> None:
     assert any("humming-kernels" in warning for warning in plan_of("llava-w3-vit4", big).warnings)
     assert not plan_of("llava-w4-vit8", big).warnings

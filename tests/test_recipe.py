@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import RecipeError
+from exporter.planning import recipe_file
 from exporter.planning.overrides import adjusted
 from exporter.planning.recipe import Calibration, Evaluation, Evidence, Gate, Model, Publish, Recipe, Rule
 from exporter.planning.recipe_file import built_in, load_recipe, parse_recipe
@@ -109,6 +110,20 @@ def test_all_problems_of_options_are_listed_by_the_names_that_a_recipe_uses() ->
         ({"group_size": "block"}, "block needs number: fp8"),
         ({"options": {"damp": 1}}, "options.damp"),
         ({"options": {"damping": "much"}}, "options.damping"),
+        ({"group_size": "row", "else": "keep"}, "else needs a group_size that is a number, not row"),
+        (
+            {"bits": 8, "activations": "int8", "else": "row"},
+            "else: row is possible only for integers without activations",
+        ),
+        ({"method": "rtn", "fold": "awq"}, "fold: awq is not possible with method: rtn; use gptq or autoround"),
+        ({"method": "awq", "fold": "awq"}, "fold: awq is not possible with method: awq"),
+        ({"fold": "awq", "options": {"correct": True}}, "fold needs correct: false"),
+        ({"method": "autoround", "group_size": "tensor"}, "learned rounding needs number: int"),
+        ({"method": "autoround", "bits": 8, "group_size": "row", "activations": "int8"}, "learned rounding needs"),
+        (
+            {"bits": 8, "group_size": "row", "activations": "int8", "options": {"range": "signed"}},
+            "range: signed needs",
+        ),
     ],
 )
 def test_impossible_rules_are_refused(change: dict[str, object], said: str) -> None:
@@ -122,6 +137,13 @@ def test_thirds_cover_every_block_once() -> None:
         assert all(sum(rule.matches_block(i, count) for rule in thirds) == 1 for i in range(count))
     first = Rule(component="language", bits=4, blocks="0:8")
     assert [i for i in range(32) if first.matches_block(i, 32)] == list(range(8))
+
+
+def test_recipes_are_those_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_file, "__file__", str(tmp_path / "exporter" / "planning" / "recipe_file.py"))
+    assert recipe_file.recipe_folder() == tmp_path / "recipes"
+    (tmp_path / "exporter" / "recipes").mkdir(parents=True)
+    assert recipe_file.recipe_folder() == tmp_path / "exporter" / "recipes"
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
