@@ -208,11 +208,20 @@ def _uses() -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     return uses
 
 
-@lru_cache
 def _importers(module: str) -> frozenset[str]:
     """The modules whose text has the module's dotted name."""
-    name = re.compile(rf"\b{re.escape('.'.join(('exporter', *_dotted(module))))}\b")
-    return frozenset(other for other in _modules() if other != module and name.search(_text(other)))
+    return _users().get(".".join(("exporter", *_dotted(module))), frozenset()) - {module}
+
+
+@lru_cache
+def _users() -> dict[str, frozenset[str]]:
+    """Dotted name of a module or package -> the modules whose text has it, alone or as the start of a longer name."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for module in _modules():
+        for name in set(re.findall(r"\bexporter(?:\.\w+)+", _text(module))):
+            for longer in accumulate(name.split("."), "{}.{}".format):
+                users[longer].add(module)
+    return {name: frozenset(modules) for name, modules in users.items()}
 
 
 def _dotted(module: str) -> list[str]:

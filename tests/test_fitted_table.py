@@ -126,6 +126,16 @@ def test_a_table_narrows_at_words_and_then_becomes_lines(
     assert [line.rstrip() for line in rest[len(rest) - len(lines) :]] == lines
 
 
+@pytest.mark.parametrize(("width", "narrowed"), [(51, False), (50, True)])
+def test_a_table_that_just_fits_is_not_narrowed(width: int, narrowed: bool) -> None:
+    """21 characters, 18, 8, and two gaps of 2."""
+    (table,) = fitted_parts(a_table(), width)
+    assert isinstance(table, Table)
+    assert [column.width for column in table.columns] == [21, 18 - narrowed, 8]
+    (lines,) = fitted_parts(a_table(), 21 + 5 + 8 + 3)
+    assert isinstance(lines, str)
+
+
 def test_rows_without_names_become_lines_too() -> None:
     assert list(fitted_parts(a_table(show_header=False), 20)) == [
         "alpha\n  one two three four\n  1,234 kB\nbeta-with-a-long-name\n  five\n  9 kB"

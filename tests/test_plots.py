@@ -137,6 +137,7 @@ def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[An
         [(8, 1.0)],
         [(2, 0.5), (3, 0.95)],
     ]
+    assert len({line.get_color() for line in axes.lines if line.get_marker() in ("o", "s", "^")}) == 3
     assert [(4.0, 0.8), (4.0, 0.85)] in [curve[1:] for curve in curves(axes)]  # the lower ends of the intervals
     assert [line.get_linestyle() for line in axes.lines if line.get_marker() in ("o", "s", "^")] == [
         "None",
@@ -226,6 +227,9 @@ def test_a_heat_map_has_a_cell_per_pair_of_bits(figures: list[tuple[Any, ...]]) 
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("language bits", "vision bits")
     assert (name, title) == ("heat-vision-language-gptq.png", "score by bits, gptq")
     assert about == "score from 0.100 to 0.800 over vision and language bits"
+    pictures.heat_maps(Table(("vision", "language"), bits[:2].astype(float), scores[:2], "score"), "gptq")
+    pictures.heat_maps(Table(("vision", "language"), bits[[0, 2]].astype(float), scores[:2], "score"), "gptq")
+    assert len(figures) == 1  # neither has two bit widths of both
     assert not any(spine.get_visible() for key, spine in axes.spines.items() if key in ("top", "right"))
 
 
