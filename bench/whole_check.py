@@ -4,8 +4,12 @@ Every FOLDER is a model. GPTQ quantizes all its components in an ordinary export
 Hessian that GPTQ gets is computed again from forward passes of transformers' whole model in float32, whose linears have
 the quantized weights of the blocks before. A line for every model says `refused` with the reason, or the number of
 Hessians, the largest relative difference (it must be below 1e-5), and what the verification of the artifact measured.
+`refused` means by `mmq plan`, from the headers alone; an error that comes later is `failed`. `--out F` also writes the
+lines to F as JSON after every model, for the table of docs/measurements/families.md.
 """
 
+import argparse
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from exporter.device import choose
-from exporter.errors import MmqError, PlanError
+from exporter.errors import MmqError
 from exporter.events import ignore
 from exporter.inference.predict import batches
 from exporter.methods import gptq
@@ -86,31 +90,39 @@ def largest_difference(recipe: Recipe, calls: list[tuple[Tensor, Tensor]]) -> fl
     return largest
 
 
-def check(folder: Path) -> tuple[str, str]:
-    """Verdict and its reason."""
+def check(folder: Path) -> dict[str, Any]:
+    """Verdict, with its reason or its figures."""
     with tempfile.TemporaryDirectory(prefix="mmq-whole-") as scratch:
         out = Path(scratch) / "artifact"
         try:
             recipe = recipe_for(folder)
+            prepare(recipe, choose("cpu"), headers_only=True)
+        except MmqError as error:
+            return {"verdict": "refused", "reason": " ".join(error.message.split()).replace(str(folder), folder.name)}
+        try:
             with recorded() as calls:
                 done = export(recipe, out=out, device=choose("cpu"), on_event=ignore, skip_evaluation=True)
-        except PlanError as error:
-            return "refused", " ".join(str(error).split())
         except MmqError as error:
-            return "failed", " ".join(str(error).split())
+            return {"verdict": "failed", "reason": " ".join(error.message.split())}
         largest, verified = largest_difference(recipe, calls), done.verified
-        text = f"{len(calls)} Hessians, largest relative difference {largest:.1e}; {verified.blocks} blocks verified"
-        text += f", difference {verified.block_difference}" if not verified.skipped else f" ({verified.skipped})"
-        return ("equal" if largest < LIMIT else "differs"), text
+        figures = {"family": done.plan.family.name, "hessians": len(calls), "largest": float(f"{largest:.1e}")}
+        checked = {"blocks": verified.blocks, "difference": verified.block_difference, "skipped": verified.skipped}
+        return {"verdict": "equal" if largest < LIMIT else "differs", **figures, **checked}
 
 
 def main() -> None:
     """Check the folders and count the verdicts."""
-    counts: Counter[str] = Counter()
-    for folder in map(Path, sys.argv[1:]):
-        verdict, text = check(folder)
-        counts[verdict] += 1
-        print(f"{folder.name}: {verdict}: {text}", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, metavar="F")
+    arguments = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    for folder in arguments.folders:
+        results[folder.name] = check(folder)
+        print(f"{folder.name}: {json.dumps(results[folder.name])}", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    counts = Counter(result["verdict"] for result in results.values())
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     sys.exit(bool(counts["differs"] or counts["failed"]))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.family_pages import UNPUBLISHED, sizes_of
-from docs.measured_pages import MEASUREMENTS, read
+from docs.measured_pages import MEASUREMENTS, NOT_RUN, read
 from exporter.amounts import size
 from exporter.model import families
 from exporter.model.config_check import known_family
@@ -100,12 +100,12 @@ def _served(results: dict[str, Any], family: Family, schemes: tuple[str, str]) -
     if family.unserved:
         return [f"none: {family.unserved}", "none", "none"]
     others = {name: result for name, result in results.items() if CONFIGS[name][0].name == family.name != name}
-    verdicts = Counter(check["passed"] for result in others.values() for check in result.values())
+    verdicts = Counter(check.get("passed") for result in others.values() for check in result.values())
     rest = (
         f"{', '.join(map(_part, others))}: {'failed' if verdicts[False] else 'passed'}" if others else "no other parts"
     )
     own = results.get(family.name, {})
-    return [*(_verdict(own[name]) if name in own else "not run" for name in schemes), rest]
+    return [*(_verdict(own[name]) if name in own else NOT_RUN for name in schemes), rest]
 
 
 def _part(model: str) -> str:
@@ -115,6 +115,8 @@ def _part(model: str) -> str:
 
 
 def _verdict(check: dict[str, Any]) -> str:
+    if NOT_RUN in check:
+        return f"{NOT_RUN}: {check[NOT_RUN]}"
     if not check["passed"]:
         return f"failed: {check['problems'][0]}"
     return f"passed: {check['mean']:.3f} ({check['floor']:.3f})"

@@ -6,6 +6,7 @@ from typing import Any
 
 MEASUREMENTS = Path(__file__).parent / "measurements"
 BITS = (8, 4, 3, 2)
+NOT_RUN = "not run"  # key of a recorded check that a machine could not run -> the reason
 
 
 def read(name: str) -> dict[str, Any]:
@@ -35,6 +36,9 @@ def gpu_checks() -> str:
     lines = ["| model | schemes | vLLM's linears by kernel | engine | floor |", "|---|---|---|---|---|"]
     for model, checks in read("checked-families-gpu.json").items():
         for schemes, check in checks.items():
+            if NOT_RUN in check:
+                lines.append(f"| `{model}` | {schemes} | {NOT_RUN}: {check[NOT_RUN]} |  |  |")
+                continue
             pairs = (kernel.split(" for CompressedTensors") for kernel in check["kernels"])
             counts = {name[17:]: count for name, count in check["schemes"].items()}
             linears = ", ".join(

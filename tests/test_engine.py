@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from bench.check_families import summary
 from exporter.demo import MODELS
 from exporter.errors import ServeError
 from exporter.model.families import FAMILIES
@@ -168,6 +170,47 @@ def test_the_server_dies_with_a_killed_parent(folder, program, tmp_path):
     if not ended:
         os.killpg(pid, signal.SIGKILL)
     assert ended
+
+
+def refusing_program(folder: Path, text: str) -> Program:
+    """A vLLM whose environment lacks a package: it writes the library's text and exits."""
+    path = folder / "refusing"
+    path.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({text!r})\n")
+    path.chmod(0o755)
+    return Program(str(path), "0", cpu=False)
+
+
+def num2words_text(monkeypatch: pytest.MonkeyPatch) -> str:
+    """transformers' own text about num2words."""
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(ImportError) as caught:
+        processing_smolvlm.SmolVLMProcessor(None, Mock(), None)
+    return str(caught.value)
+
+
+def test_a_package_that_vllms_environment_lacks_is_named_in_the_hint(folder, tmp_path, monkeypatch):
+    from transformers.utils.import_utils import TORCHVISION_IMPORT_ERROR
+
+    texts = {"num2words": num2words_text(monkeypatch), "torchvision": TORCHVISION_IMPORT_ERROR.format("Pixtral")}
+    for package, text in texts.items():
+        program = refusing_program(tmp_path, f"ImportError: {text}\n" * 2)
+        with Engine(command(folder, program), tmp_path / "log") as engine, pytest.raises(ServeError) as caught:
+            engine.wait_healthy(60)
+        assert f"it lacks {package} in vLLM's environment, that of {program.path}" in str(caught.value.hint)
+        assert f"run `pip install {package}` there" in str(caught.value.hint)
+        result = {"error": caught.value.message, "hint": caught.value.hint}
+        assert summary(result) == {"not run": f"it lacks {package} in vLLM's environment"}
+
+
+@pytest.mark.parametrize(("family", "hint"), [("smolvlm", "pip install num2words"), ("llava", "None")])
+def test_without_a_log_the_hint_names_what_the_family_needs(family, hint, folder, tmp_path):
+    """`mmq serve` leaves vLLM's output on the terminal."""
+    made = launch(folder, {}, refusing_program(tmp_path, "no"), port=free_port(), family=FAMILIES[family])
+    with Engine(made) as engine, pytest.raises(ServeError) as caught:
+        engine.wait_healthy(60)
+    assert hint in str(caught.value.hint)
 
 
 def test_a_server_that_exits_is_reported_with_the_end_of_its_log(folder, program, tmp_path):

@@ -45,12 +45,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Launch:
-    """Command of a server. environment: additional variables. url: its address. model: its name for clients."""
+    """Command of a server. environment: additional variables. url: its address. model: its name for clients.
+
+    packages: what the model needs in the server's environment beside vLLM.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
     url: str
     model: str
+    packages: tuple[str, ...] = ()
 
     def shell(self) -> str:
         """The command as shell text, with the environment variables first."""
@@ -156,7 +160,8 @@ def launch(
         defaults += [] if eager_set else ["--enforce-eager"]
         environment |= {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = (program.path, *program.words, "serve", str(folder.resolve()), *defaults, *extra)
-    return Launch(command, environment, f"http://{_reachable(host)}:{port}", name)
+    packages = family.engine_packages if family else ()
+    return Launch(command, environment, f"http://{_reachable(host)}:{port}", name, packages)
 
 
 def _template(folder: Path, family: "Family | None") -> str | None:

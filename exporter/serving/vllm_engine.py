@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 SCHEME_LINE = re.compile(r"Using scheme: (\w+) for (\S+)")
 KERNEL_LINE = re.compile(r"(?:Using|Selected) (\w+Kernel) for ([A-Z]\w*)")
+# transformers' texts about a package that a processor needs: num2words of SmolVLM, and torchvision.
+MISSING_PACKAGE = re.compile(r"Package `([\w.-]+)` is required|requires the (\w+) library but it was not found")
 # On Linux the kernel sends SIGTERM to the server when this process dies, even by SIGKILL.
 DIE_WITH_PARENT = (
     "import ctypes, os, sys\n"
@@ -101,7 +103,7 @@ class Engine:
         start = time.monotonic()
         while time.monotonic() - start < seconds:
             if (code := self.ended()) is not None:
-                raise ServeError(f"{ending(code)} before it was ready{self._log_tail()}")
+                raise ServeError(f"{ending(code)} before it was ready{self._log_tail()}", self._hint())
             if responds(f"{self.launch.url}/health"):
                 return time.monotonic() - start
             time.sleep(0.5)
@@ -165,6 +167,14 @@ class Engine:
     def kernels(self) -> tuple[str, ...]:
         """Kernels and their schemes, from the log (needs log)."""
         return read_kernels(self.log.read_text(encoding="utf-8", errors="replace")) if self.log else ()
+
+    def _hint(self) -> str | None:
+        """What to install when the server ended: what its log misses, or what the model needs if there is no log."""
+        program = self.launch.command[0]
+        if self.log is None:
+            return install_hint(self.launch.packages, program, "this model needs")
+        missing = missing_packages(self.log.read_text(encoding="utf-8", errors="replace"))
+        return install_hint(missing, program, "it lacks")
 
     def _log_tail(self) -> str:
         return f"; the end of its log:\n{log_tail(self.log.read_text(errors='replace'))}" if self.log else ""
@@ -239,6 +249,19 @@ def read_reply(answer: Mapping[str, Any]) -> Reply:
 
 def _token_id(token: str) -> int:
     return int(token.removeprefix("token_id:"))
+
+
+def missing_packages(log: str) -> tuple[str, ...]:
+    """Packages that a library names in a log as missing, each once."""
+    return tuple(dict.fromkeys(name or library.lower() for name, library in MISSING_PACKAGE.findall(log)))
+
+
+def install_hint(packages: Sequence[str], program: str, reason: str) -> str | None:
+    """How to install packages beside a vLLM program; None when there are none."""
+    if not packages:
+        return None
+    names = " ".join(packages)
+    return f"{reason} {names} in vLLM's environment, that of {program}: run `pip install {names}` there"
 
 
 def read_schemes(log: str) -> dict[str, str]:

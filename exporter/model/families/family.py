@@ -75,6 +75,7 @@ class Family:
     refuses: why mmq does not support a model of this family, from its config.json, or None.
     float32: prefixes of checkpoint names that transformers always computes in float32.
     unserved: why vLLM cannot load this family, or ""; its artifacts are for transformers.
+    engine_packages: Python packages that this family needs in vLLM's environment beside vLLM.
     tied: output head -> the embedding that can share its tensor; such a head may be stored or not.
     components, tensor_names: those of one config.json (see `of`); before, those of the default parts.
     """
@@ -114,6 +115,7 @@ class Family:
     refuses: Callable[[Config], str | None] = lambda config: None
     float32: tuple[str, ...] = ()
     unserved: str = ""
+    engine_packages: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     components: tuple[Component, ...] = ()
     tensor_names: Names | None = None

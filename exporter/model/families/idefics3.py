@@ -126,6 +126,7 @@ SMOLVLM = replace(
     architectures=("SmolVLMForConditionalGeneration",),
     config_class="SmolVLMConfig",
     fallback_prompt="<|im_start|>User:<image>{text}<end_of_utterance>\nAssistant:",
+    engine_packages=("num2words",),  # transformers' processor refuses to be built without it
     tiny=dict(FAMILY.tiny) | {"model_type": "smolvlm"},
     tiny_processor=lambda config: replace(
         tiny_processor(config), library="SmolVLMProcessor", pictures="SmolVLMImageProcessorPil"
