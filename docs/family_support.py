@@ -55,10 +55,18 @@ def declaration(family: Family) -> tuple[str, int, int]:
 
 def smallest(family: Family) -> tuple[int, str, tuple[int, int, int]]:
     """Number of published headers that the tests plan; name of the smallest checkpoint; its bytes as in `sizes_of`."""
-    names = [n for n in HEADER_NAMES if n not in UNPUBLISHED and known_family(header_config(n), n).name == family.name]
-    sizes = {name: sizes_of(name) for name in names}
-    name = min(sizes, key=lambda name: sizes[name][0])
-    return len(names), name.split("--")[1], sizes[name]
+    name = smallest_name(family)
+    return len(_headers(family)), name.split("--")[1], sizes_of(name)
+
+
+def smallest_name(family: Family) -> str:
+    """The header of the family's smallest published checkpoint."""
+    return min(_headers(family), key=lambda name: sizes_of(name)[0])
+
+
+def _headers(family: Family) -> list[str]:
+    """The headers of the family's published checkpoints."""
+    return [n for n in HEADER_NAMES if n not in UNPUBLISHED and known_family(header_config(n), n).name == family.name]
 
 
 def _published(family: Family) -> list[str]:

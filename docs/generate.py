@@ -18,10 +18,11 @@ import click
 
 from docs.api_pages import api_reference, exit_code_page
 from docs.family_pages import support_table
-from docs.family_support import family_support, smallest
+from docs.family_support import family_support
 from docs.few_bits_page import calibration_table, method_tables
 from docs.ideas_page import cache_table, ideas_table, rotation_table
-from docs.measured_pages import gpu_checks, lineage_tables, model_checks
+from docs.measured_pages import gpu_checks, lineage_tables, model_checks, whole_checks
+from docs.recipe_sizes import family_sizes
 from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
@@ -41,6 +42,10 @@ MODELS = {  # a recipe's default model -> heading of its column
     "Salesforce/blip2-opt-2.7b": "BLIP-2 OPT-2.7b",
     "Salesforce/blip2-itm-vit-g-coco": "BLIP-2 ITM",
 }
+OF_FAMILIES = (
+    "Sizes for the smallest published checkpoint of each family; in parentheses the `--group-size` that it needs, "
+    "because groups of 128\ndo not divide all inputs:"
+)
 TASKS = {"vqa": "questions", "captioning": "captions", "retrieval": "image-text retrieval"}
 USUAL: tuple[GroupSize, ...] = ("row", "tensor", 64, 128)
 ALL: tuple[GroupSize, ...] = (*USUAL, 16, 32, 256)
@@ -110,13 +115,11 @@ def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
 def family_table(page: str) -> str:
     """Markdown: the families with their models and tasks. page: relative path of the reference page."""
     demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in demo.MODELS.items()}
-    lines = ["| family | models | tasks | smallest one: 16, 8 / 4 bits | demo model |", "|---|---|---|---|---|"]
+    lines = ["| family | models | tasks | demo model |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
-        _, checkpoint, (whole, smaller, _) = smallest(family)
         tasks = ", ".join(TASKS[task] for task in family.tasks)
         shipped = f"`{demos[name]}`" if name in demos else ""
-        sizes = f"`{checkpoint}`: {size(whole)}, {size(smaller)}"
-        lines.append(f"| [`{name}`]({page}#{family.heading}) | {family.models} | {tasks} | {sizes} | {shipped} |")
+        lines.append(f"| [`{name}`]({page}#{family.heading}) | {family.models} | {tasks} | {shipped} |")
     return "\n".join(lines)
 
 
@@ -224,7 +227,7 @@ def between(text: str, name: str, new: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Each page and its expected text."""
-    readme, sizes = ROOT / "README.md", recipe_table()
+    readme, sizes, of_families = ROOT / "README.md", recipe_table(), family_sizes()
     served = ROOT / "docs" / "reference" / "serving.md"
     families, index = ROOT / "docs" / "reference" / "families.md", ROOT / "docs" / "index.md"
     api_page, prompts = ROOT / "docs" / "reference" / "python-api.md", ROOT / "docs" / "how-to" / "own-prompts.md"
@@ -246,14 +249,20 @@ def pages() -> dict[Path, str]:
         ),
         trained: between(trained.read_text(encoding="utf-8"), "lineages", lineage_tables()),
         checked: between(
-            between(checked.read_text(encoding="utf-8"), "checks", model_checks()), "gpu-checks", gpu_checks()
+            between(between(checked.read_text(encoding="utf-8"), "checks", model_checks()), "gpu-checks", gpu_checks()),
+            "whole-checks",
+            whole_checks(),
         ),
         map_page: between(map_page.read_text(encoding="utf-8"), "rooms", room_table()),
         served: between(served.read_text(encoding="utf-8"), "kernels", kernel_table()),
         readme: between(
-            between(readme.read_text(encoding="utf-8"), "recipes", sizes),
-            "families",
-            family_table("docs/reference/families.md"),
+            between(
+                between(readme.read_text(encoding="utf-8"), "recipes", sizes),
+                "families",
+                family_table("docs/reference/families.md"),
+            ),
+            "sizes",
+            of_families,
         ),
         families: between(
             between(
@@ -266,7 +275,7 @@ def pages() -> dict[Path, str]:
         ),
         index: between(index.read_text(encoding="utf-8"), "families", family_table("reference/families.md")),
         prompts: between(prompts.read_text(encoding="utf-8"), "prompts", prompt_table()),
-        ROOT / "docs" / "reference" / "recipes.md": recipe_page(sizes),
+        ROOT / "docs" / "reference" / "recipes.md": recipe_page(f"{sizes}\n\n{OF_FAMILIES}\n\n{of_families}"),
         ROOT / "docs" / "reference" / "cli.md": command_reference(),
         ROOT / "docs" / "reference" / "exit-codes.md": exit_code_page(),
         api_page: between(api_page.read_text(encoding="utf-8"), "api", api_reference()),

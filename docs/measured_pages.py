@@ -1,6 +1,7 @@
 """Tables from recorded measurements: checks of tiny models in vLLM, and the models of other families by bits."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def gpu_checks() -> str:
                 f"{counts[scheme]} {scheme}: {kernel.removesuffix('LinearKernel')}" for kernel, scheme in pairs
             )
             lines.append(f"| `{model}` | {schemes} | {linears} | {check['mean']:.4f} | {check['floor']:.4f} |")
+    return "\n".join(lines)
+
+
+def whole_checks() -> str:
+    """Markdown: verdicts of tiny checkpoints whose statistics were compared with the whole forward pass, by name."""
+    verdicts = Counter(result["verdict"] for result in read("whole-check.json").values())
+    lines = [f"**{', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.**", ""]
+    lines += ["| checkpoint | verdict | Hessians | largest difference | blocks verified |", "|---|---|---|---|---|"]
+    for name, result in read("whole-check.json").items():
+        if "reason" in result:
+            lines.append(f"| `{name}` | {result['verdict']}: {result['reason']} |  |  |  |")
+            continue
+        verified = result["skipped"] or f"{result['blocks']}, difference {result['difference']:.1g}"
+        cells = [f"`{name}`", result["verdict"], str(result["hessians"]), f"{result['largest']:.1e}", verified]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
