@@ -121,7 +121,7 @@ def _sensitivities(block: Block) -> dict[str, list[Tensor]]:
         error = output.detach() - target
         if entry.weights is not None:
             error = error * entry.weights[:, -error.shape[-2] :].to(device).view(*error.shape[:-1], 1)
-        output.backward(error)
+        output.backward(error.to(output.dtype))
         batch = 1 if entry.hidden.dim() == 2 else len(entry.hidden)
         rows = batch if entry.weights is None else len(entry.weights)
         for name, tensor in outputs.items():

@@ -19,9 +19,13 @@ command -v vllm >/dev/null || { echo "$0: vllm is not installed (pip install 'vl
 # The folder contains everything the engine needs; a missing file must fail instead of being downloaded from the hub.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
 
+# The number type of keys and values that config.json cannot name; empty for most artifacts.
+cache="$(sed -n 's/^ "kv_cache": "\([a-z0-9_]*\)",\{0,1\}$/\1/p' "$artifact/mmq_manifest.json" 2>/dev/null || true)"
+
 # The families that mmq quantizes accept one image per request; the limit keeps vLLM from reserving memory for more.
 exec vllm serve "$artifact" \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --served-model-name "$(basename "$artifact")" \
   --limit-mm-per-prompt '{"image": 1}' \
+  ${cache:+--kv-cache-dtype "$cache"} \
   "$@"

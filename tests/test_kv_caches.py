@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
 from exporter.numerics.activation_rounding import ServedRounding, round_as_served
 from exporter.numerics.kv_caches import BY_FLAG, hadamard, rounded_per_head
+from exporter.pipeline import speed
 from exporter.pipeline.export import export
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe
@@ -24,6 +28,8 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import cache_problems, cpu_cache_problems
 from exporter.publishing.artifact_summary import read_place
 from exporter.publishing.card import CardDeclarations, render
+from exporter.serving import check
+from exporter.serving.launch import Program
 from exporter.serving.preflight import refuse_plan, refuse_unservable
 
 INT8 = "int8_per_token_head"
@@ -171,6 +177,40 @@ def test_serving_asks_vllm_for_the_cache(artifact: Path, given: tuple[str, ...],
     assert done.exit_code == 0, done.output
     words = done.stdout.split()
     assert [words[i + 1] for i, word in enumerate(words) if word == "--kv-cache-dtype"] == expected
+
+
+def test_the_script_for_machines_without_mmq_asks_for_it_too(artifact: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "vllm"
+    fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    fake.chmod(0o755)
+    script = Path(__file__).resolve().parent.parent / "serving" / "launch.sh"
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(script), str(artifact), "--enforce-eager"]
+    words = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    assert words[words.index("--kv-cache-dtype") + 1] == INT8
+    assert words[-1] == "--enforce-eager"
+
+
+class LaunchReached(Exception):
+    """Ends a check or a speed measurement where it would start vLLM."""
+
+
+@pytest.mark.parametrize("module", [check, speed], ids=["check", "bench"])
+def test_checks_and_speed_measurements_ask_for_it(
+    module: ModuleType, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*args: object, kv_cache: str | None = None, **more: object) -> None:
+        raise LaunchReached(kv_cache)
+
+    monkeypatch.setattr(module, "launch", launch)
+    settings = {"program": Program("vllm", "0.32.0", cpu=False), "tensor_parallel": 1, "extra": ()}
+    request = SimpleNamespace(artifact=artifact, sources=(), **settings)
+    starts = {
+        check: lambda: check._run_engine(artifact, Artifact.open(artifact), [], request, tmp_path / "log"),
+        speed: lambda: speed._in_vllm(request, lambda event: None, str(artifact)),
+    }
+    with pytest.raises(LaunchReached, match=INT8):
+        starts[module]()
 
 
 def test_the_card_names_the_cache_and_its_flag(artifact: Path) -> None:
