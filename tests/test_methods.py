@@ -7,6 +7,8 @@ from exporter.methods import METHODS, rtn
 from exporter.methods.gptq import Statistics as Hessian
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 
+PROPERTIES = ("signed_scales", "runs_block", "correction_damping", "learned_steps", "learning_rate", "scales_in_loop")
+PLAIN = (False, False, None, 0, 0.0, False)
 CASES = [
     (Scheme(4, 32), (24, 96)),
     (Scheme(3, 32, False), (7, 100)),  # a ragged last group
@@ -18,6 +20,27 @@ CASES = [
 ]
 every_method = pytest.mark.parametrize("name", METHODS)
 every_case = pytest.mark.parametrize(("scheme", "shape"), CASES, ids=lambda value: str(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("rtn", {}, PLAIN),
+        ("rtn", {"range": "signed"}, (True, *PLAIN[1:])),
+        ("awq", {}, PLAIN),
+        ("awq", {"range": "signed"}, (True, *PLAIN[1:])),
+        ("awq", {"range": "signed", "clip": False}, PLAIN),
+        ("awq", {"range": "mse", "search": "block"}, (False, True, *PLAIN[2:])),
+        ("gptq", {}, (False, False, None, 0, 1.0, False)),
+        ("gptq", {"range": "signed", "damping": 0.5, "correct": True, "steps": 4}, (True, False, 0.5, 4, 0.25, False)),
+        ("gptq", {"scales": "in_loop", "order": "none"}, (False, False, None, 0, 1.0, True)),
+        ("autoround", {}, (True, False, None, 200, 1 / 200, False)),
+        ("autoround", {"steps": 8, "rate": 0.5}, (True, False, None, 8, 0.5, False)),
+    ],
+)
+def test_what_options_ask_for(name: str, options: dict[str, object], expected: tuple[object, ...]) -> None:
+    parsed = METHODS[name].Options.model_validate(options)
+    assert tuple(getattr(parsed, key) for key in PROPERTIES) == expected
 
 
 def inputs(columns: int) -> torch.Tensor:

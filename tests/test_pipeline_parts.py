@@ -1,0 +1,270 @@
+"""Parts of `mmq bench`, `mmq check` and `mmq evaluate` whose models and engines are replaced by stand-ins."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from exporter import data
+from exporter.device import Device
+from exporter.errors import DataError, MemoryShortage
+from exporter.evaluation.answers import Store
+from exporter.evaluation.speed_record import SpeedFigures
+from exporter.events import Event, ignore
+from exporter.pipeline import ask, reevaluation, serving_check, speed, step_clock
+from exporter.pipeline.reevaluation import Reevaluation
+from exporter.pipeline.speed import SpeedRequest, bench_artifact, measure_here
+from exporter.planning.recipe_file import load_recipe
+from exporter.planning.steps import Step
+from exporter.serving.launch import Program
+from exporter.serving.speed import SpeedSettings
+from exporter.tasks.sample import Sample
+
+CPU = Device("cpu", "a CPU", 2**30)
+CARD = Device("cuda:0", "a card", 2**30)
+FIGURES = SpeedFigures(load_seconds=1.0, first_token_seconds=0.5, tokens_per_second={"1": 2.0})
+
+
+def samples(count: int, task: str = "vqa") -> list[Sample]:
+    return [Sample(f"{task} {i}", lambda: None, "?", ("x",)) for i in range(count)]  # type: ignore[arg-type,return-value]
+
+
+def test_questions_come_from_every_task_of_the_gates_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def drawn(specs: Any, task: str, split: str, count: int, seed: int) -> list[Sample]:
+        asked.append((specs, task, split, count, seed))
+        return samples(count, task)
+
+    recipe = load_recipe("llava-w4-vit8")
+    gates = [SimpleNamespace(task=task) for task in ("vqa", "captioning", "vqa")]
+    fake: Any = SimpleNamespace(gates=gates, evaluation=SimpleNamespace(seed=7))
+    monkeypatch.setattr(serving_check, "load_recipe", lambda path: fake)
+    monkeypatch.setattr(serving_check, "test_sources", lambda recipe: ["its own"])
+    monkeypatch.setattr(data, "samples_from", drawn)
+    chosen = serving_check.questions(tmp_path, [], 5)
+    assert [sample.identity for sample in chosen] == ["vqa 0", "captioning 0", "vqa 1", "captioning 1", "vqa 2"]
+    assert asked == [(["its own"], task, "test", 3, 7) for task in ("vqa", "captioning")]
+    fake.gates = []
+    specs: Any = ["mine"]
+    assert [sample.identity for sample in serving_check.questions(tmp_path, specs, 1)] == ["vqa 0"]
+    assert asked[-1] == (["mine"], "vqa", "test", 1, 7)
+    with pytest.raises(DataError, match="a check of 0 questions compares nothing"):
+        serving_check.questions(tmp_path, specs, 0)
+    assert recipe.gates  # a shipped recipe has some
+
+
+def test_transformers_speed_is_that_of_repeated_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, runs, waits, device = [0.0], list[tuple[list[str], int]](), list[str](), [CARD]
+
+    class Predictor:
+        def generate_exactly(self, batch: list[Sample], tokens: int) -> None:
+            runs.append(([sample.identity for sample in batch], tokens))
+            now[0] += 0.125 * tokens + (len(runs) in (2, 4)) * 9  # of three first tokens, two are slow
+
+    @contextmanager
+    def opened(model: str, wording: Any, device: Device, on_event: Any) -> Iterator[Predictor]:
+        assert (model, wording("family"), device) == ("m", "family", CARD if device.is_cuda else CPU)
+        now[0] += 1.234
+        yield Predictor()
+
+    monkeypatch.setattr(speed, "choose", lambda name: device[0])
+    monkeypatch.setattr(speed, "questions", lambda artifact, sources, count: samples(3))
+    monkeypatch.setattr(speed, "opened_model", opened)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "reset_peak", lambda device: waits.append("reset"))
+    monkeypatch.setattr(speed, "synchronize", lambda device: waits.append("wait"))
+    monkeypatch.setattr(speed, "peak_bytes", lambda device: (5, 7))
+    request = SpeedRequest(tmp_path, None, SpeedSettings(clients=(4,), tokens=8, requests=3))
+    figures = measure_here(request, "m")
+    one, four = ["vqa 0"], ["vqa 0", "vqa 1", "vqa 2", "vqa 0"]
+    assert runs == [(one, 2), *[(one, 1)] * 3, *[(one, 8)] * 3, *[(four, 8)] * 3]
+    assert (figures.load_seconds, figures.first_token_seconds) == (1.23, 9.125)
+    assert figures.tokens_per_second == {"1": 8.0, "4": 32.0}
+    assert (figures.peak_bytes, figures.gpu_bytes) == (7, 5)
+    assert waits == ["reset"] + ["wait"] * 2 * len(runs)
+    device[0] = CPU
+    assert measure_here(request, "m").gpu_bytes is None
+
+
+@pytest.mark.parametrize("program", [None, Program("vllm", "0.32.0", cpu=True), Program("vllm", "0.32.0", cpu=False)])
+def test_the_record_of_a_measurement_names_engine_and_device(
+    program: Program | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    artifact = SimpleNamespace(family="family")
+    monkeypatch.setattr(speed, "reading", lambda folder, on_event: nullcontext(checked.append("locked")))
+    monkeypatch.setattr(speed.Artifact, "open", lambda folder: artifact)
+    for name in ("refuse_unserved", "refuse_unservable", "refuse_artifact_here"):
+        monkeypatch.setattr(speed, name, lambda *values, name=name: checked.append(name))
+    monkeypatch.setattr(speed, "hardware", lambda program: "cpu")
+    monkeypatch.setattr(speed, "source_of", lambda artifact, baseline, on_event: f"source at {baseline}")
+    monkeypatch.setattr(speed, "weights_digest", lambda artifact: "0" * 64)
+    monkeypatch.setattr(speed, "choose", lambda name: CARD)
+    monkeypatch.setattr(speed, "write_speed", lambda folder, record: checked.append("written"))
+    measured: list[str] = []
+    for name in ("_in_vllm", "_here"):
+        monkeypatch.setattr(
+            speed, name, lambda request, on_event, model, name=name: measured.append(f"{name} {model}") or FIGURES
+        )
+    request = SpeedRequest(tmp_path, program, SpeedSettings(tokens=9, requests=2), baseline="there", extra=("--x",))
+    record = bench_artifact(request, ignore)
+    kind = "_in_vllm" if program else "_here"
+    assert measured == [f"{kind} {tmp_path}", f"{kind} source at there"]
+    refusals = ["refuse_unserved", "refuse_unservable", "refuse_artifact_here"] if program else []
+    assert checked == ["locked", *refusals, "written"]
+    build = "" if program is None else ", cpu build" if program.cpu else ", gpu build"
+    assert record.device == f"a card{build}"
+    assert record.engine == ("vllm 0.32.0" if program else f"transformers {version('transformers')}")
+    assert (record.tokens, record.requests, record.flags, record.source) == (9, 2, ("--x",), FIGURES)
+    alone = bench_artifact(SpeedRequest(tmp_path, program, SpeedSettings(), alone=True), ignore)
+    assert alone.source is None
+    assert measured[2:] == [f"{kind} {tmp_path}"]
+
+
+@pytest.mark.parametrize("is_artifact", [False, True])
+def test_a_server_is_started_with_the_plugin_only_for_an_artifact_that_needs_it(
+    is_artifact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[dict[str, Any]] = []
+    checkpoint = SimpleNamespace(folder=tmp_path / "m", config={})
+    manifest = SimpleNamespace(kv_cache="fp8")
+    monkeypatch.setattr(speed, "open_source", lambda model: (checkpoint, "family"))
+    monkeypatch.setattr(speed, "questions", lambda artifact, sources, count: samples(count))
+    monkeypatch.setattr(speed.Artifact, "open", lambda folder: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(speed, "launch", lambda *places, **options: launched.append(options) or "command")
+    monkeypatch.setattr(speed, "needs_plugin", lambda artifact: True)
+    monkeypatch.setattr(speed, "with_plugin", lambda command, version: f"{command} with plugin for {version}")
+    monkeypatch.setattr(speed, "serve_and_measure", lambda *arguments: arguments)
+    events = list[Event]()
+    for cpu in (False, True):
+        request = SpeedRequest(tmp_path, Program("vllm", "0.32.0", cpu), SpeedSettings(), extra=("--x",))
+        model = str(tmp_path if is_artifact else tmp_path / "other")
+        command, family, asked, _, gpu, log, _ = speed._in_vllm(request, events.append, model)  # type: ignore[misc]
+        assert command == ("command with plugin for 0.32.0" if is_artifact else "command")
+        assert (family, len(asked), gpu) == ("family", 16, not cpu)
+        assert log.name == "engine.log"
+        assert not log.parent.exists()
+    assert launched[0]["extra"] == ("--x",)
+    assert [event.message for event in events] == ["starting vllm 0.32.0 on m"] * 2
+
+
+def test_a_report_that_is_kept_and_a_baseline_alone_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    opened: Any = ("checkpoint", "recipe", {"vqa": []})
+    monkeypatch.setattr(Reevaluation, "_opened", lambda self: nullcontext(opened))
+    monkeypatch.setattr(
+        reevaluation, "measure", lambda *arguments, **options: calls.append((arguments, options)) or "r"
+    )
+    stored = [False, True]
+    monkeypatch.setattr(reevaluation, "store_report", lambda artifact, report: stored.pop())
+    events = list[Event]()
+    recipe: Any = None
+    store = Store(tmp_path)
+    job = Reevaluation(tmp_path, recipe, CPU, events.append, (), store, other_baseline=True)
+    report: Any = job.measure()
+    assert (report, events) == ("r", [])
+    arguments, options = calls[0]
+    assert arguments == ("checkpoint", tmp_path, {"vqa": []}, "recipe", CPU, job.on_event)
+    assert options == {"store": store, "servers": None, "cluster": None, "sources": (), "other_baseline": True}
+    job.measure()
+    assert [(event.stage, event.done, event.total) for event in events] == [("note", 0, 0)]
+    assert events[0].message == "the artifact keeps its report, which is on more samples than these"
+    monkeypatch.setattr(reevaluation, "answerers", lambda *_: ("the source", "the artifact"))
+    monkeypatch.setattr(reevaluation, "picture_keys", lambda samples: {"vqa": ["key"]})
+    monkeypatch.setattr(reevaluation, "collect_answers", lambda *arguments: calls.append(arguments))
+    job.collect_baseline()
+    assert calls[-1] == ("the source", {"vqa": []}, {"vqa": ["key"]}, store, job.on_event)
+
+
+def no_memory(*arguments: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_evaluation_out_of_memory_says_what_is_kept(
+    stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [Step("plan", 0, 0, 1.0), Step("evaluate", 3 * 2**30, 2**31, 1.0)]
+    plan = SimpleNamespace(steps=steps, recipe="its recipe")
+    checked: list[Any] = []
+    monkeypatch.setattr(reevaluation, "prepare", lambda recipe, device: (plan, "checkpoint"))
+    monkeypatch.setattr(reevaluation, "reading", lambda folder, on_event: nullcontext(checked.append("locked")))
+    monkeypatch.setattr(reevaluation.Artifact, "open", lambda folder: "artifact")
+    monkeypatch.setattr(reevaluation, "require_source", lambda *arguments: checked.append(arguments[:3]))
+    monkeypatch.setattr(reevaluation, "evaluation_samples", lambda plan, sources: {"vqa": []})
+    monkeypatch.setattr(reevaluation, "refuse_calibration_pictures", lambda artifact, samples: checked.append(samples))
+    recipe: Any = None
+    job = Reevaluation(tmp_path, recipe, CPU, ignore, store=Store(tmp_path / "answers") if stored else None)
+    with job._opened() as made:
+        assert made == ("checkpoint", "its recipe", {"vqa": []})
+        assert checked == ["locked", ("artifact", "checkpoint", False), {"vqa": []}]
+    monkeypatch.setattr(reevaluation, "evaluation_samples", no_memory)
+    with pytest.raises(MemoryShortage, match=r"evaluate: .* predicted to take 2\.00 GiB") as caught, job._opened():
+        pass
+    hint = str(caught.value.hint)
+    assert ("the same command resumes; use a smaller --eval-batch" in hint) is stored
+    assert hint.endswith("use a smaller --eval-batch or fewer --eval-samples")
+
+
+def test_an_answer_of_a_server_gets_half_of_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = SimpleNamespace(tasks=("vqa",))
+    served: dict[str, Any] = {"id": "m"}
+    server: Any = SimpleNamespace(served=lambda: served, lacks_start=lambda name: name == "m")
+    monkeypatch.setattr(ask, "open_source", lambda model, headers_only: (None, family))
+
+    class Served:
+        def __init__(self, server: Any, wording: Any, name: str, lacks_start: bool) -> None:
+            assert (wording, name, lacks_start) == (family, "m", True)
+
+        def stream(self, sample: str, longest: int, on_text: Any) -> str:
+            return f"{sample} {longest}"
+
+    monkeypatch.setattr(ask, "ServedPredictor", Served)
+    request: Any = SimpleNamespace(sample="s", longest=100, wording=lambda family: family)
+    for context, longest in ((None, 100), (150, 75), (1000, 100), (1, 1)):
+        served["max_model_len"] = context
+        assert ask.ask_server("m", request, server, ignore) == f"s {longest}"  # type: ignore[arg-type]
+    family.tasks = ("retrieval",)
+    family.name = "blip2-itm"
+    with pytest.raises(DataError, match="models of the family blip2-itm do not answer with text"):
+        ask.ask_server("m", request, server, ignore)  # type: ignore[arg-type]
+
+
+def test_anonymous_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"/proc/7/status": "VmRSS: 9 kB\nRssAnon:\t  12 kB\nRssFile: 3 kB\n", "/proc/8/status": "Name: x\n"}
+
+    def read(path: Path, encoding: str) -> str:
+        if str(path) not in texts:
+            raise FileNotFoundError(path)
+        return texts[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert [step_clock.anonymous_bytes(process) for process in (7, 8, 9)] == [12 * 1024, 0, 0]
+
+
+def test_a_clock_gives_time_and_peaks_to_the_innermost_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, peaks, resets = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 40.0, 41.0]), [(5, 7)], list[Device]()
+    monkeypatch.setattr(step_clock, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(step_clock, "peak_bytes", lambda device: peaks[0])
+    monkeypatch.setattr(step_clock, "anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(step_clock, "reset_peak", resets.append)
+    clock = step_clock.Clock(CPU)
+    with clock.step("outer"):
+        with clock.step("inner"):
+            peaks[0] = (9, 6)
+        peaks[0] = (4, 8)
+    assert clock.steps == (Step("outer", 5, 8, 2.0 + 8.0), Step("inner", 9, 6, 4.0))
+    clock._host_peak = 100
+    with clock.step("outer"):
+        pass
+    assert clock.steps[0] == Step("outer", 5, 8, 10.0 + 9.0)
+    assert resets == [CPU] * 6
+    clock._lap()  # outside of every step
+    assert len(clock.steps) == 2
