@@ -81,8 +81,8 @@ def test_a_field_takes_its_valid_values_and_no_other(name: str) -> None:
 
 def test_a_section_names_the_key_that_is_wrong() -> None:
     assert SECTION.problem({"type": "x"}) == "type: expected linear or yarn, got the text 'x'"
-    assert str(SECTION.problem({"factor": 0})).startswith("factor: expected a positive number, got 0")
-    assert str(Number("n", 1, most=2000).problem(0)).startswith("expected an integer from 1 to 2,000, got 0")
+    assert str(SECTION.problem({"factor": 0})).startswith("factor: expected a positive number, got the number 0")
+    assert str(Number("n", 1, most=2000).problem(0)).startswith("expected an integer from 1 to 2,000, got the number 0")
 
 
 def test_defaults_and_null_may_follow_from_other_fields() -> None:

@@ -160,3 +160,14 @@ def test_float8_scale_maps_the_peak_to_448() -> None:
     peak = linear.codes.view(torch.float8_e4m3fn).float().abs().amax(1)
     assert (peak == 448).all()
     assert ((linear.dequantize() - weight).abs() <= weight.abs() / 16 + linear.scale * 2**-9).all()
+
+
+def test_the_range_of_a_block_is_that_of_its_128_rows_and_columns() -> None:
+    weight = -torch.rand(200, 256, generator=torch.Generator().manual_seed(0)) - 0.5
+    weight[130, 200] = 7.0
+    low, high = ranges.full_range(weight, Scheme(8, "block", number="fp8"))
+    for rows in (slice(0, 128), slice(128, 200)):
+        for block in range(2):
+            part = weight[rows, 128 * block : 128 * (block + 1)]
+            assert (low[rows, block] == part.min()).all()
+            assert (high[rows, block] == max(0, part.max())).all()
