@@ -9,11 +9,12 @@
 
 Quantizes one component with every method, for several draws of calibration samples, and measures on test samples: the
 Kullback-Leibler divergence of the next token from the full-precision model, a mean over reply tokens, captions and
-answers weighing the same, and the share of captions that greedy decoding returns exactly. Weights are first rounded to
-the checkpoint's 16 bits. PYTHON is the interpreter of an environment that `bench/peers_environment.sh` builds; the
-tools quantize the language model only, on the same samples (`bench/peers_tools.py`). --artifact judges a folder that
-`mmq export` wrote. --caches judges caches of fewer bits, as on a GPU, with full weights. --prose also measures the
-perplexity of a novel (`bench/smollm2_llava.py`).
+answers weighing the same, with its standard error over samples and its mean without the largest 1 %, and the share of
+captions that greedy decoding returns exactly. Weights are first rounded to the checkpoint's 16 bits. PYTHON is the
+interpreter of an environment that `bench/peers_environment.sh` builds; the tools quantize the language model only, on
+the same samples (`bench/peers_tools.py`). --artifact judges a folder that `mmq export` wrote. --caches judges caches of
+fewer bits, as on a GPU, with full weights. --prose also measures the perplexity of a novel
+(`bench/smollm2_llava.py`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.ideas import IDEAS
+from bench.peers_figures import divergences, table
 from bench.peers_inputs import write_language_model
 from bench.quantize_phase import inputs_of
 from bench.smollm2_model import perplexity
@@ -74,6 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "gptq-signed-folded": {"method": "gptq", "fold": "awq", "options": {"range": "signed"}},
     "autoround": {"method": "autoround"},
     "autoround-folded": {"method": "autoround", "fold": "awq"},
+    "autoround-600": {"method": "autoround", "options": {"steps": 600}},
     "autoround-1000": {"method": "autoround", "options": {"steps": 1000}},
     "gptq-asym": {"method": "gptq", "symmetric": False},
     "autoround-asym": {"method": "autoround", "symmetric": False},
@@ -106,15 +109,18 @@ class Judge:
     """The full-precision model, and test samples on which other weights are compared with it.
 
     stored: the dtype to which weights are rounded before they are judged. prose: a file of novels, for perplexity.
+    split: of the samples; methods and their settings are chosen on "validation".
     """
 
-    def __init__(self, recipe: Recipe, count: int, device: Device, prose: Path | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, count: int, device: Device, prose: Path | None = None, split: str = "test"
+    ) -> None:
         plan, checkpoint = prepare(recipe, device)
         places, processor = test_sources(recipe), load_processor(checkpoint.folder)
         # Questions of easy-VQA, which are half as many as those of scenes, are unlike the calibration samples.
         samples = {}
         for task in TASKS:
-            mixed = data.samples_from(places, task, "test", min(1000, 2 * count), 0)
+            mixed = data.samples_from(places, task, split, min(1000, 2 * count), 0)
             samples[task] = [sample for sample in mixed if not sample.identity.startswith("easy-vqa")][:count]
         self._place = device.torch_device
         self._exam = exam.prepare(processor, plan.family, samples, 50)
@@ -126,11 +132,12 @@ class Judge:
         self._prose = prose_rows(novels(prose)[UNSEEN], processor.tokenizer, 512)[:PROSE_ROWS] if prose else None
 
     def __call__(self, weights: Weights) -> dict[str, float]:
-        """`kl`: the divergence; `captions`: the share of exact captions; `perplexity` of the prose, if any."""
+        """Those of `divergences`, `captions`: the share of exact captions, and `perplexity` of the prose, if any."""
         rounded = {name: tensor.to(self.stored).to(self._place, torch.float32) for name, tensor in weights.items()}
         self.model.load_state_dict(rounded, strict=False)
-        scores = self._exam.grade(self.model, self._place)
-        figures = {"kl": scores["kl"], "captions": scores["captioning exact"]}
+        graded = {task: part.grade(self.model, self._place) for task, part in self._exam.tasks.items()}
+        figures = divergences([metrics["kl"] for metrics in graded.values()])
+        figures["captions"] = mean(graded["captioning"]["exact"])
         if self._prose is not None:
             figures["perplexity"] = perplexity(self.model, self._prose)
         self.model.load_state_dict(self._full)
@@ -179,23 +186,6 @@ def tools_of(options: argparse.Namespace) -> dict[str, str]:
     """Name of a run of another tool -> the interpreter of its environment."""
     tools = dict.fromkeys(options.autoround_runs, options.autoround) if options.autoround else {}
     return tools | (dict.fromkeys(options.llmcompressor_runs, options.llmcompressor) if options.llmcompressor else {})
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per bits and method: mean and range over the draws of KL, mean of captions and seconds."""
-    lines = [
-        "| bits | method | draws | KL | range of draws | exact captions | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for bits, name in dict.fromkeys((row["bits"], row["method"]) for row in rows):
-        same = [row for row in rows if (row["bits"], row["method"]) == (bits, name)]
-        kls = [row["kl"] for row in same]
-        captions, seconds = mean(row["captions"] for row in same), mean(row["seconds"] for row in same)
-        spread = f"{min(kls):.5f} to {max(kls):.5f}"
-        lines.append(
-            f"| {bits} | {name} | {len(same)} | {mean(kls):.5f} | {spread} | {100 * captions:.1f} % | {seconds:.1f} |"
-        )
-    return "\n".join(lines)
 
 
 def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[dict[str, Any]]:
@@ -249,6 +239,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="draws of calibration samples")
     parser.add_argument("--first-draw", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--split", default="test", choices=("test", "validation"), help="the judge's samples")
     parser.add_argument("--test-samples", type=int, default=300, help="test samples of each task")
     parser.add_argument("--autoround", help="Python of an environment with AutoRound")
     parser.add_argument("--autoround-runs", nargs="*", default=["tool-autoround-200", "tool-autoround-1000"])
@@ -266,7 +257,7 @@ def main() -> None:
     options.name = options.name or options.model
     device = choose(options.device)
     plain = recipe_of(options, {"method": "rtn", "bits": 8}, 0, options.prompts)
-    judge = Judge(plain, options.test_samples, device, options.prose)
+    judge = Judge(plain, options.test_samples, device, options.prose, options.split)
     record({"model": options.name, "method": "full precision", **judge({})}, options.lines)
     if options.artifact:
         artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family

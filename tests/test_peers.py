@@ -1,0 +1,24 @@
+"""The judge of `bench/peers.py`: its figures from the divergences of test samples."""
+
+import pytest
+
+from bench.peers_figures import divergences, table
+
+
+def test_one_changed_answer_shows_in_the_error_and_not_in_the_figure_without_outliers() -> None:
+    quiet, changed = [0.001] * 300, [0.001] * 299 + [2.7]
+    figures = divergences([quiet, changed])
+    assert figures["kl"] == pytest.approx((0.001 + 0.001 * 299 / 300 + 2.7 / 300) / 2)
+    assert figures["kl_99"] == pytest.approx(0.001)
+    assert figures["kl_error"] == pytest.approx(2.699 / 300 / 2)  # one sample of 300 carries the spread of one task
+
+
+def test_at_least_one_sample_of_each_task_is_left_out() -> None:
+    assert divergences([[0.0, 1.0], [0.5, 3.0, 0.1]])["kl_99"] == pytest.approx((0.0 + 0.3) / 2)
+
+
+def test_the_table_has_means_over_draws() -> None:
+    row = {"bits": 3, "method": "gptq", "kl": 0.2, "kl_error": 0.05, "kl_99": 0.1, "captions": 0.9, "seconds": 1.0}
+    other = {**row, "kl": 0.4, "kl_error": 0.15, "kl_99": 0.3, "captions": 0.7, "seconds": 3.0}
+    cells = [cell.strip() for cell in table([row, other]).splitlines()[-1].strip("|").split("|")]
+    assert cells == ["3", "gptq", "2", "0.30000", "0.10000", "0.20000 to 0.40000", "0.20000", "80.0 %", "2.0"]
