@@ -64,8 +64,13 @@ METHODS: dict[str, dict[str, Any]] = {  # name in the table -> the rule's keys
     "rtn-signed": {"method": "rtn", "options": {"range": "signed"}},
     "gptq": {"method": "gptq"},
     "gptq-signed": {"method": "gptq", "options": {"range": "signed"}},
+    "gptq-signed-damped": {"method": "gptq", "options": {"range": "signed", "damping": 0.1}},
     "gptq-corrected": {"method": "gptq", "options": {"correct": True}},
     "gptq-signed-corrected": {"method": "gptq", "options": {"range": "signed", "correct": True}},
+    "gptq-signed-corrected-damped": {
+        "method": "gptq",
+        "options": {"range": "signed", "correct": True, "damping": 0.1},
+    },
     "gptq-learned": {"method": "gptq", "options": {"range": "signed", "steps": 200}},
     "gptq-learned-positive": {"method": "gptq", "options": {"steps": 200}},
     "awq": {"method": "awq"},
