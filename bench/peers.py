@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, device: Device, judge: Judge) -> list[d
     rows: list[dict[str, Any]] = []
     group: int | str = int(options.group) if options.group.isdigit() else options.group
     about = {name: getattr(options, name) for name in ("component", "samples", "calibration_prompts")}
-    about |= {"model": options.name, "group": group}
+    about |= {"model": options.name, "group": group, "split": options.split}
     for draw in range(options.first_draw, options.first_draw + options.draws):
         prompts = options.calibration_prompts
         plain = recipe_of(options, {"method": "gptq", "bits": 4}, draw, prompts)
@@ -263,7 +263,7 @@ def main() -> None:
     device = choose(options.device)
     plain = recipe_of(options, {"method": "rtn", "bits": 8}, 0, options.prompts)
     judge = Judge(plain, options.test_samples, device, options.prose, options.split)
-    record({"model": options.name, "method": "full precision", **judge({})}, options.lines)
+    record({"model": options.name, "method": "full precision", "split": options.split, **judge({})}, options.lines)
     if options.artifact:
         artifact, family = Artifact.open(options.artifact), prepare(plain, device)[0].family
         print(json.dumps(judge({family.live_name(name): artifact.read(name) for name in artifact.names()})))

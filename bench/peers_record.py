@@ -2,9 +2,9 @@
 
     python -m bench.peers_record demos.jsonl compare.jsonl --rename /tmp/llava=smollm2-llava --json smollm2=built.json
 
-Of rows about the same run (model, component, bits, group, samples, prompts, draw, method) the last one is kept. Then
-`python -m docs.generate` writes the tables of docs/measurements/few-bits.md; with --out docs/measurements/ideas.json,
-those of docs/measurements/ideas.md.
+Of rows about the same run (model, component, bits, group, samples, prompts, draw, method) the last one is kept; rows
+judged on validation samples are left out. Then `python -m docs.generate` writes the tables of
+docs/measurements/few-bits.md; with --out docs/measurements/ideas.json, those of docs/measurements/ideas.md.
 """
 
 import argparse
@@ -22,6 +22,8 @@ def gathered(files: list[Path], names: dict[str, str]) -> list[dict[str, Any]]:
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if row.get("split", "test") != "test":
+                continue
             row["model"] = names.get(row["model"], row["model"])
             runs[tuple(str(row.get(key, "")) for key in RUN)] = {
                 name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()

@@ -1,8 +1,12 @@
 """The judge of `bench/peers.py`: its figures from the divergences of test samples."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from bench.peers_figures import divergences, table
+from bench.peers_record import gathered
 
 
 def test_one_changed_answer_shows_in_the_error_and_not_in_the_figure_without_outliers() -> None:
@@ -22,3 +26,11 @@ def test_the_table_has_means_over_draws() -> None:
     other = {**row, "kl": 0.4, "kl_error": 0.15, "kl_99": 0.3, "captions": 0.7, "seconds": 3.0}
     cells = [cell.strip() for cell in table([row, other]).splitlines()[-1].strip("|").split("|")]
     assert cells == ["3", "gptq", "2", "0.30000", "0.10000", "0.20000 to 0.40000", "0.20000", "80.0 %", "2.0"]
+
+
+def test_rows_judged_on_validation_samples_are_not_recorded(tmp_path: Path) -> None:
+    row = {"model": "m", "method": "gptq", "bits": 3, "draw": 0, "kl": 0.5}
+    rows = [row, {**row, "draw": 1, "split": "test"}, {**row, "split": "validation", "kl": 0.25}]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert gathered([lines], {}) == rows[:2]
