@@ -24,6 +24,7 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.quantization import block_io, calibrate
 from exporter.quantization.block import relative_error
 from exporter.quantization.workdir import Workdir
+from tests.slow import some_of
 from tests.test_families import live_model, tiny_inputs
 from tests.tiny_models import QUICK
 
@@ -173,7 +174,7 @@ def test_linears_with_one_scale_per_tensor_do_not_share_it(tmp_path: Path) -> No
             assert torch.equal(linears[row.module].scale, scale), row.module
 
 
-@families
+@pytest.mark.parametrize("family", some_of({name: (FAMILIES[name],) for name in RULES_OF}, ["llava", "blip2-itm"]))
 def test_padding_does_not_change_the_result(family: Family, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", family)
     plan = plan_for(checkpoint, RULES_OF[family.name][-1:], family)

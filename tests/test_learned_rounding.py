@@ -14,6 +14,7 @@ from exporter.numerics.hessian import Statistics
 from exporter.numerics.learned_rounding import LearnedLinear
 from exporter.numerics.quantized import QuantizedLinear, Scheme, expand_groups, quantize
 from exporter.numerics.ranges import fit_scale
+from exporter.planning import memory
 from exporter.planning.rule import Rule
 from exporter.quantization import calibrate
 from exporter.quantization.source_stream import split_batches
@@ -21,6 +22,7 @@ from exporter.quantization.tuning import Learner
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs
+from tests.test_whole_model import LiveMemory
 
 SCHEMES = [Scheme(bits, group, symmetric) for bits in (2, 3, 4) for group in (16, "row") for symmetric in (True, False)]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
@@ -247,3 +249,49 @@ def test_options_have_the_published_rate() -> None:
     assert autoround.Options(rate=0.02).learning_rate == 0.02
     assert gptq.Options(steps=50).learning_rate == pytest.approx(1 / 50)
     assert gptq.Options().learned_steps == 0
+
+
+def owned(*tensors: Tensor) -> torch.nn.Module:
+    """A module that has these tensors, for `LiveMemory`."""
+    module = torch.nn.Module()
+    for i, tensor in enumerate(tensors):
+        module.register_buffer(f"tensor{i}", tensor)
+    return module
+
+
+def test_a_linear_needs_the_predicted_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes per weight of tensors that stay, and of the temporaries of a step, for a linear of more than a piece."""
+    weight = random_weight(256, 512)
+    monkeypatch.setattr(learned_rounding, "PIECE", weight.numel() * 4 // 5)
+    start = start_of(weight, Scheme(3, "row"))
+    gradient = torch.ones_like(weight)
+    with torch.no_grad(), LiveMemory(owned(weight, gradient, start.codes, start.scale, start.zero)) as alive:
+        learned = LearnedLinear(weight, start)
+        kept = alive.peak = alive._now
+        learned.step(gradient, 0.01, 0.01)
+    assert kept / weight.numel() == pytest.approx(memory.OFFSET_BYTES, rel=0.02)
+    assert memory.LEARNED_BYTES - 1.5 < (alive.peak - kept) / weight.numel() <= memory.LEARNED_BYTES
+
+
+def test_a_step_needs_the_predicted_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs inside a block that a backward pass holds, beside weights and gradients, over those of a forward one."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    rule = Rule(component="language", method="autoround", bits=3, group_size=16, options={"steps": 1})
+    plan, step, ratios = plan_for(checkpoint, (rule,)), Learner.step, list[float]()
+
+    def measured(learner: Learner, number: int, rounding: float, ranges: float) -> None:
+        linears, block = learner.linears.values(), learner.block
+        states = [t for x in linears for t in (x._source, x._scale, x._zero, x._low, x._high, x._offset)]
+        hidden = block.inputs[number].hidden
+        known = [*block.module.parameters(), *block.module.buffers(), *learner.targets, *learner.weights, hidden]
+        with LiveMemory(owned(*known, *states)) as alive:
+            step(learner, number, rounding, ranges)
+        tokens = hidden.shape[0] * hidden.shape[1]
+        elements = memory.pass_elements(checkpoint.tensors, block.component, checkpoint.config)
+        forward = 4 * elements * tokens / block.component.tokens(checkpoint.config)
+        ratios.append((alive.peak - 2 * 4 * sum(x._source.numel() for x in linears)) / forward)
+
+    monkeypatch.setattr(Learner, "step", measured)
+    streamed(plan, checkpoint, tmp_path / "work", [tiny_inputs(LLAVA, 4, 300)] * 2)  # far more activations than weights
+    assert len(ratios) == len(plan.units)
+    assert all(memory.BACKWARD - 0.5 < ratio <= memory.BACKWARD for ratio in ratios), ratios

@@ -8,7 +8,8 @@ import torch
 
 from exporter.model.families import FAMILIES, Family
 from tests.conftest import header, header_config
-from tests.headers.read import HEADER_NAMES
+from tests.headers.read import HEADER_NAMES, SMALLEST
+from tests.slow import some
 from tests.tiny_models import CONFIGS
 
 # every tiny configuration of every family, and: family, changes of its tiny configuration (`object.key`: value)
@@ -67,7 +68,7 @@ def test_shapes_of_every_part(family: Family, config: dict[str, Any]) -> None:
     assert family.shapes(sizes) == built(family, config)
 
 
-@pytest.mark.parametrize("name", HEADER_NAMES)
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_shapes_of_real_headers(name: str) -> None:
     config = header_config(name)
     family = next(f for f in FAMILIES.values() if set(config["architectures"]) & set(f.architectures))

@@ -23,6 +23,7 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.publishing.proof_files import file_problems
 from exporter.publishing.proof_plan import plan_problems
+from tests.slow import some
 
 DEMO = MODELS["demo-llava"]
 CACHE = "llava-fp8-vit16-cache8"
@@ -59,9 +60,10 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "float32 and a float8 cache": (CACHE, {}, torch.float32, {"dtype": "float32"}),
     "odd keys": ("llava-w4", {}, torch.bfloat16, {"_name_or_path": "\u00fc\u2028", "tiny": 1e-30, "large": 10**25}),
 }  # fmt: skip
+FAST = ("16 bits", "float32 as float16", "odd keys", "a float8 cache, dtypes of parts", "float32 and a float8 cache")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, FAST))
 def test_unedited_artifacts_do_not_contradict_their_source(tmp_path: Path, case: str) -> None:
     recipe, read, dtype, config = CASES[case]
     folder = model(tmp_path / "model", dtype, **config)

@@ -183,21 +183,22 @@ def test_invalid_tokens_and_names_are_refused(
     assert not hub.repos
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)  # the same answer, or the same place, as another
 FAULTS = [
     # what breaks, how often, what comes of it: None when publishing goes on by itself, else what is said
     (Fault(r"PUT /upload/.*part=3", cut=20_000), None),
-    (Fault(r"PUT /upload/.*part=3", 503, times=2), None),
+    slow(Fault(r"PUT /upload/.*part=3", 503, times=2), None),
     (Fault(r"PUT /upload/.*part=3", 429, headers={"Retry-After": "7"}), None),
     (Fault(r"PUT /upload/.*part=3", cut=20_000, times=99), "the connection failed"),
     (Fault(r"PUT /upload/.*part=3", 500, times=99), "hub error (HTTP 500)"),
     (Fault(r"PUT /upload/.*part=3", corrupt=True), "does not have the announced sha256"),
-    (Fault(r"POST .*/commit/", 0), None),
+    slow(Fault(r"POST .*/commit/", 0), None),
     (Fault(r"POST .*/commit/", 0, after=True), None),
-    (Fault(r"POST .*/commit/", 502, after=True), None),
-    (Fault(r"POST .*/commit/", 503), None),
-    (Fault(r"POST .*/commit/", 429, headers={"Retry-After": "7"}), None),
+    slow(Fault(r"POST .*/commit/", 502, after=True), None),
+    slow(Fault(r"POST .*/commit/", 503), None),
+    slow(Fault(r"POST .*/commit/", 429, headers={"Retry-After": "7"}), None),
     (Fault(r"POST .*/commit/", 429, times=99, headers={"Retry-After": "3600"}), "wait 3600 seconds"),
-    (Fault(r"POST .*/commit/", 500, times=99), "hub error (HTTP 500)"),
+    slow(Fault(r"POST .*/commit/", 500, times=99), "hub error (HTTP 500)"),
     (Fault(r"POST .*/commit/", 412, times=99), "another upload changed it"),
     (Fault(r"POST .*/preupload/", 403, times=99), "your token does not have the permission"),
     (Fault(r"POST /api/repos/create", 500, times=99), "hub error (HTTP 500)"),

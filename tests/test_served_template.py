@@ -23,6 +23,7 @@ from exporter.model.served_template import (
     template_holder,
 )
 from exporter.tasks.sample import Sample
+from tests.slow import some_of
 from tests.tiny_models import write_processor
 
 SERVED = [name for name, family in FAMILIES.items() if not family.unserved]
@@ -85,9 +86,17 @@ def requested(folder: Path, family: Family) -> list[int]:
     return made["input_ids"][0].tolist()
 
 
-@pytest.mark.parametrize("template", [True, False], ids=["template", "none"])
-@pytest.mark.parametrize("start", [True, False], ids=["start", "bare"])
-@pytest.mark.parametrize("name", SERVED)
+REQUESTS = {
+    f"{name}-{'start' if start else 'bare'}-{'template' if template else 'none'}": (name, start, template)
+    for name in SERVED
+    for start in (True, False)
+    for template in (True, False)
+}
+
+
+@pytest.mark.parametrize(  # with both, and with neither
+    ("name", "start", "template"), some_of(REQUESTS, [key for key, (_, *both) in REQUESTS.items() if len({*both}) == 1])
+)
 def test_a_plain_request_gives_the_tokens_of_the_evaluation(
     name: str, start: bool, template: bool, tmp_path: Path
 ) -> None:

@@ -74,7 +74,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("first", "second"), [("evaluate", "check"), ("check", "evaluate")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("evaluate", "check"), pytest.param("check", "evaluate", marks=pytest.mark.slow)]
+)
 def test_the_second_process_waits_for_the_first_and_both_results_are_stored(
     first: str, second: str, made: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,8 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.artifact import verify_blocks
 from exporter.artifact.artifact import Artifact
+from exporter.artifact.coverage import _described
 from exporter.artifact.verify import verify
 from exporter.artifact.verify_whole import refuse_too_large
 from exporter.demo import MODELS
@@ -53,7 +55,7 @@ def test_the_whole_model_is_loaded_on_request_and_refused_when_it_does_not_fit(
 @pytest.mark.parametrize(
     ("name", "format_name"),
     [
-        ("llava-w4-vit4", "compressed_tensors"),
+        pytest.param("llava-w4-vit4", "compressed_tensors", marks=pytest.mark.slow),
         ("llava-w3-vit4", "compressed_tensors"),
         ("llava-w4-vit8a8", "compressed_tensors"),
         ("llava-fp8-vit16-cache8", "compressed_tensors"),
@@ -197,3 +199,26 @@ def test_placeholders_take_no_memory_and_have_the_dtype_and_device_of_the_weight
     parameter = stream.model.get_parameter(name)
     assert (parameter.shape, parameter.dtype, parameter.device.type) == (shape, torch.bfloat16, "cpu")
     assert parameter.untyped_storage().nbytes() == 2
+
+
+def test_only_weights_of_linears_can_be_described() -> None:
+    """Matrices that a scheme's patterns match, unless the config ignores them."""
+    shapes = {
+        "a.q.weight": (4, 8),
+        "a.ignored.weight": (4, 8),
+        "a.norm.weight": (4,),
+        "a.convolution.weight": (4, 3, 2, 2),
+        "a.position.bias": (4, 8),
+        "weight": (4, 8),
+        "b.weight": (4, 8),
+    }
+    artifact = SimpleNamespace(
+        manifest=SimpleNamespace(format="compressed_tensors"),
+        checkpoint=SimpleNamespace(
+            config={"quantization_config": {"ignore": ["model.a.ignored"]}},
+            tensors={name: SimpleNamespace(shape=shape) for name, shape in shapes.items()},
+        ),
+        family=SimpleNamespace(runtime_name=lambda module: f"model.{module}"),
+        groups=[SimpleNamespace(targets=["re:model[.](a[.].*|)$"])],
+    )
+    assert _described(cast(Artifact, artifact)) == {"a.q"}

@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exporter.device import Device
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, Dtype
 from exporter.model.checkpoint import TensorInfo
-from exporter.model.families import FAMILIES, Family
+from exporter.model.families import FAMILIES, Component, Family
 from exporter.model.source import open_source
 from exporter.model.stream import build_skeleton
+from exporter.planning.memory import pass_elements
 from exporter.planning.placement import choose_placement
-from exporter.planning.whole_model import ROOM_SHARE, WholeModel, whole_model
+from exporter.planning.whole_model import EMBEDDED, ROOM_SHARE, WholeModel, _activations, whole_model
 from tests.headers import make
+from tests.headers.read import HEADER_NAMES, SMALLEST
+from tests.slow import some
 from tests.tiny_models import random_weights, tiny_inputs
 
 GIB = 2**30
@@ -31,7 +34,7 @@ def counts(folder: Path) -> WholeModel:
     return whole_model(checkpoint.tensors, family, checkpoint.config)
 
 
-@pytest.mark.parametrize("name", make.HEADERS)
+@pytest.mark.parametrize("name", some(HEADER_NAMES, SMALLEST))
 def test_weights_are_those_that_transformers_builds(name: str, sparse_checkpoint: Callable[[str], Path]) -> None:
     folder = sparse_checkpoint(name)
     checkpoint, family = open_source(str(folder))
@@ -134,6 +137,27 @@ def test_a_pass_needs_the_predicted_memory(config: Any) -> None:
     cache = predicted.cache * length // (length + max(family.max_new_tokens.values()))
     expected = batch * (cache + predicted.activations) * 4
     assert 0.8 * expected < memory.peak < 1.1 * expected, (expected, memory.peak)
+
+
+def test_all_outputs_of_the_tower_count_where_the_features_come_from_one() -> None:
+    """transformers then returns the input of every block and the last output; other components keep `EMBEDDED`."""
+    family, config = FAMILIES["llava"], FAMILIES["llava"].tiny_config()
+    with torch.device("cpu"):
+        model = random_weights(family.skeleton(config)).eval()
+    with torch.no_grad():
+        tower = model.model.vision_tower(torch.zeros(1, 3, 32, 32), output_hidden_states=True)
+    tensors, (vision, *_), language = infos(model, family), family.components, family.component("language")
+
+    def beside_the_block(component: Component, config: Any) -> int:
+        return _activations(tensors, family, component, config) - pass_elements(tensors, component, config)
+
+    output = tower.hidden_states[0].numel()
+    assert vision.tokens(config) * config["vision_config"]["hidden_size"] == output
+    assert beside_the_block(vision, config) == len(tower.hidden_states) * output
+    plain = {key: value for key, value in config.items() if key != "vision_feature_layer"}
+    assert beside_the_block(vision, plain) == EMBEDDED * output
+    words = language.tokens(config) * config["text_config"]["hidden_size"]
+    assert beside_the_block(language, config) == EMBEDDED * words
 
 
 @pytest.fixture
