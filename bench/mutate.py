@@ -74,6 +74,7 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("most=2**14", "14 becomes 28"): BEYOND,
     ("most=2**20", "20 becomes 40"): BEYOND,
     ("most=64", "64 becomes 128"): BEYOND,
+    ("if needed <= MOST_SAMPLES else None", "LtE becomes Lt"): "no estimate is exactly ten million samples",
     ("narrow, broad, operations = [0], [0], 0", "0 becomes 1"): "one element or operation of billions is not seen",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }

@@ -20,6 +20,11 @@ class Event:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+def notice(message: str) -> Event:
+    """The event of a message for the user, which belongs to no number of steps."""
+    return Event("note", 0, 0, message)
+
+
 Listener = Callable[[Event], None]
 """Callback for the events of a job; called in the order in which steps finish, in the thread that runs the job."""
 

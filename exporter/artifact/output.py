@@ -16,7 +16,7 @@ from pathlib import Path
 
 from exporter.artifact.manifest import MANIFEST, read_manifest
 from exporter.errors import ArtifactError
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.files.folder_lock import hold
 from exporter.planning.recipe import Recipe
 
@@ -174,7 +174,7 @@ def restore(out: Path, on_event: Listener) -> None:
     old = _aside(out)
     if old.exists() and not out.exists():
         old.rename(out)
-        on_event(Event("note", 0, 0, f"a run was stopped while it replaced {out}; mmq restored the older artifact"))
+        on_event(notice(f"a run was stopped while it replaced {out}; mmq restored the older artifact"))
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -91,7 +91,7 @@ def bench(
 def _program(engine: str, vllm: str | None, listen: Any) -> "Program | None":
     """The installed vLLM; None for transformers, with `auto` also where vLLM is not installed."""
     from exporter.errors import ServeError
-    from exporter.events import Event
+    from exporter.events import notice
     from exporter.serving.launch import find_program
 
     if engine == "transformers":
@@ -101,5 +101,5 @@ def _program(engine: str, vllm: str | None, listen: Any) -> "Program | None":
     except ServeError as error:
         if engine == "vllm" or vllm:
             raise
-        listen(Event("note", 0, 0, f"{error.message}: transformers measures, with dequantized weights"))
+        listen(notice(f"{error.message}: transformers measures, with dequantized weights"))
         return None

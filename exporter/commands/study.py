@@ -136,7 +136,7 @@ def study(context: click.Context, **options: Any) -> None:
 def measure(options: dict[str, Any]) -> "Outcome":
     """Run the grid that the options describe. Raises Interrupted on Ctrl-C."""
     from exporter.commands.progress import ProgressDisplay
-    from exporter.events import Event
+    from exporter.events import notice
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
     from exporter.study.grid import points, read_grid
@@ -156,7 +156,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
             open_pool(options, model.device.is_cuda, len(grid_points)) as pool,
         ):
             for note in notes:
-                listen(Event("note", 0, 0, note))
+                listen(notice(note))
             return run(setup, grid_points, pool, listen)
     except KeyboardInterrupt:
         message = f"stopped; finished results are kept in {setup.folder}"

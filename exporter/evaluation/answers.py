@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exporter.errors import DataError
-from exporter.events import Event, Listener, ignore
+from exporter.events import Event, Listener, ignore, notice
 from exporter.files.writing import make_folder, write_text
 from exporter.tasks.sample import Sample
 
@@ -66,7 +66,7 @@ class Store:
             batch = _batch(path)
             if batch is None:
                 path.unlink(missing_ok=True)
-                on_event(Event("note", 0, 0, f"{path} was damaged and is deleted: its samples run again"))
+                on_event(notice(f"{path} was damaged and is deleted: its samples run again"))
             else:
                 answers |= batch
         return answers

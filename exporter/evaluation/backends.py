@@ -12,7 +12,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
 from exporter.evaluation.answers import Answerer, Backend, Store, digest
-from exporter.events import Event, Listener, ignore
+from exporter.events import Listener, ignore, notice
 from exporter.inference.block_streaming import load_streamed
 from exporter.inference.encoding import render
 from exporter.inference.predict import Predictor
@@ -100,7 +100,7 @@ def opened_predictor(
     names, read: the model's tensors. rounded: rounding of activations and cache. processor: loads the processor.
     """
     if placement.note:
-        on_event(Event("note", 0, 0, placement.note))
+        on_event(notice(placement.note))
     load = load_streamed if placement.streamed else load_whole
     loaded = load(family, config, names, read, device.torch_device, placement.dtype.torch)
     round_as_served(loaded, rounded, gpu=True)

@@ -25,7 +25,7 @@ from exporter.evaluation.report_file import (
     write_report,
 )
 from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.planning.recipe import Gate, Recipe
 from exporter.tasks import TASKS, main_metric, measured, retrieval
 from exporter.tasks.sample import Sample
@@ -64,7 +64,7 @@ def _check_finite(labels: tuple[str, str], answers: Sequence[Answers], on_event:
             texts[0], "the weights are damaged or overflow on this device: check the files, or try another device"
         )
     if broken[1]:
-        on_event(Event("note", 1, 1, f"{texts[1]}; they count as misses"))
+        on_event(notice(f"{texts[1]}; they count as misses"))
 
 
 def picture_keys(samples: Mapping[str, Sequence[Sample]]) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import LockedError
-from exporter.events import Event, Listener, ignore
+from exporter.events import Listener, ignore, notice
 from exporter.files.writing import disk_error, make_folder
 
 FIELDS = ("pid", "host", "since", "command")  # fields of a lock file that describe its holder
@@ -37,11 +37,7 @@ def hold(file: Path, folder: Path, shared: bool = False, on_event: Listener = ig
     try:
         descriptor = _acquire(file, folder, shared)
     except OSError as error:
-        on_event(
-            Event(
-                "note", 0, 0, f"{folder} cannot be locked ({error.strerror}); make sure that no other process uses it"
-            )
-        )
+        on_event(notice(f"{folder} cannot be locked ({error.strerror}); make sure that no other process uses it"))
         yield
         return
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.events import Event, Listener, ignore
+from exporter.events import Event, Listener, ignore, notice
 from exporter.inference.batch_size import BatchSize
 from exporter.inference.encoding import Batch, encode, render, reply_end
 from exporter.inference.retrieval import rank
@@ -208,7 +208,7 @@ def _without_generation_settings(model: Any) -> Any:
 
 
 def _smaller(large: int, small: int) -> Event:
-    return Event("note", 0, 0, f"out of memory with a batch of {large} samples: continuing with {small}")
+    return notice(f"out of memory with a batch of {large} samples: continuing with {small}")
 
 
 def _tokens(inputs: Batch, row: int) -> Tensor:

@@ -11,7 +11,7 @@ from exporter.artifact.verify import Verification
 from exporter.device import Device
 from exporter.evaluation import evaluate
 from exporter.evaluation.report_file import Report
-from exporter.events import Event, Listener
+from exporter.events import Event, Listener, notice
 from exporter.inference.encoding import refuse_too_long
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor import load_processor
@@ -96,7 +96,7 @@ def _announce(plan: Plan, samples: ExportSamples, device: Device, skip_evaluatio
     steps = [step for step in plan.steps if step.name != "check"]
     warnings = step_warnings(steps, device, skip_evaluation)
     for note in (*plan.warnings, *warnings, *data.notes(samples.calibration, samples.tested)):
-        on_event(Event("note", 0, 0, note))
+        on_event(notice(note))
 
 
 def _prepared(

@@ -14,7 +14,7 @@ from exporter.artifact.verify import Verification, verify
 from exporter.data import Trace
 from exporter.device import Device, exact_math, return_freed_memory, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
-from exporter.events import Event, Listener
+from exporter.events import Event, Listener, notice
 from exporter.files.folder_lock import hold
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
@@ -60,7 +60,7 @@ def verify_existing(
     """
     if not destination.is_made(job.plan.recipe.digest(), job.fingerprint):
         return None
-    on_event(Event("note", 0, 0, f"{destination.out} already holds this artifact: mmq only verifies it"))
+    on_event(notice(f"{destination.out} already holds this artifact: mmq only verifies it"))
     try:
         with clock.step("verify", f"the artifact is in {destination.out}"):
             return verify(destination.out, device, on_event, source=job.checkpoint, rows=SOURCE_ROWS)
@@ -134,7 +134,7 @@ def remove_work(path: Path, fingerprint: str, on_event: Listener) -> None:
                 Workdir(path, fingerprint).clear()
                 shutil.rmtree(path)
     except MmqError as error:
-        on_event(Event("note", 0, 0, f"{path} was not removed: {error.message}"))
+        on_event(notice(f"{path} was not removed: {error.message}"))
 
 
 def _batches(job: ExportJob, workdir: Workdir, on_event: Listener) -> list[dict[str, torch.Tensor]]:

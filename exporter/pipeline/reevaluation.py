@@ -15,7 +15,7 @@ from exporter.evaluation.backends import Servers
 from exporter.evaluation.baseline import require_source
 from exporter.evaluation.evaluate import picture_keys, store_report
 from exporter.evaluation.report_file import Report
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.model.checkpoint import Checkpoint
 from exporter.out_of_memory import explain_shortage
 from exporter.pipeline.measurement import answerers, measure
@@ -63,7 +63,7 @@ class Reevaluation:
             )
             if not store_report(self.artifact, report):
                 note = "the artifact keeps its report, which is on more samples than these"
-                self.on_event(Event("note", 0, 0, note))
+                self.on_event(notice(note))
         return report
 
     def collect_baseline(self) -> None:

@@ -21,7 +21,7 @@ from exporter.device import choose, peak_bytes, reset_peak, synchronize
 from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import write_speed
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord
-from exporter.events import Event, Listener, ignore
+from exporter.events import Listener, ignore, notice
 from exporter.model.families import Family
 from exporter.model.source import open_source
 from exporter.pipeline.ask import opened_model, source_of
@@ -104,7 +104,7 @@ def _in_vllm(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigu
     )
     if artifact and needs_plugin(artifact):
         command = with_plugin(command, request.program.version)
-    on_event(Event("note", 0, 0, f"starting vllm {request.program.version} on {checkpoint.folder.name}"))
+    on_event(notice(f"starting vllm {request.program.version} on {checkpoint.folder.name}"))
     with tempfile.TemporaryDirectory(prefix="mmq-bench-") as folder:
         log, gpu = Path(folder) / "engine.log", not request.program.cpu
         return serve_and_measure(command, family, samples, request.settings, gpu, log, on_event)
@@ -112,7 +112,7 @@ def _in_vllm(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigu
 
 def _here(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigures:
     """Figures of a model with transformers, in a process of its own, so that its peak is its own."""
-    on_event(Event("note", 0, 0, f"measuring {Path(model).name} with transformers"))
+    on_event(notice(f"measuring {Path(model).name} with transformers"))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_here, request, model).result()
 

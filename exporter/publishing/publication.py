@@ -6,7 +6,7 @@ from pathlib import Path
 from exporter.artifact.output import reading
 from exporter.device import Device
 from exporter.errors import PublishError
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.model.hub import require_token
 from exporter.publishing import upload
 from exporter.publishing.card import CardDeclarations
@@ -61,7 +61,7 @@ def publish_artifact(request: PublishRequest, device: Device, on_event: Listener
             require_token()
         remote = None if request.dry_run and not online() else upload.existing_repository(target)
         if note := disclosure_note(summary):
-            on_event(Event("note", 0, 0, note))
+            on_event(notice(note))
         declared = with_source_license(summary, request.declared)
         packaged = package(artifact, summary, repo, declared, problems, remote, target.replace)
         return PublishResult(

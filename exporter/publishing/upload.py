@@ -13,7 +13,7 @@ from typing import Any
 from exporter.artifact.manifest import MANIFEST
 from exporter.distribution import DISTRIBUTION, VERSION
 from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.model.hub import (
     Remote,
     check_name,
@@ -114,14 +114,7 @@ def publish(package: Package, target: Target, remote: Remote | None, on_event: L
                 api.create_branch(target.repo, branch=target.revision, revision=remote.commit, exist_ok=True)
         if package.unchanged:
             return Publication(_url(api, target, remote.commit), remote.commit, 0, 0)
-        on_event(
-            Event(
-                "note",
-                0,
-                0,
-                f"uploading {len(package.files)} files to {target.repo}; they become visible with the commit",
-            )
-        )
+        on_event(notice(f"uploading {len(package.files)} files to {target.repo}; they become visible with the commit"))
         commit, url = _commit(api, package, target, remote)
         if not package.problems:
             _read_back(target.repo, commit, url, on_event)

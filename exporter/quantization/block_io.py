@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exporter.device import Device
 from exporter.dtypes import FLOAT16, Dtype
-from exporter.events import Event, Listener
+from exporter.events import Event, Listener, notice
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.stream import Stream
 from exporter.planning.plan import Plan, Unit
@@ -104,7 +104,7 @@ class BlockIO:
         total, worst = len(self.plan.units), max(errors.values(), default=0.0)
         self.on_event(Event("quantize", unit.index + 1, total, unit.block, {"error": worst}))
         for note in notes:
-            self.on_event(Event("note", unit.index + 1, total, note))
+            self.on_event(notice(note))
 
 
 def require_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.errors import CheckpointError, WorkdirError
-from exporter.events import Event, Listener
+from exporter.events import Event, Listener, notice
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
 from exporter.files.writing import make_folder, write_tensors, write_text
@@ -94,7 +94,7 @@ class Workdir:
                 on_event(Event("check", number, len(finished), finished[number - 1].block))
                 if damage:
                     (self.path / finished[number - 1].file).unlink()
-                    on_event(Event("note", number, len(finished), f"{damage}; this block is recomputed"))
+                    on_event(notice(f"{damage}; this block is recomputed"))
 
     def commit(self, unit: Unit, result: UnitResult) -> None:
         """Store a finished block atomically; WorkdirError when the file cannot be written."""

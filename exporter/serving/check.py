@@ -18,7 +18,7 @@ from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
 from exporter.artifact.output import updating
 from exporter.evaluation.report_file import ServingRecord, read_report, write_report
-from exporter.events import Event
+from exporter.events import Event, notice
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_classes
@@ -128,7 +128,7 @@ def _run_engine(
         extra=session.extra,
     )
     command = with_plugin(command, session.program.version) if needs_plugin(artifact) else command
-    session.on_event(Event("note", 0, 0, f"starting vllm {session.program.version} on {folder.name}{note}"))
+    session.on_event(notice(f"starting vllm {session.program.version} on {folder.name}{note}"))
     with Engine(command, log, debug=True) as engine:
         seconds = engine.wait_healthy(session.start_seconds)
         replies = []

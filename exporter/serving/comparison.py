@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, release
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.out_of_memory import explain_shortage, is_shortage
 from exporter.planning.whole_model import ROOM_FOR_ACTIVATIONS
 from exporter.serving.launch import Program
@@ -98,7 +98,7 @@ def judge(
             return result
         release(session.device)
         note = f"{STEP} ran out of memory in {placement[1]} on {placement[0].name}: mmq tries it with less"
-        session.on_event(Event("note", 0, 0, note.replace("torch.", "")))
+        session.on_event(notice(note.replace("torch.", "")))
     needs = int(artifact.parameters() * last[1].itemsize * ROOM_FOR_ACTIVATIONS)
     with explain_shortage(STEP, last[0], (needs, needs), ADVICE):
         return judged(last)

@@ -8,7 +8,7 @@ from typing import Any
 from exporter import data
 from exporter.errors import CheckpointError
 from exporter.evaluation.answers import digest
-from exporter.events import Event, Listener
+from exporter.events import Event, Listener, notice
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processor import load_processor
@@ -81,7 +81,7 @@ def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Liste
         records.begin(exam)
         measured_before = records.all()
         for note in records.damaged:
-            on_event(Event("note", 0, 0, note))
+            on_event(notice(note))
         pending_settings = _distinct(setting for setting in settings_to_measure if setting.id not in measured_before)
         step_seconds = {"plan": time.monotonic() - started}
         cpu_by_process: dict[str, float] = {}
@@ -209,7 +209,7 @@ def _score(
         setting, task_result = settings[index], _as_task_result(result)
         about = _about(setup, setting.point)
         for note in task_result.notes:
-            on_event(Event("note", done, len(settings), note))
+            on_event(notice(note))
         records.add(
             ScoredSetting(
                 setting.id,

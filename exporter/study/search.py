@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter import data
 from exporter.errors import PlanError, RecipeError
-from exporter.events import Event, Listener
+from exporter.events import Listener, notice
 from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Recipe
 from exporter.study import propose
@@ -204,7 +204,7 @@ def _choose(
         if request.max_drop is None or confirmed.worst >= -request.max_drop:
             return candidate, confirmed
         loss = f"{candidate.name}: {-confirmed.worst:.1%} lost on real tasks"
-        on_event(Event("note", 0, 0, f"{loss}; the next candidate is a larger one"))
+        on_event(notice(f"{loss}; the next candidate is a larger one"))
     raise PlanError(
         f"every measured allocation loses more than {request.max_drop or 0:.1%} on real tasks",
         "raise --max-drop, or raise --eval-samples: small drops need many samples",
