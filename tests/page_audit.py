@@ -48,6 +48,8 @@ for (const e of document.querySelectorAll('body *')) {
     if (value < (large ? 3 : 4.5)) problems.push('contrast ' + value.toFixed(2) + ': ' + name(e));
   }
 }
+for (const e of document.querySelectorAll('.axis span, .scale span'))
+  if (parseFloat(getComputedStyle(e).fontSize) < 13) problems.push('small text of an axis: ' + name(e));
 for (const e of document.images) if (!e.alt.trim()) problems.push('no alternative text: ' + e.src.slice(0, 60));
 for (const e of document.images)
   if (!(e.complete && e.naturalWidth)) problems.push('not loaded: ' + e.src.slice(0, 60));

@@ -179,6 +179,11 @@ def test_the_printed_requests_ask_about_the_picture_that_is_there(artifact: str,
     texts = [body["messages"][0]["content"][1]["text"] for body in server.bodies]
     assert texts == [family.text(QUESTION)] * 2
     compile(shell_words(lines["python"])[-1], "printed", "exec")
+    assert lines["python"].startswith("python -c ")
+    for name in ("vllm", "python"):
+        (tmp_path / name).touch(mode=0o755)
+    installed = example_lines(Launch((f"{tmp_path}/vllm", "serve"), {}, server.url, "it's"), artifact, family)
+    assert shell_words(installed["python"])[0] == f"{tmp_path}/python"
 
 
 def shell_words(line: str) -> list[str]:

@@ -274,11 +274,11 @@ def test_charts_are_to_scale() -> None:
     lines = {a["class"]: float(a["x1"] or 0) for tag, a in Tags(svg).tags if tag == "line" and a["class"] != "tick"}
     assert lines == {"bound": 25, "zero": 50, "mark": 40}
     assert [(tick["text"], round(tick["place"])) for tick in charts.ticks((-0.10, 0.10))] == [
-        ("-10", 0),
-        ("-5", 25),
+        ("-10 %", 0),
+        ("-5 %", 25),
         ("0", 50),
-        ("+5", 75),
-        ("+10", 100),
+        ("+5 %", 75),
+        ("+10 %", 100),
     ]
     low, high = charts.reach([row])
     assert low < -0.05 < 0.01 < 0.02 < high
@@ -286,7 +286,13 @@ def test_charts_are_to_scale() -> None:
     assert [height for _, _, height in rectangles(bars, "strong")] == pytest.approx([25, 75])
     assert [height for _, _, height in rectangles(bars, "quiet")] == pytest.approx([100, 75])
     assert [width for _, width, _ in rectangles(charts.sizes(200, 50, {})[0]["chart"], "strong")] == pytest.approx([25])
-    parts = {"vision": {"before": 80, "after": 20, "kept": 4}, "language": {"before": 120, "after": 30, "kept": 0}}
+    many = [{"block": str(i), "mean": 0.1, "largest": 0.4} for i in range(20)]
+    marks = charts.block_axes(many)
+    assert [(mark["text"], mark["place"]) for mark in marks["errors"]] == [("0.4000", 0), ("0.2000", 50), ("0", 100)]
+    assert [mark["text"] for mark in marks["numbers"]] == ["0", "3", "6", "9", "12", "15", "18"]
+    assert marks["numbers"][1]["place"] == pytest.approx(17.5)
+    assert charts.block_axes(many[:2])["numbers"][1] == {"text": "1", "place": pytest.approx(18.75)}
+    parts = {"language": {"before": 120, "after": 30, "kept": 0}, "vision": {"before": 80, "after": 20, "kept": 4}}
     whole, vision, language = charts.sizes(200, 50, parts)
     assert rectangles(whole["chart"], "kept") == [(0, 2, 8)]
     assert rectangles(whole["chart"], "strong") == [(2, 23, 8)]

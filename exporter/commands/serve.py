@@ -75,8 +75,8 @@ class CommandWithVllmFlags(click.Command):
 def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: bool, **options: Any) -> None:
     """Serve an artifact with vLLM, and print example requests.
 
-    mmq prints the requests when the server is healthy. Ctrl-C stops the server. Flags after `--` go to `vllm serve` and
-    override mmq's. The server's log goes to stderr.
+    mmq prints the requests when the server is healthy. Ctrl-C stops the server; the exit code is then 0, or 130 if the
+    server was not healthy yet. Flags after `--` go to `vllm serve` and override mmq's. The server's log goes to stderr.
 
     \b
     Examples:
@@ -92,6 +92,7 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
         return print_result(
             {"command": list(launch.command), "environment": dict(launch.environment)} if as_json else launch.shell()
         )
+    healthy = False
     try:
         with Engine(launch) as engine:
             seconds = engine.wait_healthy(options["wait"])
@@ -109,9 +110,12 @@ def serve(artifact: Path, flags: tuple[str, ...], as_json: bool, only_print: boo
                 click.echo(f"{launch.model} is served at {launch.url}/v1 (Ctrl-C stops it); example requests:")
                 click.echo("".join(f"\n{line}\n" for line in lines.values()))
             sys.stdout.flush()
+            healthy = True
             code = engine.wait()
     except KeyboardInterrupt:
-        raise Interrupted("stopped; the server has exited") from None
+        if not healthy:
+            raise Interrupted("stopped before the server was healthy; it has exited") from None
+        return click.echo("stopped: the server has exited", err=True)
     if code:
         raise ServeError(f"{ending(code)}; its log is above", "run the same command again to restart the server")
 

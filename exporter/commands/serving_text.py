@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 
 from exporter.commands.next_steps import command
 from exporter.demo.example import PICTURE, QUESTION
@@ -55,7 +57,14 @@ def python_line(launch: Launch, family: Family) -> str:
         f"temperature=0, messages={messages}); "
         "print(answer.choices[0].message.content)"
     )
-    return f"python -c {shlex.quote(code)}"
+    return f"{_interpreter(launch)} -c {shlex.quote(code)}"
+
+
+def _interpreter(launch: Launch) -> str:
+    """Shell text of a Python that has the package openai, which vLLM needs: the one beside the program `vllm`."""
+    program = Path(shutil.which(next(iter(launch.command), "")) or "nowhere")
+    beside = program.with_name("python")
+    return shlex.quote(str(beside)) if program.name == "vllm" and beside.is_file() else "python"
 
 
 def checked_page(result: CheckResult) -> str:

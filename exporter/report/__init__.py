@@ -45,6 +45,7 @@ def html(content: Content, study: Sequence[Mapping[str, str]] = ()) -> str:
         "changes": [charts.change(row, axis) for row in content["scores"]],
         "ticks": charts.ticks(axis),
         "blocks": {name: charts.blocks(rows) for name, rows in content["blocks"].items()},
+        "axes": {name: charts.block_axes(rows) for name, rows in content["blocks"].items()},
     }
     return environment.get_template(TEMPLATE).render(c=content, charts=drawings, study=study)
 

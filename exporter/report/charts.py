@@ -13,6 +13,7 @@ from markupsafe import Markup
 LEAST_REACH = 0.02  # the axis covers at least 2 % on each side, so that small noise looks small
 STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # distances between the marks of an axis
 MOST_TICKS = 6  # marks that fit beside each other at 400 px
+DATA_ORDER = ("vision", "qformer", "projector", "language", "head")  # components that the data passes, in this order
 LEAST_BLOCKS = 8  # minimum number of bars the width is divided into, so that two blocks do not fill the page
 
 
@@ -33,12 +34,14 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 def sizes(before: int, after: int, components: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
     """Rows of the chart of sizes: name, bytes of source and artifact, share that is kept in 16 bits, and two bars.
 
-    The first row is the whole. Lengths are proportional to the bytes: of the source's whole in the first row, of the
-    largest component in the others.
+    The first row is the whole; the others are in the order of the data. Lengths are proportional to the bytes: of the
+    source's whole in the first row, of the largest component in the others.
     """
     rows = [_size_row("whole model", before, after, sum(c["kept"] for c in components.values()), max(before, after, 1))]
     most = max([1, *(max(c["before"], c["after"]) for c in components.values())])
-    return rows + [_size_row(name, c["before"], c["after"], c["kept"], most) for name, c in components.items()]
+    ordered = sorted(components, key=lambda name: DATA_ORDER.index(name) if name in DATA_ORDER else len(DATA_ORDER))
+    parts = [(name, components[name]) for name in ordered]
+    return rows + [_size_row(name, c["before"], c["after"], c["kept"], most) for name, c in parts]
 
 
 def _size_row(name: str, before: int, after: int, kept: int, most: int) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def ticks(axis: tuple[float, float]) -> list[dict[str, Any]]:
     step = next((step for step in STEPS if span / step <= MOST_TICKS), STEPS[-1])
     numbers = range(math.ceil(axis[0] / step), math.floor(axis[1] / step) + 1)
     digits = 0 if step >= 0.01 else 1
-    return [{"text": f"{100 * n * step:+.{digits}f}" if n else "0", "place": _place(n * step, axis)} for n in numbers]
+    return [{"text": f"{100 * n * step:+.{digits}f} %" if n else "0", "place": _place(n * step, axis)} for n in numbers]
 
 
 def _place(share: float, axis: tuple[float, float]) -> float:
@@ -100,14 +103,30 @@ def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
     return _svg(100, 20, "change", label, shapes)
 
 
+def _highest(rows: Sequence[Mapping[str, Any]]) -> float:
+    return max(max(row["largest"] for row in rows), 1e-12)
+
+
+def block_axes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Marks of the chart `blocks`: `errors` from the top, and `numbers` of at most eight blocks; places in percent."""
+    largest, count = _highest(rows), len(rows)
+    errors = [{"text": f"{largest * share:.4f}" if share else "0", "place": 100 * (1 - share)} for share in (1, 0.5, 0)]
+    shown = range(0, count, math.ceil(count / LEAST_BLOCKS))
+    places = [100 * (i + 0.5) / max(count, LEAST_BLOCKS) for i in shown]
+    return {
+        "errors": errors,
+        "numbers": [{"text": str(i), "place": place} for i, place in zip(shown, places, strict=True)],
+    }
+
+
 def blocks(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Bar chart, one bar per block: mean relative error of its linears, with the largest as a paler bar behind."""
-    largest = max(max(row["largest"] for row in rows), 1e-12)
-    shapes = []
+    largest, width = _highest(rows), 10 * max(len(rows), LEAST_BLOCKS)
+    shapes = [_line(0, height, width, height, "tick") for height in (0, 50)]
     for i, row in enumerate(rows):
         title = f"{row['block']}: mean {row['mean']:.4f}, largest {row['largest']:.4f}"
         for key, kind in (("largest", "quiet"), ("mean", "strong")):
             height = 100 * row[key] / largest
             shapes.append(_bar(10 * i + 1, 100 - height, 8, height, kind, title))
     label = f"relative error of {len(rows)} blocks, largest {largest:.4f}"
-    return _svg(10 * max(len(rows), LEAST_BLOCKS), 100, "blocks", label, shapes)
+    return _svg(width, 100, "blocks", label, shapes)

@@ -21,7 +21,7 @@ from exporter.study.table import Table
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130
-PHONE = 4.8  # width in inches of figures that stay readable at 400 px
+PHONE = 4.2  # width in inches of figures that stay readable at 400 px
 DARK = 0.5  # cells below this share of the color range have white text
 LEAST_KL = 1e-6  # lower end of the log axis
 EXAMS = "scores are relative to the full-precision model on the same samples (allocations: on the validation split)"
@@ -80,7 +80,7 @@ def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], met
         for column, x in enumerate(xs):
             scores = subtable.scores[(subtable.bits[:, i] == y) & (subtable.bits[:, j] == x)]
             cells[row, column] = scores.mean() if len(scores) else np.nan
-    figure, axes = create_figure(1.6 + 0.75 * len(xs), 1.3 + 0.5 * len(ys))
+    figure, axes = create_figure(max(PHONE, 1.6 + 0.45 * len(xs)), 1.3 + 0.45 * len(ys))
     image = axes.imshow(cells, cmap="cividis", origin="lower", aspect="auto")
     low, high = np.nanmin(cells), np.nanmax(cells)
     for row, column in np.argwhere(np.isfinite(cells)):
@@ -99,7 +99,7 @@ def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], met
     axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
     axes.set_xlabel(f"{second} bits")
     axes.set_ylabel(f"{first} bits")
-    title = f"{subtable.metric} by bits, {method}"
+    title = f"{subtable.metric[:1].upper()}{subtable.metric[1:]} by bits, {method}"
     figure.colorbar(image, ax=axes)
     about = f"{subtable.metric} from {low:.3f} to {high:.3f} over {first} and {second} bits"
     return encode_figure(figure, f"heat-{first}-{second}-{method}.png", title, about)

@@ -74,7 +74,7 @@ pip uninstall -qq --yes torchaudio torchcodec
 
 step 4 "testing: importing vllm"
 # Test both fixes: each of these commands fails without one of them.
-watched "$dir/bin/python" -W ignore -c 'import torchvision, vllm' ||
+VLLM_LOGGING_LEVEL=ERROR watched "$dir/bin/python" -W ignore -c 'import torchvision, vllm' ||
   { echo "$0: importing vllm fails although the fixes were applied" >&2; exit 1; }
 reported="$(VLLM_LOGGING_LEVEL=ERROR "$dir/bin/vllm" --version | tail -n 1)"
 [ "$reported" = "$VERSION+cpu" ] || { echo "$0: vllm's version is '$reported', expected $VERSION+cpu" >&2; exit 1; }

@@ -177,7 +177,7 @@ def test_a_killed_server_answers_the_same_after_a_restart(served: Served, sure: 
 def test_ctrl_c_ends_it_and_leaves_nothing(served: Served):
     """Last, because nothing is served afterwards. vLLM's log already has tracebacks of refused pictures."""
     before = len(served.log.read_text().splitlines())
-    assert served.interrupt() == 130
+    assert served.interrupt() == 0
     lines = served.log.read_text().splitlines()[before:]
     assert lines
     assert not [line for line in lines if line.startswith("Traceback")]  # vLLM's own stand behind its process's name
