@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-pages vllm test-vllm nightly mutations check docs lock pythons format clean
+.PHONY: help setup demo test test-slow test-pages vllm test-vllm test-ray nightly mutations check docs lock pythons format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,10 @@ test-vllm: $(VENV)/.ready-dev vllm ## serve the demo models with a real vLLM on 
 nightly: ## what .ci/run leaves out: every test with its repetitions, every start of vLLM, and the mutation tests
 	@status=0; for target in "test SELECT=" "test-vllm SELECT=" mutations; do \
 	  $(MAKE) $$target || status=1; done; exit $$status
+
+test-ray: ## run the tests of clusters with a real Ray, in an environment of its own (.venv-ray)
+	$(MAKE) VENV=.venv-ray EXTRAS=dev,ray .venv-ray/.ready-dev
+	.venv-ray/bin/python -m pytest -q -rs tests/test_cluster.py
 
 mutations: $(VENV)/.ready-dev ## mutation tests: insert small errors into every room; the tests must detect 95 %
 	rm -rf build/line_tests
@@ -80,7 +84,7 @@ format: $(VENV)/.ready-dev ## format the code
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches, work folders and built artifacts
-	rm -rf $(VENV) build dist artifacts studies allocated.yaml .mmq-work .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-ray build dist artifacts studies allocated.yaml .mmq-work .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,7 +1,8 @@
 """Studies and evaluations on a Ray cluster: workers share nothing with the process that starts the job.
 
-Two nodes of one machine stand for a cluster. The driver runs in a mount namespace of its own, in which model, data and
-results lie on a file system that the workers do not see.
+Two nodes of one machine stand for a cluster where Ray is installed (`make test-ray`). The driver runs in a mount
+namespace of its own, in which model, data and results lie on a file system that the workers do not see. A stand-in for
+Ray runs the same commands everywhere.
 """
 
 import json
@@ -14,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from exporter.cluster.packed_samples import pack_samples, packed_groups
+from exporter.cluster.ray_cluster import ray_cluster
 from exporter.cluster.shipment import Shipment, folder_files, shipped, write_missing
+from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
 from exporter.demo import MODELS
+from exporter.errors import DataError, MmqError
 from exporter.tasks.sample import Sample
+from tests.ray_stand_in import install_ray
 
 STUDY = [
     *("study", "--model", "MODEL", "--bits", "3,16", "--methods", "gptq", "--combine", "alone"),
@@ -81,7 +87,7 @@ def _content(sample: Sample) -> list[Any]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a cluster of two nodes with one core each."""
-    pytest.importorskip("ray", reason="pip install '.[ray]'")
+    pytest.importorskip("ray", reason="make test-ray")
     from ray.cluster_utils import Cluster
 
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
@@ -111,6 +117,54 @@ def hidden(tmp_path: Path) -> Path:
     (content / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "hidden").mkdir()
     return tmp_path
+
+
+def test_a_study_on_a_stand_in_for_ray_scores_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = install_ray(monkeypatch)
+    words = [word if word != "MODEL" else "demo-llava" for word in STUDY]
+
+    def study(name: str, *more: str) -> dict[str, Any]:
+        done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / name), "--json", *more])
+        assert done.exit_code == 0, done.output
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    alone, spread = study("alone", "--workers", "1"), study("spread", "--ray", "local")
+    assert [_figures(point) for point in spread["points"]] == [_figures(point) for point in alone["points"]]
+    assert spread["units_made"] == alone["units_made"] > 0
+    assert ray.calls > len(spread["points"])
+    assert not ray.is_initialized()
+    assert study("spread", "--ray", "local")["units_made"] == 0
+    assert not list(Path("/tmp").glob(f"mmq-ray-{os.getuid()}-*"))
+
+
+def test_an_evaluation_on_a_stand_in_for_ray_answers_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, made = install_ray(monkeypatch), str(tmp_path / "artifact")
+    export = ["export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--samples", "8", "--out", made]
+    assert CliRunner().invoke(cli, [*export, "--skip-evaluation"]).exit_code == 0
+    words = [made if word == "ARTIFACT" else word for word in EVALUATION]
+
+    def evaluation(*more: str) -> dict[str, Any]:
+        done = CliRunner().invoke(cli, [*words, "--json", *more])
+        assert done.exit_code in (0, 3, 5), done.output
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    assert evaluation("--ray", "local") == evaluation()
+    assert ray.calls >= 12, "two models, two tasks, three batches"
+
+
+def test_errors_of_a_stand_in_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_ray(monkeypatch)
+    with pytest.raises(DataError, match="no Ray cluster at nowhere:1: no route"), ray_cluster("nowhere:1"):
+        pass
+    with ray_cluster(None) as cluster:
+        assert cluster.slots == 2
+        assert sorted(cluster.results(divmod, [(7, 2), (9, 4)])) == [(0, (3, 1)), (1, (2, 1))]
+        with pytest.raises(MmqError, match="a task failed on the Ray cluster: integer division"):
+            list(cluster.results(divmod, [(1, 0)]))
+        with pytest.raises(DataError, match="unknown data source"):
+            list(cluster.results(places, [("cocoa:/x",)]))
 
 
 def run_hidden(folder: Path, arguments: list[str], *more: str) -> dict[str, Any]:

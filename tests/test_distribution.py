@@ -96,3 +96,11 @@ def test_a_wrong_hint_is_noticed(wrong: str) -> None:
 def test_an_extra_is_read_from_texts_and_calls() -> None:
     assert extras("`pip install '.[docs,dev]'`") == {"docs", "dev"}
     assert extras('install_extra("nonsense")') == {"nonsense"}
+
+
+def test_the_metadata_names_authors_and_the_paper_that_the_readme_cites() -> None:
+    project = PROJECT["project"]
+    assert project["authors"] == [{"name": "The mmq developers"}]
+    number = project["urls"]["Paper"].removeprefix("https://arxiv.org/abs/")
+    assert f"arXiv {number}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {"Operating System :: POSIX :: Linux", "Typing :: Typed"} <= set(project["classifiers"])
