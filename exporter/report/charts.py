@@ -104,7 +104,7 @@ def change(row: Mapping[str, Any], axis: tuple[float, float]) -> Markup:
 
 
 def _highest(rows: Sequence[Mapping[str, Any]]) -> float:
-    return max(max(row["largest"] for row in rows), 1e-12)
+    return max(*(float(row["largest"]) for row in rows), 1e-12)
 
 
 def block_axes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
