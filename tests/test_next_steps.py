@@ -20,6 +20,7 @@ from exporter.pipeline.preparation import prepare
 from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import built_in, load_recipe
 from exporter.serving.launch import installation
+from exporter.serving.preflight import needs_other_recipe
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"\b(?:docs|bench|tests|tools|serving)/[\w./-]*\.(?:md|sh|py)\b|\bCONTRIBUTING|\bREADME\.md")
@@ -68,6 +69,30 @@ def test_suggested_commands_parse_and_quote_their_folder(tmp_path: Path, monkeyp
     a_program(tmp_path / "bin", "vllm")
     assert not any("vLLM" in line for line in next_steps.next_steps(folder))
     assert [line.split()[1] for line in next_steps.next_steps(folder, "not served")[1:2]] == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "gpu", "words"),
+    [
+        ("llava-w4-vit8", "avx2", None, "export --recipe llava-w8a8 --model demo-llava"),
+        ("llava-w4-vit8", "avx2 avx512f", None, "export --recipe llava-w4-vit8a8 --model demo-llava"),
+        ("llava-w4-vit8a8", "avx2", None, "export --recipe llava-w8a8 --model demo-llava"),
+        ("llava-w4-vit8a8", "avx2 avx512f", None, None),
+        ("llava-w8a8", "avx2", None, None),
+        ("llava-w4-vit8", "avx2", (9, 0), None),
+    ],
+)
+def test_an_export_that_this_machine_cannot_serve_leads_to_one_that_it_can(
+    recipe: str, flags: str, gpu: tuple[int, int] | None, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.serving.preflight.processor_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr("exporter.serving.preflight.capability", lambda: gpu)
+    plan, _ = prepare(adjusted(load_recipe(recipe), "demo-llava"), choose("cpu"), headers_only=True)
+    other = needs_other_recipe(plan)
+    assert (None if other is None else " ".join(other)) == words
+    lines = next_steps.next_steps(Path("out"), other=other)
+    assert any("serve out" in line for line in lines) == (words is None)
+    assert words is None or lines[-1].endswith(f" {words}")
 
 
 @pytest.mark.parametrize("model", MODELS)

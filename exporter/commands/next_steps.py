@@ -4,12 +4,14 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from exporter.demo.example import PICTURE, QUESTION
 from exporter.distribution import PROGRAM
 
 NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how to install it); then:"
+NO_KERNEL = "vLLM serves it on a GPU, but has no kernel for it on this CPU; for this CPU export with another recipe:"
 
 
 def program() -> str:
@@ -39,15 +41,20 @@ def has_vllm() -> bool:
     return bool(os.environ.get("MMQ_VLLM") or shutil.which("vllm"))
 
 
-def next_steps(artifact: Path, unserved: str = "", answers: bool = True) -> list[str]:
+def next_steps(
+    artifact: Path, unserved: str = "", answers: bool = True, other: Sequence[str] | None = None
+) -> list[str]:
     """Lines to paste after an export: report, a question, then serve and check.
 
-    unserved: why vLLM does not serve the artifact. answers: whether the model answers questions.
+    unserved: why vLLM does not serve the artifact. answers: whether the model answers questions. other: words of an
+    export that vLLM serves on this machine, if it does not serve this one.
     """
     lines = ["next:", f"  {command('report', artifact)}"]
     if answers:
         lines.append(f"  {command('ask', artifact, PICTURE, QUESTION)}")
     if unserved:
         return [*lines, unserved]
+    if other is not None:
+        return [*lines, NO_KERNEL, *([f"  {command(*other)}"] if other else [])]
     lines += [] if has_vllm() else [NO_VLLM.format(program())]
     return [*lines, *(f"  {command(name, artifact)}" for name in ("serve", "check"))]

@@ -16,6 +16,7 @@ from exporter.evaluation.gate_text import VERDICT_SENTENCES
 from exporter.pipeline.export import Export
 from exporter.planning.steps import NEEDED, Step
 from exporter.publishing.artifact_diff import Change
+from exporter.serving.preflight import needs_other_recipe
 
 
 def measured_table(predicted: Sequence[Step], measured: Sequence[Step]) -> Table:
@@ -58,7 +59,9 @@ def _next_steps(result: Export) -> list[str]:
     if gates and any(gate.verdict in ("failed", "not comparable") for gate in gates):
         return [VERDICT_SENTENCES[result.report.verdict] if result.report else ""]
     ungated = ["the recipe has no gates: no loss of quality can fail it"] if gates == () else []
-    return [*ungated, *next_steps(result.out, result.plan.family.unserved, "vqa" in result.plan.family.tasks)]
+    family = result.plan.family
+    other = None if family.unserved else needs_other_recipe(result.plan)
+    return [*ungated, *next_steps(result.out, family.unserved, "vqa" in family.tasks, other)]
 
 
 def export_json(result: Export) -> dict[str, Any]:

@@ -16,13 +16,19 @@ def recipe_hint(recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Sc
 
     runs: whether the hardware runs a scheme that has a kernel.
     """
-    names = served_recipes(family, on, runs)
+    names, words = served_recipes(family, on, runs), other_export(recipe, family, on, runs)
     where = "this hardware" if on is None else "a CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
-    if not names:
+    if not words:
         return f"no built-in recipe for {family.name} has kernels on {where}"
-    closest = difflib.get_close_matches(recipe.name, names, n=1, cutoff=0)[0]
-    command = shlex.join(["mmq", "export", "--recipe", closest, "--model", recipe.model.repo or "demo-llava"])
-    return f"vLLM serves {', '.join(names)} on {where}: `{command}`"
+    return f"vLLM serves {', '.join(names)} on {where}: `{shlex.join(['mmq', *words])}`"
+
+
+def other_export(
+    recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True
+) -> list[str]:
+    """Words after `mmq` that export the model with the served recipe of the closest name; empty if there is none."""
+    closest = difflib.get_close_matches(recipe.name, served_recipes(family, on, runs), n=1, cutoff=0)
+    return [*("export", "--recipe", closest[0], "--model", recipe.model.repo or "demo-llava")] if closest else []
 
 
 def served_recipes(family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True) -> list[str]:

@@ -18,7 +18,7 @@ from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, pattern_problems
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
-from exporter.serving.other_recipes import recipe_hint
+from exporter.serving.other_recipes import other_export, recipe_hint
 
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
@@ -56,6 +56,21 @@ def refuse_processor(program: Program, schemes: Iterable[Scheme | None], recipe:
         f"({CPUINFO} does not list {WNA16_FLAG})",
         f"without AVX-512 {recipe_hint(recipe, family, 'cpu', lambda scheme: scheme.bits != 4)}",
     )
+
+
+def needs_other_recipe(plan: Plan) -> list[str] | None:
+    """Words after `mmq` of an export that vLLM serves on this machine, if it has no GPU and its CPU not the kernels.
+
+    None where the planned artifact can be served; empty where no built-in recipe can.
+    """
+    if capability() is not None:
+        return None
+    flags, linears = processor_flags(), planned_linears(plan.rows, plan.family)
+    narrow = flags is not None and WNA16_FLAG not in flags
+    refused = narrow and any(linear.scheme and linear.scheme.bits == 4 for linear in linears)
+    if not refused and not hardware_problems(linears, plan.recipe.format, "cpu"):
+        return None
+    return other_export(plan.recipe, plan.family, "cpu", lambda scheme: not (narrow and scheme.bits == 4))
 
 
 def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
