@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
 from exporter.demo import MODELS
 from exporter.device import capability
@@ -21,7 +22,7 @@ from exporter.planning.vllm_rules import head_size
 from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.other_recipes import recipe_hint, served_recipes
-from exporter.serving.preflight import refuse_processor
+from exporter.serving.preflight import refuse_processor, refuse_unservable
 from exporter.serving.vllm_engine import ending, free_port
 from tests.children import running_command
 from tests.headers.read import load_header
@@ -153,6 +154,19 @@ def test_16_bits_and_8_bits_are_served_without_avx_512(
     assert "vLLM serves llava-w8a8 on a CPU: `mmq export --recipe llava-w8a8 --model 'a b'`" in (
         caught.value.hint or ""
     )
+
+
+@pytest.mark.parametrize(("flags", "recipe"), [("avx2", "llava-w8a8"), ("avx2 avx512f", "llava-w4-vit8a8")])
+def test_a_refused_artifact_leads_to_a_recipe_that_this_processor_runs(
+    flags: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(tmp_path, monkeypatch, flags)
+    out = str(tmp_path / "out")
+    words = ["export", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--samples", "2", "--out", out]
+    assert CliRunner().invoke(cli, [*words, "--skip-evaluation", "--device", "cpu"]).exit_code == 0
+    with pytest.raises(ServeError) as caught:
+        refuse_unservable(Artifact.open(Path(out)), "cpu", 1)
+    assert f"`mmq export --recipe {recipe} --model demo-llava`" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

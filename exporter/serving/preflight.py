@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -65,12 +65,18 @@ def needs_other_recipe(plan: Plan) -> list[str] | None:
     """
     if capability() is not None:
         return None
-    flags, linears = processor_flags(), planned_linears(plan.rows, plan.family)
-    narrow = flags is not None and WNA16_FLAG not in flags
-    refused = narrow and any(linear.scheme and linear.scheme.bits == 4 for linear in linears)
+    linears, runs = planned_linears(plan.rows, plan.family), _runs_here("cpu")
+    refused = any(linear.scheme and not runs(linear.scheme) for linear in linears)
     if not refused and not hardware_problems(linears, plan.recipe.format, "cpu"):
         return None
-    return other_export(plan.recipe, plan.family, "cpu", lambda scheme: not (narrow and scheme.bits == 4))
+    return other_export(plan.recipe, plan.family, "cpu", runs)
+
+
+def _runs_here(on: Hardware) -> Callable[[Scheme], bool]:
+    """Whether this machine runs a scheme for which `on` has a kernel: a CPU without AVX-512 runs no 4 bits."""
+    flags = processor_flags() if on == "cpu" else None
+    narrow = flags is not None and WNA16_FLAG not in flags
+    return lambda scheme: not (narrow and scheme.bits == 4)
 
 
 def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
@@ -124,7 +130,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
         ignored = (config.get("quantization_config") or {}).get("ignore") or ()
         problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)
     if problems:
-        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on))
+        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on, _runs_here(on)))
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
