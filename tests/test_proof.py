@@ -450,7 +450,12 @@ EDITS: list[tuple[str, Edit, str]] = [
     (
         "float8 keys and values in the recipe",
         lambda f: changed_recipe(f, lambda d: d.update(kv_cache="fp8")),
-        "dtypes of the KV cache",
+        "number types of the KV cache",
+    ),
+    (
+        "keys and values of 4 bits in the recipe",
+        lambda f: changed_recipe(f, lambda d: d.update(kv_cache="int4_per_token_head")),
+        "number types of the KV cache",
     ),
     (
         "rounded inputs",
