@@ -60,7 +60,7 @@ def answers(models: tuple[Answerer, Answerer], samples: dict[str, list[Sample]])
     return [collect_answers(model, samples, keys, None, ignore) for model in models]
 
 
-@pytest.mark.parametrize("loader", ["load_whole", "load_streamed"])
+@pytest.mark.parametrize("loader", [pytest.param("load_whole", marks=pytest.mark.slow), "load_streamed"])
 def test_a_model_is_gone_before_the_next_one_loads(out: Path, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     living: list[weakref.ref[Any]] = []
     load, free = getattr(backends, loader), backends.release

@@ -30,8 +30,11 @@ from tests.test_whole_forward import gathered
 from tests.tiny_models import CONFIGS, random_weights, tiny_inputs, write_tiny
 from tests.whole_forward import captured_rows, rules, stacks
 
-# Every part once: the other models of a family differ in parts that `test_whole_forward.py` runs in LLaVA.
-MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*FAMILIES, "llava-pixtral"]))
+# Every kind of component once: the other parts of a family run in LLaVA in `test_whole_forward.py`, and families of the
+# same parts run block by block in `test_families.py`.
+SAME_PARTS = ("llava-next", "qwen2-vl", "smolvlm")
+DIFFERENT = [name for name in FAMILIES if name not in SAME_PARTS]
+MODELS = pytest.mark.parametrize(("family", "config"), some_of(CONFIGS, [*DIFFERENT, "llava-pixtral"]))
 # Passes of their own, and blocks that are no chain; test_export.py and test_blip2.py stop chains.
 PASSES = ("blip2-itm", "qwen3-vl")
 # Every kind of component once; all families are compared with their whole forward pass.

@@ -538,7 +538,7 @@ def test_one_server_without_the_other_is_a_usage_error(out: Path) -> None:
     assert mmq("evaluate", out, "--fresh", "--server", "http://127.0.0.1:1").exit_code == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Report, tmp_path: Path) -> None:
     """The command is stopped after its first batches; the same command runs the other samples with equal results."""
     store = tmp_path / "answers"

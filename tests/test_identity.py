@@ -367,7 +367,7 @@ HEADER_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", HEADER_DAMAGE)
+@pytest.mark.parametrize("name", some(HEADER_DAMAGE, ["error of a linear", "fingerprint", "no header"]))
 def test_a_damaged_header_of_a_block_is_detected(
     name: str, finished: Path, finished_work: Path, tmp_path: Path
 ) -> None:

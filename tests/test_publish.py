@@ -21,6 +21,7 @@ import exporter.publishing.upload
 from exporter.artifact.manifest import MANIFEST
 from exporter.artifact.verify import verify
 from exporter.commands.main import cli
+from exporter.commands.next_steps import program
 from exporter.errors import ArtifactError, CheckpointError, HubMissing, PlanError, PublishError
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
@@ -411,7 +412,7 @@ def test_a_commit_that_cannot_be_read_back_is_named(hub: Hub, artifact: Path) ->
     text = refused(artifact, "--license", "mit")
     head = hub.repos[REPO].branches["main"]
     assert f"the commit exists ({hub.url}/{REPO}/commit/{head}), but mmq could not read it back" in text
-    assert f"mmq verify hub:{REPO}@{head}" in text
+    assert f"{program()} verify hub:{REPO}@{head}" in text
 
 
 def test_publishing_the_same_artifact_again_makes_no_commit(hub: Hub, artifact: Path) -> None:
