@@ -30,7 +30,7 @@ from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe import Recipe
 from exporter.serving import vllm_blip2
 from exporter.serving.check import scheme_problems
-from exporter.serving.comparison import DoubledRun, Session, judge
+from exporter.serving.comparison import CheckSettings, DoubledRun, judge
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.reference import BOUND, Distance
@@ -191,7 +191,7 @@ def compare(folder: Path, name: str, bound: float) -> dict[str, Any]:
     content = json.loads((case / "replies.json").read_text())
     artifact, processor = Artifact.open(case / "artifact"), load_processor(case / "artifact")
     samples = questions(case / "artifact", (), QUESTIONS)
-    session = Session(Program("", content["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
+    session = CheckSettings(Program("", content["vllm"], False), choose("cpu"), lambda event: None, bound=bound)
     doubled, component = None, disturbed_component(artifact, CASES[name].disturb)
     if component and "doubled" in content:
         doubled = DoubledRun(component, case / "doubled", read_replies(content["doubled"]))

@@ -93,7 +93,7 @@ def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -
     targets = ["re:.*layers.*(proj|fc1|fc2)$"]
     modifier: Callable[..., Any] = AWQModifier
     more: dict[str, Any] = {}
-    if model.config.model_type == "opt":  # the modifier knows the names of Llama's blocks only
+    if model.config.model_type == "opt":  # the modifier supports the names of Llama's blocks only
         more = {
             "mappings": [
                 AWQMapping(f"re:.*layers.*{smooth}$", [f"re:.*layers.*{name}$" for name in into])

@@ -14,7 +14,7 @@ MODELS = {  # title -> what the rows of a table share
 }
 OWN_PROMPTS = {"smollm2-llava": "smollm2"}  # model -> the prompts that it was trained on, by option; else `family`
 SAMPLES = 128
-NAMES = {  # name of a run -> how readers know it; without an entry `NAME`
+NAMES = {  # name of a run -> its name in the table; without an entry `NAME`
     "gptq-signed": "`gptq`, signed",
     "gptq-corrected": "`gptq`, corrected",
     "gptq-signed-corrected": "`gptq`, signed, corrected",

@@ -1,4 +1,4 @@
-"""mmq quantizes LLaVA and BLIP-2 checkpoints into artifacts that vLLM serves, and measures their quality.
+"""mmq quantizes vision-language checkpoints into artifacts that vLLM serves, and measures their quality.
 
 The names in `__all__` are the Python API; docs/reference/python-api.md documents them.
 """

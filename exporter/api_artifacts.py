@@ -22,7 +22,7 @@ from exporter.publishing.card import CardDeclarations
 from exporter.publishing.publication import PublishRequest, benchmark, publish_artifact
 from exporter.publishing.upload import Publication
 from exporter.serving.check import CheckResult
-from exporter.serving.comparison import Session
+from exporter.serving.comparison import CheckSettings
 from exporter.serving.launch import START_SECONDS
 from exporter.serving.reference import BOUND
 
@@ -124,7 +124,7 @@ def check(
     data: replaces the recipe's test data.
     """
     folder = Path(artifact)
-    session = Session(
+    session = CheckSettings(
         program_for(folder, vllm),
         as_device(device),
         on_event,
@@ -188,5 +188,5 @@ def open_artifact(artifact: str | Path, *, device: str | Device = "cpu") -> Open
 
 
 def as_device(device: str | Device) -> Device:
-    """The device itself, or the one that a name like `cuda:1` stands for."""
+    """The device itself, or the device with a name like `cuda:1`."""
     return device if isinstance(device, Device) else choose(device)

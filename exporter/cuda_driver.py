@@ -22,7 +22,7 @@ class _DriverError(Exception):
 
 
 def gpus() -> Gpus:
-    """Name and free bytes of every GPU; None when only torch itself can tell.
+    """Name and free bytes of every GPU; None when only torch can list them.
 
     As with torch, every GPU gets a context, which takes some of its memory until the process ends.
     """
@@ -68,7 +68,7 @@ def _read() -> Gpus:
     try:
         _call(driver.cuInit, 0)
         if _number(driver.cuDriverGetVersion) // 1000 < int(str(build["cuda"]).partition(".")[0]):
-            return None  # too old for this build of torch, which says so
+            return None  # too old for this build of torch, whose error explains it
         return [_gpu(driver, i) for i in range(_number(driver.cuDeviceGetCount))]
     except _DriverError as error:
         return [] if error.args == (NO_DEVICE,) else None

@@ -83,7 +83,7 @@ def choose(request: str = "auto") -> Device:
         return choose(f"cuda:{max(free_devices)[1]}" if free_devices else "cpu")
     number = int(index or 0)
     if number >= len(present):
-        raise PlanError(f"no device '{request}': torch sees {len(present)} CUDA devices", "use --device auto or cpu")
+        raise PlanError(f"no device '{request}': torch lists {len(present)} CUDA devices", "use --device auto or cpu")
     return Device(f"cuda:{number}", *present[number])
 
 
@@ -96,7 +96,7 @@ def _gpus() -> list[tuple[str, int]]:
 
 
 def cpu_threads() -> int:
-    """Number of torch's threads on the CPU: one for every physical core, or fewer as an environment variable says."""
+    """Number of torch's threads on the CPU: one per physical core, or fewer by an environment variable."""
     if "torch" in sys.modules:
         return torch.get_num_threads()
     limits = [int(text) for name in THREADS if (text := os.environ.get(name, "")).isdigit() and int(text)]

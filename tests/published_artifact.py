@@ -14,10 +14,10 @@ from exporter.artifact.artifact import Artifact
 from exporter.device import choose
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
+from exporter.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_bootstrap
 from exporter.evaluation.evaluate import compare
 from exporter.evaluation.evaluation_record import AnswersRecord, Bootstrap, EvaluationRecord
 from exporter.evaluation.report_file import Report, write_report
-from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES, paired_bootstrap
 from exporter.events import ignore
 from exporter.inference.predict_server import generation
 from exporter.model.families import FAMILIES

@@ -18,7 +18,7 @@ from exporter.errors import DataError, MmqError, PlanError, PublishError, Recipe
 from exporter.evaluation.report_file import Report
 from exporter.events import Event
 from exporter.planning.recipe import Recipe
-from exporter.serving.comparison import Session
+from exporter.serving.comparison import CheckSettings
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reference" / "python-api.md"
@@ -146,7 +146,7 @@ def test_publishing_lists_what_is_not_proven(worked: dict[str, object]) -> None:
 
 
 def test_a_check_gets_its_arguments(worked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Session, int, bool]] = []
+    calls: list[tuple[CheckSettings, int, bool]] = []
     monkeypatch.setattr(api_artifacts, "program_for", lambda folder, vllm: vllm)
     monkeypatch.setattr(
         api_artifacts,

@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md, enforced."""
 
 import ast
+import builtins
 import os
 import re
 import subprocess
@@ -154,6 +155,21 @@ def test_a_class_name_has_one_meaning():
                     homes.setdefault(name, set()).add(module_name(path))
     shared = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
     assert set(shared) <= {"Options", "Statistics"}, shared
+
+
+def test_docstrings_name_existing_classes():
+    """A class in backticks exists in the package, or a file of the package uses it under that name."""
+    known = set(dir(builtins)) | {"AutoAWQConfig", "AutoGPTQConfig", "Blip2ForImageTextRetrieval"}  # of transformers
+    named = []
+    for path in FILES:
+        for node in ast.walk(parsed(path)):
+            match node:
+                case ast.ClassDef(name=name) | ast.Name(id=name) | ast.alias(name=name) | ast.Attribute(attr=name):
+                    known.add(name)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                names = re.findall(r"`([A-Z][a-z]\w*)`", ast.get_docstring(node) or "")
+                named += [(module_name(path), name) for name in names]
+    assert [(module, name) for module, name in named if name not in known] == []
 
 
 def test_only_the_export_itself_is_imported_from_its_page():

@@ -133,7 +133,7 @@ def test_a_device_is_selected_without_torch(installed: Callable[..., None], monk
     monkeypatch.delitem(sys.modules, "torch")
     assert device.choose("auto") == device.Device("cuda:1", "GPU 11", 70 * GIB)
     assert device.choose("cuda") == device.Device("cuda:0", "GPU 10", 5 * GIB)
-    with pytest.raises(PlanError, match="no device 'cuda:2': torch sees 2 CUDA devices"):
+    with pytest.raises(PlanError, match="no device 'cuda:2': torch lists 2 CUDA devices"):
         device.choose("cuda:2")
     installed(OSError("no driver"))
     assert device.choose("auto").place == "cpu"

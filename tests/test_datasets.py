@@ -407,8 +407,8 @@ def test_the_commit_of_a_hub_set_is_read_and_recorded(
 
 
 def test_known_copies_have_the_splits_they_say() -> None:
-    assert set(hub.COPIES) == set(CONVENTIONS) - {"chartqa", "docvqa"}
-    with pytest.raises(DataError, match="mmq knows no copy of docvqa on the hub") as caught:
+    assert set(hub.HUB_DATASETS) == set(CONVENTIONS) - {"chartqa", "docvqa"}
+    with pytest.raises(DataError, match="mmq has no address for docvqa on the hub") as caught:
         data.samples("hub", Path("docvqa"), "vqa", "test", 4, 0)
     assert "use docvqa:FOLDER" in str(caught.value.hint)
     with pytest.raises(DataError, match="hub:vqav2 has no split 'train'"):

@@ -81,7 +81,7 @@ def test_the_gpu_with_the_most_free_memory_is_selected(cuda: FakeCuda) -> None:
         ("gpu", "unknown device 'gpu'"),
         ("cuda:x", "unknown device 'cuda:x'"),
         ("cpu:0", "unknown device 'cpu:0'"),
-        ("cuda:3", "no device 'cuda:3': torch sees 3 CUDA devices"),
+        ("cuda:3", "no device 'cuda:3': torch lists 3 CUDA devices"),
         ("cuda:0,cuda:0", "unknown devices 'cuda:0,cuda:0'"),
         ("cuda:0,cpu", "unknown devices 'cuda:0,cpu'"),
         ("cuda:0,cuda:7", "no device 'cuda:7'"),

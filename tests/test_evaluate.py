@@ -18,12 +18,12 @@ from exporter.device import choose
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends, judge
 from exporter.evaluation.answers import ABOUT, Backend, Store
+from exporter.evaluation.bootstrap import Difference, samples_to_exclude
 from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.report_file import Counts, GateResult, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
-from exporter.evaluation.statistics import Difference, samples_to_exclude
 from exporter.events import ignore
 from exporter.inference.predict_server import Server
 from exporter.model.source import open_source

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from exporter.errors import ArtifactError
 from exporter.formats import FORMATS
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme, quantize
 from exporter.numerics.ranges import fit_scale
 from tests.oracles import naive_pack_bits
@@ -240,12 +240,12 @@ def test_compressed_zero_points_are_packed_along_outputs() -> None:
 
 
 MIXED = [
-    Group(Scheme(4, 128), (r"re:.*language_model.*\.(q_proj|qkv_proj)$",)),
-    Group(Scheme(3, "row", symmetric=False), (r"re:.*mlp\.down_proj$", r"re:.*mlp\.up_proj$")),
-    Group(Scheme(8, "row", activations="int8"), (r"re:.*vision_tower.*\.fc1$",)),
-    Group(Scheme(8, "row", number="fp8", activations="fp8"), (r"re:.*vision_tower.*\.fc2$",)),
-    Group(Scheme(8, "row", number="fp8"), ("multi_modal_projector.linear_1",)),
-    Group(Scheme(4, 128, activations="fp8"), (r"re:.*mlp\.gate_proj$",)),
+    ConfigGroup(Scheme(4, 128), (r"re:.*language_model.*\.(q_proj|qkv_proj)$",)),
+    ConfigGroup(Scheme(3, "row", symmetric=False), (r"re:.*mlp\.down_proj$", r"re:.*mlp\.up_proj$")),
+    ConfigGroup(Scheme(8, "row", activations="int8"), (r"re:.*vision_tower.*\.fc1$",)),
+    ConfigGroup(Scheme(8, "row", number="fp8", activations="fp8"), (r"re:.*vision_tower.*\.fc2$",)),
+    ConfigGroup(Scheme(8, "row", number="fp8"), ("multi_modal_projector.linear_1",)),
+    ConfigGroup(Scheme(4, 128, activations="fp8"), (r"re:.*mlp\.gate_proj$",)),
 ]
 UNQUANTIZED = ["language_model.lm_head", "multi_modal_projector.linear_2"]
 
@@ -273,9 +273,9 @@ def test_compressed_config_names_each_layout() -> None:
 
 def test_a_scale_per_tensor_is_stored_as_equal_scales_per_row() -> None:
     module = FORMATS["compressed_tensors"]
-    config = module.quantization_config([Group(Scheme(4, "tensor"), ("re:x",))], [])
+    config = module.quantization_config([ConfigGroup(Scheme(4, "tensor"), ("re:x",))], [])
     assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
-    assert module.read_config(config) == [Group(Scheme(4, "row"), ("re:x",))]
+    assert module.read_config(config) == [ConfigGroup(Scheme(4, "row"), ("re:x",))]
 
 
 def gptq_override(config: dict[str, Any], module: str) -> dict[str, Any] | None:
@@ -288,8 +288,8 @@ def gptq_override(config: dict[str, Any], module: str) -> dict[str, Any] | None:
 
 def test_gptq_config_gives_each_module_its_scheme() -> None:
     groups = [
-        Group(Scheme(4, 128), (r"re:language.*\.q_proj$", r"re:language.*\.o_proj$")),
-        Group(Scheme(8, "row"), (r"re:vision.*\.fc1$", "projector.linear_1")),
+        ConfigGroup(Scheme(4, 128), (r"re:language.*\.q_proj$", r"re:language.*\.o_proj$")),
+        ConfigGroup(Scheme(8, "row"), (r"re:vision.*\.fc1$", "projector.linear_1")),
     ]
     config = FORMATS["gptq"].quantization_config(groups, UNQUANTIZED)
     assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 128, True, False)
@@ -304,18 +304,18 @@ def test_gptq_config_gives_each_module_its_scheme() -> None:
         assert (override["bits"], override["group_size"], override["sym"]) == (bits, size, True)
     assert all(gptq_override(config, module) is None for module in UNQUANTIZED)
     assert gptq_override(config, "projectorXlinear_1") is config  # a name is not a pattern
-    patterns = [Group(groups[1].scheme, (r"re:vision.*\.fc1$", r"re:projector\.linear_1$"))]
+    patterns = [ConfigGroup(groups[1].scheme, (r"re:vision.*\.fc1$", r"re:projector\.linear_1$"))]
     assert FORMATS["gptq"].read_config(config) == groups[:1] + patterns
 
 
 def test_gptq_config_without_rules_is_one_group() -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False}
-    assert FORMATS["gptq"].read_config(config) == [Group(Scheme(4, "row"), ("re:.*",))]
+    assert FORMATS["gptq"].read_config(config) == [ConfigGroup(Scheme(4, "row"), ("re:.*",))]
 
 
 def test_awq_config() -> None:
     module = FORMATS["awq"]
-    groups = [Group(Scheme(4, 64), ("re:a",)), Group(Scheme(4, 64, symmetric=False), ("re:b",))]
+    groups = [ConfigGroup(Scheme(4, 64), ("re:a",)), ConfigGroup(Scheme(4, 64, symmetric=False), ("re:b",))]
     config = module.quantization_config(groups, UNQUANTIZED)
     assert config == {
         "quant_method": "awq",
@@ -325,8 +325,8 @@ def test_awq_config() -> None:
         "version": "gemm",
         "modules_to_not_convert": UNQUANTIZED,
     }
-    assert module.read_config(config) == [Group(Scheme(4, 64, symmetric=False), ("re:.*",))]
-    row = module.quantization_config([Group(Scheme(4, "tensor"), ("re:a",))], [])
+    assert module.read_config(config) == [ConfigGroup(Scheme(4, 64, symmetric=False), ("re:.*",))]
+    row = module.quantization_config([ConfigGroup(Scheme(4, "tensor"), ("re:a",))], [])
     assert row["group_size"] == -1
     assert module.read_config(row)[0].scheme.group_size == "row"
 
@@ -338,7 +338,7 @@ def test_only_awq_needs_one_group_size_for_all() -> None:
     assert FORMATS["gptq"].conflict(schemes) is None
     assert FORMATS["compressed_tensors"].conflict(schemes) is None
     with pytest.raises(ArtifactError, match="one group size"):
-        FORMATS["awq"].quantization_config([Group(s, ("re:x",)) for s in schemes], [])
+        FORMATS["awq"].quantization_config([ConfigGroup(s, ("re:x",)) for s in schemes], [])
 
 
 def compressed_tensors_scheme(scheme: Scheme) -> Any:
@@ -348,7 +348,7 @@ def compressed_tensors_scheme(scheme: Scheme) -> Any:
         pytest.skip("compressed-tensors before 0.18 packs 3, 5, 6 and 7 bits in another shape than vLLM reads")
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = FORMATS["compressed_tensors"].quantization_config([Group(scheme, ("Linear",))], [])
+    config = FORMATS["compressed_tensors"].quantization_config([ConfigGroup(scheme, ("Linear",))], [])
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
@@ -396,9 +396,9 @@ def test_float_grids_equal_the_librarys_own_compressor(scheme: Scheme) -> None:
     for name, tensor in expected.items():
         assert tensor.dtype == stored[name].dtype, name
         assert torch.equal(tensor.view(torch.uint8), stored[name].view(torch.uint8)), name
-    packed, config = module.pack("x", linear), module.quantization_config([Group(scheme, ("re:x",))], [])
+    packed, config = module.pack("x", linear), module.quantization_config([ConfigGroup(scheme, ("re:x",))], [])
     assert_equal(module.unpack("x", packed, scheme), linear)
-    assert module.read_config(config) == [Group(scheme, ("re:x",))]
+    assert module.read_config(config) == [ConfigGroup(scheme, ("re:x",))]
     assert module.stored_bytes(scheme, 128, 256, 2) == sum(tensor.nbytes for tensor in packed.values())
 
 

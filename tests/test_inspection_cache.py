@@ -11,7 +11,7 @@ from exporter.__main__ import _value
 from exporter.demo import MODELS
 from exporter.errors import CheckpointError
 from exporter.model import inspection_cache, processor_inspector
-from exporter.model.inspection_cache import keep, knows, place, recall
+from exporter.model.inspection_cache import has_reply, keep, place, recall
 from exporter.model.processor_inspector import check_config_class, inspect, start_helper
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
@@ -33,7 +33,7 @@ def test_a_reply_is_kept_for_the_same_bytes_of_every_file(model: Path, name: str
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"a", b"b", 1))
     assert recall(model, "q") is None
-    assert not knows(model)
+    assert not has_reply(model)
     file.unlink()
     assert recall(model, "q") is None
     file.write_bytes(whole)
@@ -126,10 +126,10 @@ def test_refusals_are_not_kept(model: Path) -> None:
     content = json.loads((model / "processor_config.json").read_text())
     (model / "processor_config.json").write_text(json.dumps(content | {"patch_size": None}))
     assert inspect(model, **REQUEST).failure
-    assert not knows(model)
+    assert not has_reply(model)
     with pytest.raises(CheckpointError, match="cannot read its config"):
         check_config_class("LlavaConfig", {"vision_feature_layer": {"a": "b"}}, "m", model)
-    assert not knows(model)
+    assert not has_reply(model)
 
 
 def test_the_model_of_a_command_line() -> None:

@@ -25,7 +25,7 @@ from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving import check, comparison, preflight
 from exporter.serving.check import EngineRun
-from exporter.serving.comparison import Session, judge
+from exporter.serving.comparison import CheckSettings, judge
 from exporter.serving.launch import Program
 from exporter.tasks.sample import Sample
 from tests.children import running_command
@@ -120,7 +120,7 @@ def answered_engine(cpuinfo: Path) -> None:
     """An engine that answers as the reference does, on this CPU; then memory ends."""
 
     def run(
-        folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
+        folder: Path, artifact: Artifact, samples: Sequence[Sample], session: CheckSettings, log: Path, note: str = ""
     ) -> EngineRun:
         processor = load_processor(folder)
         replies = replies_of(comparison.Reference(artifact, processor, choose("cpu")), artifact, processor, samples)
@@ -174,7 +174,7 @@ def test_the_replies_of_the_engine_are_compared_in_the_memory_that_there_is(
     monkeypatch.setattr(comparison, "Reference", Full)
     monkeypatch.setattr(comparison, "reference_placements", lambda artifact, device: placements)
     received: list[Event] = []
-    session = Session(Program("vllm", "0.32.0+cpu", cpu=True), cpu, received.append)
+    session = CheckSettings(Program("vllm", "0.32.0+cpu", cpu=True), cpu, received.append)
     if fitting:
         compared, _, problems = judge(artifact, samples, replies, None, processor, session)
         assert compared is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exporter.report import charts, plots
-from exporter.study import pictures
+from exporter.study import study_plots
 from exporter.study.importance import Importance, MarginalChange, Shares
 from exporter.study.records import PlottedSetting, ScoredSetting
 from exporter.study.table import Table
@@ -104,7 +104,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of every picture of a study: figure, file name, title, text."""
     pytest.importorskip("matplotlib")
     drawn: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(pictures, "encode_figure", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(study_plots, "encode_figure", lambda *arguments: drawn.append(arguments))
     return drawn
 
 
@@ -128,7 +128,7 @@ def point(size: float, share: float, error: float | None = None) -> PlottedSetti
 
 def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[Any, ...]]) -> None:
     series = {"grid": [point(4, 0.9, 0.05), point(2, 0.5), point(4, 0.8)], "choices": [point(3, 0.95)]}
-    pictures.pareto(series, {"paper": [point(8, 1.0)]}, "choices")
+    study_plots.pareto(series, {"paper": [point(8, 1.0)]}, "choices")
     (whole, name, _, about), (upper, upper_name, title, upper_about) = figures
     (axes,) = whole.axes
     assert [curve for curve in curves(axes) if max(y for _, y in curve) in (0.9, 0.95, 1.0)] == [
@@ -151,9 +151,9 @@ def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[An
 
 
 def test_the_text_of_a_long_front_names_some_of_its_points(figures: list[tuple[Any, ...]]) -> None:
-    pictures.pareto({"grid": [point(i, i / 20) for i in range(1, 13)]}, {}, "")
+    study_plots.pareto({"grid": [point(i, i / 20) for i in range(1, 13)]}, {}, "")
     assert figures[0][3].count("bits per weight") == 6
-    assert pictures.share_text(point(4, 0.9, 0.05)) == "90.0% ± 5.0% at 4.00 bits per weight"
+    assert study_plots.share_text(point(4, 0.9, 0.05)) == "90.0% ± 5.0% at 4.00 bits per weight"
 
 
 def test_importance_is_a_bar_per_component_and_region(figures: list[tuple[Any, ...]]) -> None:
@@ -162,7 +162,7 @@ def test_importance_is_a_bar_per_component_and_region(figures: list[tuple[Any, .
         for consensus in ({"vision": 70.4, "language": 30.0}, {"vision": 60.0})
     ]
     for inside in (shares[1], None):
-        pictures.importance_bars(Importance("score", 1.0, shares[0], {}, inside, {}), "gptq")
+        study_plots.importance_bars(Importance("score", 1.0, shares[0], {}, inside, {}), "gptq")
     (both, name, title, about), (alone, *_) = figures
     (axes,) = both.axes
     expected = [(-0.2, 70.4), (0.8, 30.0), (0.2, 60.0), (1.2, 0.0)]
@@ -179,7 +179,7 @@ def test_importance_is_a_bar_per_component_and_region(figures: list[tuple[Any, .
 def test_changes_per_bit_are_in_percent_with_errors(figures: list[tuple[Any, ...]]) -> None:
     marginal = {"vision": (MarginalChange(3, -0.2, 0.05, 2), MarginalChange(8, 0.01, 0.02, 2)), "qformer": ()}
     shares = Shares({}, {}, {}, {}, 1.0, 1.0, rows=40)
-    pictures.marginal_lines(Importance("score", 1.0, shares, {}, shares, marginal), "gptq")
+    study_plots.marginal_lines(Importance("score", 1.0, shares, {}, shares, marginal), "gptq")
     ((figure, name, _, about),) = figures
     (axes,) = figure.axes
     lines = curves(axes)
@@ -198,8 +198,8 @@ def alone(place: str, bits: int, kl: float) -> ScoredSetting:
 def test_sensitivity_has_a_row_per_place_and_the_smallest_divergence(figures: list[tuple[Any, ...]]) -> None:
     settings = [alone("v0", 4, 0.5), alone("v0", 4, 0.2), alone("l0", 4, 0.8), alone("l0", 2, 3.0), alone("l1", 2, 0.0)]
     other = ScoredSetting("full", "a", {"name": "full"}, 1, 16.0, 0.1, 0.1, {"kl": 9.0})
-    pictures.sensitivity([*settings, other])
-    pictures.sensitivity(settings[:2])
+    study_plots.sensitivity([*settings, other])
+    study_plots.sensitivity(settings[:2])
     ((figure, name, _, about), (short, _, _, short_about)) = figures
     (axes,) = figure.axes
     assert curves(axes)[:2] == [[(3.0, 1), (1e-6, 2)], [(0.2, 0), (0.8, 1)]]
@@ -217,7 +217,7 @@ def test_sensitivity_has_a_row_per_place_and_the_smallest_divergence(figures: li
 def test_a_heat_map_has_a_cell_per_pair_of_bits(figures: list[tuple[Any, ...]]) -> None:
     bits = np.array([[2, 4], [2, 8], [4, 4], [4, 8], [4, 8]])
     scores = np.array([0.1, 0.2, 0.3, 0.9, 0.7])
-    pictures.heat_maps(Table(("vision", "language"), bits.astype(float), scores, "score"), "gptq")
+    study_plots.heat_maps(Table(("vision", "language"), bits.astype(float), scores, "score"), "gptq")
     ((figure, name, title, about),) = figures
     axes = figure.axes[0]
     assert words(axes.texts) == ["0.100", "0.200", "0.300", "0.800"]
@@ -227,8 +227,8 @@ def test_a_heat_map_has_a_cell_per_pair_of_bits(figures: list[tuple[Any, ...]]) 
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("language bits", "vision bits")
     assert (name, title) == ("heat-vision-language-gptq.png", "score by bits, gptq")
     assert about == "score from 0.100 to 0.800 over vision and language bits"
-    pictures.heat_maps(Table(("vision", "language"), bits[:2].astype(float), scores[:2], "score"), "gptq")
-    pictures.heat_maps(Table(("vision", "language"), bits[[0, 2]].astype(float), scores[:2], "score"), "gptq")
+    study_plots.heat_maps(Table(("vision", "language"), bits[:2].astype(float), scores[:2], "score"), "gptq")
+    study_plots.heat_maps(Table(("vision", "language"), bits[[0, 2]].astype(float), scores[:2], "score"), "gptq")
     assert len(figures) == 1  # neither has two bit widths of both
     assert not any(spine.get_visible() for key, spine in axes.spines.items() if key in ("top", "right"))
 

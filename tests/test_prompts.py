@@ -244,7 +244,7 @@ def test_check_and_the_example_of_serve_use_the_artifacts_prompts(
 ) -> None:
     opened, program = Artifact.open(artifact), Program("vllm", "0.32.0", cpu=False)
     monkeypatch.setattr(check, "Engine", StubEngine)
-    session = check.Session(program, CPU, lambda _: None, 1, (), 1.0, 0.015, None, None)
+    session = check.CheckSettings(program, CPU, lambda _: None, 1, (), 1.0, 0.015, None, None)
     check._run_engine(artifact, opened, questions(artifact, (), 1), session, tmp_path / "log")
     (text, longest), *_ = StubEngine.asked
     assert text.endswith('Reply in {"one"} word.')

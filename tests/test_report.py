@@ -353,7 +353,7 @@ def test_missing_data_is_an_error_only_if_it_was_passed(out: Path, tmp_path: Pat
 
 
 def test_the_page_shows_a_study(out: Path, tmp_path: Path) -> None:
-    from tests.test_study_pictures import choices_in
+    from tests.test_study_plots import choices_in
 
     choices_in(tmp_path)
     file = tmp_path / "with.html"

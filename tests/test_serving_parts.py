@@ -16,7 +16,7 @@ from exporter.events import Event
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.serving import check, comparison, launch, memory_watch, plugin, request_load, speed, vllm_engine
-from exporter.serving.comparison import Control, DoubledRun, Session, distance_problems
+from exporter.serving.comparison import CheckSettings, Control, DoubledRun, distance_problems
 from exporter.serving.launch import Launch, Program
 from exporter.serving.reference import Distance, EngineComparison
 from exporter.serving.request_load import LoadResult, TimedAnswer
@@ -292,7 +292,7 @@ def test_the_reference_runs_with_less_where_memory_is_short(monkeypatch: pytest.
     monkeypatch.setattr(comparison, "reference_placements", lambda *_: [(device, "torch.float32"), (device, bfloat16)])
     monkeypatch.setattr(comparison.Artifact, "open", lambda folder: folder)
     artifact: Any = SimpleNamespace(parameters=lambda: 2**30)
-    session = Session(GPU, device, events.append)
+    session = CheckSettings(GPU, device, events.append)
 
     def judged(replies: list[Any], doubled: DoubledRun | None = None) -> Any:
         return comparison.judge(artifact, [], replies, doubled, None, session)

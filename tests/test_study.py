@@ -24,13 +24,13 @@ from exporter.planning.plan import Unit
 from exporter.planning.recipe import Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.workdir import UnitResult
-from exporter.study import exam, pool, search_exam, work
-from exporter.study.grid import Grid, Point, parse_grid, points
+from exporter.study import exam, pool, retrieval_exam, work
+from exporter.study.grid import Grid, Setting, parse_grid, settings_of
 from exporter.study.prepare import base_recipe
 from exporter.study.records import ERROR, FILE, SAMPLES, Records, ScoredSetting, comparable, last_exam, read_records
 from exporter.study.remote import ray_pool
 from exporter.study.run import Outcome, keys_of_run, run
-from exporter.study.setting import Setting, changes
+from exporter.study.setting_tensors import SettingTensors, changes
 from exporter.study.show import outcome_page
 from exporter.study.table import read_table
 from exporter.study.units import units_of
@@ -58,9 +58,9 @@ def grid(**content: Any) -> Grid:
     return parse_grid({"methods": ["rtn"], **content}, "a test")
 
 
-def settings(a_grid: Grid) -> list[Point]:
+def settings(a_grid: Grid) -> list[Setting]:
     model = open_model(setup_in(Path("unused")))
-    return points(a_grid, model.family, model.checkpoint.config)[0]
+    return settings_of(a_grid, model.family, model.checkpoint.config)[0]
 
 
 def test_a_product_has_every_combination_once() -> None:
@@ -74,14 +74,14 @@ def test_a_product_has_every_combination_once() -> None:
 def test_blocks_and_roles_become_rules_and_choices_without_linears_are_reported() -> None:
     model = open_model(setup_in(Path("unused")))  # two blocks: they are its front and its middle
     axis = {"bits": [4, 16], "blocks": ["front", "end", "front+middle"], "roles": ["all", "mlp"]}
-    grid_points, notes = points(
+    grid_settings, notes = settings_of(
         grid(components={"vision": axis}, combine="alone"), model.family, model.checkpoint.config
     )
-    assert [(point.rules[0].blocks, point.rules[0].role) for point in grid_points[:2]] == [
+    assert [(point.rules[0].blocks, point.rules[0].role) for point in grid_settings[:2]] == [
         ("front", None),
         ("front", "mlp"),
     ]
-    assert [len(point.rules) for point in grid_points] == [1, 1, 2, 2, 0]
+    assert [len(point.rules) for point in grid_settings] == [1, 1, 2, 2, 0]
     assert len(notes) == 2
     assert "no linear in blocks end" in notes[0]
 
@@ -90,10 +90,10 @@ def test_a_grid_without_settings_or_with_lists_of_unequal_length_is_an_error() -
     model = open_model(setup_in(Path("unused")))
     nowhere = grid(components={"vision": {"bits": [4], "blocks": ["5:9"]}}, combine="alone")
     with pytest.raises(RecipeError, match="no setting: vision has no linear in blocks 5:9 with role all"):
-        points(nowhere, model.family, model.checkpoint.config)
+        settings_of(nowhere, model.family, model.checkpoint.config)
     uneven = grid(components={"vision": {"bits": [3, 4]}, "language": {"bits": [4]}}, combine="together")
     with pytest.raises(RecipeError, match="vision 2, language 1"):
-        points(uneven, model.family, model.checkpoint.config)
+        settings_of(uneven, model.family, model.checkpoint.config)
 
 
 def test_together_gives_all_components_the_same_choice() -> None:
@@ -133,7 +133,7 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
     """Compare with a simple implementation that rounds each weight separately."""
     setup = setup_in(tmp_path)
     rules = (Rule(component="vision", bits=3, role="mlp"), Rule(component="language", bits=4, blocks="front"))
-    run(setup, [Point(rules, (("vision_bits", 3),))], pool.inline, ignore)
+    run(setup, [Setting(rules, (("vision_bits", 3),))], pool.inline, ignore)
     model = open_model(setup)
     plan = model.plan(rules)
     keys = keys_of_run(setup, model, ignore)
@@ -183,7 +183,7 @@ def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> Non
         rules = tuple(
             Rule(component=name, bits=4, method=method, options=QUICK[method]) for name in ("vision", "language")
         )
-        point = Point(rules, (("vision_bits", 4), ("language_bits", 4)))
+        point = Setting(rules, (("vision_bits", 4), ("language_bits", 4)))
         shared, exact = (
             run(setup_in(tmp_path / method, sequential=way), [point], pool.inline, ignore).settings[0].scores["kl"]
             for way in (False, True)
@@ -245,7 +245,7 @@ def test_exact_replies_equal_greedy_answers() -> None:
         right = [answer == sample.references[0] for answer, sample in zip(answers, samples, strict=True)]
         assert forced[f"{task} exact"] == pytest.approx(sum(right) / len(right))
     assert 0 < forced["captioning exact"] < 1
-    assert model_examiner.grade(Setting((), unread))["kl"] == 0  # the full-precision weights are restored
+    assert model_examiner.grade(SettingTensors((), unread))["kl"] == 0  # the full-precision weights are restored
 
 
 def unread(unit: Unit) -> UnitResult:
@@ -253,7 +253,7 @@ def unread(unit: Unit) -> UnitResult:
     raise AssertionError(unit)
 
 
-class Rounded(Setting):
+class Rounded(SettingTensors):
     """A setting of given tensors instead of stored units."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -276,7 +276,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
     setup = Setup(tmp_path, recipe, samples=3, batch=2, device="cpu")
     vision, other = Rule(component="vision", bits=3), Rule(component=component, bits=2, store="dequantized")
     rules: list[tuple[Rule, ...]] = [(vision, other), (), (vision,)]
-    points = [Point(setting_rules, (("setting", i),)) for i, setting_rules in enumerate(rules)]
+    points = [Setting(setting_rules, (("setting", i),)) for i, setting_rules in enumerate(rules)]
     expected = [setting.scores for setting in run(setup, points, pool.inline, ignore).settings]
     assert expected[0]["kl"] > expected[2]["kl"] > expected[1]["kl"] == 0
     whole = whole_model(
@@ -296,7 +296,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
 
 
 def alone(
-    setting: Setting, read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
+    setting: SettingTensors, read: Callable[[Unit], UnitResult], living: list[tuple[str, weakref.ref[UnitResult]]]
 ) -> Callable[[Unit], UnitResult]:
     """A reader of units that asserts that no unit of another block is in memory."""
 
@@ -418,7 +418,7 @@ def test_the_score_of_a_retrieval_model_is_the_recall_of_its_answers(
     recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
     setup = Setup(tmp_path, recipe, samples=8, batch=8, device="cpu")
     broken = (Rule(component="qformer", bits=2),)
-    both = [Point((), (("qformer_bits", 16),)), Point(broken, (("qformer_bits", 2),))]
+    both = [Setting((), (("qformer_bits", 16),)), Setting(broken, (("qformer_bits", 2),))]
     full, worse = (setting.scores for setting in run(setup, both, pool.inline, ignore).settings)
     assert set(worse) == {
         *(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")),
@@ -445,9 +445,9 @@ def test_divergence_of_candidates_is_the_mean_over_queries() -> None:
     for a, b in ((truth[:2], other[:2]), (truth[2:4], other[2:4])):
         p, q = ([math.exp(v) for v in x.tolist()] for x in (a, b))
         slow += sum(x / sum(p) * math.log(x / sum(p) / (y / sum(q))) for x, y in zip(p, q, strict=True)) / 2
-    assert search_exam.divergence(truth[:4], other[:4], [2, 2]) == pytest.approx(slow, rel=1e-5)
+    assert retrieval_exam.divergence(truth[:4], other[:4], [2, 2]) == pytest.approx(slow, rel=1e-5)
     assert (
-        1000 < search_exam.divergence(truth, other, [2, 3]) < math.inf
+        1000 < retrieval_exam.divergence(truth, other, [2, 3]) < math.inf
     )  # scores that are not finite give a large finite divergence
 
 

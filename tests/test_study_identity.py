@@ -20,7 +20,7 @@ from exporter.planning.recipe import Rule
 from exporter.quantization import identity
 from exporter.quantization.workdir import LOCK
 from exporter.study import pool
-from exporter.study.grid import Point
+from exporter.study.grid import Setting
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Records, checksum
 from exporter.study.run import Outcome, keys_of_run, run
@@ -30,8 +30,8 @@ from tests.test_identity import another_picture, appended, edit_config, edit_lin
 from tests.tiny_models import QUICK
 
 POINTS = [
-    Point((), (("language_bits", 16),)),
-    Point(
+    Setting((), (("language_bits", 16),)),
+    Setting(
         (Rule(component="language", bits=3, method="gptq", blocks="0:1", options=QUICK["gptq"]),),
         (("language_bits", 3),),
     ),
@@ -230,7 +230,7 @@ class Meddling:
     ("function", "message"),
     [
         ("make_units", "the calibration data changed while the study ran"),
-        ("score_point", "that settings are scored on changed while the study ran"),
+        ("score_setting", "that settings are scored on changed while the study ran"),
     ],
 )
 def test_data_that_changes_during_a_study_is_an_error(function: str, message: str, root: Path) -> None:
@@ -240,7 +240,7 @@ def test_data_that_changes_during_a_study_is_an_error(function: str, message: st
 
 
 def test_a_model_that_changes_during_a_study_is_an_error(root: Path) -> None:
-    meddling = Meddling(lambda: flip_signs_in_place(root), "score_point")
+    meddling = Meddling(lambda: flip_signs_in_place(root), "score_setting")
     with pytest.raises(CheckpointError, match="changed while the study ran"):
         run(setup_of(root), POINTS, meddling, ignore)
 

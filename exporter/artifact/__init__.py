@@ -1,6 +1,6 @@
 """The artifact folder: write it, open it, verify it.
 
 Enters: finished units, the plan, the source checkpoint.
-Leaves: a folder that vLLM opens, its manifest, and a `Verified`.
+Leaves: a folder that vLLM opens, its manifest, and a `Verification`.
 May import: quantization, planning, inference, model, tasks, formats, numerics, files.
 """

@@ -40,7 +40,7 @@ from exporter.files.file_hashes import sha256
 from exporter.files.shard_writer import SHARD_BYTES, sync_folder
 from exporter.files.writing import disk_error, write_text
 from exporter.formats import FORMATS, read_groups
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.model.processor_files import processor_files
@@ -183,7 +183,7 @@ class Artifact:
 
     checkpoint: Checkpoint
     manifest: Manifest
-    groups: tuple[Group, ...]
+    groups: tuple[ConfigGroup, ...]
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -277,7 +277,7 @@ class Artifact:
         return self.checkpoint.read(name)
 
 
-def described_groups(format_name: str, config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
+def described_groups(format_name: str, config: Mapping[str, Any], where: str) -> tuple[ConfigGroup, ...]:
     """Read the schemes from an artifact's config.json; ArtifactError when they do not fit the format.
 
     where: name of the artifact for the error.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporter.formats import FORMATS
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.model.families import Component
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import Scheme
@@ -48,14 +48,14 @@ def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed | dict.fromkeys(keys, dtype)
 
 
-def groups(plan: Plan) -> list[Group]:
+def groups(plan: Plan) -> list[ConfigGroup]:
     """One group per scheme of the packed linears, in plan order."""
     packed = [row for row in plan.rows if row.decision == "packed"]
     schemes: dict[Scheme, list[PlanRow]] = {}
     for row in packed:
         assert row.scheme is not None
         schemes.setdefault(row.scheme, []).append(row)
-    return [Group(scheme, tuple(_patterns(plan, rows))) for scheme, rows in schemes.items()]
+    return [ConfigGroup(scheme, tuple(_patterns(plan, rows))) for scheme, rows in schemes.items()]
 
 
 def kept_modules(plan: Plan) -> list[str]:

@@ -161,7 +161,7 @@ class ServingVerdict(Document):
 
 
 class Manifest(Document):
-    """The whole file.
+    """Content of an artifact's `mmq_manifest.json`.
 
     files: every file of the artifact except manifest, report and card -> sha256. linears: packed linear -> `digest` of
     its integers. errors: quantized linear -> relative error. units: quantized blocks, in order. shards: weight files,

@@ -104,7 +104,13 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
 @samples_seed_option
 @prompt_option
 @max_new_tokens_option
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="allocated.yaml", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="allocated.yaml",
+    show_default=True,
+    help="Recipe to write.",
+)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [studies/MODEL].")
 @workers_option
 @ray_option

@@ -15,6 +15,7 @@ from exporter.commands.data_check import data
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
+    calibration_device_option,
     data_option,
     device_option,
     eval_batch_option,
@@ -87,7 +88,7 @@ def cli() -> None:
 @click.option(
     "--work", type=click.Path(path_type=Path), help="Folder of finished blocks [OUT.work, removed at the end]."
 )
-@device_option
+@calibration_device_option
 @data_option
 @click.option("--seed", type=click.IntRange(min=0), help="Seed that selects calibration samples [the recipe's].")
 @samples_option

@@ -16,13 +16,14 @@ from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShor
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
-    "--model", metavar="MODEL", help=f"Hub id, local folder, {' or '.join(MODELS)} [the recipe's model]."
+    "--model", metavar="MODEL", help=f"Hub id, local folder, {', '.join(MODELS)} [the recipe's model]."
 )
 revision_option = click.option("--revision", metavar="REV", help="Commit, tag or branch on the hub.")
 adapter_option = click.option(
     "--adapter", metavar="DIR", help="LoRA adapter in peft's format, merged into the full-precision model."
 )
-device_option = click.option(
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+calibration_device_option = click.option(
     "--device",
     default="auto",
     show_default=True,

@@ -6,8 +6,8 @@ import click
 
 from exporter.commands.options import (
     adapter_option,
+    calibration_device_option,
     data_option,
-    device_option,
     eval_batch_option,
     eval_samples_option,
     json_option,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @model_option
 @revision_option
 @adapter_option
-@device_option
+@calibration_device_option
 @samples_option
 @eval_samples_option
 @eval_batch_option

@@ -249,14 +249,14 @@ def check(
     from exporter.device import choose
     from exporter.pipeline.serving_check import check_artifact, program_for, questions
     from exporter.serving.check import as_plain
-    from exporter.serving.comparison import Session
+    from exporter.serving.comparison import CheckSettings
     from exporter.serving.reference import BOUND
 
     program = program_for(artifact, options["vllm"])
     bound = BOUND if options["bound"] is None else options["bound"]
     samples = questions(artifact, places(data), options["questions"])
     with ProgressDisplay(as_json) as listen:
-        session = Session(
+        session = CheckSettings(
             program,
             choose(device),
             listen,

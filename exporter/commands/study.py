@@ -139,7 +139,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
     from exporter.events import notice
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
-    from exporter.study.grid import points, read_grid
+    from exporter.study.grid import read_grid, settings_of
     from exporter.study.prepare import refuse_places
     from exporter.study.run import run
     from exporter.study.work import open_model
@@ -148,16 +148,16 @@ def measure(options: dict[str, Any]) -> "Outcome":
     model = open_model(setup)
     refuse_places(setup.folder, model.checkpoint, setup.places)
     grid = read_grid(options["grid"]) if options["grid"] else grid_of(options, model.family)
-    grid_points, notes = points(grid, model.family, model.checkpoint.config)
+    grid_settings, notes = settings_of(grid, model.family, model.checkpoint.config)
     try:
         with (
             ProgressDisplay(options["as_json"]) as listen,
             hold(setup.folder / LOCK, setup.folder, on_event=listen),
-            open_pool(options, model.device.is_cuda, len(grid_points)) as pool,
+            open_pool(options, model.device.is_cuda, len(grid_settings)) as pool,
         ):
             for note in notes:
                 listen(notice(note))
-            return run(setup, grid_points, pool, listen)
+            return run(setup, grid_settings, pool, listen)
     except KeyboardInterrupt:
         message = f"stopped; finished results are kept in {setup.folder}"
         raise Interrupted(message, "run the same command again to resume") from None
@@ -282,13 +282,13 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
       mmq study plots studies/llava-1.5-7b-hf --paper llava_gptq_gqa.csv --out plots
     """
     from exporter.files.writing import make_folder
-    from exporter.study.gallery import gather, write_page, write_pictures
+    from exporter.study.gallery import gather, write_page, write_plots
 
     target = out or folder / "plots"
     make_folder(target)
     notes: list[str] = []
-    pictures = gather(folder, score, papers, notes.append)
-    files = [*write_pictures(pictures, target), write_page(pictures, folder, target / "study.html", score)]
+    plots = gather(folder, score, papers, notes.append)
+    files = [*write_plots(plots, target), write_page(plots, folder, target / "study.html", score)]
     paths = [str(path) for path in files]
     lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in paths)]
     print_result({"files": paths, "notes": notes} if as_json else "\n".join(lines))

@@ -32,7 +32,7 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP"
 
 
 @dataclass(frozen=True)
-class Copy:
+class HubDataset:
     """A data set on the hub. splits: mmq's split -> its split."""
 
     repo: str
@@ -40,11 +40,15 @@ class Copy:
 
 
 # Splits as listed on the data sets' cards.
-COPIES: dict[str, Copy] = {
-    "coco": Copy("lmms-lab/COCO-Caption2017", {"test": "val"}),
-    "flickr30k": Copy("umaru97/flickr30k_train_val_test", {"train": "train", "validation": "val", "test": "test"}),
-    "vqav2": Copy("lmms-lab/VQAv2", {"test": "validation"}),
-    "gqa": Copy("Mineru/GQA", {"train": "train_balanced", "validation": "val_balanced", "test": "testdev_balanced"}),
+HUB_DATASETS: dict[str, HubDataset] = {
+    "coco": HubDataset("lmms-lab/COCO-Caption2017", {"test": "val"}),
+    "flickr30k": HubDataset(
+        "umaru97/flickr30k_train_val_test", {"train": "train", "validation": "val", "test": "test"}
+    ),
+    "vqav2": HubDataset("lmms-lab/VQAv2", {"test": "validation"}),
+    "gqa": HubDataset(
+        "Mineru/GQA", {"train": "train_balanced", "validation": "val_balanced", "test": "testdev_balanced"}
+    ),
 }
 USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test", "validation", "val")}
 COLUMNS: dict[str, tuple[str, ...]] = {  # role -> column names; the first existing one is used
@@ -59,8 +63,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # role -> column names; the first exist
 
 def repo_of(name: str) -> str | None:
     """`vqav2` or `ORG/NAME@REVISION` -> the data set's id on the hub; None for a local folder."""
-    if name in COPIES:
-        return COPIES[name].repo
+    if name in HUB_DATASETS:
+        return HUB_DATASETS[name].repo
     repo = name.partition("@")[0]
     local = name.startswith((".", "/", "~")) or Path(name).is_dir()
     return repo if repo.count("/") == 1 and not local else None
@@ -78,9 +82,9 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     DataError if `datasets` is not installed, the data set is unreachable or lacks a column, or a cached file changed.
     """
     name = path.as_posix()
-    copy = COPIES.get(name)
+    copy = HUB_DATASETS.get(name)
     if copy is None and name in CONVENTIONS and not path.is_dir():
-        raise DataError(f"mmq knows no copy of {name} on the hub", f"use {name}:FOLDER, or hub:ORG/NAME")
+        raise DataError(f"mmq has no address for {name} on the hub", f"use {name}:FOLDER, or hub:ORG/NAME")
     if copy and split not in copy.splits:
         raise DataError(f"hub:{name} has no split '{split}'", f"it has {', '.join(copy.splits)}; or use {name}:FOLDER")
     local = path.expanduser().resolve()

@@ -11,6 +11,7 @@ from exporter.artifact.output import updating
 from exporter.data import image_key
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
+from exporter.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from exporter.evaluation.evaluation_record import Bootstrap, EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
 from exporter.evaluation.judge import judge
@@ -24,7 +25,6 @@ from exporter.evaluation.report_file import (
     read_report,
     write_report,
 )
-from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.events import Listener, notice
 from exporter.planning.recipe import Gate, Recipe
 from exporter.tasks import TASKS, main_metric, measured, retrieval

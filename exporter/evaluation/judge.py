@@ -7,15 +7,15 @@ edited.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from exporter.evaluation.gates import Overall, interval_verdict, worst
-from exporter.evaluation.report_file import Counts, GateResult, Measure, MetricScores, StoredDifference, TaskScores
-from exporter.evaluation.statistics import (
+from exporter.evaluation.bootstrap import (
     Difference,
     gate_interval,
     paired_bootstrap,
     samples_to_exclude,
     samples_to_resolve,
 )
+from exporter.evaluation.gates import Overall, interval_verdict, worst
+from exporter.evaluation.report_file import Counts, GateResult, Measure, MetricScores, StoredDifference, TaskScores
 from exporter.planning.recipe import Gate
 from exporter.tasks import main_metric
 

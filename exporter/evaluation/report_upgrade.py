@@ -7,8 +7,8 @@ the drops and derives verdicts from the stored intervals. Keys that version 1 la
 from collections.abc import Mapping
 from typing import Any
 
+from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.evaluation.gates import interval_verdict, worst
-from exporter.evaluation.statistics import Difference, gate_interval
 
 ANSWERED = ("task", "id", "question", "references", "before", "after", "kind", "image", "file", "scores")
 PARTS = ("by_kind", "corpus", "counts", "evaluation")

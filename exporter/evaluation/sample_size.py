@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exporter.evaluation.statistics import ASSUMED_SD, POINT, half_width, samples_to_exclude, samples_to_resolve
+from exporter.evaluation.bootstrap import ASSUMED_SD, POINT, half_width, samples_to_exclude, samples_to_resolve
 from exporter.planning.recipe import Recipe
 from exporter.tasks import retrieval, vqa
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from exporter.formats import autoawq, autogptq, compressed_tensors
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class Format(Protocol):
         """The inverse of `pack`."""
 
     def quantization_config(
-        self, groups: Sequence[Group], unquantized: Sequence[str], kv_cache: str | None = None
+        self, groups: Sequence[ConfigGroup], unquantized: Sequence[str], kv_cache: str | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
         unquantized: names of linears in 16 bits. kv_cache: a key of `KV_CACHES`.
         """
 
-    def read_config(self, config: Mapping[str, Any]) -> list[Group]:
+    def read_config(self, config: Mapping[str, Any]) -> list[ConfigGroup]:
         """The groups of a `quantization_config`."""
 
 
@@ -68,7 +68,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def read_groups(format_name: str, config: Mapping[str, Any]) -> list[Group]:
+def read_groups(format_name: str, config: Mapping[str, Any]) -> list[ConfigGroup]:
     """The groups of an artifact from its config.json; none when all linears are dequantized.
 
     LookupError, TypeError, AttributeError or ValueError when the config does not describe groups of this format.
@@ -80,7 +80,7 @@ def read_groups(format_name: str, config: Mapping[str, Any]) -> list[Group]:
     return groups
 
 
-def _refuse_invalid(group: Group) -> None:
+def _refuse_invalid(group: ConfigGroup) -> None:
     """ValueError when a group that was read from an untrusted config has values that no scheme has."""
     scheme = group.scheme
     if type(scheme.bits) is not int or not 2 <= scheme.bits <= 8:

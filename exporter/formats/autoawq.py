@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import ArtifactError
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.numerics.bit_packing import pack_bits, packed_words, unpack_bits
 from exporter.numerics.quantized import GroupSize, QuantizedLinear, Scheme
 
@@ -87,7 +87,7 @@ def _reordered(values: Tensor, order: list[int]) -> Tensor:
 
 
 def quantization_config(
-    groups: Sequence[Group], unquantized: Sequence[str], kv_cache: str | None = None
+    groups: Sequence[ConfigGroup], unquantized: Sequence[str], kv_cache: str | None = None
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. unquantized: exact names (no patterns) of linears in 16 bits.
 
@@ -110,7 +110,7 @@ def _size(scheme: Scheme) -> int:
     return scheme.group_size if isinstance(scheme.group_size, int) else -1
 
 
-def read_config(config: Mapping[str, Any]) -> list[Group]:
+def read_config(config: Mapping[str, Any]) -> list[ConfigGroup]:
     """The single group of a `quantization_config`: every linear, asymmetric (the format has no symmetric schemes)."""
     size: GroupSize = "row" if config["group_size"] == -1 else int(config["group_size"])
-    return [Group(Scheme(4, size, symmetric=False), ("re:.*",))]
+    return [ConfigGroup(Scheme(4, size, symmetric=False), ("re:.*",))]

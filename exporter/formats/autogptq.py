@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import ArtifactError
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.lazy_torch import torch
 from exporter.numerics.bit_packing import pack_bits, packed_words, unpack_bits
 from exporter.numerics.quantized import QuantizedLinear, Scheme
@@ -91,7 +91,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def quantization_config(
-    groups: Sequence[Group], unquantized: Sequence[str], kv_cache: str | None = None
+    groups: Sequence[ConfigGroup], unquantized: Sequence[str], kv_cache: str | None = None
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. unquantized: names of linears in 16 bits.
 
@@ -120,7 +120,7 @@ def _rule(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": size, "sym": scheme.symmetric}
 
 
-def read_config(config: Mapping[str, Any]) -> list[Group]:
+def read_config(config: Mapping[str, Any]) -> list[ConfigGroup]:
     """The groups of a `quantization_config`: one per scheme of its `+:` rules, or its base scheme for every linear.
 
     A "tensor" scheme is read as "row", because it is stored that way, and a name is read as a pattern.
@@ -130,7 +130,7 @@ def read_config(config: Mapping[str, Any]) -> list[Group]:
         if not rule.startswith("-:"):
             targets.setdefault(_scheme({**config, **changes}), []).append("re:" + rule.removeprefix("+:"))
     groups = targets or {_scheme(config): ["re:.*"]}
-    return [Group(scheme, tuple(patterns)) for scheme, patterns in groups.items()]
+    return [ConfigGroup(scheme, tuple(patterns)) for scheme, patterns in groups.items()]
 
 
 def _scheme(rule: Mapping[str, Any]) -> Scheme:

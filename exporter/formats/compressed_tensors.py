@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.lazy_torch import torch
 from exporter.numerics.bit_packing import pack_bits, packed_words, unpack_bits
 from exporter.numerics.quantized import BLOCK, QuantizedLinear, Scheme
@@ -153,7 +153,7 @@ def _unpack_floats(weight: Tensor, scale: Tensor, others: Sequence[Tensor], sche
 
 
 def quantization_config(
-    groups: Sequence[Group], unquantized: Sequence[str], kv_cache: str | None = None
+    groups: Sequence[ConfigGroup], unquantized: Sequence[str], kv_cache: str | None = None
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
@@ -172,7 +172,7 @@ def quantization_config(
     }
 
 
-def _group_config(group: Group, with_format: bool) -> dict[str, Any]:
+def _group_config(group: ConfigGroup, with_format: bool) -> dict[str, Any]:
     scheme = group.scheme
     config: dict[str, Any] = {
         "targets": list(group.targets),
@@ -209,10 +209,13 @@ def _strategy(scheme: Scheme) -> dict[str, Any]:
     return strategy | ({"scale_dtype": "torch.uint8"} if scheme.grid else {})
 
 
-def read_config(config: Mapping[str, Any]) -> list[Group]:
+def read_config(config: Mapping[str, Any]) -> list[ConfigGroup]:
     """The groups of a `quantization_config`; a "tensor" scheme is read as "row", because it is stored that way."""
     every = config.get("format")
-    return [Group(_scheme(group, every), tuple(group["targets"])) for group in config.get("config_groups", {}).values()]
+    return [
+        ConfigGroup(_scheme(group, every), tuple(group["targets"]))
+        for group in config.get("config_groups", {}).values()
+    ]
 
 
 def _scheme(group: Mapping[str, Any], layout: Any) -> Scheme:

@@ -57,7 +57,7 @@ class Options(MethodOptions):
 
     @property
     def signed_scales(self) -> bool:
-        """Whether the user wants negative scales."""
+        """Whether the options require negative scales."""
         return self.clip and self.range_ == "signed"
 
     @property
@@ -156,7 +156,7 @@ def quantize_linear(
 
 
 def _range(options: Options, scheme: Scheme) -> Range:
-    """The search of ranges: the one that the user wants, or the best that the scheme has."""
+    """The search of ranges: the one in the options, or the best that the scheme has."""
     if options.range_ in ("mse", "signed"):
         return options.range_
     return "mse" if scheme.grid or scheme.activations else "signed"

@@ -16,7 +16,7 @@ from exporter.model.families import FAMILIES, Family
 MAX_LISTED = 5  # problems of one kind that an error lists
 # Buffers that older versions of transformers stored and newer versions compute from the config and ignore.
 STORED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
-# Architectures that mmq knows and does not support, with the reason.
+# Known architectures that mmq does not support, with the reason.
 REFUSED = {
     "InstructBlipForConditionalGeneration": "vLLM has no InstructBLIP, and its processor needs a second tokenizer",
     "MllamaForConditionalGeneration": "vLLM no longer has Llama 3.2 Vision",
@@ -50,7 +50,7 @@ def _family_of(config: Mapping[str, Any], where: str) -> Family:
         raise PlanError(f"{where}: `architectures` is missing or empty", hint)
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise PlanError(f"{where}: `architectures` must be a list of texts, got {kind(architectures)}", hint)
-    for name in architectures:  # vLLM takes the first one that it knows
+    for name in architectures:  # vLLM takes the first one that it supports
         for family in FAMILIES.values():
             if name in family.architectures:
                 return family

@@ -37,7 +37,7 @@ def recall(folder: Path, question: str) -> InspectionReply | None:
     return _read(_file(folder)).get(question)
 
 
-def knows(folder: Path) -> bool:
+def has_reply(folder: Path) -> bool:
     """Whether a reply is stored for a model folder in its present state."""
     return bool(_read(_file(folder)))
 

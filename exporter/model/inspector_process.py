@@ -210,7 +210,7 @@ def _reason(error: BaseException) -> str:
 
 
 def blame(folder: Path) -> str:
-    """The file because of which a processor cannot be loaded, as far as the libraries tell; empty when unknown."""
+    """The file because of which a processor cannot be loaded; empty when the libraries' errors do not show it."""
     for path in sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.suffix == ".json"):
         try:
             if not isinstance(json.loads(path.read_text("utf-8")), dict):

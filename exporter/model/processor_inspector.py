@@ -23,7 +23,7 @@ from exporter.demo import MODELS
 from exporter.distribution import install_extra
 from exporter.errors import CheckpointError
 from exporter.model.chat_template import Template, parse_template
-from exporter.model.inspection_cache import keep, knows, recall
+from exporter.model.inspection_cache import has_reply, keep, recall
 from exporter.model.processor_files import PATTERNS, missing_files
 
 HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # slow imports that processors rarely need
@@ -145,8 +145,8 @@ def start_helper(model: str | None = None) -> None:
     It is not started for a `model` (an embedded name or a folder) whose replies are in the cache.
     """
     folder = None if model is None else MODELS.get(model, Path(model).expanduser())
-    with suppress(CheckpointError, OSError):  # whoever opens the model says what is wrong with its files
-        if folder and folder.is_dir() and _state(folder) and knows(folder):
+    with suppress(CheckpointError, OSError):  # opening the model reports what is wrong with its files
+        if folder and folder.is_dir() and _state(folder) and has_reply(folder):
             return
     helper()
 
@@ -197,7 +197,7 @@ def _inspect(folder: Path, state: str, question: str) -> Inspection:
 def check_config_class(name: str, config: Mapping[str, Any], where: str, folder: Path) -> None:
     """CheckpointError unless transformers' config class `name` takes a config.json.
 
-    where: its model, for messages. folder: where the model lies, if it is a folder at all.
+    where: its model, for messages. folder: of the model, if it is a local folder.
     """
     request = {"config_class": name, "config": config}
     question = json.dumps(request, sort_keys=True)

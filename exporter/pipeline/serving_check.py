@@ -12,7 +12,7 @@ from exporter.model.processor import load_processor
 from exporter.pipeline.samples import test_sources
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving.check import CheckResult, check, store_result
-from exporter.serving.comparison import Session
+from exporter.serving.comparison import CheckSettings
 from exporter.serving.launch import Program, find_program
 from exporter.serving.preflight import refuse_unserved
 from exporter.tasks.sample import Sample
@@ -35,9 +35,11 @@ def questions(artifact: Path, sources: Sequence[data.SourceSpec], count: int) ->
     return [sample for group in zip(*lists, strict=False) for sample in group][:count]
 
 
-def check_artifact(artifact: Path, samples: Sequence[Sample], session: Session, control: bool = True) -> CheckResult:
+def check_artifact(
+    artifact: Path, samples: Sequence[Sample], settings: CheckSettings, control: bool = True
+) -> CheckResult:
     """Check the answers to `samples`, and store the result in the artifact's report and manifest."""
-    with reading(artifact, session.on_event):
-        checked = check(artifact, samples, load_processor(artifact), session, control=control)
+    with reading(artifact, settings.on_event):
+        checked = check(artifact, samples, load_processor(artifact), settings, control=control)
         store_result(artifact, checked, weights_digest(Artifact.open(artifact)))
     return checked

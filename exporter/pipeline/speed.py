@@ -118,7 +118,7 @@ def _here(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigures
 
 
 def measure_here(request: SpeedRequest, model: str) -> SpeedFigures:
-    """Figures of a model with transformers in this process. One batch stands for several clients."""
+    """Figures of a model with transformers in this process. One batch replaces the requests of several clients."""
     device = choose(request.device)
     samples, settings = questions(request.artifact, request.sources, PICTURES), request.settings
     reset_peak(device)

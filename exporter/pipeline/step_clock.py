@@ -51,7 +51,7 @@ class Clock:
     def step(self, name: str, recovery: str = "") -> Iterator[None]:
         """Measure the `with` block as step `name`. An out-of-memory error inside it becomes a MemoryShortage.
 
-        recovery: sentence for that error that says which finished work remains.
+        recovery: sentence for that error about the finished work that remains.
         """
         self._lap()
         self._open.append(name)

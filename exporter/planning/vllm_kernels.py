@@ -1,7 +1,7 @@
 """Which vLLM kernel runs a scheme, by format and hardware: bits x kernel x architecture (vLLM 0.26-0.33).
 
 Read from vLLM's `_get_scheme_from_parts` (compressed-tensors) and its kernel lists, compared with the choices of 0.32
-in `tests/vllm/`, and tried where docs/measurements/serving-versions.md says so. Group sizes that neither Machete nor
+in `tests/vllm/`, and run in the cases of docs/measurements/serving-versions.md. Group sizes that neither Machete nor
 Marlin supports run with Humming, which supports all; vLLM may use Exllama or Triton instead for float16 or 4 bits.
 """
 

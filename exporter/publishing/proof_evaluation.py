@@ -34,7 +34,7 @@ def evaluation_problems(summary: Summary, report: Report, artifact: Artifact, we
         *_of_weights(summary, report, weights),
         *_of_settings(models[SOURCE], models[ARTIFACT], summary, prompted_as(artifact.family, report)),
         *_of_scoring(report),
-        *_of_data(summary, report),
+        *_of_data(report),
     ]
 
 
@@ -86,7 +86,7 @@ def _of_scoring(report: Report) -> Iterator[str]:
         yield "the report has a pool of retrieval, but no scores of retrieval"
 
 
-def _of_data(summary: Summary, report: Report) -> Iterator[str]:
+def _of_data(report: Report) -> Iterator[str]:
     """Problems unless the report names its data, and names mmq's drawings where its pictures are those."""
     data = report.evaluation.data
     if not data:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from exporter.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from exporter.evaluation.judge import Judgement, judge
 from exporter.evaluation.report_file import Report
-from exporter.evaluation.statistics import CONFIDENCE, RESAMPLES
 from exporter.planning.recipe import Recipe
 from exporter.publishing.proof_answers import RELATIVE_TOLERANCE, answer_problems, same
 from exporter.tasks import TASKS

@@ -1,4 +1,4 @@
-"""Check what a manifest says about the full-precision model: its digest, its name, its adapter.
+"""Check a manifest's record of the full-precision model: its digest, its name, its adapter.
 
 The source's digest is a hash of its config.json, the hashes of its weight files and its dtypes (`Checkpoint.digest`).
 Artifact and manifest hold all three, so an edit of one of them contradicts the digest.

@@ -140,7 +140,7 @@ def _serving_content(serving: ServingRecord) -> dict[str, Any]:
         "passed": serving.passed and not serving.problems,
         "problems": list(serving.problems),
         "rows": rows,
-        "found": serving.model_dump(),
+        "record": serving.model_dump(),
     }
 
 

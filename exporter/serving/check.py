@@ -22,7 +22,7 @@ from exporter.events import Event, notice
 from exporter.inference.openai_client import png
 from exporter.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_classes
-from exporter.serving.comparison import Control, DoubledRun, Session, judge
+from exporter.serving.comparison import CheckSettings, Control, DoubledRun, judge
 from exporter.serving.launch import launch
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.plugin import with_plugin
@@ -67,44 +67,44 @@ class EngineRun:
 
 
 def check(
-    folder: Path, samples: Sequence[Sample], processor: Any, session: Session, control: bool = True
+    folder: Path, samples: Sequence[Sample], processor: Any, settings: CheckSettings, control: bool = True
 ) -> CheckResult:
     """Serve `folder`, send it `samples` and compare; ServeError when the engine does not start or answer."""
     artifact = Artifact.open(folder)
-    refuse_unservable(artifact, hardware(session.program), session.tensor_parallel)
-    refuse_artifact_here(session.program, artifact)
-    component = disturbed_component(artifact, session.disturb)
-    reference_placements(artifact, session.device)  # refuses what is too large before the engine starts
+    refuse_unservable(artifact, hardware(settings.program), settings.tensor_parallel)
+    refuse_artifact_here(settings.program, artifact)
+    component = disturbed_component(artifact, settings.disturb)
+    reference_placements(artifact, settings.device)  # refuses what is too large before the engine starts
     with tempfile.TemporaryDirectory(prefix="mmq-check-") as temporary:
         scratch = Path(temporary)
-        logs = session.logs or scratch
+        logs = settings.logs or scratch
         logs.mkdir(parents=True, exist_ok=True)
-        run = _run_engine(folder, artifact, samples, session, logs / "engine.log")
+        run = _run_engine(folder, artifact, samples, settings, logs / "engine.log")
         logs_schemes = artifact.manifest.format == "compressed_tensors"
         problems = scheme_problems(artifact, run.schemes) if logs_schemes else []
         doubled = None
         if control and component and not problems:
             copy = double_scales(artifact, folder, component, scratch / folder.resolve().name)
             note, log = f" with the scales of {component} doubled", logs / "doubled.log"
-            doubled = DoubledRun(component, copy, _run_engine(copy, artifact, samples, session, log, note).replies)
+            doubled = DoubledRun(component, copy, _run_engine(copy, artifact, samples, settings, log, note).replies)
         compared, control_result = None, None
         if not problems:
-            compared, control_result, problems = judge(artifact, samples, run.replies, doubled, processor, session)
-    return _result(session, run, compared, control_result, problems)
+            compared, control_result, problems = judge(artifact, samples, run.replies, doubled, processor, settings)
+    return _result(settings, run, compared, control_result, problems)
 
 
 def _result(
-    session: Session,
+    settings: CheckSettings,
     run: EngineRun,
     compared: EngineComparison | None,
     control: Control | None,
     problems: Sequence[str],
 ) -> CheckResult:
     return CheckResult(
-        session.program.version,
-        "cpu" if session.program.cpu else "gpu",
+        settings.program.version,
+        "cpu" if settings.program.cpu else "gpu",
         len(run.replies),
-        session.bound,
+        settings.bound,
         compared,
         control,
         dict(Counter(run.schemes.values())),
@@ -115,27 +115,27 @@ def _result(
 
 
 def _run_engine(
-    folder: Path, artifact: Artifact, samples: Sequence[Sample], session: Session, log: Path, note: str = ""
+    folder: Path, artifact: Artifact, samples: Sequence[Sample], settings: CheckSettings, log: Path, note: str = ""
 ) -> EngineRun:
     command = launch(
         folder,
         artifact.checkpoint.config,
-        session.program,
+        settings.program,
         port=free_port(),
         family=artifact.family,
-        tensor_parallel=session.tensor_parallel,
+        tensor_parallel=settings.tensor_parallel,
         kv_cache=artifact.manifest.kv_cache,
-        extra=session.extra,
+        extra=settings.extra,
     )
-    command = with_plugin(command, session.program.version) if needs_plugin(artifact) else command
-    session.on_event(notice(f"starting vllm {session.program.version} on {folder.name}{note}"))
+    command = with_plugin(command, settings.program.version) if needs_plugin(artifact) else command
+    settings.on_event(notice(f"starting vllm {settings.program.version} on {folder.name}{note}"))
     with Engine(command, log, debug=True) as engine:
-        seconds = engine.wait_healthy(session.start_seconds)
+        seconds = engine.wait_healthy(settings.start_seconds)
         replies = []
         for i, sample in enumerate(samples):
             longest = artifact.family.max_new_tokens[task_of(sample)]
             replies.append(engine.ask(prompt_text(artifact.family, sample), png(sample.image()), longest))
-            session.on_event(Event("ask", i + 1, len(samples), folder.name))
+            settings.on_event(Event("ask", i + 1, len(samples), folder.name))
     return EngineRun(replies, engine.schemes(), engine.kernels(), seconds)
 
 

@@ -36,7 +36,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Session:
+class CheckSettings:
     """Settings of a check: vLLM program, start options, device of the reference, event listener.
 
     logs: folder for the engine's `engine.log` and the control's `doubled.log` (None: logs are not kept).
@@ -69,7 +69,7 @@ def judge(
     replies: Sequence[Reply],
     doubled: DoubledRun | None,
     processor: Any,
-    session: Session,
+    settings: CheckSettings,
 ) -> tuple[EngineComparison | None, Control | None, list[str]]:
     """Compare replies with the reference, evaluate the control, and list the problems.
 
@@ -77,7 +77,7 @@ def judge(
     """
 
     def opened(folder: Artifact, placement: tuple[Device, Any]) -> Reference:
-        return Reference(folder, processor, session.device, not session.program.cpu, placement)
+        return Reference(folder, processor, settings.device, not settings.program.cpu, placement)
 
     def judged(placement: tuple[Device, Any]) -> tuple[EngineComparison | None, Control | None, list[str]]:
         reference = opened(artifact, placement)
@@ -87,18 +87,18 @@ def judge(
         if doubled:
             far = reference.distance(samples, doubled.replies)
             del reference
-            release(session.device)
+            release(settings.device)
             restored = opened(Artifact.open(doubled.folder), placement).compare(samples, doubled.replies)
             control = Control(doubled.component, far, restored)
-        return compared, control, distance_problems(compared, control, session.bound)
+        return compared, control, distance_problems(compared, control, settings.bound)
 
-    *others, last = reference_placements(artifact, session.device)
+    *others, last = reference_placements(artifact, settings.device)
     for placement in others:
         if (result := _unless_short(judged, placement)) is not None:
             return result
-        release(session.device)
+        release(settings.device)
         note = f"{STEP} ran out of memory in {placement[1]} on {placement[0].name}: mmq tries it with less"
-        session.on_event(notice(note.replace("torch.", "")))
+        settings.on_event(notice(note.replace("torch.", "")))
     needs = int(artifact.parameters() * last[1].itemsize * ROOM_FOR_ACTIVATIONS)
     with explain_shortage(STEP, last[0], (needs, needs), ADVICE):
         return judged(last)

@@ -63,7 +63,7 @@ def group_members(group: int) -> list[int]:
 
 
 def host_bytes(members: list[int]) -> int | None:
-    """Proportional set size of the processes in bytes; None if the system does not tell."""
+    """Proportional set size of the processes in bytes; None if the system does not report it."""
     sizes = []
     for member in members:
         try:

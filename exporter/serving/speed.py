@@ -71,6 +71,6 @@ def serve_and_measure(
 
 
 def loaded_bytes(log: str) -> int | None:
-    """Bytes of the weights on the device, from vLLM's log; None if it does not tell, or rounds them to zero."""
+    """Bytes of the weights on the device, from vLLM's log; None if the log lacks them or rounds them to zero."""
     sizes = [float(match) for match in LOADED.findall(log)]
     return int(sum(sizes) * 2**30) or None

@@ -18,7 +18,7 @@ from torch import Tensor
 from exporter.inference.predict import Conversations, conversations
 from exporter.model.families import Family
 from exporter.study.records import ERROR, SAMPLES
-from exporter.study.search_exam import Search
+from exporter.study.retrieval_exam import RetrievalExam
 from exporter.tasks import retrieval
 from exporter.tasks.sample import Sample
 
@@ -111,7 +111,7 @@ def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sampl
 
     def exam_of(task: str, task_samples: Sequence[Sample]) -> TaskExam:
         if task == retrieval.NAME:
-            return Search(processor, task_samples, batch)
+            return RetrievalExam(processor, task_samples, batch)
         return Replies(conversations(processor, family, task_samples, batch))
 
     return Exam({task: exam_of(task, task_samples) for task, task_samples in samples.items()})

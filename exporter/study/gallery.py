@@ -8,9 +8,8 @@ from exporter.amounts import size
 from exporter.errors import DataError, did_you_mean
 from exporter.files.writing import atomic, make_folder, write_text
 from exporter.inference.openai_client import data_url
-from exporter.study import pictures
+from exporter.study import study_plots
 from exporter.study.importance import importance, need_forest
-from exporter.study.pictures import Picture
 from exporter.study.records import (
     ERROR,
     FILE,
@@ -25,6 +24,7 @@ from exporter.study.records import (
     read_records,
 )
 from exporter.study.sensitivity import TABLE
+from exporter.study.study_plots import Plot
 from exporter.study.table import SUFFIX, Table, from_rows, read_csv, require_gain
 
 TEMPLATE = "page.html.jinja"
@@ -36,7 +36,7 @@ SIZE = "bpw"  # column of bits per weight in a paper's CSV file
 
 def gather(
     folder: Path, score: str = "score", papers: Sequence[Path] = (), note: Callable[[str], None] = lambda text: None
-) -> list[Picture]:
+) -> list[Plot]:
     """Plots of all results in a study's folder.
 
     papers: CSV files with a column `bpw` and a score, drawn for comparison. note: callback that receives the reason for
@@ -49,16 +49,16 @@ def gather(
     allocations = last_exam(read_records(front)) if front.exists() else []  # allocations of the last run only
     sensitivity_file = folder / f"{TABLE}.sqlite"
     _require_score([*grids, *allocations], score)
-    gallery: list[Picture] = []
+    gallery: list[Plot] = []
     for label, table in _tables(grids, score):
-        gallery += pictures.heat_maps(table, label)
+        gallery += study_plots.heat_maps(table, label)
         gallery += _importance(table, label, note)
     series = _series(grids, allocations, score)
     paper_series = {f"paper: {path.stem}": paper_points(path) for path in papers}
     if series or paper_series:
-        gallery += pictures.pareto(series, paper_series, ALLOCATED)
+        gallery += study_plots.pareto(series, paper_series, ALLOCATED)
     if sensitivity_file.exists():
-        gallery.append(pictures.sensitivity(last_exam(read_records(sensitivity_file))))
+        gallery.append(study_plots.sensitivity(last_exam(read_records(sensitivity_file))))
     if not gallery:
         raise DataError(f"{folder} contains no study", "run `mmq study` or `mmq allocate` first")
     return gallery
@@ -80,7 +80,7 @@ def _require_score(settings: Sequence[ScoredSetting], score: str) -> None:
     require_gain(score)
 
 
-def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[Picture]:
+def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[Plot]:
     """Plots of importance, or none and a note with the reason."""
     try:
         need_forest()
@@ -90,7 +90,7 @@ def _importance(table: Table, label: str, note: Callable[[str], None]) -> list[P
         return []
     for text in result.notes:
         note(f"{label}: {text}")
-    return [pictures.importance_bars(result, label), pictures.marginal_lines(result, label)]
+    return [study_plots.importance_bars(result, label), study_plots.marginal_lines(result, label)]
 
 
 def _tables(grids: Sequence[ScoredSetting], score: str) -> list[tuple[str, Table]]:
@@ -167,13 +167,13 @@ def paper_points(path: Path) -> list[PlottedSetting]:
     ]
 
 
-def write_pictures(gallery: Sequence[Picture], folder: Path) -> list[Path]:
+def write_plots(gallery: Sequence[Plot], folder: Path) -> list[Path]:
     """Write the plots as PNG files to `folder`; returns their paths."""
     make_folder(folder)
-    for picture in gallery:
-        with atomic(folder / picture.name) as temporary:
-            temporary.write_bytes(picture.png)
-    return [folder / picture.name for picture in gallery]
+    for plot in gallery:
+        with atomic(folder / plot.name) as temporary:
+            temporary.write_bytes(plot.png)
+    return [folder / plot.name for plot in gallery]
 
 
 def front_table(folder: Path, score: str = "score") -> list[PlottedSetting]:
@@ -182,7 +182,7 @@ def front_table(folder: Path, score: str = "score") -> list[PlottedSetting]:
     front = folder / f"{TABLE}-front.sqlite"
     allocations = last_exam(read_records(front)) if front.exists() else []
     points = [point for points in _series(grids, allocations, score).values() for point in points]
-    return pictures.front(points)
+    return study_plots.front(points)
 
 
 def samples_text(folder: Path) -> str:
@@ -197,7 +197,7 @@ def samples_text(folder: Path) -> str:
     return f"{' or '.join(f'{count:,}' for count in counts)} samples for each setting" if counts else ""
 
 
-def write_page(gallery: Sequence[Picture], folder: Path, path: Path, score: str = "score") -> Path:
+def write_page(gallery: Sequence[Plot], folder: Path, path: Path, score: str = "score") -> Path:
     """Write one self-contained HTML page with all plots, without scripts and without network access.
 
     folder: of the study; its name is the title.
@@ -216,7 +216,7 @@ def write_page(gallery: Sequence[Picture], folder: Path, path: Path, score: str 
         samples=samples_text(folder),
         verdict=verdict(front),
         front=front,
-        pictures=[as_data(picture) for picture in gallery],
+        plots=[as_data(plot) for plot in gallery],
     )
     write_text(path, page)
     return path
@@ -234,6 +234,6 @@ def verdict(front: Sequence[PlottedSetting]) -> str:
     return f"{prefix} is {good.name}: {good.share:.1%}{interval} at {good.bits_per_weight:.2f} bits per weight."
 
 
-def as_data(picture: Picture) -> dict[str, str]:
+def as_data(plot: Plot) -> dict[str, str]:
     """A plot for a page: title, description and data URL."""
-    return {"title": picture.title, "about": picture.about, "url": data_url(picture.png)}
+    return {"title": plot.title, "about": plot.about, "url": data_url(plot.png)}

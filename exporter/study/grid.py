@@ -83,7 +83,7 @@ class ComponentChoice:
 
 
 @dataclass(frozen=True)
-class Point:
+class Setting:
     """A setting of the whole model. rules: recipe rules, empty for full precision. about: its columns in the table."""
 
     rules: tuple[Rule, ...]
@@ -116,7 +116,7 @@ def parse_grid(content: dict[str, Any], source: str) -> Grid:
         ) from None
 
 
-def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], list[str]]:
+def settings_of(grid: Grid, family: Family, config: Config) -> tuple[list[Setting], list[str]]:
     """The distinct settings of a grid, and notes on choices that match no block or linear of this model.
 
     Raises RecipeError for a component that the family does not have, or if no setting remains.
@@ -127,7 +127,7 @@ def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], lis
         hint = f"the components of family {family.name} are {', '.join(names)}"
         raise RecipeError(f"no component '{unknown_names[0]}'.{did_you_mean(unknown_names[0], names)}", hint)
     notes: list[str] = []
-    settings: dict[tuple[str, ...], Point] = {}
+    settings: dict[tuple[str, ...], Setting] = {}
     for method, group, choices in product(grid.methods, grid.group_sizes, list(_combined(grid))):
         rules = [rule for choice in choices for rule in _rules(choice, grid, method, group, family)]
         empty_rules = [rule for rule in rules if not _matches(rule, family, config)]
@@ -138,7 +138,9 @@ def points(grid: Grid, family: Family, config: Config) -> tuple[list[Point], lis
         matching_rules = tuple(rule for rule in rules if rule not in empty_rules)
         if matching_rules or all(choice.bits == KEPT for choice in choices):
             key = tuple(sorted(rule.model_dump_json() for rule in matching_rules))
-            settings.setdefault(key, Point(matching_rules, _about(names, choices, matching_rules, grid, method, group)))
+            settings.setdefault(
+                key, Setting(matching_rules, _about(names, choices, matching_rules, grid, method, group))
+            )
     if not settings:
         raise RecipeError("the grid has no setting: " + "; ".join(dict.fromkeys(notes)), "choose other blocks or roles")
     return list(settings.values()), list(dict.fromkeys(notes))

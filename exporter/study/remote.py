@@ -36,7 +36,7 @@ from exporter.study.work import (
     exam_samples,
     make_units,
     open_model,
-    score_point,
+    score_setting,
     store_of,
     study_training,
 )
@@ -67,7 +67,7 @@ class _Jobs:
 
     def run(self, function: Function, tasks: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """Run tasks of a study, or any other tasks without files."""
-        if function not in (make_units, score_point):
+        if function not in (make_units, score_setting):
             yield from self._cluster.results(function, tasks)
             return
         calls = [(function, self._parcel(function, *task), *task) for task in tasks]

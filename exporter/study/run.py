@@ -15,7 +15,7 @@ from exporter.model.processor import load_processor
 from exporter.model.tied_heads import refuse_different
 from exporter.planning.recipe import Recipe, Rule
 from exporter.quantization.identity import method_versions, of_source
-from exporter.study.grid import Point
+from exporter.study.grid import Setting
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
 from exporter.study.pool import WorkerPool
 from exporter.study.records import Records, ScoredSetting, as_csv
@@ -28,7 +28,7 @@ from exporter.study.work import (
     exam_samples,
     make_units,
     open_model,
-    score_point,
+    score_setting,
     store_of,
     study_training,
 )
@@ -58,14 +58,14 @@ class Outcome:
 class PendingSetting:
     """A setting before scoring: its id in the records, and the size and units of its plan."""
 
-    point: Point
+    setting: Setting
     id: str
     bytes: int
     bits_per_weight: float
     units: tuple[StudyUnit, ...]
 
 
-def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Listener) -> Outcome:
+def run(setup: Setup, settings: Sequence[Setting], pool: WorkerPool, on_event: Listener) -> Outcome:
     """Score settings; scores of earlier runs are reused. The same call resumes a stopped run.
 
     Raises PlanError if a setting does not fit the model, and DataError if calibration and exam share a picture.
@@ -76,13 +76,13 @@ def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Liste
     model = open_model(setup)
     keys = keys_of_run(setup, model, on_event)
     exam = _exam(setup, keys)
-    settings_to_measure = [_pending_setting(model, point, keys, exam) for point in points]
+    requested = [_pending_setting(model, setting, keys, exam) for setting in settings]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
         records.begin(exam)
         measured_before = records.all()
         for note in records.damaged:
             on_event(notice(note))
-        pending_settings = _distinct(setting for setting in settings_to_measure if setting.id not in measured_before)
+        pending_settings = _distinct(pending for pending in requested if pending.id not in measured_before)
         step_seconds = {"plan": time.monotonic() - started}
         cpu_by_process: dict[str, float] = {}
         if setup.sequential:
@@ -95,12 +95,10 @@ def run(setup: Setup, points: Sequence[Point], pool: WorkerPool, on_event: Liste
     own_result = TaskResult.since((started, cpu_started), None)
     cpu_by_process[own_result.process] = own_result.cpu_seconds  # this process, including its own work
     write_text(setup.folder / f"{setup.table}.csv", as_csv(list(all_settings.values())))
-    settings = tuple(
-        replace(all_settings[setting.id], about=_about(setup, setting.point)) for setting in settings_to_measure
-    )
-    unit_keys = [unit.key for setting in settings_to_measure for unit in setting.units]
+    scored = tuple(replace(all_settings[pending.id], about=_about(setup, pending.setting)) for pending in requested)
+    unit_keys = [unit.key for pending in requested for unit in pending.units]
     return Outcome(
-        settings,
+        scored,
         len(pending_settings),
         quantized,
         len(set(unit_keys)),
@@ -150,11 +148,11 @@ def _require_unchanged(model: StudyModel, keys: Keys) -> None:
         raise CheckpointError(f"{model.checkpoint.origin} changed while the study ran", CHANGED)
 
 
-def _pending_setting(model: StudyModel, point: Point, keys: Keys, exam: str) -> PendingSetting:
-    plan = model.plan(point.rules)
-    units = units_of(plan, keys.model, keys.calibration) if point.rules else ()
+def _pending_setting(model: StudyModel, setting: Setting, keys: Keys, exam: str) -> PendingSetting:
+    plan = model.plan(setting.rules)
+    units = units_of(plan, keys.model, keys.calibration) if setting.rules else ()
     name = digest([exam, sorted(unit.key for unit in units)])[:32]
-    return PendingSetting(point, name, plan.bytes_after, plan.bits_per_weight, units)
+    return PendingSetting(setting, name, plan.bytes_after, plan.bits_per_weight, units)
 
 
 def _quantize(
@@ -203,20 +201,20 @@ def _score(
     """Score settings and record each one immediately. step_seconds, cpu_by_process: updated in place."""
     started = time.monotonic()
     tasks: list[tuple[Setup, tuple[Rule, ...], str, Keys]] = [
-        (setup, setting.point.rules, setting.id, keys) for setting in settings
+        (setup, pending.setting.rules, pending.id, keys) for pending in settings
     ]
-    for done, (index, result) in enumerate(pool(score_point, tasks), 1):
-        setting, task_result = settings[index], _as_task_result(result)
-        about = _about(setup, setting.point)
+    for done, (index, result) in enumerate(pool(score_setting, tasks), 1):
+        pending, task_result = settings[index], _as_task_result(result)
+        about = _about(setup, pending.setting)
         for note in task_result.notes:
             on_event(notice(note))
         records.add(
             ScoredSetting(
-                setting.id,
+                pending.id,
                 exam,
                 about,
-                setting.bytes,
-                setting.bits_per_weight,
+                pending.bytes,
+                pending.bits_per_weight,
                 task_result.seconds,
                 task_result.cpu_seconds,
                 task_result.result,
@@ -235,8 +233,8 @@ def _distinct(settings: Iterable[PendingSetting]) -> list[PendingSetting]:
     return list(first_of_each_id.values())
 
 
-def _about(setup: Setup, point: Point) -> dict[str, str | int]:
-    return {**dict(point.about), "sequential": int(setup.sequential)}
+def _about(setup: Setup, setting: Setting) -> dict[str, str | int]:
+    return {**dict(setting.about), "sequential": int(setup.sequential)}
 
 
 def _as_task_result(result: Any) -> TaskResult:

@@ -11,7 +11,7 @@ from exporter.numerics.quantized import GroupSize
 from exporter.planning.recipe import Recipe
 from exporter.study import propose
 from exporter.study.allocate import POINTS, Allocation, Slot, front, need_solver, rules_of, solve
-from exporter.study.grid import Point
+from exporter.study.grid import Setting
 from exporter.study.pool import WorkerPool
 from exporter.study.propose import MeasuredRecipe
 from exporter.study.records import ScoredSetting
@@ -174,8 +174,8 @@ def _warnings(winner: Candidate, confirmed: MeasuredRecipe | None, max_drop: flo
 
 def _divergence_together(setup: Setup, recipe: Recipe, pool: WorkerPool, on_event: Listener) -> float:
     """KL per token of the whole allocation on the samples of the sensitivities."""
-    point = Point(recipe.quantize, (("place", "together"), ("scheme", "chosen")))
-    return run(on_training(setup), [point], pool, on_event).settings[0].scores["kl"]
+    setting = Setting(recipe.quantize, (("place", "together"), ("scheme", "chosen")))
+    return run(on_training(setup), [setting], pool, on_event).settings[0].scores["kl"]
 
 
 def _recipe(setup: Setup, request: Request, slots: Sequence[Slot], allocation: Allocation) -> Recipe:
@@ -229,12 +229,12 @@ def score_choices(
         *(recipe.quantize for _, recipe in hand_written),
     ]
     names = ["full", *(f"choice {i + 1}" for i in range(len(allocations))), *(name for name, _ in hand_written)]
-    points = [
-        Point(tuple(rule.model_copy(update={"activations": None}) for rule in setting_rules), (("name", name),))
+    settings = [
+        Setting(tuple(rule.model_copy(update={"activations": None}) for rule in setting_rules), (("name", name),))
         for name, setting_rules in zip(names, rules, strict=True)
     ]
     setup_of_front = replace(setup, split="validation", table=f"{TABLE}-front", samples=FRONT_SAMPLES * setup.samples)
-    outcome = run(setup_of_front, points, pool, on_event)
+    outcome = run(setup_of_front, settings, pool, on_event)
     full = outcome.settings[0].scores["score"]
     predicted = [None, *(allocation.cost for allocation in allocations), *(None for _ in hand_written)]
     candidates = [

@@ -15,7 +15,7 @@ from exporter.numerics.quantized import GroupSize, Scheme
 from exporter.planning.recipe import Rule
 from exporter.planning.vllm_kernels import serving_kernels
 from exporter.study.allocate import Option, Slot
-from exporter.study.grid import Point
+from exporter.study.grid import Setting
 from exporter.study.pool import WorkerPool
 from exporter.study.records import ScoredSetting
 from exporter.study.run import Outcome, run
@@ -111,7 +111,7 @@ def measure(
     """
     model = open_model(setup)
     slot_keys = list(iterate_slots(model, per, names))
-    settings, slot_indices = [Point((), (("place", "full"), ("scheme", "16")))], [-1]
+    settings, slot_indices = [Setting((), (("place", "full"), ("scheme", "16")))], [-1]
     for slot_index, (component, block, role) in enumerate(slot_keys):
         for scheme in schemes:
             block_range = None if block is None else f"{block}:{block + 1}"
@@ -120,13 +120,13 @@ def measure(
                 method = "rtn"
             rule = Rule(component=component.name, blocks=block_range, role=role, **{**scheme, "method": method})
             if _fits(model, component, block, role, rule):
-                settings.append(Point((rule,), _about(component, block, role, rule)))
+                settings.append(Setting((rule,), _about(component, block, role, rule)))
                 slot_indices.append(slot_index)
     outcome = run(on_training(setup), settings, pool, on_event)
     full = outcome.settings[0].bytes
     options: list[list[Option]] = [[Option(None, 0, 0.0)] for _ in slot_keys]
-    for index, point, setting in list(zip(slot_indices, settings, outcome.settings, strict=True))[1:]:
-        options[index].append(Option(point.rules[0], full - setting.bytes, setting.scores["kl"]))
+    for index, setting, scored in list(zip(slot_indices, settings, outcome.settings, strict=True))[1:]:
+        options[index].append(Option(setting.rules[0], full - scored.bytes, scored.scores["kl"]))
     slots = [
         Slot(component.name, block, role, _undominated(options[i]))
         for i, (component, block, role) in enumerate(slot_keys)

@@ -34,7 +34,7 @@ from exporter.quantization import calibrate
 from exporter.quantization.workdir import DamagedUnitError, UnitResult, Workdir
 from exporter.study import exam
 from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
-from exporter.study.setting import Setting
+from exporter.study.setting_tensors import SettingTensors
 from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
 from exporter.tasks import TASKS, measured
 from exporter.tasks.sample import Sample
@@ -203,7 +203,7 @@ class Examiner:
         whole_size, free = whole_model(checkpoint.tensors, family, checkpoint.config), free_bytes(self._device)
         self._passing = not whole_size.batch_within(free, dtype.itemsize)
         self._batch = max(1, min(setup.batch, whole_size.batch_within(free, dtype.itemsize, self._passing)))
-        self._setting = Setting((), lambda unit: store_of(setup).read(unit))
+        self._setting = SettingTensors((), lambda unit: store_of(setup).read(unit))
         self._stream = Stream(family, checkpoint.config, self._device, dtype.torch)
         names = list(checkpoint.tensors)
         self._inside, _ = names_by_block(family, checkpoint.config, names) if self._passing else ({}, names)
@@ -220,7 +220,7 @@ class Examiner:
             self._exam = exam.prepare(self._processor, family, self._samples, self._batch)
             self._exam.learn(self._live, self._device)
 
-    def grade(self, setting: Setting) -> exam.ExamScores:
+    def grade(self, setting: SettingTensors) -> exam.ExamScores:
         """Scores of a setting; tensors that it does not change have the checkpoint's weights."""
         self._setting, previously_changed, self._changed = setting, self._changed, set()
         for block in setting.blocks:
@@ -258,7 +258,7 @@ def examiner(setup: Setup, keys: Keys | None = None) -> Examiner:
     return Examiner(setup, keys)
 
 
-def score_point(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> TaskResult:
+def score_setting(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> TaskResult:
     """Scores of a setting whose units are quantized. name: its folder for sequential quantization."""
     start, notes = (time.monotonic(), time.process_time()), list[str]()
     model_examiner = examiner(setup, keys)
@@ -269,7 +269,7 @@ def score_point(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys) -> T
     return TaskResult.since(start, model_examiner.grade(setting), notes)
 
 
-def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]) -> Setting:
+def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]) -> SettingTensors:
     """A setting from the study's units; a damaged unit is quantized again, with a note."""
     model, store = open_model(setup, keys.source), store_of(setup)
 
@@ -283,10 +283,10 @@ def setting_of(setup: Setup, rules: Sequence[Rule], keys: Keys, notes: list[str]
             make_units(setup, [unit], keys)
             return store.read(unit, model.device.torch_device)
 
-    return Setting(units_of(model.plan(rules), keys.model, keys.calibration), read)
+    return SettingTensors(units_of(model.plan(rules), keys.model, keys.calibration), read)
 
 
-def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys, notes: list[str]) -> Setting:
+def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys, notes: list[str]) -> SettingTensors:
     """A setting quantized as an export does, in a folder from which a stopped run resumes."""
     model = open_model(setup, keys.source)
     keys.require_machine(model.device, model.checkpoint)
@@ -297,4 +297,4 @@ def _in_sequence(setup: Setup, rules: Sequence[Rule], name: str, keys: Keys, not
     inputs = calibration_batches(setup, keys) if needed else []
     with exact_math(model.recipe.calibration.seed):
         calibrate.run(plan, model.checkpoint, work, inputs, model.device, ignore)
-    return Setting(plan.units, lambda unit: work.read(unit, model.device.torch_device))
+    return SettingTensors(plan.units, lambda unit: work.read(unit, model.device.torch_device))

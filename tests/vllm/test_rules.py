@@ -12,7 +12,7 @@ import pytest
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.device import Device
 from exporter.formats.compressed_tensors import quantization_config, supports
-from exporter.formats.group import Group
+from exporter.formats.config_group import ConfigGroup
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
@@ -114,7 +114,7 @@ CPU_CLASSES = {
 
 def question(linear: Linear, **changed: Any) -> dict:
     """The question to choose.py about one linear of an artifact; on a CPU by default."""
-    config = quantization_config([Group(linear.scheme, ("re:.*x$",))], [])
+    config = quantization_config([ConfigGroup(linear.scheme, ("re:.*x$",))], [])
     rest = {"capability": None, "degree": 1, "dtype": "bfloat16", "humming": False, **changed}
     return {"config": config, "shape": linear.shape, "row_parallel": linear.name in ROW_PARALLEL, **rest}
 
@@ -185,7 +185,7 @@ def test_words_that_vllm_cannot_load_are_refused(engine_python: str):
         linears = [Linear(f"{i}.x", "x", (count, inputs), scheme) for i, count in enumerate(members)]
         problems = " ".join(gpu_problems(linears, "compressed_tensors", (8, 0)))
         expected.append(("zeros" if "zero points" in problems else "words") if problems else "ok")
-        config = quantization_config([Group(scheme, ("re:.*x$",))], [])
+        config = quantization_config([ConfigGroup(scheme, ("re:.*x$",))], [])
         size = {"bits": scheme.bits, "rows": members, "columns": inputs, "capability": (8, 0)}
         questions.append({"config": config, **size})
     assert run_script(engine_python, questions, "load.py") == expected
@@ -200,7 +200,7 @@ def test_devices_load_whole_words_of_their_inputs(engine_python: str):
         if columns * bits % 32 == 0:
             problems = parallel_problems([Linear("down_proj", "down_proj", (128, columns), scheme)], degree)
             expected.append("shards" if problems else "ok")
-            config = quantization_config([Group(scheme, ("re:.*x$",))], [])
+            config = quantization_config([ConfigGroup(scheme, ("re:.*x$",))], [])
             size = {"bits": bits, "rows": (128,), "columns": columns, "degree": degree, "capability": (9, 0)}
             questions.append({"config": config, **size})
     assert run_script(engine_python, questions, "load.py") == expected

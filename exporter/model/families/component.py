@@ -55,7 +55,7 @@ class Component:
     formats: the formats in which vLLM loads it packed; None: all.
     chained: whether every block runs on the output of the block before it; otherwise each has an input of its own.
     row_parallel: linears that tensor parallelism divides along their inputs.
-    plain: why vLLM builds a linear in 16 bits whatever its config says, or None; such linears are kept.
+    plain: why vLLM builds a linear in 16 bits regardless of the config, or None; such linears are kept.
     without_data: why only methods without calibration data can quantize it, or None.
     """
 

@@ -247,7 +247,7 @@ class Tower:
     def has_head(self, config: Mapping[str, Any]) -> int:
         """Number of output heads that are stored: 0 when the head shares the embedding's tensor, else 1.
 
-        transformers ties them when either object of the config says so.
+        transformers ties them when the flag is set in either object of the config.
         """
         tied = self.top(config, "tie_word_embeddings")
         return int(not (tied or size_of(self.parts, config, "text_config", "tie_word_embeddings")))

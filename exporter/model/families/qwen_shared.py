@@ -41,7 +41,7 @@ class Qwen:
 
     parts: its tower and text model. visual, words: prefixes of their tensors in checkpoints. width: field of the tower
     with the width of its output. inside: field with the width of its blocks. merger: linears of the merger. text_ties:
-    whether transformers also ties the output head when only the text model's flag says so.
+    whether transformers also ties the output head when only the text model's flag is set.
     """
 
     parts: Parts

@@ -22,7 +22,7 @@ FIELDS = (
 def _vision_and_qformer_shapes(sizes: Mapping[str, Values]) -> Shapes:
     """Shapes of the ViT and the Q-Former.
 
-    The Q-Former's input width is the ViT's, whatever its own config states.
+    The Q-Former's input width is the ViT's; that of its own config is not used.
     """
     former = {**sizes["qformer_config"], "encoder_hidden_size": sizes["vision_config"]["hidden_size"]}
     tensors: Shapes = {"query_tokens": (1, sizes[""]["num_query_tokens"], former["hidden_size"])}

@@ -1,4 +1,4 @@
-"""`Part`: what mmq knows about one kind of vision tower or text model, wherever a family has it; helpers for shapes."""
+"""`Part`: the declaration of one kind of vision tower or text model, which families share; helpers for shapes."""
 
 import dataclasses
 import json

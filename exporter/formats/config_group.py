@@ -1,4 +1,4 @@
-"""`Group`: linears that share one scheme, as a quantization config lists them."""
+"""`ConfigGroup`: linears that share one scheme, as a quantization config lists them."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from exporter.numerics.quantized import Scheme
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """A scheme, and its targets: `re:` patterns or exact names, in the reading runtime's naming."""
 
     scheme: Scheme

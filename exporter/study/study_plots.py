@@ -29,7 +29,7 @@ UPPER = 0.9  # lower end of the score axis in the detail plot
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A plot. name: its file name. about: text alternative for people who cannot see it. png: the file's bytes."""
 
     name: str
@@ -51,16 +51,16 @@ def create_figure(width: float, height: float, parts: int = 1) -> tuple[Any, Any
     return figure, axes
 
 
-def encode_figure(figure: Any, name: str, title: str, about: str) -> Picture:
+def encode_figure(figure: Any, name: str, title: str, about: str) -> Plot:
     """Encode a figure as PNG."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return Picture(name, title, about, buffer.getvalue())
+    return Plot(name, title, about, buffer.getvalue())
 
 
-def heat_maps(table: Table, method: str) -> list[Picture]:
+def heat_maps(table: Table, method: str) -> list[Plot]:
     """Heat maps of the score over the bits of each pair of components, with all others at their largest bits."""
-    pictures = []
+    plots = []
     for i, j in combinations(range(len(table.components)), 2):
         others = [k for k in range(len(table.components)) if k not in (i, j)]
         rows = np.all(
@@ -69,11 +69,11 @@ def heat_maps(table: Table, method: str) -> list[Picture]:
         subtable = table.where(rows)
         ys, xs = np.unique(subtable.bits[:, i]), np.unique(subtable.bits[:, j])
         if len(xs) > 1 and len(ys) > 1:
-            pictures.append(_heat_map(subtable, (i, j), (ys, xs), method))
-    return pictures
+            plots.append(_heat_map(subtable, (i, j), (ys, xs), method))
+    return plots
 
 
-def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], method: str) -> Picture:
+def _heat_map(subtable: Table, pair: tuple[int, int], bits: tuple[Any, Any], method: str) -> Plot:
     (i, j), (ys, xs) = pair, bits
     cells = np.full((len(ys), len(xs)), np.nan)
     for row, y in enumerate(ys):
@@ -109,14 +109,14 @@ def pareto(
     series: Mapping[str, Sequence[PlottedSetting]],
     other_series: Mapping[str, Sequence[PlottedSetting]],
     line_series: str,
-) -> list[Picture]:
+) -> list[Plot]:
     """Scatter plots of score over bits per weight, of all scores and above UPPER, with the Pareto front of `series`.
 
     other_series: of other models, without effect on the front. line_series: name of the series to draw as a line.
     """
     front_points = front([point for points in series.values() for point in points])
     about = "; ".join(share_text(point) for point in front_points[:: max(1, len(front_points) // 6)])
-    pictures = []
+    plots = []
     for name, title, low in (
         ("pareto.png", "Score relative to full precision, by size", None),
         ("pareto-upper.png", f"The same, above {UPPER:.0%}", UPPER),
@@ -138,8 +138,8 @@ def pareto(
             axis.set_ylim(low, 1.02)
         figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=1 if len(series) > 3 else 2)
         text = f"Pareto front: {about}; {EXAMS}; bars: 95 % intervals" if low is None else f"Scores from {low:.0%} on"
-        pictures.append(encode_figure(figure, name, title, text))
-    return pictures
+        plots.append(encode_figure(figure, name, title, text))
+    return plots
 
 
 def _scatter(axis: Any, points: Sequence[PlottedSetting], style: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ def front(points: Sequence[PlottedSetting]) -> list[PlottedSetting]:
     return front_points
 
 
-def importance_bars(result: Importance, name: str) -> Picture:
+def importance_bars(result: Importance, name: str) -> Plot:
     """Bars of the consensus importance per component, in the whole grid and in the usable region."""
     figure, axes = create_figure(PHONE, 3.4)
     series = {"whole grid": result.shares.consensus} | (
@@ -189,7 +189,7 @@ def importance_bars(result: Importance, name: str) -> Picture:
     return encode_figure(figure, f"importance-{name}.png", title, about)
 
 
-def marginal_lines(result: Importance, name: str) -> Picture:
+def marginal_lines(result: Importance, name: str) -> Plot:
     """Change of score per bit width of each component in the usable region, with standard errors."""
     figure, axes = create_figure(PHONE, 3.4)
     for number, (component, changes) in enumerate(result.marginal.items()):
@@ -212,7 +212,7 @@ def marginal_lines(result: Importance, name: str) -> Picture:
     return encode_figure(figure, f"marginal-{name}.png", title, about)
 
 
-def sensitivity(settings: Sequence[ScoredSetting]) -> Picture:
+def sensitivity(settings: Sequence[ScoredSetting]) -> Plot:
     """Divergence of each part quantized alone, with a marker per bit width, on a logarithmic axis."""
     by_bits: dict[int, dict[str, float]] = {}
     for setting in settings:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from exporter.commands.main import cli
 from exporter.errors import DataError
-from exporter.study import gallery, pictures
+from exporter.study import gallery, study_plots
 from exporter.study.gallery import components_of, gather, paper_points, write_page
 from exporter.study.records import ERROR, FILE, SAMPLES, PlottedSetting, Records, ScoredSetting, as_csv
 from exporter.study.table import Table, read_table
@@ -126,19 +126,19 @@ def test_an_unwritable_folder_is_an_error_before_drawing(tmp_path: Path, monkeyp
 
 def test_the_text_counts_values_below_the_axis(tmp_path: Path) -> None:
     tiny = [measured(i, "a", 1.01 - kl, 15.0, place=f"vision {i}", bits=4) for i, kl in enumerate((0.1, 1e-9))]
-    assert pictures.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn at 1e-06")
-    assert "below" not in pictures.sensitivity(tiny[:1]).about
+    assert study_plots.sensitivity(tiny).about.endswith("; 1 values below 1e-06 are drawn at 1e-06")
+    assert "below" not in study_plots.sensitivity(tiny[:1]).about
 
 
 def test_the_front_omits_dominated_points() -> None:
     points = [PlottedSetting(*xy) for xy in [(4.0, 0.9), (5.0, 0.8), (3.0, 0.2), (4.0, 0.7), (8.0, 1.0)]]
-    assert pictures.front(points) == [PlottedSetting(3.0, 0.2), PlottedSetting(4.0, 0.9), PlottedSetting(8.0, 1.0)]
+    assert study_plots.front(points) == [PlottedSetting(3.0, 0.2), PlottedSetting(4.0, 0.9), PlottedSetting(8.0, 1.0)]
 
 
 def test_a_heat_map_shows_each_pair_with_other_components_at_full_precision() -> None:
     bits = np.array([(v, q, s) for v in (4, 16) for q in (4, 16) for s in (4, 16)], dtype=np.float64)
     table = Table(("vision", "qformer", "language"), bits, bits.sum(1), "score")
-    maps = pictures.heat_maps(table, "rtn")
+    maps = study_plots.heat_maps(table, "rtn")
     assert [picture.name for picture in maps] == [
         "heat-vision-qformer-rtn.png",
         "heat-vision-language-rtn.png",
@@ -207,13 +207,13 @@ def test_colors_are_distinct_with_color_blindness() -> None:
     """The palette of Okabe and Ito through Machado's matrices for full protanopia and deuteranopia."""
     protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
     deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
-    colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in pictures.COLORS])
+    colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in study_plots.COLORS])
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     for matrix in (np.eye(3), protan, deutan):
         perceived = np.clip(linear @ matrix.T, 0, 1) ** (1 / 2.2)
         distances = [np.linalg.norm(a - b) for i, a in enumerate(perceived) for b in perceived[:i]]
         assert min(distances) > 0.1
-    assert len(set(pictures.MARKERS)) == len(pictures.COLORS)  # series differ by marker too
+    assert len(set(study_plots.MARKERS)) == len(study_plots.COLORS)  # series differ by marker too
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from exporter.evaluation import statistics
-from exporter.evaluation.statistics import (
+from exporter.evaluation import bootstrap
+from exporter.evaluation.bootstrap import (
     ASSUMED_SD,
     gate_interval,
     half_width,
@@ -67,7 +67,7 @@ def test_same_seed_same_interval_and_memory_bound_does_not_matter(monkeypatch: p
     whole = paired_bootstrap(before, after, seed=1, resamples=1001)
     assert paired_bootstrap(before, after, seed=1, resamples=1001) == whole
     assert paired_bootstrap(before, after, seed=2, resamples=1001) != whole
-    monkeypatch.setattr(statistics, "_DRAWN_AT_ONCE", 90 * 64)  # 16 parts, the last one short
+    monkeypatch.setattr(bootstrap, "_DRAWN_AT_ONCE", 90 * 64)  # 16 parts, the last one short
     parts = paired_bootstrap(before, after, seed=1, resamples=1001)
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
 

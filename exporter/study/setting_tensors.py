@@ -8,8 +8,8 @@ from exporter.planning.plan import Unit
 from exporter.quantization.workdir import UnitResult
 
 
-class Setting:
-    """The tensors that a setting's units replace. read: reads a finished unit; called each time its block is needed."""
+class SettingTensors:
+    """The tensors that the units of a `Setting` replace. read: reads a finished unit, each time its block is needed."""
 
     def __init__(self, units: Sequence[Unit], read: Callable[[Unit], UnitResult]) -> None:
         self._read = read

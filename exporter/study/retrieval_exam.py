@@ -34,7 +34,7 @@ CandidatePairs = tuple[Tensor, Tensor, list[int]]  # picture indices, text indic
 
 
 @dataclass
-class Search:
+class RetrievalExam:
     """The exam of retrieval on the samples of one pool.
 
     truth: per picture, the full-precision model's candidates and their scores, f32 `[pairs]`.
