@@ -72,9 +72,12 @@ def naive(processor: Any) -> dict[str, list[float]]:
     texts = [text for sample in demo_samples() for text in sample.references]
     owners = [i for i, sample in enumerate(demo_samples()) for _ in sample.references]
     contrast, match = torch.zeros(COUNT, len(texts)), torch.zeros(COUNT, len(texts))
-    for i, sample in enumerate(demo_samples()):
-        for j, text in enumerate(texts):
-            inputs = processor(images=sample.image(), text=text, return_tensors="pt")
+    pictures = [sample.image() for sample in demo_samples()]
+    pixels = [processor(images=picture, text=texts[0], return_tensors="pt")["pixel_values"] for picture in pictures]
+    words = [processor(images=pictures[0], text=text, return_tensors="pt") for text in texts]
+    for i in range(COUNT):
+        for j in range(len(texts)):
+            inputs = {**words[j], "pixel_values": pixels[i]}
             with torch.no_grad():
                 contrast[i, j] = model()(**inputs).logits_per_image
                 match[i, j] = model()(**inputs, use_image_text_matching_head=True).logits_per_image[0, 1]
