@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,11 @@ from exporter.errors import DataError, MmqError
 from exporter.evaluation import cluster_answers
 from exporter.evaluation.answers import Answerer, Backend
 from exporter.evaluation.cluster_answers import ClusterBackend, RemoteModel
+from exporter.planning.recipe import Recipe
+from exporter.planning.recipe_file import load_recipe
+from exporter.study import remote
+from exporter.study.keys import Keys
+from exporter.study.work import Setup
 from exporter.tasks.sample import Pool, Sample
 from tests.fake_ray import FakeRay, FakeTaskError, ray
 
@@ -231,3 +238,76 @@ def test_an_evaluations_batches_are_tasks_and_a_pool_is_one(
     other = ClusterBackend(RayCluster(ray, 0), files, RemoteModel("", "cpu", True, {"weights": "other"}), 2)
     with pytest.raises(DataError, match=r"this worker differs from the process that started the evaluation: .*weights"):
         list(other.pieces(plain))
+
+
+class FakeStore:
+    """A study's store of units."""
+
+    def __init__(self, folder: Path) -> None:
+        self.workdir = SimpleNamespace(path=folder / "units")
+
+
+def quantized(setup: Setup, units: Sequence[Any], keys: Keys) -> int:
+    """A stand-in for `make_units`."""
+    (setup.folder / "units").mkdir(parents=True, exist_ok=True)
+    for unit in units:
+        (setup.folder / "units" / unit.file).write_text(f"made from {setup.packed}")
+    return len(units)
+
+
+def scored(setup: Setup, rules: Sequence[str], name: str, keys: Keys) -> list[str]:
+    """A stand-in for `score_point`: the files that the worker has, and its model."""
+    assert setup.packed is not None
+    assert setup.packed.read_text() == "calibration, vqa"
+    assert not setup.places
+    model = Recipe.model_validate_json(setup.recipe).model
+    assert (Path(model.repo) / "config.json").read_text() == "{}"
+    assert (model.revision, model.adapter) == (None, None)
+    units = setup.folder / "units"
+    return sorted(path.name for path in units.glob("*")) if units.is_dir() else []
+
+
+@pytest.fixture
+def study(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """A study of a model without tensors, whose settings are names of units."""
+    (temporary / "model").mkdir()
+    (temporary / "model" / "config.json").write_text("{}")
+    base = load_recipe("llava-w4")
+    checkpoint = SimpleNamespace(folder=temporary / "model")
+    model = SimpleNamespace(checkpoint=checkpoint, recipe=base, plan=lambda rules: rules)
+    stand_ins: dict[str, Any] = {
+        "open_model": lambda setup, source: model,
+        "study_training": lambda setup, model: [],
+        "exam_samples": lambda setup: {"vqa": []},
+        "pack_samples": lambda groups, path: path.write_text(", ".join(groups)),
+        "units_of": lambda plan, model, calibration: [SimpleNamespace(file=name) for name in plan],
+        "store_of": lambda setup: FakeStore(setup.folder),
+        "make_units": quantized,
+        "score_point": scored,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(remote, name, stand_in)
+    return Setup(temporary / "study", base.model_dump_json(), places=("source",), samples=8)  # type: ignore[arg-type]
+
+
+def test_a_study_ships_units_as_settings_need_them_and_keeps_new_ones(ray: FakeRay, study: Setup) -> None:
+    keys = Keys("source", "machine", "calibration", "exam")
+    with remote.ray_pool("host:1") as pool:
+        assert list(pool(abs, [(-3,)])) == [(0, 3)]  # without files
+        units = [SimpleNamespace(file="a"), SimpleNamespace(file="b")]
+        assert list(pool(quantized, [(study, units, keys)])) == [(0, 2)]
+        made = study.folder / "units" / "a"
+        assert made.read_text().startswith("made from ")
+        assert made.read_text().endswith("samples.zip")
+        put = len(ray.values)
+        shutil.rmtree(next(made.parents[2].glob("mmq-ray-*")))  # another machine has nothing yet
+        results = dict(pool(scored, [(study, ("a", "absent"), "name", keys), (study, (), "full", keys)]))
+        assert results == {0: ["a"], 1: ["a"]}  # one machine, which has the unit of the first setting
+        again = dict(pool(scored, [(study, ("b", "a"), "name", keys)]))
+        assert again == {0: ["a", "b"]}
+        files = [value for value in ray.values[put:] if not isinstance(value, list | tuple)]
+        assert len(files) == 2  # each unit once; model and samples came before
+        sequential = replace(study, sequential=True)
+        assert dict(pool(scored, [(sequential, ("b",), "name", keys)])) == {0: ["a", "b"]}
+    assert not list(study.folder.parent.glob("mmq-ray-*"))
+    assert ray.address == ""

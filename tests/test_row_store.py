@@ -37,6 +37,13 @@ def test_large_stores_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert reserved == [4 * 5 * 4]
 
 
+def test_rows_may_come_one_by_one() -> None:
+    store = RowStore(2)
+    for value in (1.0, 2.0):
+        store.append(torch.full((1, 3), value))
+    assert store[:].tolist() == [[1.0] * 3, [2.0] * 3]
+
+
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
