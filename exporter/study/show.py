@@ -34,16 +34,7 @@ def _bits_text(bits: tuple[float, ...]) -> str:
 
 def _shares(shares: Shares, title: str) -> Table:
     r2 = f"R2: forest {shares.r2_forest:.2f}, line {shares.r2_linear:.2f}"
-    table = Table(
-        "component",
-        "consensus",
-        "forest",
-        "permutation",
-        "SHAP",
-        title=f"{title} ({r2})",
-        title_justify="left",
-        box=None,
-    )
+    table = Table("component", "consensus", "forest", "permutation", "SHAP", title=f"{title} ({r2})")
     for name in shares.consensus:
         methods = (shares.consensus, shares.forest, shares.permutation, shares.shap)
         table.add_row(name, *(f"{shares_of_method[name]:.1f}" for shares_of_method in methods))
@@ -53,7 +44,7 @@ def _shares(shares: Shares, title: str) -> Table:
 def _changes(result: Importance) -> Table:
     title = "change of score per bit width among usable bits: mean share of full score, others equal (standard error)"
     widths = sorted({change.bits for changes in result.marginal.values() for change in changes})
-    table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title, title_justify="left", box=None)
+    table = Table("component", *(f"{bits:g} bits" for bits in widths), title=title)
     for name, changes in result.marginal.items():
         cells = {change.bits: f"{change.change:+z.1%} ({change.error:.1%})" for change in changes}
         table.add_row(name, *(cells.get(bits, "") for bits in widths))
@@ -87,7 +78,7 @@ def outcome_page(outcome: Outcome) -> Group:
         if outcome.settings
         else []
     )
-    table = Table("", box=None)
+    table = Table("")
     for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores)):
         table.add_column(name, justify="left" if name in other_columns else "right")
     for setting in sorted(outcome.settings, key=lambda measured: measured.bytes):

@@ -33,7 +33,7 @@ def allocation_page(result: AllocationResult, file: Path, command: str) -> Group
 
 
 def _rules(rules: Sequence[Rule]) -> Table:
-    table = Table("component", "blocks", "role", "scheme", box=None, title="the allocation", title_justify="left")
+    table = Table("component", "blocks", "role", "scheme", title="the allocation")
     for rule in rules:
         scheme = rule.scheme()
         scheme_text = f"{scheme.label()} {rule.method}" if scheme else "16 bits"
@@ -43,7 +43,7 @@ def _rules(rules: Sequence[Rule]) -> Table:
 
 def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner: Candidate) -> Table:
     title = "allocations of minimal cost by size, and recipes; score: exact replies on the validation split"
-    table = Table("", "name", box=None, title=title, title_justify="left")
+    table = Table("", "name", title=title)
     for name in ("size", "bits/w", "predicted", "KL", "score", "change"):
         table.add_column(name, justify="right")
     for candidate in sorted([*front, *hand_written], key=lambda candidate: candidate.measured.bytes):
@@ -56,7 +56,7 @@ def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner
 
 
 def _proof(confirmed: Sequence[MeasuredRecipe]) -> Table:
-    table = Table("recipe", box=None, title="exported artifacts on real tasks, test data", title_justify="left")
+    table = Table("recipe", title="exported artifacts on real tasks, test data")
     metrics = list(confirmed[0].row()["metrics"])
     for name in ("size", "bits/w", *metrics, "mean change"):
         table.add_column(name, justify="right")
