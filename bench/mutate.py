@@ -75,6 +75,8 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("most=2**20", "20 becomes 40"): BEYOND,
     ("most=64", "64 becomes 128"): BEYOND,
     ("if needed <= MOST_SAMPLES else None", "LtE becomes Lt"): "no estimate is exactly ten million samples",
+    ("secrets.token_hex(8)", "8 becomes 16"): "any length makes names of jobs that differ",
+    ("max(1, PIECE // ", "FloorDiv becomes Mult"): "the size of a piece of work does not change the result",
     ("narrow, broad, operations = [0], [0], 0", "0 becomes 1"): "one element or operation of billions is not seen",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,12 @@ from exporter.cluster.shipment import (
     shipped,
     write_missing,
 )
+from exporter.device import Device
 from exporter.errors import DataError, MmqError
 from exporter.evaluation import cluster_answers
 from exporter.evaluation.answers import Answerer, Backend
 from exporter.evaluation.cluster_answers import ClusterBackend, RemoteModel
+from exporter.model.families import FAMILIES
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.study import remote
@@ -238,6 +240,28 @@ def test_an_evaluations_batches_are_tasks_and_a_pool_is_one(
     other = ClusterBackend(RayCluster(ray, 0), files, RemoteModel("", "cpu", True, {"weights": "other"}), 2)
     with pytest.raises(DataError, match=r"this worker differs from the process that started the evaluation: .*weights"):
         list(other.pieces(plain))
+
+
+def test_both_models_of_an_evaluation_run_on_the_cluster(
+    ray: FakeRay, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("llava-w4")
+    for name in ("model", "artifact"):
+        (temporary / name).mkdir()
+        (temporary / name / "config.json").touch()
+    answerers = [Answerer(name, {"weights": name}, str, nullcontext) for name in ("source", "artifact")]  # type: ignore
+    monkeypatch.setattr(cluster_answers, "local_answerers", lambda *arguments, family: answerers)
+    monkeypatch.setattr(cluster_answers.Artifact, "open", lambda folder: SimpleNamespace(family=FAMILIES["llava"]))
+    checkpoint: Any = SimpleNamespace(folder=temporary / "model")
+    device = Device("cuda:0", "a card", 1)
+    models = cluster_answers.cluster_answerers(RayCluster(ray, 0), checkpoint, temporary / "artifact", recipe, device)
+    for second, (model, own) in enumerate(zip(models, answerers, strict=True)):
+        assert (model.label, model.identity) == (own.label, own.identity)
+        with model.opened() as backend:
+            assert isinstance(backend, ClusterBackend)
+            assert backend._model == RemoteModel(recipe.model_dump_json(), "cuda", bool(second), own.identity)
+            assert set(backend._files) == {"model/config.json", "artifact/config.json"}
+            assert backend._batch == recipe.evaluation.batch
 
 
 class FakeStore:
