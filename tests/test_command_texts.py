@@ -134,6 +134,7 @@ def test_the_verdict_of_a_gate_is_colored() -> None:
 
 def test_next_steps_of_an_export_depend_on_its_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMQ_VLLM", "vllm")
+    monkeypatch.setattr(tables, "needs_other_recipe", lambda plan: None)
     family = SimpleNamespace(unserved="", tasks=("vqa",))
 
     def steps(report: Any) -> list[str]:

@@ -280,7 +280,7 @@ def quantized(setup: Setup, units: Sequence[Any], keys: Keys) -> int:
 
 
 def scored(setup: Setup, rules: Sequence[str], name: str, keys: Keys) -> list[str]:
-    """A stand-in for `score_point`: the files that the worker has, and its model."""
+    """A stand-in for `score_setting`: the files that the worker has, and its model."""
     assert setup.packed is not None
     assert setup.packed.read_text() == "calibration, vqa"
     assert not setup.places
@@ -307,7 +307,7 @@ def study(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         "units_of": lambda plan, model, calibration: [SimpleNamespace(file=name) for name in plan],
         "store_of": lambda setup: FakeStore(setup.folder),
         "make_units": quantized,
-        "score_point": scored,
+        "score_setting": scored,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(remote, name, stand_in)
