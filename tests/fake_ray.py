@@ -1,4 +1,7 @@
-"""A stand-in for the package ray, whose tasks run at once in this process; `test_cluster.py` has the real one."""
+"""A stand-in for the package ray that records calls; tasks run at once in this process, and nothing is pickled.
+
+`ray_stand_in.py` pickles, for whole commands, and `test_cluster.py` has the real package.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
