@@ -8,11 +8,17 @@ import pytest
 
 from exporter.commands.options import print_result
 from exporter.planning.recipe import Rule
+from exporter.planning.recipe_file import load_recipe
+from exporter.study import propose
 from exporter.study.importance import Importance, MarginalChange, Shares
+from exporter.study.propose import MeasuredRecipe
 from exporter.study.records import ERROR, SAMPLES, ScoredSetting
 from exporter.study.run import Outcome
 from exporter.study.show import importance_page, outcome_json, outcome_page
 from exporter.study.show_allocation import allocation_page
+from tests.test_evaluate import crafted, one_bootstrap
+
+__all__ = ["one_bootstrap"]
 
 
 def lines(page: Any, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -143,3 +149,52 @@ def test_an_allocation_has_rules_front_proof_and_the_next_command(capsys: pytest
     ]
     result.confirmed = None
     assert "not measured on real tasks: --no-proof" in lines(allocation_page(result, Path("o"), "x"), capsys)
+
+
+# Recipes of an allocation
+
+
+def confirmed(worst: float) -> MeasuredRecipe:
+    """An artifact whose worst task changes by a share `worst` of its score of 0.8."""
+    report = crafted(20, 20 - round(100 * worst * 0.8), 100)
+    return MeasuredRecipe("mine", 1_234_567, 4.5, worst, worst, report)
+
+
+@pytest.mark.parametrize(
+    ("worst", "max_drop", "allowed", "finding"),
+    [
+        (-0.0125, None, 0.03, "Real tasks confirm it."),
+        (0.025, None, 0.01, "Real tasks confirm it."),
+        (-0.05, None, 0.05, "Real tasks confirm it."),
+        (-0.25, None, 0.05, "It loses 25% on real tasks."),
+        (-0.25, 0.5, 0.5, "It loses 25% on real tasks."),
+    ],
+)
+def test_an_allocation_s_gates_allow_what_was_measured_within_a_limit(
+    worst: float, max_drop: float | None, allowed: float, finding: str
+) -> None:
+    recipe = propose.with_evidence(load_recipe("llava-w4"), confirmed(worst), 0.25, 0.125, max_drop)
+    assert {gate.max_drop for gate in recipe.gates} == {allowed}
+    optimality, real = recipe.evidence
+    assert optimality.figures == "KL per token: sum 0.25000, measured together 0.12500"
+    assert real.finding == finding
+    after = 0.8 * (1 + worst)
+    start = f"1,234,567 bytes, 4.50 bits per weight; vqa accuracy 0.8000 -> {after:.4f} (change {worst:+.1%}, 95 %"
+    assert real.figures.startswith(start)
+    assert real.figures.endswith("; 100 samples of each task")
+
+
+def test_an_allocation_that_was_not_measured_says_so() -> None:
+    recipe = propose.with_evidence(load_recipe("llava-w4"), None, 0.25, 0.125, None)
+    assert {gate.max_drop for gate in recipe.gates} == {0.01}
+    assert recipe.evidence[1].finding == "Not proven by real tasks."
+
+
+def test_the_file_of_a_recipe_begins_with_its_commands(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    recipe = load_recipe("llava-w4").model_copy(update={"summary": "four bits é"})
+    propose.write_recipe(recipe, path, "mmq allocate --plain")
+    text = path.read_text()
+    assert text.splitlines()[:3] == ["# four bits é.", "#   mmq allocate --plain", f"#   mmq export --recipe {path}"]
+    assert "\nname:" not in text
+    assert load_recipe(str(path)) == recipe.model_copy(update={"name": "mine"})
