@@ -77,6 +77,11 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("if needed <= MOST_SAMPLES else None", "LtE becomes Lt"): "no estimate is exactly ten million samples",
     ("secrets.token_hex(8)", "8 becomes 16"): "any length makes names of jobs that differ",
     ("max(1, PIECE // ", "FloorDiv becomes Mult"): "the size of a piece of work does not change the result",
+    ("WIDEST = 1000", "1000 becomes 2000"): "no table is that wide",
+    ("malloc_trim(0)", "0 becomes 1"): "one byte more stays with the process",
+    (".grid(alpha=", "the call is dropped"): "the look of a plot, not its data",
+    ("scales = 2.0 ** torch.randint(-1, 2,", "1 becomes 2"): "any powers of two serve as the probe",
+    ("scales = 2.0 ** torch.randint(-1, 2,", "2 becomes 3"): "any powers of two serve as the probe",
     ("narrow, broad, operations = [0], [0], 0", "0 becomes 1"): "one element or operation of billions is not seen",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }

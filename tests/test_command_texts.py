@@ -151,6 +151,20 @@ def test_next_steps_of_an_export_depend_on_its_gates(tmp_path: Path, monkeypatch
     assert steps(None)[-1] == "vLLM has no such model"
 
 
+def test_the_json_of_an_export_has_no_list_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "plan_json", lambda plan, every_tensor: {"every tensor": every_tensor})
+    result: Any = SimpleNamespace(out=tmp_path, plan=None, verified=Verification(3, 7), report=None, measured=MEASURED)
+    plain = tables.export_json(result)
+    assert plain["plan"] == {"every tensor": False}
+    assert (plain["out"], plain["report"], plain["verified"]["files"]) == (str(tmp_path), None, 3)
+    assert plain["seconds"] == {"plan": 1.0, "quantize": 7200.0}
+    assert (plain["peak_device_bytes"], plain["peak_host_bytes"]) == (2 * GIB, GIB)
+    result.measured, result.report = MEASURED[:1], crafted(0, 0)
+    plain = tables.export_json(result)
+    assert (plain["peak_device_bytes"], plain["peak_host_bytes"]) == (0, 0)
+    assert plain["report"]["passed"] is True
+
+
 # Progress
 
 

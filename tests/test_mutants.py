@@ -36,6 +36,7 @@ from bench.mutation_operators import Site, mutated, sites
         ("def f():\n    return False", ["def f():\n    return True"]),
         ("def tiny_config():\n    return 1", []),
         ("assert a == 1", []),
+        ("_TINY_SIZES = [32]", []),
         ("if TYPE_CHECKING:\n    import a", []),
         ("sorted(a, stable=True)", ["pass"]),
     ],

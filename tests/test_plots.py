@@ -146,6 +146,9 @@ def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[An
         "-",
         "None",
     ]
+    assert axes.get_xlabel() == "bits per weight of the whole artifact"
+    assert axes.get_ylabel() == "share of the full-precision score"
+    assert len(whole.legends) == len(upper.legends) == 1
     assert (name, upper_name, title) == ("pareto.png", "pareto-upper.png", "The same, above 90%")
     assert about.startswith("Pareto front: 50.0% at 2.00 bits per weight; 95.0% at 3.00 bits per weight; ")
     assert upper_about == "Scores from 90% on"
@@ -173,6 +176,8 @@ def test_importance_is_a_bar_per_component_and_region(figures: list[tuple[Any, .
     assert words(axes.texts) == ["70 %", "30 %", "60 %", "0 %"]
     assert words(axes.get_xticklabels()) == ["vision", "language"]
     assert axes.get_ylim() == (0, 115)
+    assert axes.get_ylabel() == "consensus importance, %"
+    assert len(both.legends) == 1
     assert [round(x, 6) for x, *_ in bars(alone.axes[0])] == [0, 1]
     assert (name, title) == ("importance-gptq.png", "Importance of components for score, gptq")
     assert about == ("whole grid: vision 70 %, language 30 %; usable bits only: vision 60 %; from 40 settings")
@@ -189,6 +194,8 @@ def test_changes_per_bit_are_in_percent_with_errors(figures: list[tuple[Any, ...
     assert [(3.0, -25.0), (8.0, -1.0)] in lines
     assert lines[-1] == [(0, 0), (1, 0)]
     assert [float(tick) for tick in axes.get_xticks()] == [3, 8]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("bits", "change of score, %")
+    assert axes.get_legend() is not None
     assert name == "marginal-gptq.png"
     assert about.startswith("largest loss: vision -20.0% ± 5.0% (")
 
@@ -209,6 +216,8 @@ def test_sensitivity_has_a_row_per_place_and_the_smallest_divergence(figures: li
     assert axes.get_xlim() == pytest.approx((5e-7, 6.0))
     assert axes.get_ylim() == (2.5, -0.5)
     assert len(axes.lines) == 3
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "KL per token, quantized alone")
+    assert len(figure.legends) == 1
     assert len(short.axes[0].lines) == 1
     assert short.get_size_inches()[1] == pytest.approx(1.4 + 0.24 * 4)
     assert name == "sensitivity.png"
