@@ -19,7 +19,7 @@ from exporter.study.pool import local
 from exporter.study.prepare import base_recipe
 from exporter.study.search import score_choices
 from exporter.study.sensitivity import measure, rules
-from exporter.study.work import Setup, exam_samples, open_model
+from exporter.study.worker_tasks import Setup, exam_samples, open_model
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)
 POINTS = 40  # sizes on the Pareto front

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from exporter import data
-from exporter.study import work
-from exporter.study.work import Examiner, Setup
+from exporter.study import worker_tasks
+from exporter.study.worker_tasks import Examiner, Setup
 
 
 @cache
@@ -23,4 +23,4 @@ def share_exams(monkeypatch: pytest.MonkeyPatch) -> None:
         anywhere = replace(setup, folder=Path("anywhere"), table="study", sequential=False)
         return _examiner(anywhere, keys, data.DEMO_CANDIDATES)
 
-    monkeypatch.setattr(work, "examiner", shared)
+    monkeypatch.setattr(worker_tasks, "examiner", shared)

@@ -25,7 +25,7 @@ from exporter.study.prepare import base_recipe
 from exporter.study.propose import with_evidence, write_recipe
 from exporter.study.search import Request, allocate
 from exporter.study.sensitivity import iterate_slots, measure, rules, without_extras
-from exporter.study.work import Setup, open_model
+from exporter.study.worker_tasks import Setup, open_model
 from tests.shared_exams import share_exams
 from tests.slow import some
 

@@ -45,7 +45,7 @@ from exporter.serving import check
 from exporter.serving.launch import Program, launch
 from exporter.study.prepare import base_recipe
 from exporter.study.run import _exam, keys_of_run
-from exporter.study.work import How, Setup, open_model
+from exporter.study.worker_tasks import How, Setup, open_model
 
 CPU = choose("cpu")
 LLAVA = FAMILIES["llava"]

@@ -37,7 +37,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.study import remote
 from exporter.study.keys import Keys
-from exporter.study.work import Setup
+from exporter.study.worker_tasks import Setup
 from exporter.tasks.sample import Pool, Sample
 from tests.fake_ray import FakeRay, FakeTaskError, ray
 

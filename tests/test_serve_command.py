@@ -19,7 +19,7 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import head_size
-from exporter.serving.faster import FLASHINFER, HUMMING, FlagAdvice, faster_flags
+from exporter.serving.faster_flags import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.other_recipes import recipe_hint, served_recipes
 from exporter.serving.preflight import refuse_processor, refuse_unservable

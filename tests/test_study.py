@@ -24,17 +24,26 @@ from exporter.planning.plan import Unit
 from exporter.planning.recipe import Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.workdir import UnitResult
-from exporter.study import exam, pool, retrieval_exam, work
+from exporter.study import exam, pool, retrieval_exam, worker_tasks
 from exporter.study.grid import Grid, Setting, parse_grid, settings_of
 from exporter.study.prepare import base_recipe
 from exporter.study.records import ERROR, FILE, SAMPLES, Records, ScoredSetting, comparable, last_exam, read_records
 from exporter.study.remote import ray_pool
+from exporter.study.result_tables import outcome_page
 from exporter.study.run import Outcome, keys_of_run, run
 from exporter.study.setting_tensors import SettingTensors, changes
-from exporter.study.show import outcome_page
 from exporter.study.table import read_table
 from exporter.study.units import units_of
-from exporter.study.work import Examiner, Setup, exam_samples, examiner, make_units, open_model, setting_of, store_of
+from exporter.study.worker_tasks import (
+    Examiner,
+    Setup,
+    exam_samples,
+    examiner,
+    make_units,
+    open_model,
+    setting_of,
+    store_of,
+)
 from exporter.tasks import retrieval
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double, read_without_memory
@@ -282,7 +291,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
     whole = whole_model(
         open_model(setup).checkpoint.tensors, open_model(setup).family, open_model(setup).checkpoint.config
     )
-    monkeypatch.setattr(work, "free_bytes", lambda device: whole.weight_bytes(itemsize=4))
+    monkeypatch.setattr(worker_tasks, "free_bytes", lambda device: whole.weight_bytes(itemsize=4))
     passing = Examiner(setup)
     assert passing._passing
     living: list[tuple[str, weakref.ref[UnitResult]]] = []

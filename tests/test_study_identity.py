@@ -24,7 +24,7 @@ from exporter.study.grid import Setting
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Records, checksum
 from exporter.study.run import Outcome, keys_of_run, run
-from exporter.study.work import Setup, examiner, make_units, open_model
+from exporter.study.worker_tasks import Setup, examiner, make_units, open_model
 from tests.slow import some
 from tests.test_identity import another_picture, appended, edit_config, edit_line, flip_signs_in_place, rot, write_data
 from tests.tiny_models import QUICK

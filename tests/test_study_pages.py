@@ -10,12 +10,12 @@ from exporter.commands.options import print_result
 from exporter.planning.recipe import Rule
 from exporter.planning.recipe_file import load_recipe
 from exporter.study import propose
+from exporter.study.allocation_tables import allocation_page
 from exporter.study.importance import Importance, MarginalChange, Shares
 from exporter.study.propose import MeasuredRecipe
 from exporter.study.records import ERROR, SAMPLES, ScoredSetting
+from exporter.study.result_tables import importance_page, outcome_json, outcome_page
 from exporter.study.run import Outcome
-from exporter.study.show import importance_page, outcome_json, outcome_page
-from exporter.study.show_allocation import allocation_page
 from tests.test_evaluate import crafted, one_bootstrap
 
 __all__ = ["one_bootstrap"]

@@ -23,7 +23,7 @@ from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.run import keys_of_run
-from exporter.study.work import Setup, open_model
+from exporter.study.worker_tasks import Setup, open_model
 from tests.conftest import header_config
 from tests.headers import make
 from tests.tiny_models import CONFIGS, write_tiny

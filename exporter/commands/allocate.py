@@ -29,7 +29,7 @@ from exporter.errors import GateFailed, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from exporter.study.search import AllocationResult, Request
-    from exporter.study.work import Setup
+    from exporter.study.worker_tasks import Setup
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -139,8 +139,8 @@ def allocate(**options: Any) -> None:
         )
     from exporter.commands.next_steps import command
     from exporter.files.writing import make_folder
+    from exporter.study.allocation_tables import allocation_page
     from exporter.study.propose import write_recipe
-    from exporter.study.show_allocation import allocation_page
 
     refuse_other_file(options["out"])
     make_folder(options["out"].absolute().parent)  # before anything is measured
@@ -177,7 +177,7 @@ def search(options: dict[str, Any]) -> "AllocationResult":
     from exporter.quantization.workdir import LOCK
     from exporter.study.prepare import refuse_places
     from exporter.study.search import allocate as run
-    from exporter.study.work import open_model
+    from exporter.study.worker_tasks import open_model
 
     setup = setup_of(options)
     model = open_model(setup)
@@ -199,7 +199,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
     from exporter.data import places
     from exporter.planning.overrides import with_prompts
     from exporter.study.prepare import base_recipe, default_folder
-    from exporter.study.work import Setup
+    from exporter.study.worker_tasks import Setup
 
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])

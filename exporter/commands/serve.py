@@ -141,7 +141,7 @@ def _program(request: str | None, only_print: bool) -> tuple[Program, Hardware]:
 def _faster_flags_note(artifact: "Artifact", flags: tuple[str, ...], hardware: Hardware) -> str:
     """Advice on vLLM flags that serve the artifact faster on this GPU; empty if there are none."""
     from exporter.planning.vllm_rules import head_size
-    from exporter.serving.faster import HOPPER, advice, faster_flags
+    from exporter.serving.faster_flags import HOPPER, advice, faster_flags
     from exporter.serving.negative_control import modules_of
 
     if artifact.manifest.format != "compressed_tensors" or hardware not in (None, HOPPER):

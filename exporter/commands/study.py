@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporter.study.grid import Grid
     from exporter.study.pool import WorkerPool
     from exporter.study.run import Outcome
-    from exporter.study.work import Setup
+    from exporter.study.worker_tasks import Setup
 
 # Options of both `mmq study` and `mmq allocate`.
 calibration_option = click.option(
@@ -127,7 +127,7 @@ def study(context: click.Context, **options: Any) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from exporter.study.show import outcome_json, outcome_page
+    from exporter.study.result_tables import outcome_json, outcome_page
 
     outcome = measure(options)
     print_result(outcome_json(outcome) if options["as_json"] else outcome_page(outcome))
@@ -142,7 +142,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
     from exporter.study.grid import read_grid, settings_of
     from exporter.study.prepare import refuse_places
     from exporter.study.run import run
-    from exporter.study.work import open_model
+    from exporter.study.worker_tasks import open_model
 
     setup = setup_of(options)
     model = open_model(setup)
@@ -168,7 +168,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
     from exporter.data import places
     from exporter.planning.overrides import with_prompts
     from exporter.study.prepare import base_recipe, default_folder
-    from exporter.study.work import Setup
+    from exporter.study.worker_tasks import Setup
 
     sources = places(options["data"])
     recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
@@ -250,7 +250,7 @@ def importance(
       mmq study importance studies/demo-llava --where method=gptq --where blocks=all
     """
     from exporter.study.importance import importance as compute_importance
-    from exporter.study.show import importance_page
+    from exporter.study.result_tables import importance_page
     from exporter.study.table import read_table
 
     result = compute_importance(read_table(table, score, conditions), seed, usable)

@@ -30,7 +30,7 @@ from exporter.planning.recipe import Recipe
 from exporter.study.keys import Keys
 from exporter.study.pool import WorkerPool
 from exporter.study.units import StudyUnit, units_of
-from exporter.study.work import (
+from exporter.study.worker_tasks import (
     CALIBRATION,
     Setup,
     exam_samples,

@@ -20,7 +20,7 @@ from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
 from exporter.study.pool import WorkerPool
 from exporter.study.records import Records, ScoredSetting, as_csv
 from exporter.study.units import StudyUnit, units_of
-from exporter.study.work import (
+from exporter.study.worker_tasks import (
     CHANGED,
     Setup,
     StudyModel,

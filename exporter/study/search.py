@@ -17,7 +17,7 @@ from exporter.study.propose import MeasuredRecipe
 from exporter.study.records import ScoredSetting
 from exporter.study.run import run
 from exporter.study.sensitivity import TABLE, Granularity, measure, on_training, rules, table, without_extras
-from exporter.study.work import Setup, StudyModel, exam_samples, open_model
+from exporter.study.worker_tasks import Setup, StudyModel, exam_samples, open_model
 
 FRONT_SAMPLES = 4  # the front is scored on this multiple of the samples for sensitivities
 TRIES = 4  # largest number of allocations to confirm until one is within --max-drop

@@ -19,7 +19,7 @@ from exporter.study.grid import Setting
 from exporter.study.pool import WorkerPool
 from exporter.study.records import ScoredSetting
 from exporter.study.run import Outcome, run
-from exporter.study.work import Setup, StudyModel, open_model
+from exporter.study.worker_tasks import Setup, StudyModel, open_model
 
 Granularity = Literal["role", "block", "component"]
 TABLE = "allocate"
