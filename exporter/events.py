@@ -1,6 +1,7 @@
 """Progress events of long jobs, and the type of the callbacks that receive them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -27,6 +28,14 @@ def notice(message: str) -> Event:
 
 Listener = Callable[[Event], None]
 """Callback for the events of a job; called in the order in which steps finish, in the thread that runs the job."""
+
+
+@contextmanager
+def preparing(on_event: Listener, what: str) -> Iterator[None]:
+    """Report a step that has no progress of its own: its start, and its end unless it fails."""
+    on_event(Event("prepare", 0, 1, what))
+    yield
+    on_event(Event("prepare", 1, 1, what))
 
 
 def ignore(event: Event) -> None:

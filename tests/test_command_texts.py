@@ -18,7 +18,7 @@ from exporter.commands.report_tables import gate_line, report_page
 from exporter.device import Device
 from exporter.errors import DataError, GateFailed, PublishError, RecipeError, ServeError
 from exporter.evaluation.evaluation_record import BaselineRecord, EvaluationRecord
-from exporter.events import Event
+from exporter.events import Event, preparing
 from exporter.inference.predict_server import Server
 from exporter.pipeline.data_check import DataCheck, SplitCheck
 from exporter.planning.steps import Step
@@ -206,6 +206,20 @@ def test_progress_in_a_log_is_a_line_per_stage_and_model(
         "preparing: loading torch",
         "note: a [bold] note",
     ]
+
+
+def test_a_step_without_progress_has_a_start_and_an_end_unless_it_fails() -> None:
+    events: list[Event] = []
+    with preparing(events.append, "loading"):
+        assert events == [Event("prepare", 0, 1, "loading")]
+    assert events == [Event("prepare", 0, 1, "loading"), Event("prepare", 1, 1, "loading")]
+    with pytest.raises(DataError), preparing(events.append, "reading"):
+        fail_to_read()
+    assert events[2:] == [Event("prepare", 0, 1, "reading")]
+
+
+def fail_to_read() -> None:
+    raise DataError("no file")
 
 
 def test_progress_in_json_is_a_line_per_event(capsys: pytest.CaptureFixture[str]) -> None:

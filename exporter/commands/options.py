@@ -101,13 +101,10 @@ def _import_torch(as_json: bool) -> None:
     if "torch" in sys.modules:
         return
     from exporter.commands.progress import ProgressDisplay
-    from exporter.events import Event
+    from exporter.events import preparing
 
-    with ProgressDisplay(as_json) as listen:
-        listen(Event("prepare", 0, 1, "loading torch"))
+    with ProgressDisplay(as_json) as listen, preparing(listen, "loading torch"):
         import torch  # noqa: F401
-
-        listen(Event("prepare", 1, 1, "loading torch"))
 
 
 def _message(error: Exception, device: str) -> MmqError | None:

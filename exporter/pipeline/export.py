@@ -11,7 +11,7 @@ from exporter.artifact.verify import Verification
 from exporter.device import Device
 from exporter.evaluation import evaluate
 from exporter.evaluation.report_file import Report
-from exporter.events import Event, Listener, notice
+from exporter.events import Listener, notice, preparing
 from exporter.inference.encoding import refuse_too_long
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor import load_processor
@@ -105,9 +105,8 @@ def _prepared(
     """Load the processor and compute the identity of the job; errors in either appear before the work begins."""
     processor = None
     if samples.calibration or samples.evaluation:
-        on_event(Event("prepare", 0, 1, LIBRARIES))
-        processor = load_processor(checkpoint.folder)  # runs while background threads hash the source
-        on_event(Event("prepare", 1, 1, LIBRARIES))
+        with preparing(on_event, LIBRARIES):
+            processor = load_processor(checkpoint.folder)  # runs while background threads hash the source
         refuse_too_long(processor, plan.family, samples.calibration, samples.evaluation)
     pictures = [trace.key for trace in samples.traces]
     inputs = identity.of_job(plan, checkpoint, processor, samples.calibration, pictures, device, on_event)

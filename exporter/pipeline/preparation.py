@@ -1,12 +1,13 @@
 """Make a plan from a recipe: open the model's headers and check recipe, model and device together."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 from exporter.artifact.artifact_config import needs_bfloat16
 from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.dtypes import FLOAT16, FLOAT32
-from exporter.events import Event, Listener, ignore
+from exporter.events import Listener, ignore, preparing
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.processor_check import check_libraries, measured
 from exporter.model.processor_inspector import start_helper
@@ -52,20 +53,16 @@ def _planned(
 ) -> tuple[Plan, Checkpoint]:
     model = recipe.model
     action = "looking up {} on the hub" if headers_only else "downloading {}"
-    if remote := is_on_hub(model.repo):
-        on_event(Event("prepare", 0, 1, action.format(model.repo)))
-    checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
-    if remote:
-        on_event(Event("prepare", 1, 1, action.format(model.repo)))
-    on_event(Event("prepare", 0, 1, CHECKS))
-    plan = make_plan(recipe, checkpoint, family, device)
-    refuse_unlike(checkpoint, family)
-    checkpoint, notes = _in_served_dtype(plan, checkpoint)
-    library_notes = check_libraries(checkpoint, plan.family, plan.needs_calibration or not skip_evaluation)
-    if notes or family.varies:
-        plan = make_plan(recipe, checkpoint, measured(checkpoint, plan.family), device)
-    plan = replace(plan, warnings=(*plan.warnings, *notes, *library_notes))
-    on_event(Event("prepare", 1, 1, CHECKS))
+    with preparing(on_event, action.format(model.repo)) if is_on_hub(model.repo) else nullcontext():
+        checkpoint, family = open_source(model.repo, model.revision, headers_only, model.dtype, model.adapter)
+    with preparing(on_event, CHECKS):
+        plan = make_plan(recipe, checkpoint, family, device)
+        refuse_unlike(checkpoint, family)
+        checkpoint, notes = _in_served_dtype(plan, checkpoint)
+        library_notes = check_libraries(checkpoint, plan.family, plan.needs_calibration or not skip_evaluation)
+        if notes or family.varies:
+            plan = make_plan(recipe, checkpoint, measured(checkpoint, plan.family), device)
+        plan = replace(plan, warnings=(*plan.warnings, *notes, *library_notes))
     return plan, checkpoint
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from exporter import data
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import DataError
-from exporter.events import Event, Listener
+from exporter.events import Listener, preparing
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.tasks.sample import Sample, task_of
@@ -32,12 +32,11 @@ def read_samples(
     plan: Plan, sources: Sequence[data.SourceSpec], skip_evaluation: bool, on_event: Listener
 ) -> ExportSamples:
     """Read the recipe's samples; DataError when calibration and evaluation share a picture."""
-    on_event(Event("prepare", 0, 1, "reading samples"))
-    evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
-    calibration = calibration_samples(plan, sources)
-    traces = data.traces(calibration)
-    data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
-    on_event(Event("prepare", 1, 1, "reading samples"))
+    with preparing(on_event, "reading samples"):
+        evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
+        calibration = calibration_samples(plan, sources)
+        traces = data.traces(calibration)
+        data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
     return ExportSamples(calibration, traces, evaluation)
 
 
