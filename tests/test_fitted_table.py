@@ -20,8 +20,8 @@ LONG, FIVE, NINE = "beta-with-a-long-name", "  about: five", "  bytes: 9 kB"
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two artifacts of demo-llava that differ in recipe, bits and size."""
     folder = tmp_path_factory.mktemp("tables")
-    names = [str(folder / name) for name in ("demo-llava-w4-vit8", "demo-llava-w8a8")]
-    for recipe, out in zip(("llava-w4-vit8", "llava-w8a8"), names, strict=True):
+    names = [str(folder / name) for name in ("demo-llava-w4-vit8", "demo-llava-fp8-vit16")]
+    for recipe, out in zip(("llava-w4-vit8", "llava-fp8-vit16"), names, strict=True):
         words = ["export", "--recipe", recipe, "--model", "demo-llava", "--samples", "4", "--out", out]
         done = CliRunner().invoke(cli, [*words, "--eval-samples", "4"], env={"COLUMNS": None})
         assert done.exit_code in (0, 5), done.output

@@ -139,7 +139,7 @@ def test_a_reference_without_memory_is_one_error_and_leaves_the_artifact(tmp_pat
     vllm = tmp_path / "vllm"
     vllm.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 0.32.0+cpu\n')
     vllm.chmod(0o755)
-    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f avx512_vnni\n")
     arguments = ["check", str(out), "--vllm", str(vllm), "--device", "cpu", "--questions", "2", "--no-control"]
     code, stderr = ended(arguments, tmp_path, partial(answered_engine, tmp_path / "cpuinfo"))
     assert code == 4, stderr

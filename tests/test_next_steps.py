@@ -74,11 +74,15 @@ def test_suggested_commands_parse_and_quote_their_folder(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("recipe", "flags", "gpu", "words"),
     [
-        ("llava-w4-vit8", "avx2", None, "export --recipe llava-w8a8 --model demo-llava"),
-        ("llava-w4-vit8", "avx2 avx512f", None, "export --recipe llava-w4-vit8a8 --model demo-llava"),
-        ("llava-w4-vit8a8", "avx2", None, "export --recipe llava-w8a8 --model demo-llava"),
-        ("llava-w4-vit8a8", "avx2 avx512f", None, None),
-        ("llava-w8a8", "avx2", None, None),
+        ("llava-w4-vit8", "avx2", None, "export --recipe llava-fp8-vit16 --model demo-llava"),
+        ("llava-w4-vit8", "avx2 avx512f avx512_vnni", None, "export --recipe llava-w4-vit8a8 --model demo-llava"),
+        ("llava-w4-vit8a8", "avx2", None, "export --recipe llava-fp8-vit16 --model demo-llava"),
+        ("llava-w4-vit8a8", "avx2 avx512f avx512_vnni", None, None),
+        ("llava-w4-vit8a8", "avx2 avx_vnni", None, "export --recipe llava-fp8-vit16 --model demo-llava"),
+        ("llava-w4-vit8a8", "avx2 avx512f", None, "export --recipe llava-w4-vit4 --model demo-llava"),
+        ("llava-fp8-vit16-cache8", "avx2", None, "export --recipe llava-fp8-vit16 --model demo-llava"),
+        ("llava-fp8-vit16-cache8", "avx2 avx512f", None, None),
+        ("llava-fp8-vit16", "avx2", None, None),
         ("llava-w4-vit8", "avx2", (9, 0), None),
     ],
 )

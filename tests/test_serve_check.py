@@ -28,7 +28,7 @@ def vllm(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the system lists of its processor: AVX-512."""
-    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f avx512_vnni\n")
     monkeypatch.setattr("exporter.serving.preflight.CPUINFO", tmp_path / "cpuinfo")
     return tmp_path / "cpuinfo"
 

@@ -2,7 +2,9 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def test_4_bits_are_refused_at_once_where_vllms_cpu_build_has_no_kernel(
     assert serve(artifact, "--print", "--vllm", vllm).exit_code == 0  # for another machine
 
 
-def test_16_bits_and_8_bits_are_served_without_avx_512(
+def test_16_bits_and_float8_are_served_without_avx_512(
     vllm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     processor(tmp_path, monkeypatch, "sse2 avx2")
@@ -148,15 +150,56 @@ def test_16_bits_and_8_bits_are_served_without_avx_512(
         Program(vllm, "0.32.0+cpu", cpu=True),
         load_recipe("llava-w4-vit8").adjusted(model={"repo": "a b"}),
     )
-    refuse_processor(program, [None, Scheme(8, "row", True, activations="int8")], recipe, FAMILIES["llava"])
+    refuse_processor(
+        program, [None, *(rule.scheme() for rule in load_recipe("llava-fp8-vit16").quantize)], recipe, FAMILIES["llava"]
+    )
     with pytest.raises(ServeError, match="needs AVX-512") as caught:
         refuse_processor(program, [None, Scheme(4, 128, True)], recipe, FAMILIES["llava"])
-    assert "vLLM serves llava-w8a8 on a CPU: `mmq export --recipe llava-w8a8 --model 'a b'`" in (
+    assert "vLLM serves llava-fp8-vit16 on a CPU: `mmq export --recipe llava-fp8-vit16 --model 'a b'`" in (
         caught.value.hint or ""
     )
 
 
-@pytest.mark.parametrize(("flags", "recipe"), [("avx2", "llava-w8a8"), ("avx2 avx512f", "llava-w4-vit8a8")])
+@pytest.mark.parametrize(
+    ("flags", "cache", "needed"),
+    [
+        ("avx2", None, ["VNNI (avx512_vnni or avx_vnni)"]),
+        ("avx2 avx512f", None, ["VNNI (avx512_vnni or avx_vnni)"]),
+        ("avx2 avx_vnni", None, []),
+        ("avx512f avx512_vnni", "fp8", []),
+        ("avx2 avx_vnni", "fp8", ["AVX-512 (avx512f)"]),
+        ("avx2", "fp8", ["VNNI (avx512_vnni or avx_vnni)", "AVX-512 (avx512f)"]),
+        (None, "fp8", []),
+    ],
+)
+def test_int8_inputs_need_vnni_and_a_float8_cache_avx_512(
+    flags: str | None, cache: str | None, needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(tmp_path, monkeypatch, flags)
+    schemes, recipe = [None, Scheme(8, "row", True, activations="int8")], load_recipe("llava-w4-vit8")
+    refuse = partial(refuse_processor, schemes=schemes, recipe=recipe, family=FAMILIES["llava"], kv_cache=cache)
+    refuse(Program("vllm", "0.32.0", cpu=False))
+    with pytest.raises(ServeError) if needed else nullcontext() as caught:
+        refuse(Program("vllm", "0.32.0+cpu", cpu=True))
+    lines = str(caught.value).splitlines()[1:] if caught else []
+    assert [line.partition("it needs ")[2] for line in lines] == needed
+
+
+@pytest.mark.parametrize(("flags", "noted"), [("avx2", True), ("avx2 avx512f", True), ("avx512f avx512_vnni", False)])
+def test_a_plan_for_a_cpu_says_what_this_one_lacks(
+    flags: str, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(tmp_path, monkeypatch, flags)
+    words = ["plan", "--recipe", "llava-w4-vit8a8", "--model", "demo-llava", "--device", "cpu", "--serve-on", "cpu"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert ("without VNNI" in " ".join(done.output.split())) == noted
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [("avx2", "llava-fp8-vit16"), ("avx2 avx512f avx512_vnni", "llava-w4-vit8a8"), ("avx2 avx512f", "llava-w4-vit4")],
+)
 def test_a_refused_artifact_leads_to_a_recipe_that_this_processor_runs(
     flags: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +215,7 @@ def test_a_refused_artifact_leads_to_a_recipe_that_this_processor_runs(
 @pytest.mark.parametrize(
     ("family", "on", "names", "closest"),
     [
-        ("llava", "cpu", {"llava-w4", "llava-w4-vit4", "llava-w4-vit8a8", "llava-w8a8"}, "llava-w4-vit8a8"),
+        ("llava", "cpu", {"llava-w4", "llava-w4-vit4", "llava-w4-vit8a8", "llava-fp8-vit16"}, "llava-w4-vit8a8"),
         ("llava", (10, 0), {"llava-w4-vit8", "llava-w8", "llava-fp8-vit16-cache8"}, "llava-w4-vit8"),
         ("blip2", (8, 0), {"blip2-caption-w4", "llava-w4-vit8a8"}, "llava-w4-vit8"),
     ],

@@ -78,7 +78,7 @@ def test_the_install_ends_with_commands_that_mmq_takes_on_this_machine(python: P
     assert serve == ["serve", str(default_out(recipe))]
     flags = processor_flags()
     refuse_processor(Program("vllm", "0.32.0+cpu", True), [rule.scheme() for rule in recipe.quantize], recipe, LLAVA)
-    assert ("w4" in recipe.name) == (flags is not None and "avx512f" in flags)
+    assert ("w4" in recipe.name) == (flags is not None and "avx512f" in flags and "avx512_vnni" in flags)
 
 
 def test_pytorchs_index_is_asked_where_pip_finds_no_torch(python: Path, tmp_path: Path) -> None:

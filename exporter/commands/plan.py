@@ -114,11 +114,13 @@ def show_plan(
         export_plan, checkpoint = prepare(
             recipe, target, headers_only=True, on_event=listen, skip_evaluation=skip_evaluation
         )
+    warnings = step_warnings(export_plan.steps, target, skip_evaluation)
     if serve_on:
-        from exporter.serving.preflight import refuse_plan
+        from exporter.serving.preflight import processor_note, refuse_plan
 
         refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
-    warnings = step_warnings(export_plan.steps, target, skip_evaluation)
+        if serve_on == "cpu" and (note := processor_note(export_plan)):
+            warnings = [*warnings, note]
     lines = _data_lines(export_plan, data, skip_evaluation, listen) if data else []
     if as_json:
         data_report = {"data": lines} if data else {}

@@ -293,4 +293,5 @@ def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
     if plan.family.unserved:
         raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
     refuse_plan(plan, checkpoint.config, hardware(program))
-    refuse_processor(program, (row.scheme for row in plan.rows if row.decision == "packed"), recipe, plan.family)
+    schemes = (row.scheme for row in plan.rows if row.decision == "packed")
+    refuse_processor(program, schemes, recipe, plan.family, recipe.kv_cache)

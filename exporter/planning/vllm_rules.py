@@ -263,10 +263,7 @@ def head_size(config: Mapping[str, Any]) -> int | None:
 
 
 def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
-    """Rule kv-cache on a CPU. config: of the whole model.
-
-    A float8 cache also needs AVX-512; vLLM itself reports that.
-    """
+    """Rule kv-cache on a CPU. config: of the whole model. A float8 cache also needs AVX-512 (`serving.preflight`)."""
     if kv_cache in BY_FLAG:
         return [f"rule kv-cache: {kv_cache}: vLLM's CPU build has no such cache; serve it on a GPU"]
     size = head_size(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +25,40 @@ if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
 
 CPUINFO = Path("/proc/cpuinfo")
-WNA16_FLAG = "avx512f"
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Instruction sets of an x86 processor that a part of vLLM's CPU build needs, and what happens without them.
+
+    flags: of `/proc/cpuinfo`; any one of them is enough.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    without: str
+
+    def missing(self) -> bool:
+        """Whether this machine's processor lists its instruction sets, and none of these."""
+        listed = processor_flags()
+        return listed is not None and listed.isdisjoint(self.flags)
+
+
+WNA16 = Instructions("AVX-512", ("avx512f",), "has no kernel of 4-bit linears (`cpu_gemm_wna16`)")
+# Without VNNI oneDNN adds pairs of 8-bit products in 16 bits, which saturate (its page "Nuances of int8 computations").
+INT8 = Instructions("VNNI", ("avx512_vnni", "avx_vnni"), "multiplies int8 inputs wrongly")
+FLOAT8_CACHE = Instructions("AVX-512", ("avx512f",), "has no float8 KV cache")
+
+
+def needed_instructions(scheme: Scheme) -> Instructions | None:
+    """What vLLM's CPU kernel of this scheme needs beyond AVX2."""
+    return INT8 if scheme.activations == "int8" else WNA16 if scheme.bits == 4 else None
+
+
+def missing_instructions(schemes: Iterable[Scheme | None], kv_cache: str | None = None) -> list[Instructions]:
+    """What this machine's processor lacks for vLLM's kernels of these schemes and this cache."""
+    needs = [needed_instructions(scheme) for scheme in schemes if scheme] + [FLOAT8_CACHE if kv_cache else None]
+    return [need for need in dict.fromkeys(needs) if need and need.missing()]
 
 
 def hardware(program: Program) -> Hardware:
@@ -42,20 +76,27 @@ def processor_flags() -> frozenset[str] | None:
     return None if listed is None else frozenset(listed.partition(":")[2].split())
 
 
-def refuse_processor(program: Program, schemes: Iterable[Scheme | None], recipe: Recipe, family: Family) -> None:
-    """ServeError when vLLM's CPU build would start on this machine, but fail on the first request.
+def refuse_processor(
+    program: Program, schemes: Iterable[Scheme | None], recipe: Recipe, family: Family, kv_cache: str | None = None
+) -> None:
+    """ServeError when vLLM's CPU build would fail on this machine's processor, at the first request or in its answers.
 
-    Its kernel of 4-bit linears (`cpu_gemm_wna16`) is compiled for AVX-512 only. schemes: of the packed linears. recipe,
-    family: of the model, for the hint.
+    schemes: of the packed linears. recipe, family: of the model, for the hint. kv_cache: of the artifact.
     """
-    flags = processor_flags() if program.cpu else None
-    if flags is None or WNA16_FLAG in flags or not any(scheme and scheme.bits == 4 for scheme in schemes):
-        return
-    raise ServeError(
-        "vLLM's CPU build has no kernel of 4-bit linears for this machine's processor: it needs AVX-512 "
-        f"({CPUINFO} does not list {WNA16_FLAG})",
-        f"without AVX-512 {recipe_hint(recipe, family, 'cpu', lambda scheme: scheme.bits != 4)}",
-    )
+    if program.cpu and (missing := missing_instructions(schemes, kv_cache)):
+        lines = (f"\n  it {need.without}: it needs {need.name} ({' or '.join(need.flags)})" for need in missing)
+        raise ServeError(
+            f"vLLM's CPU build cannot serve this on the processor that {CPUINFO} lists:{''.join(lines)}",
+            f"without {' and '.join(dict.fromkeys(need.name for need in missing))} "
+            f"{recipe_hint(recipe, family, 'cpu', _runs_here('cpu'))}",
+        )
+
+
+def processor_note(plan: Plan) -> str | None:
+    """What this machine's processor lacks for the planned artifact, which may be for another machine; None: nothing."""
+    schemes = (row.scheme for row in plan.rows if row.decision == "packed")
+    reasons = [f"{need.without} without {need.name}" for need in missing_instructions(schemes, plan.recipe.kv_cache)]
+    return f"this machine's processor cannot serve it: vLLM's CPU build {', and '.join(reasons)}" if reasons else None
 
 
 def needs_other_recipe(plan: Plan) -> list[str] | None:
@@ -66,23 +107,21 @@ def needs_other_recipe(plan: Plan) -> list[str] | None:
     if capability() is not None:
         return None
     linears, runs = planned_linears(plan.rows, plan.family), _runs_here("cpu")
-    refused = any(linear.scheme and not runs(linear.scheme) for linear in linears)
+    refused = missing_instructions((linear.scheme for linear in linears), plan.recipe.kv_cache)
     if not refused and not hardware_problems(linears, plan.recipe.format, "cpu"):
         return None
     return other_export(plan.recipe, plan.family, "cpu", runs)
 
 
 def _runs_here(on: Hardware) -> Callable[[Scheme], bool]:
-    """Whether this machine runs a scheme for which `on` has a kernel: a CPU without AVX-512 runs no 4 bits."""
-    flags = processor_flags() if on == "cpu" else None
-    narrow = flags is not None and WNA16_FLAG not in flags
-    return lambda scheme: not (narrow and scheme.bits == 4)
+    """Whether this machine runs a scheme for which `on` has a kernel."""
+    return lambda scheme: on != "cpu" or not missing_instructions([scheme])
 
 
 def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
     """`refuse_processor` for an artifact."""
     schemes = (artifact.scheme_of(name) for name in artifact.manifest.linears)
-    refuse_processor(program, schemes, artifact.recipe(), artifact.family)
+    refuse_processor(program, schemes, artifact.recipe(), artifact.family, artifact.kv_cache)
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:

