@@ -92,7 +92,6 @@ CASES = {  # most informative first, in case the time runs out
     "w4a8-cache8": Case([VIT_FP8, W4A8], kv_cache="fp8"),
     "fp8-cache8": Case(FP8_ALL, kv_cache="fp8"),
     "w4-cache-int8": Case([VIT8, W4], kv_cache="int8_per_token_head"),
-    "w4-cache-int4": Case([VIT8, W4], kv_cache="int4_per_token_head"),
     "w4-cache-fp8-heads": Case([VIT8, W4], kv_cache="fp8_per_token_head"),
     "nvfp4": Case([{"component": part, **NVFP4} for part in ("vision", "language")]),
     "mxfp4": Case([{"component": part, **MXFP4} for part in ("vision", "language")]),

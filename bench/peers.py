@@ -4,7 +4,7 @@
     python -m bench.peers --model demo-blip2 --component vision --bits 2 --methods gptq
     python -m bench.peers --model demo-llava --bits 2 --autoround PYTHON --llmcompressor PYTHON --json out.json
     python -m bench.peers --model demo-llava --artifact FOLDER
-    python -m bench.peers --model demo-llava --caches fp8 int8_per_token_head int4_per_token_head
+    python -m bench.peers --model demo-llava --caches fp8 int8_per_token_head
     python -m bench.peers --model FOLDER --data drawings --prompts smollm2 --prose Rdata.rdb --group 64
 
 Quantizes one component with every method, for several draws of calibration samples, and measures on test samples: the

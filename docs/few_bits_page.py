@@ -9,14 +9,19 @@ from docs.measured_pages import read
 MODELS = {  # title -> what the rows of a table share
     "LLaVA on SmolLM2-135M, language model": {"model": "smollm2-llava", "component": "language"},
     "LLaVA on SmolLM2-135M, vision tower": {"model": "smollm2-llava", "component": "vision"},
+    "LLaVA on SmolLM2-135M, trained again, language model": {"model": "smollm2-llava-2", "component": "language"},
+    "LLaVA on SmolLM2-135M, trained again, vision tower": {"model": "smollm2-llava-2", "component": "vision"},
     "demo-llava, language model": {"model": "demo-llava", "component": "language"},
     "demo-blip2, language model": {"model": "demo-blip2", "component": "language"},
 }
-OWN_PROMPTS = {"smollm2-llava": "smollm2"}  # model -> the prompts that it was trained on, by option; else `family`
+OWN_PROMPTS = {"smollm2-llava": "smollm2", "smollm2-llava-2": "smollm2"}  # model -> the prompts that it was trained on, by option; else `family`
 SAMPLES = 128
 NAMES = {  # name of a run -> its name in the table; without an entry `NAME`
     "gptq-signed": "`gptq`, signed",
     "gptq-corrected": "`gptq`, corrected",
+    "gptq-asym": "`gptq`, `symmetric: false`",
+    "gptq-asym-joint": "`gptq`, `symmetric: false`, joint ranges",
+    "gptq-tokens": "`gptq`, signed, token weights",
     "gptq-signed-corrected": "`gptq`, signed, corrected",
     "gptq-signed-folded": "`awq` folded, then `gptq`, signed",
     "awq-clip": "`awq`, `range: clip`",

@@ -19,7 +19,7 @@ from exporter.errors import ArtifactError, PlanError, ServeError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
 from exporter.numerics.activation_rounding import ServedRounding, round_as_served
-from exporter.numerics.kv_caches import BY_FLAG, hadamard, rounded_per_head
+from exporter.numerics.kv_caches import BY_FLAG, rounded_per_head
 from exporter.pipeline import speed
 from exporter.pipeline.export import export
 from exporter.planning.plan import make_plan
@@ -33,7 +33,6 @@ from exporter.serving.launch import Program
 from exporter.serving.preflight import refuse_plan, refuse_unservable
 
 INT8 = "int8_per_token_head"
-INT4 = "int4_per_token_head"
 
 
 def half_away(x: float) -> float:
@@ -56,33 +55,6 @@ def test_8_bit_caches_have_one_scale_for_each_token_and_head(cache: str, largest
     halves = torch.tensor([127.0, 2.5, -2.5, 0.5])
     assert rounded_per_head(halves, INT8).tolist() == [127.0, 3.0, -3.0, 1.0]
     assert rounded_per_head(halves.bfloat16(), cache).dtype == torch.bfloat16
-
-
-def test_the_hadamard_transform_is_its_matrix() -> None:
-    matrix = torch.ones(1, 1)
-    for _ in range(4):
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    x = torch.randn(3, 16)
-    assert torch.allclose(hadamard(x), x @ matrix.T, atol=1e-5)
-
-
-def test_a_4_bit_cache_rounds_behind_the_transform_of_vllm() -> None:
-    """Written out from the documented layout: random signs, transform, 16 levels with a zero point, and back."""
-    torch.manual_seed(0)
-    x = torch.randn(7, 16) + 0.5
-    signs = 2 * torch.bernoulli(torch.full((16,), 0.5), generator=torch.Generator().manual_seed(2654435769)) - 1
-    matrix = hadamard(torch.eye(16))
-    turned = (x * signs) @ matrix
-    expected = []
-    for row in turned.tolist():
-        scale = (max(row) - min(row)) / 15
-        zero = min(max(half_away(-min(row) / scale), 0), 15)
-        codes = [min(max(half_away(number / scale + zero), 0), 15) for number in row]
-        expected.append([(code - zero) * scale for code in codes])
-    back = torch.tensor(expected) @ matrix * signs / 16
-    rounded = rounded_per_head(x, INT4)
-    assert torch.allclose(rounded, back, atol=1e-4)
-    assert 0.02 < float((rounded - x).norm() / x.norm()) < 0.2
 
 
 @pytest.mark.parametrize("cache", BY_FLAG)
@@ -112,26 +84,20 @@ def test_attention_reads_the_keys_and_values_of_the_cache(cache: str) -> None:
 
 
 def test_heads_and_hardware_that_vllm_has_no_such_cache_for() -> None:
-    assert cache_problems(INT8, "gptq", (), False, 80) == cache_problems(INT4, "awq", (), True, 128) == []
-    assert cache_problems(INT4, "compressed_tensors", (), True) == []  # a size that the config leaves out
+    assert cache_problems(INT8, "gptq", (), False, 80) == cache_problems(INT8, "awq", (), True, 128) == []
+    assert cache_problems(INT8, "compressed_tensors", (), True) == []  # a size that the config leaves out
     assert "heads of 16: vLLM's Triton attention needs at least 32" in cache_problems(INT8, "gptq", (), True, 16)[0]
-    assert "heads of 80: the Hadamard transform" in cache_problems(INT4, "gptq", (), True, 80)[0]
     assert "vLLM's CPU build has no such cache" in cpu_cache_problems(INT8, {"text_config": {"head_dim": 128}})[0]
 
 
 def test_a_plan_refuses_heads_without_such_a_cache(sparse_checkpoint: Callable[[str], Path]) -> None:
     family, device = FAMILIES["llava"], Device("cuda:0", "H100", 78 * 2**30)
     big = Checkpoint.open(sparse_checkpoint("llava-hf--llava-1.5-7b-hf"), family.canonical_name)
-    recipe = load_recipe("llava-w4").model_copy(update={"kv_cache": INT4})
+    recipe = load_recipe("llava-w4").model_copy(update={"kv_cache": INT8})
     plan = make_plan(recipe, big, family, device)
     with pytest.raises(ServeError, match="vLLM's CPU build has no such cache"):
         refuse_plan(plan, big.config, "cpu")
     refuse_plan(plan, big.config, (9, 0))
-    blip2 = FAMILIES["blip2"]
-    opt = Checkpoint.open(sparse_checkpoint("Salesforce--blip2-opt-2.7b"), blip2.canonical_name)
-    recipe = load_recipe("blip2-caption-w4").model_copy(update={"kv_cache": INT4})
-    with pytest.raises(PlanError, match="attention heads of 80"):
-        make_plan(recipe, opt, blip2, device)
 
 
 @pytest.fixture(scope="module")

@@ -453,8 +453,8 @@ EDITS: list[tuple[str, Edit, str]] = [
         "number types of the KV cache",
     ),
     (
-        "keys and values of 4 bits in the recipe",
-        lambda f: changed_recipe(f, lambda d: d.update(kv_cache="int4_per_token_head")),
+        "keys and values with scales per head in the recipe",
+        lambda f: changed_recipe(f, lambda d: d.update(kv_cache="int8_per_token_head")),
         "number types of the KV cache",
     ),
     (

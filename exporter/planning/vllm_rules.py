@@ -140,12 +140,10 @@ def cache_problems(
 
 def _head_problems(kv_cache: str, head: int) -> list[str]:
     """Rule kv-cache: sizes of attention heads for the caches with a scale per token and head."""
-    need = ""
-    if head < LEAST_HEAD:
-        need = f"vLLM's Triton attention needs at least {LEAST_HEAD}"
-    elif kv_cache == "int4_per_token_head" and head & (head - 1):
-        need = "the Hadamard transform of vLLM 0.26 needs a power of two; use int8_per_token_head"
-    return [f"rule kv-cache: kv_cache: {kv_cache}: attention heads of {head}: {need}"] if need else []
+    if head >= LEAST_HEAD:
+        return []
+    need = f"vLLM's Triton attention needs at least {LEAST_HEAD}"
+    return [f"rule kv-cache: kv_cache: {kv_cache}: attention heads of {head}: {need}"]
 
 
 def packed_in_words(scheme: Scheme | None) -> TypeGuard[Scheme]:
