@@ -14,7 +14,10 @@ MODELS = {  # title -> what the rows of a table share
     "demo-llava, language model": {"model": "demo-llava", "component": "language"},
     "demo-blip2, language model": {"model": "demo-blip2", "component": "language"},
 }
-OWN_PROMPTS = {"smollm2-llava": "smollm2", "smollm2-llava-2": "smollm2"}  # model -> the prompts that it was trained on, by option; else `family`
+OWN_PROMPTS = {
+    "smollm2-llava": "smollm2",
+    "smollm2-llava-2": "smollm2",
+}  # model -> the prompts that it was trained on, by option; else `family`
 SAMPLES = 128
 NAMES = {  # name of a run -> its name in the table; without an entry `NAME`
     "gptq-signed": "`gptq`, signed",

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
 from exporter.device import Device, choose
-from exporter.errors import ArtifactError, PlanError, ServeError
+from exporter.errors import ArtifactError, ServeError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
 from exporter.numerics.activation_rounding import ServedRounding, round_as_served
