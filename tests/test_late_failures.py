@@ -1,15 +1,18 @@
 """Settings of a model folder with which transformers' first forward pass would fail: the plan refuses them by name."""
 
 import copy
+import itertools
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from exporter.errors import PlanError
+from exporter.errors import CheckpointError, PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import known_family
+from exporter.model.families import FAMILIES
 from exporter.model.processor_check import check_libraries
 from tests.tiny_models import CONFIGS, write_processor
 
@@ -111,6 +114,41 @@ UNEQUAL: list[tuple[str, str, dict[str, Any], str, str]] = [  # family, file of 
         '"num_query_tokens": 0',
     ),
 ]
+
+
+RAGGED = [*((name, {"do_pad": False}, "no batch can hold") for name in ("llava-onevision", "idefics3", "smolvlm"))]
+SMALL = [
+    *(
+        (name, {"size": {"longest_edge": side}}, f"{side} is below 1")
+        for name in ("idefics3", "smolvlm")
+        for side in (0, -1)
+    ),
+    *((name, {"size": {"shortest_edge": -1, "longest_edge": 4096}}, "-1 is below 1") for name in QWENS),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), [*RAGGED, *SMALL])
+def test_a_processor_that_cannot_encode_every_batch_of_pictures_is_refused(
+    name: str, changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One picture alone works; an export fails with the first batch that has pictures of two sizes."""
+    family, config = CONFIGS[name]
+    write_processor(tmp_path, family, config)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(PlanError, match=message):
+        check_libraries(Checkpoint(tmp_path, config, {}, name), family)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("value", ["x", None])
+def test_a_config_with_the_model_type_of_no_family_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    """mmq finds the family by `architectures`, but vLLM and transformers the class by `model_type`."""
+    family, config = CONFIGS[name]
+    write_processor(tmp_path, family, config)
+    named = json.dumps(value)
+    with pytest.raises(CheckpointError, match=f"`model_type` must be {json.dumps(config['model_type'])}, got {named}"):
+        check_libraries(Checkpoint(tmp_path, config | {"model_type": value}, {}, name), family)
 
 
 @pytest.mark.parametrize(("name", "file", "changed", "message", "hint"), UNEQUAL)
@@ -251,3 +289,15 @@ def test_a_config_on_which_the_first_forward_pass_fails_is_refused(
 )
 def test_such_a_config_with_values_that_fit_is_accepted(name: str, place: str, changed: dict[str, Any]) -> None:
     known_family(changed_config(name, place, changed), name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_value_of_any_type_in_config_json_is_accepted_or_refused(name: str) -> None:
+    """No other error: a plan of a foreign folder never ends in a traceback."""
+    for place, content in [
+        ("", CONFIGS[name][1]),
+        *((k, v) for k, v in CONFIGS[name][1].items() if isinstance(v, dict)),
+    ]:
+        for key, value in itertools.product(content, (None, True, -1, 0, 1.5, "x", [], ["x"], {}, 10**30)):
+            with suppress(PlanError):  # any other error fails the test
+                known_family(changed_config(name, place, {key: value}), name)

@@ -27,6 +27,7 @@ from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_o
 ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
 LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time
 MAX_TOKENS = 200_000
+TALL = (300, 1000)  # width and height of the second picture of a batch, where shapes depend on the picture
 TYPICAL = (640, 480)  # width and height of the picture whose tokens predict memory, where their number varies
 LARGEST_SIDE = 2**13  # largest side in pixels to which pictures may be scaled; larger ones take seconds and memory
 
@@ -94,9 +95,10 @@ def inspect(request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             with _step("encode", ENCODE_SECONDS):
                 prompt = _render(processor, request["text"]) if rendered else request["fallback"]
-                reply |= _encode(processor, prompt, request.get("nested", False))
-                if (marker := request.get("varying")) is not None:
-                    reply["typical"] = _typical_tokens(processor, prompt, request.get("nested", False), marker)
+                marker, nested = request.get("varying"), request.get("nested", False)
+                reply |= _encode(processor, prompt, nested, marker is not None)
+                if marker is not None:
+                    reply["typical"] = _typical_tokens(processor, prompt, nested, marker)
         except _Failed as failed:
             reply["failure"] = _reason(failed.error)
     return reply
@@ -132,22 +134,20 @@ def _render(processor: Any, text: str) -> str:
     return prompt
 
 
-def _encode(processor: Any, prompt: str, nested: bool) -> dict[str, Any]:
+def _encode(processor: Any, prompt: str, nested: bool, varying: bool) -> dict[str, Any]:
     """Token ids of one small picture with a prompt, and the shape of its pixels.
 
-    nested: whether the processor takes a list of pictures for every text. padded: token ids of prompts and replies of
-    two lengths, padded on both sides as in `encoding`.
+    nested: whether the processor takes a list of pictures for every text. varying: whether shapes depend on the
+    picture, so that a batch has pictures of two sizes. padded: token ids of prompts and replies of two lengths, padded
+    on both sides as in `encoding`. Raises what the processor raises, and ValueError for settings outside the limits.
     """
     import numpy as np
     from PIL import Image
 
-    for key, side in dict(getattr(processor.image_processor, "size", None) or {}).items():
-        most = LARGEST_SIDE**2 if hasattr(processor.image_processor, "merge_size") else LARGEST_SIDE  # Qwen's: an area
-        if isinstance(side, int) and side > most:
-            raise ValueError(f"size.{key} of its pictures: {side} exceeds the limit of {most}")
-    gray = Image.new("RGB", (48, 36), "gray")
-    picture = [gray] if nested else gray
-    inputs = processor(images=[picture], text=[prompt], return_tensors="np")
+    _refuse_sizes(processor.image_processor)
+    gray, tall = (Image.new("RGB", size, "gray") for size in ((48, 36), TALL))
+    pictures = [[gray], [tall if varying else gray]] if nested else [gray, tall if varying else gray]
+    inputs = processor(images=pictures[:1], text=[prompt], return_tensors="np")
     ids = np.asarray(inputs["input_ids"]).reshape(-1)
     if len(ids) > MAX_TOKENS:
         raise ValueError(f"it makes more than {MAX_TOKENS:,} tokens from one picture and a short prompt")
@@ -156,9 +156,21 @@ def _encode(processor: Any, prompt: str, nested: bool) -> dict[str, Any]:
         raise ValueError("its pixel values are not finite: check image_mean, image_std and rescale_factor")
     texts, padded = [prompt, f"{prompt} {PROBES[1]}{processor.tokenizer.eos_token or ''}"], []
     for side in ("left", "right"):
-        inputs = processor(images=[picture] * 2, text=texts, padding=True, padding_side=side, return_tensors="np")
+        inputs = processor(images=pictures, text=texts, padding=True, padding_side=side, return_tensors="np")
+        if np.asarray(inputs["pixel_values"]).dtype == object:
+            raise ValueError("pictures of two sizes give pixels of two shapes, which no batch can hold: check do_pad")
         padded += np.asarray(inputs["input_ids"]).tolist()
     return {"tokens": ids.tolist(), "padded": padded, "pixels": list(pixels.shape)}
+
+
+def _refuse_sizes(image_processor: Any) -> None:
+    """ValueError when a side, or for Qwen's processors an area, to which pictures are scaled has no sense."""
+    most = LARGEST_SIDE**2 if hasattr(image_processor, "merge_size") else LARGEST_SIDE
+    for key, side in dict(getattr(image_processor, "size", None) or {}).items():
+        if isinstance(side, int) and side > most:
+            raise ValueError(f"size.{key} of its pictures: {side} exceeds the limit of {most}")
+        if isinstance(side, int) and side < 1:
+            raise ValueError(f"size.{key} of its pictures: {side} is below 1")
 
 
 def _typical_tokens(processor: Any, prompt: str, nested: bool, marker: int) -> int:
@@ -171,11 +183,17 @@ def _typical_tokens(processor: Any, prompt: str, nested: bool, marker: int) -> i
 
 
 def read_config(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a config.json with transformers' config class, which checks the type of every key."""
+    """Load a config.json with transformers' config class, which checks the type of every key but `model_type`.
+
+    vLLM and transformers find the class of a model by it.
+    """
     import transformers
 
     with _step("config", CONFIG_SECONDS):
-        getattr(transformers, request["config_class"]).from_dict(request["config"])
+        kind, named = getattr(transformers, request["config_class"]), request["config"].get("model_type")
+        kind.from_dict(request["config"])
+        if named != kind.model_type:
+            raise ValueError(f"`model_type` must be {json.dumps(kind.model_type)}, got {json.dumps(named)[:60]}")
     return {}
 
 

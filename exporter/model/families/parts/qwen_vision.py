@@ -54,8 +54,8 @@ class Taps:
     default: tuple[int, ...] = (8, 16, 24)
 
     def of(self, values: Mapping[str, Any]) -> Any:
-        """The list in `values`, or the default."""
-        return list(values.get(self.key, self.default))
+        """The list in `values`, or the default; `problem` tells whether it is a list."""
+        return values.get(self.key, list(self.default))
 
     def problem(self, value: Any) -> str | None:
         """Why `value` does not select blocks, or None."""
