@@ -34,7 +34,10 @@ def _row(family: Family) -> str:
         source = write_sparse_checkpoint(Path(folder) / "model", header)
         cells = [_cell(source, recipe) for recipe in recipes]
     if not fits:
-        cells = ["", *(f"`{recipe}`: {cell}" for recipe, cell in zip(recipes, cells, strict=True))]
+        cells = [
+            "no recipe of 8 bits for retrieval",
+            *(f"`{recipe}`: {cell}" for recipe, cell in zip(recipes, cells, strict=True)),
+        ]
     checkpoint = header.partition("--")[2]
     return f"| {' | '.join([f'`{family.name}`', f'`{checkpoint}`', size(sizes_of(header)[0]), *cells])} |"
 

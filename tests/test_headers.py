@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from exporter.model.families import FAMILIES
 from tests.headers import make
 from tests.headers.published import CONFIGS, TOTALS
 from tests.headers.read import HEADER_NAMES, HEADERS, ITEM_BYTES, SMALLEST, header, header_config, header_file, shards
@@ -147,3 +148,11 @@ def test_sparse_index_lists_every_tensor_of_every_shard(sparse_checkpoint):
     for file in set(index["weight_map"].values()):
         with safe_open(folder / file, framework="pt") as shard:
             assert set(shard.keys()) == {tensor for tensor, where in index["weight_map"].items() if where == file}
+
+
+def test_every_cell_of_the_sizes_in_the_readme_has_a_size_or_a_reason() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- sizes:begin -->")[2].partition("<!-- sizes:end -->")[0]
+    rows = [row.strip("|").split("|") for row in table.strip().splitlines()[2:]]
+    assert {row[0].strip(" `") for row in rows} == set(FAMILIES)
+    assert all(cell.strip() for row in rows for cell in row)
