@@ -15,15 +15,18 @@ from exporter.commands import allocate, ask, bench, data_check, evaluate, progre
 from exporter.commands.options import LazyChoice, fail, print_result
 from exporter.commands.plan_tables import steps_table
 from exporter.commands.report_tables import gate_line, report_page
+from exporter.commands.serving_text import example_lines
 from exporter.device import Device
 from exporter.errors import DataError, GateFailed, PublishError, RecipeError, ServeError
 from exporter.evaluation.evaluation_record import BaselineRecord, EvaluationRecord
 from exporter.events import Event, preparing
 from exporter.inference.predict_server import Server
+from exporter.model.families import FAMILIES
 from exporter.pipeline.data_check import DataCheck, SplitCheck
 from exporter.planning.steps import Step
 from exporter.publishing.artifact_diff import Change
 from exporter.publishing.repository import CARD, Package
+from exporter.serving.launch import Launch
 from tests.fake_ray import FakeRay, ray
 from tests.test_evaluate import crafted, one_bootstrap
 
@@ -149,6 +152,12 @@ def test_next_steps_of_an_export_depend_on_its_gates(tmp_path: Path, monkeypatch
     family.unserved, family.tasks = "vLLM has no such model", ()
     assert [line.split()[-2] for line in steps(None)[1:-1]] == ["report"]
     assert steps(None)[-1] == "vLLM has no such model"
+
+
+def test_example_requests_are_for_mmq_curl_and_python() -> None:
+    lines_by_name = example_lines(Launch(("vllm", "serve"), {}, "http://a:1", "mine"), "out", FAMILIES["llava"])
+    assert list(lines_by_name) == ["ask", "curl", "python"]
+    assert all("http://a:1" in line for line in lines_by_name.values())
 
 
 def test_the_json_of_an_export_has_no_list_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
