@@ -103,7 +103,7 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
         resume_note = f"answers so far are stored in {store.folder}" if store else "no answers are stored (--fresh)"
         raise Interrupted(f"stopped; {resume_note}", "run the same command again to resume") from None
     print_result(report.plain() if as_json else report_page(report))
-    raise_unless_accepted(report, artifact)
+    raise_unless_accepted(report, artifact, listed=not as_json)
 
 
 def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":

@@ -167,7 +167,7 @@ def export(
         raise Interrupted(message, "run the same command again to resume") from None
     print_result(show.export_json(result) if as_json else show.export_page(result))
     if result.report:
-        raise_unless_accepted(result.report, target)
+        raise_unless_accepted(result.report, target, listed=not as_json)
     if serve_check:
         check_options = {"artifact": target, "vllm": vllm, "device": device, "data": data, "as_json": as_json}
         click.get_current_context().invoke(check, **check_options)

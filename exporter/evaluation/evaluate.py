@@ -210,21 +210,24 @@ def _is_on_fewer(report: Report, old: Report) -> bool:
     return min(gained, default=0) < 0 and max(gained) <= 0
 
 
-def raise_unless_accepted(report: Report, where: Path) -> None:
-    """GateFailed when a gate failed or is not comparable, GateNotResolved when one needs more samples or data."""
+def raise_unless_accepted(report: Report, where: Path, listed: bool = False) -> None:
+    """GateFailed when a gate failed or is not comparable, GateNotResolved when one needs more samples or data.
+
+    listed: the gates' sentences are printed already; the message leaves them out.
+    """
     open_gates = [gate for gate in report.gates if not accepted(gate)]
     if not open_gates:
         return
-    lines = "\n".join(f"  {sentence(gate)}" for gate in open_gates)
+    lines = "" if listed else "".join(f"\n  {sentence(gate)}" for gate in open_gates)
     verdicts = {gate.verdict for gate in open_gates}
     count = f"{where}: {len(open_gates)} of {len(report.gates)} gates"
     if "failed" in verdicts:
         hint = f"{REPORT} lists changed answers; more bits, smaller groups or another method may help"
-        raise GateFailed(f"{count} {'failed' if verdicts == {'failed'} else 'did not pass'}\n{lines}", hint)
+        raise GateFailed(f"{count} {'failed' if verdicts == {'failed'} else 'did not pass'}{lines}", hint)
     if "not comparable" in verdicts:
         hint = "check some answers of the full-precision model by hand"
-        raise GateFailed(f"{count} could not be decided\n{lines}", hint)
-    raise GateNotResolved(f"{count} are not resolved\n{lines}", _resolution_hint(open_gates, where))
+        raise GateFailed(f"{count} could not be decided{lines}", hint)
+    raise GateNotResolved(f"{count} are not resolved{lines}", _resolution_hint(open_gates, where))
 
 
 def _resolution_hint(gates: Sequence[GateResult], where: Path) -> str:
