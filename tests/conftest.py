@@ -31,6 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of the pr
     _cache = TemporaryDirectory(prefix="mmq-cache-")  # no test reads what an earlier run kept
     os.environ["MMQ_CACHE"] = _cache.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("COLUMNS", None)  # workers inherit a width, and output that is no terminal has none
 if not choose("auto").is_cuda:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on a CPU
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
