@@ -1,8 +1,9 @@
-"""A stand-in for the package ray that records calls; tasks run at once in this process, and nothing is pickled.
+"""A stand-in for the package ray that records calls; tasks run at once in this process.
 
-`ray_stand_in.py` pickles, for whole commands, and `test_cluster.py` has the real package.
+Whole commands run on it with pickled arguments and results, as on a cluster; `test_cluster.py` has the real package.
 """
 
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -34,17 +35,22 @@ class FakeTask:
 
     def remote(self, *arguments: Any) -> int:
         self._ray.calls.append(self._options)
+        function, sent = self._ray.sent((self._function, arguments))
         try:
-            return self._ray.put(self._function(*arguments))
+            return self._ray.put(function(*sent))
         except Exception as error:  # noqa: BLE001 (`get` raises it)
             return self._ray.put(error if isinstance(error, RayError) else FakeTaskError(f"trace\n{error}", error))
 
 
 class FakeRay(ModuleType):
-    """The functions of ray that mmq calls. machines: those of the cluster. calls: the options of every task."""
+    """The functions of ray that mmq calls. machines: those of the cluster. calls: the options of every task.
 
-    def __init__(self) -> None:
+    pickled: whether tasks, arguments and values are pickled.
+    """
+
+    def __init__(self, pickled: bool = False) -> None:
         super().__init__("ray")
+        self.pickled = pickled
         self.exceptions = SimpleNamespace(RayError=RayError)
         self.values: list[Any] = []
         self.calls: list[dict[str, Any]] = []
@@ -55,15 +61,19 @@ class FakeRay(ModuleType):
         self.address: str | None = ""  # of the running cluster
         self.unreachable: Exception | None = None
 
+    def sent(self, value: Any) -> Any:
+        """The value as another process has it."""
+        return pickle.loads(pickle.dumps(value)) if self.pickled else value
+
     def put(self, value: Any) -> int:
-        self.values.append(value)
+        self.values.append(value if isinstance(value, RayError) else self.sent(value))
         return len(self.values) - 1
 
     def get(self, reference: int) -> Any:
         value = self.values[reference]
         if isinstance(value, RayError):
             raise value
-        return value
+        return self.sent(value)
 
     def wait(self, references: Sequence[int], num_returns: int, timeout: float | None = None) -> tuple[list[int], Any]:
         """The newest tasks end first."""
@@ -102,13 +112,18 @@ class FakeRay(ModuleType):
         self.address = ""
 
 
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    """The stand-in, which `import ray` finds."""
-    fake = FakeRay()
+def install_ray(patch: pytest.MonkeyPatch, pickled: bool = False) -> FakeRay:
+    """Let `import ray` find a stand-in."""
+    fake = FakeRay(pickled)
     strategies = ModuleType("ray.util.scheduling_strategies")
     strategies.NodeAffinitySchedulingStrategy = lambda node, soft: (node, soft)  # type: ignore[attr-defined]
     modules = {"ray": fake, "ray.util": ModuleType("ray.util"), strategies.__name__: strategies}
     for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+        patch.setitem(sys.modules, name, module)
     return fake
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    """The stand-in, without pickling."""
+    return install_ray(monkeypatch)

@@ -52,7 +52,9 @@ def test_every_tensor_of_the_true_7b_gets_one_decision(
     packed = {row.module for row in plan.rows if row.decision == "packed"}
     assert packed == {row.module for unit in plan.units for row in unit.rows}
     assert len([m for m in packed if m.startswith("language_model.model.layers.")]) == 224
-    vision = 0 if name in ("llava-w4", "llava-fp8-vit16", "llava-fp8-vit16-cache8") else 23 * 6  # the 24th block never runs
+    vision = (
+        0 if name in ("llava-w4", "llava-fp8-vit16", "llava-fp8-vit16-cache8") else 23 * 6
+    )  # the 24th block never runs
     assert len([m for m in packed if m.startswith("vision_tower.")]) == vision
     assert "language_model.lm_head" not in packed
 
