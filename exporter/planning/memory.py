@@ -23,7 +23,7 @@ CODE_BYTES = 1  # per weight: its code
 ROUND_BYTES = 9  # per weight while all are rounded at once: the scales, a mask of zero scales, the ratios
 REPORT_BYTES = 14  # per weight of one linear, to compute its error: the dequantized weight, the difference, products
 OFFSET_BYTES = 4  # per weight: what learned rounding adds to it before it is rounded, in float32
-LEARNED_BYTES = 24  # per weight of one linear: the temporaries of rounding it in one step
+LEARNED_BYTES = 24  # per weight of one linear: the temporaries of rounding it in one step, freed before the passes
 BACKWARD = 3  # outputs inside a block that a backward pass holds, over those that a forward pass holds at a time
 SMOOTH_BYTES = 28  # per weight of one linear: the temporaries of one candidate for the column scales
 
@@ -82,9 +82,10 @@ def predict_memory(
             inputs, masks, solve = 3 * inputs, 2 * masks, solve + block  # inputs, outputs and block of the source
         if component.name in tuned:
             learned = OFFSET_BYTES + 2 * size + 3 * CODE_BYTES
-            temporaries = LEARNED_BYTES * max(max(sizes) for _, sizes in phases)
+            # A GPU rounds and steps by kernels without temporaries.
+            temporaries = 0 if device.is_cuda else LEARNED_BYTES * max(max(sizes) for _, sizes in phases)
             peaks[f"{component.name}: learned rounding of one block"] = (
-                inputs + masks + 2 * block + learned * _weights(phases) + temporaries + BACKWARD * batch
+                inputs + masks + 2 * block + learned * _weights(phases) + max(temporaries, BACKWARD * batch)
             )
         names = upstream_tensors(checkpoint.tensors, family, checkpoint.config, component)
         upstream = sum(checkpoint.tensors[name].size for name in names) * itemsize

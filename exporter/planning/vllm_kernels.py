@@ -150,7 +150,7 @@ def _floats(scheme: "Scheme") -> SchemeKernels:
         return SchemeKernels((MXFP8_MARLIN,), None, ROUNDED_INPUTS.format(bits=8, instead="fp8"))
     if scheme.group_size == "block" and scheme.activations is None:
         note = "vLLM cannot load float8 blocks with 16-bit inputs: add activations: fp8, or use group_size: row"
-        return SchemeKernels((), None, note)  # seen in 0.26: W8A16Fp8 asserts on a missing input scheme
+        return SchemeKernels((), None, note)  # 0.26 and 0.32 assert that an input scheme exists
     if scheme.group_size == "block":
         return SchemeKernels((FP8_BLOCK, FP8_MARLIN), None)
     if scheme.activations is None:
