@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_the_example_is_a_scene_and_the_demo_model_answers_its_question() -> Non
 def test_the_pieces_are_printed_as_they_come_and_joined_are_the_answer() -> None:
     from exporter.events import ignore
     from exporter.pipeline.ask import ask as run
-    from exporter.pipeline.ask import question
+    from exporter.pipeline.picture_question import question
 
     pieces: list[str] = []
     request = question(PICTURE, None, 8, False)
@@ -122,6 +123,20 @@ def test_a_served_answer_grows_and_has_the_wording_of_the_family(artifact: str) 
     assert whole.stdout == "whole\n"
     assert failed.exit_code == 1
     assert "HTTP 400: too long" in failed.stderr
+
+
+def test_asking_a_server_imports_neither_torch_nor_transformers(artifact: str) -> None:
+    """Their import takes longer than the answer."""
+    with chat_server(lambda text, image: "a red bar") as server:
+        arguments = ["mmq", "ask", artifact, str(PICTURE), "what is it?", "--server", server.url]
+        code = (
+            f"import sys; from exporter.__main__ import main\nsys.argv = {arguments}\n"
+            "try: main()\n"
+            "except SystemExit as end: assert not end.code\n"
+            "finally: print([name for name in ('torch', 'transformers') if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["a red bar", "[]"]
 
 
 def test_two_servers_are_compared(artifact: str) -> None:

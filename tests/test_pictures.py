@@ -13,7 +13,7 @@ from PIL import Image
 from exporter.data import samples
 from exporter.data.pictures import PictureError, check_sides, open_picture, to_rgb
 from exporter.errors import DataError
-from exporter.pipeline.ask import question
+from exporter.pipeline.picture_question import question
 from tests import layouts
 
 RAMP = np.linspace(0, 255, 256).round().astype(np.uint8).reshape(16, 16)

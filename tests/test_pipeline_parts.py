@@ -15,7 +15,7 @@ from exporter.errors import DataError, MemoryShortage
 from exporter.evaluation.answers import Store
 from exporter.evaluation.speed_record import SpeedFigures
 from exporter.events import Event, ignore
-from exporter.pipeline import ask, reevaluation, serving_check, speed, step_clock
+from exporter.pipeline import picture_question, reevaluation, serving_check, speed, step_clock
 from exporter.pipeline.reevaluation import Reevaluation
 from exporter.pipeline.speed import SpeedRequest, bench_artifact, measure_here
 from exporter.planning.recipe_file import load_recipe
@@ -217,7 +217,7 @@ def test_an_answer_of_a_server_gets_half_of_its_context(monkeypatch: pytest.Monk
     family = SimpleNamespace(tasks=("vqa",))
     served: dict[str, Any] = {"id": "m"}
     server: Any = SimpleNamespace(served=lambda: served, lacks_start=lambda name: name == "m")
-    monkeypatch.setattr(ask, "open_source", lambda model, headers_only: (None, family))
+    monkeypatch.setattr(picture_question, "open_source", lambda model, headers_only: (None, family))
 
     class Served:
         def __init__(self, server: Any, wording: Any, name: str, lacks_start: bool) -> None:
@@ -226,15 +226,15 @@ def test_an_answer_of_a_server_gets_half_of_its_context(monkeypatch: pytest.Monk
         def stream(self, sample: str, longest: int, on_text: Any) -> str:
             return f"{sample} {longest}"
 
-    monkeypatch.setattr(ask, "ServedPredictor", Served)
+    monkeypatch.setattr(picture_question, "ServedPredictor", Served)
     request: Any = SimpleNamespace(sample="s", longest=100, wording=lambda family: family)
     for context, longest in ((None, 100), (150, 75), (1000, 100), (1, 1)):
         served["max_model_len"] = context
-        assert ask.ask_server("m", request, server, ignore) == f"s {longest}"  # type: ignore[arg-type]
+        assert picture_question.ask_server("m", request, server, ignore) == f"s {longest}"  # type: ignore[arg-type]
     family.tasks = ("retrieval",)
     family.name = "blip2-itm"
     with pytest.raises(DataError, match="models of the family blip2-itm do not answer with text"):
-        ask.ask_server("m", request, server, ignore)  # type: ignore[arg-type]
+        picture_question.ask_server("m", request, server, ignore)  # type: ignore[arg-type]
 
 
 def test_anonymous_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

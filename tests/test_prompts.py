@@ -27,7 +27,7 @@ from exporter.inference.predict_server import ServedPredictor, Server
 from exporter.model.families import FAMILIES
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
-from exporter.pipeline import ask
+from exporter.pipeline import picture_question
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import calibration_samples
 from exporter.pipeline.serving_check import questions
@@ -253,9 +253,9 @@ def test_check_and_the_example_of_serve_use_the_artifacts_prompts(
     assert example(opened.family) == (text, 3)
     assert json.dumps(text)[1:-1] in shell_line(launch(artifact, {}, program), opened.family)
     assert example(FAMILIES["llava"])[1] == LLAVA.max_new_tokens["vqa"]
-    request = ask.question(demo_example.PICTURE, None, 8, False, str(artifact))
+    request = picture_question.question(demo_example.PICTURE, None, 8, False, str(artifact))
     assert request.wording(LLAVA).text(None) == CAPTION  # mmq ask, also for the source beside the artifact
-    assert ask.question(demo_example.PICTURE, None, 8, False, "demo-llava").wording(LLAVA) == LLAVA
+    assert picture_question.question(demo_example.PICTURE, None, 8, False, "demo-llava").wording(LLAVA) == LLAVA
     captions = SimpleNamespace(
         max_new_tokens={"captioning": 9}, text=lambda question: CAPTION if question is None else ""
     )

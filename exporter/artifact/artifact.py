@@ -33,6 +33,7 @@ from exporter.artifact.manifest import (
     write_manifest,
 )
 from exporter.artifact.output import put_in_place, temporary_folder
+from exporter.artifact.recorded_prompts import with_recorded_prompts
 from exporter.distribution import PROGRAM, installed_version
 from exporter.errors import ArtifactError
 from exporter.events import Listener
@@ -49,7 +50,7 @@ from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import QuantizedLinear, Scheme
 from exporter.planning.plan import Plan
-from exporter.planning.prompts import prompted, prompts_by_task
+from exporter.planning.prompts import prompts_by_task
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_rules import matches
@@ -163,13 +164,6 @@ def size_record(plan: Plan) -> SizeRecord:
                 kept=sum(row.bytes_after for row in rows if row.decision == "kept"),
             )
     return SizeRecord(before=plan.bytes_before, after=plan.bytes_after, components=components)
-
-
-def with_recorded_prompts(family: Family, manifest: Manifest) -> Family:
-    """The family with the prompts and answer lengths in a manifest; an older mmq recorded none."""
-    records = {task: record for task, record in manifest.prompts.items() if task in family.max_new_tokens}
-    prompts = {task: record.prompt for task, record in records.items()}
-    return prompted(family, prompts, {task: record.max_new_tokens for task, record in records.items()})
 
 
 def _identity(recipe: Recipe) -> RecipeIdentity:

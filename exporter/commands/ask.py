@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.options import device_option, json_option, print_result, reports_errors
+from exporter.commands.options import device_option, json_option, load_torch, print_result, reports_errors_without_torch
 
 if TYPE_CHECKING:
-    from exporter.device import Device
     from exporter.events import Listener
-    from exporter.pipeline.ask import OnText, PictureQuestion
+    from exporter.pipeline.picture_question import OnText, PictureQuestion
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 
@@ -29,7 +28,7 @@ SOURCE, ARTIFACT = "full precision", "artifact"
 @click.option("--as-is", is_flag=True, help="Send the question alone, without the wording with which mmq measures.")
 @device_option
 @json_option
-@reports_errors
+@reports_errors_without_torch
 def ask(model: str, picture: Path, question: str | None, device: str, as_json: bool, **options: Any) -> None:
     """Ask an artifact or a model about a picture.
 
@@ -43,15 +42,14 @@ def ask(model: str, picture: Path, question: str | None, device: str, as_json: b
       mmq ask artifacts/demo-llava-w4-vit8 photo.jpg --server http://127.0.0.1:8000
     """
     from exporter.commands.progress import ProgressDisplay
-    from exporter.device import choose
     from exporter.evaluation.word_differences import marked, spans
-    from exporter.pipeline.ask import question as read_question
+    from exporter.pipeline.picture_question import question as read_question
 
     _refuse_unused(options)
     request = read_question(picture, question, options["max_tokens"], options["as_is"], model)
     answers: dict[str, str] = {}
     with ProgressDisplay(as_json) as listen:
-        for label, answer in _askers(model, request, choose(device), listen, options).items():
+        for label, answer in _askers(model, request, device, listen, options).items():
             start = f"{label}: " if options["compare"] else ""
             answers[label] = answer(_printer(as_json, start, listen.hide))
             if not as_json:
@@ -77,21 +75,29 @@ def _refuse_unused(options: dict[str, Any]) -> None:
 
 
 def _askers(
-    model: str, request: "PictureQuestion", device: "Device", listen: "Listener", options: dict[str, Any]
+    model: str, request: "PictureQuestion", device: str, listen: "Listener", options: dict[str, Any]
 ) -> dict[str, Callable[["OnText"], str]]:
     """Label -> function that asks one model; the source first, whose hashes are compared with the artifact's."""
-    from exporter.inference.predict_server import Server
-    from exporter.pipeline.ask import ask as ask_here
-    from exporter.pipeline.ask import ask_server, source_of
 
     def asker(place: str, url: str | None, name: str | None) -> Callable[["OnText"], str]:
         if url:
+            from exporter.inference.predict_server import Server
+            from exporter.pipeline.picture_question import ask_server
+
             return lambda on_text: ask_server(place, request, Server(url, name, tries=1), on_text)
-        return lambda on_text: ask_here(place, request, device, listen, on_text)
+        load_torch(listen)
+        from exporter.device import choose
+        from exporter.pipeline.ask import ask as ask_here
+
+        selected_device = choose(device)
+        return lambda on_text: ask_here(place, request, selected_device, listen, on_text)
 
     models = {ARTIFACT: asker(model, options["server"], options["served_model"])}
     if not options["compare"]:
         return models
+    load_torch(listen)
+    from exporter.pipeline.ask import source_of
+
     source = source_of(model, options["baseline"], listen)
     return {SOURCE: asker(source, options["baseline_server"], None)} | models
 

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from exporter.commands.next_steps import program
 from exporter.demo import MODELS
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
+
+if TYPE_CHECKING:
+    from exporter.events import Listener
 
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
 model_option = click.option(
@@ -101,9 +104,18 @@ def _import_torch(as_json: bool) -> None:
     if "torch" in sys.modules:
         return
     from exporter.commands.progress import ProgressDisplay
+
+    with ProgressDisplay(as_json) as listen:
+        load_torch(listen)
+
+
+def load_torch(on_event: "Listener") -> None:
+    """Import torch and report it as an event, unless it is imported already."""
+    if "torch" in sys.modules:
+        return
     from exporter.events import preparing
 
-    with ProgressDisplay(as_json) as listen, preparing(listen, "loading torch"):
+    with preparing(on_event, "loading torch"):
         import torch  # noqa: F401
 
 

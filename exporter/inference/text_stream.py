@@ -1,9 +1,10 @@
 """Text of a growing answer: the streamer that transformers calls for every token, and pieces of text to print."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes from the first bytes of a character
 
@@ -21,7 +22,7 @@ class TextStream:
         self._whole = ""
         self.text = ""
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: "Tensor") -> None:
         """Take new token ids: `[1, tokens]` is the prompt, `[1]` one token of the answer."""
         if value.dim() == 1:
             self._tokens += value.tolist()

@@ -2,7 +2,7 @@
 
 import json
 
-from exporter.artifact.artifact import with_recorded_prompts
+from exporter.artifact.recorded_prompts import with_recorded_prompts
 from exporter.evaluation.speed_table import figures_rows
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary

@@ -45,7 +45,8 @@ class Instructions:
 
 
 WNA16 = Instructions("AVX-512", ("avx512f",), "has no kernel of 4-bit linears (`cpu_gemm_wna16`)")
-# Without VNNI oneDNN adds pairs of 8-bit products in 16 bits, which saturate (its page "Nuances of int8 computations").
+# Measured: int8 products are wrong without VNNI. Likely cause: sums of two saturate at 16 bits (oneDNN's page
+# "Nuances of int8 computations").
 INT8 = Instructions("VNNI", ("avx512_vnni", "avx_vnni"), "multiplies int8 inputs wrongly")
 FLOAT8_CACHE = Instructions("AVX-512", ("avx512f",), "has no float8 KV cache")
 
