@@ -456,7 +456,7 @@ def test_the_check_of_a_source_lists_tasks_splits_and_rows() -> None:
     assert damaged[2:] == [
         "note: a note",
         "unusable: line 1: x",
-        "No task has both a train and a test split; 1 unusable rows.",
+        "No task has both a train and a test split; 1 unusable row.",
     ]
     plain = data_check._plain(result, ["page.html"])
     assert plain["splits"][2] == {

@@ -33,6 +33,15 @@ def test_the_data_page_has_no_fault(chromium: Browser, data_page: Path, width: i
     assert audit(chromium, data_page, width, dark) == []
 
 
+def test_the_data_page_breaks_no_name_on_a_phone(chromium: Browser, data_page: Path) -> None:
+    chromium.show(data_page, min(WIDTHS), 900)
+    script = """return [...document.querySelectorAll('th, td:nth-child(2)')].filter(cell => {
+        const range = document.createRange(); range.selectNodeContents(cell);
+        return new Set([...range.getClientRects()].map(line => line.top)).size > 1; }).map(cell => cell.textContent)"""
+    assert chromium.run("return document.querySelectorAll('td:nth-child(2)').length") > 2
+    assert chromium.run(script) == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_documentation_has_no_fault(chromium: Browser, width: int, dark: bool) -> None:

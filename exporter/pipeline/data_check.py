@@ -45,11 +45,14 @@ class DataCheck:
         """DataError if a row is unusable or no task has samples."""
         if self.problems:
             count = len(self.problems)
-            raise DataError(
-                f"{self.source} has {count} unusable row{'s' * (count > 1)}", "correct the rows listed above"
-            )
+            raise DataError(f"{self.source} has {unusable_rows(count)}", "correct the rows listed above")
         if not any(part.available for part in self.splits):
             raise DataError(f"{self.source} has no samples", self.splits[0].refusal if self.splits else None)
+
+
+def unusable_rows(count: int) -> str:
+    """`no unusable row`, `1 unusable row`, `2 unusable rows`."""
+    return f"{count or 'no'} unusable row{'s' * (count > 1)}"
 
 
 def check_data(source: data.SourceSpec, most: int, examples: int, on_event: Listener) -> DataCheck:
@@ -64,7 +67,7 @@ def check_data(source: data.SourceSpec, most: int, examples: int, on_event: List
             samples = data.samples(source.name, source.path, task, split, most, 0)
         except DataError as error:
             problems |= dict.fromkeys(error.problems)
-            refusal = f"{len(error.problems)} unusable rows" if error.problems else error.message
+            refusal = unusable_rows(len(error.problems)) if error.problems else error.message
             parts.append(SplitCheck(task, split, refusal=refusal))
             continue
         available = samples.available if isinstance(samples, data.Selection) else len(samples)

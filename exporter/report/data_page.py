@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.files.writing import make_folder, write_text
-from exporter.pipeline.data_check import DataCheck, opened
+from exporter.pipeline.data_check import DataCheck, opened, unusable_rows
 from exporter.report.pictures import thumbnail
 
 TEMPLATE = "data_page.html.jinja"
@@ -18,7 +18,7 @@ def summary(check: DataCheck) -> str:
         if usable
         else "No task has both a train and a test split"
     )
-    return f"{text}; {len(check.problems)} unusable rows." if check.problems else f"{text}; no unusable row."
+    return f"{text}; {unusable_rows(len(check.problems))}."
 
 
 def data_html(check: DataCheck) -> str:
