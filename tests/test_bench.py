@@ -201,6 +201,7 @@ def test_without_vllm_figures_of_transformers_reach_report_and_card(
     assert "transformers measures, with dequantized weights" in " ".join(done.stderr.split())
     record = json.loads(done.stdout)
     assert record["engine"].startswith("transformers ")
+    assert record["engine"].endswith("with dequantized weights")
     for model in ("artifact", "source"):
         assert set(record[model]["tokens_per_second"]) == {"1", "2"}
         assert min(record[model]["tokens_per_second"].values()) > 0

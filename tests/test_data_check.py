@@ -92,10 +92,14 @@ def test_a_table_and_the_column_text_are_read(tmp_path: Path) -> None:
         ("2.png", ("two\nlines",)),
         ("3.png", ("last",)),
     }
-    write(tmp_path / "metadata.csv", "file_name,text\n0.png,a\n../x.png,b\n1.png,c,d\n")
+    write(tmp_path / "metadata.csv", "file_name,text\n0.png,a\n../x.png,b\n1.png,c,d\n2.png,\n")
     with pytest.raises(DataError) as error:
         samples("folder", tmp_path, "captioning", "train", 9, 0)
-    assert [text.partition(": ")[0] for text in error.value.problems] == ["metadata.csv:3", "metadata.csv:4"]
+    assert [text.partition(": ")[0] for text in error.value.problems] == [
+        "metadata.csv:3",
+        "metadata.csv:4",
+        "metadata.csv:5",
+    ]
     assert "more cells" in error.value.problems[1]
 
 

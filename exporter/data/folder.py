@@ -177,6 +177,8 @@ def _parse(entry: dict[str, Any], where: str, path: Path, folder: Path, task: st
         raise BadRowError("`file_name` is missing")
     file = below(folder, name)
     question, references = _question(entry), _references(entry, task)
+    if question is None and not _references(entry, "captioning"):
+        raise BadRowError("no text: a row needs a caption, or a question with its answers")
     if not references or (task == "vqa" and question is None):
         return None
     relative = (folder / name).relative_to(path).as_posix()

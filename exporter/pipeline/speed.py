@@ -67,7 +67,7 @@ def bench_artifact(request: SpeedRequest, on_event: Listener) -> SpeedRecord:
         source = None if request.alone else source_of(str(request.artifact), request.baseline, on_event)
         figures = measure(str(request.artifact))
         record = SpeedRecord(
-            engine=f"vllm {request.program.version}" if request.program else f"transformers {version('transformers')}",
+            engine=_engine_text(request),
             device=_device_text(request),
             tokens=request.settings.tokens,
             requests=request.settings.requests,
@@ -79,6 +79,13 @@ def bench_artifact(request: SpeedRequest, on_event: Listener) -> SpeedRecord:
         with updating(request.artifact):
             write_speed(request.artifact, record)
     return record
+
+
+def _engine_text(request: SpeedRequest) -> str:
+    """What computes the answers, with its version."""
+    if request.program:
+        return f"vllm {request.program.version}"
+    return f"transformers {version('transformers')}, with dequantized weights"
 
 
 def _device_text(request: SpeedRequest) -> str:
