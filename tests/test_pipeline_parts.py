@@ -119,7 +119,8 @@ def test_the_record_of_a_measurement_names_engine_and_device(
     assert checked == ["locked", *refusals, "written"]
     build = "" if program is None else ", cpu build" if program.cpu else ", gpu build"
     assert record.device == f"a card{build}"
-    assert record.engine == ("vllm 0.32.0" if program else f"transformers {version('transformers')}")
+    plain = f"transformers {version('transformers')}, with dequantized weights"
+    assert record.engine == ("vllm 0.32.0" if program else plain)
     assert (record.tokens, record.requests, record.flags, record.source) == (9, 2, ("--x",), FIGURES)
     alone = bench_artifact(SpeedRequest(tmp_path, program, SpeedSettings(), alone=True), ignore)
     assert alone.source is None
