@@ -34,6 +34,7 @@ from exporter.publishing.card import _width
 from exporter.serving.launch import dtype
 from exporter.serving.preflight import refuse_plan
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 RECIPE = "llava-w4a8-vitfp8-cache8"
 H100 = Device("cuda:0", "H100", 78 * 2**30)
 MIXED = Scheme(4, 128, activations="fp8")
@@ -123,8 +124,8 @@ def test_tiny_rows_have_the_smallest_scale_of_vllm() -> None:
     assert float8_scales(torch.full((1, 2), 1e-4))[1].item() == pytest.approx(least)
 
 
-@pytest.mark.parametrize("cuda", [True, False])
-def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool) -> None:
+def check_attention(cache: str, gpu: bool, query: Rounding, cached: Rounding) -> None:
+    """Attention of a small Llama with the cache equals that with rounded queries, keys and values, written out."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
     family = FAMILIES["llava"]
@@ -141,19 +142,24 @@ def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool)
     vision = model.config.vision_config._attn_implementation
     with torch.no_grad():
         before = attend()
-        round_as_served(model, ServedRounding(kv_cache="fp8"), cuda)
+        round_as_served(model, ServedRounding(kv_cache=cache), gpu)
         shape = (1, 9, -1, attention.head_dim)
         q, k, v = (
             part(hidden).view(shape).transpose(1, 2) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *turns)
-        hold = to_float8 if cuda else truncate_to_float8
-        q, k, v = to_float8(q) if cuda else q, *(repeat_kv(hold(t), attention.num_key_value_groups) for t in (k, v))
+        q, k, v = query(q), *(repeat_kv(cached(t), attention.num_key_value_groups) for t in (k, v))
         scores = (q @ k.transpose(2, 3) * attention.scaling).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
         expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 9, -1))
         assert torch.allclose(attend(), expected, atol=1e-6)
     assert not torch.allclose(before, expected, atol=1e-5)
     assert model.config.vision_config._attn_implementation == vision
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_attention_reads_rounded_keys_and_values_behind_the_rotation(cuda: bool) -> None:
+    hold = to_float8 if cuda else truncate_to_float8
+    check_attention("fp8", cuda, to_float8 if cuda else lambda q: q, hold)
 
 
 def test_padding_is_still_masked_with_a_float8_cache() -> None:

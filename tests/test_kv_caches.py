@@ -18,7 +18,6 @@ from exporter.device import Device, choose
 from exporter.errors import ArtifactError, ServeError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES
-from exporter.numerics.activation_rounding import ServedRounding, round_as_served
 from exporter.numerics.kv_caches import BY_FLAG, rounded_per_head
 from exporter.pipeline import speed
 from exporter.pipeline.export import export
@@ -31,6 +30,7 @@ from exporter.publishing.card import CardDeclarations, render
 from exporter.serving import check
 from exporter.serving.launch import Program
 from exporter.serving.preflight import refuse_plan, refuse_unservable
+from tests.test_float8 import check_attention
 
 INT8 = "int8_per_token_head"
 
@@ -59,28 +59,7 @@ def test_8_bit_caches_have_one_scale_for_each_token_and_head(cache: str, largest
 
 @pytest.mark.parametrize("cache", BY_FLAG)
 def test_attention_reads_the_keys_and_values_of_the_cache(cache: str) -> None:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
-
-    family = FAMILIES["llava"]
-    torch.manual_seed(0)
-    model = family.skeleton(family.tiny_config()).float().eval()
-    text = model.model.language_model
-    attention, hidden = text.layers[0].self_attn, torch.randn(1, 9, text.config.hidden_size)
-    turns = text.rotary_emb(hidden, torch.arange(9)[None])
-    with torch.no_grad():
-        before = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
-        round_as_served(model, ServedRounding(kv_cache=cache), gpu=True)
-        shape = (1, 9, -1, attention.head_dim)
-        q, k, v = (
-            part(hidden).view(shape).transpose(1, 2) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, *turns)
-        k, v = (repeat_kv(rounded_per_head(t, cache), attention.num_key_value_groups) for t in (k, v))
-        scores = (q @ k.transpose(2, 3) * attention.scaling).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
-        expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 9, -1))
-        actual = attention(hidden, position_embeddings=turns, attention_mask=None)[0]
-    assert torch.allclose(actual, expected, atol=1e-6)
-    assert not torch.allclose(before, expected, atol=1e-5)
+    check_attention(cache, True, lambda q: q, lambda t: rounded_per_head(t, cache))
 
 
 def test_heads_and_hardware_that_vllm_has_no_such_cache_for() -> None:

@@ -27,10 +27,6 @@ RECIPES = {
 NAMES = ["plan", "read data", "quantize", "write", "verify", "evaluate", "check"]
 
 
-CORRECTED_ENDING = ", corrected"
-CORRECTED = "bench/recipes/llava-w4-vit8-gptq.yaml" + CORRECTED_ENDING
-
-
 def gpu(free: float) -> Device:
     """A card with so many GiB free."""
     return Device("cuda:0", "a card", int(free * GIB))
@@ -62,25 +58,23 @@ def by_name(plan: Plan) -> dict[str, Step]:
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "gib"),
+    ("name", "recipe", "options", "gib"),  # options: of the last rule
     [
-        (make.LLAVA_7B, "bench/recipes/llava-w4-vit8-gptq.yaml", 2.66),
-        (make.LLAVA_7B, "bench/recipes/llava-w4-awq.yaml", 4.07),
-        (make.OPT_27B, "blip2-caption-w8-vit4", 0.54),
-        (make.LLAVA_7B, "llava-w3-learned", 5.85),
-        (make.LLAVA_7B, CORRECTED, 4.58),
+        (make.LLAVA_7B, "bench/recipes/llava-w4-vit8-gptq.yaml", None, 2.66),
+        (make.LLAVA_7B, "bench/recipes/llava-w4-vit8-gptq.yaml", {"correct": True}, 4.58),
+        (make.LLAVA_7B, "bench/recipes/llava-w4-awq.yaml", None, 4.07),
+        (make.LLAVA_7B, "llava-w3-learned", None, 5.85),
+        (make.OPT_27B, "blip2-caption-w8-vit4", None, 0.54),
     ],
 )
 def test_predicted_memory_of_quantizing_equals_the_measured_peaks(
-    name: str, recipe: str, gib: float, sparse_checkpoint: Callable[[str], Path]
+    name: str, recipe: str, options: dict[str, bool] | None, gib: float, sparse_checkpoint: Callable[[str], Path]
 ) -> None:
     """On an H100 or H200 (docs/measurements/quantization-time.md)."""
-    loaded = load_recipe(recipe.removesuffix(CORRECTED_ENDING))
-    if recipe == CORRECTED:
-        vision, language = loaded.quantize
-        loaded = loaded.model_copy(
-            update={"quantize": (vision, language.model_copy(update={"options": {"correct": True}}))}
-        )
+    loaded = load_recipe(recipe)
+    if options:
+        *rules, last = loaded.quantize
+        loaded = loaded.model_copy(update={"quantize": (*rules, last.model_copy(update={"options": options}))})
     checkpoint, family = open_source(str(sparse_checkpoint(name)), dtype=loaded.model.dtype)
     plan = make_plan(loaded, checkpoint, family, gpu(78))
     assert by_name(plan)["quantize"].device_bytes / GIB == pytest.approx(gib, rel=0.05)

@@ -86,24 +86,24 @@ class Correction:
         """
         own, full = self._inputs[number], self._source.inputs[number]
         weights = lower_weights(own.weights, full.weights) if self._padded else None
-        for x_full in self._received_by_source(number):
+        for x_full in self._received(number, by_source=True):
             (rows_full, counts), (rows, _) = (counted_rows(tensor, weights) for tensor in (x_full, x))
             finite = torch.isfinite(rows_full).all(-1) & torch.isfinite(rows).all(-1)
             return rows_full[finite], rows[finite], None if counts is None else counts[finite]
         return None
 
-    def _received(self, number: int) -> list[Tensor]:
-        """The linear's input when the quantized block runs on a batch; empty when the batch does not run the linear."""
-        received: list[Tensor] = []
-        with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop=True):
-            self._inputs[number].run(self._block, self._source.device)
-        return received
+    def _received(self, number: int, by_source: bool = False) -> list[Tensor]:
+        """The linear's input when the block runs on a batch; empty when the batch does not run the linear.
 
-    def _received_by_source(self, number: int) -> list[Tensor]:
-        """The linear's input in the full-precision block."""
+        by_source: in the full-precision model, whose pass goes on to the block's end for the last linears.
+        """
         received: list[Tensor] = []
-        with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop=not self._last):
-            self._source.run(number, self._block)
+        stop = not (by_source and self._last)
+        with watch_inputs({"": self._linear}, lambda _, x: received.append(x), stop):
+            if by_source:
+                self._source.run(number, self._block)
+            else:
+                self._inputs[number].run(self._block, self._source.device)
         return received
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from exporter.model.families import Family
 from exporter.numerics.quantized import Scheme
@@ -16,7 +16,8 @@ def recipe_hint(recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Sc
 
     runs: whether the hardware runs a scheme that has a kernel.
     """
-    names, words = served_recipes(family, on, runs), other_export(recipe, family, on, runs)
+    names = served_recipes(family, on, runs)
+    words = _closest_export(recipe, names)
     where = "this hardware" if on is None else "a CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
     if not words:
         return f"no built-in recipe for {family.name} has kernels on {where}"
@@ -27,7 +28,12 @@ def other_export(
     recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True
 ) -> list[str]:
     """Words after `mmq` that export the model with the served recipe of the closest name; empty if there is none."""
-    closest = difflib.get_close_matches(recipe.name, served_recipes(family, on, runs), n=1, cutoff=0)
+    return _closest_export(recipe, served_recipes(family, on, runs))
+
+
+def _closest_export(recipe: Recipe, served: Sequence[str]) -> list[str]:
+    """Words after `mmq` that export the model with the one of `served` whose name is closest to the recipe's."""
+    closest = difflib.get_close_matches(recipe.name, served, n=1, cutoff=0)
     return [*("export", "--recipe", closest[0], "--model", recipe.model.repo or "demo-llava")] if closest else []
 
 
