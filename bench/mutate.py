@@ -228,19 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="start no mutant after this time [60]")
     parser.add_argument("--goal", type=float, default=0.95, help="share of all mutants that must be detected [0.95]")
     options = parser.parse_args(arguments)
-    tests, end = LineTests.read(), time.monotonic() + 60 * options.minutes
+    mutants = [mutant for room in options.room or rooms() for mutant in sampled(room, options.sample, options.seed)]
+    random.Random(options.seed).shuffle(mutants)  # a run that ends early has tried mutants of every room
+    results: dict[str, list[tuple[Mutant, str]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(LineTests.read(), Path(folder), time.monotonic() + 60 * options.minutes)
+        for number, (mutant, test) in enumerate(run_all(mutants, options.jobs, trial), 1):
+            results.setdefault(mutant.room, []).append((mutant, test))
+            print(f"{number:3} {mutant}: {test or 'NOT DETECTED'}", file=sys.stderr, flush=True)
     total = missed = 0
-    for room in options.room or rooms():
-        with tempfile.TemporaryDirectory() as folder:
-            results = []
-            trial = Trial(tests, Path(folder), end)
-            for mutant, test in run_all(sampled(room, options.sample, options.seed), options.jobs, trial):
-                results.append((mutant, test))
-                print(f"{room} {len(results):3} {mutant}: {test or 'NOT DETECTED'}", file=sys.stderr, flush=True)
-        survivors = [mutant for mutant, test in results if not test]
-        total, missed = total + len(results), missed + len(survivors)
-        share = 1 - len(survivors) / max(1, len(results))
-        print(f"{room}: {len(results) - len(survivors)} of {len(results)} detected ({share:.0%})", flush=True)
+    for room, tried in sorted(results.items()):
+        survivors = [mutant for mutant, test in tried if not test]
+        total, missed = total + len(tried), missed + len(survivors)
+        print(f"{room}: {len(tried) - len(survivors)} of {len(tried)} detected", flush=True)
         for mutant in survivors:
             print(f"  not detected: {mutant}", flush=True)
     share = 1 - missed / max(1, total)

@@ -3,7 +3,8 @@
     python -m bench.peers_tools autoround-200 FOLDER OUT.safetensors --bits 3 --group 32
 
 FOLDER is what `bench/peers_inputs.py` writes. Runs: `autoround-STEPS`, `autoround2-STEPS` (its algorithm extension,
-SignRound v2), `llmcompressor-gptq`, `llmcompressor-awq`. OUT gets the dequantized weight of every quantized linear, by
+SignRound v2), `autoround16-STEPS` (bfloat16 as its users run it, to compare times), `llmcompressor-gptq`,
+`llmcompressor-awq`. OUT gets the dequantized weight of every quantized linear, by
 its name in the whole model. The last line of the output is JSON with the seconds.
 """
 
@@ -52,10 +53,12 @@ def with_padding(model: Any) -> int:
 
 
 def autoround(model: Any, rows: list[Tensor], options: argparse.Namespace) -> None:
-    """Quantize `model` in place with AutoRound's defaults, in float32."""
+    """Quantize `model` in place with AutoRound's defaults, in float32 unless the run is `autoround16`."""
     from auto_round import AutoRound
 
     name, _, steps = options.tool.partition("-")
+    if name == "autoround16":
+        model.to(torch.bfloat16)
     pad = with_padding(model)
     batches = padded(rows, pad)
     extension = {"enable_alg_ext": True} if name == "autoround2" else {}
@@ -70,7 +73,7 @@ def autoround(model: Any, rows: list[Tensor], options: argparse.Namespace) -> No
         seqlen=batches[0]["input_ids"].shape[1],
         batch_size=BATCH,
         dataset=batches,
-        amp=False,
+        amp=name == "autoround16",
         device_map=options.device,
         enable_torch_compile=False,
         **extension,
