@@ -14,8 +14,9 @@ EXIT_CODES: dict[int, tuple[str, str, str]] = {  # code -> short name, meaning, 
     ),
     2: ("wrong usage", "wrong usage of the command line", "`mmq COMMAND --help`"),
     3: (
-        "a gate failed",
-        "a gate failed or could not be compared, or `mmq check` failed",
+        "a gate or the check failed",
+        "a gate failed (the whole interval of the loss is beyond its limit), `mmq check` failed, or the allocation of "
+        "`mmq allocate` loses more than allowed",
         "the artifact is written and its report states the loss; `mmq publish` refuses it",
     ),
     4: (
@@ -24,9 +25,10 @@ EXIT_CODES: dict[int, tuple[str, str, str]] = {  # code -> short name, meaning, 
         "the message names the step and the option that reduces its memory; finished work is kept",
     ),
     5: (
-        "a gate is not resolved",
-        "a gate is not resolved or not measured",
-        "the artifact is written; the message names the `--eval-samples` that would resolve it, or asks for `--data`",
+        "a gate is not decided",
+        "no gate failed, but one is not decided: not resolved (the interval contains the limit), not measured, or not "
+        "comparable (the full-precision model scores 0 or at chance level)",
+        "the artifact is written; the message names the `--eval-samples` that would decide it, or asks for other data",
     ),
     130: (
         "interrupted",
@@ -118,16 +120,19 @@ class MemoryShortage(MmqError):
 
 
 class GateFailed(MmqError):
-    """The artifact's loss exceeds a gate of the recipe, or the full-precision model cannot do the task."""
+    """The artifact's loss exceeds a gate of the recipe."""
 
     exit_code = 3
 
 
 class GateNotResolved(MmqError):
-    """The samples are too few to decide whether the artifact's loss exceeds a gate of the recipe."""
+    """No gate failed, but one is not decided.
+
+    The samples are too few or of other tasks, or the full-precision model scores 0 or at chance level.
+    """
 
     exit_code = 5
-    label = "Not resolved"
+    label = "Not decided"
 
 
 class Interrupted(MmqError):

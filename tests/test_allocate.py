@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from exporter.model.families import FAMILIES
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Rule
 from exporter.planning.recipe_file import load_recipe
-from exporter.study import pool
+from exporter.study import pool, search
 from exporter.study.allocate import Option, Slot, front, rules_of, solve
 from exporter.study.prepare import base_recipe
 from exporter.study.propose import with_evidence, write_recipe
@@ -269,6 +270,20 @@ def test_an_allocation_with_a_large_loss_fails_with_a_warning(tmp_path: Path, st
     assert refused.exit_code == 1
     assert "write failed" in refused.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_a_loss_that_is_unknown_is_no_loss_that_is_too_large(
+    tmp_path: Path, study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is unknown: the full-precision model scores 0" in search._warnings(math.nan, True, None)[0]
+    assert search._warnings(-0.04, True, None) == ()
+    monkeypatch.setattr(search, "_change", lambda winner, confirmed: math.nan)
+    arguments = ["allocate", "--max-size", "500kB", "--bits", "2,8", "--method", "rtn", "--per", "component"]
+    arguments += ["--samples", "8", "--calibration", "8", "--workers", "1", "--device", "cpu", "--no-proof"]
+    result = CliRunner().invoke(
+        cli, [*arguments, "--out", str(tmp_path / "mine.yaml"), "--folder", str(study_folder), "--json"]
+    )
+    assert result.exit_code == 5, result.output
 
 
 @pytest.mark.parametrize(

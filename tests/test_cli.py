@@ -204,7 +204,7 @@ def test_an_export_with_few_test_samples_is_not_resolved(tmp_path: Path) -> None
     out = tmp_path / "out"
     result = mmq(*quick(out, "--eval-samples", "9", "--recipe", "llava-w8"))
     assert result.exit_code == 5, result.output
-    assert "Not resolved: " in result.stderr
+    assert "Not decided: " in result.stderr
     assert "2 of 2 gates are not resolved" in result.stderr
     assert "not resolved with" not in result.stderr  # stdout has the gates' sentences
     assert re.search(

@@ -1,6 +1,7 @@
 """Evaluation: scores, gates, stored answers, and equal results from both back ends."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
 from exporter.device import choose
-from exporter.errors import DataError, GateFailed, GateNotResolved
+from exporter.errors import EXIT_CODES, DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends, judge
 from exporter.evaluation.answers import ABOUT, Backend, Store
 from exporter.evaluation.bootstrap import Difference, samples_to_exclude
 from exporter.evaluation.evaluate import compare, raise_unless_accepted, store_report
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import accepted, rounded_up, sentence
+from exporter.evaluation.gates import Verdict
 from exporter.evaluation.report_file import Counts, GateResult, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
@@ -189,7 +191,7 @@ def test_a_baseline_of_zero_is_not_comparable() -> None:
     assert report.gates[0].verdict == report.verdict == "not comparable"
     assert report.measures[0].samples_to_resolve_one_percent is None
     assert json.loads(json.dumps(report.plain(), allow_nan=False))["gates"][0]["change"] is None
-    with pytest.raises(GateFailed, match="scores 0, so a relative change is undefined") as raised:
+    with pytest.raises(GateNotResolved, match="scores 0, so a relative change is undefined") as raised:
         raise_unless_accepted(report, Path("out"))
     assert "bits" not in f"{raised.value.message} {raised.value.hint}"
 
@@ -214,8 +216,9 @@ def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
     assert sentence(guessing).endswith("so a relative change has no meaning; check prompt and data")
     assert yes_or_no(0.4).gates[0].verdict == "not comparable"
     assert yes_or_no(0.8).gates[0].verdict == "passed"
-    with pytest.raises(GateFailed, match="1 of 1 gates could not be decided") as raised:
+    with pytest.raises(GateNotResolved, match="1 of 1 gates could not be decided") as raised:
         raise_unless_accepted(yes_or_no(0.5), Path("out"))
+    assert "by hand" in str(raised.value.hint)
     assert "bits" not in f"{raised.value.message} {raised.value.hint}"
 
 
@@ -557,3 +560,21 @@ def test_a_stopped_evaluation_resumes(how: signal.Signals, out: Path, report: Re
     events = [json.loads(line) for line in lines if line.startswith("{")]
     assert next(e["done"] for e in events if e["stage"] == "evaluate") >= 4
     assert json.loads((out / "mmq_report.json").read_text())["measures"] == report.plain()["measures"]
+
+
+@pytest.mark.parametrize("verdict", ["passed", "failed", "not comparable", "not measured", "not resolved"])
+def test_the_documented_exit_code_of_a_verdict_is_the_one_of_its_error(verdict: Verdict) -> None:
+    """3: the loss is too large; 5: nothing failed, but a gate is not decided."""
+    table = (Path(__file__).parent.parent / "docs" / "explanation" / "gates.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| \*\*([a-z ]+)\*\* \|.*\| (\d) \|$", table, re.MULTILINE))
+    gate = crafted(50, 50).gates[0].model_copy(update={"verdict": verdict})
+    report = crafted(50, 50).model_copy(update={"gates": (gate,), "verdict": verdict})
+    code = 0
+    try:
+        raise_unless_accepted(report, Path("out"))
+    except GateFailed as error:
+        code = error.exit_code
+    except GateNotResolved as error:
+        code = error.exit_code
+        assert EXIT_CODES[code][1].count(verdict) == 1
+    assert documented[verdict] == str(code)

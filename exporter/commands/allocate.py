@@ -25,7 +25,7 @@ from exporter.commands.study import (
     samples_seed_option,
     workers_option,
 )
-from exporter.errors import GateFailed, Interrupted, RecipeError
+from exporter.errors import GateFailed, GateNotResolved, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from exporter.study.search import AllocationResult, Request
@@ -123,8 +123,8 @@ def allocate(**options: Any) -> None:
     mmq quantizes each part alone with each scheme, on calibration data; the cost of a scheme is the divergence of the
     model's predictions from those of the full-precision model. An integer program minimizes the sum of the costs
     within the size limit. mmq exports the solution, measures it on test data and writes the results into the recipe.
-    If the solution loses more than 5 % (or --max-drop), the recipe is written with a warning and the exit code is 3.
-    Needs the extra `study`.
+    If the solution loses more than 5 % (or --max-drop), the recipe is written with a warning and the exit code is 3,
+    or 5 if the loss is unknown because the full-precision model scores 0. Needs the extra `study`.
 
     \b
     Examples:
@@ -150,7 +150,8 @@ def allocate(**options: Any) -> None:
     export = command("export", "--recipe", options["out"])
     print_result(result if options["as_json"] else allocation_page(allocation, options["out"], export))
     if allocation.warnings:
-        raise GateFailed(f"{options['out']} is written, but " + "; ".join(allocation.warnings))
+        failure = GateFailed if allocation.decided else GateNotResolved
+        raise failure(f"{options['out']} is written, but " + "; ".join(allocation.warnings))
 
 
 def refuse_other_file(out: Path) -> None:

@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure an artifact against its full-precision model.
 
-    mmq decides the gates of the artifact's recipe and replaces its report.
+    mmq decides the gates of the artifact's recipe and replaces its report. The exit code is 3 if a gate failed, and
+    5 if none failed but one could not be decided.
 
     The full-precision model must be the artifact's source by the hashes in the manifest. With --other-baseline, report
     and card name the other model, and `mmq publish` refuses the artifact.

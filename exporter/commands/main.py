@@ -124,7 +124,8 @@ def export(
 ) -> None:
     """Quantize a model by a recipe; verify and measure the artifact.
 
-    The same command resumes an interrupted run (Ctrl-C, kill, power failure) and writes the same bytes.
+    The same command resumes an interrupted run (Ctrl-C, kill, power failure) and writes the same bytes. The exit code
+    is 3 if a gate failed, and 5 if none failed but one could not be decided.
 
     \b
     Examples:

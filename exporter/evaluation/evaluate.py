@@ -211,7 +211,7 @@ def _is_on_fewer(report: Report, old: Report) -> bool:
 
 
 def raise_unless_accepted(report: Report, where: Path, listed: bool = False) -> None:
-    """GateFailed when a gate failed or is not comparable, GateNotResolved when one needs more samples or data.
+    """GateFailed when a gate failed, GateNotResolved when none failed but one is not decided.
 
     listed: the gates' sentences are printed already; the message leaves them out.
     """
@@ -224,16 +224,15 @@ def raise_unless_accepted(report: Report, where: Path, listed: bool = False) -> 
     if "failed" in verdicts:
         hint = f"{REPORT} lists changed answers; more bits, smaller groups or another method may help"
         raise GateFailed(f"{count} {'failed' if verdicts == {'failed'} else 'did not pass'}{lines}", hint)
-    if "not comparable" in verdicts:
-        hint = "check some answers of the full-precision model by hand"
-        raise GateFailed(f"{count} could not be decided{lines}", hint)
-    raise GateNotResolved(f"{count} are not resolved{lines}", _resolution_hint(open_gates, where))
+    state = "could not be decided" if "not comparable" in verdicts else "are not resolved"
+    raise GateNotResolved(f"{count} {state}{lines}", _resolution_hint(open_gates, where))
 
 
 def _resolution_hint(gates: Sequence[GateResult], where: Path) -> str:
     """Hint for gates that neither passed nor failed: the command that resolves them, where more samples can."""
-    command, hints = f"mmq evaluate {shlex.quote(str(where))}", []
-    verdicts = {gate.verdict for gate in gates}
+    command, verdicts = f"mmq evaluate {shlex.quote(str(where))}", {gate.verdict for gate in gates}
+    comparable = "not comparable" not in verdicts
+    hints = [] if comparable else ["check some answers of the full-precision model by hand"]
     open_counts = [gate.samples_needed for gate in gates if gate.verdict == "not resolved"]
     needed = [rounded_up(count) for count in open_counts if count is not None]
     if needed:

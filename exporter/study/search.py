@@ -1,5 +1,6 @@
 """`mmq allocate` from start to end: measure sensitivities, compute the front, choose an allocation, and confirm it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,6 +95,11 @@ class AllocationResult:
     cpu_seconds: float
     warnings: tuple[str, ...] = ()
 
+    @property
+    def decided(self) -> bool:
+        """Whether the loss is known: false where the full-precision model scores 0 on every task."""
+        return not math.isnan(_change(self.winner, self.confirmed))
+
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data."""
         return {
@@ -148,7 +154,7 @@ def allocate(
         against=tuple(compared),
         seconds=dict(measured.seconds),
         cpu_seconds=measured.cpu_seconds,
-        warnings=_warnings(winner, confirmed, request.max_drop),
+        warnings=_warnings(_change(winner, confirmed), confirmed is not None, request.max_drop),
     )
 
 
@@ -162,11 +168,18 @@ def _require_smaller_size(model: StudyModel, request: Request) -> None:
         )
 
 
-def _warnings(winner: Candidate, confirmed: MeasuredRecipe | None, max_drop: float | None) -> tuple[str, ...]:
-    """A warning if the loss exceeds `max_drop`, or CLOSE without `max_drop`."""
-    change, data_name = (confirmed.worst, "real tasks") if confirmed else (winner.change, "the validation split")
+def _change(winner: Candidate, confirmed: MeasuredRecipe | None) -> float:
+    """The relative change by which the allocation is judged; NaN if the full-precision model scores 0."""
+    return confirmed.worst if confirmed else winner.change
+
+
+def _warnings(change: float, confirmed: bool, max_drop: float | None) -> tuple[str, ...]:
+    """A warning if the loss exceeds `max_drop`, or CLOSE without `max_drop`, or is unknown."""
+    data_name = "real tasks" if confirmed else "the validation split"
+    if math.isnan(change):
+        return (f"the loss on {data_name} is unknown: the full-precision model scores 0 there; check prompt and data",)
     allowed = propose.CLOSE if max_drop is None else max_drop
-    if change >= -allowed:  # False for NaN
+    if change >= -allowed:
         return ()
     loss = f"the allocation loses {-change:.1%} on {data_name}, more than {allowed:.1%}"
     return (f"{loss}: allow a larger size, or more --bits",)
