@@ -23,7 +23,7 @@ from exporter.events import Event
 from exporter.model.processor import load_processor
 from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe_file import load_recipe
-from exporter.serving import check, comparison, preflight
+from exporter.serving import check, comparison, cpu_instructions
 from exporter.serving.check import EngineRun
 from exporter.serving.comparison import CheckSettings, judge
 from exporter.serving.launch import Program
@@ -129,7 +129,7 @@ def answered_engine(cpuinfo: Path) -> None:
 
     check._run_engine = run  # type: ignore[assignment]
     check.scheme_problems = lambda artifact, log: []  # type: ignore[assignment]
-    preflight.CPUINFO = cpuinfo
+    cpu_instructions.CPUINFO = cpuinfo
     limit_memory("answered", 1)
 
 

@@ -89,7 +89,7 @@ def test_suggested_commands_parse_and_quote_their_folder(tmp_path: Path, monkeyp
 def test_an_export_that_this_machine_cannot_serve_leads_to_one_that_it_can(
     recipe: str, flags: str, gpu: tuple[int, int] | None, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.serving.preflight.processor_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr("exporter.serving.cpu_instructions.processor_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr("exporter.serving.preflight.capability", lambda: gpu)
     plan, _ = prepare(adjusted(load_recipe(recipe), "demo-llava"), choose("cpu"), headers_only=True)
     other = needs_other_recipe(plan)

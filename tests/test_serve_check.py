@@ -29,7 +29,7 @@ def vllm(tmp_path: Path) -> str:
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the system lists of its processor: AVX-512."""
     (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f avx512_vnni\n")
-    monkeypatch.setattr("exporter.serving.preflight.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("exporter.serving.cpu_instructions.CPUINFO", tmp_path / "cpuinfo")
     return tmp_path / "cpuinfo"
 
 

@@ -43,7 +43,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def processor(folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None) -> None:
     """Let mmq read these instruction sets of the machine; None: a system that lists none."""
     (folder / "cpuinfo").write_text("Features : asimd\n" if flags is None else f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("exporter.serving.preflight.CPUINFO", folder / "cpuinfo")
+    monkeypatch.setattr("exporter.serving.cpu_instructions.CPUINFO", folder / "cpuinfo")
 
 
 @pytest.fixture

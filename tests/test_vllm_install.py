@@ -14,8 +14,9 @@ from exporter.commands.main import cli
 from exporter.model.families import FAMILIES
 from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import load_recipe
+from exporter.serving.cpu_instructions import processor_flags
 from exporter.serving.launch import Program
-from exporter.serving.preflight import processor_flags, refuse_processor
+from exporter.serving.preflight import refuse_processor
 
 SCRIPT = Path(__file__).parent.parent / "serving" / "cpu" / "install.sh"
 LLAVA = FAMILIES["llava"]

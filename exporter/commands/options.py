@@ -17,7 +17,25 @@ from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShor
 if TYPE_CHECKING:
     from exporter.events import Listener
 
-recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Built-in name or a YAML file.")
+
+class RecipeName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A built-in recipe or a file. Where it is missing, the message lists the recipes that fit --model."""
+
+    name = "recipe"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The recipes that fit; click passes the context in newer versions only."""
+        from exporter.planning.fitting_recipes import recipes_for
+
+        model = (ctx or click.get_current_context()).params.get("model")
+        return f"Recipes{f' for {model}' if model else ''}: {', '.join(recipes_for(model))}; " + (
+            f"`{program()} recipes` describes them"
+        )
+
+
+recipe_option = click.option(
+    "--recipe", required=True, type=RecipeName(), metavar="RECIPE", help="Built-in name or a YAML file."
+)
 model_option = click.option(
     "--model", metavar="MODEL", help=f"Hub id, local folder, {', '.join(MODELS)} [the recipe's model]."
 )

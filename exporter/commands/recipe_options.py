@@ -105,7 +105,8 @@ max_new_tokens_option = click.option(
 
 def recipe_of(name_or_path: str, model: str | None, overrides: Mapping[str, Any]) -> "Recipe":
     """The recipe with the options of the command line. RecipeError when they do not fit it."""
+    from exporter.planning.fitting_recipes import recipes_for
     from exporter.planning.overrides import adjusted
     from exporter.planning.recipe_file import load_recipe
 
-    return adjusted(load_recipe(name_or_path), model, **overrides)
+    return adjusted(load_recipe(name_or_path, lambda: recipes_for(model)), model, **overrides)

@@ -14,6 +14,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import refuse_misfit
 from exporter.model.families import Component, Family
 from exporter.planning.decisions import PlanRow, decide, stored_scale_dtype
+from exporter.planning.fitting_recipes import fitting_hint
 from exporter.planning.memory import Memory, predict_memory
 from exporter.planning.prompts import by_recipe, prompt_problems
 from exporter.planning.recipe import Recipe
@@ -100,15 +101,21 @@ def _absence(part: Component, config: Mapping[str, Any]) -> str:
     return "earlier rules or its filters exclude it" if part.used(config) else part.unused
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
-    """Decide every tensor; PlanError lists all problems."""
+def _refuse_other_family(recipe: Recipe, family: Family) -> None:
     if recipe.model.family not in (None, family.name):
         raise PlanError(
             f"recipe '{recipe.name}' is for family {recipe.model.family}, but the model's family is {family.name}",
-            "remove `family` from the recipe's model section: the recipe then fits every family with its components",
+            "remove `family` from the recipe's model section: the recipe then fits every family with its components; "
+            f"{fitting_hint(recipe, family)}",
         )
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: Device) -> Plan:
+    """Decide every tensor; PlanError lists all problems."""
+    _refuse_other_family(recipe, family)
     refuse_misfit(checkpoint, family)
-    problems = [*recipe.foreign_components(family), *recipe.foreign_tasks(family), *prompt_problems(recipe, family)]
+    foreign = [*recipe.foreign_components(family), *recipe.foreign_tasks(family)]
+    problems = [*foreign, *prompt_problems(recipe, family)]
     family = by_recipe(family, recipe)
     decided = decide(recipe, checkpoint, family)
     rows = decided.rows
@@ -127,7 +134,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     problems += cache_problems(recipe.kv_cache, recipe.format, FORMATS[recipe.format].KV_CACHES, packed, head)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(set(problems), key=problems.index))
-        raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", "see `mmq plan --help`")
+        hint = fitting_hint(recipe, family) if foreign else "see `mmq plan --help`"
+        raise PlanError(f"recipe '{recipe.name}' does not fit {checkpoint.origin}:\n{lines}", hint)
     units = _units(rows, family, checkpoint)
     rules = [(row.component, row.rule) for row in rows if row.rule]
     # Sorting puts True last, so that a component with any smoothing method gets True.

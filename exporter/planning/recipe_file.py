@@ -1,6 +1,6 @@
 """Reads recipe files: parses YAML into a `Recipe`; RecipeError lists every problem with the nearest known name."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,21 @@ def built_in() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A built-in recipe by name, or a recipe from a YAML file. RecipeError lists all problems."""
+def load_recipe(name_or_path: str, offered: Callable[[], Collection[str]] = built_in) -> Recipe:
+    """A built-in recipe by name, or a recipe from a YAML file. RecipeError lists all problems.
+
+    offered: the names that the error for an unknown name lists.
+    """
     names = built_in()
     path = names.get(name_or_path, Path(name_or_path))
     if not path.is_file() and (path.suffix in (".yaml", ".yml") or path.parent != Path()):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RecipeError(f"recipe file {path} {what}", "pass a YAML file or a built-in name; `mmq recipes` lists them")
     if not path.is_file():
+        listed = offered()
         raise RecipeError(
-            f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, names)}",
-            f"built-in recipes: {', '.join(names)}; or pass the path of a YAML file. `mmq recipes` describes them",
+            f"unknown recipe '{name_or_path}'.{did_you_mean(name_or_path, listed)}",
+            f"built-in recipes: {', '.join(listed)}; or pass the path of a YAML file. `mmq recipes` describes them",
         )
     try:
         return parse_recipe(path.read_text(encoding="utf-8"), str(path))

@@ -1,56 +1,45 @@
 """Built-in recipes that vLLM serves on a hardware: the hint of a refusal, with a command to paste."""
 
-import difflib
 import shlex
-from collections.abc import Callable, Sequence
 
 from exporter.model.families import Family
 from exporter.numerics.quantized import Scheme
+from exporter.planning.fitting_recipes import closest, fitting_recipes
 from exporter.planning.recipe import Recipe
-from exporter.planning.recipe_file import built_in, load_recipe
 from exporter.planning.vllm_kernels import Hardware, capability_label, serving_kernels
+from exporter.serving.cpu_instructions import missing_instructions
 
 
-def recipe_hint(recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True) -> str:
-    """The built-in recipes that vLLM serves there, and the export with the one whose name is closest to `recipe`'s.
-
-    runs: whether the hardware runs a scheme that has a kernel.
-    """
-    names = served_recipes(family, on, runs)
-    words = _closest_export(recipe, names)
-    where = "this hardware" if on is None else "a CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
+def recipe_hint(recipe: Recipe, family: Family, on: Hardware) -> str:
+    """The built-in recipes that vLLM serves there, and the export with the one whose name is closest to `recipe`'s."""
+    words = other_export(recipe, family, on)
+    where = (
+        "this hardware" if on is None else "this CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
+    )
     if not words:
         return f"no built-in recipe for {family.name} has kernels on {where}"
-    return f"vLLM serves {', '.join(names)} on {where}: `{shlex.join(['mmq', *words])}`"
+    return f"vLLM serves {', '.join(served_recipes(family, on))} on {where}: `{shlex.join(['mmq', *words])}`"
 
 
-def other_export(
-    recipe: Recipe, family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True
-) -> list[str]:
+def other_export(recipe: Recipe, family: Family, on: Hardware) -> list[str]:
     """Words after `mmq` that export the model with the served recipe of the closest name; empty if there is none."""
-    return _closest_export(recipe, served_recipes(family, on, runs))
+    name = closest(recipe.name, served_recipes(family, on))
+    return ["export", "--recipe", name, "--model", recipe.model.repo or "demo-llava"] if name else []
 
 
-def _closest_export(recipe: Recipe, served: Sequence[str]) -> list[str]:
-    """Words after `mmq` that export the model with the one of `served` whose name is closest to the recipe's."""
-    closest = difflib.get_close_matches(recipe.name, served, n=1, cutoff=0)
-    return [*("export", "--recipe", closest[0], "--model", recipe.model.repo or "demo-llava")] if closest else []
+def served_recipes(family: Family, on: Hardware) -> list[str]:
+    """Names of the built-in recipes that fit the family and that vLLM serves there; `cpu`: on this machine's CPU."""
+    return [recipe.name for recipe in fitting_recipes(family) if _is_served(recipe, on)]
 
 
-def served_recipes(family: Family, on: Hardware, runs: Callable[[Scheme], bool] = lambda _: True) -> list[str]:
-    """Names of the built-in recipes whose rules fit the family's components and whose schemes have kernels there."""
-    able = {component.name for component in family.components}
-    names = []
-    for name in built_in():
-        recipe = load_recipe(name)
-        schemes = [rule.scheme() for rule in recipe.quantize]
-        fits = {rule.component for rule in recipe.quantize} <= able and not (on == "cpu" and recipe.kv_cache)
-        if fits and all(scheme is None or (_kernel(scheme, recipe, on) and runs(scheme)) for scheme in schemes):
-            names.append(name)
-    return names
+def _is_served(recipe: Recipe, on: Hardware) -> bool:
+    schemes = [scheme for rule in recipe.quantize if (scheme := rule.scheme())]
+    if not all(_has_kernel(scheme, recipe, on) for scheme in schemes):
+        return False
+    return on != "cpu" or not (recipe.kv_cache or missing_instructions(schemes))
 
 
-def _kernel(scheme: Scheme, recipe: Recipe, on: Hardware) -> bool:
+def _has_kernel(scheme: Scheme, recipe: Recipe, on: Hardware) -> bool:
     kernels = serving_kernels(scheme, recipe.format)
     if on == "cpu":
         return kernels.cpu is not None

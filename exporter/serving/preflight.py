@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from exporter.device import capability
@@ -17,6 +15,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
 from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, pattern_problems
+from exporter.serving.cpu_instructions import CPUINFO, missing_instructions
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
 from exporter.serving.other_recipes import other_export, recipe_hint
@@ -24,57 +23,10 @@ from exporter.serving.other_recipes import other_export, recipe_hint
 if TYPE_CHECKING:
     from exporter.artifact.artifact import Artifact
 
-CPUINFO = Path("/proc/cpuinfo")
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """Instruction sets of an x86 processor that a part of vLLM's CPU build needs, and what happens without them.
-
-    flags: of `/proc/cpuinfo`; any one of them is enough.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    without: str
-
-    def missing(self) -> bool:
-        """Whether this machine's processor lists its instruction sets, and none of these."""
-        listed = processor_flags()
-        return listed is not None and listed.isdisjoint(self.flags)
-
-
-WNA16 = Instructions("AVX-512", ("avx512f",), "has no kernel of 4-bit linears (`cpu_gemm_wna16`)")
-# Measured: int8 products are wrong without VNNI. Likely cause: sums of two saturate at 16 bits (oneDNN's page
-# "Nuances of int8 computations").
-INT8 = Instructions("VNNI", ("avx512_vnni", "avx_vnni"), "multiplies int8 inputs wrongly")
-FLOAT8_CACHE = Instructions("AVX-512", ("avx512f",), "has no float8 KV cache")
-
-
-def needed_instructions(scheme: Scheme) -> Instructions | None:
-    """What vLLM's CPU kernel of this scheme needs beyond AVX2."""
-    return INT8 if scheme.activations == "int8" else WNA16 if scheme.bits == 4 else None
-
-
-def missing_instructions(schemes: Iterable[Scheme | None], kv_cache: str | None = None) -> list[Instructions]:
-    """What this machine's processor lacks for vLLM's kernels of these schemes and this cache."""
-    needs = [needed_instructions(scheme) for scheme in schemes if scheme] + [FLOAT8_CACHE if kv_cache else None]
-    return [need for need in dict.fromkeys(needs) if need and need.missing()]
-
 
 def hardware(program: Program) -> Hardware:
     """Hardware that this vLLM uses on this machine: "cpu", or the GPU's compute capability."""
     return "cpu" if program.cpu else capability()
-
-
-def processor_flags() -> frozenset[str] | None:
-    """Instruction sets of this machine's processor; None when the system does not list them (no x86 Linux)."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    listed = next((line for line in lines if line.startswith("flags")), None)
-    return None if listed is None else frozenset(listed.partition(":")[2].split())
 
 
 def refuse_processor(
@@ -89,7 +41,7 @@ def refuse_processor(
         raise ServeError(
             f"vLLM's CPU build cannot serve this on the processor that {CPUINFO} lists:{''.join(lines)}",
             f"without {' and '.join(dict.fromkeys(need.name for need in missing))} "
-            f"{recipe_hint(recipe, family, 'cpu', _runs_here('cpu'))}",
+            f"{recipe_hint(recipe, family, 'cpu')}",
         )
 
 
@@ -107,16 +59,11 @@ def needs_other_recipe(plan: Plan) -> list[str] | None:
     """
     if capability() is not None:
         return None
-    linears, runs = planned_linears(plan.rows, plan.family), _runs_here("cpu")
+    linears = planned_linears(plan.rows, plan.family)
     refused = missing_instructions((linear.scheme for linear in linears), plan.recipe.kv_cache)
     if not refused and not hardware_problems(linears, plan.recipe.format, "cpu"):
         return None
-    return other_export(plan.recipe, plan.family, "cpu", runs)
-
-
-def _runs_here(on: Hardware) -> Callable[[Scheme], bool]:
-    """Whether this machine runs a scheme for which `on` has a kernel."""
-    return lambda scheme: on != "cpu" or not missing_instructions([scheme])
+    return other_export(plan.recipe, plan.family, "cpu")
 
 
 def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
@@ -170,7 +117,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
         ignored = (config.get("quantization_config") or {}).get("ignore") or ()
         problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)
     if problems:
-        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on, _runs_here(on)))
+        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on))
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:

@@ -18,6 +18,7 @@ from exporter.files.writing import make_folder, write_text
 from exporter.model.families import Family
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import with_suitable_data
+from exporter.planning.fitting_recipes import fitting_recipes
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, widths
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
@@ -129,9 +130,13 @@ def comparable(name: str, base: Recipe, family: Family) -> Recipe:
 
     Raises RecipeError if a rule names a component that the model's family does not have.
     """
-    hand_written = load_recipe(name)
+    names = [recipe.name for recipe in fitting_recipes(family)]
+    hand_written = load_recipe(name, lambda: names)
     if problems := hand_written.foreign_components(family):
-        raise RecipeError("\n".join([f"recipe '{name}' does not fit {base.model.repo}:", *problems]))
+        raise RecipeError(
+            "\n".join([f"recipe '{name}' does not fit {base.model.repo}:", *problems]),
+            f"built-in recipes for family {family.name}: {', '.join(names)}",
+        )
     return base.model_copy(
         update={"name": hand_written.name, "summary": hand_written.description(), "quantize": hand_written.quantize}
     )

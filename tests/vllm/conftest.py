@@ -11,8 +11,8 @@ from exporter.device import choose
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
+from exporter.serving.cpu_instructions import INT8, WNA16
 from exporter.serving.launch import Program, find_program
-from exporter.serving.preflight import INT8, WNA16
 from exporter.serving.vllm_engine import free_port
 from tests.vllm.served import Served
 
