@@ -161,7 +161,8 @@ def _launch(kernel, inputs, steps: Steps, levels: int, outputs, pitches) -> None
     programs = (triton.cdiv(rows, ROWS),)
     width = triton.next_power_of_2(columns)
     steps = [tensor.contiguous() for tensor in steps]
-    kernel[programs](*inputs, *steps, *outputs, *sizes, *pitches, R=ROWS, B=width, num_warps=WARPS)
+    with torch.cuda.device_of(inputs[0]):  # Triton starts kernels on the current GPU
+        kernel[programs](*inputs, *steps, *outputs, *sizes, *pitches, R=ROWS, B=width, num_warps=WARPS)
 
 
 def _pitch(matrix: Tensor) -> int:

@@ -120,4 +120,5 @@ def _launch(kernel, matrices, grid, sums, numbers, width: int) -> None:
     at_once = max(1, HELD // held)
     programs = (triton.cdiv(rows, at_once), scale.shape[1])
     sizes = (rows, columns, scale.shape[1], *numbers, width)
-    kernel[programs](*matrices, scale, zero, *sums, *sizes, R=at_once, W=held, num_warps=4)
+    with torch.cuda.device_of(scale):  # Triton starts kernels on the current GPU
+        kernel[programs](*matrices, scale, zero, *sums, *sizes, R=at_once, W=held, num_warps=4)

@@ -131,5 +131,6 @@ def launch(
     }
     counts = weight if importance is None else importance.float().contiguous()
     second = weight if hessian is None else hessian
-    _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options)
+    with torch.cuda.device_of(weight):  # Triton starts kernels on the current GPU
+        _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options)
     return scale, zero

@@ -180,8 +180,12 @@ def size_of(parts: Parts, config: Mapping[str, Any], key: str, name: str) -> Any
 
     KeyError when the part has no such field.
     """
-    part, values = part_of(parts, config, key), section(config, key)
-    return part.field(name).of(values)
+    values = dict(section(config, key))
+    for field in part_of(parts, config, key).fields:  # the default of a field may depend on the fields before it
+        values[field.key] = field.of(values)
+        if field.key == name:
+            return values[name]
+    raise KeyError(name)
 
 
 def field_of(parts: Parts, key: str, name: str) -> Callable[[Mapping[str, Any]], int]:
