@@ -24,9 +24,9 @@ from exporter.publishing import repository
 from exporter.publishing.artifact_diff import difference
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.publishing.card import CardDeclarations
-from exporter.publishing.proof import prove
-from exporter.report import html
-from exporter.report.content import collect
+from exporter.publishing.proof.prove import prove
+from exporter.publishing.report import html
+from exporter.publishing.report.content import collect
 from tests.published_artifact import tiny_artifact, tiny_model, write_scores
 
 NAME, SAMPLES = "artifact", 120

@@ -27,17 +27,17 @@ from bench.attack_files import (
 )
 from bench.damage import damaged_bytes, damaged_json
 from exporter import data
-from exporter.demo import MODELS
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.errors import DataError
-from exporter.inference.encoding import encode
-from exporter.inference.predict import Predictor
 from exporter.model.adapter import SETTINGS, WEIGHTS
+from exporter.model.embedded import MODELS
+from exporter.model.inference.encoding import encode
+from exporter.model.inference.predict import Predictor
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks.sample import Sample
 
 RECIPES = {"demo-llava": "llava-w8", "demo-blip2": "blip2-caption-w4", "demo-blip2-itm": "blip2-retrieval-w4"}
 SNIPPETS = (

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench.balance import FAMILY, make, recipe
 from bench.quantize_beside import held_out_batches
-from exporter.demo import MODELS
 from exporter.device import choose
+from exporter.model.embedded import MODELS
 from exporter.planning.recipe import Recipe
 from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from exporter.artifact.artifact import Artifact
 from exporter.data import places, samples_from
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.events import ignore
-from exporter.inference.predict import batches
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import Export, export
 from exporter.planning.recipe import Recipe

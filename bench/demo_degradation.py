@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from exporter.artifact.artifact import Artifact
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.events import ignore
+from exporter.model.embedded import MODELS
 from exporter.model.families import Family
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole

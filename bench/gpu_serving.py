@@ -21,9 +21,10 @@ from typing import Any
 
 from bench.serve_variants import HUMMING, LANGUAGE_FP8, MARLIN, VIT8, VIT_FP8, VIT_INT8, W4, XQA
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks.sample import Sample, task_of
 from exporter.device import choose
-from exporter.inference.openai_client import png
-from exporter.inference.predict import prompt_inputs
+from exporter.model.inference.openai_client import png
+from exporter.model.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.pipeline.serving_check import questions
@@ -35,7 +36,6 @@ from exporter.serving.launch import Program
 from exporter.serving.negative_control import disturbed_component, double_scales
 from exporter.serving.reference import BOUND, Distance
 from exporter.serving.vllm_engine import Reply
-from exporter.tasks.sample import Sample, task_of
 
 QUESTIONS = 16
 W4A8 = W4 | {"activations": "fp8"}

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from exporter.demo.data import samples
+from exporter.data.demo.samples import samples
 
 RESULTS = Path(__file__).parent.parent / "docs" / "measurements" / "lineages.json"
 COUNTS = {"train": 128, "test": 200}

@@ -24,8 +24,8 @@ import torch
 from bench.quantize_beside import Setting, at_once, beside_peer, summary
 from bench.quantize_phase import Terms, inputs_of, phase
 from bench.random_checkpoint import write, write_with_random_language
-from exporter.demo import MODELS
 from exporter.device import choose
+from exporter.model.embedded import MODELS
 from exporter.planning.recipe_file import load_recipe
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bench.quantize_phase import inputs_of, phase
 from exporter import data
-from exporter.demo import MODELS
 from exporter.device import Device, release
 from exporter.dtypes import FLOAT16
-from exporter.inference.forward_hooks import watch_inputs
-from exporter.inference.predict import batches
+from exporter.model.embedded import MODELS
+from exporter.model.inference.forward_hooks import watch_inputs
+from exporter.model.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.model.stream import load_whole
 from exporter.pipeline.preparation import prepare

@@ -12,8 +12,8 @@ from torch import Tensor
 from bench.memory import Watch
 from exporter.device import Device, exact_math, peak_bytes, release, reset_peak, synchronize
 from exporter.events import ignore
-from exporter.inference.predict import batches
 from exporter.methods import awq, gptq, rtn
+from exporter.model.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.numerics import hessian
 from exporter.pipeline.preparation import prepare

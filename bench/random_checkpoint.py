@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.demo import MODELS
 from exporter.dtypes import DTYPES
 from exporter.files.shard_writer import ShardWriter
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
 from tests.headers.read import Header, load_header
 from tests.tiny_models import write_processor as write_tiny_processor

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bench.peers import Judge, own_weights, recipe_of
 from bench.quantize_phase import inputs_of
-from exporter.demo import MODELS
 from exporter.device import choose
+from exporter.model.embedded import MODELS
 from exporter.numerics.activation_rounding import round_rows
 
 MODEL = "demo-blip2"

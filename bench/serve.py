@@ -30,8 +30,8 @@ from bench.random_checkpoint import write_processor
 from bench.serve_engine import READY, TURN
 from bench.serve_variants import VARIANTS, W4, ParallelVariant, Variant
 from exporter.artifact.artifact_config import artifact_config
-from exporter.demo import MODELS
 from exporter.device import Device
+from exporter.model.embedded import MODELS
 from exporter.model.source import open_source
 from exporter.planning.plan import Plan, make_plan
 from exporter.planning.recipe import Recipe

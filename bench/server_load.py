@@ -31,8 +31,8 @@ from typing import Any
 from PIL import Image
 
 from exporter.data import places, samples_from
-from exporter.inference.openai_client import RequestFailed, png, request_json
 from exporter.model.families import FAMILIES
+from exporter.model.inference.openai_client import RequestFailed, png, request_json
 from exporter.serving.memory_watch import MemoryWatch
 from exporter.serving.vllm_engine import free_port
 

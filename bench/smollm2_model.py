@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.smollm2_rows import ASKED, IMAGE_TOKENS, Rows, conversations, pack
-from exporter.demo.scenes import SIDE, draw, scene_objects, scenes
+from exporter.data.demo.scenes import SIDE, draw, scene_objects, scenes
 from tools.demo_training.folder import PATCH
 from tools.demo_training.packing import normalize
 

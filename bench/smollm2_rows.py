@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.demo.language import QUESTIONS, Dice, plain_captions, question
-from exporter.demo.scenes import SceneObject
+from exporter.data.demo.language import QUESTIONS, Dice, plain_captions, question
+from exporter.data.demo.scenes import SceneObject
 
 PROMPTS = {"captioning": "Describe the picture.", "vqa": "{question} Answer in one or two words."}
 KINDS = tuple(kind for kind in QUESTIONS if kind not in ("find", "name"))  # those need the made-up names

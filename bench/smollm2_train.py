@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bench.smollm2_model import VISION, LowRank, patches_of, scores_of
 from bench.smollm2_rows import ASKED, CHUNK, IMAGE_TOKENS, Rows, conversations, pack
-from exporter.demo.scenes import CELLS, COLORS, DOTS, SHAPES, SIZES, Scenes, draw, scene_objects, scenes
+from exporter.data.demo.scenes import CELLS, COLORS, DOTS, SHAPES, SIZES, Scenes, draw, scene_objects, scenes
 
 ANSWER_WEIGHT = 3.0  # loss weight of an answer's token relative to a caption's
 PROSE_EVERY = 4  # steps

@@ -24,8 +24,8 @@ from torch import Tensor
 from exporter.device import choose
 from exporter.errors import MmqError
 from exporter.events import ignore
-from exporter.inference.predict import batches
 from exporter.methods import gptq
+from exporter.model.inference.predict import batches
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole

@@ -23,10 +23,10 @@ from docs.few_bits_page import calibration_table, method_tables
 from docs.ideas_page import cache_table, ideas_table, rotation_table
 from docs.measured_pages import gpu_checks, lineage_tables, model_checks, whole_checks
 from docs.recipe_sizes import family_sizes
-from exporter import demo
 from exporter.amounts import size
 from exporter.commands.main import cli
 from exporter.device import Device
+from exporter.model import embedded
 from exporter.model.families import FAMILIES
 from exporter.model.source import open_source
 from exporter.numerics.quantized import GroupSize, Scheme
@@ -114,7 +114,7 @@ def model_table(repo: str, recipes: Sequence[Recipe]) -> str:
 
 def family_table(page: str) -> str:
     """Markdown: the families with their models and tasks. page: relative path of the reference page."""
-    demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in demo.MODELS.items()}
+    demos = {open_source(str(folder), headers_only=True)[1].name: name for name, folder in embedded.MODELS.items()}
     lines = ["| family | models | tasks | demo model |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
         tasks = ", ".join(TASKS[task] for task in family.tasks)
@@ -193,17 +193,21 @@ def _below(parent: click.Context, group: click.Group) -> Iterator[click.Context]
 
 
 def room_table() -> str:
-    """Markdown: the packages of `exporter/` from top to bottom, with the first line of each docstring and its files."""
+    """Markdown: the packages of `exporter/` from top to bottom, with the first line of each docstring and all files."""
     lines = ["| package | job | files |", "|---|---|---|"]
     for name in rooms():
         folder = ROOT / "exporter" / name
-        first = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or "").split("\n")[
-            0
-        ]
-        files = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-        folders = sorted(f"{path.parent.name}/" for path in folder.glob("*/__init__.py"))
-        lines.append(f"| `{name}` | {first} | {' '.join(f'`{file}`' for file in [*files, *folders])} |")
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        job = text.partition("\n")[0]
+        nested = sorted(path.parent for path in folder.glob("*/**/__init__.py"))
+        lists = [_files(folder), *(f"`{path.relative_to(folder).as_posix()}/` {_files(path)}" for path in nested)]
+        lines.append(f"| `{name}` | {job} | {'<br>'.join(lists)} |")
     return "\n".join(lines)
+
+
+def _files(package: Path) -> str:
+    """The modules directly inside a package, in backticks."""
+    return " ".join(f"`{path.stem}`" for path in sorted(package.glob("*.py")) if path.stem != "__init__")
 
 
 def rooms() -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporter.data.tasks import main_metric
 from exporter.evaluation.answers import digest
 from exporter.evaluation.judge import judge
 from exporter.evaluation.report_file import TaskScores
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks import main_metric
 
 VQA, CAPTIONS = "vqa", "captioning"
 Edit = Callable[[Any], Any]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from exporter.demo import MODELS
-from exporter.demo.language import QUESTIONS
+from exporter.data.demo.language import QUESTIONS
+from exporter.model.embedded import MODELS
 from tools.demo_training import score_retrieval
 from tools.demo_training.blip2_packing import BLIP2
 from tools.demo_training.packing import LLAVA, PromptLayout

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import exporter.commands.main
-import exporter.demo.data
+import exporter.data.demo.samples
 import exporter.pipeline.export  # noqa: F401
 from exporter.model.families import FAMILIES
 

@@ -11,6 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks import TASKS
+from exporter.data.tasks.captioning import score as captioning_score
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import ARTIFACT, SOURCE, weights_digest
@@ -19,14 +22,11 @@ from exporter.evaluation.evaluate import compare
 from exporter.evaluation.evaluation_record import AnswersRecord, Bootstrap, EvaluationRecord
 from exporter.evaluation.report_file import Report, write_report
 from exporter.events import ignore
-from exporter.inference.predict_server import generation
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict_server import generation
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks import TASKS
-from exporter.tasks.captioning import score as captioning_score
-from exporter.tasks.sample import Sample
 
 
 def tiny_model(folder: Path, seed: int = 0) -> Path:

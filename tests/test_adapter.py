@@ -14,12 +14,12 @@ from torch import Tensor
 from exporter.artifact.manifest import read_manifest
 from exporter.artifact.verify import verify
 from exporter.commands.main import cli
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.events import ignore
 from exporter.model.adapter import SETTINGS, WEIGHTS
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole

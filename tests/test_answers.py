@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from exporter.data import image_key
+from exporter.data.tasks.sample import Sample
 from exporter.errors import CheckpointError, DataError
 from exporter.evaluation.answers import ABOUT, Answerer, Backend, Store, collect_answers
 from exporter.events import Event, ignore
-from exporter.inference.predict_server import KEY, ServedPredictor, Server
+from exporter.files.hub import retry_after
 from exporter.model.families import FAMILIES
-from exporter.model.hub import retry_after
-from exporter.tasks.sample import Sample
+from exporter.model.inference.predict_server import KEY, ServedPredictor, Server
 from tests.chat_server import ChatServer, chat_server
 from tests.children import run_killed
 

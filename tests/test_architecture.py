@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "exporter").rglob("*.py"))
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "base", "common", "misc"}
 MAX_LINES = 300
+LIST_WIDTH, SCREEN_ROWS = 110, 50  # of the map: characters in the column of files, lines
 MAX_FUNCTION_LINES = 40  # of body: a command's options and a docstring's shapes do not count
 
 
@@ -32,6 +34,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 ROOMS = sorted(path.parent for path in (ROOT / "exporter").glob("*/__init__.py"))
 SHARED = {
     "amounts",
@@ -46,31 +50,40 @@ SHARED = {
     "lazy_torch",
     "out_of_memory",
 }  # files beside the rooms
-every_room = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+PACKAGES = sorted(path.parent for room in ROOMS for path in room.rglob("__init__.py"))
+every_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def imported_rooms(room: Path) -> set[str]:
-    """The other rooms that the files of `room` import, anywhere in them."""
+def imported_rooms(package: Path) -> set[str]:
+    """The rooms that the files of `package` import, anywhere in them, except what lies inside `package`."""
     names = set()
-    for path in room.rglob("*.py"):
+    inside = ".".join(package.relative_to(ROOT).parts)
+    for path in package.rglob("*.py"):
         for node in ast.walk(parsed(path)):
-            if isinstance(node, ast.ImportFrom) and node.module == "exporter":
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("exporter."):
-                names.add(node.module.split(".")[1])
-            elif isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("exporter.")}
-    return names - SHARED - {room.name}
+            match node:
+                case ast.ImportFrom(module=str(module)):
+                    modules = [f"{module}.{alias.name}" for alias in node.names]
+                case ast.Import():
+                    modules = [alias.name for alias in node.names]
+                case _:
+                    continue
+            names |= {m.split(".")[1] for m in modules if m.startswith("exporter.") and f"{inside}." not in f"{m}."}
+    return names - SHARED
 
 
-@every_room
-def test_a_room_says_what_enters_what_leaves_and_what_it_imports(room):
-    lines = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))).split("\n\n")[:2]
+@every_package
+def test_a_package_says_what_enters_what_leaves_and_which_rooms_it_imports(package):
+    lines = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))).split("\n\n")[:2]
     text = " ".join(lines[1].split())
     parts = re.fullmatch(r"Enters: (.+) Leaves: (.+) May import: (.+)\.", text)
     assert parts, text
     declared = set() if parts[3] == "no other room" else set(parts[3].split(", "))
-    assert declared == imported_rooms(room)
+    assert declared == imported_rooms(package)
+
+
+def test_every_folder_with_code_is_a_package():
+    assert {path.parent for path in FILES} == {ROOT / "exporter", *PACKAGES}
+    assert 10 <= len(ROOMS) <= 15
 
 
 def test_files_lie_in_rooms():
@@ -82,7 +95,39 @@ def test_import_rules_hold():
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kept, 0 broken" in done.stdout
+    assert len(CONTRACTS) >= 7
+    assert f"{len(CONTRACTS)} kept, 0 broken" in done.stdout
+
+
+def test_packages_that_hold_packages_have_an_order():
+    """One contract says the order of the packages inside a room; a new one must be put into it."""
+    for room in ROOMS:
+        nested = {path.parent.name for path in room.glob("*/__init__.py")}
+        orders = [c["layers"] for c in CONTRACTS if c.get("containers") == [f"exporter.{room.name}"]]
+        assert nested <= {name for layers in orders for row in layers for name in row.split(" | ")}, room.name
+
+
+def map_rows() -> dict[str, str]:
+    """Room -> its row in the map of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = text.partition("<!-- rooms:begin -->")[2].partition("<!-- rooms:end -->")[0].strip().splitlines()[2:]
+    return {row.split("`")[1]: row for row in rows}
+
+
+def test_the_map_names_every_file_and_fits_one_screen():
+    rows = map_rows()
+    assert set(rows) == {room.name for room in ROOMS}
+    for room in ROOMS:
+        listed = re.findall(r"`([\w/]+)`", rows[room.name].split(" | ")[-1])
+        folder, paths = room, set()
+        for name in listed:
+            if name.endswith("/"):
+                folder = room / name
+            else:
+                paths.add(folder / f"{name}.py")
+        assert paths == {path for path in room.rglob("*.py") if path.name != "__init__.py"}, room.name
+    lists = [text for row in rows.values() for text in row.split(" | ")[-1].split("<br>")]
+    assert sum(-(-len(text) // LIST_WIDTH) for text in lists) <= SCREEN_ROWS
 
 
 def test_files_are_short_and_well_named():

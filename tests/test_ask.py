@@ -15,12 +15,12 @@ from PIL import Image
 
 from exporter.commands.main import cli
 from exporter.commands.serving_text import example_lines
-from exporter.demo.data import picture
-from exporter.demo.example import ANSWER, PICTURE, QUESTION, SCENE
+from exporter.data.demo.samples import picture
 from exporter.device import choose
 from exporter.dtypes import BFLOAT16, FLOAT32
 from exporter.evaluation.word_differences import marked, spans
-from exporter.inference.text_stream import TextStream
+from exporter.model.embedded.example import ANSWER, PICTURE, QUESTION, SCENE
+from exporter.model.inference.text_stream import TextStream
 from exporter.model.source import open_source
 from exporter.pipeline.ask import placement_of
 from exporter.serving.launch import Launch

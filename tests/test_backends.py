@@ -11,19 +11,19 @@ import torch
 
 from exporter.artifact.artifact import Artifact
 from exporter.data import samples
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.dtypes import FLOAT32
 from exporter.evaluation import backends
 from exporter.evaluation.answers import Answerer, collect_answers
 from exporter.evaluation.evaluate import picture_keys
 from exporter.events import Event, ignore
-from exporter.inference import predict
+from exporter.model.inference import predict
 from exporter.model.source import open_source
 from exporter.pipeline.export import export
 from exporter.planning.placement import Placement
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.whole_model import ROOM_SHARE, whole_model
-from exporter.tasks.sample import Sample
 
 CPU = choose("cpu")
 RECIPES = {"demo-llava": "llava-w8", "demo-blip2-itm": "blip2-retrieval-w4"}
@@ -104,7 +104,7 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
 
     monkeypatch.setattr(predict, "encode", scarce(predict.encode, lambda p, f, some, r, side: len(some)))
     pixels = scarce(backends_pixels(), lambda processor, some: len(some))
-    monkeypatch.setattr("exporter.inference.retrieval.pixels_of", pixels)
+    monkeypatch.setattr("exporter.model.inference.retrieval.pixels_of", pixels)
     actual = answers(both(out, on_event=lambda event: notes.append(event.message)), samples_of(out))
     assert actual == expected
     assert notes[0] == "out of memory with a batch of 8 samples: continuing with 4"
@@ -113,7 +113,7 @@ def test_answers_are_the_same_when_memory_runs_out(out: Path, monkeypatch: pytes
 
 def backends_pixels() -> Any:
     """The function that draws pictures for retrieval."""
-    from exporter.inference.retrieval import pixels_of
+    from exporter.model.inference.retrieval import pixels_of
 
     return pixels_of
 

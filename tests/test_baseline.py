@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import Manifest, SourceRecord, read_manifest
 from exporter.commands.main import cli
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.evaluation.answers import Answerer
@@ -21,12 +20,13 @@ from exporter.evaluation.backends import local_answerers
 from exporter.evaluation.baseline import compare
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
+from exporter.model.embedded import MODELS
 from exporter.model.source import open_source
 from exporter.publishing.artifact_summary import read_place
 from exporter.publishing.card import CardDeclarations, render
-from exporter.publishing.proof import prove
+from exporter.publishing.proof.prove import prove
+from exporter.publishing.report.content import collect
 from exporter.quantization import identity
-from exporter.report.content import collect
 from tests.test_export import quick_export
 
 

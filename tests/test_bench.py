@@ -16,6 +16,7 @@ from PIL import Image
 
 from exporter.commands.main import cli
 from exporter.commands.serving_text import speed_page
+from exporter.data.tasks.sample import Sample
 from exporter.errors import ArtifactError, ServeError
 from exporter.evaluation.report_file import read_report, write_report, write_speed
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord, read_speed
@@ -25,11 +26,10 @@ from exporter.pipeline import speed
 from exporter.pipeline.speed import SpeedRequest, measure_here
 from exporter.publishing.artifact_summary import folder_reader, read_summary
 from exporter.publishing.card import CardDeclarations, render
-from exporter.report import collect, html
+from exporter.publishing.report import collect, html
 from exporter.serving.memory_watch import MemoryWatch
 from exporter.serving.request_load import LoadResult, TimedAnswer, run_load, timed_answer
 from exporter.serving.speed import loaded_bytes, request_bodies
-from exporter.tasks.sample import Sample
 from tests.chat_server import chat_server
 from tests.test_evaluate import crafted
 

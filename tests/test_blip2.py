@@ -18,15 +18,17 @@ from exporter.artifact.artifact import Artifact
 from exporter.artifact.artifact_config import groups, kept_modules
 from exporter.commands.main import cli
 from exporter.commands.plan_tables import plan_notes
-from exporter.demo.data import samples
+from exporter.data.demo.samples import samples
+from exporter.data.tasks import TASKS
+from exporter.data.tasks.sample import Sample, task_of
 from exporter.device import Device, choose
 from exporter.dtypes import BFLOAT16, FLOAT16
 from exporter.errors import CheckpointError, PlanError, ServeError
 from exporter.events import Event
-from exporter.inference.encoding import render, reply_end
-from exporter.inference.predict import Predictor, batches, prompt_inputs
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
+from exporter.model.inference.encoding import render, reply_end
+from exporter.model.inference.predict import Predictor, batches, prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
@@ -38,8 +40,6 @@ from exporter.planning.vllm_rules import pattern_problems
 from exporter.publishing import card_serving
 from exporter.publishing.artifact_summary import read_place
 from exporter.serving.preflight import refuse_unservable
-from exporter.tasks import TASKS
-from exporter.tasks.sample import Sample, task_of
 from tests.children import killed_after
 from tests.slow import some, some_of
 from tests.test_calibrate import batches_for, plan_for, streamed, tiny_checkpoint

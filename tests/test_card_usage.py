@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from exporter.commands.main import cli, export
-from exporter.demo.example import PICTURE
+from exporter.model.embedded.example import PICTURE
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.publishing.card import CardDeclarations, render
 from exporter.publishing.card_usage import creation, hardware, python_example

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
 from exporter.commands.serving_text import checked_page
-from exporter.demo import MODELS
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, choose
 from exporter.errors import ServeError
 from exporter.evaluation.report_file import write_report
 from exporter.formats import FORMATS
-from exporter.inference.openai_client import png
-from exporter.inference.predict import prompt_inputs
+from exporter.model.embedded import MODELS
+from exporter.model.inference.openai_client import png
+from exporter.model.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.numerics.quantized import Scheme
 from exporter.pipeline.export import export
@@ -39,7 +40,6 @@ from exporter.serving.negative_control import SCALES, double_scales, doubled_sca
 from exporter.serving.preflight import engine_linears, refuse_unservable
 from exporter.serving.reference import Distance, EngineComparison, Reference, before_placeholder, listed_tokens
 from exporter.serving.vllm_engine import Reply
-from exporter.tasks.sample import Sample
 from tests.test_evaluate import crafted
 from tests.test_formats import BLOCKS, NARROW, random_linear
 

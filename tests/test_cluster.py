@@ -18,14 +18,14 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.cluster.packed_samples import pack_samples, packed_groups
-from exporter.cluster.ray_cluster import ray_cluster
-from exporter.cluster.shipment import Shipment, folder_files, shipped, write_missing
 from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
-from exporter.demo import MODELS
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError, MmqError
-from exporter.tasks.sample import Sample
+from exporter.evaluation.cluster.packed_samples import pack_samples, packed_groups
+from exporter.evaluation.cluster.ray_cluster import ray_cluster
+from exporter.evaluation.cluster.shipment import Shipment, folder_files, shipped, write_missing
+from exporter.model.embedded import MODELS
 from tests.fake_ray import install_ray
 
 STUDY = [
@@ -53,7 +53,7 @@ class Objects:
 
 
 def test_files_arrive_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.cluster.shipment.PIECE", 1000)
+    monkeypatch.setattr("exporter.evaluation.cluster.shipment.PIECE", 1000)
     objects, there = Objects(), tmp_path / "there"
     there.mkdir()
     files = folder_files(MODELS["demo-llava"], "model")

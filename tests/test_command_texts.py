@@ -10,7 +10,6 @@ import click
 import pytest
 
 from exporter.artifact.verify import Verification
-from exporter.cluster.ray_cluster import RayCluster
 from exporter.commands import allocate, ask, bench, data_check, evaluate, progress, publish, study, tables
 from exporter.commands.options import LazyChoice, fail, print_result
 from exporter.commands.plan_tables import steps_table
@@ -18,10 +17,11 @@ from exporter.commands.report_tables import gate_line, report_page
 from exporter.commands.serving_text import example_lines
 from exporter.device import Device
 from exporter.errors import DataError, GateFailed, PublishError, RecipeError, ServeError
+from exporter.evaluation.cluster.ray_cluster import RayCluster
 from exporter.evaluation.evaluation_record import BaselineRecord, EvaluationRecord
 from exporter.events import Event, preparing
-from exporter.inference.predict_server import Server
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict_server import Server
 from exporter.pipeline.data_check import DataCheck, SplitCheck
 from exporter.planning.steps import Step
 from exporter.publishing.artifact_diff import Change

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks import TASKS
 from exporter.device import choose
 from exporter.evaluation.backends import ARTIFACT, SOURCE
 from exporter.evaluation.report_file import read_report
@@ -20,10 +21,9 @@ from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import folder_reader, read_summary
+from exporter.publishing.report import collect, html
 from exporter.quantization import calibrate
 from exporter.quantization.workdir import Workdir
-from exporter.report import collect, html
-from exporter.tasks import TASKS
 from tests.slow import some, some_of
 from tests.test_calibrate import plan_for
 from tests.test_whole_forward import gathered

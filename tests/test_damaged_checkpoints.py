@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
+from exporter.model.embedded import MODELS
 from exporter.model.source import open_source
 from exporter.pipeline.preparation import prepare
 from exporter.planning.plan import Plan

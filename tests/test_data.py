@@ -19,8 +19,8 @@ from exporter.data import Trace, check_disjoint, folder, image_key, traces
 from exporter.data.overlap import LookIndex
 from exporter.data.picture_look import Look, is_copy, look
 from exporter.data.rows import open_picture
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.tasks.sample import Sample
 from tests.slow import some
 
 

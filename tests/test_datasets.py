@@ -12,9 +12,9 @@ from PIL import Image
 
 from exporter import data
 from exporter.data import CONVENTIONS, DATA, LAYOUTS, SourceSpec, hub, place, places, samples_from
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.model.families import FAMILIES
-from exporter.tasks.sample import Sample
 from tests import layouts
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from exporter.demo import MODELS, easy_vqa
-from exporter.demo.data import SIZES, drawings, picture, samples
-from exporter.demo.language import QUESTIONS, caption, captions, question, vocabulary
-from exporter.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, scene_objects, scenes
-from exporter.demo.scenes import SIZES as RADII
+from exporter.data.demo import easy_vqa
+from exporter.data.demo.language import QUESTIONS, caption, captions, question, vocabulary
+from exporter.data.demo.samples import SIZES, drawings, picture, samples
+from exporter.data.demo.scenes import COLORS, DOTS, NOISE, SHAPES, SIDE, TINT, draw, lexicon, scene_objects, scenes
+from exporter.data.demo.scenes import SIZES as RADII
 from exporter.errors import DataError
+from exporter.model.embedded import MODELS
 from exporter.model.families.llava import FAMILY
 from tests.demo_figures import figures
 from tools.demo_training.folder import BOS, EOS, IMAGE, VOCABULARY, config, tokenizer

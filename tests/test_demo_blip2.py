@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from exporter.demo import MODELS
-from exporter.demo.data import picture
-from exporter.demo.language import caption, captions, plain_captions, question
-from exporter.demo.scenes import draw, scene_objects, scenes
+from exporter.data.demo.language import caption, captions, plain_captions, question
+from exporter.data.demo.samples import picture
+from exporter.data.demo.scenes import draw, scene_objects, scenes
+from exporter.data.tasks.retrieval import prepare
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
-from exporter.tasks.retrieval import prepare
 from tests.demo_figures import figures, search
 from tests.headers.read import header
 from tools.demo_training.blip2_folder import MORE_WORDS, QUERIES, config

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.demo import MODELS, data
-from exporter.demo.scenes import draw, scenes
-from exporter.inference.predict import conversations
+from exporter.data.demo.scenes import draw, scenes
+from exporter.model.embedded import MODELS, data
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict import conversations
 from exporter.model.processor import load_processor
 from tests.tiny_models import random_weights
 from tools.demo_training import smolvlm_packing

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from exporter.commands.main import cli
-from exporter.demo import MODELS
+from exporter.model.embedded import MODELS
 
 ROOT = Path(__file__).parent.parent
 COMPOSE, KUBERNETES = ROOT / "serving" / "compose.yaml", ROOT / "serving" / "kubernetes.yaml"

@@ -14,16 +14,16 @@ from PIL import Image
 from exporter import api
 from exporter.commands.main import cli
 from exporter.data import places
+from exporter.data.tasks import TASKS, main_metric, measured
+from exporter.data.tasks.anls import anls, levenshtein
+from exporter.data.tasks.relaxed import relaxed_accuracy
+from exporter.data.tasks.sample import Sample
 from exporter.evaluation.evaluate import compare
 from exporter.evaluation.sample_size import advise, unpredictable
 from exporter.planning.recipe import Gate
 from exporter.planning.recipe_file import load_recipe
-from exporter.publishing.proof_report import score_problems
+from exporter.publishing.proof.report import score_problems
 from exporter.study.propose import _main_measures
-from exporter.tasks import TASKS, main_metric, measured
-from exporter.tasks.anls import anls, levenshtein
-from exporter.tasks.relaxed import relaxed_accuracy
-from exporter.tasks.sample import Sample
 from tests import layouts
 
 letters = st.text("ab c", max_size=9)

@@ -10,16 +10,16 @@ from PIL import Image
 
 from exporter import data
 from exporter.data import notes
-from exporter.demo import MODELS
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.errors import DataError
 from exporter.events import Event
-from exporter.inference.encoding import continued, encode, refuse_too_long
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
+from exporter.model.inference.encoding import continued, encode, refuse_too_long
 from exporter.model.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks.sample import Sample
 from tests import layouts
 from tests.tiny_models import CONFIGS, processor_of
 
@@ -59,6 +59,13 @@ def test_the_place_of_a_picture_is_left_out_of_texts(tmp_path: Path, question: s
     (note,) = notes([loaded], [caption])
     assert note.startswith("2 of 2 samples have <image> or <|image_pad|> in a text")
     assert not notes([sample("s", "q", "a")])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_the_marker_of_every_family_is_left_out_of_texts(tmp_path: Path, family: Family) -> None:
+    folder = described(tmp_path, question=f"what{family.image_marker}?", answer="a")
+    (loaded,) = data.samples("folder", folder, "vqa", "train", 9, 0)
+    assert loaded.question == "what ?"
 
 
 def test_a_text_with_only_an_image_token_is_refused(tmp_path: Path) -> None:

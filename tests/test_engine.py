@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bench.check_families import summary
-from exporter.demo import MODELS
 from exporter.errors import ServeError
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.numerics.activation_rounding import round_inputs, round_rows
 from exporter.serving.launch import Launch, Program, dtype, find_program, launch

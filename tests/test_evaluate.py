@@ -15,6 +15,9 @@ from PIL import Image
 from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
 from exporter.data import image_key, places, samples_from
+from exporter.data.tasks import retrieval
+from exporter.data.tasks.bleu import corpus_bleu
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.errors import EXIT_CODES, DataError, GateFailed, GateNotResolved
 from exporter.evaluation import backends, judge
@@ -27,15 +30,12 @@ from exporter.evaluation.gates import Verdict
 from exporter.evaluation.report_file import Counts, GateResult, Report, ServingRecord, read_report, write_report
 from exporter.evaluation.sample_size import advise, too_few, unpredictable
 from exporter.events import ignore
-from exporter.inference.predict_server import Server
+from exporter.model.inference.predict_server import Server
 from exporter.model.source import open_source
 from exporter.pipeline.export import export
 from exporter.pipeline.measurement import answerers, default_store, measure
 from exporter.planning.recipe import Gate, Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks import retrieval
-from exporter.tasks.bleu import corpus_bleu
-from exporter.tasks.sample import Sample
 from tests.chat_server import ChatServer, chat_server
 from tests.children import running_command
 from tests.published_artifact import bootstrap_once

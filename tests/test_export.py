@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.output import default_work
 from exporter.artifact.verify import verify
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError
 from exporter.evaluation.evaluate import compare
 from exporter.events import Event
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.model.source import open_source
 from exporter.pipeline.export import Export, export
 from exporter.pipeline.preparation import prepare, with_suitable_data

@@ -25,7 +25,7 @@ from exporter.planning.recipe_file import load_recipe, parse_recipe
 from exporter.planning.refusals import fallback_lines
 from exporter.planning.rule import Rule
 from exporter.publishing.artifact_summary import folder_reader, read_summary
-from exporter.publishing.proof_plan import plan_problems
+from exporter.publishing.proof.plan import plan_problems
 from exporter.study.worker_tasks import Setup, open_model
 from tests.headers.read import write_sparse_shard
 from tests.llava_variants import llava_config

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from docs.family_support import declaration
-from exporter.inference.forward_hooks import first_output, run_until_stopped, watch_inputs
 from exporter.model.config_check import known_family
 from exporter.model.families import FAMILIES, Family
 from exporter.model.families.parts.text import BlockKinds
+from exporter.model.inference.forward_hooks import first_output, run_until_stopped, watch_inputs
 from exporter.model.stream import Stream, build_skeleton
 from exporter.numerics.scale_folding import fold, misfit
 from exporter.quantization.block_calls import capture_calls

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from exporter.commands import next_steps
 from exporter.commands.main import cli
-from exporter.demo import MODELS
 from exporter.errors import RecipeError
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.planning.fitting_recipes import closest, fitting_hint, recipes_for
 from exporter.planning.overrides import adjusted

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from exporter.artifact.artifact import Artifact
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import PlanError
 from exporter.events import ignore
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.pipeline.export import export
 from exporter.planning.plan import make_plan

@@ -8,7 +8,7 @@ import pytest
 from exporter.evaluation.report_file import Report
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
 from exporter.publishing.headline import headline
-from exporter.report import collect, html
+from exporter.publishing.report import collect, html
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from exporter.errors import HubError, HubMissing, HubUnreachable
-from exporter.model.hub import (
+from exporter.files.hub import (
     INVALID_TOKEN,
     Remote,
     RemoteFile,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import MmqError
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.pipeline.preparation import prepare
 from exporter.planning.plan import Plan
 from exporter.planning.recipe_file import load_recipe

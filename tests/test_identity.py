@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter.data import places, traces
-from exporter.demo import MODELS
 from exporter.device import Device, choose
 from exporter.errors import CheckpointError, WorkdirError
 from exporter.events import Event
 from exporter.files.mapping_diff import changes
 from exporter.methods import METHODS
+from exporter.model.embedded import MODELS
 from exporter.model.processor import load_processor
 from exporter.model.source import narrowed
 from exporter.pipeline.preparation import prepare

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from exporter.__main__ import _value
-from exporter.demo import MODELS
 from exporter.errors import CheckpointError
 from exporter.model import inspection_cache, processor_inspector
+from exporter.model.embedded import MODELS
 from exporter.model.inspection_cache import has_reply, keep, place, recall
 from exporter.model.processor_inspector import check_config_class, inspect, start_helper
 

@@ -17,6 +17,7 @@ import exporter.data
 from exporter.artifact.artifact import Artifact
 from exporter.commands import progress
 from exporter.commands.main import cli
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
@@ -27,7 +28,6 @@ from exporter.serving import check, comparison, cpu_instructions
 from exporter.serving.check import EngineRun
 from exporter.serving.comparison import CheckSettings, judge
 from exporter.serving.launch import Program
-from exporter.tasks.sample import Sample
 from tests.children import running_command
 from tests.test_check import exported, replies_of
 from tests.test_export import quick_export

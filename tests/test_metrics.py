@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from exporter.tasks import TASKS, captioning, ptb, vqa
-from exporter.tasks.bleu import bleu, corpus_bleu
-from exporter.tasks.cider import cider
-from exporter.tasks.retrieval import RANKS, prepare, recalls
-from exporter.tasks.sample import Sample
+from exporter.data.tasks import TASKS, captioning, ptb, vqa
+from exporter.data.tasks.bleu import bleu, corpus_bleu
+from exporter.data.tasks.cider import cider
+from exporter.data.tasks.retrieval import RANKS, prepare, recalls
+from exporter.data.tasks.sample import Sample
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
 WORDS = ["a", "red", "large", "circle", "is", "left", "of", "the", "small", "blue", "square"]

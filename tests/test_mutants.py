@@ -89,9 +89,9 @@ def test_a_function_that_runs_only_in_child_processes_has_the_tests_of_the_modul
 
 
 def test_a_mutant_is_loaded_in_child_processes_too() -> None:
-    module = "demo/example"
+    module = "model/embedded/example"
     number = next(n for n, site in enumerate(sites((PACKAGE / f"{module}.py").read_text())) if "1 becomes" in str(site))
-    code = "import inspect, exporter.demo.example as e; print(e.SCENE[1], '2)' in inspect.getsource(e))"
+    code = "import inspect, exporter.model.embedded.example as e; print(e.SCENE[1], '2)' in inspect.getsource(e))"
     environment = os.environ | {VARIABLE: f"{module}:{number}", "PYTHONPATH": f"{ROOT}{os.pathsep}{IN_CHILDREN}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "2 True\n"  # the source too, from which Triton compiles kernels

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
 
-from exporter.inference.openai_client import request_json
+from exporter.model.inference.openai_client import request_json
 
 REPLY = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"answer": 42}'
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset

@@ -21,7 +21,7 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
 from exporter.publishing.card import CardDeclarations, render
-from exporter.report.content import collect
+from exporter.publishing.report.content import collect
 
 
 def edited(name: str, *changes: dict[str, Any]) -> Recipe:

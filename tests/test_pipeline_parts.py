@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from exporter import data
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.errors import DataError, MemoryShortage
 from exporter.evaluation.answers import Store
@@ -22,7 +23,6 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.planning.steps import Step
 from exporter.serving.launch import Program
 from exporter.serving.speed import SpeedSettings
-from exporter.tasks.sample import Sample
 
 CPU = Device("cpu", "a CPU", 2**30)
 CARD = Device("cuda:0", "a card", 2**30)

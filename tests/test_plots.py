@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter.report import charts, plots
+from exporter.publishing.report import charts, plots
 from exporter.study import study_plots
 from exporter.study.importance import Importance, MarginalChange, Shares
 from exporter.study.records import PlottedSetting, ScoredSetting

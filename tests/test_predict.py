@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from exporter.data.tasks.sample import Sample
 from exporter.events import Event
-from exporter.inference.encoding import render
-from exporter.inference.predict import Predictor, batches
 from exporter.model.chat_template import PROBES, conversation, parse_template
 from exporter.model.families import FAMILIES
+from exporter.model.inference.encoding import render
+from exporter.model.inference.predict import Predictor, batches
 from exporter.model.processor import Processor
-from exporter.tasks.sample import Sample
 from tests.oracles import naive_log_likelihood
 
 FAMILY = replace(

@@ -12,14 +12,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from exporter.commands.main import cli
-from exporter.demo import MODELS
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.events import ignore
-from exporter.inference.encoding import encode, render
 from exporter.model import processor_inspector as inspector
 from exporter.model.chat_template import PROBES, Template, parse_template
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
+from exporter.model.inference.encoding import encode, render
 from exporter.model.processor import load_processor
 from exporter.model.processor_inspector import inspect
 from exporter.model.stream import build_skeleton
@@ -28,7 +29,6 @@ from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.tasks.sample import Sample
 from tests.conftest import header_config
 
 

@@ -15,16 +15,16 @@ from exporter.artifact.manifest import MANIFEST, read_manifest
 from exporter.commands.main import cli
 from exporter.commands.plan_tables import plan_notes
 from exporter.commands.serving_text import example, shell_line
-from exporter.demo import MODELS
-from exporter.demo import example as demo_example
 from exporter.device import choose
 from exporter.errors import ArtifactError, PlanError, RecipeError
 from exporter.evaluation.answers import digest
 from exporter.evaluation.backends import local_answerers, weights_digest
 from exporter.evaluation.evaluate import store_report
-from exporter.inference.predict import batches
-from exporter.inference.predict_server import ServedPredictor, Server
+from exporter.model.embedded import MODELS
+from exporter.model.embedded import example as demo_example
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict import batches
+from exporter.model.inference.predict_server import ServedPredictor, Server
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.pipeline import picture_question
@@ -37,10 +37,10 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe, parse_recipe
 from exporter.publishing.artifact_summary import folder_reader, read_place, read_summary
 from exporter.publishing.card import CardDeclarations, render
-from exporter.publishing.proof_evaluation import evaluation_problems
-from exporter.publishing.proof_plan import plan_problems
+from exporter.publishing.proof.evaluation import evaluation_problems
+from exporter.publishing.proof.plan import plan_problems
+from exporter.publishing.report.content import collect
 from exporter.quantization import identity
-from exporter.report.content import collect
 from exporter.serving import check
 from exporter.serving.launch import Program, launch
 from exporter.study.prepare import base_recipe

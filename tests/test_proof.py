@@ -30,7 +30,7 @@ from exporter.files.file_hashes import sha256
 from exporter.pipeline.export import export
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.publishing.proof import prove
+from exporter.publishing.proof.prove import prove
 from tests.consistent_edits import CONSISTENT_EDITS
 from tests.published_artifact import bootstrap_once, score_captions_once
 
@@ -89,9 +89,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    monkeypatch.setattr("exporter.publishing.proof.verify", partial(verify, load="nothing"))
+    monkeypatch.setattr("exporter.publishing.proof.prove.verify", partial(verify, load="nothing"))
     monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
-    monkeypatch.setattr("exporter.tasks.captioning.score", score_captions_once)
+    monkeypatch.setattr("exporter.data.tasks.captioning.score", score_captions_once)
     return Files(shutil.copytree(exported / "good", tmp_path / "artifact"))
 
 

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.dtypes import BFLOAT16, FLOAT16
 from exporter.events import Event, ignore
+from exporter.model.embedded import MODELS
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import folder_reader, read_summary
-from exporter.publishing.proof_files import file_problems
-from exporter.publishing.proof_plan import plan_problems
+from exporter.publishing.proof.files import file_problems
+from exporter.publishing.proof.plan import plan_problems
 from tests.slow import some
 
 DEMO = MODELS["demo-llava"]

@@ -25,7 +25,7 @@ from exporter.commands.next_steps import program
 from exporter.errors import ArtifactError, CheckpointError, HubMissing, PlanError, PublishError
 from exporter.evaluation.report_file import REPORT
 from exporter.events import ignore
-from exporter.model.hub import open_remote
+from exporter.files.hub import open_remote
 from exporter.model.source import locate, open_source
 from exporter.publishing.remote_check import verify_remote
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
@@ -76,7 +76,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
         # Every client reads all certificates, which takes longer than most uploads.
         monkeypatch.setattr(httpcore2, "default_ssl_context", _default_ssl_context)
         monkeypatch.setattr(
-            "exporter.publishing.proof.verify", partial(verify, load="nothing")
+            "exporter.publishing.proof.prove.verify", partial(verify, load="nothing")
         )  # its own tests load models
         monkeypatch.setattr("exporter.evaluation.judge.paired_bootstrap", bootstrap_once)
         monkeypatch.setenv("HF_TOKEN", WRITER)

@@ -16,8 +16,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.cluster.ray_cluster import RayCluster, ray_cluster
-from exporter.cluster.shipment import (
+from exporter.data.tasks.sample import Pool, Sample
+from exporter.device import Device
+from exporter.errors import DataError, MmqError
+from exporter.evaluation import cluster_answers
+from exporter.evaluation.answers import Answerer, Backend
+from exporter.evaluation.cluster.ray_cluster import RayCluster, ray_cluster
+from exporter.evaluation.cluster.shipment import (
     Shipment,
     machine_folder,
     model_files,
@@ -27,10 +32,6 @@ from exporter.cluster.shipment import (
     shipped,
     write_missing,
 )
-from exporter.device import Device
-from exporter.errors import DataError, MmqError
-from exporter.evaluation import cluster_answers
-from exporter.evaluation.answers import Answerer, Backend
 from exporter.evaluation.cluster_answers import ClusterBackend, RemoteModel
 from exporter.model.families import FAMILIES
 from exporter.planning.recipe import Recipe
@@ -38,7 +39,6 @@ from exporter.planning.recipe_file import load_recipe
 from exporter.study import remote
 from exporter.study.keys import Keys
 from exporter.study.worker_tasks import Setup
-from exporter.tasks.sample import Pool, Sample
 from tests.fake_ray import FakeRay, FakeTaskError, ray
 
 __all__ = ["ray"]

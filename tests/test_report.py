@@ -15,6 +15,7 @@ from PIL import Image
 
 from exporter.commands.main import cli
 from exporter.data import image_key
+from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import REPORT, AnswerPair, Report
@@ -24,11 +25,10 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import card
 from exporter.publishing.artifact_summary import Summary, folder_reader, read_summary
-from exporter.report import charts, collect, find_pictures, html, thumbnail, write
+from exporter.publishing.report import charts, collect, find_pictures, html, thumbnail, write
 from exporter.serving.check import CheckResult, store_result
 from exporter.serving.comparison import Control
 from exporter.serving.reference import Distance, EngineComparison
-from exporter.tasks.sample import Sample
 from tests.browser import ENTER, TAB, Browser
 from tests.page_audit import WIDTHS, audit
 from tests.test_evaluate import crafted

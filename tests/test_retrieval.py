@@ -18,21 +18,21 @@ from rich.console import Console
 from exporter.commands.report_tables import report_page
 from exporter.data import CONVENTIONS
 from exporter.data import samples as data_samples
+from exporter.data.tasks import TASKS, retrieval
+from exporter.data.tasks.retrieval import METRICS, RANKS, format_answer, recalls, score, with_pool
+from exporter.data.tasks.sample import Pool, Sample, task_of
 from exporter.errors import DataError
 from exporter.evaluation.answers import Answerer, Backend, Store, collect_answers
 from exporter.evaluation.backends import _query
 from exporter.evaluation.evaluate import measure as compare_models
 from exporter.events import Event, ignore
-from exporter.inference.batch_size import BatchSize
-from exporter.inference.predict import Predictor
-from exporter.inference.retrieval import _best, _rank, rank
 from exporter.model.families import FAMILIES
+from exporter.model.inference.batch_size import BatchSize
+from exporter.model.inference.predict import Predictor
+from exporter.model.inference.retrieval import _best, _rank, rank
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing.artifact_summary import read_place
-from exporter.report import collect, html
-from exporter.tasks import TASKS, retrieval
-from exporter.tasks.retrieval import METRICS, RANKS, format_answer, recalls, score, with_pool
-from exporter.tasks.sample import Pool, Sample, task_of
+from exporter.publishing.report import collect, html
 from tools.demo_training.blip2_folder import build, config, save
 
 CPU = torch.device("cpu")

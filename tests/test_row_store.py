@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exporter.errors import DataError
-from exporter.inference.row_store import RowStore
+from exporter.model.inference.row_store import RowStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
-from exporter.demo import MODELS
 from exporter.device import capability
 from exporter.errors import ServeError
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe

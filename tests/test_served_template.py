@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.demo import MODELS
-from exporter.inference.encoding import encode, render
+from exporter.data.tasks.sample import Sample
 from exporter.model.chat_template import conversation
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
+from exporter.model.inference.encoding import encode, render
 from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.served_template import (
@@ -22,7 +23,6 @@ from exporter.model.served_template import (
     ship_template,
     template_holder,
 )
-from exporter.tasks.sample import Sample
 from tests.slow import some_of
 from tests.tiny_models import write_processor
 

@@ -21,7 +21,7 @@ from exporter.device import Device
 from exporter.errors import CheckpointError, DataError, MemoryShortage, WorkdirError
 from exporter.evaluation.answers import Store
 from exporter.events import ignore
-from exporter.inference.batch_size import BatchSize
+from exporter.model.inference.batch_size import BatchSize
 from exporter.out_of_memory import explain_shortage, is_shortage, requested_bytes
 from exporter.planning.plan import Unit
 from exporter.quantization.block_calls import capture_calls

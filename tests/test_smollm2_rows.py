@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.smollm2_model import LowRank, add_adapters, scores_of
 from bench.smollm2_rows import IMAGE_TOKENS, conversations, novels, pack, prose_rows
-from exporter.demo.scenes import draw, scene_objects, scenes
+from exporter.data.demo.scenes import draw, scene_objects, scenes
 
 IMAGE = 128
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from exporter.commands.main import cli
 from exporter.commands.options import print_result
+from exporter.data.tasks import retrieval
 from exporter.errors import DataError, MmqError, RecipeError
 from exporter.events import Event, ignore
-from exporter.inference.predict import Predictor
 from exporter.methods import METHODS
 from exporter.model.families import FAMILIES
+from exporter.model.inference.predict import Predictor
 from exporter.planning.plan import Unit
 from exporter.planning.recipe import Rule
 from exporter.planning.whole_model import whole_model
@@ -44,7 +45,6 @@ from exporter.study.worker_tasks import (
     setting_of,
     store_of,
 )
-from exporter.tasks import retrieval
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double, read_without_memory
 from tests.shared_exams import share_exams

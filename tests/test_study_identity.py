@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from exporter.commands.main import cli
 from exporter.data import places
-from exporter.demo import MODELS
 from exporter.errors import CheckpointError, DataError, LockedError
 from exporter.events import Event, ignore
 from exporter.files.folder_lock import hold
+from exporter.model.embedded import MODELS
 from exporter.planning.recipe import Rule
 from exporter.quantization import identity
 from exporter.quantization.workdir import LOCK

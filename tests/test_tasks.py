@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from exporter.data.tasks import TASKS
+from exporter.data.tasks.cider import cider
+from exporter.data.tasks.ptb import tokens
+from exporter.data.tasks.sample import Sample
+from exporter.data.tasks.vqa import accuracy, normalize
 from exporter.errors import DataError
-from exporter.tasks import TASKS
-from exporter.tasks.cider import cider
-from exporter.tasks.ptb import tokens
-from exporter.tasks.sample import Sample
-from exporter.tasks.vqa import accuracy, normalize
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "cider.json").read_text(encoding="utf-8"))
 

@@ -16,10 +16,10 @@ from exporter.artifact.artifact import Artifact
 from exporter.artifact.coverage import _described
 from exporter.artifact.verify import verify
 from exporter.artifact.verify_whole import refuse_too_large
-from exporter.demo import MODELS
 from exporter.device import choose
 from exporter.errors import ArtifactError
 from exporter.events import ignore
+from exporter.model.embedded import MODELS
 from exporter.model.source import open_source
 from exporter.model.stream import Stream
 from exporter.planning.recipe import Recipe

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from exporter.device import choose
 from exporter.errors import CalibrationError
 from exporter.files.shard_writer import ShardWriter
-from exporter.inference.forward_hooks import ForwardStopped, first_output, run_until_stopped
 from exporter.methods import gptq
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.forward_hooks import ForwardStopped, first_output, run_until_stopped
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Rule
 from exporter.quantization import calibrate

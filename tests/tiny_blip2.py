@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bench.random_checkpoint import write_blip2_processor
-from exporter.demo import MODELS
 from exporter.files.shard_writer import ShardWriter
+from exporter.model.embedded import MODELS
 from exporter.model.families import Family
 from tests.tiny_models import random_weights
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.inference.forward_hooks import ForwardStopped, run_until_stopped
 from exporter.model.families import Component, Family
 from exporter.model.families.component import Config
+from exporter.model.inference.forward_hooks import ForwardStopped, run_until_stopped
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Rule
 from tests.tiny_models import QUICK

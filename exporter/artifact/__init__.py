@@ -2,5 +2,5 @@
 
 Enters: finished units, the plan, the source checkpoint.
 Leaves: a folder that vLLM opens, its manifest, and a `Verification`.
-May import: quantization, planning, inference, model, tasks, formats, numerics, files.
+May import: quantization, planning, model, data, formats, numerics, files.
 """

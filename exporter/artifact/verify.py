@@ -17,16 +17,16 @@ from exporter.artifact.coverage import missing_from_manifest
 from exporter.artifact.verify_blocks import compare_blocks
 from exporter.artifact.verify_source import unlike_source
 from exporter.artifact.verify_whole import logit_difference, refuse_too_large
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.distribution import install_extra
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event, Listener
 from exporter.files.file_hashes import AT_ONCE, sha256
-from exporter.inference.predict import prompt_inputs
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.predict import prompt_inputs
 from exporter.model.processor import load_processor
 from exporter.out_of_memory import is_shortage
-from exporter.tasks.sample import Sample
 
 THREADS = 4  # sha256 releases the GIL; each thread holds one linear in host memory
 Load = Literal["nothing", "blocks", "whole"]

@@ -21,7 +21,7 @@ from exporter.device import Device
 from exporter.dtypes import DTYPES, Dtype
 from exporter.errors import ArtifactError
 from exporter.events import Event, Listener
-from exporter.inference.forward_hooks import first_output
+from exporter.model.inference.forward_hooks import first_output
 from exporter.model.stream import Stream, build_skeleton
 
 TOLERANCE = 1e-3  # of the largest output: the order of summation may differ; weights are compared exactly

@@ -2,6 +2,6 @@
 
 Enters: arguments.
 Leaves: text, JSON lines and exit codes.
-May import: study, report, publishing, pipeline, serving, evaluation, artifact, quantization, planning, inference,
-cluster, data, model, demo, tasks, numerics, files.
+May import: study, publishing, pipeline, serving, evaluation, artifact, quantization, planning, model, data, numerics,
+files.
 """

@@ -81,7 +81,7 @@ def _askers(
 
     def asker(place: str, url: str | None, name: str | None) -> Callable[["OnText"], str]:
         if url:
-            from exporter.inference.predict_server import Server
+            from exporter.model.inference.predict_server import Server
             from exporter.pipeline.picture_question import ask_server
 
             return lambda on_text: ask_server(place, request, Server(url, name, tries=1), on_text)

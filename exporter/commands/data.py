@@ -30,7 +30,7 @@ def data_sources() -> list[str]:
 
 def text_tasks() -> list[str]:
     """Tasks whose answers are texts in a file; those of retrieval are ranks."""
-    from exporter.tasks import TASKS
+    from exporter.data.tasks import TASKS
 
     return [name for name in TASKS if name != "retrieval"]
 

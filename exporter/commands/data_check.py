@@ -51,7 +51,7 @@ def check(source: str, samples: int, page: Path | None, as_json: bool) -> None:
     from exporter.commands.progress import ProgressDisplay
     from exporter.data import place
     from exporter.pipeline.data_check import check_data
-    from exporter.report.data_page import write_data_page
+    from exporter.publishing.report.data_page import write_data_page
 
     with ProgressDisplay(as_json) as listen:
         result = check_data(place(source), samples, EXAMPLES, listen)
@@ -74,7 +74,7 @@ def _plain(result: "DataCheck", files: list[str]) -> dict[str, Any]:
 
 
 def _text(result: "DataCheck", files: list[str]) -> str:
-    from exporter.report.data_page import summary
+    from exporter.publishing.report.data_page import summary
 
     lines = [result.source]
     for part in result.splits:

@@ -24,9 +24,9 @@ from exporter.commands.recipe_options import max_new_tokens_option, prompt_optio
 from exporter.errors import Interrupted
 
 if TYPE_CHECKING:
-    from exporter.cluster.ray_cluster import RayCluster
     from exporter.evaluation.answers import Store
     from exporter.evaluation.backends import Servers
+    from exporter.evaluation.cluster.ray_cluster import RayCluster
 
 
 @click.command()
@@ -123,7 +123,7 @@ def _servers(options: Mapping[str, Any]) -> "Servers | None":
     Raises click.UsageError for flags that need another flag.
     """
     from exporter.evaluation.backends import Servers
-    from exporter.inference.predict_server import Server
+    from exporter.model.inference.predict_server import Server
 
     pairs = (("baseline_server", "baseline_served_model"), ("server", "served_model"))
     for server, name in pairs:
@@ -142,7 +142,7 @@ def _servers(options: Mapping[str, Any]) -> "Servers | None":
 
 def _cluster(options: Mapping[str, Any], on_gpu: bool) -> "AbstractContextManager[RayCluster | None]":
     """The cluster of --ray; None without it. Raises click.UsageError beside servers."""
-    from exporter.cluster.ray_cluster import ray_cluster
+    from exporter.evaluation.cluster.ray_cluster import ray_cluster
 
     if not options["ray"]:
         return nullcontext()

@@ -205,7 +205,7 @@ def verify(
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
-    from exporter.model.hub import PREFIX
+    from exporter.files.hub import PREFIX
     from exporter.model.source import open_source
 
     if artifact.startswith(PREFIX):

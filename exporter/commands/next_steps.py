@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.demo.example import PICTURE, QUESTION
 from exporter.distribution import PROGRAM
+from exporter.model.embedded.example import PICTURE, QUESTION
 
 NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how to install it); then:"
 NO_KERNEL = "vLLM serves it on a GPU, but has no kernel for it on this CPU; for this CPU export with another recipe:"

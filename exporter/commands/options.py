@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter.commands.next_steps import program
-from exporter.demo import MODELS
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
+from exporter.model.embedded import MODELS
 
 if TYPE_CHECKING:
     from exporter.events import Listener

@@ -80,7 +80,7 @@ def publish(artifact: Path, device: str, as_json: bool, **options: Any) -> None:
 
 def check_push(repo: str, skip_evaluation: bool) -> None:
     """Check `mmq export --push` before the export starts: repository name, token, and that evaluation is on."""
-    from exporter.model.hub import check_name, require_token
+    from exporter.files.hub import check_name, require_token
 
     if skip_evaluation:
         raise PublishError(
@@ -112,7 +112,7 @@ def page(repo: str, package: Any) -> str:
 def verify_published(place: str, as_json: bool) -> None:
     """Verify an artifact on the hub (`mmq verify hub:ORG/NAME`) and print the result."""
     from exporter.commands.progress import ProgressDisplay
-    from exporter.model.hub import open_remote, parse_place
+    from exporter.files.hub import open_remote, parse_place
     from exporter.publishing.remote_check import verify_remote
 
     with ProgressDisplay(as_json) as listen:

@@ -43,7 +43,7 @@ def report(
     from exporter.data import places
     from exporter.model.families import FAMILIES
     from exporter.publishing.artifact_summary import folder_reader, read_summary
-    from exporter.report import collect, pictures_of, write, write_plots
+    from exporter.publishing.report import collect, pictures_of, write, write_plots
     from exporter.study.gallery import as_data, components_of, gather
 
     summary = read_summary(artifact.resolve().name, folder_reader(artifact))

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from exporter.commands.next_steps import command
-from exporter.demo.example import PICTURE, QUESTION
 from exporter.evaluation.speed_record import SpeedRecord
 from exporter.evaluation.speed_table import figures_rows
+from exporter.model.embedded.example import PICTURE, QUESTION
 from exporter.model.families import Family
 from exporter.serving.check import CheckResult
 from exporter.serving.launch import Launch

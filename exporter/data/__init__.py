@@ -1,36 +1,34 @@
-"""Data sources (demo, folder, public data sets, hub, LLaVA's conversations): read samples.
+"""Samples: read them from a data source (drawings, folder, public data sets, hub), and score answers to them.
 
 Enters: `NAME:PATH` (`coco:/data/coco`), `demo`, or a bare folder; a task, a split, a limit and a seed.
-Leaves: samples with pictures and texts, or one error that lists all unusable rows.
-May import: model, demo, tasks.
+Leaves: samples with pictures and texts, or one error that lists all unusable rows; scores of answers.
+May import: files.
 
 To add a source, write `data/NAME.py` and add a line to `DATA`.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from exporter.data import chartqa, coco, docvqa, flickr30k, folder, gqa, hub, llava, vqav2
 from exporter.data.conventions import CONVENTIONS, LAYOUTS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
+from exporter.data.placeholders import PLACEHOLDERS, plain
 from exporter.data.rows import Selection
+from exporter.data.tasks import retrieval
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError, did_you_mean, one_line
-from exporter.model.families import FAMILIES
-from exporter.tasks import retrieval
-from exporter.tasks.sample import Sample
 
 SourceReader = Callable[[Path | None, str, str, int, int], list[Sample]]
-_MARKERS = re.compile("|".join(rf"\s*{re.escape(family.image_marker)}\s*" for family in FAMILIES.values()))
 ANY_TASK = ("captioning", "vqa", "retrieval")
 DEMO_CANDIDATES = 10  # retrieval candidates among a thousand small drawings; the paper's 128 would only be slower
 BUILT_IN = ("demo", "drawings")  # same scenes: "demo" uses the made-up names of the demo models, "drawings" plain words
 
 
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    from exporter.demo import data as demo
+    from exporter.data.demo import samples as demo
 
     if task not in get_args(demo.TaskName):
         raise DataError(f"data source demo does not support task {task}", f"use {', '.join(get_args(demo.TaskName))}")
@@ -38,7 +36,7 @@ def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> li
 
 
 def _drawings(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
-    from exporter.demo import data as demo
+    from exporter.data.demo import samples as demo
 
     return demo.drawings(cast(demo.TaskName, task), cast(Any, split), limit, seed)
 
@@ -132,7 +130,7 @@ def samples(name: str, path: Path | None, task: str, split: str, limit: int, see
     are no samples.
     """
     selected = DATA[name](path, task, split, limit, seed)
-    read = [_plain(sample) for sample in selected]
+    read = [plain(sample) for sample in selected]
     if isinstance(selected, Selection):
         read = Selection(read, selected.available)
     if task != retrieval.NAME:
@@ -152,22 +150,6 @@ def samples_from(sources: Sequence[SourceSpec], task: str, split: str, limit: in
     raise DataError(f"{named} does not support task {task}", f"add a source that supports it: {names}, folder")
 
 
-def _plain(sample: Sample) -> Sample:
-    """The sample with a one-line identity and without image placeholders (`<image>`) in its texts.
-
-    Training data contains such placeholders. DataError if a text consists only of placeholders.
-    """
-    sample = replace(sample, identity=one_line(sample.identity))
-    texts = [text for text in (sample.question, *sample.references) if text is not None]
-    if not any(_MARKERS.search(text) for text in texts):
-        return sample
-    question = None if sample.question is None else _MARKERS.sub(" ", sample.question).strip()
-    references = tuple(_MARKERS.sub(" ", text).strip() for text in sample.references)
-    if "" in (question, *references):
-        raise DataError(f"sample {sample.identity} has a text that contains only an image placeholder")
-    return replace(sample, question=question, references=references, marked=True)
-
-
 def notes(calibration: Sequence[Sample], tested: Iterable[Sample] = ()) -> tuple[str, ...]:
     """Notes for the user about the calibration and test samples: missing texts, removed image placeholders."""
     lines = []
@@ -176,10 +158,8 @@ def notes(calibration: Sequence[Sample], tested: Iterable[Sample] = ()) -> tuple
         lines.append(f"{share} have no text: calibration uses the picture and the prompt without a reply")
     all_samples = [*calibration, *tested]
     if marked := sum(sample.marked for sample in all_samples):
-        markers = " or ".join(sorted({family.image_marker for family in FAMILIES.values()}))
-        lines.append(
-            f"{marked} of {len(all_samples)} samples have {markers} in a text; mmq removes it, because prompts add it"
-        )
+        share = f"{marked} of {len(all_samples)} samples"
+        lines.append(f"{share} have {' or '.join(PLACEHOLDERS)} in a text; mmq removes it, because prompts add it")
     return tuple(lines)
 
 

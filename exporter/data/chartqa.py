@@ -9,8 +9,8 @@ from typing import Any
 
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.rows import BadRowError, Row, Rows, below, first_file, first_folder, load_json, text, to_samples
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.tasks.sample import Sample
 
 KINDS = ("human", "augmented")
 PLACES = ("{}/", "ChartQA Dataset/{}/", "ChartQA_Dataset/{}/", "")  # folders of a split

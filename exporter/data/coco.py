@@ -24,7 +24,7 @@ from exporter.data.rows import (
     texts,
     to_samples,
 )
-from exporter.tasks.sample import Sample
+from exporter.data.tasks.sample import Sample
 
 YEARS = ("2017", "2014")
 PLACES = ("{}", "images/{}", "Images/mscoco/{}")  # possible folders of the pictures, also for VQAv2

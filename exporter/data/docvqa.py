@@ -23,7 +23,7 @@ from exporter.data.rows import (
     texts,
     to_samples,
 )
-from exporter.tasks.sample import Sample
+from exporter.data.tasks.sample import Sample
 
 NAMES = ("{}_v1.0_withQT.json", "{}_v1.0.json")  # with question types, and the older file without them
 PLACES = ("", "spdocvqa_qas/", "{}/", "qas/")

@@ -22,7 +22,7 @@ from exporter.data.rows import (
     texts,
     to_samples,
 )
-from exporter.tasks.sample import Sample
+from exporter.data.tasks.sample import Sample
 
 FILES = ("dataset_flickr30k.json", "karpathy/dataset_flickr30k.json", "annotations/dataset_flickr30k.json")
 FOLDERS = ("flickr30k-images", "flickr30k_images", "images")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter.data.rows import BadRowError, Row, Rows, below, digest, to_samples
+from exporter.data.tasks import vqa
+from exporter.data.tasks.sample import Sample
 from exporter.distribution import install_extra
 from exporter.errors import DataError, one_line
-from exporter.tasks import vqa
-from exporter.tasks.sample import Sample
 
 SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"

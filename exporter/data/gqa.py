@@ -20,8 +20,8 @@ from exporter.data.rows import (
     text,
     to_samples,
 )
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.tasks.sample import Sample
 
 PLACES = ("questions1.2/", "questions/", "")
 KEPT = ("imageId", "question", "answer", "types")

@@ -19,10 +19,10 @@ from typing import Any
 from exporter.data import folder
 from exporter.data.conventions import CONVENTIONS
 from exporter.data.pictures import opened
+from exporter.data.tasks.sample import Sample
 from exporter.distribution import install_extra
 from exporter.errors import DataError, HubError
-from exporter.model.hub import hub_errors
-from exporter.tasks.sample import Sample
+from exporter.files.hub import hub_errors
 
 SUMS = "sha256.json"
 PATIENCE = 10.0  # seconds to wait for the hub to resolve a revision

@@ -11,8 +11,8 @@ from typing import Any
 
 from exporter.data.folder import half
 from exporter.data.rows import BadRowError, Row, Rows, below, load_json, repeated, text, to_samples
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.tasks.sample import Sample
 
 TASK = "vqa"
 MARKER = "<image>"

@@ -14,8 +14,8 @@ import numpy as np
 from PIL.Image import Image, Resampling, fromarray
 
 from exporter.data.picture_look import MOST_BITS, SIDE, Look, differing_bits, is_copy, look
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.tasks.sample import Sample
 
 SHOWN = 5  # samples named in an error
 OLD_BITS, OLD_SIDE = 8, 16  # looks of mmq 0.1 before imagehash: a hash, then one smaller thumbnail

@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image
 
 from exporter.data.pictures import PictureError, open_picture
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.out_of_memory import is_shortage
-from exporter.tasks.sample import Sample
 
 SHOWN = 20  # most problems in one message
 MOST_BYTES = 255  # limit of common file systems for one path component

@@ -23,7 +23,7 @@ from exporter.data.rows import (
     texts,
     to_samples,
 )
-from exporter.tasks.sample import Sample
+from exporter.data.tasks.sample import Sample
 
 QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 ANNOTATIONS = "v2_mscoco_{}_annotations.json"

@@ -2,5 +2,5 @@
 
 Enters: samples, the source, the artifact or a server.
 Leaves: a `Report` with every score, interval and verdict.
-May import: artifact, quantization, planning, inference, data, model, cluster, tasks, numerics, files.
+May import: artifact, quantization, planning, model, data, numerics, files.
 """

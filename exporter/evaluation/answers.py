@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.events import Event, Listener, ignore, notice
 from exporter.files.writing import make_folder, write_text
-from exporter.tasks.sample import Sample
 
 VERSION = 3  # increase it when the same inputs give other answers, or when the layout of the files changes
 ABOUT = "about.json"

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, free_bytes, release
 from exporter.errors import CheckpointError, DataError
 from exporter.evaluation.answers import Answerer, Backend, Store, digest
 from exporter.events import Listener, ignore, notice
-from exporter.inference.block_streaming import load_streamed
-from exporter.inference.encoding import render
-from exporter.inference.predict import Predictor
-from exporter.inference.predict_server import ServedPredictor, Server, generation
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
 from exporter.model.families.component import Config
+from exporter.model.inference.block_streaming import load_streamed
+from exporter.model.inference.encoding import render
+from exporter.model.inference.predict import Predictor
+from exporter.model.inference.predict_server import ServedPredictor, Server, generation
 from exporter.model.processor import load_processor
 from exporter.model.processor_files import processor_files
 from exporter.model.stream import Read, load_whole
@@ -27,7 +28,6 @@ from exporter.numerics.activation_rounding import EXACT, ServedRounding, round_a
 from exporter.planning.placement import Placement, choose_placement
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.identity import package_versions
-from exporter.tasks.sample import Sample
 
 SOURCE, ARTIFACT = "full precision", "artifact"
 

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact.artifact import Artifact
-from exporter.cluster.packed_samples import pack_samples, packed_groups
-from exporter.cluster.ray_cluster import RayCluster
-from exporter.cluster.shipment import (
+from exporter.data.tasks.sample import Sample, task_of
+from exporter.device import Device, choose
+from exporter.errors import DataError
+from exporter.evaluation.answers import Answerer, Backend, digest
+from exporter.evaluation.backends import local_answerers
+from exporter.evaluation.cluster.packed_samples import pack_samples, packed_groups
+from exporter.evaluation.cluster.ray_cluster import RayCluster
+from exporter.evaluation.cluster.shipment import (
     MODEL,
     SAMPLES,
     Shipment,
@@ -25,16 +30,11 @@ from exporter.cluster.shipment import (
     remove_received,
     shipped,
 )
-from exporter.device import Device, choose
-from exporter.errors import DataError
-from exporter.evaluation.answers import Answerer, Backend, digest
-from exporter.evaluation.backends import local_answerers
 from exporter.files.mapping_diff import changes
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.source import open_source
 from exporter.planning.prompts import by_recipe
 from exporter.planning.recipe import Recipe
-from exporter.tasks.sample import Sample, task_of
 
 ARTIFACT = "artifact"  # name below a machine's folder
 GROUP = "samples"

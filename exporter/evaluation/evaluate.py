@@ -9,6 +9,8 @@ from typing import Any
 
 from exporter.artifact.output import updating
 from exporter.data import image_key
+from exporter.data.tasks import TASKS, main_metric, measured, retrieval
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError, GateFailed, GateNotResolved
 from exporter.evaluation.answers import Answerer, Answers, Store, collect_answers
 from exporter.evaluation.bootstrap import CONFIDENCE, RESAMPLES
@@ -27,8 +29,6 @@ from exporter.evaluation.report_file import (
 )
 from exporter.events import Listener, notice
 from exporter.planning.recipe import Gate, Recipe
-from exporter.tasks import TASKS, main_metric, measured, retrieval
-from exporter.tasks.sample import Sample
 
 MAX_CHANGED = 200  # changed answers in one report, largest loss first; `counts` counts all of them
 EXAMPLES = 4  # samples per task in the report, whether their answers changed or not

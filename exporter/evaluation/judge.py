@@ -7,6 +7,7 @@ edited.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from exporter.data.tasks import main_metric
 from exporter.evaluation.bootstrap import (
     Difference,
     gate_interval,
@@ -17,7 +18,6 @@ from exporter.evaluation.bootstrap import (
 from exporter.evaluation.gates import Overall, interval_verdict, worst
 from exporter.evaluation.report_file import Counts, GateResult, Measure, MetricScores, StoredDifference, TaskScores
 from exporter.planning.recipe import Gate
-from exporter.tasks import main_metric
 
 PERCENT = 0.01
 MOST_SAMPLES = 10**7  # a gate that needs more samples is too close to its bound to be resolved

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from exporter.data.tasks import retrieval, vqa
 from exporter.evaluation.bootstrap import ASSUMED_SD, POINT, half_width, samples_to_exclude, samples_to_resolve
 from exporter.planning.recipe import Recipe
-from exporter.tasks import retrieval, vqa
 
 ASSUMPTION = "assuming that one answer in ten changes between right and wrong"
 RIGHT_OR_WRONG = {  # task -> metrics with scores 0 or 1; the spread of other metrics is unknown before an evaluation

@@ -9,8 +9,8 @@ from typing import Any
 
 from exporter.data import places, samples_from
 from exporter.data.rows import is_unicode
+from exporter.data.tasks import TASKS
 from exporter.errors import DataError
-from exporter.tasks import TASKS
 
 IDS = ("image_id", "question_id", "questionId", "id")
 ANSWERS = ("caption", "answer", "prediction")

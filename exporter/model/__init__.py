@@ -1,6 +1,6 @@
-"""Models as stored: checkpoints, families, processors, and transformers models whose weights are loaded on demand.
+"""Models, as stored and as run: checkpoints, families, processors, weights loaded on demand, and inference.
 
-Enters: a folder, an embedded name, or a repository of the hub.
-Leaves: a `Checkpoint`, its `Family`, a `Processor`, a `Stream`.
-May import: demo, files.
+Enters: a folder, an embedded name, or a repository of the hub; samples that a model answers.
+Leaves: a `Checkpoint`, its `Family`, a `Processor`, a `Stream`; answers.
+May import: data, files.
 """

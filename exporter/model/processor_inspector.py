@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from exporter.demo import MODELS
 from exporter.distribution import install_extra
 from exporter.errors import CheckpointError
 from exporter.model.chat_template import Template, parse_template
+from exporter.model.embedded import MODELS
 from exporter.model.inspection_cache import has_reply, keep, recall
 from exporter.model.processor_files import PATTERNS, missing_files
 

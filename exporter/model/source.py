@@ -5,15 +5,15 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from exporter.demo import MODELS
 from exporter.dtypes import DTYPES
 from exporter.errors import CheckpointError, HubError, HubMissing, HubUnreachable, did_you_mean, one_line
+from exporter.files.hub import Remote, hub_errors, open_remote
 from exporter.files.strict_json import parse_object, read_json
 from exporter.model.adapter import open_adapter
 from exporter.model.checkpoint import Checkpoint, indexed_files
 from exporter.model.config_check import known_family, without_buffers
+from exporter.model.embedded import MODELS
 from exporter.model.families import Family
-from exporter.model.hub import Remote, hub_errors, open_remote
 from exporter.model.tied_heads import refuse_trained_apart
 
 # Weights only as safetensors; all other files that a processor or vLLM reads are small texts.

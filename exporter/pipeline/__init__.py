@@ -2,6 +2,5 @@
 
 Enters: a recipe, data, a device, an output folder.
 Leaves: an artifact with manifest and report.
-May import: serving, evaluation, artifact, quantization, planning, inference, data, model, demo, cluster, tasks,
-numerics, files.
+May import: serving, evaluation, artifact, quantization, planning, model, data, numerics, files.
 """

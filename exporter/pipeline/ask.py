@@ -13,8 +13,8 @@ from exporter.errors import DataError
 from exporter.evaluation.backends import opened_predictor
 from exporter.evaluation.baseline import require_source
 from exporter.events import Event, Listener
-from exporter.inference.predict import Predictor
 from exporter.model.families import Family
+from exporter.model.inference.predict import Predictor
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.numerics.activation_rounding import EXACT

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from exporter import data
 from exporter.data.folder import SPLITS
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.events import Event, Listener
-from exporter.tasks.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from exporter.device import Device
 from exporter.evaluation import evaluate
 from exporter.evaluation.report_file import Report
 from exporter.events import Listener, notice, preparing
-from exporter.inference.encoding import refuse_too_long
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.encoding import refuse_too_long
 from exporter.model.processor import load_processor
 from exporter.pipeline.make_artifact import ExportJob, make_artifact, remove_work, verify_existing
 from exporter.pipeline.measurement import default_store, measure

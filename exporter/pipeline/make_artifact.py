@@ -12,20 +12,20 @@ from exporter.artifact import artifact
 from exporter.artifact.output import Destination, refuse_foreign
 from exporter.artifact.verify import Verification, verify
 from exporter.data import Trace
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, exact_math, return_freed_memory, synchronize
 from exporter.errors import ArtifactError, CheckpointError, MmqError
 from exporter.events import Event, Listener, notice
 from exporter.files.folder_lock import hold
 from exporter.files.mapping_diff import changes
 from exporter.files.strict_json import read_json
-from exporter.inference.predict import batches
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.predict import batches
 from exporter.pipeline.step_clock import Clock
 from exporter.planning.plan import Plan
 from exporter.quantization import calibrate
 from exporter.quantization.identity import of_source
 from exporter.quantization.workdir import JOB, LOCK, Workdir, fingerprint_of
-from exporter.tasks.sample import Sample
 
 SOURCE_ROWS = 64  # rows per linear to compare with the source; `mmq verify --source` compares all rows
 

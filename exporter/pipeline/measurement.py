@@ -7,12 +7,14 @@ from typing import Any
 from exporter import data
 from exporter.artifact import artifact
 from exporter.artifact.manifest import as_line
-from exporter.cluster.ray_cluster import RayCluster
+from exporter.data.tasks import TASKS, retrieval
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.evaluation import evaluate
 from exporter.evaluation.answers import Answerer, Store
 from exporter.evaluation.backends import Servers, local_answerers, served_answerers
 from exporter.evaluation.baseline import require_source
+from exporter.evaluation.cluster.ray_cluster import RayCluster
 from exporter.evaluation.cluster_answers import cluster_answerers
 from exporter.evaluation.report_file import Report
 from exporter.events import Listener, ignore
@@ -20,8 +22,6 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.pipeline.samples import test_sources
 from exporter.planning.prompts import by_recipe, prompts_by_task
 from exporter.planning.recipe import Recipe
-from exporter.tasks import TASKS, retrieval
-from exporter.tasks.sample import Sample
 
 
 def measure(

@@ -7,11 +7,11 @@ from pathlib import Path
 from exporter.artifact.manifest import MANIFEST, Manifest, read_manifest
 from exporter.artifact.recorded_prompts import with_recorded_prompts
 from exporter.data.pictures import PictureError, open_picture
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
-from exporter.inference.predict_server import ServedPredictor, Server
 from exporter.model.families import Family
+from exporter.model.inference.predict_server import ServedPredictor, Server
 from exporter.model.source import open_source
-from exporter.tasks.sample import Sample
 
 OnText = Callable[[str], object]
 

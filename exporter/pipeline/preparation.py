@@ -4,11 +4,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from exporter.artifact.artifact_config import needs_bfloat16
-from exporter.demo import MODELS
 from exporter.device import Device
 from exporter.dtypes import FLOAT16, FLOAT32
 from exporter.events import Listener, ignore, preparing
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.model.processor_check import check_libraries, measured
 from exporter.model.processor_inspector import start_helper
 from exporter.model.source import is_on_hub, narrowed, open_source

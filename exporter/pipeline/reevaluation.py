@@ -7,12 +7,13 @@ from pathlib import Path
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.output import reading
-from exporter.cluster.ray_cluster import RayCluster
 from exporter.data import SourceSpec
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.evaluation.answers import Store, collect_answers
 from exporter.evaluation.backends import Servers
 from exporter.evaluation.baseline import require_source
+from exporter.evaluation.cluster.ray_cluster import RayCluster
 from exporter.evaluation.evaluate import picture_keys, store_report
 from exporter.evaluation.report_file import Report
 from exporter.events import Listener, notice
@@ -23,7 +24,6 @@ from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import evaluation_samples, refuse_calibration_pictures
 from exporter.planning.recipe import Recipe
 from exporter.planning.steps import advice
-from exporter.tasks.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from exporter import data
 from exporter.artifact.manifest import read_manifest
+from exporter.data.tasks.sample import Sample, task_of
 from exporter.errors import DataError
 from exporter.events import Listener, preparing
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
-from exporter.tasks.sample import Sample, task_of
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from exporter import data
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.output import reading
+from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.evaluation.backends import weights_digest
 from exporter.model.processor import load_processor
@@ -15,7 +16,6 @@ from exporter.serving.check import CheckResult, check, store_result
 from exporter.serving.comparison import CheckSettings
 from exporter.serving.launch import Program, find_program
 from exporter.serving.preflight import refuse_unserved
-from exporter.tasks.sample import Sample
 
 
 def program_for(artifact: Path, vllm: str | None) -> Program:

@@ -2,5 +2,5 @@
 
 Enters: a recipe, a family, the headers of a checkpoint, a device.
 Leaves: a `Plan` with its `Step`s, or an error that lists every problem.
-May import: inference, data, model, tasks, formats, methods, numerics, files.
+May import: model, data, formats, methods, numerics, files.
 """

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from exporter.data import place
+from exporter.data.tasks import TASKS
 from exporter.errors import DataError, did_you_mean
 from exporter.formats import FORMATS
 from exporter.model.families import FAMILIES, Family
 from exporter.numerics.kv_caches import KVCache
 from exporter.planning.rule import Rule, Strict, require_known
-from exporter.tasks import TASKS
 
 __all__ = [
     "Calibration",

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from exporter.data.tasks import TASKS
 from exporter.errors import RecipeError, did_you_mean, validation_message
 from exporter.files.strict_yaml import parse_yaml
 from exporter.model.families import FAMILIES
@@ -23,7 +24,6 @@ from exporter.planning.recipe import (
     component_names,
     require_known,
 )
-from exporter.tasks import TASKS
 
 
 def recipe_folder() -> Path:

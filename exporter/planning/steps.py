@@ -10,9 +10,9 @@ from typing import Any
 from exporter.device import Device, free_host_bytes
 from exporter.errors import PlanError
 from exporter.files.shard_writer import SHARD_BYTES
-from exporter.inference.row_store import BOUND
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
+from exporter.model.inference.row_store import BOUND
 from exporter.planning.decisions import PlanRow
 from exporter.planning.durations import check_seconds, evaluate_seconds, quantize_seconds
 from exporter.planning.memory import Memory

@@ -7,10 +7,10 @@ block at a time (`memory`); evaluation and the reference of `mmq check` need the
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from exporter.inference.batch_size import PAIRS
 from exporter.model.checkpoint import TensorInfo
 from exporter.model.families import Component, Family
 from exporter.model.families.component import Config
+from exporter.model.inference.batch_size import PAIRS
 from exporter.planning.memory import pass_elements
 
 WIDE_BYTES = 4  # per element that transformers always computes in float32

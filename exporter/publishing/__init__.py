@@ -1,6 +1,6 @@
-"""Publishing to the hub: artifact summary, model card, proof before the upload, repository.
+"""Publishing: the report of an artifact, its model card, the proof before the upload, its repository on the hub.
 
 Enters: an artifact, in a folder or in a repository.
-Leaves: a proven repository; differences between two artifacts.
-May import: serving, evaluation, artifact, planning, inference, data, model, demo, tasks, formats, numerics, files.
+Leaves: a page of its results; a proven repository; differences between two artifacts.
+May import: pipeline, serving, evaluation, artifact, planning, model, data, formats, numerics, files.
 """

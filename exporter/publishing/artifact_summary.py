@@ -10,13 +10,13 @@ from typing import Any
 from exporter.artifact.artifact import described_groups
 from exporter.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from exporter.data import BUILT_IN
-from exporter.demo import MODELS
 from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.report_file import REPORT, Report, ServingRecord, parse_report
 from exporter.evaluation.speed_record import SpeedRecord, parse_speed
+from exporter.files.hub import PREFIX, open_remote, parse_place
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
-from exporter.model.hub import PREFIX, open_remote, parse_place
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import parse_recipe

@@ -11,9 +11,9 @@ from typing import Any
 
 from exporter.data import BUILT_IN
 from exporter.data.hub import repo_of
-from exporter.demo import MODELS
 from exporter.evaluation.gate_text import sentence
 from exporter.evaluation.report_file import Report
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.publishing.artifact_summary import Summary, drawings_note

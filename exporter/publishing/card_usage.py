@@ -1,7 +1,7 @@
 """Sections of the model card about use: the command that makes the artifact again, Python examples, and hardware."""
 
 from exporter.data import BUILT_IN
-from exporter.demo import MODELS
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
 

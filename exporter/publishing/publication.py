@@ -7,10 +7,10 @@ from exporter.artifact.output import reading
 from exporter.device import Device
 from exporter.errors import PublishError
 from exporter.events import Listener, notice
-from exporter.model.hub import require_token
+from exporter.files.hub import require_token
 from exporter.publishing import upload
 from exporter.publishing.card import CardDeclarations
-from exporter.publishing.proof import prove
+from exporter.publishing.proof.prove import prove
 from exporter.publishing.repository import Package, disclosure_note, package, refuse_unproven, with_source_license
 
 

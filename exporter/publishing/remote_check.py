@@ -15,10 +15,10 @@ from exporter.artifact.coverage import missing_from_manifest
 from exporter.artifact.manifest import Manifest
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event, Listener
+from exporter.files.hub import Remote
 from exporter.files.strict_json import parse_object
 from exporter.formats import FORMATS
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.hub import Remote
 from exporter.publishing.artifact_summary import read_summary
 
 

@@ -15,7 +15,7 @@ from exporter.artifact.artifact import REPORT
 from exporter.artifact.manifest import MANIFEST
 from exporter.errors import ArtifactError, HubError, PublishError
 from exporter.files.file_hashes import sha256
-from exporter.model.hub import Remote, RemoteFile, open_remote
+from exporter.files.hub import Remote, RemoteFile, open_remote
 from exporter.publishing.artifact_diff import difference
 from exporter.publishing.artifact_summary import Summary, read_summary
 from exporter.publishing.card import (

@@ -14,7 +14,7 @@ from exporter.artifact.manifest import MANIFEST
 from exporter.distribution import DISTRIBUTION, VERSION
 from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
 from exporter.events import Listener, notice
-from exporter.model.hub import (
+from exporter.files.hub import (
     Remote,
     check_name,
     explain,

@@ -2,5 +2,5 @@
 
 Enters: a plan, a checkpoint, calibration batches.
 Leaves: one finished unit per block in the work folder.
-May import: planning, inference, model, tasks, methods, numerics, files.
+May import: planning, model, data, methods, numerics, files.
 """

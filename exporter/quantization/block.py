@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
-from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import METHODS
 from exporter.model.families import Component
+from exporter.model.inference.forward_hooks import watch_inputs
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.numerics.source_error import MAX_RATIO, source_error
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
-from exporter.inference.forward_hooks import ForwardStopped, replaced_forwards, run_until_stopped
+from exporter.model.inference.forward_hooks import ForwardStopped, replaced_forwards, run_until_stopped
 from exporter.out_of_memory import is_shortage
 
 Run = Callable[[Any, Mapping[str, Tensor]], Any]  # calls a model on one batch

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
-from exporter.inference.encoding import Batch
-from exporter.inference.forward_hooks import first_output, run_until_stopped
+from exporter.model.inference.encoding import Batch
+from exporter.model.inference.forward_hooks import first_output, run_until_stopped
 from exporter.quantization.block_calls import BlockCall, ChainInput
 
 MAX_EXCLUDED = 0.1  # share of the tokens that may be excluded before the job stops

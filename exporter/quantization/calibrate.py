@@ -13,9 +13,9 @@ from torch import Tensor
 
 from exporter.device import Device
 from exporter.events import Event, Listener
-from exporter.inference.encoding import Batch
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Component
+from exporter.model.inference.encoding import Batch
 from exporter.planning.plan import Plan, Unit
 from exporter.quantization.batch_rounds import by_batch, placed_blocks
 from exporter.quantization.block import Block

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from exporter.errors import CalibrationError
 from exporter.events import Event
-from exporter.inference.encoding import Batch
-from exporter.inference.forward_hooks import replaced_forwards
 from exporter.model.families import Component, Pass
+from exporter.model.inference.encoding import Batch
+from exporter.model.inference.forward_hooks import replaced_forwards
 from exporter.model.stream import Read
 from exporter.planning.memory import upstream_tensors
 from exporter.quantization.block_calls import ChainInput, capture_calls

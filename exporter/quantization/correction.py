@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods.gptq import inverse_factor
+from exporter.model.inference.forward_hooks import watch_inputs
 from exporter.numerics.hessian import Statistics
 from exporter.numerics.mismatch import Mismatch, fitting_share
 from exporter.planning.plan import PlanRow

@@ -8,18 +8,18 @@ not.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from exporter.data.tasks.sample import Sample, task_of
 from exporter.device import Device
 from exporter.distribution import PROGRAM, installed_version
 from exporter.dtypes import Dtype
 from exporter.events import Listener, ignore
-from exporter.inference.predict import calibration_text
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.predict import calibration_text
 from exporter.model.processor_files import processor_files
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Calibration
 from exporter.quantization import calibrate
-from exporter.tasks.sample import Sample, task_of
 
 PACKAGES = (PROGRAM, "torch", "transformers", "tokenizers", "pillow", "numpy", "torchvision")
 Identity = dict[str, Any]  # plain data that can be written as JSON

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import SMOOTHERS
 from exporter.model.families import Smoothing
+from exporter.model.inference.forward_hooks import watch_inputs
 from exporter.numerics.scale_folding import fold, misfit, tied
 from exporter.planning.plan import PlanRow, Unit, stored_scale_dtype
 from exporter.quantization.block import Block

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from exporter.inference.encoding import Batch
 from exporter.model.families import Component
+from exporter.model.inference.encoding import Batch
 from exporter.quantization.block_inputs import BlockInputs
 from exporter.quantization.block_io import BlockIO
 from exporter.quantization.component_inputs import first_block_inputs

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from exporter.device import repeatable_math
-from exporter.inference.forward_hooks import watch_inputs
 from exporter.methods import MethodOptions
+from exporter.model.inference.forward_hooks import watch_inputs
 from exporter.numerics.learned_rounding import LearnedLinear
 from exporter.numerics.quantized import QuantizedLinear
 from exporter.planning.plan import PlanRow

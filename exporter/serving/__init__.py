@@ -2,5 +2,5 @@
 
 Enters: an artifact.
 Leaves: a running server, or a `CheckResult` of its answers.
-May import: evaluation, artifact, planning, inference, model, tasks, numerics.
+May import: evaluation, artifact, planning, model, data, numerics.
 """

@@ -17,10 +17,11 @@ from typing import Any
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
 from exporter.artifact.output import updating
+from exporter.data.tasks.sample import Sample, task_of
 from exporter.evaluation.report_file import ServingRecord, read_report, write_report
 from exporter.events import Event, notice
-from exporter.inference.openai_client import png
-from exporter.inference.predict import prompt_text
+from exporter.model.inference.openai_client import png
+from exporter.model.inference.predict import prompt_text
 from exporter.planning.vllm_rules import engine_classes
 from exporter.serving.comparison import CheckSettings, Control, DoubledRun, judge
 from exporter.serving.launch import launch
@@ -29,7 +30,6 @@ from exporter.serving.plugin import with_plugin
 from exporter.serving.preflight import hardware, needs_plugin, refuse_artifact_here, refuse_unservable
 from exporter.serving.reference import EngineComparison, reference_placements
 from exporter.serving.vllm_engine import Engine, Reply, free_port
-from exporter.tasks.sample import Sample, task_of
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, release
 from exporter.events import Listener, notice
 from exporter.out_of_memory import explain_shortage, is_shortage
@@ -13,7 +14,6 @@ from exporter.planning.whole_model import ROOM_FOR_ACTIVATIONS
 from exporter.serving.launch import Program
 from exporter.serving.reference import BOUND, Distance, EngineComparison, Reference, reference_placements
 from exporter.serving.vllm_engine import Reply
-from exporter.tasks.sample import Sample
 
 P = TypeVar("P")
 R = TypeVar("R")

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from exporter.artifact.artifact import Artifact
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, choose
 from exporter.errors import ServeError
-from exporter.inference.encoding import continued
-from exporter.inference.predict import prompt_inputs
+from exporter.model.inference.encoding import continued
+from exporter.model.inference.predict import prompt_inputs
 from exporter.model.stream import load_whole
 from exporter.numerics.activation_rounding import round_as_served
 from exporter.planning.whole_model import ROOM_FOR_ACTIVATIONS
 from exporter.serving.launch import dtype as engine_dtype
 from exporter.serving.vllm_engine import Reply
-from exporter.tasks.sample import Sample
 
 BOUND = 0.015  # mean difference of natural log-probabilities that is always allowed
 FLOOR_FACTOR = 1.4  # allowed multiple of the floor's mean: pairs of 16-bit passes measured 0.7 to 1.4

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from exporter.errors import ServeError
-from exporter.inference.openai_client import RequestFailed, stream_events
+from exporter.model.inference.openai_client import RequestFailed, stream_events
 
 
 @dataclass(frozen=True)

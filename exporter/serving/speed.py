@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.data.tasks.sample import Sample
 from exporter.evaluation.speed_record import SpeedFigures
 from exporter.events import Event, Listener
-from exporter.inference.openai_client import message, png
-from exporter.inference.predict import prompt_text
 from exporter.model.families import Family
+from exporter.model.inference.openai_client import message, png
+from exporter.model.inference.predict import prompt_text
 from exporter.serving.launch import START_SECONDS, Launch
 from exporter.serving.memory_watch import MemoryWatch
 from exporter.serving.request_load import run_load, timed_answer
 from exporter.serving.vllm_engine import Engine
-from exporter.tasks.sample import Sample
 
 LOADED = re.compile(r"Model loading took ([\d.]+) GiB")  # in vLLM's log
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from exporter.errors import ServeError
-from exporter.inference.openai_client import RequestFailed, message, request_json, responds
+from exporter.model.inference.openai_client import RequestFailed, message, request_json, responds
 from exporter.serving.launch import START_SECONDS, Launch
 
 ANSWER_SECONDS = 300.0

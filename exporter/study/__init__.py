@@ -2,6 +2,5 @@
 
 Enters: a grid of settings or a budget, a model, data.
 Leaves: a table of scores with intervals, plots, a recipe.
-May import: pipeline, evaluation, artifact, quantization, planning, inference, data, model, demo, cluster, tasks,
-formats, methods, numerics, files.
+May import: pipeline, evaluation, artifact, quantization, planning, model, data, formats, methods, numerics, files.
 """

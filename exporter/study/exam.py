@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from exporter.inference.predict import Conversations, conversations
+from exporter.data.tasks import retrieval
+from exporter.data.tasks.sample import Sample
 from exporter.model.families import Family
+from exporter.model.inference.predict import Conversations, conversations
 from exporter.study.records import ERROR, SAMPLES
 from exporter.study.retrieval_exam import RetrievalExam
-from exporter.tasks import retrieval
-from exporter.tasks.sample import Sample
 
 # `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score`, `kl`, ERROR (standard error of `score`) and SAMPLES.
 ExamScores = dict[str, float]

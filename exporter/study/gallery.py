@@ -7,7 +7,7 @@ from pathlib import Path
 from exporter.amounts import size
 from exporter.errors import DataError, did_you_mean
 from exporter.files.writing import atomic, make_folder, write_text
-from exporter.inference.openai_client import data_url
+from exporter.model.inference.openai_client import data_url
 from exporter.study import study_plots
 from exporter.study.importance import importance, need_forest
 from exporter.study.records import (

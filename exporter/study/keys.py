@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.data import image_key
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.dtypes import Dtype
 from exporter.errors import DataError
 from exporter.evaluation.answers import digest
 from exporter.events import Listener
 from exporter.files.mapping_diff import changes
-from exporter.inference.predict import calibration_text
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
+from exporter.model.inference.predict import calibration_text
 from exporter.planning.recipe import Recipe
 from exporter.quantization import identity
-from exporter.tasks.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from exporter.cluster.ray_cluster import Call, Function
 from exporter.errors import MmqError
+from exporter.evaluation.cluster.ray_cluster import Call, Function
 from exporter.out_of_memory import keeping_shortage
 
 WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (index of the task, its result)

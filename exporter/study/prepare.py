@@ -5,9 +5,9 @@ from pathlib import Path
 
 from exporter import data
 from exporter.artifact.manifest import MANIFEST
-from exporter.demo import MODELS
 from exporter.errors import ArtifactError
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.embedded import MODELS
 from exporter.model.families import Family
 from exporter.model.source import open_source
 from exporter.planning.recipe import Calibration, Evaluation, Model, Recipe, Rule

@@ -10,6 +10,8 @@ import yaml
 
 from exporter import data
 from exporter.artifact.manifest import read_manifest
+from exporter.data.tasks import main_metric, measured
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.errors import ArtifactError, RecipeError
 from exporter.evaluation.report_file import Measure, Report, read_report
@@ -22,8 +24,6 @@ from exporter.planning.fitting_recipes import fitting_recipes
 from exporter.planning.recipe import Evaluation, Evidence, Gate, Recipe, widths
 from exporter.planning.recipe_file import load_recipe
 from exporter.study.allocate import Allocation, Slot, rules_of
-from exporter.tasks import main_metric, measured
-from exporter.tasks.sample import Sample
 
 CLOSE = 0.05  # largest drop of a confirmed recipe, and of a gate without --max-drop
 MARGIN = 0.01  # gates allow this much more than the measured drop, without --max-drop

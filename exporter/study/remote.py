@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exporter.cluster.packed_samples import pack_samples
-from exporter.cluster.ray_cluster import Call, Function, RayCluster, ray_cluster
-from exporter.cluster.shipment import (
+from exporter.evaluation.answers import digest
+from exporter.evaluation.cluster.packed_samples import pack_samples
+from exporter.evaluation.cluster.ray_cluster import Call, Function, RayCluster, ray_cluster
+from exporter.evaluation.cluster.shipment import (
     MODEL,
     SAMPLES,
     Shipment,
@@ -24,7 +25,6 @@ from exporter.cluster.shipment import (
     remove_received,
     shipped,
 )
-from exporter.evaluation.answers import digest
 from exporter.files.writing import atomic, make_folder
 from exporter.planning.recipe import Recipe
 from exporter.study.keys import Keys

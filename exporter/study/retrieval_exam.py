@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.inference.batch_size import BatchSize
-from exporter.inference.retrieval import (
+from exporter.data.tasks import retrieval
+from exporter.data.tasks.sample import Pool, Sample
+from exporter.model.inference.batch_size import BatchSize
+from exporter.model.inference.retrieval import (
     PIECE,
     EncodedPool,
     candidates,
@@ -23,9 +25,7 @@ from exporter.inference.retrieval import (
     pixels_of,
     score_pairs,
 )
-from exporter.inference.row_store import RowStore
-from exporter.tasks import retrieval
-from exporter.tasks.sample import Pool, Sample
+from exporter.model.inference.row_store import RowStore
 
 SHOWN = ("r1", "text_r1", "image_r1")  # metrics of the exam; the first one is the score
 LOWEST = -1e4  # replaces scores that are not finite

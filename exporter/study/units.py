@@ -19,9 +19,9 @@ from exporter.device import Device
 from exporter.evaluation.answers import digest
 from exporter.events import ignore
 from exporter.files.writing import make_folder
-from exporter.inference.encoding import Batch
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.inference.encoding import Batch
 from exporter.planning.plan import Plan, PlanRow, Unit
 from exporter.quantization import calibrate
 from exporter.quantization.block_io import BlockIO

@@ -12,14 +12,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from exporter import data
-from exporter.cluster.packed_samples import packed_groups
+from exporter.data.tasks import TASKS, measured
+from exporter.data.tasks.sample import Sample
 from exporter.device import Device, choose, exact_math, free_bytes
 from exporter.errors import DataError
+from exporter.evaluation.cluster.packed_samples import packed_groups
 from exporter.events import ignore
-from exporter.inference.block_streaming import names_by_block, stream_blocks
-from exporter.inference.predict import Predictor, batches
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
+from exporter.model.inference.block_streaming import names_by_block, stream_blocks
+from exporter.model.inference.predict import Predictor, batches
 from exporter.model.processor import load_processor
 from exporter.model.processor_check import check_libraries
 from exporter.model.source import open_source
@@ -36,8 +38,6 @@ from exporter.study import exam
 from exporter.study.keys import Keys, calibration_digest, exam_digest, stored_dtype
 from exporter.study.setting_tensors import SettingTensors
 from exporter.study.units import StudyUnit, UnitStore, quantize, units_of
-from exporter.tasks import TASKS, measured
-from exporter.tasks.sample import Sample
 
 CALIBRATION = "calibration"  # name of the calibration samples in a packed file, beside the tasks
 CHANGED = "wait until other programs stop writing to it, then run the same command again"

@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from exporter.inference.openai_client import png
-from exporter.inference.predict import prompt_text
+from exporter.data.tasks.sample import Sample
 from exporter.model.families import Family
+from exporter.model.inference.openai_client import png
+from exporter.model.inference.predict import prompt_text
 from exporter.model.source import open_source
 from exporter.serving.launch import Launch, Program
 from exporter.serving.vllm_engine import Engine, Reply
-from exporter.tasks.sample import Sample
 
 MMQ = str(Path(sys.executable).with_name("mmq"))
 CLIENTS = 8

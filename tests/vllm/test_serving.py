@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from exporter.data.tasks.sample import Sample
 from exporter.errors import ServeError
-from exporter.inference.openai_client import message, png
-from exporter.inference.predict import prompt_text
+from exporter.model.inference.openai_client import message, png
+from exporter.model.inference.predict import prompt_text
 from exporter.pipeline.serving_check import questions
 from exporter.serving.vllm_engine import post
-from exporter.tasks.sample import Sample
 from tests.vllm.served import CLIENTS, LONGEST, Served, alive, mmq
 
 ROUNDS = 4

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporter.demo.scenes import SIDE
+from exporter.data.demo.scenes import SIDE
 from tools.demo_training.folder import (
     BOS,
     EOS,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter.demo.language import vocabulary
-from exporter.demo.scenes import SIDE
+from exporter.data.demo.language import vocabulary
+from exporter.data.demo.scenes import SIDE
 from exporter.model.families import FAMILIES
 
 PATCH = 8  # pixels; 64 image tokens. Patch 16 trained worse.

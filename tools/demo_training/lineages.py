@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo import MODELS
-from exporter.demo.data import samples
-from exporter.demo.scenes import SIDE
-from exporter.inference.predict import conversations
+from exporter.data.demo.samples import samples
+from exporter.data.demo.scenes import SIDE
+from exporter.data.tasks.sample import Sample
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
+from exporter.model.inference.predict import conversations
 from exporter.model.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
-from exporter.tasks.sample import Sample
 from tools.demo_training import packing, smolvlm_packing, train_answers
 from tools.demo_training.folder import CHAT_TEMPLATE, MEAN, STD, hub_tensors, tokenizer, write_generation, write_json
 from tools.demo_training.train_loop import Training, run

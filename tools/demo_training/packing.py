@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo.scenes import SIDE
+from exporter.data.demo.scenes import SIDE
 from exporter.model.families.llava import FAMILY
 from tools.demo_training.folder import BOS, HIDDEN, IMAGE, MEAN, PAD, PATCH, STD, tokenizer
 

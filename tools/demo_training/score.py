@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo import easy_vqa
-from exporter.demo.language import QUESTIONS, caption, question
-from exporter.demo.scenes import Split, draw, scene_objects, scenes
+from exporter.data.demo import easy_vqa
+from exporter.data.demo.language import QUESTIONS, caption, question
+from exporter.data.demo.scenes import Split, draw, scene_objects, scenes
 from tools.demo_training.packing import LLAVA, PromptLayout, Rows, mask_and_positions, normalize, pack, slot_lengths
 
 EASY_SLOTS = 12

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.demo.scenes import Split, draw, scenes
-from exporter.tasks.retrieval import recalls
+from exporter.data.demo.scenes import Split, draw, scenes
+from exporter.data.tasks.retrieval import recalls
 from tools.demo_training.blip2_packing import encode_image, qformer, queries_of
 from tools.demo_training.blip2_retrieval import matching, picture_features, text_features
 from tools.demo_training.packing import normalize

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from exporter.demo.scenes import CELLS, COLORS, DOTS, MOST_OBJECTS, SHAPES, SIZES, Scenes, lexicon
+from exporter.data.demo.scenes import CELLS, COLORS, DOTS, MOST_OBJECTS, SHAPES, SIZES, Scenes, lexicon
 from tools.demo_training.folder import BOS, PAD, tokenizer
 
 LENGTH = 40  # tokens: 1 for <s>, 3 of an opening, 9 for each of four objects; a multiple of 8

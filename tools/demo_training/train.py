@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from exporter.demo import MODELS
+from exporter.model.embedded import MODELS
 from tools.demo_training import blip2_folder, folder, train_answers, train_retrieval
 from tools.demo_training.blip2_packing import BLIP2
 from tools.demo_training.packing import LLAVA

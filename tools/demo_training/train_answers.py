@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.demo.language import Dice, caption, question
-from exporter.demo.scenes import draw, scene_objects, scenes
+from exporter.data.demo.language import Dice, caption, question
+from exporter.data.demo.scenes import draw, scene_objects, scenes
 from exporter.errors import DataError
 from tools.demo_training.packing import PromptLayout, Rows, mask_and_positions, normalize, pack, slot_lengths
 from tools.demo_training.score import by_kind, easy_exam, scene_exam, summary

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.demo.scenes import CELLS, Scenes, draw, scenes
+from exporter.data.demo.scenes import CELLS, Scenes, draw, scenes
 from tools.demo_training.blip2_folder import QUERIES
 from tools.demo_training.blip2_packing import encode_image
 from tools.demo_training.blip2_retrieval import captioning, matching, picture_features, text_features

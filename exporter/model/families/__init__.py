@@ -1,4 +1,11 @@
-"""The model families that mmq supports. To add one, write `families/NAME.py` with a `FAMILY` and add a line here."""
+"""The model families that mmq supports: where the parts of a model are, their names, shapes and prompts.
+
+Enters: a name, or the content of a config.json.
+Leaves: a `Family`, and the components of a model.
+May import: files.
+
+To add a family, write `model/families/NAME.py` with a `FAMILY` and add a line to `FAMILIES`.
+"""
 
 from exporter.model.families import blip2, idefics3, llava, llava_next, llava_onevision, qwen2_vl, qwen3_vl
 from exporter.model.families.component import Component, Pass

@@ -1,8 +1,0 @@
-"""The example picture in the package, a scene of the test split, and questions that models can answer about it."""
-
-from pathlib import Path
-
-PICTURE = Path(__file__).parent / "example.png"
-SCENE = ("test", 1)  # split and index of `demo.data.picture`
-QUESTION = "what shape is the large magenta object?"
-ANSWER = "diamond"
