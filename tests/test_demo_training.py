@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.data.demo import samples as demo
 from exporter.data.demo.scenes import draw, scenes
-from exporter.model.embedded import MODELS, data
+from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.model.inference.predict import conversations
 from exporter.model.processor import load_processor
@@ -141,7 +142,7 @@ def test_packed_slots_of_smolvlm_are_the_sequences_that_mmq_makes(tmp_path: Path
     family = FAMILIES["smolvlm"].of(config)
     model, _ = start(family, config)
     random_weights(model.eval())
-    samples = [data.samples("captioning", "test", 1)[0], data.samples("vqa", "test", 2)[1]]
+    samples = [demo.samples("captioning", "test", 1)[0], demo.samples("vqa", "test", 2)[1]]
     layout, lengths = smolvlm_packing.LAYOUT, slot_lengths(1, 1, smolvlm_packing.LAYOUT)
     mask, positions = mask_and_positions(lengths, CPU, layout.prefix)
     for sample in samples:
