@@ -4,7 +4,7 @@ Every function calls what the command of the same name calls. A failed gate or c
 the verdict.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exporter import data as sources
@@ -96,6 +96,7 @@ def export(
     adapter: str | Path | None = None,
     device: str | Device = "auto",
     data: Data = (),
+    tasks: Sequence[str] = (),
     seed: int | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
@@ -120,6 +121,7 @@ def export(
         `(128, "keep")` also set the rules' `else`.
     prompts, max_new_tokens: task -> prompt, and task -> longest answer in tokens.
     data: a source as on the command line (`coco:/data/coco`, or a folder), or a list with a source for each task.
+    tasks: calibrate and test on these tasks of the recipe only, for data without samples of the others.
     work: folder for finished blocks; None means beside `out`, and mmq removes it at the end.
     """
     final_recipe = adjusted(
@@ -132,6 +134,7 @@ def export(
         eval_samples=eval_samples,
         eval_batch=eval_batch,
         data=data,
+        tasks=tasks,
         bits=bits,
         group_size=group_size,
         prompts=prompts,

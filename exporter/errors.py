@@ -12,7 +12,11 @@ EXIT_CODES: dict[int, tuple[str, str, str]] = {  # code -> short name, meaning, 
         "an error in a recipe, data, checkpoint, file or server",
         "read the message and its hint; with `--json` the object has `error`, `hint`, `kind` and `exit`",
     ),
-    2: ("wrong usage", "wrong usage of the command line", "`mmq COMMAND --help`"),
+    2: (
+        "wrong usage",
+        "wrong usage of the command line, or a data source that does not exist",
+        "`mmq COMMAND --help`; `mmq datasets` describes the sources",
+    ),
     3: (
         "a gate or the check failed",
         "a gate failed (the whole interval of the loss is beyond its limit), `mmq check` failed, or the allocation of "
@@ -69,6 +73,12 @@ class DataError(MmqError):
     """
 
     problems: tuple[str, ...] = ()
+
+
+class SourceError(DataError):
+    """A data source has an unknown name, does not exist or is empty."""
+
+    exit_code = 2
 
 
 class CalibrationError(MmqError):

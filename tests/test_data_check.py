@@ -59,14 +59,6 @@ def test_every_unusable_row_is_listed_once_with_its_line(tmp_path: Path) -> None
     assert (result.exit_code, len(json.loads(result.stdout)["problems"])) == (1, 26)
 
 
-def test_a_source_without_samples_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = run("data", "check", str(tmp_path / "empty"))
-    assert done.exit_code == 1
-    assert "has no samples" in done.stderr
-    assert "nor pictures" in done.stderr
-
-
 def test_plan_reads_the_data_as_the_export_would(tmp_path: Path) -> None:
     folder = images(tmp_path / "images", 8)
     words = ["plan", "--recipe", "llava-w4-vit8", "--model", "demo-llava", "--device", "cpu"]

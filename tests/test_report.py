@@ -346,8 +346,8 @@ def test_missing_data_is_an_error_only_if_it_was_passed(out: Path, tmp_path: Pat
         assert (result_data["pictures"], "--data" in result_data["note"]) == (0, True)
         assert "<img" not in (tmp_path / "r.html").read_text()
         named = mmq("report", out, "--out", tmp_path / "r.html", "--data", tmp_path / "gone")
-        assert named.exit_code == 1
-        assert "no data folder" in named.stderr
+        assert named.exit_code == 2
+        assert "gone' does not exist" in named.stderr
     finally:
         recipe.write_text(recipe_text)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import json_option, print_result, reports_errors
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def check(source: str, samples: int, page: Path | None, as_json: bool) -> None:
     """Count a source's samples by task and split, and list unusable rows.
 
     SOURCE is a folder of images with metadata.jsonl (.csv, .parquet), a folder of parquet files, a JSON file of LLaVA's
-    conversations, or NAME:PATH as for --data. The exit code is 1 if a row is unusable or if there are no samples.
+    conversations, or NAME:PATH as for --data. The exit code is 1 if a row is unusable or if there are no samples, and 2
+    if there is no such source.
 
     \b
     Examples:
@@ -49,21 +51,25 @@ def check(source: str, samples: int, page: Path | None, as_json: bool) -> None:
       mmq data check coco:/data/coco --samples 100
     """
     from exporter.commands.progress import ProgressDisplay
-    from exporter.data import place
+    from exporter.data import existing_place
     from exporter.pipeline.data_check import check_data
+    from exporter.pipeline.data_coverage import covered_recipes
     from exporter.publishing.report.data_page import write_data_page
 
     with ProgressDisplay(as_json) as listen:
-        result = check_data(place(source), samples, EXAMPLES, listen)
+        result = check_data(existing_place(source), samples, EXAMPLES, listen)
         files = [str(write_data_page(result, page))] if page else []
-    if not as_json:
+    if as_json:
+        print_result(_plain(result, files) | {"recipes": covered_recipes(result.usable, result.trainable).options})
+        if result.problems or not result.has_samples:
+            raise SystemExit(1)
+        return
+    if result.problems or result.has_samples:  # a table without a number says nothing
         print_result(_text(result, files))
-    elif not result.problems and any(part.available for part in result.splits):
-        return print_result(_plain(result, files))
-    else:
-        print_result(_plain(result, files))
-        raise SystemExit(1)
     result.raise_unless_usable()
+    coverage = covered_recipes(result.usable, result.trainable)
+    print_result("\n".join(coverage.lines()))
+    print_steps(as_json, *coverage.commands(source))
 
 
 def _plain(result: "DataCheck", files: list[str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from exporter.commands.recipe_options import (
     max_new_tokens_option,
     prompt_option,
     recipe_of,
+    task_option,
 )
 from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
@@ -90,6 +91,7 @@ def cli() -> None:
 )
 @calibration_device_option
 @data_option
+@task_option
 @click.option("--seed", type=click.IntRange(min=0), help="Seed that selects calibration samples [the recipe's].")
 @samples_option
 @eval_samples_option

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from exporter.distribution import PROGRAM
 from exporter.model.embedded.example import PICTURE, QUESTION
 
+MOST = 2  # next steps of a command that is no export
 NO_VLLM = "vLLM, which serves it, is not installed here (`{} doctor` shows how to install it); then:"
 NO_KERNEL = "vLLM serves it on a GPU, but has no kernel for it on this CPU; for this CPU export with another recipe:"
 
@@ -34,6 +37,15 @@ def _short(path: Path) -> str:
 def command(*words: str | Path) -> str:
     """Shell text of an mmq command."""
     return f"{program()} {shlex.join(map(str, words))}"
+
+
+def print_steps(as_json: bool, *steps: Sequence[str | Path], err: bool = False) -> None:
+    """Print commands (the words after the program) as the next steps, at most two; nothing with --json.
+
+    err: on stderr, where stdout is an answer.
+    """
+    if steps and not as_json:
+        click.echo("\n".join(["next:", *(f"  {command(*words)}" for words in steps[:MOST])]), err=err)
 
 
 def has_vllm() -> bool:

@@ -105,6 +105,7 @@ def reports_errors_without_torch(command: Callable[..., None]) -> Callable[..., 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _require_sources(kwargs.get("data") or ())
             command(*args, **kwargs)
         except KeyboardInterrupt:  # click itself would exit with code 1
             fail(Interrupted("stopped"), bool(kwargs.get("as_json")))
@@ -115,6 +116,14 @@ def reports_errors_without_torch(command: Callable[..., None]) -> Callable[..., 
             fail(problem, bool(kwargs.get("as_json")))
 
     return run
+
+
+def _require_sources(written: Iterable[str]) -> None:
+    """SourceError, before any work, for a value of --data that names nothing."""
+    for source in written:
+        from exporter.data import existing_place
+
+        existing_place(source)
 
 
 def _import_torch(as_json: bool) -> None:

@@ -25,6 +25,7 @@ from exporter.commands.recipe_options import (
     max_new_tokens_option,
     prompt_option,
     recipe_of,
+    task_option,
 )
 from exporter.commands.serve import serve_on_option
 from exporter.planning.vllm_kernels import read_hardware
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @max_new_tokens_option
 @skip_evaluation_option
 @data_option
+@task_option
 @click.option("--all", "every_tensor", is_flag=True, help="List every tensor, not only the components.")
 @serve_on_option
 @json_option
@@ -78,6 +80,7 @@ def plan(
       mmq plan --recipe llava-w4-vit8 --prompt vqa='{question} Be brief.' --max-new-tokens vqa=30
       mmq plan --recipe llava-w4a8-vitfp8-cache8 --serve-on 9.0
       mmq plan --recipe llava-w4-vit8 --data ./images
+      mmq plan --recipe llava-w4-vit8 --data ./captions --task captioning
     """
     final_recipe = recipe_of(recipe, model, overrides | {"data": data})
     show_plan(final_recipe, device, every_tensor, skip_evaluation, as_json, serve_on, data)

@@ -75,6 +75,16 @@ group_size_option = click.option(
 )
 
 
+task_option = click.option(
+    "--task",
+    "tasks",
+    metavar="TASK",
+    multiple=True,
+    help="Calibrate and test on this task of the recipe only (captioning, vqa, retrieval), for data without samples of "
+    "the others, whose gates are dropped; repeatable. [all of the recipe's]",
+)
+
+
 def parse_prompts(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """Parse `captioning=Describe the image.` as task -> prompt."""
     prompts = parse_pairs(context, option, values)

@@ -17,14 +17,14 @@ from exporter.data.conventions import CONVENTIONS, LAYOUTS
 from exporter.data.overlap import Trace, check_disjoint, image_key, traces
 from exporter.data.placeholders import PLACEHOLDERS, plain
 from exporter.data.rows import Selection
+from exporter.data.source_check import BUILT_IN, refuse_missing, unknown_source
 from exporter.data.tasks import retrieval
 from exporter.data.tasks.sample import Sample
-from exporter.errors import DataError, did_you_mean, one_line
+from exporter.errors import DataError, one_line
 
 SourceReader = Callable[[Path | None, str, str, int, int], list[Sample]]
 ANY_TASK = ("captioning", "vqa", "retrieval")
 DEMO_CANDIDATES = 10  # retrieval candidates among a thousand small drawings; the paper's 128 would only be slower
-BUILT_IN = ("demo", "drawings")  # same scenes: "demo" uses the made-up names of the demo models, "drawings" plain words
 
 
 def _demo(path: Path | None, task: str, split: str, limit: int, seed: int) -> list[Sample]:
@@ -94,7 +94,7 @@ class SourceSpec:
 
 
 def place(written: str | Path) -> SourceSpec:
-    """Parse `coco:/data/coco`, `demo`, a bare folder, or a bare JSON file. DataError for an unknown name.
+    """Parse `coco:/data/coco`, `demo`, a bare folder, or a bare JSON file. SourceError for an unknown name.
 
     A bare folder of parquet files is read as `hub:FOLDER`, a bare `FILE.json` as `llava:FILE.json`.
     """
@@ -103,10 +103,16 @@ def place(written: str | Path) -> SourceSpec:
     if name in DATA and (path or not colon):
         return SourceSpec(name, Path(path).expanduser() if path else None)
     if colon and not Path(text).exists():
-        hint = f"use NAME:PATH, with one of the names {', '.join(DATA)}"
-        raise DataError(f"unknown data source '{text}'.{did_you_mean(name, DATA)}", hint)
+        raise unknown_source(text, name, DATA)
     local = Path(text).expanduser()
     return SourceSpec("llava" if local.suffix == ".json" else "hub" if _is_parquet(local) else "folder", local)
+
+
+def existing_place(written: str | Path) -> SourceSpec:
+    """`place` of a source that exists; SourceError if there is none, or an empty folder."""
+    source = place(written)
+    refuse_missing(str(written), source.name, source.path, DATA)
+    return source
 
 
 def _is_parquet(path: Path) -> bool:
@@ -172,6 +178,7 @@ __all__ = [
     "SourceSpec",
     "Trace",
     "check_disjoint",
+    "existing_place",
     "image_key",
     "notes",
     "place",

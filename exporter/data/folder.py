@@ -56,6 +56,13 @@ def samples(path: Path, task: str, split: str, limit: int, seed: int) -> list[Sa
     return to_samples(result, limit, seed, no_lines, f"{task} needs {_FIELDS[task]}")
 
 
+def has_pictures(path: Path) -> bool:
+    """Whether a folder or one of its splits has metadata, or a picture is anywhere below it."""
+    places = (path, *(path / split for split in SPLITS))
+    described = any((place / name).is_file() for place in places for name in METADATA_FILES)
+    return described or any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+
+
 def metadata_of(folder: Path) -> Path | None:
     """The folder's metadata file; DataError if it has several."""
     tables = [folder / name for name in METADATA_FILES if (folder / name).is_file()]

@@ -41,13 +41,29 @@ class DataCheck:
         usable = {(part.task, part.split) for part in self.splits if part.available}
         return {p.task: {(p.task, "train"), (p.task, "test")} <= usable for p in self.splits}
 
+    @property
+    def usable(self) -> tuple[str, ...]:
+        """Tasks with samples for calibration (train) and evaluation (test)."""
+        return tuple(task for task, both in self.tasks.items() if both)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Tasks with samples for calibration."""
+        return tuple(part.task for part in self.splits if part.split == "train" and part.available)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether any task and split has a sample."""
+        return any(part.available for part in self.splits)
+
     def raise_unless_usable(self) -> None:
         """DataError if a row is unusable or no task has samples."""
         if self.problems:
             count = len(self.problems)
             raise DataError(f"{self.source} has {unusable_rows(count)}", "correct the rows listed above")
-        if not any(part.available for part in self.splits):
-            raise DataError(f"{self.source} has no samples", self.splits[0].refusal if self.splits else None)
+        if not self.has_samples:
+            reasons = "".join(f"\n  {reason}" for reason in dict.fromkeys(part.refusal for part in self.splits))
+            raise DataError(f"{self.source} has no samples:{reasons}", "`mmq datasets` describes the layouts")
 
 
 def unusable_rows(count: int) -> str:

@@ -1,7 +1,8 @@
 """Samples of an export: calibration and test samples by the recipe, without a shared picture."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,48 @@ def read_samples(
     plan: Plan, sources: Sequence[data.SourceSpec], skip_evaluation: bool, on_event: Listener
 ) -> ExportSamples:
     """Read the recipe's samples; DataError when calibration and evaluation share a picture."""
-    with preparing(on_event, "reading samples"):
+    with preparing(on_event, "reading samples"), _offering_tasks(plan.recipe, sources, skip_evaluation):
         evaluation = {} if skip_evaluation else evaluation_samples(plan, sources)
         calibration = calibration_samples(plan, sources)
         traces = data.traces(calibration)
         data.check_disjoint(traces, [sample for samples in evaluation.values() for sample in samples])
     return ExportSamples(calibration, traces, evaluation)
+
+
+@contextmanager
+def _offering_tasks(recipe: Recipe, sources: Sequence[data.SourceSpec], skip_evaluation: bool) -> Iterator[None]:
+    """A DataError inside names the option that makes the job fit the data, if some task of the recipe has samples."""
+    try:
+        yield
+    except DataError as error:
+        tasks = () if error.problems else tasks_with_samples(recipe, sources, skip_evaluation)
+        if not tasks or set(tasks) == {gate.task for gate in recipe.gates}:
+            raise
+        option = " ".join(f"--task {task}" for task in tasks)
+        hint = f"add `{option}`: the job then needs only what this data has, and drops the gates of other tasks"
+        raise DataError(error.message, f"{hint}; {error.hint}" if error.hint else hint) from None
+
+
+def tasks_with_samples(
+    recipe: Recipe, sources: Sequence[data.SourceSpec], skip_evaluation: bool = False
+) -> tuple[str, ...]:
+    """Tasks of the recipe's gates with a sample to test, and one to calibrate where the recipe calibrates on the task.
+
+    skip_evaluation: nothing is tested. Reads every row of the data, and one picture of each task and split.
+    """
+
+    def has(task: str, split: str, specs: Sequence[data.SourceSpec]) -> bool:
+        with suppress(DataError):
+            return bool(data.samples_from(specs, task, split, 1, recipe.evaluation.seed))
+        return False
+
+    calibration, test = sources or data.places(recipe.calibration.data), sources or test_sources(recipe)
+    return tuple(
+        task
+        for task in dict.fromkeys(gate.task for gate in recipe.gates)
+        if (task not in recipe.calibration.tasks or has(task, "train", calibration))
+        and (skip_evaluation or has(task, "test", test))
+    )
 
 
 def data_lines(samples: ExportSamples) -> list[str]:

@@ -26,6 +26,7 @@ def adjusted(
     eval_samples: int | None = None,
     eval_batch: int | None = None,
     data: str | Path | Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
     bits: Mapping[str, int] | None = None,
     group_size: Groups | Mapping[str, Groups] | None = None,
     prompts: Mapping[str, str] | None = None,
@@ -33,9 +34,9 @@ def adjusted(
 ) -> Recipe:
     """A copy of the recipe with the values that are set; another model drops the recipe's revision.
 
-    bits, group_size: by component; one group size alone is that of every rule with groups. prompts, max_new_tokens: by
-    task. `Recipe.overrides` lists these four. RecipeError when a value is not allowed or no model is named, DataError
-    for an unknown data source.
+    tasks: calibrate on these tasks only, and keep only their gates. bits, group_size: by component; one group size
+    alone is that of every rule with groups. prompts, max_new_tokens: by task. `Recipe.overrides` lists these five.
+    RecipeError when a value is not allowed or no model is named, DataError for an unknown data source.
     """
     if not (model or recipe.model.repo):
         hint = "pass `--model llava-hf/llava-1.5-7b-hf` or another, or write `model: {repo: demo-llava}` in the recipe"
@@ -53,8 +54,27 @@ def adjusted(
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, row['loc']))}: {validation_message(row, ())}" for row in error.errors()]
         raise RecipeError("\n".join([f"recipe '{recipe.name}' does not allow these values:", *problems])) from None
-    recipe = with_prompts(recipe, prompts or {}, max_new_tokens or {})
+    recipe = with_prompts(_with_tasks(recipe, tasks), prompts or {}, max_new_tokens or {})
     return _with_group_sizes(_with_bits(recipe, bits or {}), group_size)
+
+
+def _with_tasks(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
+    """The recipe with the gates of these tasks only, and calibrated on those of them that it calibrates on, if any.
+
+    RecipeError for a task without a gate.
+    """
+    if not tasks:
+        return recipe
+    gated = list(dict.fromkeys(gate.task for gate in recipe.gates))
+    if missing := [task for task in tasks if task not in gated]:
+        raise RecipeError(
+            f"task {missing[0]}: recipe '{recipe.name}' has no gate of this task.{did_you_mean(missing[0], gated)}",
+            f"it has gates of {', '.join(gated) or 'no task'}; add a gate in a copy of the recipe",
+        )
+    calibrated = [task for task in recipe.calibration.tasks if task in tasks] or None
+    kept = tuple(gate for gate in recipe.gates if gate.task in tasks)
+    overrides = recipe.overrides | {"tasks": ", ".join(dict.fromkeys(tasks))}
+    return recipe.adjusted(calibration={"tasks": calibrated}).model_copy(update={"gates": kept, "overrides": overrides})
 
 
 def with_prompts(recipe: Recipe, prompts: Mapping[str, str], max_new_tokens: Mapping[str, int]) -> Recipe:
