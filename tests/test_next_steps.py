@@ -109,7 +109,7 @@ def test_no_default_folder_repeats_a_word(model: str) -> None:
 
 
 def test_the_help_names_completion_and_exit_codes() -> None:
-    text = CliRunner().invoke(main.cli, ["--help"]).output
+    text = " ".join(CliRunner().invoke(main.cli, ["--help"]).output.split())
     assert "_MMQ_COMPLETE=bash_source" in text
     assert all(f"{code} " in text.partition("Exit codes:")[2] for code in EXIT_CODES)
 
