@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -26,9 +27,21 @@ from exporter.planning.recipe import Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.workdir import UnitResult
 from exporter.study import exam, pool, retrieval_exam, worker_tasks
-from exporter.study.grid import Grid, Setting, parse_grid, settings_of
+from exporter.study.grid import Grid, Setting, parse_grid, settings_of, with_full_precision
 from exporter.study.prepare import base_recipe
-from exporter.study.records import ERROR, FILE, SAMPLES, Records, ScoredSetting, comparable, last_exam, read_records
+from exporter.study.records import (
+    CHANGE,
+    CHANGE_ERROR,
+    ERROR,
+    FILE,
+    SAMPLES,
+    Records,
+    ScoredSetting,
+    comparable,
+    full_outside_grid,
+    last_exam,
+    read_records,
+)
 from exporter.study.remote import ray_pool
 from exporter.study.result_tables import outcome_page
 from exporter.study.run import Outcome, keys_of_run, run
@@ -103,6 +116,27 @@ def test_a_grid_without_settings_or_with_lists_of_unequal_length_is_an_error() -
     uneven = grid(components={"vision": {"bits": [3, 4]}, "language": {"bits": [4]}}, combine="together")
     with pytest.raises(RecipeError, match="vision 2, language 1"):
         settings_of(uneven, model.family, model.checkpoint.config)
+
+
+def test_a_study_always_measures_its_reference() -> None:
+    model = open_model(setup_in(Path("unused")))
+    without = settings(grid(components={"vision": {"bits": [4, 8]}, "language": {"bits": [3]}}))
+    extended = with_full_precision(without, model.family)
+    assert extended[:-1] == without
+    assert extended[-1].rules == ()
+    assert {value for name, value in extended[-1].about if name.endswith("_bits")} == {16}
+    assert [name for name, _ in extended[-1].about] == [name for name, _ in without[0].about]
+    assert with_full_precision(extended, model.family) == extended
+
+
+def test_changes_are_paired_by_sample() -> None:
+    """Two models that fail different samples have the same score, and the change between them an error."""
+    before, after = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0]
+    scores = exam.overall([after, [1.0, 1.0]], [before, [0.0, 0.0]])
+    assert scores[CHANGE] == pytest.approx((0 + 1) / 2)
+    assert scores[CHANGE_ERROR] == pytest.approx(math.sqrt(statistics.variance([0, -1, 1, 0]) / 4) / 2)
+    assert scores[ERROR] == pytest.approx(math.sqrt(statistics.variance(after) / 4) / 2)
+    assert CHANGE not in exam.overall([after])
 
 
 def test_together_gives_all_components_the_same_choice() -> None:
@@ -433,9 +467,11 @@ def test_the_score_of_a_retrieval_model_is_the_recall_of_its_answers(
         *(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")),
         "score",
         "kl",
-        ERROR,
-        SAMPLES,
+        *(ERROR, SAMPLES, CHANGE, CHANGE_ERROR),
     }
+    assert full[CHANGE] == full[CHANGE_ERROR] == 0
+    assert worse[CHANGE] == pytest.approx(worse["score"] - full["score"])
+    assert worse[CHANGE_ERROR] > 0
     assert full["kl"] == pytest.approx(0, abs=1e-6)
     assert worse["kl"] > 0.01
     assert full["score"] > worse["score"] > 0
@@ -458,6 +494,19 @@ def test_divergence_of_candidates_is_the_mean_over_queries() -> None:
     assert (
         1000 < retrieval_exam.divergence(truth, other, [2, 3]) < math.inf
     )  # scores that are not finite give a large finite divergence
+
+
+def test_the_full_precision_model_is_outside_a_grid_without_16_bits() -> None:
+    def at(vision: int, language: int) -> ScoredSetting:
+        method = "none" if vision == language == 16 else "rtn"
+        return measured(f"{vision}-{language}", "e", vision_bits=vision, language_bits=language, method=method)
+
+    full, low = at(16, 16), [at(3, 3), at(3, 4), at(4, 3)]
+    assert full_outside_grid([*low, full]) is full
+    assert full_outside_grid([*low, at(16, 3), full]) is None
+    assert full_outside_grid([at(3, 16), at(4, 16), full]) is full  # only vision varies
+    assert full_outside_grid([full]) is None
+    assert full_outside_grid(low) is None
 
 
 def test_a_table_has_settings_of_one_exam_only() -> None:

@@ -41,18 +41,21 @@ SETTINGS = (
 
 def test_a_grid_is_a_table_by_size_with_the_front_and_the_cost(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = Outcome(SETTINGS, 2, 5, 6, 9, {"quantize": 4.0, "score": 2.4}, 12.6)
-    assert lines(outcome_page(outcome), capsys) == [
-        "   vision  blocks    size  bits/w   score     vqa      kl",
-        "*       2  front    800 B    8.00  0.4000  0.2000  0.6000",
-        "*       4  all     1.2 kB   12.00  0.5000  0.2500  0.5000",
-        "       16  all     1.6 kB   16.00  0.5000  0.2500  0.5000",
+    printed = lines(outcome_page(outcome), capsys)
+    assert [line for line in printed if "settings were measured" not in line] == [
+        "   vision  blocks    size  bits/w  score    vqa      kl       change",
+        "*       2  front    800 B    8.00  0.400  0.200  0.6000  -20.0±55.4%",
+        "*       4  all     1.2 kB   12.00  0.500  0.250  0.5000   +0.0±73.9%",
+        "       16  all     1.6 kB   16.00  0.500  0.250  0.5000    reference",
         "* on the Pareto front: no setting of at most this size scores higher",
+        "change: setting - full precision, as a share of its score, ± 95 % interval; 8 samples each",
         "3 settings, 2 scored in this run; quantize 4 s, score 2 s; 13 CPU seconds",
         "they use 9 units, 6 of them distinct; 5 quantized in this run",
         "3.2 s per setting scored in this run",
     ]
+    assert sum(line.startswith("2 settings were measured with 8 samples, which cannot tell") for line in printed) == 1
     alone = Outcome(SETTINGS, 0, 5, 6, 9, {}, 1.0, sequential=True)
-    assert lines(outcome_page(alone), capsys)[5:] == [
+    assert lines(outcome_page(alone), capsys)[7:] == [
         "3 settings, 0 scored in this run; ; 1 CPU seconds",
         "each setting is quantized alone, as an export does: 5 units, none shared",
     ]

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -16,8 +17,19 @@ from PIL import Image
 from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study import gallery, study_plots
-from exporter.study.gallery import components_of, gather, paper_points, write_page
-from exporter.study.records import ERROR, FILE, SAMPLES, PlottedSetting, Records, ScoredSetting, as_csv
+from exporter.study.gallery import components_of, gather, paper_points, table_rows
+from exporter.study.records import (
+    CHANGE,
+    CHANGE_ERROR,
+    ERROR,
+    FILE,
+    SAMPLES,
+    PlottedSetting,
+    Records,
+    ScoredSetting,
+    as_csv,
+)
+from exporter.study.study_page import write_page
 from exporter.study.table import Table, read_table
 from tests.browser import Browser
 from tests.page_audit import WIDTHS, audit
@@ -160,24 +172,99 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     folder = tmp_path / "a <b>"
     grid_in(folder)
     plots = gather(folder)
-    page = write_page(plots, folder, tmp_path / "page.html").read_text()
+    page = write_page(plots, table_rows(folder), folder.name, tmp_path / "page.html").read_text()
     assert "a &lt;b&gt;" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]+"', page)
     assert [base64.b64decode(encoded) for encoded in images] == [picture.png for picture in plots]
     assert not re.search(r"<script|https?://", page)
 
 
-def test_the_page_has_samples_and_intervals(tmp_path: Path) -> None:
-    with Records(tmp_path / FILE) as records:
-        for number, (bits, score) in enumerate(((16, 0.8), (8, 0.796), (4, 0.6))):
+def page_of(folder: Path) -> Path:
+    """The page of a study's folder."""
+    return write_page(gather(folder), table_rows(folder), folder.name, folder / "page.html")
+
+
+def small_study_in(folder: Path, scores: Mapping[int, float], samples: int = 250) -> None:
+    """Settings of one component by bits, with standard errors of 0.02 and of 0.01 for changes from 16 bits."""
+    with Records(folder / FILE) as records:
+        for number, (bits, score) in enumerate(scores.items()):
             about: dict[str, str | int] = {"vision_bits": bits, "method": "rtn" if bits < 16 else "none"}
             setting = measured(number, "grid", score, float(bits), blocks="all", role="all", sequential=0, **about)
-            scores = {**setting.scores, ERROR: 0.02, SAMPLES: 250.0}
-            records.add(replace(setting, scores=scores))
-    page = write_page(gather(tmp_path), tmp_path, tmp_path / "page.html").read_text()
-    assert "means of 250 samples for each setting" in page
-    assert "The smallest setting that keeps 99 % of the score is vision 8: 99.5% (± 4.9%, 95 % interval)" in page
-    assert "75.0 % ± 4.9" in page
+            certainty = {ERROR: 0.02, SAMPLES: float(samples)}
+            changes = {CHANGE: score - scores[16], CHANGE_ERROR: 0.01 if bits < 16 else 0.0} if 16 in scores else {}
+            records.add(replace(setting, scores={**setting.scores, **certainty, **changes}))
+
+
+def cells(chromium: Browser, page: Path, width: int) -> list[list[str]]:
+    """The texts of the rows of the first table."""
+    chromium.show(page, width, 900)
+    script = """return [...document.querySelector('table').tBodies[0].rows].map(
+        row => [...row.cells].map(cell => cell.innerText.replace(/\\s+/g, ' ').trim()))"""
+    return list(chromium.run(script))
+
+
+def test_the_page_has_a_row_for_every_setting(tmp_path: Path, chromium: Browser) -> None:
+    """Setting, method, size, bits per weight, score, change = setting - full, samples; intervals beside both."""
+    small_study_in(tmp_path, {16: 0.8, 8: 0.796, 4: 0.6})
+    assert cells(chromium, page_of(tmp_path), max(WIDTHS)) == [
+        ["vision 4 bits *", "rtn", "4.0 kB", "4.00", "0.600 (0.560 to 0.638)", "-25.0 % (-27.5 to -22.6 %)", "250"],
+        ["vision 8 bits *", "rtn", "8.0 kB", "8.00", "0.796 (0.754 to 0.832)", "-0.5 % (-3.0 to +1.9 %)", "250"],
+        ["full precision", "none", "16.0 kB", "16.00", "0.800 (0.758 to 0.836)", "reference", "250"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "samples", "words"),
+    [
+        pytest.param(
+            {16: 0.8, 8: 0.796, 4: 0.6},
+            250,
+            "2 settings were measured with 250 samples; the smallest whose 95 % interval holds the full-precision "
+            "score is vision 8 bits by rtn: 8.0 kB, 8.00 bits per weight, change -0.5 % (-3.0 to +1.9 %).",
+            id="found",
+        ),
+        pytest.param(
+            {16: 0.8, 8: 0.796},
+            20,
+            "1 setting was measured with 20 samples, which cannot tell how small the model may become: the smallest "
+            "setting whose 95 % interval holds the full-precision score is vision 8 bits by rtn: 8.0 kB, 8.00 bits per "
+            "weight, change -0.5 % (-21.1 to +1.9 %); 5 times the samples would narrow it to 5 %.",
+            id="cannot tell",
+        ),
+        pytest.param(
+            {16: 0.8, 8: 0.7, 4: 0.6},
+            250,
+            "2 settings were measured with 250 samples; each loses score beyond its 95 % interval, the least vision 8 "
+            "bits by rtn: 8.0 kB, 8.00 bits per weight, change -12.5 % (-15.0 to -10.1 %).",
+            id="each loses",
+        ),
+    ],
+)
+def test_the_page_begins_with_a_verdict(tmp_path: Path, scores: dict[int, float], samples: int, words: str) -> None:
+    small_study_in(tmp_path, scores, samples)
+    assert words == re.findall('<p class="headline">(.*?)</p>', page_of(tmp_path).read_text())[0]
+
+
+def test_without_numbers_of_samples_the_page_says_so(tmp_path: Path) -> None:
+    grid_in(tmp_path)
+    page = page_of(tmp_path).read_text()
+    assert "24 settings were measured; the smallest that keeps 99 % of the score is" in page
+    assert "No intervals" in page
+    assert '<a href="#all">All 25 settings</a>' in page
+
+
+def test_importance_measures_against_a_reference_outside_the_grid(tmp_path: Path) -> None:
+    small_study_in(tmp_path, {16: 0.8, 8: 0.796, 4: 0.6})
+    table = read_table(tmp_path)
+    assert sorted(table.bits.ravel()) == [4, 8]
+    assert table.full_score() == 0.8
+
+
+def test_a_study_without_its_reference_still_has_a_page(tmp_path: Path) -> None:
+    small_study_in(tmp_path, {8: 0.796})
+    page = page_of(tmp_path).read_text()
+    assert "unknown" in page
+    assert 'class="headline"' not in page
 
 
 VIEWS = {f"{width} {name}": (width, name == "dark") for width in WIDTHS for name in ("light", "dark")}
@@ -185,10 +272,12 @@ VIEWS = {f"{width} {name}": (width, name == "dark") for width in WIDTHS for name
 
 @pytest.mark.parametrize(("width", "dark"), some_of(VIEWS, [f"{max(WIDTHS)} light", f"{min(WIDTHS)} dark"]))
 def test_the_page_has_no_fault_in_a_browser(tmp_path: Path, chromium: Browser, width: int, dark: bool) -> None:
-    grid_in(tmp_path)
-    choices_in(tmp_path)
-    page = write_page(gather(tmp_path), tmp_path, tmp_path / "page.html")
-    assert audit(chromium, page, width, dark) == []
+    """A grid with an allocation, which shows its front first, and a study of two settings."""
+    grid_in(tmp_path / "grid")
+    choices_in(tmp_path / "grid")
+    small_study_in(tmp_path / "small", {16: 0.8, 8: 0.796, 4: 0.6})
+    problems = {name: audit(chromium, page_of(tmp_path / name), width, dark) for name in ("grid", "small")}
+    assert problems == {"grid": [], "small": []}
 
 
 def test_the_command_writes_files_and_prints_their_paths(tmp_path: Path) -> None:

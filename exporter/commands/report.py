@@ -44,7 +44,8 @@ def report(
     from exporter.model.families import FAMILIES
     from exporter.publishing.artifact_summary import folder_reader, read_summary
     from exporter.publishing.report import collect, pictures_of, write, write_plots
-    from exporter.study.gallery import as_data, components_of, gather
+    from exporter.study.gallery import components_of, gather
+    from exporter.study.study_page import as_data
 
     summary = read_summary(artifact.resolve().name, folder_reader(artifact))
     components = {component.name for component in FAMILIES[summary.manifest.family].components}

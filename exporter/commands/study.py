@@ -139,7 +139,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
     from exporter.events import notice
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
-    from exporter.study.grid import read_grid, settings_of
+    from exporter.study.grid import read_grid, settings_of, with_full_precision
     from exporter.study.prepare import refuse_places
     from exporter.study.run import run
     from exporter.study.worker_tasks import open_model
@@ -149,6 +149,7 @@ def measure(options: dict[str, Any]) -> "Outcome":
     refuse_places(setup.folder, model.checkpoint, setup.places)
     grid = read_grid(options["grid"]) if options["grid"] else grid_of(options, model.family)
     grid_settings, notes = settings_of(grid, model.family, model.checkpoint.config)
+    grid_settings = with_full_precision(grid_settings, model.family)
     try:
         with (
             ProgressDisplay(options["as_json"]) as listen,
@@ -282,13 +283,15 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
       mmq study plots studies/llava-1.5-7b-hf --paper llava_gptq_gqa.csv --out plots
     """
     from exporter.files.writing import make_folder
-    from exporter.study.gallery import gather, write_page, write_plots
+    from exporter.study.gallery import gather, table_rows, write_plots
+    from exporter.study.study_page import write_page
 
     target = out or folder / "plots"
     make_folder(target)
     notes: list[str] = []
     plots = gather(folder, score, papers, notes.append)
-    files = [*write_plots(plots, target), write_page(plots, folder, target / "study.html", score)]
+    page = write_page(plots, table_rows(folder, score), folder.resolve().name, target / "study.html", score)
+    files = [*write_plots(plots, target), page]
     paths = [str(path) for path in files]
     lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in paths)]
     print_result({"files": paths, "notes": notes} if as_json else "\n".join(lines))

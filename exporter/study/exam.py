@@ -19,18 +19,22 @@ from exporter.data.tasks import retrieval
 from exporter.data.tasks.sample import Sample
 from exporter.model.families import Family
 from exporter.model.inference.predict import Conversations, conversations
-from exporter.study.records import ERROR, SAMPLES
+from exporter.study.records import CHANGE, CHANGE_ERROR, ERROR, SAMPLES
 from exporter.study.retrieval_exam import RetrievalExam
 
-# `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score`, `kl`, ERROR (standard error of `score`) and SAMPLES.
+# `TASK exact`, `TASK nll`, `TASK kl`, and over tasks `score`, `kl`, ERROR (standard error of `score`) and SAMPLES;
+# after `learn` also CHANGE (`score` minus the full-precision model's) and CHANGE_ERROR (its standard error).
 ExamScores = dict[str, float]
 
 
 class TaskExam(Protocol):
     """The exam of one task."""
 
-    def learn(self, model: Any, device: torch.device) -> None:
-        """Store the predictions of `model`, the full-precision one, as the reference of `kl`."""
+    def learn(self, model: Any, device: torch.device) -> Sequence[float]:
+        """Store the predictions of `model`, the full-precision one, as the reference of `kl`.
+
+        Returns its main metric for each sample.
+        """
 
     def grade(self, model: Any, device: torch.device) -> Mapping[str, Sequence[float]]:
         """Metric -> value for each sample (of `kl` also for each group of samples), the main metric first.
@@ -49,12 +53,17 @@ class Replies:
     batches: Sequence[Conversations]
     truth: list[Tensor] = field(default_factory=list)
 
-    def learn(self, model: Any, device: torch.device) -> None:
-        """See `Part`."""
+    def learn(self, model: Any, device: torch.device) -> Sequence[float]:
+        """See `TaskExam`."""
         self.truth = [predictions(model, batch, device) for batch in self.batches]
+        return [
+            value
+            for batch, log_probabilities in zip(self.batches, self.truth, strict=True)
+            for value in exact_replies(batch, log_probabilities)
+        ]
 
     def grade(self, model: Any, device: torch.device) -> Mapping[str, Sequence[float]]:
-        """See `Part`."""
+        """See `TaskExam`."""
         exact: list[float] = []
         nll: list[float] = []
         kl: list[float] = []
@@ -62,9 +71,8 @@ class Replies:
             log_probabilities = predictions(model, batch, device)
             reply_tokens = torch.cat(batch.replies).to(log_probabilities.device)
             sizes = [len(reply) for reply in batch.replies]
-            correct = log_probabilities.argmax(-1) == reply_tokens
             losses = -log_probabilities.gather(1, reply_tokens[:, None]).squeeze(1)
-            exact += [float(part.all()) for part in correct.split(sizes)]
+            exact += exact_replies(batch, log_probabilities)
             nll += [float(part.mean()) for part in losses.split(sizes)]
             if self.truth:
                 kl += [float(part.mean()) for part in divergence(self.truth[i], log_probabilities).split(sizes)]
@@ -73,14 +81,14 @@ class Replies:
 
 @dataclass(frozen=True)
 class Exam:
-    """The exams of all tasks."""
+    """The exams of all tasks. full: after `learn`, the full-precision model's main metric per task and sample."""
 
     tasks: Mapping[str, TaskExam]
+    full: list[Sequence[float]] = field(default_factory=list)
 
     def learn(self, model: Any, device: torch.device) -> None:
-        """Store the predictions of `model`, the full-precision one, as the reference of `kl`."""
-        for task_exam in self.tasks.values():
-            task_exam.learn(model, device)
+        """Store the predictions of `model`, the full-precision one, as the reference of `kl` and of changes."""
+        self.full[:] = [task_exam.learn(model, device) for task_exam in self.tasks.values()]
 
     def grade(self, model: Any, device: torch.device) -> ExamScores:
         """Scores of a model: means over the samples of each task, and means of these over tasks."""
@@ -90,20 +98,36 @@ class Exam:
             for task, metrics in values_by_task.items()
             for metric, values in metrics.items()
         }
-        scores |= overall([next(iter(metrics.values())) for metrics in values_by_task.values()])
+        scores |= overall([next(iter(metrics.values())) for metrics in values_by_task.values()], self.full)
         if all("kl" in metrics for metrics in values_by_task.values()):
             scores["kl"] = _mean([scores[f"{task} kl"] for task in values_by_task])
         return scores
 
 
-def overall(values_by_task: Sequence[Sequence[float]]) -> ExamScores:
-    """`score`, the mean over tasks of the means over samples, with its standard error and the number of samples."""
-    squares = [statistics.variance(values) / len(values) if len(values) > 1 else 0.0 for values in values_by_task]
-    return {
+def overall(values_by_task: Sequence[Sequence[float]], full: Sequence[Sequence[float]] = ()) -> ExamScores:
+    """`score`, the mean over tasks of the means over samples, with its standard error and the number of samples.
+
+    full: the full-precision model's values on the same samples. With them, also the change of the score and its
+    standard error, from the differences of each sample, in which the difficulty of the sample cancels.
+    """
+    scores = {
         "score": _mean([_mean(values) for values in values_by_task]),
-        ERROR: math.sqrt(sum(squares)) / max(len(values_by_task), 1),
+        ERROR: _standard_error(values_by_task),
         SAMPLES: float(sum(len(values) for values in values_by_task)),
     }
+    if full:
+        changes = [
+            [value - before for value, before in zip(values, values_before, strict=True)]
+            for values, values_before in zip(values_by_task, full, strict=True)
+        ]
+        scores |= {CHANGE: _mean([_mean(values) for values in changes]), CHANGE_ERROR: _standard_error(changes)}
+    return scores
+
+
+def _standard_error(values_by_task: Sequence[Sequence[float]]) -> float:
+    """Standard error of the mean over tasks of the means over samples."""
+    squares = [statistics.variance(values) / len(values) if len(values) > 1 else 0.0 for values in values_by_task]
+    return math.sqrt(sum(squares)) / max(len(values_by_task), 1)
 
 
 def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sample]], batch: int) -> Exam:
@@ -115,6 +139,12 @@ def prepare(processor: Any, family: Family, samples: Mapping[str, Sequence[Sampl
         return Replies(conversations(processor, family, task_samples, batch))
 
     return Exam({task: exam_of(task, task_samples) for task, task_samples in samples.items()})
+
+
+def exact_replies(batch: Conversations, log_probabilities: Tensor) -> list[float]:
+    """1 for each reply whose tokens all are the most likely ones, else 0; f32 `[reply tokens, vocabulary]`."""
+    correct = log_probabilities.argmax(-1) == torch.cat(batch.replies).to(log_probabilities.device)
+    return [float(part.all()) for part in correct.split([len(reply) for reply in batch.replies])]
 
 
 @torch.inference_mode()

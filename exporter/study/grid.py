@@ -146,6 +146,15 @@ def settings_of(grid: Grid, family: Family, config: Config) -> tuple[list[Settin
     return list(settings.values()), list(dict.fromkeys(notes))
 
 
+def with_full_precision(settings: Sequence[Setting], family: Family) -> list[Setting]:
+    """The settings and the full-precision model, from which their changes are measured."""
+    if any(not setting.rules for setting in settings):
+        return list(settings)
+    about: dict[str, str | int] = {f"{component.name}_bits": KEPT for component in family.components}
+    about |= {"method": "none", "group_size": "none", "zero_points": "none", "blocks": ALL, "role": ALL}
+    return [*settings, Setting((), tuple(about.items()))]
+
+
 def _combined(grid: Grid) -> Iterator[tuple[ComponentChoice, ...]]:
     choices = {name: list(_choices(name, axis)) for name, axis in grid.components.items()}
     if grid.combine == "product":

@@ -19,6 +19,8 @@ FILE = "study.sqlite"
 EVERYTHING = "all"  # blocks, or roles
 FULL = "none"  # method of the full-precision setting
 ERROR, SAMPLES = "score error", "samples"  # scores that say how certain `score` is; older studies lack them
+CHANGE, CHANGE_ERROR = "score change", "score change error"  # of `score` from the full-precision model's; as above
+NO_SCORES = (ERROR, SAMPLES, CHANGE, CHANGE_ERROR)  # columns that tables of scores omit
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
   id TEXT PRIMARY KEY,      -- digest of the units and the exam, so that a setting is measured once
@@ -77,11 +79,11 @@ class ScoredSetting:
 
 @dataclass(frozen=True)
 class PlottedSetting:
-    """A setting in a plot. share: score as a share of the full-precision score; error: half of its 95 % interval."""
+    """A setting in a plot. share: score as a share of the full-precision score, with its 95 % interval."""
 
     bits_per_weight: float
     share: float
-    error: float | None = None
+    interval: tuple[float, float] | None = None
     name: str = ""
     bytes: int = 0
 
@@ -212,6 +214,20 @@ def kind_of(setting: ScoredSetting) -> str:
 def is_full(setting: ScoredSetting) -> bool:
     """Whether a setting is the full-precision model."""
     return setting.about.get("method") in (None, FULL)
+
+
+def full_outside_grid(settings: Sequence[ScoredSetting]) -> ScoredSetting | None:
+    """The full-precision model, if no other setting keeps a component that the study varies in 16 bits.
+
+    A study measures it as the reference of changes even if its grid lacks 16 bits. Such a corner far from all other
+    settings belongs in no map of the grid.
+    """
+    full = next((setting for setting in settings if is_full(setting)), None)
+    others = [setting.about for setting in settings if not is_full(setting)]
+    names = [
+        name for name in columns(others) if name.endswith("_bits") and any(about.get(name) != 16 for about in others)
+    ]
+    return None if any(about.get(name) == 16 for about in others for name in names) or not others else full
 
 
 def last_exam(settings: Sequence[ScoredSetting]) -> list[ScoredSetting]:

@@ -1,5 +1,6 @@
 """Tables of a study's results for the terminal: importance, and the settings of a grid."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -7,8 +8,10 @@ from rich.table import Table
 
 from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
-from exporter.study.records import ERROR, SAMPLES, ScoredSetting, columns
+from exporter.study.records import NO_SCORES, ScoredSetting, columns
 from exporter.study.run import Outcome
+from exporter.study.setting_rows import SettingRow, rows_of
+from exporter.study.verdict import verdict
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
 
@@ -69,24 +72,46 @@ def outcome_page(outcome: Outcome) -> Group:
     front_ids = front(outcome.settings)
     bits = [name for name in columns_of(outcome.settings) if name.endswith("_bits") and _varies(outcome.settings, name)]
     other_columns = [name for name in VARYING_COLUMNS if _varies(outcome.settings, name)]
-    scores = (
-        [
-            name
-            for name in outcome.settings[0].scores
-            if not name.endswith((" nll", " kl")) and name not in (ERROR, SAMPLES)
-        ]
-        if outcome.settings
-        else []
-    )
+    scores = _scores_shown(outcome.settings)
+    rows = {row.id: row for row in rows_of(outcome.settings)}
+    change = ["change"] * any(row.change is not None for row in rows.values())
     table = Table("")
-    for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores)):
+    for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores), *change):
         table.add_column(name, justify="left" if name in other_columns else "right")
     for setting in sorted(outcome.settings, key=lambda measured: measured.bytes):
         cells = [str(setting.about[name]) for name in (*bits, *other_columns)]
-        values = [f"{setting.scores[name]:z.4f}" for name in scores]
+        values = [f"{setting.scores[name]:z.{4 if name == 'kl' else 3}f}" for name in scores]
+        values += [_change_text(rows[setting.id]) for _ in change]
         mark = "*" if setting.id in front_ids else ""
         table.add_row(mark, *cells, size(setting.bytes), f"{setting.bits_per_weight:.2f}", *values)
-    return Group(table, "* on the Pareto front: no setting of at most this size scores higher", _cost_text(outcome))
+    notes = ["* on the Pareto front: no setting of at most this size scores higher"]
+    return Group(table, *notes, *_samples_notes(list(rows.values())), _cost_text(outcome))
+
+
+def _scores_shown(settings: tuple[ScoredSetting, ...]) -> list[str]:
+    """Names of the scores with a column: the tasks' main metrics, `score` and `kl`."""
+    names = settings[0].scores if settings else ()
+    return [name for name in names if not name.endswith((" nll", " kl")) and name not in NO_SCORES]
+
+
+def _change_text(row: SettingRow) -> str:
+    """A change in percent, with the larger half of its interval: `-4.2±4.9%`."""
+    if row.full or row.change is None:
+        return "reference" if row.full else ""
+    if row.change_interval is None:
+        return f"{100 * row.change:+z.1f}%"
+    half = max(row.change - row.change_interval[0], row.change_interval[1] - row.change)
+    return f"{100 * row.change:+z.1f}±{100 * half:.1f}%"
+
+
+def _samples_notes(rows: Sequence[SettingRow]) -> list[str]:
+    """What a change is, on how many samples, and the verdict."""
+    if not any(row.change is not None and not row.full for row in rows):
+        return []
+    counts = sorted({row.samples for row in rows if row.samples})
+    samples = f"; {' or '.join(f'{count:,}' for count in counts)} samples each" if counts else ""
+    interval = ", ± 95 % interval" * any(row.change_interval for row in rows)
+    return [f"change: setting - full precision, as a share of its score{interval}{samples}", verdict(rows)]
 
 
 def _short_name(name: str) -> str:

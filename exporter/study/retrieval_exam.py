@@ -61,13 +61,20 @@ class RetrievalExam:
         return rows
 
     @torch.inference_mode()
-    def learn(self, model: Any, device: torch.device) -> None:
-        """Store the candidates of `model`, the full-precision one, and their scores, as the reference of `kl`."""
+    def learn(self, model: Any, device: torch.device) -> list[float]:
+        """Store the candidates of `model`, the full-precision one, and their scores, as the reference of `kl`.
+
+        Returns its `r1` for each sample.
+        """
         self.truth = []
+        answers: list[str] = []
         searched = self._search(model, device)
         for numbers in self._pieces():
             pairs_by_query = [candidates(self.pool, searched, number) for number in numbers]
-            self.truth += list(zip(pairs_by_query, self._scored(model, searched, pairs_by_query, device), strict=True))
+            scores = self._scored(model, searched, pairs_by_query, device)
+            self.truth += list(zip(pairs_by_query, scores, strict=True))
+            answers += _ranks(searched, numbers, pairs_by_query, scores)
+        return list(retrieval.score(answers, self.samples)[SHOWN[0]])
 
     @torch.inference_mode()
     def grade(self, model: Any, device: torch.device) -> dict[str, list[float]]:
@@ -79,10 +86,7 @@ class RetrievalExam:
             pairs_by_query = [candidates(self.pool, searched, number) for number in numbers]
             references = self.truth[start : start + PIECE]
             scores = self._scored(model, searched, [*pairs_by_query, *(pairs for pairs, _ in references)], device)
-            answers += [
-                format_ranks(searched, number, pairs_of_query, scores_of_query)
-                for number, pairs_of_query, scores_of_query in zip(numbers, pairs_by_query, scores, strict=False)
-            ]
+            answers += _ranks(searched, numbers, pairs_by_query, scores[: len(pairs_by_query)])
             scored_references = zip(references, scores[len(pairs_by_query) :], strict=True)
             divergences += [divergence(reference, values, pairs[2]) for (pairs, reference), values in scored_references]
         values = {name: list(v) for name, v in retrieval.score(answers, self.samples).items() if name in SHOWN}
@@ -106,6 +110,13 @@ class RetrievalExam:
         )
         scores = score_pairs(model, searched, pairs, device, BatchSize(self.batch))
         return list(scores.split([len(pairs_of_query[0]) for pairs_of_query in pairs_by_query]))
+
+
+def _ranks(
+    searched: EncodedPool, numbers: Sequence[int], pairs_by_query: Sequence[CandidatePairs], scores: Sequence[Tensor]
+) -> list[str]:
+    """The answers of queries. scores: per query, of its candidates, f32 `[pairs]`."""
+    return [format_ranks(searched, *query) for query in zip(numbers, pairs_by_query, scores, strict=True)]
 
 
 def divergence(truth: Tensor, other: Tensor, counts: Sequence[int]) -> float:

@@ -24,8 +24,9 @@ DPI = 130
 PHONE = 4.2  # width in inches of figures that stay readable at 400 px
 DARK = 0.5  # cells below this share of the color range have white text
 LEAST_KL = 1e-6  # lower end of the log axis
-EXAMS = "scores are relative to the full-precision model on the same samples (allocations: on the validation split)"
+EXAMS = "scores are relative to the full-precision model on the same samples"
 UPPER = 0.9  # lower end of the score axis in the detail plot
+FAR_BELOW = 0.7  # the detail plot is drawn if a share below this one stretches the axis, and several are above UPPER
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,12 @@ def pareto(
     """
     front_points = front([point for points in series.values() for point in points])
     about = "; ".join(share_text(point) for point in front_points[:: max(1, len(front_points) // 6)])
+    shares = [point.share for points in (*series.values(), *other_series.values()) for point in points]
+    views: list[tuple[str, str, float | None]] = [("pareto.png", "Score relative to full precision, by size", None)]
+    if min(shares) < FAR_BELOW and sum(share >= UPPER for share in shares) > 2:
+        views.append(("pareto-upper.png", f"The same, above {UPPER:.0%}", UPPER))
     plots = []
-    for name, title, low in (
-        ("pareto.png", "Score relative to full precision, by size", None),
-        ("pareto-upper.png", f"The same, above {UPPER:.0%}", UPPER),
-    ):
+    for name, title, low in views:
         figure, axis = create_figure(PHONE, 4.2)
         for number, (label, points) in enumerate({**series, **other_series}.items()):
             style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
@@ -131,13 +133,19 @@ def pareto(
             steps = [(point.bits_per_weight, point.share) for point in front_points]
             dashes: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": "--", "label": "Pareto front"}
             axis.step(*zip(*steps, strict=True), where="post", **dashes)
+        axis.axhline(1, color="#555555", linewidth=1, linestyle=":", label="full precision")
         axis.set_xlabel("bits per weight of the whole artifact")
         axis.set_ylabel("share of the full-precision score")
         axis.grid(alpha=0.25)
         if low is not None:
             axis.set_ylim(low, 1.02)
         figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=1 if len(series) > 3 else 2)
-        text = f"Pareto front: {about}; {EXAMS}; bars: 95 % intervals" if low is None else f"Scores from {low:.0%} on"
+        split = f" ({line_series}: on the validation split)" if line_series in series else ""
+        text = (
+            f"Pareto front: {about}; {EXAMS}{split}; bars: 95 % intervals"
+            if low is None
+            else f"Scores from {low:.0%} on"
+        )
         plots.append(encode_figure(figure, name, title, text))
     return plots
 
@@ -145,14 +153,16 @@ def pareto(
 def _scatter(axis: Any, points: Sequence[PlottedSetting], style: Mapping[str, Any]) -> None:
     """Points with their intervals, in the order of size."""
     ordered = sorted(points, key=lambda point: (point.bits_per_weight, point.share))
-    errors = [point.error or 0.0 for point in ordered]
+    ends = [point.interval or (point.share, point.share) for point in ordered]
+    errors = [[max(p.share - low, 0), max(high - p.share, 0)] for p, (low, high) in zip(ordered, ends, strict=True)]
+    bars = np.array(errors).T if any(point.interval for point in ordered) else None
     xs, ys = [point.bits_per_weight for point in ordered], [point.share for point in ordered]
-    axis.errorbar(xs, ys, errors if any(errors) else None, alpha=0.85, elinewidth=0.8, capsize=2, **style)
+    axis.errorbar(xs, ys, bars, alpha=0.85, elinewidth=0.8, capsize=2, **style)
 
 
 def share_text(point: PlottedSetting) -> str:
     """A setting in words: its share of the score with its interval, and its size."""
-    interval = f" ± {point.error:.1%}" if point.error is not None else ""
+    interval = f" ({point.interval[0]:.1%} to {point.interval[1]:.1%})" if point.interval else ""
     return f"{point.share:.1%}{interval} at {point.bits_per_weight:.2f} bits per weight"
 
 

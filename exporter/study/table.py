@@ -7,7 +7,7 @@ components `vit` and `llm`.
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import DataError, did_you_mean
-from exporter.study.records import columns, comparable, read_records
+from exporter.study.records import ScoredSetting, columns, comparable, full_outside_grid, read_records
 
 SUFFIX = "_bits"
 KINDS = (
@@ -39,7 +39,8 @@ Floats = NDArray[np.float64]
 class Table:
     """bits f64 `[rows, components]`, scores f64 `[rows]` (larger is better), and the names of the columns.
 
-    notes: limits of figures that are computed from the table.
+    notes: limits of figures that are computed from the table. full: score of the full-precision model, if its bits are
+    not on the grid.
     """
 
     components: tuple[str, ...]
@@ -47,13 +48,16 @@ class Table:
     scores: Floats
     metric: str
     notes: tuple[str, ...] = ()
+    full: float | None = None
 
     def where(self, rows: NDArray[np.bool_]) -> "Table":
         """The table of the selected rows. rows: bool `[rows]`."""
-        return Table(self.components, self.bits[rows], self.scores[rows], self.metric, self.notes)
+        return replace(self, bits=self.bits[rows], scores=self.scores[rows])
 
     def full_score(self) -> float:
-        """Mean score of rows with the largest bits of every component; the best score if there is no such row."""
+        """`full`, else the mean score of rows with the largest bits of every component, else the best score."""
+        if self.full is not None:
+            return self.full
         top = (self.bits == self.bits.max(0)).all(1)
         return float(self.scores[top].mean() if top.any() else self.scores.max())
 
@@ -62,12 +66,20 @@ def read_table(path: Path, score: str | None = None, conditions: Sequence[str] =
     """Read the table of a study's folder, a SQLite file or a CSV file; the arguments are those of `read_csv`."""
     if path.is_dir() or path.suffix == ".sqlite":
         condition_columns = {condition.partition("=")[0] for condition in conditions}
-        rows = [
-            setting.row()
-            for setting in comparable(read_records(path), parts=bool(condition_columns & {"blocks", "roles", "role"}))
-        ]
-        return from_rows(_matching_rows(rows, columns(rows), conditions, path), columns(rows), score, str(path))
+        settings = comparable(read_records(path), parts=bool(condition_columns & {"blocks", "roles", "role"}))
+        rows = [setting.row() for setting in settings]
+        kept_rows = _matching_rows(rows, columns(rows), conditions, path)
+        kept_settings = [setting for setting, row in zip(settings, rows, strict=True) if row in kept_rows]
+        return from_settings(kept_settings, score, str(path))
     return read_csv(path, score, conditions)
+
+
+def from_settings(settings: Sequence[ScoredSetting], score: str | None, source: str) -> Table:
+    """The table of a study's settings. The full-precision model is a row only if the grid has its bits."""
+    alone = full_outside_grid(settings)
+    rows = [setting.row() for setting in settings if setting is not alone]
+    table = from_rows(rows, columns(rows), score, source)
+    return replace(table, full=alone.scores[table.metric]) if alone and table.metric in alone.scores else table
 
 
 def read_csv(path: Path, score: str | None = None, conditions: Sequence[str] = ()) -> Table:
@@ -146,7 +158,7 @@ def _without_constant_components(table: Table, source: str) -> Table:
     if not changes.any():
         raise DataError(f"{source}: the bits of no component change", "measure more settings first")
     names = tuple(name for name, varies in zip(table.components, changes, strict=True) if varies)
-    return Table(names, table.bits[:, changes], table.scores, table.metric, table.notes)
+    return replace(table, components=names, bits=table.bits[:, changes])
 
 
 def _default_score(names: Sequence[str], source: str) -> str:
