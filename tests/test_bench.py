@@ -20,7 +20,7 @@ from exporter.data.tasks.sample import Sample
 from exporter.errors import ArtifactError, ServeError
 from exporter.evaluation.report_file import read_report, write_report, write_speed
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord, read_speed
-from exporter.evaluation.speed_table import figures_rows
+from exporter.evaluation.speed_table import conditions, figures_rows
 from exporter.model.families import FAMILIES
 from exporter.pipeline import speed
 from exporter.pipeline.speed import SpeedRequest, measure_here
@@ -38,7 +38,7 @@ FIGURES = SpeedFigures(
 )
 SOURCE = FIGURES.model_copy(update={"load_seconds": 25.0, "tokens_per_second": {"1": 20.0, "8": 160.0}})
 RECORD = SpeedRecord(
-    engine="vllm 0.32.0", device="CPU, cpu build", tokens=64, requests=4, artifact=FIGURES, source=SOURCE
+    engine="vllm 0.32.0", device="CPU, cpu build", tokens=64, requests=4, warm_up=1, artifact=FIGURES, source=SOURCE
 )
 
 
@@ -161,7 +161,8 @@ def test_rows_compare_artifact_and_source() -> None:
 
 def test_the_table_has_aligned_columns() -> None:
     assert speed_page(RECORD).splitlines() == [
-        "vllm 0.32.0 on CPU, cpu build; 64 tokens a request, 4 requests a client",
+        "vllm 0.32.0 on CPU, cpu build; 64 tokens a request, 4 requests a client, after 1 warm-up request "
+        "of each client, not counted",
         "                              artifact   source",
         "load                            12.5 s   25.0 s  0.50 x",
         "first token, 1 client          0.050 s  0.050 s  1.00 x",
@@ -169,6 +170,11 @@ def test_the_table_has_aligned_columns() -> None:
         "tokens per second, 8 clients     160.0    160.0  1.00 x",
         "peak memory, host               3.0 MB   3.0 MB  1.00 x",
     ]
+
+
+def test_an_older_record_says_that_its_first_figure_includes_the_warm_up() -> None:
+    old = SpeedRecord.model_validate({name: value for name, value in RECORD if name != "warm_up"})
+    assert conditions(old).endswith("4 requests a client; the first figure includes the warm-up")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +208,7 @@ def test_without_vllm_figures_of_transformers_reach_report_and_card(
     record = json.loads(done.stdout)
     assert record["engine"].startswith("transformers ")
     assert record["engine"].endswith("with dequantized weights")
+    assert record["warm_up"] == 1
     for model in ("artifact", "source"):
         assert set(record[model]["tokens_per_second"]) == {"1", "2"}
         assert min(record[model]["tokens_per_second"].values()) > 0

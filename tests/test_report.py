@@ -360,7 +360,7 @@ def test_the_page_shows_a_study(out: Path, tmp_path: Path) -> None:
     result = mmq("report", out, "--study", tmp_path, "--out", file)
     assert result.exit_code == 0, result.output
     text = file.read_text()
-    assert text.count('<img class="wide" src="data:image/png;base64,') == 3
+    assert text.count('<img class="wide" src="data:image/png;base64,') == 2
     assert 'href="#study"' in text
     assert "Sensitivity: KL divergence with one part quantized" in text
     assert 'id="study"' not in html(collect(summary(out), {}))

@@ -346,13 +346,14 @@ def test_linears_with_another_scheme_in_the_log_are_problems() -> None:
 def test_a_model_is_measured_for_one_client_and_for_those_that_are_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[Any] = []
+    sent: list[tuple[str, int, int]] = []
+    entered: list[Any] = []
 
     class Entered:
         pid, host, gpu = 1, 5, 7
 
         def __init__(self, *arguments: Any) -> None:
-            sent.append(arguments[-1])
+            entered.append(arguments[-1])
 
         def __enter__(self) -> "Entered":
             return self
@@ -364,20 +365,21 @@ def test_a_model_is_measured_for_one_client_and_for_those_that_are_asked(
             return 1.234
 
     def load(url: str, bodies: Any, clients: int, requests: int) -> LoadResult:
-        sent.append((url, clients, requests))
-        return LoadResult(2.0, (TimedAnswer(0.1234567 * clients, 1.0, 30 * clients),))
+        """The first load of a number of clients takes longer."""
+        known = any(clients == number for _, number, _ in sent)
+        sent.append((bodies[0], clients, requests))
+        return LoadResult(2.0 if known else 1000.0, (TimedAnswer(0.1234567 * clients, 1.0, 30 * clients),))
 
     log, events = tmp_path / "log", list[Event]()
     log.write_text("Model loading took 0.5 GiB\n")
     monkeypatch.setattr(speed, "Engine", Entered)
     monkeypatch.setattr(speed, "MemoryWatch", Entered)
     monkeypatch.setattr(speed, "request_bodies", lambda *_: ["first", "last"])
-    monkeypatch.setattr(speed, "timed_answer", lambda url, body: sent.append(body))
     monkeypatch.setattr(speed, "run_load", load)
     settings, place = SpeedSettings(clients=(4, 2), requests=3), Launch((), {}, "http://a", "m")
     figures = speed.serve_and_measure(place, FAMILIES["llava"], [], settings, True, log, events.append)
-    url = "http://a/v1/chat/completions"
-    assert sent == [log, True, "last", (url, 1, 3), (url, 2, 3), (url, 4, 3)]
+    assert entered == [log, True]
+    assert sent == [load for clients in (1, 2, 4) for load in (("last", clients, 1), ("first", clients, 3))]
     assert (figures.load_seconds, figures.first_token_seconds) == (1.23, 0.1235)
     assert figures.tokens_per_second == {"1": 15.0, "2": 30.0, "4": 60.0}
     assert (figures.peak_bytes, figures.gpu_bytes, figures.weight_bytes) == (5, 7, 2**29)

@@ -260,6 +260,24 @@ def test_importance_measures_against_a_reference_outside_the_grid(tmp_path: Path
     assert table.full_score() == 0.8
 
 
+def test_a_large_study_shows_its_front_the_verdict_s_setting_and_the_reference_first(
+    tmp_path: Path, chromium: Browser
+) -> None:
+    """Every setting is there in three sizes, and one that is not on the front has an interval that holds the reference."""
+    small_study_in(tmp_path, {16: 0.9, **{bits: 0.5 + bits / 100 for bits in range(2, 8)}})
+    rows = [replace(row, bytes=row.bytes + n) for row in table_rows(tmp_path) for n in range(3)]
+    holding = replace(rows[-4], name="holding", bytes=9000, change_interval=(-0.1, 0.1))
+    page = write_page([], [*rows, holding], "x", tmp_path / "page.html")
+    names = [row[0] for row in cells(chromium, page, max(WIDTHS))]
+    assert names == [
+        *(f"vision {bits} bits *" for bits in range(2, 8)),
+        "full precision",
+        "full precision",
+        "full precision",
+        "holding",
+    ]
+
+
 def test_a_study_without_its_reference_still_has_a_page(tmp_path: Path) -> None:
     small_study_in(tmp_path, {8: 0.796})
     page = page_of(tmp_path).read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporter.commands.next_steps import command
 from exporter.evaluation.speed_record import SpeedRecord
-from exporter.evaluation.speed_table import figures_rows
+from exporter.evaluation.speed_table import conditions, figures_rows
 from exporter.model.embedded.example import PICTURE, QUESTION
 from exporter.model.families import Family
 from exporter.serving.check import CheckResult
@@ -101,5 +101,4 @@ def speed_page(record: SpeedRecord) -> str:
         f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
-    head = f"{record.engine} on {record.device}; {record.tokens} tokens a request, {record.requests} requests a client"
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+    return "\n".join([conditions(record), *(line.rstrip() for line in lines)])

@@ -1,9 +1,17 @@
 """The result of `mmq bench` as rows of a table, for the terminal, the report and the model card."""
 
 from exporter.amounts import size
-from exporter.evaluation.speed_record import SpeedFigures
+from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord
 
 MEMORY = {"weights": "weight_bytes", "peak memory, host": "peak_bytes", "peak memory, GPU": "gpu_bytes"}
+
+
+def conditions(record: SpeedRecord) -> str:
+    """How the figures were measured: engine, device, requests, and what is not counted."""
+    requests = f"{record.tokens} tokens a request, {record.requests} requests a client"
+    warm_up = f"{record.warm_up} warm-up request{'s' * (record.warm_up > 1)} of each client, not counted"
+    before = f", after {warm_up}" if record.warm_up else "; the first figure includes the warm-up"
+    return f"{record.engine} on {record.device}; {requests}{before}"
 
 
 def figures_rows(artifact: SpeedFigures, source: SpeedFigures | None) -> list[tuple[str, str, str, str]]:

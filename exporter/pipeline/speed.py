@@ -20,7 +20,7 @@ from exporter.artifact.output import reading, updating
 from exporter.device import choose, peak_bytes, reset_peak, synchronize
 from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import write_speed
-from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord
+from exporter.evaluation.speed_record import WARM_UP, SpeedFigures, SpeedRecord
 from exporter.events import Listener, ignore, notice
 from exporter.model.families import Family
 from exporter.model.source import open_source
@@ -71,6 +71,7 @@ def bench_artifact(request: SpeedRequest, on_event: Listener) -> SpeedRecord:
             device=_device_text(request),
             tokens=request.settings.tokens,
             requests=request.settings.requests,
+            warm_up=WARM_UP,
             flags=request.extra,
             weights=weights_digest(Artifact.open(request.artifact)),
             artifact=figures,
@@ -140,10 +141,15 @@ def measure_here(request: SpeedRequest, model: str) -> SpeedFigures:
             synchronize(device)
             return time.perf_counter() - begin
 
-        seconds(1, 2)  # the first forward pass allocates
+        def warm_up(clients: int, tokens: int) -> None:
+            for _ in range(WARM_UP):
+                seconds(clients, tokens)
+
+        warm_up(1, 1)
         first = sorted(seconds(1, 1) for _ in range(settings.requests))[settings.requests // 2]
         rates = {}
         for clients in sorted({1, *settings.clients}):
+            warm_up(clients, settings.tokens)
             spent = sum(seconds(clients, settings.tokens) for _ in range(settings.requests))
             rates[str(clients)] = round(clients * settings.tokens * settings.requests / spent, 2)
         gpu, host = peak_bytes(device)

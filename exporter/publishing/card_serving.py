@@ -3,7 +3,7 @@
 import json
 
 from exporter.artifact.recorded_prompts import with_recorded_prompts
-from exporter.evaluation.speed_table import figures_rows
+from exporter.evaluation.speed_table import conditions, figures_rows
 from exporter.model.families import FAMILIES, Family
 from exporter.publishing.artifact_summary import Summary
 from exporter.publishing.card_table import table
@@ -84,5 +84,5 @@ def speed_section(summary: Summary) -> str:
     if speed is None:
         return ""
     rows = [list(row) for row in figures_rows(speed.artifact, speed.source)]
-    about = f"{speed.engine} on {speed.device}; every request generates {speed.tokens} tokens about its own picture"
+    about = f"{conditions(speed)}. Every request has its own picture"
     return f"## Speed and memory\n\n{about}.\n\n" + table(["", "this model", "source", "ratio"], rows)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from exporter.data.tasks.sample import Sample
-from exporter.evaluation.speed_record import SpeedFigures
+from exporter.evaluation.speed_record import WARM_UP, SpeedFigures
 from exporter.events import Event, Listener
 from exporter.model.families import Family
 from exporter.model.inference.openai_client import message, png
 from exporter.model.inference.predict import prompt_text
 from exporter.serving.launch import START_SECONDS, Launch
 from exporter.serving.memory_watch import MemoryWatch
-from exporter.serving.request_load import run_load, timed_answer
+from exporter.serving.request_load import run_load
 from exporter.serving.vllm_engine import Engine
 
 LOADED = re.compile(r"Model loading took ([\d.]+) GiB")  # in vLLM's log
@@ -50,12 +50,12 @@ def serve_and_measure(
     url = f"{command.url}/v1/chat/completions"
     with Engine(command, log) as engine, MemoryWatch(engine.pid, gpu) as memory:
         load_seconds = engine.wait_healthy(settings.wait)
-        timed_answer(url, bodies[-1])  # compiles and allocates what the first request needs
         rates: dict[str, float] = {}
         first_token = 0.0
         steps = sorted({1, *settings.clients})
         for done, clients in enumerate(steps):
             on_event(Event("ask", done, len(steps), f"{command.model}: {clients} client{'s' * (clients > 1)}"))
+            run_load(url, bodies[::-1], clients, WARM_UP)  # other pictures than the first that are timed
             result = run_load(url, bodies, clients, settings.requests)
             first_token = result.first_token if clients == 1 else first_token
             rates[str(clients)] = round(result.rate, 2)

@@ -28,13 +28,14 @@ def write_page(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"size": size, "percent": percent, "share": share, "figure": figure}
-    best = smallest_that_holds(rows)
+    best, front = smallest_that_holds(rows), front_rows(rows)
     page = environment.get_template(TEMPLATE).render(
         name=name,
         score=score,
         verdict=verdict(rows),
         rows=rows,
-        front=front_rows(rows),
+        front=front,
+        first=[row for row in rows if row in front or row == best or row.full],
         best=best,
         few=len(rows) <= FEW,
         has_intervals=any(row.interval for row in rows),

@@ -11,7 +11,7 @@ from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.gate_text import DECIDE_RULES, VERDICT_SENTENCES, accepted, incomparable, more_samples
 from exporter.evaluation.report_file import AnswerPair, DistanceRecord, GateResult, Report, ServingRecord
 from exporter.evaluation.speed_record import SpeedRecord
-from exporter.evaluation.speed_table import figures_rows
+from exporter.evaluation.speed_table import conditions, figures_rows
 from exporter.evaluation.word_differences import spans
 from exporter.publishing.artifact_summary import Summary, component_of, drawings_note
 from exporter.publishing.headline import headline, relative_change
@@ -146,9 +146,8 @@ def _serving_content(serving: ServingRecord) -> dict[str, Any]:
 
 def _speed_content(speed: SpeedRecord) -> dict[str, Any]:
     """Result of `mmq bench`: how it was measured, rows of the table, and the figures."""
-    about = f"{speed.engine} on {speed.device}; {speed.tokens} tokens a request, {speed.requests} requests a client"
     rows = [list(row) for row in figures_rows(speed.artifact, speed.source)]
-    return {"about": about, "rows": rows, "figures": speed.model_dump(mode="json", exclude_none=True)}
+    return {"about": conditions(speed), "rows": rows, "figures": speed.model_dump(mode="json", exclude_none=True)}
 
 
 def _distances(serving: ServingRecord) -> dict[str, DistanceRecord]:
