@@ -263,7 +263,7 @@ def test_importance_measures_against_a_reference_outside_the_grid(tmp_path: Path
 def test_a_large_study_shows_its_front_the_verdict_s_setting_and_the_reference_first(
     tmp_path: Path, chromium: Browser
 ) -> None:
-    """Every setting is there in three sizes, and one that is not on the front has an interval that holds the reference."""
+    """Every setting is there in three sizes; one outside the front has an interval that holds the reference."""
     small_study_in(tmp_path, {16: 0.9, **{bits: 0.5 + bits / 100 for bits in range(2, 8)}})
     rows = [replace(row, bytes=row.bytes + n) for row in table_rows(tmp_path) for n in range(3)]
     holding = replace(rows[-4], name="holding", bytes=9000, change_interval=(-0.1, 0.1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from exporter.amounts import size
 from exporter.files.writing import write_text
-from exporter.inference.openai_client import data_url
+from exporter.model.inference.openai_client import data_url
 from exporter.study.setting_rows import SettingRow, front_rows
 from exporter.study.study_plots import Plot
 from exporter.study.verdict import percent, share, smallest_that_holds, verdict
