@@ -84,7 +84,7 @@ def _askers(
             from exporter.model.inference.predict_server import Server
             from exporter.pipeline.picture_question import ask_server
 
-            return lambda on_text: ask_server(place, request, Server(url, name, tries=1), on_text)
+            return lambda on_text: ask_server(place, request, Server(url, name, tries=1, serves=place), on_text)
         load_torch(listen)
         from exporter.device import choose
         from exporter.pipeline.ask import ask as ask_here

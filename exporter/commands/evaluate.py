@@ -89,7 +89,11 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
 
     overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch", "prompts", "max_new_tokens")}
     recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
-    sources, store, servers = places(data), _store(artifact, options), _servers(options)
+    sources, store, servers = (
+        places(data),
+        _store(artifact, options),
+        _servers(options, str(artifact), recipe.model.repo),
+    )
     other, hardware = bool(options["other_baseline"]), choose(device)
     if servers:
         refuse_hopeless(servers, store)
@@ -117,21 +121,21 @@ def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":
     return Store(options["answers"]) if options["answers"] else default_store(artifact)
 
 
-def _servers(options: Mapping[str, Any]) -> "Servers | None":
+def _servers(options: Mapping[str, Any], artifact: str = "", source: str | None = None) -> "Servers | None":
     """Clients of the servers; None when transformers generates the answers in this process.
 
-    Raises click.UsageError for flags that need another flag.
+    artifact, source: what the servers should serve, for hints. Raises click.UsageError for flags that need another.
     """
     from exporter.evaluation.backends import Servers
     from exporter.model.inference.predict_server import Server
 
-    pairs = (("baseline_server", "baseline_served_model"), ("server", "served_model"))
-    for server, name in pairs:
+    models = (("baseline_server", "baseline_served_model", source or ""), ("server", "served_model", artifact))
+    for server, name, _ in models:
         if options[name] and not options[server]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --{server.replace('_', '-')}")
     servers = [
-        Server(options[server], options[name], options["concurrent"]) if options[server] else None
-        for server, name in pairs
+        Server(options[server], options[name], options["concurrent"], serves=model) if options[server] else None
+        for server, name, model in models
     ]
     if not any(servers):
         return None

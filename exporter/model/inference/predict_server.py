@@ -5,18 +5,21 @@ retried after a growing pause; refusals (4xx) are errors at once.
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
 from exporter.data.tasks.sample import Sample, task_of
 from exporter.errors import DataError
+from exporter.model.embedded import MODELS
 from exporter.model.families import Family
-from exporter.model.inference.openai_client import RequestFailed, message, png, request_json, stream_text
+from exporter.model.inference.openai_client import LOOPBACK, RequestFailed, message, png, request_json, stream_text
 from exporter.model.inference.text_stream import TextStream
 
 KEY = "MMQ_SERVER_KEY"  # environment variable with the server's API key, which is sent but never shown or stored
@@ -28,11 +31,11 @@ PIECE = 32  # answers that `pieces` yields together
 
 
 class _Busy(Exception):
-    """The server cannot answer now. pause: seconds to wait according to the server, or None."""
+    """The server cannot answer now. pause: seconds to wait according to the server, or None. sent: as RequestFailed."""
 
-    def __init__(self, message: str, pause: float | None = None) -> None:
+    def __init__(self, message: str, pause: float | None = None, sent: bool = True) -> None:
         super().__init__(message)
-        self.pause = pause
+        self.pause, self.sent = pause, sent
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Server:
 
     url: with or without /v1 at the end. model: the name under which the server serves the model; None when it serves
     only one model. concurrent: number of open requests. tries: attempts per request. timeout: seconds per request.
-    pause: called with the seconds to wait before a retry; None waits for real.
+    pause: called with the seconds to wait before a retry; None waits for real. serves: the artifact or model that it
+    should serve, for hints.
     """
 
     url: str
@@ -50,6 +54,7 @@ class Server:
     tries: int = 6
     timeout: float = 300.0
     pause: Callable[[float], object] | None = None
+    serves: str = field(default="", compare=False)
 
     @property
     def base(self) -> str:
@@ -99,7 +104,18 @@ class Server:
         except RequestFailed as failed:
             if not failed.sent:
                 message = f"{self.base}/v1/models: {failed.message}, and {why}"
-                raise DataError(message, "start the server, or correct its URL") from None
+                raise DataError(message, self.start_hint()) from None
+
+    def start_hint(self) -> str:
+        """How to start the server that does not respond: the command for what it should serve, on its port."""
+        parts = urlsplit(self.base)
+        place = "" if parts.hostname in LOOPBACK else f" on {parts.hostname}"
+        if not self.serves:
+            return f"start the server{place}, or correct its URL"
+        folder = MODELS.get(self.serves, Path(self.serves).expanduser())
+        words = ["mmq" if folder.is_dir() else "vllm", "serve", str(folder if folder.is_dir() else self.serves)]
+        command = shlex.join([*words, "--port", str(parts.port or (443 if parts.scheme == "https" else 80))])
+        return f"start the server{place} with `{command}` and wait until it is ready, or correct its URL"
 
     def fetch(
         self, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None, optional: bool = False
@@ -115,10 +131,11 @@ class Server:
                 return self._fetch_once(path, body, optional)
             except _Busy as busy:
                 if attempt + 1 == self.tries or stopped.is_set():
+                    again = "then run the same command again" + ": it keeps the answers so far" * (self.tries > 1)
+                    hint = "wait until the server is less loaded, or lower --concurrent" if busy.sent else ""
                     raise DataError(
-                        f"{self.base}{path}: {busy} (tried {attempt + 1} times)",
-                        "check that the server runs and is not overloaded, then run the same command again: it keeps "
-                        "the answers so far",
+                        f"{self.base}{path}: {busy}{f' (tried {attempt + 1} times)' * (attempt > 0)}",
+                        f"{hint or self.start_hint()}; {again}",
                     ) from None
                 seconds = 0.5 * 2**attempt if busy.pause is None else busy.pause
                 (self.pause or stopped.wait)(min(seconds, LONGEST_PAUSE))
@@ -129,7 +146,7 @@ class Server:
             response = request_json(f"{self.base}{path}", body, self.timeout, os.environ.get(KEY))
         except RequestFailed as failed:
             if failed.status in BUSY or not failed.sent:
-                raise _Busy(f"{failed.status or ''} {failed.message}".strip(), failed.pause) from None
+                raise _Busy(f"{failed.status or ''} {failed.message}".strip(), failed.pause, failed.sent) from None
             if optional and failed.status in UNKNOWN:
                 return {}
             if failed.status is None:
@@ -200,7 +217,8 @@ class ServedPredictor:
             stream.end()
         except RequestFailed as failed:
             status = f" with HTTP {failed.status}" if failed.status else ""
-            raise DataError(f"{url} failed{status}: {failed.message}", "check that the server runs") from None
+            hint = "the server's log has the reason" if failed.sent else self._server.start_hint()
+            raise DataError(f"{url} failed{status}: {failed.message}", hint) from None
         return stream.text
 
     def _answer(self, sample: Sample) -> str:
