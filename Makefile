@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-pages vllm test-vllm test-ray nightly mutations check docs lock pythons format clean
+.PHONY: help setup demo test test-slow test-pages vllm test-vllm test-ray nightly mutations check docs lock lock-wheels pythons format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ docs: $(VENV)/.ready-docs ## build the documentation site in build/docs; broken 
 lock: $(VENV)/.ready-dev ## write the lock files for CPU and CUDA (locks/) with the versions of constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tools.lock
+
+lock-wheels: $(VENV)/.ready-dev ## ask PyPI through pip for the wheel of every line of the CUDA lock, for each Python
+	$(BIN)/python -m tools.lock_wheels
 
 pythons: ## run the tests with every Python from 3.11 to 3.13 that is installed, each in its own environment
 	@for version in 3.11 3.12 3.13; do \

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from exporter.artifact import artifact
 from exporter.commands import doctor
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION, install_extra, installed_version
+from exporter.methods import METHODS
 from exporter.quantization import identity
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +107,19 @@ def test_the_metadata_names_authors_and_the_paper_that_the_readme_cites() -> Non
     number = project["urls"]["Paper"].removeprefix("https://arxiv.org/abs/")
     assert f"arXiv {number}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert {"Operating System :: POSIX :: Linux", "Typing :: Typed"} <= set(project["classifiers"])
+
+
+def test_the_metadata_is_complete_and_invents_no_address() -> None:
+    """A license as SPDX expression excludes classifiers of licenses; the only address is that of the paper."""
+    project = PROJECT["project"]
+    assert project["license"] == "Apache-2.0"
+    assert [(ROOT / file).exists() for file in project["license-files"]] == [True]
+    assert (ROOT / project["readme"]).exists()
+    assert list(project["urls"]) == ["Paper"]
+    assert not any(line.startswith("License ::") for line in project["classifiers"])
+    assert len(project["description"]) < 120
+    versions = [Version(line.rpartition(" ")[2]) for line in project["classifiers"] if ":: Python :: 3." in line]
+    allowed = SpecifierSet(project["requires-python"])
+    assert versions == [v for v in (Version(f"3.{minor}") for minor in range(8, 20)) if v in allowed]
+    assert set(METHODS) - {"rtn"} <= set(project["keywords"])
+    assert {"vllm", "quantization", "llava", "blip-2"} <= set(project["keywords"])

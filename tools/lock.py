@@ -13,6 +13,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parent.parent
 LOCKS = ROOT / "locks"
 EXTRAS = ("verify", "study", "hub", "report")
@@ -56,11 +58,12 @@ def without_cuda(text: str) -> str:
 
 
 def problems() -> list[str]:
-    """Where the stored locks contradict constraints.txt or lack a dependency of pyproject.toml."""
+    """Where the stored locks contradict constraints.txt, or lack a dependency of pyproject.toml or leave its range."""
     tested = pins((ROOT / "constraints.txt").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *(need for extra in EXTRAS for need in project["optional-dependencies"][extra])]
-    names = {normalized(re.split(r"[<>=~!;\s\[]", need, maxsplit=1)[0]) for need in needed}
+    requirements = [Requirement(need) for need in needed]
+    names = {normalized(requirement.name) for requirement in requirements}
     lines = []
     for file in HEADERS:
         locked = pins((LOCKS / file).read_text())
@@ -69,6 +72,11 @@ def problems() -> list[str]:
             f"{file} has {name} {version}, constraints.txt {tested[name]}"
             for name, version in locked.items()
             if name in tested and version.removesuffix("+cpu") != tested[name]
+        ]
+        lines += [
+            f"{file} has {name} {locked[name]}, pyproject.toml needs {requirement.specifier}"
+            for requirement in requirements
+            if (name := normalized(requirement.name)) in locked and not requirement.specifier.contains(locked[name])
         ]
     return lines
 
