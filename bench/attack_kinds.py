@@ -34,7 +34,7 @@ from exporter.model.adapter import SETTINGS, WEIGHTS
 from exporter.model.embedded import MODELS
 from exporter.model.inference.encoding import encode
 from exporter.model.inference.predict import Predictor
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.stream import load_whole
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe

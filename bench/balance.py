@@ -23,7 +23,7 @@ from exporter.events import ignore
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.model.inference.predict import batches
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.export import Export, export
 from exporter.planning.recipe import Recipe
 from tools.demo_training.score import Exam, by_kind, easy_exam, scene_exam, summary

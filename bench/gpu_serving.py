@@ -25,7 +25,7 @@ from exporter.data.tasks.sample import Sample, task_of
 from exporter.device import choose
 from exporter.model.inference.openai_client import png
 from exporter.model.inference.predict import prompt_inputs
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe import Recipe

@@ -44,7 +44,7 @@ from exporter import data
 from exporter.artifact.artifact import Artifact
 from exporter.device import Device, choose, exact_math, synchronize
 from exporter.events import ignore
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.stream import load_whole
 from exporter.numerics.activation_rounding import ServedRounding, round_as_served
 from exporter.numerics.kv_caches import BY_FLAG

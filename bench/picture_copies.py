@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from exporter import data
 from exporter.data.overlap import LookIndex
-from exporter.data.picture_look import Look, is_copy, look
+from exporter.data.picture_features import Look, is_copy, look
 
 COPIES = 20
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

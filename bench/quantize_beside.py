@@ -28,7 +28,7 @@ from exporter.dtypes import FLOAT16
 from exporter.model.embedded import MODELS
 from exporter.model.inference.forward_hooks import watch_inputs
 from exporter.model.inference.predict import batches
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.stream import load_whole
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import test_sources

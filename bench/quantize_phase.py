@@ -14,7 +14,7 @@ from exporter.device import Device, exact_math, peak_bytes, release, reset_peak,
 from exporter.events import ignore
 from exporter.methods import awq, gptq, rtn
 from exporter.model.inference.predict import batches
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.numerics import hessian
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import calibration_samples

@@ -15,10 +15,10 @@ from exporter.events import Event
 from exporter.planning.recipe_file import built_in
 from exporter.study import propose
 from exporter.study.allocate import front, solve
-from exporter.study.pool import local
+from exporter.study.allocation_run import score_choices
 from exporter.study.prepare import base_recipe
-from exporter.study.search import score_choices
 from exporter.study.sensitivity import measure, rules
+from exporter.study.worker_pool import local
 from exporter.study.worker_tasks import Setup, exam_samples, open_model
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128,)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.study.importance import importance
-from exporter.study.table import read_csv
+from exporter.study.score_table import read_csv
 
 WITHIN = 1.5  # percentage points
 

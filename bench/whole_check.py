@@ -26,7 +26,7 @@ from exporter.errors import MmqError
 from exporter.events import ignore
 from exporter.methods import gptq
 from exporter.model.inference.predict import batches
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 from exporter.pipeline.export import export

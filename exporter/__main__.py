@@ -53,7 +53,7 @@ def _start_ahead(arguments: list[str]) -> None:
 
     They load their libraries while this process loads its own.
     """
-    from exporter.model.processor_inspector import start_helper
+    from exporter.model.processors.inspector import start_helper
 
     start_helper(_value(arguments, "--model"))
     if arguments[1] == "plan" and _value(arguments, "--device") != "cpu":

@@ -10,7 +10,7 @@ from pathlib import Path
 from exporter import data as sources
 from exporter.api_artifacts import Data, as_device, check, evaluate, open_artifact, publish, verify
 from exporter.artifact.manifest import Manifest
-from exporter.artifact.output import default_out
+from exporter.artifact.output_folder import default_out
 from exporter.artifact.verify import Verification
 from exporter.device import Device
 from exporter.errors import MmqError

@@ -20,11 +20,11 @@ from exporter.model.families import FAMILIES
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Rule
 from exporter.planning.recipe_file import load_recipe
-from exporter.study import pool, search
+from exporter.study import allocation_run, worker_pool
 from exporter.study.allocate import Option, Slot, front, rules_of, solve
+from exporter.study.allocation_run import Request, allocate
 from exporter.study.prepare import base_recipe
 from exporter.study.propose import with_evidence, write_recipe
-from exporter.study.search import Request, allocate
 from exporter.study.sensitivity import iterate_slots, measure, rules, without_extras
 from exporter.study.worker_tasks import Setup, open_model
 from tests.shared_exams import share_exams
@@ -116,7 +116,7 @@ def test_the_plan_of_every_allocation_has_exactly_the_computed_size(study_folder
     """The size of an allocation equals that of the plan of its rules."""
     setup = small_setup(study_folder)
     schemes = rules((3, 8), (128,), "rtn", True, False, "compressed_tensors")
-    slots, full, _ = measure(setup, "role", (), schemes, pool.inline, ignore)
+    slots, full, _ = measure(setup, "role", (), schemes, worker_pool.inline, ignore)
     model = open_model(setup)
     assert {slot.component for slot in slots} >= {"vision", "projector", "language"}
     allocations = front(slots, full, 6)
@@ -175,7 +175,7 @@ def test_an_allocation_becomes_a_recipe_that_loads_and_plans_and_beats_smaller_o
     tmp_path: Path, study_folder: Path
 ) -> None:
     setup = small_setup(study_folder)
-    result = allocate(setup, request(), pool.inline, ignore, prove=False)
+    result = allocate(setup, request(), worker_pool.inline, ignore, prove=False)
     path = tmp_path / "mine.yaml"
     write_recipe(result.recipe, path, "mmq allocate --max-size 600kB")
     recipe = load_recipe(str(path))
@@ -236,7 +236,11 @@ def test_impossible_requests_are_errors(study_folder: Path) -> None:
     setup = small_setup(study_folder)
     with pytest.raises(PlanError, match="loses more than"):
         allocate(
-            setup, request(max_size=None, max_drop=0.0, bits=(2,), per="component"), pool.inline, ignore, prove=False
+            setup,
+            request(max_size=None, max_drop=0.0, bits=(2,), per="component"),
+            worker_pool.inline,
+            ignore,
+            prove=False,
         )
 
 
@@ -244,7 +248,7 @@ def test_a_size_above_the_full_model_is_refused_before_measuring(tmp_path: Path)
     with pytest.raises(
         RecipeError, match=r"the model in 16 bits has 1,910,\d+ bytes, which --max-size 2,000,000 already allows"
     ):
-        allocate(small_setup(tmp_path), request(max_size=2_000_000), pool.inline, ignore, prove=False)
+        allocate(small_setup(tmp_path), request(max_size=2_000_000), worker_pool.inline, ignore, prove=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -275,9 +279,9 @@ def test_an_allocation_with_a_large_loss_fails_with_a_warning(tmp_path: Path, st
 def test_a_loss_that_is_unknown_is_no_loss_that_is_too_large(
     tmp_path: Path, study_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "is unknown: the full-precision model scores 0" in search._warnings(math.nan, True, None)[0]
-    assert search._warnings(-0.04, True, None) == ()
-    monkeypatch.setattr(search, "_change", lambda winner, confirmed: math.nan)
+    assert "is unknown: the full-precision model scores 0" in allocation_run._warnings(math.nan, True, None)[0]
+    assert allocation_run._warnings(-0.04, True, None) == ()
+    monkeypatch.setattr(allocation_run, "_change", lambda winner, confirmed: math.nan)
     arguments = ["allocate", "--max-size", "500kB", "--bits", "2,8", "--method", "rtn", "--per", "component"]
     arguments += ["--samples", "8", "--calibration", "8", "--workers", "1", "--device", "cpu", "--no-proof"]
     result = CliRunner().invoke(
@@ -298,7 +302,7 @@ def test_allocation_for_a_retrieval_model_uses_its_recall(tmp_path: Path, monkey
     recipe = base_recipe("demo-blip2-itm", None, (), 8, 0).model_dump_json()
     setup = Setup(tmp_path, recipe, samples=3, batch=8, device="cpu")
     size_request = request(max_size=1_500_000, per="component", points=2, samples=4, bits=(3, 8))
-    result = allocate(setup, size_request, pool.inline, ignore)
+    result = allocate(setup, size_request, worker_pool.inline, ignore)
     assert result.confirmed is not None
     assert list(result.confirmed.row()["metrics"]) == ["retrieval r1"]
     assert result.confirmed.bytes == result.winner.measured.bytes <= 1_500_000

@@ -29,7 +29,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
 from exporter.model.inference.encoding import render, reply_end
 from exporter.model.inference.predict import Predictor, batches, prompt_inputs
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 from exporter.pipeline.export import Export, export

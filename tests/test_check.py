@@ -22,7 +22,7 @@ from exporter.formats import FORMATS
 from exporter.model.embedded import MODELS
 from exporter.model.inference.openai_client import png
 from exporter.model.inference.predict import prompt_inputs
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.numerics.quantized import Scheme
 from exporter.pipeline.export import export
 from exporter.pipeline.serving_check import questions

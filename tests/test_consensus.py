@@ -16,7 +16,7 @@ from bench.study_paper import TABLE, WITHIN, Published
 from exporter.commands.main import cli
 from exporter.study import importance
 from exporter.study.importance import REPEATS
-from exporter.study.table import Floats
+from exporter.study.score_table import Floats
 
 PAPER = Path(os.environ.get("MMQ_PAPER_DATA", Path(__file__).parents[2] / "shared" / "paper-data"))
 AGREES = (

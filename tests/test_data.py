@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from exporter import data
 from exporter.data import Trace, check_disjoint, folder, image_key, traces
 from exporter.data.overlap import LookIndex
-from exporter.data.picture_look import Look, is_copy, look
+from exporter.data.picture_features import Look, is_copy, look
 from exporter.data.rows import open_picture
 from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError

@@ -15,7 +15,7 @@ from exporter.data.demo.scenes import draw, scenes
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.model.inference.predict import conversations
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from tests.tiny_models import random_weights
 from tools.demo_training import smolvlm_packing
 from tools.demo_training.blip2_folder import build, config

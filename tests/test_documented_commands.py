@@ -12,7 +12,7 @@ from typing import Any
 import click
 import pytest
 
-from exporter.artifact.output import default_out
+from exporter.artifact.output_folder import default_out
 from exporter.commands.main import cli
 from exporter.planning.overrides import adjusted
 from exporter.planning.recipe_file import built_in, load_recipe

@@ -17,7 +17,7 @@ from exporter.events import Event
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
 from exporter.model.inference.encoding import continued, encode, refuse_too_long
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.export import export
 from exporter.planning.recipe_file import load_recipe
 from tests import layouts

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.output import default_work
+from exporter.artifact.output_folder import default_work
 from exporter.artifact.verify import verify
 from exporter.device import choose
 from exporter.errors import ArtifactError, CheckpointError, MmqError, PlanError, WorkdirError

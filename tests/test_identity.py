@@ -20,7 +20,7 @@ from exporter.events import Event
 from exporter.files.mapping_diff import changes
 from exporter.methods import METHODS
 from exporter.model.embedded import MODELS
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import narrowed
 from exporter.pipeline.preparation import prepare
 from exporter.pipeline.samples import calibration_samples

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from exporter.commands.main import cli
 from exporter.errors import DataError
 from exporter.study.importance import importance, linear_r2, marginal_changes, usable_bits
-from exporter.study.table import Table, read_csv
+from exporter.study.score_table import Table, read_csv
 
 BITS = (2, 3, 4, 8, 16)
 

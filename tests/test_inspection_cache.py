@@ -9,10 +9,10 @@ import pytest
 
 from exporter.__main__ import _value
 from exporter.errors import CheckpointError
-from exporter.model import inspection_cache, processor_inspector
 from exporter.model.embedded import MODELS
-from exporter.model.inspection_cache import has_reply, keep, place, recall
-from exporter.model.processor_inspector import check_config_class, inspect, start_helper
+from exporter.model.processors import inspection_cache, inspector
+from exporter.model.processors.inspection_cache import has_reply, keep, place, recall
+from exporter.model.processors.inspector import check_config_class, inspect, start_helper
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -101,12 +101,12 @@ CONFIG = {"model_type": "llava"}
 def test_what_was_inspected_once_starts_no_helper(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = inspect(model, **REQUEST)
     check_config_class("LlavaConfig", CONFIG, "m", model)
-    processor_inspector._inspect.cache_clear()
+    inspector._inspect.cache_clear()
 
     def refuse(hidden: Any = ()) -> Any:
         raise AssertionError("a helper was started")
 
-    monkeypatch.setattr(processor_inspector, "helper", refuse)
+    monkeypatch.setattr(inspector, "helper", refuse)
     start_helper(str(model))
     assert inspect(model, **REQUEST) == first
     check_config_class("LlavaConfig", CONFIG, "m", model)

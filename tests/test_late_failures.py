@@ -13,7 +13,7 @@ from exporter.errors import CheckpointError, PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import known_family
 from exporter.model.families import FAMILIES
-from exporter.model.processor_check import check_libraries
+from exporter.model.processors.check import check_libraries
 from tests.tiny_models import CONFIGS, write_processor
 
 QWENS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")

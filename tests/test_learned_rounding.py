@@ -17,8 +17,8 @@ from exporter.numerics.ranges import fit_scale
 from exporter.planning import memory
 from exporter.planning.rule import Rule
 from exporter.quantization import calibrate
+from exporter.quantization.block_rounding import Learner
 from exporter.quantization.source_stream import split_batches
-from exporter.quantization.tuning import Learner
 from exporter.quantization.workdir import Workdir
 from tests.test_calibrate import LLAVA, plan_for, streamed, tiny_checkpoint
 from tests.test_families import live_model, tiny_inputs

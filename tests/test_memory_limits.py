@@ -21,7 +21,7 @@ from exporter.data.tasks.sample import Sample
 from exporter.device import Device, choose
 from exporter.errors import MemoryShortage
 from exporter.events import Event
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.serving_check import questions
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving import check, comparison, cpu_instructions

@@ -15,8 +15,8 @@ from exporter.errors import PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config_check import REFUSED, known_family
 from exporter.model.families import FAMILIES
-from exporter.model.processor_check import check_libraries
-from exporter.model.processor_library import load_library
+from exporter.model.processors.check import check_libraries
+from exporter.model.processors.library import load_library
 from exporter.model.source import open_source
 from exporter.model.stream import build_skeleton
 from exporter.planning.plan import Plan, engine_linears, make_plan

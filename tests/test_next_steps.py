@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact.output import default_out
+from exporter.artifact.output_folder import default_out
 from exporter.commands import main, next_steps
 from exporter.device import choose
 from exporter.errors import EXIT_CODES

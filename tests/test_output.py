@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact import artifact, output
-from exporter.artifact.output import Destination, default_work, put_in_place, reading, restore, temporary_folder
+from exporter.artifact import artifact, output_folder
+from exporter.artifact.output_folder import Destination, default_work, put_in_place, reading, restore, temporary_folder
 from exporter.commands.main import cli
 from exporter.errors import ArtifactError, LockedError, MmqError
 from exporter.events import Event
@@ -294,7 +294,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 def test_the_new_artifact_takes_the_name(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, new = folders(tmp_path)
     if not exchange:
-        monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(output_folder, "_exchange", lambda first, second: False)
     put_in_place(new, out, overwrite=True)
     assert (out / "mmq_manifest.json").read_text() == "new"
     assert names(tmp_path) == {"out"}
@@ -302,7 +302,7 @@ def test_the_new_artifact_takes_the_name(exchange: bool, tmp_path: Path, monkeyp
 
 def test_names_are_exchanged_in_one_step_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, new = folders(tmp_path)
-    if not output._exchange(new, out):
+    if not output_folder._exchange(new, out):
         pytest.skip("no renameat2 here")
     assert (new / "mmq_manifest.json").read_text() == "old"
 
@@ -319,7 +319,7 @@ def test_a_run_that_was_stopped_between_two_renames_is_repaired(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(output_folder, "_exchange", lambda first, second: False)
     real = Path.rename
 
     def stopped(self: Path, target: Path) -> Path:
@@ -342,7 +342,7 @@ def test_a_run_that_was_stopped_between_two_renames_is_repaired(
 
 def test_a_failed_rename_restores_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, new = folders(tmp_path)
-    monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(output_folder, "_exchange", lambda first, second: False)
     real = Path.rename
 
     def failing(self: Path, target: Path) -> Path:

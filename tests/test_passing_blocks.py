@@ -12,7 +12,7 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.embedded import MODELS
 from exporter.model.inference.block_streaming import load_streamed
 from exporter.model.inference.predict import prompt_inputs
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.artifact.output import Destination, refuse_foreign
+from exporter.artifact.output_folder import Destination, refuse_foreign
 from exporter.commands.main import cli
 from exporter.data import places
 from exporter.errors import ArtifactError

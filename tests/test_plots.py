@@ -9,7 +9,7 @@ from exporter.publishing.report import charts, plots
 from exporter.study import study_plots
 from exporter.study.importance import Importance, MarginalChange, Shares
 from exporter.study.records import PlottedSetting, ScoredSetting
-from exporter.study.table import Table
+from exporter.study.score_table import Table
 
 ROW = {"name": "vqa", "relative": {"change": -0.02, "low": -0.04, "high": 0.01}, "allowed": -0.05, "tone": "open"}
 SAME = {"change": 0.0, "low": 0.0, "high": 0.0}

@@ -11,11 +11,11 @@ from PIL import Image
 
 from exporter.data.tasks.sample import Sample
 from exporter.events import Event
-from exporter.model.chat_template import PROBES, conversation, parse_template
 from exporter.model.families import FAMILIES
 from exporter.model.inference.encoding import render
 from exporter.model.inference.predict import Predictor, batches
-from exporter.model.processor import Processor
+from exporter.model.processors.chat_template import PROBES, conversation, parse_template
+from exporter.model.processors.processor import Processor
 from tests.oracles import naive_log_likelihood
 
 FAMILY = replace(

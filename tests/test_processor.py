@@ -16,15 +16,15 @@ from exporter.data.tasks.sample import Sample
 from exporter.device import choose
 from exporter.errors import CheckpointError, MmqError, PlanError
 from exporter.events import ignore
-from exporter.model import processor_inspector as inspector
-from exporter.model.chat_template import PROBES, Template, parse_template
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.model.inference.encoding import encode, render
-from exporter.model.processor import load_processor
-from exporter.model.processor_inspector import inspect
+from exporter.model.processors import inspector
+from exporter.model.processors.chat_template import PROBES, Template, parse_template
+from exporter.model.processors.inspector import inspect
+from exporter.model.processors.processor import load_processor
+from exporter.model.processors.tokenizer_check import try_out
 from exporter.model.stream import build_skeleton
-from exporter.model.tokenizer_check import try_out
 from exporter.pipeline.export import export
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe import Recipe

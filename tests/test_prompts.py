@@ -25,7 +25,7 @@ from exporter.model.embedded import example as demo_example
 from exporter.model.families import FAMILIES
 from exporter.model.inference.predict import batches
 from exporter.model.inference.predict_server import ServedPredictor, Server
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.pipeline import picture_question
 from exporter.pipeline.preparation import prepare

@@ -36,7 +36,7 @@ from exporter.evaluation.cluster_answers import ClusterBackend, RemoteModel
 from exporter.model.families import FAMILIES
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
-from exporter.study import remote
+from exporter.study import ray_workers
 from exporter.study.keys import Keys
 from exporter.study.worker_tasks import Setup
 from tests.fake_ray import FakeRay, FakeTaskError, ray
@@ -310,13 +310,13 @@ def study(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         "score_setting": scored,
     }
     for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(remote, name, stand_in)
+        monkeypatch.setattr(ray_workers, name, stand_in)
     return Setup(temporary / "study", base.model_dump_json(), places=("source",), samples=8)  # type: ignore[arg-type]
 
 
 def test_a_study_ships_units_as_settings_need_them_and_keeps_new_ones(ray: FakeRay, study: Setup) -> None:
     keys = Keys("source", "machine", "calibration", "exam")
-    with remote.ray_pool("host:1") as pool:
+    with ray_workers.ray_pool("host:1") as pool:
         assert list(pool(abs, [(-3,)])) == [(0, 3)]  # without files
         units = [SimpleNamespace(file="a"), SimpleNamespace(file="b")]
         assert list(pool(quantized, [(study, units, keys)])) == [(0, 2)]

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from exporter.data.tasks.sample import Sample
-from exporter.model.chat_template import conversation
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
 from exporter.model.inference.encoding import encode, render
-from exporter.model.processor import load_processor
-from exporter.model.processor_files import processor_files
-from exporter.model.served_template import (
+from exporter.model.processors.chat_template import conversation
+from exporter.model.processors.files import processor_files
+from exporter.model.processors.processor import load_processor
+from exporter.model.processors.served_template import (
     as_in_source,
     engine_file,
     engine_template,

@@ -26,9 +26,10 @@ from exporter.planning.plan import Unit
 from exporter.planning.recipe import Rule
 from exporter.planning.whole_model import whole_model
 from exporter.quantization.workdir import UnitResult
-from exporter.study import exam, pool, retrieval_exam, worker_tasks
+from exporter.study import exam, retrieval_exam, worker_pool, worker_tasks
 from exporter.study.grid import Grid, Setting, parse_grid, settings_of, with_full_precision
 from exporter.study.prepare import base_recipe
+from exporter.study.ray_workers import ray_pool
 from exporter.study.records import (
     CHANGE,
     CHANGE_ERROR,
@@ -42,11 +43,10 @@ from exporter.study.records import (
     last_exam,
     read_records,
 )
-from exporter.study.remote import ray_pool
 from exporter.study.result_tables import outcome_page
 from exporter.study.run import Outcome, keys_of_run, run
+from exporter.study.score_table import read_table
 from exporter.study.setting_tensors import SettingTensors, changes
-from exporter.study.table import read_table
 from exporter.study.units import units_of
 from exporter.study.worker_tasks import (
     Examiner,
@@ -176,7 +176,7 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
     """Compare with a simple implementation that rounds each weight separately."""
     setup = setup_in(tmp_path)
     rules = (Rule(component="vision", bits=3, role="mlp"), Rule(component="language", bits=4, blocks="front"))
-    run(setup, [Setting(rules, (("vision_bits", 3),))], pool.inline, ignore)
+    run(setup, [Setting(rules, (("vision_bits", 3),))], worker_pool.inline, ignore)
     model = open_model(setup)
     plan = model.plan(rules)
     keys = keys_of_run(setup, model, ignore)
@@ -228,7 +228,9 @@ def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> Non
         )
         point = Setting(rules, (("vision_bits", 4), ("language_bits", 4)))
         shared, exact = (
-            run(setup_in(tmp_path / method, sequential=way), [point], pool.inline, ignore).settings[0].scores["kl"]
+            run(setup_in(tmp_path / method, sequential=way), [point], worker_pool.inline, ignore)
+            .settings[0]
+            .scores["kl"]
             for way in (False, True)
         )
         assert (shared == exact) == (method == "rtn")
@@ -239,13 +241,13 @@ def test_composing_is_exact_for_rounding_and_not_for_gptq(tmp_path: Path) -> Non
 def test_settings_share_units_and_are_measured_once(tmp_path: Path) -> None:
     setup = setup_in(tmp_path)
     wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
-    first = run(setup, wide, pool.inline, ignore)
+    first = run(setup, wide, worker_pool.inline, ignore)
     assert (first.scored, first.quantized, first.units, first.used_units) == (4, 8, 8, 16)
-    again = run(setup, wide, pool.inline, ignore)
+    again = run(setup, wide, worker_pool.inline, ignore)
     assert (again.scored, again.quantized) == (0, 0)
     assert [setting.scores for setting in again.settings] == [setting.scores for setting in first.settings]
     parts = settings(grid(components={"vision": {"bits": [4], "roles": ["mlp"], "blocks": ["front"]}}))
-    part = run(setup, parts, pool.inline, ignore)
+    part = run(setup, parts, worker_pool.inline, ignore)
     assert (part.scored, part.quantized) == (1, 0)
     full, least = first.settings[3], first.settings[0]
     assert full.scores["kl"] == 0
@@ -258,11 +260,11 @@ def test_a_run_that_reuses_everything_shows_its_own_exam(tmp_path: Path) -> None
     """The table shows the exam of the last run, not of the last written setting."""
     few, more = setup_in(tmp_path), setup_in(tmp_path, samples=9)
     two = settings(grid(components={"vision": {"bits": [4, 16]}}))
-    first = run(few, two, pool.inline, ignore)
+    first = run(few, two, worker_pool.inline, ignore)
     assert {setting.exam for setting in last_exam(read_records(tmp_path))} == {first.settings[0].exam}
-    second = run(more, two[:1], pool.inline, ignore)
+    second = run(more, two[:1], worker_pool.inline, ignore)
     assert [setting.exam for setting in comparable(read_records(tmp_path))] == [second.settings[0].exam]
-    again = run(few, two, pool.inline, ignore)
+    again = run(few, two, worker_pool.inline, ignore)
     assert again.scored == 0
     assert {setting.id for setting in comparable(read_records(tmp_path))} == {setting.id for setting in first.settings}
 
@@ -320,7 +322,7 @@ def test_scores_are_the_same_where_only_blocks_fit(
     vision, other = Rule(component="vision", bits=3), Rule(component=component, bits=2, store="dequantized")
     rules: list[tuple[Rule, ...]] = [(vision, other), (), (vision,)]
     points = [Setting(setting_rules, (("setting", i),)) for i, setting_rules in enumerate(rules)]
-    expected = [setting.scores for setting in run(setup, points, pool.inline, ignore).settings]
+    expected = [setting.scores for setting in run(setup, points, worker_pool.inline, ignore).settings]
     assert expected[0]["kl"] > expected[2]["kl"] > expected[1]["kl"] == 0
     whole = whole_model(
         open_model(setup).checkpoint.tensors, open_model(setup).family, open_model(setup).checkpoint.config
@@ -364,7 +366,7 @@ def test_divergence_is_the_sum_over_the_vocabulary() -> None:
 def wide_study(folder: Path, on_event: Callable[[Event], None]) -> Outcome:
     """Four settings of two components."""
     wide = settings(grid(components={"vision": {"bits": [4, 16]}, "language": {"bits": [4, 16]}}))
-    return run(setup_in(folder), wide, pool.inline, on_event)
+    return run(setup_in(folder), wide, worker_pool.inline, on_event)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,7 @@ def test_a_killed_study_resumes(tmp_path: Path, stage: str, done: int, scored: i
     assert len(read_records(tmp_path)) == 4
 
 
-def check_pool(run_tasks: pool.WorkerPool) -> None:
+def check_pool(run_tasks: worker_pool.WorkerPool) -> None:
     assert sorted(run_tasks(double, [(3,), (4,), (5,)])) == [(0, 6), (1, 8), (2, 10)]
     assert list(run_tasks(double, [])) == []
     with pytest.raises(DataError, match="negative"):
@@ -385,9 +387,9 @@ def check_pool(run_tasks: pool.WorkerPool) -> None:
 
 
 def test_processes_give_results_and_errors() -> None:
-    with pool.local(1) as workers:
+    with worker_pool.local(1) as workers:
         check_pool(workers)
-    with pool.local(2) as workers:
+    with worker_pool.local(2) as workers:
         check_pool(workers)
         with pytest.raises(MemoryError):
             list(workers(read_without_memory, [(1,), (2,)]))
@@ -411,7 +413,7 @@ def test_without_ray_the_hint_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 def test_progress_has_the_remaining_seconds(tmp_path: Path) -> None:
     events: list[Event] = []
-    run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), pool.inline, events.append)
+    run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), worker_pool.inline, events.append)
     left = [event.numbers["left"] for event in events if event.stage == "study points"]
     assert left[0] > 0
     assert left[-1] == 0
@@ -444,7 +446,7 @@ def test_the_page_of_a_sequential_study_counts_quantized_units(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = settings(grid(components={"vision": {"bits": [4, 16]}}))
-    outcome = run(setup_in(tmp_path, sequential=True), two, pool.inline, ignore)
+    outcome = run(setup_in(tmp_path, sequential=True), two, worker_pool.inline, ignore)
     assert outcome.quantized == 4  # attention and mlp of two blocks
     monkeypatch.setenv("COLUMNS", "70")
     print_result(outcome_page(outcome))
@@ -462,7 +464,7 @@ def test_the_score_of_a_retrieval_model_is_the_recall_of_its_answers(
     setup = Setup(tmp_path, recipe, samples=8, batch=8, device="cpu")
     broken = (Rule(component="qformer", bits=2),)
     both = [Setting((), (("qformer_bits", 16),)), Setting(broken, (("qformer_bits", 2),))]
-    full, worse = (setting.scores for setting in run(setup, both, pool.inline, ignore).settings)
+    full, worse = (setting.scores for setting in run(setup, both, worker_pool.inline, ignore).settings)
     assert set(worse) == {
         *(f"retrieval {name}" for name in ("r1", "text_r1", "image_r1", "kl")),
         "score",
@@ -526,7 +528,7 @@ def test_another_calibration_or_model_is_another_exam(tmp_path: Path) -> None:
     def exam_of(model: str, calibrated: int) -> str:
         recipe = base_recipe(model, None, (), calibrated, 0)
         setup = Setup(tmp_path / "s", recipe.model_dump_json(), **SMALL)
-        return run(setup, full_precision, pool.inline, ignore).settings[0].exam
+        return run(setup, full_precision, worker_pool.inline, ignore).settings[0].exam
 
     first = exam_of("demo-llava", 8)
     assert exam_of("demo-llava", 9) != first

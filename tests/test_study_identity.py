@@ -19,7 +19,7 @@ from exporter.model.embedded import MODELS
 from exporter.planning.recipe import Rule
 from exporter.quantization import identity
 from exporter.quantization.workdir import LOCK
-from exporter.study import pool
+from exporter.study import worker_pool
 from exporter.study.grid import Setting
 from exporter.study.prepare import base_recipe
 from exporter.study.records import Records, checksum
@@ -97,7 +97,7 @@ def setup_of(root: Path, **options: Any) -> Setup:
 
 def measure(root: Path, events: list[Event] | None = None, **changed: Any) -> Outcome:
     """Run the study in this process."""
-    return run(setup_of(root, **changed), POINTS, pool.inline, ignore if events is None else events.append)
+    return run(setup_of(root, **changed), POINTS, worker_pool.inline, ignore if events is None else events.append)
 
 
 def notes(events: Sequence[Event]) -> list[str]:
@@ -223,7 +223,7 @@ class Meddling:
     def __call__(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Any:
         if function.__name__ == self._function:
             self._change()
-        return pool.inline(function, tasks)
+        return worker_pool.inline(function, tasks)
 
 
 @pytest.mark.parametrize(

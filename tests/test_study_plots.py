@@ -29,8 +29,8 @@ from exporter.study.records import (
     ScoredSetting,
     as_csv,
 )
+from exporter.study.score_table import Table, read_table
 from exporter.study.study_page import write_page
-from exporter.study.table import Table, read_table
 from tests.browser import Browser
 from tests.page_audit import WIDTHS, audit
 from tests.slow import some_of

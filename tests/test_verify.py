@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.artifact import verify_blocks
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.coverage import _described
+from exporter.artifact.manifest_coverage import _described
 from exporter.artifact.verify import verify
 from exporter.artifact.verify_whole import refuse_too_large
 from exporter.device import choose

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact.output import default_out
+from exporter.artifact.output_folder import default_out
 from exporter.commands.main import cli
 from exporter.model.families import FAMILIES
 from exporter.planning.overrides import adjusted

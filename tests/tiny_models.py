@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exporter.files.shard_writer import ShardWriter
 from exporter.model.families import FAMILIES, Family
-from exporter.model.processor_library import load_library
+from exporter.model.processors.library import load_library
 
 CONFIGS: dict[str, tuple[Family, dict[str, Any]]] = {
     name: (family.of(config), config) for family in FAMILIES.values() for name, config in family.tiny_configs().items()

@@ -32,7 +32,7 @@ from exporter.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
-from exporter.artifact.output import put_in_place, temporary_folder
+from exporter.artifact.output_folder import put_in_place, temporary_folder
 from exporter.artifact.recorded_prompts import with_recorded_prompts
 from exporter.distribution import PROGRAM, installed_version
 from exporter.errors import ArtifactError
@@ -44,8 +44,8 @@ from exporter.formats import FORMATS, read_groups
 from exporter.formats.config_group import ConfigGroup
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import FAMILIES, Family
-from exporter.model.processor_files import processor_files
-from exporter.model.served_template import ship_template
+from exporter.model.processors.files import processor_files
+from exporter.model.processors.served_template import ship_template
 from exporter.numerics.activation_rounding import ServedRounding
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import QuantizedLinear, Scheme

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.artifact_tensors import digest
-from exporter.artifact.coverage import missing_from_manifest
+from exporter.artifact.manifest_coverage import missing_from_manifest
 from exporter.artifact.verify_blocks import compare_blocks
 from exporter.artifact.verify_source import unlike_source
 from exporter.artifact.verify_whole import logit_difference, refuse_too_large
@@ -25,7 +25,7 @@ from exporter.events import Event, Listener
 from exporter.files.file_hashes import AT_ONCE, sha256
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.inference.predict import prompt_inputs
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.out_of_memory import is_shortage
 
 THREADS = 4  # sha256 releases the GIL; each thread holds one linear in host memory

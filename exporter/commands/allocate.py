@@ -28,7 +28,7 @@ from exporter.commands.study import (
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, RecipeError
 
 if TYPE_CHECKING:
-    from exporter.study.search import AllocationResult, Request
+    from exporter.study.allocation_run import AllocationResult, Request
     from exporter.study.worker_tasks import Setup
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -176,8 +176,8 @@ def search(options: dict[str, Any]) -> "AllocationResult":
     from exporter.commands.progress import ProgressDisplay
     from exporter.files.folder_lock import hold
     from exporter.quantization.workdir import LOCK
+    from exporter.study.allocation_run import allocate as run
     from exporter.study.prepare import refuse_places
-    from exporter.study.search import allocate as run
     from exporter.study.worker_tasks import open_model
 
     setup = setup_of(options)
@@ -211,7 +211,7 @@ def setup_of(options: dict[str, Any]) -> "Setup":
 
 def request_of(options: dict[str, Any]) -> "Request":
     """Constraints and search space of the allocation."""
-    from exporter.study.search import Request
+    from exporter.study.allocation_run import Request
 
     return Request(
         max_size=options["max_size"],

@@ -10,8 +10,8 @@ import click
 from exporter.commands.allocate import allocate
 from exporter.commands.ask import ask
 from exporter.commands.bench import bench
-from exporter.commands.data import datasets, score
 from exporter.commands.data_check import data
+from exporter.commands.datasets import datasets, score
 from exporter.commands.evaluate import evaluate
 from exporter.commands.options import (
     adapter_option,
@@ -144,7 +144,7 @@ def export(
         check_push(push, skip_evaluation)
     if serve_check:
         need_program(vllm, final_recipe, device)
-    from exporter.artifact.output import default_out, default_work
+    from exporter.artifact.output_folder import default_out, default_work
     from exporter.commands import tables as show
     from exporter.commands.progress import ProgressDisplay
     from exporter.data import places

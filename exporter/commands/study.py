@@ -22,8 +22,8 @@ from exporter.errors import Interrupted
 if TYPE_CHECKING:
     from exporter.model.families import Family
     from exporter.study.grid import Grid
-    from exporter.study.pool import WorkerPool
     from exporter.study.run import Outcome
+    from exporter.study.worker_pool import WorkerPool
     from exporter.study.worker_tasks import Setup
 
 # Options of both `mmq study` and `mmq allocate`.
@@ -201,8 +201,8 @@ def open_pool(options: dict[str, Any], on_gpu: bool, tasks: int) -> AbstractCont
     """A pool of `tasks` workers at most: a Ray cluster with --ray, else processes of this machine."""
     import os
 
-    from exporter.study.pool import local
-    from exporter.study.remote import ray_pool
+    from exporter.study.ray_workers import ray_pool
+    from exporter.study.worker_pool import local
 
     if options["ray"]:
         address = None if options["ray"] == LOCAL else options["ray"]
@@ -252,7 +252,7 @@ def importance(
     """
     from exporter.study.importance import importance as compute_importance
     from exporter.study.result_tables import importance_page
-    from exporter.study.table import read_table
+    from exporter.study.score_table import read_table
 
     result = compute_importance(read_table(table, score, conditions), seed, usable)
     print_result(result.as_json() if as_json else importance_page(result))

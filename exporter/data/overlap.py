@@ -1,7 +1,7 @@
 """Overlap check: no picture may be used for both calibration and evaluation. Compares contents, not names.
 
 Identical pixels are detected by their hash; re-encoded, scaled, recolored, slightly cropped and bordered copies by
-`picture_look`. Rotated and mirrored copies are not detected.
+`picture_features`. Rotated and mirrored copies are not detected.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, Resampling, fromarray
 
-from exporter.data.picture_look import MOST_BITS, SIDE, Look, differing_bits, is_copy, look
+from exporter.data.picture_features import MOST_BITS, SIDE, Look, differing_bits, is_copy, look
 from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 

@@ -21,8 +21,8 @@ from exporter.model.inference.block_streaming import load_streamed
 from exporter.model.inference.encoding import render
 from exporter.model.inference.predict import Predictor
 from exporter.model.inference.predict_server import ServedPredictor, Server, generation
-from exporter.model.processor import load_processor
-from exporter.model.processor_files import processor_files
+from exporter.model.processors.files import processor_files
+from exporter.model.processors.processor import load_processor
 from exporter.model.stream import Read, load_whole
 from exporter.numerics.activation_rounding import EXACT, ServedRounding, round_as_served
 from exporter.planning.placement import Placement, choose_placement

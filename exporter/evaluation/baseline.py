@@ -9,7 +9,7 @@ from exporter.errors import CheckpointError
 from exporter.events import Listener, ignore
 from exporter.files.mapping_diff import changes
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.processor_files import processor_files
+from exporter.model.processors.files import processor_files
 
 
 @dataclass(frozen=True)

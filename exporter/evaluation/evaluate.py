@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact.output import updating
+from exporter.artifact.output_folder import updating
 from exporter.data import image_key
 from exporter.data.tasks import TASKS, main_metric, measured, retrieval
 from exporter.data.tasks.sample import Sample

@@ -15,7 +15,7 @@ from exporter.evaluation.baseline import require_source
 from exporter.events import Event, Listener
 from exporter.model.families import Family
 from exporter.model.inference.predict import Predictor
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.numerics.activation_rounding import EXACT
 from exporter.pipeline.picture_question import OnText, PictureQuestion, answering

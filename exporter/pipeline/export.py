@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter import data
-from exporter.artifact.output import Destination, default_work
+from exporter.artifact.output_folder import Destination, default_work
 from exporter.artifact.verify import Verification
 from exporter.device import Device
 from exporter.evaluation import evaluate
@@ -14,7 +14,7 @@ from exporter.evaluation.report_file import Report
 from exporter.events import Listener, notice, preparing
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.inference.encoding import refuse_too_long
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.make_artifact import ExportJob, make_artifact, remove_work, verify_existing
 from exporter.pipeline.measurement import default_store, measure
 from exporter.pipeline.preparation import prepare, with_suitable_data

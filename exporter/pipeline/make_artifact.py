@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from exporter.artifact import artifact
-from exporter.artifact.output import Destination, refuse_foreign
+from exporter.artifact.output_folder import Destination, refuse_foreign
 from exporter.artifact.verify import Verification, verify
 from exporter.data import Trace
 from exporter.data.tasks.sample import Sample

@@ -9,8 +9,8 @@ from exporter.dtypes import FLOAT16, FLOAT32
 from exporter.events import Listener, ignore, preparing
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.embedded import MODELS
-from exporter.model.processor_check import check_libraries, measured
-from exporter.model.processor_inspector import start_helper
+from exporter.model.processors.check import check_libraries, measured
+from exporter.model.processors.inspector import start_helper
 from exporter.model.source import is_on_hub, narrowed, open_source
 from exporter.model.tied_heads import refuse_different, refuse_unlike
 from exporter.planning.plan import Plan, make_plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.output import reading
+from exporter.artifact.output_folder import reading
 from exporter.data import SourceSpec
 from exporter.data.tasks.sample import Sample
 from exporter.device import Device

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from exporter import data
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.output import reading
+from exporter.artifact.output_folder import reading
 from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
 from exporter.evaluation.backends import weights_digest
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.pipeline.samples import test_sources
 from exporter.planning.recipe_file import load_recipe
 from exporter.serving.check import CheckResult, check, store_result

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from exporter import data
 from exporter.artifact.artifact import Artifact
-from exporter.artifact.output import reading, updating
+from exporter.artifact.output_folder import reading, updating
 from exporter.device import choose, peak_bytes, reset_peak, synchronize
 from exporter.evaluation.backends import weights_digest
 from exporter.evaluation.report_file import write_speed

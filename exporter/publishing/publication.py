@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.artifact.output import reading
+from exporter.artifact.output_folder import reading
 from exporter.device import Device
 from exporter.errors import PublishError
 from exporter.events import Listener, notice

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from exporter.artifact.artifact import Artifact, described_groups
-from exporter.artifact.coverage import missing_from_manifest
 from exporter.artifact.manifest import Manifest
+from exporter.artifact.manifest_coverage import missing_from_manifest
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.events import Event, Listener
 from exporter.files.hub import Remote

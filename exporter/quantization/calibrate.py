@@ -21,10 +21,10 @@ from exporter.quantization.batch_rounds import by_batch, placed_blocks
 from exporter.quantization.block import Block
 from exporter.quantization.block_inputs import BlockInputs, check_excluded, mark_noted
 from exporter.quantization.block_io import BlockIO
+from exporter.quantization.block_rounding import tune
 from exporter.quantization.component_inputs import first_block_inputs
 from exporter.quantization.smoothing import Folding
 from exporter.quantization.source_stream import SourceStream
-from exporter.quantization.tuning import tune
 from exporter.quantization.workdir import UnitResult, Workdir
 
 VERSION = 3  # part of a job's fingerprint; increment it when a change in this file changes results

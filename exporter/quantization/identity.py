@@ -16,7 +16,7 @@ from exporter.events import Listener, ignore
 from exporter.methods import METHODS
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.inference.predict import calibration_text
-from exporter.model.processor_files import processor_files
+from exporter.model.processors.files import processor_files
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Calibration
 from exporter.quantization import calibrate

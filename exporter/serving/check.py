@@ -16,7 +16,7 @@ from typing import Any
 
 from exporter.artifact.artifact import Artifact
 from exporter.artifact.manifest import ServingVerdict, read_manifest, write_manifest
-from exporter.artifact.output import updating
+from exporter.artifact.output_folder import updating
 from exporter.data.tasks.sample import Sample, task_of
 from exporter.evaluation.report_file import ServingRecord, read_report, write_report
 from exporter.events import Event, notice

@@ -165,7 +165,7 @@ def launch(
 
 
 def _template(folder: Path, family: "Family | None") -> str | None:
-    from exporter.model.served_template import engine_template  # the help of `mmq serve` needs no family
+    from exporter.model.processors.served_template import engine_template  # the help of `mmq serve` needs no family
 
     return engine_template(folder, family) if family else None
 

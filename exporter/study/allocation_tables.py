@@ -8,8 +8,8 @@ from rich.table import Table
 
 from exporter.amounts import size
 from exporter.planning.recipe import Rule
+from exporter.study.allocation_run import AllocationResult, Candidate
 from exporter.study.propose import MeasuredRecipe
-from exporter.study.search import AllocationResult, Candidate
 
 
 def allocation_page(result: AllocationResult, file: Path, command: str) -> Group:

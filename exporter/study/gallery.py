@@ -18,10 +18,10 @@ from exporter.study.records import (
     last_exam,
     read_records,
 )
+from exporter.study.score_table import SUFFIX, Table, from_settings, read_csv, require_gain
 from exporter.study.sensitivity import TABLE
 from exporter.study.setting_rows import SettingRow, is_reference, references, row_of, rows_of
 from exporter.study.study_plots import Plot
-from exporter.study.table import SUFFIX, Table, from_settings, read_csv, require_gain
 
 ALLOCATED = "mmq allocate"
 SIZE = "bpw"  # column of bits per weight in a paper's CSV file

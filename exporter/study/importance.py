@@ -15,7 +15,7 @@ import numpy as np
 
 from exporter.distribution import install_extra
 from exporter.errors import DataError
-from exporter.study.table import Floats, Table
+from exporter.study.score_table import Floats, Table
 
 TREES = 100
 REPEATS = 30  # permutations of each column

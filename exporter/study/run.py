@@ -11,15 +11,15 @@ from exporter.evaluation.answers import digest
 from exporter.events import Event, Listener, notice
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.tied_heads import refuse_different
 from exporter.planning.recipe import Recipe, Rule
 from exporter.quantization.identity import method_versions, of_source
 from exporter.study.grid import Setting
 from exporter.study.keys import Keys, calibration_digest, exam_digest, keys_of
-from exporter.study.pool import WorkerPool
 from exporter.study.records import Records, ScoredSetting, as_csv
 from exporter.study.units import StudyUnit, units_of
+from exporter.study.worker_pool import WorkerPool
 from exporter.study.worker_tasks import (
     CHANGED,
     Setup,

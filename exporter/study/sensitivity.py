@@ -16,9 +16,9 @@ from exporter.planning.recipe import Rule
 from exporter.planning.vllm_kernels import serving_kernels
 from exporter.study.allocate import Option, Slot
 from exporter.study.grid import Setting
-from exporter.study.pool import WorkerPool
 from exporter.study.records import ScoredSetting
 from exporter.study.run import Outcome, run
+from exporter.study.worker_pool import WorkerPool
 from exporter.study.worker_tasks import Setup, StudyModel, open_model
 
 Granularity = Literal["role", "block", "component"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.study.records import CHANGE, CHANGE_ERROR, ERROR, FULL, SAMPLES, PlottedSetting, ScoredSetting, is_full
-from exporter.study.table import SUFFIX
+from exporter.study.score_table import SUFFIX
 
 Z95 = 1.96  # standard errors in half of a 95 % interval
 Interval = tuple[float, float]

@@ -16,7 +16,7 @@ from exporter.distribution import install_extra
 from exporter.errors import DataError
 from exporter.study.importance import Importance
 from exporter.study.records import PlottedSetting, ScoredSetting
-from exporter.study.table import Table
+from exporter.study.score_table import Table
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

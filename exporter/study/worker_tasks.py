@@ -22,8 +22,8 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import Family
 from exporter.model.inference.block_streaming import names_by_block, stream_blocks
 from exporter.model.inference.predict import Predictor, batches
-from exporter.model.processor import load_processor
-from exporter.model.processor_check import check_libraries
+from exporter.model.processors.check import check_libraries
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import Stream
 from exporter.pipeline.preparation import with_suitable_data

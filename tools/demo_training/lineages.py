@@ -28,7 +28,7 @@ from exporter.data.tasks.sample import Sample
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES, Family
 from exporter.model.inference.predict import conversations
-from exporter.model.processor import load_processor
+from exporter.model.processors.processor import load_processor
 from exporter.model.source import open_source
 from exporter.model.stream import load_whole
 from tools.demo_training import packing, smolvlm_packing, train_answers

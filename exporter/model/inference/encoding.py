@@ -10,7 +10,7 @@ from exporter.data.tasks.retrieval import prepare
 from exporter.data.tasks.sample import Sample, task_of
 from exporter.errors import DataError
 from exporter.model.families import Family
-from exporter.model.processor import Processor
+from exporter.model.processors.processor import Processor
 from exporter.out_of_memory import is_shortage
 
 Batch = dict[str, Tensor]

@@ -7,11 +7,11 @@ import torch
 
 from exporter.artifact.artifact import CACHE_SCALES, COPIED, NOT_COPIED, Artifact
 from exporter.artifact.artifact_config import cache_scales
-from exporter.artifact.coverage import NEEDED
+from exporter.artifact.manifest_coverage import NEEDED
 from exporter.errors import MmqError
-from exporter.model.processor_check import check_libraries
-from exporter.model.processor_files import processor_files
-from exporter.model.served_template import as_in_source, engine_file
+from exporter.model.processors.check import check_libraries
+from exporter.model.processors.files import processor_files
+from exporter.model.processors.served_template import as_in_source, engine_file
 from exporter.planning.plan import Plan
 from exporter.publishing.repository import INDEX
 

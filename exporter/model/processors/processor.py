@@ -5,10 +5,10 @@ from typing import Any
 
 from exporter.errors import CheckpointError
 from exporter.files.strict_json import read_json
-from exporter.model.chat_template import Template
 from exporter.model.config_check import known_family
-from exporter.model.processor_inspector import inspect
-from exporter.model.processor_library import load_library
+from exporter.model.processors.chat_template import Template
+from exporter.model.processors.inspector import inspect
+from exporter.model.processors.library import load_library
 
 
 class Processor:

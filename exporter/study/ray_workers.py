@@ -28,8 +28,8 @@ from exporter.evaluation.cluster.shipment import (
 from exporter.files.writing import atomic, make_folder
 from exporter.planning.recipe import Recipe
 from exporter.study.keys import Keys
-from exporter.study.pool import WorkerPool
 from exporter.study.units import StudyUnit, units_of
+from exporter.study.worker_pool import WorkerPool
 from exporter.study.worker_tasks import (
     CALIBRATION,
     Setup,

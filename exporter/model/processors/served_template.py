@@ -20,7 +20,7 @@ from exporter.errors import CheckpointError
 from exporter.files.strict_json import read_json
 from exporter.files.writing import write_text
 from exporter.model.families import Family
-from exporter.model.processor_inspector import Inspection, has_processor, inspect
+from exporter.model.processors.inspector import Inspection, has_processor, inspect
 
 TEMPLATE = "chat_template.jinja"
 HOLDERS = ("processor_config.json", "chat_template.json", TEMPLATE)  # in transformers' order of precedence

@@ -1,6 +1,6 @@
 """Chat templates as `Template`s: the text before and after a user's message, determined by rendering probe texts.
 
-A template is a program of unknown origin. A helper process with limits (`processor_inspector`) renders it for a few
+A template is a program of unknown origin. A helper process with limits (`inspector`) renders it for a few
 probe texts; prompts are then made by inserting texts between the two parts, without running the template.
 """
 

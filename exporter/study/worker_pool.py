@@ -1,4 +1,4 @@
-"""Worker pools of a study on this machine: this process, or several processes; `remote` has that of a Ray cluster.
+"""Worker pools of a study on this machine: this process, or several processes; `ray_workers` has that of a Ray cluster.
 
 Each takes a module-level function and a list of tasks, and yields results in the order of completion.
 """

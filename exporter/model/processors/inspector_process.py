@@ -1,8 +1,8 @@
 """Helper process that loads processors and configs of unknown origin.
 
-Usage: `python -m exporter.model.inspector_process [HIDDEN ...]`.
+Usage: `python -m exporter.model.processors.inspector_process [HIDDEN ...]`.
 
-It reads one JSON request per line from stdin and writes one JSON reply per line to stdout; `processor_inspector` sends
+It reads one JSON request per line from stdin and writes one JSON reply per line to stdout; `inspector` sends
 the requests. A tokenizer that aborts, a template that never ends or a file that exhausts memory ends only this process.
 HIDDEN: packages that it must not import; without torch it starts three times as fast.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from exporter.model.chat_template import MAX_CHARACTERS, PROBES, conversation
-from exporter.model.processor_files import PATTERNS
-from exporter.model.processor_library import load_library
-from exporter.model.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
+from exporter.model.processors.chat_template import MAX_CHARACTERS, PROBES, conversation
+from exporter.model.processors.files import PATTERNS
+from exporter.model.processors.library import load_library
+from exporter.model.processors.tokenizer_check import DamagedFile, refuse_shared_ids, try_out
 
 ROOM_BYTES = 2 * 2**30  # memory for requests, in addition to that of the libraries
 LOAD_SECONDS, USE_SECONDS, RENDER_SECONDS, ENCODE_SECONDS, CONFIG_SECONDS = 60, 20, 2, 20, 10  # of processor time

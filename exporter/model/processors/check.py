@@ -11,8 +11,8 @@ from typing import Any
 from exporter.errors import PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.families import AtMost, Component, Family
-from exporter.model.processor_files import PICTURES, SETTINGS
-from exporter.model.processor_inspector import (
+from exporter.model.processors.files import PICTURES, SETTINGS
+from exporter.model.processors.inspector import (
     Inspection,
     check_config_class,
     has_processor,

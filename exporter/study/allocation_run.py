@@ -13,11 +13,11 @@ from exporter.planning.recipe import Recipe
 from exporter.study import propose
 from exporter.study.allocate import POINTS, Allocation, Slot, front, need_solver, rules_of, solve
 from exporter.study.grid import Setting
-from exporter.study.pool import WorkerPool
 from exporter.study.propose import MeasuredRecipe
 from exporter.study.records import ScoredSetting
 from exporter.study.run import run
 from exporter.study.sensitivity import TABLE, Granularity, measure, on_training, rules, table, without_extras
+from exporter.study.worker_pool import WorkerPool
 from exporter.study.worker_tasks import Setup, StudyModel, exam_samples, open_model
 
 FRONT_SAMPLES = 4  # the front is scored on this multiple of the samples for sensitivities

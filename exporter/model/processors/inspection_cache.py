@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.distribution import installed_version
-from exporter.model.processor_files import processor_files
+from exporter.model.processors.files import processor_files
 
 PACKAGES = (
     *("mmq", "transformers", "tokenizers", "huggingface_hub", "numpy", "pillow", "jinja2", "sentencepiece"),

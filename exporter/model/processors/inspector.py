@@ -21,10 +21,10 @@ from typing import Any
 
 from exporter.distribution import install_extra
 from exporter.errors import CheckpointError
-from exporter.model.chat_template import Template, parse_template
 from exporter.model.embedded import MODELS
-from exporter.model.inspection_cache import has_reply, keep, recall
-from exporter.model.processor_files import PATTERNS, missing_files
+from exporter.model.processors.chat_template import Template, parse_template
+from exporter.model.processors.files import PATTERNS, missing_files
+from exporter.model.processors.inspection_cache import has_reply, keep, recall
 
 HIDDEN = ("torch", "torchvision", "sklearn", "pandas", "scipy")  # slow imports that processors rarely need
 WAIT_SECONDS = 300  # for a reply on a busy machine; the helper itself limits its processor time
@@ -73,10 +73,10 @@ class Helper:
         self._process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
-        command = [sys.executable, "-m", "exporter.model.inspector_process", *self._hidden]
+        command = [sys.executable, "-m", "exporter.model.processors.inspector_process", *self._hidden]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
 

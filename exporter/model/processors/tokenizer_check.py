@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from exporter.model.chat_template import PROBES
+from exporter.model.processors.chat_template import PROBES
 
 # Words in many scripts, a rare ideograph, pictographs, and characters that are in no vocabulary.
 SCRIPTS = "Ünï ελλ жук שלום مرحبا नम 漢字 \U00020000 한 \U0001fae0 \ue000 \U000e0041"
