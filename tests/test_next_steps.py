@@ -24,7 +24,7 @@ from exporter.serving.preflight import needs_other_recipe
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"\b(?:docs|bench|tests|tools|serving)/[\w./-]*\.(?:md|sh|py)\b|\bCONTRIBUTING|\bREADME\.md")
-OF_AN_ARTIFACT = {"artifact/output.py", "publishing/card.py"}  # they name the README.md of an artifact
+OF_AN_ARTIFACT = {"artifact/output_folder.py", "publishing/card.py"}  # they name the README.md of an artifact
 
 
 def a_program(folder: Path, name: str = "mmq") -> Path:
