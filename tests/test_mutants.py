@@ -84,10 +84,8 @@ def test_a_constant_has_the_tests_of_the_functions_that_read_it() -> None:
 
 def test_a_function_that_runs_only_in_child_processes_has_the_tests_of_the_modules_that_start_it() -> None:
     record = LineTests({"tests/a.py::asks": 1.0}, {"model/processors/inspector": {90: frozenset({"tests/a.py::asks"})}})
-    for module in (
-        "model/processors/inspector_process",
-        "model/processors/tokenizer_check",
-    ):  # the second is imported by the first
+    for name in ("inspector_process", "tokenizer_check"):  # the second is imported by the first
+        module = f"model/processors/{name}"
         assert record.select(module, line_of(module, "    return ")) == ["tests/a.py::asks"]
 
 
