@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from exporter.device import current
+
 Steps = tuple[Tensor, Tensor, Tensor]
 ROWS = 16  # rows per program: 4,096 rows give enough programs to fill the device
 WARPS = 4
@@ -161,7 +163,7 @@ def _launch(kernel, inputs, steps: Steps, levels: int, outputs, pitches) -> None
     programs = (triton.cdiv(rows, ROWS),)
     width = triton.next_power_of_2(columns)
     steps = [tensor.contiguous() for tensor in steps]
-    with torch.cuda.device_of(inputs[0]):  # Triton starts kernels on the current GPU
+    with current(inputs[0].device):  # Triton starts kernels on the current GPU
         kernel[programs](*inputs, *steps, *outputs, *sizes, *pitches, R=ROWS, B=width, num_warps=WARPS)
 
 

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from exporter.device import current
+
 HELD = 4096  # weights per program and pass
 WIDEST = 1024  # columns per pass of a long group
 COUNTS = ("rows", "groups")  # not specialized: one compilation, which takes seconds, covers all values
@@ -120,5 +122,5 @@ def _launch(kernel, matrices, grid, sums, numbers, width: int) -> None:
     at_once = max(1, HELD // held)
     programs = (triton.cdiv(rows, at_once), scale.shape[1])
     sizes = (rows, columns, scale.shape[1], *numbers, width)
-    with torch.cuda.device_of(scale):  # Triton starts kernels on the current GPU
+    with current(scale.device):  # Triton starts kernels on the current GPU
         kernel[programs](*matrices, scale, zero, *sums, *sizes, R=at_once, W=held, num_warps=4)

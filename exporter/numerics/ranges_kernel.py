@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from exporter.device import current
+
 ROWS = 16  # largest number of rows per program
 HELD = 4096  # weights that four warps hold in registers without spilling
 
@@ -131,6 +133,6 @@ def launch(
     }
     counts = weight if importance is None else importance.float().contiguous()
     second = weight if hessian is None else hessian
-    with torch.cuda.device_of(weight):  # Triton starts kernels on the current GPU
+    with current(weight.device):  # Triton starts kernels on the current GPU
         _search[grid](weight.contiguous(), counts, second, scale, zero, *sizes, **options)
     return scale, zero
