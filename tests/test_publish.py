@@ -30,6 +30,7 @@ from exporter.model.source import locate, open_source
 from exporter.publishing.remote_check import verify_remote
 from tests.hub_server import READER, WRITER, Entry, Fault, Hub, running
 from tests.published_artifact import bootstrap_once, write_scores
+from tests.test_data_sources import following
 
 REPO = "me/tiny-w4"
 
@@ -132,6 +133,8 @@ def test_dry_run_lists_files_and_card_and_sends_nothing(hub: Hub, artifact: Path
     assert "note: recipe.yaml is published unchanged and contains the local path" in text  # a local path
     assert not hub.sent("^(POST|PUT)")
     printed = json.loads(published(artifact, "--dry-run", "--json").stdout)
+    (step,) = following(text)
+    assert step == ["publish", str(artifact), "--repo", REPO, "--device", "cpu"]
     assert printed["files"].keys() == {path.name for path in artifact.iterdir()} | {"README.md"}
 
 

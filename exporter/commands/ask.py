@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import device_option, json_option, load_torch, print_result, reports_errors_without_torch
+from exporter.commands.steps_after import after_ask
 
 if TYPE_CHECKING:
     from exporter.events import Listener
@@ -63,6 +65,8 @@ def ask(model: str, picture: Path, question: str | None, device: str, as_json: b
         click.echo(f"{SOURCE}: {marked(differences, False)}\n{ARTIFACT}: {marked(differences, True)}")
     elif options["compare"]:
         click.echo("\nThe answers are equal.")
+    steps = after_ask(click.get_current_context(), model, options["compare"], options["server"])
+    print_steps(as_json, steps, err=True)
 
 
 def _refuse_unused(options: dict[str, Any]) -> None:

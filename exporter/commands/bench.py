@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import command, print_steps
 from exporter.commands.options import (
     artifact_argument,
     data_option,
@@ -86,6 +87,7 @@ def bench(
         )
         record = bench_artifact(request, listen)
     print_result(record.model_dump(mode="json", exclude_none=True) if as_json else speed_page(record))
+    print_steps(as_json, [command("report", artifact)])
 
 
 def _program(engine: str, vllm: str | None, listen: Any) -> "Program | None":

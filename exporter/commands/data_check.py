@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.commands.next_steps import print_steps
+from exporter.commands.next_steps import command, print_steps
 from exporter.commands.options import json_option, print_result, reports_errors
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check(source: str, samples: int, page: Path | None, as_json: bool) -> None:
     result.raise_unless_usable()
     coverage = covered_recipes(result.usable, result.trainable)
     print_result("\n".join(coverage.lines()))
-    print_steps(as_json, *coverage.commands(source))
+    print_steps(as_json, [command(*words) for words in coverage.commands(source)])
 
 
 def _plain(result: "DataCheck", files: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import (
     LOCAL,
     adapter_option,
@@ -21,6 +22,7 @@ from exporter.commands.options import (
     reports_errors,
 )
 from exporter.commands.recipe_options import max_new_tokens_option, prompt_option, recipe_of
+from exporter.commands.steps_after import after_baseline, after_evaluate
 from exporter.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -102,13 +104,15 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
             job = Reevaluation(artifact, recipe, hardware, listen, sources, store, servers, other, cluster)
             if servers and not servers.artifact:
                 job.collect_baseline()
-                return print_result(_baseline_message(store))
+                print_result(_baseline_message(store))
+                return print_steps(as_json, after_baseline(artifact, data))
             report = job.measure()
     except KeyboardInterrupt:
         resume_note = f"answers so far are stored in {store.folder}" if store else "no answers are stored (--fresh)"
         raise Interrupted(f"stopped; {resume_note}", "run the same command again to resume") from None
     print_result(report.plain() if as_json else report_page(report))
     raise_unless_accepted(report, artifact, listed=not as_json)
+    print_steps(as_json, after_evaluate(artifact, data))
 
 
 def _store(artifact: Path, options: Mapping[str, Any]) -> "Store | None":

@@ -13,6 +13,7 @@ from exporter.commands.bench import bench
 from exporter.commands.data_check import data
 from exporter.commands.datasets import datasets, score
 from exporter.commands.evaluate import evaluate
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import (
     adapter_option,
     calibration_device_option,
@@ -42,6 +43,7 @@ from exporter.commands.recipe_options import (
 )
 from exporter.commands.report import report
 from exporter.commands.serve import check, need_program, serve, vllm_option
+from exporter.commands.steps_after import after_verify
 from exporter.commands.study import study
 from exporter.distribution import DISTRIBUTION, PROGRAM, VERSION
 from exporter.errors import EXIT_CODES, Interrupted
@@ -217,6 +219,7 @@ def verify(
         source_checkpoint = open_source(source, adapter=adapter)[0] if source else None
         verified = run(Path(artifact), choose(device), listen, load, source_checkpoint)
     print_result(asdict(verified) if as_json else show.verified_line(verified))
+    print_steps(as_json, after_verify(Path(artifact)))
 
 
 @click.command()

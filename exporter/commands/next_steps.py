@@ -24,11 +24,11 @@ def program() -> str:
     if on_path and (running.stem != PROGRAM or Path(on_path).resolve() == running.resolve()):
         return PROGRAM
     if running.stem == PROGRAM and running.is_file():
-        return shlex.quote(_short(running))
-    return f"{shlex.quote(_short(Path(sys.executable)))} -m exporter"
+        return shlex.quote(short_path(running))
+    return f"{shlex.quote(short_path(Path(sys.executable)))} -m exporter"
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """The path, relative if it is below the working folder; links are kept, because a venv's python is one."""
     absolute = Path(os.path.abspath(path))
     return os.path.relpath(absolute) if absolute.is_relative_to(Path.cwd()) else str(absolute)
@@ -39,13 +39,10 @@ def command(*words: str | Path) -> str:
     return f"{program()} {shlex.join(map(str, words))}"
 
 
-def print_steps(as_json: bool, *steps: Sequence[str | Path], err: bool = False) -> None:
-    """Print commands (the words after the program) as the next steps, at most two; nothing with --json.
-
-    err: on stderr, where stdout is an answer.
-    """
+def print_steps(as_json: bool, steps: Sequence[str], err: bool = False) -> None:
+    """Print shell texts as the next steps, at most two; nothing with --json. err: on stderr; stdout is an answer."""
     if steps and not as_json:
-        click.echo("\n".join(["next:", *(f"  {command(*words)}" for words in steps[:MOST])]), err=err)
+        click.echo("\n".join(["next:", *(f"  {step}" for step in steps[:MOST])]), err=err)
 
 
 def has_vllm() -> bool:

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
+from exporter.commands.next_steps import command, print_steps
 from exporter.commands.options import artifact_argument, device_option, json_option, print_result, reports_errors
+from exporter.commands.steps_after import after_diff, given
 from exporter.errors import PublishError
 
 REQUEST_OPTIONS = ("repo", "revision", "public", "create_pr", "replace", "force", "accept_built_in_data", "dry_run")
@@ -72,7 +74,9 @@ def publish(artifact: Path, device: str, as_json: bool, **options: Any) -> None:
         result = publish_artifact(request, choose(device), listen)
     upload = result.publication
     if upload is None:
-        return print_result(listing(result.package) if as_json else page(result.repo, result.package))
+        print_result(listing(result.package) if as_json else page(result.repo, result.package))
+        steps = [] if result.package.unchanged else [command(*given(click.get_current_context(), ("dry_run",)))]
+        return print_steps(as_json, steps)
     if not upload.files and not as_json:
         return print_result(f"nothing to do: {upload.url} already holds these files")
     print_result(asdict(upload) if as_json else f"published {upload.files} files, {upload.bytes:,} bytes: {upload.url}")
@@ -148,3 +152,4 @@ def diff(first: str, second: str, as_json: bool) -> None:
     if as_json:
         return print_result([asdict(change) for change in changes])
     print_result(difference_table(first, second, changes) if changes else "no difference: the manifests agree")
+    print_steps(as_json, after_diff((first, second)))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import artifact_argument, data_option, json_option, print_result, reports_errors
+from exporter.commands.steps_after import open_page
 from exporter.errors import DataError
 
 
@@ -65,3 +67,4 @@ def report(
     print_result(
         result if as_json else "\n".join([f"wrote {path}" for path in files] + ([f"note: {note}"] if note else []))
     )
+    print_steps(as_json, [open_page(files[0])])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import (
     artifact_argument,
     data_option,
@@ -18,6 +19,7 @@ from exporter.commands.options import (
     print_result,
     reports_errors,
 )
+from exporter.commands.steps_after import after_check
 from exporter.errors import CheckFailed, Interrupted, ServeError
 from exporter.planning.vllm_kernels import ARCHITECTURES, Hardware, capability_label
 from exporter.serving.launch import START_SECONDS, Launch, Program
@@ -276,6 +278,7 @@ def check(
             f"`mmq check {shlex.quote(str(artifact))} --logs logs` stores vLLM's logs; --bound sets the mean "
             "difference that is always allowed",
         )
+    print_steps(as_json, after_check(artifact, options["vllm"]))
 
 
 def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:

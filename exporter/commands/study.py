@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import (
     LOCAL,
     data_option,
@@ -17,6 +18,7 @@ from exporter.commands.options import (
     revision_option,
 )
 from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
+from exporter.commands.steps_after import after_study, open_page
 from exporter.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -131,6 +133,7 @@ def study(context: click.Context, **options: Any) -> None:
 
     outcome = measure(options)
     print_result(outcome_json(outcome) if options["as_json"] else outcome_page(outcome))
+    print_steps(options["as_json"], after_study(outcome, options))
 
 
 def measure(options: dict[str, Any]) -> "Outcome":
@@ -292,6 +295,6 @@ def plots(folder: Path, out: Path | None, score: str, papers: tuple[Path, ...], 
     plots = gather(folder, score, papers, notes.append)
     page = write_page(plots, table_rows(folder, score), folder.resolve().name, target / "study.html", score)
     files = [*write_plots(plots, target), page]
-    paths = [str(path) for path in files]
-    lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in paths)]
-    print_result({"files": paths, "notes": notes} if as_json else "\n".join(lines))
+    lines = [*(f"note: {text}" for text in notes), *(f"wrote {path}" for path in files)]
+    print_result({"files": [str(path) for path in files], "notes": notes} if as_json else "\n".join(lines))
+    print_steps(as_json, [open_page(files[-1])])

@@ -28,12 +28,21 @@ class Coverage:
 
     def commands(self, source: str) -> list[list[str]]:
         """Words of a plan and of an export with this data, of the first recipe that it covers and a demo model."""
-        name = next((name for name in FIRST if name in self.options), next(iter(self.options), None))
-        if name is None:
+        name = _first(tuple(self.options))
+        if not name:
             return []
         model = next(model for model in MODELS if name in recipes_for(model))
         words = ["--recipe", name, "--model", model, "--data", source, *self.options[name]]
         return [["plan", *words], ["export", *words]]
+
+
+def first_recipe(model: str) -> str:
+    """The built-in recipe to begin with for a model; empty if none fits."""
+    return _first(recipes_for(model))
+
+
+def _first(names: Sequence[str]) -> str:
+    return next((name for name in FIRST if name in names), next(iter(names), ""))
 
 
 def covered_recipes(usable: Sequence[str], trainable: Sequence[str]) -> Coverage:
