@@ -78,7 +78,6 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("secrets.token_hex(8)", "8 becomes 16"): "any length makes names of jobs that differ",
     ("max(1, PIECE // ", "FloorDiv becomes Mult"): "the size of a piece of work does not change the result",
     ("WIDEST = 1000", "1000 becomes 2000"): "no table is that wide",
-    ("malloc_trim(0)", "0 becomes 1"): "one byte more stays with the process",
     (".grid(alpha=", "the call is dropped"): "the look of a plot, not its data",
     ("scales = 2.0 ** torch.randint(-1, 2,", "1 becomes 2"): "any powers of two serve as the probe",
     ("scales = 2.0 ** torch.randint(-1, 2,", "2 becomes 3"): "any powers of two serve as the probe",

@@ -4,7 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +16,19 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from exporter.artifact.manifest import MANIFEST
 from exporter.commands.main import cli
 from exporter.commands.serving_text import example_lines
 from exporter.data.demo.samples import picture
 from exporter.device import choose
-from exporter.dtypes import BFLOAT16, FLOAT32
+from exporter.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32
 from exporter.evaluation.word_differences import marked, spans
+from exporter.events import Event
 from exporter.model.embedded.example import ANSWER, PICTURE, QUESTION, SCENE
 from exporter.model.inference.text_stream import TextStream
 from exporter.model.source import open_source
+from exporter.numerics.activation_rounding import EXACT
+from exporter.pipeline import ask as pipeline_ask
 from exporter.pipeline.ask import placement_of
 from exporter.serving.launch import Launch
 from tests.chat_server import chat_server, reply
@@ -175,6 +182,45 @@ def test_a_model_that_does_not_fit_runs_in_less_or_block_by_block() -> None:
     assert (narrow.dtype, narrow.streamed) == (BFLOAT16, False)
     assert streamed.streamed
     assert "block by block" in streamed.note
+
+
+@pytest.mark.parametrize("is_artifact", [False, True])
+def test_a_model_and_an_artifact_are_opened_with_their_own_weights(
+    is_artifact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": SimpleNamespace(dtype=DTYPES["I32"], size=8), "b": SimpleNamespace(dtype=FLOAT16, size=500)}
+    source: Any = SimpleNamespace(tensors=tensors, folder=tmp_path, config="config", read="its reader")
+    packed = SimpleNamespace(
+        source_config=lambda: "source config",
+        names=lambda: ["c"],
+        read="dequantized",
+        rounded=lambda: "as served",
+        parameters=lambda: 1000,
+    )
+    opened: list[Any] = []
+
+    @contextmanager
+    def predictor(*arguments: Any) -> Iterator[str]:
+        opened.extend(arguments)
+        yield "predictor"
+
+    if is_artifact:
+        (tmp_path / MANIFEST).touch()
+    monkeypatch.setattr(pipeline_ask, "open_source", lambda model: (source, SimpleNamespace(tasks=("vqa",))))
+    monkeypatch.setattr(pipeline_ask.Artifact, "open", lambda folder, device: packed)
+    monkeypatch.setattr(pipeline_ask, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(pipeline_ask, "opened_predictor", predictor)
+    events: list[Event] = []
+    with pipeline_ask.opened_model(str(tmp_path), lambda family: "worded", CPU, events.append) as made:  # type: ignore
+        assert (made, opened[0]) == ("predictor", "worded")
+    config, names, read, rounded, placement = opened[1:6]
+    if is_artifact:
+        assert (config, names, read, rounded) == ("source config", ["c"], "dequantized", "as served")
+    else:
+        assert (config, names, read, rounded) == ("config", ["a", "b"], "its reader", EXACT)
+    assert placement == placement_of(1000 if is_artifact else 508, FLOAT16, CPU, 10**6)
+    assert opened[6:] == [CPU, opened[7], events.append]
+    assert events == [Event("prepare", done, 1, f"loading {tmp_path.name}") for done in (0, 1)]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from exporter.evaluation.evaluation_record import EvaluationRecord
 from exporter.evaluation.report_file import REPORT, ServingRecord
 from exporter.publishing.artifact_diff import difference, flattened
 from exporter.publishing.artifact_summary import Summary, component_of, folder_reader, read_place, read_summary
-from exporter.publishing.card import RESULTS, CardDeclarations, render
+from exporter.publishing.card import RESULTS, CardDeclarations, benchmark_results, render
 from exporter.publishing.card_table import table
 from exporter.publishing.repository import package
 
@@ -158,7 +159,26 @@ def test_benchmark_results_only_for_benchmarks(exported: Path, summary: Summary)
     assert isinstance(content, bytes)
     (entry,) = parse_eval_result_entries(yaml.safe_load(content))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/VQA", "vqa_test", 0.88)
+    assert entry.notes == "accuracy, 500 samples, full precision 0.9000"
     assert RESULTS not in package(exported / "w4", measured, REPO, CardDeclarations(), (), None).files
+
+
+def test_a_benchmark_has_the_first_metric_of_each_of_its_tasks() -> None:
+    measures = [
+        SimpleNamespace(task=task, metric=metric, samples=8, difference=SimpleNamespace(before=0.9, after=after))
+        for task, metric, after in (
+            ("vqa", "accuracy", 0.12345678),
+            ("vqa", "anls", 0.5),
+            ("retrieval", "r1", 0.5),
+            ("captioning", "cider", 0.25),
+        )
+    ]
+    summary: Any = SimpleNamespace(report=SimpleNamespace(measures=measures))
+    declared = CardDeclarations(benchmarks={"vqa": ("org/VQA", "a"), "captioning": ("org/COCO", "b")})
+    entries = parse_eval_result_entries(yaml.safe_load(benchmark_results(summary, declared)))
+    assert [(entry.dataset_id, entry.value) for entry in entries] == [("org/VQA", 0.123457), ("org/COCO", 0.25)]
+    summary.report = None
+    assert benchmark_results(summary, declared) == ""
 
 
 def test_data_sets_of_the_hub_are_known(summary: Summary) -> None:

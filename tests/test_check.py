@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -151,6 +151,13 @@ def test_the_reference_is_close_to_itself_and_far_from_doubled_scales(folder: Pa
     assert compared.distance.largest < 1e-6
     assert compared.floor.largest > 0
     assert compared.close(0.015)
+    log_probs, first = (
+        reference.log_probabilities(samples[0], Reply("", (), tokens, (), ({},) * len(tokens)))
+        for tokens in ((7, 8, 9), (7,))
+    )
+    assert (len(log_probs), len(first)) == (3, 1)
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(3))  # of the whole vocabulary
+    assert torch.allclose(log_probs[0], first[0], atol=1e-4)  # later tokens of the answer do not change it
     doubled = Artifact.open(double_scales(artifact, folder, "vision", tmp_path / "doubled"))
     assert not Reference(doubled, processor, cpu).compare(samples, replies).close(0.015)
     cut = [Reply("", replies[0].prompt[1:], (7,), (0.0,), ({},)), *replies[1:]]
@@ -328,3 +335,20 @@ def test_doubled_scales_double_the_weight_in_every_layout(scheme: Scheme) -> Non
     stored = module.pack("x", linear)
     doubled = {name: doubled_scale(t) if name.removeprefix("x.") in SCALES else t for name, t in stored.items()}
     assert torch.equal(module.unpack("x", doubled, scheme).dequantize(), 2 * linear.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("stored", "doubled"),
+    [
+        (torch.tensor([3, 127], dtype=torch.uint8), [4, 128]),  # exponents of 2
+        (torch.tensor([6.0]), [3.0]),  # a divisor
+        (torch.tensor([[6.0]]), [[12.0]]),  # the scale of one row
+        (torch.tensor([6.0, 2.0]), [12.0, 4.0]),
+        (torch.tensor([6.0], dtype=torch.bfloat16), [12.0]),
+        (torch.tensor([6.0], dtype=torch.float8_e4m3fn), [6.0]),  # its divisor changes
+    ],
+)
+def test_a_doubled_scale_depends_on_its_kind(stored: torch.Tensor, doubled: list[Any]) -> None:
+    result = doubled_scale(stored)
+    assert result.dtype == stored.dtype
+    assert result.float().tolist() == doubled

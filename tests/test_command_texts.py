@@ -149,7 +149,10 @@ def test_next_steps_of_an_export_depend_on_its_gates(tmp_path: Path, monkeypatch
     assert steps(crafted(0, 0))[0] == "next:"
     ungated = steps(crafted(0, 0).model_copy(update={"gates": ()}))
     assert ungated[:2] == ["the recipe has no gates: no loss of quality can fail it", "next:"]
+    monkeypatch.setattr(tables, "needs_other_recipe", lambda plan: ("export", "--recipe", "other"))
+    assert steps(None)[-1].endswith(" export --recipe other")
     family.unserved, family.tasks = "vLLM has no such model", ()
+    monkeypatch.setattr(tables, "needs_other_recipe", lambda plan: pytest.fail("vLLM serves no recipe of this family"))
     assert [line.split()[-2] for line in steps(None)[1:-1]] == ["report"]
     assert steps(None)[-1] == "vLLM has no such model"
 

@@ -314,3 +314,17 @@ def test_exit_codes_are_those_of_the_errors() -> None:
         errors.Interrupted: 130,
     }
     assert {kind: kind.exit_code for kind in codes} == codes
+
+
+@pytest.mark.parametrize("library", ["glibc", "without malloc_trim", "unreadable"])
+def test_freed_memory_is_returned_where_the_c_library_can(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+
+    def loaded(name: None) -> Any:
+        if library == "unreadable":
+            raise OSError
+        return SimpleNamespace(malloc_trim=kept.append) if library == "glibc" else SimpleNamespace()
+
+    monkeypatch.setattr(device, "ctypes", SimpleNamespace(CDLL=loaded))
+    device.return_freed_memory()
+    assert kept == ([0] if library == "glibc" else [])

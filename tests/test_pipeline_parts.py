@@ -274,3 +274,13 @@ def test_a_clock_gives_time_and_peaks_to_the_innermost_step(monkeypatch: pytest.
     assert resets == [CPU] * 6
     clock._lap()  # outside of every step
     assert len(clock.steps) == 2
+
+
+def test_a_step_that_takes_nothing_has_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_clock, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    monkeypatch.setattr(step_clock, "peak_bytes", lambda device: (0, 0))
+    monkeypatch.setattr(step_clock, "anonymous_bytes", lambda: 0)
+    clock = step_clock.Clock(CPU)
+    with clock.step("plan"):
+        pass
+    assert clock.steps == (Step("plan", 0, 0, 0.0),)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from exporter.device import choose
 from exporter.errors import PlanError, ServeError
 from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe import Recipe
+from exporter.serving import vllm_blip2
 from exporter.serving.launch import Launch
 from exporter.serving.plugin import MODULE, plugin_folder, with_plugin
 from exporter.serving.vllm_blip2 import refuse, register, replace_linears
@@ -125,3 +126,77 @@ def test_a_plan_packs_it_only_where_the_recipe_counts_on_the_plugin() -> None:
         planned("packed")
     with pytest.raises(PlanError, match="needs no plugin"):
         planned("plugin", "vision")
+
+
+def vllm_with(monkeypatch: pytest.MonkeyPatch, **names: Any) -> ModuleType:
+    """Install a stand-in for vLLM's blip2.py that has these names."""
+    blip2 = ModuleType("vllm.model_executor.models.blip2")
+    models = ModuleType("vllm.model_executor.models")
+    vars(blip2).update(names)
+    models.blip2 = blip2  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, models.__name__, models)
+    monkeypatch.setitem(sys.modules, blip2.__name__, blip2)
+    return blip2
+
+
+@pytest.mark.parametrize("quant_config", [None, {"qformer.query"}])
+def test_the_model_is_vllms_with_a_named_vision_tower_and_replaced_linears(
+    quant_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers: list[str] = []
+
+    class Original:
+        def __init__(self, *, vllm_config: Any, prefix: str) -> None:
+            blip2.BlipVisionModel(vllm_config)
+            if prefix == "damaged":
+                raise ValueError(prefix)
+
+    def tower(vllm_config: Any, prefix: str = "") -> None:
+        towers.append(prefix)
+
+    blip2 = vllm_with(monkeypatch, BlipVisionModel=tower, Blip2ForConditionalGeneration=Original)
+    replaced: list[tuple[str, Any]] = []
+    monkeypatch.setattr(vllm_blip2, "replace_linears", lambda model, part, config: replaced.append((part, config)))
+    made = vllm_blip2._make()
+    assert (made.__name__, made.__module__, made.__bases__) == ("PackedBlip2", vllm_blip2.__name__, (Original,))
+    made(vllm_config=SimpleNamespace(quant_config=quant_config), prefix="")
+    parts = [] if quant_config is None else ["qformer", "language_projection"]
+    assert replaced == [(part, quant_config) for part in parts]
+    with pytest.raises(ValueError, match="damaged"):
+        made(vllm_config=SimpleNamespace(quant_config=None), prefix="damaged")
+    assert towers == ["vision_model"] * 2
+    assert blip2.BlipVisionModel is tower  # others that use the module get vLLM's own
+
+
+def test_a_vllm_without_the_classes_that_the_plugin_changes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_with(monkeypatch, BlipVisionModel=None)
+    with pytest.raises(RuntimeError, match=r"vLLM's blip2.py has no Blip2ForConditionalGeneration$"):
+        vllm_blip2._make()
+    vllm_with(monkeypatch)
+    with pytest.raises(RuntimeError, match="has no BlipVisionModel and no Blip2ForConditionalGeneration"):
+        vllm_blip2._make()
+
+
+def test_the_module_has_no_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_blip2, "_make", lambda: "the class")
+    monkeypatch.setattr(vllm_blip2, "PackedBlip2", None, raising=False)  # removed after the test
+    del vllm_blip2.PackedBlip2
+    assert vllm_blip2.PackedBlip2 == "the class"
+    with pytest.raises(AttributeError, match="has no attribute 'Other'"):
+        vllm_blip2.Other  # noqa: B018
+
+
+def test_the_model_is_registered_where_the_plugin_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[tuple[str, str]] = []
+    vllm = ModuleType("vllm")
+    registry = SimpleNamespace(register_model=lambda *names: registered.append(names))
+    vllm.__version__, vllm.ModelRegistry = "0.32.0", registry  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.delenv("MMQ_VLLM_PLUGIN", raising=False)
+    register()
+    assert not registered
+    monkeypatch.setenv("MMQ_VLLM_PLUGIN", "1")
+    register()
+    assert registered == [("Blip2ForConditionalGeneration", f"{vllm_blip2.__name__}:PackedBlip2")]

@@ -331,6 +331,70 @@ def test_a_server_that_is_killed_during_its_start_is_an_error(vllm: str, tmp_pat
     assert error.startswith("vllm was killed by signal 9 (possibly out of memory) before it was")
 
 
+class FakeEngine:
+    """A server that a signal stops, or that exits with a code."""
+
+    pid = 7
+
+    def __init__(self, launch: Any) -> None:
+        self.entered = False
+
+    def __enter__(self) -> "FakeEngine":
+        self.entered = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.entered = False
+
+    def wait_healthy(self, seconds: float) -> float:
+        assert self.entered
+        if FakeEngine.end == "stopped early":
+            raise KeyboardInterrupt
+        return 12.5
+
+    def wait(self) -> int:
+        assert self.entered
+        if FakeEngine.end == "stopped":
+            raise KeyboardInterrupt
+        return int(FakeEngine.end)
+
+    end = "0"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("0", 0, ""),
+        ("stopped", 0, "stopped: the server has exited"),
+        ("stopped early", 130, "stopped before the server was healthy; it has exited"),
+        ("3", 1, "vllm exited with code 3; its log is above"),
+        ("-9", 1, "vllm was killed by signal 9 (possibly out of memory); its log is above"),
+    ],
+)
+def test_the_exit_code_of_a_server_that_ends(
+    end: str, code: int, message: str, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.serving.vllm_engine.Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "end", end)
+    done = serve(DEMO, "--vllm", vllm, "--port", "9")
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    served = "demo-llava is served at http://127.0.0.1:9/v1 (Ctrl-C stops it); example requests:"
+    assert (served in done.stdout.splitlines()) == (end != "stopped early")
+
+
+def test_a_served_artifact_in_json_has_its_address_and_process(vllm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.serving.vllm_engine.Engine", FakeEngine)
+    state = json.loads(serve(DEMO, "--vllm", vllm, "--port", "9", "--json").stdout)
+    assert {name: state[name] for name in ("url", "model", "pid", "startup_seconds")} == {
+        "url": "http://127.0.0.1:9",
+        "model": "demo-llava",
+        "pid": 7,
+        "startup_seconds": 12.5,
+    }
+    assert state.keys() >= {"ask", "curl", "python"}
+
+
 @pytest.mark.parametrize(
     ("code", "fragment"),
     [
