@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exporter.events import Event
-from exporter.study import pool, run, search, study_plots
+from exporter.study import allocation_run, run, study_plots, worker_pool
 from exporter.study.grid import Setting
 from exporter.study.records import PlottedSetting
 from exporter.study.run import PendingSetting
@@ -110,12 +110,14 @@ def test_a_worker_has_one_thread_and_ends_with_its_parent(monkeypatch: pytest.Mo
             self._target()
 
     parent = SimpleNamespace(join=lambda: calls.append("joined"))
-    monkeypatch.setattr(pool, "signal", SimpleNamespace(SIGINT="SIGINT", SIG_IGN="ignored", signal=record(calls)))
+    monkeypatch.setattr(
+        worker_pool, "signal", SimpleNamespace(SIGINT="SIGINT", SIG_IGN="ignored", signal=record(calls))
+    )
     monkeypatch.setattr(torch, "set_num_threads", record(calls))
-    monkeypatch.setattr(pool, "multiprocessing", SimpleNamespace(parent_process=lambda: parent))
-    monkeypatch.setattr(pool, "threading", SimpleNamespace(Thread=Thread))
-    monkeypatch.setattr(pool, "os", SimpleNamespace(_exit=record(calls)))
-    pool._begin()
+    monkeypatch.setattr(worker_pool, "multiprocessing", SimpleNamespace(parent_process=lambda: parent))
+    monkeypatch.setattr(worker_pool, "threading", SimpleNamespace(Thread=Thread))
+    monkeypatch.setattr(worker_pool, "os", SimpleNamespace(_exit=record(calls)))
+    worker_pool._begin()
     assert calls == [("SIGINT", "ignored"), (1,), "joined", (1,)]
 
 
@@ -130,8 +132,8 @@ def test_workers_finish_unless_there_is_an_error(
 ) -> None:
     calls: list[str] = []
     child = SimpleNamespace(terminate=lambda: calls.append("terminate"))
-    monkeypatch.setattr(pool, "multiprocessing", SimpleNamespace(active_children=lambda: [child]))
-    workers = pool.Processes(2)
+    monkeypatch.setattr(worker_pool, "multiprocessing", SimpleNamespace(active_children=lambda: [child]))
+    workers = worker_pool.Processes(2)
     workers.__exit__(type(error) if error else None, error, None)  # none has been started
     assert not calls
     executor: Any = SimpleNamespace(shutdown=lambda wait, cancel_futures: calls.append(f"{wait} {cancel_futures}"))
@@ -155,7 +157,7 @@ def test_workers_finish_unless_there_is_an_error(
 def test_a_loss_beyond_the_allowed_one_is_a_warning(
     change: float, confirmed: bool, max_drop: float | None, warning: str
 ) -> None:
-    warnings = search._warnings(change, confirmed, max_drop)
+    warnings = allocation_run._warnings(change, confirmed, max_drop)
     assert len(warnings) == bool(warning)
     assert all(text.startswith(warning) for text in warnings)
 
