@@ -19,7 +19,8 @@ from bench.check_families import summary
 from exporter.errors import ServeError
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
-from exporter.numerics.activation_rounding import round_inputs, round_rows
+from exporter.numerics.activation_rounding import ServedRounding, round_inputs, round_rows
+from exporter.numerics.quantized import InputRounding
 from exporter.serving.launch import Launch, Program, dtype, find_program, launch
 from exporter.serving.reference import Distance, EngineComparison, distance_of, listed_tokens
 from exporter.serving.vllm_engine import Engine, Reply, free_port, log_tail, read_kernels, read_reply, read_schemes
@@ -355,9 +356,21 @@ def test_a_model_rounds_the_inputs_of_the_linears_that_are_named():
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
     x = torch.randn(3, 16)
     hidden = model[0](x)
-    round_inputs(model, {"1": "int8"})
+    round_inputs(model, ServedRounding({"1": "int8"}))
     assert torch.equal(model(x), torch.nn.functional.linear(round_rows(hidden, "int8"), model[1].weight, model[1].bias))
     assert not torch.equal(round_rows(hidden, "int8"), hidden)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_every_gpu_rounds_its_part_of_a_divided_input(kind: InputRounding) -> None:
+    """Tensor parallelism: each GPU sees some columns of a token, and their largest number gives the scale."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.Identity()), torch.randn(3, 12)
+    parts = torch.cat([round_rows(part, kind) for part in x.split(6, dim=1)], dim=1)
+    expected = model(parts)
+    round_inputs(model, ServedRounding({"0": kind}, parts={"0": 2}))
+    assert torch.equal(model(x), expected)
+    assert not torch.equal(round_rows(x, kind), parts)
 
 
 def test_a_free_port_stays_reserved_until_a_server_uses_it() -> None:

@@ -5,6 +5,8 @@ takes milliseconds for what a GPU does in microseconds, so shapes are as small a
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -35,14 +37,31 @@ def _nearest(value: Any) -> Any:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The modules of the kernels."""
+    """The modules of the kernels.
+
+    On a CPU, every kernel must start inside `current` of its tensors' device: with `--device cuda:1` another GPU is the
+    current one, and Triton fails there.
+    """
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def nearest(value: Any) -> Any:
+        assert inside == [DEVICE]
+        return _nearest(value)
+
     modules = {
         name: importlib.import_module(f"exporter.numerics.{name}")
         for name in ("ranges_kernel", "gptq_columns_kernel", "learned_rounding_kernel")
     }
     if not ON_GPU:
         for module in modules.values():
-            monkeypatch.setattr(module, "libdevice", SimpleNamespace(rint=_nearest))
+            monkeypatch.setattr(module, "libdevice", SimpleNamespace(rint=nearest))
+            monkeypatch.setattr(module, "current", current)
     return modules
 
 

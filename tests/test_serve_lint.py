@@ -14,7 +14,7 @@ from exporter.numerics.quantized import Scheme
 from exporter.planning.plan import engine_linears, make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import built_in, load_recipe
-from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
+from exporter.planning.tensor_parallel import head_problems, input_parts, parallel_problems, shard
 from exporter.planning.vllm_kernels import serving_kernels
 from exporter.planning.vllm_rules import (
     Linear,
@@ -29,7 +29,7 @@ from exporter.planning.vllm_rules import (
     pattern_problems,
     unbuilt_problems,
 )
-from tests.headers.read import header_config
+from tests.headers.read import HEADER_NAMES, header_config
 
 W4, W8, A8 = Scheme(4, 128), Scheme(8, "row"), Scheme(8, "row", activations="int8")
 H100 = Device("cuda:0", "H100", 78 * 2**30)
@@ -178,6 +178,25 @@ def test_key_and_value_heads_are_divided_or_repeated():
     grouped = header_config("Qwen--Qwen2.5-VL-7B-Instruct")
     assert FAMILIES["qwen2.5-vl"].shared_heads(grouped) == {"text_config": 4}
     assert FAMILIES["blip2"].shared_heads(header_config("Salesforce--blip2-opt-2.7b")) == {}
+
+
+@pytest.mark.parametrize("name", HEADER_NAMES)
+def test_heads_of_every_published_model_are_known(name: str) -> None:
+    """LLaVA-1.5's config.json leaves out all sizes of its text model; key and value heads follow from the others."""
+    config = header_config(name)
+    family = next(f for f in FAMILIES.values() if config["architectures"][0] in f.architectures).of(config)
+    heads, shared = family.heads(config), family.shared_heads(config)
+    assert heads
+    assert all(heads[part] % number == 0 for part, number in shared.items())
+    if name == "llava-hf--llava-1.5-7b-hf":
+        assert "num_attention_heads" not in config["text_config"]
+        assert shared == {"text_config": 32}
+
+
+def test_several_gpus_divide_the_inputs_of_some_linears() -> None:
+    modules = ("a.o_proj", "a.q_proj", "mlp.down_proj")
+    assert input_parts(modules, 4) == {"a.o_proj": 4, "mlp.down_proj": 4}
+    assert input_parts(modules, 1) == {}
 
 
 def test_one_device_holds_its_shard():

@@ -1,6 +1,7 @@
 """Applies vLLM's rounding of activations to a transformers model: inputs of linears, and keys and values of the cache.
 
-Inputs of linears whose scheme has 8-bit activations: dynamic, one scale per token. int8 rounds to 127 steps on both
+Inputs of linears whose scheme has 8-bit activations: dynamic, one scale per token. Where tensor parallelism divides a
+linear along its inputs, every GPU rounds its part of a token with a scale of its own. int8 rounds to 127 steps on both
 sides of zero, fp8 to float8 e4m3 (vLLM's `scaled_int8_quant` and `scaled_fp8_quant` with per-token scales); fp8-groups
 has one scale for 128 inputs of a token (`per_token_group_quant_fp8`).
 
@@ -12,6 +13,7 @@ one scale per token and head: see `kv_caches`; queries stay as they are.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +29,14 @@ INT8_MAX = 127.0
 
 @dataclass(frozen=True)
 class ServedRounding:
-    """The activations that vLLM rounds. linears: live name -> number type. kv_cache: None for 16 bits."""
+    """The activations that vLLM rounds. linears: live name -> number type. kv_cache: None for 16 bits.
+
+    parts: live name -> number of GPUs among which the inputs of a linear are divided; 1 for other linears.
+    """
 
     linears: Mapping[str, InputRounding] = field(default_factory=dict)
     kv_cache: str | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """JSON-compatible data with only the rounded activations."""
@@ -43,7 +49,7 @@ EXACT = ServedRounding()
 
 def round_as_served(model: nn.Module, rounded: ServedRounding, gpu: bool) -> None:
     """Add vLLM's rounding, on a GPU or on a CPU, to all later forward passes of `model`."""
-    round_inputs(model, rounded.linears)
+    round_inputs(model, rounded)
     if rounded.kv_cache:
         round_cache(model, rounded.kv_cache, gpu)
 
@@ -64,14 +70,14 @@ def round_rows(x: Tensor, kind: InputRounding) -> Tensor:
     return (rounded.float() * scale).to(x.dtype)
 
 
-def round_inputs(model: nn.Module, linears: Mapping[str, InputRounding]) -> None:
-    """Round the inputs of these linears (by live name) in all later forward passes of `model`."""
-    for name, kind in linears.items():
+def round_inputs(model: nn.Module, rounded: ServedRounding) -> None:
+    """Round the inputs of `rounded.linears` in all later forward passes of `model`."""
+    for name, kind in rounded.linears.items():
+        model.get_submodule(name).register_forward_pre_hook(partial(_rounded_input, kind, rounded.parts.get(name, 1)))
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kind: InputRounding = kind) -> tuple[Any, ...]:
-            return (round_rows(args[0], kind), *args[1:])
 
-        model.get_submodule(name).register_forward_pre_hook(hook)
+def _rounded_input(kind: InputRounding, parts: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (round_rows(args[0].unflatten(-1, (parts, -1)), kind).flatten(-2), *args[1:])
 
 
 def to_float8(x: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ def head_problems(heads: Mapping[str, int], shared: Mapping[str, int], degree: i
     return [f"rule tensor-parallel: {problem} cannot be divided among {degree} GPUs" for problem in problems]
 
 
+def input_parts(modules: Iterable[str], degree: int) -> dict[str, int]:
+    """The modules whose inputs are divided, by name, with the number of GPUs among which they are."""
+    return {module: degree for module in modules if last_name(module) in ROW_PARALLEL and degree > 1}
+
+
 def shard(linear: Linear, degree: int) -> Linear:
     """The part of a linear that one of `degree` devices holds."""
     rows, columns = linear.shape

@@ -77,7 +77,9 @@ def judge(
     """
 
     def opened(folder: Artifact, placement: tuple[Device, Any]) -> Reference:
-        return Reference(folder, processor, settings.device, not settings.program.cpu, placement)
+        return Reference(
+            folder, processor, settings.device, not settings.program.cpu, placement, settings.tensor_parallel
+        )
 
     def judged(placement: tuple[Device, Any]) -> tuple[EngineComparison | None, Control | None, list[str]]:
         reference = opened(artifact, placement)

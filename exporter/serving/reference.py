@@ -23,6 +23,7 @@ from exporter.model.inference.encoding import continued
 from exporter.model.inference.predict import prompt_inputs
 from exporter.model.stream import load_whole
 from exporter.numerics.activation_rounding import round_as_served
+from exporter.planning.tensor_parallel import input_parts
 from exporter.planning.whole_model import ROOM_FOR_ACTIVATIONS
 from exporter.serving.launch import dtype as engine_dtype
 from exporter.serving.vllm_engine import Reply
@@ -92,7 +93,7 @@ class Reference:
 
     Weights are dequantized; activations are rounded as the schemes require, keys and values as the KV cache stores
     them. gpu: whether the engine runs on a GPU, whose rounding of a float8 cache differs from a CPU's; None: as the
-    device of the reference.
+    device of the reference. tensor_parallel: number of the engine's GPUs that share every linear.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Reference:
         device: Device,
         gpu: bool | None = None,
         placement: tuple[Device, torch.dtype] | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         self._family = artifact.family
         self._placeholder = artifact.family.image_token(artifact.checkpoint.config)
@@ -111,7 +113,9 @@ class Reference:
         self._low = getattr(torch, engine_dtype(artifact.checkpoint.config, not device.is_cuda))
         config = artifact.source_config()
         self._model = load_whole(self._family, config, artifact.names(), artifact.read, self._device, self._high)
-        round_as_served(self._model, artifact.rounded(), device.is_cuda if gpu is None else gpu)
+        rounded = artifact.rounded()
+        rounded = replace(rounded, parts=input_parts(rounded.linears, tensor_parallel))
+        round_as_served(self._model, rounded, device.is_cuda if gpu is None else gpu)
 
     def prompt_problems(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> list[str]:
         """First sample whose prompt tokens differ in the engine: another chat template or number of image tokens."""

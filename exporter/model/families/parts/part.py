@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from exporter.model.families.config_fields import MAX_ROWS, Field, Number, Values
+from exporter.model.families.config_fields import MAX_ROWS, Field, Number, Values, read_fields
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]  # tensor name below the part's prefix -> shape
@@ -78,10 +78,6 @@ class Part:
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny_top: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inner: str = ""
-
-    def field(self, key: str) -> Field:
-        """The field with this key (KeyError when there is none)."""
-        return {field.key: field for field in self.fields}[key]
 
 
 @dataclass(frozen=True)
@@ -180,12 +176,7 @@ def size_of(parts: Parts, config: Mapping[str, Any], key: str, name: str) -> Any
 
     KeyError when the part has no such field.
     """
-    values = dict(section(config, key))
-    for field in part_of(parts, config, key).fields:  # the default of a field may depend on the fields before it
-        values[field.key] = field.of(values)
-        if field.key == name:
-            return values[name]
-    raise KeyError(name)
+    return read_fields(section(config, key), part_of(parts, config, key).fields, "")[0][name]
 
 
 def field_of(parts: Parts, key: str, name: str) -> Callable[[Mapping[str, Any]], int]:
