@@ -184,7 +184,16 @@ def tool_weights(
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ToolError(f"{tool} failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return load_file(out), float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+        weights = load_file(out)
+        if any(not on_grid(weight, **rule) for name, weight in weights.items() if weight.ndim == 2):
+            raise ToolError(f"{tool} left weights in full precision")
+        return weights, float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def on_grid(weight: Tensor, bits: int, group_size: int, **rule: Any) -> bool:
+    """Whether every group of the first 16 rows of a weight `[out, in]` has at most `2 ** bits` different values."""
+    groups = weight[:16].unflatten(-1, (-1, group_size)).sort(-1).values
+    return int((groups.diff(dim=-1) != 0).sum(-1).max()) < 2**bits
 
 
 def tools_of(options: argparse.Namespace) -> dict[str, str]:

@@ -84,6 +84,7 @@ def autoround(model: Any, rows: list[Tensor], options: argparse.Namespace) -> No
 def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -> None:
     """Quantize `model` in place with llm-compressor, sample by sample without padding."""
     from compressed_tensors.quantization import fake_quantize
+    from compressed_tensors.utils import update_offload_parameter
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQMapping, AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -120,7 +121,8 @@ def llmcompressor(model: Any, rows: list[Tensor], options: argparse.Namespace) -
         if hasattr(module, "weight_scale"):
             settings = module.quantization_scheme.weights
             zero = getattr(module, "weight_zero_point", None)
-            module.weight.data = fake_quantize(module.weight.data, module.weight_scale, zero, settings)
+            rounded = fake_quantize(module.weight.data, module.weight_scale, zero, settings)
+            update_offload_parameter(module, "weight", rounded)  # on a GPU the module's own tensor may be a copy
 
 
 def main() -> None:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench.peers import on_grid
 from bench.peers_figures import divergences, table
 from bench.peers_record import gathered
 
@@ -34,3 +36,11 @@ def test_rows_judged_on_validation_samples_are_not_recorded(tmp_path: Path) -> N
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert gathered([lines], {}) == rows[:2]
+
+
+def test_weights_that_a_tool_left_in_full_precision_are_noticed() -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(0, 4, (20, 4, 8)).float() * torch.rand(20, 4, 1)
+    assert on_grid(codes.flatten(1), bits=2, group_size=8)
+    assert not on_grid(codes.flatten(1), bits=1, group_size=8)
+    assert not on_grid(torch.randn(20, 32), bits=2, group_size=8)
