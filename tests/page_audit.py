@@ -50,6 +50,18 @@ for (const e of document.querySelectorAll('body *')) {
 }
 for (const e of document.querySelectorAll('.axis span, .scale span'))
   if (parseFloat(getComputedStyle(e).fontSize) < 13) problems.push('small text of an axis: ' + name(e));
+const wraps = e => getComputedStyle(e).overflowWrap !== 'normal' || getComputedStyle(e).wordBreak !== 'normal';
+for (const e of document.querySelectorAll('th, dt, h1, h2, h3, label, nav a'))
+  if (shown(e) && !e.closest('.skip, thead') && wraps(e)) for (const node of e.childNodes) {
+    if (node.nodeType !== 3) continue;
+    for (const word of node.textContent.matchAll(/[\w.%+-]{2,24}/g)) {
+      const range = document.createRange();
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+      if (lines.size > 1 && !word[0].includes('-')) problems.push('broken word: ' + word[0] + ' in ' + name(e));
+    }
+  }
 for (const e of document.images) if (!e.alt.trim()) problems.push('no alternative text: ' + e.src.slice(0, 60));
 for (const e of document.images)
   if (!(e.complete && e.naturalWidth)) problems.push('not loaded: ' + e.src.slice(0, 60));

@@ -202,7 +202,7 @@ def test_a_rounded_zero_has_no_minus_sign(summary: Summary) -> None:
     tiny = {"change": -1e-6, "low": -1e-6, "high": -0.0}
     difference = measure.difference.model_copy(update={"after": 0.9, **tiny})
     changes = {
-        "measures": (measure.model_copy(update={"difference": difference}),),
+        "measures": (measure.model_copy(update={"difference": difference, "samples": 10**8}),),
         "gates": (gate.model_copy(update=tiny),),
     }
     text = card(replace(summary, report=summary.report.model_copy(update=changes))).text

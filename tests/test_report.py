@@ -322,7 +322,8 @@ def test_values_that_round_to_zero_have_no_minus_sign(out: Path) -> None:
     report = crafted(1, 1)
     tiny = {"change": -1e-6, "low": -1e-6, "high": 1e-6}
     (measure,), (gate,) = report.measures, report.gates
-    changed = measure.model_copy(update={"difference": measure.difference.model_copy(update=tiny)})
+    difference = measure.difference.model_copy(update=tiny)
+    changed = measure.model_copy(update={"difference": difference, "samples": 10**8})
     both = {"measures": (changed,), "gates": (gate.model_copy(update=tiny),)}
     text = html(collect(summary(out, report.model_copy(update=both)), {}))
     assert "+0.0000 to +0.0000" in text

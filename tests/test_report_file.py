@@ -227,3 +227,26 @@ def test_the_verdict_of_a_report_is_that_of_its_worst_gate() -> None:
     assert worst(["not resolved", "not measured"]) == "not measured"
     assert worst(["not measured", "not comparable"]) == "not comparable"
     assert worst(["not comparable", "failed", "passed"]) == "failed"
+
+
+@pytest.mark.parametrize("sd", [0.0, None])
+def test_a_metric_without_any_change_has_the_interval_of_its_gate(sd: float | None) -> None:
+    report = crafted(10, 10)
+    (measure,), (gate,) = report.measures, report.gates
+    difference = measure.difference.model_copy(update={"sd": sd})
+    low, high = measure.model_copy(update={"difference": difference}).interval()
+    assert gate.low is not None
+    assert gate.high is not None
+    assert (low, high) == pytest.approx((0.8 * gate.low, 0.8 * gate.high))
+    assert low < -0.05 < 0.05 < high
+
+
+@pytest.mark.parametrize("drop_sd", [False, True])
+def test_a_changed_metric_has_the_interval_of_its_gate(drop_sd: bool) -> None:
+    report = crafted(10, 13)
+    (measure,), (gate,) = report.measures, report.gates
+    if drop_sd:  # as in reports of older versions
+        measure = measure.model_copy(update={"difference": measure.difference.model_copy(update={"sd": None})})
+    assert gate.low is not None
+    assert gate.high is not None
+    assert measure.interval() == pytest.approx((0.8 * gate.low, 0.8 * gate.high))

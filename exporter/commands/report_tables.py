@@ -23,8 +23,8 @@ def report_page(report: Report) -> RenderableType:
     for name in ("score", "samples", "full", "artifact", "change", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for measure in report.measures:
-        difference = measure.difference
-        interval = f"{difference.low:+z.4f} to {difference.high:+z.4f}"
+        difference, (low, high) = measure.difference, measure.interval()
+        interval = f"{low:+z.4f} to {high:+z.4f}"
         scores = (f"{difference.before:.4f}", f"{difference.after:.4f}", f"{difference.change:+z.4f}", interval)
         table.add_row(f"{measure.task} {measure.metric}", str(measure.samples), *scores)
     one_percent = [

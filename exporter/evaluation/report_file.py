@@ -21,6 +21,7 @@ from exporter.artifact.manifest import (
     parse_json,
     read_document,
 )
+from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.evaluation.evaluation_record import Closed, EvaluationRecord, MetricName, Positive
 from exporter.evaluation.gates import Overall, Verdict
 from exporter.evaluation.report_upgrade import from_version_1
@@ -90,6 +91,12 @@ class Measure(Closed):
     samples: Positive
     difference: StoredDifference
     samples_to_resolve_one_percent: Positive | None = None
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the change in units of the score, by which a gate on this metric is decided."""
+        d = self.difference
+        sd = d.sd if d.sd is not None else float(d.low < d.high)  # older reports lack it: 0 where no score differs
+        return gate_interval(Difference(d.before, d.after, d.change, d.low, d.high, sd), self.samples)
 
 
 class GateResult(Closed):

@@ -224,14 +224,14 @@ def _quality(summary: Summary) -> str:
         return "The artifact was never evaluated."
     rows = []
     for m in summary.report.measures:
-        d = m.difference
+        d, (low, high) = m.difference, m.interval()
         recovery = f"{d.after / d.before:.1%}" if d.before > 0 else ""
         scores = [
             f"{d.before:.4f}",
             f"{d.after:.4f}",
             recovery,
             signed(d.change),
-            f"{signed(d.low)} to {signed(d.high)}",
+            f"{signed(low)} to {signed(high)}",
         ]
         rows.append([m.task, m.metric, str(m.samples), *scores])
     head = ["task", "metric", "samples", "full precision", "this model", "recovery", "change", "95 % interval"]
@@ -241,7 +241,7 @@ def _quality(summary: Summary) -> str:
         if other
         else "",
         f"Both models answered the same samples ({data_name(summary)}) with greedy decoding; intervals are from a "
-        "paired bootstrap.",
+        "paired bootstrap and cover losses that no sample showed.",
         table(head, rows) + "\n\nRecovery is this model's score as a share of the full-precision score.",
         f"Prompts, inside the chat template: {prompts}." if prompts else "",
         _gates(summary.report),

@@ -15,7 +15,7 @@ def headline(summary: Summary) -> str:
 def relative_change(report: Report, measure: Measure) -> dict[str, float] | None:
     """Change of a metric with its interval, as shares of the full-precision score; None when that score is 0.
 
-    For a metric with a gate it is the interval by which the gate decides.
+    It is the interval by which a gate decides; that of a metric with a gate is the recorded one.
     """
     gates = {(gate.task, gate.metric): gate for gate in report.gates}
     gate, difference = gates.get((measure.task, measure.metric)), measure.difference
@@ -23,7 +23,8 @@ def relative_change(report: Report, measure: Measure) -> dict[str, float] | None
         return None
     if gate and gate.change is not None and gate.low is not None and gate.high is not None:
         return {"change": gate.change, "low": gate.low, "high": gate.high}
-    absolute = {"change": difference.change, "low": difference.low, "high": difference.high}
+    low, high = measure.interval()
+    absolute = {"change": difference.change, "low": low, "high": high}
     return {name: value / difference.before for name, value in absolute.items()}
 
 

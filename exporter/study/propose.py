@@ -51,8 +51,14 @@ class MeasuredRecipe:
             "bits_per_weight": self.bits_per_weight,
             "change": self.change,
             "worst_change": self.worst,
-            "metrics": {f"{m.task} {m.metric}": m.difference.model_dump() for m in _main_measures(self.report)},
+            "metrics": {f"{m.task} {m.metric}": _with_interval(m) for m in _main_measures(self.report)},
         }
+
+
+def _with_interval(measure: Measure) -> dict[str, Any]:
+    """A measured difference as JSON-compatible data, with the interval that decides gates."""
+    low, high = measure.interval()
+    return measure.difference.model_dump() | {"low": low, "high": high}
 
 
 def _main_measures(report: Report) -> list[Measure]:

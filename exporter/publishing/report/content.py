@@ -89,7 +89,8 @@ def scores(report: Report | None) -> list[dict[str, Any]]:
     rows = []
     for measure in report.measures:
         difference = measure.difference
-        absolute = {"change": difference.change, "low": difference.low, "high": difference.high}
+        low, high = measure.interval()
+        absolute = {"change": difference.change, "low": low, "high": high}
         rows.append(
             {
                 "name": f"{measure.task} {measure.metric}",
