@@ -92,13 +92,19 @@ def test_a_verification_is_one_line() -> None:
 
 
 def test_differences_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    changes = [Change("score", "0.5", "0.25", -0.25), Change("size", "1", "1,235", 1234.5), Change("recipe", "x", "y")]
+    changes = [
+        Change("score", "0.5", "0.25", -0.25),
+        Change("size", "1", "1,235", 1234.5),
+        Change("bytes", "2", "9", -107_520.0),
+        Change("recipe", "x", "y"),
+    ]
     assert lines(tables.difference_table("a", "b", changes), capsys) == [
         "first: a",
         "second: b",
-        "what    first  second  change",
-        "score   0.5    0.25     -0.25",
-        "size    1      1,235   +1,234",
+        "what    first  second    change",
+        "score   0.5    0.25       -0.25",
+        "size    1      1,235     +1,234",
+        "bytes   2      9       -107,520",
         "recipe  x      y",
     ]
 

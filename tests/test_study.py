@@ -414,9 +414,13 @@ def test_without_ray_the_hint_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 def test_progress_has_the_remaining_seconds(tmp_path: Path) -> None:
     events: list[Event] = []
     run(setup_in(tmp_path), settings(grid(components={"vision": {"bits": [3, 4]}})), worker_pool.inline, events.append)
-    left = [event.numbers["left"] for event in events if event.stage == "study points"]
+    points = [event for event in events if event.stage == "study points"]
+    left = [event.numbers["left"] for event in points[1:]]
     assert left[0] > 0
     assert left[-1] == 0
+    starts = [(event.stage, event.done) for event in events if event.stage != "hash"]
+    assert starts[:3] == [("prepare", 0), ("prepare", 1), ("study units", 0)]  # before workers start
+    assert (points[0].done, points[0].total) == (0, 2)
 
 
 def test_the_command_measures_a_grid_and_reports_reuse(tmp_path: Path) -> None:

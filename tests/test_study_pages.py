@@ -1,5 +1,6 @@
 """The pages of studies and allocations as they are printed."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from exporter.study import propose
 from exporter.study.allocation_tables import allocation_page
 from exporter.study.importance import Importance, MarginalChange, Shares
 from exporter.study.propose import MeasuredRecipe
-from exporter.study.records import ERROR, SAMPLES, ScoredSetting
+from exporter.study.records import CHANGE, CHANGE_ERROR, ERROR, SAMPLES, ScoredSetting
 from exporter.study.result_tables import importance_page, outcome_json, outcome_page
 from exporter.study.run import Outcome
 from tests.test_evaluate import crafted, one_bootstrap
@@ -107,18 +108,22 @@ def test_an_allocation_has_rules_front_proof_and_the_next_command(capsys: pytest
     )
 
     def candidate(name: str, size: int, predicted: float | None, change: float) -> Any:
-        return SimpleNamespace(name=name, measured=setting(name, size, 0.75), predicted=predicted, change=change)
+        paired = {CHANGE: 0.75 * change / (1 + change), CHANGE_ERROR: 0.03} if name == "choice 1" else {}
+        scored = setting(str(size), size, 0.75)
+        scored = replace(scored, about={"name": name}, scores={**scored.scores, **paired})
+        return SimpleNamespace(name=name, measured=scored, predicted=predicted, change=change)
 
     def measured(name: str, after: float) -> Any:
         row = {"metrics": {"vqa accuracy": {"before": 0.8, "after": after}}}
-        return SimpleNamespace(name=name, row=lambda: row, bytes=1200, bits_per_weight=4.5, change=after - 0.8)
+        figures: dict[str, Any] = {"bytes": 1200, "bits_per_weight": 4.5, "change": after - 0.8, "samples": 60}
+        return SimpleNamespace(name=name, row=lambda: row, **figures)
 
     winner = candidate("choice 2", 1200, 0.25, -0.01)
     result: Any = SimpleNamespace(
         recipe=SimpleNamespace(quantize=rules),
         winner=winner,
         together=0.125,
-        front=(winner, candidate("choice 1", 800, 0.5, -0.2)),
+        front=(winner, candidate("choice 1", 800, 0.5, -0.2), candidate("the winner again", 1200, 0.25, -0.01)),
         hand_written=(candidate("by hand", 900, None, -0.1),),
         confirmed=measured("allocated", 0.7),
         against=(measured("by hand", 0.6),),
@@ -135,15 +140,15 @@ def test_an_allocation_has_rules_front_proof_and_the_next_command(capsys: pytest
         "1.2 kB, 12.00 bits per weight; sum of the costs 0.25000",
         "KL per token of the whole allocation: 0.12500; on the validation split 0.25000",
         "",
-        "allocations of minimal cost by size, and recipes; score: exact replies on the validation split",
-        "   name        size  bits/w  predicted       KL   score  change",
-        "   choice 1   800 B    8.00    0.50000  0.25000  0.7500  -20.0%",
-        "   by hand    900 B    9.00             0.25000  0.7500  -10.0%",
-        ">  choice 2  1.2 kB   12.00    0.25000  0.25000  0.7500   -1.0%",
+        "allocations of minimal cost by size, and recipes; score: exact replies of 8 samples, validation split",
+        "   name        size  bits/w  predicted       KL   score       change",
+        "   choice 1   800 B    8.00    0.50000  0.25000  0.7500  -20.0±19.4%",
+        "   by hand    900 B    9.00             0.25000  0.7500       -10.0%",
+        ">  choice 2  1.2 kB   12.00    0.25000  0.25000  0.7500        -1.0%",
         "exported artifacts on real tasks, test data",
-        "recipe       size  bits/w      vqa accuracy  mean change",
-        "allocated  1.2 kB    4.50  0.7000 of 0.8000       -10.0%",
-        "by hand    1.2 kB    4.50  0.6000 of 0.8000       -20.0%",
+        "recipe       size  bits/w  samples      vqa accuracy  mean change",
+        "allocated  1.2 kB    4.50       60  0.7000 of 0.8000       -10.0%",
+        "by hand    1.2 kB    4.50       60  0.6000 of 0.8000       -20.0%",
         "sensitivities: quantize 4 s; 8 CPU seconds",
         "WARNING: it loses much",
         "recipe: out.yaml",

@@ -90,6 +90,13 @@ def verified_line(verified: Verification) -> str:
     return f"{line}; not run in transformers: {verified.skipped}" if verified.skipped else line
 
 
+def _signed(change: float | None) -> str:
+    """A change with its sign: four digits, all digits of larger integers, nothing for None."""
+    if change is None:
+        return ""
+    return f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+,.4g}"
+
+
 def difference_table(first: str, second: str, changes: Sequence[Change]) -> Table:
     """Table of the differences between two artifacts, one row per difference."""
     table = Table(title=f"first: {first}\nsecond: {second}")
@@ -97,7 +104,5 @@ def difference_table(first: str, second: str, changes: Sequence[Change]) -> Tabl
         table.add_column(name)
     table.add_column("change", justify="right", no_wrap=True)
     for change in changes:
-        table.add_row(
-            change.what, change.first, change.second, "" if change.change is None else f"{change.change:+,.4g}"
-        )
+        table.add_row(change.what, change.first, change.second, _signed(change.change))
     return table

@@ -10,6 +10,9 @@ from exporter.amounts import size
 from exporter.planning.recipe import Rule
 from exporter.study.allocation_run import AllocationResult, Candidate
 from exporter.study.propose import MeasuredRecipe
+from exporter.study.records import SAMPLES
+from exporter.study.result_tables import change_text
+from exporter.study.setting_rows import row_of
 
 
 def allocation_page(result: AllocationResult, file: Path, command: str) -> Group:
@@ -42,23 +45,27 @@ def _rules(rules: Sequence[Rule]) -> Table:
 
 
 def _front(front: Sequence[Candidate], hand_written: Sequence[Candidate], winner: Candidate) -> Table:
-    title = "allocations of minimal cost by size, and recipes; score: exact replies on the validation split"
-    table = Table("", "name", title=title)
+    title = "allocations of minimal cost by size, and recipes; score: exact replies"
+    if counts := sorted({int(candidate.measured.scores.get(SAMPLES, 0)) for candidate in [*front, *hand_written]}):
+        title += f" of {' or '.join(f'{count:,}' for count in counts)} samples"
+    table = Table("", "name", title=f"{title}, validation split")
     for name in ("size", "bits/w", "predicted", "KL", "score", "change"):
         table.add_column(name, justify="right")
-    for candidate in sorted([*front, *hand_written], key=lambda candidate: candidate.measured.bytes):
+    others = [c for c in front if c is winner or c.measured.id != winner.measured.id]  # the same allocation once
+    for candidate in sorted([*others, *hand_written], key=lambda candidate: candidate.measured.bytes):
         cost = "" if candidate.predicted is None else f"{candidate.predicted:z.5f}"
         setting = candidate.measured
         values = [size(setting.bytes), f"{setting.bits_per_weight:.2f}", cost, f"{setting.scores['kl']:z.5f}"]
         mark = ">" if candidate is winner else ""
-        table.add_row(mark, candidate.name, *values, f"{setting.scores['score']:.4f}", f"{candidate.change:+z.1%}")
+        change = change_text(row_of(setting, "score", None)) or f"{candidate.change:+z.1%}"
+        table.add_row(mark, candidate.name, *values, f"{setting.scores['score']:.4f}", change)
     return table
 
 
 def _proof(confirmed: Sequence[MeasuredRecipe]) -> Table:
     table = Table("recipe", title="exported artifacts on real tasks, test data")
     metrics = list(confirmed[0].row()["metrics"])
-    for name in ("size", "bits/w", *metrics, "mean change"):
+    for name in ("size", "bits/w", "samples", *metrics, "mean change"):
         table.add_column(name, justify="right")
     for confirmed_recipe in confirmed:
         row = confirmed_recipe.row()
@@ -68,6 +75,7 @@ def _proof(confirmed: Sequence[MeasuredRecipe]) -> Table:
             confirmed_recipe.name,
             size(confirmed_recipe.bytes),
             f"{confirmed_recipe.bits_per_weight:.2f}",
+            f"{confirmed_recipe.samples:,}",
             *values,
             f"{confirmed_recipe.change:+z.1%}",
         )

@@ -43,6 +43,11 @@ class MeasuredRecipe:
     worst: float
     report: Report
 
+    @property
+    def samples(self) -> int:
+        """Number of test samples of each task."""
+        return self.report.measures[0].samples
+
     def row(self) -> dict[str, Any]:
         """JSON-compatible data: size, change, and each metric before and after with its interval."""
         return {
@@ -178,13 +183,12 @@ def _real_task_evidence(confirmed: MeasuredRecipe | None) -> Evidence:
         change, low, high = (difference[key] / before if before else 0.0 for key in ("change", "low", "high"))
         change_text = f"change {change:+z.1%}, 95 % interval {low:+z.1%} to {high:+z.1%}"
         lines.append(f"{name} {before:.4f} -> {after:.4f} ({change_text})")
-    samples = confirmed.report.measures[0].samples
     size = f"{confirmed.bytes:,} bytes, {confirmed.bits_per_weight:.2f} bits per weight"
     return Evidence(
         finding="Real tasks confirm it."
         if confirmed.worst >= -CLOSE
         else f"It loses {-confirmed.worst:.0%} on real tasks.",
-        figures=f"{size}; {'; '.join(lines)}; {samples} samples of each task",
+        figures=f"{size}; {'; '.join(lines)}; {confirmed.samples} samples of each task",
         source="mmq export and evaluate, run by mmq allocate",
     )
 

@@ -81,7 +81,7 @@ def outcome_page(outcome: Outcome) -> Group:
     for setting in sorted(outcome.settings, key=lambda measured: measured.bytes):
         cells = [str(setting.about[name]) for name in (*bits, *other_columns)]
         values = [f"{setting.scores[name]:z.{4 if name == 'kl' else 3}f}" for name in scores]
-        values += [_change_text(rows[setting.id]) for _ in change]
+        values += [change_text(rows[setting.id]) for _ in change]
         mark = "*" if setting.id in front_ids else ""
         table.add_row(mark, *cells, size(setting.bytes), f"{setting.bits_per_weight:.2f}", *values)
     notes = ["* on the Pareto front: no setting of at most this size scores higher"]
@@ -94,7 +94,7 @@ def _scores_shown(settings: tuple[ScoredSetting, ...]) -> list[str]:
     return [name for name in names if not name.endswith((" nll", " kl")) and name not in NO_SCORES]
 
 
-def _change_text(row: SettingRow) -> str:
+def change_text(row: SettingRow) -> str:
     """A change in percent, with the larger half of its interval: `-4.2±4.9%`."""
     if row.full or row.change is None:
         return "reference" if row.full else ""

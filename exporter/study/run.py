@@ -8,7 +8,7 @@ from typing import Any
 from exporter import data
 from exporter.errors import CheckpointError
 from exporter.evaluation.answers import digest
-from exporter.events import Event, Listener, notice
+from exporter.events import Event, Listener, notice, preparing
 from exporter.files.writing import make_folder, write_text
 from exporter.methods import METHODS
 from exporter.model.processors.processor import load_processor
@@ -74,7 +74,8 @@ def run(setup: Setup, settings: Sequence[Setting], pool: WorkerPool, on_event: L
     make_folder(setup.folder)
     open_model.cache_clear()  # one process may run several studies, and the model may change between them
     model = open_model(setup)
-    keys = keys_of_run(setup, model, on_event)
+    with preparing(on_event, "reading samples and the checkpoint"):
+        keys = keys_of_run(setup, model, on_event)
     exam = _exam(setup, keys)
     requested = [_pending_setting(model, setting, keys, exam) for setting in settings]
     with Records(setup.folder / f"{setup.table}.sqlite") as records:
@@ -177,6 +178,8 @@ def _quantize(
         parcels.setdefault((unit.component, rule.method, rule.bits), []).append(unit)
     tasks = [(setup, tuple(units), keys) for units in sorted(parcels.values(), key=len, reverse=True)]
     started, finished_units = time.monotonic(), 0
+    if tasks:  # workers need seconds to start
+        on_event(Event("study units", 0, len(missing), "starting workers"))
     for index, task_result in pool(make_units, tasks):
         finished_units += len(tasks[index][1])
         cpu_by_process[task_result.process] = task_result.process_seconds
@@ -203,6 +206,8 @@ def _score(
     tasks: list[tuple[Setup, tuple[Rule, ...], str, Keys]] = [
         (setup, pending.setting.rules, pending.id, keys) for pending in settings
     ]
+    if tasks:
+        on_event(Event("study points", 0, len(settings), "reading samples and the full-precision model"))
     for done, (index, result) in enumerate(pool(score_setting, tasks), 1):
         pending, task_result = settings[index], _as_task_result(result)
         about = _about(setup, pending.setting)
