@@ -7,6 +7,7 @@ import os
 import sys
 
 from exporter.commands.interrupt import install, raise_if_interrupted
+from exporter.model.transformers_import import only_mmq_runs_here
 
 PROCESSOR_COMMANDS = ("plan", "export")  # commands that inspect a model's processor in a helper process
 
@@ -14,6 +15,7 @@ PROCESSOR_COMMANDS = ("plan", "export")  # commands that inspect a model's proce
 def main() -> None:
     """Run the command line."""
     install()
+    only_mmq_runs_here()
     try:
         try:
             if sys.argv[1:2] and sys.argv[1] in PROCESSOR_COMMANDS and not {"-h", "--help"} & set(sys.argv):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from exporter.device import choose
+from exporter.model.transformers_import import import_transformers, only_mmq_runs_here
 from tests.browser import Browser, browser
 from tests.headers.read import header, header_config, write_sparse_checkpoint
 from tests.order import longest_first
@@ -52,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+        only_mmq_runs_here()
+        import_transformers()
     # Every export and every plan asks for a dozen versions, and each answer parses a file.
     importlib.metadata.version = functools.cache(importlib.metadata.version)
 

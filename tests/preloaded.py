@@ -7,13 +7,15 @@ import importlib
 from importlib.util import find_spec
 
 import torch
-import transformers
 
 import exporter.commands.main
 import exporter.data.demo.samples
 import exporter.pipeline.export  # noqa: F401
 from exporter.model.families import FAMILIES
+from exporter.model.transformers_import import import_transformers, only_mmq_runs_here
 
+only_mmq_runs_here()
+transformers = import_transformers()
 PROCESSORS = transformers.AutoProcessor, transformers.Blip2Processor, transformers.LlavaProcessor
 
 with torch.device("meta"):

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from exporter.errors import MmqError
 from exporter.evaluation.cluster.ray_cluster import Call, Function
+from exporter.model.transformers_import import only_mmq_runs_here
 from exporter.out_of_memory import keeping_shortage
 
 WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (index of the task, its result)
@@ -79,6 +80,7 @@ def _begin() -> None:
     """Initialize a worker: ignore SIGINT, use one torch thread, and exit when the parent process exits."""
     import torch
 
+    only_mmq_runs_here()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()

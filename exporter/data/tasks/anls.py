@@ -6,8 +6,10 @@ score of an answer is its largest similarity to a reference. Upper and lower cas
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 THRESHOLD = 0.5
+REMEMBERED = 2**14  # texts or pairs of texts whose scores are kept: many samples have the same short answers
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
@@ -21,6 +23,7 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+@lru_cache(maxsize=REMEMBERED)
 def _similarity(first: str, second: str) -> float:
     longest = max(len(first), len(second))
     if abs(len(first) - len(second)) >= THRESHOLD * longest:  # the distance is at least the difference of the lengths

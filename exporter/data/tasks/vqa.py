@@ -8,8 +8,9 @@ accuracy against ten people's answers is min(1, matches / 3), averaged over leav
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
-from exporter.data.tasks.anls import anls
+from exporter.data.tasks.anls import REMEMBERED, anls
 from exporter.data.tasks.relaxed import relaxed_accuracy
 from exporter.data.tasks.sample import Sample
 from exporter.errors import DataError
@@ -47,6 +48,7 @@ _APOSTROPHES = {
 _MOST_PERIODS = 32  # the evaluator passes a regex flag of this value as the count
 
 
+@lru_cache(maxsize=REMEMBERED)
 def normalize(answer: str) -> str:
     """Normalize an answer for comparison, e.g. `The two dogs.` -> `2 dogs`."""
     line = answer.replace("\n", " ").replace("\t", " ").strip()

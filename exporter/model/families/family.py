@@ -16,6 +16,7 @@ from exporter.model.families.component import Component, Config, Inputs, logits
 from exporter.model.families.config_fields import Choice, Field, Number, Section, TokenIds, Values, read_fields
 from exporter.model.families.names import Names
 from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, part_of, section, size_of
+from exporter.model.transformers_import import import_transformers
 
 Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 
@@ -149,8 +150,7 @@ class Family:
 
     def skeleton(self, config: Config) -> Any:
         """The transformers model for a config.json, with uninitialized weights, on the current default device."""
-        import transformers
-
+        transformers = import_transformers()
         described = getattr(transformers, self.config_class).from_dict(copy.deepcopy(dict(config)))
         return getattr(transformers, self.architectures[0])(described)
 

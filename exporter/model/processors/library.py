@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from exporter.model.transformers_import import import_transformers
+
 
 def load_library(folder: Path) -> Any:
     """transformers' processor of a folder, from local files only and without running code from it.
 
     Raises what transformers raises.
     """
-    from transformers import AutoProcessor
+    AutoProcessor = import_transformers().AutoProcessor  # noqa: N806 (a class)
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
