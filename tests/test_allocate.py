@@ -133,7 +133,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_setup(folder: Path) -> Setup:
-    return Setup(folder, base_recipe("demo-llava", None, (), 8, 0).model_dump_json(), samples=8, batch=8, device="cpu")
+    return Setup(folder, base_recipe("demo-llava", None, (), 8, 0).model_dump_json(), samples=4, batch=4, device="cpu")
 
 
 def test_only_servable_schemes_unless_unserved_is_set() -> None:
@@ -168,7 +168,7 @@ def test_slots_exclude_parts_that_the_engine_cannot_load_packed(tmp_path: Path) 
 
 def request(**changed: object) -> Request:
     plain = {"max_size": 600_000, "max_drop": None, "bits": (3, 8), "groups": (128,), "method": "rtn"}
-    return Request(**{**plain, "symmetric": True, "per": "role", "samples": 12, "points": 4, **changed})  # type: ignore[arg-type]
+    return Request(**{**plain, "symmetric": True, "per": "role", "samples": 6, "points": 4, **changed})  # type: ignore[arg-type]
 
 
 def test_an_allocation_becomes_a_recipe_that_loads_and_plans_and_beats_smaller_ones(
