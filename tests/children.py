@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from exporter.events import Event
 SECONDS = 120.0
 
 
-def _server() -> ForkServerContext:
+def preloaded_context() -> ForkServerContext:
+    """The context of multiprocessing whose processes are children of the fork server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     return context
@@ -30,7 +32,7 @@ def _server() -> ForkServerContext:
 
 def run_killed(function: Callable[..., object], *arguments: Any, **options: Any) -> None:
     """Call a function of a module in a child process, which must end by its own SIGKILL. Arguments are pickled."""
-    child = _server().Process(target=_call, args=(function, arguments, options))
+    child = preloaded_context().Process(target=_call, args=(function, arguments, options))
     child.start()
     child.join(SECONDS)
     assert child.exitcode == -signal.SIGKILL, f"the child ended with {child.exitcode}"
@@ -59,11 +61,51 @@ def _call(function: Callable[..., object], arguments: tuple[Any, ...], options: 
     function(*arguments, **options)
 
 
-class Command:
+class Child:
+    """A running child process."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self.process = process
+
+    def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        self.process.join(SECONDS)
+        assert self.process.exitcode is not None, "it goes on"
+        return self.process.exitcode
+
+
+class Listening(Child):
+    """A child that talks with the test. test: the test's end of the pipe."""
+
+    def __init__(self, process: ForkServerProcess, test: Connection) -> None:
+        super().__init__(process)
+        self.test = test
+
+    def heard(self) -> Any:
+        """What it sends next."""
+        assert self.test.poll(SECONDS), "it sends nothing"
+        return self.test.recv()
+
+
+@contextmanager
+def running(function: Callable[..., object], *arguments: Any) -> Iterator[Listening]:
+    """`function(CONNECTION, *arguments)` in a child process, which ends with the context."""
+    test, child_end = preloaded_context().Pipe()
+    process = preloaded_context().Process(target=_call, args=(function, (child_end, *arguments), {}))
+    process.start()
+    child_end.close()
+    try:
+        yield Listening(process, test)
+    finally:
+        process.kill()
+        process.join()
+
+
+class Command(Child):
     """A running `mmq` command. stdout, stderr: the files that take its output."""
 
     def __init__(self, process: ForkServerProcess, folder: Path) -> None:
-        self.process = process
+        super().__init__(process)
         self.stdout = folder / "stdout"
         self.stderr = folder / "stderr"
 
@@ -81,12 +123,6 @@ class Command:
         os.kill(self.process.pid, how)
         return self.ended()
 
-    def ended(self) -> int:
-        """Wait for its end; the exit code."""
-        self.process.join(SECONDS)
-        assert self.process.exitcode is not None, "it goes on"
-        return self.process.exitcode
-
 
 @contextmanager
 def running_command(
@@ -97,7 +133,7 @@ def running_command(
     prepare: called in the child before it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    process = _server().Process(target=_command, args=(list(arguments), folder, prepare))
+    process = preloaded_context().Process(target=_command, args=(list(arguments), folder, prepare))
     command = Command(process, folder)
     command.stdout.touch()
     command.stderr.touch()

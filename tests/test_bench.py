@@ -1,6 +1,7 @@
 """`mmq bench`: the load generator, the memory of a process group, the record in the report, report and card."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from exporter.serving.memory_watch import MemoryWatch
 from exporter.serving.request_load import LoadResult, TimedAnswer, run_load, timed_answer
 from exporter.serving.speed import loaded_bytes, request_bodies
 from tests.chat_server import chat_server
+from tests.children import preloaded_context
 from tests.test_evaluate import crafted
 
 FIGURES = SpeedFigures(
@@ -193,6 +195,8 @@ def test_without_vllm_figures_of_transformers_reach_report_and_card(
     monkeypatch.setenv("PATH", str(artifact))
     monkeypatch.delenv("MMQ_VLLM", raising=False)
     in_a_child, children = speed._here, list[str]()
+    context = preloaded_context()  # a spawned process imports torch and transformers for seconds
+    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": context}.__getitem__)
 
     def here(request: SpeedRequest, on_event: Any, model: str) -> SpeedFigures:
         """The first models are measured in processes of their own, as all are; others in this one, which is faster."""

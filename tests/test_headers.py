@@ -34,11 +34,15 @@ def quantizable(name: str, prefix: str) -> int:
     )
 
 
-def test_every_header_is_the_one_that_make_writes():
+def test_the_headers_are_those_that_make_writes():
     assert set(HEADER_NAMES) == set(make.HEADERS)
     assert len(HEADER_NAMES) == 7 + len(CONFIGS)
-    for name, build in make.HEADERS.items():
-        assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(build())
+
+
+# Transformers builds the published models, which takes time; headers of other sizes differ in numbers.
+@pytest.mark.parametrize("name", some(HEADER_NAMES, {*HEADER_NAMES} - {*CONFIGS} | {*SMALLEST}))
+def test_every_header_is_the_one_that_make_writes(name):
+    assert (HEADERS / f"{name}.json").read_text(encoding="utf-8") == make.render(make.HEADERS[name]())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -368,13 +369,19 @@ def test_attention_code_of_the_hub_is_refused(model: Path) -> None:
         plan(model)
 
 
-def test_the_helper_is_restarted_after_it_died() -> None:
-    folder = MODELS["demo-llava"]
-    inspect(folder, fields=[])
-    helper = inspector.helper()
-    os.kill(helper._process.pid, signal.SIGKILL)
+def test_the_helper_is_restarted_after_it_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that replies its process takes the place of Python, which would import transformers twice."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\nwhile read request; do echo "{\\"process\\": $$}"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    helper = inspector.Helper(())
+    first = helper.ask({})["process"]
+    assert helper.ask({})["process"] == first == helper._process.pid
+    os.kill(first, signal.SIGKILL)
     helper._process.wait()
-    assert inspect(folder, fields=["patch_size"]).fields == {"patch_size": 8}
+    assert helper.ask({})["process"] == helper._process.pid != first
+    helper.close()
 
 
 def test_a_closed_helper_leaves_no_process_and_no_open_pipe() -> None:

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from select import select
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from exporter.evaluation import evaluate
 from exporter.evaluation.report_file import read_report
 from exporter.serving import check
 from exporter.serving.check import CheckResult
+from tests.children import running
 from tests.test_evaluate import crafted
 from tests.test_export import quick_export
 
@@ -31,40 +29,19 @@ UPDATES: dict[str, tuple[Any, Callable[[Path], object]]] = {  # command -> its m
 }
 
 
-def paused(command: str, folder: str) -> None:
-    """Run an update that prints a line after it has read the report, and waits for a line before it goes on."""
+def paused(test: Connection, command: str, folder: Path) -> None:
+    """Run an update that says when it has read the report, and waits for a word before it goes on."""
     module, update = UPDATES[command]
 
     def read_slowly(place: Path) -> Any:
         content = read_report(place)
-        print("read", flush=True)
-        input()
+        test.send("read")
+        test.recv()
         return content
 
     module.read_report = read_slowly
-    print("started", flush=True)
-    update(Path(folder))
-
-
-@contextmanager
-def running(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that runs `paused`."""
-    code = f"from tests.test_updates import paused; paused({command!r}, {str(folder)!r})"
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == "started\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def go_on(process: subprocess.Popen[str]) -> None:
-    """Let a paused process finish."""
-    assert process.stdin
-    process.stdin.write("\n")
-    assert process.wait(60) == 0
+    test.send("started")
+    update(folder)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +60,16 @@ def test_the_second_process_waits_for_the_first_and_both_results_are_stored(
     folder = tmp_path / "out"
     shutil.copytree(made, folder)
     before = {path.name for path in folder.iterdir()}
-    with running(first, folder) as one:
-        assert one.stdout
-        assert one.stdout.readline() == "read\n"
-        with running(second, folder) as other:
-            assert other.stdout
-            reads_too_early = select([other.stdout], [], [], 1)[0]
-            go_on(one)
-            assert other.stdout.readline() == "read\n"
-            go_on(other)
+    with running(paused, first, folder) as one:
+        assert [one.heard(), one.heard()] == ["started", "read"]
+        with running(paused, second, folder) as other:
+            assert other.heard() == "started"
+            reads_too_early = other.test.poll(1)
+            one.test.send("go on")
+            assert one.ended() == 0
+            assert other.heard() == "read"
+            other.test.send("go on")
+            assert other.ended() == 0
     assert not reads_too_early
     report, serving = read_report(folder)
     assert report == crafted(1, 2)

@@ -24,6 +24,7 @@ from exporter.evaluation.speed_record import WARM_UP, SpeedFigures, SpeedRecord
 from exporter.events import Listener, ignore, notice
 from exporter.model.families import Family
 from exporter.model.source import open_source
+from exporter.model.transformers_import import only_mmq_runs_here
 from exporter.pipeline.ask import opened_model, source_of
 from exporter.pipeline.serving_check import questions
 from exporter.serving.launch import Program, launch
@@ -121,7 +122,7 @@ def _in_vllm(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigu
 def _here(request: SpeedRequest, on_event: Listener, model: str) -> SpeedFigures:
     """Figures of a model with transformers, in a process of its own, so that its peak is its own."""
     on_event(notice(f"measuring {Path(model).name} with transformers"))
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), only_mmq_runs_here) as pool:
         return pool.submit(measure_here, request, model).result()
 
 
