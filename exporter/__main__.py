@@ -7,7 +7,7 @@ import os
 import sys
 
 from exporter.commands.interrupt import install, raise_if_interrupted
-from exporter.model.transformers_import import only_mmq_runs_here
+from exporter.transformers_import import only_mmq_runs_here
 
 PROCESSOR_COMMANDS = ("plan", "export")  # commands that inspect a model's processor in a helper process
 

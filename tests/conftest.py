@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from exporter.device import choose
-from exporter.model.transformers_import import import_transformers, only_mmq_runs_here
+from exporter.transformers_import import import_transformers, only_mmq_runs_here
 from tests.browser import Browser, browser
 from tests.headers.read import header, header_config, write_sparse_checkpoint
 from tests.order import longest_first

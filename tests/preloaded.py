@@ -12,7 +12,7 @@ import exporter.commands.main
 import exporter.data.demo.samples
 import exporter.pipeline.export  # noqa: F401
 from exporter.model.families import FAMILIES
-from exporter.model.transformers_import import import_transformers, only_mmq_runs_here
+from exporter.transformers_import import import_transformers, only_mmq_runs_here
 
 only_mmq_runs_here()
 transformers = import_transformers()

@@ -48,6 +48,7 @@ SHARED = {
     "errors",
     "events",
     "lazy_torch",
+    "transformers_import",
     "out_of_memory",
 }  # files beside the rooms
 PACKAGES = sorted(path.parent for room in ROOMS for path in room.rglob("__init__.py"))

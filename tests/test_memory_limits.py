@@ -74,7 +74,7 @@ def ended(arguments: Sequence[str], folder: Path, prepare: Callable[[], None]) -
 def few_candidates() -> None:
     """Retrieval among three pictures, until memory ends."""
     exporter.data.DEMO_CANDIDATES = 3
-    limit_memory("evaluate", 16)
+    limit_memory("evaluate", 8)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_retrieval_without_memory_keeps_its_answers_and_resumes(
         "evaluate",
         str(retrieval),
         "--eval-samples",
-        "24",
+        "16",
         "--eval-batch",
         "8",
         "--device",
@@ -111,7 +111,7 @@ def test_retrieval_without_memory_keeps_its_answers_and_resumes(
     monkeypatch.setattr("exporter.data.DEMO_CANDIDATES", 3)
     resumed = CliRunner().invoke(cli, [*arguments, str(tmp_path / "kept"), "--json"])
     first = next(event for event in map(json.loads, resumed.stderr.splitlines()) if event["stage"] == "evaluate")
-    assert first["done"] >= 16
+    assert first["done"] >= 8
     whole = CliRunner().invoke(cli, [*arguments, str(tmp_path / "whole"), "--json"])
     assert json.loads(resumed.stdout) == json.loads(whole.stdout)
 

@@ -61,6 +61,7 @@ from exporter.study.worker_tasks import (
 from tests.children import KillAt, run_killed
 from tests.pool_functions import die, double, read_without_memory
 from tests.shared_exams import share_exams
+from tests.slow import some
 from tests.tiny_models import QUICK
 
 SMALL = {"samples": 8, "batch": 8, "device": "cpu"}
@@ -197,7 +198,7 @@ def test_a_setting_made_of_units_is_the_rounded_model(tmp_path: Path) -> None:
         assert torch.equal(tensors[row.tensor.name], quantized.dequantize())
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", some(["gptq", "awq"], ["awq"]))  # AWQ does what GPTQ does, and folds scales
 def test_a_unit_does_not_depend_on_other_units_of_the_same_pass(tmp_path: Path, method: str) -> None:
     """One pass over the blocks quantizes units of several rules; each equals the result of a separate pass."""
     rule = Rule(component="vision", bits=2, method=method, group_size=32, options=QUICK[method])

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 import pytest
 
+from exporter import transformers_import
 from exporter.__main__ import main
 from exporter.commands import interrupt
-from exporter.model import transformers_import
-from exporter.model.transformers_import import UNUSED, import_transformers, only_mmq_runs_here
-from exporter.study import pool
+from exporter.study import worker_pool
+from exporter.transformers_import import UNUSED, import_transformers, only_mmq_runs_here
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,9 @@ def test_commands_and_workers_of_studies_are_processes_of_mmq(monkeypatch: pytes
         main()
     assert import_transformers() == "without"
     transformers_import._process["only mmq"] = False
-    monkeypatch.setattr(pool.signal, "signal", lambda *handler: None)
-    monkeypatch.setattr(pool.multiprocessing, "parent_process", lambda: Parent())
-    pool._begin()
+    monkeypatch.setattr(worker_pool.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(worker_pool.multiprocessing, "parent_process", lambda: Parent())
+    worker_pool._begin()
     assert import_transformers() == "without"
 
 

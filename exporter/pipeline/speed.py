@@ -24,7 +24,6 @@ from exporter.evaluation.speed_record import WARM_UP, SpeedFigures, SpeedRecord
 from exporter.events import Listener, ignore, notice
 from exporter.model.families import Family
 from exporter.model.source import open_source
-from exporter.model.transformers_import import only_mmq_runs_here
 from exporter.pipeline.ask import opened_model, source_of
 from exporter.pipeline.serving_check import questions
 from exporter.serving.launch import Program, launch
@@ -32,6 +31,7 @@ from exporter.serving.plugin import with_plugin
 from exporter.serving.preflight import hardware, needs_plugin, refuse_artifact_here, refuse_unservable, refuse_unserved
 from exporter.serving.speed import SpeedSettings, serve_and_measure
 from exporter.serving.vllm_engine import free_port
+from exporter.transformers_import import only_mmq_runs_here
 
 PICTURES = 16  # different pictures that the requests cycle through
 

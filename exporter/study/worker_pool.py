@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from exporter.errors import MmqError
 from exporter.evaluation.cluster.ray_cluster import Call, Function
-from exporter.model.transformers_import import only_mmq_runs_here
 from exporter.out_of_memory import keeping_shortage
+from exporter.transformers_import import only_mmq_runs_here
 
 WorkerPool = Callable[[Function, Sequence[Call]], Iterator[tuple[int, Any]]]  # (index of the task, its result)
 

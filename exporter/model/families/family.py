@@ -16,7 +16,7 @@ from exporter.model.families.component import Component, Config, Inputs, logits
 from exporter.model.families.config_fields import Choice, Field, Number, Section, TokenIds, Values, read_fields
 from exporter.model.families.names import Names
 from exporter.model.families.parts.part import Parts, Shapes, TinyProcessor, part_of, section, size_of
-from exporter.model.transformers_import import import_transformers
+from exporter.transformers_import import import_transformers
 
 Sizes = Mapping[str, Values]  # validated fields of config.json: object key -> fields; "" for the top level
 

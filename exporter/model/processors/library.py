@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.model.transformers_import import import_transformers
+from exporter.transformers_import import import_transformers
 
 
 def load_library(folder: Path) -> Any:
@@ -17,7 +17,7 @@ def load_library(folder: Path) -> Any:
 
     Raises what transformers raises.
     """
-    AutoProcessor = import_transformers().AutoProcessor  # noqa: N806 (a class)
+    AutoProcessor = import_transformers().AutoProcessor
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -8,7 +8,7 @@ library may need those parts of transformers, so only processes that mmq starts 
 import sys
 from functools import cache
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 UNUSED = ("sklearn", "scipy", "pandas")
 _process = {"only mmq": False}
@@ -19,7 +19,7 @@ def only_mmq_runs_here() -> None:
     _process["only mmq"] = True
 
 
-def import_transformers() -> ModuleType:
+def import_transformers() -> Any:
     """The package. In a process of mmq's own it takes `UNUSED` for missing; other modules can import them as usual."""
     if _process["only mmq"]:
         return _import_without_unused()
@@ -29,7 +29,7 @@ def import_transformers() -> ModuleType:
 
 
 @cache
-def _import_without_unused() -> ModuleType:
+def _import_without_unused() -> Any:
     """Import transformers, and let it look for the packages, while they cannot be found: it remembers the result."""
     hidden = [name for name in UNUSED if name not in sys.modules]
     sys.modules.update(cast(dict[str, ModuleType], dict.fromkeys(hidden)))  # None: not found
