@@ -193,7 +193,7 @@ def tool_weights(
 def on_grid(weight: Tensor, bits: int, group_size: int, **rule: Any) -> bool:
     """Whether every group of the first 16 rows of a weight `[out, in]` has at most `2 ** bits` different values."""
     groups = weight[:16].unflatten(-1, (-1, group_size)).sort(-1).values
-    return int((groups.diff(dim=-1) != 0).sum(-1).max()) < 2**bits
+    return bool((groups.diff(dim=-1) != 0).sum(-1).max() < 2**bits)
 
 
 def tools_of(options: argparse.Namespace) -> dict[str, str]:

@@ -264,8 +264,7 @@ def test_an_allocation_with_a_large_loss_fails_with_a_warning(tmp_path: Path, st
     assert "on the validation split, more than 5.0%" in result_data["warnings"][0]
     assert f"{out} is written, but the allocation loses" in result.stderr
     recipe = load_recipe(str(out))
-    report = SimpleNamespace(measures=[SimpleNamespace(samples=1)])
-    measured_recipe = SimpleNamespace(worst=-0.3, row=lambda: {"metrics": {}}, report=report, bytes=1)
+    measured_recipe = SimpleNamespace(worst=-0.3, row=lambda: {"metrics": {}}, samples=1, bytes=1)
     measured_recipe.bits_per_weight = 2.0
     assert {gate.max_drop for gate in with_evidence(recipe, measured_recipe, 0.1, 0.1, None).gates} == {0.05}  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
