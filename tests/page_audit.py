@@ -54,7 +54,7 @@ const wraps = e => getComputedStyle(e).overflowWrap !== 'normal' || getComputedS
 for (const e of document.querySelectorAll('th, dt, h1, h2, h3, label, nav a'))
   if (shown(e) && !e.closest('.skip, thead') && wraps(e)) for (const node of e.childNodes) {
     if (node.nodeType !== 3) continue;
-    for (const word of node.textContent.matchAll(/[\w.%+-]{2,24}/g)) {
+    for (const word of node.textContent.matchAll(/[\\w.%+-]{2,24}/g)) {
       const range = document.createRange();
       range.setStart(node, word.index);
       range.setEnd(node, word.index + word[0].length);

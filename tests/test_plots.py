@@ -125,7 +125,7 @@ def words(labels: Any) -> list[str]:
 
 
 def point(size: float, share: float, error: float | None = None) -> PlottedSetting:
-    return PlottedSetting(size, share, error)
+    return PlottedSetting(size, share, (share - error, share + error) if error else None)
 
 
 def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[Any, ...]]) -> None:
@@ -138,6 +138,7 @@ def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[An
         [(3, 0.95)],
         [(8, 1.0)],
         [(2, 0.5), (3, 0.95)],
+        [(0, 1.0), (1, 1.0)],  # full precision, across the whole width
     ]
     assert len({line.get_color() for line in axes.lines if line.get_marker() in ("o", "s", "^")}) == 3
     assert [(4.0, 0.8), (4.0, 0.85)] in [curve[1:] for curve in curves(axes)]  # the lower ends of the intervals
@@ -158,7 +159,7 @@ def test_a_pareto_plot_has_points_intervals_and_the_front(figures: list[tuple[An
 def test_the_text_of_a_long_front_names_some_of_its_points(figures: list[tuple[Any, ...]]) -> None:
     study_plots.pareto({"grid": [point(i, i / 20) for i in range(1, 13)]}, {}, "")
     assert figures[0][3].count("bits per weight") == 6
-    assert study_plots.share_text(point(4, 0.9, 0.05)) == "90.0% ± 5.0% at 4.00 bits per weight"
+    assert study_plots.share_text(point(4, 0.9, 0.05)) == "90.0% (85.0% to 95.0%) at 4.00 bits per weight"
 
 
 def test_importance_is_a_bar_per_component_and_region(figures: list[tuple[Any, ...]]) -> None:
