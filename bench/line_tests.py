@@ -96,8 +96,8 @@ class LineTests:
                     lines[module][int(line)] = lines[module].get(int(line), frozenset()) | {names[i] for i in tests}
         return cls(seconds, lines)
 
-    def select(self, module: str, line: int) -> list[str]:
-        """Tests of the statement at `line`, within `MAX_TESTS` and `MAX_SECONDS`.
+    def select(self, module: str, line: int, factor: int = 1) -> list[str]:
+        """Tests of the statement at `line`, within `MAX_TESTS` and `MAX_SECONDS`, both multiplied by `factor`.
 
         The fastest tests come first, for half of the time, because they test units. Then come the fastest of each file.
 
@@ -112,18 +112,18 @@ class LineTests:
         selected: dict[str, None] = {}
         total = 0.0
         for group in groups:
-            for test in self._ordered(group - selected.keys()):
+            for test in self._ordered(group - selected.keys(), factor * MAX_SECONDS / 2):
                 total += self.seconds[test]
-                if selected and (len(selected) == MAX_TESTS or total > MAX_SECONDS):
+                if selected and (len(selected) == factor * MAX_TESTS or total > factor * MAX_SECONDS):
                     return list(selected)
                 selected[test] = None
         return list(selected)
 
-    def _ordered(self, tests: Set[str]) -> list[str]:
-        """The fastest tests for half of `MAX_SECONDS`, then the others in turns of files."""
+    def _ordered(self, tests: Set[str], limit: float) -> list[str]:
+        """The fastest tests for `limit` seconds, then the others in turns of files."""
         fastest = sorted(tests, key=lambda test: (self.seconds[test], test))
         ends = accumulate(self.seconds[test] for test in fastest)
-        units = sum(end <= MAX_SECONDS / 2 for end in ends)
+        units = sum(end <= limit for end in ends)
         return [*fastest[:units], *_alternating(fastest[units:])]
 
     def _near(self, module: str, names: frozenset[str]) -> Iterator[frozenset[str]]:

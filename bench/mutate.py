@@ -62,7 +62,9 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("{gate.chance or 0:.4f}", "0 becomes 1"): "the chance is known where this text is written; `or` is for the types",
     ("{gate.samples or 0:,}", "0 becomes 1"): "the number is known where this text is written; `or` is for the types",
     ("if number > 2 * MOST_VALUES:", "Gt becomes GtE"): "it bounds memory; the exact limit follows in `_check`",
-    ("or scheme.group_size < 1):", "1 becomes 2"): "no recipe makes groups of one column",
+    ("weights[len(gram) - 1]", "1 becomes 2"): "the orders of n-grams are summed, so another order comes first",
+    ("+ value * 0.0", "Add becomes Sub"): "zeros of either sign give the divisor its shape",
+    ("+ weight * 0.0", "Add becomes Sub"): "zeros of either sign give the divisor its shape",
     ("concurrent: int = 16", "16 becomes 32"): "the number of open requests does not change the answers",
     ("_row_errors(weight, hessian, *full, scheme)", "Lt becomes LtE"): "of ranges with the same error either is right",
     ("(column > n) & (column < columns), other=0.0)", "Gt becomes GtE"): "a column that is rounded is not read again",
@@ -84,6 +86,7 @@ EQUIVALENT = {  # (part of the line, change): why no test can detect it
     ("narrow, broad, operations = [0], [0], 0", "0 becomes 1"): "one element or operation of billions is not seen",
     ("return 0.0", "None is returned"): "methods that learn no rounding have no learning rate",
 }
+FACTORS = (1, 6)  # of the tests that run against a mutant: first few, then more of them if none of these detects it
 TIMEOUT_FACTOR = 5.0  # timeout relative to the tests' time without a mutant; a timeout counts as detected
 
 
@@ -194,16 +197,26 @@ class Trial:
         """The mutant and the test that detects it (empty if none does); None after the time `end`."""
         if time.monotonic() > self.end:
             return None
-        tests = self.tests.select(mutant.module, mutant.site.line)
+        tried: list[str] = []
+        for factor in FACTORS:
+            selected = self.tests.select(mutant.module, mutant.site.line, factor)
+            tests = [test for test in selected if test not in tried]
+            tried += tests
+            if test := self._first_to_detect(mutant, tests, f"{mutant.room}-{number}-{factor}"):
+                return mutant, test
+        return mutant, ""
+
+    def _first_to_detect(self, mutant: Mutant, tests: list[str], name: str) -> str:
+        """The test that detects the mutant; empty if none does."""
         limit = TIMEOUT_FACTOR * sum(self.tests.seconds[test] for test in tests) + 30
         while tests:
-            code, test = run(mutant, tests, self.folder, f"{mutant.room}-{number}", limit)
+            code, test = run(mutant, tests, self.folder, name, limit)
             if code in (0, 5):  # all tests pass, or all were skipped
-                return mutant, ""
+                return ""
             if test not in tests or self._passes(test):
-                return mutant, test or f"exit code {code}"
-            tests.remove(test)
-        return mutant, ""
+                return test or f"exit code {code}"
+            tests = [other for other in tests if other != test]
+        return ""
 
     def _passes(self, test: str) -> bool:
         if test not in self.sound:

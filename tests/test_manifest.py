@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact, described_groups
+from exporter.artifact.coverage import _listed
 from exporter.artifact.manifest import (
     MANIFEST,
     VERSION,
@@ -221,6 +222,17 @@ def test_schemes_of_impossible_values_are_refused_when_an_artifact_is_opened(
 def test_schemes_of_impossible_values_are_refused_in_every_format(name: str, config: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=f"does not describe weights of format {name}"):
         described_groups(name, {"quantization_config": config}, "here")
+
+
+def test_a_group_may_have_one_column() -> None:
+    (group,) = described_groups("awq", {"quantization_config": {"bits": 4, "group_size": 1}}, "here")
+    assert group.scheme.group_size == 1
+
+
+def test_the_first_modules_of_a_problem_are_named_and_the_others_are_counted() -> None:
+    lines = [f"m{i}: packed" for i in range(5)]
+    assert _listed({f"m{i}" for i in range(5)}, "packed") == lines
+    assert _listed({f"m{i}" for i in range(7)}, "packed") == [*lines, "2 more: packed"]
 
 
 def test_packed_weights_of_another_shape_are_a_difference(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from exporter.methods import METHODS, rtn
 from exporter.methods.gptq import Statistics as Hessian
@@ -41,6 +42,16 @@ every_case = pytest.mark.parametrize(("scheme", "shape"), CASES, ids=lambda valu
 def test_what_options_ask_for(name: str, options: dict[str, object], expected: tuple[object, ...]) -> None:
     parsed = METHODS[name].Options.model_validate(options)
     assert tuple(getattr(parsed, key) for key in PROPERTIES) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_cannot_change_after_they_were_checked_and_have_no_other_keys(name: str) -> None:
+    options = METHODS[name].Options()
+    for key in type(options).model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(options, key, getattr(options, key))
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        METHODS[name].Options.model_validate({"no such option": 1})
 
 
 def inputs(columns: int) -> torch.Tensor:

@@ -4,12 +4,15 @@ import ast
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from bench import mutate
 from bench.changed_module import IN_CHILDREN, PACKAGE, ROOT, VARIABLE
 from bench.line_tests import MAX_SECONDS, MAX_TESTS, LineTests
-from bench.mutate import BOUNDS, EQUIVALENT, modules, rooms, sampled
+from bench.mutate import BOUNDS, EQUIVALENT, Mutant, Trial, modules, rooms, sampled
 from bench.mutation_operators import Site, mutated, sites
 
 
@@ -67,6 +70,28 @@ def test_the_fastest_tests_that_run_the_statement_are_selected_and_then_those_of
     assert record.select("numerics/hessian", number) == [*quick, "tests/a.py::slow"]
     many = {f"tests/a.py::{i:03}": 0.01 for i in range(MAX_TESTS + 1)}
     assert len(LineTests(many, {"methods/rtn": {1: frozenset(many)}}).select("methods/rtn", 1)) == MAX_TESTS
+
+
+def test_a_mutant_that_the_selected_tests_miss_gets_the_others_of_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a branch that one of the slow cases of a table takes, after a line that all of them run."""
+    module, number = "numerics/hessian", line_of("numerics/hessian", "self.hessian.mul_(")
+    seconds = {f"tests/a.py::{i}": MAX_SECONDS / 2 for i in range(8)}
+    lines = {number: frozenset(seconds)}
+    mutant = next(m for m in sampled("numerics", 10**6, 0) if (m.module, m.site.line) == (module, number))
+    runs: list[list[str]] = []
+
+    def run(mutant: Mutant | None, tests: list[str], folder: Path, name: str, limit: float) -> tuple[int, str]:
+        runs.append(list(tests))
+        detecting = "tests/a.py::6"
+        return (1, detecting) if mutant and detecting in tests else (0, "")
+
+    monkeypatch.setattr(mutate, "run", run)
+    trial = Trial(LineTests(seconds, {module: lines}), Path(), time.monotonic() + 60)
+    assert trial.detects(0, mutant) == (mutant, "tests/a.py::6")
+    first, second, alone = runs
+    assert len(first) == 2
+    assert not {*first} & {*second}
+    assert alone == ["tests/a.py::6"]
 
 
 def test_a_constant_has_the_tests_of_the_functions_that_read_it() -> None:

@@ -15,7 +15,7 @@ from exporter.device import choose
 from exporter.errors import PlanError, RecipeError
 from exporter.model.source import open_source
 from exporter.numerics.quantized import Scheme
-from exporter.planning.overrides import adjusted
+from exporter.planning.overrides import adjusted, with_prompts
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.recipe_file import load_recipe
@@ -85,6 +85,20 @@ def test_impossible_overrides_say_what_is_allowed(name: str, options: dict[str, 
     with pytest.raises(RecipeError, match=message) as caught:
         adjusted(load_recipe(name), **options)
     assert hint in (caught.value.hint or "")
+
+
+def test_components_that_stay_in_16_bits_get_no_group_size() -> None:
+    kept = adjusted(load_recipe("llava-w8"), bits={"vision": 16})
+    with pytest.raises(RecipeError) as caught:
+        adjusted(kept, group_size=64)
+    assert (caught.value.hint or "").endswith("COMPONENT=64, with one of language")
+
+
+def test_prompts_that_a_recipe_does_not_allow_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"recipe 'llava-w8' does not allow these values:\n  ") as caught:
+        with_prompts(load_recipe("llava-w8"), {"vqa": "no question in it"}, {"vqa": 0})
+    assert "max_new_tokens" in caught.value.message
+    assert with_prompts(load_recipe("llava-w8"), {}, {}) == load_recipe("llava-w8")
 
 
 def run(*arguments: str) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -382,6 +383,22 @@ def test_the_helper_is_restarted_after_it_died(tmp_path: Path, monkeypatch: pyte
     helper._process.wait()
     assert helper.ask({})["process"] == helper._process.pid != first
     helper.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-signal.SIGXCPU, "the libraries exceeded the time limit"),
+        (-signal.SIGVTALRM, "the libraries exceeded the time limit"),
+        (-signal.SIGKILL, "signal 9 ended the libraries (possibly out of memory)"),
+        (-signal.SIGABRT, "signal 6 ended the libraries"),
+        (0, "the helper process ended with code 0"),
+        (1, "the helper process ended with code 1"),
+    ],
+)
+def test_the_end_of_a_helper_is_described(code: int, words: str) -> None:
+    process: Any = SimpleNamespace(wait=lambda: code)
+    assert inspector._end(process) == words
 
 
 def test_a_closed_helper_leaves_no_process_and_no_open_pipe() -> None:

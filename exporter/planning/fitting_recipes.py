@@ -27,7 +27,7 @@ def recipes_for(model: str | None) -> list[str]:
     """Names of the built-in recipes that fit a model of this machine; all names for any other model."""
     if model and not is_on_hub(model):
         with suppress(MmqError):
-            return [recipe.name for recipe in fitting_recipes(open_source(model, headers_only=True)[1])]
+            return [recipe.name for recipe in fitting_recipes(open_source(model)[1])]
     return list(built_in())
 
 
