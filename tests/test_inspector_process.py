@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter.model import inspector_process as helper
-from exporter.model.chat_template import MAX_CHARACTERS, PROBES
 from exporter.model.embedded import MODELS
-from exporter.model.tokenizer_check import DamagedFile
+from exporter.model.processors import inspector_process as helper
+from exporter.model.processors.chat_template import MAX_CHARACTERS, PROBES
+from exporter.model.processors.tokenizer_check import DamagedFile
 
 DEMO = MODELS["demo-llava"]
 

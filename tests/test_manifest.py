@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.artifact import Artifact, described_groups
-from exporter.artifact.coverage import _listed
 from exporter.artifact.manifest import (
     MANIFEST,
     VERSION,
@@ -22,6 +21,7 @@ from exporter.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
+from exporter.artifact.manifest_coverage import _listed
 from exporter.artifact.verify import verify
 from exporter.device import choose
 from exporter.errors import ArtifactError, MmqError
