@@ -1,18 +1,18 @@
-"""Parts of studies without a model: seconds of steps, workers, warnings, and the data of plots."""
+"""Parts of studies without a model: seconds of steps, workers, data of an exam, and the data of plots."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from exporter.errors import DataError
 from exporter.events import Event
-from exporter.study import allocation_run, run, study_plots, worker_pool
+from exporter.study import run, study_plots, worker_pool, worker_tasks
 from exporter.study.grid import Setting
 from exporter.study.records import PlottedSetting
 from exporter.study.run import PendingSetting
-from exporter.study.worker_tasks import TaskResult
+from exporter.study.worker_tasks import CALIBRATION, TaskResult
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
@@ -142,31 +142,13 @@ def test_workers_finish_unless_there_is_an_error(
     assert calls == [*["terminate"] * terminated, "True True"]
 
 
-@pytest.mark.parametrize(
-    ("change", "confirmed", "max_drop", "warning"),
-    [
-        (math.nan, True, 0.1, "the loss on real tasks is unknown: the full-precision model scores 0 there"),
-        (math.nan, False, None, "the loss on the validation split is unknown"),
-        (-0.1, True, 0.1, ""),
-        (-0.101, True, 0.1, "the allocation loses 10.1% on real tasks, more than 10.0%: allow a larger size"),
-        (-0.051, False, None, "the allocation loses 5.1% on the validation split, more than 5.0%: allow a larger"),
-        (-0.05, False, None, ""),
-        (-0.2, True, 0.0, "the allocation loses 20.0% on real tasks, more than 0.0%"),
-    ],
-)
-def test_a_loss_beyond_the_allowed_one_is_a_warning(
-    change: float, confirmed: bool, max_drop: float | None, warning: str
-) -> None:
-    warnings = allocation_run._warnings(change, confirmed, max_drop)
-    assert len(warnings) == bool(warning)
-    assert all(text.startswith(warning) for text in warnings)
-
-
 def test_series_of_other_models_are_hollow_and_the_allocation_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     styles: list[dict[str, Any]] = []
     monkeypatch.setattr(study_plots, "_scatter", lambda axis, points, style: styles.append(style))
+    monkeypatch.setattr(study_plots, "encode_figure", lambda figure, *texts: texts)
     points = [PlottedSetting(bits, 0.8 + bits / 50) for bits in (4.0, 8.0)]
-    study_plots.pareto({"grid": points, "allocation": points}, {"paper": points}, "allocation")
+    (texts,) = study_plots.pareto({"grid": points, "allocation": points}, {"paper": points}, "allocation")
+    assert texts[:2] == ("pareto.png", "Score relative to full precision, by size")
     assert [(style["label"], style["linestyle"], style.get("markerfacecolor")) for style in styles] == [
         ("grid", "none", None),
         ("allocation", "-", None),
@@ -174,3 +156,82 @@ def test_series_of_other_models_are_hollow_and_the_allocation_is_a_line(monkeypa
     ]
     assert [style["color"] for style in styles] == list(study_plots.COLORS[:3])
     assert [style["marker"] for style in styles] == list(study_plots.MARKERS[:3])
+
+
+class Place:
+    """A data source with samples of some tasks."""
+
+    def __init__(self, *tasks: str) -> None:
+        self.tasks = tasks
+
+    def __str__(self) -> str:
+        return "-".join(self.tasks)
+
+
+def test_an_exam_has_the_tasks_of_the_family_that_the_data_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    evaluation, calibration = SimpleNamespace(data=None, seed=7), SimpleNamespace(data="its data")
+    recipe = SimpleNamespace(evaluation=evaluation, calibration=calibration)
+    family = SimpleNamespace(name="llava", tasks=("vqa", "captioning"))
+    monkeypatch.setattr(worker_tasks, "open_model", lambda setup: SimpleNamespace(recipe=recipe, family=family))
+    monkeypatch.setattr(worker_tasks.data, "places", lambda text: [Place("vqa"), Place(str(text))])
+    monkeypatch.setattr(worker_tasks.data, "samples_from", lambda *arguments: drawn.append(arguments[1:]) or ["s"])
+    setup: Any = SimpleNamespace(packed=None, places=(), split="test", samples=5)
+    assert worker_tasks.exam_samples(setup) == {"vqa": ["s"]}
+    assert drawn == [("vqa", "test", 5, 7)]
+    setup.places = (Place("captioning"), Place("vqa", "retrieval"))
+    assert list(worker_tasks.exam_samples(setup)) == ["vqa", "captioning"]
+    setup.places = (Place("retrieval"),)
+    with pytest.raises(DataError, match=r"^retrieval: no data for a task of family llava") as caught:
+        worker_tasks.exam_samples(setup)
+    assert caught.value.hint == "pass data for vqa or captioning"
+
+
+def test_packed_samples_are_those_of_the_exam_and_of_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = {CALIBRATION: ["c"], "vqa": ["v"]}
+    monkeypatch.setattr(worker_tasks, "packed_groups", lambda path: groups)
+    monkeypatch.setattr(worker_tasks, "training_samples", lambda recipe, places: [recipe, places])
+    setup: Any = SimpleNamespace(packed="a file", places="places")
+    model: Any = SimpleNamespace(recipe="recipe")
+    assert worker_tasks.exam_samples(setup) == {"vqa": ["v"]}
+    assert worker_tasks.study_training(setup, model) == ["c"]
+    setup.packed = None
+    assert worker_tasks.study_training(setup, model) == ["recipe", "places"]
+
+
+def test_generated_answers_are_scored_by_each_task_s_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answers:
+        def __init__(self, live: Any, processor: Any, family: Any, device: Any, batch: int) -> None:
+            assert (live, processor, device, batch) == ("live", "processor", "cpu", 4)
+
+        def answer(self, samples: list[str]) -> list[str]:
+            return [sample.upper() for sample in samples]
+
+    def score(answers: list[str], samples: list[str]) -> dict[str, list[float]]:
+        assert answers == [sample.upper() for sample in samples]
+        return {"accuracy": [1.0, 0.0, 0.0, 0.0][: len(samples)], "anls": [0.5] * len(samples)}
+
+    metrics = {"vqa": ["accuracy", "anls"], "captioning": ["anls"]}
+    monkeypatch.setattr(worker_tasks, "Predictor", Answers)
+    monkeypatch.setattr(worker_tasks, "TASKS", dict.fromkeys(metrics, SimpleNamespace(score=score)))
+    monkeypatch.setattr(worker_tasks, "measured", lambda task, samples: metrics[task])
+    examiner = object.__new__(worker_tasks.Examiner)
+    model = SimpleNamespace(family="family")
+    values = {"_live": "live", "_processor": "processor", "_device": "cpu", "_batch": 4, "_model": model}
+    vars(examiner).update(values, _samples={"vqa": ["a", "b", "c", "d"], "captioning": ["e", "f"]})
+    scores = examiner._answers()
+    assert {name: scores[name] for name in ("vqa accuracy", "vqa anls", "captioning anls", "score")} == {
+        "vqa accuracy": 0.25,
+        "vqa anls": 0.5,
+        "captioning anls": 0.5,
+        "score": 0.375,
+    }
+    assert "captioning accuracy" not in scores
+    assert scores["samples"] == 6
+
+
+def test_a_result_has_the_seconds_since_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_tasks, "time", SimpleNamespace(monotonic=lambda: 15.0, process_time=lambda: 4.0))
+    result = TaskResult.since((12.0, 1.0), "x", ["note"])
+    assert (result.seconds, result.cpu_seconds, result.process_seconds) == (3.0, 3.0, 4.0)
+    assert (result.result, result.notes) == ("x", ("note",))
