@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from exporter.errors import DataError, RecipeError
-from exporter.study import prepare, result_tables, setting_rows, verdict
+from exporter.study import gallery, prepare, result_tables, setting_rows, verdict
 from exporter.study.grid import read_grid
 from exporter.study.records import (
     CHANGE,
@@ -17,9 +19,11 @@ from exporter.study.records import (
     SAMPLES,
     Records,
     ScoredSetting,
+    full_outside_grid,
     read_records,
 )
-from exporter.study.score_table import read_csv
+from exporter.study.score_table import read_csv, require_gain
+from exporter.study.study_plots import Plot
 
 
 def scored(score: float, *, method: str = "rtn", **scores: float) -> ScoredSetting:
@@ -141,3 +145,137 @@ def test_columns_have_their_short_names_and_constant_ones_are_left_out(tmp_path:
     assert dataclasses.replace(table, full=0.9).full_score() == 0.9
     crossed = dataclasses.replace(table, bits=table.bits[:, :1] * [[1, -1]])
     assert crossed.full_score() == 0.75  # no row has the most bits of every component
+
+
+# What the plots of a folder show
+
+
+def grid_setting(bits: int, score: float, exam: str = "a", **about: str | int) -> ScoredSetting:
+    fields: dict[str, str | int] = {"vision_bits": bits, "blocks": "all", "role": "all", "sequential": 0}
+    fields |= {"method": "none" if bits == 16 else "gptq"} | about
+    name = f"{exam} {bits} {sorted(about.items())}"
+    return ScoredSetting(name, exam, fields, 1000 * bits, float(bits), 0.0, 0.0, {"score": score, "kl": 1 - score})
+
+
+def test_series_are_relative_to_the_full_precision_model_of_their_exam() -> None:
+    settings = [
+        grid_setting(16, 0.8),
+        grid_setting(4, 0.4),
+        grid_setting(4, 0.6, method="rtn", group_size="128"),
+        grid_setting(16, 0.5, "b", sequential=1),
+        grid_setting(4, 0.25, "b", sequential=1),
+        grid_setting(16, 1.0, "c", name="full"),
+        grid_setting(4, 0.75, "c", name="choice 1"),
+        grid_setting(4, 0.5, "c", name="by hand"),
+        grid_setting(4, 0.5, "d"),  # without a reference
+    ]
+    series = gallery._series(settings, "score")
+    assert {name: [(point.bits_per_weight, point.share) for point in points] for name, points in series.items()} == {
+        "grid, gptq": [(4.0, 0.5)],
+        "grid, rtn-g128": [(4.0, pytest.approx(0.75))],
+        "grid, gptq-sequential": [(4.0, 0.5)],
+        "mmq allocate": [(4.0, 0.75)],
+        "hand-written recipes": [(4.0, 0.5)],
+    }
+    assert gallery._series(settings, "accuracy") == {}
+
+
+def test_every_kind_of_quantization_has_a_table_with_its_own_reference() -> None:
+    settings = [
+        grid_setting(16, 0.8),
+        *(grid_setting(bits, bits / 20) for bits in (4, 8)),
+        grid_setting(4, 0.1, method="rtn"),
+        grid_setting(8, 0.1, method="rtn"),
+        grid_setting(2, 0.1, blocks="front"),
+        grid_setting(16, 0.9, sequential=1),
+        grid_setting(3, 0.3, sequential=1),
+        grid_setting(4, 0.3, method="awq"),
+    ]
+    tables = gallery._tables(settings, "score")
+    assert [(kind, table.bits.ravel().tolist(), table.full_score()) for kind, table in tables] == [
+        ("gptq", [4, 8], 0.8),
+        ("rtn", [4, 8], 0.8),
+    ]
+
+
+def test_a_score_must_exist_and_rise_with_quality() -> None:
+    settings = [grid_setting(4, 0.5)]
+    gallery._require_score(settings, "score")
+    gallery._require_score([], "anything")
+    with pytest.raises(DataError, match=r"no setting has a score 'scor'\. Did you mean 'score'") as caught:
+        gallery._require_score(settings, "scor")
+    assert caught.value.hint == "the scores are score, kl"
+    for score in ("kl", "vqa KL", "nll"):
+        with pytest.raises(DataError, match="lower values"):
+            require_gain(score)
+    require_gain("")
+
+
+def test_points_of_a_paper_are_shares_of_its_best_setting(tmp_path: Path) -> None:
+    path = tmp_path / "paper.csv"
+    path.write_text("vision_bits,bpw,score\n4,4.5,0.4\n16,16,0.8\n")
+    points = [(point.bits_per_weight, point.share) for point in gallery.paper_points(path)]
+    assert points == [(4.5, 0.5), (16.0, 1.0)]
+    path.write_text("vision_bits,bpw,score\n4,,0.4\n16,16,0.8\n")
+    with pytest.raises(DataError, match="has no column bpw"):
+        gallery.paper_points(path)
+
+
+def test_only_settings_of_the_last_exam_of_each_grid_are_shown(tmp_path: Path) -> None:
+    with Records(tmp_path / FILE) as records:
+        for setting in (
+            grid_setting(4, 0.1, "old"),
+            grid_setting(4, 0.2, "sequential", sequential=1),
+            grid_setting(4, 0.3, "new"),
+            grid_setting(8, 0.4, "new"),
+        ):
+            records.add(setting)
+    assert [setting.scores["score"] for setting in gallery.read_grids(tmp_path)] == [0.3, 0.4, 0.2]
+    assert gallery.components_of(tmp_path) == {"vision"}
+    assert gallery.read_allocations(tmp_path) == gallery.read_grids(tmp_path / "none") == []
+    assert gallery.components_of(tmp_path / "none") == set()
+
+
+def test_plots_are_written_below_their_names(tmp_path: Path) -> None:
+    plots = [Plot(name, "", "", name.encode()) for name in ("a.png", "b.png")]
+    assert gallery.write_plots(plots, tmp_path / "new") == [tmp_path / "new" / name for name in ("a.png", "b.png")]
+    assert (tmp_path / "new" / "b.png").read_bytes() == b"b.png"
+
+
+def test_importance_that_cannot_be_computed_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    table: Any = "table"
+
+    def fails(table: str) -> None:
+        raise DataError("too few rows", "measure more") if table == "table" else DataError("no reason")
+
+    monkeypatch.setattr(gallery, "need_forest", lambda: None)
+    monkeypatch.setattr(gallery, "importance", fails)
+    assert gallery._importance(table, "gptq", notes.append) == []
+    assert gallery._importance("other", "rtn", notes.append) == []  # type: ignore[arg-type]
+    assert notes == [
+        "no plot of importance for gptq: too few rows (measure more)",
+        "no plot of importance for rtn: no reason",
+    ]
+    monkeypatch.setattr(gallery, "importance", lambda table: SimpleNamespace(notes=("few rows",)))
+    for name in ("importance_bars", "marginal_lines"):
+        monkeypatch.setattr(gallery.study_plots, name, lambda result, label, name=name: f"{name} {label}")
+    assert gallery._importance(table, "gptq", notes.append) == ["importance_bars gptq", "marginal_lines gptq"]
+    assert notes[2:] == ["gptq: few rows"]
+
+
+@pytest.mark.parametrize(
+    ("about", "is_alone"),
+    [
+        ([{"vision_bits": 4, "language_bits": 4}], True),
+        ([{"vision_bits": 4, "language_bits": 16}], True),  # language is not varied
+        ([{"vision_bits": 4, "language_bits": 16}, {"vision_bits": 4, "language_bits": 8}], False),
+        ([{"vision_bits": 16, "language_bits": 4}, {"vision_bits": 4, "language_bits": 4}], False),
+        ([], False),
+    ],
+)
+def test_the_full_precision_model_is_outside_a_grid_without_16_bits(about: list[Any], is_alone: bool) -> None:
+    full = grid_setting(16, 0.8, language_bits=16)
+    others = [grid_setting(4, 0.5, **{**fields, "method": "rtn"}) for fields in about]
+    assert full_outside_grid([*others, full]) == (full if is_alone else None)
+    assert full_outside_grid(others) is None
