@@ -37,6 +37,10 @@ def gate(verdict: str, **values: Any) -> GateResult:
             " with 1,500 samples: changed by -2.5% of the full-precision score (95 % interval -4.5% to +0.0%), allowed "
             "-2.0%; the measured change is too close to the bound for more samples to resolve it",
         ),
+        (  # of a report that mmq did not write
+            gate("not resolved", samples=None, samples_needed=5),
+            ": allowed -2.0%; about 5 samples would resolve it (--eval-samples 5)",
+        ),
         (
             gate("not comparable", before=0.25, chance=0.24),
             ", the full-precision model scores at chance level (0.2500 on 1,500 samples; answers that ignore the "

@@ -26,9 +26,10 @@ def _why(gate: GateResult) -> str:
         return ", the evaluation has no samples of this task"
     if gate.verdict == "not comparable":
         return f", {incomparable(gate)}; check prompt and data"
-    text = f" with {gate.samples:,} samples" if gate.verdict == "not resolved" else ""
-    text += f": {bounds(gate)}"
-    return f"{text}; {more_samples(gate)}" if gate.verdict == "not resolved" else text
+    if gate.verdict != "not resolved":
+        return f": {bounds(gate)}"
+    counted = f" with {gate.samples:,} samples" if gate.samples else ""
+    return f"{counted}: {bounds(gate)}; {more_samples(gate)}"
 
 
 def bounds(gate: GateResult) -> str:
