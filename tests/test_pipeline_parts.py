@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 
 from exporter import data
+from exporter.data.folder import SPLITS
 from exporter.data.tasks.sample import Sample
 from exporter.device import Device
 from exporter.errors import DataError, MemoryShortage
 from exporter.evaluation.answers import Store
 from exporter.evaluation.speed_record import SpeedFigures
 from exporter.events import Event, ignore
-from exporter.pipeline import picture_question, reevaluation, serving_check, speed, step_clock
+from exporter.pipeline import data_coverage, picture_question, reevaluation, serving_check, speed, step_clock
+from exporter.pipeline import samples as pipeline_samples
+from exporter.pipeline.data_check import DataCheck, SplitCheck, check_data, opened, unusable_rows
 from exporter.pipeline.reevaluation import Reevaluation
 from exporter.pipeline.speed import SpeedRequest, bench_artifact, measure_here
 from exporter.planning.recipe_file import load_recipe
@@ -284,3 +287,224 @@ def test_a_step_that_takes_nothing_has_zeros(monkeypatch: pytest.MonkeyPatch) ->
     with clock.step("plan"):
         pass
     assert clock.steps == (Step("plan", 0, 0, 0.0),)
+
+
+# Samples
+
+
+def recipe_of(*tasks: str, calibrated: tuple[str, ...] = ("vqa",), samples: int = 4, test: Any = None) -> Any:
+    """A recipe with gates of these tasks."""
+    return SimpleNamespace(
+        gates=[SimpleNamespace(task=task) for task in tasks],
+        calibration=SimpleNamespace(tasks=calibrated, samples=samples, data="training", seed=3),
+        evaluation=SimpleNamespace(seed=7, data=test, samples=5),
+    )
+
+
+class Data:
+    """A stand-in for the data: which (task, split) have samples; records what is read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *having: tuple[str, str]) -> None:
+        self.having, self.read = set(having), list[Any]()
+        monkeypatch.setattr(data, "samples_from", self._samples)
+        monkeypatch.setattr(data, "places", lambda text: (SimpleNamespace(name=text, path=None),))
+
+    def _samples(self, specs: Any, task: str, split: str, count: int, seed: int) -> list[Sample]:
+        self.read.append((specs[0].name, task, split, count, seed))
+        if (task, split) not in self.having:
+            raise DataError(f"no {task} {split}", "look")
+        return samples(count, task)
+
+
+def test_tasks_of_a_recipe_that_the_data_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    having = Data(monkeypatch, ("vqa", "test"), ("vqa", "train"), ("captioning", "test"))
+    gates = recipe_of("vqa", "captioning", "vqa", "retrieval")
+    assert pipeline_samples.tasks_with_samples(gates, ()) == ("vqa", "captioning")
+    both = recipe_of("vqa", "captioning", calibrated=("vqa", "captioning"), test="tests")
+    having.read.clear()
+    assert pipeline_samples.tasks_with_samples(both, ()) == ("vqa",)
+    assert having.read == [
+        ("training", "vqa", "train", 1, 7),
+        ("tests", "vqa", "test", 1, 7),
+        ("training", "captioning", "train", 1, 7),
+    ]
+    having.having = {("vqa", "train")}
+    assert pipeline_samples.tasks_with_samples(recipe_of("vqa"), ()) == ()
+    assert pipeline_samples.tasks_with_samples(recipe_of("vqa"), (), skip_evaluation=True) == ("vqa",)
+    mine: Any = (SimpleNamespace(name="mine", path=None),)
+    having.read.clear()
+    pipeline_samples.tasks_with_samples(both, mine)
+    assert {read[0] for read in having.read} == {"mine"}
+
+
+def test_calibration_samples_alternate_between_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    having = Data(monkeypatch, ("vqa", "train"), ("captioning", "train"))
+    mixed = recipe_of("vqa", calibrated=("vqa", "captioning"), samples=3)
+    identities = [sample.identity for sample in pipeline_samples.training_samples(mixed, ())]
+    assert identities == ["vqa 0", "captioning 0", "vqa 1"]
+    assert having.read == [("training", task, "train", 2, 3) for task in ("vqa", "captioning")]
+    plan: Any = SimpleNamespace(recipe=mixed, needs_calibration=True)
+    assert len(pipeline_samples.calibration_samples(plan, ())) == 3
+    plan.needs_calibration = False
+    assert pipeline_samples.calibration_samples(plan, ()) == []
+    monkeypatch.setattr(data, "samples_from", lambda *arguments: [])
+    with pytest.raises(DataError, match="no calibration samples for vqa, captioning"):
+        pipeline_samples.training_samples(mixed, ())
+
+
+def test_an_evaluation_reads_the_tasks_of_gates_or_those_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    having = Data(monkeypatch, ("vqa", "test"), ("captioning", "test"), ("retrieval", "test"))
+
+    def tasks(recipe: Any, name: str = "coco") -> list[str]:
+        plan: Any = SimpleNamespace(recipe=recipe, family=SimpleNamespace(tasks=("captioning", "vqa")))
+        sources: Any = (SimpleNamespace(name=name, path=None),)
+        return list(pipeline_samples.evaluation_samples(plan, sources))
+
+    assert tasks(recipe_of("vqa", "retrieval", "vqa")) == ["vqa", "retrieval"]
+    assert having.read[0] == ("coco", "vqa", "test", 5, 7)
+    assert tasks(recipe_of()) == ["captioning", "vqa"]
+    assert tasks(recipe_of("vqa", "captioning"), "drawings") == ["vqa"]
+    assert tasks(recipe_of("captioning"), "drawings") == ["vqa"]
+    having.having = set()
+    with pytest.raises(DataError, match="no vqa test") as caught:
+        tasks(recipe_of("vqa", "retrieval"))
+    assert str(caught.value.hint).startswith("look; the recipe's gates need samples of vqa and retrieval: give data")
+
+
+def test_the_data_of_a_plan_are_counted_by_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "notes", lambda calibration, tested: (f"{len(calibration)} and {len(tested)}",))
+    monkeypatch.setattr(pipeline_samples, "task_of", lambda sample: sample.identity.split()[0])
+    given = pipeline_samples.ExportSamples([], [], {"vqa": samples(1200), "captioning": samples(3, "captioning")})
+    assert pipeline_samples.data_lines(given) == [
+        "data: calibration none; test 3 captioning, 1,200 vqa; no shared picture",
+        "0 and 1203",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "having", "option"),
+    [
+        (("no captions", "look"), ("vqa",), "add `--task vqa`: the job then needs only what this data has, and drops"),
+        (("no captions", None), ("vqa", "retrieval"), "add `--task vqa --task retrieval`: the job"),
+        (("no captions", "look"), (), ""),  # no task has samples: an option does not help
+        (("no captions", "look"), ("captioning", "retrieval", "vqa"), ""),
+    ],
+)
+def test_data_without_a_task_leads_to_the_option_that_leaves_it_out(
+    missing: tuple[str, str | None], having: tuple[str, ...], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_samples, "tasks_with_samples", lambda *arguments: having)
+    recipe = recipe_of("vqa", "captioning", "retrieval")
+    with pytest.raises(DataError) as caught, pipeline_samples._offering_tasks(recipe, (), False):
+        raise DataError(*missing)
+    assert caught.value.message == "no captions"
+    hint = caught.value.hint or ""
+    assert hint.startswith(option)
+    assert hint.endswith("look" if missing[1] else "other tasks")
+    assert ("--task" in hint) == bool(option)
+
+
+# The check of a data source
+
+
+def split(task: str, name: str, available: int = 0, refusal: str = "") -> SplitCheck:
+    return SplitCheck(task, name, available, min(available, 2), refusal)
+
+
+def test_a_task_is_usable_with_both_splits() -> None:
+    parts = (
+        split("vqa", "train", 5),
+        split("vqa", "test", 2),
+        split("captioning", "train", 3),
+        split("captioning", "test", 0, "no captions"),
+        split("retrieval", "test", 3),
+    )
+    checked = DataCheck("mine", parts, (), ())
+    assert checked.tasks == {"vqa": True, "captioning": False, "retrieval": False}
+    assert (checked.usable, checked.trainable) == (("vqa",), ("vqa", "captioning"))
+    checked.raise_unless_usable()
+    with pytest.raises(DataError, match="mine has 2 unusable rows") as caught:
+        DataCheck("mine", parts, ("line 1: x", "line 2: y"), ()).raise_unless_usable()
+    assert caught.value.hint == "correct the rows listed above"
+    empty = DataCheck("mine", (parts[3], split("vqa", "test", 0, "no questions"), parts[3]), (), ())
+    with pytest.raises(DataError) as caught:
+        empty.raise_unless_usable()
+    assert str(caught.value).splitlines() == ["mine has no samples:", "  no captions", "  no questions"]
+    assert [unusable_rows(count) for count in (0, 1, 2)] == ["no unusable row", "1 unusable row", "2 unusable rows"]
+
+
+def test_every_task_and_split_of_a_source_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(name: str, path: Path, task: str, part: str, most: int, seed: int) -> list[Sample]:
+        assert (name, path, most, seed) == ("folder", Path("x"), 3, 0)
+        if task == "captioning":
+            raise DataError("no captions")
+        if part == "train":
+            error = DataError("2 unusable rows")
+            error.problems = ("line 1: a", "line 2: b")
+            raise error
+        return samples(3)
+
+    monkeypatch.setattr(data, "samples", read)
+    monkeypatch.setattr(data, "notes", lambda calibration, tested: (f"{len(tested)} read",))
+    source: Any = SimpleNamespace(name="folder", path=Path("x"), tasks=("vqa", "captioning"))
+    events = list[Event]()
+    checked = check_data(source, 3, 2, events.append)
+    assert {(part.task, part.split): (part.available, part.opened, part.refusal) for part in checked.splits} == {
+        ("vqa", "train"): (0, 0, "2 unusable rows"),
+        ("vqa", "validation"): (3, 3, ""),
+        ("vqa", "test"): (3, 3, ""),
+        **{("captioning", part): (0, 0, "no captions") for part in SPLITS},
+    }
+    assert (checked.problems, checked.has_samples) == (("line 1: a", "line 2: b"), True)
+    assert [len(part.examples) for part in checked.splits] == [0, 2, 2, 0, 0, 0]
+    assert [(event.stage, event.done, event.total, event.message) for event in events] == [
+        ("data", done, 6, "folder") for done in range(7)
+    ]
+    assert checked.notes == ("6 read",)
+
+
+def test_examples_whose_picture_cannot_be_opened_are_left_out() -> None:
+    def broken() -> Any:
+        raise OSError
+
+    good, bad = samples(1)[0], Sample("bad", broken, "?", ("x",))
+    part = SplitCheck("vqa", "test", 2, 2, "", (bad, good))
+    assert list(opened((part,))) == [(part, good)]
+
+
+def test_options_make_recipes_fit_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = {"a": ("vqa", "captioning"), "b": ("vqa",), "c": ("retrieval",), "llava-w4-vit8": ("captioning", "vqa")}
+    monkeypatch.setattr(data_coverage, "recipes_for", lambda model: tuple(gates) if model is None else ("a", "b"))
+    monkeypatch.setattr(data_coverage, "load_recipe", lambda name: recipe_of(*gates[name]))
+    covered = data_coverage.covered_recipes(["vqa"], ["vqa", "captioning"])
+    assert covered.options == {"a": ("--task", "vqa"), "b": (), "llava-w4-vit8": ("--task", "vqa")}
+    assert covered.lines() == [
+        "recipes that this data covers: b",
+        "recipes that this data covers with --task vqa: a, llava-w4-vit8",
+    ]
+    only_train = data_coverage.covered_recipes([], ["captioning"])
+    assert only_train.options["a"] == ("--task", "captioning", "--skip-evaluation")
+    assert data_coverage.covered_recipes(["vqa", "captioning"], []).options["a"] == ()
+    assert data_coverage.covered_recipes([], []).commands("mine") == []
+    monkeypatch.setattr(data_coverage, "MODELS", ("demo-x", "demo-y"))
+    words = ["--recipe", "a", "--model", "demo-x", "--data", "mine", "--task", "vqa"]
+    assert data_coverage.Coverage({"a": ("--task", "vqa")}).commands("mine") == [["plan", *words], ["export", *words]]
+    assert data_coverage.first_recipe("m") == "a"
+    monkeypatch.setattr(data_coverage, "recipes_for", lambda model: tuple(gates))
+    assert data_coverage.first_recipe("m") == "llava-w4-vit8"
+    monkeypatch.setattr(data_coverage, "recipes_for", lambda model: ())
+    assert data_coverage.first_recipe("m") == ""
+
+
+def test_a_check_is_stored_with_the_weights_that_were_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[Any] = []
+    monkeypatch.setattr(serving_check, "reading", lambda folder, on_event: nullcontext())
+    monkeypatch.setattr(serving_check, "load_processor", lambda folder: "processor")
+    monkeypatch.setattr(serving_check, "check", lambda *arguments, control: (*arguments, control))
+    monkeypatch.setattr(serving_check, "store_result", lambda *arguments: stored.append(arguments))
+    monkeypatch.setattr(serving_check, "weights_digest", lambda artifact: f"digest of {artifact}")
+    monkeypatch.setattr(serving_check.Artifact, "open", lambda folder: "artifact")
+    settings: Any = SimpleNamespace(on_event=ignore)
+    checked: Any = serving_check.check_artifact(tmp_path, [], settings, control=False)
+    assert checked == (tmp_path, [], "processor", settings, False)
+    assert stored == [(tmp_path, checked, "digest of artifact")]

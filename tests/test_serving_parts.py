@@ -9,13 +9,26 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from exporter.device import Device
 from exporter.errors import MemoryShortage, ServeError
 from exporter.events import Event
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
-from exporter.serving import check, comparison, launch, memory_watch, plugin, request_load, speed, vllm_engine
+from exporter.serving import (
+    check,
+    comparison,
+    launch,
+    memory_watch,
+    negative_control,
+    plugin,
+    reference,
+    request_load,
+    speed,
+    vllm_engine,
+)
 from exporter.serving.comparison import CheckSettings, Control, DoubledRun, distance_problems
 from exporter.serving.launch import Launch, Program
 from exporter.serving.reference import Distance, EngineComparison
@@ -414,3 +427,197 @@ def test_killing_a_group_that_has_ended_is_no_error() -> None:
     child = subprocess.Popen(["true"], start_new_session=True)
     child.wait()
     vllm_engine.kill_group(child.pid)
+
+
+# The check
+
+
+class Checked:
+    """A check with stand-ins for the engine, the reference and the artifact; records what runs."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[tuple[str, str]] = []
+        self.judged: list[DoubledRun | None] = []
+        self.scheme_problems: list[str] = []
+        self.component: str | None = "vision"
+        manifest = SimpleNamespace(format="compressed_tensors", linears=[])
+        self.artifact: Any = SimpleNamespace(manifest=manifest)
+        self.folder = folder / "artifact"
+        self.folder.mkdir()
+        monkeypatch.setattr(check, "Artifact", SimpleNamespace(open=lambda folder: self.artifact))
+        for name in ("refuse_unservable", "refuse_artifact_here", "reference_placements", "hardware"):
+            monkeypatch.setattr(check, name, lambda *arguments: None)
+        monkeypatch.setattr(check, "disturbed_component", lambda artifact, requested: requested or self.component)
+        monkeypatch.setattr(check, "scheme_problems", lambda artifact, schemes: self.scheme_problems)
+        monkeypatch.setattr(check, "double_scales", lambda artifact, folder, component, out: out)
+        monkeypatch.setattr(check, "_run_engine", self._run)
+        monkeypatch.setattr(check, "judge", self._judge)
+
+    def _run(self, folder: Path, artifact: Any, samples: Any, settings: Any, log: Path, note: str = "") -> Any:
+        assert log.parent.is_dir()
+        self.ran.append((log.name, note))
+        replies: Any = [f"reply of {log.stem}"] * len(samples)
+        return check.EngineRun(replies, {"a": "X", "b": "Y", "c": "X"}, ("K",), 12.5)
+
+    def _judge(self, artifact: Any, samples: Any, replies: Any, doubled: Any, processor: Any, settings: Any) -> Any:
+        assert replies == ["reply of engine"] * 2
+        self.judged.append(doubled)
+        return EngineComparison(NEAR, FLOOR), None, ["too far"] if doubled else []
+
+    def result(self, control: bool = True, **settings: Any) -> check.CheckResult:
+        samples: Any = ["a", "b"]
+        session = CheckSettings(CPU, Device("cpu", "a CPU", 2**30), lambda event: None, **settings)
+        return check.check(self.folder, samples, None, session, control)
+
+
+def test_a_check_runs_the_engine_and_its_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = Checked(tmp_path, monkeypatch)
+    result = checked.result(logs=tmp_path / "logs" / "new")
+    assert checked.ran == [("engine.log", ""), ("doubled.log", " with the scales of vision doubled")]
+    (doubled,) = checked.judged
+    assert doubled is not None
+    assert (doubled.component, doubled.folder.name) == ("vision", "artifact")
+    assert doubled.replies == ["reply of doubled"] * 2
+    assert (result.engine, result.build, result.questions, result.bound) == ("0.32.0", "cpu", 2, 0.015)
+    assert (result.schemes, result.kernels, result.startup_seconds) == ({"X": 2, "Y": 1}, ("K",), 12.5)
+    assert (result.problems, result.passed) == (("too far",), False)
+    assert check.as_plain(result)["passed"] is False
+    assert check.as_plain(result)["schemes"] == {"X": 2, "Y": 1}
+    assert (tmp_path / "logs" / "new").is_dir()
+
+
+def test_a_check_has_no_control_where_it_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = Checked(tmp_path, monkeypatch)
+    assert checked.result(control=False).passed
+    checked.component = None  # nothing is packed
+    assert checked.result().passed
+    assert checked.judged == [None, None]
+    checked.component, checked.scheme_problems = "vision", ["another scheme"]
+    result = checked.result()
+    assert (result.problems, result.compared, len(checked.judged)) == (("another scheme",), None, 2)
+    assert [name for name, _ in checked.ran] == ["engine.log"] * 3
+    checked.artifact.manifest.format = "gptq"  # vLLM logs no schemes of it
+    assert checked.result().problems == ("too far",)
+    assert checked.ran[-1][0] == "doubled.log"
+
+
+def test_every_question_is_asked_with_its_task_s_longest_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Server:
+        def __init__(self, command: Launch, log: Path, debug: bool) -> None:
+            assert (command, log, debug) == ("command with plugin for 0.32.0", tmp_path / "log", True)
+
+        def __enter__(self) -> "Server":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def wait_healthy(self, seconds: float) -> float:
+            assert seconds == 7.0
+            return 3.5
+
+        def ask(self, *words: Any) -> str:
+            asked.append(words)
+            return f"answer {len(asked)}"
+
+        def schemes(self) -> dict[str, str]:
+            return {"a": "X"}
+
+        def kernels(self) -> tuple[str, ...]:
+            return ("K",)
+
+    launched: list[Any] = []
+    monkeypatch.setattr(check, "Engine", Server)
+    monkeypatch.setattr(check, "launch", lambda *places, **options: launched.append((places, options)) or "command")
+    monkeypatch.setattr(check, "needs_plugin", lambda artifact: True)
+    monkeypatch.setattr(check, "with_plugin", lambda command, version: f"{command} with plugin for {version}")
+    monkeypatch.setattr(check, "free_port", lambda: 77)
+    monkeypatch.setattr(check, "task_of", lambda sample: sample.task)
+    monkeypatch.setattr(check, "prompt_text", lambda family, sample: f"{family.name} {sample.task}")
+    monkeypatch.setattr(check, "png", lambda picture: picture)
+    family = SimpleNamespace(name="llava", max_new_tokens={"vqa": 8, "captioning": 40})
+    manifest = SimpleNamespace(kv_cache="fp8")
+    artifact: Any = SimpleNamespace(family=family, manifest=manifest, checkpoint=SimpleNamespace(config="config"))
+    samples: Any = [SimpleNamespace(task=task, image=lambda: b"picture") for task in ("vqa", "captioning")]
+    events = list[Event]()
+    settings = CheckSettings(CPU, Device("cpu", "a CPU", 2**30), events.append, 2, ("--x",), 7.0)
+    run = check._run_engine(tmp_path, artifact, samples, settings, tmp_path / "log", " again")
+    assert asked == [("llava vqa", b"picture", 8), ("llava captioning", b"picture", 40)]
+    assert (run.replies, run.schemes, run.kernels, run.seconds) == (["answer 1", "answer 2"], {"a": "X"}, ("K",), 3.5)
+    options = {"port": 77, "family": family, "tensor_parallel": 2, "kv_cache": "fp8", "extra": ("--x",)}
+    assert launched == [((tmp_path, "config", CPU), options)]
+    assert events[0].message == f"starting vllm 0.32.0 on {tmp_path.name} again"
+    assert [(event.stage, event.done, event.total) for event in events[1:]] == [("ask", 1, 2), ("ask", 2, 2)]
+
+
+def test_the_component_of_the_control_is_the_first_one_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {"vision": [], "language": ["a"], "head": ["b"]}
+    monkeypatch.setattr(negative_control, "modules_of", lambda artifact, component: packed[component])
+    components = [SimpleNamespace(name=name) for name in packed]
+    artifact: Any = SimpleNamespace(family=SimpleNamespace(components=components))
+    assert negative_control.disturbed_component(artifact) == "language"
+    assert negative_control.disturbed_component(artifact, "head") == "head"
+    with pytest.raises(ServeError, match="component 'vision' has no packed linears in this artifact") as caught:
+        negative_control.disturbed_component(artifact, "vision")
+    assert caught.value.hint == "components with packed linears: language, head"
+    packed |= {"language": [], "head": []}
+    assert negative_control.disturbed_component(artifact) is None
+
+
+def test_files_without_scales_are_linked_in_the_copy(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "folder").mkdir(parents=True)
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({f"{name[0]}.weight_scale": torch.ones(2), f"{name[0]}.weight": torch.ones(2)}, source / name)
+    (source / "config.json").write_text("{}")
+    tensors = {f"{name}.weight_scale": SimpleNamespace(file=f"{name}.safetensors") for name in "ab"}
+    artifact: Any = SimpleNamespace(
+        family=SimpleNamespace(component=lambda name: SimpleNamespace(holds=lambda module: module == "a")),
+        manifest=SimpleNamespace(linears=["a", "b"]),
+        checkpoint=SimpleNamespace(tensors=tensors),
+    )
+    assert negative_control.double_scales(artifact, source, "vision", out) == out
+    assert sorted(path.name for path in out.iterdir()) == ["a.safetensors", "b.safetensors", "config.json"]
+    assert {name: tensor.tolist() for name, tensor in load_file(out / "a.safetensors").items()} == {
+        "a.weight_scale": [2.0, 2.0],
+        "a.weight": [1.0, 1.0],
+    }
+    assert (out / "b.safetensors").is_symlink()
+    assert (out / "b.safetensors").resolve() == source / "b.safetensors"
+    assert not (out / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("noise", [0, 3])
+def test_noise_on_the_picture_is_below_a_step_of_16_bits(noise: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, seen = torch.full((1, 3, 8, 8), 0.5), list[Any]()
+
+    class Model:
+        def parameters(self) -> Iterator[torch.Tensor]:
+            return iter([torch.zeros(1)])
+
+        def __call__(self, **inputs: Any) -> Any:
+            seen.append(inputs)
+            return SimpleNamespace(logits=torch.arange(20.0).reshape(1, 5, 4))
+
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": pixels}
+    monkeypatch.setattr(reference, "prompt_inputs", lambda *arguments: dict(inputs))
+    monkeypatch.setattr(reference, "continued", lambda inputs, tokens: inputs | {"tokens": torch.tensor(tokens)})
+    made = object.__new__(reference.Reference)
+    vars(made).update(_processor=None, _family=None, _device="cpu", _low=torch.bfloat16, _model=Model())
+    sample: Any = None
+    rows = made.log_probabilities(sample, vllm_engine.Reply("", (), (7, 8, 9), (), ()), noise=noise)
+    assert rows.shape == (3, 4)
+    assert torch.allclose(rows.exp().sum(-1), torch.ones(3))
+    assert seen[0]["tokens"].tolist() == [7, 8]
+    assert seen[0]["use_cache"] is False
+    moved = (seen[0]["pixel_values"] / pixels - 1).abs()
+    step = torch.finfo(torch.bfloat16).eps
+    if noise:
+        assert 0.2 * step < moved.max() <= 0.2501 * step
+        assert abs(float((seen[0]["pixel_values"] / pixels - 1).mean())) < 0.05 * step  # to both sides
+    else:
+        assert torch.equal(seen[0]["pixel_values"], pixels)
