@@ -1,5 +1,6 @@
 """Parts of publishing on summaries that are made here: differences, notes, usage, headline and size of files."""
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,14 +8,20 @@ from typing import Any
 
 import pytest
 
+from exporter.artifact.manifest import MANIFEST
 from exporter.device import Device
-from exporter.errors import PublishError
+from exporter.errors import ArtifactError, HubError, HubMissing, PublishError
+from exporter.evaluation.report_file import GateResult
 from exporter.events import Event
+from exporter.model.families import FAMILIES
+from exporter.numerics.kv_caches import BY_FLAG
 from exporter.planning.recipe_file import load_recipe
-from exporter.publishing import artifact_diff, card_usage, publication
+from exporter.publishing import artifact_diff, card, card_serving, card_usage, publication, upload
 from exporter.publishing.artifact_diff import Change, flattened
+from exporter.publishing.artifact_summary import SchemeGroup, Summary, drawings_note
+from exporter.publishing.card import CardDeclarations
 from exporter.publishing.publication import PublishRequest
-from exporter.publishing.repository import disclosure_note
+from exporter.publishing.repository import Package, disclosure_note
 from exporter.publishing.upload import Target
 
 
@@ -123,13 +130,13 @@ class FakeHub:
         monkeypatch.setattr(publication, "reading", lambda folder, on_event: nullcontext())
         for name in ("require_token", "refuse_unproven"):
             monkeypatch.setattr(publication, name, lambda *arguments, name=name: self.calls.append(name))
-        upload = SimpleNamespace(
+        stand_in = SimpleNamespace(
             Target=Target,
             check_target=lambda target: self.calls.append(target),
             existing_repository=lambda target: self.calls.append("read") or "remote",
             publish=lambda packaged, target, remote, on_event: f"{packaged} on {remote}",
         )
-        monkeypatch.setattr(publication, "upload", upload)
+        monkeypatch.setattr(publication, "upload", stand_in)
 
     def publish(self, **request: Any) -> tuple[Any, list[Any], list[Event]]:
         """The publication, the calls, and the events."""
@@ -188,3 +195,322 @@ def test_a_dry_run_reads_from_the_hub_with_a_token(
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: offline)
     assert publication.online() is online
+
+
+# Sentences of the card
+
+
+def card_summary(family: str = "llava", **manifest: Any) -> Any:
+    """A summary with a manifest of a family."""
+    calibration = SimpleNamespace(data="coco train2017", samples=[], seed=3)
+    fields: dict[str, Any] = {
+        "family": family,
+        "format": "compressed_tensors",
+        "source": SimpleNamespace(adapter=None),
+        "bytes": SimpleNamespace(before=14_126_854_144, after=4_000_000),
+        "bits_per_weight": 4.256,
+        "kv_cache": None,
+        "notes": (),
+        "prompts": {},
+        "provenance": SimpleNamespace(calibration=calibration, device="H200"),
+    }
+    recipe = SimpleNamespace(name="llava-w4", changes=lambda: "", kv_cache=None, prompts={})
+    parts = (SchemeGroup("language", "W4 g128", 4, ("gptq",), 7, True, "kernel M"),)
+    values = {"source": "mine", "recipe": recipe, "parts": parts, "report": None, "serving": None, "speed": None}
+    return SimpleNamespace(manifest=SimpleNamespace(**fields | manifest), **values)
+
+
+def test_the_introduction_has_adapter_changes_and_sizes() -> None:
+    summary = card_summary(source=SimpleNamespace(adapter="my-lora"))
+    summary.recipe.changes = lambda: "language bits 3"
+    assert card._introduction(summary, CardDeclarations("org/x")) == (
+        "[org/x](https://huggingface.co/org/x) with the LoRA adapter `my-lora` merged, quantized by mmq with the "
+        "recipe `llava-w4` (changed: language bits 3) into an artifact that vLLM serves: 4.0 MB instead of 14.13 GB, "
+        "4.26 bits per weight, including scales and all other tensors."
+    )
+    assert [card.gigabytes(count) for count in (1e9, 1e9 - 1e5, 2_345_000)] == ["1.00 GB", "999.9 MB", "2.3 MB"]
+    assert [card.signed(value) for value in (0.01234, -0.5, -1e-9)] == ["+0.0123", "-0.5000", "+0.0000"]
+
+
+@pytest.mark.parametrize(
+    ("source", "base"),
+    [("org/x@abc", "org/x"), ("org/x", None), ("a/b/c@abc", None), ("mine@abc", None), ("mine", None)],
+)
+def test_a_base_model_is_a_repository_at_a_commit(source: str, base: str | None) -> None:
+    summary: Any = SimpleNamespace(source=source)
+    assert card.base_model(summary, CardDeclarations()) == base
+    assert card.base_model(summary, CardDeclarations("me/y")) == "me/y"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tag"),
+    [
+        ("W4 g128", "w4a16"),
+        ("W8 row A8", "w8a8"),
+        ("W4 g128 A-FP8", "w4a8"),
+        ("FP8 row", "fp8"),
+        ("NVFP4 g16", "nvfp4"),
+    ],
+)
+def test_the_tag_of_a_scheme_has_its_inputs(scheme: str, tag: str) -> None:
+    assert card._width(scheme) == tag
+
+
+def test_the_card_says_how_keys_and_values_are_stored() -> None:
+    assert card._cache_text(None) == ""
+    assert card._cache_text("fp8") == " The KV cache is in float8 (e4m3)."
+    flag, bits = next(iter(BY_FLAG.items()))
+    assert card._cache_text(flag) == (f" The scores hold for a KV cache of {bits} bits, `--kv-cache-dtype {flag}`.")
+
+
+def test_the_calibration_and_limits_of_a_card() -> None:
+    summary = card_summary(notes=("a note",))
+    assert card._calibration(summary) == "None: no method of this recipe needs data."
+    calibration = SimpleNamespace(data="drawings", samples=["a", "b"], seed=3)
+    summary.manifest.provenance.calibration = calibration
+    assert card._calibration(summary).startswith(
+        "2 training samples of mmq's built-in drawings, selected with seed 3. `mmq_manifest.json` lists"
+    )
+    drawn, note, *others = card._limits(summary).splitlines()
+    assert drawn.startswith("- The drawings show colored shapes.")
+    assert note == "- note of the quantization: a note"
+    assert len(others) == 2
+    calibration.data, summary.manifest.notes = "coco", ()
+    assert card._limits(summary).splitlines() == others
+
+
+@pytest.mark.parametrize(
+    ("gates", "text"), [((), "The recipe has no gates."), (("passed", "failed"), "| vqa | accuracy | **failed** |")]
+)
+def test_verdicts_that_did_not_pass_are_bold(gates: tuple[str, ...], text: str) -> None:
+    results = [GateResult(task="vqa", metric="accuracy", max_drop=0.1, decide="upper", verdict=x) for x in gates]  # type: ignore[arg-type]
+    lines = card._gates(SimpleNamespace(gates=results)).splitlines()  # type: ignore[arg-type]
+    assert text in lines
+    assert lines[2:] == (
+        [
+            "| vqa | accuracy | passed |",
+            text,
+            "",
+            "- vqa accuracy: passed: allowed -10.0%",
+            "- vqa accuracy: failed: allowed -10.0%",
+        ]
+        if gates
+        else []
+    )
+
+
+def test_the_commands_for_vllm_have_the_cache_and_the_packages() -> None:
+    text = card_serving.serving("me/x", card_summary())
+    assert "vllm serve me/x --limit-mm-per-prompt '{\"image\": 1}'\n" in text
+    assert "humming" not in text
+    wide = card_summary(kv_cache="fp8")
+    wide.parts = tuple(
+        SchemeGroup("language", f"W{bits} g128", bits, (), 1, packed)
+        for bits, packed in ((3, True), (2, True), (5, False))
+    )
+    text = card_serving.serving("me/x", wide)
+    assert text.count('{"image": 1}\' --kv-cache-dtype fp8\n```') == 2
+    assert "\n\n2 and 3-bit weights need vLLM 0.25.1 or later with `humming-kernels` on an NVIDIA GPU." in text
+
+
+def test_a_retrieval_model_has_code_for_transformers_alone() -> None:
+    summary = card_summary("blip2-itm")
+    text = card_serving.serving("me/x", summary)
+    family = FAMILIES["blip2-itm"]
+    assert text.startswith(f"{family.unserved}, with `pip install transformers compressed-tensors`:")
+    assert f'model = {family.architectures[0]}.from_pretrained("me/x")' in text
+    assert "vllm serve" not in text
+    assert card_usage.python_example("me/x", summary) == ""
+    assert card_usage.hardware(summary) == f"- {family.unserved}\n- quantized on: H200"
+
+
+def test_the_hardware_of_packed_parts() -> None:
+    summary = card_summary()
+    assert card_usage.hardware(summary) == "- language, W4 g128: kernel M\n- quantized on: H200"
+    summary.parts = (
+        SchemeGroup("language", "W4 g128", 4, (), 7, False, "kernel M"),
+        SchemeGroup("x", "W4", 4, (), 1, True),
+    )
+    nothing = "- all hardware that vLLM supports: nothing is packed\n- quantized on: H200"
+    assert card_usage.hardware(summary) == nothing
+
+
+def test_code_for_transformers_is_for_its_format_alone() -> None:
+    summary = card_summary()
+    assert "CompressedTensorsConfig" in card_usage.python_example("me/x", summary)
+    summary.manifest.format = "gptq"
+    client = card_usage.python_example("me/x", summary)
+    assert "CompressedTensorsConfig" not in client
+    assert "OpenAI" in client
+
+
+@pytest.mark.parametrize(
+    ("prompts", "text"), [({}, "What is in the picture?"), ({"vqa": "Q"}, "asked"), ({"captioning": "C"}, "described")]
+)
+def test_the_request_has_the_recipe_s_own_prompt(prompts: dict[str, str], text: str) -> None:
+    summary = card_summary()
+    summary.recipe.prompts = prompts
+    family: Any = SimpleNamespace(text=lambda question: "described" if question is None else "asked")
+    assert card_serving._text(summary, family) == f'"{text}"'
+    quoting: Any = SimpleNamespace(text=lambda question: "it's")
+    summary.recipe.prompts = {"vqa": ""}
+    assert card_serving._text(summary, quoting) == "\"it'\\''s\""
+
+
+@pytest.mark.parametrize(
+    ("passed", "problems", "verdict"),
+    [(True, (), "agreed with"), (False, (), "**differed from**"), (True, ("x",), "**differed from**")],
+)
+def test_the_result_of_a_check_on_the_card(passed: bool, problems: tuple[str, ...], verdict: str) -> None:
+    summary = card_summary()
+    assert card_serving._checked(summary) == ""
+    summary.serving = SimpleNamespace(
+        engine="0.32.0", build="cpu", questions=8, bound=0.015, passed=passed, problems=problems
+    )
+    assert card_serving._checked(summary) == (
+        "\n\nvLLM 0.32.0 (cpu) served this artifact and answered 8 questions about pictures; its log-probabilities "
+        f"{verdict} those of the dequantized weights in transformers (bound 0.015)."
+    )
+
+
+def test_a_card_without_a_measured_speed_has_no_section() -> None:
+    assert card_serving.speed_section(card_summary()) == ""
+
+
+@pytest.mark.parametrize(
+    ("is_source", "weights", "other"),
+    [
+        (None, "right", ""),
+        (True, "right", ""),
+        (True, None, ""),
+        (True, "wrong", "mine, not org/x"),
+        (None, "wrong", "unknown, not org/x"),
+        (False, "right", "mine, not org/x"),
+    ],
+)
+def test_another_baseline_is_named(is_source: bool | None, weights: str | None, other: str) -> None:
+    baseline = None if is_source is None else SimpleNamespace(is_source=is_source, model="mine")
+    models = {} if weights is None else {"full precision": SimpleNamespace(weights=weights)}
+    report: Any = SimpleNamespace(evaluation=SimpleNamespace(baseline=baseline, models=models), measures=())
+    manifest: Any = SimpleNamespace(source=SimpleNamespace(digest="right", model="org/x"))
+    recipe: Any = None
+    summary = Summary("x", manifest, report, recipe, ())
+    assert summary.other_baseline == other
+    assert dataclasses.replace(summary, report=None).other_baseline == ""
+    assert summary.metrics() == dataclasses.replace(summary, report=None).metrics() == {}
+    manifest.source.digest = None  # of an older manifest
+    assert summary.other_baseline == ("" if is_source is not False else other)
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "has_note"),
+    [
+        ("drawings", "org/x", True),
+        ("coco, drawings", "org/x", True),
+        ("coco", "org/x", False),
+        (None, "org/x", False),
+        ("drawings", "demo-llava", False),
+    ],
+)
+def test_scores_on_drawings_have_a_note(data: str | None, source: str, has_note: bool) -> None:
+    summary: Any = SimpleNamespace(source=source, report=SimpleNamespace(evaluation=SimpleNamespace(data=data)))
+    assert bool(drawings_note(summary)) is has_note
+    summary.report = None
+    assert drawings_note(summary) == ""
+
+
+# The state of a repository
+
+
+class Remotes:
+    """Stand-ins for repositories by name and revision; an absent one raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **repos: Any) -> None:
+        self.repos = repos
+        monkeypatch.setattr(upload, "open_remote", self._open)
+
+    def _open(self, repo: str, revision: str | None = None) -> Any:
+        name = revision or repo
+        if self.repos.get(name) is None:
+            raise HubMissing("absent")
+        return self.repos[name]
+
+
+def remote(*files: str, private: bool = True, commit: str = "c") -> Any:
+    return SimpleNamespace(private=private, commit=commit, files=dict.fromkeys(files))
+
+
+def test_an_existing_repository_must_fit_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, foreign = remote(MANIFEST, "w"), remote("README.md", ".gitattributes", "a.bin", "b.bin")
+    remotes = Remotes(monkeypatch, mine=ours, v1=foreign)
+    assert upload.existing_repository(Target("none")) is None
+    assert upload.existing_repository(Target("mine")) is ours
+    assert upload.existing_repository(Target("mine", "new")) is ours  # a new branch begins at main
+    with pytest.raises(PublishError, match=r"mine@v1 has 2 files that mmq did not publish, such as a\.bin"):
+        upload.existing_repository(Target("mine", "v1"))
+    assert upload.existing_repository(Target("mine", "v1", replace=True)) is foreign
+    remotes.repos["mine"] = remote("README.md", ".gitattributes")
+    assert upload.existing_repository(Target("mine")) is remotes.repos["mine"]
+    with pytest.raises(PublishError, match="mine exists and is private"):
+        upload.existing_repository(Target("mine", private=False))
+    remotes.repos["mine"] = remote(private=False)
+    with pytest.raises(PublishError, match="mine exists and is public"):
+        upload.existing_repository(Target("mine"))
+    assert upload.existing_repository(Target("mine", private=False)) is remotes.repos["mine"]
+
+
+def test_a_target_is_no_commit_and_a_pull_request_is_against_main() -> None:
+    upload.check_target(Target("me/x", "v1"))
+    upload.check_target(Target("me/x", "a" * 39))
+    upload.check_target(Target("me/x", create_pr=True))
+    with pytest.raises(PublishError, match="is a commit, which cannot change"):
+        upload.check_target(Target("me/x", "A1" * 20))
+    with pytest.raises(PublishError, match="--create-pr and --revision v1 exclude each other"):
+        upload.check_target(Target("me/x", "v1", create_pr=True))
+
+
+def test_a_commit_whose_response_was_lost_is_recognized_by_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "same_content", lambda local, stored: stored is None)
+    files: Any = {"new": b"1", "kept": b"2"}
+    package = Package(files, ("old",), ())
+    parent = remote("old", "kept", "other", ".gitattributes", commit="before")
+
+    def arrived(**head: Any) -> str | None:
+        Remotes(monkeypatch, **({"me": remote(*head["files"], commit=head["commit"])} if head else {}))
+        return upload._arrived(package, Target("me"), parent)
+
+    assert arrived(files=("new", "kept", "other"), commit="after") == "after"
+    assert arrived(files=("new", "kept", "other", ".gitattributes"), commit="after") == "after"
+    assert arrived(files=("new", "kept", "other"), commit="before") is None
+    assert arrived(files=("new", "kept", "other", "old"), commit="after") is None
+    assert arrived(files=("new", "kept"), commit="after") is None
+    monkeypatch.setattr(upload, "same_content", lambda local, stored: False)
+    assert arrived(files=("new", "kept", "other"), commit="after") is None
+    assert arrived() is None
+
+
+def test_a_repository_that_another_process_created_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[Any] = []
+    api = SimpleNamespace(create_repo=lambda *repo, **options: created.append((repo, options)))
+    remotes = Remotes(monkeypatch, me=remote(".gitattributes"))
+    assert upload._created(api, Target("me")) is remotes.repos["me"]
+    assert created == [(("me",), {"private": True, "exist_ok": True})]
+    remotes.repos["me"] = remote(MANIFEST)
+    with pytest.raises(HubError, match="another process created me at the same time"):
+        upload._created(api, Target("me"))
+    del remotes.repos["me"]
+    with pytest.raises(HubError, match="another process created me at the same time"):
+        upload._created(api, Target("me"))
+
+
+@pytest.mark.parametrize("error", [ArtifactError("x: missing", "again"), HubError("no route")])
+def test_an_error_after_the_commit_says_that_it_exists(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(remote: Any, on_event: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(upload, "open_remote", lambda repo, commit: f"{repo}@{commit}")
+    monkeypatch.setattr(upload, "verify_remote", fails)
+    with pytest.raises(type(error), match=r"^the commit exists \(url\), but ") as caught:
+        upload._read_back("me/x", "abc", "url", lambda event: None)
+    hint = "again" if isinstance(error, ArtifactError) else "verify it with `mmq verify hub:me/x@abc`"
+    assert caught.value.hint == hint  # type: ignore[attr-defined]
