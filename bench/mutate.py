@@ -230,6 +230,14 @@ def run_all(mutants: Sequence[Mutant], jobs: int, trial: Trial) -> Iterator[tupl
         yield from filter(None, pool.map(trial.detects, range(len(mutants)), mutants))
 
 
+def require_sound(tests: LineTests, folder: Path) -> None:
+    """SystemExit unless a test passes in a child process without a mutant; else every mutant would count as detected."""
+    fastest = min(tests.seconds, key=lambda test: (tests.seconds[test], test))
+    code, reason = run(None, [fastest], folder, "sound", 300)
+    if code != 0:
+        sys.exit(f"{fastest} does not pass without a mutant: {reason or f'exit code {code}'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit code 1 if a room's tests detect less than the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     random.Random(options.seed).shuffle(mutants)  # a run that ends early has tried mutants of every room
     results: dict[str, list[tuple[Mutant, str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(LineTests.read(), Path(folder), time.monotonic() + 60 * options.minutes)
+        tests = LineTests.read()
+        require_sound(tests, Path(folder))
+        trial = Trial(tests, Path(folder), time.monotonic() + 60 * options.minutes)
         for number, (mutant, test) in enumerate(run_all(mutants, options.jobs, trial), 1):
             results.setdefault(mutant.room, []).append((mutant, test))
             print(f"{number:3} {mutant}: {test or 'NOT DETECTED'}", file=sys.stderr, flush=True)

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import mutate
 from bench.changed_module import IN_CHILDREN, PACKAGE, ROOT, VARIABLE
 from bench.line_tests import MAX_SECONDS, MAX_TESTS, LineTests
-from bench.mutate import BOUNDS, EQUIVALENT, Mutant, Trial, modules, rooms, sampled
+from bench.mutate import BOUNDS, EQUIVALENT, Mutant, Trial, modules, require_sound, rooms, sampled
 from bench.mutation_operators import Site, mutated, sites
 
 
@@ -149,3 +150,16 @@ def test_a_sample_is_the_seeds_alone() -> None:
     assert len(whole) == len(set(whole)) > 300
     for mutant in sampled("formats", 30, 2):
         compile(mutated(mutant.path.read_text(), mutant.number), "mutant", "exec")
+
+
+def test_nothing_is_measured_where_tests_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process that cannot start ends like one in which a mutant was detected."""
+    tried: list[Any] = []
+    answer = (0, "")
+    monkeypatch.setattr(mutate, "run", lambda *arguments: tried.append(arguments[:2]) or answer)
+    record = LineTests({"tests/a.py::slow": 2.0, "tests/a.py::fast": 0.5}, {})
+    require_sound(record, tmp_path)
+    assert tried == [(None, ["tests/a.py::fast"])]
+    for answer, reason in (((-1, "the process ended"), "the process ended"), ((5, ""), "exit code 5")):
+        with pytest.raises(SystemExit, match=f"a.py::fast does not pass without a mutant: {reason}"):
+            require_sound(record, tmp_path)

@@ -13,11 +13,20 @@ from exporter import data
 from exporter.data.folder import SPLITS
 from exporter.data.tasks.sample import Sample
 from exporter.device import Device
-from exporter.errors import DataError, MemoryShortage
+from exporter.errors import CheckpointError, DataError, MemoryShortage
 from exporter.evaluation.answers import Store
 from exporter.evaluation.speed_record import SpeedFigures
 from exporter.events import Event, ignore
-from exporter.pipeline import data_coverage, picture_question, reevaluation, serving_check, speed, step_clock
+from exporter.pipeline import (
+    data_coverage,
+    make_artifact,
+    picture_question,
+    reevaluation,
+    serving_check,
+    speed,
+    step_clock,
+)
+from exporter.pipeline import export as export_job
 from exporter.pipeline import samples as pipeline_samples
 from exporter.pipeline.data_check import DataCheck, SplitCheck, check_data, opened, unusable_rows
 from exporter.pipeline.reevaluation import Reevaluation
@@ -508,3 +517,153 @@ def test_a_check_is_stored_with_the_weights_that_were_served(tmp_path: Path, mon
     checked: Any = serving_check.check_artifact(tmp_path, [], settings, control=False)
     assert checked == (tmp_path, [], "processor", settings, False)
     assert stored == [(tmp_path, checked, "digest of artifact")]
+
+
+# The order of an export
+
+
+def test_an_export_refuses_its_places_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only needs the command line is refused at once, and what needs the plan before the work."""
+    calls: list[Any] = []
+
+    class Destination:
+        work = tmp_path / "work"
+
+        def __init__(self, out: Path, work: Path, overwrite: bool) -> None:
+            assert (out, work, overwrite) == (tmp_path / "out", tmp_path / "out.work", True)
+
+        def refuse_places(self, *places: Any) -> None:
+            calls.append(("places", *places))
+
+        def refuse_inputs(self, paths: Any) -> None:
+            calls.append(("inputs", *paths))
+
+        def refuse_occupied(self, digest: str, fingerprint: str | None = None) -> None:
+            calls.append(("occupied", digest, fingerprint))
+
+        def reserved(self, on_event: Any) -> Any:
+            calls.append("reserved")
+            return nullcontext()
+
+    plan = SimpleNamespace(steps=(), recipe=SimpleNamespace(digest=lambda: "planned"), family="family")
+    adapter = SimpleNamespace(folder="adapter")
+    checkpoint = SimpleNamespace(
+        folder="model", adapter=adapter, paths=lambda: ["shard"], start_hashing=lambda: calls.append("hashing")
+    )
+    job = SimpleNamespace(fingerprint="f")
+    monkeypatch.setattr(export_job, "Destination", Destination)
+    monkeypatch.setattr(export_job, "data_paths", lambda recipe, sources: ["pictures"])
+    monkeypatch.setattr(export_job, "with_suitable_data", lambda recipe: plan.recipe)
+    monkeypatch.setattr(export_job, "prepare", lambda *_, **options: calls.append("prepare") or (plan, checkpoint))
+    monkeypatch.setattr(export_job, "refuse_shortage", lambda steps, device: calls.append("shortage"))
+    monkeypatch.setattr(export_job, "read_samples", lambda *_: calls.append("samples"))
+    monkeypatch.setattr(export_job, "_announce", lambda *_: calls.append("announce"))
+    monkeypatch.setattr(export_job, "_prepared", lambda *_: job)
+    monkeypatch.setattr(export_job, "verify_existing", lambda *_: "verified before")
+    monkeypatch.setattr(export_job, "remove_work", lambda *arguments: calls.append(("removed", *arguments[:2])))
+    recipe: Any = "recipe"
+    arguments: dict[str, Any] = {"device": CPU, "on_event": ignore, "overwrite": True, "skip_evaluation": True}
+    result = export_job.export(recipe, out=tmp_path / "out", **arguments)
+    assert (result.verified, result.report) == ("verified before", None)
+    assert calls == [
+        ("places",),
+        ("inputs", "pictures"),
+        ("occupied", "planned", None),
+        "prepare",
+        ("places", "model", "adapter"),
+        ("inputs", "shard"),
+        "hashing",
+        "shortage",
+        "reserved",
+        "samples",
+        "announce",
+        ("occupied", "planned", "f"),
+        ("removed", tmp_path / "work", "f"),
+    ]
+    calls.clear()
+    export_job.export(recipe, out=tmp_path / "out", work=tmp_path / "out.work", **arguments)
+    assert calls[-1] == ("occupied", "planned", "f")  # a folder that the user chose stays
+
+
+def test_every_warning_of_an_export_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "notes", lambda calibration, tested: ("of data",))
+    monkeypatch.setattr(
+        export_job, "step_warnings", lambda steps, device, skip: tuple(f"{step.name} {skip}" for step in steps)
+    )
+    steps = [Step(name, 0, 0, 1.0) for name in ("write", "check", "verify")]
+    plan: Any = SimpleNamespace(warnings=("of the plan",), steps=steps)
+    events = list[Event]()
+    given = pipeline_samples.ExportSamples([], [], {})
+    export_job._announce(plan, given, CPU, True, events.append)
+    assert [event.message for event in events] == ["of the plan", "write True", "verify True", "of data"]
+    assert {event.stage for event in events} == {"note"}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "loads"), [(0, {}, False), (1, {}, True), (0, {"vqa": ["s"]}, True)]
+)
+def test_a_processor_is_loaded_where_there_are_samples(
+    calibration: int, evaluation: dict[str, Any], loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(export_job, "load_processor", lambda folder: f"processor of {folder}")
+    monkeypatch.setattr(export_job, "refuse_too_long", lambda processor, *more: checked.append(processor))
+    monkeypatch.setattr(export_job.identity, "of_job", lambda *arguments: {"job": arguments[2]})
+    plan: Any = SimpleNamespace(family="family")
+    checkpoint: Any = SimpleNamespace(folder="m")
+    given = pipeline_samples.ExportSamples(samples(calibration), [], evaluation)
+    events = list[Event]()
+    job = export_job._prepared(plan, checkpoint, given, CPU, events.append)
+    processor = "processor of m" if loads else None
+    assert (job.processor, job.inputs) == (processor, {"job": processor})
+    assert checked == [processor] * loads
+    assert [event.stage for event in events] == ["prepare"] * 2 * loads
+
+
+# Work folders
+
+
+class Work(make_artifact.Workdir):
+    """A work folder whose deletion is recorded."""
+
+    cleared = 0
+
+    def clear(self) -> None:
+        Work.cleared += 1
+
+
+def test_a_model_that_changed_during_the_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = {"shards": "a", "config": "b"}
+    monkeypatch.setattr(make_artifact, "of_source", lambda checkpoint: current)
+    job: Any = SimpleNamespace(checkpoint=SimpleNamespace(origin="org/x"), inputs={**current, "other": "c"})
+    work = Work(tmp_path, "f")
+    make_artifact._require_unchanged(job, work)
+    assert Work.cleared == 0
+    current["shards"] = "changed"
+    with pytest.raises(CheckpointError, match=r"org/x changed while the job ran: .*shards"):
+        make_artifact._require_unchanged(job, work)
+    assert Work.cleared == 1  # its blocks are of another model
+
+
+def test_the_work_folder_of_another_job_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list[Event]()
+    work = tmp_path / "work"
+    work.mkdir()
+    make_artifact.remove_work(work, "f", events.append)
+    assert work.is_dir()  # it has no job
+    (work / make_artifact.JOB).write_text("{}")
+    monkeypatch.setattr(make_artifact, "fingerprint_of", lambda content: "f")
+    make_artifact.remove_work(work, "other", events.append)
+    assert work.is_dir()
+
+    def damaged(content: Any) -> str:
+        raise DataError("damaged")
+
+    monkeypatch.setattr(make_artifact, "fingerprint_of", damaged)
+    make_artifact.remove_work(work, "f", events.append)
+    assert [event.message for event in events] == [f"{work} was not removed: damaged"]
+    monkeypatch.setattr(make_artifact, "fingerprint_of", lambda content: "f")
+    make_artifact.remove_work(work, "f", events.append)
+    assert not work.exists()
