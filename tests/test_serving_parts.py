@@ -207,6 +207,77 @@ def test_an_answer_of_the_engine_is_parsed_or_refused() -> None:
             read_reply(damaged)
 
 
+def test_a_request_is_greedy_with_log_probabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    answers: list[Any] = [ANSWER, ServeError("refused"), ServeError("refused")]
+
+    def post(url: str, body: Any) -> Any:
+        sent.append((url, body))
+        if isinstance(answer := answers.pop(0), ServeError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(vllm_engine, "post", post)
+    monkeypatch.setattr(vllm_engine, "message", lambda text, image: f"{text} {image.decode()}")
+    engine = Engine(Launch((), {}, "http://a:1", "m"))
+    assert engine.ask("what", b"picture").tokens == (7,)
+    body = {
+        "model": "m",
+        "messages": ["what picture"],
+        "max_tokens": 16,
+        "temperature": 0,
+        "seed": 0,
+        "logprobs": True,
+        "top_logprobs": 5,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    assert sent == [("http://a:1/v1/chat/completions", body)]
+    with pytest.raises(ServeError, match=r"^refused$"):
+        engine.ask("what", b"picture", max_tokens=3, top=2, seed=4)
+    assert sent[1][1] == body | {"max_tokens": 3, "top_logprobs": 2, "seed": 4}
+    (tmp_path / "log").write_text("ERROR no memory\n")
+    with pytest.raises(ServeError, match=r"^refused; the end of its log:\n  ERROR no memory$"):
+        Engine(engine.launch, tmp_path / "log").ask("what", b"picture")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_variables_of_the_user_precede_those_of_the_launch(
+    debug: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(vllm_engine, "refuse_taken_port", lambda url: None)
+    popen = SimpleNamespace(Popen=lambda command, **options: started.append((command, options)), DEVNULL="nothing")
+    monkeypatch.setattr(vllm_engine, "subprocess", popen)
+    monkeypatch.setattr(os, "environ", {"A": "user", "PYTHONPATH": "/user", "TMPDIR": str(tmp_path)})
+    launch_of = {"A": "mmq", "B": "mmq", "PYTHONPATH": "/user:/plugin"}
+    engine = Engine(Launch(("vllm", "serve"), launch_of, "u", "m"), tmp_path / "log", debug)
+    engine.start()
+    command, options = started[0]
+    environment = options["env"]
+    assert command[1:] == ["-c", vllm_engine.DIE_WITH_PARENT, str(os.getpid()), "vllm", "serve"]
+    assert {name: environment[name] for name in ("A", "B", "PYTHONPATH")} == {
+        "A": "user",
+        "B": "mmq",
+        "PYTHONPATH": "/user:/plugin",
+    }
+    assert environment.get("VLLM_LOGGING_LEVEL") == ("DEBUG" if debug else None)
+    sockets = Path(environment["VLLM_RPC_BASE_PATH"])
+    assert sockets.is_dir()
+    assert (options["stdin"], options["start_new_session"]) == ("nothing", True)
+    assert options["stdout"] is options["stderr"] is engine._output
+    engine.stop()
+    assert not sockets.exists()
+    assert options["stdout"].closed
+    os.environ["VLLM_RPC_BASE_PATH"] = "/mine"
+    alone = Engine(Launch(("vllm",), {}, "u", "m"))
+    alone.start()
+    assert started[1][1]["env"]["VLLM_RPC_BASE_PATH"] == "/mine"
+    assert started[1][1]["env"]["PYTHONPATH"] == "/user"
+    assert started[1][1]["stdout"] is vllm_engine.sys.stderr
+    alone.stop()
+
+
 def test_the_end_of_a_log_is_its_errors() -> None:
     lines = [f"INFO {i}" for i in range(20)] + ["", " - leaked", "nanobind: leaked"]
     assert log_tail("\n".join(lines)).splitlines() == [f"  INFO {i}" for i in range(5, 20)]
