@@ -231,7 +231,7 @@ def run_all(mutants: Sequence[Mutant], jobs: int, trial: Trial) -> Iterator[tupl
 
 
 def require_sound(tests: LineTests, folder: Path) -> None:
-    """SystemExit unless a test passes in a child process without a mutant; else every mutant would count as detected."""
+    """SystemExit unless a test passes in a child process without a mutant; else each mutant would count as detected."""
     fastest = min(tests.seconds, key=lambda test: (tests.seconds[test], test))
     code, reason = run(None, [fastest], folder, "sound", 300)
     if code != 0:

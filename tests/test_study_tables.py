@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exporter.errors import DataError, RecipeError
-from exporter.study import gallery, prepare, result_tables, setting_rows, verdict
+from exporter.study import gallery, importance, prepare, result_tables, setting_rows, verdict
 from exporter.study.grid import read_grid
 from exporter.study.records import (
     CHANGE,
@@ -22,7 +23,7 @@ from exporter.study.records import (
     full_outside_grid,
     read_records,
 )
-from exporter.study.score_table import read_csv, require_gain
+from exporter.study.score_table import Table, read_csv, require_gain
 from exporter.study.study_plots import Plot
 
 
@@ -279,3 +280,94 @@ def test_the_full_precision_model_is_outside_a_grid_without_16_bits(about: list[
     others = [grid_setting(4, 0.5, **{**fields, "method": "rtn"}) for fields in about]
     assert full_outside_grid([*others, full]) == (full if is_alone else None)
     assert full_outside_grid(others) is None
+
+
+# Importance without its forests
+
+
+def table_of(rows: dict[tuple[int, int], float], **fields: Any) -> Table:
+    """A table of vision and language bits -> score."""
+    bits = np.array(list(rows), dtype=np.float64)
+    return Table(("vision", "language"), bits, np.array(list(rows.values())), "score", **fields)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tables and seeds of which shares are computed."""
+    calls: list[Any] = []
+    monkeypatch.setattr(importance, "shares", lambda table, seed: calls.append((len(table.scores), seed)) or "shares")
+    return calls
+
+
+GRID = {(v, q): 1 - 0.01 * (16 - v) - 0.02 * (16 - q) for v in (2, 4, 16) for q in (2, 4, 16)}
+
+
+def test_the_usable_region_has_shares_where_it_has_enough_settings(shared: list[Any]) -> None:
+    result = importance.importance(table_of(GRID, notes=("mixed",)), seed=3, usable=0.5)
+    assert (shared, result.inside) == ([(9, 3), (9, 3)], "shares")
+    assert result.full_score == 1.0
+    assert result.notes == (
+        "only 9 settings: with fewer than 20, each setting changes the shares by many points",
+        "mixed",
+    )
+    assert result.usable == {"vision": (2.0, 4.0, 16.0), "language": (2.0, 4.0, 16.0)}
+    some = importance.importance(table_of(GRID), usable=0.75)
+    assert some.usable == {"vision": (2.0, 4.0, 16.0), "language": (4.0, 16.0)}
+    assert (shared[2:], some.inside) == ([(9, 0)], None)  # six settings are too few
+    assert [change.bits for change in some.marginal["language"]] == [4.0]
+    assert importance.importance(table_of(GRID), usable=0.72).usable["language"] == (2.0, 4.0, 16.0)  # exactly
+    assert importance._few_rows_note(20) == ()
+
+
+def test_few_or_equal_scores_have_no_importance(shared: list[Any]) -> None:
+    seven = dict(list(GRID.items())[:7])
+    with pytest.raises(DataError, match="7 rows with 7 different scores are too few"):
+        importance.importance(table_of(seven))
+    with pytest.raises(DataError, match="9 rows with 1 different scores are too few"):
+        importance.importance(table_of(dict.fromkeys(GRID, 0.5)))
+    importance.importance(table_of(dict(list(GRID.items())[:8])))
+    assert shared[0] == (8, 0)
+
+
+def test_marginal_changes_pair_settings_with_equal_other_bits() -> None:
+    rows = {(4, 4): 0.5, (16, 4): 0.75, (4, 16): 0.75, (16, 16): 1.5, (8, 16): 1.0, (8, 2): 0.1}
+    changes = importance.marginal_changes(table_of(rows), 2.0)
+    vision, language = changes["vision"], changes["language"]
+    assert [(change.bits, change.change, change.pairs) for change in vision] == [(4, -0.25, 2), (8, -0.25, 1)]
+    assert (vision[0].error, vision[1].error) == (pytest.approx(0.125), 0.0)
+    assert [(change.bits, change.pairs) for change in language] == [(2, 1), (4, 2)]
+
+
+def test_percentages_ignore_features_that_only_harm() -> None:
+    assert importance._percent(np.array([3.0, -1.0, 1.0])).tolist() == [75.0, 0.0, 25.0]
+    assert importance._percent(np.array([0.0, -1.0])).tolist() == [0.0, 0.0]
+    assert importance._by_component(table_of(GRID), np.array([1.23456, 2.0])) == {"vision": 1.23, "language": 2.0}
+
+
+def test_a_linear_fit_explains_a_linear_score() -> None:
+    assert importance.linear_r2(table_of(GRID)) == pytest.approx(1.0)
+    crossed = {(4, 4): 1.0, (16, 16): 1.0, (4, 16): 0.0, (16, 4): 0.0}
+    assert importance.linear_r2(table_of(crossed)) == pytest.approx(0.0)
+
+
+def test_importance_in_json_begins_with_the_consensus() -> None:
+    by_component = {"vision": 70.0}
+    result = importance.Importance(
+        "score",
+        0.9,
+        importance.Shares(by_component, by_component, by_component, by_component, 0.99, 0.5, 40),
+        {"vision": (4.0,)},
+        None,
+        {"vision": (importance.MarginalChange(4.0, -0.1, 0.01, 3),)},
+        ("a note",),
+    )
+    plain = result.as_json()
+    assert next(iter(plain)) == "consensus"
+    assert (plain["metric"], plain["full_score"], plain["notes"], plain["rows"]) == ("score", 0.9, ["a note"], 40)
+    assert plain["usable"] == {
+        "bits": {"vision": (4.0,)},
+        "shares": None,
+        "marginal_change": {"vision": [{"bits": 4.0, "change": -0.1, "error": 0.01, "pairs": 3}]},
+    }
+    inside = dataclasses.replace(result, inside=result.shares).as_json()["usable"]["shares"]
+    assert inside["rows"] == 40
