@@ -1,6 +1,7 @@
 """Parts of commands without a model: next steps, options that are not understood, tables of plans, and errors."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from rich.table import Table
 
+from exporter import amounts
 from exporter.commands import (
+    datasets,
     doctor,
     fitted_table,
     options,
@@ -21,6 +25,7 @@ from exporter.commands import (
     serving_text,
     steps_after,
 )
+from exporter.data import CONVENTIONS, LAYOUTS
 from exporter.device import Device
 from exporter.errors import CheckFailed, DataError, Interrupted, MemoryShortage, ServeError
 from exporter.numerics.kv_caches import BY_FLAG
@@ -136,6 +141,12 @@ def test_a_command_is_repeated_as_it_was_given() -> None:
     run.main(["-d", "a", "m", "--plain", "--device", "cpu", "--data", "b"], prog_name="run", standalone_mode=False)
     run.main(["m", "--count", "3"], prog_name="run", standalone_mode=False)
     assert words == [["run", "m", "--data", "a", "--data", "b", "--plain"], ["run", "m", "--count", "3"]]
+
+
+def test_a_page_is_opened_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_after.sys, "executable", "/my python/bin/python")
+    page = tmp_path / "my page.html"
+    assert steps_after.open_page(page) == f"'/my python/bin/python' -m webbrowser -t {tmp_path.as_uri()}/my%20page.html"
 
 
 # Options of recipes
@@ -527,3 +538,57 @@ def test_an_export_with_a_check_needs_an_engine_for_its_plan(monkeypatch: pytest
     family.unserved = "no engine"
     with pytest.raises(ServeError, match="--serve-check: no engine"):
         serve.need_program("vllm", recipe, "cpu")
+
+
+# Data sets and amounts
+
+
+def lines_of(*words: str) -> list[str]:
+    done = CliRunner().invoke(datasets.datasets, list(words))
+    assert done.exit_code == 0, done.output
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+def test_a_data_set_is_described_by_its_fields() -> None:
+    described = lines_of("vqav2")
+    convention = CONVENTIONS["vqav2"]
+    assert described[0].split() == ["name", "vqav2"]
+    assert any(line.split() == ["tasks", *", ".join(convention.tasks).split()] for line in described)
+    splits = [f"{name}: {text}" for name, text in convention.splits.items()]
+    assert all(any(line.endswith(text) for line in described) for text in splits)
+    assert any("llava vqa: greedy, up to " in line for line in described)
+    assert not [line for line in described if "retrieval" in line]  # VQAv2 has no texts to search
+    (plain,) = json.loads(lines_of("vqav2", "--json")[0])
+    assert plain["name"] == "vqav2"
+    assert plain["generation here"]["llava vqa"].startswith("greedy, up to ")
+    assert lines_of("folder")[0].split() == ["name", "folder"]
+
+
+def test_all_data_sets_are_in_two_tables() -> None:
+    listed = lines_of()
+    assert listed[0].startswith("other data")
+    assert [line.split()[0] for line in listed[1 : 1 + len(LAYOUTS)]] == list(LAYOUTS)
+    assert [line.split()[0] for line in listed[-len(CONVENTIONS) :]] == list(CONVENTIONS)
+    assert len(json.loads(lines_of("--json")[0])) == len(LAYOUTS) + len(CONVENTIONS)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (1_500_000, "1.5 MB"),
+        (10**9, "1.00 GB"),
+        (1_234_567_890_000, "1234.57 GB"),
+    ],
+)
+def test_sizes_are_in_powers_of_a_thousand(count: int, text: str) -> None:
+    assert amounts.size(count) == text
+
+
+def test_durations_and_memory() -> None:
+    durations = {0.4: "0 s", 99.4: "99 s", 100: "2 min", 5999: "100 min", 6000: "1.7 h", 36_000: "10.0 h"}
+    assert {seconds: amounts.duration(seconds) for seconds in durations} == durations
+    assert amounts.memory(3 * 2**29) == "1.50 GiB"
