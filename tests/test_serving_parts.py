@@ -354,7 +354,8 @@ class FakeReference:
 
     short: ClassVar[list[Exception]] = []
 
-    def __init__(self, artifact: Any, processor: Any, device: Device, gpu: bool, placement: Any) -> None:
+    def __init__(self, artifact: Any, processor: Any, device: Device, gpu: bool, placement: Any, gpus: int) -> None:
+        assert gpus == 2
         self.gpu = gpu
         if FakeReference.short:
             raise FakeReference.short.pop()
@@ -376,7 +377,7 @@ def test_the_reference_runs_with_less_where_memory_is_short(monkeypatch: pytest.
     monkeypatch.setattr(comparison, "reference_placements", lambda *_: [(device, "torch.float32"), (device, bfloat16)])
     monkeypatch.setattr(comparison.Artifact, "open", lambda folder: folder)
     artifact: Any = SimpleNamespace(parameters=lambda: 2**30)
-    session = CheckSettings(GPU, device, events.append)
+    session = CheckSettings(GPU, device, events.append, tensor_parallel=2)
 
     def judged(replies: list[Any], doubled: DoubledRun | None = None) -> Any:
         return comparison.judge(artifact, [], replies, doubled, None, session)

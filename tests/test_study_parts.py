@@ -54,6 +54,7 @@ def test_missing_units_are_quantized_in_one_task_per_pass_the_longest_first(monk
     assert tasks == [["b", "c"], ["a"]]
     assert (seconds, by_process) == ({"plan": 1.0, "quantize": 7.0}, {"host 1": 5.0})
     assert [(event.stage, event.done, event.total, event.numbers) for event in events] == [
+        ("study units", 0, 3, {}),
         ("study units", 2, 3, {"left": 1.0}),
         ("study units", 3, 3, {"left": 0.0}),
     ]
@@ -79,12 +80,13 @@ def test_a_setting_is_recorded_when_it_is_scored(monkeypatch: pytest.MonkeyPatch
     assert (first.bytes, first.bits_per_weight, first.seconds, first.cpu_seconds) == (1000, 4.5, 2.0, 1.5)
     assert (seconds, by_process) == ({"score": 5.0}, {"a": 3.0, "b": 4.0})
     assert [(event.stage, event.done, event.total) for event in events] == [
+        ("study points", 0, 2),
         ("note", 0, 0),
         ("study points", 1, 2),
         ("study points", 2, 2),
     ]
-    assert events[0].message == "unit z is damaged"
-    assert [event.numbers["left"] for event in events[1:]] == [3.0, 0.0]
+    assert events[1].message == "unit z is damaged"
+    assert [event.numbers["left"] for event in events[2:]] == [3.0, 0.0]
 
 
 def test_the_remaining_time_is_that_of_the_mean_speed(monkeypatch: pytest.MonkeyPatch) -> None:
