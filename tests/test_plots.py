@@ -92,6 +92,7 @@ def test_the_axis_reaches_all_intervals_and_bounds_and_two_percent_at_least() ->
         ((-0.03, 0.03), ["-3", "-2", "-1", "0", "+1", "+2", "+3"]),
         ((-0.031, 0.03), ["-2", "0", "+2"]),
         ((-3, 4), ["-300", "-200", "-100", "0", "+100", "+200", "+300", "+400"]),
+        ((-2e9, 1e9), ["-200000000000", "-100000000000", "0", "+100000000000"]),
     ],
 )
 def test_an_axis_has_marks_at_round_values(axis: tuple[float, float], texts: list[str]) -> None:

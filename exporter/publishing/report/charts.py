@@ -69,9 +69,10 @@ def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def ticks(axis: tuple[float, float]) -> list[dict[str, Any]]:
-    """Marks of an axis at round values, at most six: text, and place in percent of its width."""
+    """Marks of an axis at round values, at most six (eleven on an axis above 600 %): text, and place in percent of its width."""
     span = axis[1] - axis[0]
-    step = next((step for step in STEPS if span / step <= MOST_TICKS), STEPS[-1])
+    wide = 10.0 ** math.floor(math.log10(span))  # shares of a full-precision score near 0 may have any size
+    step = next((step for step in STEPS if span / step <= MOST_TICKS), wide)
     numbers = range(math.ceil(axis[0] / step), math.floor(axis[1] / step) + 1)
     digits = 0 if step >= 0.01 else 1
     return [{"text": f"{100 * n * step:+.{digits}f} %" if n else "0", "place": _place(n * step, axis)} for n in numbers]
