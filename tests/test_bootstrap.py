@@ -6,6 +6,7 @@ import pytest
 from exporter.evaluation import bootstrap
 from exporter.evaluation.bootstrap import (
     ASSUMED_SD,
+    Difference,
     gate_interval,
     half_width,
     paired_bootstrap,
@@ -143,3 +144,13 @@ def test_the_computed_number_of_unchanged_samples_excludes_the_drop(drop: float,
     for impossible in (0.0, cost, cost + 1):
         with pytest.raises(ValueError, match="above 0 and below"):
             samples_to_exclude(impossible, cost)
+
+
+def test_no_interval_ends_above_the_highest_score() -> None:
+    full = Difference(before=0.95, after=0.95, change=0.0, low=0.0, high=0.0, sd=0.0)
+    low, high = gate_interval(full, 20, 1.0)
+    assert (low, high) == pytest.approx((-0.1684, 0.05), abs=1e-4)
+    assert gate_interval(full, 20)[1] == pytest.approx(-low)
+    better = Difference(before=0.9, after=0.96, change=0.06, low=-0.01, high=0.13, sd=0.3)
+    assert gate_interval(better, 20, 1.0)[1] == pytest.approx(0.1)
+    assert gate_interval(better, 20, 10.0)[1] == 0.13

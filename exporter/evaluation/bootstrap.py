@@ -96,17 +96,21 @@ def samples_to_resolve(drop: float, sd: float = ASSUMED_SD, confidence: float = 
     return max(2, math.ceil((_z(confidence) * sd / drop) ** 2))
 
 
-def gate_interval(difference: Difference, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def gate_interval(
+    difference: Difference, samples: int, highest: float = math.inf, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Both ends of the interval of the change that decides gates.
 
     This is the bootstrap interval, widened because a bootstrap never draws a change that no sample showed. A fraction
     of up to 1 - tail**(1 / samples) of all samples may lose `Difference.cost` each and still be absent from the test
     samples (Clopper and Pearson, Biometrika 26, 1934), so the lower end is at most minus that loss. When no score
-    differs, the upper end is widened in the same way.
+    differs, the upper end is widened in the same way. highest: the highest score that is possible; no interval ends
+    above it.
     """
     tail = (1 - confidence) / 2
     reach = difference.cost * (1 - math.pow(tail, 1 / samples))
-    return min(difference.low, -reach), reach if difference.unchanged else difference.high
+    high = reach if difference.unchanged else difference.high
+    return min(difference.low, -reach), max(difference.change, min(high, highest - difference.before))
 
 
 def samples_to_exclude(drop: float, cost: float = 1.0, confidence: float = CONFIDENCE) -> int:

@@ -7,7 +7,7 @@ edited.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from exporter.data.tasks import main_metric
+from exporter.data.tasks import highest, main_metric
 from exporter.evaluation.bootstrap import (
     Difference,
     gate_interval,
@@ -84,7 +84,7 @@ def _judge_gate(gate: Gate, samples: Mapping[str, TaskScores], difference: Diffe
     figures = {"samples": count, "before": difference.before, "chance": chance}
     if difference.before <= 0 or _at_chance(scores, seed):
         return named.model_copy(update={"verdict": "not comparable", **figures})
-    low, high = (end / difference.before for end in gate_interval(difference, count))
+    low, high = (end / difference.before for end in gate_interval(difference, count, highest(gate.metric)))
     verdict = interval_verdict(low, high, gate.max_drop)
     shares = {"change": difference.change / difference.before, "low": low, "high": high}
     needed = _to_resolve(difference, gate.max_drop * difference.before, count) if verdict == "not resolved" else None

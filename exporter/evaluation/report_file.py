@@ -21,6 +21,7 @@ from exporter.artifact.manifest import (
     parse_json,
     read_document,
 )
+from exporter.data.tasks import highest
 from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.evaluation.evaluation_record import Closed, EvaluationRecord, MetricName, Positive
 from exporter.evaluation.gates import Overall, Verdict
@@ -96,7 +97,9 @@ class Measure(Closed):
         """95 % interval of the change in units of the score, by which a gate on this metric is decided."""
         d = self.difference
         sd = d.sd if d.sd is not None else float(d.low < d.high)  # older reports lack it: 0 where no score differs
-        return gate_interval(Difference(d.before, d.after, d.change, d.low, d.high, sd), self.samples)
+        return gate_interval(
+            Difference(d.before, d.after, d.change, d.low, d.high, sd), self.samples, highest(self.metric)
+        )
 
 
 class GateResult(Closed):

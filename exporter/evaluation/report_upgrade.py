@@ -7,6 +7,7 @@ the drops and derives verdicts from the stored intervals. Keys that version 1 la
 from collections.abc import Mapping
 from typing import Any
 
+from exporter.data.tasks import highest
 from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.evaluation.gates import interval_verdict, worst
 
@@ -51,7 +52,7 @@ def _gate(old: Any, measures: list[Any]) -> Any:
     new = {key: old[key] for key in ("task", "metric", "max_drop", "decide") if key in old}
     matching = [m for m in measures if isinstance(m, dict) and _name(m) == _name(new)]
     try:
-        return new | _verdict(float(old["max_drop"]), matching[0]["difference"], int(matching[0]["samples"]))
+        return new | _verdict(new, matching[0]["difference"], int(matching[0]["samples"]))
     except (LookupError, TypeError, ValueError):
         return new | {"verdict": "not measured"}
 
@@ -60,14 +61,15 @@ def _name(part: Mapping[str, Any]) -> tuple[Any, Any]:
     return part.get("task"), part.get("metric")
 
 
-def _verdict(max_drop: float, stored: Mapping[str, Any], samples: int) -> dict[str, Any]:
+def _verdict(gate: Mapping[str, Any], stored: Mapping[str, Any], samples: int) -> dict[str, Any]:
     change, low, high = (float(stored[key]) for key in ("change", "low", "high"))
     spread = float(stored.get("sd", high - low))  # 0 when no score differs
     before = float(stored["before"])
     if before <= 0:
         return {"verdict": "not comparable", "samples": samples, "before": before}
-    low, high = gate_interval(Difference(before, float(stored["after"]), change, low, high, spread), samples)
-    verdict = interval_verdict(low / before, high / before, max_drop)
+    difference = Difference(before, float(stored["after"]), change, low, high, spread)
+    low, high = gate_interval(difference, samples, highest(str(gate["metric"])))
+    verdict = interval_verdict(low / before, high / before, float(gate["max_drop"]))
     return {
         "verdict": verdict,
         "samples": samples,

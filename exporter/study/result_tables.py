@@ -11,7 +11,7 @@ from exporter.study.importance import Importance, Shares
 from exporter.study.records import NO_SCORES, ScoredSetting, columns
 from exporter.study.run import Outcome
 from exporter.study.setting_rows import SettingRow, rows_of
-from exporter.study.verdict import verdict
+from exporter.study.verdict import percent, share, verdict
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
 
@@ -95,13 +95,12 @@ def _scores_shown(settings: tuple[ScoredSetting, ...]) -> list[str]:
 
 
 def change_text(row: SettingRow) -> str:
-    """A change in percent, with the larger half of its interval: `-4.2±4.9%`."""
+    """A change in percent, with its interval: `-4.2 % (-9.1 to +0.3 %)`."""
     if row.full or row.change is None:
         return "reference" if row.full else ""
     if row.change_interval is None:
-        return f"{100 * row.change:+z.1f}%"
-    half = max(row.change - row.change_interval[0], row.change_interval[1] - row.change)
-    return f"{100 * row.change:+z.1f}±{100 * half:.1f}%"
+        return percent(row.change)
+    return f"{percent(row.change)} ({share(row.change_interval)})"
 
 
 def _samples_notes(rows: Sequence[SettingRow]) -> list[str]:
@@ -110,7 +109,7 @@ def _samples_notes(rows: Sequence[SettingRow]) -> list[str]:
         return []
     counts = sorted({row.samples for row in rows if row.samples})
     samples = f"; {' or '.join(f'{count:,}' for count in counts)} samples each" if counts else ""
-    interval = ", ± 95 % interval" * any(row.change_interval for row in rows)
+    interval = ", with its 95 % interval" * any(row.change_interval for row in rows)
     return [f"change: setting - full precision, as a share of its score{interval}{samples}", verdict(rows)]
 
 

@@ -136,7 +136,7 @@ def _difference(setting: ScoredSetting, reference: ScoredSetting | None, full: f
 
 def _change_interval(difference: Difference, samples: int, full: float) -> Interval:
     """Interval of a change as a share of the full score, widened for losses that no sample showed (`gate_interval`)."""
-    low, high = gate_interval(difference, samples)
+    low, high = gate_interval(difference, samples, 1.0)  # shares of exact answers
     return max(low / full, -1.0), high / full
 
 

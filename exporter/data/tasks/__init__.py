@@ -66,6 +66,11 @@ def measured(task: str, samples: Sequence[Sample], gated: Sequence[str] = ()) ->
     return tuple(metric for metric in TASKS[task].METRICS if metric in names)
 
 
+def highest(metric: str) -> float:
+    """The highest score that a metric can have."""
+    return 10.0 if metric == "cider" else 1.0
+
+
 def main_metric(task: str, metrics: Container[str]) -> str:
     """The main metric among those that were measured, `metrics`: the first in the task's order."""
     return next((metric for metric in TASKS[task].METRICS if metric in metrics), TASKS[task].DEFAULT[0])

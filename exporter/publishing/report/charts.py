@@ -69,7 +69,7 @@ def reach(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def ticks(axis: tuple[float, float]) -> list[dict[str, Any]]:
-    """Marks of an axis at round values, at most six (eleven on an axis above 600 %): text, and place in percent of its width."""
+    """Marks of an axis at round values, at most six (eleven above 600 %): text, and place in percent of its width."""
     span = axis[1] - axis[0]
     wide = 10.0 ** math.floor(math.log10(span))  # shares of a full-precision score near 0 may have any size
     step = next((step for step in STEPS if span / step <= MOST_TICKS), wide)
