@@ -41,6 +41,8 @@ from bench.mutation_operators import Site, mutated, sites
         ("def tiny_config():\n    return 1", []),
         ("assert a == 1", []),
         ("_TINY_SIZES = [32]", []),
+        ("x = Part(a, {'model_type': 'x', 'size': 32}, tiny={'b': 1}, tiny_processor=f(2))", []),
+        ("x = {'model_type': name, 'size': 32}", ["x = {'model_type': name, 'size': 64}"]),
         ("if TYPE_CHECKING:\n    import a", []),
         ("sorted(a, stable=True)", ["pass"]),
     ],
@@ -83,16 +85,16 @@ def test_a_mutant_that_the_selected_tests_miss_gets_the_others_of_its_line(monke
 
     def run(mutant: Mutant | None, tests: list[str], folder: Path, name: str, limit: float) -> tuple[int, str]:
         runs.append(list(tests))
-        detecting = "tests/a.py::6"
+        detecting = "tests/a.py::5"
         return (1, detecting) if mutant and detecting in tests else (0, "")
 
     monkeypatch.setattr(mutate, "run", run)
     trial = Trial(LineTests(seconds, {module: lines}), Path(), time.monotonic() + 60)
-    assert trial.detects(0, mutant) == (mutant, "tests/a.py::6")
+    assert trial.detects(0, mutant) == (mutant, "tests/a.py::5")
     first, second, alone = runs
     assert len(first) == 2
     assert not {*first} & {*second}
-    assert alone == ["tests/a.py::6"]
+    assert alone == ["tests/a.py::5"]
 
 
 def test_a_constant_has_the_tests_of_the_functions_that_read_it() -> None:
