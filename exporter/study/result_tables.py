@@ -11,7 +11,7 @@ from exporter.study.importance import Importance, Shares
 from exporter.study.records import NO_SCORES, ScoredSetting, columns
 from exporter.study.run import Outcome
 from exporter.study.setting_rows import SettingRow, rows_of
-from exporter.study.verdict import percent, share, verdict
+from exporter.study.verdict import verdict
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
 
@@ -95,12 +95,13 @@ def _scores_shown(settings: tuple[ScoredSetting, ...]) -> list[str]:
 
 
 def change_text(row: SettingRow) -> str:
-    """A change in percent, with its interval: `-4.2 % (-9.1 to +0.3 %)`."""
+    """A change in percent, with its interval: `-4.2% (-9.1% to +0.3%)`."""
     if row.full or row.change is None:
         return "reference" if row.full else ""
     if row.change_interval is None:
-        return percent(row.change)
-    return f"{percent(row.change)} ({share(row.change_interval)})"
+        return f"{row.change:+z.1%}"
+    low, high = row.change_interval
+    return f"{row.change:+z.1%} ({low:+z.1%} to {high:+z.1%})"
 
 
 def _samples_notes(rows: Sequence[SettingRow]) -> list[str]:
