@@ -155,9 +155,8 @@ def test_16_bits_and_float8_are_served_without_avx_512(
     )
     with pytest.raises(ServeError, match="needs AVX-512") as caught:
         refuse_processor(program, [None, Scheme(4, 128, True)], recipe, FAMILIES["llava"])
-    assert "vLLM serves llava-fp8-vit16 on a CPU: `mmq export --recipe llava-fp8-vit16 --model 'a b'`" in (
-        caught.value.hint or ""
-    )
+    export = "`mmq export --recipe llava-fp8-vit16 --model 'a b'`"
+    assert caught.value.hint == f"without AVX-512 vLLM serves llava-fp8-vit16 on this CPU: {export}"
 
 
 @pytest.mark.parametrize(
@@ -221,8 +220,9 @@ def test_a_refused_artifact_leads_to_a_recipe_that_this_processor_runs(
     ],
 )
 def test_a_refusal_names_the_recipes_that_are_served_and_a_command_to_paste(
-    family: str, on: Hardware, names: set[str], closest: str
+    family: str, on: Hardware, names: set[str], closest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    processor(tmp_path, monkeypatch, "avx2 avx512f avx512_vnni")
     recipe = load_recipe("llava-w4-vit8").adjusted(model={"repo": "demo-llava"})
     hint, served = recipe_hint(recipe, FAMILIES[family], on), served_recipes(FAMILIES[family], on)
     assert names <= set(served)
