@@ -131,7 +131,6 @@ def remove_work(path: Path, fingerprint: str, on_event: Listener) -> None:
     try:
         with hold(path / LOCK, path, on_event=on_event):
             if fingerprint_of(read_json(path / JOB)) == fingerprint:
-                Workdir(path, fingerprint).clear()
                 shutil.rmtree(path)
     except MmqError as error:
         on_event(notice(f"{path} was not removed: {error.message}"))
