@@ -13,6 +13,7 @@ from exporter import data
 from exporter.data.folder import SPLITS
 from exporter.data.tasks.sample import Sample
 from exporter.device import Device
+from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, Dtype
 from exporter.errors import CheckpointError, DataError, MemoryShortage
 from exporter.evaluation.answers import Store
 from exporter.evaluation.speed_record import SpeedFigures
@@ -21,6 +22,7 @@ from exporter.pipeline import (
     data_coverage,
     make_artifact,
     picture_question,
+    preparation,
     reevaluation,
     serving_check,
     speed,
@@ -667,3 +669,66 @@ def test_the_work_folder_of_another_job_stays(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(make_artifact, "fingerprint_of", lambda content: "f")
     make_artifact.remove_work(work, "f", events.append)
     assert not work.exists()
+
+
+# The dtype of an artifact
+
+
+@pytest.mark.parametrize(
+    ("rows", "tensors", "bfloat16", "narrowed", "note"),
+    [
+        ([("packed", BFLOAT16), ("kept", FLOAT32)], [BFLOAT16], False, None, ""),
+        ([("packed", FLOAT16), ("packed", FLOAT32)], [FLOAT16], False, (), preparation.READ_IN_16_BITS),
+        ([("packed", BFLOAT16), ("kept", FLOAT32)], [BFLOAT16], True, (), ""),
+        ([("packed", FLOAT32)], [FLOAT32, FLOAT16], True, ("F32", "F16"), "float32 and float16 tensors"),
+        ([("packed", FLOAT16)], [FLOAT16], True, ("F16",), "source's float16 tensors"),
+    ],
+)
+def test_a_checkpoint_is_read_in_the_dtype_in_which_it_is_served(
+    rows: list[Any],
+    tensors: list[Dtype],
+    bfloat16: bool,
+    narrowed: tuple[str, ...] | None,
+    note: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    def narrow(checkpoint: Any, name: str, *more: Any) -> str:
+        calls.append((name, *more))
+        return "narrowed"
+
+    monkeypatch.setattr(preparation, "needs_bfloat16", lambda plan: bfloat16)
+    monkeypatch.setattr(preparation, "narrowed", narrow)
+    plan: Any = SimpleNamespace(
+        rows=[SimpleNamespace(decision=decision, tensor=SimpleNamespace(dtype=dtype)) for decision, dtype in rows]
+    )
+    checkpoint: Any = SimpleNamespace(tensors={str(i): SimpleNamespace(dtype=x) for i, x in enumerate(tensors)})
+    made, notes = preparation._in_served_dtype(plan, checkpoint)
+    if narrowed is None:
+        assert (made, calls, notes) == (checkpoint, [], ())
+        return
+    assert (made, len(notes)) == ("narrowed", bool(note))
+    assert calls == [("bfloat16", narrowed) if bfloat16 else ("bfloat16",)]
+    assert all(note in text for text in notes)
+
+
+@pytest.mark.parametrize(
+    ("data_of", "evaluation", "repo", "is_replaced"),
+    [
+        (("demo",), None, "org/x", True),
+        (("demo",), None, "demo-llava", False),
+        (("demo",), ("coco",), "org/x", False),
+        (("demo", "coco"), None, "org/x", False),
+    ],
+)
+def test_other_models_get_drawings_with_english_words(
+    data_of: tuple[str, ...], evaluation: Any, repo: str, is_replaced: bool
+) -> None:
+    recipe = load_recipe("llava-w4").adjusted(
+        calibration={"data": data_of}, evaluation={"data": evaluation}, model={"repo": repo}
+    )
+    suitable = preparation.with_suitable_data(recipe)
+    assert (suitable is not recipe) is is_replaced
+    if is_replaced:
+        assert (suitable.calibration.data, suitable.evaluation.data) == (("drawings",), ("drawings",))
