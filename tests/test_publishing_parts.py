@@ -15,11 +15,15 @@ from exporter.evaluation.report_file import GateResult
 from exporter.events import Event
 from exporter.model.families import FAMILIES
 from exporter.numerics.kv_caches import BY_FLAG
+from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe
 from exporter.publishing import artifact_diff, card, card_serving, card_usage, publication, upload
 from exporter.publishing.artifact_diff import Change, flattened
 from exporter.publishing.artifact_summary import SchemeGroup, Summary, drawings_note
 from exporter.publishing.card import CardDeclarations
+from exporter.publishing.proof import answers as proof_answers
+from exporter.publishing.proof import plan as proof_plan
+from exporter.publishing.proof import serving as proof_serving
 from exporter.publishing.publication import PublishRequest
 from exporter.publishing.repository import Package, disclosure_note
 from exporter.publishing.upload import Target
@@ -514,3 +518,122 @@ def test_an_error_after_the_commit_says_that_it_exists(error: Exception, monkeyp
         upload._read_back("me/x", "abc", "url", lambda event: None)
     hint = "again" if isinstance(error, ArtifactError) else "verify it with `mmq verify hub:me/x@abc`"
     assert caught.value.hint == hint  # type: ignore[attr-defined]
+
+
+# Parts of the proof
+
+
+def problems_of_linears(**changes: Any) -> list[str]:
+    """Problems of a manifest with two packed linears; changes: of what the plan or the manifest has."""
+    four, tensor = Scheme(4, 128), Scheme(8, "tensor")
+    rows = [
+        SimpleNamespace(module="a", decision="packed", scheme=four),
+        SimpleNamespace(module="b", decision="packed", scheme=tensor),
+        SimpleNamespace(module="c", decision="dequantized", scheme=four),
+        SimpleNamespace(module="d", decision="kept", scheme=None),
+    ]
+    plan: Any = SimpleNamespace(rows=rows, units=[SimpleNamespace(block="0", rows=rows[:3])])
+    manifest = {"errors": {"a": 0, "b": 0, "c": 0}, "units": ("0",)} | changes
+    schemes = {"a": four, "b": Scheme(8, "row")} | manifest.pop("schemes", {})
+    summary: Any = SimpleNamespace(manifest=SimpleNamespace(**manifest))
+    return list(proof_plan._of_linears(plan, summary, {name: scheme for name, scheme in schemes.items() if scheme}))
+
+
+def test_the_packed_linears_of_a_manifest_are_those_of_the_plan() -> None:
+    assert problems_of_linears() == []
+    assert problems_of_linears(schemes={"b": None}) == [
+        "the recipe packs 2 linears, the manifest names 1: b is in one of the two"
+    ]
+    assert problems_of_linears(schemes={"a": Scheme(3, 128)}) == [
+        f"config.json has scheme {Scheme(3, 128).label()} for a, the recipe has {Scheme(4, 128).label()}"
+    ]
+    assert problems_of_linears(errors={"a": 0, "b": 0}) == [
+        "the linears in the manifest's errors differ from the linears that the recipe quantizes"
+    ]
+    assert problems_of_linears(units=()) == ["the manifest's units differ from the blocks that the recipe quantizes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""),
+        ({"after": 31}, "the manifest counts 31 bytes of tensors, the artifact has 30"),
+        ({"planned": 31}, "the manifest counts 30 bytes of tensors, the artifact has 30"),
+        ({"stored": 31}, "the manifest counts 30 bytes of tensors, the artifact has 31"),
+        ({"before": 101}, "the manifest counts 101 bytes of source tensors, the plan 100"),
+        ({"components": {"vision": 2}}, "the manifest's bytes of the components differ from the plan's"),
+        ({"components": {}}, ""),  # of an older manifest
+        ({"bits": 4.5 * (1 + 1e-8)}, "the manifest has 4.5000 bits per weight, the plan 4.5000"),
+    ],
+)
+def test_sizes_of_a_manifest_are_those_of_plan_and_files(
+    changes: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof_plan, "size_record", lambda plan: SimpleNamespace(components={"vision": 1}))
+    values = {
+        "after": 30,
+        "planned": 30,
+        "stored": 30,
+        "before": 100,
+        "components": {"vision": 1},
+        "bits": 4.5,
+    } | changes
+    sizes = SimpleNamespace(after=values["after"], before=values["before"], components=values["components"])
+    tensors = {
+        "a": SimpleNamespace(name="a.weight", bytes=values["stored"]),
+        "b": SimpleNamespace(name=f"b{proof_plan.CACHE_SCALES[0]}", bytes=4),  # the plan does not count them
+    }
+    plan: Any = SimpleNamespace(bytes_after=values["planned"], bytes_before=100, bits_per_weight=4.5)
+    summary: Any = SimpleNamespace(manifest=SimpleNamespace(bytes=sizes, bits_per_weight=values["bits"]))
+    artifact: Any = SimpleNamespace(checkpoint=SimpleNamespace(tensors=tensors))
+    assert list(proof_plan._of_sizes(plan, summary, artifact)) == [problem] * bool(problem)
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "problem"),
+    [
+        ("ab", {}, ""),
+        ("", {}, "the recipe's methods need calibration samples, but the manifest names none"),
+        ("ab", {"needed": False}, "the manifest names calibration samples, but no method of the recipe needs them"),
+        ("", {"needed": False}, ""),
+        ("abc", {}, "the manifest names 3 calibration samples, the recipe allows 2"),
+        ("aa", {}, "the manifest names a calibration sample twice"),
+        ("aa", {"tasks": ("vqa", "captioning")}, ""),  # both tasks may use a picture
+        ("ab", {"seed": 4}, "the manifest has calibration seed 4, the recipe 3"),
+        ("ab", {"seed": None}, ""),
+    ],
+)
+def test_the_calibration_of_a_manifest_is_that_of_the_recipe(ids: str, changes: dict[str, Any], problem: str) -> None:
+    record = SimpleNamespace(
+        samples=[SimpleNamespace(id=name) for name in ids], seed=changes.get("seed", 3), batch=8, vision_weight=None
+    )
+    recipe = SimpleNamespace(samples=2, tasks=changes.get("tasks", ("vqa",)), seed=3, batch=8, vision_weight=1.0)
+    plan: Any = SimpleNamespace(
+        needs_calibration=changes.get("needed", True), recipe=SimpleNamespace(calibration=recipe)
+    )
+    summary: Any = SimpleNamespace(manifest=SimpleNamespace(provenance=SimpleNamespace(calibration=record)))
+    assert list(proof_plan._of_calibration(plan, summary)) == [problem] * bool(problem)
+
+
+def test_lists_of_a_config_are_compared_without_order() -> None:
+    first = {"config_groups": {"group_0": {"targets": ["a", "b"]}, "group_1": {"targets": []}}, "n": 1}
+    second = {"n": 1, "config_groups": {"x": {"targets": []}, "y": {"targets": ("b", "a")}}}
+    assert proof_plan._unordered(first) == proof_plan._unordered(second)
+    assert proof_plan._unordered(first) != proof_plan._unordered(second | {"n": 2})
+
+
+@pytest.mark.parametrize(("weights", "is_problem"), [("w", False), ("other", True), (None, True)])
+def test_a_speed_is_that_of_these_weights(weights: str | None, is_problem: bool) -> None:
+    summary: Any = SimpleNamespace(speed=SimpleNamespace(weights=weights))
+    assert len(list(proof_serving.speed_problems(summary, "w"))) == is_problem
+    summary.speed = None
+    assert list(proof_serving.speed_problems(summary, "w")) == []
+
+
+def test_values_are_the_same_within_the_error_of_a_sum() -> None:
+    assert proof_answers.same({"a": (1.0, 2)}, {"a": (1.0 + 1e-10, 2)})
+    for other in ({"a": (1.0 + 1e-8, 2)}, {"a": (1.0, 3)}, {"a": (1.0,)}, {"b": (1.0, 2)}, {"a": (1.0, 2), "b": 1}):
+        assert not proof_answers.same({"a": (1.0, 2)}, other)
+    assert proof_answers.same(0.0, 1e-13)
+    assert not proof_answers.same(0.0, 1e-11)
+    assert not proof_answers.same("a", 1.0)
