@@ -25,6 +25,7 @@ from exporter.commands import (
     serving_text,
     steps_after,
 )
+from exporter.commands.allocate import ByteSize
 from exporter.data import CONVENTIONS, LAYOUTS
 from exporter.device import Device
 from exporter.errors import CheckFailed, DataError, Interrupted, MemoryShortage, ServeError
@@ -592,3 +593,13 @@ def test_durations_and_memory() -> None:
     durations = {0.4: "0 s", 99.4: "99 s", 100: "2 min", 5999: "100 min", 6000: "1.7 h", 36_000: "10.0 h"}
     assert {seconds: amounts.duration(seconds) for seconds in durations} == durations
     assert amounts.memory(3 * 2**29) == "1.50 GiB"
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes"), [("4.2GB", 4_200_000_000), (" 900 kB ", 900_000), ("4GiB", 2**32), ("17", 17), ("1.5B", 1)]
+)
+def test_a_size_has_a_number_and_a_unit(text: str, bytes: int) -> None:
+    assert ByteSize().convert(text, None, None) == bytes
+    for wrong in ("x", "", ".", "1.2.3", "4 TB", "-1", "1 GB more"):
+        with pytest.raises(click.BadParameter, match=f"expected a size like 4.2GB, 900kB or 4GiB, not '{wrong}'"):
+            ByteSize().convert(wrong, None, None)

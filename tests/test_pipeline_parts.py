@@ -21,6 +21,7 @@ from exporter.events import Event, ignore
 from exporter.pipeline import (
     data_coverage,
     make_artifact,
+    measurement,
     picture_question,
     preparation,
     reevaluation,
@@ -732,3 +733,28 @@ def test_other_models_get_drawings_with_english_words(
     assert (suitable is not recipe) is is_replaced
     if is_replaced:
         assert (suitable.calibration.data, suitable.evaluation.data) == (("drawings",), ("drawings",))
+
+
+@pytest.mark.parametrize(
+    ("servers", "cluster", "kind"), [("s", "c", "served"), (None, "c", "cluster"), (None, None, "local")]
+)
+def test_answers_come_from_servers_a_cluster_or_this_process(
+    servers: Any, cluster: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = SimpleNamespace(family="family")
+    monkeypatch.setattr(measurement.artifact.Artifact, "open", lambda out, device: opened)
+    monkeypatch.setattr(measurement, "by_recipe", lambda family, recipe: f"{family} by recipe")
+    for name in ("served", "cluster", "local"):
+        answerers = lambda *arguments, name=name, **options: (name, arguments, options)  # noqa: E731
+        monkeypatch.setattr(measurement, f"{name}_answerers", answerers)
+    recipe: Any = SimpleNamespace(evaluation=SimpleNamespace(batch=3))
+    checkpoint: Any = "checkpoint"
+    made: Any = measurement.answerers(checkpoint, Path("out"), recipe, CPU, servers, ignore, cluster)
+    arguments = {
+        "served": (checkpoint, opened, "s", "family by recipe"),
+        "cluster": ("c", checkpoint, Path("out"), recipe, CPU),
+        "local": (checkpoint, opened, CPU, 3, ignore),
+    }
+    options = {"family": "family by recipe"} if kind == "local" else {}
+    assert made == (kind, arguments[kind], options)
+    assert measurement.default_store(Path("a/out")).folder == Path("a/.mmq-answers").absolute()

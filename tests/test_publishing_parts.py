@@ -17,7 +17,7 @@ from exporter.model.families import FAMILIES
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.numerics.quantized import Scheme
 from exporter.planning.recipe_file import load_recipe
-from exporter.publishing import artifact_diff, card, card_serving, card_usage, publication, upload
+from exporter.publishing import artifact_diff, card, card_serving, card_usage, publication, repository, upload
 from exporter.publishing.artifact_diff import Change, flattened
 from exporter.publishing.artifact_summary import SchemeGroup, Summary, drawings_note
 from exporter.publishing.card import CardDeclarations
@@ -637,3 +637,37 @@ def test_values_are_the_same_within_the_error_of_a_sum() -> None:
     assert proof_answers.same(0.0, 1e-13)
     assert not proof_answers.same(0.0, 1e-11)
     assert not proof_answers.same("a", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "card_of_source", "license"),
+    [
+        (
+            "org/x",
+            {},
+            {"license": "other", "license_link": "u", "license_name": ""},
+            {"license": "other", "license_link": "u"},
+        ),
+        ("org/x", {"license": "mit"}, {"license": "other"}, {"license": "mit"}),
+        (None, {}, {"license": "other"}, {}),
+        ("org/x", {}, {}, {}),
+        ("org/x", {}, None, {}),
+    ],
+)
+def test_the_license_is_the_publisher_s_or_the_source_s(
+    base: str | None,
+    given: dict[str, str],
+    card_of_source: dict[str, str] | None,
+    license: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(repo: str) -> dict[str, str]:
+        assert repo == base
+        if card_of_source is None:
+            raise HubError("no route")
+        return card_of_source
+
+    monkeypatch.setattr(repository, "_card_data", read)
+    summary: Any = SimpleNamespace(source="mine")
+    declared = repository.with_source_license(summary, CardDeclarations(base, given))
+    assert (declared.license, declared.base_model) == (license, base)
