@@ -174,7 +174,7 @@ def test_an_old_report_gets_changes_and_verdicts() -> None:
     ("difference", "verdict", "bounds"),
     [
         ({"high": 0.09}, "not resolved", (-0.09 / 0.8, -0.02 / 0.8)),
-        ({"low": 0.085, "high": 0.09}, "failed", (-0.09 / 0.8, -0.085 / 0.8)),
+        ({"drop": 0.087, "after": 0.713, "low": 0.085, "high": 0.09}, "failed", (-0.09 / 0.8, -0.085 / 0.8)),
         ({"before": 0.0}, "not comparable", None),
         ({"drop": "much"}, "not measured", None),
         # when no score differs, a loss that no sample showed is possible: 1 - 0.025 ** (1 / 400)
