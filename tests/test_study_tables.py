@@ -55,7 +55,7 @@ def test_changes_of_studies_without_errors_have_no_interval() -> None:
         (True, 0.0, None, None),
         (False, pytest.approx(-0.5), None, None),
     ]
-    assert [result_tables.change_text(row) for row in rows] == ["reference", "-50.0 %"]
+    assert [result_tables.change_text(row) for row in rows] == ["reference", "-50.0%"]
     (alone,) = setting_rows.rows_of([half])
     assert (alone.change, result_tables.change_text(alone), alone.plotted()) == (None, "", None)
     assert verdict.verdict([alone]) == verdict.verdict(rows[:1]) == ""
