@@ -36,6 +36,10 @@ class _Changed(importlib.abc.Loader, importlib.abc.MetaPathFinder):
             name, self.path, loader=self, submodule_search_locations=[str(self.path.parent)] if package else None
         )
 
+    def get_code(self, name: str) -> CodeType:
+        """The changed code, for `python -m MODULE`, which executes it itself."""
+        return self.code
+
     def exec_module(self, module: ModuleType) -> None:
         exec(self.code, module.__dict__)
 

@@ -206,6 +206,20 @@ def test_pictures_are_encoded_alone_and_in_padded_batches() -> None:
     assert [[picture.size for picture in row] for row in nested.calls[1]["images"]] == [[(48, 36)], [helper.TALL]]
 
 
+def test_a_processor_needs_a_tokenizer_and_an_image_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for parts in ({"tokenizer": 1}, {"image_processor": 1}):
+        monkeypatch.setattr(helper, "_load", lambda folder, state, parts=parts: SimpleNamespace(**parts))
+        assert "tokenizer or the image processor is missing" in helper.answer(request())["reason"]
+
+
+def test_sizes_are_refused_before_a_picture_is_scaled() -> None:
+    processor = Pictures()
+    processor.image_processor.size = {"height": 0}
+    with pytest.raises(ValueError, match=r"size\.height"):
+        helper._encode(processor, "ab", nested=False, varying=False)
+    assert processor.calls == []
+
+
 def test_encoded_pictures_have_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helper, "MAX_TOKENS", 4)
     helper._encode(Pictures(), "ab", nested=False, varying=False)

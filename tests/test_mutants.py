@@ -124,6 +124,9 @@ def test_a_mutant_is_loaded_in_child_processes_too() -> None:
     environment = os.environ | {VARIABLE: f"{module}:{number}", "PYTHONPATH": f"{ROOT}{os.pathsep}{IN_CHILDREN}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "2 True\n"  # the source too, from which Triton compiles kernels
+    # A helper process runs its module so; without code it would end, and any mutant of it would count as detected.
+    command = [sys.executable, "-m", "exporter." + module.replace("/", ".")]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr == ""
 
 
 def test_equivalent_mutants_are_not_tried_and_their_lines_exist() -> None:
