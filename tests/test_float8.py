@@ -29,7 +29,14 @@ from exporter.pipeline.export import Export, export
 from exporter.planning.plan import make_plan
 from exporter.planning.recipe import Recipe, Rule
 from exporter.planning.recipe_file import load_recipe
-from exporter.planning.vllm_rules import Linear, cache_problems, cpu_cache_problems, cpu_problems, kernel_problems
+from exporter.planning.vllm_rules import (
+    Linear,
+    cache_problems,
+    cpu_cache_problems,
+    cpu_problems,
+    head_size,
+    kernel_problems,
+)
 from exporter.publishing.card import _width
 from exporter.serving.launch import dtype
 from exporter.serving.preflight import refuse_plan
@@ -225,10 +232,10 @@ def test_rules_of_float8_are_plain_data() -> None:
     assert kernel_problems([linear], "compressed_tensors") == []
     assert "needs a Hopper GPU" in cpu_problems([linear], "compressed_tensors")[0]
     opt = {"text_config": {"hidden_size": 2560, "num_attention_heads": 32}}
-    assert "heads of 80" in cpu_cache_problems("fp8", opt)[0]
-    assert "heads of 48" in cpu_cache_problems("fp8", {"text_config": {"head_dim": 48}})[0]
-    assert cpu_cache_problems(None, opt) == cpu_cache_problems("fp8", {"text_config": {"head_dim": 128}}) == []
-    assert cpu_cache_problems("fp8", {"text_config": {}}) == []  # a default that the config leaves out
+    assert "heads of 80" in cpu_cache_problems("fp8", head_size(opt))[0]
+    assert "heads of 48" in cpu_cache_problems("fp8", head_size({"text_config": {"head_dim": 48}}))[0]
+    assert cpu_cache_problems(None, head_size(opt)) == cpu_cache_problems("fp8", 128) == []
+    assert cpu_cache_problems("fp8", head_size({"text_config": {}})) == []  # a default that the config leaves out
 
 
 def test_a_config_asks_for_one_dtype_everywhere() -> None:

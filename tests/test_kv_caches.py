@@ -66,7 +66,7 @@ def test_heads_and_hardware_that_vllm_has_no_such_cache_for() -> None:
     assert cache_problems(INT8, "gptq", (), False, 80) == cache_problems(INT8, "awq", (), True, 128) == []
     assert cache_problems(INT8, "compressed_tensors", (), True) == []  # a size that the config leaves out
     assert "heads of 16: vLLM's Triton attention needs at least 32" in cache_problems(INT8, "gptq", (), True, 16)[0]
-    assert "vLLM's CPU build has no such cache" in cpu_cache_problems(INT8, {"text_config": {"head_dim": 128}})[0]
+    assert "vLLM's CPU build has no such cache" in cpu_cache_problems(INT8, 128)[0]
 
 
 def test_a_plan_refuses_heads_without_such_a_cache(sparse_checkpoint: Callable[[str], Path]) -> None:

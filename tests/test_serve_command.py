@@ -13,18 +13,19 @@ from click.testing import CliRunner, Result
 
 from exporter.artifact.artifact import Artifact
 from exporter.commands.main import cli
-from exporter.device import capability
+from exporter.device import capability, choose
 from exporter.errors import ServeError
 from exporter.model.embedded import MODELS
 from exporter.model.families import FAMILIES
 from exporter.numerics.quantized import Scheme
+from exporter.pipeline.preparation import prepare
 from exporter.planning.recipe_file import load_recipe
 from exporter.planning.vllm_kernels import Hardware
 from exporter.planning.vllm_rules import head_size
 from exporter.serving.faster_flags import FLASHINFER, HUMMING, FlagAdvice, faster_flags
 from exporter.serving.launch import Program, launch
 from exporter.serving.other_recipes import recipe_hint, served_recipes
-from exporter.serving.preflight import refuse_processor, refuse_unservable
+from exporter.serving.preflight import refuse_plan, refuse_processor, refuse_unservable
 from exporter.serving.vllm_engine import ending, free_port
 from tests.children import running_command
 from tests.headers.read import load_header
@@ -212,6 +213,35 @@ def test_a_refused_artifact_leads_to_a_recipe_that_this_processor_runs(
 
 
 @pytest.mark.parametrize(
+    ("flags", "head", "served"),
+    [
+        ("avx2 avx512f", 128, True),
+        ("avx2 avx512f", 48, False),  # vLLM's cache needs multiples of 32
+        ("avx2 avx512f", None, False),
+        ("avx2", 128, False),
+    ],
+)
+def test_a_recipe_with_a_float8_cache_is_served_by_a_cpu_with_avx_512_and_whole_heads(
+    flags: str, head: int | None, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(tmp_path, monkeypatch, flags)
+    names = served_recipes(FAMILIES["llava"], "cpu", head)
+    assert ("llava-fp8-vit16-cache8" in names) == served
+    assert "llava-fp8-vit16" in names
+
+
+def test_the_hint_of_a_plan_uses_the_models_head_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(tmp_path, monkeypatch, "avx2 avx512f avx512_vnni")
+    recipe = load_recipe("llava-w4-vit8").adjusted(model={"repo": "demo-llava"})
+    plan, checkpoint = prepare(recipe, choose("cpu"), headers_only=True)
+    assert plan.head_size == head_size(checkpoint.config) is not None
+    for size, served in ((64, True), (48, False)):
+        with pytest.raises(ServeError) as caught:
+            refuse_plan(replace(plan, head_size=size), checkpoint.config, "cpu")
+        assert ("llava-fp8-vit16-cache8" in (caught.value.hint or "")) == served
+
+
+@pytest.mark.parametrize(
     ("family", "on", "names", "closest"),
     [
         ("llava", "cpu", {"llava-w4", "llava-w4-vit4", "llava-w4-vit8a8", "llava-fp8-vit16"}, "llava-w4-vit8a8"),
@@ -224,7 +254,7 @@ def test_a_refusal_names_the_recipes_that_are_served_and_a_command_to_paste(
 ) -> None:
     processor(tmp_path, monkeypatch, "avx2 avx512f avx512_vnni")
     recipe = load_recipe("llava-w4-vit8").adjusted(model={"repo": "demo-llava"})
-    hint, served = recipe_hint(recipe, FAMILIES[family], on), served_recipes(FAMILIES[family], on)
+    hint, served = recipe_hint(recipe, FAMILIES[family], on, None), served_recipes(FAMILIES[family], on, None)
     assert names <= set(served)
     assert hint.endswith(f"`mmq export --recipe {closest} --model demo-llava`")
     assert (family == "blip2") == any(name.startswith("blip2") for name in served)
@@ -236,7 +266,7 @@ def test_a_refusal_names_the_recipes_that_are_served_and_a_command_to_paste(
     }
     assert not without[on] & set(served)  # type: ignore[index]
     visual = replace(FAMILIES[family], components=FAMILIES[family].components[:1])
-    assert recipe_hint(recipe, visual, on).startswith(f"no built-in recipe for {family} has kernels on ")
+    assert recipe_hint(recipe, visual, on, None).startswith(f"no built-in recipe for {family} has kernels on ")
 
 
 @pytest.mark.parametrize(

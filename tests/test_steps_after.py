@@ -13,7 +13,11 @@ from click.testing import CliRunner, Result
 
 from exporter.commands import next_steps, steps_after
 from exporter.commands.main import cli
+from exporter.commands.options import fail
+from exporter.commands.progress import ProgressDisplay
+from exporter.errors import MmqError
 from exporter.evaluation.speed_record import SpeedFigures, SpeedRecord
+from exporter.events import notice
 from exporter.model.embedded.example import PICTURE, QUESTION
 from exporter.study.prepare import default_folder
 from tests.chat_server import chat_server
@@ -80,7 +84,8 @@ def test_json_has_no_steps(words: tuple[str, ...], artifact: Path) -> None:
 def test_a_report_and_the_plots_of_a_study_open_in_the_browser(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = mmq("report", artifact).stdout.partition("next:\n")[2].splitlines()
+    evaluate, line = mmq("report", artifact).stdout.partition("next:\n")[2].splitlines()
+    assert evaluate.strip() == next_steps.command("evaluate", artifact)
     opened = tmp_path / "opened"
     program = tmp_path / "browser"
     program.write_text(f'#!/bin/sh\nprintf %s "$1" > {shlex.quote(str(opened))}\n')
@@ -163,3 +168,37 @@ def test_a_command_is_given_again_with_its_options(monkeypatch: pytest.MonkeyPat
     again = ["publish", "a b", "--repo", "me/x", "--public", "--dataset", "d", "--dataset", "e"]
     assert steps_after.given(context, ("dry_run",)) == again
     assert "--dry-run" in steps_after.given(context)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--recipe", "llava-w4-vit8", "--model", "demo-llava"),
+        ("--recipe", "llava-w4-vit8", "--model", "demo-llava", "--bits", "language=3", "--bits", "vision=8"),
+        ("--recipe", "llava-w4-vit8", "--model", "demo-llava", "--group-size", "64,row", "--skip-evaluation"),
+        ("--recipe", "llava-w4-vit8", "--model", "demo-llava", "--group-size", "language=64,row", "--samples", "4"),
+        ("--recipe", "llava-w4-vit8", "--model", "demo-llava", "--prompt", "vqa={question} Be brief."),
+    ],
+)
+def test_a_plan_leads_to_the_export_with_the_same_options(options: tuple[str, ...]) -> None:
+    for shown in (("plan", *options, "--all", "--serve-on", "9.0"), ("export", *options, "--dry-run")):
+        (export,) = steps(done(*shown))
+        assert export[0] == "export"
+        parsed = cli.commands["export"].make_context("export", export[1:])
+        wanted = cli.commands["export"].make_context("export", list(options))
+        assert parsed.params == wanted.params
+    assert "next:" not in mmq("plan", *options, "--json").output
+
+
+def test_notes_and_errors_name_the_program_that_runs(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(next_steps, "program", lambda: "python -m exporter")
+    (artifact / "mmq_report.json").unlink(missing_ok=True)
+    assert "run `python -m exporter evaluate`" in mmq("report", artifact).stdout
+    with ProgressDisplay(as_json=False) as listen:
+        listen(notice("`mmq check` failed"))
+    assert "`python -m exporter check`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fail(MmqError("run `mmq check` again", "see `mmq plan --help`"), as_json=False)
+    assert capsys.readouterr().err.count("`python -m exporter ") == 2

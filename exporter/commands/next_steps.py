@@ -39,6 +39,11 @@ def command(*words: str | Path) -> str:
     return f"{program()} {shlex.join(map(str, words))}"
 
 
+def named(text: str) -> str:
+    """The text with the running program in place of `mmq` in its commands."""
+    return text.replace("`mmq ", f"`{program()} ")
+
+
 def print_steps(as_json: bool, steps: Sequence[str], err: bool = False) -> None:
     """Print shell texts as the next steps, at most two; nothing with --json. err: on stderr; stdout is an answer."""
     if steps and not as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from exporter.commands.next_steps import program
+from exporter.commands.next_steps import named, program
 from exporter.errors import GateFailed, GateNotResolved, Interrupted, MemoryShortage, MmqError
 from exporter.model.embedded import MODELS
 
@@ -170,9 +170,9 @@ def fail(error: MmqError, as_json: bool) -> NoReturn:
         report = {"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit": error.exit_code}
         click.echo(json.dumps(report))
     else:
-        click.echo(f"{error.label}: {error.message}", err=True)
+        click.echo(f"{error.label}: {named(error.message)}", err=True)
         if error.hint:
-            click.echo(f"Hint: {error.hint.replace('`mmq ', f'`{program()} ')}", err=True)
+            click.echo(f"Hint: {named(error.hint)}", err=True)
     sys.exit(error.exit_code)
 
 

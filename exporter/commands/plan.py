@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.next_steps import print_steps
 from exporter.commands.options import (
     adapter_option,
     calibration_device_option,
@@ -28,6 +29,7 @@ from exporter.commands.recipe_options import (
     task_option,
 )
 from exporter.commands.serve import serve_on_option
+from exporter.commands.steps_after import after_plan
 from exporter.planning.vllm_kernels import read_hardware
 
 if TYPE_CHECKING:
@@ -131,3 +133,4 @@ def show_plan(
     if lines:
         print_result("\n".join(lines))
     print_result(show.plan_page(export_plan, target, every_tensor, warnings))
+    print_steps(as_json, after_plan(click.get_current_context()))

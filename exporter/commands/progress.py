@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from exporter.commands.interrupt import raise_if_interrupted
+from exporter.commands.next_steps import named
 from exporter.events import Event
 
 NAMES = {
@@ -64,7 +65,7 @@ class ProgressDisplay:
             line = {"stage": event.stage, "done": event.done, "total": event.total, "message": event.message}
             print(json.dumps(line | {"numbers": dict(event.numbers)}), file=sys.stderr, flush=True)
         elif event.stage == "note":
-            self._console.print(f"note: {event.message}", markup=False, highlight=False)
+            self._console.print(f"note: {named(event.message)}", markup=False, highlight=False)
         elif self._progress:
             self._bar(self._progress, event)
         else:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from exporter.commands.next_steps import print_steps
+from exporter.commands.next_steps import command, named, print_steps
 from exporter.commands.options import artifact_argument, data_option, json_option, print_result, reports_errors
-from exporter.commands.steps_after import open_page
+from exporter.commands.steps_after import open_page, with_data
 from exporter.errors import DataError
 
 
@@ -65,6 +65,9 @@ def report(
         files += write_plots(content, plots)
     result = {"files": [str(path) for path in files], "pictures": len(pictures), "note": note}
     print_result(
-        result if as_json else "\n".join([f"wrote {path}" for path in files] + ([f"note: {note}"] if note else []))
+        result
+        if as_json
+        else "\n".join([f"wrote {path}" for path in files] + ([f"note: {named(note)}"] if note else []))
     )
-    print_steps(as_json, [open_page(files[0])])
+    measure = [] if summary.report else [command("evaluate", artifact, *with_data(data))]
+    print_steps(as_json, [*measure, open_page(files[0])])

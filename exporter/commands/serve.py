@@ -297,4 +297,4 @@ def need_program(vllm: str | None, recipe: "Recipe", device: str) -> None:
         raise ServeError(f"--serve-check: {plan.family.unserved}", "drop --serve-check")
     refuse_plan(plan, checkpoint.config, hardware(program))
     schemes = (row.scheme for row in plan.rows if row.decision == "packed")
-    refuse_processor(program, schemes, recipe, plan.family, recipe.kv_cache)
+    refuse_processor(program, schemes, recipe, plan.family, recipe.kv_cache, plan.head_size)

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +19,36 @@ HUB = "hub:"
 
 
 def given(context: click.Context, without: Collection[str] = ()) -> list[str]:
-    """Words of this command as the user gave it, without some of its parameters; their values are plain texts."""
+    """Words of this command as the user gave it, without some of its parameters."""
     words: list[str] = []
     for param in sorted(context.command.params, key=lambda param: isinstance(param, click.Option)):
         source = context.get_parameter_source(str(param.name))
         value = context.params.get(str(param.name))
         if param.name in without or value is None or source is not click.core.ParameterSource.COMMANDLINE:
             continue
-        values = value if isinstance(value, tuple) else (value,)
+        values = _written(value)
         if isinstance(param, click.Option) and param.is_flag:
             words.append(param.opts[0])
         elif isinstance(param, click.Option):
-            words += [word for text in values for word in (param.opts[0], str(text))]
+            words += [word for text in values for word in (param.opts[0], text)]
         else:
-            words += map(str, values)
+            words += values
     return [str(context.info_name), *words]
+
+
+def _written(value: Any) -> list[str]:
+    """Texts that an option or argument takes for a parsed value: `language=3` of pairs, `128,row` of a group size."""
+    if isinstance(value, Mapping):
+        return [f"{name}={text}" for name, part in value.items() for text in _written(part)]
+    if not isinstance(value, tuple):
+        return [str(value)]
+    texts = [str(part) for part in value]
+    return [",".join(texts)] if any(isinstance(part, int) for part in value) else texts
+
+
+def after_plan(context: click.Context) -> list[str]:
+    """The export of what `mmq plan` or `mmq export --dry-run` showed."""
+    return [command("export", *given(context, without=("every_tensor", "serve_on", "dry_run"))[1:])]
 
 
 def with_data(data: Sequence[str]) -> list[str]:

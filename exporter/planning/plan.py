@@ -51,6 +51,7 @@ class Plan:
 
     family: with the recipe's prompts. rows: one per checkpoint tensor, in header order. steps: predicted memory and
     seconds. fallbacks: lines about the linears that a rule's `else` applies to; they are among the warnings.
+    head_size: width of an attention head of the language model; None if config.json leaves it to a default.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Plan:
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
     fallbacks: tuple[str, ...] = ()
+    head_size: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -147,7 +149,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, family: Family, device: De
     steps = predict_steps(recipe, checkpoint, family, rows, memory, device)
     fallbacks = tuple(decided.fallbacks)
     warnings = (*fallbacks, *_source_notes(checkpoint), *_warnings(recipe, family, rows))
-    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings, fallbacks)
+    head = head_size(checkpoint.config)
+    return Plan(recipe, family, checkpoint.origin, tuple(rows), units, memory, steps, warnings, fallbacks, head)
 
 
 def engine_linears(rows: Iterable[PlanRow], family: Family) -> list[Linear]:

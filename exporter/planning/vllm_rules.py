@@ -260,11 +260,10 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return size
 
 
-def cpu_cache_problems(kv_cache: str | None, config: Mapping[str, Any]) -> list[str]:
-    """Rule kv-cache on a CPU. config: of the whole model. A float8 cache also needs AVX-512 (`serving.preflight`)."""
+def cpu_cache_problems(kv_cache: str | None, size: int | None) -> list[str]:
+    """Rule kv-cache on a CPU. size: `head_size` of the model. `serving.preflight` checks the processor's AVX-512."""
     if kv_cache in BY_FLAG:
         return [f"rule kv-cache: {kv_cache}: vLLM's CPU build has no such cache; serve it on a GPU"]
-    size = head_size(config)
     if kv_cache is None or size is None or size % 32 == 0:
         return []
     return [f"rule kv-cache: attention heads of {size}: on a CPU, vLLM's float8 cache needs heads in multiples of 32"]

@@ -14,7 +14,7 @@ from exporter.planning.plan import engine_linears as planned_linears
 from exporter.planning.recipe import Recipe
 from exporter.planning.tensor_parallel import head_problems, parallel_problems, shard
 from exporter.planning.vllm_kernels import Hardware
-from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, pattern_problems
+from exporter.planning.vllm_rules import Linear, cpu_cache_problems, hardware_problems, head_size, pattern_problems
 from exporter.serving.cpu_instructions import CPUINFO, missing_instructions
 from exporter.serving.launch import Program
 from exporter.serving.negative_control import modules_of
@@ -30,18 +30,24 @@ def hardware(program: Program) -> Hardware:
 
 
 def refuse_processor(
-    program: Program, schemes: Iterable[Scheme | None], recipe: Recipe, family: Family, kv_cache: str | None = None
+    program: Program,
+    schemes: Iterable[Scheme | None],
+    recipe: Recipe,
+    family: Family,
+    kv_cache: str | None = None,
+    head: int | None = None,
 ) -> None:
     """ServeError when vLLM's CPU build would fail on this machine's processor, at the first request or in its answers.
 
-    schemes: of the packed linears. recipe, family: of the model, for the hint. kv_cache: of the artifact.
+    schemes: of the packed linears. recipe, family: of the model, for the hint, as `head`: the width of an attention
+    head, if it is known. kv_cache: of the artifact.
     """
     if program.cpu and (missing := missing_instructions(schemes, kv_cache)):
         lines = (f"\n  it {need.without}: it needs {need.name} ({' or '.join(need.flags)})" for need in missing)
         raise ServeError(
             f"vLLM's CPU build cannot serve this on the processor that {CPUINFO} lists:{''.join(lines)}",
             f"without {' and '.join(dict.fromkeys(need.name for need in missing))} "
-            f"{recipe_hint(recipe, family, 'cpu')}",
+            f"{recipe_hint(recipe, family, 'cpu', head)}",
         )
 
 
@@ -63,13 +69,14 @@ def needs_other_recipe(plan: Plan) -> list[str] | None:
     refused = missing_instructions((linear.scheme for linear in linears), plan.recipe.kv_cache)
     if not refused and not hardware_problems(linears, plan.recipe.format, "cpu"):
         return None
-    return other_export(plan.recipe, plan.family, "cpu")
+    return other_export(plan.recipe, plan.family, "cpu", plan.head_size)
 
 
 def refuse_artifact_here(program: Program, artifact: Artifact) -> None:
     """`refuse_processor` for an artifact."""
     schemes = (artifact.scheme_of(name) for name in artifact.manifest.linears)
-    refuse_processor(program, schemes, artifact.recipe(), artifact.family, artifact.kv_cache)
+    head = head_size(artifact.checkpoint.config)
+    refuse_processor(program, schemes, artifact.recipe(), artifact.family, artifact.kv_cache, head)
 
 
 def engine_linears(artifact: Artifact) -> list[Linear]:
@@ -117,7 +124,7 @@ def refuse_unservable(artifact: Artifact, on: Hardware, tensor_parallel: int) ->
         ignored = (config.get("quantization_config") or {}).get("ignore") or ()
         problems += pattern_problems(linears, [(group.scheme, group.targets) for group in artifact.groups], ignored)
     if problems:
-        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on))
+        _refuse("this artifact", problems, recipe_hint(artifact.recipe(), family, on, head_size(config)))
 
 
 def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
@@ -126,14 +133,15 @@ def refuse_plan(plan: Plan, config: Mapping[str, Any], on: Hardware) -> None:
     linears = planned_linears(plan.rows, plan.family)
     problems = _hardware_rules(linears, plan.recipe.format, plan.recipe.kv_cache, config, on)
     if problems:
-        _refuse(f"an artifact of recipe '{plan.recipe.name}'", problems, recipe_hint(plan.recipe, plan.family, on))
+        hint = recipe_hint(plan.recipe, plan.family, on, plan.head_size)
+        _refuse(f"an artifact of recipe '{plan.recipe.name}'", problems, hint)
 
 
 def _hardware_rules(
     linears: Sequence[Linear], format_name: str, kv_cache: str | None, config: Mapping[str, Any], on: Hardware
 ) -> list[str]:
     """Violations of the rules `kernel` and `kv-cache` on the serving hardware."""
-    cache = cpu_cache_problems(kv_cache, config) if on == "cpu" else []
+    cache = cpu_cache_problems(kv_cache, head_size(config)) if on == "cpu" else []
     return hardware_problems(linears, format_name, on) + cache
 
 
