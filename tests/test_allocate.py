@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from exporter.commands.allocate import ByteSize
 from exporter.commands.main import cli
+from exporter.data import places
 from exporter.errors import DataError, PlanError, RecipeError
 from exporter.events import ignore
 from exporter.model.families import FAMILIES
@@ -26,7 +28,7 @@ from exporter.study.allocation_run import Request, allocate
 from exporter.study.prepare import base_recipe
 from exporter.study.propose import with_evidence, write_recipe
 from exporter.study.sensitivity import iterate_slots, measure, rules, without_extras
-from exporter.study.worker_tasks import Setup, open_model
+from exporter.study.worker_tasks import Setup, exam_samples, open_model
 from tests.shared_exams import share_exams
 from tests.slow import some
 
@@ -250,6 +252,36 @@ def test_a_size_above_the_full_model_is_refused_before_measuring(tmp_path: Path)
     ):
         allocate(small_setup(tmp_path), request(max_size=2_000_000), worker_pool.inline, ignore, prove=False)
     assert not list(tmp_path.iterdir())
+
+
+def captions_only(folder: Path, count: int = 40) -> Path:
+    """A data folder without splits, whose lines have captions and no questions."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (24, 24), (i, 99, 9)).save(folder / f"{i}.png")
+    rows = "".join(f"{i}.png,a square {i}\n" for i in range(count))
+    (folder / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    return folder
+
+
+def test_data_without_a_split_is_refused_before_measuring(tmp_path: Path) -> None:
+    source = str(captions_only(tmp_path / "data"))
+    words = ["allocate", "--data", source, "--task", "captioning", "--max-size", "1MB", "--folder", str(tmp_path / "s")]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    assert "no validation split" in result.stderr
+    assert "datasets folder" in result.stderr
+    assert not list((tmp_path / "s").rglob("*.safetensors"))
+
+
+def test_a_study_of_one_task_uses_data_without_the_others(tmp_path: Path) -> None:
+    source = places([str(captions_only(tmp_path / "data"))])
+    recipe = base_recipe("demo-llava", None, source, 8, 0, ["captioning"])
+    setup = Setup(tmp_path / "s", recipe.model_dump_json(), places=source, samples=5, device="cpu")
+    assert {task: len(samples) for task, samples in exam_samples(setup).items()} == {"captioning": 5}
+    assert recipe.calibration.tasks == ("captioning",)
+    with pytest.raises(PlanError, match="demo-llava: no task retrieval"):
+        base_recipe("demo-llava", None, source, 8, 0, ["retrieval"])
 
 
 def test_an_allocation_with_a_large_loss_fails_with_a_warning(tmp_path: Path, study_folder: Path) -> None:

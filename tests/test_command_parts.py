@@ -113,14 +113,14 @@ def test_after_a_study_bits_are_chosen_for_the_middle_of_its_sizes(
     sizes: list[int], size: str, machine: SimpleNamespace
 ) -> None:
     outcome: Any = SimpleNamespace(settings=[SimpleNamespace(bytes=bytes) for bytes in (*sizes, sizes[0])])
-    given: dict[str, Any] = {"out": None, "model": "org/x", "data": (), "revision": None}
+    given: dict[str, Any] = {"out": None, "model": "org/x", "data": (), "revision": None, "tasks": ()}
     plots = f"study plots {default_folder('org/x')}"
     words = f"allocate --model org/x --max-size {size}"
     assert steps_after.after_study(outcome, given) == [plots, words]
-    changed = given | {"out": Path("o"), "revision": "r", "data": ("d",)}
+    changed = given | {"out": Path("o"), "revision": "r", "data": ("d",), "tasks": ("vqa",)}
     assert steps_after.after_study(outcome, changed) == [
         "study plots o",
-        f"{words} --data d --revision r --folder o",
+        f"{words} --data d --task vqa --revision r --folder o",
     ]
     outcome.settings = outcome.settings[:1]
     assert steps_after.after_study(outcome, given) == [plots]
@@ -519,7 +519,7 @@ def test_an_export_with_a_check_needs_an_engine_for_its_plan(monkeypatch: pytest
     scheme = SimpleNamespace()
     rows = [SimpleNamespace(decision="packed", scheme=scheme), SimpleNamespace(decision="kept", scheme=None)]
     family = SimpleNamespace(unserved="")
-    plan = SimpleNamespace(family=family, rows=rows)
+    plan = SimpleNamespace(family=family, rows=rows, head_size=64)
     recipe: Any = SimpleNamespace(kv_cache="fp8")
 
     def prepared(recipe: Any, device: Device, headers_only: bool) -> Any:
@@ -535,7 +535,7 @@ def test_an_export_with_a_check_needs_an_engine_for_its_plan(monkeypatch: pytest
         lambda program, schemes, *more: refused.append((program, list(schemes), *more)),
     )
     serve.need_program("vllm", recipe, "cpu")
-    assert refused == [(plan, "config", "cpu"), ("vllm", [scheme], recipe, family, "fp8")]
+    assert refused == [(plan, "config", "cpu"), ("vllm", [scheme], recipe, family, "fp8", 64)]
     family.unserved = "no engine"
     with pytest.raises(ServeError, match="--serve-check: no engine"):
         serve.need_program("vllm", recipe, "cpu")

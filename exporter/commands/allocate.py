@@ -16,7 +16,7 @@ from exporter.commands.options import (
     reports_errors,
     revision_option,
 )
-from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
+from exporter.commands.recipe_options import max_new_tokens_option, prompt_option, study_recipe, task_option
 from exporter.commands.study import (
     calibration_option,
     open_pool,
@@ -102,6 +102,7 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
     "--no-proof", is_flag=True, help="Do not export and measure the chosen allocation; the recipe states this."
 )
 @samples_seed_option
+@task_option
 @prompt_option
 @max_new_tokens_option
 @click.option(
@@ -198,13 +199,11 @@ def search(options: dict[str, Any]) -> "AllocationResult":
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup: model, data and folder."""
     from exporter.data import places
-    from exporter.planning.overrides import with_prompts
-    from exporter.study.prepare import base_recipe, default_folder
+    from exporter.study.prepare import default_folder
     from exporter.study.worker_tasks import Setup
 
     sources = places(options["data"])
-    recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
-    recipe = with_prompts(recipe, options["prompts"], options["max_new_tokens"])
+    recipe = study_recipe(options, sources)
     folder = (options["folder"] or default_folder(options["model"])).absolute()  # workers may start elsewhere
     return Setup(folder, recipe.model_dump_json(), places=sources, samples=options["samples"], device=options["device"])
 

@@ -1,12 +1,13 @@
 """Options that change a recipe without a copy of it: bits, group sizes, prompts, answer lengths."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from exporter.data import SourceSpec
     from exporter.planning.overrides import Groups
     from exporter.planning.recipe import Recipe
 
@@ -80,8 +81,8 @@ task_option = click.option(
     "tasks",
     metavar="TASK",
     multiple=True,
-    help="Calibrate and test on this task of the recipe only (captioning, vqa, retrieval), for data without samples of "
-    "the others, whose gates are dropped; repeatable. [all of the recipe's]",
+    help="Calibrate and test on this task only (captioning, vqa, retrieval), for data without samples of the others, "
+    "whose gates are dropped; repeatable. [all]",
 )
 
 
@@ -120,3 +121,12 @@ def recipe_of(name_or_path: str, model: str | None, overrides: Mapping[str, Any]
     from exporter.planning.recipe_file import load_recipe
 
     return adjusted(load_recipe(name_or_path, lambda: recipes_for(model)), model, **overrides)
+
+
+def study_recipe(options: Mapping[str, Any], sources: "Sequence[SourceSpec]") -> "Recipe":
+    """The base recipe of a study: model, data, tasks and prompts of the options."""
+    from exporter.planning.overrides import with_prompts
+    from exporter.study.prepare import base_recipe
+
+    about = (options["model"], options["revision"], sources, options["calibration"], options["seed"])
+    return with_prompts(base_recipe(*about, options["tasks"]), options["prompts"], options["max_new_tokens"])

@@ -116,6 +116,7 @@ def after_study(outcome: "Outcome", options: dict[str, Any]) -> list[str]:
     middle = (min(sizes) + max(sizes)) // 2
     size = f"{middle // 10**3}kB" if middle < 10**7 else f"{middle // 10**6}MB"
     words = ["--model", options["model"], "--max-size", size, *with_data(options["data"])]
+    words += [word for task in options["tasks"] for word in ("--task", task)]
     words += ["--revision", options["revision"]] if options["revision"] else []
     words += ["--folder", str(folder)] if options["out"] else []
     return [plots, command("allocate", *words)]

@@ -17,7 +17,7 @@ from exporter.commands.options import (
     reports_errors,
     revision_option,
 )
-from exporter.commands.recipe_options import max_new_tokens_option, prompt_option
+from exporter.commands.recipe_options import max_new_tokens_option, prompt_option, study_recipe, task_option
 from exporter.commands.steps_after import after_study, open_page
 from exporter.errors import Interrupted
 
@@ -97,6 +97,7 @@ def parse_words(context: click.Context, option: click.Parameter, value: str | No
 @click.option("--samples", type=click.IntRange(min=8), default=250, show_default=True, help="Test samples per task.")
 @calibration_option
 @samples_seed_option
+@task_option
 @prompt_option
 @max_new_tokens_option
 @click.option("--answers", is_flag=True, help="Score generated answers by the tasks' metrics, as gates do; slower.")
@@ -170,13 +171,11 @@ def measure(options: dict[str, Any]) -> "Outcome":
 def setup_of(options: dict[str, Any]) -> "Setup":
     """The study's setup, as workers receive it."""
     from exporter.data import places
-    from exporter.planning.overrides import with_prompts
-    from exporter.study.prepare import base_recipe, default_folder
+    from exporter.study.prepare import default_folder
     from exporter.study.worker_tasks import Setup
 
     sources = places(options["data"])
-    recipe = base_recipe(options["model"], options["revision"], sources, options["calibration"], options["seed"])
-    recipe = with_prompts(recipe, options["prompts"], options["max_new_tokens"])
+    recipe = study_recipe(options, sources)
     return Setup(
         folder=(options["out"] or default_folder(options["model"])).absolute(),  # workers may start elsewhere
         recipe=recipe.model_dump_json(),

@@ -243,7 +243,10 @@ def _references(entry: dict[str, Any], task: str) -> tuple[str, ...]:
 def half(rows: Sequence[Row], split: str) -> list[Row]:
     """Train or test half of the pictures of a folder without splits: names sorted by hash, cut in the middle."""
     if split == "validation":
-        raise DataError("a data folder without train, validation and test folders has no validation split")
+        raise DataError(
+            "a data folder without train, validation and test folders has no validation split",
+            "move its pictures and lines into folders with these names; `mmq datasets folder` has an example",
+        )
     names = sorted({row.name for row in rows}, key=digest)
     middle = (len(names) + 1) // 2
     selected = set(names[:middle] if split == "train" else names[middle:])

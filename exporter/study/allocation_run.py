@@ -121,9 +121,12 @@ def allocate(
 ) -> AllocationResult:
     """Choose bits, measure the choice and build the recipe.
 
-    Raises PlanError if no allocation is within the size, or none is within the drop.
+    Raises PlanError if no allocation is within the size, or none is within the drop. Before anything is measured, it
+    raises DataError if the data lacks a split.
     """
-    need_solver()  # before anything is measured
+    need_solver()
+    for split in ("train", "validation", "test") if prove else ("train", "validation"):
+        exam_samples(replace(setup, split=split, samples=1))
     model = open_model(setup)
     _require_smaller_size(model, request)
     format_name = model.recipe.format

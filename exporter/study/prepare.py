@@ -5,7 +5,7 @@ from pathlib import Path
 
 from exporter import data
 from exporter.artifact.manifest import MANIFEST
-from exporter.errors import ArtifactError
+from exporter.errors import ArtifactError, PlanError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.embedded import MODELS
 from exporter.model.families import Family
@@ -13,14 +13,25 @@ from exporter.model.source import open_source
 from exporter.planning.recipe import Calibration, Evaluation, Model, Recipe, Rule
 
 
-def base_recipe(model: str, revision: str | None, places: Sequence[data.SourceSpec], samples: int, seed: int) -> Recipe:
+def base_recipe(
+    model: str,
+    revision: str | None,
+    places: Sequence[data.SourceSpec],
+    samples: int,
+    seed: int,
+    only: Sequence[str] = (),
+) -> Recipe:
     """A recipe with the model and data of a study and without quantization; settings add their rules to it.
 
-    samples: number of calibration samples over all tasks. Raises PlanError for a model of an unknown family.
+    samples: number of calibration samples over all tasks. only: tasks to calibrate and test on; empty: all that the
+    data may have. Raises PlanError for a model of an unknown family, and for a task that it lacks.
     """
     _, family = open_source(model, revision, headers_only=True)
     data_names = tuple(place.name for place in places) or ("demo",)
-    tasks = tuple(task for task in family.tasks if not places or any(task in place.tasks for place in places))
+    if foreign := [task for task in only if task not in family.tasks]:
+        raise PlanError(f"{model}: no task {' or '.join(foreign)}", f"tasks of the model: {', '.join(family.tasks)}")
+    supported = [task for task in family.tasks if not places or any(task in place.tasks for place in places)]
+    tasks = tuple(task for task in family.tasks if task in (only or supported))
     return Recipe(
         name="study",
         model=Model(repo=model, revision=revision),

@@ -132,7 +132,7 @@ def store_of(setup: Setup) -> UnitStore:
 
 
 def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
-    """Samples of the exam by task, for every task of the family that the data has.
+    """Samples of the exam by task, for every task of the study that the data has.
 
     Raises DataError if the data has none of them.
     """
@@ -140,7 +140,7 @@ def exam_samples(setup: Setup) -> dict[str, list[Sample]]:
         return {name: samples for name, samples in packed_groups(setup.packed).items() if name != CALIBRATION}
     model = open_model(setup)
     sources = setup.places or data.places(model.recipe.evaluation.data or model.recipe.calibration.data)
-    tasks = [task for task in model.family.tasks if any(task in place.tasks for place in sources)]
+    tasks = [task for task in model.recipe.calibration.tasks if any(task in place.tasks for place in sources)]
     if not tasks:
         task_names = " or ".join(model.family.tasks)
         raise DataError(
