@@ -170,9 +170,12 @@ class Place:
         return "-".join(self.tasks)
 
 
-def test_an_exam_has_the_tasks_of_the_family_that_the_data_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exam_has_the_tasks_of_the_study_that_the_data_has(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    evaluation, calibration = SimpleNamespace(data=None, seed=7), SimpleNamespace(data="its data")
+    evaluation, calibration = (
+        SimpleNamespace(data=None, seed=7),
+        SimpleNamespace(data="its data", tasks=("vqa", "captioning")),
+    )
     recipe = SimpleNamespace(evaluation=evaluation, calibration=calibration)
     family = SimpleNamespace(name="llava", tasks=("vqa", "captioning"))
     monkeypatch.setattr(worker_tasks, "open_model", lambda setup: SimpleNamespace(recipe=recipe, family=family))
@@ -183,6 +186,8 @@ def test_an_exam_has_the_tasks_of_the_family_that_the_data_has(monkeypatch: pyte
     assert drawn == [("vqa", "test", 5, 7)]
     setup.places = (Place("captioning"), Place("vqa", "retrieval"))
     assert list(worker_tasks.exam_samples(setup)) == ["vqa", "captioning"]
+    calibration.tasks = ("captioning",)
+    assert list(worker_tasks.exam_samples(setup)) == ["captioning"]
     setup.places = (Place("retrieval"),)
     with pytest.raises(DataError, match=r"^retrieval: no data for a task of family llava") as caught:
         worker_tasks.exam_samples(setup)
