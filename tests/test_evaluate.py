@@ -218,7 +218,7 @@ def test_a_full_precision_model_at_chance_level_is_not_comparable() -> None:
     assert yes_or_no(0.8).gates[0].verdict == "passed"
     with pytest.raises(GateNotResolved, match="1 of 1 gates could not be decided") as raised:
         raise_unless_accepted(yes_or_no(0.5), Path("out"))
-    assert "by hand" in str(raised.value.hint)
+    assert "mmq report" in str(raised.value.hint)
     assert "bits" not in f"{raised.value.message} {raised.value.hint}"
 
 
@@ -367,6 +367,11 @@ def test_a_plan_warns_about_gates_with_too_few_samples() -> None:
     """With the advised number of unchanged samples the gate passes; with one sample fewer it does not."""
     recipe = load_recipe("llava-w4-vit8")
     assert too_few(recipe) == ()
+    (item,), (short,) = advise(recipe), advise(recipe, {"vqa": 12})
+    assert (short.samples, short.half_width > item.half_width) == (12, True)
+    assert "12 samples cannot resolve" in too_few(recipe, {"vqa": 12})[0]
+    assert too_few(recipe, {"vqa": 12})[0].endswith("(the data has no more)")
+    assert advise(recipe, {"vqa": 0}) == ()
     few = too_few(recipe.adjusted(evaluation={"samples": 100}))
     assert few == (
         "gate vqa accuracy: 100 samples cannot resolve a loss of 3.0%, which needs at least 122 (--eval-samples 122)",

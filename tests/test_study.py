@@ -434,7 +434,7 @@ def test_the_command_measures_a_grid_and_reports_reuse(tmp_path: Path) -> None:
     assert (result_data["units"], result_data["units_named"]) == (8, 16)
     assert (tmp_path / "s" / "study.csv").read_text().startswith("vision_bits,projector_bits,language_bits")
     text = CliRunner().invoke(cli, arguments)
-    assert "4 settings, 0 scored in this run" in text.output
+    assert "3 settings and full precision, 0 scored in this run" in text.output
     assert read_table(tmp_path / "s").components == ("vision", "language")
     wrong = CliRunner().invoke(cli, ["study", "--components", "visio", "--out", str(tmp_path / "t")])
     assert wrong.exit_code == 1

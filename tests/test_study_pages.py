@@ -50,14 +50,14 @@ def test_a_grid_is_a_table_by_size_with_the_front_and_the_cost(capsys: pytest.Ca
         "       16  all     1.6 kB   16.00  0.500  0.250  0.5000                  reference",
         "* on the Pareto front: no setting of at most this size scores higher",
         "change: setting - full precision, as a share of its score, with its 95 % interval; 8 samples each",
-        "3 settings, 2 scored in this run; quantize 4 s, score 2 s; 13 CPU seconds",
+        "2 settings and full precision, 2 scored in this run; quantize 4 s, score 2 s; 13 CPU seconds",
         "they use 9 units, 6 of them distinct; 5 quantized in this run",
         "3.2 s per setting scored in this run",
     ]
     assert sum(line.startswith("2 settings were measured with 8 samples, which cannot tell") for line in printed) == 1
     alone = Outcome(SETTINGS, 0, 5, 6, 9, {}, 1.0, sequential=True)
     assert lines(outcome_page(alone), capsys)[7:] == [
-        "3 settings, 0 scored in this run; ; 1 CPU seconds",
+        "2 settings and full precision, 0 scored in this run; ; 1 CPU seconds",
         "each setting is quantized alone, as an export does: 5 units, none shared",
     ]
     plain = outcome_json(outcome)

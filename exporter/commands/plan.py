@@ -34,6 +34,7 @@ from exporter.planning.vllm_kernels import read_hardware
 
 if TYPE_CHECKING:
     from exporter.events import Listener
+    from exporter.pipeline.samples import ExportSamples
     from exporter.planning.plan import Plan
     from exporter.planning.recipe import Recipe
 
@@ -88,11 +89,11 @@ def plan(
     show_plan(final_recipe, device, every_tensor, skip_evaluation, as_json, serve_on, data)
 
 
-def _data_lines(plan: "Plan", data: tuple[str, ...], skip_evaluation: bool, listen: "Listener") -> list[str]:
+def _samples(plan: "Plan", data: tuple[str, ...], skip_evaluation: bool, listen: "Listener") -> "ExportSamples":
     from exporter.data import places
-    from exporter.pipeline.samples import data_lines, read_samples
+    from exporter.pipeline.samples import ExportSamples, read_samples
 
-    return data_lines(read_samples(plan, places(data), skip_evaluation, listen))
+    return read_samples(plan, places(data), skip_evaluation, listen) if data else ExportSamples([], [], {})
 
 
 def show_plan(
@@ -112,6 +113,7 @@ def show_plan(
     from exporter.commands.progress import ProgressDisplay
     from exporter.device import choose
     from exporter.pipeline.preparation import prepare
+    from exporter.pipeline.samples import data_lines
     from exporter.planning.steps import step_warnings
 
     target = choose(device)
@@ -126,11 +128,13 @@ def show_plan(
         refuse_plan(export_plan, checkpoint.config, read_hardware(serve_on))
         if serve_on == "cpu" and (note := processor_note(export_plan)):
             warnings = [*warnings, note]
-    lines = _data_lines(export_plan, data, skip_evaluation, listen) if data else []
+    samples = _samples(export_plan, data, skip_evaluation, listen)
+    available = {task: len(rows) for task, rows in samples.evaluation.items()}
+    lines = data_lines(samples) if data else []
     if as_json:
         data_report = {"data": lines} if data else {}
-        return print_result(show.plan_json(export_plan, every_tensor, warnings) | data_report)
+        return print_result(show.plan_json(export_plan, every_tensor, warnings, available) | data_report)
     if lines:
         print_result("\n".join(lines))
-    print_result(show.plan_page(export_plan, target, every_tensor, warnings))
+    print_result(show.plan_page(export_plan, target, every_tensor, warnings, available))
     print_steps(as_json, after_plan(click.get_current_context()))

@@ -1,6 +1,6 @@
 """Tables and JSON of plans and recipes; the commands print them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from exporter.amounts import duration, memory, size
 from exporter.device import Device
-from exporter.evaluation.sample_size import ASSUMPTION, advise, too_few, unpredictable
+from exporter.evaluation.sample_size import ASSUMPTION, NOT_READ, advise, too_few, unpredictable
 from exporter.numerics.kv_caches import BY_FLAG
 from exporter.planning.plan import Plan, PlanRow
 from exporter.planning.prompts import prompts_by_task, prompts_line
@@ -93,18 +93,27 @@ def _cache_engines(cache: str) -> str:
     return "vLLM: GPUs from 8.9 (older GPUs with FlashInfer only), CPUs with AVX-512"
 
 
-def plan_page(plan: Plan, device: Device, every_tensor: bool, warnings: Sequence[str] = ()) -> RenderableType:
-    """The plan, the cost of its steps, advice, and all warnings. warnings: printed after those of the plan."""
+def plan_page(
+    plan: Plan,
+    device: Device,
+    every_tensor: bool,
+    warnings: Sequence[str] = (),
+    available: Mapping[str, int] = NOT_READ,
+) -> RenderableType:
+    """The plan, the cost of its steps, advice, and all warnings.
+
+    warnings: printed after those of the plan. available: number of test samples of each task, where the data was read.
+    """
     parts: list[RenderableType] = [plan_table(plan), *plan_notes(plan)]
     if every_tensor:
         parts.append(tensor_table(plan))
     parts.append(steps_table(plan.steps, device))
-    advice = advise(plan.recipe)
+    advice = advise(plan.recipe, available)
     if advice:
         parts.append("\n".join(map(str, advice)) + f" ({ASSUMPTION})")
     if unknown_tasks := unpredictable(plan.recipe):
         parts.append(unknown_tasks)
-    parts += [f"warning: {line}" for line in too_few(plan.recipe)]
+    parts += [f"warning: {line}" for line in too_few(plan.recipe, available)]
     return Group(*parts, *(f"warning: {warning}" for warning in (*plan.warnings, *warnings)))
 
 
@@ -120,8 +129,10 @@ def steps_table(steps: Sequence[Step], device: Device) -> Table:
     return table
 
 
-def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """The plan as JSON-compatible data. every_tensor: adds one entry per tensor."""
+def plan_json(
+    plan: Plan, every_tensor: bool, warnings: Sequence[str] = (), available: Mapping[str, int] = NOT_READ
+) -> dict[str, Any]:
+    """The plan as JSON-compatible data. every_tensor: adds one entry per tensor. available: as in `plan_page`."""
     data: dict[str, Any] = {
         "model": plan.origin,
         "recipe": plan.recipe.name,
@@ -136,8 +147,8 @@ def plan_json(plan: Plan, every_tensor: bool, warnings: Sequence[str] = ()) -> d
         "peak_device_bytes": plan.memory.device_bytes,
         "peak_host_bytes": max(step.host_bytes for step in plan.steps if step.name in NEEDED),
         "steps": [step.as_json() for step in plan.steps],
-        "evaluation": [asdict(advice) for advice in advise(plan.recipe)],
-        "too_few_samples": list(too_few(plan.recipe)),
+        "evaluation": [asdict(advice) for advice in advise(plan.recipe, available)],
+        "too_few_samples": list(too_few(plan.recipe, available)),
         "warnings": [*plan.warnings, *warnings],
     }
     if every_tensor:

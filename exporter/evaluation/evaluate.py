@@ -232,7 +232,7 @@ def _resolution_hint(gates: Sequence[GateResult], where: Path) -> str:
     """Hint for gates that neither passed nor failed: the command that resolves them, where more samples can."""
     command, verdicts = f"mmq evaluate {shlex.quote(str(where))}", {gate.verdict for gate in gates}
     comparable = "not comparable" not in verdicts
-    hints = [] if comparable else ["check some answers of the full-precision model by hand"]
+    hints = [] if comparable else [f"`mmq report {shlex.quote(str(where))}` shows answers of both models"]
     open_counts = [gate.samples_needed for gate in gates if gate.verdict == "not resolved"]
     needed = [rounded_up(count) for count in open_counts if count is not None]
     if needed:

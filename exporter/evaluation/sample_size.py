@@ -1,5 +1,6 @@
 """Estimate how many test samples a gate needs, before the first evaluation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exporter.data.tasks import retrieval, vqa
@@ -11,6 +12,9 @@ RIGHT_OR_WRONG = {  # task -> metrics with scores 0 or 1; the spread of other me
     "vqa": vqa.METRICS,  # ANLS is 0 or above 0.5, and varies less than a score of 0 or 1
     "retrieval": retrieval.METRICS,  # the fraction of a picture's texts varies less than a score of 0 or 1
 }
+
+
+NOT_READ: Mapping[str, int] = {}  # no data was read: it is taken to have the recipe's number of samples
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,17 @@ class Advice:
         )
 
 
-def advise(recipe: Recipe) -> tuple[Advice, ...]:
-    """Advice for every metric of a gate whose spread can be assumed, each once."""
-    samples = recipe.evaluation.samples
-    reach, needed = half_width(ASSUMED_SD, samples) / POINT, samples_to_resolve(POINT)
+def advise(recipe: Recipe, available: Mapping[str, int] = NOT_READ) -> tuple[Advice, ...]:
+    """Advice for every metric of a gate whose spread can be assumed, each once.
+
+    available: number of test samples that the data has for each task, where it was read.
+    """
+    needed, predictable = samples_to_resolve(POINT), [pair for pair in _gated(recipe) if _is_predictable(*pair)]
+    counts = [available.get(task, recipe.evaluation.samples) for task, _ in predictable]
     return tuple(
-        Advice(task, metric, samples, reach, needed) for task, metric in _gated(recipe) if _is_predictable(task, metric)
+        Advice(task, metric, count, half_width(ASSUMED_SD, count) / POINT, needed)
+        for (task, metric), count in zip(predictable, counts, strict=True)
+        if count
     )
 
 
@@ -52,8 +61,8 @@ def unpredictable(recipe: Recipe) -> str:
     return f"{', '.join(names)}: the number of samples to resolve a drop is known only after a first evaluation"
 
 
-def too_few(recipe: Recipe) -> tuple[str, ...]:
-    """One sentence per gate that the recipe's number of samples cannot resolve even when no score drops."""
+def too_few(recipe: Recipe, available: Mapping[str, int] = NOT_READ) -> tuple[str, ...]:
+    """One sentence per gate that the number of samples cannot resolve even when no score drops. available: as above."""
     lines = []
     for gate in recipe.gates:
         name = f"gate {gate.task} {gate.metric}"
@@ -61,10 +70,12 @@ def too_few(recipe: Recipe) -> tuple[str, ...]:
             lines.append(f"{name}: no number of samples can exclude every loss (max_drop: 0)")
             continue
         least = samples_to_exclude(gate.max_drop)
-        if recipe.evaluation.samples < least:
+        count = available.get(gate.task, recipe.evaluation.samples)
+        if count < least:
+            more = f"--eval-samples {least}" if count == recipe.evaluation.samples else "the data has no more"
             lines.append(
-                f"{name}: {recipe.evaluation.samples} samples cannot resolve a loss of {gate.max_drop:.1%}, "
-                f"which needs at least {least} (--eval-samples {least})"
+                f"{name}: {count} samples cannot resolve a loss of {gate.max_drop:.1%}, "
+                f"which needs at least {least} ({more})"
             )
     return tuple(lines)
 

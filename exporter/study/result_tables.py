@@ -10,7 +10,7 @@ from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
 from exporter.study.records import NO_SCORES, ScoredSetting, columns
 from exporter.study.run import Outcome
-from exporter.study.setting_rows import SettingRow, rows_of
+from exporter.study.setting_rows import SettingRow, is_reference, rows_of
 from exporter.study.verdict import verdict
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
@@ -130,9 +130,10 @@ def _varies(settings: tuple[ScoredSetting, ...], name: str) -> bool:
 
 def _cost_text(outcome: Outcome) -> str:
     """Number of computed and reused settings and units, and the time."""
-    count = len(outcome.settings)
+    full = sum(map(is_reference, outcome.settings))
+    count = f"{len(outcome.settings) - full} settings{' and full precision' if full else ''}"
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in outcome.seconds.items())
-    lines = [f"{count} settings, {outcome.scored} scored in this run; {steps}; {outcome.cpu_seconds:.0f} CPU seconds"]
+    lines = [f"{count}, {outcome.scored} scored in this run; {steps}; {outcome.cpu_seconds:.0f} CPU seconds"]
     if outcome.sequential:
         lines.append(f"each setting is quantized alone, as an export does: {outcome.quantized} units, none shared")
     else:
