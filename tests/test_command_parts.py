@@ -358,18 +358,19 @@ def test_recipes_are_a_table() -> None:
 
 def test_a_page_of_a_plan_warns_and_advises(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan.steps, plan.warnings = (), ("first",)
-    for name, value in (("advise", ()), ("unpredictable", ""), ("too_few", ("few samples",))):
-        monkeypatch.setattr(plan_tables, name, lambda recipe, value=value: value)
+    monkeypatch.setattr(plan_tables, "advise", lambda recipe, available: ())
+    monkeypatch.setattr(plan_tables, "unpredictable", lambda recipe: "")
+    monkeypatch.setattr(plan_tables, "too_few", lambda recipe, available: (f"few {available['vqa']} samples",))
     cpu = Device("cpu", "a CPU", 2**30)
 
     def page(every_tensor: bool = False) -> list[Any]:
-        return list(plan_tables.plan_page(plan, cpu, every_tensor, ("second",)).renderables)  # type: ignore[attr-defined]
+        return list(plan_tables.plan_page(plan, cpu, every_tensor, ("second",), {"vqa": 12}).renderables)  # type: ignore[attr-defined]
 
-    warnings = ["warning: few samples", "warning: first", "warning: second"]
+    warnings = ["warning: few 12 samples", "warning: first", "warning: second"]
     assert page()[-3:] == warnings
     assert sum(isinstance(part, Table) for part in page()) == 2
     assert sum(isinstance(part, Table) for part in page(every_tensor=True)) == 3
-    monkeypatch.setattr(plan_tables, "advise", lambda recipe: ("a", "b"))
+    monkeypatch.setattr(plan_tables, "advise", lambda recipe, available: ("a", "b"))
     monkeypatch.setattr(plan_tables, "unpredictable", lambda recipe: "unknown")
     assert page()[-5:] == [f"a\nb ({plan_tables.ASSUMPTION})", "unknown", *warnings]
 

@@ -65,6 +65,7 @@ def test_plan_reads_the_data_as_the_export_would(tmp_path: Path) -> None:
     done = run(*words, "--data", str(folder))
     assert done.exit_code == 0, done.output
     assert "data: calibration 4 captioning, 4 vqa; test 4 captioning, 4 vqa; no shared picture" in done.stdout
+    assert "vqa accuracy: 4 samples measure a drop to within" in " ".join(done.stdout.split())
     assert json.loads(run(*words, "--data", str(folder), "--json").stdout)["data"]
     assert "data" not in json.loads(run(*words, "--json").stdout)
     (folder / "3.png").unlink()

@@ -45,7 +45,7 @@ def gate(verdict: str, needed: int | None = None, decide: str = "upper", change:
 
 RESOLVE = "`decide: point` in the recipe's gate decides by the measured change"
 MEASURE = "`mmq evaluate 'my out' --data SOURCE` measures the gates on data with samples of these tasks"
-BY_HAND = "check some answers of the full-precision model by hand"
+ANSWERS = "`mmq report 'my out'` shows answers of both models"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ BY_HAND = "check some answers of the full-precision model by hand"
             f"`mmq evaluate 'my out' --eval-samples 1300` runs only the additional samples; {RESOLVE}",
         ),
         ([gate("not measured", 1234)], MEASURE),
-        ([gate("not comparable", 1234)], BY_HAND),
-        ([gate("not comparable"), gate("not resolved"), gate("not measured")], f"{BY_HAND}; {RESOLVE}; {MEASURE}"),
+        ([gate("not comparable", 1234)], ANSWERS),
+        ([gate("not comparable"), gate("not resolved"), gate("not measured")], f"{ANSWERS}; {RESOLVE}; {MEASURE}"),
     ],
 )
 def test_the_hint_for_gates_says_what_decides_them(gates: list[GateResult], hint: str) -> None:
