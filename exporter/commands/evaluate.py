@@ -91,11 +91,8 @@ def evaluate(artifact: Path, device: str, data: tuple[str, ...], as_json: bool, 
 
     overrides = {name: options[name] for name in ("adapter", "eval_samples", "eval_batch", "prompts", "max_new_tokens")}
     recipe = recipe_of(str(artifact / "recipe.yaml"), options["baseline"], overrides | {"data": data})
-    sources, store, servers = (
-        places(data),
-        _store(artifact, options),
-        _servers(options, str(artifact), recipe.model.repo),
-    )
+    sources, store = places(data), _store(artifact, options)
+    servers = _servers(options, str(artifact), recipe.model.repo)
     other, hardware = bool(options["other_baseline"]), choose(device)
     if servers:
         refuse_hopeless(servers, store)

@@ -1,6 +1,7 @@
 """Built-in recipes that vLLM serves on a hardware: the hint of a refusal, with a command to paste."""
 
 import shlex
+from collections.abc import Sequence
 
 from exporter.model.families import Family
 from exporter.numerics.quantized import Scheme
@@ -16,18 +17,22 @@ def recipe_hint(recipe: Recipe, family: Family, on: Hardware, head: int | None) 
 
     head: width of an attention head of the language model, if it is known.
     """
-    words = other_export(recipe, family, on, head)
+    served = served_recipes(family, on, head)
     where = (
         "this hardware" if on is None else "this CPU" if on == "cpu" else f"compute capability {capability_label(on)}"
     )
-    if not words:
+    if not served:
         return f"no built-in recipe for {family.name} has kernels on {where}"
-    return f"vLLM serves {', '.join(served_recipes(family, on, head))} on {where}: `{shlex.join(['mmq', *words])}`"
+    return f"vLLM serves {', '.join(served)} on {where}: `{shlex.join(['mmq', *_export(recipe, served)])}`"
 
 
 def other_export(recipe: Recipe, family: Family, on: Hardware, head: int | None) -> list[str]:
     """Words after `mmq` that export the model with the served recipe of the closest name; empty if there is none."""
-    name = closest(recipe.name, served_recipes(family, on, head))
+    return _export(recipe, served_recipes(family, on, head))
+
+
+def _export(recipe: Recipe, served: Sequence[str]) -> list[str]:
+    name = closest(recipe.name, served)
     return ["export", "--recipe", name, "--model", recipe.model.repo or "demo-llava"] if name else []
 
 

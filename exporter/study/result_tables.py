@@ -10,7 +10,7 @@ from exporter.amounts import size
 from exporter.study.importance import Importance, Shares
 from exporter.study.records import NO_SCORES, ScoredSetting, columns
 from exporter.study.run import Outcome
-from exporter.study.setting_rows import SettingRow, is_reference, rows_of
+from exporter.study.setting_rows import SettingRow, front_rows, is_reference, rows_of
 from exporter.study.verdict import verdict
 
 VARYING_COLUMNS = ("method", "group_size", "zero_points", "blocks", "role")  # shown if they vary
@@ -69,11 +69,11 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 def outcome_page(outcome: Outcome) -> Group:
     """Table with one row per setting, smallest first, with a mark on the Pareto front."""
-    front_ids = front(outcome.settings)
     bits = [name for name in columns_of(outcome.settings) if name.endswith("_bits") and _varies(outcome.settings, name)]
     other_columns = [name for name in VARYING_COLUMNS if _varies(outcome.settings, name)]
     scores = _scores_shown(outcome.settings)
     rows = {row.id: row for row in rows_of(outcome.settings)}
+    front_ids = {row.id for row in front_rows(list(rows.values()))}
     change = ["change"] * any(row.change is not None for row in rows.values())
     table = Table("")
     for name in (*map(_short_name, bits), *other_columns, "size", "bits/w", *map(_short_name, scores), *change):
@@ -145,13 +145,3 @@ def _cost_text(outcome: Outcome) -> str:
         seconds_per_setting = sum(outcome.seconds.values()) / outcome.scored
         lines.append(f"{seconds_per_setting:.1f} s per setting scored in this run")
     return "\n".join(lines)
-
-
-def front(settings: tuple[ScoredSetting, ...], score: str = "score") -> set[str]:
-    """Ids of the settings on the Pareto front of score over bytes."""
-    front_ids, best_score = set(), float("-inf")
-    for setting in sorted(settings, key=lambda setting: (setting.bytes, -setting.scores[score])):
-        if setting.scores[score] > best_score:
-            front_ids.add(setting.id)
-            best_score = setting.scores[score]
-    return front_ids

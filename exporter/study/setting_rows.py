@@ -1,8 +1,9 @@
 """Settings of a study as rows of a table: score and change from full precision, with 95 % intervals, and samples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from exporter.evaluation.bootstrap import Difference, gate_interval
 from exporter.study.records import CHANGE, CHANGE_ERROR, ERROR, FULL, SAMPLES, PlottedSetting, ScoredSetting, is_full
@@ -10,6 +11,7 @@ from exporter.study.score_table import SUFFIX
 
 Z95 = 1.96  # standard errors in half of a 95 % interval
 Interval = tuple[float, float]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,17 @@ def score_interval(score: float, error: float, samples: int) -> Interval:
 
 
 def front_rows(rows: Sequence[SettingRow]) -> list[SettingRow]:
-    """Rows on the Pareto front, smallest first: no row of at most this size scores at least as high."""
-    front: list[SettingRow] = []
-    for row in sorted(rows, key=lambda row: (row.bytes, -row.score)):
-        if not front or row.score > front[-1].score:
-            front.append(row)
+    """Rows on the Pareto front of score over bytes, smallest first."""
+    return pareto_front(rows, lambda row: (row.bytes, row.score))
+
+
+def pareto_front(items: Iterable[Item], place: Callable[[Item], tuple[float, float]]) -> list[Item]:
+    """Items on the Pareto front, smallest first: no item of at most their size scores at least as high.
+
+    place: size and score of an item.
+    """
+    front: list[Item] = []
+    for item in sorted(items, key=lambda item: (place(item)[0], -place(item)[1])):
+        if not front or place(item)[1] > place(front[-1])[1]:
+            front.append(item)
     return front

@@ -17,6 +17,7 @@ from exporter.errors import DataError
 from exporter.study.importance import Importance
 from exporter.study.records import PlottedSetting, ScoredSetting
 from exporter.study.score_table import Table
+from exporter.study.setting_rows import pareto_front
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -168,11 +169,7 @@ def share_text(point: PlottedSetting) -> str:
 
 def front(points: Sequence[PlottedSetting]) -> list[PlottedSetting]:
     """The Pareto front by size: points whose share is larger than that of every point with at most their size."""
-    front_points: list[PlottedSetting] = []
-    for point in sorted(points, key=lambda point: (point.bits_per_weight, -point.share)):
-        if not front_points or point.share > front_points[-1].share:
-            front_points.append(point)
-    return front_points
+    return pareto_front(points, lambda point: (point.bits_per_weight, point.share))
 
 
 def importance_bars(result: Importance, name: str) -> Plot:
